@@ -1,0 +1,1 @@
+"""Records of prompts, images and responses, and the readers of the published formats."""

@@ -1,0 +1,84 @@
+"""Find and decode images the way Hugging Face does, with errors that name the file."""
+
+import io
+import os
+import posixpath
+
+from etils import epath
+from PIL import Image, ImageOps
+
+from mmpo_jax.data.records import ImageRef
+from mmpo_jax.errors import DataError
+from mmpo_jax.files import is_local
+
+# Twice Pillow's warning size, which is where Pillow itself refuses. Stated here because Pillow's
+# limit is a global that other libraries switch off.
+MAX_PIXELS = 178_956_970
+
+
+def open_image(ref: ImageRef) -> Image.Image:
+    """Decode an image to RGB, equal to `transformers.image_utils.load_image`.
+
+    That function turns the picture upright by its EXIF orientation and then calls
+    `convert("RGB")`; so do we. Hence a grey image is repeated in three channels, transparency is
+    dropped and not blended, palettes are looked up, CMYK is converted, and 16-bit grey is what
+    Pillow makes of it. (A Hugging Face *processor* given a `PIL.Image` that was opened elsewhere
+    does not apply the orientation; `load_image` is what one gets by passing a path.)
+
+    Raises:
+      DataError: the file is missing, empty, truncated, not an image, or has more than
+        `MAX_PIXELS` pixels.
+    """
+    name = os.fspath(ref.path) if ref.path is not None else ref.name
+    data = ref.read()
+    if not data:
+        raise DataError(f"image {name} is empty (0 bytes)")
+    try:
+        image = Image.open(io.BytesIO(data))
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise DataError(_too_large(name, f"{width} x {height} pixels"))
+        return ImageOps.exif_transpose(image).convert("RGB")
+    except DataError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise DataError(_too_large(name, str(error))) from error
+    except Image.UnidentifiedImageError as error:
+        raise DataError(f"image {name} is not an image of a known format") from error
+    except Exception as error:  # A decoder that is given damaged bytes raises nearly anything.
+        raise DataError(f"image {name} is damaged: {error}") from error
+
+
+def _too_large(name: str, size: str) -> str:
+    return f"image {name} is too large to decode safely ({size}, at most {MAX_PIXELS})"
+
+
+def resolve_image(root: epath.PathLike, relative: str) -> epath.Path:
+    """The file that a row's `relative` path means, certain to lie below the folder `root`.
+
+    An absolute path is taken when it leads below `root`; so is a path with ``..`` or through a
+    link. A data set from elsewhere can thus not name a file outside its own folder. Whether the
+    file exists is not checked.
+
+    Raises:
+      DataError: the path is empty or leaves `root`.
+    """
+    if not relative or "\0" in relative:
+        raise DataError(f"image path {relative!r} is not a path")
+    try:
+        folder = _resolved(epath.Path(root))
+        in_bucket = not is_local(root) and not is_local(relative)
+        path = _resolved(epath.Path(relative) if in_bucket else epath.Path(root) / relative)
+    except (OSError, ValueError) as error:
+        raise DataError(f"image path {relative!r} cannot be followed: {error}") from error
+    if is_local(folder) != is_local(path) or not path.is_relative_to(folder):
+        raise DataError(f"image path {relative!r} leaves the image folder {os.fspath(root)}")
+    return path
+
+
+def _resolved(path: epath.Path) -> epath.Path:
+    # `epath.Path.resolve` follows no links and turns a bucket path into a local one.
+    if is_local(path):
+        return epath.Path(os.path.realpath(path))
+    scheme, tail = os.fspath(path).split("://", 1)
+    return epath.Path(f"{scheme}://{posixpath.normpath('/' + tail).lstrip('/')}")

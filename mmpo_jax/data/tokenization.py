@@ -1,0 +1,158 @@
+"""The tokenisation contract: a record's prompt, shared once, and its responses.
+
+BOS once, at the start. EOS exactly once, at the end of a response. Image tokens are never cut: too
+long a prompt drops the row; an over-long response loses its tail.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from mmpo_jax.data.processor import Processor, ProcessorError
+from mmpo_jax.data.records import ImageRef, Record, Turn
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizedResponse:
+    """One response: everything after the shared prompt."""
+
+    ids: np.ndarray
+    """int32[t]."""
+    loss_mask: np.ndarray
+    """bool[t]; True at the assistant's tokens, the final EOS included."""
+    truncated: int
+    """How many tokens the length limit cut off."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizedRecord:
+    """A record as token ids; images stay references until a batch is made."""
+
+    id: str
+    prompt_ids: np.ndarray
+    """int32[p]; image placeholders expanded."""
+    responses: tuple[TokenizedResponse, ...]
+    images: tuple[ImageRef, ...]
+
+
+class RowRejected(Exception):
+    """A row that cannot be used; `reason` is the word it is counted under."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(detail)
+        self.reason, self.detail = reason, detail
+
+
+def tokenize(
+    record: Record, processor: Processor, max_prompt: int, max_response: int
+) -> TokenizedRecord:
+    """Tokenizes a record; what its responses' dialogues have in common becomes the prompt.
+
+    With a prompt in the record, that is the rendered prompt up to the assistant's header. Without
+    (dialogues about the same images), it is the longest common start of the dialogues' prompts:
+    the images and whatever text precedes the first difference. A response without an assistant
+    turn is a question to be answered: it ends with the assistant's header and has no loss.
+
+    Raises:
+      RowRejected: the prompt is longer than `max_prompt`, or a response has nothing to learn.
+    """
+    dialogues = [
+        _segments((*record.prompt, *response.turns), len(record.images), processor)
+        for response in record.responses
+    ]
+    if not dialogues:
+        dialogues = [_segments(record.prompt, len(record.images), processor)]
+    starts = [segments[0][0] for segments in dialogues]
+    prompt = starts[0] if record.prompt else _common_start(starts)
+    if any(start[: len(prompt)] != prompt for start in starts):
+        raise RowRejected("template", "the responses do not share the rendered prompt")
+    images = prompt.count(processor.image_token_id)
+    if images != len(record.images) * processor.num_image_tokens:
+        raise RowRejected("image_count", "the shared prompt does not hold every image of the row")
+    if len(prompt) > max_prompt:
+        raise RowRejected(
+            "prompt_too_long", f"the prompt has {len(prompt)} tokens, the limit is {max_prompt}"
+        )
+    responses = []
+    for segments in dialogues if record.responses else []:
+        responses.append(_response(segments, len(prompt), max_response))
+    return TokenizedRecord(record.id, np.array(prompt, np.int32), tuple(responses), record.images)
+
+
+Segment = tuple[list[int], bool]
+"""(token ids, spoken by the assistant)."""
+
+
+def _segments(turns: Sequence[Turn], num_images: int, processor: Processor) -> list[Segment]:
+    """A dialogue cut where the assistant begins and ends; each piece is tokenized by itself.
+
+    Tokenizing the pieces apart makes a prompt's ids the same in training as in generation.
+    """
+    segments: list[Segment] = []
+    done = ""
+    for index, turn in enumerate(turns):
+        if turn.role != "assistant":
+            continue
+        before = processor.render(turns[:index], num_images, True)
+        after = processor.render(turns[: index + 1], num_images, False)
+        if not (after.startswith(before) and before.startswith(done)):
+            raise ProcessorError(
+                f"{processor.folder}: the chat template rewrites earlier turns, so a response "
+                "cannot be told from its prompt"
+            )
+        last = index == len(turns) - 1
+        answer = processor.encode(after[len(before) :])
+        segments.append((processor.encode(before[len(done) :]), False))
+        segments.append((_ended(answer, processor) if last else answer, True))
+        done = after
+    if not turns or turns[-1].role != "assistant":
+        rest = processor.render(turns, num_images, True)
+        segments.append((processor.encode(rest[len(done) :]), False))
+    first = processor.expand_images(_begun(segments[0][0], processor))
+    return [(first, False), *segments[1:]]
+
+
+def _begun(ids: list[int], processor: Processor) -> list[int]:
+    """BOS once, in front, whether the template writes it or not."""
+    bos = processor.tokenizer.bos_token_id
+    written = bool(ids) and ids[0] == bos
+    if bos is None or not (written or processor.adds_bos):
+        return ids
+    while ids and ids[0] == bos:
+        ids = ids[1:]
+    return [bos, *ids]
+
+
+def _ended(ids: list[int], processor: Processor) -> list[int]:
+    """EOS once, at the end, whatever the template writes after an answer."""
+    if processor.eos_id in ids:
+        ids = ids[: ids.index(processor.eos_id)]
+    return [*ids, processor.eos_id]
+
+
+def _common_start(rows: Sequence[list[int]]) -> list[int]:
+    length = 0
+    for column in zip(*rows, strict=False):
+        if len(set(column)) > 1:
+            break
+        length += 1
+    return rows[0][:length]
+
+
+def _response(segments: list[Segment], start: int, max_response: int) -> TokenizedResponse:
+    ids = [token for segment, _ in segments for token in segment][start:]
+    mask = [spoken for segment, spoken in segments for _ in segment][start:]
+    kept = slice(0, max_response)
+    asks = not any(spoken for _, spoken in segments)
+    if asks and len(ids) > max_response:
+        raise RowRejected("question_too_long", f"{len(ids)} tokens, the limit is {max_response}")
+    if not asks and not any(mask[kept]):
+        raise RowRejected("empty_response", "no token of the assistant is left to learn")
+    return TokenizedResponse(
+        np.array(ids[kept], np.int32),
+        np.array(mask[kept], bool),
+        max(0, len(ids) - max_response),
+    )

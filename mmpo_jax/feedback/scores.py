@@ -1,0 +1,81 @@
+"""Scores of a response from the verdicts on its claims.
+
+Every response is divided into claims, and a labeler gives each claim p(yes) and p(no). A score is
+one number per response, higher being better; only scores of responses to one prompt compare.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from mmpo_jax.errors import DataError
+
+# log_odds stays finite when a labeler's probability underflows to 0.
+_PROBABILITY_FLOOR = 1e-9
+# Probabilities are sums over spellings ("yes", "Yes") of rounded floats.
+_ROUNDING = 1e-3
+
+
+@dataclass(frozen=True)
+class ScoredResponse:
+    """One sampled response with its claims and what the labeler thought of each.
+
+    Attributes:
+      sample: number of the response among those to its prompt.
+      p_yes, p_no: one probability per claim. They need not add up to 1.
+
+    Raises:
+      DataError: claims and probabilities differ in number, or a probability is none.
+    """
+
+    prompt_id: str
+    sample: int
+    text: str
+    claims: tuple[str, ...]
+    p_yes: tuple[float, ...]
+    p_no: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        where = f"response {self.sample} to prompt {self.prompt_id!r}"
+        if not len(self.claims) == len(self.p_yes) == len(self.p_no):
+            sizes = f"{len(self.claims)} claims, {len(self.p_yes)} p_yes, {len(self.p_no)} p_no"
+            raise DataError(f"{where}: {sizes}")
+        # A NaN would compare false below and pass for a rejected claim.
+        if not all(0 <= p <= 1 + _ROUNDING for p in self.p_yes + self.p_no):
+            raise DataError(f"{where}: a probability is not between 0 and 1")
+
+    @property
+    def verdicts(self) -> tuple[bool, ...]:
+        """Whether each claim is accepted: p(yes) > p(no), so that a tie is rejected."""
+        return tuple(yes > no for yes, no in zip(self.p_yes, self.p_no, strict=True))
+
+
+def count_score(verdicts: Sequence[bool]) -> int:
+    """RLAIF-V's score: minus the number of rejected claims. A long response has more to lose."""
+    return -sum(not verdict for verdict in verdicts)
+
+
+def fraction_score(verdicts: Sequence[bool]) -> float:
+    """The share of accepted claims, in [0, 1]; wants a `min_difference` below 1.
+
+    Raises:
+      ValueError: there are no claims.
+    """
+    if not verdicts:
+        raise ValueError("the share of accepted claims needs a claim")
+    return sum(verdicts) / len(verdicts)
+
+
+def log_odds_score(p_yes: Sequence[float], p_no: Sequence[float]) -> float:
+    """Sum over claims of log p(yes) - log p(no): `count_score` with the labeler's confidence."""
+    return math.fsum(
+        math.log(max(yes, _PROBABILITY_FLOOR)) - math.log(max(no, _PROBABILITY_FLOOR))
+        for yes, no in zip(p_yes, p_no, strict=True)
+    )
+
+
+SCORES: Mapping[str, Callable[[ScoredResponse], float]] = {
+    "count": lambda response: count_score(response.verdicts),
+    "fraction": lambda response: fraction_score(response.verdicts),
+    "log_odds": lambda response: log_odds_score(response.p_yes, response.p_no),
+}

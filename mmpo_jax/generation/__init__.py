@@ -1,0 +1,1 @@
+"""Sampling responses with one prompt cache read by many samples."""

@@ -1,0 +1,227 @@
+"""n samples per prompt from one prompt cache: prefill once, then a compiled decoding loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mmpo_jax.models.attention import attend, shared_prompt_attention
+from mmpo_jax.models.batch import Batch
+from mmpo_jax.models.llava import Llava, Model, Params, prompt_lengths
+from mmpo_jax.models.log_probs import next_token_logits
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How tokens are chosen; hashable, as it is compiled in."""
+
+    num_samples: int = 1
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps all."""
+    max_new_tokens: int = 64
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SamplingState:
+    """What the decoding loop carries from one token to the next; n samples of B prompts."""
+
+    position: jax.Array
+    """int32[]; the index of the token that comes next."""
+    logits: jax.Array
+    """float32[B, n, V]; the distribution of that token."""
+    tokens: jax.Array
+    """int32[B, n, T]; what is sampled so far, `pad_id` after the end."""
+    done: jax.Array
+    """bool[B, n]; True once EOS is sampled."""
+    cache: tuple[jax.Array, jax.Array]
+    """Keys and values of the sampled tokens, [L, B, n, T, K, d] each."""
+
+
+@functools.partial(jax.jit, static_argnames=("model", "decoding", "eos_ids", "pad_id"))
+def sample(
+    model: Model,
+    params: Params,
+    batch: Batch,
+    keys: jax.Array,
+    *,
+    decoding: Decoding,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+) -> jax.Array:
+    """Samples responses to every prompt of a batch.
+
+    Every sample has a key of its own and a key per token is folded from it, so a sample does not
+    depend on its neighbours, its place in the batch or the number of samples beside it.
+
+    Args:
+      model: the architecture.
+      params: its parameters.
+      batch: the prompts; its responses are not read.
+      keys: PRNG keys [B, n].
+      decoding: temperature, truncation and length.
+      eos_ids: tokens that end a response.
+      pad_id: what follows the end.
+
+    Returns:
+      int32[B, n, max_new_tokens], EOS included where it was sampled.
+    """
+    module = model.bind(params)
+    prompt_cache, last = prefill(module, batch)
+    b, n = batch.prompt_ids.shape[0], decoding.num_samples
+    key_cache = prompt_cache[0]
+    own = jnp.zeros(
+        (key_cache.shape[0], b, n, decoding.max_new_tokens, *key_cache.shape[-2:]), key_cache.dtype
+    )
+    logits = next_token_logits(module, last)
+    state = SamplingState(
+        position=jnp.int32(0),
+        logits=jnp.broadcast_to(logits[:, None], (b, n, logits.shape[-1])),
+        tokens=jnp.full((b, n, decoding.max_new_tokens), pad_id, jnp.int32),
+        done=jnp.broadcast_to(batch.weights[:, None] == 0, (b, n)),
+        cache=(own, own),
+    )
+
+    def unfinished(state: SamplingState) -> jax.Array:
+        return (state.position < decoding.max_new_tokens) & ~state.done.all()
+
+    def step(state: SamplingState) -> SamplingState:
+        token = choose_token(state.logits, keys, state.position, decoding)
+        token = jnp.where(state.done, pad_id, token)
+        done = state.done | jnp.isin(token, jnp.array(eos_ids))
+        logits, cache = decode_token(module, batch, prompt_cache, state, token)
+        return SamplingState(
+            position=state.position + 1,
+            logits=logits,
+            tokens=state.tokens.at[:, :, state.position].set(token),
+            done=done,
+            cache=cache,
+        )
+
+    return jax.lax.while_loop(unfinished, step, state).tokens
+
+
+def prefill(module: Llava, batch: Batch) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    """Runs the prompts once.
+
+    Returns:
+      ((keys, values) [L, B, P, K, d] of every layer, last token's hidden state [B, D]).
+    """
+    b, p = batch.prompt_ids.shape
+    no_responses = jnp.zeros((b, 0, 0), bool)
+
+    def attend_prompt(query, key, value, carry, inputs):
+        del inputs
+        out = shared_prompt_attention(query, key, value, batch.prompt_mask, no_responses)
+        return out, carry, (key, value)
+
+    positions = jnp.broadcast_to(jnp.arange(p), (b, p))
+    x, _, cache = module.language_model(module.embed_prompt(batch), positions, attend_prompt)
+    last = jax.vmap(lambda rows, at: rows[at])(x, prompt_lengths(batch) - 1)
+    return cache, last
+
+
+def decode_token(
+    module: Llava,
+    batch: Batch,
+    prompt_cache: tuple[jax.Array, jax.Array],
+    state: SamplingState,
+    token: jax.Array,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """One token of every sample through the decoder.
+
+    Args:
+      module: the bound model.
+      batch: the prompts.
+      prompt_cache: see `prefill`.
+      state: the loop's state before this token.
+      token: int32[B, n].
+
+    Returns:
+      (logits of the next token float32[B, n, V], the samples' cache with this token written).
+    """
+    b, n = token.shape
+    at = state.position
+    # The n samples of a prompt are n rows of the decoder's sequence axis: they share its cache.
+    x = module.language_model.embed_tokens(token)
+    positions = jnp.broadcast_to(prompt_lengths(batch)[:, None] + at, (b, n))
+    seen = jnp.arange(state.tokens.shape[-1]) <= at
+
+    def attend_caches(query, key, value, carry, inputs):
+        layer, prompt_key, prompt_value = inputs
+        keys, values = (
+            jax.lax.dynamic_update_slice(cache, new[None, :, :, None], (layer, 0, 0, at, 0, 0))
+            for cache, new in zip(carry, (key, value), strict=True)
+        )
+        own_key, own_value = (
+            jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False) for cache in (keys, values)
+        )
+        parts = [
+            (prompt_key, prompt_value, batch.prompt_mask[:, None, None, :]),
+            (own_key, own_value, seen),
+        ]
+        out = attend(query[:, :, None], parts, query.shape[-1] ** -0.5)
+        return out[:, :, 0], (keys, values), None
+
+    layers = jnp.arange(prompt_cache[0].shape[0])
+    hidden, cache, _ = module.language_model(
+        x, positions, attend_caches, carry=state.cache, layer_inputs=(layers, *prompt_cache)
+    )
+    return next_token_logits(module, hidden), cache
+
+
+def choose_token(
+    logits: jax.Array, keys: jax.Array, position: jax.Array, decoding: Decoding
+) -> jax.Array:
+    """int32[B, n]: the next token of every sample from float32 logits [B, n, V]."""
+    if decoding.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = truncate(logits / decoding.temperature, decoding.top_k, decoding.top_p)
+
+    def draw(key: jax.Array, logits: jax.Array) -> jax.Array:
+        return jax.random.categorical(jax.random.fold_in(key, position), logits)
+
+    return jax.vmap(jax.vmap(draw))(keys, logits).astype(jnp.int32)
+
+
+def truncate(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
+    """Keeps the k most likely tokens, then the smallest set of total probability `top_p`.
+
+    The order and the edge cases are transformers': tokens as likely as the k-th all stay, and the
+    most likely token always does. [..., V] -> [..., V], -inf elsewhere.
+    """
+    if top_k:
+        kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][..., -1:]
+        logits = jnp.where(logits < kth, -jnp.inf, logits)
+    if top_p < 1:
+        ordered = jnp.sort(logits, axis=-1)[..., ::-1]
+        probabilities = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        smallest = jnp.where(before < top_p, ordered, jnp.inf).min(axis=-1, keepdims=True)
+        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+    return logits
+
+
+def sample_keys(seed: int, round_index: int, prompt_numbers: Any, num_samples: int) -> jax.Array:
+    """PRNG keys [B, n] folded from (seed, round, prompt, sample).
+
+    Args:
+      seed: of the run.
+      round_index: which round samples.
+      prompt_numbers: uint32[B], a number for each prompt id (see `prompt_number`).
+      num_samples: n.
+    """
+    base = jax.random.fold_in(jax.random.key(seed), round_index)
+    per_prompt = jax.vmap(lambda number: jax.random.fold_in(base, number))(
+        jnp.asarray(prompt_numbers, jnp.uint32)
+    )
+    numbers = jnp.arange(num_samples, dtype=jnp.uint32)
+    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    return jax.vmap(lambda key: fold(key, numbers))(per_prompt)

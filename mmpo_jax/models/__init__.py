@@ -1,0 +1,1 @@
+"""Vision-language models in Flax NNX, driven by Hugging Face configs."""

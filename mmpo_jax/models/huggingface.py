@@ -1,0 +1,268 @@
+"""Hugging Face checkpoint folders in and out: safetensors to and from the parameter tree.
+
+Reads every layout that transformers has written for LLaVA; writes the oldest one (llava-hf of
+transformers 4.x), which all of them read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from mmpo_jax.models.config import DecoderConfig, LlavaConfig, ModelError, load_config
+from mmpo_jax.models.llava import Model, Params
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PROCESSOR_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+"""What is copied beside the weights, so that the folder is a whole checkpoint."""
+
+_KEY_LAYOUTS: tuple[tuple[str, str], ...] = (
+    (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
+    (r"^model\.language_model\.", "language_model."),
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^language_model\.model\.", "language_model."),
+    (r"^vision_tower\.vision_model\.", "vision_tower."),
+    (r"^vision_tower\.encoder\.", "vision_tower."),
+)
+"""Applied in order, these turn any layout's key into the parameter tree's own spelling."""
+
+
+def load_model(folder: str | os.PathLike[str]) -> tuple[Model, Params]:
+    """The model of a checkpoint folder and its parameters as NumPy arrays.
+
+    Raises:
+      ModelError: no config, an unknown architecture, or weights that do not fit the config.
+    """
+    config = load_config(folder)
+    model = Model.create(config)
+    return model, load_params(folder, model)
+
+
+def load_params(folder: str | os.PathLike[str], model: Model) -> Params:
+    """Reads the weights of a checkpoint folder into the model's parameter tree.
+
+    Returns:
+      A nested dict of NumPy arrays in the files' dtype.
+
+    Raises:
+      ModelError: naming the file and the tensor that is missing, unexpected or of another shape.
+    """
+    expected = flatten(model.abstract_params())
+    found: dict[str, np.ndarray] = {}
+    stacks: dict[str, dict[int, np.ndarray]] = {}
+    for file in weight_files(folder):
+        for key, tensor in _read_tensors(file):
+            path, layer = _path_of(key, model.config)
+            if path is None:
+                continue
+            array = _to_ours(path, tensor)
+            if path not in expected:
+                raise ModelError(f"{file}: unexpected tensor {key}")
+            shape = expected[path].shape if layer is None else expected[path].shape[1:]
+            if array.shape != shape:
+                raise ModelError(
+                    f"{file}: {key} has shape {tensor.shape}, the config gives "
+                    f"{_to_theirs(path, np.empty(shape, np.int8)).shape}"
+                )
+            if layer is None:
+                found[path] = array
+            else:
+                stacks.setdefault(path, {})[layer] = array
+    for path, layers in stacks.items():
+        depth = expected[path].shape[0]
+        missing = sorted(set(range(depth)) - set(layers))
+        extra = sorted(set(layers) - set(range(depth)))
+        if missing or extra:
+            what = f"no layer {missing[0]}" if missing else f"a layer {extra[0]}"
+            raise ModelError(f"{folder}: {path} has {what}; the config has {depth} layers")
+        found[path] = np.stack([layers[i] for i in range(depth)])
+    missing_paths = sorted(set(expected) - set(found))
+    if missing_paths:
+        raise ModelError(f"{folder}: no weights for {', '.join(missing_paths[:5])}")
+    return unflatten(found)
+
+
+def save_model(
+    folder: str | os.PathLike[str],
+    model: Model,
+    params: Params,
+    source: str | os.PathLike[str],
+) -> None:
+    """Writes a checkpoint folder that transformers loads.
+
+    Args:
+      folder: written whole, by rename: it is complete whenever it exists.
+      model: the architecture.
+      params: its parameters, on any device.
+      source: the folder the config, tokenizer and processor files are copied from.
+    """
+    target = os.fspath(folder)
+    staging = target.rstrip("/") + ".incomplete"
+    shutil.rmtree(staging, ignore_errors=True)
+    os.makedirs(staging)
+    tensors = dict(to_huggingface(params, model.config))
+    safetensors.numpy.save_file(
+        tensors, os.path.join(staging, SINGLE_FILE), metadata={"format": "pt"}
+    )
+    for name in ("config.json", *PROCESSOR_FILES):
+        origin = os.path.join(source, name)
+        if os.path.isfile(origin):
+            shutil.copyfile(origin, os.path.join(staging, name))
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(staging, target)
+
+
+def to_huggingface(params: Params, config: LlavaConfig) -> Iterator[tuple[str, np.ndarray]]:
+    """(key, tensor) of the llava-hf layout, sorted by key."""
+    tensors = {}
+    for path, leaf in flatten(params).items():
+        array = np.asarray(jax.device_get(leaf))
+        if "/layers/" in path:
+            for layer, part in enumerate(array):
+                tensors[_key_of(path, layer)] = np.ascontiguousarray(_to_theirs(path, part))
+        elif path.endswith("patch_embedding/kernel"):
+            tensors[_key_of(path, None)] = _unfold_patches(array, config)
+        else:
+            tensors[_key_of(path, None)] = np.ascontiguousarray(_to_theirs(path, array))
+    yield from sorted(tensors.items())
+
+
+def weight_files(folder: str | os.PathLike[str]) -> list[str]:
+    """The safetensors files of a checkpoint folder, checked against its index if it has one.
+
+    Raises:
+      ModelError: there are none, or the index names one that is not there.
+    """
+    folder = os.fspath(folder)
+    index = os.path.join(folder, INDEX_FILE)
+    if os.path.isfile(index):
+        with open(index) as file:
+            names = sorted(set(json.load(file)["weight_map"].values()))
+    else:
+        names = [SINGLE_FILE]
+    files = [os.path.join(folder, name) for name in names]
+    for file in files:
+        if not os.path.isfile(file):
+            raise ModelError(f"{file}: not found; weights are read from safetensors files only")
+    return files
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dict -> {"a/b/c": leaf}, the spelling that sharding and freezing rules match."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        path = f"{prefix}/{name}" if prefix else str(name)
+        flat.update(flatten(value, path) if isinstance(value, Mapping) else {path: value})
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def map_with_path(function: Callable[[str, Any], Any], tree: Params) -> Params:
+    """Applies `function(path, leaf)` to every leaf of a nested dict."""
+    return unflatten({path: function(path, leaf) for path, leaf in flatten(tree).items()})
+
+
+def _read_tensors(file: str) -> Iterator[tuple[str, np.ndarray]]:
+    try:
+        with safetensors.safe_open(file, framework="numpy") as handle:
+            for key in handle.keys():  # noqa: SIM118 (a handle is no mapping)
+                yield key, handle.get_tensor(key)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ModelError(f"{file}: not a readable safetensors file: {error}") from error
+
+
+def _path_of(key: str, config: LlavaConfig) -> tuple[str | None, int | None]:
+    """The parameter path and layer index of a Hugging Face key; None for what is not stored."""
+    for pattern, replacement in _KEY_LAYOUTS:
+        key = re.sub(pattern, replacement, key)
+    if key == "language_model.lm_head.weight" and config.decoder.tie_word_embeddings:
+        return None, None  # the same tensor as the embedding, written by some versions
+    if key.endswith(("position_ids", "rotary_emb.inv_freq")):
+        return None, None  # buffers that old versions stored
+    layer = re.search(r"\.layers\.(\d+)\.", key)
+    path = re.sub(r"\.layers\.\d+\.", ".layers.", key).replace(".", "/")
+    stem, _, name = path.rpartition("/")
+    if name == "weight":
+        if re.search(r"norm\d?$|layrnorm$", stem):
+            name = "scale"
+        elif stem.endswith(("embed_tokens", "position_embedding")):
+            name = "embedding"
+        else:
+            name = "kernel"
+    return f"{stem}/{name}", int(layer.group(1)) if layer else None
+
+
+def _key_of(path: str, layer: int | None) -> str:
+    """The llava-hf key of a parameter path."""
+    key = re.sub(r"/(kernel|scale|embedding)$", "/weight", path).replace("/", ".")
+    if layer is not None:
+        key = key.replace(".layers.", f".layers.{layer}.")
+    key = key.replace("vision_tower.layers.", "vision_tower.encoder.layers.")
+    key = key.replace("vision_tower.", "vision_tower.vision_model.")
+    if key.startswith("language_model.") and not key.startswith("language_model.lm_head"):
+        key = key.replace("language_model.", "language_model.model.", 1)
+    return key
+
+
+def _to_ours(path: str, tensor: np.ndarray) -> np.ndarray:
+    """torch stores a dense layer as [out, in]; a patch convolution is one over flat patches."""
+    if path.endswith("patch_embedding/kernel"):
+        return tensor.reshape(tensor.shape[0], -1).T
+    return tensor.T if path.endswith("/kernel") else tensor
+
+
+def _to_theirs(path: str, array: np.ndarray) -> np.ndarray:
+    return array.T if path.endswith("/kernel") else array
+
+
+def _unfold_patches(array: np.ndarray, config: LlavaConfig) -> np.ndarray:
+    vision = config.vision
+    size = vision.patch_size
+    return np.ascontiguousarray(array.T).reshape(-1, vision.num_channels, size, size)
+
+
+def with_vocabulary(config: DecoderConfig, tokenizer_size: int, folder: str) -> None:
+    """Refuses a tokenizer that has ids the model does not.
+
+    Raises:
+      ModelError: naming both sizes.
+    """
+    if tokenizer_size > config.vocab_size:
+        raise ModelError(
+            f"{folder}: the tokenizer has {tokenizer_size} ids, the model's vocabulary only "
+            f"{config.vocab_size}; they do not belong together"
+        )

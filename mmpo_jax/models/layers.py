@@ -1,0 +1,73 @@
+"""Building blocks shared by vision towers and decoders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+"""Activations by their Hugging Face names."""
+
+
+def linear(inputs: int, outputs: int, use_bias: bool, rngs: nnx.Rngs) -> nnx.Linear:
+    """A dense layer [inputs, outputs], initialised as Hugging Face does (normal, 0.02)."""
+    init = nnx.initializers.normal(0.02)
+    return nnx.Linear(inputs, outputs, use_bias=use_bias, kernel_init=init, rngs=rngs)
+
+
+def layer_norm(size: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """Layer norm with statistics in two passes: the fast one loses digits on large means."""
+    return nnx.LayerNorm(size, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
+
+
+def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> Any:
+    """`depth` layers as one module whose parameters have a leading axis, ready for `scan`."""
+
+    @nnx.split_rngs(splits=depth)
+    @nnx.vmap(in_axes=(0,), out_axes=0)
+    def build(rngs: nnx.Rngs) -> nnx.Module:
+        return make(rngs)
+
+    return build(rngs)
+
+
+def rematerialise(function: Callable, policy: str) -> Callable:
+    """Wraps one layer's forward so that its activations are recomputed in the backward pass.
+
+    Args:
+      function: the layer's body, as `jax.lax.scan` takes it.
+      policy: "none" keeps everything; "dots" keeps matrix products; "full" keeps the inputs only.
+    """
+    if policy == "none":
+        return function
+    if policy == "dots":
+        saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        return jax.checkpoint(function, policy=saved, prevent_cse=False)
+    if policy == "full":
+        return jax.checkpoint(function, prevent_cse=False)
+    raise ValueError(f"unknown rematerialisation policy {policy!r}")
+
+
+def constrain_batch(x: jax.Array) -> jax.Array:
+    """Keeps axis 0 of an activation sharded over the mesh's batch axes, if a mesh is in use."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    axes = tuple(axis for axis in ("data", "fsdp") if axis in mesh.axis_names)
+    spec = jax.sharding.PartitionSpec(axes, *([None] * (x.ndim - 1)))
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def promote(x: jax.Array) -> jax.Array:
+    """float32 for lower precisions, unchanged above: log-probs and norms are taken in this."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -1,0 +1,31 @@
+"""Losses and metrics as sums with weights, so that micro-batches add up exactly."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """A loss before its division: adding the parts of a batch gives the whole batch's."""
+
+    loss: jax.Array
+    """float32[]: sum of the terms."""
+    weight: jax.Array
+    """float32[]: how much they count; the loss of a batch is loss / weight."""
+    metrics: dict[str, tuple[jax.Array, jax.Array]]
+    """name -> (sum, weight), float32[] each."""
+
+
+def weighted(values: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(sum of weighted values, sum of weights)."""
+    return jnp.sum(values * weights), jnp.sum(weights)
+
+
+def mean(total: jax.Array, weight: jax.Array) -> jax.Array:
+    """total / weight, and 0 where nothing counts."""
+    return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1), 0)

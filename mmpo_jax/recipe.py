@@ -1,0 +1,324 @@
+"""Recipes: an experiment as typed data, read from YAML with `key=value` overrides.
+
+Everything is checked when a recipe is loaded, before anything heavy starts; every error names the
+key's path, and for a misspelt key the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+import pydantic
+import yaml
+from pydantic import Field, PositiveInt
+
+from mmpo_jax.errors import MmpoError
+
+
+class RecipeError(MmpoError):
+    """A recipe that cannot be read or holds an unknown key or an impossible value."""
+
+
+class Section(pydantic.BaseModel):
+    """A frozen group of options; unknown keys are refused."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Lengths(Section):
+    """Static shapes: the ascending sizes that prompts and responses are padded to."""
+
+    prompt: tuple[PositiveInt, ...] = (64,)
+    response: tuple[PositiveInt, ...] = (32,)
+
+    @pydantic.field_validator("prompt", "response")
+    @classmethod
+    def _ascending(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        if not sizes or list(sizes) != sorted(set(sizes)):
+            raise ValueError("give one or more sizes in ascending order")
+        return sizes
+
+
+class Devices(Section):
+    """Mesh sizes; -1 takes the devices the others leave."""
+
+    data: int = Field(1, ge=-1)
+    fsdp: int = Field(-1, ge=-1)
+    tensor: int = Field(1, ge=-1)
+
+
+class ShapesData(Section):
+    """Scenes of the built-in picture world."""
+
+    source: Literal["shapes"] = "shapes"
+    split: Literal["train", "align", "validation", "test"] = "train"
+    size: PositiveInt = 1000
+    seed: int = Field(0, ge=0)
+    image_size: PositiveInt = 48
+    questions: int = Field(3, ge=0)
+    """Yes/no questions per scene in supervised data and in evaluation."""
+    hallucination_rate: float = Field(0.5, ge=0, le=1)
+    """Share of supervised captions with one invented thing."""
+
+
+class FileData(Section):
+    """JSONL or Parquet in TRL's conversational or plain format."""
+
+    source: Literal["file"] = "file"
+    path: str
+    image_root: str | None = None
+    """Folder the image paths are relative to and must stay in; the file's own by default."""
+    max_skipped: float = Field(0.1, ge=0, le=1)
+    """Share of unusable rows above which the run stops."""
+
+
+Data = Annotated[ShapesData | FileData, Field(discriminator="source")]
+
+
+class Sampling(Section):
+    """How responses are drawn."""
+
+    num_samples: PositiveInt = 10
+    temperature: float = Field(0.7, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    max_new_tokens: PositiveInt = 64
+    batch_size: PositiveInt = 16
+    """Prompts at a time."""
+
+
+class Feedback(Section):
+    """Divide and conquer: how responses become claims and claims become verdicts."""
+
+    splitter: Literal["shapes"] = "shapes"
+    labeler: str | None = None
+    """Checkpoint folder that answers the questions; the start model by default."""
+    suffix: str = " Please answer yes or no."
+    """Follows every question (RLAIF-V's wording)."""
+    batch_size: PositiveInt = 16
+    """Images at a time."""
+
+
+class Pairing(Section):
+    """Combine: scored responses to preference pairs."""
+
+    score: Literal["count", "fraction", "log_odds"] = "count"
+    min_difference: float = Field(1.0, gt=0)
+    max_pairs_per_prompt: PositiveInt = 2
+    length_balance: Literal["rlaif_v", "symmetric", "none"] = "rlaif_v"
+
+
+class Dpo(Section):
+    """Direct preference optimisation."""
+
+    type: Literal["dpo"] = "dpo"
+    beta: float = Field(0.1, gt=0)
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+
+
+class Sft(Section):
+    """Supervised fine-tuning."""
+
+    type: Literal["sft"] = "sft"
+
+
+Objective = Annotated[Dpo | Sft, Field(discriminator="type")]
+
+
+class Optimizer(Section):
+    """AdamW with warm-up and cosine decay to zero."""
+
+    learning_rate: float = Field(5e-7, gt=0)
+    warmup_ratio: float = Field(0.05, ge=0, le=1)
+    weight_decay: float = Field(0.01, ge=0)
+    """Not applied to biases and norms."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+
+
+class Training(Section):
+    """One training stage."""
+
+    objective: Objective = Dpo()
+    optimizer: Optimizer = Optimizer()
+    epochs: PositiveInt = 1
+    max_steps: PositiveInt | None = None
+    """Stops earlier than the epochs would; the schedule ends there too."""
+    batch_size: PositiveInt = 8
+    """Rows (pairs, dialogues groups) per update, over all devices."""
+    micro_batch_size: PositiveInt | None = None
+    """Rows at a time, over all devices; the whole batch by default."""
+    freeze: tuple[str, ...] = ()
+    """Regular expressions over whole parameter paths; what they match is not trained."""
+    remat: Literal["none", "dots", "full"] = "none"
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    log_every: PositiveInt = 10
+    save_every: PositiveInt = 100
+    keep_checkpoints: PositiveInt = 2
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> Training:
+        micro = self.micro_batch_size
+        if micro is not None and self.batch_size % micro:
+            raise ValueError(f"batch_size {self.batch_size} is no multiple of {micro}")
+        if self.save_every % self.log_every:
+            raise ValueError("save_every must be a multiple of log_every")
+        return self
+
+
+class Evaluation(Section):
+    """How the picture world's held-out scenes are captioned and questioned."""
+
+    data: ShapesData = ShapesData(split="test", size=500, questions=8)
+    batch_size: PositiveInt = 50
+    max_new_tokens: PositiveInt = 64
+    seeds: tuple[int, ...] = (0,)
+    """One sampled caption per scene and seed."""
+
+
+class Base(Section):
+    """What every recipe has."""
+
+    seed: int = Field(0, ge=0)
+    output: str
+    """Folder everything is written to; running again goes on where it stopped."""
+    model: str
+    """Checkpoint folder; `builtin:shapes` is the one that ships with the package."""
+    lengths: Lengths = Lengths()
+    devices: Devices = Devices()
+
+
+class TrainRecipe(Base):
+    """`mmpo train`: one training stage on data that is there."""
+
+    weights: Literal["pretrained", "random"] = "pretrained"
+    """`random` takes only the config and the processor from the model folder."""
+    data: Data
+    training: Training = Training()
+
+
+class AlignRecipe(Base):
+    """`mmpo align`: rounds of generate, divide, conquer, combine, train."""
+
+    data: Data
+    rounds: PositiveInt = 4
+    prompts_per_round: PositiveInt | None = None
+    """Each round takes its own next prompts; all of the data by default."""
+    sampling: Sampling = Sampling()
+    feedback: Feedback = Feedback()
+    pairing: Pairing = Pairing()
+    training: Training = Training()
+    evaluation: Evaluation | None = None
+
+
+class GenerateRecipe(Base):
+    """`mmpo generate`: responses to prompts, as JSONL."""
+
+    data: Data
+    sampling: Sampling = Sampling()
+
+
+class EvaluateRecipe(Base):
+    """`mmpo evaluate`: hallucination and yes/no accuracy of a model."""
+
+    evaluation: Evaluation = Evaluation()
+
+
+RecipeType = TypeVar("RecipeType", bound=Base)
+
+
+def load_recipe(
+    kind: type[RecipeType], path: str | os.PathLike[str], overrides: Sequence[str] = ()
+) -> RecipeType:
+    """Reads a YAML file, applies `a.b=value` overrides, checks everything.
+
+    Raises:
+      RecipeError: naming the file and every key at fault.
+    """
+    try:
+        with open(path) as file:
+            values = yaml.safe_load(file) or {}
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys to values")
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return kind.model_validate(values)
+    except pydantic.ValidationError as error:
+        lines = "\n".join(f"  {_explain(kind, problem)}" for problem in error.errors())
+        raise RecipeError(f"{path}: this recipe cannot be run:\n{lines}") from error
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"override {override!r}: write key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {override!r}: {error}") from error
+    *parents, name = key.split(".")
+    node = values
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise RecipeError(f"override {override!r}: {parent} is no group of keys")
+        node = child
+    node[name] = value
+
+
+def _explain(kind: type[pydantic.BaseModel], problem: Any) -> str:
+    """One line for one problem: the key's path, what is wrong, what would be right."""
+    sections, path = _follow(kind, problem["loc"])
+    where = ".".join(path) or "the recipe"
+    if problem["type"] == "extra_forbidden":
+        names = [name for section in sections for name in section.model_fields]
+        nearest = difflib.get_close_matches(path[-1], names, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"known here: {', '.join(names)}"
+        return f"{where}: unknown key; {hint}"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = "" if problem["type"] == "missing" else f" (got {problem['input']!r})"
+    return f"{where}: {message}{given}"
+
+
+def _follow(
+    kind: type[pydantic.BaseModel], location: tuple[str | int, ...]
+) -> tuple[list[type[pydantic.BaseModel]], list[str]]:
+    """The section that holds the last key of a pydantic location, and the path as YAML has it.
+
+    pydantic puts the tag of a tagged choice ("file", "dpo") into the location; the file does not.
+    """
+    sections: list[type[pydantic.BaseModel]] = [kind]
+    path: list[str] = []
+    for index, part in enumerate(location):
+        tagged = [s for s in sections if part in _tags(s)]
+        if tagged and index < len(location) - 1:
+            sections = tagged
+            continue
+        path.append(str(part))
+        if index < len(location) - 1:
+            fields = [s.model_fields[part] for s in sections if part in s.model_fields]
+            if fields:
+                sections = [s for field in fields for s in _sections(field.annotation)] or sections
+    return sections, path
+
+
+def _sections(annotation: Any) -> list[type[pydantic.BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+        return [annotation]
+    arguments = getattr(annotation, "__args__", ())
+    return [section for argument in arguments for section in _sections(argument)]
+
+
+def _tags(section: type[pydantic.BaseModel]) -> set[str]:
+    fields = (section.model_fields.get(name) for name in ("source", "type"))
+    return {str(field.default) for field in fields if field is not None}

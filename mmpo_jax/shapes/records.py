@@ -1,0 +1,83 @@
+"""The picture world as records: supervised dialogues, prompts to caption, questions to answer."""
+
+from __future__ import annotations
+
+from mmpo_jax.data.records import ImageRef, Record, Response, Turn
+from mmpo_jax.shapes.language import (
+    ANSWERS,
+    CAPTION_PROMPTS,
+    Question,
+    questions,
+    supervised_caption,
+)
+from mmpo_jax.shapes.render import png_bytes
+from mmpo_jax.shapes.world import Scene, generator, sample_scene
+
+_SUPERVISED, _QUESTIONS, _PROMPT = 1, 2, 3  # streams of random numbers, apart from the scene's
+
+
+def scene_id(split: str, seed: int, index: int) -> str:
+    return f"shapes-{split}-{seed}-{index:06d}"
+
+
+def scenes(split: str, seed: int, size: int) -> list[Scene]:
+    """The first `size` scenes of a split."""
+    return [sample_scene(split, seed, index) for index in range(size)]
+
+
+def supervised_records(
+    split: str, seed: int, size: int, image_size: int, num_questions: int, hallucination_rate: float
+) -> list[Record]:
+    """One record per scene: a caption, at times with an invented thing, and clean answers.
+
+    Returns:
+      Records without a prompt of their own and with 1 + `num_questions` dialogues each.
+    """
+    records = []
+    for index in range(size):
+        scene = sample_scene(split, seed, index)
+        rng = generator(split, seed, index, _SUPERVISED)
+        caption = supervised_caption(scene, rng, hallucination_rate)
+        prompt = CAPTION_PROMPTS[rng.integers(len(CAPTION_PROMPTS))]
+        asked = questions(scene, rng, num_questions)
+        dialogues = [(prompt, caption), *((q.text, ANSWERS[q.answer]) for q in asked)]
+        records.append(
+            Record(
+                id=scene_id(split, seed, index),
+                images=(_image(scene, split, seed, index, image_size),),
+                prompt=(),
+                responses=tuple(
+                    Response((Turn("user", question), Turn("assistant", answer)))
+                    for question, answer in dialogues
+                ),
+            )
+        )
+    return records
+
+
+def prompt_records(split: str, seed: int, size: int, image_size: int) -> list[Record]:
+    """One record per scene that asks for a caption, without responses."""
+    records = []
+    for index in range(size):
+        scene = sample_scene(split, seed, index)
+        rng = generator(split, seed, index, _PROMPT)
+        prompt = CAPTION_PROMPTS[rng.integers(len(CAPTION_PROMPTS))]
+        records.append(
+            Record(
+                id=scene_id(split, seed, index),
+                images=(_image(scene, split, seed, index, image_size),),
+                prompt=(Turn("user", prompt),),
+                responses=(),
+            )
+        )
+    return records
+
+
+def held_out_questions(split: str, seed: int, index: int, count: int) -> list[Question]:
+    """`count` questions about a scene, the same on every call."""
+    scene = sample_scene(split, seed, index)
+    return questions(scene, generator(split, seed, index, _QUESTIONS), count)
+
+
+def _image(scene: Scene, split: str, seed: int, index: int, size: int) -> ImageRef:
+    return ImageRef(name=scene_id(split, seed, index), data=png_bytes(scene, size))

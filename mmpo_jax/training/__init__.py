@@ -1,0 +1,1 @@
+"""Train state, jitted step, loop, reference cache and checkpoints."""

@@ -1,0 +1,167 @@
+"""Orbax checkpoints of training: state, data position, and the base folder they belong to."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from mmpo_jax.errors import MmpoError
+from mmpo_jax.models.huggingface import PROCESSOR_FILES, unflatten
+from mmpo_jax.models.llava import Params
+from mmpo_jax.training.step import TrainState
+
+log = logging.getLogger(__name__)
+
+BASE = "base"
+"""Beside the checkpoints: config, tokenizer and processor of the model they are of."""
+
+
+class CheckpointError(MmpoError):
+    """A checkpoint that does not belong to this run or cannot be read."""
+
+
+class Checkpoints:
+    """Saves a run's state as it goes and finds the last one again."""
+
+    def __init__(self, folder: str | os.PathLike[str], identity: str, keep: int):
+        """
+        Args:
+          folder: of the run; checkpoints go to `checkpoints/`.
+          identity: fingerprint of everything the run is made of; another run's are refused.
+          keep: how many to keep.
+        """
+        self.identity = identity
+        self.folder = os.path.abspath(os.path.join(folder, "checkpoints"))
+        self.manager = ocp.CheckpointManager(
+            self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep)
+        )
+
+    def latest(self) -> int | None:
+        """The last saved step."""
+        return self.manager.latest_step()
+
+    def describe_latest(self) -> str:
+        """For messages: the last good checkpoint's folder."""
+        self.manager.wait_until_finished()
+        step = self.manager.latest_step()
+        return "none was saved yet" if step is None else os.path.join(self.folder, str(step))
+
+    def save(self, step: int, state: TrainState, position: dict[str, Any]) -> None:
+        """Writes a checkpoint in the background.
+
+        Args:
+          step: updates done.
+          state: all of it, copied before this returns.
+          position: the data iterator's state.
+        """
+        run = {"identity": self.identity, "position": position}
+        self.manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave({**state.params, **state.frozen}),
+                optimizer=ocp.args.StandardSave(state.optimizer),
+                run=ocp.args.JsonSave(run),
+            ),
+        )
+
+    def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """The last checkpoint in the given state's shapes and shardings, and the data position.
+
+        Returns:
+          None where nothing was saved.
+
+        Raises:
+          CheckpointError: it is of another run.
+        """
+        step = self.latest()
+        if step is None:
+            return None
+        saved = self.manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))
+        if saved["run"]["identity"] != self.identity:
+            raise CheckpointError(
+                f"{self.folder}: these checkpoints are of a run with another model, data or "
+                "recipe; give another output folder or remove them"
+            )
+        restored = self.manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(_abstract({**state.params, **state.frozen})),
+                optimizer=ocp.args.StandardRestore(_abstract(state.optimizer)),
+            ),
+        )
+        params = restored["params"]
+        log.info("continuing from step %d", step)
+        number = jax.device_put(jax.numpy.int32(step), state.step.sharding)
+        resumed = TrainState(
+            number,
+            {path: params[path] for path in state.params},
+            {path: params[path] for path in state.frozen},
+            restored["optimizer"],
+        )
+        return resumed, saved["run"]["position"]
+
+    def close(self) -> None:
+        self.manager.wait_until_finished()
+        self.manager.close()
+
+
+def save_base(folder: str | os.PathLike[str], source: str | os.PathLike[str]) -> str:
+    """Copies what a checkpoint needs to be run beside it: config, tokenizer, processor.
+
+    Returns:
+      The folder.
+    """
+    base = os.path.join(folder, BASE)
+    os.makedirs(base, exist_ok=True)
+    for name in ("config.json", *PROCESSOR_FILES):
+        origin = os.path.join(source, name)
+        if os.path.isfile(origin):
+            shutil.copyfile(origin, os.path.join(base, name))
+    return base
+
+
+def find_checkpoint(path: str | os.PathLike[str]) -> tuple[str, str] | None:
+    """(step folder, base folder) where `path` is a run, its `checkpoints/` or one step of it."""
+    path = os.path.abspath(path)
+    for folder in (os.path.join(path, "checkpoints"), path):
+        steps = [name for name in _entries(folder) if name.isdigit() and _is_step(folder, name)]
+        if steps and os.path.isdir(os.path.join(os.path.dirname(folder), BASE)):
+            step = os.path.join(folder, max(steps, key=int))
+            return step, os.path.join(os.path.dirname(folder), BASE)
+    base = os.path.join(os.path.dirname(os.path.dirname(path)), BASE)
+    if os.path.basename(path).isdigit() and os.path.isdir(base):
+        return path, base
+    return None
+
+
+def load_checkpoint_params(step_folder: str) -> Params:
+    """The parameters of one checkpoint as NumPy arrays.
+
+    Raises:
+      CheckpointError: the folder is not a whole checkpoint.
+    """
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            restored = checkpointer.restore(os.path.join(step_folder, "params"))
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{step_folder}: not a whole checkpoint: {error}") from error
+    return unflatten(jax.device_get(restored))
+
+
+def _entries(folder: str) -> list[str]:
+    return os.listdir(folder) if os.path.isdir(folder) else []
+
+
+def _is_step(folder: str, name: str) -> bool:
+    return os.path.isdir(os.path.join(folder, name, "params"))
+
+
+def _abstract(tree: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree
+    )

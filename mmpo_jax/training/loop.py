@@ -1,0 +1,156 @@
+"""The training loop: batches in, checkpoints and metrics out, exact resume."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from mmpo_jax.data.pipeline import Example, HostBatch, num_batches, training_batches
+from mmpo_jax.data.processor import Processor
+from mmpo_jax.errors import MmpoError
+from mmpo_jax.models.llava import Model, Params
+from mmpo_jax.parallel.mesh import batch_shards, put_batch
+from mmpo_jax.recipe import Lengths, Training
+from mmpo_jax.training.checkpoints import Checkpoints, save_base
+from mmpo_jax.training.losses import make_loss
+from mmpo_jax.training.metrics import MetricsWriter
+from mmpo_jax.training.optimizer import make_optimizer, make_schedule
+from mmpo_jax.training.step import create_state, make_step, merge
+
+
+class TrainingError(MmpoError):
+    """Training cannot start, or had to stop."""
+
+
+def train(
+    model: Model,
+    params: Params,
+    processor: Processor,
+    examples: Sequence[Example],
+    config: Training,
+    lengths: Lengths,
+    mesh: Mesh,
+    *,
+    folder: str,
+    identity: str,
+    seed: int,
+) -> Params:
+    """Runs one stage of training, from the last checkpoint in `folder` if there is one.
+
+    Args:
+      model: the architecture.
+      params: what training starts from; not changed.
+      processor: of the same checkpoint.
+      examples: the data, tokenized, with the fields the objective needs.
+      config: the recipe's training section.
+      lengths: bucket sizes.
+      mesh: the devices.
+      folder: checkpoints, `metrics.jsonl` and TensorBoard events go here.
+      identity: fingerprint of model, data and recipe; checkpoints of another one are refused.
+      seed: order of the data.
+
+    Returns:
+      The trained parameters, float32.
+
+    Raises:
+      TrainingError: there is no data, the batch does not fit the mesh, or a step was not finite.
+    """
+    steps = total_steps(config, len(examples))
+    micro = micro_batch_size(config, mesh)
+    schedule = make_schedule(config.optimizer, steps)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    checkpoints = Checkpoints(folder, identity, config.keep_checkpoints)
+    save_base(folder, processor.folder)
+    batches = training_batches(
+        examples,
+        processor,
+        lengths,
+        seed=seed,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        micro_batch_size=micro,
+    )
+    with jax.set_mesh(mesh):
+        state = create_state(params, model, optimizer, config.freeze, mesh)
+        loss = make_loss(model, config.objective, config.remat)
+        update = make_step(loss, optimizer, schedule, state, jnp.dtype(config.compute_dtype))
+        restored = checkpoints.restore(state)
+        if restored is not None:
+            state, position = restored
+            batches.set_state(position)
+        first = int(state.step)
+        writer = MetricsWriter(folder, first, steps)
+        window: list[tuple[int, tuple[str, ...], dict[str, jax.Array]]] = []
+        started = time.perf_counter()
+        for step in range(first + 1, steps + 1):
+            host: HostBatch = next(batches)
+            state, metrics = update(state, put_batch(host.arrays, mesh, leading=1))
+            window.append((step, host.ids, metrics))
+            writer.advance()
+            if step % config.log_every and step != steps:
+                continue
+            values = _fetch(window, checkpoints)
+            rate = len(window) / (time.perf_counter() - started)
+            writer.report(step, values, rate)
+            window, started = [], time.perf_counter()
+            if step % config.save_every == 0 or step == steps:
+                checkpoints.save(step, state, batches.get_state())
+        writer.close()
+        checkpoints.close()
+        return merge(state)
+
+
+def total_steps(config: Training, num_examples: int) -> int:
+    """How many updates a run takes.
+
+    Raises:
+      TrainingError: there is nothing to train on.
+    """
+    if not num_examples:
+        raise TrainingError("no row is left to train on")
+    steps = num_batches(num_examples, config.epochs, config.batch_size)
+    return min(steps, config.max_steps or steps)
+
+
+def micro_batch_size(config: Training, mesh: Mesh) -> int:
+    """Rows at a time over all devices.
+
+    Raises:
+      TrainingError: they cannot be split evenly over the mesh.
+    """
+    micro = config.micro_batch_size or config.batch_size
+    shards = batch_shards(mesh)
+    if micro % shards:
+        raise TrainingError(
+            f"training: {micro} rows at a time cannot be split over {shards} devices; "
+            "make batch_size (or micro_batch_size) a multiple of it"
+        )
+    return micro
+
+
+def _fetch(
+    window: list[tuple[int, tuple[str, ...], dict[str, Any]]], checkpoints: Checkpoints
+) -> dict[str, float]:
+    """Means over the steps since the last report; stops at the first that was not finite."""
+    rows = jax.device_get([metrics for _, _, metrics in window])
+    for (step, ids, _), row in zip(window, rows, strict=True):
+        if not row["finite"]:
+            raise TrainingError(
+                f"step {step}: the loss is {row['loss']} and the gradient norm {row['grad_norm']}; "
+                f"rows of this batch: {', '.join(ids)}; "
+                f"last good checkpoint: {checkpoints.describe_latest()}"
+            )
+    names = [name for name in rows[0] if name != "finite"]
+    return {name: float(np.mean([row[name] for row in rows])) for name in names}
+
+
+def metrics_file(folder: str) -> str:
+    """Where `train` writes its metrics."""
+    return os.path.join(folder, "metrics.jsonl")

@@ -1,0 +1,77 @@
+"""Where training metrics go: a JSON line per report, TensorBoard, and a progress bar."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+
+import tensorboardX
+import tqdm
+
+FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Writes `metrics.jsonl` and TensorBoard events; lines after the resumed step are dropped."""
+
+    def __init__(self, folder: str | os.PathLike[str], resumed_step: int, total_steps: int):
+        os.makedirs(folder, exist_ok=True)
+        self.path = os.path.join(folder, FILE)
+        kept = [row for row in read_metrics(self.path) if row["step"] <= resumed_step]
+        with open(self.path + ".new", "w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in kept)
+        os.replace(self.path + ".new", self.path)
+        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed by close())
+        self.events = tensorboardX.SummaryWriter(
+            os.path.join(folder, "tensorboard"), purge_step=resumed_step + 1
+        )
+        self.bar = tqdm.tqdm(
+            total=total_steps,
+            initial=resumed_step,
+            unit="step",
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+        )
+        self.total = total_steps
+
+    def advance(self) -> None:
+        """One more step is done."""
+        self.bar.update()
+
+    def report(self, step: int, metrics: Mapping[str, float], rate: float) -> None:
+        """
+        Args:
+          step: updates done.
+          metrics: name -> value, TRL's names.
+          rate: steps per second since the last report.
+        """
+        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        for name, value in metrics.items():
+            self.events.add_scalar(name, value, step)
+        shown = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin"}
+        text = "  ".join(f"{s} {metrics[n]:.4g}" for n, s in shown.items() if n in metrics)
+        if self.bar.disable:
+            left = (self.total - step) / rate if rate else 0.0
+            print(f"step {step}/{self.total}  {text}  {rate:.2f} steps/s  {left:.0f}s left", flush=True)
+        else:
+            self.bar.set_postfix_str(text)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.events.close()
+        self.file.close()
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
+    """The rows of a `metrics.jsonl`; a line cut off by a kill is left out."""
+    rows = []
+    if os.path.isfile(path):
+        with open(path) as file:
+            for line in file:
+                try:
+                    rows.append(json.loads(line))
+                except ValueError:
+                    continue
+    return rows
