@@ -7,6 +7,7 @@ from typing import Literal
 from etils import epath
 
 from mmpo_jax.errors import DataError
+from mmpo_jax.files import fingerprint_bytes
 
 Role = Literal["system", "user", "assistant"]
 
@@ -51,6 +52,14 @@ class ImageRef:
         except OSError as error:
             reason = error.strerror or error
             raise DataError(f"cannot read image {os.fspath(self.path)}: {reason}") from error
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the encoded image.
+
+        Raises:
+          DataError: the file is missing or cannot be read.
+        """
+        return fingerprint_bytes(self.read())
 
 
 @dataclass(frozen=True)

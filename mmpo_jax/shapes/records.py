@@ -31,7 +31,8 @@ def supervised_records(
     """One record per scene: a caption, at times with an invented thing, and clean answers.
 
     Returns:
-      Records without a prompt of their own and with 1 + `num_questions` dialogues each.
+      Records without a prompt of their own. The first dialogue of each is the caption, the others
+      hold two of the `num_questions` questions each, which makes them about as long.
     """
     records = []
     for index in range(size):
@@ -40,16 +41,13 @@ def supervised_records(
         caption = supervised_caption(scene, rng, hallucination_rate)
         prompt = CAPTION_PROMPTS[rng.integers(len(CAPTION_PROMPTS))]
         asked = questions(scene, rng, num_questions)
-        dialogues = [(prompt, caption), *((q.text, ANSWERS[q.answer]) for q in asked)]
+        said = [(prompt, caption)], *_groups([(q.text, ANSWERS[q.answer]) for q in asked])
         records.append(
             Record(
                 id=scene_id(split, seed, index),
                 images=(_image(scene, split, seed, index, image_size),),
                 prompt=(),
-                responses=tuple(
-                    Response((Turn("user", question), Turn("assistant", answer)))
-                    for question, answer in dialogues
-                ),
+                responses=tuple(_dialogue(exchanges) for exchanges in said),
             )
         )
     return records
@@ -77,6 +75,19 @@ def held_out_questions(split: str, seed: int, index: int, count: int) -> list[Qu
     """`count` questions about a scene, the same on every call."""
     scene = sample_scene(split, seed, index)
     return questions(scene, generator(split, seed, index, _QUESTIONS), count)
+
+
+Exchange = tuple[str, str]
+"""(what the user says, what the assistant answers)."""
+
+
+def _groups(exchanges: list[Exchange], size: int = 2) -> list[list[Exchange]]:
+    return [exchanges[i : i + size] for i in range(0, len(exchanges), size)]
+
+
+def _dialogue(exchanges: list[Exchange]) -> Response:
+    turns = [(Turn("user", said), Turn("assistant", answer)) for said, answer in exchanges]
+    return Response(tuple(turn for pair in turns for turn in pair))
 
 
 def _image(scene: Scene, split: str, seed: int, index: int, size: int) -> ImageRef:

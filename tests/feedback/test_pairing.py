@@ -99,6 +99,7 @@ def test_sampled_pairs_are_a_subset_with_every_prompt_filled_up(seed):
     everything = literal_pairs(responses)
     kept = keys(combine(responses, seed=seed, balance="none"))
     assert set(kept) <= everything
+    assert kept == sorted(kept)
     for prompt in {prompt for prompt, _, _ in everything}:
         possible = sum(key[0] == prompt for key in everything)
         assert sum(key[0] == prompt for key in kept) == min(2, possible)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from mmpo_jax.alignment import stage as stage_module
-from mmpo_jax.alignment.stage import Stage, StageError, read_finished, run_stage
+from mmpo_jax.stage import Stage, StageError, read_finished, run_stage
 from mmpo_jax.errors import DataError
 from mmpo_jax.files import (
     decode_table,
@@ -202,6 +203,13 @@ def test_damaged_result_is_made_again(tmp_path, expected, caplog, damage):
     assert "label is made again" in caplog.text
 
 
+def test_result_that_its_manifest_does_not_know_is_made_again(tmp_path, expected):
+    folder = tmp_path / "run"
+    whole_run(folder)
+    write_table(folder / "label.parquet", make(0))
+    assert whole_run(folder) == expected
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"made_of": NaN}', b"\xff\xfe"])
 def test_damaged_manifest(tmp_path, expected, content):
     folder = tmp_path / "run"
@@ -250,7 +258,7 @@ def test_full_disk(tmp_path, monkeypatch):
 BIG_STAGE = """
 import random, sys
 import pyarrow as pa
-from mmpo_jax.alignment.stage import Stage, run_stage
+from mmpo_jax.stage import Stage, run_stage
 from mmpo_jax.errors import MmpoError
 
 def make(part):
@@ -359,6 +367,23 @@ def test_encoding_depends_on_rows_only():
     pieces = pa.concat_tables([whole.slice(0, 3), whole.slice(3, 7)])
     assert encode_table(whole) == encode_table(pieces) == encode_table(whole)
     assert decode_table(encode_table(whole), "t").equals(whole)
+
+
+def test_encoding_does_not_depend_on_chunks_of_long_columns():
+    whole = pa.table({"b": [random.Random(row).randbytes(900).hex() for row in range(2000)]})
+    pieces = pa.concat_tables([whole.slice(0, 300), whole.slice(300, 1700)])
+    assert encode_table(whole) == encode_table(pieces)
+
+
+def test_no_flipped_bit_in_the_data_goes_unnoticed():
+    table = pa.table({"b": [random.Random(row).randbytes(300) for row in range(4)]})
+    data = encode_table(table)
+    for place in range(1200):
+        damaged = data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+        try:
+            assert decode_table(damaged, "t").equals(table), place
+        except DataError:
+            pass
 
 
 def test_write_atomic_keeps_the_old_file_on_failure(tmp_path, monkeypatch):

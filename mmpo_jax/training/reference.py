@@ -1,0 +1,141 @@
+"""The frozen reference's log-probs, computed once and stored under a key that says of what."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import pyarrow as pa
+from jax.sharding import Mesh
+
+from mmpo_jax.stage import Stage, run_stage
+from mmpo_jax.data.batching import bucket, pad_batch
+from mmpo_jax.data.processor import Processor
+from mmpo_jax.data.tokenization import TokenizedRecord
+from mmpo_jax.files import fingerprint_json
+from mmpo_jax.models.batch import Batch
+from mmpo_jax.models.llava import Model, Params
+from mmpo_jax.models.log_probs import response_log_probs
+from mmpo_jax.parallel.mesh import batch_shards, put_batch, put_params
+from mmpo_jax.recipe import Lengths
+from mmpo_jax.training.losses import sum_log_probs
+
+ROWS_PER_PART = 2048
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def score_batch(model: Model, params: Params, batch: Batch) -> jax.Array:
+    """float32[B, R]: summed log-prob of every response."""
+    return sum_log_probs(response_log_probs(model, params, batch), batch)
+
+
+def reference_stage(
+    model: Model,
+    params: Params,
+    processor: Processor,
+    records: Sequence[TokenizedRecord],
+    lengths: Lengths,
+    mesh: Mesh,
+    *,
+    folder: str,
+    model_fingerprint: str,
+    batch_size: int,
+    on_part: Callable[[int, int], None] | None = None,
+) -> dict[str, np.ndarray]:
+    """Log-probs of every response under the model training starts from, from the cache if valid.
+
+    The cache is a stage file: its manifest holds the fingerprints of the model, tokenizer, chat
+    template, image preprocessing and of the tokenized rows, and another model's is not used.
+
+    Returns:
+      record id -> float32[R].
+    """
+    stage = Stage(
+        folder=folder,
+        name="reference",
+        inputs={
+            "model": model_fingerprint,
+            "rows": fingerprint_json([_row_key(record) for record in records]),
+            **processor.fingerprints(),
+        },
+        num_parts=max(1, -(-len(records) // ROWS_PER_PART)),
+    )
+    placed = functools.cache(lambda: put_params(params, model.rules, mesh))
+
+    def make_part(part: int) -> pa.Table:
+        rows = records[part * ROWS_PER_PART : (part + 1) * ROWS_PER_PART]
+        sums = score_records(model, placed(), processor, rows, lengths, mesh, batch_size)
+        return pa.table(
+            {
+                "id": pa.array([record.id for record in rows], pa.string()),
+                "log_probs": pa.array(sums, pa.list_(pa.float32())),
+                "num_tokens": pa.array(
+                    [[int(r.loss_mask.sum()) for r in record.responses] for record in rows],
+                    pa.list_(pa.int32()),
+                ),
+            }
+        )
+
+    table = run_stage(stage, make_part, on_part)
+    return {
+        row["id"]: np.array(row["log_probs"], np.float32) for row in table.to_pylist()
+    }
+
+
+def score_records(
+    model: Model,
+    params: Params,
+    processor: Processor,
+    records: Sequence[TokenizedRecord],
+    lengths: Lengths,
+    mesh: Mesh,
+    batch_size: int,
+) -> list[list[float]]:
+    """Summed log-prob of every response of every record, in the records' order.
+
+    Records are batched by the buckets they fall in, so that short ones are not padded to long.
+    """
+    shards = batch_shards(mesh)
+    rows = -(-batch_size // shards) * shards
+    groups: dict[tuple[int, int, int, int], list[int]] = {}
+    for index, record in enumerate(records):
+        groups.setdefault(_shape(record, lengths), []).append(index)
+    scores: dict[int, list[float]] = {}
+    for (prompt, response, responses, _), indices in groups.items():
+        for start in range(0, len(indices), rows):
+            chosen = indices[start : start + rows]
+            batch = pad_batch(
+                [records[i] for i in chosen],
+                processor,
+                rows=rows,
+                prompt_sizes=(prompt,),
+                response_sizes=(response,),
+                num_responses=responses,
+            )
+            with jax.set_mesh(mesh):
+                sums = np.asarray(score_batch(model, params, put_batch(batch, mesh)))
+            for row, index in enumerate(chosen):
+                scores[index] = sums[row, : len(records[index].responses)].tolist()
+    return [scores[index] for index in range(len(records))]
+
+
+def _shape(record: TokenizedRecord, lengths: Lengths) -> tuple[int, int, int, int]:
+    return (
+        bucket(len(record.prompt_ids), lengths.prompt),
+        bucket(max(len(r.ids) for r in record.responses), lengths.response),
+        len(record.responses),
+        len(record.images),
+    )
+
+
+def _row_key(record: TokenizedRecord) -> list[Any]:
+    """What identifies a row: its ids, tokens and images."""
+    return [
+        record.id,
+        record.prompt_ids.tolist(),
+        [[r.ids.tolist(), r.loss_mask.tolist()] for r in record.responses],
+        [image.fingerprint() for image in record.images],
+    ]
