@@ -100,6 +100,8 @@ class Feedback(Section):
     """Follows every question (RLAIF-V's wording)."""
     batch_size: PositiveInt = 16
     """Images at a time."""
+    questions_at_once: PositiveInt = 16
+    """Questions that share one encoding of their image."""
 
 
 class Pairing(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -51,7 +52,11 @@ def pad_batch(
     responses = [response for record in records for response in record.responses]
     p = bucket(max((len(r.prompt_ids) for r in records), default=1), prompt_sizes)
     t = bucket(max((len(r.ids) for r in responses), default=0), response_sizes) if responses else 0
-    r = max((len(x.responses) for x in records), default=0) if num_responses is None else num_responses
+    r = (
+        max((len(x.responses) for x in records), default=0)
+        if num_responses is None
+        else num_responses
+    )
     images = max((len(record.images) for record in records), default=0)
 
     prompt_ids = np.full((rows, p), processor.pad_id, np.int32)
@@ -72,6 +77,14 @@ def pad_batch(
             response_mask[row, index, :size] = True
             loss_mask[row, index, :size] = response.loss_mask
     weights = (np.arange(rows) < len(records)).astype(np.float32)
-    return Batch(
-        prompt_ids, prompt_mask, pixels, response_ids, response_mask, loss_mask, weights
+    # NumPy here, jax.Array on the mesh: `put_batch` turns the one into the other.
+    arrays: tuple[Any, ...] = (
+        prompt_ids,
+        prompt_mask,
+        pixels,
+        response_ids,
+        response_mask,
+        loss_mask,
+        weights,
     )
+    return Batch(*arrays)

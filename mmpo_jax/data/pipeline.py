@@ -12,9 +12,9 @@ import numpy as np
 
 from mmpo_jax.data.batching import pad_batch
 from mmpo_jax.data.processor import Processor
-from mmpo_jax.data.tokenization import RowRejected, TokenizedRecord, tokenize
 from mmpo_jax.data.readers import SkippedRow
 from mmpo_jax.data.records import Record
+from mmpo_jax.data.tokenization import RowRejected, TokenizedRecord, tokenize
 from mmpo_jax.recipe import Lengths
 
 

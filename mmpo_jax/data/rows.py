@@ -33,13 +33,17 @@ SkipReason = Literal[
     "bad_text",  # text that is no valid Unicode
     "empty_prompt",  # a user turn that says nothing and shows nothing
     "empty_response",
+    "dialogues_differ",  # responses that do not go on from one rendered prompt
     "image_broken",  # empty, truncated, not an image, too large
+    "image_count",  # the prompt all responses share does not hold every image
     "image_missing",
     "image_outside_folder",
     "image_position",  # an image anywhere but around the text of the first user turn
     "incomplete_pair",  # chosen without rejected, or the other way round
     "no_prompt",  # neither a prompt nor messages
     "placeholder_count",  # as many placeholders as images, or none
+    "prompt_too_long",  # over the largest bucket; its image tokens are never cut
+    "question_too_long",
     "turn_order",  # turns that do not alternate between user and assistant
     "unsupported_column",  # a column that changes what the row means
 ]

@@ -13,6 +13,7 @@ import numpy as np
 
 from mmpo_jax.data.processor import Processor, ProcessorError
 from mmpo_jax.data.records import ImageRef, Record, Turn
+from mmpo_jax.data.rows import SkipReason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class TokenizedRecord:
 class RowRejected(Exception):
     """A row that cannot be used; `reason` is the word it is counted under."""
 
-    def __init__(self, reason: str, detail: str):
+    def __init__(self, reason: SkipReason, detail: str):
         super().__init__(detail)
         self.reason, self.detail = reason, detail
 
@@ -68,7 +69,7 @@ def tokenize(
     starts = [segments[0][0] for segments in dialogues]
     prompt = starts[0] if record.prompt else _common_start(starts)
     if any(start[: len(prompt)] != prompt for start in starts):
-        raise RowRejected("template", "the responses do not share the rendered prompt")
+        raise RowRejected("dialogues_differ", "the responses do not share the rendered prompt")
     images = prompt.count(processor.image_token_id)
     if images != len(record.images) * processor.num_image_tokens:
         raise RowRejected("image_count", "the shared prompt does not hold every image of the row")

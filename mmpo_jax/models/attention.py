@@ -35,7 +35,9 @@ def attend(
     scores = []
     for key, _, mask in parts:
         shared = key.ndim == 4
-        score = jnp.einsum("brtkgd,bskd->bkgrts" if shared else "brtkgd,brskd->bkgrts", grouped, key)
+        score = jnp.einsum(
+            "brtkgd,bskd->bkgrts" if shared else "brtkgd,brskd->bkgrts", grouped, key
+        )
         score = promote(score) * scale
         mask = jnp.broadcast_to(mask, (b, r, t, key.shape[-3]))[:, None, None]
         scores.append(jnp.where(mask, score, jnp.finfo(score.dtype).min))

@@ -18,6 +18,7 @@ from mmpo_jax.models.config import DecoderConfig
 from mmpo_jax.models.layers import (
     ACTIVATIONS,
     constrain_batch,
+    keep_dtype,
     linear,
     promote,
     rematerialise,
@@ -77,10 +78,10 @@ class DecoderLayer(nnx.Module):
     """One pre-norm layer; `attend` decides what is seen."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        norm = {"epsilon": config.rms_norm_eps, "rngs": rngs}
-        self.input_layernorm = nnx.RMSNorm(config.hidden_size, **norm)
+        size, epsilon = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = nnx.RMSNorm(size, epsilon=epsilon, rngs=rngs)
         self.self_attn = SelfAttention(config, rngs)
-        self.post_attention_layernorm = nnx.RMSNorm(config.hidden_size, **norm)
+        self.post_attention_layernorm = nnx.RMSNorm(size, epsilon=epsilon, rngs=rngs)
         self.mlp = Mlp(config, rngs)
 
     def __call__(
@@ -101,6 +102,7 @@ class Decoder(nnx.Module):
             config.vocab_size,
             config.hidden_size,
             embedding_init=nnx.initializers.normal(0.02),
+            promote_dtype=keep_dtype,
             rngs=rngs,
         )
         self.layers = stack_layers(lambda r: DecoderLayer(config, r), config.num_layers, rngs)
@@ -151,9 +153,7 @@ class Decoder(nnx.Module):
         return self.embed_tokens.embedding[...].T if self.tied else self.lm_head.kernel[...]
 
 
-def rope_tables(
-    positions: jax.Array, head_dim: int, theta: float
-) -> tuple[jax.Array, jax.Array]:
+def rope_tables(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of rotary embeddings, float32[B, S, 1, d/2] (Su et al. 2021, eq. 34)."""
     frequencies = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies

@@ -18,7 +18,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from mmpo_jax.models.config import DecoderConfig, LlavaConfig, ModelError, load_config
+from mmpo_jax.models.config import LlavaConfig, ModelError, load_config
 from mmpo_jax.models.llava import Model, Params
 
 SINGLE_FILE = "model.safetensors"
@@ -56,8 +56,7 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[Model, Params]:
     Raises:
       ModelError: no config, an unknown architecture, or weights that do not fit the config.
     """
-    config = load_config(folder)
-    model = Model.create(config)
+    model = Model.create(load_config(folder))
     return model, load_params(folder, model)
 
 
@@ -103,6 +102,22 @@ def load_params(folder: str | os.PathLike[str], model: Model) -> Params:
     if missing_paths:
         raise ModelError(f"{folder}: no weights for {', '.join(missing_paths[:5])}")
     return unflatten(found)
+
+
+def check_params(folder: str, params: Params, model: Model) -> Params:
+    """Parameters read from elsewhere than safetensors, if they fit the model.
+
+    Raises:
+      ModelError: naming the folder and the first parameter that is missing or of another shape.
+    """
+    expected, found = flatten(model.abstract_params()), flatten(params)
+    for path in sorted(set(expected) | set(found)):
+        shapes = [tree[path].shape if path in tree else None for tree in (found, expected)]
+        if shapes[0] != shapes[1]:
+            raise ModelError(
+                f"{folder}: {path} has shape {shapes[0]}, the config gives {shapes[1]}"
+            )
+    return params
 
 
 def save_model(
@@ -159,8 +174,8 @@ def weight_files(folder: str | os.PathLike[str]) -> list[str]:
     folder = os.fspath(folder)
     index = os.path.join(folder, INDEX_FILE)
     if os.path.isfile(index):
-        with open(index) as file:
-            names = sorted(set(json.load(file)["weight_map"].values()))
+        with open(index) as handle:
+            names = sorted(set(json.load(handle)["weight_map"].values()))
     else:
         names = [SINGLE_FILE]
     files = [os.path.join(folder, name) for name in names]
@@ -253,16 +268,3 @@ def _unfold_patches(array: np.ndarray, config: LlavaConfig) -> np.ndarray:
     vision = config.vision
     size = vision.patch_size
     return np.ascontiguousarray(array.T).reshape(-1, vision.num_channels, size, size)
-
-
-def with_vocabulary(config: DecoderConfig, tokenizer_size: int, folder: str) -> None:
-    """Refuses a tokenizer that has ids the model does not.
-
-    Raises:
-      ModelError: naming both sizes.
-    """
-    if tokenizer_size > config.vocab_size:
-        raise ModelError(
-            f"{folder}: the tokenizer has {tokenizer_size} ids, the model's vocabulary only "
-            f"{config.vocab_size}; they do not belong together"
-        )

@@ -34,9 +34,10 @@ def response_log_probs(
     module = model.bind(params)
     last, responses = module.hidden_states(batch, remat)
     predictors = shift_right(last, responses)
-    return token_log_probs(
-        predictors, module.language_model.head_kernel(), batch.response_ids, chunk
-    ) * batch.response_mask
+    return (
+        token_log_probs(predictors, module.language_model.head_kernel(), batch.response_ids, chunk)
+        * batch.response_mask
+    )
 
 
 def shift_right(last: jax.Array, responses: jax.Array) -> jax.Array:

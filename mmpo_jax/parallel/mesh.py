@@ -39,9 +39,7 @@ def batch_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def param_shardings(
-    abstract: Any, rules: tuple[tuple[str, PartitionSpec], ...], mesh: Mesh
-) -> Any:
+def param_shardings(abstract: Any, rules: tuple[tuple[str, PartitionSpec], ...], mesh: Mesh) -> Any:
     """A NamedSharding for every parameter, from the first rule that matches its whole path.
 
     A dimension that its axis does not divide (a vocabulary of 32,003 over 8) stays whole.

@@ -32,7 +32,7 @@ _TEXT_STREAM = 1
 
 
 @dataclass(eq=False)
-class ShapesConfig(tfds.core.BuilderConfig):  # type: ignore[misc]
+class ShapesConfig(tfds.core.BuilderConfig):
     """What to generate; two configurations need two names, as the name is the folder on disk.
 
     Attributes:
@@ -54,7 +54,7 @@ class ShapesConfig(tfds.core.BuilderConfig):  # type: ignore[misc]
     seed: int = 0
 
 
-class Shapes(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]
+class Shapes(tfds.core.GeneratorBasedBuilder):
     """Coloured shapes on a grid, with captions and yes/no questions."""
 
     VERSION = tfds.core.Version("1.0.0")

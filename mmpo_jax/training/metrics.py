@@ -54,7 +54,10 @@ class MetricsWriter:
         text = "  ".join(f"{s} {metrics[n]:.4g}" for n, s in shown.items() if n in metrics)
         if self.bar.disable:
             left = (self.total - step) / rate if rate else 0.0
-            print(f"step {step}/{self.total}  {text}  {rate:.2f} steps/s  {left:.0f}s left", flush=True)
+            print(
+                f"step {step}/{self.total}  {text}  {rate:.2f} steps/s  {left:.0f}s left",
+                flush=True,
+            )
         else:
             self.bar.set_postfix_str(text)
 

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 from jax.sharding import Mesh
 
-from mmpo_jax.stage import Stage, run_stage
 from mmpo_jax.data.batching import bucket, pad_batch
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.tokenization import TokenizedRecord
@@ -21,6 +20,7 @@ from mmpo_jax.models.llava import Model, Params
 from mmpo_jax.models.log_probs import response_log_probs
 from mmpo_jax.parallel.mesh import batch_shards, put_batch, put_params
 from mmpo_jax.recipe import Lengths
+from mmpo_jax.stage import Stage, run_stage
 from mmpo_jax.training.losses import sum_log_probs
 
 ROWS_PER_PART = 2048
@@ -80,9 +80,7 @@ def reference_stage(
         )
 
     table = run_stage(stage, make_part, on_part)
-    return {
-        row["id"]: np.array(row["log_probs"], np.float32) for row in table.to_pylist()
-    }
+    return {row["id"]: np.array(row["log_probs"], np.float32) for row in table.to_pylist()}
 
 
 def score_records(

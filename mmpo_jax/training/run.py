@@ -17,8 +17,8 @@ from mmpo_jax.models.huggingface import load_params, save_model
 from mmpo_jax.models.llava import Model
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipe import Lengths, TrainRecipe
-from mmpo_jax.training.losses import REFERENCE, needs_reference
 from mmpo_jax.training.loop import train
+from mmpo_jax.training.losses import REFERENCE, needs_reference
 from mmpo_jax.training.reference import reference_stage
 
 log = logging.getLogger(__name__)
@@ -55,9 +55,7 @@ def run_training(recipe: TrainRecipe) -> str:
             model_fingerprint=fingerprint_folder(folder),
             batch_size=recipe.training.batch_size,
         )
-        examples = [
-            Example(record, {REFERENCE: rewards[record.id]}) for record in records
-        ]
+        examples = [Example(record, {REFERENCE: rewards[record.id]}) for record in records]
     identity = fingerprint_json(
         [
             "random" if random else fingerprint_folder(folder),

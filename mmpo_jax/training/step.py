@@ -57,8 +57,11 @@ def merge(state: TrainState) -> Params:
 
 
 def create_state(
-    params: Params, model: Model, optimizer: optax.GradientTransformation,
-    frozen: tuple[str, ...], mesh: Mesh
+    params: Params,
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    frozen: tuple[str, ...],
+    mesh: Mesh,
 ) -> TrainState:
     """A fresh state on the mesh; the optimizer's moments are sharded like their parameters."""
     shardings = flatten(param_shardings(params, model.rules, mesh))
@@ -72,9 +75,9 @@ def create_state(
 
     trained = {path: place(path, jnp.float32) for path in kept}
     constants = {path: place(path) for path in flat if path not in trained}
-    moments = jax.jit(
-        optimizer.init, out_shardings=optimizer_shardings(optimizer, trained, mesh)
-    )(trained)
+    moments = jax.jit(optimizer.init, out_shardings=optimizer_shardings(optimizer, trained, mesh))(
+        trained
+    )
     step = jax.device_put(jnp.int32(0), NamedSharding(mesh, PartitionSpec()))
     return TrainState(step, trained, constants, moments)
 

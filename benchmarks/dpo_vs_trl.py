@@ -1,0 +1,335 @@
+"""DPO of a LLaVA-shaped model: TRL's DPOTrainer and mmpo_jax on the same pairs, side by side.
+
+Both start from the same checkpoint, see the same token ids and pictures in the same order, and run
+one epoch of AdamW in float32 with the start model as reference. Each runs in a process of its own.
+
+    python benchmarks/dpo_vs_trl.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+from checkpoint import (
+    IMAGE_TOKENS,
+    PAIRS_FILE,
+    PROMPT_TOKENS,
+    RESPONSE_TOKENS,
+    make_checkpoint,
+    make_pairs,
+)
+
+LOSS_TOLERANCE = 1e-4
+COMPARED_STEPS = 4
+WARM_UP_STEPS = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What both sides are run with."""
+
+    pairs: int = 32
+    batch_size: int = 4
+    learning_rate: float = 1e-5
+    weight_decay: float = 0.01
+    beta: float = 0.1
+    freeze_vision: bool = False
+    trl_checkpointing: bool = False
+    """TRL with gradient checkpointing, its default: slower, and less memory."""
+    remat: str = "none"
+    """Ours: the rematerialisation policy of the layers."""
+    seed: int = 0
+
+
+def run_trl(folder: str, settings: Settings) -> dict:
+    """One epoch of TRL's DPOTrainer on the pairs in the order of `order.json`."""
+    import copy
+
+    import datasets
+    import torch
+    import transformers
+    import trl
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(
+        folder, dtype="float32", attn_implementation="sdpa"
+    )
+    if settings.freeze_vision:
+        model.model.vision_tower.requires_grad_(False)
+    with open(os.path.join(folder, "order.json")) as file:
+        order = json.load(file)
+    rows = datasets.load_dataset(
+        "parquet", data_files=os.path.join(folder, PAIRS_FILE), split="train", cache_dir=folder
+    ).select(order)
+    arguments = trl.DPOConfig(
+        output_dir=os.path.join(folder, "trl"),
+        per_device_train_batch_size=settings.batch_size,
+        num_train_epochs=1,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="constant",
+        weight_decay=settings.weight_decay,
+        beta=settings.beta,
+        max_length=None,
+        bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=settings.trl_checkpointing,
+        train_sampling_strategy="sequential",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    times: list[float] = []
+
+    class Clock(transformers.TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            times.append(time.perf_counter())
+
+        def on_step_end(self, *_, **__):
+            times.append(time.perf_counter())
+
+    trainer = trl.DPOTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        processing_class=transformers.AutoProcessor.from_pretrained(folder),
+        callbacks=[Clock()],
+    )
+    batch = trainer.data_collator([copy.deepcopy(rows[i]) for i in range(settings.batch_size)])
+    trainer.train()
+    steps = [row for row in trainer.state.log_history if "loss" in row]
+    durations = [after - before for before, after in zip(times, times[1:], strict=False)]
+    return {
+        "ids": batch["input_ids"].tolist(),
+        "losses": [row["loss"] for row in steps],
+        "grad_norms": [row["grad_norm"] for row in steps],
+        "step_seconds": statistics.median(durations[WARM_UP_STEPS:]),
+        "epoch_seconds": times[-1] - times[0],
+        "compile_seconds": 0.0,
+        "peak_bytes": _peak_bytes(),
+    }
+
+
+def run_ours(folder: str, settings: Settings) -> dict:
+    """Reference pass and one epoch with mmpo_jax; writes the order of the pairs to `order.json`."""
+    import jax
+    import optax
+
+    from mmpo_jax import recipe
+    from mmpo_jax.data.pipeline import Example, tokenize_records, training_batches
+    from mmpo_jax.data.processor import Processor
+    from mmpo_jax.data.readers import read_records
+    from mmpo_jax.models.config import load_config
+    from mmpo_jax.models.huggingface import load_params
+    from mmpo_jax.models.llava import Model
+    from mmpo_jax.parallel.mesh import make_mesh, put_batch, put_params
+    from mmpo_jax.training.losses import REFERENCE, make_loss
+    from mmpo_jax.training.optimizer import make_optimizer
+    from mmpo_jax.training.reference import score_records
+    from mmpo_jax.training.step import create_state, make_step
+
+    config = recipe.Training(
+        objective=recipe.Dpo(beta=settings.beta),
+        optimizer=recipe.Optimizer(
+            learning_rate=settings.learning_rate, weight_decay=settings.weight_decay
+        ),
+        batch_size=settings.batch_size,
+        freeze=("vision_tower/.*",) if settings.freeze_vision else (),
+        remat=settings.remat,
+    )
+    lengths = recipe.Lengths(prompt=(IMAGE_TOKENS + PROMPT_TOKENS,), response=(RESPONSE_TOKENS,))
+    model = Model.create(load_config(folder))
+    params = load_params(folder, model)
+    mesh = make_mesh()
+    placed = put_params(params, model.rules, mesh)
+    records, _ = read_records(os.path.join(folder, PAIRS_FILE))
+    schedule = optax.constant_schedule(settings.learning_rate)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    loss = make_loss(model, config.objective, config.remat)
+
+    def batches(examples, processor):
+        return training_batches(
+            examples,
+            processor,
+            lengths,
+            seed=settings.seed,
+            epochs=1,
+            batch_size=config.batch_size,
+            micro_batch_size=config.batch_size,
+        )
+
+    def epoch(records) -> dict:
+        """Tokenize, score with the reference, train: with fresh state and empty caches."""
+        processor = Processor(folder, model.config)
+        started = time.perf_counter()
+        tokenized, _ = tokenize_records(records, processor, lengths)
+        reference = score_records(
+            model, placed, processor, tokenized, lengths, mesh, config.batch_size
+        )
+        scored = time.perf_counter()
+        examples = [
+            Example(record, {REFERENCE: sums})
+            for record, sums in zip(tokenized, reference, strict=True)
+        ]
+        losses, norms, times, ids, first = [], [], [time.perf_counter()], [], None
+        state = create_state(params, model, optimizer, config.freeze, mesh)
+        step = jitted.setdefault("step", make_step(loss, optimizer, schedule, state))
+        for host in batches(examples, processor):
+            state, metrics = step(state, put_batch(host.arrays, mesh, leading=1))
+            losses.append(float(metrics["loss"]))
+            norms.append(float(metrics["grad_norm"]))
+            times.append(time.perf_counter())
+            ids += host.ids
+            first = first or host.arrays[0]
+        durations = [after - before for before, after in zip(times, times[1:], strict=False)]
+        return {
+            "ids": _rows(first),
+            "order": [int(name) - 1 for name in ids],
+            "losses": losses,
+            "grad_norms": norms,
+            "reference_seconds": scored - started,
+            "step_seconds": statistics.median(durations[WARM_UP_STEPS:] or durations),
+            "epoch_seconds": times[-1] - started,
+        }
+
+    jitted: dict = {}
+    with jax.set_mesh(mesh):
+        warm = epoch(records[: settings.batch_size])  # compiles everything, on one batch
+        result = epoch(records)
+    with open(os.path.join(folder, "order.json"), "w") as file:
+        json.dump(result["order"], file)
+    steady = result["epoch_seconds"] * settings.batch_size / settings.pairs
+    return result | {
+        "compile_seconds": max(0.0, warm["epoch_seconds"] - steady),
+        "peak_bytes": _peak_bytes(),
+    }
+
+
+def _rows(batch) -> list[list[int]]:
+    """Token ids of a batch as TRL lays them out: all chosen rows, then all rejected ones."""
+    rows = []
+    for response in range(batch.response_ids.shape[2]):
+        for prompt, responses in zip(batch.prompt_ids[0], batch.response_ids[0], strict=True):
+            rows.append([*prompt.tolist(), *responses[response].tolist()])
+    return rows
+
+
+def _peak_bytes() -> int:
+    """The most memory this process has held; Linux counts in KiB, macOS in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def compare(settings: Settings, ours: dict, trl: dict) -> dict:
+    """The figures of both sides, their ratios, and whether they computed the same."""
+    sides = {}
+    for name, side in (("trl", trl), ("ours", ours)):
+        step = side["step_seconds"] + side.get("reference_seconds", 0) / len(side["losses"])
+        sides[name] = {
+            "step_seconds": step,
+            "pairs_per_second": settings.pairs / side["epoch_seconds"],
+            "pairs_per_second_with_compile": settings.pairs
+            / (side["epoch_seconds"] + side["compile_seconds"]),
+            "compile_seconds": side["compile_seconds"],
+            "peak_mib": side["peak_bytes"] / 2**20,
+            "losses": side["losses"][:COMPARED_STEPS],
+            "grad_norms": side["grad_norms"][:COMPARED_STEPS],
+        }
+    difference = max(
+        abs(a - b)
+        for a, b in zip(sides["ours"]["losses"], sides["trl"]["losses"], strict=True)
+    )
+    return {
+        "settings": dataclasses.asdict(settings),
+        **sides,
+        "reference_seconds": ours["reference_seconds"],
+        "speed_ratio": sides["ours"]["pairs_per_second"] / sides["trl"]["pairs_per_second"],
+        "speed_ratio_with_compile": sides["ours"]["pairs_per_second_with_compile"]
+        / sides["trl"]["pairs_per_second_with_compile"],
+        "memory_ratio": sides["ours"]["peak_mib"] / sides["trl"]["peak_mib"],
+        "same_ids": ours["ids"] == trl["ids"],
+        "largest_loss_difference": difference,
+    }
+
+
+def show(result: dict) -> None:
+    trl, ours = result["trl"], result["ours"]
+    lines = [
+        ("pairs/s, whole epoch", "pairs_per_second", "{:.3f}", result["speed_ratio"]),
+        (
+            "pairs/s, compilation included",
+            "pairs_per_second_with_compile",
+            "{:.3f}",
+            result["speed_ratio_with_compile"],
+        ),
+        (
+            "seconds a step, reference included",
+            "step_seconds",
+            "{:.2f}",
+            ours["step_seconds"] / trl["step_seconds"],
+        ),
+        ("peak memory, MiB", "peak_mib", "{:.0f}", result["memory_ratio"]),
+        ("compilation, seconds", "compile_seconds", "{:.1f}", None),
+    ]
+    print(f"\n{'':36}{'TRL':>10}{'mmpo_jax':>10}{'ratio':>8}")
+    for title, key, form, ratio in lines:
+        shown = "" if ratio is None else f"{ratio:.2f}"
+        print(f"{title:36}{form.format(trl[key]):>10}{form.format(ours[key]):>10}{shown:>8}")
+    for step, (theirs, mine) in enumerate(zip(trl["losses"], ours["losses"], strict=True), 1):
+        print(f"{f'loss of step {step}':36}{theirs:>10.5f}{mine:>10.5f}")
+    print(f"token ids of the first batch are {'equal' if result['same_ids'] else 'NOT EQUAL'}")
+    print(f"largest difference of these losses: {result['largest_loss_difference']:.1e}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for field in dataclasses.fields(Settings):
+        flag = "--" + field.name.replace("_", "-")
+        if isinstance(field.default, bool):
+            parser.add_argument(flag, action="store_true")
+        else:
+            parser.add_argument(flag, type=type(field.default), default=field.default)
+    parser.add_argument("--json", help="also write the figures to this file")
+    parser.add_argument("--worker", choices=("trl", "ours"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    names = [field.name for field in dataclasses.fields(Settings)]
+    settings = Settings(**{name: getattr(arguments, name) for name in names})
+    if arguments.worker:
+        run = run_trl if arguments.worker == "trl" else run_ours
+        with contextlib.redirect_stdout(sys.stderr):
+            result = run(arguments.folder, settings)
+        with open(os.path.join(arguments.folder, f"{arguments.worker}.json"), "w") as file:
+            json.dump(result, file)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        make_checkpoint(folder, settings.seed)
+        make_pairs(folder, settings.pairs, settings.seed)
+        results = {}
+        for side in ("ours", "trl"):  # ours first: it says in which order the pairs come
+            command = [sys.executable, __file__, *sys.argv[1:], "--worker", side]
+            subprocess.run([*command, "--folder", folder], check=True)
+            with open(os.path.join(folder, f"{side}.json")) as file:
+                results[side] = json.load(file)
+    result = compare(settings, results["ours"], results["trl"])
+    show(result)
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump(result, file, indent=2)
+    if not result["same_ids"] or result["largest_loss_difference"] > LOSS_TOLERANCE:
+        sys.exit("the two sides did not compute the same")
+
+
+if __name__ == "__main__":
+    main()

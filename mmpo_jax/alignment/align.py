@@ -1,0 +1,167 @@
+"""`mmpo align`: rounds of RLAIF-V, each from the newest model, with a report at the end."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable
+
+from jax.sharding import Mesh
+
+from mmpo_jax.alignment.report import RoundReport, read_report, write_report
+from mmpo_jax.alignment.round import Round, run_round
+from mmpo_jax.checkpoint import Checkpoint, load_checkpoint
+from mmpo_jax.data.records import Record
+from mmpo_jax.data.sources import load_source
+from mmpo_jax.errors import MmpoError
+from mmpo_jax.evaluation.shapes import evaluate_shapes
+from mmpo_jax.feedback.claims import make_splitter
+from mmpo_jax.feedback.labeler import CheckpointLabeler, Labeler
+from mmpo_jax.files import fingerprint_folder, fingerprint_json, write_atomic
+from mmpo_jax.models.folders import resolve_folder
+from mmpo_jax.parallel.mesh import make_mesh
+from mmpo_jax.recipe import AlignRecipe
+from mmpo_jax.training.run import usable_records
+
+log = logging.getLogger(__name__)
+
+
+def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
+    """Runs or finishes all rounds.
+
+    Writes to the recipe's output folder: `round-0/` (the start model's evaluation), `round-<i>/`
+    (a file per stage, checkpoints, the trained `model/`), `model/` (the last round's), and the
+    report (`rounds.json`, `curves.png`).
+
+    Returns:
+      One row per round, the start model's first.
+
+    Raises:
+      MmpoError: whatever the user can mend, naming it.
+    """
+    mesh = make_mesh(**recipe.devices.model_dump())
+    start = load_checkpoint(recipe.model, mesh)
+    source, tokenized = usable_records(
+        load_source(recipe.data, supervised=False), start.processor, recipe.lengths, recipe.output
+    )
+    shares = split_prompts(source.records, recipe)
+    by_id = {record.id: record for record in tokenized}
+    labeler_folder = resolve_folder(recipe.feedback.labeler or recipe.model)
+    labeler_key = fingerprint_folder(labeler_folder)
+    labeler = functools.cache(lambda: make_labeler(labeler_folder, recipe, mesh))
+    splitter = make_splitter(recipe.feedback.splitter)
+
+    reports = [RoundReport(0, evaluate_round(0, start, recipe, mesh))]
+    for index, records in enumerate(shares, start=1):
+        folder = round_folder(recipe, index)
+        work = Round(
+            index=index,
+            folder=folder,
+            start=start,
+            records=records,
+            tokenized=[by_id[record.id] for record in records],
+            recipe=recipe,
+            mesh=mesh,
+            progress=progress_printer(index, recipe.rounds),
+        )
+        trained = run_round(work, splitter, labeler, labeler_key)
+        start = load_checkpoint(trained, mesh)
+        metrics = evaluate_round(index, start, recipe, mesh)
+        reports.append(read_report(index, folder, metrics))
+    result = os.path.join(recipe.output, "model")
+    if not os.path.isdir(result) or fingerprint_folder(result) != start.fingerprint:
+        _copy_whole(start.folder, result)
+    write_report(recipe.output, reports)
+    return reports
+
+
+def split_prompts(records: list[Record], recipe: AlignRecipe) -> list[list[Record]]:
+    """The prompts of every round.
+
+    Raises:
+      MmpoError: there are too few for the recipe.
+    """
+    share = recipe.prompts_per_round
+    if share is None:
+        return [records] * recipe.rounds
+    if share * recipe.rounds > len(records):
+        raise MmpoError(
+            f"{recipe.rounds} rounds of {share} prompts need {share * recipe.rounds}, "
+            f"the data has {len(records)} usable ones"
+        )
+    return [records[i * share : (i + 1) * share] for i in range(recipe.rounds)]
+
+
+def make_labeler(folder: str, recipe: AlignRecipe, mesh: Mesh) -> Labeler:
+    """The recipe's labeler, loaded."""
+    checkpoint = load_checkpoint(folder, mesh)
+    return CheckpointLabeler(
+        folder,
+        checkpoint.model,
+        checkpoint.params,
+        checkpoint.processor,
+        mesh,
+        recipe.lengths,
+        batch_size=recipe.feedback.batch_size,
+        questions_at_once=recipe.feedback.questions_at_once,
+    )
+
+
+def evaluate_round(
+    index: int, checkpoint: Checkpoint, recipe: AlignRecipe, mesh: Mesh
+) -> dict[str, float]:
+    """The held-out metrics of a round's model, from its file if it is of this model."""
+    if recipe.evaluation is None:
+        return {}
+    path = os.path.join(round_folder(recipe, index), "evaluation.json")
+    key = fingerprint_json(
+        [
+            checkpoint.fingerprint,
+            recipe.evaluation.model_dump(mode="json"),
+            recipe.lengths.model_dump(),
+        ]
+    )
+    if os.path.isfile(path):
+        with open(path) as file:
+            saved = json.load(file)
+        if saved["key"] == key:
+            return saved["metrics"]
+    progress_printer(index, recipe.rounds)("evaluate", 0, 1)
+    metrics = evaluate_shapes(
+        checkpoint.folder,
+        checkpoint.model,
+        checkpoint.params,
+        checkpoint.processor,
+        recipe.evaluation,
+        recipe.lengths,
+        mesh,
+    )
+    write_atomic(path, json.dumps({"key": key, "metrics": metrics}, indent=1).encode())
+    return metrics
+
+
+def round_folder(recipe: AlignRecipe, index: int) -> str:
+    """Where a round keeps its files."""
+    return os.path.join(recipe.output, f"round-{index}")
+
+
+def progress_printer(index: int, rounds: int) -> Callable[[str, int, int], None]:
+    """Prints what is being done, one line per stage part."""
+
+    def show(stage: str, done: int, total: int) -> None:
+        count = f" {done}/{total}" if total > 1 else ""
+        print(f"round {index}/{rounds}  {stage}{count}", file=sys.stderr, flush=True)
+
+    return show
+
+
+def _copy_whole(source: str, target: str) -> None:
+    staging = target + ".incomplete"
+    shutil.rmtree(staging, ignore_errors=True)
+    shutil.copytree(source, staging)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(staging, target)

@@ -1,0 +1,163 @@
+"""What a person sees of an alignment: a table with a line per round, warnings, curves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+
+from mmpo_jax.files import read_table, write_atomic
+from mmpo_jax.training.metrics import FILE, read_metrics
+
+RECALL_LOSS = 0.03
+LENGTH_LOSS = 0.15
+"""From these on, compared with the start model, the report warns of silence."""
+
+COLUMNS: tuple[tuple[str, str, str], ...] = (
+    ("round", "round", "d"),
+    ("prompts", "prompts", "d"),
+    ("responses", "responses", "d"),
+    ("claims", "claims", "d"),
+    ("rejected", "rejected_claims", "d"),
+    ("pairs", "pairs", "d"),
+    ("dpo acc", "dpo_accuracy", ".2f"),
+    ("margin", "dpo_margin", ".2f"),
+    ("CHAIR_i", "sampled/chair_i", ".3f"),
+    ("CHAIR_s", "sampled/chair_s", ".3f"),
+    ("recall", "sampled/recall", ".3f"),
+    ("length", "sampled/mean_length", ".1f"),
+    ("greedy CHAIR_s", "greedy/chair_s", ".3f"),
+    ("greedy recall", "greedy/recall", ".3f"),
+    ("yes/no", "yes_no_accuracy", ".3f"),
+)
+"""(heading, key, format) of the table."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundReport:
+    """One line of the table: what a round did and how its model does on held-out data."""
+
+    index: int
+    metrics: dict[str, float]
+    prompts: int | None = None
+    responses: int | None = None
+    claims: int | None = None
+    rejected_claims: int | None = None
+    pairs: int | None = None
+    dpo_accuracy: float | None = None
+    dpo_margin: float | None = None
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    """What the combine stage dropped, and why."""
+
+    def value(self, key: str) -> float | None:
+        if key == "round":
+            return self.index
+        return self.metrics.get(key, getattr(self, key, None))
+
+
+def read_report(index: int, folder: str, metrics: dict[str, float]) -> RoundReport:
+    """A finished round's line, from the files of its stages."""
+    responses = read_table(os.path.join(folder, "divide.parquet"))
+    judged = read_table(os.path.join(folder, "conquer.parquet"))
+    pairs = read_table(os.path.join(folder, "combine.parquet"))
+    accepted = {
+        (row["prompt_id"], row["question"]): row["p_yes"] > row["p_no"]
+        for row in judged.to_pylist()
+    }
+    verdicts = [
+        accepted[row["prompt_id"], question]
+        for row in responses.to_pylist()
+        for question in row["questions"]
+    ]
+    last = read_metrics(os.path.join(folder, "train", FILE))[-1]
+    return RoundReport(
+        index=index,
+        metrics=metrics,
+        prompts=len(set(responses["prompt_id"].to_pylist())),
+        responses=responses.num_rows,
+        claims=len(verdicts),
+        rejected_claims=verdicts.count(False),
+        pairs=pairs.num_rows,
+        dpo_accuracy=last.get("rewards/accuracies"),
+        dpo_margin=last.get("rewards/margins"),
+        counts=json.loads(pairs.schema.metadata[b"counts"]),
+    )
+
+
+def render_table(reports: list[RoundReport]) -> str:
+    """The table as text, columns without any value left out."""
+    shown = [c for c in COLUMNS if any(report.value(c[1]) is not None for report in reports)]
+    rows = [[heading for heading, _, _ in shown]]
+    for report in reports:
+        values = [(report.value(key), form) for _, key, form in shown]
+        rows.append(["" if value is None else format(value, form) for value, form in values])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(shown))]
+    lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(lines)
+
+
+def warnings(reports: list[RoundReport]) -> list[str]:
+    """What a person should know: counting rejected claims rewards saying less."""
+    found = []
+    start = reports[0].metrics
+    for report in reports[1:]:
+        for decoding in ("sampled", "greedy"):
+            recall, length = f"{decoding}/recall", f"{decoding}/mean_length"
+            if recall not in start or recall not in report.metrics:
+                continue
+            lost = start[recall] - report.metrics[recall]
+            shorter = 1 - report.metrics[length] / max(start[length], 1e-9)
+            if lost > RECALL_LOSS:
+                found.append(
+                    f"round {report.index}: {decoding} recall fell by {lost:.3f} since the start; "
+                    "the model avoids errors by saying less (lower the learning rate or epochs)"
+                )
+            elif shorter > LENGTH_LOSS and decoding == "sampled":
+                found.append(
+                    f"round {report.index}: responses are {shorter:.0%} shorter than at the start"
+                )
+        if report.pairs and report.dpo_accuracy is not None and report.dpo_accuracy < 0.5:
+            found.append(
+                f"round {report.index}: DPO prefers the rejected responses; it did not learn"
+            )
+    return found
+
+
+def write_report(folder: str, reports: list[RoundReport]) -> None:
+    """Writes `rounds.json`, `rounds.txt` and `curves.png`."""
+    rows = [dataclasses.asdict(report) for report in reports]
+    write_atomic(os.path.join(folder, "rounds.json"), json.dumps(rows, indent=1).encode())
+    text = "\n".join([render_table(reports), *warnings(reports), ""])
+    write_atomic(os.path.join(folder, "rounds.txt"), text.encode())
+    if len(reports) > 1 and reports[0].metrics:
+        draw_curves(os.path.join(folder, "curves.png"), reports)
+
+
+def draw_curves(path: str, reports: list[RoundReport]) -> None:
+    """Hallucination, recall and length over the rounds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = (
+        ("CHAIR_s (lower is better)", "chair_s"),
+        ("CHAIR_i (lower is better)", "chair_i"),
+        ("recall", "recall"),
+        ("mean length [words]", "mean_length"),
+    )
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(14, 3.2))
+    rounds = [report.index for report in reports]
+    for axis, (title, name) in zip(axes, panels, strict=True):
+        for decoding in ("sampled", "greedy"):
+            values = [report.metrics[f"{decoding}/{name}"] for report in reports]
+            axis.plot(rounds, values, marker="o", label=decoding)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("round")
+        axis.set_xticks(rounds)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,375 @@
+"""One round of RLAIF-V: generate, divide, conquer, combine, reference, train.
+
+Every stage reads the table of the one before and writes its own (see `stage.py`), so a round goes
+on where it was stopped, and a changed input runs again what depends on it.
+
+Source of the rules: RLAIF-V (Yu et al. 2024, arXiv 2405.17220) and its repository.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyarrow as pa
+from jax.sharding import Mesh
+
+from mmpo_jax.checkpoint import Checkpoint
+from mmpo_jax.data.pipeline import Example, tokenize_records
+from mmpo_jax.data.records import Record, Response
+from mmpo_jax.data.tokenization import TokenizedRecord
+from mmpo_jax.feedback.claims import Splitter
+from mmpo_jax.feedback.labeler import Labeler
+from mmpo_jax.feedback.pairing import combine
+from mmpo_jax.feedback.scores import ScoredResponse
+from mmpo_jax.files import (
+    canonical_json,
+    fingerprint_file,
+    fingerprint_folder,
+    fingerprint_json,
+    write_atomic,
+)
+from mmpo_jax.generation.responses import generate_responses
+from mmpo_jax.generation.sampler import Decoding
+from mmpo_jax.models.huggingface import save_model
+from mmpo_jax.recipe import AlignRecipe
+from mmpo_jax.stage import Stage, run_stage
+from mmpo_jax.training.loop import train
+from mmpo_jax.training.losses import REFERENCE
+from mmpo_jax.training.reference import reference_stage
+
+PROMPTS_PER_PART = 256
+"""A kill loses at most this many prompts' worth of a stage."""
+
+Progress = Callable[[str, int, int], None]
+"""progress(stage, parts done, parts in all)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """What one round works with."""
+
+    index: int
+    """1 for the first."""
+    folder: str
+    start: Checkpoint
+    """What generates, and the reference of the training."""
+    records: list[Record]
+    """This round's prompts."""
+    tokenized: list[TokenizedRecord]
+    recipe: AlignRecipe
+    mesh: Mesh
+    progress: Progress
+
+    def stage(self, name: str, inputs: dict[str, str], settings: Any, num_parts: int = 1) -> Stage:
+        return Stage(self.folder, name, inputs, settings, num_parts)
+
+    def run(self, stage: Stage, make_part: Callable[[int], pa.Table]) -> pa.Table:
+        def on_part(done: int, total: int) -> None:
+            self.progress(stage.name, done, total)
+
+        return run_stage(stage, make_part, on_part)
+
+    @property
+    def num_parts(self) -> int:
+        return max(1, -(-len(self.tokenized) // PROMPTS_PER_PART))
+
+
+def run_round(
+    work: Round, splitter: Splitter, labeler: Callable[[], Labeler], labeler_key: str
+) -> str:
+    """Runs or finishes a round.
+
+    Args:
+      work: the round.
+      splitter: divides responses into claims.
+      labeler: makes the labeler, called only if there is something to label.
+      labeler_key: fingerprint of the labeler.
+
+    Returns:
+      The Hugging Face folder of the trained model.
+    """
+    generated = generate_stage(work)
+    divided = divide_stage(work, generated, splitter)
+    judged = conquer_stage(work, divided, labeler, labeler_key)
+    pairs = combine_stage(work, divided, judged)
+    return train_stage(work, pairs)
+
+
+def generate_stage(work: Round) -> pa.Table:
+    """n responses to every prompt: prompt_id, sample, text, num_tokens, finished."""
+    sampling = work.recipe.sampling
+    decoding = Decoding(**sampling.model_dump(exclude={"batch_size"}))
+    start = work.start
+
+    def make_part(part: int) -> pa.Table:
+        responses = generate_responses(
+            start.model,
+            start.params,
+            start.processor,
+            _part(work.tokenized, part),
+            decoding,
+            work.recipe.lengths,
+            work.mesh,
+            batch_size=sampling.batch_size,
+            seed=work.recipe.seed,
+            round_index=work.index,
+        )
+        return pa.Table.from_pylist(
+            [dataclasses.asdict(response) for response in responses], schema=_GENERATED
+        )
+
+    inputs = {
+        "model": start.fingerprint,
+        "prompts": fingerprint_json(
+            [
+                [r.id, r.prompt_ids.tolist(), [image.fingerprint() for image in r.images]]
+                for r in work.tokenized
+            ]
+        ),
+        **start.processor.fingerprints(),
+    }
+    settings = {
+        "decoding": dataclasses.asdict(decoding),
+        "seed": work.recipe.seed,
+        "round": work.index,
+    }
+    return work.run(work.stage("generate", inputs, settings, work.num_parts), make_part)
+
+
+def divide_stage(work: Round, generated: pa.Table, splitter: Splitter) -> pa.Table:
+    """Every response with its claims: ... + claims, questions, unparsed."""
+    asked = {record.id: record.prompt[-1].text for record in work.records}
+
+    def make_part(_: int) -> pa.Table:
+        rows = []
+        for row in generated.to_pylist():
+            division = splitter.divide(asked[row["prompt_id"]], row["text"])
+            rows.append(
+                {
+                    **row,
+                    "claims": [claim.text for claim in division.claims],
+                    "questions": [claim.question for claim in division.claims],
+                    "unparsed": list(division.unparsed),
+                }
+            )
+        return pa.Table.from_pylist(rows, schema=_DIVIDED)
+
+    inputs = {"responses": _output(work, "generate"), "questions": fingerprint_json(asked)}
+    return work.run(work.stage("divide", inputs, {"splitter": splitter.name}), make_part)
+
+
+def conquer_stage(
+    work: Round, divided: pa.Table, labeler: Callable[[], Labeler], labeler_key: str
+) -> pa.Table:
+    """The labeler's answer to every question about every image, each asked once.
+
+    Columns: prompt_id, question, p_yes, p_no.
+    """
+    feedback = work.recipe.feedback
+    questions: dict[str, dict[str, None]] = {record.id: {} for record in work.records}
+    for row in divided.select(["prompt_id", "questions"]).to_pylist():
+        questions[row["prompt_id"]].update(dict.fromkeys(row["questions"]))
+
+    def make_part(part: int) -> pa.Table:
+        items = [
+            (
+                record.id,
+                record.images,
+                tuple(question + feedback.suffix for question in questions[record.id]),
+            )
+            for record in _part(work.records, part)
+        ]
+        rows = []
+        for (name, _, _), answers in zip(items, labeler().answer(items), strict=True):
+            for question, (p_yes, p_no) in zip(questions[name], answers, strict=True):
+                rows.append({"prompt_id": name, "question": question, "p_yes": p_yes, "p_no": p_no})
+        return pa.Table.from_pylist(rows, schema=_JUDGED)
+
+    inputs = {
+        "claims": _output(work, "divide"),
+        "labeler": labeler_key,
+        "images": fingerprint_json([[i.fingerprint() for i in r.images] for r in work.records]),
+    }
+    settings = {"suffix": feedback.suffix}
+    return work.run(work.stage("conquer", inputs, settings, work.num_parts), make_part)
+
+
+def combine_stage(work: Round, divided: pa.Table, judged: pa.Table) -> pa.Table:
+    """Preference pairs; what became of everything else is in the table's metadata."""
+    pairing = work.recipe.pairing
+
+    def make_part(_: int) -> pa.Table:
+        result = combine(
+            scored_responses(divided, judged),
+            seed=work.recipe.seed,
+            round_number=work.index,
+            score=pairing.score,
+            min_difference=pairing.min_difference,
+            max_pairs_per_prompt=pairing.max_pairs_per_prompt,
+            balance=pairing.length_balance,
+        )
+        table = pa.Table.from_pylist(
+            [dataclasses.asdict(pair) for pair in result.pairs], schema=_PAIRS
+        )
+        return table.replace_schema_metadata({"counts": canonical_json(dict(result.counts))})
+
+    inputs = {"claims": _output(work, "divide"), "verdicts": _output(work, "conquer")}
+    settings = {**pairing.model_dump(), "seed": work.recipe.seed, "round": work.index}
+    return work.run(work.stage("combine", inputs, settings), make_part)
+
+
+def scored_responses(divided: pa.Table, judged: pa.Table) -> list[ScoredResponse]:
+    """Joins responses with the answers to their questions."""
+    answers: dict[str, dict[str, tuple[float, float]]] = collections.defaultdict(dict)
+    for row in judged.to_pylist():
+        answers[row["prompt_id"]][row["question"]] = (row["p_yes"], row["p_no"])
+    scored = []
+    for row in divided.to_pylist():
+        given = [answers[row["prompt_id"]][question] for question in row["questions"]]
+        scored.append(
+            ScoredResponse(
+                prompt_id=row["prompt_id"],
+                sample=row["sample"],
+                text=row["text"],
+                claims=tuple(row["claims"]),
+                p_yes=tuple(p_yes for p_yes, _ in given),
+                p_no=tuple(p_no for _, p_no in given),
+            )
+        )
+    return scored
+
+
+def pair_records(records: Sequence[Record], pairs: pa.Table) -> list[Record]:
+    """Every pair as a record with the chosen response first."""
+    by_id = {record.id: record for record in records}
+    return [
+        dataclasses.replace(
+            by_id[row["prompt_id"]],
+            id=f"{row['prompt_id']}/{row['chosen_sample']}-{row['rejected_sample']}",
+            responses=(Response.of(row["chosen"]), Response.of(row["rejected"])),
+        )
+        for row in pairs.to_pylist()
+    ]
+
+
+def train_stage(work: Round, pairs: pa.Table) -> str:
+    """DPO from the round's start model, which is also the reference, on the round's own pairs."""
+    recipe, start = work.recipe, work.start
+    target = os.path.join(work.folder, "model")
+    manifest = os.path.join(work.folder, "train.json")
+    inputs = {
+        "model": start.fingerprint,
+        "pairs": _output(work, "combine"),
+        "training": recipe.training.model_dump(mode="json"),
+        "lengths": recipe.lengths.model_dump(mode="json"),
+        "seed": recipe.seed,
+        "round": work.index,
+        **start.processor.fingerprints(),
+    }
+    identity = fingerprint_json(inputs)
+    if _is_trained(manifest, target, identity):
+        return target
+    records, _ = tokenize_records(
+        pair_records(work.records, pairs), start.processor, recipe.lengths
+    )
+    reference = reference_stage(
+        start.model,
+        start.params,
+        start.processor,
+        records,
+        recipe.lengths,
+        work.mesh,
+        folder=work.folder,
+        model_fingerprint=start.fingerprint,
+        batch_size=recipe.training.batch_size,
+        on_part=lambda done, total: work.progress("reference", done, total),
+    )
+    folder = os.path.join(work.folder, "train")
+    _discard_other_run(folder, identity)
+    params = train(
+        start.model,
+        start.params,
+        start.processor,
+        [Example(record, {REFERENCE: reference[record.id]}) for record in records],
+        recipe.training,
+        recipe.lengths,
+        work.mesh,
+        folder=folder,
+        identity=identity,
+        seed=recipe.seed + work.index,
+    )
+    save_model(target, start.model, params, start.processor.folder)
+    done = {"identity": identity, "inputs": inputs, "model": fingerprint_folder(target)}
+    write_atomic(manifest, json.dumps(done, indent=1).encode())
+    return target
+
+
+def _is_trained(manifest: str, target: str, identity: str) -> bool:
+    if not (os.path.isfile(manifest) and os.path.isdir(target)):
+        return False
+    with open(manifest) as file:
+        done = json.load(file)
+    return done["identity"] == identity and done["model"] == fingerprint_folder(target)
+
+
+def _discard_other_run(folder: str, identity: str) -> None:
+    """Checkpoints of other inputs are of no use to a round whose inputs changed."""
+    marker = os.path.join(folder, "identity")
+    if os.path.isfile(marker):
+        with open(marker) as file:
+            if file.read() == identity:
+                return
+    shutil.rmtree(folder, ignore_errors=True)
+    write_atomic(marker, identity.encode())
+
+
+def _part(items: list[Any], part: int) -> list[Any]:
+    return items[part * PROMPTS_PER_PART : (part + 1) * PROMPTS_PER_PART]
+
+
+def _output(work: Round, name: str) -> str:
+    return fingerprint_file(os.path.join(work.folder, f"{name}.parquet"))
+
+
+_GENERATED = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("sample", pa.int32()),
+        ("text", pa.string()),
+        ("num_tokens", pa.int32()),
+        ("finished", pa.bool_()),
+    ]
+)
+_DIVIDED = pa.schema(
+    [
+        *_GENERATED,
+        ("claims", pa.list_(pa.string())),
+        ("questions", pa.list_(pa.string())),
+        ("unparsed", pa.list_(pa.string())),
+    ]
+)
+_JUDGED = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("question", pa.string()),
+        ("p_yes", pa.float64()),
+        ("p_no", pa.float64()),
+    ]
+)
+_PAIRS = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("chosen", pa.string()),
+        ("rejected", pa.string()),
+        ("chosen_sample", pa.int32()),
+        ("rejected_sample", pa.int32()),
+        ("chosen_score", pa.float64()),
+        ("rejected_score", pa.float64()),
+    ]
+)

@@ -1,0 +1,95 @@
+"""The `mmpo` command: one short function per subcommand, no logic."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from mmpo_jax import recipe as recipes
+from mmpo_jax.errors import MmpoError
+
+
+def align(path: str, overrides: Sequence[str]) -> None:
+    """Run the rounds: generate, check, pair, train, repeat."""
+    recipe = recipes.load_recipe(recipes.AlignRecipe, path, overrides)
+    _start_jax()
+    from mmpo_jax.alignment.align import run_alignment
+    from mmpo_jax.alignment.report import render_table, warnings
+
+    reports = run_alignment(recipe)
+    print(render_table(reports))
+    for warning in warnings(reports):
+        print(f"warning: {warning}")
+    print(f"model: {os.path.join(recipe.output, 'model')}")
+    print(f"curves: {os.path.join(recipe.output, 'curves.png')}")
+
+
+def train(path: str, overrides: Sequence[str]) -> None:
+    """Run one training stage on data that is there."""
+    recipe = recipes.load_recipe(recipes.TrainRecipe, path, overrides)
+    _start_jax()
+    from mmpo_jax.training.run import run_training
+
+    print(f"model: {run_training(recipe)}")
+
+
+def generate(path: str, overrides: Sequence[str]) -> None:
+    """Sample responses to prompts."""
+    recipe = recipes.load_recipe(recipes.GenerateRecipe, path, overrides)
+    _start_jax()
+    from mmpo_jax.generation.run import run_generation
+
+    print(f"responses: {run_generation(recipe)}")
+
+
+def evaluate(path: str, overrides: Sequence[str]) -> None:
+    """Measure hallucination of a checkpoint."""
+    recipe = recipes.load_recipe(recipes.EvaluateRecipe, path, overrides)
+    _start_jax()
+    from mmpo_jax.evaluation.run import run_evaluation
+
+    for name, value in run_evaluation(recipe).items():
+        print(f"{name:24s} {value:.4f}")
+
+
+COMMANDS = {"align": align, "train": train, "generate": generate, "evaluate": evaluate}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parses the command line and runs a subcommand.
+
+    Returns:
+      The exit status: 0, or 1 with one message for an error that a user can mend.
+    """
+    parser = argparse.ArgumentParser(prog="mmpo", description="Align vision-language models.")
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    for name, function in COMMANDS.items():
+        command = subparsers.add_parser(name, help=function.__doc__, description=function.__doc__)
+        command.add_argument("recipe", help="YAML file")
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="a.b.c=value")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for noisy in ("absl", "jax", "orbax", "transformers"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    try:
+        COMMANDS[options.command](options.recipe, options.overrides)
+    except MmpoError as error:
+        print(f"mmpo {options.command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _start_jax() -> None:
+    """Compiled programs are kept between runs: a restart begins at once."""
+    import jax
+
+    cache = os.environ.get("MMPO_CACHE", os.path.expanduser("~/.cache/mmpo_jax"))
+    jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""Hallucination on held-out scenes of the picture world: sampled, greedy, and asked directly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from jax.sharding import Mesh
+
+from mmpo_jax.data.pipeline import tokenize_records
+from mmpo_jax.data.processor import Processor
+from mmpo_jax.feedback.labeler import CheckpointLabeler
+from mmpo_jax.generation.responses import generate_responses
+from mmpo_jax.generation.sampler import Decoding
+from mmpo_jax.models.llava import Model, Params
+from mmpo_jax.recipe import Evaluation, Lengths
+from mmpo_jax.shapes import records as shapes
+from mmpo_jax.shapes.metrics import caption_metrics
+
+GREEDY, SAMPLED = 0.0, 1.0
+"""Temperatures of the two decodings."""
+
+
+def evaluate_shapes(
+    folder: str,
+    model: Model,
+    params: Params,
+    processor: Processor,
+    config: Evaluation,
+    lengths: Lengths,
+    mesh: Mesh,
+) -> dict[str, float]:
+    """CHAIR, recall and yes/no accuracy of a model.
+
+    Args:
+      folder: the checkpoint, for messages and fingerprints.
+      model, params, processor: the checkpoint, its parameters on the mesh.
+      config: which scenes, how many seeds.
+      lengths: bucket sizes.
+      mesh: the devices.
+
+    Returns:
+      `sampled/...` (temperature 1, mean over the seeds) and `greedy/...` with the names of
+      `shapes.metrics.caption_metrics`, and `yes_no_accuracy`.
+    """
+    data = config.data
+    world = (data.split, data.seed, data.size)
+    scenes = shapes.scenes(*world)
+    records, _ = tokenize_records(
+        shapes.prompt_records(*world, data.image_size), processor, lengths
+    )
+
+    def captions(temperature: float, seed: int) -> Mapping[str, float]:
+        decoding = Decoding(temperature=temperature, max_new_tokens=config.max_new_tokens)
+        generated = generate_responses(
+            model,
+            params,
+            processor,
+            records,
+            decoding,
+            lengths,
+            mesh,
+            batch_size=config.batch_size,
+            seed=seed,
+        )
+        return caption_metrics([response.text for response in generated], scenes)
+
+    sampled = [captions(SAMPLED, seed) for seed in config.seeds]
+    metrics = {f"sampled/{n}": float(np.mean([s[n] for s in sampled])) for n in sampled[0]}
+    metrics |= {f"greedy/{name}": value for name, value in captions(GREEDY, 0).items()}
+    if data.questions:
+        labeler = CheckpointLabeler(
+            folder, model, params, processor, mesh, lengths, batch_size=config.batch_size
+        )
+        metrics["yes_no_accuracy"] = yes_no_accuracy(labeler, config)
+    return metrics
+
+
+def yes_no_accuracy(labeler: CheckpointLabeler, config: Evaluation) -> float:
+    """Share of held-out questions whose more likely answer is the true one."""
+    data = config.data
+    records = shapes.prompt_records(data.split, data.seed, data.size, data.image_size)
+    asked = [
+        shapes.held_out_questions(data.split, data.seed, index, data.questions)
+        for index in range(data.size)
+    ]
+    items = [
+        (record.id, record.images, tuple(question.text for question in questions))
+        for record, questions in zip(records, asked, strict=True)
+    ]
+    right = [
+        (p_yes > p_no) == question.answer
+        for answers, questions in zip(labeler.answer(items), asked, strict=True)
+        for (p_yes, p_no), question in zip(answers, questions, strict=True)
+    ]
+    return float(np.mean(right))

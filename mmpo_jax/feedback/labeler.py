@@ -1,0 +1,185 @@
+"""Conquer: a labeler answers yes/no questions about images by its next-token probabilities."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from mmpo_jax.data.batching import pad_batch
+from mmpo_jax.data.processor import Processor, ProcessorError
+from mmpo_jax.data.records import ImageRef, Record, Response, Turn
+from mmpo_jax.data.tokenization import TokenizedRecord, TokenizedResponse, tokenize
+from mmpo_jax.files import fingerprint_folder
+from mmpo_jax.models.batch import Batch
+from mmpo_jax.models.llava import Model, Params
+from mmpo_jax.models.log_probs import next_token_logits
+from mmpo_jax.parallel.mesh import batch_shards, put_batch
+from mmpo_jax.recipe import Lengths
+
+YES, NO = ("yes", "Yes"), ("no", "No")
+
+
+class Labeler(Protocol):
+    """Answers yes/no questions about images."""
+
+    fingerprint: str
+    """Of everything its answers depend on."""
+
+    def answer(self, items: Sequence[QuestionSet]) -> list[list[tuple[float, float]]]:
+        """(p_yes, p_no) of every question of every item, in order."""
+        ...
+
+
+QuestionSet = tuple[str, tuple[ImageRef, ...], tuple[str, ...]]
+"""(id, images, questions about them)."""
+
+
+class CheckpointLabeler:
+    """A VLM asked directly: p_yes = p(yes) + p(Yes) of the first answer token, p_no likewise.
+
+    RLAIF-V, `utils/gpt_eval` autocheck: the probabilities are over the whole vocabulary. All
+    questions about one image share its encoding and the start of the prompt.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        model: Model,
+        params: Params,
+        processor: Processor,
+        mesh: Mesh,
+        lengths: Lengths,
+        *,
+        batch_size: int,
+        questions_at_once: int = 16,
+    ):
+        """
+        Args:
+          folder: the checkpoint, for its fingerprint.
+          model, params, processor: the checkpoint, its parameters on the mesh.
+          mesh: the devices.
+          lengths: bucket sizes; questions count as responses.
+          batch_size: rows at a time.
+          questions_at_once: R, questions that share one encoding of the image.
+
+        Raises:
+          ProcessorError: the tokenizer cannot tell yes from no.
+        """
+        self.fingerprint = fingerprint_folder(folder)
+        self.model, self.params, self.processor = model, params, processor
+        self.mesh, self.lengths = mesh, lengths
+        self.rows = -(-batch_size // batch_shards(mesh)) * batch_shards(mesh)
+        self.questions_at_once = questions_at_once
+        self.lead, self.yes_ids, self.no_ids = answer_tokens(processor)
+
+    def answer(self, items: Sequence[QuestionSet]) -> list[list[tuple[float, float]]]:
+        """See `Labeler`.
+
+        Raises:
+          RowRejected: a question does not fit the bucket sizes.
+          DataError: an image cannot be read.
+        """
+        rows: list[tuple[int, TokenizedRecord]] = []
+        for index, (name, images, questions) in enumerate(items):
+            for start in range(0, len(questions), self.questions_at_once):
+                chunk = questions[start : start + self.questions_at_once]
+                rows.append((index, self._tokenize(name, images, chunk)))
+        answers: list[list[tuple[float, float]]] = [[] for _ in items]
+        for start in range(0, len(rows), self.rows):
+            chosen = rows[start : start + self.rows]
+            probabilities = self._probabilities([record for _, record in chosen])
+            for row, (index, record) in enumerate(chosen):
+                for pair in probabilities[row, : len(record.responses)].tolist():
+                    answers[index].append((pair[0], pair[1]))
+        return answers
+
+    def _tokenize(
+        self, name: str, images: tuple[ImageRef, ...], questions: Sequence[str]
+    ) -> TokenizedRecord:
+        asked = tuple(Response((Turn("user", question),)) for question in questions)
+        limits = self.lengths.prompt[-1], self.lengths.response[-1] - len(self.lead)
+        record = tokenize(Record(name, images, (), asked), self.processor, *limits)
+        lead = np.array(self.lead, np.int32)
+        led = tuple(
+            TokenizedResponse(
+                np.concatenate([response.ids, lead]),
+                np.zeros(len(response.ids) + len(lead), bool),
+                0,
+            )
+            for response in record.responses
+        )
+        return TokenizedRecord(record.id, record.prompt_ids, led, record.images)
+
+    def _probabilities(self, records: Sequence[TokenizedRecord]) -> np.ndarray:
+        """float32[rows, R, 2]."""
+        batch = pad_batch(
+            records,
+            self.processor,
+            rows=self.rows,
+            prompt_sizes=self.lengths.prompt,
+            response_sizes=self.lengths.response,
+            num_responses=self.questions_at_once,
+        )
+        with jax.set_mesh(self.mesh):
+            placed = put_batch(batch, self.mesh)
+            return np.asarray(
+                answer_probabilities(self.model, self.params, placed, self.yes_ids, self.no_ids)
+            )
+
+
+@functools.partial(jax.jit, static_argnames=("model", "yes_ids", "no_ids"))
+def answer_probabilities(
+    model: Model,
+    params: Params,
+    batch: Batch,
+    yes_ids: tuple[int, ...],
+    no_ids: tuple[int, ...],
+) -> jax.Array:
+    """Probabilities of yes and no after every response (a question), float32[B, R, 2]."""
+    module = model.bind(params)
+    last, responses = module.hidden_states(batch)
+    lengths = batch.response_mask.sum(axis=-1)
+    at_end = jax.vmap(jax.vmap(lambda rows, at: rows[at]))(responses, jnp.maximum(lengths - 1, 0))
+    # A question that is wholly part of the shared prompt ends where the prompt does.
+    hidden = jnp.where((lengths == 0)[..., None], last[:, None], at_end)
+    probabilities = jax.nn.softmax(next_token_logits(module, hidden), axis=-1)
+    sums = [probabilities[..., list(ids)].sum(axis=-1) for ids in (yes_ids, no_ids)]
+    return jnp.stack(sums, axis=-1)
+
+
+def answer_tokens(
+    processor: Processor,
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """How this tokenizer and template begin the answers yes and no.
+
+    Returns:
+      (tokens every answer starts with, such as a lone space; ids of yes; ids of no).
+
+    Raises:
+      ProcessorError: yes and no begin alike.
+    """
+    question = Turn("user", "?")
+    spoken: dict[str, list[int]] = {}
+    for word in (*YES, *NO):
+        dialogue = Record("", (), (question,), (Response.of(word),))
+        response = tokenize(dialogue, processor, 2**30, 2**30).responses[0]
+        ids = response.ids[response.loss_mask].tolist()
+        if processor.tokenizer.unk_token_id not in ids:
+            spoken[word] = ids
+    lead = 0
+    answers = list(spoken.values())
+    while answers and len({tuple(ids[: lead + 1]) for ids in answers}) == 1:
+        lead += 1
+    yes = tuple(sorted({spoken[word][lead] for word in YES if word in spoken}))
+    no = tuple(sorted({spoken[word][lead] for word in NO if word in spoken}))
+    if not yes or not no or set(yes) & set(no):
+        raise ProcessorError(
+            f"{processor.folder}: the tokenizer cannot tell yes from no by one token"
+        )
+    return tuple(answers[0][:lead]), yes, no

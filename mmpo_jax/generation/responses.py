@@ -1,0 +1,109 @@
+"""Responses to records: batches of prompts through the sampler, texts out."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mmpo_jax.data.batching import pad_batch
+from mmpo_jax.data.processor import Processor
+from mmpo_jax.data.tokenization import TokenizedRecord
+from mmpo_jax.generation.sampler import Decoding, sample, sample_keys
+from mmpo_jax.models.llava import Model, Params
+from mmpo_jax.parallel.mesh import batch_shards, put_batch
+from mmpo_jax.recipe import Lengths
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """One sampled response."""
+
+    prompt_id: str
+    sample: int
+    text: str
+    num_tokens: int
+    """EOS included."""
+    finished: bool
+    """Whether it ended by itself and not by the length limit."""
+
+
+def generate_responses(
+    model: Model,
+    params: Params,
+    processor: Processor,
+    records: Sequence[TokenizedRecord],
+    decoding: Decoding,
+    lengths: Lengths,
+    mesh: Mesh,
+    *,
+    batch_size: int,
+    seed: int,
+    round_index: int = 0,
+) -> list[Generated]:
+    """Samples `decoding.num_samples` responses to every record's prompt.
+
+    A response depends on the seed, the round, the prompt's id and the sample's number only.
+
+    Args:
+      model, params, processor: the checkpoint, its parameters on the mesh.
+      records: tokenized; their responses are not read.
+      decoding: how tokens are chosen.
+      lengths: bucket sizes of the prompts.
+      mesh: the devices.
+      batch_size: prompts at a time, rounded up to what the mesh needs.
+      seed: of the run.
+      round_index: of the alignment round, 0 outside of one.
+
+    Returns:
+      Sorted as the records are, samples in order.
+
+    Raises:
+      DataError: an image cannot be read.
+    """
+    shards = batch_shards(mesh)
+    rows = -(-batch_size // shards) * shards
+    generated = []
+    for start in range(0, len(records), rows):
+        chosen = [
+            dataclasses.replace(record, responses=()) for record in records[start : start + rows]
+        ]
+        batch = pad_batch(
+            chosen, processor, rows=rows, prompt_sizes=lengths.prompt, response_sizes=()
+        )
+        numbers = np.zeros(rows, np.uint32)
+        numbers[: len(chosen)] = [prompt_number(record.id) for record in chosen]
+        with jax.set_mesh(mesh):
+            keys = sample_keys(seed, round_index, numbers, decoding.num_samples)
+            tokens = sample(
+                model,
+                params,
+                put_batch(batch, mesh),
+                keys,
+                decoding=decoding,
+                eos_ids=(processor.eos_id,),
+                pad_id=processor.pad_id,
+            )
+        for record, samples in zip(chosen, np.asarray(tokens), strict=False):
+            generated += [
+                _read(processor, record.id, number, row) for number, row in enumerate(samples)
+            ]
+    return generated
+
+
+def prompt_number(prompt_id: str) -> int:
+    """A 32-bit number for a prompt id, the same everywhere."""
+    return int.from_bytes(hashlib.sha256(prompt_id.encode()).digest()[:4], "big")
+
+
+def _read(processor: Processor, prompt_id: str, number: int, tokens: np.ndarray) -> Generated:
+    ends = np.flatnonzero(tokens == processor.eos_id)
+    finished = bool(len(ends))
+    length = int(ends[0]) + 1 if finished else len(tokens)
+    return Generated(
+        prompt_id, number, processor.decode(tokens[:length].tolist()), length, finished
+    )

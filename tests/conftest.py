@@ -1,0 +1,52 @@
+"""Eight simulated CPU devices, no network, and one set of tiny models for the whole session."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Here compiling takes far longer than running: these make it about ten times faster.
+os.environ["XLA_FLAGS"] = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_use_fusion_emitters=false " + os.environ.get("XLA_FLAGS", "")
+)
+
+import jax  # noqa: E402 (the variables above are read when it is imported)
+import pytest  # noqa: E402
+
+CACHE = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update(
+    "jax_compilation_cache_dir",
+    os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(Path(CACHE) / "mmpo_jax" / "tests"),
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import tiny  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A whole LLaVA checkpoint folder with random weights and the shapes world's processor."""
+    return tiny.make_folder(tmp_path_factory.mktemp("tiny") / "llava")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_folder):
+    """(model, parameters as NumPy arrays) of `tiny_folder`."""
+    from mmpo_jax.models.huggingface import load_model
+
+    return load_model(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_processor(tiny_folder, tiny_model):
+    from mmpo_jax.data.processor import Processor
+
+    return Processor(tiny_folder, tiny_model[0].config)

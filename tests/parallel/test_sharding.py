@@ -1,0 +1,187 @@
+"""What eight devices compute is what one computes, however they are laid out."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import AxisType, PartitionSpec
+
+from mmpo_jax.errors import MmpoError
+from mmpo_jax.generation.sampler import Decoding, sample, sample_keys
+from mmpo_jax.models.huggingface import flatten
+from mmpo_jax.parallel.mesh import AXES, make_mesh, param_shardings, put_batch, put_params
+from mmpo_jax.recipe import Dpo, Optimizer
+from mmpo_jax.training.losses import REFERENCE, make_loss
+from mmpo_jax.training.optimizer import make_optimizer, make_schedule
+from mmpo_jax.training.reference import score_batch
+from mmpo_jax.training.step import create_state, make_step, merge
+
+MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "all-axes": (2, 2, 2)}
+TOLERANCE = 1e-5
+# Adam divides by the gradient's size: a small epsilon would blow up the rounding of zeros.
+OPTIMIZER = Optimizer(learning_rate=3e-3, epsilon=1e-3, warmup_ratio=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a mesh computes."""
+
+    start: dict
+    """Shapes and shardings of the state's parameters and of its optimizer's moments."""
+    log_probs: np.ndarray
+    metrics: list[dict[str, float]]
+    params: dict[str, np.ndarray]
+    tokens: np.ndarray
+
+
+def run(mesh, model, params) -> Outcome:
+    """The reference's log-probs, two DPO steps from it, then samples of the trained model."""
+    batch = tiny.random_batch(
+        model.config, [6, 9, 8, 7, 9, 6, 7, 9], [(3, 5), (5, 1), (2, 4), (5, 5)] * 2
+    )
+    batch = dataclasses.replace(batch, weights=np.float32([1, 1, 1, 1, 1, 1, 1, 0]))
+    schedule = make_schedule(OPTIMIZER, 10)
+    optimizer = make_optimizer(OPTIMIZER, schedule)
+    decoding = Decoding(num_samples=2, max_new_tokens=5)
+    with jax.set_mesh(mesh):
+        reference = score_batch(model, put_params(params, model.rules, mesh), put_batch(batch, mesh))
+        state = create_state(params, model, optimizer, (), mesh)
+        start = jax.tree.map(lambda leaf: leaf.sharding, (state.params, state.optimizer))
+        step = make_step(make_loss(model, Dpo(beta=0.1), "full"), optimizer, schedule, state)
+        inputs = (batch, {REFERENCE: np.asarray(reference)})
+        inputs = put_batch(jax.tree.map(lambda leaf: leaf[None], inputs), mesh, leading=1)
+        metrics = []
+        for _ in range(2):
+            state, values = step(state, inputs)
+            metrics.append({name: float(value) for name, value in values.items()})
+        after = jax.tree.map(lambda leaf: leaf.sharding, (state.params, state.optimizer))
+        assert jax.tree.all(jax.tree.map(lambda a, b: a == b, start, after))
+        keys = sample_keys(0, 0, np.arange(8), 2)
+        tokens = sample(
+            model,
+            merge(state),
+            put_batch(batch, mesh),
+            keys,
+            decoding=decoding,
+            eos_ids=(tiny.EOS_ID,),
+            pad_id=tiny.PAD_ID,
+        )
+    trained = {path: np.asarray(leaf) for path, leaf in state.params.items()}
+    return Outcome(start, np.asarray(reference), metrics, trained, np.asarray(tokens))
+
+
+@pytest.fixture(scope="module")
+def unsharded(tiny_model):
+    one = jax.make_mesh(
+        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
+    )
+    return run(one, *tiny_model)
+
+
+@pytest.fixture(scope="module", params=MESHES)
+def outcome(request, tiny_model):
+    return run(make_mesh(*MESHES[request.param]), *tiny_model)
+
+
+def test_same_log_probs_and_losses(unsharded, outcome):
+    np.testing.assert_allclose(outcome.log_probs, unsharded.log_probs, rtol=1e-6, atol=TOLERANCE)
+    for actual, expected in zip(outcome.metrics, unsharded.metrics, strict=True):
+        assert actual.keys() == expected.keys()
+        for name in expected:
+            assert actual[name] == pytest.approx(expected[name], rel=1e-5, abs=TOLERANCE), name
+
+
+def test_same_parameters_after_two_steps(tiny_model, unsharded, outcome):
+    before = flatten(tiny_model[1])
+    for path, expected in unsharded.params.items():
+        np.testing.assert_allclose(
+            outcome.params[path], expected, rtol=0, atol=TOLERANCE, err_msg=path
+        )
+    moved = [path for path in before if np.abs(outcome.params[path] - before[path]).max() > 1e-3]
+    assert len(moved) > 20
+
+
+def test_same_samples(unsharded, outcome):
+    np.testing.assert_array_equal(outcome.tokens, unsharded.tokens)
+    assert np.all(outcome.tokens[-1] == tiny.PAD_ID)  # a row that only fills the batch
+
+
+def test_step_0_is_exact(unsharded, outcome):
+    for metrics in (unsharded.metrics, outcome.metrics):
+        assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert metrics[0]["rewards/chosen"] == pytest.approx(0, abs=1e-6)
+        assert metrics[0]["rewards/rejected"] == pytest.approx(0, abs=1e-6)
+        assert metrics[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
+        assert metrics[0]["finite"] == 1
+        assert metrics[1]["loss"] < math.log(2) - 1e-3
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
+def test_parameters_and_moments_are_sharded(tiny_model, sizes):
+    model, params = tiny_model
+    mesh = make_mesh(*sizes)
+    optimizer = make_optimizer(OPTIMIZER, lambda step: 0.0)
+    state = create_state(params, model, optimizer, (r"vision_tower/.*",), mesh)
+    split = sizes[1] * sizes[2]
+    for path in (
+        "language_model/embed_tokens/embedding",
+        "language_model/lm_head/kernel",
+        "language_model/layers/self_attn/q_proj/kernel",
+        "language_model/layers/mlp/down_proj/kernel",
+        "multi_modal_projector/linear_1/kernel",
+    ):
+        leaf = state.params[path]
+        shapes = {shard.data.shape for shard in leaf.addressable_shards}
+        assert {math.prod(shape) for shape in shapes} == {leaf.size // split}, path
+    frozen = state.frozen["vision_tower/layers/mlp/fc1/kernel"]
+    assert math.prod(frozen.addressable_shards[0].data.shape) == frozen.size // split
+
+    moments = [
+        tree
+        for tree in jax.tree.leaves(state.optimizer, is_leaf=lambda x: isinstance(x, dict))
+        if isinstance(tree, dict)
+    ]
+    assert len(moments) == 2  # Adam's first and second
+    for tree in moments:
+        assert tree.keys() == state.params.keys()
+        for path, leaf in tree.items():
+            assert leaf.sharding == state.params[path].sharding
+            assert leaf.addressable_shards[0].data.shape == (
+                state.params[path].addressable_shards[0].data.shape
+            )
+    on_device = sum(
+        leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state)
+    )
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert on_device < whole / split * 1.6  # biases and norms are on every device
+
+
+def test_a_parameter_without_a_rule_is_refused(tiny_model):
+    model, params = tiny_model
+    mesh = make_mesh(1, 8, 1)
+    extra = params | {"adapter": {"kernel": np.zeros((8, 8), np.float32)}}
+    with pytest.raises(ValueError, match="no sharding rule matches the parameter adapter/kernel"):
+        param_shardings(extra, model.rules, mesh)
+    with pytest.raises(ValueError, match="no sharding rule"):
+        # A rule has to match the whole path.
+        param_shardings({"kernels": jnp.zeros(8)}, ((r"kernel", PartitionSpec()),), mesh)
+
+
+def test_a_dimension_that_does_not_divide_stays_whole():
+    rules = ((r".*", PartitionSpec("tensor", "fsdp")),)
+    mesh = make_mesh(2, 2, 2)
+    shardings = param_shardings({"a": jnp.zeros((33, 6)), "b": jnp.zeros((4, 3))}, rules, mesh)
+    assert shardings["a"].shard_shape((33, 6)) == (33, 3)
+    assert shardings["b"].shard_shape((4, 3)) == (2, 3)
+
+
+def test_mesh_sizes():
+    assert make_mesh().shape == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert make_mesh(data=-1, fsdp=2, tensor=2).shape == {"data": 2, "fsdp": 2, "tensor": 2}
+    for sizes in [(3, -1, 1), (1, 4, 1), (-1, -1, 1), (2, 8, 1)]:
+        with pytest.raises(MmpoError, match="8 devices"):
+            make_mesh(*sizes)

@@ -1,0 +1,147 @@
+"""Tiny LLaVA checkpoints and batches for the tests, built without torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import transformers
+
+from mmpo_jax.models.batch import Batch
+from mmpo_jax.models.config import LlavaConfig, load_config
+from mmpo_jax.models.huggingface import flatten, save_model, unflatten
+from mmpo_jax.models.llava import Model, Params
+from mmpo_jax.shapes.processor import IMAGE_TOKEN, TOKENS, save_processor
+
+IMAGE_ID = TOKENS.index(IMAGE_TOKEN)
+PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
+VOCAB_SIZE = -(-len(TOKENS) // 8) * 8  # so that eight devices can split it
+FIRST_WORD = IMAGE_ID + 1
+
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+    "projection_dim": 16,
+}
+TEXT = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": PAD_ID,
+    "bos_token_id": BOS_ID,
+    "eos_token_id": EOS_ID,
+}
+
+
+def make_config(
+    vision: dict[str, Any] | None = None, text: dict[str, Any] | None = None, **llava: Any
+) -> transformers.LlavaConfig:
+    """A transformers config: the sizes above with changes."""
+    llava = {"vision_feature_layer": -2, "tie_word_embeddings": False, **llava}
+    return transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**(VISION | (vision or {}))),
+        text_config=transformers.LlamaConfig(**(TEXT | (text or {}))),
+        image_token_index=IMAGE_ID,
+        pad_token_id=PAD_ID,
+        **llava,
+    )
+
+
+def make_folder(
+    folder: str | os.PathLike[str],
+    config: transformers.LlavaConfig | None = None,
+    seed: int = 0,
+) -> Path:
+    """Writes a checkpoint folder: config, random weights, tokenizer and processor."""
+    folder = Path(folder)
+    source = folder.parent / (folder.name + "-source")
+    config = config or make_config()
+    config.save_pretrained(source)
+    save_processor(source, config.vision_config.image_size, config.vision_config.patch_size)
+    model = Model.create(load_config(source))
+    save_model(folder, model, random_params(model, seed), source)
+    return folder
+
+
+def random_params(model: Model, seed: int = 0) -> Params:
+    """Float32 NumPy parameters large enough that every part of the model matters."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path: str, shape: tuple[int, ...]) -> np.ndarray:
+        noise = rng.standard_normal(shape)
+        if path.endswith("/scale"):
+            noise = 1 + 0.2 * noise
+        elif path.endswith("/bias"):
+            noise = 0.2 * noise
+        elif path.endswith("/kernel"):
+            noise = 1.5 * noise / np.sqrt(shape[-2])
+        return noise.astype(np.float32)
+
+    abstract = flatten(model.abstract_params())
+    return unflatten({path: draw(path, leaf.shape) for path, leaf in abstract.items()})
+
+
+def random_prompt(config: LlavaConfig, rng: np.random.Generator, length: int, images: int):
+    """Token ids: BOS, words and `images` runs of image tokens between them; a word ends it."""
+    words = length - 1 - images * config.num_image_tokens
+    assert words >= max(1, images), "too short for its images"
+    ids = rng.integers(FIRST_WORD, len(TOKENS), words).tolist()
+    for place in sorted(rng.choice(words, images, replace=False).tolist(), reverse=True):
+        ids[place:place] = [IMAGE_ID] * config.num_image_tokens
+    return [BOS_ID, *ids]
+
+
+def random_batch(
+    config: LlavaConfig,
+    prompts: Sequence[int],
+    responses: Sequence[Sequence[int]],
+    *,
+    seed: int = 0,
+    images: int = 1,
+    prompt_size: int | None = None,
+    response_size: int | None = None,
+) -> Batch:
+    """A batch of NumPy arrays with the given lengths; what it draws is independent of padding.
+
+    Args:
+      config: the model's.
+      prompts: length of every prompt, image tokens included.
+      responses: lengths of every prompt's responses.
+      seed: of the ids and pixels.
+      images: per prompt.
+      prompt_size: P, the longest prompt by default.
+      response_size: T, the longest response by default.
+    """
+    rng = np.random.default_rng(seed)
+    b, r = len(prompts), len(responses[0])
+    p = prompt_size or max(prompts)
+    t = response_size or max(max(lengths) for lengths in responses)
+    prompt_ids = np.full((b, p), PAD_ID, np.int32)
+    response_ids = np.full((b, r, t), PAD_ID, np.int32)
+    response_mask = np.zeros((b, r, t), bool)
+    for row, length in enumerate(prompts):
+        prompt_ids[row, :length] = random_prompt(config, rng, length, images)
+        for column, size in enumerate(responses[row]):
+            response_ids[row, column, :size] = rng.integers(FIRST_WORD, len(TOKENS), size)
+            response_mask[row, column, :size] = True
+    size = config.vision.image_size
+    return Batch(
+        prompt_ids=prompt_ids,
+        prompt_mask=np.arange(p) < np.array(prompts)[:, None],
+        pixel_values=rng.standard_normal((b, images, 3, size, size)).astype(np.float32),
+        response_ids=response_ids,
+        response_mask=response_mask,
+        loss_mask=response_mask,
+        weights=np.ones(b, np.float32),
+    )
