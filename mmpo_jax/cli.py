@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -24,7 +25,8 @@ def align(path: str, overrides: Sequence[str]) -> None:
     for warning in warnings(reports):
         print(f"warning: {warning}")
     print(f"model: {os.path.join(recipe.output, 'model')}")
-    print(f"curves: {os.path.join(recipe.output, 'curves.png')}")
+    if recipe.evaluation is not None:
+        print(f"curves: {os.path.join(recipe.output, 'curves.png')}")
 
 
 def train(path: str, overrides: Sequence[str]) -> None:
@@ -72,12 +74,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("overrides", nargs="*", metavar="key=value", help="a.b.c=value")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in ("absl", "jax", "orbax", "transformers"):
+    for noisy in ("absl", "jax", "matplotlib", "orbax", "transformers"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         COMMANDS[options.command](options.recipe, options.overrides)
     except MmpoError as error:
         print(f"mmpo {options.command}: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        where = f" while writing {error.filename}" if error.filename else ""
+        print(
+            f"mmpo {options.command}: the disk is full{where}; what is finished is kept, "
+            "the same command goes on from there",
+            file=sys.stderr,
+        )
         return 1
     return 0
 

@@ -57,7 +57,7 @@ class ShapesData(Section):
     split: Literal["train", "align", "validation", "test"] = "train"
     size: PositiveInt = 1000
     seed: int = Field(0, ge=0)
-    image_size: PositiveInt = 48
+    image_size: int = Field(48, ge=24)  # below, shapes could not be told apart
     questions: int = Field(3, ge=0)
     """Yes/no questions per scene in supervised data and in evaluation."""
     hallucination_rate: float = Field(0.5, ge=0, le=1)
@@ -243,7 +243,7 @@ def load_recipe(
       RecipeError: naming the file and every key at fault.
     """
     try:
-        with open(path) as file:
+        with open(path, "rb") as file:  # so that PyYAML decodes it, and says so if it cannot
             values = yaml.safe_load(file) or {}
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror}") from error

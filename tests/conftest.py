@@ -13,8 +13,8 @@ os.environ["XLA_FLAGS"] = (
     "--xla_cpu_use_fusion_emitters=false " + os.environ.get("XLA_FLAGS", "")
 )
 
-import jax  # noqa: E402 (the variables above are read when it is imported)
-import pytest  # noqa: E402
+import jax
+import pytest
 
 CACHE = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
 

@@ -150,10 +150,10 @@ def round_folder(recipe: AlignRecipe, index: int) -> str:
 
 
 def progress_printer(index: int, rounds: int) -> Callable[[str, int, int], None]:
-    """Prints what is being done, one line per stage part."""
+    """Prints what is being done, a line when a part of a stage begins."""
 
-    def show(stage: str, done: int, total: int) -> None:
-        count = f" {done}/{total}" if total > 1 else ""
+    def show(stage: str, part: int, parts: int) -> None:
+        count = f" {part + 1}/{parts}" if parts > 1 else ""
         print(f"round {index}/{rounds}  {stage}{count}", file=sys.stderr, flush=True)
 
     return show

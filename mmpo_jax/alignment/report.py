@@ -69,7 +69,8 @@ def read_report(index: int, folder: str, metrics: dict[str, float]) -> RoundRepo
         for row in responses.to_pylist()
         for question in row["questions"]
     ]
-    last = read_metrics(os.path.join(folder, "train", FILE))[-1]
+    # A person may have removed the training's files, which are large, and kept the model.
+    last = [{}, *read_metrics(os.path.join(folder, "train", FILE))][-1]
     return RoundReport(
         index=index,
         metrics=metrics,
@@ -106,7 +107,7 @@ def warnings(reports: list[RoundReport]) -> list[str]:
             if recall not in start or recall not in report.metrics:
                 continue
             lost = start[recall] - report.metrics[recall]
-            shorter = 1 - report.metrics[length] / max(start[length], 1e-9)
+            shorter = 1 - report.metrics[length] / start[length] if start[length] else 0.0
             if lost > RECALL_LOSS:
                 found.append(
                     f"round {report.index}: {decoding} recall fell by {lost:.3f} since the start; "

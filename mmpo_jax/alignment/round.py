@@ -23,6 +23,7 @@ from mmpo_jax.checkpoint import Checkpoint
 from mmpo_jax.data.pipeline import Example, tokenize_records
 from mmpo_jax.data.records import Record, Response
 from mmpo_jax.data.tokenization import TokenizedRecord
+from mmpo_jax.errors import MmpoError
 from mmpo_jax.feedback.claims import Splitter
 from mmpo_jax.feedback.labeler import Labeler
 from mmpo_jax.feedback.pairing import combine
@@ -47,7 +48,7 @@ PROMPTS_PER_PART = 256
 """A kill loses at most this many prompts' worth of a stage."""
 
 Progress = Callable[[str, int, int], None]
-"""progress(stage, parts done, parts in all)."""
+"""progress(stage, index of the part that begins, parts in all)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +71,11 @@ class Round:
         return Stage(self.folder, name, inputs, settings, num_parts)
 
     def run(self, stage: Stage, make_part: Callable[[int], pa.Table]) -> pa.Table:
-        def on_part(done: int, total: int) -> None:
-            self.progress(stage.name, done, total)
+        def make(part: int) -> pa.Table:
+            self.progress(stage.name, part, stage.num_parts)
+            return make_part(part)
 
-        return run_stage(stage, make_part, on_part)
+        return run_stage(stage, make)
 
     @property
     def num_parts(self) -> int:
@@ -275,6 +277,11 @@ def train_stage(work: Round, pairs: pa.Table) -> str:
     identity = fingerprint_json(inputs)
     if _is_trained(manifest, target, identity):
         return target
+    if not pairs.num_rows:
+        raise MmpoError(
+            f"round {work.index}: no preference pair is left; what became of the responses: "
+            f"{pairs.schema.metadata[b'counts'].decode()}"
+        )
     records, _ = tokenize_records(
         pair_records(work.records, pairs), start.processor, recipe.lengths
     )
@@ -288,8 +295,9 @@ def train_stage(work: Round, pairs: pa.Table) -> str:
         folder=work.folder,
         model_fingerprint=start.fingerprint,
         batch_size=recipe.training.batch_size,
-        on_part=lambda done, total: work.progress("reference", done, total),
+        progress=work.progress,
     )
+    work.progress("train", 0, 1)
     folder = os.path.join(work.folder, "train")
     _discard_other_run(folder, identity)
     params = train(

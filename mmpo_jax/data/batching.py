@@ -32,6 +32,7 @@ def pad_batch(
     prompt_sizes: Sequence[int],
     response_sizes: Sequence[int],
     num_responses: int | None = None,
+    num_images: int | None = None,
 ) -> Batch:
     """A batch of NumPy arrays; rows that only fill it have weight 0 and a one-token prompt.
 
@@ -42,6 +43,7 @@ def pad_batch(
       prompt_sizes: ascending bucket sizes of P.
       response_sizes: ascending bucket sizes of T.
       num_responses: R; None takes the most that a record has.
+      num_images: I; None takes the most that a record has.
 
     Returns:
       A `Batch` whose P and T are the smallest buckets that hold every record.
@@ -51,13 +53,18 @@ def pad_batch(
     """
     responses = [response for record in records for response in record.responses]
     p = bucket(max((len(r.prompt_ids) for r in records), default=1), prompt_sizes)
-    t = bucket(max((len(r.ids) for r in responses), default=0), response_sizes) if responses else 0
     r = (
         max((len(x.responses) for x in records), default=0)
         if num_responses is None
         else num_responses
     )
-    images = max((len(record.images) for record in records), default=0)
+    # Rows that only fill a batch have the shape of its others, T included.
+    t = bucket(max((len(x.ids) for x in responses), default=0), response_sizes) if r else 0
+    images = (
+        max((len(record.images) for record in records), default=0)
+        if num_images is None
+        else num_images
+    )
 
     prompt_ids = np.full((rows, p), processor.pad_id, np.int32)
     prompt_mask = np.zeros((rows, p), bool)

@@ -38,15 +38,15 @@ class Example:
 
 
 def tokenize_records(
-    records: Sequence[Record], processor: Processor, lengths: Lengths
+    records: Sequence[Record], processor: Processor, lengths: Lengths, name: str = ""
 ) -> tuple[list[TokenizedRecord], list[SkippedRow]]:
-    """Tokenizes records; those that do not fit are left out with a reason."""
+    """Tokenizes the records of the source `name`; what does not fit is left out with a reason."""
     kept, skipped = [], []
-    for number, record in enumerate(records):
+    for record in records:
         try:
             kept.append(tokenize(record, processor, lengths.prompt[-1], lengths.response[-1]))
         except RowRejected as error:
-            skipped.append(SkippedRow("", number, record.id, error.reason, error.detail))
+            skipped.append(SkippedRow(name, None, record.id, error.reason, error.detail))
     return kept, skipped
 
 

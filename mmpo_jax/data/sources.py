@@ -7,6 +7,7 @@ import logging
 
 from mmpo_jax.data.readers import SkippedRow, check_images, check_skipped, read_records
 from mmpo_jax.data.records import Record
+from mmpo_jax.errors import DataError
 from mmpo_jax.files import fingerprint_file, fingerprint_json
 from mmpo_jax.recipe import FileData, ShapesData
 from mmpo_jax.shapes import records as shapes
@@ -18,6 +19,8 @@ log = logging.getLogger(__name__)
 class Source:
     """Usable records, the rows left out, and a fingerprint of what they were read from."""
 
+    name: str
+    """For messages: the file, or the picture world's split."""
     records: list[Record]
     skipped: list[SkippedRow]
     fingerprint: str
@@ -25,9 +28,7 @@ class Source:
 
     def skip(self, kept: list[Record], skipped: list[SkippedRow]) -> Source:
         """The source with more rows left out."""
-        merged = dataclasses.replace(self, records=kept, skipped=[*self.skipped, *skipped])
-        merged.check()
-        return merged
+        return dataclasses.replace(self, records=kept, skipped=[*self.skipped, *skipped])
 
     def check(self) -> None:
         """
@@ -35,18 +36,22 @@ class Source:
           DataError: more rows were skipped than the recipe allows, or none is left.
         """
         total = len(self.records) + len(self.skipped)
+        for row in self.skipped[:10]:
+            log.warning("%s: row %s skipped: %s (%s)", row.file, row.id, row.reason, row.detail)
         check_skipped(self.skipped, total, self.max_skipped)
+        if not self.records:
+            raise DataError(f"{self.name}: no row that can be used")
 
 
 def load_source(data: ShapesData | FileData, *, supervised: bool) -> Source:
-    """Reads the records of a recipe's data section.
+    """Reads the records of a recipe's data section, unusable rows set apart.
 
     Args:
       data: where from.
-      supervised: whether the picture world gives dialogues to learn from, or prompts only.
+      supervised: whether responses to learn from are wanted, or prompts only.
 
     Raises:
-      DataError: the file cannot be read, or too many of its rows cannot be used.
+      DataError: the file cannot be read.
     """
     if isinstance(data, ShapesData):
         world = (data.split, data.seed, data.size, data.image_size)
@@ -54,13 +59,18 @@ def load_source(data: ShapesData | FileData, *, supervised: bool) -> Source:
             records = shapes.supervised_records(*world, data.questions, data.hallucination_rate)
         else:
             records = shapes.prompt_records(*world)
-        return Source(records, [], fingerprint_json([data.model_dump(), supervised]), 0.0)
+        name = f"shapes/{data.split}"
+        return Source(name, records, [], fingerprint_json([data.model_dump(), supervised]), 0.0)
     records, skipped = read_records(data.path, data.image_root)
-    total = len(records) + len(skipped)
-    records, broken = check_images(records)
+    records, broken = check_images(records, data.path)
     skipped = [*skipped, *broken]
-    for row in skipped[:10]:
-        log.warning("%s: row %s skipped: %s (%s)", row.file, row.row, row.reason, row.detail)
-    check_skipped(skipped, total, data.max_skipped)
+    if not supervised:
+        skipped += [_without_prompt(data.path, record) for record in records if not record.prompt]
+        records = [dataclasses.replace(r, responses=()) for r in records if r.prompt]
     fingerprint = fingerprint_json([data.model_dump(), fingerprint_file(data.path)])
-    return Source(records, skipped, fingerprint, data.max_skipped)
+    return Source(data.path, records, skipped, fingerprint, data.max_skipped)
+
+
+def _without_prompt(path: str, record: Record) -> SkippedRow:
+    detail = "the row's responses do not share a prompt that could be answered"
+    return SkippedRow(path, None, record.id, "no_prompt", detail)

@@ -67,7 +67,7 @@ def tokenize(
     if not dialogues:
         dialogues = [_segments(record.prompt, len(record.images), processor)]
     starts = [segments[0][0] for segments in dialogues]
-    prompt = starts[0] if record.prompt else _common_start(starts)
+    prompt = starts[0] if record.prompt else _common_start(starts, max_prompt, processor)
     if any(start[: len(prompt)] != prompt for start in starts):
         raise RowRejected("dialogues_differ", "the responses do not share the rendered prompt")
     images = prompt.count(processor.image_token_id)
@@ -134,13 +134,18 @@ def _ended(ids: list[int], processor: Processor) -> list[int]:
     return [*ids, processor.eos_id]
 
 
-def _common_start(rows: Sequence[list[int]]) -> list[int]:
+def _common_start(rows: Sequence[list[int]], limit: int, processor: Processor) -> list[int]:
+    """What the dialogues begin with; text beyond `limit` tokens is left to the responses."""
     length = 0
     for column in zip(*rows, strict=False):
         if len(set(column)) > 1:
             break
         length += 1
-    return rows[0][:length]
+    common = rows[0][:length]
+    with_images = max(
+        (i + 1 for i, t in enumerate(common) if t == processor.image_token_id), default=1
+    )
+    return common[: max(limit, with_images)]
 
 
 def _response(segments: list[Segment], start: int, max_response: int) -> TokenizedResponse:

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from mmpo_jax.data.pipeline import tokenize_records
 from mmpo_jax.data.processor import Processor
+from mmpo_jax.errors import DataError
 from mmpo_jax.feedback.labeler import CheckpointLabeler
 from mmpo_jax.generation.responses import generate_responses
 from mmpo_jax.generation.sampler import Decoding
@@ -42,13 +43,18 @@ def evaluate_shapes(
     Returns:
       `sampled/...` (temperature 1, mean over the seeds) and `greedy/...` with the names of
       `shapes.metrics.caption_metrics`, and `yes_no_accuracy`.
+
+    Raises:
+      DataError: a prompt or a question does not fit the bucket sizes.
     """
     data = config.data
     world = (data.split, data.seed, data.size)
     scenes = shapes.scenes(*world)
-    records, _ = tokenize_records(
+    records, skipped = tokenize_records(
         shapes.prompt_records(*world, data.image_size), processor, lengths
     )
+    if skipped:
+        raise DataError(f"evaluation: {skipped[0].detail}; give lengths.prompt a larger size")
 
     def captions(temperature: float, seed: int) -> Mapping[str, float]:
         decoding = Decoding(temperature=temperature, max_new_tokens=config.max_new_tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -14,7 +15,13 @@ from jax.sharding import Mesh
 from mmpo_jax.data.batching import pad_batch
 from mmpo_jax.data.processor import Processor, ProcessorError
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
-from mmpo_jax.data.tokenization import TokenizedRecord, TokenizedResponse, tokenize
+from mmpo_jax.data.tokenization import (
+    RowRejected,
+    TokenizedRecord,
+    TokenizedResponse,
+    tokenize,
+)
+from mmpo_jax.errors import DataError
 from mmpo_jax.files import fingerprint_folder
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.llava import Model, Params
@@ -82,8 +89,7 @@ class CheckpointLabeler:
         """See `Labeler`.
 
         Raises:
-          RowRejected: a question does not fit the bucket sizes.
-          DataError: an image cannot be read.
+          DataError: a question does not fit the bucket sizes, or an image cannot be read.
         """
         rows: list[tuple[int, TokenizedRecord]] = []
         for index, (name, images, questions) in enumerate(items):
@@ -104,7 +110,13 @@ class CheckpointLabeler:
     ) -> TokenizedRecord:
         asked = tuple(Response((Turn("user", question),)) for question in questions)
         limits = self.lengths.prompt[-1], self.lengths.response[-1] - len(self.lead)
-        record = tokenize(Record(name, images, (), asked), self.processor, *limits)
+        try:
+            record = tokenize(Record(name, images, (), asked), self.processor, *limits)
+        except RowRejected as error:
+            sizes = "lengths.prompt" if error.reason == "prompt_too_long" else "lengths.response"
+            raise DataError(
+                f"the labeler cannot be asked about {name}: {error}; give {sizes} a larger size"
+            ) from error
         lead = np.array(self.lead, np.int32)
         led = tuple(
             TokenizedResponse(
@@ -172,12 +184,12 @@ def answer_tokens(
         ids = response.ids[response.loss_mask].tolist()
         if processor.tokenizer.unk_token_id not in ids:
             spoken[word] = ids
-    lead = 0
     answers = list(spoken.values())
-    while answers and len({tuple(ids[: lead + 1]) for ids in answers}) == 1:
-        lead += 1
-    yes = tuple(sorted({spoken[word][lead] for word in YES if word in spoken}))
-    no = tuple(sorted({spoken[word][lead] for word in NO if word in spoken}))
+    lead = len(os.path.commonprefix(answers))
+    yes, no = (
+        tuple(sorted({token for word in words for token in spoken.get(word, [])[lead : lead + 1]}))
+        for words in (YES, NO)
+    )
     if not yes or not no or set(yes) & set(no):
         raise ProcessorError(
             f"{processor.folder}: the tokenizer cannot tell yes from no by one token"

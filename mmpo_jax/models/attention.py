@@ -5,55 +5,71 @@ Queries, keys and values are grouped: H query heads share K key-value heads, H a
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from mmpo_jax.models.layers import promote
 
+Part = tuple[jax.Array, jax.Array, jax.Array | None]
+"""(key, value, mask): see `attend`."""
 
-def attend(
-    query: jax.Array, parts: list[tuple[jax.Array, jax.Array, jax.Array]], scale: float
-) -> jax.Array:
+MIN_QUERY_BLOCK = 128
+MAX_QUERY_BLOCKS = 8
+
+
+def attend(query: jax.Array, parts: list[Part], scale: float) -> jax.Array:
     """Softmax attention of queries over several key-value parts at once.
 
     Each part is scored by itself and the softmax runs over all of them, so keys shared by many
-    queries (a prompt's) are never repeated or concatenated in memory.
+    queries (a prompt's) are never repeated or concatenated in memory. Scores are not kept for the
+    backward pass but computed again.
 
     Args:
       query: [B, R, T, H, d], R groups of T queries.
       parts: (key, value, mask) each. A part shared by all groups has key and value [B, S, K, d] and
         a mask that broadcasts to [B, R, T, S]; a part of each group's own has [B, R, S, K, d].
-        Masks are bool, True where a query sees a key.
+        Masks are bool, True where a query sees a key; None where it sees all.
       scale: factor of the scores, usually 1/sqrt(d).
 
     Returns:
       [B, R, T, H, d] in the query's dtype. A query that sees no key gets a finite value.
     """
+    return _attend(query, parts, scale)
+
+
+@functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
+def _attend(query: jax.Array, parts: list[Part], scale: float) -> jax.Array:
     b, r, t, h, d = query.shape
     k = parts[0][0].shape[-2]
-    grouped = query.reshape(b, r, t, k, h // k, d)
-    scores = []
-    for key, _, mask in parts:
-        shared = key.ndim == 4
-        score = jnp.einsum(
-            "brtkgd,bskd->bkgrts" if shared else "brtkgd,brskd->bkgrts", grouped, key
-        )
-        score = promote(score) * scale
-        mask = jnp.broadcast_to(mask, (b, r, t, key.shape[-3]))[:, None, None]
-        scores.append(jnp.where(mask, score, jnp.finfo(score.dtype).min))
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(query.dtype)
-    splits = [0]
-    for key, _, _ in parts:
-        splits.append(splits[-1] + key.shape[-3])
-    out = jnp.zeros((b, r, t, k, h // k, d), query.dtype)
-    for (_, value, _), start, stop in zip(parts, splits[:-1], splits[1:], strict=True):
-        shared = value.ndim == 4
-        out = out + jnp.einsum(
-            "bkgrts,bskd->brtkgd" if shared else "bkgrts,brskd->brtkgd",
-            weights[..., start:stop],
-            value,
-        )
-    return out.reshape(b, r, t, h, d)
+    # Heads in front make every product one of contiguous matrices, in this order of the axes.
+    query = (query * scale).reshape(b, r, t, k, h // k, d).transpose(0, 3, 1, 4, 2, 5)
+    scored = [_score(query, key, mask) for key, _, mask in parts]
+    highest = functools.reduce(jnp.maximum, [s.max(axis=-1, keepdims=True) for s in scored])
+    highest = jax.lax.stop_gradient(highest)
+    # Dividing after the product with the values spares a pass over [T, S] here and two in the
+    # backward pass.
+    out, total = jnp.zeros((), highest.dtype), jnp.zeros((), highest.dtype)
+    for score, (_, value, _) in zip(scored, parts, strict=True):
+        weights = jnp.exp(score - highest)
+        total += weights.sum(axis=-1, keepdims=True)
+        subscripts = "bkrgts,bskd->bkrgtd" if value.ndim == 4 else "bkrgts,brskd->bkrgtd"
+        out += jnp.einsum(subscripts, weights.astype(value.dtype), value)
+    out = (out / total).astype(query.dtype)
+    return out.transpose(0, 2, 4, 1, 3, 5).reshape(b, r, t, h, d)
+
+
+def _score(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Scores [B, K, R, G, T, S] of queries [B, K, R, G, T, d], very low where masked."""
+    subscripts = "bkrgtd,bskd->bkrgts" if key.ndim == 4 else "bkrgtd,brskd->bkrgts"
+    score = promote(jnp.einsum(subscripts, query, key))
+    if mask is None:
+        return score
+    b, _, r, _, t, s = score.shape
+    mask = jnp.broadcast_to(mask, (b, r, t, s))[:, None, :, None]
+    # Added, not selected: its derivative costs nothing.
+    return score + jnp.where(mask, 0, jnp.finfo(score.dtype).min / 2)
 
 
 def shared_prompt_attention(
@@ -76,7 +92,8 @@ def shared_prompt_attention(
         b   1 1 . . 1 .
         b   1 1 . . 1 1
 
-    The zero blocks between siblings are not computed.
+    The zero blocks between siblings are not computed, nor most of what lies above the diagonal:
+    prompt queries are taken in blocks, each against the keys up to its own end.
 
     Args:
       query: [B, S, H, d] with S = P + R*T: the prompt, then the responses one after another.
@@ -91,22 +108,22 @@ def shared_prompt_attention(
     p, (r, t) = prompt_mask.shape[1], response_mask.shape[1:]
     k = key.shape[2]
     prompt_key, prompt_value = key[:, :p], value[:, :p]
-    causal = jnp.tril(jnp.ones((p, p), bool)) & prompt_mask[:, None, None, :]
     scale = d**-0.5
-    prompt = attend(query[:, None, :p], [(prompt_key, prompt_value, causal)], scale)
-    if r == 0:
-        return prompt.reshape(b, s, h, d)
-    own_causal = jnp.tril(jnp.ones((t, t), bool)) & response_mask[:, :, None, :]
-    responses = attend(
-        query[:, p:].reshape(b, r, t, h, d),
-        [
-            (prompt_key, prompt_value, prompt_mask[:, None, None, :]),
-            (
-                key[:, p:].reshape(b, r, t, k, d),
-                value[:, p:].reshape(b, r, t, k, d),
-                own_causal,
-            ),
-        ],
-        scale,
-    )
-    return jnp.concatenate([prompt[:, 0], responses.reshape(b, r * t, h, d)], axis=1)
+    out = []
+    block = max(MIN_QUERY_BLOCK, -(-p // MAX_QUERY_BLOCKS))
+    for start in range(0, p, block):
+        stop = min(start + block, p)
+        seen = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)
+        mask = seen & prompt_mask[:, None, None, :stop]
+        part = prompt_key[:, :stop], prompt_value[:, :stop], mask
+        out.append(attend(query[:, None, start:stop], [part], scale)[:, 0])
+    if r:
+        own_causal = jnp.tril(jnp.ones((t, t), bool)) & response_mask[:, :, None, :]
+        own = [x[:, p:].reshape(b, r, t, k, d) for x in (key, value)]
+        responses = attend(
+            query[:, p:].reshape(b, r, t, h, d),
+            [(prompt_key, prompt_value, prompt_mask[:, None, None, :]), (*own, own_causal)],
+            scale,
+        )
+        out.append(responses.reshape(b, r * t, h, d))
+    return jnp.concatenate(out, axis=1)

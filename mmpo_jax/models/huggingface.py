@@ -139,9 +139,9 @@ def save_model(
     shutil.rmtree(staging, ignore_errors=True)
     os.makedirs(staging)
     tensors = dict(to_huggingface(params, model.config))
-    safetensors.numpy.save_file(
-        tensors, os.path.join(staging, SINGLE_FILE), metadata={"format": "pt"}
-    )
+    weights = os.path.join(staging, SINGLE_FILE)
+    safetensors.numpy.save_file(tensors, weights, metadata={"format": "pt"})
+    os.chmod(weights, 0o644)  # safetensors makes it unreadable for others
     for name in ("config.json", *PROCESSOR_FILES):
         origin = os.path.join(source, name)
         if os.path.isfile(origin):

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from mmpo_jax.models.attention import attend
 from mmpo_jax.models.config import VisionConfig
 from mmpo_jax.models.layers import (
     ACTIVATIONS,
     constrain_batch,
     layer_norm,
     linear,
-    promote,
     rematerialise,
     stack_layers,
 )
@@ -76,9 +76,9 @@ class SelfAttention(nnx.Module):
         m, s, d = x.shape
         heads = (m, s, self.num_heads, d // self.num_heads)
         query, key, value = (f(x).reshape(heads) for f in (self.q_proj, self.k_proj, self.v_proj))
-        scores = jnp.einsum("mqhd,mkhd->mhqk", query, key) * (d // self.num_heads) ** -0.5
-        weights = jax.nn.softmax(promote(scores), axis=-1).astype(x.dtype)
-        return self.out_proj(jnp.einsum("mhqk,mkhd->mqhd", weights, value).reshape(m, s, d))
+        scale = (d // self.num_heads) ** -0.5
+        attended = attend(query[:, None], [(key, value, None)], scale)
+        return self.out_proj(attended.reshape(m, s, d))
 
 
 class Mlp(nnx.Module):

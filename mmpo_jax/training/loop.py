@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from jax.sharding import Mesh
 from mmpo_jax.data.pipeline import Example, HostBatch, num_batches, training_batches
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.errors import MmpoError
+from mmpo_jax.models.huggingface import flatten
 from mmpo_jax.models.llava import Model, Params
 from mmpo_jax.parallel.mesh import batch_shards, put_batch
 from mmpo_jax.recipe import Lengths, Training
@@ -22,7 +24,7 @@ from mmpo_jax.training.checkpoints import Checkpoints, save_base
 from mmpo_jax.training.losses import make_loss
 from mmpo_jax.training.metrics import MetricsWriter
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
-from mmpo_jax.training.step import create_state, make_step, merge
+from mmpo_jax.training.step import create_state, make_step, merge, trainable_paths
 
 
 class TrainingError(MmpoError):
@@ -60,10 +62,16 @@ def train(
       The trained parameters, float32.
 
     Raises:
-      TrainingError: there is no data, the batch does not fit the mesh, or a step was not finite.
+      TrainingError: there is no data, the batch does not fit the mesh, `freeze` does not fit the
+        model, or a step was not finite.
     """
     steps = total_steps(config, len(examples))
     micro = micro_batch_size(config, mesh)
+    try:
+        trainable_paths(list(flatten(params)), config.freeze)
+    except (ValueError, re.error) as error:
+        message = str(error).removeprefix("freeze: ")
+        raise TrainingError(f"training.freeze: {message}") from error
     schedule = make_schedule(config.optimizer, steps)
     optimizer = make_optimizer(config.optimizer, schedule)
     checkpoints = Checkpoints(folder, identity, config.keep_checkpoints)

@@ -43,7 +43,7 @@ def reference_stage(
     folder: str,
     model_fingerprint: str,
     batch_size: int,
-    on_part: Callable[[int, int], None] | None = None,
+    progress: Callable[[str, int, int], None] = lambda stage, part, parts: None,
 ) -> dict[str, np.ndarray]:
     """Log-probs of every response under the model training starts from, from the cache if valid.
 
@@ -66,6 +66,7 @@ def reference_stage(
     placed = functools.cache(lambda: put_params(params, model.rules, mesh))
 
     def make_part(part: int) -> pa.Table:
+        progress(stage.name, part, stage.num_parts)
         rows = records[part * ROWS_PER_PART : (part + 1) * ROWS_PER_PART]
         sums = score_records(model, placed(), processor, rows, lengths, mesh, batch_size)
         return pa.table(
@@ -79,7 +80,7 @@ def reference_stage(
             }
         )
 
-    table = run_stage(stage, make_part, on_part)
+    table = run_stage(stage, make_part)
     return {row["id"]: np.array(row["log_probs"], np.float32) for row in table.to_pylist()}
 
 

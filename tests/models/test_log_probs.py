@@ -175,13 +175,9 @@ def test_siblings_and_padding_do_not_matter(tiny_model, params, batch):
     )
     np.testing.assert_allclose(forward(params, garbage), expected, rtol=0, atol=1e-12)
 
-    longer = tiny.random_batch(
-        model.config, PROMPTS, RESPONSES, prompt_size=19, response_size=11
-    )
+    longer = tiny.random_batch(model.config, PROMPTS, RESPONSES, prompt_size=19, response_size=11)
     longer = dataclasses.replace(longer, pixel_values=batch.pixel_values)
-    np.testing.assert_allclose(
-        forward(params, longer)[:, :, :7], expected, rtol=0, atol=1e-12
-    )
+    np.testing.assert_allclose(forward(params, longer)[:, :, :7], expected, rtol=0, atol=1e-12)
 
     order = np.array([3, 0, 4, 1, 2])
     shuffled = dataclasses.replace(

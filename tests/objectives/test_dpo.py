@@ -19,9 +19,7 @@ def numpy_dpo(policy, reference, beta, smoothing):
     losses, rewards = [], []
     for (chosen, rejected), (chosen_0, rejected_0) in zip(policy, reference, strict=True):
         margin = beta * ((chosen - chosen_0) - (rejected - rejected_0))
-        losses.append(
-            -(1 - smoothing) * log_sigmoid(margin) - smoothing * log_sigmoid(-margin)
-        )
+        losses.append(-(1 - smoothing) * log_sigmoid(margin) - smoothing * log_sigmoid(-margin))
         rewards.append((beta * (chosen - chosen_0), beta * (rejected - rejected_0)))
     return np.array(losses), np.array(rewards)
 

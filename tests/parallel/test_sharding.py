@@ -48,7 +48,9 @@ def run(mesh, model, params) -> Outcome:
     optimizer = make_optimizer(OPTIMIZER, schedule)
     decoding = Decoding(num_samples=2, max_new_tokens=5)
     with jax.set_mesh(mesh):
-        reference = score_batch(model, put_params(params, model.rules, mesh), put_batch(batch, mesh))
+        reference = score_batch(
+            model, put_params(params, model.rules, mesh), put_batch(batch, mesh)
+        )
         state = create_state(params, model, optimizer, (), mesh)
         start = jax.tree.map(lambda leaf: leaf.sharding, (state.params, state.optimizer))
         step = make_step(make_loss(model, Dpo(beta=0.1), "full"), optimizer, schedule, state)
@@ -76,9 +78,7 @@ def run(mesh, model, params) -> Outcome:
 
 @pytest.fixture(scope="module")
 def unsharded(tiny_model):
-    one = jax.make_mesh(
-        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
-    )
+    one = jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
     return run(one, *tiny_model)
 
 
@@ -153,9 +153,7 @@ def test_parameters_and_moments_are_sharded(tiny_model, sizes):
             assert leaf.addressable_shards[0].data.shape == (
                 state.params[path].addressable_shards[0].data.shape
             )
-    on_device = sum(
-        leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state)
-    )
+    on_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     assert on_device < whole / split * 1.6  # biases and norms are on every device
 

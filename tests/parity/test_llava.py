@@ -233,10 +233,10 @@ KEY_LAYOUTS = {
         "model." + re.sub(r"^language_model\.model\.", "language_model.", key)
     ).replace("model.language_model.lm_head.", "lm_head."),
     "in memory from 5.x on": lambda key: (
-        "model." + re.sub(r"^language_model\.model\.", "language_model.", key)
-    )
-    .replace("model.language_model.lm_head.", "lm_head.")
-    .replace("vision_tower.vision_model.", "vision_tower."),
+        ("model." + re.sub(r"^language_model\.model\.", "language_model.", key))
+        .replace("model.language_model.lm_head.", "lm_head.")
+        .replace("vision_tower.vision_model.", "vision_tower.")
+    ),
     "4.x with a bare vision tower": lambda key: key.replace(
         "vision_tower.vision_model.", "vision_tower."
     ),

@@ -33,8 +33,9 @@ CONFIG = Optimizer(
 
 def test_thirty_steps_equal_torch():
     rng = np.random.default_rng(0)
-    x, y = np.float32(rng.standard_normal((STEPS, 8, 5))), np.float32(
-        rng.standard_normal((STEPS, 8, 3))
+    x, y = (
+        np.float32(rng.standard_normal((STEPS, 8, 5))),
+        np.float32(rng.standard_normal((STEPS, 8, 3))),
     )
     kernel = np.float32(rng.standard_normal((5, 3)))
     scale, bias = np.float32(rng.standard_normal(5)), np.float32(rng.standard_normal(3))

@@ -12,8 +12,8 @@ from mmpo_jax.data.records import ImageRef
 from mmpo_jax.models.config import load_config
 
 pytest.importorskip("torch")
-from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaProcessor  # noqa: E402
-from transformers.image_utils import load_image  # noqa: E402
+from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaProcessor
+from transformers.image_utils import load_image
 
 pytestmark = pytest.mark.parity
 

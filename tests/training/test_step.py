@@ -53,7 +53,9 @@ def line_batch(micro_batches=1, rows=4):
 
 def line_gradient(params, batch):
     def mean_loss(params):
-        sums = line_loss(params, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), batch))
+        sums = line_loss(
+            params, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), batch)
+        )
         return sums.loss / sums.weight
 
     return jax.value_and_grad(mean_loss)(params)
@@ -108,8 +110,11 @@ class TestAccumulation:
         for path, leaf in expected_state.params.items():
             np.testing.assert_allclose(state.params[path], leaf, rtol=1e-5, atol=1e-5, err_msg=path)
         before = flatten(tiny_model[1])
-        assert all(np.abs(state.params[p] - before[p]).max() > 1e-3 for p in state.params
-                   if not p.endswith("k_proj/bias"))
+        assert all(
+            np.abs(state.params[p] - before[p]).max() > 1e-3
+            for p in state.params
+            if not p.endswith("k_proj/bias")
+        )
 
     def test_rows_that_fill_the_batch_do_not_count(self, mesh, tiny_model, whole):
         state, metrics = self.run(mesh, tiny_model, 1, filler_seed=5)

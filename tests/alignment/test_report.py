@@ -1,0 +1,166 @@
+"""The report: a table with a line per round, warnings of silence, curves."""
+
+import dataclasses
+import json
+
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from mmpo_jax.alignment.report import (
+    RoundReport,
+    draw_curves,
+    read_report,
+    render_table,
+    warnings,
+    write_report,
+)
+from mmpo_jax.files import write_table
+
+
+def metrics(recall=0.8, length=20.0, greedy_recall=0.8):
+    return {
+        "sampled/chair_i": 0.25,
+        "sampled/chair_s": 0.5,
+        "sampled/recall": recall,
+        "sampled/mean_length": length,
+        "greedy/chair_i": 0.2,
+        "greedy/chair_s": 0.4,
+        "greedy/recall": greedy_recall,
+        "greedy/mean_length": 19.0,
+        "yes_no_accuracy": 0.9,
+    }
+
+
+def report(index, accuracy=0.75, pairs=30, **changes):
+    return RoundReport(
+        index=index,
+        metrics=metrics(**changes),
+        prompts=12,
+        responses=36,
+        claims=100,
+        rejected_claims=7,
+        pairs=pairs,
+        dpo_accuracy=accuracy,
+        dpo_margin=0.1234,
+    )
+
+
+START = RoundReport(0, metrics())
+
+
+def test_table():
+    lines = render_table([START, report(1)]).splitlines()
+    assert [line.split() for line in lines[1:]] == [
+        ["0", "0.250", "0.500", "0.800", "20.0", "0.400", "0.800", "0.900"],
+        "1 12 36 100 7 30 0.75 0.12 0.250 0.500 0.800 20.0 0.400 0.800 0.900".split(),
+    ]
+    assert lines[0].split()[:6] == ["round", "prompts", "responses", "claims", "rejected", "pairs"]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_columns_without_a_value_are_left_out():
+    text = render_table([RoundReport(0, {}), dataclasses.replace(report(1), metrics={})])
+    assert "CHAIR" not in text
+    assert "yes/no" not in text
+    assert "pairs" in text
+
+
+def test_no_warning_where_all_is_well():
+    assert warnings([START, report(1, recall=0.78, length=18.0, greedy_recall=0.9)]) == []
+    assert warnings([START]) == []
+    assert warnings([RoundReport(0, {}), dataclasses.replace(report(1), metrics={})]) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"recall": 0.7}, "round 2: sampled recall fell by 0.100 since the start"),
+        ({"greedy_recall": 0.76}, "round 2: greedy recall fell by 0.040 since the start"),
+        ({"length": 15.0}, "round 2: responses are 25% shorter than at the start"),
+        ({"accuracy": 0.4}, "round 2: DPO prefers the rejected responses"),
+    ],
+)
+def test_warnings(changes, told):
+    (warning,) = warnings([START, report(1), report(2, **changes)])
+    assert warning.startswith(told)
+
+
+def test_silent_models_are_not_shorter_than_silent_ones():
+    start = RoundReport(0, metrics(recall=0.0, length=0.0))
+    assert warnings([start, report(1, recall=0.0, length=0.0)]) == []
+
+
+def test_files(tmp_path):
+    reports = [START, report(1, recall=0.5)]
+    write_report(str(tmp_path), reports)
+    rows = json.loads((tmp_path / "rounds.json").read_text())
+    assert [RoundReport(**row) for row in rows] == reports
+    text = (tmp_path / "rounds.txt").read_text()
+    assert text.startswith(render_table(reports))
+    assert "sampled recall fell" in text
+    with Image.open(tmp_path / "curves.png") as image:
+        assert image.format == "PNG"
+        image.load()
+        # Something is drawn in colour: the two lines.
+        assert len(image.convert("RGB").getcolors(2**24)) > 50
+
+
+def test_curves_show_the_values(tmp_path):
+    draw_curves(str(tmp_path / "a.png"), [START, report(1)])
+    draw_curves(str(tmp_path / "b.png"), [START, report(1, recall=0.1)])
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
+
+
+def test_no_curves_without_an_evaluation(tmp_path):
+    reports = [RoundReport(0, {}), dataclasses.replace(report(1), metrics={})]
+    write_report(str(tmp_path), reports)
+    assert not (tmp_path / "curves.png").exists()
+    assert (tmp_path / "rounds.txt").exists()
+
+
+@pytest.fixture
+def round_files(tmp_path):
+    """What a round leaves: three responses, three claims about two images."""
+    divided = pa.table(
+        {
+            "prompt_id": ["a", "a", "b"],
+            "questions": [["q1", "q2"], ["q1"], ["q1"]],
+        }
+    )
+    judged = pa.table(
+        {
+            "prompt_id": ["a", "a", "b"],
+            "question": ["q1", "q2", "q1"],
+            "p_yes": [0.9, 0.2, 0.4],
+            "p_no": [0.1, 0.8, 0.4],  # a tie is a rejection
+        }
+    )
+    pairs = pa.table({"prompt_id": ["a"]}).replace_schema_metadata({"counts": '{"pairs": 1}'})
+    for name, table in (("divide", divided), ("conquer", judged), ("combine", pairs)):
+        write_table(tmp_path / f"{name}.parquet", table)
+    (tmp_path / "train").mkdir()
+    return tmp_path
+
+
+def test_a_round_is_read_from_its_files(round_files):
+    lines = [{"step": 1, "rewards/accuracies": 0.1}, {"step": 2, "rewards/accuracies": 0.7}]
+    (round_files / "train" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    read = read_report(1, str(round_files), {"sampled/recall": 0.5})
+    assert read == RoundReport(
+        index=1,
+        metrics={"sampled/recall": 0.5},
+        prompts=2,
+        responses=3,
+        claims=4,
+        rejected_claims=2,
+        pairs=1,
+        dpo_accuracy=0.7,
+        dpo_margin=None,
+        counts={"pairs": 1},
+    )
+
+
+def test_a_round_whose_training_folder_was_removed(round_files):
+    """Its checkpoints take most of the space; the model is what counts."""
+    assert read_report(1, str(round_files), {}).dpo_accuracy is None

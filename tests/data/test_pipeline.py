@@ -1,0 +1,151 @@
+"""The order of training batches: every row once an epoch, the same again, from where it stopped."""
+
+import numpy as np
+import pytest
+import tiny
+
+from mmpo_jax.data.pipeline import Example, num_batches, tokenize_records, training_batches
+from mmpo_jax.data.records import ImageRef, Record, Response, Turn
+from mmpo_jax.recipe import Lengths
+from mmpo_jax.shapes.render import png_bytes
+from mmpo_jax.shapes.world import sample_scene
+
+LENGTHS = Lengths(prompt=(16, 24), response=(4, 8))
+ROWS, EPOCHS, BATCH, MICRO = 7, 2, 4, 2
+
+
+def make_record(number: int) -> Record:
+    """Row 2 has two images, row 3 a long prompt, row 5 a long response and one more of them."""
+    prompt = "is there a red star in the picture and a ring ?" if number == 3 else "a ring ?"
+    answers = ["a red star and a ring", "no", "yes"] if number == 5 else ["yes", "no"]
+    return Record(
+        id=f"row-{number}",
+        images=tuple(
+            ImageRef(f"{number}-{i}", png_bytes(sample_scene("train", i, number)))
+            for i in range(2 if number == 2 else 1)
+        ),
+        prompt=(Turn("user", prompt),),
+        responses=tuple(Response.of(answer) for answer in answers),
+    )
+
+
+@pytest.fixture(scope="module")
+def examples(tiny_processor):
+    records, skipped = tokenize_records(
+        [make_record(number) for number in range(ROWS)], tiny_processor, LENGTHS
+    )
+    assert not skipped
+    return [
+        Example(record, {"reference": np.arange(len(record.responses), dtype=np.float32) - number})
+        for number, record in enumerate(records)
+    ]
+
+
+@pytest.fixture
+def make_batches(examples, tiny_processor):
+    def make(**changes):
+        options = {
+            "seed": 0,
+            "epochs": EPOCHS,
+            "batch_size": BATCH,
+            "micro_batch_size": MICRO,
+        } | changes
+        return training_batches(examples, tiny_processor, LENGTHS, **options)
+
+    return make
+
+
+def test_every_row_once_an_epoch_in_another_order(make_batches):
+    ids = [name for batch in make_batches() for name in batch.ids]
+    first, second = ids[:ROWS], ids[ROWS:]
+    assert sorted(first) == sorted(second) == [f"row-{number}" for number in range(ROWS)]
+    assert first != second
+    assert first != sorted(first)
+
+
+def test_the_order_depends_on_the_seed_alone(make_batches):
+    def order(**changes):
+        return [batch.ids for batch in make_batches(**changes)]
+
+    assert order() == order()
+    assert order(seed=1) != order()
+    flat = [name for ids in order() for name in ids]
+    assert [name for ids in order(batch_size=2) for name in ids] == flat
+    assert [name for ids in order(micro_batch_size=1) for name in ids] == flat
+
+
+def test_batches_hold_their_rows(make_batches, examples, tiny_processor):
+    by_id = {example.record.id: example for example in examples}
+    for host in make_batches():
+        batch, fields = host.arrays
+        assert batch.prompt_ids.shape[:2] == (BATCH // MICRO, MICRO)
+        assert batch.response_ids.shape[:3] == (BATCH // MICRO, MICRO, 3)  # the most of any row
+        rows = [leaf.reshape(BATCH, *leaf.shape[2:]) for leaf in vars(batch).values()]
+        prompt_ids, prompt_mask, pixels, response_ids, response_mask, loss_mask, weights = rows
+        reference = fields["reference"].reshape(BATCH, 3)
+        for number, name in enumerate(host.ids):
+            example = by_id[name]
+            np.testing.assert_array_equal(
+                prompt_ids[number][prompt_mask[number]], example.record.prompt_ids
+            )
+            for column, response in enumerate(example.record.responses):
+                np.testing.assert_array_equal(
+                    response_ids[number, column][response_mask[number, column]], response.ids
+                )
+            count = len(example.record.responses)
+            assert not response_mask[number, count:].any()
+            assert not loss_mask[number, count:].any()
+            np.testing.assert_array_equal(reference[number, :count], example.fields["reference"])
+            assert not reference[number, count:].any()
+            for place, image in enumerate(example.record.images):
+                np.testing.assert_array_equal(pixels[number, place], tiny_processor.pixels(image))
+            assert not pixels[number, len(example.record.images) :].any()
+        assert weights.tolist() == [1] * len(host.ids) + [0] * (BATCH - len(host.ids))
+
+
+def test_buckets_are_the_smallest_that_hold_the_whole_batch(make_batches):
+    seen = set()
+    for host in make_batches():
+        shape = (host.arrays[0].prompt_ids.shape[-1], host.arrays[0].response_ids.shape[-1])
+        assert shape == (24 if "row-3" in host.ids else 16, 8 if "row-5" in host.ids else 4)
+        seen.add(shape)
+    assert len(seen) > 1
+
+
+def test_only_the_very_last_batch_is_filled_up(make_batches):
+    batches = list(make_batches())
+    assert len(batches) == num_batches(ROWS, EPOCHS, BATCH) == 4
+    assert [len(batch.ids) for batch in batches] == [4, 4, 4, 2]
+    last, fields = batches[-1].arrays
+    assert last.weights.tolist() == [[1, 1], [0, 0]]
+    assert not last.loss_mask[1].any()
+    assert not fields["reference"][1].any()
+    assert num_batches(8, 3, 4) == 6
+
+
+@pytest.mark.parametrize("done", [0, 1, 3, 4])
+def test_resumes_where_it_stopped(make_batches, done):
+    batches = make_batches()
+    for _ in range(done):
+        next(batches)
+    state = batches.get_state()
+    rest = [batch.ids for batch in batches]
+    assert len(rest) == 4 - done
+    again = make_batches()
+    again.set_state(state)
+    resumed = list(again)
+    assert [batch.ids for batch in resumed] == rest
+    whole = list(make_batches())
+    for batch, expected in zip(resumed, whole[done:], strict=True):
+        np.testing.assert_array_equal(batch.arrays[0].prompt_ids, expected.arrays[0].prompt_ids)
+
+
+def test_rows_that_do_not_fit_are_counted_with_a_reason(tiny_processor):
+    short = Lengths(prompt=(12,), response=(8,))
+    kept, skipped = tokenize_records([make_record(n) for n in range(5)], tiny_processor, short)
+    assert [record.id for record in kept] == ["row-0", "row-1", "row-4"]
+    assert [(row.id, row.reason) for row in skipped] == [
+        ("row-2", "prompt_too_long"),
+        ("row-3", "prompt_too_long"),
+    ]
+    assert all(tiny.IMAGE_ID in record.prompt_ids for record in kept)

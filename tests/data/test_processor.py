@@ -1,0 +1,138 @@
+"""Processor folders that do not belong to their model, and what the errors name."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import tiny
+
+from mmpo_jax.data.processor import Processor, ProcessorError
+from mmpo_jax.data.records import ImageRef, Turn
+from mmpo_jax.errors import DataError
+from mmpo_jax.models.config import load_config
+from mmpo_jax.shapes.processor import TOKENS
+from mmpo_jax.shapes.render import png_bytes
+from mmpo_jax.shapes.world import sample_scene
+
+
+@pytest.fixture
+def folder(tiny_folder, tmp_path):
+    return shutil.copytree(tiny_folder, tmp_path / "model")
+
+
+@pytest.fixture
+def config(folder):
+    return load_config(folder)
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_tokenizer_larger_than_the_vocabulary(folder, config):
+    small = dataclasses.replace(config.decoder, vocab_size=len(TOKENS) - 1)
+    message = f"{len(TOKENS)} ids, the model's vocabulary only {len(TOKENS) - 1}"
+    with pytest.raises(ProcessorError, match=message) as caught:
+        Processor(folder, dataclasses.replace(config, decoder=small))
+    assert str(folder) in str(caught.value)
+    # The other way round is usual: vocabularies are padded.
+    assert config.decoder.vocab_size >= len(TOKENS)
+    Processor(folder, config)
+
+
+def test_no_chat_template(folder, config):
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(ProcessorError, match="no chat template"):
+        Processor(folder, config)
+
+
+def test_no_eos(folder, config):
+    edit(folder / "tokenizer_config.json", eos_token=None)
+    with pytest.raises(ProcessorError, match="no EOS token"):
+        Processor(folder, config)
+
+
+def test_no_tokenizer(folder, config):
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ProcessorError, match="cannot load the tokenizer"):
+        Processor(folder, config)
+
+
+def test_a_template_without_images(folder, config):
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'][-1]['text'] }}")
+    with pytest.raises(ProcessorError, match=r"writes 0 image tokens \(id 4"):
+        Processor(folder, config)
+
+
+def test_another_image_token(folder, config):
+    with pytest.raises(ProcessorError, match=r"0 image tokens \(id 9, from config.json\)"):
+        Processor(folder, dataclasses.replace(config, image_token_id=9))
+
+
+def test_another_image_size(folder, config):
+    vision = dataclasses.replace(config.vision, image_size=24)
+    with pytest.raises(ProcessorError, match=r"\(3, 16, 16\).*says \(3, 24, 24\)"):
+        Processor(folder, dataclasses.replace(config, vision=vision))
+
+
+def test_image_processor_files(folder, config):
+    whole = Processor(folder, config).fingerprints()
+    (folder / "preprocessor_config.json").unlink()
+    assert Processor(folder, config).fingerprints() == whole  # transformers 5's file has it too
+    path = folder / "processor_config.json"
+    settings = json.loads(path.read_text())
+    edit(path, image_processor={"image_processor_type": "SiglipImageProcessor"})
+    with pytest.raises(ProcessorError, match="'SiglipImageProcessor' is not supported"):
+        Processor(folder, config)
+    path.write_text("{")
+    with pytest.raises(ProcessorError, match=r"processor_config\.json"):
+        Processor(folder, config)
+    path.write_text(json.dumps({k: v for k, v in settings.items() if k != "image_processor"}))
+    with pytest.raises(ProcessorError, match=r"no preprocessor_config\.json"):
+        Processor(folder, config)
+
+
+def test_fingerprints_change_with_what_they_name(folder, config):
+    before = Processor(folder, config).fingerprints()
+    assert Processor(folder, config).fingerprints() == before
+
+    def changed():
+        after = Processor(folder, config).fingerprints()
+        return {name for name in before if after[name] != before[name]}
+
+    edit(folder / "preprocessor_config.json", image_mean=[0.5, 0.5, 0.5])
+    assert changed() == {"image_processor"}
+    shutil.copy(folder / "chat_template.jinja", folder / "kept")
+    (folder / "chat_template.jinja").write_text((folder / "kept").read_text() + "\n{# new #}")
+    assert changed() == {"image_processor", "template"}
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace('"star"', '"starfish"'))
+    assert changed() == {"image_processor", "template", "tokenizer"}
+
+
+def test_text_there_and_back(tiny_processor):
+    text = tiny_processor.render([Turn("user", "is there a star ?")], 2, True)
+    assert text == "<s> USER: <image> <image> is there a star ? ASSISTANT:"
+    ids = tiny_processor.encode(text)
+    assert ids.count(tiny.IMAGE_ID) == 2
+    expanded = tiny_processor.expand_images(ids)
+    assert len(expanded) == len(ids) + 2 * 3
+    assert tiny_processor.decode([*tiny_processor.encode("a red star"), tiny.EOS_ID, 0, 0]) == (
+        "a red star"
+    )
+    assert (tiny_processor.eos_id, tiny_processor.pad_id) == (tiny.EOS_ID, tiny.PAD_ID)
+
+
+def test_pad_falls_back_to_eos(folder, config):
+    edit(folder / "tokenizer_config.json", pad_token=None)
+    assert Processor(folder, config).pad_id == tiny.EOS_ID
+
+
+def test_pixels(tiny_processor):
+    image = ImageRef("scene", png_bytes(sample_scene("train", 0, 0)))
+    pixels = tiny_processor.pixels(image)
+    assert pixels.shape == (3, 16, 16)
+    assert pixels.dtype == "float32"
+    with pytest.raises(DataError, match="broken"):
+        tiny_processor.pixels(ImageRef("broken", b"\x89PNG no more"))

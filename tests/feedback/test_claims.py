@@ -1,0 +1,44 @@
+"""Divide: captions of the picture world become claims with a question each."""
+
+import pytest
+
+from mmpo_jax.feedback.claims import Claim, make_splitter
+from mmpo_jax.shapes import claims as shapes
+from mmpo_jax.shapes.language import VOCABULARY
+
+SPLITTER = make_splitter("shapes")
+
+
+def test_a_claim_for_each_group():
+    division = SPLITTER.divide("what is in the picture ?", "there are two blue stars and a red ring .")
+    assert [claim.text for claim in division.claims] == [
+        "there are two blue stars .",
+        "there is a red ring .",
+    ]
+    assert division.unparsed == ()
+    for claim in division.claims:
+        assert isinstance(claim, Claim)
+        (parsed,) = shapes.split(claim.text)
+        assert claim.question == shapes.question(parsed)
+        assert set(claim.question.split()) <= set(VOCABULARY)
+
+
+def test_what_is_no_claim_is_set_apart():
+    division = SPLITTER.divide("describe the picture .", "no red circle , a blue star .")
+    assert [claim.text for claim in division.claims] == ["there is a blue star ."]
+    assert division.unparsed == ("no red circle",)
+
+
+@pytest.mark.parametrize("response", ["", ".", "yes", "\N{SNOWMAN} ?!"])
+def test_nothing_to_check(response):
+    assert SPLITTER.divide("what is in the picture ?", response).claims == ()
+
+
+def test_the_question_does_not_matter():
+    caption = "there is a red ring ."
+    assert SPLITTER.divide("", caption) == SPLITTER.divide("describe the picture .", caption)
+
+
+def test_an_unknown_splitter():
+    with pytest.raises(KeyError):
+        make_splitter("nobody")

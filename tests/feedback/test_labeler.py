@@ -1,0 +1,248 @@
+"""Conquer: the answers to k questions about an image equal k separate plain forward passes."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import AxisType
+
+from mmpo_jax.data.processor import Processor, ProcessorError
+from mmpo_jax.data.records import ImageRef, Turn
+from mmpo_jax.errors import DataError
+from mmpo_jax.feedback import labeler as labeler_module
+from mmpo_jax.feedback.labeler import CheckpointLabeler, answer_tokens
+from mmpo_jax.models.batch import Batch
+from mmpo_jax.models.config import load_config
+from mmpo_jax.models.log_probs import next_token_logits
+from mmpo_jax.parallel.mesh import AXES
+from mmpo_jax.recipe import Lengths
+from mmpo_jax.shapes.processor import CHAT_TEMPLATE, TOKENS
+from mmpo_jax.shapes.render import png_bytes
+from mmpo_jax.shapes.world import sample_scene
+
+LENGTHS = Lengths(prompt=(24,), response=(16,))
+QUESTIONS = (
+    "is there a red star in the picture ?",
+    "is there a red star",  # the beginning of the one before
+    "is there a red star in the picture ?",  # asked twice
+    "are there exactly two blue rings in the picture ?",
+    "red ?",
+)
+COMMA = " , "
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh(
+        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
+    )
+
+
+@pytest.fixture
+def make_labeler(tiny_folder, tiny_model, tiny_processor, mesh):
+    def make(processor=tiny_processor, lengths=LENGTHS, **options):
+        model, params = tiny_model
+        options = {"batch_size": 3, "questions_at_once": 16} | options
+        return CheckpointLabeler(tiny_folder, model, params, processor, mesh, lengths, **options)
+
+    return make
+
+
+@pytest.fixture
+def make_processor(tiny_folder, tmp_path):
+    """A processor with other words or another chat template."""
+
+    def make(template=CHAT_TEMPLATE, edit=None):
+        folder = tmp_path / "model"
+        shutil.copytree(tiny_folder, folder, dirs_exist_ok=True)
+        (folder / "chat_template.jinja").write_text(template)
+        path = folder / "tokenizer.json"
+        tokenizer = json.loads(path.read_text())
+        if edit:
+            edit(tokenizer)
+        path.write_text(json.dumps(tokenizer))
+        return Processor(folder, load_config(folder))
+
+    return make
+
+
+@pytest.fixture
+def leading(make_processor):
+    """A processor whose template begins every answer with a comma."""
+    template = CHAT_TEMPLATE.replace(
+        "{{- ' ' + message['content'] -}}", "{{- ' ' + message['content'] -}}"
+    ).replace(
+        "{{- ' ' + part['text'] -}}",
+        "{{- (' , ' if message['role'] == 'assistant' else ' ') + part['text'] -}}",
+    )
+    assert template != CHAT_TEMPLATE
+    return make_processor(template)
+
+
+def image(number: int = 0) -> ImageRef:
+    return ImageRef(f"image-{number}", png_bytes(sample_scene("test", 0, number), 24))
+
+
+def plain_answer(model, params, processor, picture, question, lead=()):
+    """One row, teacher forced, without a response: the whole dialogue is the prompt."""
+    text = processor.render([Turn("user", question)], 1, True)
+    ids = [*processor.expand_images(processor.encode(text)), *lead]
+    none = np.zeros((1, 0, 0))
+    batch = Batch(
+        prompt_ids=np.array([ids], np.int32),
+        prompt_mask=np.ones((1, len(ids)), bool),
+        pixel_values=processor.pixels(picture)[None, None],
+        response_ids=none.astype(np.int32),
+        response_mask=none.astype(bool),
+        loss_mask=none.astype(bool),
+        weights=np.ones(1, np.float32),
+    )
+    module = model.bind(params)
+    last, _ = module.hidden_states(batch)
+    p = np.asarray(jax.nn.softmax(next_token_logits(module, last), axis=-1))[0]
+    return p[TOKENS.index("yes")], p[TOKENS.index("no")]
+
+
+def check(labeler, items, tiny_model):
+    """Every answer is the plain forward pass's."""
+    model, params = tiny_model
+    answers = labeler.answer(items)
+    assert [len(pairs) for pairs in answers] == [len(questions) for _, _, questions in items]
+    seen = []
+    for (_, (picture,), questions), pairs in zip(items, answers, strict=True):
+        for question, pair in zip(questions, pairs, strict=True):
+            expected = plain_answer(
+                model, params, labeler.processor, picture, question, labeler.lead
+            )
+            np.testing.assert_allclose(pair, expected, rtol=2e-4, atol=1e-7)
+            seen.append(pair)
+    # The model has to tell the questions apart, or equality would say little.
+    return len({round(p_yes, 7) for p_yes, _ in seen})
+
+
+def test_many_questions_about_one_image(make_labeler, tiny_model):
+    assert check(make_labeler(), [("a", (image(),), QUESTIONS)], tiny_model) == 4
+
+
+def test_more_questions_than_at_once_and_more_rows_than_a_batch(make_labeler, tiny_model):
+    items = [
+        ("a", (image(0),), QUESTIONS),
+        ("b", (image(1),), QUESTIONS[1:3]),
+        ("none", (image(2),), ()),
+        ("c", (image(3),), QUESTIONS[:1]),
+    ]
+    labeler = make_labeler(batch_size=2, questions_at_once=2)
+    assert check(labeler, items, tiny_model) == 7
+
+
+def test_one_question_alone_is_wholly_the_shared_prompt(make_labeler, tiny_model):
+    assert check(make_labeler(), [("a", (image(),), QUESTIONS[3:4])], tiny_model) == 1
+
+
+def test_the_same_question_twice(make_labeler, tiny_model):
+    check(make_labeler(), [("a", (image(),), QUESTIONS[:1] * 2)], tiny_model)
+
+
+def test_one_question_alone_may_be_longer_than_the_prompt_bucket(make_labeler, tiny_model):
+    """A lone question shares all of itself with itself; it still counts as a response."""
+    short = Lengths(prompt=(8,), response=(16,))  # <s> USER: <image>x4 and two words
+    assert check(make_labeler(lengths=short), [("a", (image(),), QUESTIONS[3:4])], tiny_model) == 1
+    items = [("a", (image(),), QUESTIONS), ("b", (image(1),), QUESTIONS[:1])]
+    assert check(make_labeler(lengths=short, questions_at_once=2), items, tiny_model) == 5
+
+
+def test_all_on_eight_devices(make_labeler, tiny_folder, tiny_model, tiny_processor):
+    model, params = tiny_model
+    mesh = jax.make_mesh((2, 4, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+    labeler = CheckpointLabeler(
+        tiny_folder, model, params, tiny_processor, mesh, LENGTHS, batch_size=3
+    )
+    items = [("a", (image(0),), QUESTIONS), ("b", (image(1),), QUESTIONS[:2])]
+    for ours, theirs in zip(labeler.answer(items), make_labeler().answer(items), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("question", "lengths"),
+    [
+        ("red " * 60 + "?", LENGTHS),
+        ("is there a red star ?", Lengths(prompt=(4,), response=(16,))),  # not even the image
+    ],
+)
+def test_what_does_not_fit_is_an_error_for_people(make_labeler, question, lengths):
+    with pytest.raises(DataError, match=r"scene-9.*lengths\.(prompt|response)"):
+        make_labeler(lengths=lengths).answer([("scene-9", (image(),), (question, "red ?"))])
+
+
+def test_no_item_runs_nothing(make_labeler, monkeypatch):
+    monkeypatch.setattr(labeler_module, "answer_probabilities", None)
+    assert make_labeler().answer([]) == []
+    assert make_labeler().answer([("a", (image(),), ())]) == [[]]
+
+
+class TestAnswerTokens:
+    def test_words_outside_the_vocabulary_are_left_out(self, tiny_processor):
+        """The picture world has no Yes and no No."""
+        assert answer_tokens(tiny_processor) == (
+            (),
+            (TOKENS.index("yes"),),
+            (TOKENS.index("no"),),
+        )
+
+    def test_every_spelling_counts(self, make_processor, make_labeler, tiny_model):
+        def capital(tokenizer):
+            """Two words of no use here become Yes and No."""
+            words = tokenizer["model"]["vocab"]
+            words["Yes"], words["No"] = words.pop("column"), words.pop("row")
+
+        processor = make_processor(edit=capital)
+        _, yes, no = answer_tokens(processor)
+        assert yes == tuple(sorted([TOKENS.index("yes"), TOKENS.index("column")]))
+        assert no == tuple(sorted([TOKENS.index("no"), TOKENS.index("row")]))
+        items = [("a", (image(),), QUESTIONS[:2])]
+        both = np.array(make_labeler(processor).answer(items))
+        small = np.array(make_labeler().answer(items))
+        assert (both > small + 1e-6).all()
+
+    def test_a_token_that_begins_every_answer(self, leading, make_labeler, tiny_model):
+        lead, yes, no = answer_tokens(leading)
+        assert lead == (TOKENS.index(","),)
+        assert (yes, no) == ((TOKENS.index("yes"),), (TOKENS.index("no"),))
+        items = [("a", (image(),), QUESTIONS), ("b", (image(1),), QUESTIONS[:1])]
+        assert check(make_labeler(leading), items, tiny_model) == 5
+
+    @pytest.mark.parametrize("missing", [("no",), ("yes",), ("yes", "no")])
+    def test_a_tokenizer_without_the_words(self, make_processor, missing):
+        def forget(tokenizer):
+            for word in missing:
+                tokenizer["model"]["vocab"].pop(word)
+
+        with pytest.raises(ProcessorError, match="cannot tell yes from no"):
+            answer_tokens(make_processor(edit=forget))
+
+    def test_words_that_begin_and_end_alike(self, make_processor):
+        template = CHAT_TEMPLATE.replace(
+            "{{- ' ' + part['text'] -}}",
+            "{{- ' ' + ('red' if message['role'] == 'assistant' else part['text']) -}}",
+        )
+        with pytest.raises(ProcessorError, match="cannot tell yes from no"):
+            answer_tokens(make_processor(template))
+
+    def test_the_labeler_says_so(self, make_processor, make_labeler):
+        processor = make_processor(edit=lambda tokenizer: tokenizer["model"]["vocab"].pop("no"))
+        with pytest.raises(ProcessorError, match="cannot tell yes from no"):
+            make_labeler(processor)
+
+
+def test_the_fingerprint_is_the_checkpoints(make_labeler, tiny_folder, tmp_path):
+    copy = shutil.copytree(tiny_folder, tmp_path / "copy")
+    assert make_labeler().fingerprint == labeler_module.fingerprint_folder(copy)
+    (copy / "chat_template.jinja").write_text(CHAT_TEMPLATE + " ")
+    assert make_labeler().fingerprint != labeler_module.fingerprint_folder(copy)
+
+
+def test_the_tiny_ids():
+    assert tiny.IMAGE_ID == TOKENS.index("<image>")

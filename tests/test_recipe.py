@@ -1,0 +1,269 @@
+"""Recipes: every mistake named with its path before anything starts, every option read somewhere."""
+
+import ast
+import inspect
+import typing
+from pathlib import Path
+
+import pydantic
+import pytest
+import yaml
+
+import mmpo_jax
+from mmpo_jax.generation.sampler import Decoding
+from mmpo_jax.parallel.mesh import make_mesh
+from mmpo_jax.recipe import (
+    AlignRecipe,
+    Base,
+    Devices,
+    EvaluateRecipe,
+    GenerateRecipe,
+    RecipeError,
+    Sampling,
+    Section,
+    TrainRecipe,
+    load_recipe,
+)
+from mmpo_jax.shapes.render import MIN_IMAGE_SIZE
+
+PACKAGE = Path(mmpo_jax.__file__).parent
+CONFIGS = sorted((PACKAGE.parent / "configs").glob("*.yaml"))
+KINDS = (TrainRecipe, AlignRecipe, GenerateRecipe, EvaluateRecipe)
+GOOD = {"output": "out", "model": "builtin:shapes", "data": {"source": "shapes"}}
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Loads a recipe of the given text, by default a small good one."""
+
+    def load(*overrides, text=None, kind=TrainRecipe):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(GOOD) if text is None else text)
+        return load_recipe(kind, path, overrides)
+
+    return load
+
+
+@pytest.fixture
+def problem(load):
+    """The message that refuses a recipe."""
+
+    def problem(*overrides, **options):
+        with pytest.raises(RecipeError) as caught:
+            load(*overrides, **options)
+        return str(caught.value)
+
+    return problem
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("sead=1", "sead: unknown key; did you mean seed?"),
+        ("training.epoch=1", "training.epoch: unknown key; did you mean epochs?"),
+        (
+            "training.optimizer.learning_rte=1",
+            "training.optimizer.learning_rte: unknown key; did you mean learning_rate?",
+        ),
+        # Inside tagged sections: the path is the one of the file, without pydantic's tag.
+        ("data.siez=1", "data.siez: unknown key; did you mean size?"),
+        ("training.objective={type: dpo, bta: 1}", "training.objective.bta: unknown key; did you"),
+        # The key of another choice is no key of this one.
+        ("training.objective={type: sft, beta: 1}", "training.objective.beta: unknown key"),
+        ("data={source: file, path: a.jsonl, size: 3}", "data.size: unknown key"),
+        ("data.zzzzz=1", "data.zzzzz: unknown key; known here: source, split, size"),
+    ],
+)
+def test_unknown_keys(problem, override, told):
+    assert told in problem(override)
+
+
+def test_nearest_name_is_one_of_the_same_section(problem):
+    message = problem("training.objective={type: sft, temperature: 1}")
+    assert "training.objective.temperature: unknown key; known here: type" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("training.epochs=two", "training.epochs: Input should be a valid integer"),
+        ("training.epochs=1.5", "training.epochs: "),
+        ("training=3", "training: Input should be a valid dictionary"),
+        ("output=3", "output: Input should be a valid string"),
+        ("lengths.prompt=[a]", "lengths.prompt.0: "),
+        ("data.split=trian", "data.split: Input should be 'train', 'align'"),
+        ("data.source=web", "data: Input tag 'web'"),
+        ("training.objective={beta: 1}", "training.objective: "),
+        ("seed=", "seed: "),
+        ("training.epochs=0", "training.epochs: Input should be greater than 0 (got 0)"),
+        ("training.optimizer.learning_rate=0", "training.optimizer.learning_rate: "),
+        ("training.optimizer.learning_rate=.nan", "training.optimizer.learning_rate: "),
+        ("training.optimizer.learning_rate=.inf", "training.optimizer.learning_rate: "),
+        ("training.objective={type: dpo, label_smoothing: 0.5}", "training.objective.label_smoo"),
+        ("data.hallucination_rate=1.1", "data.hallucination_rate: "),
+        (f"data.image_size={MIN_IMAGE_SIZE - 1}", "data.image_size: "),
+        ("lengths.prompt=[64, 32]", "lengths.prompt: give one or more sizes in ascending order"),
+        ("lengths.response=[]", "lengths.response: give one or more sizes"),
+        ("training.micro_batch_size=3", "training: batch_size 8 is no multiple of 3"),
+        ("training.save_every=15", "training: save_every must be a multiple of log_every"),
+    ],
+)
+def test_wrong_types_and_impossible_values(problem, override, told):
+    assert told in problem(override)
+
+
+def test_missing_keys(problem):
+    message = problem(text="seed: 1")
+    for key in ("output", "model", "data"):
+        assert f"\n  {key}: Field required" in message
+    assert "data.path: Field required" in problem("data={source: file}")
+
+
+def test_every_problem_is_listed_at_once(problem):
+    message = problem("sead=1", "training.epochs=0", "data.siez=1", "lengths.prompt=[2, 1]")
+    assert "recipe.yaml: this recipe cannot be run:" in message
+    assert len(message.splitlines()) == 5
+    for key in ("sead", "training.epochs", "data.siez", "lengths.prompt"):
+        assert f"\n  {key}: " in message
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("seed", "override 'seed': write key=value"),
+        ("=3", "override '=3': write key=value"),
+        ("seed.deep=3", "seed is no group of keys"),
+        ("data.split=[", "override 'data.split=['"),
+    ],
+)
+def test_bad_overrides(problem, override, told):
+    assert told in problem(override, text=yaml.safe_dump(GOOD | {"seed": 1}))
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"a: [1", "not valid YAML"),
+        (b"a: \xff", "not valid YAML"),
+        (b"- 1", "a recipe is a mapping of keys to values"),
+        (b"", "output: Field required"),
+        (b"1: 2", "1: "),
+    ],
+)
+def test_files_that_are_no_recipe(tmp_path, content, told):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(RecipeError, match="recipe.yaml: ") as caught:
+        load_recipe(TrainRecipe, path)
+    assert told in str(caught.value)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(RecipeError, match=r"none\.yaml: No such file"):
+        load_recipe(TrainRecipe, tmp_path / "none.yaml")
+
+
+def test_numbers_without_a_dot(load):
+    """YAML 1.1, hence PyYAML, reads `1e-5` as text."""
+    text = yaml.safe_dump(GOOD) + "training: {optimizer: {learning_rate: 1e-5, epsilon: 1E-9}}\n"
+    recipe = load("training.optimizer.weight_decay=3e-2", text=text)
+    optimizer = recipe.training.optimizer
+    assert (optimizer.learning_rate, optimizer.epsilon) == (1e-5, 1e-9)
+    assert optimizer.weight_decay == 3e-2
+
+
+def test_overrides_win_and_make_groups(load):
+    recipe = load("seed=7", "data.size=9", "training.objective.type=sft", "lengths.prompt=[8, 16]")
+    assert (recipe.seed, recipe.data.size, recipe.lengths.prompt) == (7, 9, (8, 16))
+    assert recipe.training.objective.type == "sft"
+    assert load().seed == 0
+
+
+def test_recipes_are_frozen(load):
+    with pytest.raises(pydantic.ValidationError):
+        load().seed = 3
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_config_loads_as_its_kind(path):
+    keys = yaml.safe_load(path.read_text()).keys()
+    fitting = [
+        kind
+        for kind in KINDS
+        if {name for name, f in kind.model_fields.items() if f.is_required()} <= keys
+        and keys <= kind.model_fields.keys()
+    ]
+    assert fitting, f"{path.name} has the keys of no kind of recipe"
+    for kind in fitting:
+        load_recipe(kind, path)
+
+
+def test_configs_are_there():
+    assert {"shapes_align.yaml", "shapes_sft.yaml"} <= {path.name for path in CONFIGS}
+
+
+# Every option is read somewhere ------------------------------------------------------------------
+
+SPREAD = {Devices: make_mesh, Sampling: Decoding}
+"""Sections given as `**section.model_dump(...)`, and what takes their fields as parameters."""
+
+
+def sections(kind: type[Section]) -> set[type[Section]]:
+    """A section and all that its fields hold."""
+
+    def within(annotation) -> set[type[Section]]:
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            return sections(annotation)
+        return {s for argument in typing.get_args(annotation) for s in within(argument)}
+
+    fields = kind.model_fields.values()
+    return {kind}.union(*(within(field.annotation) for field in fields))
+
+
+def names_read() -> set[str]:
+    """All `.name` in the package's code outside of `recipe.py`."""
+    files = [path for path in PACKAGE.rglob("*.py") if path.name != "recipe.py"]
+    nodes = (node for path in files for node in ast.walk(ast.parse(path.read_text())))
+    return {
+        node.attr
+        for node in nodes
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+
+
+def unread_options(kinds) -> set[str]:
+    read = names_read()
+    unread = set()
+    for section in set().union(*(sections(kind) for kind in kinds)):
+        spread = next((target for s, target in SPREAD.items() if issubclass(section, s)), None)
+        taken = set(inspect.signature(spread).parameters) if spread else set()
+        # The discriminators choose a class; pydantic reads them.
+        tags = {n for n, f in section.model_fields.items() if n in ("source", "type") and f.default}
+        unread |= {
+            f"{section.__name__}.{name}" for name in set(section.model_fields) - read - taken - tags
+        }
+    return unread
+
+
+def test_every_option_is_read():
+    assert not unread_options(KINDS)
+
+
+def test_an_unread_option_is_noticed():
+    class Careless(Sampling):
+        repetition_penalty_nobody_reads: float = 1.0
+
+    class Recipe(Base):
+        groups: tuple[Careless | None, ...] = ()
+        output_nobody_reads: str = ""
+
+    assert unread_options([Recipe]) == {
+        "Careless.repetition_penalty_nobody_reads",
+        "Recipe.groups",
+        "Recipe.output_nobody_reads",
+    }
+
+
+def test_the_walk_finds_nested_sections():
+    names = {section.__name__ for kind in KINDS for section in sections(kind)}
+    assert {"Dpo", "Sft", "FileData", "ShapesData", "Optimizer", "Devices", "Pairing"} <= names
