@@ -154,7 +154,7 @@ class TestBrokenModels:
 
     def test_more_layers_than_weights(self, copy, refused, tmp_path):
         edit_json(copy / "config.json", text_config__num_hidden_layers=3)
-        assert "no layer 2; the config has 3 layers" in refused("train", recipe(tmp_path, copy))
+        assert "no layer 2; the config has 3 layers" in refused("generate", recipe(tmp_path, copy))
 
     def test_another_architecture(self, copy, refused, tmp_path):
         edit_json(copy / "config.json", text_config__model_type="qwen2")
@@ -248,17 +248,18 @@ def test_other_errors_are_not_swallowed(generation, mmpo, monkeypatch):
         mmpo("generate", generation)
 
 
+BAD_ROWS = {
+    "truncated": "image_broken",
+    "no-bytes": "image_broken",
+    "outside": "image_outside_folder",
+    "missing": "image_missing",
+    "empty-response": "empty_response",
+    "too-long": "prompt_too_long",
+}
+
+
 class TestGenerate:
     """Good and bad rows of a JSONL file beside each other."""
-
-    BAD = {
-        "truncated": "image_broken",
-        "no-bytes": "image_broken",
-        "outside": "image_outside_folder",
-        "missing": "image_missing",
-        "empty-response": "empty_response",
-        "too-long": "prompt_too_long",
-    }
 
     @pytest.fixture
     def rows(self, tmp_path):
@@ -301,7 +302,7 @@ class TestGenerate:
             ("text", "what is in the picture ?"),
         ]
         assert all(len(row["responses"]) == 2 for row in answers)
-        assert skipped_reasons(tmp_path / "out") == self.BAD
+        assert skipped_reasons(tmp_path / "out") == BAD_ROWS
 
     def test_too_many_bad_rows_stop_the_run(self, mmpo, generation, rows, tmp_path):
         status, _, err = self.run(mmpo, generation, rows, 0.5)
@@ -309,7 +310,7 @@ class TestGenerate:
         assert "6 of 9 rows cannot be used, more than the allowed 50.0%" in err
         assert "image_broken 2" in err
         assert not (tmp_path / "out" / "responses.jsonl").exists()
-        assert skipped_reasons(tmp_path / "out") == self.BAD
+        assert skipped_reasons(tmp_path / "out") == BAD_ROWS
 
     def test_a_row_is_answered_the_same_without_its_neighbours(
         self, mmpo, generation, rows, tmp_path

@@ -1,4 +1,4 @@
-"""Recipes: every mistake named with its path before anything starts, every option read somewhere."""
+"""Recipes: every mistake named with its path before anything starts, all options read."""
 
 import ast
 import inspect
@@ -153,7 +153,7 @@ def test_bad_overrides(problem, override, told):
 def test_files_that_are_no_recipe(tmp_path, content, told):
     path = tmp_path / "recipe.yaml"
     path.write_bytes(content)
-    with pytest.raises(RecipeError, match="recipe.yaml: ") as caught:
+    with pytest.raises(RecipeError, match=r"recipe\.yaml: ") as caught:
         load_recipe(TrainRecipe, path)
     assert told in str(caught.value)
 

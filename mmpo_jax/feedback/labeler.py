@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
+import itertools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -185,7 +185,8 @@ def answer_tokens(
         if processor.tokenizer.unk_token_id not in ids:
             spoken[word] = ids
     answers = list(spoken.values())
-    lead = len(os.path.commonprefix(answers))
+    columns = zip(*answers, strict=False)
+    lead = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
     yes, no = (
         tuple(sorted({token for word in words for token in spoken.get(word, [])[lead : lead + 1]}))
         for words in (YES, NO)

@@ -14,6 +14,9 @@ from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.llava import Llava, Model, Params, prompt_lengths
 from mmpo_jax.models.log_probs import next_token_logits
 
+VOCABULARY_BLOCK = 256
+"""Tokens that `draw_token` takes together."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
@@ -42,7 +45,7 @@ class SamplingState:
     done: jax.Array
     """bool[B, n]; True once EOS is sampled."""
     cache: tuple[jax.Array, jax.Array]
-    """Keys and values of the sampled tokens, [L, B, n, T, K, d] each."""
+    """Keys and values of the sampled tokens, [L, B, n, K, T, d] each."""
 
 
 @functools.partial(jax.jit, static_argnames=("model", "decoding", "eos_ids", "pad_id"))
@@ -76,10 +79,8 @@ def sample(
     module = model.bind(params)
     prompt_cache, last = prefill(module, batch)
     b, n = batch.prompt_ids.shape[0], decoding.num_samples
-    key_cache = prompt_cache[0]
-    own = jnp.zeros(
-        (key_cache.shape[0], b, n, decoding.max_new_tokens, *key_cache.shape[-2:]), key_cache.dtype
-    )
+    depth, _, k, _, d = prompt_cache[0].shape
+    own = jnp.zeros((depth, b, n, k, decoding.max_new_tokens, d), prompt_cache[0].dtype)
     logits = next_token_logits(module, last)
     state = SamplingState(
         position=jnp.int32(0),
@@ -112,7 +113,8 @@ def prefill(module: Llava, batch: Batch) -> tuple[tuple[jax.Array, jax.Array], j
     """Runs the prompts once.
 
     Returns:
-      ((keys, values) [L, B, P, K, d] of every layer, last token's hidden state [B, D]).
+      ((keys, values) [L, B, K, P, d] of every layer, last token's hidden state [B, D]). Heads come
+      first, as attention wants them: decoding reads the cache as it lies.
     """
     b, p = batch.prompt_ids.shape
     no_responses = jnp.zeros((b, 0, 0), bool)
@@ -120,7 +122,7 @@ def prefill(module: Llava, batch: Batch) -> tuple[tuple[jax.Array, jax.Array], j
     def attend_prompt(query, key, value, carry, inputs):
         del inputs
         out = shared_prompt_attention(query, key, value, batch.prompt_mask, no_responses)
-        return out, carry, (key, value)
+        return out, carry, (key.swapaxes(1, 2), value.swapaxes(1, 2))
 
     positions = jnp.broadcast_to(jnp.arange(p), (b, p))
     x, _, cache = module.language_model(module.embed_prompt(batch), positions, attend_prompt)
@@ -156,19 +158,21 @@ def decode_token(
 
     def attend_caches(query, key, value, carry, inputs):
         layer, prompt_key, prompt_value = inputs
-        keys, values = (
-            jax.lax.dynamic_update_slice(cache, new[None, :, :, None], (layer, 0, 0, at, 0, 0))
+        caches = tuple(
+            jax.lax.dynamic_update_slice(cache, new[None, :, :, :, None], (layer, 0, 0, 0, at, 0))
             for cache, new in zip(carry, (key, value), strict=True)
         )
         own_key, own_value = (
-            jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False) for cache in (keys, values)
+            jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False).swapaxes(2, 3)
+            for cache in caches
         )
+        prompt = prompt_key.swapaxes(1, 2), prompt_value.swapaxes(1, 2)
         parts = [
-            (prompt_key, prompt_value, batch.prompt_mask[:, None, None, :]),
+            (*prompt, batch.prompt_mask[:, None, None, :]),
             (own_key, own_value, seen),
         ]
         out = attend(query[:, :, None], parts, query.shape[-1] ** -0.5)
-        return out[:, :, 0], (keys, values), None
+        return out[:, :, 0], caches, None
 
     layers = jnp.arange(prompt_cache[0].shape[0])
     hidden, cache, _ = module.language_model(
@@ -186,9 +190,23 @@ def choose_token(
     logits = truncate(logits / decoding.temperature, decoding.top_k, decoding.top_p)
 
     def draw(key: jax.Array, logits: jax.Array) -> jax.Array:
-        return jax.random.categorical(jax.random.fold_in(key, position), logits)
+        return draw_token(jax.random.fold_in(key, position), logits)
 
     return jax.vmap(jax.vmap(draw))(keys, logits).astype(jnp.int32)
+
+
+def draw_token(key: jax.Array, logits: jax.Array) -> jax.Array:
+    """int[]: an index of `logits` [V], with the probabilities of their softmax.
+
+    A block of the vocabulary is drawn first, then a token in it: some hundred random numbers
+    instead of V, which would take longer to make than the logits.
+    """
+    block_key, token_key = jax.random.split(key)
+    size = VOCABULARY_BLOCK
+    padding = -logits.shape[0] % size
+    blocks = jnp.pad(logits, (0, padding), constant_values=-jnp.inf).reshape(-1, size)
+    block = jax.random.categorical(block_key, jax.nn.logsumexp(blocks, axis=-1))
+    return block * size + jax.random.categorical(token_key, blocks[block])
 
 
 def truncate(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:

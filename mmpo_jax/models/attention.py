@@ -82,7 +82,8 @@ def shared_prompt_attention(
     """Attention of a prompt and R responses to it, laid out as one sequence.
 
     Prompt tokens see earlier prompt tokens; a response's tokens see the whole prompt and their own
-    earlier tokens, never a sibling. For a prompt `p p` and responses `a a`, `b b` (row sees column):
+    earlier tokens, never a sibling. For a prompt `p p` and responses `a a`, `b b` (row sees
+    column):
 
             p p a a b b
         p   1 . . . . .
@@ -104,7 +105,7 @@ def shared_prompt_attention(
     Returns:
       [B, S, H, d].
     """
-    b, s, h, d = query.shape
+    b, _, h, d = query.shape
     p, (r, t) = prompt_mask.shape[1], response_mask.shape[1:]
     k = key.shape[2]
     prompt_key, prompt_value = key[:, :p], value[:, :p]

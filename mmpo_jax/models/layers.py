@@ -28,7 +28,7 @@ def linear(inputs: int, outputs: int, use_bias: bool, rngs: nnx.Rngs) -> nnx.Lin
     return nnx.Linear(inputs, outputs, use_bias=use_bias, rngs=rngs)
 
 
-def keep_dtype(arrays: tuple[jax.Array, ...], **_: Any) -> tuple[jax.Array, ...]:
+def keep_dtype(arrays: Any, /, **_: Any) -> Any:
     """For `nnx.Embed`, which otherwise casts its table back to the dtype it was created in."""
     return arrays
 

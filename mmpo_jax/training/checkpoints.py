@@ -8,6 +8,7 @@ import shutil
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from mmpo_jax.errors import MmpoError
@@ -145,12 +146,15 @@ def load_checkpoint_params(step_folder: str) -> Params:
     Raises:
       CheckpointError: the folder is not a whole checkpoint.
     """
+    path = os.path.join(step_folder, "params")
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            restored = checkpointer.restore(os.path.join(step_folder, "params"))
-    except (OSError, ValueError, KeyError) as error:
+            saved = checkpointer.metadata(path).item_metadata.tree
+            # Asked for NumPy arrays, Orbax does not look for the devices they were saved from.
+            arrays = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in saved.items()}
+            return unflatten(checkpointer.restore(path, arrays))
+    except (OSError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{step_folder}: not a whole checkpoint: {error}") from error
-    return unflatten(jax.device_get(restored))
 
 
 def _entries(folder: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
@@ -75,7 +76,6 @@ def train(
     schedule = make_schedule(config.optimizer, steps)
     optimizer = make_optimizer(config.optimizer, schedule)
     checkpoints = Checkpoints(folder, identity, config.keep_checkpoints)
-    save_base(folder, processor.folder)
     batches = training_batches(
         examples,
         processor,
@@ -85,7 +85,8 @@ def train(
         batch_size=config.batch_size,
         micro_batch_size=micro,
     )
-    with jax.set_mesh(mesh):
+    # Closed whatever happens: a checkpoint that is being written is finished first.
+    with jax.set_mesh(mesh), contextlib.closing(checkpoints):
         state = create_state(params, model, optimizer, config.freeze, mesh)
         loss = make_loss(model, config.objective, config.remat)
         update = make_step(loss, optimizer, schedule, state, jnp.dtype(config.compute_dtype))
@@ -93,25 +94,24 @@ def train(
         if restored is not None:
             state, position = restored
             batches.set_state(position)
+        save_base(folder, processor.folder)  # not before it is known to be this run's folder
         first = int(state.step)
-        writer = MetricsWriter(folder, first, steps)
-        window: list[tuple[int, tuple[str, ...], dict[str, jax.Array]]] = []
-        started = time.perf_counter()
-        for step in range(first + 1, steps + 1):
-            host: HostBatch = next(batches)
-            state, metrics = update(state, put_batch(host.arrays, mesh, leading=1))
-            window.append((step, host.ids, metrics))
-            writer.advance()
-            if step % config.log_every and step != steps:
-                continue
-            values = _fetch(window, checkpoints)
-            rate = len(window) / (time.perf_counter() - started)
-            writer.report(step, values, rate)
-            window, started = [], time.perf_counter()
-            if step % config.save_every == 0 or step == steps:
-                checkpoints.save(step, state, batches.get_state())
-        writer.close()
-        checkpoints.close()
+        with contextlib.closing(MetricsWriter(folder, first, steps)) as writer:
+            window: list[tuple[int, tuple[str, ...], dict[str, jax.Array]]] = []
+            started = time.perf_counter()
+            for step in range(first + 1, steps + 1):
+                host: HostBatch = next(batches)
+                state, metrics = update(state, put_batch(host.arrays, mesh, leading=1))
+                window.append((step, host.ids, metrics))
+                writer.advance()
+                if step % config.log_every and step != steps:
+                    continue
+                values = _fetch(window, checkpoints)
+                rate = len(window) / (time.perf_counter() - started)
+                writer.report(step, values, rate)
+                window, started = [], time.perf_counter()
+                if step % config.save_every == 0 or step == steps:
+                    checkpoints.save(step, state, batches.get_state())
         return merge(state)
 
 

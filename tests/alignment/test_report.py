@@ -51,9 +51,10 @@ START = RoundReport(0, metrics())
 
 def test_table():
     lines = render_table([START, report(1)]).splitlines()
+    measured = ["0.250", "0.500", "0.800", "20.0", "0.400", "0.800", "0.900"]
     assert [line.split() for line in lines[1:]] == [
-        ["0", "0.250", "0.500", "0.800", "20.0", "0.400", "0.800", "0.900"],
-        "1 12 36 100 7 30 0.75 0.12 0.250 0.500 0.800 20.0 0.400 0.800 0.900".split(),
+        ["0", *measured],
+        ["1", "12", "36", "100", "7", "30", "0.75", "0.12", *measured],
     ]
     assert lines[0].split()[:6] == ["round", "prompts", "responses", "claims", "rejected", "pairs"]
     assert len({len(line) for line in lines}) == 1

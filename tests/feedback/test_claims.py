@@ -10,7 +10,9 @@ SPLITTER = make_splitter("shapes")
 
 
 def test_a_claim_for_each_group():
-    division = SPLITTER.divide("what is in the picture ?", "there are two blue stars and a red ring .")
+    division = SPLITTER.divide(
+        "what is in the picture ?", "there are two blue stars and a red ring ."
+    )
     assert [claim.text for claim in division.claims] == [
         "there are two blue stars .",
         "there is a red ring .",

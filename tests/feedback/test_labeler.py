@@ -1,5 +1,6 @@
 """Conquer: the answers to k questions about an image equal k separate plain forward passes."""
 
+import functools
 import json
 import shutil
 
@@ -31,7 +32,6 @@ QUESTIONS = (
     "are there exactly two blue rings in the picture ?",
     "red ?",
 )
-COMMA = " , "
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +73,6 @@ def make_processor(tiny_folder, tmp_path):
 def leading(make_processor):
     """A processor whose template begins every answer with a comma."""
     template = CHAT_TEMPLATE.replace(
-        "{{- ' ' + message['content'] -}}", "{{- ' ' + message['content'] -}}"
-    ).replace(
         "{{- ' ' + part['text'] -}}",
         "{{- (' , ' if message['role'] == 'assistant' else ' ') + part['text'] -}}",
     )
@@ -86,23 +84,30 @@ def image(number: int = 0) -> ImageRef:
     return ImageRef(f"image-{number}", png_bytes(sample_scene("test", 0, number), 24))
 
 
-def plain_answer(model, params, processor, picture, question, lead=()):
-    """One row, teacher forced, without a response: the whole dialogue is the prompt."""
-    text = processor.render([Turn("user", question)], 1, True)
-    ids = [*processor.expand_images(processor.encode(text)), *lead]
-    none = np.zeros((1, 0, 0))
-    batch = Batch(
-        prompt_ids=np.array([ids], np.int32),
-        prompt_mask=np.ones((1, len(ids)), bool),
-        pixel_values=processor.pixels(picture)[None, None],
-        response_ids=none.astype(np.int32),
-        response_mask=none.astype(bool),
-        loss_mask=none.astype(bool),
-        weights=np.ones(1, np.float32),
-    )
+@functools.partial(jax.jit, static_argnums=0)
+def next_token(model, params, batch):
+    """Probabilities of what follows the prompts, [B, V]."""
     module = model.bind(params)
     last, _ = module.hidden_states(batch)
-    p = np.asarray(jax.nn.softmax(next_token_logits(module, last), axis=-1))[0]
+    return jax.nn.softmax(next_token_logits(module, last), axis=-1)
+
+
+def plain_answer(model, params, processor, picture, question, lead=()):
+    """One row, teacher forced: the whole dialogue is the prompt, and no response is seen."""
+    text = processor.render([Turn("user", question)], 1, True)
+    ids = [*processor.expand_images(processor.encode(text)), *lead]
+    size = 32
+    absent = np.zeros((1, 1, 1), bool)
+    batch = Batch(
+        prompt_ids=np.array([ids + [tiny.PAD_ID] * (size - len(ids))], np.int32),
+        prompt_mask=np.arange(size)[None] < len(ids),
+        pixel_values=processor.pixels(picture)[None, None],
+        response_ids=absent.astype(np.int32),
+        response_mask=absent,
+        loss_mask=absent,
+        weights=np.ones(1, np.float32),
+    )
+    p = np.asarray(next_token(model, params, batch))[0]
     return p[TOKENS.index("yes")], p[TOKENS.index("no")]
 
 
@@ -242,7 +247,3 @@ def test_the_fingerprint_is_the_checkpoints(make_labeler, tiny_folder, tmp_path)
     assert make_labeler().fingerprint == labeler_module.fingerprint_folder(copy)
     (copy / "chat_template.jinja").write_text(CHAT_TEMPLATE + " ")
     assert make_labeler().fingerprint != labeler_module.fingerprint_folder(copy)
-
-
-def test_the_tiny_ids():
-    assert tiny.IMAGE_ID == TOKENS.index("<image>")

@@ -142,17 +142,34 @@ def test_samples_follow_the_distribution(tiny_model, batch):
     tokens = draw(
         tiny_model, one, NUMBERS[:1], num_samples=count, temperature=temperature, max_new_tokens=1
     )
-    expected = count * np.asarray(jax.nn.softmax(logits(params, one)[0] / temperature))
-    observed = np.bincount(tokens.reshape(-1), minlength=tiny.VOCAB_SIZE)
-    # Rare tokens are counted together, as the test asks for.
+    assert_follows(tokens, np.asarray(jax.nn.softmax(logits(params, one)[0] / temperature)))
+
+
+def assert_follows(tokens, probabilities):
+    """A chi-square test of drawn tokens; those seldom seen are counted together."""
+    expected = tokens.size * probabilities
+    observed = np.bincount(tokens.reshape(-1), minlength=len(probabilities))
+    assert not observed[probabilities == 0].any()
     rare = expected < 5
     assert 5 < (~rare).sum() < len(rare)
     expected = np.append(expected[~rare], expected[rare].sum())
     observed = np.append(observed[~rare], observed[rare].sum())
     statistic = ((observed - expected) ** 2 / expected).sum()
-    degrees = len(expected) - 1
     # Mean `degrees`, variance twice that: four deviations.
+    degrees = len(expected) - 1
     assert statistic < degrees + 4 * np.sqrt(2 * degrees)
+
+
+@pytest.mark.parametrize("top_k", [0, 40])
+def test_draws_of_a_large_vocabulary_follow_the_distribution(top_k):
+    """Larger than what is drawn from at a time, and no multiple of it."""
+    logits = jnp.float32(2 * np.random.default_rng(0).standard_normal(700))
+    keys = jax.random.split(jax.random.key(0), (1, 8000))
+    draw = jax.jit(choose_token, static_argnames="decoding")
+    decoding = Decoding(8000, temperature=0.8, top_k=top_k)
+    tokens = draw(jnp.broadcast_to(logits, (1, 8000, 700)), keys, jnp.int32(3), decoding=decoding)
+    probabilities = jax.nn.softmax(truncate(logits / 0.8, top_k, 1.0))
+    assert_follows(np.asarray(tokens), np.asarray(probabilities))
 
 
 def numpy_truncate(logits, top_k, top_p):

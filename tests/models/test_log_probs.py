@@ -113,26 +113,25 @@ def assert_trees_close(actual, expected, tolerance):
         )
 
 
-@pytest.mark.parametrize("count", [1, 2, 5])
-def test_shared_prompt_equals_separate_rows(tiny_model, params, batch, count):
-    model = tiny_model[0]
-    part = first_responses(batch, count)
+def assert_equal_to_separate_rows(model, params, whole, count):
+    """Log-probs and gradients of the first `count` responses against plain rows of text."""
+    part = first_responses(whole, count)
     b, r, t = part.response_ids.shape
     cotangent = np.random.default_rng(1).standard_normal((b, r, t)) * part.response_mask
     gradient, log_probs = shared(model, params, part, cotangent)
     assert log_probs.dtype == jnp.float64
 
-    # All five responses, so that one program serves every count; those not asked for weigh 0.
-    rows = separate_rows(batch)
+    # Rows of all responses, so that one program serves every count; those not asked for weigh 0.
+    rows = separate_rows(whole)
     row_cotangent = np.zeros((rows.prompt_ids.shape[0], rows.prompt_ids.shape[1] - 1))
     places = {}
     for i, j in np.ndindex(b, r):
-        first, size = PROMPTS[i], RESPONSES[i][j]
-        places[i, j] = (i * 5 + j, slice(first - 1, first - 1 + size))
+        first, size = whole.prompt_mask[i].sum(), whole.response_mask[i, j].sum()
+        places[i, j] = (i * whole.response_ids.shape[1] + j, slice(first - 1, first - 1 + size))
         row_cotangent[places[i, j]] = cotangent[i, j, :size]
     expected_gradient, expected = plain(model, params, rows, row_cotangent)
     for (i, j), place in places.items():
-        size = RESPONSES[i][j]
+        size = whole.response_mask[i, j].sum()
         np.testing.assert_allclose(
             log_probs[i, j, :size], expected[place], rtol=0, atol=LOG_PROB_TOLERANCE
         )
@@ -140,6 +139,17 @@ def test_shared_prompt_equals_separate_rows(tiny_model, params, batch, count):
     assert np.std(expected) > 0.5  # not a model that says the same everywhere
     assert_trees_close(gradient, expected_gradient, GRADIENT_TOLERANCE)
     assert all(np.abs(leaf).max() > 1e-3 for leaf in gradient_of_what_matters(gradient))
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_shared_prompt_equals_separate_rows(tiny_model, params, batch, count):
+    assert_equal_to_separate_rows(tiny_model[0], params, batch, count)
+
+
+def test_long_prompts_equal_separate_rows(tiny_model, params):
+    # Long enough that attention is taken in several blocks of queries, the last one cut short.
+    long = tiny.random_batch(tiny_model[0].config, (40, 333, 130), ((3, 2), (1, 3), (2, 2)))
+    assert_equal_to_separate_rows(tiny_model[0], params, long, 2)
 
 
 def gradient_of_what_matters(gradient):

@@ -53,7 +53,7 @@ def run(mesh, model, params) -> Outcome:
         )
         state = create_state(params, model, optimizer, (), mesh)
         start = jax.tree.map(lambda leaf: leaf.sharding, (state.params, state.optimizer))
-        step = make_step(make_loss(model, Dpo(beta=0.1), "full"), optimizer, schedule, state)
+        step = make_step(make_loss(model, Dpo(beta=0.1), "none"), optimizer, schedule, state)
         inputs = (batch, {REFERENCE: np.asarray(reference)})
         inputs = put_batch(jax.tree.map(lambda leaf: leaf[None], inputs), mesh, leading=1)
         metrics = []

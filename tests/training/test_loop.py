@@ -2,11 +2,16 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
+import os
 import re
 import shutil
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -28,6 +33,7 @@ from mmpo_jax.training.losses import REFERENCE
 from mmpo_jax.training.metrics import read_metrics
 from mmpo_jax.training.reference import score_records
 
+ROOT = Path(__file__).parents[2]
 LENGTHS = Lengths(prompt=(16, 24), response=(8,))
 ROWS, STEPS = 10, 8
 CONFIG = Training(
@@ -91,20 +97,30 @@ def examples(tiny_model, tiny_processor, mesh):
 
 @pytest.fixture(scope="module")
 def run(tiny_model, tiny_processor, examples, mesh):
-    """Trains into a folder; returns the parameters by path."""
+    """Trains into a folder; returns the parameters by path. Equal steps are compiled once."""
+    steps = {}
+    make_step = loop.make_step
 
-    def run(folder, examples=examples, config=CONFIG, identity="this run", seed=0, mesh=mesh):
-        params = train(
-            *tiny_model,
-            tiny_processor,
-            examples,
-            config,
-            LENGTHS,
-            mesh,
-            folder=str(folder),
-            identity=identity,
-            seed=seed,
-        )
+    def run(folder, examples=examples, config=CONFIG, identity="this run", mesh=mesh):
+        def make_once(*args):
+            key = config.model_dump_json(), mesh
+            if key not in steps:
+                steps[key] = make_step(*args)
+            return steps[key]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "make_step", make_once)
+            params = train(
+                *tiny_model,
+                tiny_processor,
+                examples,
+                config,
+                LENGTHS,
+                mesh,
+                folder=str(folder),
+                identity=identity,
+                seed=0,
+            )
         return {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
 
     return run
@@ -119,22 +135,23 @@ def undisturbed(run, tmp_path_factory):
 
 @contextlib.contextmanager
 def interrupted(before_step):
-    """Makes runs stop, as suddenly as by Ctrl-C, before the given update."""
-    make_step = loop.make_step
+    """Makes runs stop, as suddenly as nothing expects, when they take the batch of a step."""
+    put_batch = loop.put_batch
+    taken = itertools.count(1)
 
-    def fragile(*args):
-        update = make_step(*args)
-
-        def call(state, batches):
-            if int(state.step) == before_step - 1:
-                raise Killed
-            return update(state, batches)
-
-        return call
+    def fragile(*args, **options):
+        if next(taken) == before_step:
+            raise Killed
+        return put_batch(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_step", fragile)
+        patch.setattr(loop, "put_batch", fragile)
         yield
+
+
+def files(folder):
+    """Path -> contents."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def same(ours, theirs):
@@ -218,8 +235,7 @@ def test_the_data_position_is_restored(run, monkeypatch, tmp_path):
     assert (before, after) == (expected[:5], expected[4:])
 
 
-def test_not_finite(run, examples, undisturbed, tmp_path):
-    whole, _ = undisturbed
+def test_not_finite(run, examples, tmp_path):
     with pytest.raises(TrainingError) as caught:
         run(tmp_path / "all", [e for x in examples for e in poison([x], x.record.id)])
     assert "step 1: the loss is nan" in str(caught.value)
@@ -245,18 +261,23 @@ def test_the_last_good_checkpoint_is_intact(run, examples, undisturbed, tmp_path
     for step in (8, 6):
         shutil.rmtree(tmp_path / "checkpoints" / str(step))
     good = tmp_path / "checkpoints" / "4"
-    before = {path: path.read_bytes() for path in good.rglob("*") if path.is_file()}
+    before = files(good)
     with pytest.raises(TrainingError, match=rf"last good checkpoint: {good}$") as caught:
         run(tmp_path, [e for x in examples for e in poison([x], x.record.id)])
     assert str(caught.value).startswith("step 5: the loss is nan")
-    assert {path: path.read_bytes() for path in before} == before
+    assert files(good) == before
     # Mended, the run goes on from there and ends as if nothing had been.
     same(run(tmp_path), params)
 
 
-def test_checkpoints_of_another_run_are_refused(run, undisturbed):
+def test_checkpoints_of_another_run_are_refused(run, undisturbed, tmp_path):
+    """And nothing of that run is touched, such as the config beside its checkpoints."""
+    copy = shutil.copytree(undisturbed[0], tmp_path / "run")
+    (copy / "base" / "generation_config.json").write_text("{}")
+    before = files(copy)
     with pytest.raises(CheckpointError, match="another model, data or recipe"):
-        run(undisturbed[0], identity="another run")
+        run(copy, identity="another run")
+    assert files(copy) == before
 
 
 def test_metrics_and_events(undisturbed):
@@ -340,12 +361,26 @@ def test_every_spelling_of_a_checkpoint(
     same({path: np.asarray(leaf) for path, leaf in flatten(moved_params).items()}, params)
 
 
+ONE_DEVICE = """
+import sys, jax, numpy
+from mmpo_jax.models.huggingface import flatten
+from mmpo_jax.training.checkpoints import load_checkpoint_params
+assert jax.device_count() == 1
+numpy.savez(sys.argv[2], **flatten(load_checkpoint_params(sys.argv[1])))
+"""
+
+
+@pytest.mark.slow
 def test_a_checkpoint_of_eight_devices_on_one(run, mesh, tmp_path):
+    """Also where the other seven do not exist."""
     eight = jax.make_mesh((1, 8, 1), AXES, axis_types=(AxisType.Auto,) * 3)
     config = CONFIG.model_copy(update={"max_steps": 1, "batch_size": 8, "micro_batch_size": None})
     params = run(tmp_path, config=config, mesh=eight)
-    loaded = flatten(load_checkpoint(str(tmp_path), mesh).params)
-    same({path: np.asarray(leaf) for path, leaf in loaded.items()}, params)
+    step, _ = find_checkpoint(tmp_path)
+    command = [sys.executable, "-c", ONE_DEVICE, step, str(tmp_path / "params.npz")]
+    subprocess.run(command, check=True, env=os.environ | {"XLA_FLAGS": ""}, cwd=ROOT)
+    with np.load(tmp_path / "params.npz") as loaded:
+        same(dict(loaded), params)
 
 
 def test_a_broken_checkpoint(undisturbed, tmp_path, mesh):
@@ -400,4 +435,4 @@ def test_frozen_parameters_stay_and_are_saved(run, tiny_model, tmp_path, mesh):
 
 def test_metrics_lines_are_json(undisturbed):
     for line in (undisturbed[0] / "metrics.jsonl").read_text().splitlines():
-        assert list(json.loads(line))[0] == "step"
+        assert next(iter(json.loads(line))) == "step"

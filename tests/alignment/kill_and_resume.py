@@ -1,0 +1,238 @@
+"""Kills `mmpo align` at many moments and compares what comes out with an undisturbed run.
+
+    python tests/alignment/kill_and_resume.py [--kills 10] [--seed 0] [--keep DIR] [--model MODEL]
+                                               [key=value ...]
+
+Each kill waits for the line of a planned stage in the output of `mmpo align` and a random moment
+longer, then sends SIGKILL to the whole process group; the next start goes on. The kills are spread
+over all stages of two rounds. In the end every Parquet file, every model.safetensors and every
+metrics.jsonl must be the same byte for byte. Exit status 0 if they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import queue
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "configs" / "shapes_align.yaml"
+OVERRIDES = (
+    "rounds=2",
+    "prompts_per_round=48",
+    "data.size=96",
+    "sampling.num_samples=4",
+    "training.epochs=4",
+    "training.max_steps=30",
+    "training.batch_size=4",
+    "training.log_every=5",
+    "training.save_every=10",
+    "evaluation.data.size=32",
+)
+MOMENTS = (
+    "round 1/2  generate",
+    "step 10/",
+    "round 2/2  conquer",
+    "round 1/2  train",
+    "step 30/",  # the last one: the model is being saved
+    "round 1/2  reference",
+    "round 2/2  generate",
+    "round 1/2  conquer",
+    "round 2/2  train",
+    "round 0/2  evaluate",
+    "round 1/2  divide",
+    "round 1/2  evaluate",
+    "round 2/2  combine",
+    "round 1/2  combine",
+    "round 2/2  divide",
+    "round 2/2  reference",
+    "round 2/2  evaluate",
+)
+"""What a kill waits for, the most telling first: with k kills the first k, in the run's order."""
+PATIENCE = 600
+"""Seconds without a line after which the run counts as hung."""
+
+
+@dataclasses.dataclass
+class Kill:
+    """One row of the table."""
+
+    last_line: str
+    seconds: float
+    """Since the start of the process."""
+
+
+def start(output: Path, model: str, overrides: tuple[str, ...]) -> subprocess.Popen[str]:
+    """`mmpo align` in a process group of its own, both streams in one pipe."""
+    command = [sys.executable, "-m", "mmpo_jax.cli", "align", str(RECIPE), f"output={output}"]
+    return subprocess.Popen(
+        [*command, f"model={model}", *overrides],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def kill_group(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to the process and its children: nothing can be caught or flushed."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def lines_of(process: subprocess.Popen[str]) -> queue.Queue[str | None]:
+    """The lines as they come, None at the end; read by a thread, so that waiting has a limit."""
+    lines: queue.Queue[str | None] = queue.Queue()
+
+    def read() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.put(line.rstrip())
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    return lines
+
+
+def run(
+    output: Path, model: str, overrides: tuple[str, ...], until: tuple[str, ...] = (), delay=0.0
+) -> tuple[str, Kill]:
+    """Runs to the end, or kills `delay` seconds after a line with one of `until` in it.
+
+    Returns:
+      (that one of `until`, or nothing where the run ended by itself; the kill or the end).
+
+    Raises:
+      RuntimeError: it failed or hung.
+    """
+    began = time.monotonic()
+    process = start(output, model, overrides)
+    said, last, met = [], "(start)", ""
+    try:
+        lines = lines_of(process)
+        deadline = None
+        while True:
+            wait = PATIENCE if deadline is None else max(0.0, deadline - time.monotonic())
+            try:
+                line = lines.get(timeout=wait)
+            except queue.Empty:
+                if deadline is None:
+                    raise RuntimeError(f"no line for {PATIENCE} s after {last!r}") from None
+                kill_group(process)
+                return met, Kill(last, time.monotonic() - began)
+            if line is None:
+                break
+            said.append(line)
+            if line.startswith(("round ", "step ")):
+                last = line
+            if deadline is None:
+                met = next((moment for moment in until if moment in line), "")
+                deadline = time.monotonic() + delay if met else None
+        if process.wait() != 0:
+            raise RuntimeError(f"exit status {process.returncode}:\n" + "\n".join(said[-30:]))
+        return "", Kill(last, time.monotonic() - began)
+    finally:
+        kill_group(process)
+
+
+def in_order_of_the_run(moments: tuple[str, ...]) -> list[str]:
+    """A `step` line belongs to the first round's training, which is where it comes up first."""
+    stages = ("evaluate", "generate", "divide", "conquer", "combine", "reference", "train", "step")
+
+    def place(moment: str) -> tuple[int, int, int]:
+        words = moment.split()
+        if words[0] == "step":
+            return 1, stages.index("step"), int(words[1].rstrip("/"))
+        # A round is evaluated after its training, the start model (round 0) before everything.
+        at = len(stages) if words[2] == "evaluate" else stages.index(words[2])
+        return int(words[1].split("/")[0]), at, 0
+
+    return sorted(moments, key=place)
+
+
+def result_files(folder: Path) -> dict[str, bytes]:
+    """Relative name -> contents of everything that must not depend on the kills."""
+    names = ("*.parquet", "model.safetensors", "metrics.jsonl")
+    found = (path for name in names for path in folder.rglob(name))
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(found)}
+
+
+def compare(ours: dict[str, bytes], theirs: dict[str, bytes]) -> list[str]:
+    """What differs, one line each."""
+    different = [f"only undisturbed: {name}" for name in sorted(ours.keys() - theirs.keys())]
+    different += [f"only killed: {name}" for name in sorted(theirs.keys() - ours.keys())]
+    common = sorted(ours.keys() & theirs.keys())
+    return different + [f"differs: {name}" for name in common if ours[name] != theirs[name]]
+
+
+def kill_and_resume(
+    folder: Path, kills: int, seed: int, model: str, overrides: tuple[str, ...] = OVERRIDES
+) -> tuple[list[Kill], dict[str, bytes], list[str]]:
+    """The kills, the files of the undisturbed run, and what differs."""
+    rng = random.Random(seed)
+    _, end = run(folder / "undisturbed", model, overrides)
+    print(f"undisturbed: {end.seconds:.0f} s", flush=True)
+    killed: list[Kill] = []
+    moments, planned = in_order_of_the_run(MOMENTS), MOMENTS[:kills]
+    met = "nothing yet"
+    while met and len(killed) < kills:
+        # A kill may come so late that the next stage is done too: then others take its place.
+        ahead = moments[moments.index(met) + 1 :] if met in moments else moments
+        targets = [moment for moment in ahead if moment in planned]
+        if len(targets) < kills - len(killed):
+            targets = ahead
+        delay = rng.uniform(0.0, 1.0)
+        met, kill = run(folder / "killed", model, overrides, tuple(targets), delay)
+        if met:
+            killed.append(kill)
+            print(f"kill {len(killed):2d}  {kill.seconds:6.1f} s  {kill.last_line}", flush=True)
+    if met:
+        _, end = run(folder / "killed", model, overrides)
+        print(f"to the end: {end.seconds:.0f} s", flush=True)
+    expected = result_files(folder / "undisturbed")
+    return killed, expected, compare(expected, result_files(folder / "killed"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path, help="folder to work in, which is not removed")
+    parser.add_argument("--model", default="builtin:shapes")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe")
+    options = parser.parse_args()
+    if not 0 < options.kills <= len(MOMENTS):
+        parser.error(f"--kills is 1 to {len(MOMENTS)}")
+    with contextlib.ExitStack() as stack:
+        folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        killed, expected, different = kill_and_resume(
+            folder,
+            options.kills,
+            options.seed,
+            options.model,
+            (*OVERRIDES, *options.overrides),
+        )
+    models = sum(name.endswith("model.safetensors") for name in expected)
+    print(f"\n{'kill':>4}  {'seconds':>7}  last line seen")
+    for number, kill in enumerate(killed, start=1):
+        print(f"{number:4d}  {kill.seconds:7.1f}  {kill.last_line}")
+    print(f"{len(killed)} of {options.kills} kills; {len(expected)} files, {models} models")
+    print("\n".join(different) or "identical")
+    return 1 if different or len(killed) < options.kills else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,432 @@
+"""Two tiny rounds end to end: what is written, what is done again and what is not."""
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from mmpo_jax.alignment import align
+from mmpo_jax.alignment import round as round_module
+from mmpo_jax.alignment.align import run_alignment, split_prompts
+from mmpo_jax.errors import DataError, MmpoError
+from mmpo_jax.feedback.claims import Claim, Division
+from mmpo_jax.files import fingerprint_bytes, fingerprint_file, fingerprint_folder, read_table
+from mmpo_jax.models.huggingface import flatten, load_model
+from mmpo_jax.parallel.mesh import AXES
+from mmpo_jax.recipe import AlignRecipe
+from mmpo_jax.training.metrics import read_metrics
+
+PROMPTS, SAMPLES, ROUNDS = 12, 3, 2
+STAGES = ("generate", "divide", "conquer", "combine", "reference")
+
+
+class WordSplitter:
+    """A random model makes no captions: every different word it says is a claim."""
+
+    name = "words"
+
+    def divide(self, question, response):
+        words = dict.fromkeys(response.split())
+        return Division(tuple(Claim(word, f"is there {word} ?") for word in words))
+
+
+class CoinLabeler:
+    """Answers by the hash of the question and the image."""
+
+    fingerprint = "coin"
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def answer(self, items):
+        def coin(question, images):
+            digest = fingerprint_bytes(question.encode() + images[0].read())
+            return int(digest[:2], 16) / 255
+
+        return [
+            [(p := coin(q, images), 1 - p) for q in questions] for _, images, questions in items
+        ]
+
+
+def make_recipe(output, model, **changes) -> AlignRecipe:
+    return AlignRecipe.model_validate(
+        {
+            "output": str(output),
+            "model": str(model),
+            "data": {"source": "shapes", "split": "align", "size": 30, "image_size": 24},
+            "rounds": ROUNDS,
+            "prompts_per_round": PROMPTS,
+            "lengths": {"prompt": [16], "response": [16]},
+            "sampling": {
+                "num_samples": SAMPLES,
+                "temperature": 1.0,
+                "max_new_tokens": 6,
+                "batch_size": 12,
+            },
+            "pairing": {"length_balance": "none"},
+            "training": {
+                "optimizer": {"learning_rate": 1e-3},
+                "batch_size": 4,
+                "max_steps": 3,
+                "log_every": 1,
+                "save_every": 2,
+            },
+            "evaluation": {
+                "data": {"split": "test", "size": 8, "questions": 2, "image_size": 24},
+                "batch_size": 8,
+                "max_new_tokens": 6,
+            },
+            **changes,
+        }
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def stubs():
+    """One device, and feedback that a random model can earn."""
+    mesh = jax.make_mesh(
+        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(align, "make_mesh", lambda **sizes: mesh)
+        patch.setattr(align, "make_splitter", lambda name: WordSplitter())
+        patch.setattr(align, "make_labeler", CoinLabeler)
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folder, tmp_path_factory):
+    """(output folder, its reports); do not write there."""
+    output = tmp_path_factory.mktemp("align") / "run"
+    return output, run_alignment(make_recipe(output, tiny_folder))
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return shutil.copytree(finished[0], tmp_path / "run")
+
+
+@pytest.fixture
+def work_done(monkeypatch):
+    """What is really computed by a call: (round folder, stage) in order."""
+    done = []
+
+    def count(stage, make_part, on_part=None):
+        def make(part):
+            done.append((Path(stage.folder).name, stage.name))
+            return make_part(part)
+
+        return original(stage, make, on_part)
+
+    original = round_module.run_stage
+    monkeypatch.setattr(round_module, "run_stage", count)
+    monkeypatch.setattr("mmpo_jax.training.reference.run_stage", count)
+    for module, name in ((round_module, "train"), (align, "evaluate_shapes")):
+        function = getattr(module, name)
+
+        def counted(*args, function=function, name=name, **options):
+            folder = Path(options.get("folder", "")).parent.name
+            done.append((folder, name))
+            return function(*args, **options)
+
+        monkeypatch.setattr(module, name, counted)
+    return done
+
+
+def files(folder):
+    """Relative name -> contents of what has to be the same in every run."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and (path.suffix == ".parquet" or "model/" in path.as_posix())
+    }
+
+
+def test_files_of_the_stages(finished, tiny_folder):
+    output, _ = finished
+    for index in range(1, ROUNDS + 1):
+        folder = output / f"round-{index}"
+        names = {path.name for path in folder.iterdir()}
+        assert names == {
+            *(f"{stage}.parquet" for stage in STAGES),
+            *(f"{stage}.json" for stage in STAGES),
+            "train",
+            "train.json",
+            "model",
+            "evaluation.json",
+        }
+    assert [path.name for path in (output / "round-0").iterdir()] == ["evaluation.json"]
+    assert {path.name for path in output.iterdir()} == {
+        "round-0",
+        "round-1",
+        "round-2",
+        "model",
+        "rounds.json",
+        "rounds.txt",
+        "curves.png",
+    }
+    assert fingerprint_folder(output / "model") == fingerprint_folder(output / "round-2" / "model")
+    assert fingerprint_folder(output / "model") != fingerprint_folder(tiny_folder)
+
+
+def test_reports(finished):
+    output, reports = finished
+    assert [report.index for report in reports] == [0, 1, 2]
+    for report in reports[1:]:
+        assert (report.prompts, report.responses) == (PROMPTS, PROMPTS * SAMPLES)
+        assert 0 < report.rejected_claims < report.claims
+        assert report.pairs == report.counts["pairs"] > 0
+        assert 0 <= report.dpo_accuracy <= 1
+    for report in reports:
+        assert {"sampled/chair_s", "greedy/recall", "yes_no_accuracy"} <= report.metrics.keys()
+    rows = json.loads((output / "rounds.json").read_text())
+    assert rows == [dataclasses.asdict(report) for report in reports]
+
+
+def test_tables_belong_together(finished):
+    for index in (1, 2):
+        folder = finished[0] / f"round-{index}"
+        tables = {name: read_table(folder / f"{name}.parquet").to_pylist() for name in STAGES}
+        generated = {(row["prompt_id"], row["sample"]): row["text"] for row in tables["generate"]}
+        assert len(generated) == PROMPTS * SAMPLES
+        asked = {(row["prompt_id"], row["question"]) for row in tables["conquer"]}
+        assert len(asked) == len(tables["conquer"])  # each question once an image
+        assert asked == {
+            (row["prompt_id"], question)
+            for row in tables["divide"]
+            for question in row["questions"]
+        }
+        for pair in tables["combine"]:
+            assert generated[pair["prompt_id"], pair["chosen_sample"]] == pair["chosen"]
+            assert generated[pair["prompt_id"], pair["rejected_sample"]] == pair["rejected"]
+            assert pair["chosen_score"] > pair["rejected_score"]
+        assert len(tables["reference"]) == len(tables["combine"])
+
+
+def test_prompts_of_the_rounds_are_disjoint(finished):
+    first, second = (
+        set(read_table(finished[0] / f"round-{i}" / "generate.parquet")["prompt_id"].to_pylist())
+        for i in (1, 2)
+    )
+    assert len(first) == len(second) == PROMPTS
+    assert not first & second
+
+
+def test_the_second_round_goes_on_from_the_first_and_is_its_own_reference(finished, tiny_folder):
+    output, _ = finished
+    starts = [fingerprint_folder(tiny_folder), fingerprint_folder(output / "round-1" / "model")]
+    assert starts[0] != starts[1]
+    for index, start in enumerate(starts, start=1):
+        folder = output / f"round-{index}"
+        for stage in ("generate", "reference"):
+            manifest = json.loads((folder / f"{stage}.json").read_text())
+            assert manifest["inputs"]["model"] == start
+        assert json.loads((folder / "train.json").read_text())["inputs"]["model"] == start
+        # Policy = reference at step 0, or it would not be ln 2.
+        first = read_metrics(folder / "train" / "metrics.jsonl")[0]
+        assert first["loss"] == pytest.approx(np.log(2), abs=1e-4)
+        assert first["rewards/chosen"] == pytest.approx(0, abs=1e-3)
+
+
+def test_training_moved_the_model(finished, tiny_model):
+    trained = flatten(load_model(finished[0] / "model")[1])
+    start = flatten(tiny_model[1])
+    assert any(not np.array_equal(trained[path], start[path]) for path in start)
+
+
+def test_a_second_call_does_nothing_again(finished, copy, tiny_folder, work_done):
+    before = files(copy)
+    assert run_alignment(make_recipe(copy, tiny_folder)) == finished[1]
+    assert work_done == []
+    assert files(copy) == before
+
+
+@pytest.mark.parametrize("stage", STAGES[:-1])
+def test_a_deleted_file_is_made_again_alone(copy, tiny_folder, work_done, stage):
+    """It comes out the same, so nothing that was made from it is touched."""
+    before = files(copy)
+    (copy / "round-1" / f"{stage}.parquet").unlink()
+    run_alignment(make_recipe(copy, tiny_folder))
+    assert work_done == [("round-1", stage)]
+    assert files(copy) == before
+
+
+def test_a_deleted_model_is_made_again_from_its_checkpoints(copy, tiny_folder, work_done):
+    before = files(copy)
+    shutil.rmtree(copy / "round-1" / "model")
+    run_alignment(make_recipe(copy, tiny_folder))
+    assert work_done == [("round-1", "train")]
+    assert files(copy) == before
+
+
+def test_removed_checkpoints_are_not_missed(finished, copy, tiny_folder, work_done):
+    """They are large; a finished round needs only its model."""
+    for index in (1, 2):
+        shutil.rmtree(copy / f"round-{index}" / "train")
+    reports = run_alignment(make_recipe(copy, tiny_folder))
+    assert work_done == []
+    assert [report.pairs for report in reports] == [report.pairs for report in finished[1]]
+
+
+def test_a_changed_setting_makes_again_what_depends_on_it(finished, copy, tiny_folder, work_done):
+    recipe = make_recipe(
+        copy, tiny_folder, pairing={"length_balance": "none", "max_pairs_per_prompt": 1}
+    )
+    reports = run_alignment(recipe)
+    assert work_done[:3] == [("round-1", stage) for stage in ("combine", "reference", "train")]
+    # Another model comes out of round 1: all of round 2 is another.
+    rest = [name for _, name in work_done[3:]]
+    assert rest == ["evaluate_shapes", *STAGES, "train", "evaluate_shapes"]
+    assert reports[1].pairs < finished[1][1].pairs
+    assert reports[0] == finished[1][0]
+
+
+def test_it_goes_on_after_an_interruption_anywhere(finished, tiny_folder, tmp_path, monkeypatch):
+    """Stopped at the start of every piece of work in turn, the result is the same."""
+    output = tmp_path / "run"
+    seen = set()
+
+    class Stop(BaseException):
+        pass
+
+    def stop_once(index, rounds):
+        def show(stage, part, parts):
+            if (index, stage, part) not in seen:
+                seen.add((index, stage, part))
+                raise Stop
+
+        return show
+
+    monkeypatch.setattr(align, "progress_printer", stop_once)
+    stops = 0
+    while True:
+        try:
+            reports = run_alignment(make_recipe(output, tiny_folder))
+            break
+        except Stop:
+            stops += 1
+    assert stops == (ROUNDS + 1) + ROUNDS * (len(STAGES) + 1)
+    assert reports == finished[1]
+    assert files(output) == files(finished[0])
+
+
+def test_too_few_prompts(tiny_folder, tmp_path):
+    recipe = make_recipe(tmp_path, tiny_folder, prompts_per_round=20)
+    with pytest.raises(MmpoError, match="2 rounds of 20 prompts need 40, the data has 30 usable"):
+        run_alignment(recipe)
+    assert not (tmp_path / "round-1").exists()
+
+
+def test_all_prompts_in_every_round(tiny_folder, tmp_path):
+    recipe = make_recipe(tmp_path, tiny_folder, prompts_per_round=None)
+    assert split_prompts(["a", "b"], recipe) == [["a", "b"], ["a", "b"]]
+
+
+def test_no_pairs_says_what_became_of_them(copy, tiny_folder):
+    recipe = make_recipe(copy, tiny_folder, pairing={"min_difference": 1000})
+    with pytest.raises(MmpoError, match="round 1: no preference pair is left") as caught:
+        run_alignment(recipe)
+    counts = json.loads(re.search(r"\{.*\}", str(caught.value))[0])
+    assert counts["responses"] == PROMPTS * SAMPLES
+    assert counts["pairs"] == 0
+    assert counts["pairs_small_difference"] > 0
+
+
+def test_prompts_that_do_not_fit(tiny_folder, tmp_path):
+    recipe = make_recipe(tmp_path, tiny_folder, lengths={"prompt": [8], "response": [16]})
+    with pytest.raises(DataError, match="prompt_too_long 30"):
+        run_alignment(recipe)
+
+
+def test_the_true_feedback_of_the_picture_world(tiny_folder, tmp_path, monkeypatch):
+    """The recipe's own splitter and labeler run too; a random model just earns no pairs by them."""
+    monkeypatch.undo()
+    text = "there is a red star and two blue rings ."
+
+    def speak(*args, **options):
+        return [dataclasses.replace(g, text=text) for g in generate(*args, **options)]
+
+    generate = round_module.generate_responses
+    monkeypatch.setattr(round_module, "generate_responses", speak)
+    mesh = jax.make_mesh(
+        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
+    )
+    monkeypatch.setattr(align, "make_mesh", lambda **sizes: mesh)
+    from mmpo_jax.feedback.claims import make_splitter
+
+    monkeypatch.setattr(align, "make_splitter", make_splitter)
+    monkeypatch.setattr(align, "make_labeler", MAKE_LABELER)
+    recipe = make_recipe(
+        tmp_path,
+        tiny_folder,
+        evaluation=None,
+        rounds=1,
+        lengths={"prompt": [16], "response": [24]},
+    )
+    with pytest.raises(MmpoError, match="no preference pair is left"):
+        run_alignment(recipe)
+    judged = read_table(tmp_path / "round-1" / "conquer.parquet").to_pylist()
+    assert len(judged) == 2 * PROMPTS
+    assert all(0 < row["p_yes"] < 1 and 0 < row["p_no"] < 1 for row in judged)
+    assert len({row["p_yes"] for row in judged}) > PROMPTS  # the images are seen
+    manifest = json.loads((tmp_path / "round-1" / "conquer.json").read_text())
+    assert manifest["inputs"]["labeler"] == fingerprint_folder(tiny_folder)
+
+
+MAKE_LABELER = align.make_labeler
+
+
+@pytest.mark.parity
+def test_the_model_loads_in_transformers(finished):
+    torch = pytest.importorskip("torch")
+    from transformers import LlavaForConditionalGeneration
+
+    from mmpo_jax.data.processor import Processor
+    from mmpo_jax.data.records import Turn
+    from mmpo_jax.models.batch import Batch
+    from mmpo_jax.models.log_probs import next_token_logits
+
+    folder = finished[0] / "model"
+    model, params = load_model(folder)
+    processor = Processor(folder, model.config)
+    text = processor.render([Turn("user", "what is in the picture ?")], 1, True)
+    ids = np.array([processor.expand_images(processor.encode(text))], np.int32)
+    rng = np.random.default_rng(0)
+    pixels = rng.standard_normal((1, *processor.pixel_shape)).astype(np.float32)
+    theirs, info = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not any(info["missing_keys"]), info
+    with torch.no_grad():
+        expected = theirs(
+            input_ids=torch.tensor(ids, dtype=torch.long), pixel_values=torch.tensor(pixels)
+        ).logits[0, -1]
+    absent = np.zeros((1, 1, 1), bool)
+    batch = Batch(
+        ids,
+        np.ones_like(ids, bool),
+        pixels[:, None],
+        absent.astype(np.int32),
+        absent,
+        absent,
+        np.ones(1, np.float32),
+    )
+
+    @jax.jit
+    def logits(params):
+        module = model.bind(params)
+        return next_token_logits(module, module.hidden_states(batch)[0])[0]
+
+    np.testing.assert_allclose(logits(params), expected.numpy(), rtol=1e-3, atol=1e-3)
+
+
+def test_stage_files_are_what_their_manifests_say(finished):
+    for index in (1, 2):
+        folder = finished[0] / f"round-{index}"
+        for stage in STAGES:
+            manifest = json.loads((folder / f"{stage}.json").read_text())
+            assert manifest["sha256"] == fingerprint_file(folder / f"{stage}.parquet")
