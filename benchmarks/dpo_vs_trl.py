@@ -253,8 +253,7 @@ def compare(settings: Settings, ours: dict, trl: dict) -> dict:
             "grad_norms": side["grad_norms"][:COMPARED_STEPS],
         }
     difference = max(
-        abs(a - b)
-        for a, b in zip(sides["ours"]["losses"], sides["trl"]["losses"], strict=True)
+        abs(a - b) for a, b in zip(sides["ours"]["losses"], sides["trl"]["losses"], strict=True)
     )
     return {
         "settings": dataclasses.asdict(settings),

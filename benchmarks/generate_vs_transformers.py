@@ -197,9 +197,7 @@ def main() -> None:
             ("cpu_ratio", "tokens_per_cpu_second"),
         )
     }
-    result = {
-        "settings": dataclasses.asdict(settings), **sides, **ratios, "same_ids": same_ids
-    }
+    result = {"settings": dataclasses.asdict(settings), **sides, **ratios, "same_ids": same_ids}
     show(result)
     if arguments.json:
         with open(arguments.json, "w") as file:

@@ -154,6 +154,7 @@ def assert_follows(tokens, probabilities):
     assert 5 < (~rare).sum() < len(rare)
     expected = np.append(expected[~rare], expected[rare].sum())
     observed = np.append(observed[~rare], observed[rare].sum())
+    observed, expected = observed[expected > 0], expected[expected > 0]
     statistic = ((observed - expected) ** 2 / expected).sum()
     # Mean `degrees`, variance twice that: four deviations.
     degrees = len(expected) - 1
