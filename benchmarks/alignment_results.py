@@ -84,7 +84,9 @@ def goals(runs: list[list[RoundReport]]) -> list[tuple[str, bool]]:
         chair, recall = f"{decoding}/chair_s", f"{decoding}/recall"
         third = end[chair] <= start[chair] / 3
         kept = end[recall] >= start[recall] - lost
-        found.append(compare(f"{decoding} CHAIR_s at most a third", start[chair], end[chair], third))
+        found.append(
+            compare(f"{decoding} CHAIR_s at most a third", start[chair], end[chair], third)
+        )
         found.append(
             compare(f"{decoding} recall lost at most {lost}", start[recall], end[recall], kept)
         )

@@ -4,21 +4,29 @@ import errno
 import json
 import shutil
 
+import jax
 import pytest
 import tiny
 import yaml
+from jax.sharding import AxisType
 
 from mmpo_jax import cli, files
+from mmpo_jax.parallel.mesh import AXES, make_mesh
 from mmpo_jax.shapes.render import png_bytes
 from mmpo_jax.shapes.world import sample_scene
 
-DEVICES = {"data": 1, "fsdp": 1, "tensor": 8}  # all eight of the tests, whatever the batch size
+MESH_USERS = ("alignment.align", "evaluation.run", "generation.run", "training.run")
 
 
 @pytest.fixture(autouse=True)
-def keep_compilation_cache(monkeypatch):
-    """`_start_jax` would move the tests' cache of compiled programs."""
+def surroundings(monkeypatch):
+    """One device, which is faster; and `_start_jax` would move the tests' compilation cache."""
     monkeypatch.setattr(cli, "_start_jax", lambda: None)
+    mesh = jax.make_mesh(
+        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
+    )
+    for module in MESH_USERS:
+        monkeypatch.setattr(f"mmpo_jax.{module}.make_mesh", lambda **sizes: mesh)
 
 
 @pytest.fixture
@@ -53,7 +61,6 @@ def recipe(tmp_path, model, **changes):
     return {
         "output": str(tmp_path / "out"),
         "model": str(model),
-        "devices": DEVICES,
         "lengths": {"prompt": [24], "response": [16]},
         "data": {"source": "shapes", "size": 3, "image_size": 24},
         **changes,
@@ -114,6 +121,13 @@ def test_a_misspelt_key_before_anything_starts(command, refused, tmp_path, monke
 def test_no_recipe(capsys, tmp_path):
     assert cli.main(["train", str(tmp_path / "none.yaml")]) == 1
     assert "none.yaml: No such file or directory" in capsys.readouterr().err
+
+
+def test_devices_that_are_not_there(generation, mmpo, monkeypatch):
+    monkeypatch.setattr("mmpo_jax.generation.run.make_mesh", make_mesh)
+    status, _, err = mmpo("generate", generation, "devices.fsdp=3")
+    assert status == 1
+    assert "mesh {'data': 1, 'fsdp': 3, 'tensor': 1} does not fit 8 devices" in err
 
 
 @pytest.mark.parametrize("arguments", [[], ["destroy", "a.yaml"], ["train"]])

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pytest
 
 from mmpo_jax.alignment import stage as stage_module
-from mmpo_jax.stage import Stage, StageError, read_finished, run_stage
 from mmpo_jax.errors import DataError
 from mmpo_jax.files import (
     decode_table,
@@ -24,6 +23,7 @@ from mmpo_jax.files import (
     write_atomic,
     write_table,
 )
+from mmpo_jax.stage import Stage, StageError, read_finished, run_stage
 
 ROOT = Path(__file__).parents[2]
 

@@ -89,7 +89,8 @@ def iter_records(
             id_ = row_id(row, number)
             if id_ in first_row:
                 raise DataError(
-                    f"{os.fspath(path)}: rows {first_row[id_]} and {number} have the same id {id_!r}"
+                    f"{os.fspath(path)}: rows {first_row[id_]} and {number} "
+                    f"have the same id {id_!r}"
                 )
             first_row[id_] = number
             yield parse_row(row, id_, root, messages_as)

@@ -6,6 +6,7 @@ Queries, keys and values are grouped: H query heads share K key-value heads, H a
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ MIN_QUERY_BLOCK = 128
 MAX_QUERY_BLOCKS = 8
 
 
-def attend(query: jax.Array, parts: list[Part], scale: float) -> jax.Array:
+def attend(query: jax.Array, parts: Sequence[Part], scale: float) -> jax.Array:
     """Softmax attention of queries over several key-value parts at once.
 
     Each part is scored by itself and the softmax runs over all of them, so keys shared by many
@@ -40,7 +41,7 @@ def attend(query: jax.Array, parts: list[Part], scale: float) -> jax.Array:
 
 
 @functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
-def _attend(query: jax.Array, parts: list[Part], scale: float) -> jax.Array:
+def _attend(query: jax.Array, parts: Sequence[Part], scale: float) -> jax.Array:
     b, r, t, h, d = query.shape
     k = parts[0][0].shape[-2]
     # Heads in front make every product one of contiguous matrices, in this order of the axes.
@@ -120,10 +121,13 @@ def shared_prompt_attention(
         out.append(attend(query[:, None, start:stop], [part], scale)[:, 0])
     if r:
         own_causal = jnp.tril(jnp.ones((t, t), bool)) & response_mask[:, :, None, :]
-        own = [x[:, p:].reshape(b, r, t, k, d) for x in (key, value)]
+        own_key, own_value = (x[:, p:].reshape(b, r, t, k, d) for x in (key, value))
         responses = attend(
             query[:, p:].reshape(b, r, t, h, d),
-            [(prompt_key, prompt_value, prompt_mask[:, None, None, :]), (*own, own_causal)],
+            [
+                (prompt_key, prompt_value, prompt_mask[:, None, None, :]),
+                (own_key, own_value, own_causal),
+            ],
             scale,
         )
         out.append(responses.reshape(b, r * t, h, d))

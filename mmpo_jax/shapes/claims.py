@@ -1,8 +1,8 @@
 """Splits captions into claims, and turns claims into questions, by rules.
 
 This is the "divide" step of RLAIF-V for the shapes world, where grammar makes a language model
-superfluous. A claim is one mentioned group; its number is exact: "a red circle" is false of a
-scene with two red circles, just as "two red circles" is false of a scene with one.
+superfluous. A claim is one mentioned group. As in ordinary English, "a red circle" claims that
+there is one at least, and is true of a scene with two, while "two red circles" claims exactly two.
 """
 
 from __future__ import annotations
@@ -10,7 +10,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from mmpo_jax.shapes.language import NUMBERS, PLURALS, count_question, statement
+from mmpo_jax.shapes.language import (
+    NUMBERS,
+    PLURALS,
+    count_question,
+    existence_question,
+    statement,
+)
 from mmpo_jax.shapes.world import COLOURS, SHAPES, Kind, Scene
 
 _NUMBER_OF_WORD = {"a": 1, **{word: i + 1 for i, word in enumerate(NUMBERS)}}
@@ -22,7 +28,7 @@ _SCAFFOLDING = (["there", "is"], ["there", "are"], ["in", "the", "picture"])
 
 @dataclass(frozen=True)
 class Claim:
-    """That there are exactly `number` things of one kind.
+    """That there are `number` things of one kind: at least one, or exactly two, three or four.
 
     Attributes:
         text: the claim as a sentence: "there are two blue stars ."
@@ -55,7 +61,7 @@ class ParsedCaption:
 
 
 def make_claim(number: int, kind: Kind) -> Claim:
-    """The claim that there are exactly `number` (1..4) of the kind.
+    """The claim that a group of `number` (1..4) things of the kind is mentioned in.
 
     Raises:
         ValueError: the number has no word.
@@ -106,14 +112,17 @@ def split(caption: str) -> list[Claim]:
 def question(claim: Claim) -> str:
     """The yes/no question whose answer is yes exactly when the claim is true.
 
-    Its wording is that of the count questions of `language.questions`.
+    Its wording is that of the existence or count questions of `language.questions`.
     """
+    if claim.number == 1:
+        return existence_question(claim.kind)
     return count_question(claim.number, claim.kind)
 
 
 def is_true(claim: Claim, scene: Scene) -> bool:
-    """Whether the scene has exactly the claimed number of things of the claimed kind."""
-    return scene.counts().get(claim.kind, 0) == claim.number
+    """Whether the scene has what is claimed: one at least, or exactly so many."""
+    there = scene.counts().get(claim.kind, 0)
+    return there >= 1 if claim.number == 1 else there == claim.number
 
 
 def _scaffolding(words: list[str], i: int) -> int:

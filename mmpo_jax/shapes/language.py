@@ -1,9 +1,9 @@
 """Sentences about scenes: captions, true or with one error, and questions with yes/no answers.
 
 All text is lower-case words separated by single spaces, punctuation marks being words too, from
-the closed `VOCABULARY`. A *group* is a number of things of one kind; captions and claims state
-exact numbers ("a red circle" is exactly one), and only the existence question
-("is there a red circle in the picture ?") asks for at least one.
+the closed `VOCABULARY`. A *group* is a number of things of one kind. "a red circle", in a caption
+or in the existence question "is there a red circle in the picture ?", means at least one; all
+other numbers, and the count question "is there exactly one ...", are exact.
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ def hallucinated_caption(scene: Scene, rng: np.random.Generator) -> str:
     """A caption with exactly one false group, the others being true.
 
     Most often the error is an invented object (a friend of something present, of a shape that is
-    absent), else a present shape in a colour it does not have here, else a number off by one.
+    absent), else a present shape in a colour it does not have here, else a number off by one
+    (but never "a" for more, which is not false).
     """
     groups = _described_groups(scene, rng)
     present = scene.counts()
@@ -125,7 +126,7 @@ def hallucinated_caption(scene: Scene, rng: np.random.Generator) -> str:
     if error == "count":
         i = int(rng.integers(len(groups)))
         number, kind = groups[i]
-        groups[i] = (_choose(rng, _off_by_one(number)), kind)
+        groups[i] = (_choose(rng, [m for m in _off_by_one(number) if m > 1]), kind)
     elif error == "colour" and recolourings:
         i, group = _choose(rng, recolourings)
         groups[i] = group

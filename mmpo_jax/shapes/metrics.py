@@ -2,7 +2,7 @@
 
 CHAIR (Rohrbach et al., "Object Hallucination in Image Captioning", EMNLP 2018) on mentioned
 groups, with exact truth in place of synonym lists: a mention is hallucinated when its kind is
-absent or its number wrong.
+absent or its number wrong ("a" is never too few).
 """
 
 from __future__ import annotations

@@ -36,7 +36,11 @@ def groups_in(caption):
 
 
 def false_groups(caption, scene):
-    return [(n, k) for n, k in groups_in(caption) if scene.counts().get(k, 0) != n]
+    def true(number, kind):
+        there = scene.counts().get(kind, 0)
+        return there >= 1 if number == 1 else there == number
+
+    return [(n, k) for n, k in groups_in(caption) if not true(n, k)]
 
 
 def answer(text, scene):
