@@ -1,5 +1,6 @@
-"""Stages: done once, resumed after a kill, made again when something changed, loud on a full disk."""
+"""Stages: done ones are skipped, changed inputs run again, a kill loses at most one part."""
 
+import contextlib
 import errno
 import json
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from mmpo_jax.alignment import stage as stage_module
+from mmpo_jax import stage as stage_module
 from mmpo_jax.errors import DataError
 from mmpo_jax.files import (
     decode_table,
@@ -380,10 +381,8 @@ def test_no_flipped_bit_in_the_data_goes_unnoticed():
     data = encode_table(table)
     for place in range(1200):
         damaged = data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
-        try:
+        with contextlib.suppress(DataError):
             assert decode_table(damaged, "t").equals(table), place
-        except DataError:
-            pass
 
 
 def test_write_atomic_keeps_the_old_file_on_failure(tmp_path, monkeypatch):
