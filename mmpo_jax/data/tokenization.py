@@ -80,6 +80,8 @@ def tokenize(
     responses = []
     for segments in dialogues if record.responses else []:
         responses.append(_response(segments, len(prompt), max_response))
+        if processor.image_token_id in responses[-1].ids:
+            raise RowRejected("image_position", "a response holds the image placeholder")
     return TokenizedRecord(record.id, np.array(prompt, np.int32), tuple(responses), record.images)
 
 

@@ -39,7 +39,7 @@ class Splitter(Protocol):
 class ShapesSplitter:
     """The rule for captions of the picture world: one claim per group that is mentioned."""
 
-    name = "shapes-1"
+    name = "shapes-2"
 
     def divide(self, question: str, response: str) -> Division:
         del question  # captions of the picture world say all there is

@@ -17,6 +17,7 @@ import dataclasses
 import os
 import queue
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-RECIPE = ROOT / "configs" / "shapes_align.yaml"
+RECIPE = Path("configs", "shapes_align.yaml")
 OVERRIDES = (
     "rounds=2",
     "prompts_per_round=48",
@@ -72,13 +73,21 @@ class Kill:
     """Since the start of the process."""
 
 
+def freeze_code(folder: Path) -> None:
+    """A copy of the package and the recipe, so that no edit while this runs looks like a defect."""
+    without = shutil.ignore_patterns("__pycache__")
+    for name in ("mmpo_jax", "configs"):
+        shutil.copytree(ROOT / name, folder / "code" / name, dirs_exist_ok=True, ignore=without)
+
+
 def start(output: Path, model: str, overrides: tuple[str, ...]) -> subprocess.Popen[str]:
     """`mmpo align` in a process group of its own, both streams in one pipe."""
+    code = output.parent / "code"
     command = [sys.executable, "-m", "mmpo_jax.cli", "align", str(RECIPE), f"output={output}"]
     return subprocess.Popen(
         [*command, f"model={model}", *overrides],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        cwd=code,
+        env=os.environ | {"PYTHONPATH": str(code), "JAX_PLATFORMS": "cpu"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -183,6 +192,8 @@ def kill_and_resume(
 ) -> tuple[list[Kill], dict[str, bytes], list[str]]:
     """The kills, the files of the undisturbed run, and what differs."""
     rng = random.Random(seed)
+    folder = folder.absolute()
+    freeze_code(folder)
     _, end = run(folder / "undisturbed", model, overrides)
     print(f"undisturbed: {end.seconds:.0f} s", flush=True)
     killed: list[Kill] = []

@@ -89,9 +89,11 @@ def outcome(request, tiny_model):
 
 def test_same_log_probs_and_losses(unsharded, outcome):
     np.testing.assert_allclose(outcome.log_probs, unsharded.log_probs, rtol=1e-6, atol=TOLERANCE)
-    for actual, expected in zip(outcome.metrics, unsharded.metrics, strict=True):
+    for step, (actual, expected) in enumerate(zip(outcome.metrics, unsharded.metrics, strict=True)):
         assert actual.keys() == expected.keys()
         for name in expected:
+            if step == 0 and name == "rewards/accuracies":
+                continue  # margins are 0 up to rounding, whose sign means nothing
             assert actual[name] == pytest.approx(expected[name], rel=1e-5, abs=TOLERANCE), name
 
 

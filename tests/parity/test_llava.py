@@ -290,6 +290,7 @@ def test_half_precision_files(plain_case, tmp_path, theirs_dtype, ours_dtype):
 SHIPPED = BUILTIN["builtin:shapes"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (SHIPPED / "model.safetensors").is_file(), reason=f"{SHIPPED} has no weights yet"
 )
