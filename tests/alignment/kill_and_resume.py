@@ -41,25 +41,27 @@ OVERRIDES = (
     "evaluation.data.size=32",
 )
 MOMENTS = (
-    "round 1/2  generate",
-    "step 10/",
-    "round 2/2  conquer",
-    "round 1/2  train",
-    "step 30/",  # the last one: the model is being saved
-    "round 1/2  reference",
-    "round 2/2  generate",
-    "round 1/2  conquer",
-    "round 2/2  train",
     "round 0/2  evaluate",
+    "round 1/2  generate",
     "round 1/2  divide",
-    "round 1/2  evaluate",
-    "round 2/2  combine",
+    "round 1/2  conquer",
     "round 1/2  combine",
+    "round 1/2  reference",
+    "step 10/",
+    "step 30/",  # the last one: the model is being saved
+    "round 2/2  conquer",
+    "round 2/2  train",
+    "round 1/2  train",
+    "round 1/2  evaluate",
+    "round 2/2  generate",
     "round 2/2  divide",
+    "round 2/2  combine",
     "round 2/2  reference",
     "round 2/2  evaluate",
 )
 """What a kill waits for, the most telling first: with k kills the first k, in the run's order."""
+SHORT = ("divide", "combine")
+"""Stages that are done in no time: there a kill comes within hundredths of a second."""
 PATIENCE = 600
 """Seconds without a line after which the run counts as hung."""
 
@@ -149,7 +151,8 @@ def run(
                 last = line
             if deadline is None:
                 met = next((moment for moment in until if moment in line), "")
-                deadline = time.monotonic() + delay if met else None
+                wait = delay / 50 if met.endswith(SHORT) else delay
+                deadline = time.monotonic() + wait if met else None
         if process.wait() != 0:
             raise RuntimeError(f"exit status {process.returncode}:\n" + "\n".join(said[-30:]))
         return "", Kill(last, time.monotonic() - began)
