@@ -146,7 +146,11 @@ def decode_table(data: bytes, name: str) -> pa.Table:
       DataError: the bytes are truncated, damaged or no Parquet file.
     """
     try:
-        return pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+        # Arrow's reader threads can outlive the interpreter and then abort the process.
+        file = pq.ParquetFile(
+            pa.BufferReader(data), page_checksum_verification=True, pre_buffer=False
+        )
+        return file.read(use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{name} is not a readable Parquet file: {error}") from error
 
