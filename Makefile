@@ -24,8 +24,9 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet --editable .
 	touch $@
 
-# torch is installed first: what TRL asks for would otherwise bring a build with gigabytes of CUDA.
+# TORCH_INDEX: where a torch without CUDA comes from (https://download.pytorch.org/whl/cpu).
 $(VENV)/.installed-test: $(VENV)/.installed
+	$(if $(TORCH_INDEX),$(BIN)/pip install --quiet torch --index-url $(TORCH_INDEX))
 	$(BIN)/pip install --quiet --editable '.[test,parity]'
 	touch $@
 

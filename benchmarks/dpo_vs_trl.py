@@ -130,9 +130,10 @@ def run_ours(folder: str, settings: Settings) -> dict:
     import optax
 
     from mmpo_jax import recipe
-    from mmpo_jax.data.pipeline import Example, tokenize_records, training_batches
+    from mmpo_jax.data.pipeline import Example, training_batches
     from mmpo_jax.data.processor import Processor
     from mmpo_jax.data.readers import read_records
+    from mmpo_jax.data.tokenization import tokenize_records
     from mmpo_jax.models.config import load_config
     from mmpo_jax.models.huggingface import load_params
     from mmpo_jax.models.llava import Model

@@ -1,4 +1,4 @@
-"""A checkpoint ready to run: model, processor, and parameters on the mesh."""
+"""Checkpoints by the names that recipes give them: Hugging Face folder, Orbax run, built-in."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import os
 from jax.sharding import Mesh
 
 from mmpo_jax.data.processor import Processor
-from mmpo_jax.files import fingerprint_folder
+from mmpo_jax.files import fingerprint_folder, fingerprint_json
 from mmpo_jax.models.config import load_config
 from mmpo_jax.models.folders import resolve_folder
-from mmpo_jax.models.huggingface import check_params, load_model
+from mmpo_jax.models.huggingface import check_params, load_params
 from mmpo_jax.models.llava import Model, Params
 from mmpo_jax.parallel.mesh import put_params
 from mmpo_jax.training.checkpoints import find_checkpoint, load_checkpoint_params
@@ -19,21 +19,25 @@ from mmpo_jax.training.checkpoints import find_checkpoint, load_checkpoint_param
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What generation, labelling, reference and evaluation run on."""
+    """A model with its processor and parameters."""
 
     folder: str
     model: Model
     processor: Processor
     params: Params
     fingerprint: str
+    """Of the weights and all files beside them; of seed and config where they are random."""
 
 
-def load_checkpoint(name: str, mesh: Mesh) -> Checkpoint:
+def load_start(name: str, random_seed: int | None = None) -> Checkpoint:
     """Loads a Hugging Face folder, an Orbax checkpoint of a training run, or a built-in model.
 
     Args:
       name: as a recipe's `model` has it. Of a training run's folder the last checkpoint is taken.
-      mesh: where the parameters go.
+      random_seed: makes new weights for the config and the processor of the folder.
+
+    Returns:
+      The checkpoint with its parameters on the host.
 
     Raises:
       ModelError, ProcessorError, CheckpointError: naming the file that is missing or wrong.
@@ -41,13 +45,24 @@ def load_checkpoint(name: str, mesh: Mesh) -> Checkpoint:
     folder = resolve_folder(name)
     is_folder = os.path.isfile(os.path.join(folder, "config.json"))
     orbax = None if is_folder else find_checkpoint(folder)
-    if orbax is None:
-        model, params = load_model(folder)
-        processor = Processor(folder, model.config)
-    else:
+    base = folder
+    if orbax is not None:
         folder, base = orbax
-        model = Model.create(load_config(base))
-        processor = Processor(base, model.config)
+    model = Model.create(load_config(base))
+    processor = Processor(base, model.config)
+    if random_seed is not None:
+        # The weights that lie in the folder do not matter.
+        fingerprint = fingerprint_json(["random", random_seed, dataclasses.asdict(model.config)])
+        return Checkpoint(folder, model, processor, model.init(random_seed), fingerprint)
+    if orbax is None:
+        params = load_params(folder, model)
+    else:
         params = check_params(folder, load_checkpoint_params(folder), model)
-    placed = put_params(params, model.rules, mesh)
-    return Checkpoint(folder, model, processor, placed, fingerprint_folder(folder))
+    return Checkpoint(folder, model, processor, params, fingerprint_folder(folder))
+
+
+def load_checkpoint(name: str, mesh: Mesh) -> Checkpoint:
+    """`load_start` with the parameters on the mesh, sharded by the model's rules."""
+    start = load_start(name)
+    placed = put_params(start.params, start.model.rules, mesh)
+    return dataclasses.replace(start, params=placed)

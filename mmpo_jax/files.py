@@ -8,7 +8,8 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -126,6 +127,24 @@ def canonical_json(value: Any) -> str:
 def fingerprint_json(value: Any) -> str:
     """SHA-256 of `canonical_json(value)`; equal for equal values whatever the order of keys."""
     return fingerprint_bytes(canonical_json(value).encode())
+
+
+def read_json(path: epath.PathLike) -> dict[str, Any]:
+    """The object in a JSON file; empty where the file is missing or damaged."""
+    try:
+        value = json.loads(read_bytes(path))
+    except (OSError, ValueError, DataError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def replace_folder(target: str, write: Callable[[str], Any]) -> None:
+    """Puts a folder in place whole, by rename: `write(staging)` makes it beside the target."""
+    staging = target.rstrip("/") + ".incomplete"
+    shutil.rmtree(staging, ignore_errors=True)
+    write(staging)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(staging, target)
 
 
 def encode_table(table: pa.Table) -> bytes:

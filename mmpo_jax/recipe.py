@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 import yaml
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
 from mmpo_jax.errors import MmpoError
 
@@ -28,11 +28,17 @@ class Section(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+# Strict, or `true` would be taken for 1.
+PositiveInt = Annotated[int, Field(gt=0, strict=True)]
+Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
+MeshSize = PositiveInt | Literal[-1]
+
+
 class Lengths(Section):
     """Static shapes: the ascending sizes that prompts and responses are padded to."""
 
     prompt: tuple[PositiveInt, ...] = (64,)
-    response: tuple[PositiveInt, ...] = (32,)
+    response: tuple[PositiveInt, ...] = (64,)
 
     @pydantic.field_validator("prompt", "response")
     @classmethod
@@ -45,9 +51,9 @@ class Lengths(Section):
 class Devices(Section):
     """Mesh sizes; -1 takes the devices the others leave."""
 
-    data: int = Field(1, ge=-1)
-    fsdp: int = Field(-1, ge=-1)
-    tensor: int = Field(1, ge=-1)
+    data: MeshSize = 1
+    fsdp: MeshSize = -1
+    tensor: MeshSize = 1
 
 
 class ShapesData(Section):
@@ -56,7 +62,7 @@ class ShapesData(Section):
     source: Literal["shapes"] = "shapes"
     split: Literal["train", "align", "validation", "test"] = "train"
     size: PositiveInt = 1000
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     image_size: int = Field(48, ge=24)  # below, shapes could not be told apart
     questions: int = Field(3, ge=0)
     """Yes/no questions per scene in supervised data and in evaluation."""
@@ -111,6 +117,12 @@ class Pairing(Section):
     min_difference: float = Field(1.0, gt=0)
     max_pairs_per_prompt: PositiveInt = 2
     length_balance: Literal["rlaif_v", "symmetric", "none"] = "rlaif_v"
+
+    @pydantic.model_validator(mode="after")
+    def _possible(self) -> Pairing:
+        if self.score == "fraction" and self.min_difference > 1:
+            raise ValueError("shares of accepted claims never differ by more than 1")
+        return self
 
 
 class Dpo(Section):
@@ -172,6 +184,17 @@ class Training(Section):
             raise ValueError("save_every must be a multiple of log_every")
         return self
 
+    def identity(self) -> dict[str, Any]:
+        """The options the trained weights depend on."""
+        reporting = {"log_every", "save_every", "keep_checkpoints"}
+        return self.model_dump(mode="json", exclude=reporting)
+
+
+class PreferenceTraining(Training):
+    """The training stage of an alignment round, which has pairs to learn from."""
+
+    objective: Dpo = Dpo()
+
 
 class Evaluation(Section):
     """How the picture world's held-out scenes are captioned and questioned."""
@@ -179,14 +202,14 @@ class Evaluation(Section):
     data: ShapesData = ShapesData(split="test", size=500, questions=8)
     batch_size: PositiveInt = 50
     max_new_tokens: PositiveInt = 64
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[Seed, ...] = Field((0,), min_length=1)
     """One sampled caption per scene and seed."""
 
 
 class Base(Section):
     """What every recipe has."""
 
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     output: str
     """Folder everything is written to; running again goes on where it stopped."""
     model: str
@@ -203,6 +226,15 @@ class TrainRecipe(Base):
     data: Data
     training: Training = Training()
 
+    @pydantic.model_validator(mode="after")
+    def _has_pairs(self) -> TrainRecipe:
+        if isinstance(self.data, ShapesData) and isinstance(self.training.objective, Dpo):
+            raise ValueError(
+                "training.objective: the picture world's dialogues hold no preferences; "
+                "train on them with {type: sft}, or align"
+            )
+        return self
+
 
 class AlignRecipe(Base):
     """`mmpo align`: rounds of generate, divide, conquer, combine, train."""
@@ -214,8 +246,17 @@ class AlignRecipe(Base):
     sampling: Sampling = Sampling()
     feedback: Feedback = Feedback()
     pairing: Pairing = Pairing()
-    training: Training = Training()
+    training: PreferenceTraining = PreferenceTraining()
     evaluation: Evaluation | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _responses_fit(self) -> AlignRecipe:
+        if self.sampling.max_new_tokens > self.lengths.response[-1]:
+            raise ValueError(
+                f"sampling.max_new_tokens {self.sampling.max_new_tokens} is more than training "
+                f"keeps of a response; give lengths.response a size of as many"
+            )
+        return self
 
 
 class GenerateRecipe(Base):
@@ -288,7 +329,8 @@ def _explain(kind: type[pydantic.BaseModel], problem: Any) -> str:
         hint = f"did you mean {nearest[0]}?" if nearest else f"known here: {', '.join(names)}"
         return f"{where}: unknown key; {hint}"
     message = problem["msg"].removeprefix("Value error, ")
-    given = "" if problem["type"] == "missing" else f" (got {problem['input']!r})"
+    whole = problem["type"] == "missing" or isinstance(problem["input"], dict)
+    given = "" if whole else f" (got {problem['input']!r})"
     return f"{where}: {message}{given}"
 
 

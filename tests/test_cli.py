@@ -67,6 +67,15 @@ def recipe(tmp_path, model, **changes):
     }
 
 
+POSSIBLE = {
+    "train": {"training": {"objective": {"type": "sft"}}},
+    "align": {"sampling": {"max_new_tokens": 4}},
+    "generate": {},
+    "evaluate": {},
+}
+"""What a command needs beside the keys above: their defaults do not go together."""
+
+
 @pytest.fixture
 def generation(tmp_path, tiny_folder):
     return recipe(
@@ -147,7 +156,7 @@ def test_usage(arguments, capsys):
     ],
 )
 def test_no_model(command, model, told, refused, tmp_path):
-    values = recipe(tmp_path, model)
+    values = recipe(tmp_path, model, **POSSIBLE[command])
     if command == "evaluate":
         del values["data"]
     assert told in refused(command, values)
@@ -172,7 +181,8 @@ class TestBrokenModels:
 
     def test_another_architecture(self, copy, refused, tmp_path):
         edit_json(copy / "config.json", text_config__model_type="qwen2")
-        assert "text_config.model_type is 'qwen2'" in refused("train", recipe(tmp_path, copy))
+        values = recipe(tmp_path, copy, **POSSIBLE["train"])
+        assert "text_config.model_type is 'qwen2'" in refused("train", values)
 
     def test_a_tokenizer_with_more_words_than_the_model(self, copy, refused, tmp_path):
         tokenizer = json.loads((copy / "tokenizer.json").read_text())
@@ -198,7 +208,8 @@ class TestBadData:
     @pytest.mark.parametrize("command", ["train", "generate", "align"])
     def test_no_file(self, command, tiny_folder, refused, tmp_path):
         data = {"source": "file", "path": str(tmp_path / "rows.jsonl")}
-        message = refused(command, recipe(tmp_path, tiny_folder, data=data))
+        values = recipe(tmp_path, tiny_folder, **POSSIBLE[command] | {"data": data})
+        message = refused(command, values)
         assert "rows.jsonl: No such file or directory" in message
 
     @pytest.mark.parametrize("limit", [0.1, 1.0])

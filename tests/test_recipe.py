@@ -39,7 +39,9 @@ def load(tmp_path):
     def load(*overrides, text=None, kind=TrainRecipe):
         path = tmp_path / "recipe.yaml"
         path.write_text(yaml.safe_dump(GOOD) if text is None else text)
-        return load_recipe(kind, path, overrides)
+        # The picture world's own data hold no preferences.
+        supervised = ["training.objective.type=sft"] if kind is TrainRecipe else []
+        return load_recipe(kind, path, [*supervised, *overrides])
 
     return load
 
@@ -95,6 +97,9 @@ def test_nearest_name_is_one_of_the_same_section(problem):
         ("data.source=web", "data: Input tag 'web'"),
         ("training.objective={beta: 1}", "training.objective: "),
         ("seed=", "seed: "),
+        ("training.epochs=true", "training.epochs: Input should be a valid integer (got True)"),
+        ("devices.data=0", "devices.data"),
+        ("data.seed=4294967296", "data.seed: "),
         ("training.epochs=0", "training.epochs: Input should be greater than 0 (got 0)"),
         ("training.optimizer.learning_rate=0", "training.optimizer.learning_rate: "),
         ("training.optimizer.learning_rate=.nan", "training.optimizer.learning_rate: "),
@@ -110,6 +115,20 @@ def test_nearest_name_is_one_of_the_same_section(problem):
 )
 def test_wrong_types_and_impossible_values(problem, override, told):
     assert told in problem(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "kind", "told"),
+    [
+        ("training.objective={type: dpo}", TrainRecipe, "dialogues hold no preferences"),
+        ("training.objective={type: sft}", AlignRecipe, "training.objective.type: "),
+        ("sampling.max_new_tokens=65", AlignRecipe, "sampling.max_new_tokens 65 is more than"),
+        ("pairing={score: fraction, min_difference: 2}", AlignRecipe, "pairing: shares of"),
+        ("evaluation={seeds: []}", AlignRecipe, "evaluation.seeds: "),
+    ],
+)
+def test_options_that_cannot_go_together(problem, override, kind, told):
+    assert told in problem(override, kind=kind)
 
 
 def test_missing_keys(problem):
@@ -220,15 +239,32 @@ def sections(kind: type[Section]) -> set[type[Section]]:
     return {kind}.union(*(within(field.annotation) for field in fields))
 
 
-def names_read() -> set[str]:
-    """All `.name` in the package's code outside of `recipe.py`."""
+def names_read() -> set[tuple[str, str]]:
+    """All `owner.name` in the package's code outside of `recipe.py`, as (owner, name)."""
     files = [path for path in PACKAGE.rglob("*.py") if path.name != "recipe.py"]
     nodes = (node for path in files for node in ast.walk(ast.parse(path.read_text())))
     return {
-        node.attr
+        (getattr(node.value, "attr", getattr(node.value, "id", "")), node.attr)
         for node in nodes
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     }
+
+
+def owners(section: type[Section]) -> set[str]:
+    """What variables that hold the section are called: as the fields that do, or in general."""
+    fields = (
+        (name, field.annotation)
+        for kind in set().union(*(sections(kind) for kind in KINDS))
+        for name, field in kind.model_fields.items()
+    )
+    held = {name for name, annotation in fields if section in leaves(annotation)}
+    return {*held, "config", "recipe"} if held else {"recipe"}
+
+
+def leaves(annotation) -> set[type[Section]]:
+    if isinstance(annotation, type):
+        return {annotation}
+    return {leaf for argument in typing.get_args(annotation) for leaf in leaves(argument)}
 
 
 def unread_options(kinds) -> set[str]:
@@ -240,7 +276,9 @@ def unread_options(kinds) -> set[str]:
         # The discriminators choose a class; pydantic reads them.
         tags = {n for n, f in section.model_fields.items() if n in ("source", "type") and f.default}
         unread |= {
-            f"{section.__name__}.{name}" for name in set(section.model_fields) - read - taken - tags
+            f"{section.__name__}.{name}"
+            for name in set(section.model_fields) - taken - tags
+            if not any((owner, name) in read for owner in owners(section))
         }
     return unread
 
@@ -258,6 +296,7 @@ def test_an_unread_option_is_noticed():
         output_nobody_reads: str = ""
 
     assert unread_options([Recipe]) == {
+        "Careless.batch_size",  # read of other sections only
         "Careless.repetition_penalty_nobody_reads",
         "Recipe.groups",
         "Recipe.output_nobody_reads",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import os
@@ -15,17 +14,25 @@ from jax.sharding import Mesh
 from mmpo_jax.alignment.report import RoundReport, read_report, write_report
 from mmpo_jax.alignment.round import Round, run_round
 from mmpo_jax.checkpoint import Checkpoint, load_checkpoint
+from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import Record
-from mmpo_jax.data.sources import load_source
+from mmpo_jax.data.sources import load_source, usable_records
 from mmpo_jax.errors import MmpoError
-from mmpo_jax.evaluation.shapes import evaluate_shapes
+from mmpo_jax.evaluation.shapes import VERSION, evaluate_shapes
 from mmpo_jax.feedback.claims import make_splitter
-from mmpo_jax.feedback.labeler import CheckpointLabeler, Labeler
-from mmpo_jax.files import fingerprint_folder, fingerprint_json, write_atomic
+from mmpo_jax.feedback.labeler import CheckpointLabeler, Labeler, answer_tokens
+from mmpo_jax.files import (
+    fingerprint_folder,
+    fingerprint_json,
+    read_json,
+    replace_folder,
+    write_atomic,
+)
+from mmpo_jax.models.config import load_config
 from mmpo_jax.models.folders import resolve_folder
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipe import AlignRecipe
-from mmpo_jax.training.run import usable_records
+from mmpo_jax.training.loop import check_training
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +42,7 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
 
     Writes to the recipe's output folder: `round-0/` (the start model's evaluation), `round-<i>/`
     (a file per stage, checkpoints, the trained `model/`), `model/` (the last round's), and the
-    report (`rounds.json`, `curves.png`).
+    report so far (`rounds.txt`, `rounds.json`, `curves.png`).
 
     Returns:
       One row per round, the start model's first.
@@ -45,14 +52,15 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
     """
     mesh = make_mesh(**recipe.devices.model_dump())
     start = load_checkpoint(recipe.model, mesh)
+    check_training(recipe.training, start.model, mesh)
+    labeler_folder = resolve_folder(recipe.feedback.labeler or recipe.model)
+    answer_tokens(Processor(labeler_folder, load_config(labeler_folder)))
     source, tokenized = usable_records(
         load_source(recipe.data, supervised=False), start.processor, recipe.lengths, recipe.output
     )
     shares = split_prompts(source.records, recipe)
     by_id = {record.id: record for record in tokenized}
-    labeler_folder = resolve_folder(recipe.feedback.labeler or recipe.model)
     labeler_key = fingerprint_folder(labeler_folder)
-    labeler = functools.cache(lambda: make_labeler(labeler_folder, recipe, mesh))
     splitter = make_splitter(recipe.feedback.splitter)
 
     reports = [RoundReport(0, evaluate_round(0, start, recipe, mesh))]
@@ -68,14 +76,16 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
             mesh=mesh,
             progress=progress_printer(index, recipe.rounds),
         )
-        trained = run_round(work, splitter, labeler, labeler_key)
+        trained = run_round(
+            work, splitter, lambda: make_labeler(labeler_folder, recipe, mesh), labeler_key
+        )
         start = load_checkpoint(trained, mesh)
         metrics = evaluate_round(index, start, recipe, mesh)
         reports.append(read_report(index, folder, metrics))
+        write_report(recipe.output, reports)
     result = os.path.join(recipe.output, "model")
     if not os.path.isdir(result) or fingerprint_folder(result) != start.fingerprint:
-        _copy_whole(start.folder, result)
-    write_report(recipe.output, reports)
+        replace_folder(result, lambda staging: shutil.copytree(start.folder, staging))
     return reports
 
 
@@ -100,7 +110,6 @@ def make_labeler(folder: str, recipe: AlignRecipe, mesh: Mesh) -> Labeler:
     """The recipe's labeler, loaded."""
     checkpoint = load_checkpoint(folder, mesh)
     return CheckpointLabeler(
-        folder,
         checkpoint.model,
         checkpoint.params,
         checkpoint.processor,
@@ -120,19 +129,17 @@ def evaluate_round(
     path = os.path.join(round_folder(recipe, index), "evaluation.json")
     key = fingerprint_json(
         [
+            VERSION,
             checkpoint.fingerprint,
             recipe.evaluation.model_dump(mode="json"),
             recipe.lengths.model_dump(),
         ]
     )
-    if os.path.isfile(path):
-        with open(path) as file:
-            saved = json.load(file)
-        if saved["key"] == key:
-            return saved["metrics"]
+    saved = read_json(path)
+    if saved.get("key") == key:
+        return saved["metrics"]
     progress_printer(index, recipe.rounds)("evaluate", 0, 1)
     metrics = evaluate_shapes(
-        checkpoint.folder,
         checkpoint.model,
         checkpoint.params,
         checkpoint.processor,
@@ -157,11 +164,3 @@ def progress_printer(index: int, rounds: int) -> Callable[[str, int, int], None]
         print(f"round {index}/{rounds}  {stage}{count}", file=sys.stderr, flush=True)
 
     return show
-
-
-def _copy_whole(source: str, target: str) -> None:
-    staging = target + ".incomplete"
-    shutil.rmtree(staging, ignore_errors=True)
-    shutil.copytree(source, staging)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(staging, target)

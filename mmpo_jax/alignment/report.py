@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 
+from mmpo_jax.alignment.round import scored_responses
 from mmpo_jax.files import read_table, write_atomic
 from mmpo_jax.training.metrics import FILE, read_metrics
 
@@ -60,17 +61,10 @@ def read_report(index: int, folder: str, metrics: dict[str, float]) -> RoundRepo
     responses = read_table(os.path.join(folder, "divide.parquet"))
     judged = read_table(os.path.join(folder, "conquer.parquet"))
     pairs = read_table(os.path.join(folder, "combine.parquet"))
-    accepted = {
-        (row["prompt_id"], row["question"]): row["p_yes"] > row["p_no"]
-        for row in judged.to_pylist()
-    }
-    verdicts = [
-        accepted[row["prompt_id"], question]
-        for row in responses.to_pylist()
-        for question in row["questions"]
-    ]
+    scored = scored_responses(responses, judged)
+    verdicts = [verdict for response in scored for verdict in response.verdicts]
     # A person may have removed the training's files, which are large, and kept the model.
-    last = [{}, *read_metrics(os.path.join(folder, "train", FILE))][-1]
+    trained = read_metrics(os.path.join(folder, "train", FILE))
     return RoundReport(
         index=index,
         metrics=metrics,
@@ -79,10 +73,16 @@ def read_report(index: int, folder: str, metrics: dict[str, float]) -> RoundRepo
         claims=len(verdicts),
         rejected_claims=verdicts.count(False),
         pairs=pairs.num_rows,
-        dpo_accuracy=last.get("rewards/accuracies"),
-        dpo_margin=last.get("rewards/margins"),
+        dpo_accuracy=_late_mean(trained, "rewards/accuracies"),
+        dpo_margin=_late_mean(trained, "rewards/margins"),
         counts=json.loads(pairs.schema.metadata[b"counts"]),
     )
+
+
+def _late_mean(rows: list[dict[str, float]], name: str) -> float | None:
+    """The mean over the second half of the training; single steps are noise."""
+    values = [row[name] for row in rows[len(rows) // 2 :] if name in row]
+    return sum(values) / len(values) if values else None
 
 
 def render_table(reports: list[RoundReport]) -> str:

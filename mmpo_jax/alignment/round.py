@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -20,9 +22,10 @@ import pyarrow as pa
 from jax.sharding import Mesh
 
 from mmpo_jax.checkpoint import Checkpoint
-from mmpo_jax.data.pipeline import Example, tokenize_records
+from mmpo_jax.data.pipeline import Example
 from mmpo_jax.data.records import Record, Response
-from mmpo_jax.data.tokenization import TokenizedRecord
+from mmpo_jax.data.sources import warn_of_cuts
+from mmpo_jax.data.tokenization import TokenizedRecord, tokenize_records
 from mmpo_jax.errors import MmpoError
 from mmpo_jax.feedback.claims import Splitter
 from mmpo_jax.feedback.labeler import Labeler
@@ -33,6 +36,7 @@ from mmpo_jax.files import (
     fingerprint_file,
     fingerprint_folder,
     fingerprint_json,
+    read_json,
     write_atomic,
 )
 from mmpo_jax.generation.responses import generate_responses
@@ -43,6 +47,8 @@ from mmpo_jax.stage import Stage, run_stage
 from mmpo_jax.training.loop import train
 from mmpo_jax.training.losses import REFERENCE
 from mmpo_jax.training.reference import reference_stage
+
+log = logging.getLogger(__name__)
 
 PROMPTS_PER_PART = 256
 """A kill loses at most this many prompts' worth of a stage."""
@@ -174,6 +180,7 @@ def conquer_stage(
     Columns: prompt_id, question, p_yes, p_no.
     """
     feedback = work.recipe.feedback
+    loaded = functools.cache(labeler)  # goes away with this stage: training needs the memory
     questions: dict[str, dict[str, None]] = {record.id: {} for record in work.records}
     for row in divided.select(["prompt_id", "questions"]).to_pylist():
         questions[row["prompt_id"]].update(dict.fromkeys(row["questions"]))
@@ -188,7 +195,7 @@ def conquer_stage(
             for record in _part(work.records, part)
         ]
         rows = []
-        for (name, _, _), answers in zip(items, labeler().answer(items), strict=True):
+        for (name, _, _), answers in zip(items, loaded().answer(items), strict=True):
             for question, (p_yes, p_no) in zip(questions[name], answers, strict=True):
                 rows.append({"prompt_id": name, "question": question, "p_yes": p_yes, "p_no": p_no})
         return pa.Table.from_pylist(rows, schema=_JUDGED)
@@ -255,6 +262,7 @@ def pair_records(records: Sequence[Record], pairs: pa.Table) -> list[Record]:
             by_id[row["prompt_id"]],
             id=f"{row['prompt_id']}/{row['chosen_sample']}-{row['rejected_sample']}",
             responses=(Response.of(row["chosen"]), Response.of(row["rejected"])),
+            ranked=True,
         )
         for row in pairs.to_pylist()
     ]
@@ -268,7 +276,7 @@ def train_stage(work: Round, pairs: pa.Table) -> str:
     inputs = {
         "model": start.fingerprint,
         "pairs": _output(work, "combine"),
-        "training": recipe.training.model_dump(mode="json"),
+        "training": recipe.training.identity(),
         "lengths": recipe.lengths.model_dump(mode="json"),
         "seed": recipe.seed,
         "round": work.index,
@@ -282,9 +290,13 @@ def train_stage(work: Round, pairs: pa.Table) -> str:
             f"round {work.index}: no preference pair is left; what became of the responses: "
             f"{pairs.schema.metadata[b'counts'].decode()}"
         )
-    records, _ = tokenize_records(
-        pair_records(work.records, pairs), start.processor, recipe.lengths
+    name = f"round {work.index}: pairs"
+    records, skipped = tokenize_records(
+        pair_records(work.records, pairs), start.processor, recipe.lengths, name
     )
+    for row in skipped:
+        log.warning("%s: %s skipped: %s (%s)", name, row.id, row.reason, row.detail)
+    warn_of_cuts(name, records, recipe.lengths)
     reference = reference_stage(
         start.model,
         start.params,
@@ -295,6 +307,7 @@ def train_stage(work: Round, pairs: pa.Table) -> str:
         folder=work.folder,
         model_fingerprint=start.fingerprint,
         batch_size=recipe.training.batch_size,
+        compute_dtype=recipe.training.compute_dtype,
         progress=work.progress,
     )
     work.progress("train", 0, 1)
@@ -319,11 +332,10 @@ def train_stage(work: Round, pairs: pa.Table) -> str:
 
 
 def _is_trained(manifest: str, target: str, identity: str) -> bool:
-    if not (os.path.isfile(manifest) and os.path.isdir(target)):
+    if not os.path.isdir(target):
         return False
-    with open(manifest) as file:
-        done = json.load(file)
-    return done["identity"] == identity and done["model"] == fingerprint_folder(target)
+    done = read_json(manifest)
+    return done.get("identity") == identity and done["model"] == fingerprint_folder(target)
 
 
 def _discard_other_run(folder: str, identity: str) -> None:

@@ -12,9 +12,7 @@ import numpy as np
 
 from mmpo_jax.data.batching import pad_batch
 from mmpo_jax.data.processor import Processor
-from mmpo_jax.data.readers import SkippedRow
-from mmpo_jax.data.records import Record
-from mmpo_jax.data.tokenization import RowRejected, TokenizedRecord, tokenize
+from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.recipe import Lengths
 
 
@@ -35,19 +33,6 @@ class Example:
     record: TokenizedRecord
     fields: dict[str, np.ndarray]
     """name -> float32[R]."""
-
-
-def tokenize_records(
-    records: Sequence[Record], processor: Processor, lengths: Lengths, name: str = ""
-) -> tuple[list[TokenizedRecord], list[SkippedRow]]:
-    """Tokenizes the records of the source `name`; what does not fit is left out with a reason."""
-    kept, skipped = [], []
-    for record in records:
-        try:
-            kept.append(tokenize(record, processor, lengths.prompt[-1], lengths.response[-1]))
-        except RowRejected as error:
-            skipped.append(SkippedRow(name, None, record.id, error.reason, error.detail))
-    return kept, skipped
 
 
 def training_batches(

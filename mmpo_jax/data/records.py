@@ -92,11 +92,13 @@ class Record:
 
     Attributes:
       id: unique in its file.
-      responses: the chosen one first where one is preferred, or from best to worst in a ranking;
-        empty where responses are still to be generated.
+      responses: empty where responses are still to be generated.
+      ranked: the responses stand from best to worst, the chosen one before the rejected one;
+        otherwise they are alternatives or dialogues of equal standing.
     """
 
     id: str
     images: tuple[ImageRef, ...]
     prompt: tuple[Turn, ...]
     responses: tuple[Response, ...]
+    ranked: bool = False

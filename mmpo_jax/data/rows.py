@@ -91,6 +91,7 @@ def parse_row(
     """
     images = tuple(_image(entry, root) for entry in _image_entries(row))
     prompt, responses = _prompt_and_responses(row, messages_as)
+    ranked = row.get("chosen") is not None or row.get("rejected_response") is not None
     # Each response is checked with the prompt, as the model will see it.
     for response in responses:
         _check_response(prompt, response)
@@ -102,6 +103,7 @@ def parse_row(
         images=images,
         prompt=tuple(turn for turn, _ in prompt),
         responses=tuple(Response(tuple(turn for turn, _ in turns)) for turns in responses),
+        ranked=ranked,
     )
 
 

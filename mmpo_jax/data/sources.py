@@ -4,26 +4,40 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
+from collections.abc import Callable, Sequence
 
-from mmpo_jax.data.readers import SkippedRow, check_images, check_skipped, read_records
+from etils import epath
+
+from mmpo_jax.data.processor import Processor
+from mmpo_jax.data.readers import (
+    SkippedRow,
+    check_images,
+    check_skipped,
+    read_records,
+    write_skipped,
+)
 from mmpo_jax.data.records import Record
+from mmpo_jax.data.rows import MessagesAs, SkipReason
+from mmpo_jax.data.tokenization import TokenizedRecord, tokenize_records
 from mmpo_jax.errors import DataError
-from mmpo_jax.files import fingerprint_file, fingerprint_json
-from mmpo_jax.recipe import FileData, ShapesData
+from mmpo_jax.recipe import FileData, Lengths, ShapesData
 from mmpo_jax.shapes import records as shapes
 
 log = logging.getLogger(__name__)
 
+SKIPPED = "skipped.jsonl"
+"""Rows of the data that were left out, with reasons."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Usable records, the rows left out, and a fingerprint of what they were read from."""
+    """Usable records and the rows left out."""
 
     name: str
     """For messages: the file, or the picture world's split."""
     records: list[Record]
     skipped: list[SkippedRow]
-    fingerprint: str
     max_skipped: float
 
     def skip(self, kept: list[Record], skipped: list[SkippedRow]) -> Source:
@@ -43,12 +57,15 @@ class Source:
             raise DataError(f"{self.name}: no row that can be used")
 
 
-def load_source(data: ShapesData | FileData, *, supervised: bool) -> Source:
+def load_source(
+    data: ShapesData | FileData, *, supervised: bool, messages_as: MessagesAs = "last_turn"
+) -> Source:
     """Reads the records of a recipe's data section, unusable rows set apart.
 
     Args:
       data: where from.
       supervised: whether responses to learn from are wanted, or prompts only.
+      messages_as: what rows of `messages` supervise, see `readers.iter_records`.
 
     Raises:
       DataError: the file cannot be read.
@@ -59,16 +76,59 @@ def load_source(data: ShapesData | FileData, *, supervised: bool) -> Source:
             records = shapes.supervised_records(*world, data.questions, data.hallucination_rate)
         else:
             records = shapes.prompt_records(*world)
-        name = f"shapes/{data.split}"
-        return Source(name, records, [], fingerprint_json([data.model_dump(), supervised]), 0.0)
-    records, skipped = read_records(data.path, data.image_root)
+        return Source(f"shapes/{data.split}", records, [], 0.0)
+    records, skipped = read_records(data.path, data.image_root, messages_as)
     records, broken = check_images(records, data.path)
     skipped = [*skipped, *broken]
     if not supervised:
         skipped += [_without_prompt(data.path, record) for record in records if not record.prompt]
         records = [dataclasses.replace(r, responses=()) for r in records if r.prompt]
-    fingerprint = fingerprint_json([data.model_dump(), fingerprint_file(data.path)])
-    return Source(data.path, records, skipped, fingerprint, data.max_skipped)
+    return Source(data.path, records, skipped, data.max_skipped)
+
+
+def usable_records(
+    source: Source,
+    processor: Processor,
+    lengths: Lengths,
+    output: str,
+    unfit: Callable[[TokenizedRecord], tuple[SkipReason, str] | None] = lambda record: None,
+) -> tuple[Source, list[TokenizedRecord]]:
+    """Tokenizes a source; what cannot be used goes to `skipped.jsonl` with the reason.
+
+    Args:
+      source: the records.
+      processor: of the checkpoint.
+      lengths: bucket sizes; the largest are the limits.
+      output: folder of `skipped.jsonl`.
+      unfit: why a row is of no use for what it is read for (reason, detail); None where it is.
+
+    Raises:
+      DataError: more rows were skipped than the recipe allows, or none is left.
+    """
+    kept, skipped = [], []
+    tokenized, too_long = tokenize_records(source.records, processor, lengths, source.name)
+    for row in tokenized:
+        problem = unfit(row)
+        if problem is None:
+            kept.append(row)
+        else:
+            skipped.append(SkippedRow(source.name, None, row.id, *problem))
+    ids = {row.id for row in kept}
+    source = source.skip([r for r in source.records if r.id in ids], [*too_long, *skipped])
+    if source.skipped:
+        write_skipped(os.path.join(output, SKIPPED), source.skipped)
+    else:  # of an earlier run, before the data were mended
+        epath.Path(output, SKIPPED).unlink(missing_ok=True)
+    source.check()
+    warn_of_cuts(source.name, kept, lengths)
+    return source, kept
+
+
+def warn_of_cuts(name: str, records: Sequence[TokenizedRecord], lengths: Lengths) -> None:
+    """Says how many responses lost their tail to the largest bucket."""
+    cut = sum(response.truncated > 0 for row in records for response in row.responses)
+    if cut:
+        log.warning("%s: %d responses were cut to %d tokens", name, cut, lengths.response[-1])
 
 
 def _without_prompt(path: str, record: Record) -> SkippedRow:

@@ -12,8 +12,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from mmpo_jax.data.processor import Processor, ProcessorError
+from mmpo_jax.data.readers import SkippedRow
 from mmpo_jax.data.records import ImageRef, Record, Turn
 from mmpo_jax.data.rows import SkipReason
+from mmpo_jax.files import fingerprint_json
+from mmpo_jax.recipe import Lengths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,8 @@ class TokenizedRecord:
     """int32[p]; image placeholders expanded."""
     responses: tuple[TokenizedResponse, ...]
     images: tuple[ImageRef, ...]
+    ranked: bool = False
+    """As in `Record`."""
 
 
 class RowRejected(Exception):
@@ -82,7 +87,36 @@ def tokenize(
         responses.append(_response(segments, len(prompt), max_response))
         if processor.image_token_id in responses[-1].ids:
             raise RowRejected("image_position", "a response holds the image placeholder")
-    return TokenizedRecord(record.id, np.array(prompt, np.int32), tuple(responses), record.images)
+    ids = np.array(prompt, np.int32)
+    return TokenizedRecord(record.id, ids, tuple(responses), record.images, record.ranked)
+
+
+def tokenize_records(
+    records: Sequence[Record], processor: Processor, lengths: Lengths, name: str = ""
+) -> tuple[list[TokenizedRecord], list[SkippedRow]]:
+    """Tokenizes the records of the source `name`; what does not fit is left out with a reason."""
+    kept, skipped = [], []
+    for record in records:
+        try:
+            kept.append(tokenize(record, processor, lengths.prompt[-1], lengths.response[-1]))
+        except RowRejected as error:
+            skipped.append(SkippedRow(name, None, record.id, error.reason, error.detail))
+    return kept, skipped
+
+
+def fingerprint_records(records: Sequence[TokenizedRecord]) -> str:
+    """SHA-256 of what a model sees of the records: tokens, loss masks and encoded images."""
+    return fingerprint_json(
+        [
+            [
+                record.id,
+                record.prompt_ids.tolist(),
+                [[r.ids.tolist(), r.loss_mask.tolist()] for r in record.responses],
+                [image.fingerprint() for image in record.images],
+            ]
+            for record in records
+        ]
+    )
 
 
 Segment = tuple[list[int], bool]

@@ -21,7 +21,6 @@ def run_evaluation(recipe: EvaluateRecipe) -> dict[str, float]:
     mesh = make_mesh(**recipe.devices.model_dump())
     checkpoint = load_checkpoint(recipe.model, mesh)
     metrics = evaluate_shapes(
-        checkpoint.folder,
         checkpoint.model,
         checkpoint.params,
         checkpoint.processor,

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 import numpy as np
 from jax.sharding import Mesh
 
-from mmpo_jax.data.pipeline import tokenize_records
 from mmpo_jax.data.processor import Processor
+from mmpo_jax.data.tokenization import tokenize_records
 from mmpo_jax.errors import DataError
 from mmpo_jax.feedback.labeler import CheckpointLabeler
+from mmpo_jax.feedback.scores import accepted
 from mmpo_jax.generation.responses import generate_responses
 from mmpo_jax.generation.sampler import Decoding
 from mmpo_jax.models.llava import Model, Params
@@ -21,9 +22,11 @@ from mmpo_jax.shapes.metrics import caption_metrics
 GREEDY, SAMPLED = 0.0, 1.0
 """Temperatures of the two decodings."""
 
+VERSION = 2
+"""Of what the metrics mean: part of the key of saved ones."""
+
 
 def evaluate_shapes(
-    folder: str,
     model: Model,
     params: Params,
     processor: Processor,
@@ -34,7 +37,6 @@ def evaluate_shapes(
     """CHAIR, recall and yes/no accuracy of a model.
 
     Args:
-      folder: the checkpoint, for messages and fingerprints.
       model, params, processor: the checkpoint, its parameters on the mesh.
       config: which scenes, how many seeds.
       lengths: bucket sizes.
@@ -76,7 +78,7 @@ def evaluate_shapes(
     metrics |= {f"greedy/{name}": value for name, value in captions(GREEDY, 0).items()}
     if data.questions:
         labeler = CheckpointLabeler(
-            folder, model, params, processor, mesh, lengths, batch_size=config.batch_size
+            model, params, processor, mesh, lengths, batch_size=config.batch_size
         )
         metrics["yes_no_accuracy"] = yes_no_accuracy(labeler, config)
     return metrics
@@ -95,7 +97,7 @@ def yes_no_accuracy(labeler: CheckpointLabeler, config: Evaluation) -> float:
         for record, questions in zip(records, asked, strict=True)
     ]
     right = [
-        (p_yes > p_no) == question.answer
+        accepted(p_yes, p_no) == question.answer
         for answers, questions in zip(labeler.answer(items), asked, strict=True)
         for (p_yes, p_no), question in zip(answers, questions, strict=True)
     ]

@@ -22,7 +22,6 @@ from mmpo_jax.data.tokenization import (
     tokenize,
 )
 from mmpo_jax.errors import DataError
-from mmpo_jax.files import fingerprint_folder
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.llava import Model, Params
 from mmpo_jax.models.log_probs import next_token_logits
@@ -34,9 +33,6 @@ YES, NO = ("yes", "Yes"), ("no", "No")
 
 class Labeler(Protocol):
     """Answers yes/no questions about images."""
-
-    fingerprint: str
-    """Of everything its answers depend on."""
 
     def answer(self, items: Sequence[QuestionSet]) -> list[list[tuple[float, float]]]:
         """(p_yes, p_no) of every question of every item, in order."""
@@ -56,7 +52,6 @@ class CheckpointLabeler:
 
     def __init__(
         self,
-        folder: str,
         model: Model,
         params: Params,
         processor: Processor,
@@ -68,7 +63,6 @@ class CheckpointLabeler:
     ):
         """
         Args:
-          folder: the checkpoint, for its fingerprint.
           model, params, processor: the checkpoint, its parameters on the mesh.
           mesh: the devices.
           lengths: bucket sizes; questions count as responses.
@@ -78,7 +72,6 @@ class CheckpointLabeler:
         Raises:
           ProcessorError: the tokenizer cannot tell yes from no.
         """
-        self.fingerprint = fingerprint_folder(folder)
         self.model, self.params, self.processor = model, params, processor
         self.mesh, self.lengths = mesh, lengths
         self.rows = -(-batch_size // batch_shards(mesh)) * batch_shards(mesh)

@@ -46,8 +46,13 @@ class ScoredResponse:
 
     @property
     def verdicts(self) -> tuple[bool, ...]:
-        """Whether each claim is accepted: p(yes) > p(no), so that a tie is rejected."""
-        return tuple(yes > no for yes, no in zip(self.p_yes, self.p_no, strict=True))
+        """Whether each claim is accepted."""
+        return tuple(map(accepted, self.p_yes, self.p_no))
+
+
+def accepted(p_yes: float, p_no: float) -> bool:
+    """The labeler's verdict on a claim; a tie rejects it."""
+    return p_yes > p_no
 
 
 def count_score(verdicts: Sequence[bool]) -> int:

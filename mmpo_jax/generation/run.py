@@ -6,13 +6,12 @@ import json
 import os
 
 from mmpo_jax.checkpoint import load_checkpoint
-from mmpo_jax.data.sources import load_source
+from mmpo_jax.data.sources import load_source, usable_records
 from mmpo_jax.files import write_atomic
 from mmpo_jax.generation.responses import generate_responses
 from mmpo_jax.generation.sampler import Decoding
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipe import GenerateRecipe
-from mmpo_jax.training.run import usable_records
 
 FILE = "responses.jsonl"
 

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from mmpo_jax.models.layers import promote
-
 Part = tuple[jax.Array, jax.Array, jax.Array | None]
 """(key, value, mask): see `attend`."""
 
@@ -64,7 +62,8 @@ def _attend(query: jax.Array, parts: Sequence[Part], scale: float) -> jax.Array:
 def _score(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> jax.Array:
     """Scores [B, K, R, G, T, S] of queries [B, K, R, G, T, d], very low where masked."""
     subscripts = "bkrgtd,bskd->bkrgts" if key.ndim == 4 else "bkrgtd,brskd->bkrgts"
-    score = promote(jnp.einsum(subscripts, query, key))
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    score = jnp.einsum(subscripts, query, key, preferred_element_type=dtype)
     if mask is None:
         return score
     b, _, r, _, t, s = score.shape

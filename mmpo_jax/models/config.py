@@ -13,6 +13,7 @@ from typing import Any
 import transformers
 
 from mmpo_jax.errors import MmpoError
+from mmpo_jax.models.layers import ACTIVATIONS
 
 
 class ModelError(MmpoError):
@@ -107,6 +108,15 @@ def from_huggingface(config: Any) -> LlavaConfig:
     _expect(text.model_type, ("llama",), "text_config.model_type")
     rope = text.rope_parameters
     _expect(rope.get("rope_type", "default"), ("default",), "text_config.rope_parameters.rope_type")
+    activations = tuple(ACTIVATIONS)
+    _expect(vision.hidden_act, activations, "vision_config.hidden_act")
+    _expect(text.hidden_act, activations, "text_config.hidden_act")
+    _expect(config.projector_hidden_act, activations, "projector_hidden_act")
+    if vision.image_size % vision.patch_size:
+        raise ModelError(
+            f"vision_config.image_size {vision.image_size} is no multiple of its patch_size "
+            f"{vision.patch_size}"
+        )
     strategy = config.vision_feature_select_strategy
     _expect(strategy, ("default", "full"), "vision_feature_select_strategy")
     return LlavaConfig(

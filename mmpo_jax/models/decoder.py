@@ -53,7 +53,7 @@ class SelfAttention(nnx.Module):
         self.q_proj = linear(config.hidden_size, queries, bias, rngs)
         self.k_proj = linear(config.hidden_size, keys, bias, rngs)
         self.v_proj = linear(config.hidden_size, keys, bias, rngs)
-        self.o_proj = linear(queries, config.hidden_size, bias, rngs)
+        self.o_proj = linear(queries, config.hidden_size, bias, rngs, 2 * config.num_layers)
 
     def project(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
         """[B, S, D] -> query [B, S, H, d], key and value [B, S, K, d], rotated."""
@@ -68,7 +68,7 @@ class Mlp(nnx.Module):
         wide, narrow = config.intermediate_size, config.hidden_size
         self.gate_proj = linear(narrow, wide, config.mlp_bias, rngs)
         self.up_proj = linear(narrow, wide, config.mlp_bias, rngs)
-        self.down_proj = linear(wide, narrow, config.mlp_bias, rngs)
+        self.down_proj = linear(wide, narrow, config.mlp_bias, rngs, 2 * config.num_layers)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down_proj(ACTIVATIONS[self.act](self.gate_proj(x)) * self.up_proj(x))
@@ -101,7 +101,7 @@ class Decoder(nnx.Module):
         self.embed_tokens = nnx.Embed(
             config.vocab_size,
             config.hidden_size,
-            embedding_init=nnx.initializers.normal(0.02),
+            embedding_init=nnx.initializers.normal(config.hidden_size**-0.5),
             promote_dtype=keep_dtype,
             rngs=rngs,
         )

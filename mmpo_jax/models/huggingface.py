@@ -18,6 +18,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from mmpo_jax.files import replace_folder
 from mmpo_jax.models.config import LlavaConfig, ModelError, load_config
 from mmpo_jax.models.llava import Model, Params
 
@@ -133,21 +134,32 @@ def save_model(
       model: the architecture.
       params: its parameters, on any device.
       source: the folder the config, tokenizer and processor files are copied from.
+
+    Raises:
+      ModelError: the weights cannot be written, the disk being full for instance.
     """
-    target = os.fspath(folder)
-    staging = target.rstrip("/") + ".incomplete"
-    shutil.rmtree(staging, ignore_errors=True)
-    os.makedirs(staging)
-    tensors = dict(to_huggingface(params, model.config))
-    weights = os.path.join(staging, SINGLE_FILE)
-    safetensors.numpy.save_file(tensors, weights, metadata={"format": "pt"})
-    os.chmod(weights, 0o644)  # safetensors makes it unreadable for others
+
+    def write(staging: str) -> None:
+        os.makedirs(staging)
+        tensors = dict(to_huggingface(params, model.config))
+        weights = os.path.join(staging, SINGLE_FILE)
+        try:
+            safetensors.numpy.save_file(tensors, weights, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:  # a full disk too
+            raise ModelError(f"{weights}: cannot be written: {error}") from error
+        os.chmod(weights, 0o644)  # safetensors makes it unreadable for others
+        copy_base(source, staging)
+
+    replace_folder(os.fspath(folder), write)
+
+
+def copy_base(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Copies what lies beside the weights: config, tokenizer, processor, templates."""
+    os.makedirs(target, exist_ok=True)
     for name in ("config.json", *PROCESSOR_FILES):
         origin = os.path.join(source, name)
         if os.path.isfile(origin):
-            shutil.copyfile(origin, os.path.join(staging, name))
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(staging, target)
+            shutil.copyfile(origin, os.path.join(target, name))
 
 
 def to_huggingface(params: Params, config: LlavaConfig) -> Iterator[tuple[str, np.ndarray]]:
@@ -174,8 +186,11 @@ def weight_files(folder: str | os.PathLike[str]) -> list[str]:
     folder = os.fspath(folder)
     index = os.path.join(folder, INDEX_FILE)
     if os.path.isfile(index):
-        with open(index) as handle:
-            names = sorted(set(json.load(handle)["weight_map"].values()))
+        try:
+            with open(index) as handle:
+                names = sorted(set(json.load(handle)["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{index}: not an index of safetensors files: {error}") from error
     else:
         names = [SINGLE_FILE]
     files = [os.path.join(folder, name) for name in names]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mmpo_jax.errors import MmpoError
-from mmpo_jax.models.huggingface import PROCESSOR_FILES, unflatten
+from mmpo_jax.models.huggingface import copy_base, unflatten
 from mmpo_jax.models.llava import Params
 from mmpo_jax.training.step import TrainState
 
@@ -118,11 +117,7 @@ def save_base(folder: str | os.PathLike[str], source: str | os.PathLike[str]) ->
       The folder.
     """
     base = os.path.join(folder, BASE)
-    os.makedirs(base, exist_ok=True)
-    for name in ("config.json", *PROCESSOR_FILES):
-        origin = os.path.join(source, name)
-        if os.path.isfile(origin):
-            shutil.copyfile(origin, os.path.join(base, name))
+    copy_base(source, base)
     return base
 
 

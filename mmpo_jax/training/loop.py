@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import time
 from collections.abc import Sequence
@@ -60,19 +59,15 @@ def train(
       seed: order of the data.
 
     Returns:
-      The trained parameters, float32.
+      The whole parameters, float32 where they were trained.
 
     Raises:
       TrainingError: there is no data, the batch does not fit the mesh, `freeze` does not fit the
         model, or a step was not finite.
     """
+    check_training(config, model, mesh)
     steps = total_steps(config, len(examples))
     micro = micro_batch_size(config, mesh)
-    try:
-        trainable_paths(list(flatten(params)), config.freeze)
-    except (ValueError, re.error) as error:
-        message = str(error).removeprefix("freeze: ")
-        raise TrainingError(f"training.freeze: {message}") from error
     schedule = make_schedule(config.optimizer, steps)
     optimizer = make_optimizer(config.optimizer, schedule)
     checkpoints = Checkpoints(folder, identity, config.keep_checkpoints)
@@ -113,6 +108,20 @@ def train(
                 if step % config.save_every == 0 or step == steps:
                     checkpoints.save(step, state, batches.get_state())
         return merge(state)
+
+
+def check_training(config: Training, model: Model, mesh: Mesh) -> None:
+    """What can be known to be wrong before anything heavy starts.
+
+    Raises:
+      TrainingError: the batch does not fit the mesh, or `freeze` does not fit the model.
+    """
+    micro_batch_size(config, mesh)
+    try:
+        trainable_paths(list(flatten(model.abstract_params())), config.freeze)
+    except (ValueError, re.error) as error:
+        message = str(error).removeprefix("freeze: ")
+        raise TrainingError(f"training.freeze: {message}") from error
 
 
 def total_steps(config: Training, num_examples: int) -> int:
@@ -157,8 +166,3 @@ def _fetch(
             )
     names = [name for name in rows[0] if name != "finite"]
     return {name: float(np.mean([row[name] for row in rows])) for name in names}
-
-
-def metrics_file(folder: str) -> str:
-    """Where `train` writes its metrics."""
-    return os.path.join(folder, "metrics.jsonl")

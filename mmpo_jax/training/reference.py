@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -13,8 +12,7 @@ from jax.sharding import Mesh
 
 from mmpo_jax.data.batching import bucket, pad_batch
 from mmpo_jax.data.processor import Processor
-from mmpo_jax.data.tokenization import TokenizedRecord
-from mmpo_jax.files import fingerprint_json
+from mmpo_jax.data.tokenization import TokenizedRecord, fingerprint_records
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.llava import Model, Params
 from mmpo_jax.models.log_probs import response_log_probs
@@ -26,9 +24,15 @@ from mmpo_jax.training.losses import sum_log_probs
 ROWS_PER_PART = 2048
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def score_batch(model: Model, params: Params, batch: Batch) -> jax.Array:
-    """float32[B, R]: summed log-prob of every response."""
+@functools.partial(jax.jit, static_argnames=("model", "compute_dtype"))
+def score_batch(
+    model: Model, params: Params, batch: Batch, compute_dtype: str = "float32"
+) -> jax.Array:
+    """float32[B, R]: summed log-prob of every response.
+
+    In the dtype that training computes in, so that policy and reference agree at step 0.
+    """
+    params = jax.tree.map(lambda leaf: leaf.astype(compute_dtype), params)
     return sum_log_probs(response_log_probs(model, params, batch), batch)
 
 
@@ -43,6 +47,7 @@ def reference_stage(
     folder: str,
     model_fingerprint: str,
     batch_size: int,
+    compute_dtype: str,
     progress: Callable[[str, int, int], None] = lambda stage, part, parts: None,
 ) -> dict[str, np.ndarray]:
     """Log-probs of every response under the model training starts from, from the cache if valid.
@@ -58,9 +63,10 @@ def reference_stage(
         name="reference",
         inputs={
             "model": model_fingerprint,
-            "rows": fingerprint_json([_row_key(record) for record in records]),
+            "rows": fingerprint_records(records),
             **processor.fingerprints(),
         },
+        settings={"compute_dtype": compute_dtype},
         num_parts=max(1, -(-len(records) // ROWS_PER_PART)),
     )
     placed = functools.cache(lambda: put_params(params, model.rules, mesh))
@@ -68,7 +74,9 @@ def reference_stage(
     def make_part(part: int) -> pa.Table:
         progress(stage.name, part, stage.num_parts)
         rows = records[part * ROWS_PER_PART : (part + 1) * ROWS_PER_PART]
-        sums = score_records(model, placed(), processor, rows, lengths, mesh, batch_size)
+        sums = score_records(
+            model, placed(), processor, rows, lengths, mesh, batch_size, compute_dtype
+        )
         return pa.table(
             {
                 "id": pa.array([record.id for record in rows], pa.string()),
@@ -92,6 +100,7 @@ def score_records(
     lengths: Lengths,
     mesh: Mesh,
     batch_size: int,
+    compute_dtype: str = "float32",
 ) -> list[list[float]]:
     """Summed log-prob of every response of every record, in the records' order.
 
@@ -115,7 +124,7 @@ def score_records(
                 num_responses=responses,
             )
             with jax.set_mesh(mesh):
-                sums = np.asarray(score_batch(model, params, put_batch(batch, mesh)))
+                sums = np.asarray(score_batch(model, params, put_batch(batch, mesh), compute_dtype))
             for row, index in enumerate(chosen):
                 scores[index] = sums[row, : len(records[index].responses)].tolist()
     return [scores[index] for index in range(len(records))]
@@ -128,13 +137,3 @@ def _shape(record: TokenizedRecord, lengths: Lengths) -> tuple[int, int, int, in
         len(record.responses),
         len(record.images),
     )
-
-
-def _row_key(record: TokenizedRecord) -> list[Any]:
-    """What identifies a row: its ids, tokens and images."""
-    return [
-        record.id,
-        record.prompt_ids.tolist(),
-        [[r.ids.tolist(), r.loss_mask.tolist()] for r in record.responses],
-        [image.fingerprint() for image in record.images],
-    ]

@@ -30,9 +30,9 @@ ROOT = Path(__file__).parents[2]
 RECIPE = Path("configs", "shapes_align.yaml")
 OVERRIDES = (
     "rounds=2",
-    "prompts_per_round=48",
-    "data.size=96",
-    "sampling.num_samples=4",
+    "prompts_per_round=300",  # more than one part of a stage
+    "data.size=600",
+    "sampling.num_samples=2",
     "training.epochs=4",
     "training.max_steps=30",
     "training.batch_size=4",
@@ -42,9 +42,9 @@ OVERRIDES = (
 )
 MOMENTS = (
     "round 0/2  evaluate",
-    "round 1/2  generate",
+    "round 1/2  generate 2/2",
     "round 1/2  divide",
-    "round 1/2  conquer",
+    "round 1/2  conquer 2/2",
     "round 1/2  combine",
     "round 1/2  reference",
     "step 10/",

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import tiny
 
-from mmpo_jax.data.pipeline import Example, num_batches, tokenize_records, training_batches
+from mmpo_jax.data.pipeline import Example, num_batches, training_batches
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
+from mmpo_jax.data.tokenization import tokenize_records
 from mmpo_jax.recipe import Lengths
 from mmpo_jax.shapes.render import png_bytes
 from mmpo_jax.shapes.world import sample_scene

@@ -46,7 +46,7 @@ def make_labeler(tiny_folder, tiny_model, tiny_processor, mesh):
     def make(processor=tiny_processor, lengths=LENGTHS, **options):
         model, params = tiny_model
         options = {"batch_size": 3, "questions_at_once": 16} | options
-        return CheckpointLabeler(tiny_folder, model, params, processor, mesh, lengths, **options)
+        return CheckpointLabeler(model, params, processor, mesh, lengths, **options)
 
     return make
 
@@ -159,12 +159,10 @@ def test_one_question_alone_may_be_longer_than_the_prompt_bucket(make_labeler, t
     assert check(make_labeler(lengths=short, questions_at_once=2), items, tiny_model) == 5
 
 
-def test_all_on_eight_devices(make_labeler, tiny_folder, tiny_model, tiny_processor):
+def test_all_on_eight_devices(make_labeler, tiny_model, tiny_processor):
     model, params = tiny_model
     mesh = jax.make_mesh((2, 4, 1), AXES, axis_types=(AxisType.Auto,) * 3)
-    labeler = CheckpointLabeler(
-        tiny_folder, model, params, tiny_processor, mesh, LENGTHS, batch_size=3
-    )
+    labeler = CheckpointLabeler(model, params, tiny_processor, mesh, LENGTHS, batch_size=3)
     items = [("a", (image(0),), QUESTIONS), ("b", (image(1),), QUESTIONS[:2])]
     for ours, theirs in zip(labeler.answer(items), make_labeler().answer(items), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=1e-7)
@@ -240,10 +238,3 @@ class TestAnswerTokens:
         processor = make_processor(edit=lambda tokenizer: tokenizer["model"]["vocab"].pop("no"))
         with pytest.raises(ProcessorError, match="cannot tell yes from no"):
             make_labeler(processor)
-
-
-def test_the_fingerprint_is_the_checkpoints(make_labeler, tiny_folder, tmp_path):
-    copy = shutil.copytree(tiny_folder, tmp_path / "copy")
-    assert make_labeler().fingerprint == labeler_module.fingerprint_folder(copy)
-    (copy / "chat_template.jinja").write_text(CHAT_TEMPLATE + " ")
-    assert make_labeler().fingerprint != labeler_module.fingerprint_folder(copy)

@@ -11,11 +11,16 @@ import numpy as np
 import pytest
 import tiny
 
+from mmpo_jax.models import log_probs
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.config import from_huggingface
 from mmpo_jax.models.huggingface import flatten
 from mmpo_jax.models.llava import Model
 from mmpo_jax.models.log_probs import head_chunk, response_log_probs, token_log_probs
+from mmpo_jax.recipe import Dpo, Optimizer
+from mmpo_jax.training.losses import REFERENCE, make_loss
+from mmpo_jax.training.optimizer import make_optimizer, make_schedule
+from mmpo_jax.training.step import TrainState, make_step
 
 PROMPTS = (6, 9, 14)
 RESPONSES = ((5, 2, 7, 1, 4), (1, 7, 3, 6, 2), (4, 4, 1, 7, 5))
@@ -268,28 +273,36 @@ LARGE = (2, 2, 512, 152_000)  # B, R, T, V
 LOGITS = math.prod(LARGE)
 
 
-def compile_large_step(chunk):
-    """Value and gradient at a vocabulary of 152,000, compiled and not run."""
+def compile_large_step():
+    """A DPO training step at a vocabulary of 152,000, compiled and not run."""
     b, r, t, v = LARGE
     text = {"vocab_size": v, "hidden_size": 8, "num_hidden_layers": 1}
     config = tiny.make_config({"num_hidden_layers": 1}, text, vision_feature_layer=-1)
     model = Model.create(from_huggingface(config))
-    spec = jax.ShapeDtypeStruct
-    batch = Batch(
-        prompt_ids=spec((b, 16), jnp.int32),
-        prompt_mask=spec((b, 16), bool),
-        pixel_values=spec((b, 1, 3, 16, 16), jnp.float32),
-        response_ids=spec((b, r, t), jnp.int32),
-        response_mask=spec((b, r, t), bool),
-        loss_mask=spec((b, r, t), bool),
-        weights=spec((b,), jnp.float32),
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def spec(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    batch = Batch(  # a micro-batch in front
+        prompt_ids=spec((1, b, 16), jnp.int32),
+        prompt_mask=spec((1, b, 16), bool),
+        pixel_values=spec((1, b, 1, 3, 16, 16), jnp.float32),
+        response_ids=spec((1, b, r, t), jnp.int32),
+        response_mask=spec((1, b, r, t), bool),
+        loss_mask=spec((1, b, r, t), bool),
+        weights=spec((1, b), jnp.float32),
     )
-
-    def loss(params, batch):
-        return -response_log_probs(model, params, batch, chunk=chunk, remat="full").sum()
-
     with jax.enable_x64(False):
-        return jax.jit(jax.value_and_grad(loss)).lower(model.abstract_params(), batch).compile()
+        schedule = make_schedule(Optimizer(), 10)
+        optimizer = make_optimizer(Optimizer(), schedule)
+        params = flatten(model.abstract_params())
+        state = TrainState(
+            jax.eval_shape(lambda: jnp.int32(0)), params, {}, jax.eval_shape(optimizer.init, params)
+        )
+        state = jax.tree.map(lambda leaf: spec(leaf.shape, leaf.dtype), state)
+        step = make_step(make_loss(model, Dpo(), "full"), optimizer, schedule, state)
+        return step.lower(state, (batch, {REFERENCE: spec((1, b, r), jnp.float32)})).compile()
 
 
 def largest_array(program):
@@ -298,12 +311,13 @@ def largest_array(program):
 
 
 def test_logits_are_never_stored():
-    program = compile_large_step(chunk=None)
+    program = compile_large_step()
     assert largest_array(program) < LOGITS / 2
     assert program.memory_analysis().temp_size_in_bytes < LOGITS * 4 / 2
 
 
-def test_the_check_above_finds_stored_logits():
-    program = compile_large_step(chunk=LARGE[2])
+def test_the_check_above_finds_stored_logits(monkeypatch):
+    monkeypatch.setattr(log_probs, "LOGITS_BYTES", LOGITS * 4)
+    program = compile_large_step()
     assert largest_array(program) >= LOGITS
     assert program.memory_analysis().temp_size_in_bytes >= LOGITS * 4

@@ -19,8 +19,9 @@ import pytest
 from jax.sharding import AxisType
 
 from mmpo_jax.checkpoint import load_checkpoint
-from mmpo_jax.data.pipeline import Example, tokenize_records
+from mmpo_jax.data.pipeline import Example
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
+from mmpo_jax.data.tokenization import tokenize_records
 from mmpo_jax.models.huggingface import flatten, load_params, save_model, unflatten
 from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.recipe import Dpo, Lengths, Optimizer, Sft, Training

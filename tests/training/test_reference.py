@@ -9,9 +9,9 @@ import pytest
 import tiny
 from jax.sharding import AxisType
 
-from mmpo_jax.data.pipeline import tokenize_records
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
+from mmpo_jax.data.tokenization import tokenize_records
 from mmpo_jax.files import fingerprint_folder, read_table
 from mmpo_jax.models.config import load_config
 from mmpo_jax.models.huggingface import load_model
@@ -58,7 +58,7 @@ class Cache:
 
         monkeypatch.setattr(reference, "score_records", count)
 
-    def ask(self, checkpoint=None, batch_size=4, lengths=LENGTHS, **rows):
+    def ask(self, checkpoint=None, batch_size=4, lengths=LENGTHS, compute_dtype="float32", **rows):
         checkpoint = checkpoint or self.checkpoint
         model, params = load_model(checkpoint)
         processor = Processor(checkpoint, load_config(checkpoint))
@@ -73,6 +73,7 @@ class Cache:
             folder=str(self.folder),
             model_fingerprint=fingerprint_folder(checkpoint),
             batch_size=batch_size,
+            compute_dtype=compute_dtype,
         )
 
     def ran(self, **changes):
@@ -102,6 +103,11 @@ def test_a_hit_does_not_run_the_model(cache, monkeypatch):
     monkeypatch.setattr(reference, "score_records", None)
     same(cache.ask(), first)
     same(cache.ask(batch_size=2), first)  # how it is cut does not change what it is
+
+
+def test_another_compute_dtype(cache):
+    assert cache.ran(compute_dtype="bfloat16")
+    assert not cache.ran(compute_dtype="bfloat16")
 
 
 def test_values_are_the_models(cache, tiny_model, tiny_processor, mesh):

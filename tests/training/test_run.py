@@ -1,0 +1,115 @@
+"""`mmpo train`: which rows an objective learns from, and what makes a run another run."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmpo_jax.checkpoint import load_start
+from mmpo_jax.data.sources import SKIPPED
+from mmpo_jax.errors import DataError
+from mmpo_jax.models.huggingface import flatten, load_model
+from mmpo_jax.recipe import TrainRecipe
+from mmpo_jax.training.checkpoints import CheckpointError
+from mmpo_jax.training.run import run_training, training_records
+
+DPO, SFT = {"type": "dpo"}, {"type": "sft"}
+QUESTION = "what is in the picture ?"
+PREFERENCE = {"prompt": QUESTION, "chosen": "a red circle .", "rejected": "two blue stars ."}
+DIALOGUE = {
+    "messages": [
+        {"role": "user", "content": QUESTION},
+        {"role": "assistant", "content": "a red circle ."},
+        {"role": "user", "content": "is there a star ?"},
+        {"role": "assistant", "content": "no"},
+    ]
+}
+ALTERNATIVES = {"prompt": QUESTION, "responses": ["a red circle .", "two blue stars ."]}
+
+
+def png(shade):
+    file = io.BytesIO()
+    Image.new("RGB", (20, 16), (shade, 40, 80)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def make_recipe(tmp_path, tiny_folder):
+    """A recipe over rows that all show one picture."""
+
+    def make(rows, objective, model=tiny_folder, output="out", max_skipped=0.5, **training):
+        (tmp_path / "picture.png").write_bytes(png(120))
+        rows = [{"id": str(i), "images": ["picture.png"], **row} for i, row in enumerate(rows)]
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        values = {
+            "output": str(tmp_path / output),
+            "model": str(model),
+            "lengths": {"prompt": [24], "response": [24]},
+            "data": {"source": "file", "path": str(path), "max_skipped": max_skipped},
+            "training": {"objective": objective, "batch_size": 8, **training},
+        }
+        return TrainRecipe.model_validate(values)
+
+    return make
+
+
+def learned(recipe):
+    """What the loss counts of each row: a text per response."""
+    start = load_start(recipe.model)
+    return [
+        [start.processor.decode(r.ids[r.loss_mask].tolist()) for r in record.responses]
+        for record in training_records(recipe, start)
+    ]
+
+
+def test_supervision_takes_the_best_of_a_preference_and_all_turns_of_a_dialogue(make_recipe):
+    recipe = make_recipe([PREFERENCE, DIALOGUE, ALTERNATIVES], SFT)
+    best, dialogue, both = learned(recipe)
+    assert best == ["a red circle ."]
+    assert dialogue == ["a red circle . no"]
+    assert both == ["a red circle .", "two blue stars ."]
+
+
+def test_dpo_takes_preferences_only(make_recipe, tmp_path):
+    recipe = make_recipe([PREFERENCE, ALTERNATIVES, PREFERENCE], DPO)
+    assert learned(recipe) == [["a red circle .", "two blue stars ."]] * 2
+    (skipped,) = (tmp_path / "out" / SKIPPED).read_text().splitlines()
+    assert json.loads(skipped)["reason"] == "incomplete_pair"
+    with pytest.raises(DataError, match="2 of 2 rows cannot be used"):
+        learned(make_recipe([DIALOGUE, ALTERNATIVES], DPO))
+
+
+def test_no_row_skipped_any_more(make_recipe, tmp_path):
+    learned(make_recipe([PREFERENCE, DIALOGUE], DPO))
+    learned(make_recipe([PREFERENCE], DPO))
+    assert not (tmp_path / "out" / SKIPPED).exists()
+
+
+def test_what_makes_it_another_run(make_recipe, tmp_path):
+    rows = [PREFERENCE] * 8
+    recipe = make_recipe(rows, DPO, max_steps=2, save_every=10)
+    first = flatten(load_model(run_training(recipe))[1])
+
+    again = make_recipe(rows, DPO, max_steps=2, save_every=5, log_every=5, keep_checkpoints=1)
+    for path, leaf in flatten(load_model(run_training(again))[1]).items():
+        np.testing.assert_array_equal(leaf, first[path])
+
+    with pytest.raises(CheckpointError, match="another model, data or recipe"):
+        run_training(make_recipe(rows, DPO, max_steps=1, save_every=10))
+    (tmp_path / "picture.png").write_bytes(png(121))  # the rows' file is as it was
+    with pytest.raises(CheckpointError, match="another model, data or recipe"):
+        run_training(recipe)
+
+
+def test_training_goes_on_from_a_run(make_recipe, tmp_path):
+    run_training(make_recipe([PREFERENCE] * 8, SFT, output="first"))
+    from_orbax = run_training(make_recipe([PREFERENCE] * 8, DPO, tmp_path / "first", "second"))
+    from_folder = run_training(
+        make_recipe([PREFERENCE] * 8, DPO, tmp_path / "first" / "model", "third")
+    )
+    theirs = flatten(load_model(from_folder)[1])
+    for path, leaf in flatten(load_model(from_orbax)[1]).items():
+        np.testing.assert_array_equal(leaf, theirs[path])
