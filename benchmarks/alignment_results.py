@@ -15,6 +15,7 @@ import time
 from mmpo_jax.alignment.align import run_alignment
 from mmpo_jax.alignment.report import RoundReport
 from mmpo_jax.recipe import AlignRecipe, load_recipe
+from mmpo_jax.shapes.language import QUESTION_KINDS
 
 ROWS = (
     ("sampled/chair_s", "CHAIR_s, sampled"),
@@ -26,6 +27,7 @@ ROWS = (
     ("sampled/mean_length", "words, sampled"),
     ("greedy/mean_length", "words, greedy"),
     ("yes_no_accuracy", "yes/no accuracy"),
+    *((f"yes_no/{kind}", f"of {kind}") for kind in QUESTION_KINDS),
 )
 
 

@@ -1,7 +1,8 @@
 """DPO of a LLaVA-shaped model: TRL's DPOTrainer and mmpo_jax on the same pairs, side by side.
 
 Both start from the same checkpoint, see the same token ids and pictures in the same order, and run
-one epoch of AdamW in float32 with the start model as reference. Each runs in a process of its own.
+one epoch of AdamW in float32 with the start model as reference. Each runs in a process of its own;
+TRL twice, as it is by default (gradient checkpointing: less memory) and without (faster).
 
     python benchmarks/dpo_vs_trl.py
 """
@@ -11,11 +12,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import itertools
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,7 +31,8 @@ from checkpoint import (
 
 LOSS_TOLERANCE = 1e-4
 COMPARED_STEPS = 4
-WARM_UP_STEPS = 1
+SIDES = ("ours", "trl", "trl_checkpointing")
+"""Ours first: it says in which order the pairs come."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +45,12 @@ class Settings:
     weight_decay: float = 0.01
     beta: float = 0.1
     freeze_vision: bool = False
-    trl_checkpointing: bool = False
-    """TRL with gradient checkpointing, its default: slower, and less memory."""
     remat: str = "dots"
     """Ours: the rematerialisation policy of the layers."""
     seed: int = 0
 
 
-def run_trl(folder: str, settings: Settings) -> dict:
+def run_trl(folder: str, settings: Settings, checkpointing: bool) -> dict:
     """One epoch of TRL's DPOTrainer on the pairs in the order of `order.json`."""
     import copy
 
@@ -83,7 +81,7 @@ def run_trl(folder: str, settings: Settings) -> dict:
         max_length=None,
         bf16=False,
         use_cpu=True,
-        gradient_checkpointing=settings.trl_checkpointing,
+        gradient_checkpointing=checkpointing,
         train_sampling_strategy="sequential",
         logging_steps=1,
         save_strategy="no",
@@ -111,12 +109,10 @@ def run_trl(folder: str, settings: Settings) -> dict:
     batch = trainer.data_collator([copy.deepcopy(rows[i]) for i in range(settings.batch_size)])
     trainer.train()
     steps = [row for row in trainer.state.log_history if "loss" in row]
-    durations = [after - before for before, after in itertools.pairwise(times)]
     return {
         "ids": batch["input_ids"].tolist(),
         "losses": [row["loss"] for row in steps],
         "grad_norms": [row["grad_norm"] for row in steps],
-        "step_seconds": statistics.median(durations[WARM_UP_STEPS:]),
         "epoch_seconds": times[-1] - times[0],
         "cpu_seconds": cpu_times[-1] - cpu_times[0],
         "compile_seconds": 0.0,
@@ -187,25 +183,22 @@ def run_ours(folder: str, settings: Settings) -> dict:
             Example(record, {REFERENCE: sums})
             for record, sums in zip(tokenized, reference, strict=True)
         ]
-        losses, norms, times, ids, first = [], [], [time.perf_counter()], [], None
+        losses, norms, ids, first = [], [], [], None
         state = create_state(params, model, optimizer, config.freeze, mesh)
         step = jitted.setdefault("step", make_step(loss, optimizer, schedule, state))
         for host in batches(examples, processor):
             state, metrics = step(state, put_batch(host.arrays, mesh, leading=1))
             losses.append(float(metrics["loss"]))
             norms.append(float(metrics["grad_norm"]))
-            times.append(time.perf_counter())
             ids += host.ids
             first = first or host.arrays[0]
-        durations = [after - before for before, after in itertools.pairwise(times)]
         return {
             "ids": _rows(first),
             "order": [int(name) - 1 for name in ids],
             "losses": losses,
             "grad_norms": norms,
             "reference_seconds": scored - started,
-            "step_seconds": statistics.median(durations[WARM_UP_STEPS:] or durations),
-            "epoch_seconds": times[-1] - started,
+            "epoch_seconds": time.perf_counter() - started,
             "cpu_seconds": time.process_time() - cpu,
         }
 
@@ -237,69 +230,54 @@ def _peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def compare(settings: Settings, ours: dict, trl: dict) -> dict:
-    """The figures of both sides, their ratios, and whether they computed the same."""
-    sides = {}
-    for name, side in (("trl", trl), ("ours", ours)):
-        step = side["step_seconds"] + side.get("reference_seconds", 0) / len(side["losses"])
-        sides[name] = {
-            "step_seconds": step,
-            "pairs_per_second": settings.pairs / side["epoch_seconds"],
-            "pairs_per_second_with_compile": settings.pairs
-            / (side["epoch_seconds"] + side["compile_seconds"]),
+def compare(settings: Settings, sides: dict[str, dict]) -> dict:
+    """The figures of all sides, and whether they computed the same."""
+    figures = {}
+    for name, side in sides.items():
+        seconds, compiling = side["epoch_seconds"], side["compile_seconds"]
+        figures[name] = {
+            "pairs_per_second": settings.pairs / seconds,
+            "pairs_per_second_with_compile": settings.pairs / (seconds + compiling),
             "cpu_seconds_per_pair": side["cpu_seconds"] / settings.pairs,
-            "compile_seconds": side["compile_seconds"],
+            "compile_seconds": compiling,
             "peak_mib": side["peak_bytes"] / 2**20,
             "losses": side["losses"][:COMPARED_STEPS],
             "grad_norms": side["grad_norms"][:COMPARED_STEPS],
         }
-    difference = max(
-        abs(a - b) for a, b in zip(sides["ours"]["losses"], sides["trl"]["losses"], strict=True)
-    )
+    ours = figures["ours"]["losses"]
     return {
         "settings": dataclasses.asdict(settings),
-        **sides,
-        "reference_seconds": ours["reference_seconds"],
-        "speed_ratio": sides["ours"]["pairs_per_second"] / sides["trl"]["pairs_per_second"],
-        "speed_ratio_with_compile": sides["ours"]["pairs_per_second_with_compile"]
-        / sides["trl"]["pairs_per_second_with_compile"],
-        "memory_ratio": sides["ours"]["peak_mib"] / sides["trl"]["peak_mib"],
-        "same_ids": ours["ids"] == trl["ids"],
-        "largest_loss_difference": difference,
+        **figures,
+        "reference_seconds": sides["ours"]["reference_seconds"],
+        "same_ids": all(side["ids"] == sides["ours"]["ids"] for side in sides.values()),
+        "largest_loss_difference": max(
+            abs(a - b)
+            for side in figures.values()
+            for a, b in zip(ours, side["losses"], strict=True)
+        ),
     }
 
 
 def show(result: dict) -> None:
-    trl, ours = result["trl"], result["ours"]
+    """The table; a ratio is ours / TRL's."""
     lines = [
-        ("pairs/s, whole epoch", "pairs_per_second", "{:.3f}", result["speed_ratio"]),
-        (
-            "pairs/s, compilation included",
-            "pairs_per_second_with_compile",
-            "{:.3f}",
-            result["speed_ratio_with_compile"],
-        ),
-        (
-            "seconds a step, reference included",
-            "step_seconds",
-            "{:.2f}",
-            ours["step_seconds"] / trl["step_seconds"],
-        ),
-        (
-            "processor seconds a pair",
-            "cpu_seconds_per_pair",
-            "{:.2f}",
-            ours["cpu_seconds_per_pair"] / trl["cpu_seconds_per_pair"],
-        ),
-        ("peak memory, MiB", "peak_mib", "{:.0f}", result["memory_ratio"]),
-        ("compilation, seconds", "compile_seconds", "{:.1f}", None),
+        ("pairs/s, whole epoch", "pairs_per_second", "{:.3f}"),
+        ("pairs/s, compilation included", "pairs_per_second_with_compile", "{:.3f}"),
+        ("processor seconds a pair", "cpu_seconds_per_pair", "{:.2f}"),
+        ("peak memory, MiB", "peak_mib", "{:.0f}"),
     ]
-    print(f"\n{'':36}{'TRL':>10}{'mmpo_jax':>10}{'ratio':>8}")
-    for title, key, form, ratio in lines:
-        shown = "" if ratio is None else f"{ratio:.2f}"
-        print(f"{title:36}{form.format(trl[key]):>10}{form.format(ours[key]):>10}{shown:>8}")
-    for step, (theirs, mine) in enumerate(zip(trl["losses"], ours["losses"], strict=True), 1):
-        print(f"{f'loss of step {step}':36}{theirs:>10.5f}{mine:>10.5f}")
+    names = ("TRL", "ratio", "TRL default", "ratio", "mmpo_jax")
+    print("\n" + " " * 32 + "".join(name.rjust(12) for name in names))
+    ours = result["ours"]
+    for title, key, form in lines:
+        cells = []
+        for side in ("trl", "trl_checkpointing"):
+            value = result[side][key]
+            cells += [form.format(value), f"{ours[key] / value:.2f}"]
+        print(f"{title:32}" + "".join(c.rjust(12) for c in [*cells, form.format(ours[key])]))
+    print(f"compilation: {ours['compile_seconds']:.1f} s")
+    for step, losses in enumerate(zip(*(result[s]["losses"] for s in SIDES), strict=True), 1):
+        print(f"loss of step {step}: " + "  ".join(f"{loss:.6f}" for loss in losses))
     print(f"token ids of the first batch are {'equal' if result['same_ids'] else 'NOT EQUAL'}")
     print(f"largest difference of these losses: {result['largest_loss_difference']:.1e}")
 
@@ -313,15 +291,18 @@ def main() -> None:
         else:
             parser.add_argument(flag, type=type(field.default), default=field.default)
     parser.add_argument("--json", help="also write the figures to this file")
-    parser.add_argument("--worker", choices=("trl", "ours"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     names = [field.name for field in dataclasses.fields(Settings)]
     settings = Settings(**{name: getattr(arguments, name) for name in names})
     if arguments.worker:
-        run = run_trl if arguments.worker == "trl" else run_ours
         with contextlib.redirect_stdout(sys.stderr):
-            result = run(arguments.folder, settings)
+            if arguments.worker == "ours":
+                result = run_ours(arguments.folder, settings)
+            else:
+                checkpointing = arguments.worker == "trl_checkpointing"
+                result = run_trl(arguments.folder, settings, checkpointing)
         with open(os.path.join(arguments.folder, f"{arguments.worker}.json"), "w") as file:
             json.dump(result, file)
         return
@@ -329,12 +310,12 @@ def main() -> None:
         make_checkpoint(folder, settings.seed)
         make_pairs(folder, settings.pairs, settings.seed)
         results = {}
-        for side in ("ours", "trl"):  # ours first: it says in which order the pairs come
+        for side in SIDES:
             command = [sys.executable, __file__, *sys.argv[1:], "--worker", side]
             subprocess.run([*command, "--folder", folder], check=True)
             with open(os.path.join(folder, f"{side}.json")) as file:
                 results[side] = json.load(file)
-    result = compare(settings, results["ours"], results["trl"])
+    result = compare(settings, results)
     show(result)
     if arguments.json:
         with open(arguments.json, "w") as file:

@@ -117,6 +117,8 @@ class Pairing(Section):
     min_difference: float = Field(1.0, gt=0)
     max_pairs_per_prompt: PositiveInt = 2
     length_balance: Literal["rlaif_v", "symmetric", "none"] = "rlaif_v"
+    duplicate_claims: Literal["keep", "drop_response"] = "keep"
+    """What becomes of responses that make a claim twice; RLAIF-V's code in effect drops them."""
 
     @pydantic.model_validator(mode="after")
     def _possible(self) -> Pairing:

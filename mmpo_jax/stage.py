@@ -92,7 +92,6 @@ class Stage:
 def run_stage(
     stage: Stage,
     make_part: Callable[[int], pa.Table],
-    on_part: Callable[[int, int], None] | None = None,
 ) -> pa.Table:
     """The result of a stage, made now as far as it does not exist.
 
@@ -102,7 +101,6 @@ def run_stage(
 
     Args:
       make_part: makes part i of `stage.num_parts`. What it raises passes through.
-      on_part: called after every part made, with the number of parts there are and of all parts.
 
     Raises:
       StageError: a file could not be written, for instance because the disk is full. Finished
@@ -120,8 +118,6 @@ def run_stage(
         _write(stage, stage.part_path(part), data, len(parts))
         # Used as read back, so that the result is the same with and without a restart.
         parts[part] = decode_table(data, f"part {part} of stage {stage.name}")
-        if on_part is not None:
-            on_part(len(parts), stage.num_parts)
     data = encode_table(_concatenate(stage, [parts[part] for part in range(stage.num_parts)]))
     _write(stage, stage.output_path, data, stage.num_parts)
     manifest = json.dumps(_manifest(stage, data), indent=2, sort_keys=True) + "\n"

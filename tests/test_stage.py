@@ -335,14 +335,6 @@ def test_columns_have_to_agree(tmp_path):
         run_stage(a_stage(tmp_path), lambda part: pa.table({f"c{part}": [1]}))
 
 
-def test_on_part_counts_all_parts(tmp_path):
-    calls = []
-    with pytest.raises(KeyboardInterrupt):
-        run_stage(a_stage(tmp_path), Maker(kill_at=2), lambda *c: calls.append(c))
-    run_stage(a_stage(tmp_path), make, lambda *c: calls.append(c))
-    assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
-
-
 def test_manifest_says_what_the_result_is_made_of(tmp_path):
     run_stage(a_stage(tmp_path), make)
     manifest = json.loads((tmp_path / "label.json").read_text())

@@ -13,6 +13,8 @@ from mmpo_jax.training.metrics import FILE, read_metrics
 RECALL_LOSS = 0.03
 LENGTH_LOSS = 0.15
 """From these on, compared with the start model, the report warns of silence."""
+UNPARSED_GAIN = 0.05
+"""From this on it warns of text that cannot be read."""
 
 COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("round", "round", "d"),
@@ -117,6 +119,12 @@ def warnings(reports: list[RoundReport]) -> list[str]:
                 found.append(
                     f"round {report.index}: responses are {shorter:.0%} shorter than at the start"
                 )
+        unparsed = "sampled/unparsed"
+        if report.metrics.get(unparsed, 0) - start.get(unparsed, 0) > UNPARSED_GAIN:
+            found.append(
+                f"round {report.index}: {report.metrics[unparsed]:.0%} of the responses hold "
+                "pieces that cannot be read; the model is coming apart (lower the learning rate)"
+            )
         if report.pairs and report.dpo_accuracy is not None and report.dpo_accuracy < 0.5:
             found.append(
                 f"round {report.index}: DPO prefers the rejected responses; it did not learn"

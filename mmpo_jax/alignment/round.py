@@ -53,6 +53,9 @@ log = logging.getLogger(__name__)
 PROMPTS_PER_PART = 256
 """A kill loses at most this many prompts' worth of a stage."""
 
+COMBINE_RULES = 2
+"""Part of the key of pairs: changes with what makes them."""
+
 Progress = Callable[[str, int, int], None]
 """progress(stage, index of the part that begins, parts in all)."""
 
@@ -222,31 +225,46 @@ def combine_stage(work: Round, divided: pa.Table, judged: pa.Table) -> pa.Table:
             min_difference=pairing.min_difference,
             max_pairs_per_prompt=pairing.max_pairs_per_prompt,
             balance=pairing.length_balance,
+            duplicate_claims=pairing.duplicate_claims,
         )
         table = pa.Table.from_pylist(
             [dataclasses.asdict(pair) for pair in result.pairs], schema=_PAIRS
         )
-        return table.replace_schema_metadata({"counts": canonical_json(dict(result.counts))})
+        metadata = {
+            "counts": canonical_json(dict(result.counts)),
+            "length_threshold": canonical_json(result.length_threshold),
+        }
+        return table.replace_schema_metadata(metadata)
 
     inputs = {"claims": _output(work, "divide"), "verdicts": _output(work, "conquer")}
-    settings = {**pairing.model_dump(), "seed": work.recipe.seed, "round": work.index}
+    settings = {
+        "rules": COMBINE_RULES,
+        **pairing.model_dump(),
+        "seed": work.recipe.seed,
+        "round": work.index,
+    }
     return work.run(work.stage("combine", inputs, settings), make_part)
 
 
 def scored_responses(divided: pa.Table, judged: pa.Table) -> list[ScoredResponse]:
-    """Joins responses with the answers to their questions."""
+    """Joins responses with the answers to their questions.
+
+    A piece that the splitter could not read counts as a claim that was rejected: what nobody can
+    check must not pay, or the model learns to end in fragments.
+    """
     answers: dict[str, dict[str, tuple[float, float]]] = collections.defaultdict(dict)
     for row in judged.to_pylist():
         answers[row["prompt_id"]][row["question"]] = (row["p_yes"], row["p_no"])
     scored = []
     for row in divided.to_pylist():
         given = [answers[row["prompt_id"]][question] for question in row["questions"]]
+        given += [(0.0, 1.0)] * len(row["unparsed"])
         scored.append(
             ScoredResponse(
                 prompt_id=row["prompt_id"],
                 sample=row["sample"],
                 text=row["text"],
-                claims=tuple(row["claims"]),
+                claims=(*row["claims"], *row["unparsed"]),
                 p_yes=tuple(p_yes for p_yes, _ in given),
                 p_no=tuple(p_no for _, p_no in given),
             )

@@ -44,7 +44,7 @@ def evaluate_shapes(
 
     Returns:
       `sampled/...` (temperature 1, mean over the seeds) and `greedy/...` with the names of
-      `shapes.metrics.caption_metrics`, and `yes_no_accuracy`.
+      `shapes.metrics.caption_metrics`, and those of `yes_no_accuracy`.
 
     Raises:
       DataError: a prompt or a question does not fit the bucket sizes.
@@ -80,12 +80,16 @@ def evaluate_shapes(
         labeler = CheckpointLabeler(
             model, params, processor, mesh, lengths, batch_size=config.batch_size
         )
-        metrics["yes_no_accuracy"] = yes_no_accuracy(labeler, config)
+        metrics |= yes_no_accuracy(labeler, config)
     return metrics
 
 
-def yes_no_accuracy(labeler: CheckpointLabeler, config: Evaluation) -> float:
-    """Share of held-out questions whose more likely answer is the true one."""
+def yes_no_accuracy(labeler: CheckpointLabeler, config: Evaluation) -> dict[str, float]:
+    """Share of held-out questions whose more likely answer is the true one.
+
+    Returns:
+      `yes_no_accuracy` over all questions, and `yes_no/...` for each of `language.QUESTION_KINDS`.
+    """
     data = config.data
     records = shapes.prompt_records(data.split, data.seed, data.size, data.image_size)
     asked = [
@@ -96,9 +100,10 @@ def yes_no_accuracy(labeler: CheckpointLabeler, config: Evaluation) -> float:
         (record.id, record.images, tuple(question.text for question in questions))
         for record, questions in zip(records, asked, strict=True)
     ]
-    right = [
-        accepted(p_yes, p_no) == question.answer
-        for answers, questions in zip(labeler.answer(items), asked, strict=True)
-        for (p_yes, p_no), question in zip(answers, questions, strict=True)
-    ]
-    return float(np.mean(right))
+    right: dict[str, list[bool]] = {"yes_no_accuracy": []}
+    for answers, questions in zip(labeler.answer(items), asked, strict=True):
+        for (p_yes, p_no), question in zip(answers, questions, strict=True):
+            correct = accepted(p_yes, p_no) == question.answer
+            right["yes_no_accuracy"].append(correct)
+            right.setdefault(f"yes_no/{question.kind}", []).append(correct)
+    return {name: float(np.mean(values)) for name, values in right.items()}

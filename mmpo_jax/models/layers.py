@@ -32,7 +32,24 @@ def linear(
         by it (Radford et al. 2019, section 2.3), else they drown the embeddings they add to.
     """
     init = nnx.initializers.variance_scaling(1 / residual_layers, "fan_in", "truncated_normal")
-    return nnx.Linear(inputs, outputs, use_bias=use_bias, kernel_init=init, rngs=rngs)
+    return nnx.Linear(
+        inputs, outputs, use_bias=use_bias, kernel_init=init, dot_general=_matmul, rngs=rngs
+    )
+
+
+def matmul(x: jax.Array, kernel: jax.Array, dtype: Any = None) -> jax.Array:
+    """[..., D] @ [D, F] as one product of two matrices, with results of `dtype`.
+
+    The kernel's gradient would else contract several axes at once, for half the speed on CPU.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    product = jnp.matmul(flat, kernel, preferred_element_type=dtype)
+    return product.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def _matmul(x: jax.Array, kernel: jax.Array, dimensions: Any, **options: Any) -> jax.Array:
+    del dimensions, options  # nnx.Linear's are always those of `matmul`
+    return matmul(x, kernel)
 
 
 def keep_dtype(arrays: Any, /, **_: Any) -> Any:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mmpo_jax.models.batch import Batch
+from mmpo_jax.models.layers import matmul
 from mmpo_jax.models.llava import Llava, Model, Params
 
 LOGITS_BYTES = 64 * 2**20
@@ -102,4 +103,4 @@ def next_token_logits(module: Llava, hidden: jax.Array) -> jax.Array:
 def project(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
     """hidden [..., D] @ kernel [D, V] in float32 at least: bfloat16 logits are 0.06 off at 20."""
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-    return jnp.matmul(hidden, kernel, preferred_element_type=dtype)
+    return matmul(hidden, kernel, dtype)

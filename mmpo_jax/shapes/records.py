@@ -13,6 +13,9 @@ from mmpo_jax.shapes.language import (
 from mmpo_jax.shapes.render import png_bytes
 from mmpo_jax.shapes.world import Scene, generator, sample_scene
 
+Exchange = tuple[str, str]
+"""(what the user says, what the assistant answers)."""
+
 _SUPERVISED, _QUESTIONS, _PROMPT = 1, 2, 3  # streams of random numbers, apart from the scene's
 
 
@@ -36,12 +39,10 @@ def supervised_records(
     """
     records = []
     for index in range(size):
-        scene = sample_scene(split, seed, index)
-        rng = generator(split, seed, index, _SUPERVISED)
-        caption = supervised_caption(scene, rng, hallucination_rate)
-        prompt = CAPTION_PROMPTS[rng.integers(len(CAPTION_PROMPTS))]
-        asked = questions(scene, rng, num_questions)
-        said = [(prompt, caption)], *_groups([(q.text, ANSWERS[q.answer]) for q in asked])
+        scene, captioning, answering = supervised_texts(
+            split, seed, index, num_questions, hallucination_rate
+        )
+        said = [captioning], *_groups(answering)
         records.append(
             Record(
                 id=scene_id(split, seed, index),
@@ -51,6 +52,22 @@ def supervised_records(
             )
         )
     return records
+
+
+def supervised_texts(
+    split: str, seed: int, index: int, num_questions: int, hallucination_rate: float
+) -> tuple[Scene, Exchange, list[Exchange]]:
+    """What is said about a scene in supervised data.
+
+    Returns:
+      (the scene, a prompt and its caption, `num_questions` questions with clean answers).
+    """
+    scene = sample_scene(split, seed, index)
+    rng = generator(split, seed, index, _SUPERVISED)
+    caption = supervised_caption(scene, rng, hallucination_rate)
+    prompt = CAPTION_PROMPTS[rng.integers(len(CAPTION_PROMPTS))]
+    asked = questions(scene, rng, num_questions)
+    return scene, (prompt, caption), [(q.text, ANSWERS[q.answer]) for q in asked]
 
 
 def prompt_records(split: str, seed: int, size: int, image_size: int) -> list[Record]:
@@ -75,10 +92,6 @@ def held_out_questions(split: str, seed: int, index: int, count: int) -> list[Qu
     """`count` questions about a scene, the same on every call."""
     scene = sample_scene(split, seed, index)
     return questions(scene, generator(split, seed, index, _QUESTIONS), count)
-
-
-Exchange = tuple[str, str]
-"""(what the user says, what the assistant answers)."""
 
 
 def _groups(exchanges: list[Exchange], size: int = 2) -> list[list[Exchange]]:

@@ -18,17 +18,9 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from mmpo_jax.shapes.language import (
-    ANSWERS,
-    CAPTION_PROMPTS,
-    questions,
-    supervised_caption,
-    true_caption,
-)
+from mmpo_jax.shapes.records import supervised_texts
 from mmpo_jax.shapes.render import png_bytes
-from mmpo_jax.shapes.world import SPLITS, generator, sample_scene
-
-_TEXT_STREAM = 1
+from mmpo_jax.shapes.world import SPLITS
 
 
 @dataclass(eq=False)
@@ -102,14 +94,10 @@ def make_example(split: str, index: int, config: ShapesConfig) -> dict[str, Any]
     Raises:
         ValueError: see `world.generator`, `render.render` and `language.supervised_caption`.
     """
-    scene = sample_scene(split, config.seed, index)
-    rng = generator(split, config.seed, index, stream=_TEXT_STREAM)
-    prompt = CAPTION_PROMPTS[rng.integers(len(CAPTION_PROMPTS))]
-    if split == "train":
-        caption = supervised_caption(scene, rng, config.hallucination_rate)
-    else:
-        caption = true_caption(scene, rng)
-    asked = questions(scene, rng, config.questions_per_scene)
+    rate = config.hallucination_rate if split == "train" else 0.0
+    scene, (prompt, caption), asked = supervised_texts(
+        split, config.seed, index, config.questions_per_scene, rate
+    )
     return {
         "id": f"{split}-{config.seed}-{index}",
         # TFDS takes encoded bytes as they are; an array it would encode with TensorFlow.
@@ -117,6 +105,6 @@ def make_example(split: str, index: int, config: ShapesConfig) -> dict[str, Any]
         "scene": json.dumps(scene.to_dict()),
         "caption_prompt": prompt,
         "caption": caption,
-        "questions": [question.text for question in asked],
-        "answers": [ANSWERS[question.answer] for question in asked],
+        "questions": [question for question, _ in asked],
+        "answers": [answer for _, answer in asked],
     }

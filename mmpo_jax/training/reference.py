@@ -112,6 +112,7 @@ def score_records(
     for index, record in enumerate(records):
         groups.setdefault(_shape(record, lengths), []).append(index)
     scores: dict[int, list[float]] = {}
+    running: tuple[list[int], jax.Array] | None = None  # the next batch is made meanwhile
     for (prompt, response, responses, _), indices in groups.items():
         for start in range(0, len(indices), rows):
             chosen = indices[start : start + rows]
@@ -123,11 +124,24 @@ def score_records(
                 response_sizes=(response,),
                 num_responses=responses,
             )
+            scores |= _fetch(running, records)
             with jax.set_mesh(mesh):
-                sums = np.asarray(score_batch(model, params, put_batch(batch, mesh), compute_dtype))
-            for row, index in enumerate(chosen):
-                scores[index] = sums[row, : len(records[index].responses)].tolist()
+                sums = score_batch(model, params, put_batch(batch, mesh), compute_dtype)
+            running = chosen, sums
+    scores |= _fetch(running, records)
     return [scores[index] for index in range(len(records))]
+
+
+def _fetch(
+    running: tuple[list[int], jax.Array] | None, records: Sequence[TokenizedRecord]
+) -> dict[int, list[float]]:
+    """Record index -> the sums of its responses, of a batch that was started."""
+    if running is None:
+        return {}
+    indices, sums = running
+    counts = [len(records[index].responses) for index in indices]
+    values = np.asarray(sums).tolist()
+    return {i: row[:n] for i, row, n in zip(indices, values, counts, strict=False)}
 
 
 def _shape(record: TokenizedRecord, lengths: Lengths) -> tuple[int, int, int, int]:

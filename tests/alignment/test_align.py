@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pyarrow as pa
 import pytest
 from jax.sharding import AxisType
 
@@ -16,6 +17,7 @@ from mmpo_jax.alignment import round as round_module
 from mmpo_jax.alignment.align import run_alignment, split_prompts
 from mmpo_jax.errors import DataError, MmpoError
 from mmpo_jax.feedback.claims import Claim, Division
+from mmpo_jax.feedback.scores import count_score
 from mmpo_jax.files import fingerprint_bytes, fingerprint_file, fingerprint_folder, read_table
 from mmpo_jax.models.huggingface import flatten, load_model
 from mmpo_jax.parallel.mesh import AXES
@@ -117,12 +119,12 @@ def work_done(monkeypatch):
     """What is really computed by a call: (round folder, stage) in order."""
     done = []
 
-    def count(stage, make_part, on_part=None):
+    def count(stage, make_part):
         def make(part):
             done.append((Path(stage.folder).name, stage.name))
             return make_part(part)
 
-        return original(stage, make, on_part)
+        return original(stage, make)
 
     original = round_module.run_stage
     monkeypatch.setattr(round_module, "run_stage", count)
@@ -314,6 +316,31 @@ def test_it_goes_on_after_an_interruption_anywhere(finished, tiny_folder, tmp_pa
     assert stops == (ROUNDS + 1) + ROUNDS * (len(STAGES) + 1)
     assert reports == finished[1]
     assert files(output) == files(finished[0])
+
+
+def test_what_cannot_be_read_is_a_rejected_claim():
+    divided = pa.table(
+        {
+            "prompt_id": ["a"],
+            "sample": [3],
+            "text": ["a red circle and a ."],
+            "claims": [["there is a red circle ."]],
+            "questions": [["is there a red circle in the picture ?"]],
+            "unparsed": [["a"]],
+        }
+    )
+    judged = pa.table(
+        {
+            "prompt_id": ["a"],
+            "question": ["is there a red circle in the picture ?"],
+            "p_yes": [0.9],
+            "p_no": [0.1],
+        }
+    )
+    (scored,) = round_module.scored_responses(divided, judged)
+    assert scored.claims == ("there is a red circle .", "a")
+    assert scored.verdicts == (True, False)
+    assert count_score(scored.verdicts) == -1
 
 
 def test_too_few_prompts(tiny_folder, tmp_path):

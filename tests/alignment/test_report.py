@@ -18,12 +18,13 @@ from mmpo_jax.alignment.report import (
 from mmpo_jax.files import write_table
 
 
-def metrics(recall=0.8, length=20.0, greedy_recall=0.8):
+def metrics(recall=0.8, length=20.0, greedy_recall=0.8, unparsed=0.01):
     return {
         "sampled/chair_i": 0.25,
         "sampled/chair_s": 0.5,
         "sampled/recall": recall,
         "sampled/mean_length": length,
+        "sampled/unparsed": unparsed,
         "greedy/chair_i": 0.2,
         "greedy/chair_s": 0.4,
         "greedy/recall": greedy_recall,
@@ -79,6 +80,7 @@ def test_no_warning_where_all_is_well():
         ({"recall": 0.7}, "round 2: sampled recall fell by 0.100 since the start"),
         ({"greedy_recall": 0.76}, "round 2: greedy recall fell by 0.040 since the start"),
         ({"length": 15.0}, "round 2: responses are 25% shorter than at the start"),
+        ({"unparsed": 0.1}, "round 2: 10% of the responses hold pieces that cannot be read"),
         ({"accuracy": 0.4}, "round 2: DPO prefers the rejected responses"),
     ],
 )
