@@ -46,7 +46,8 @@ def test_the_moments_come_in_the_order_of_the_run():
     order = kill_and_resume.in_order_of_the_run(kill_and_resume.MOMENTS)
     assert order[0] == "round 0/2  evaluate"
     assert order[1:6] == [
-        f"round 1/2  {stage}" for stage in ("generate", "divide", "conquer", "combine", "reference")
+        f"round 1/2  {stage}"
+        for stage in ("generate 2/2", "divide", "conquer 2/2", "combine", "reference")
     ]
     assert order[6:10] == ["round 1/2  train", "step 10/", "step 30/", "round 1/2  evaluate"]
     assert order[-1] == "round 2/2  evaluate"

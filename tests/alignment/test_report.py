@@ -128,7 +128,11 @@ def round_files(tmp_path):
     divided = pa.table(
         {
             "prompt_id": ["a", "a", "b"],
+            "sample": [0, 1, 0],
+            "text": ["one two", "one", "one"],
+            "claims": [["one", "two"], ["one"], ["one"]],
             "questions": [["q1", "q2"], ["q1"], ["q1"]],
+            "unparsed": pa.array([[], [], []], pa.list_(pa.string())),
         }
     )
     judged = pa.table(
@@ -147,7 +151,8 @@ def round_files(tmp_path):
 
 
 def test_a_round_is_read_from_its_files(round_files):
-    lines = [{"step": 1, "rewards/accuracies": 0.1}, {"step": 2, "rewards/accuracies": 0.7}]
+    accuracies = (0.1, 0.2, 0.6, 0.8)  # the later half counts
+    lines = [{"step": i, "rewards/accuracies": value} for i, value in enumerate(accuracies, 1)]
     (round_files / "train" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     read = read_report(1, str(round_files), {"sampled/recall": 0.5})
     assert read == RoundReport(

@@ -159,11 +159,12 @@ def test_dpo_equals_trl(folders, make_trainer, beta):
         model, params, ours, {REFERENCE: reference}, Dpo(beta=beta)
     )
     assert abs(float(loss) - np.log(2)) > 1e-2
-    assert float(loss) == pytest.approx(expected.item(), rel=1e-6, abs=1e-6)
+    # float32 sums of log-probs near -100, times beta
+    assert float(loss) == pytest.approx(expected.item(), rel=1e-6, abs=2e-6)
     assert_same_gradients(model, gradient, trainer.model)
     logged = {name: np.mean(values) for name, values in trainer._metrics["train"].items()}
     for name, value in metrics.items():
-        assert float(value) == pytest.approx(logged[name], rel=1e-5, abs=1e-6), name
+        assert float(value) == pytest.approx(logged[name], rel=1e-5, abs=5e-6), name
 
 
 def test_sft_loss_is_the_mean_token_nll(folders, make_trainer):
