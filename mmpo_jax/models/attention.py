@@ -10,6 +10,9 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from mmpo_jax.models.layers import ATTENDED
 
 Part = tuple[jax.Array, jax.Array, jax.Array | None]
 """(key, value, mask): see `attend`."""
@@ -35,7 +38,7 @@ def attend(query: jax.Array, parts: Sequence[Part], scale: float) -> jax.Array:
     Returns:
       [B, R, T, H, d] in the query's dtype. A query that sees no key gets a finite value.
     """
-    return _attend(query, parts, scale)
+    return checkpoint_name(_attend(query, parts, scale), ATTENDED)
 
 
 @functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)

@@ -18,6 +18,9 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 """Activations by their Hugging Face names."""
 
+ATTENDED = "attended"
+"""The name under which rematerialisation knows attention's results."""
+
 
 def linear(
     inputs: int, outputs: int, use_bias: bool, rngs: nnx.Rngs, residual_layers: int = 1
@@ -78,12 +81,16 @@ def rematerialise(function: Callable, policy: str) -> Callable:
 
     Args:
       function: the layer's body, as `jax.lax.scan` takes it.
-      policy: "none" keeps everything; "dots" keeps matrix products; "full" keeps the inputs only.
+      policy: "none" keeps everything; "dots" keeps the results of dense layers and of attention;
+        "full" keeps the inputs only.
     """
     if policy == "none":
         return function
     if policy == "dots":
-        saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        policies = jax.checkpoint_policies
+        saved = policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(ATTENDED)
+        )
         return jax.checkpoint(function, policy=saved, prevent_cse=False)
     if policy == "full":
         return jax.checkpoint(function, prevent_cse=False)
