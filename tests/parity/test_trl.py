@@ -22,6 +22,7 @@ torch = pytest.importorskip("torch")
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 from transformers import AutoProcessor, LlavaForConditionalGeneration  # noqa: E402
+from transformers.models.llama.modeling_llama import LlamaRMSNorm  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -143,28 +144,41 @@ def in_memory_name(key):
     return f"model.{key}"
 
 
+def rms_norm(self, x):
+    """`LlamaRMSNorm.forward` in the dtype of its input."""
+    return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+
 @pytest.mark.parametrize("beta", [0.1, 0.5])
-def test_dpo_equals_trl(folders, make_trainer, beta):
+def test_dpo_equals_trl(folders, make_trainer, beta, monkeypatch):
+    """In float64: rewards are small differences of sums near -100, which float32 rounds."""
+    monkeypatch.setattr(LlamaRMSNorm, "forward", rms_norm)  # theirs rounds to float32 inside
     trainer = make_trainer(beta)
-    batch = trainer.data_collator(copy.deepcopy([trainer.train_dataset[i] for i in range(3)]))
-    trainer.model.train()
+    batch = dict(trainer.data_collator(copy.deepcopy([trainer.train_dataset[i] for i in range(3)])))
+    batch["pixel_values"] = batch["pixel_values"].double()
+    trainer.model.double().train()
+    trainer.ref_model.double()
     expected = trainer.compute_loss(trainer.model, dict(batch))
     expected.backward()
 
-    model, params = load_model(folders[0])
-    ours = to_ours(batch)
-    assert ours.response_mask.sum(-1).min() == 2  # "yes" and the end
-    reference = score_batch(model, load_model(folders[1])[1], ours)
-    (loss, metrics), gradient = loss_and_gradient(
-        model, params, ours, {REFERENCE: reference}, Dpo(beta=beta)
-    )
-    assert abs(float(loss) - np.log(2)) > 1e-2
-    # float32 sums of log-probs near -100, times beta
-    assert float(loss) == pytest.approx(expected.item(), rel=1e-6, abs=2e-6)
-    assert_same_gradients(model, gradient, trainer.model)
+    with jax.enable_x64(True):
+        model, params = load_model(folders[0])
+        params, reference_params = (
+            jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
+            for tree in (params, load_model(folders[1])[1])
+        )
+        ours = to_ours(batch)
+        assert ours.response_mask.sum(-1).min() == 2  # "yes" and the end
+        reference = score_batch(model, reference_params, ours, "float64")
+        (loss, metrics), gradient = loss_and_gradient(
+            model, params, ours, {REFERENCE: reference}, Dpo(beta=beta)
+        )
+        assert abs(float(loss) - np.log(2)) > 1e-2
+        assert float(loss) == pytest.approx(expected.item(), rel=1e-6, abs=1e-6)
+        assert_same_gradients(model, gradient, trainer.model)
     logged = {name: np.mean(values) for name, values in trainer._metrics["train"].items()}
     for name, value in metrics.items():
-        assert float(value) == pytest.approx(logged[name], rel=1e-5, abs=5e-6), name
+        assert float(value) == pytest.approx(logged[name], rel=1e-5, abs=1e-6), name
 
 
 def test_sft_loss_is_the_mean_token_nll(folders, make_trainer):
