@@ -130,9 +130,8 @@ def run_ours(folder: str, settings: Settings) -> dict:
     from mmpo_jax.data.processor import Processor
     from mmpo_jax.data.readers import read_records
     from mmpo_jax.data.tokenization import tokenize_records
-    from mmpo_jax.models.config import load_config
     from mmpo_jax.models.huggingface import load_params
-    from mmpo_jax.models.llava import Model
+    from mmpo_jax.models.model import Model, load_config
     from mmpo_jax.parallel.mesh import make_mesh, put_batch, put_params
     from mmpo_jax.training.losses import REFERENCE, make_loss
     from mmpo_jax.training.optimizer import make_optimizer

@@ -94,9 +94,8 @@ def run_ours(folder: str, settings: Settings) -> dict:
     from mmpo_jax.data.readers import read_records
     from mmpo_jax.data.tokenization import tokenize
     from mmpo_jax.generation.sampler import Decoding, sample, sample_keys
-    from mmpo_jax.models.config import load_config
     from mmpo_jax.models.huggingface import load_params
-    from mmpo_jax.models.llava import Model
+    from mmpo_jax.models.model import Model, load_config
 
     model = Model.create(load_config(folder))
     params = jax.device_put(load_params(folder, model))

@@ -9,10 +9,9 @@ from jax.sharding import Mesh
 
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.files import fingerprint_folder, fingerprint_json
-from mmpo_jax.models.config import load_config
 from mmpo_jax.models.folders import resolve_folder
 from mmpo_jax.models.huggingface import check_params, load_params
-from mmpo_jax.models.llava import Model, Params
+from mmpo_jax.models.model import Model, Params, load_config
 from mmpo_jax.parallel.mesh import put_params
 from mmpo_jax.training.checkpoints import find_checkpoint, load_checkpoint_params
 

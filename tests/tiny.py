@@ -11,9 +11,9 @@ import numpy as np
 import transformers
 
 from mmpo_jax.models.batch import Batch
-from mmpo_jax.models.config import LlavaConfig, load_config
+from mmpo_jax.models.families.llava import LlavaConfig
 from mmpo_jax.models.huggingface import flatten, save_model, unflatten
-from mmpo_jax.models.llava import Model, Params
+from mmpo_jax.models.model import Model, Params, load_config
 from mmpo_jax.shapes.processor import IMAGE_TOKEN, TOKENS, save_processor
 
 IMAGE_ID = TOKENS.index(IMAGE_TOKEN)
@@ -136,12 +136,28 @@ def random_batch(
             response_ids[row, column, :size] = rng.integers(FIRST_WORD, len(TOKENS), size)
             response_mask[row, column, :size] = True
     size = config.vision.image_size
+    pixels = rng.standard_normal((b, images, 3, size, size)).astype(np.float32)
     return Batch(
         prompt_ids=prompt_ids,
         prompt_mask=np.arange(p) < np.array(prompts)[:, None],
-        pixel_values=rng.standard_normal((b, images, 3, size, size)).astype(np.float32),
+        pixel_values=pixels,
+        **reading_order(prompt_ids, prompts),
         response_ids=response_ids,
         response_mask=response_mask,
         loss_mask=response_mask,
         weights=np.ones(b, np.float32),
     )
+
+
+def reading_order(prompt_ids: np.ndarray, lengths: Sequence[int]) -> dict[str, Any]:
+    """The fields of `Batch` for prompts whose image features come in their own order."""
+    b, p = prompt_ids.shape
+    is_image = prompt_ids == IMAGE_ID
+    index = np.where(is_image, np.cumsum(is_image, axis=1) - 1, -1)
+    return {
+        "positions": np.broadcast_to(np.arange(p, dtype=np.int32), (b, 1, p)),
+        "next_position": np.array(lengths, np.int32),
+        "patches": {},
+        "feature_index": index[..., None].astype(np.int32),
+        "feature_weight": is_image[..., None].astype(np.float32),
+    }

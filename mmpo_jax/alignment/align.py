@@ -28,8 +28,8 @@ from mmpo_jax.files import (
     replace_folder,
     write_atomic,
 )
-from mmpo_jax.models.config import load_config
 from mmpo_jax.models.folders import resolve_folder
+from mmpo_jax.models.model import load_config
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipe import AlignRecipe
 from mmpo_jax.training.loop import check_training

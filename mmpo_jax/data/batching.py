@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.models.batch import Batch
+from mmpo_jax.models.layout import pad_size, place
 
 
 def bucket(length: int, sizes: Sequence[int]) -> int:
@@ -32,7 +34,7 @@ def pad_batch(
     prompt_sizes: Sequence[int],
     response_sizes: Sequence[int],
     num_responses: int | None = None,
-    num_images: int | None = None,
+    num_slots: int | None = None,
 ) -> Batch:
     """A batch of NumPy arrays; rows that only fill it have weight 0 and a one-token prompt.
 
@@ -43,7 +45,7 @@ def pad_batch(
       prompt_sizes: ascending bucket sizes of P.
       response_sizes: ascending bucket sizes of T.
       num_responses: R; None takes the most that a record has.
-      num_images: I; None takes the most that a record has.
+      num_slots: at least so many rows of pixels, I; None takes the most that a record has.
 
     Returns:
       A `Batch` whose P and T are the smallest buckets that hold every record.
@@ -60,24 +62,20 @@ def pad_batch(
     )
     # Rows that only fill a batch have the shape of its others, T included.
     t = bucket(max((len(x.ids) for x in responses), default=0), response_sizes) if r else 0
-    images = (
-        max((len(record.images) for record in records), default=0)
-        if num_images is None
-        else num_images
+    slots = (
+        max((record.num_slots for record in records), default=0) if num_slots is None else num_slots
     )
+    vision = _pad_images(records, processor, rows, p, pad_size(slots))
 
     prompt_ids = np.full((rows, p), processor.pad_id, np.int32)
     prompt_mask = np.zeros((rows, p), bool)
     prompt_mask[len(records) :, 0] = True
-    pixels = np.zeros((rows, images, *processor.pixel_shape), np.float32)
     response_ids = np.full((rows, r, t), processor.pad_id, np.int32)
     response_mask = np.zeros((rows, r, t), bool)
     loss_mask = np.zeros((rows, r, t), bool)
     for row, record in enumerate(records):
         prompt_ids[row, : len(record.prompt_ids)] = record.prompt_ids
         prompt_mask[row, : len(record.prompt_ids)] = True
-        for index, image in enumerate(record.images):
-            pixels[row, index] = processor.pixels(image)
         for index, response in enumerate(record.responses):
             size = len(response.ids)
             response_ids[row, index, :size] = response.ids
@@ -85,13 +83,61 @@ def pad_batch(
             loss_mask[row, index, :size] = response.loss_mask
     weights = (np.arange(rows) < len(records)).astype(np.float32)
     # NumPy here, jax.Array on the mesh: `put_batch` turns the one into the other.
-    arrays: tuple[Any, ...] = (
-        prompt_ids,
-        prompt_mask,
-        pixels,
-        response_ids,
-        response_mask,
-        loss_mask,
-        weights,
-    )
-    return Batch(*arrays)
+    arrays: dict[str, Any] = {
+        "prompt_ids": prompt_ids,
+        "prompt_mask": prompt_mask,
+        "response_ids": response_ids,
+        "response_mask": response_mask,
+        "loss_mask": loss_mask,
+        "weights": weights,
+    }
+    return Batch(**arrays, **vision)
+
+
+def _pad_images(
+    records: Sequence[TokenizedRecord], processor: Processor, rows: int, length: int, slots: int
+) -> dict[str, Any]:
+    """The fields of `Batch` that say what images a prompt has and where its tokens stand.
+
+    Args:
+      records: at most `rows` of them.
+      processor: makes the pixels.
+      rows: B.
+      length: P.
+      slots: I.
+    """
+    images, axes = processor.images, processor.config.decoder.rope.axes
+    width = images.vectors if images else 1
+    index = np.full((rows, length, width), -1, np.int32)
+    weight = np.zeros((rows, length, width), np.float32)
+    positions = np.zeros((rows, axes, length), np.int32)
+    following = np.ones(rows, np.int32)
+    pixels = np.zeros((rows, slots, *processor.slot_shape), np.float32)
+    for row, record in enumerate(records):
+        size = len(record.prompt_ids)
+        placed = place(
+            record.prompt_ids,
+            record.layouts,
+            processor.placeholders,
+            extras=images.extras if images else 0,
+            width=width,
+            axes=axes,
+        )
+        index[row, :size], weight[row, :size] = placed.index, placed.weight
+        positions[row, :, :size], following[row] = placed.positions, placed.next_position
+        made = processor.pixels(record.images)
+        if made:
+            own = np.concatenate(made)
+            pixels[row, : len(own)] = own
+    described = [
+        images.describe(processor.config, record.layouts if record else (), slots) if images else {}
+        for record in [*records, *[None] * (rows - len(records))]
+    ]
+    return {
+        "positions": positions,
+        "next_position": following,
+        "pixel_values": pixels,
+        "patches": jax.tree.map(lambda *leaves: np.stack(leaves), *described) if described else {},
+        "feature_index": index,
+        "feature_weight": weight,
+    }

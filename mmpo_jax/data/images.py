@@ -1,11 +1,13 @@
 """Find and decode images the way Hugging Face does, with errors that name the file."""
 
+import contextlib
 import io
 import os
 import posixpath
+from collections.abc import Iterator
 
 from etils import epath
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from mmpo_jax.data.records import ImageRef
 from mmpo_jax.errors import DataError
@@ -14,6 +16,18 @@ from mmpo_jax.files import is_local
 # Twice Pillow's warning size, which is where Pillow itself refuses. Stated here because Pillow's
 # limit is a global that other libraries switch off.
 MAX_PIXELS = 178_956_970
+
+
+def image_size(ref: ImageRef) -> tuple[int, int]:
+    """(height, width) of the upright image, from its header.
+
+    Raises:
+      DataError: as `open_image`, as far as the header tells.
+    """
+    with _opened(ref) as image:
+        width, height = image.size
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return (width, height) if turned else (height, width)
 
 
 def open_image(ref: ImageRef) -> Image.Image:
@@ -29,6 +43,13 @@ def open_image(ref: ImageRef) -> Image.Image:
       DataError: the file is missing, empty, truncated, not an image, or has more than
         `MAX_PIXELS` pixels.
     """
+    with _opened(ref) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+@contextlib.contextmanager
+def _opened(ref: ImageRef) -> Iterator[Image.Image]:
+    """The undecoded image; whatever goes wrong with it inside becomes a `DataError`."""
     name = os.fspath(ref.path) if ref.path is not None else ref.name
     data = ref.read()
     if not data:
@@ -38,7 +59,7 @@ def open_image(ref: ImageRef) -> Image.Image:
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise DataError(_too_large(name, f"{width} x {height} pixels"))
-        return ImageOps.exif_transpose(image).convert("RGB")
+        yield image
     except DataError:
         raise
     except Image.DecompressionBombError as error:

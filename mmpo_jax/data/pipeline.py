@@ -88,7 +88,7 @@ def _batch_maker(
                 prompt_sizes=[size for size in lengths.prompt if size >= prompt][:1],
                 response_sizes=[size for size in lengths.response if size >= response][:1],
                 num_responses=num_responses,
-                num_images=max(len(example.record.images) for example in chosen),
+                num_slots=max(example.record.num_slots for example in chosen),
             )
             micro_batches.append((batch, _stack_fields(examples[0], own, rows, num_responses)))
         arrays = jax.tree.map(lambda *leaves: np.stack(leaves), *micro_batches)

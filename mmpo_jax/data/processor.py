@@ -10,18 +10,22 @@ import collections
 import functools
 import json
 import os
+import re
 import threading
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import transformers
+from PIL import Image
 
-from mmpo_jax.data.images import open_image
+from mmpo_jax.data.images import image_size, open_image
 from mmpo_jax.data.records import ImageRef, Turn
-from mmpo_jax.errors import MmpoError
+from mmpo_jax.errors import DataError, MmpoError
 from mmpo_jax.files import fingerprint_json
-from mmpo_jax.models.config import LlavaConfig
+from mmpo_jax.models.config import ModelConfig
+from mmpo_jax.models.families import FAMILIES
+from mmpo_jax.models.layout import Layout
 
 PIXEL_CACHE_BYTES = 512 * 2**20
 
@@ -33,24 +37,25 @@ class ProcessorError(MmpoError):
 class Processor:
     """Turns turns into token ids and images into pixels, as the checkpoint's own files say."""
 
-    def __init__(self, folder: str | os.PathLike[str], config: LlavaConfig):
+    def __init__(self, folder: str | os.PathLike[str], config: ModelConfig):
         """
         Raises:
           ProcessorError: a file is missing or broken, or does not belong to the model.
         """
         self.folder = os.fspath(folder)
-        self.image_token_id = config.image_token_id
-        self.num_image_tokens = config.num_image_tokens
+        self.config = config
+        self.images = FAMILIES[config.family].images
         self.tokenizer = _load_tokenizer(self.folder)
-        self.image_processor = _load_image_processor(self.folder)
-        self.pixel_shape = (
-            config.vision.num_channels,
-            config.vision.image_size,
-            config.vision.image_size,
-        )
-        self._check(config)
-        self._pixels: collections.OrderedDict[Any, np.ndarray] = collections.OrderedDict()
+        self.placeholders: tuple[int, ...] = ()
+        self.slot_shape: tuple[int, ...] = ()
+        if self.images is not None:
+            self.image_processor = _load_image_processor(self.folder, self.images.processors)
+            self.placeholders = self.images.placeholders(config)
+            self.slot_shape = self.images.slot_shape(config)
+        self._pixels: collections.OrderedDict[Any, list[np.ndarray]] = collections.OrderedDict()
+        self._pixel_bytes = 0
         self._lock = threading.Lock()
+        self._check()
 
     @property
     def eos_id(self) -> int:
@@ -92,69 +97,99 @@ class Processor:
         """Token ids of rendered text, each image placeholder once; adds no special tokens."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def expand_images(self, ids: Sequence[int]) -> list[int]:
-        """Every image placeholder repeated to one token per image feature."""
+    def layouts(self, images: Sequence[ImageRef]) -> list[Layout]:
+        """How each image of a prompt becomes tokens.
+
+        Raises:
+          DataError: an image cannot be read, where its size matters.
+        """
+        if not images:
+            return []
+        if self.images is None:
+            raise DataError(f"{self.folder}: this model takes no images")
+        known = [image_size(image) if self.images.sized else (1, 1) for image in images]
+        return self.images.layouts(self.config, self.image_processor, known)
+
+    def expand_images(self, ids: Sequence[int], layouts: Sequence[Layout]) -> list[int]:
+        """Image placeholders, one per image, replaced by their layouts' tokens in order.
+
+        Placeholders beyond the layouts stay as they are; the caller counts them.
+        """
         expanded: list[int] = []
+        left = iter(layouts)
         for token in ids:
-            expanded += [token] * (self.num_image_tokens if token == self.image_token_id else 1)
+            layout = next(left, None) if token in self.placeholders else None
+            expanded += [token] if layout is None else layout.ids.tolist()
         return expanded
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a response, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
-    def pixels(self, image: ImageRef) -> np.ndarray:
-        """float32[C, H, W] of one image, as the checkpoint's image processor makes them.
+    def pixels(self, images: Sequence[ImageRef]) -> list[np.ndarray]:
+        """float32[slots, *slot_shape] of each of a prompt's images, as the checkpoint's image
+        processor makes them.
 
         Raises:
-          DataError: the image cannot be read.
+          DataError: an image cannot be read.
         """
-        key = image.data if image.data is not None else str(image.path)
+        if not images:
+            return []
+        assert self.images is not None
+        key = tuple(i.data if i.data is not None else str(i.path) for i in images)
         with self._lock:
             if key in self._pixels:
                 return self._pixels[key]
-        processed = self.image_processor(images=open_image(image), return_tensors="np")
-        pixels = np.asarray(processed["pixel_values"][0], np.float32)
+        made = self.images.pixels(self.image_processor, [open_image(image) for image in images])
         with self._lock:
-            self._pixels[key] = pixels
-            while len(self._pixels) * pixels.nbytes > PIXEL_CACHE_BYTES:
-                self._pixels.popitem(last=False)
-        return pixels
+            self._pixels[key] = made
+            self._pixel_bytes += sum(pixels.nbytes for pixels in made)
+            while self._pixel_bytes > PIXEL_CACHE_BYTES:
+                _, oldest = self._pixels.popitem(last=False)
+                self._pixel_bytes -= sum(pixels.nbytes for pixels in oldest)
+        return made
 
     def fingerprints(self) -> dict[str, str]:
         """What cached results depend on: tokenizer, chat template and image preprocessing."""
-        image = {k: v for k, v in self.image_processor.to_dict().items() if _is_setting(k)}
+        image: dict[str, Any] = {}
+        if self.images is not None:
+            settings = self.image_processor.to_dict()
+            image = {key: value for key, value in settings.items() if _is_setting(key)}
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         vocabulary = backend.to_str() if backend else json.dumps(self.tokenizer.get_vocab())
         return {
-            "tokenizer": fingerprint_json([vocabulary, self.eos_id, self.image_token_id]),
+            "tokenizer": fingerprint_json([vocabulary, self.eos_id, self.placeholders]),
             "template": fingerprint_json(self.tokenizer.chat_template),
-            "image_processor": fingerprint_json([image, self.num_image_tokens]),
+            "image_processor": fingerprint_json([image, self.slot_shape]),
         }
 
-    def _check(self, config: LlavaConfig) -> None:
+    def _check(self) -> None:
         size = len(self.tokenizer)
-        if size > config.decoder.vocab_size:
+        if size > self.config.decoder.vocab_size:
             raise ProcessorError(
                 f"{self.folder}: the tokenizer has {size} ids, the model's vocabulary only "
-                f"{config.decoder.vocab_size}; they do not belong together"
+                f"{self.config.decoder.vocab_size}; they do not belong together"
             )
         if self.tokenizer.eos_token_id is None:
             raise ProcessorError(f"{self.folder}: the tokenizer has no EOS token")
         if not self.tokenizer.chat_template:
             raise ProcessorError(f"{self.folder}: no chat template (chat_template.jinja)")
+        if self.images is None:
+            return
         rendered = self.encode(self.render([Turn("user", "?")], 1, True))
-        if rendered.count(self.image_token_id) != 1:
+        written = sum(rendered.count(token) for token in self.placeholders)
+        if written != 1:
+            ids = ", ".join(map(str, self.placeholders))
             raise ProcessorError(
-                f"{self.folder}: the chat template writes {rendered.count(self.image_token_id)} "
-                f"image tokens (id {self.image_token_id}, from config.json) for one image"
+                f"{self.folder}: the chat template writes {written} image tokens (id {ids}, from "
+                "config.json) for one image"
             )
-        blank = np.zeros((7, 5, 3), np.uint8)
-        made = self.image_processor(images=blank, return_tensors="np")["pixel_values"][0].shape
-        if tuple(made) != self.pixel_shape:
+        blank = Image.fromarray(np.zeros((70, 50, 3), np.uint8))
+        (made,) = self.images.pixels(self.image_processor, [blank])
+        if made.shape[1:] != self.slot_shape:
             raise ProcessorError(
-                f"{self.folder}: the image processor makes images of shape {tuple(made)}, "
-                f"config.json says {self.pixel_shape}"
+                f"{self.folder}: the image processor makes images of shape {made.shape[1:]}, "
+                f"config.json says {self.slot_shape}"
             )
 
 
@@ -165,8 +200,8 @@ def _load_tokenizer(folder: str) -> Any:
         raise ProcessorError(f"{folder}: cannot load the tokenizer: {error}") from error
 
 
-def _load_image_processor(folder: str) -> Any:
-    """The CLIP image processor in its PIL form, which needs neither torch nor torchvision."""
+def _load_image_processor(folder: str, known: Sequence[str]) -> Any:
+    """The image processor in its PIL form, which needs neither torch nor torchvision."""
     for name, key in (
         ("preprocessor_config.json", None),
         ("processor_config.json", "image_processor"),
@@ -182,10 +217,14 @@ def _load_image_processor(folder: str) -> Any:
             raise ProcessorError(f"{path}: {error}") from error
         if settings is None:
             continue
-        kind = settings.get("image_processor_type", "CLIPImageProcessor")
-        if not kind.startswith("CLIPImageProcessor"):
-            raise ProcessorError(f"{path}: image_processor_type {kind!r} is not supported")
-        return transformers.CLIPImageProcessorPil(**settings)
+        kind = settings.get("image_processor_type", known[0])
+        kind = re.sub("(Fast|Pil)$", "", kind)
+        if kind not in known:
+            raise ProcessorError(
+                f"{path}: image_processor_type {kind!r} is not supported; this architecture's "
+                f"are {', '.join(known)}"
+            )
+        return getattr(transformers, f"{kind}Pil")(**settings)
     raise ProcessorError(f"{folder}: no preprocessor_config.json or processor_config.json")
 
 

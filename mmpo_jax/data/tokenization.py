@@ -16,6 +16,7 @@ from mmpo_jax.data.readers import SkippedRow
 from mmpo_jax.data.records import ImageRef, Record, Turn
 from mmpo_jax.data.rows import SkipReason
 from mmpo_jax.files import fingerprint_json
+from mmpo_jax.models.layout import Layout
 from mmpo_jax.recipe import Lengths
 
 
@@ -40,8 +41,15 @@ class TokenizedRecord:
     """int32[p]; image placeholders expanded."""
     responses: tuple[TokenizedResponse, ...]
     images: tuple[ImageRef, ...]
+    layouts: tuple[Layout, ...]
+    """One for each image."""
     ranked: bool = False
     """As in `Record`."""
+
+    @property
+    def num_slots(self) -> int:
+        """How many rows of `Batch.pixel_values` the images take."""
+        return sum(layout.slots for layout in self.layouts)
 
 
 class RowRejected(Exception):
@@ -65,18 +73,19 @@ def tokenize(
     Raises:
       RowRejected: the prompt is longer than `max_prompt`, or a response has nothing to learn.
     """
+    layouts = tuple(processor.layouts(record.images))
     dialogues = [
-        _segments((*record.prompt, *response.turns), len(record.images), processor)
+        _segments((*record.prompt, *response.turns), layouts, processor)
         for response in record.responses
     ]
     if not dialogues:
-        dialogues = [_segments(record.prompt, len(record.images), processor)]
+        dialogues = [_segments(record.prompt, layouts, processor)]
     starts = [segments[0][0] for segments in dialogues]
     prompt = starts[0] if record.prompt else _common_start(starts, max_prompt, processor)
     if any(start[: len(prompt)] != prompt for start in starts):
         raise RowRejected("dialogues_differ", "the responses do not share the rendered prompt")
-    images = prompt.count(processor.image_token_id)
-    if images != len(record.images) * processor.num_image_tokens:
+    features = sum(token in processor.placeholders for token in prompt)
+    if features != sum(len(layout.index) for layout in layouts):
         raise RowRejected("image_count", "the shared prompt does not hold every image of the row")
     if len(prompt) > max_prompt:
         raise RowRejected(
@@ -85,10 +94,10 @@ def tokenize(
     responses = []
     for segments in dialogues if record.responses else []:
         responses.append(_response(segments, len(prompt), max_response))
-        if processor.image_token_id in responses[-1].ids:
+        if np.isin(responses[-1].ids, processor.placeholders).any():
             raise RowRejected("image_position", "a response holds the image placeholder")
     ids = np.array(prompt, np.int32)
-    return TokenizedRecord(record.id, ids, tuple(responses), record.images, record.ranked)
+    return TokenizedRecord(record.id, ids, tuple(responses), record.images, layouts, record.ranked)
 
 
 def tokenize_records(
@@ -123,13 +132,15 @@ Segment = tuple[list[int], bool]
 """(token ids, spoken by the assistant)."""
 
 
-def _segments(turns: Sequence[Turn], num_images: int, processor: Processor) -> list[Segment]:
+def _segments(
+    turns: Sequence[Turn], layouts: Sequence[Layout], processor: Processor
+) -> list[Segment]:
     """A dialogue cut where the assistant begins and ends; each piece is tokenized by itself.
 
     Tokenizing the pieces apart makes a prompt's ids the same in training as in generation.
     """
     segments: list[Segment] = []
-    done = ""
+    done, num_images = "", len(layouts)
     for index, turn in enumerate(turns):
         if turn.role != "assistant":
             continue
@@ -148,7 +159,7 @@ def _segments(turns: Sequence[Turn], num_images: int, processor: Processor) -> l
     if not turns or turns[-1].role != "assistant":
         rest = processor.render(turns, num_images, True)
         segments.append((processor.encode(rest[len(done) :]), False))
-    first = processor.expand_images(_begun(segments[0][0], processor))
+    first = processor.expand_images(_begun(segments[0][0], processor), layouts)
     return [(first, False), *segments[1:]]
 
 
@@ -179,7 +190,7 @@ def _common_start(rows: Sequence[list[int]], limit: int, processor: Processor) -
         length += 1
     common = rows[0][:length]
     with_images = max(
-        (i + 1 for i, t in enumerate(common) if t == processor.image_token_id), default=1
+        (i + 1 for i, t in enumerate(common) if t in processor.placeholders), default=1
     )
     return common[: max(limit, with_images)]
 

@@ -14,7 +14,7 @@ from mmpo_jax.feedback.labeler import CheckpointLabeler
 from mmpo_jax.feedback.scores import accepted
 from mmpo_jax.generation.responses import generate_responses
 from mmpo_jax.generation.sampler import Decoding
-from mmpo_jax.models.llava import Model, Params
+from mmpo_jax.models.model import Model, Params
 from mmpo_jax.recipe import Evaluation, Lengths
 from mmpo_jax.shapes import records as shapes
 from mmpo_jax.shapes.metrics import caption_metrics

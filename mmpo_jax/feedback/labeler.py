@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
@@ -23,8 +24,8 @@ from mmpo_jax.data.tokenization import (
 )
 from mmpo_jax.errors import DataError
 from mmpo_jax.models.batch import Batch
-from mmpo_jax.models.llava import Model, Params
 from mmpo_jax.models.log_probs import next_token_logits
+from mmpo_jax.models.model import Model, Params
 from mmpo_jax.parallel.mesh import batch_shards, put_batch
 from mmpo_jax.recipe import Lengths
 
@@ -119,7 +120,7 @@ class CheckpointLabeler:
             )
             for response in record.responses
         )
-        return TokenizedRecord(record.id, record.prompt_ids, led, record.images)
+        return dataclasses.replace(record, responses=led)
 
     def _probabilities(self, records: Sequence[TokenizedRecord]) -> np.ndarray:
         """float32[rows, R, 2]."""

@@ -14,7 +14,7 @@ from mmpo_jax.data.batching import pad_batch
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.generation.sampler import Decoding, sample, sample_keys
-from mmpo_jax.models.llava import Model, Params
+from mmpo_jax.models.model import Model, Params
 from mmpo_jax.parallel.mesh import batch_shards, put_batch
 from mmpo_jax.recipe import Lengths
 

@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mmpo_jax.models.attention import attend, shared_prompt_attention
+from mmpo_jax.models.attention import attend, in_window, shared_prompt_attention
 from mmpo_jax.models.batch import Batch
-from mmpo_jax.models.llava import Llava, Model, Params, prompt_lengths
 from mmpo_jax.models.log_probs import next_token_logits
+from mmpo_jax.models.model import Model, Params
+from mmpo_jax.models.vlm import VisionLanguageModel, prompt_lengths, response_positions
 
 VOCABULARY_BLOCK = 256
 """Tokens that `draw_token` takes together."""
@@ -109,29 +110,30 @@ def sample(
     return jax.lax.while_loop(unfinished, step, state).tokens
 
 
-def prefill(module: Llava, batch: Batch) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+def prefill(
+    module: VisionLanguageModel, batch: Batch
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
     """Runs the prompts once.
 
     Returns:
       ((keys, values) [L, B, K, P, d] of every layer, last token's hidden state [B, D]). Heads come
       first, as attention wants them: decoding reads the cache as it lies.
     """
-    b, p = batch.prompt_ids.shape
-    no_responses = jnp.zeros((b, 0, 0), bool)
+    no_responses = jnp.zeros((batch.prompt_ids.shape[0], 0, 0), bool)
 
-    def attend_prompt(query, key, value, carry, inputs):
+    def attend_prompt(query, key, value, window, carry, inputs):
         del inputs
-        out = shared_prompt_attention(query, key, value, batch.prompt_mask, no_responses)
+        out = shared_prompt_attention(query, key, value, batch.prompt_mask, no_responses, window)
         return out, carry, (key.swapaxes(1, 2), value.swapaxes(1, 2))
 
-    positions = jnp.broadcast_to(jnp.arange(p), (b, p))
-    x, _, cache = module.language_model(module.embed_prompt(batch), positions, attend_prompt)
+    x = module.embed_prompt(batch)
+    x, _, cache = module.language_model(x, batch.positions, attend_prompt)
     last = jax.vmap(lambda rows, at: rows[at])(x, prompt_lengths(batch) - 1)
     return cache, last
 
 
 def decode_token(
-    module: Llava,
+    module: VisionLanguageModel,
     batch: Batch,
     prompt_cache: tuple[jax.Array, jax.Array],
     state: SamplingState,
@@ -149,14 +151,16 @@ def decode_token(
     Returns:
       (logits of the next token float32[B, n, V], the samples' cache with this token written).
     """
-    b, n = token.shape
+    n = token.shape[1]
     at = state.position
     # The n samples of a prompt are n rows of the decoder's sequence axis: they share its cache.
     x = module.language_model.embed_tokens(token)
-    positions = jnp.broadcast_to(prompt_lengths(batch)[:, None] + at, (b, n))
-    seen = jnp.arange(state.tokens.shape[-1]) <= at
+    positions = response_positions(batch, jnp.broadcast_to(at, n))
+    prompt_steps = jnp.arange(batch.prompt_ids.shape[1])
+    to_prompt = (prompt_lengths(batch) + at)[:, None, None, None] - prompt_steps
+    to_own = at - jnp.arange(state.tokens.shape[-1])
 
-    def attend_caches(query, key, value, carry, inputs):
+    def attend_caches(query, key, value, window, carry, inputs):
         layer, prompt_key, prompt_value = inputs
         caches = tuple(
             jax.lax.dynamic_update_slice(cache, new[None, :, :, :, None], (layer, 0, 0, 0, at, 0))
@@ -168,8 +172,8 @@ def decode_token(
         )
         prompt = prompt_key.swapaxes(1, 2), prompt_value.swapaxes(1, 2)
         parts = [
-            (*prompt, batch.prompt_mask[:, None, None, :]),
-            (own_key, own_value, seen),
+            (*prompt, batch.prompt_mask[:, None, None, :] & in_window(to_prompt, window)),
+            (own_key, own_value, in_window(to_own, window)),
         ]
         out = attend(query[:, :, None], parts, query.shape[-1] ** -0.5)
         return out[:, :, 0], caches, None

@@ -81,6 +81,7 @@ def shared_prompt_attention(
     value: jax.Array,
     prompt_mask: jax.Array,
     response_mask: jax.Array,
+    window: jax.Array | None = None,
 ) -> jax.Array:
     """Attention of a prompt and R responses to it, laid out as one sequence.
 
@@ -104,6 +105,7 @@ def shared_prompt_attention(
       key, value: [B, S, K, d].
       prompt_mask: bool[B, P].
       response_mask: bool[B, R, T]; R may be 0.
+      window: int32[], how many tokens a query sees, itself included; None for all.
 
     Returns:
       [B, S, H, d].
@@ -117,20 +119,32 @@ def shared_prompt_attention(
     block = max(MIN_QUERY_BLOCK, -(-p // MAX_QUERY_BLOCKS))
     for start in range(0, p, block):
         stop = min(start + block, p)
-        seen = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)
+        seen = in_window(jnp.arange(start, stop)[:, None] - jnp.arange(stop), window)
         mask = seen & prompt_mask[:, None, None, :stop]
         part = prompt_key[:, :stop], prompt_value[:, :stop], mask
         out.append(attend(query[:, None, start:stop], [part], scale)[:, 0])
     if r:
-        own_causal = jnp.tril(jnp.ones((t, t), bool)) & response_mask[:, :, None, :]
+        steps = jnp.arange(t)
+        own = in_window(steps[:, None] - steps, window) & response_mask[:, :, None, :]
+        seen = prompt_mask[:, None, None, :]
+        if window is not None:
+            # A response begins where its prompt ends, not where the padding does.
+            places = prompt_mask.sum(axis=1)[:, None, None, None] + steps[:, None]
+            seen = seen & in_window(places - jnp.arange(p), window)
         own_key, own_value = (x[:, p:].reshape(b, r, t, k, d) for x in (key, value))
         responses = attend(
             query[:, p:].reshape(b, r, t, h, d),
             [
-                (prompt_key, prompt_value, prompt_mask[:, None, None, :]),
-                (own_key, own_value, own_causal),
+                (prompt_key, prompt_value, seen),
+                (own_key, own_value, own),
             ],
             scale,
         )
         out.append(responses.reshape(b, r * t, h, d))
     return jnp.concatenate(out, axis=1)
+
+
+def in_window(distance: jax.Array, window: jax.Array | None) -> jax.Array:
+    """Whether a query sees the key that stands `distance` tokens before it, as bool."""
+    seen = distance >= 0
+    return seen if window is None else seen & (distance < window)

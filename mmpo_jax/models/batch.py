@@ -16,11 +16,22 @@ class Batch:
     """
 
     prompt_ids: jax.Array
-    """int32[B, P]; every image is a run of `image_token_id`, one per image feature."""
+    """int32[B, P]; every image feature has its placeholder token."""
     prompt_mask: jax.Array
     """bool[B, P]; True at real tokens."""
+    positions: jax.Array
+    """int32[B, A, P]; rotary positions, A = 3 axes in some families and else 1."""
+    next_position: jax.Array
+    """int32[B]; where the first token of every response stands, on all axes."""
     pixel_values: jax.Array
-    """float32[B, I, C, H, W]; the images in prompt order, rows with fewer padded with zeros."""
+    """float32[B, I, ...]; the prompts' images, tiles [C, H, W] or patches [C*h*w] in the order of
+    the prompt, rows with fewer padded with zeros."""
+    patches: dict[str, jax.Array]
+    """What the vision half needs to know of them, each [B, I, ...]; empty in most families."""
+    feature_index: jax.Array
+    """int32[B, P, K]; which vectors of the row's image features a token reads, -1 at text."""
+    feature_weight: jax.Array
+    """float32[B, P, K]; how much of each."""
     response_ids: jax.Array
     """int32[B, R, T]; the first token is predicted from the prompt's last one."""
     response_mask: jax.Array

@@ -1,19 +1,18 @@
-"""Model sizes and switches, read from a Hugging Face checkpoint folder's `config.json`.
+"""Sizes and switches of the shared building blocks, read from Hugging Face configs.
 
 transformers resolves the defaults that a `config.json` leaves out; the dataclasses here keep only
-what the forward pass reads, and refuse what it does not implement.
+what the forward pass reads, and refuse what it does not implement. What one architecture adds to
+them is in its file under `families/`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 from typing import Any
-
-import transformers
 
 from mmpo_jax.errors import MmpoError
 from mmpo_jax.models.layers import ACTIVATIONS
+from mmpo_jax.models.rope import Rope, read_rope
 
 
 class ModelError(MmpoError):
@@ -21,27 +20,8 @@ class ModelError(MmpoError):
 
 
 @dataclasses.dataclass(frozen=True)
-class VisionConfig:
-    """A CLIP vision transformer; sizes are in pixels, tokens or channels."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    image_size: int
-    patch_size: int
-    num_channels: int
-    hidden_act: str
-    layer_norm_eps: float
-
-    @property
-    def num_patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
-
-
-@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """A Llama decoder with grouped-query attention."""
+    """A Llama-like decoder with grouped-query attention: Llama, Mistral, Qwen2, Qwen3."""
 
     vocab_size: int
     hidden_size: int
@@ -52,118 +32,85 @@ class DecoderConfig:
     head_dim: int
     hidden_act: str
     rms_norm_eps: float
-    rope_theta: float
-    attention_bias: bool
+    rope: Rope
+    qkv_bias: bool
+    out_bias: bool
     mlp_bias: bool
+    qk_norm: bool
+    """Whether queries and keys are normalised per head (Qwen3)."""
+    windows: tuple[int, ...]
+    """Per layer, how many tokens a query sees, itself included; 0 for all."""
     tie_word_embeddings: bool
 
 
 @dataclasses.dataclass(frozen=True)
-class LlavaConfig:
-    """LLaVA-1.5: CLIP features of chosen layers, a two-layer projector, a Llama decoder."""
+class ModelConfig:
+    """What every architecture has; families with images extend it."""
 
-    vision: VisionConfig
+    family: str
+    """config.json's `model_type`."""
     decoder: DecoderConfig
-    image_token_id: int
-    feature_layers: tuple[int, ...]
-    """Indices into the tower's hidden states: 0 is the embedding, i the output of layer i."""
-    keep_class_token: bool
-    projector_act: str
-    projector_bias: bool
-
-    @property
-    def num_image_tokens(self) -> int:
-        """N: how many prompt positions one image takes."""
-        return self.vision.num_patches + int(self.keep_class_token)
 
 
-def load_config(folder: str | os.PathLike[str]) -> LlavaConfig:
-    """Reads `config.json` of a llava-hf checkpoint folder.
-
-    Raises:
-      ModelError: the folder has no readable config, or one of another architecture.
-    """
-    path = os.path.join(folder, "config.json")
-    if not os.path.isfile(path):
-        raise ModelError(f"{path}: not found; a checkpoint folder has a config.json")
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers raises many types, its own validators bare ones
-        raise ModelError(f"{path}: cannot be read as a model config: {error}") from error
-    try:
-        return from_huggingface(config)
-    except ModelError as error:
-        raise ModelError(f"{path}: {error}") from error
+DECODER_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen2_5_vl_text")
 
 
-def from_huggingface(config: Any) -> LlavaConfig:
-    """The `LlavaConfig` of a `transformers.LlavaConfig`.
+def read_decoder(text: Any, tied: bool, key: str = "text_config") -> DecoderConfig:
+    """The decoder of a transformers text config.
+
+    Args:
+      text: a `transformers` config of one of `DECODER_TYPES`.
+      tied: whether the head is the token embedding; VLM configs say so outside of `text`.
+      key: how error messages call the config.
 
     Raises:
       ModelError: an architecture, rope type or switch that is not implemented.
     """
-    _expect(config.model_type, ("llava",), "model_type")
-    vision, text = config.vision_config, config.text_config
-    _expect(vision.model_type, ("clip_vision_model",), "vision_config.model_type")
-    _expect(text.model_type, ("llama",), "text_config.model_type")
-    rope = text.rope_parameters
-    _expect(rope.get("rope_type", "default"), ("default",), "text_config.rope_parameters.rope_type")
-    activations = tuple(ACTIVATIONS)
-    _expect(vision.hidden_act, activations, "vision_config.hidden_act")
-    _expect(text.hidden_act, activations, "text_config.hidden_act")
-    _expect(config.projector_hidden_act, activations, "projector_hidden_act")
-    if vision.image_size % vision.patch_size:
-        raise ModelError(
-            f"vision_config.image_size {vision.image_size} is no multiple of its patch_size "
-            f"{vision.patch_size}"
-        )
-    strategy = config.vision_feature_select_strategy
-    _expect(strategy, ("default", "full"), "vision_feature_select_strategy")
-    return LlavaConfig(
-        vision=VisionConfig(
-            hidden_size=vision.hidden_size,
-            intermediate_size=vision.intermediate_size,
-            num_layers=vision.num_hidden_layers,
-            num_heads=vision.num_attention_heads,
-            image_size=vision.image_size,
-            patch_size=vision.patch_size,
-            num_channels=vision.num_channels,
-            hidden_act=vision.hidden_act,
-            layer_norm_eps=vision.layer_norm_eps,
-        ),
-        decoder=DecoderConfig(
-            vocab_size=text.vocab_size,
-            hidden_size=text.hidden_size,
-            intermediate_size=text.intermediate_size,
-            num_layers=text.num_hidden_layers,
-            num_heads=text.num_attention_heads,
-            num_kv_heads=text.num_key_value_heads,
-            head_dim=getattr(text, "head_dim", None)
-            or text.hidden_size // text.num_attention_heads,
-            hidden_act=text.hidden_act,
-            rms_norm_eps=text.rms_norm_eps,
-            rope_theta=float(rope["rope_theta"]),
-            attention_bias=text.attention_bias,
-            mlp_bias=text.mlp_bias,
-            tie_word_embeddings=bool(config.tie_word_embeddings),
-        ),
-        image_token_id=config.image_token_id,
-        feature_layers=_feature_layers(config.vision_feature_layer, vision.num_hidden_layers),
-        keep_class_token=strategy == "full",
-        projector_act=config.projector_hidden_act,
-        projector_bias=config.multimodal_projector_bias,
+    kind = text.model_type
+    expect(kind, DECODER_TYPES, f"{key}.model_type")
+    expect(text.hidden_act, tuple(ACTIVATIONS), f"{key}.hidden_act")
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    # Qwen2's biases are part of the architecture; the others state theirs.
+    is_qwen2 = kind in ("qwen2", "qwen2_5_vl_text")
+    bias = bool(getattr(text, "attention_bias", False))
+    try:
+        rope = read_rope(text.rope_parameters, head_dim, text.max_position_embeddings)
+    except ValueError as error:
+        raise ModelError(f"{key}.rope_parameters: {error}") from error
+    return DecoderConfig(
+        vocab_size=text.vocab_size,
+        hidden_size=text.hidden_size,
+        intermediate_size=text.intermediate_size,
+        num_layers=text.num_hidden_layers,
+        num_heads=text.num_attention_heads,
+        num_kv_heads=text.num_key_value_heads,
+        head_dim=head_dim,
+        hidden_act=text.hidden_act,
+        rms_norm_eps=text.rms_norm_eps,
+        rope=rope,
+        qkv_bias=is_qwen2 or bias,
+        out_bias=bias and not is_qwen2,
+        mlp_bias=bool(getattr(text, "mlp_bias", False)),
+        qk_norm=kind == "qwen3",
+        windows=_windows(text),
+        tie_word_embeddings=bool(tied),
     )
 
 
-def _feature_layers(selected: int | list[int], num_layers: int) -> tuple[int, ...]:
-    """Non-negative hidden-state indices; negative ones count from the last layer's output."""
-    layers = [selected] if isinstance(selected, int) else list(selected)
-    resolved = tuple(layer + num_layers + 1 if layer < 0 else layer for layer in layers)
-    if any(not 0 <= layer <= num_layers for layer in resolved):
-        raise ModelError(f"vision_feature_layer {selected} is outside the {num_layers} layers")
-    return resolved
+def _windows(text: Any) -> tuple[int, ...]:
+    window = getattr(text, "sliding_window", None) or 0
+    kinds = getattr(text, "layer_types", None)
+    if kinds is None:  # Mistral: every layer
+        return (window,) * text.num_hidden_layers
+    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
 
-def _expect(value: str, known: tuple[str, ...], key: str) -> None:
+def expect(value: Any, known: tuple[Any, ...], key: str) -> None:
+    """
+    Raises:
+      ModelError: the value of `key` is none of the known ones.
+    """
     if value not in known:
-        raise ModelError(f"{key} is {value!r}; this version implements {', '.join(known)}")
+        raise ModelError(
+            f"{key} is {value!r}; this version implements {', '.join(map(str, known))}"
+        )

@@ -1,4 +1,4 @@
-"""The Llama decoder: stacked layers, scanned, with the attention passed in.
+"""The decoder of Llama and its kin: stacked layers, scanned, with the attention passed in.
 
 The same layers serve training (one prompt and many responses), prefill and decoding: what differs
 is only what a query attends to, so each caller hands `Decoder` its own attention.
@@ -20,10 +20,10 @@ from mmpo_jax.models.layers import (
     constrain_batch,
     keep_dtype,
     linear,
-    promote,
     rematerialise,
     stack_layers,
 )
+from mmpo_jax.models.rope import rope_tables, rotate
 
 SHARDING_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"language_model/embed_tokens/embedding", PartitionSpec("tensor", "fsdp")),
@@ -40,7 +40,11 @@ SHARDING_RULES: tuple[tuple[str, PartitionSpec], ...] = (
 )
 
 Attention = Callable[..., tuple[jax.Array, Any, Any]]
-"""attend(query [B,S,H,d], key [B,S,K,d], value, carry, layer_inputs) -> (out, carry, outputs)."""
+"""attend(query, key, value, window, carry, layer_inputs) -> (out, carry, outputs).
+
+Queries and what comes out are [B, S, H, d], keys and values [B, S, K, d]. `window` is None, or
+how many tokens a query sees, itself included.
+"""
 
 
 class SelfAttention(nnx.Module):
@@ -49,16 +53,23 @@ class SelfAttention(nnx.Module):
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.head_dim = config.head_dim
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        bias = config.attention_bias
+        bias = config.qkv_bias
         self.q_proj = linear(config.hidden_size, queries, bias, rngs)
         self.k_proj = linear(config.hidden_size, keys, bias, rngs)
         self.v_proj = linear(config.hidden_size, keys, bias, rngs)
-        self.o_proj = linear(queries, config.hidden_size, bias, rngs, 2 * config.num_layers)
+        residual_layers = 2 * config.num_layers
+        self.o_proj = linear(queries, config.hidden_size, config.out_bias, rngs, residual_layers)
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:
+            self.q_norm = nnx.RMSNorm(config.head_dim, epsilon=config.rms_norm_eps, rngs=rngs)
+            self.k_norm = nnx.RMSNorm(config.head_dim, epsilon=config.rms_norm_eps, rngs=rngs)
 
     def project(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
         """[B, S, D] -> query [B, S, H, d], key and value [B, S, K, d], rotated."""
         heads = (*x.shape[:2], -1, self.head_dim)
         query, key, value = (f(x).reshape(heads) for f in (self.q_proj, self.k_proj, self.v_proj))
+        if self.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
         return rotate(query, rope), rotate(key, rope), value
 
 
@@ -85,10 +96,10 @@ class DecoderLayer(nnx.Module):
         self.mlp = Mlp(config, rngs)
 
     def __call__(
-        self, x: jax.Array, rope: Any, attend: Attention, carry: Any, inputs: Any
+        self, x: jax.Array, rope: Any, attend: Attention, window: Any, carry: Any, inputs: Any
     ) -> tuple[jax.Array, Any, Any]:
         query, key, value = self.self_attn.project(self.input_layernorm(x), rope)
-        attended, carry, outputs = attend(query, key, value, carry, inputs)
+        attended, carry, outputs = attend(query, key, value, window, carry, inputs)
         x = x + self.self_attn.o_proj(attended.reshape(*x.shape[:2], -1))
         return x + self.mlp(self.post_attention_layernorm(x)), carry, outputs
 
@@ -97,7 +108,7 @@ class Decoder(nnx.Module):
     """Token embedding, layers, final norm and head; the parameter names are Hugging Face's."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
+        self.rope, self.windows = config.rope, config.windows
         self.embed_tokens = nnx.Embed(
             config.vocab_size,
             config.hidden_size,
@@ -125,7 +136,7 @@ class Decoder(nnx.Module):
 
         Args:
           x: [B, S, D].
-          positions: int32[B, S], rotary positions.
+          positions: int32[B, A, S], rotary positions.
           attend: see `Attention`; called once per layer.
           carry: state that `attend` threads through the layers (a cache it writes to).
           layer_inputs: pytree with a leading layer axis, sliced for `attend`.
@@ -134,35 +145,29 @@ class Decoder(nnx.Module):
         Returns:
           (hidden states [B, S, D], the final carry, `attend`'s outputs stacked over layers).
         """
-        rope = rope_tables(positions, self.head_dim, self.rope_theta)
+        rope = rope_tables(positions, self.rope)
         graphdef, parameters = nnx.split(self.layers)
 
         def body(state: tuple, inputs: tuple) -> tuple[tuple, Any]:
             x, carry = state
-            layer = nnx.merge(graphdef, inputs[0])
-            x, carry, outputs = layer(x, rope, attend, carry, inputs[1])
+            parameters, window, layer_inputs = inputs
+            layer = nnx.merge(graphdef, parameters)
+            x, carry, outputs = layer(x, rope, attend, window, carry, layer_inputs)
             return (constrain_batch(x), carry), outputs
 
+        inputs = parameters, self._windows(), layer_inputs
         (x, carry), outputs = jax.lax.scan(
-            rematerialise(body, remat), (constrain_batch(x), carry), (parameters, layer_inputs)
+            rematerialise(body, remat), (constrain_batch(x), carry), inputs
         )
         return self.norm(x), carry, outputs
+
+    def _windows(self) -> jax.Array | None:
+        """int32[L]; None where no layer has one."""
+        if not any(self.windows):
+            return None
+        unlimited = jnp.iinfo(jnp.int32).max
+        return jnp.array([window or unlimited for window in self.windows], jnp.int32)
 
     def head_kernel(self) -> jax.Array:
         """The language-model head as [D, V]."""
         return self.embed_tokens.embedding[...].T if self.tied else self.lm_head.kernel[...]
-
-
-def rope_tables(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of rotary embeddings, float32[B, S, 1, d/2] (Su et al. 2021, eq. 34)."""
-    frequencies = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates [B, S, heads, d] by halves, Hugging Face's order of the rotary pairs."""
-    cos, sin = rope
-    first, second = jnp.split(promote(x), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)

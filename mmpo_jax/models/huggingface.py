@@ -1,7 +1,7 @@
 """Hugging Face checkpoint folders in and out: safetensors to and from the parameter tree.
 
-Reads every layout that transformers has written for LLaVA; writes the oldest one (llava-hf of
-transformers 4.x), which all of them read.
+Reads every layout that transformers has written for a family; writes the oldest one
+(transformers 4.x), which all of them read. The names are in the files under `families/`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import safetensors
 import safetensors.numpy
 
 from mmpo_jax.files import replace_folder
-from mmpo_jax.models.config import LlavaConfig, ModelError, load_config
-from mmpo_jax.models.llava import Model, Params
+from mmpo_jax.models.config import ModelError
+from mmpo_jax.models.family import Renaming
+from mmpo_jax.models.model import Model, Params, load_config
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -39,16 +40,6 @@ PROCESSOR_FILES = (
     "vocab.json",
 )
 """What is copied beside the weights, so that the folder is a whole checkpoint."""
-
-_KEY_LAYOUTS: tuple[tuple[str, str], ...] = (
-    (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
-    (r"^model\.language_model\.", "language_model."),
-    (r"^lm_head\.", "language_model.lm_head."),
-    (r"^language_model\.model\.", "language_model."),
-    (r"^vision_tower\.vision_model\.", "vision_tower."),
-    (r"^vision_tower\.encoder\.", "vision_tower."),
-)
-"""Applied in order, these turn any layout's key into the parameter tree's own spelling."""
 
 
 def load_model(folder: str | os.PathLike[str]) -> tuple[Model, Params]:
@@ -75,13 +66,13 @@ def load_params(folder: str | os.PathLike[str], model: Model) -> Params:
     stacks: dict[str, dict[int, np.ndarray]] = {}
     for file in weight_files(folder):
         for key, tensor in _read_tensors(file):
-            path, layer = _path_of(key, model.config)
+            path, layer = _path_of(key, model)
             if path is None:
                 continue
-            array = _to_ours(path, tensor)
             if path not in expected:
                 raise ModelError(f"{file}: unexpected tensor {key}")
             shape = expected[path].shape if layer is None else expected[path].shape[1:]
+            array = _to_ours(path, tensor, len(shape))
             if array.shape != shape:
                 raise ModelError(
                     f"{file}: {key} has shape {tensor.shape}, the config gives "
@@ -141,7 +132,7 @@ def save_model(
 
     def write(staging: str) -> None:
         os.makedirs(staging)
-        tensors = dict(to_huggingface(params, model.config))
+        tensors = dict(to_huggingface(params, model))
         weights = os.path.join(staging, SINGLE_FILE)
         try:
             safetensors.numpy.save_file(tensors, weights, metadata={"format": "pt"})
@@ -162,18 +153,18 @@ def copy_base(source: str | os.PathLike[str], target: str | os.PathLike[str]) ->
             shutil.copyfile(origin, os.path.join(target, name))
 
 
-def to_huggingface(params: Params, config: LlavaConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """(key, tensor) of the llava-hf layout, sorted by key."""
+def to_huggingface(params: Params, model: Model) -> Iterator[tuple[str, np.ndarray]]:
+    """(key, tensor) of the layout that the model's family writes, sorted by key."""
+    shapes = model.family.tensor_shapes(model.config)
+    names = model.family.write_keys
     tensors = {}
     for path, leaf in flatten(params).items():
         array = np.asarray(jax.device_get(leaf))
-        if "/layers/" in path:
-            for layer, part in enumerate(array):
-                tensors[_key_of(path, layer)] = np.ascontiguousarray(_to_theirs(path, part))
-        elif path.endswith("patch_embedding/kernel"):
-            tensors[_key_of(path, None)] = _unfold_patches(array, config)
-        else:
-            tensors[_key_of(path, None)] = np.ascontiguousarray(_to_theirs(path, array))
+        layers = enumerate(array) if "/layers/" in path else [(None, array)]
+        for layer, part in layers:
+            key = _key_of(path, layer, names)
+            tensor = _to_theirs(path, part)
+            tensors[key] = np.ascontiguousarray(tensor.reshape(shapes.get(key, tensor.shape)))
     yield from sorted(tensors.items())
 
 
@@ -235,11 +226,11 @@ def _read_tensors(file: str) -> Iterator[tuple[str, np.ndarray]]:
         raise ModelError(f"{file}: not a readable safetensors file: {error}") from error
 
 
-def _path_of(key: str, config: LlavaConfig) -> tuple[str | None, int | None]:
+def _path_of(key: str, model: Model) -> tuple[str | None, int | None]:
     """The parameter path and layer index of a Hugging Face key; None for what is not stored."""
-    for pattern, replacement in _KEY_LAYOUTS:
+    for pattern, replacement in model.family.read_keys:
         key = re.sub(pattern, replacement, key)
-    if key == "language_model.lm_head.weight" and config.decoder.tie_word_embeddings:
+    if key == "language_model.lm_head.weight" and model.config.decoder.tie_word_embeddings:
         return None, None  # the same tensor as the embedding, written by some versions
     if key.endswith(("position_ids", "rotary_emb.inv_freq")):
         return None, None  # buffers that old versions stored
@@ -247,39 +238,34 @@ def _path_of(key: str, config: LlavaConfig) -> tuple[str | None, int | None]:
     path = re.sub(r"\.layers\.\d+\.", ".layers.", key).replace(".", "/")
     stem, _, name = path.rpartition("/")
     if name == "weight":
-        if re.search(r"norm\d?$|layrnorm$", stem):
+        if re.search(r"norm\d?$", stem):
             name = "scale"
         elif stem.endswith(("embed_tokens", "position_embedding")):
             name = "embedding"
         else:
             name = "kernel"
-    return f"{stem}/{name}", int(layer.group(1)) if layer else None
+    return f"{stem}/{name}" if stem else name, int(layer.group(1)) if layer else None
 
 
-def _key_of(path: str, layer: int | None) -> str:
-    """The llava-hf key of a parameter path."""
+def _key_of(path: str, layer: int | None, names: Renaming) -> str:
+    """The Hugging Face key of a parameter path."""
     key = re.sub(r"/(kernel|scale|embedding)$", "/weight", path).replace("/", ".")
     if layer is not None:
         key = key.replace(".layers.", f".layers.{layer}.")
-    key = key.replace("vision_tower.layers.", "vision_tower.encoder.layers.")
-    key = key.replace("vision_tower.", "vision_tower.vision_model.")
-    if key.startswith("language_model.") and not key.startswith("language_model.lm_head"):
-        key = key.replace("language_model.", "language_model.model.", 1)
+    for pattern, replacement in names:
+        key = re.sub(pattern, replacement, key)
     return key
 
 
-def _to_ours(path: str, tensor: np.ndarray) -> np.ndarray:
-    """torch stores a dense layer as [out, in]; a patch convolution is one over flat patches."""
-    if path.endswith("patch_embedding/kernel"):
+def _to_ours(path: str, tensor: np.ndarray, ndim: int) -> np.ndarray:
+    """torch stores a dense layer as [out, in] and a patch embedding as a convolution, which is a
+    dense layer over flat patches; single vectors may have axes of one in front."""
+    if path.endswith("/kernel"):
         return tensor.reshape(tensor.shape[0], -1).T
-    return tensor.T if path.endswith("/kernel") else tensor
+    while tensor.ndim > ndim and tensor.shape[0] == 1:
+        tensor = tensor[0]
+    return tensor
 
 
 def _to_theirs(path: str, array: np.ndarray) -> np.ndarray:
     return array.T if path.endswith("/kernel") else array
-
-
-def _unfold_patches(array: np.ndarray, config: LlavaConfig) -> np.ndarray:
-    vision = config.vision
-    size = vision.patch_size
-    return np.ascontiguousarray(array.T).reshape(-1, vision.num_channels, size, size)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.layers import matmul
-from mmpo_jax.models.llava import Llava, Model, Params
+from mmpo_jax.models.model import Model, Params
+from mmpo_jax.models.vlm import VisionLanguageModel
 
 LOGITS_BYTES = 64 * 2**20
 """How much of the logits one chunk of the head may hold per device, before padding."""
@@ -95,7 +96,7 @@ def head_chunk(rows: int, length: int, vocab_size: int) -> int:
     return max(1, -(-length // max(1, steps)))
 
 
-def next_token_logits(module: Llava, hidden: jax.Array) -> jax.Array:
+def next_token_logits(module: VisionLanguageModel, hidden: jax.Array) -> jax.Array:
     """[..., D] -> float32 logits [..., V]; for a few positions only."""
     return project(hidden, module.language_model.head_kernel())
 

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 
 from mmpo_jax.errors import MmpoError
 from mmpo_jax.models.huggingface import copy_base, unflatten
-from mmpo_jax.models.llava import Params
+from mmpo_jax.models.model import Params
 from mmpo_jax.training.step import TrainState
 
 log = logging.getLogger(__name__)

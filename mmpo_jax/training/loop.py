@@ -17,7 +17,7 @@ from mmpo_jax.data.pipeline import Example, HostBatch, num_batches, training_bat
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.errors import MmpoError
 from mmpo_jax.models.huggingface import flatten
-from mmpo_jax.models.llava import Model, Params
+from mmpo_jax.models.model import Model, Params
 from mmpo_jax.parallel.mesh import batch_shards, put_batch
 from mmpo_jax.recipe import Lengths, Training
 from mmpo_jax.training.checkpoints import Checkpoints, save_base

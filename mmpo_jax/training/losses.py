@@ -7,8 +7,8 @@ from typing import Any
 import jax
 
 from mmpo_jax.models.batch import Batch
-from mmpo_jax.models.llava import Model, Params
 from mmpo_jax.models.log_probs import response_log_probs
+from mmpo_jax.models.model import Model, Params
 from mmpo_jax.objectives.dpo import dpo
 from mmpo_jax.objectives.sft import sft
 from mmpo_jax.objectives.sums import Sums

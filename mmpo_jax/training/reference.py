@@ -14,8 +14,8 @@ from mmpo_jax.data.batching import bucket, pad_batch
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.tokenization import TokenizedRecord, fingerprint_records
 from mmpo_jax.models.batch import Batch
-from mmpo_jax.models.llava import Model, Params
 from mmpo_jax.models.log_probs import response_log_probs
+from mmpo_jax.models.model import Model, Params
 from mmpo_jax.parallel.mesh import batch_shards, put_batch, put_params
 from mmpo_jax.recipe import Lengths
 from mmpo_jax.stage import Stage, run_stage

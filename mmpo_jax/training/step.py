@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mmpo_jax.models.huggingface import flatten, unflatten
-from mmpo_jax.models.llava import Model, Params
+from mmpo_jax.models.model import Model, Params
 from mmpo_jax.objectives.sums import Sums, mean
 from mmpo_jax.parallel.mesh import param_shardings
 

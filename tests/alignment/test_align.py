@@ -15,6 +15,7 @@ from jax.sharding import AxisType
 from mmpo_jax.alignment import align
 from mmpo_jax.alignment import round as round_module
 from mmpo_jax.alignment.align import run_alignment, split_prompts
+from mmpo_jax.data.records import ImageRef
 from mmpo_jax.errors import DataError, MmpoError
 from mmpo_jax.feedback.claims import Claim, Division
 from mmpo_jax.feedback.scores import count_score
@@ -22,6 +23,8 @@ from mmpo_jax.files import fingerprint_bytes, fingerprint_file, fingerprint_fold
 from mmpo_jax.models.huggingface import flatten, load_model
 from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.recipe import AlignRecipe
+from mmpo_jax.shapes.render import png_bytes
+from mmpo_jax.shapes.world import sample_scene
 from mmpo_jax.training.metrics import read_metrics
 
 PROMPTS, SAMPLES, ROUNDS = 12, 3, 2
@@ -423,9 +426,11 @@ def test_the_model_loads_in_transformers(finished):
     model, params = load_model(folder)
     processor = Processor(folder, model.config)
     text = processor.render([Turn("user", "what is in the picture ?")], 1, True)
-    ids = np.array([processor.expand_images(processor.encode(text))], np.int32)
+    picture = ImageRef("picture", png_bytes(sample_scene("test", 0, 0)))
+    ids = processor.expand_images(processor.encode(text), processor.layouts([picture]))
+    ids = np.array([ids], np.int32)
     rng = np.random.default_rng(0)
-    pixels = rng.standard_normal((1, *processor.pixel_shape)).astype(np.float32)
+    pixels = rng.standard_normal((1, *processor.slot_shape)).astype(np.float32)
     theirs, info = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
     assert not any(info["missing_keys"]), info
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """The order of training batches: every row once an epoch, the same again, from where it stopped."""
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -81,8 +82,10 @@ def test_batches_hold_their_rows(make_batches, examples, tiny_processor):
         batch, fields = host.arrays
         assert batch.prompt_ids.shape[:2] == (BATCH // MICRO, MICRO)
         assert batch.response_ids.shape[:3] == (BATCH // MICRO, MICRO, 3)  # the most of any row
-        rows = [leaf.reshape(BATCH, *leaf.shape[2:]) for leaf in vars(batch).values()]
-        prompt_ids, prompt_mask, pixels, response_ids, response_mask, loss_mask, weights = rows
+        rows = jax.tree.map(lambda leaf: leaf.reshape(BATCH, *leaf.shape[2:]), batch)
+        prompt_ids, prompt_mask, pixels = rows.prompt_ids, rows.prompt_mask, rows.pixel_values
+        response_ids, response_mask = rows.response_ids, rows.response_mask
+        loss_mask, weights = rows.loss_mask, rows.weights
         reference = fields["reference"].reshape(BATCH, 3)
         for number, name in enumerate(host.ids):
             example = by_id[name]
@@ -99,7 +102,8 @@ def test_batches_hold_their_rows(make_batches, examples, tiny_processor):
             np.testing.assert_array_equal(reference[number, :count], example.fields["reference"])
             assert not reference[number, count:].any()
             for place, image in enumerate(example.record.images):
-                np.testing.assert_array_equal(pixels[number, place], tiny_processor.pixels(image))
+                ((expected,),) = tiny_processor.pixels([image])
+                np.testing.assert_array_equal(pixels[number, place], expected)
             assert not pixels[number, len(example.record.images) :].any()
         assert weights.tolist() == [1] * len(host.ids) + [0] * (BATCH - len(host.ids))
 

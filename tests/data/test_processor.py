@@ -10,7 +10,7 @@ import tiny
 from mmpo_jax.data.processor import Processor, ProcessorError
 from mmpo_jax.data.records import ImageRef, Turn
 from mmpo_jax.errors import DataError
-from mmpo_jax.models.config import load_config
+from mmpo_jax.models.model import load_config
 from mmpo_jax.shapes.processor import TOKENS
 from mmpo_jax.shapes.render import png_bytes
 from mmpo_jax.shapes.world import sample_scene
@@ -82,8 +82,8 @@ def test_image_processor_files(folder, config):
     assert Processor(folder, config).fingerprints() == whole  # transformers 5's file has it too
     path = folder / "processor_config.json"
     settings = json.loads(path.read_text())
-    edit(path, image_processor={"image_processor_type": "SiglipImageProcessor"})
-    with pytest.raises(ProcessorError, match="'SiglipImageProcessor' is not supported"):
+    edit(path, image_processor={"image_processor_type": "Idefics3ImageProcessorFast"})
+    with pytest.raises(ProcessorError, match="'Idefics3ImageProcessor' is not supported"):
         Processor(folder, config)
     path.write_text("{")
     with pytest.raises(ProcessorError, match=r"processor_config\.json"):
@@ -116,7 +116,8 @@ def test_text_there_and_back(tiny_processor):
     assert text == "<s> USER: <image> <image> is there a star ? ASSISTANT:"
     ids = tiny_processor.encode(text)
     assert ids.count(tiny.IMAGE_ID) == 2
-    expanded = tiny_processor.expand_images(ids)
+    image = ImageRef("scene", png_bytes(sample_scene("train", 0, 0)))
+    expanded = tiny_processor.expand_images(ids, tiny_processor.layouts([image, image]))
     assert len(expanded) == len(ids) + 2 * 3
     assert tiny_processor.decode([*tiny_processor.encode("a red star"), tiny.EOS_ID, 0, 0]) == (
         "a red star"
@@ -131,8 +132,8 @@ def test_pad_falls_back_to_eos(folder, config):
 
 def test_pixels(tiny_processor):
     image = ImageRef("scene", png_bytes(sample_scene("train", 0, 0)))
-    pixels = tiny_processor.pixels(image)
-    assert pixels.shape == (3, 16, 16)
+    (pixels,) = tiny_processor.pixels([image])
+    assert pixels.shape == (1, 3, 16, 16)
     assert pixels.dtype == "float32"
     with pytest.raises(DataError, match="broken"):
-        tiny_processor.pixels(ImageRef("broken", b"\x89PNG no more"))
+        tiny_processor.pixels([ImageRef("broken", b"\x89PNG no more")])

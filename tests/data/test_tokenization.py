@@ -10,7 +10,7 @@ import tiny
 from mmpo_jax.data.processor import Processor, ProcessorError
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
 from mmpo_jax.data.tokenization import RowRejected, tokenize
-from mmpo_jax.models.config import load_config
+from mmpo_jax.models.model import load_config
 from mmpo_jax.shapes.processor import CHAT_TEMPLATE, TOKENS
 
 IMAGE = ImageRef("image", b"never decoded here")

@@ -16,8 +16,8 @@ from mmpo_jax.errors import DataError
 from mmpo_jax.feedback import labeler as labeler_module
 from mmpo_jax.feedback.labeler import CheckpointLabeler, answer_tokens
 from mmpo_jax.models.batch import Batch
-from mmpo_jax.models.config import load_config
 from mmpo_jax.models.log_probs import next_token_logits
+from mmpo_jax.models.model import load_config
 from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.recipe import Lengths
 from mmpo_jax.shapes.processor import CHAT_TEMPLATE, TOKENS
@@ -95,13 +95,16 @@ def next_token(model, params, batch):
 def plain_answer(model, params, processor, picture, question, lead=()):
     """One row, teacher forced: the whole dialogue is the prompt, and no response is seen."""
     text = processor.render([Turn("user", question)], 1, True)
-    ids = [*processor.expand_images(processor.encode(text)), *lead]
+    layouts = processor.layouts([picture])
+    ids = [*processor.expand_images(processor.encode(text), layouts), *lead]
     size = 32
     absent = np.zeros((1, 1, 1), bool)
+    prompt_ids = np.array([ids + [tiny.PAD_ID] * (size - len(ids))], np.int32)
     batch = Batch(
-        prompt_ids=np.array([ids + [tiny.PAD_ID] * (size - len(ids))], np.int32),
+        prompt_ids=prompt_ids,
         prompt_mask=np.arange(size)[None] < len(ids),
-        pixel_values=processor.pixels(picture)[None, None],
+        pixel_values=np.stack(processor.pixels([picture])),
+        **tiny.reading_order(prompt_ids, [len(ids)]),
         response_ids=absent.astype(np.int32),
         response_mask=absent,
         loss_mask=absent,

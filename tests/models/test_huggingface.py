@@ -8,8 +8,9 @@ import pytest
 import safetensors.numpy
 import tiny
 
-from mmpo_jax.models.config import ModelError, load_config
+from mmpo_jax.models.config import ModelError
 from mmpo_jax.models.huggingface import flatten, load_model, to_huggingface, unflatten
+from mmpo_jax.models.model import load_config
 
 
 @pytest.fixture
@@ -86,13 +87,13 @@ def test_missing_and_damaged_files(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llava_next"}, "model_type is 'llava_next'"),
+        ({"model_type": "idefics3"}, "model_type is 'idefics3'.*implements.*llava"),
         ({"vision_feature_layer": -9}, "vision_feature_layer -9 is outside"),
-        ({"text_config": {"model_type": "mistral"}}, r"text_config\.model_type is 'mistral'"),
-        ({"vision_config": {"model_type": "siglip_vision_model"}}, "siglip_vision_model"),
+        ({"text_config": {"model_type": "gemma"}}, r"text_config\.model_type is 'gemma'"),
+        ({"vision_config": {"model_type": "siglip_vision_model"}}, "vision_use_head is True"),
         (
-            {"text_config": {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}},
-            "rope_type is 'linear'",
+            {"text_config": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}},
+            "rope_type is 'dynamic'",
         ),
     ],
 )
@@ -109,7 +110,7 @@ def test_what_is_not_implemented_is_refused(folder, changes, message):
 
 def test_stacked_layers_keep_their_order(tiny_model, tensors):
     model, params = tiny_model
-    written = dict(to_huggingface(params, model.config))
+    written = dict(to_huggingface(params, model))
     assert written.keys() == tensors.keys()
     for layer in range(2):
         key = KEY.replace("layers.1", f"layers.{layer}")

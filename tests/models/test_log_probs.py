@@ -13,10 +13,9 @@ import tiny
 
 from mmpo_jax.models import log_probs
 from mmpo_jax.models.batch import Batch
-from mmpo_jax.models.config import from_huggingface
 from mmpo_jax.models.huggingface import flatten
-from mmpo_jax.models.llava import Model
 from mmpo_jax.models.log_probs import head_chunk, response_log_probs, token_log_probs
+from mmpo_jax.models.model import Model, read_config
 from mmpo_jax.recipe import Dpo, Optimizer
 from mmpo_jax.training.losses import REFERENCE, make_loss
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
@@ -68,6 +67,7 @@ def separate_rows(batch: Batch) -> Batch:
         prompt_ids=ids,
         prompt_mask=mask,
         pixel_values=np.repeat(batch.pixel_values, r, axis=0),
+        **tiny.reading_order(ids, mask.sum(axis=1)),
         response_ids=np.zeros((b * r, 0, 0), np.int32),
         response_mask=np.zeros((b * r, 0, 0), bool),
         loss_mask=np.zeros((b * r, 0, 0), bool),
@@ -80,15 +80,14 @@ def plain_log_probs(model, params, rows: Batch) -> jax.Array:
     module = model.bind(params)
     s = rows.prompt_ids.shape[1]
 
-    def attend(query, key, value, carry, inputs):
+    def attend(query, key, value, window, carry, inputs):
         groups = query.shape[2] // key.shape[2]
         key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(query.shape[-1])
         scores = jnp.where(jnp.tril(jnp.ones((s, s), bool)), scores, -jnp.inf)
         return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), value), carry, None
 
-    positions = jnp.broadcast_to(jnp.arange(s), rows.prompt_ids.shape)
-    x, _, _ = module.language_model(module.embed_prompt(rows), positions, attend)
+    x, _, _ = module.language_model(module.embed_prompt(rows), rows.positions, attend)
     scores = jax.nn.log_softmax(x @ module.language_model.head_kernel())
     return jnp.take_along_axis(scores[:, :-1], jnp.array(rows.prompt_ids)[:, 1:, None], 2)[..., 0]
 
@@ -278,7 +277,7 @@ def compile_large_step():
     b, r, t, v = LARGE
     text = {"vocab_size": v, "hidden_size": 8, "num_hidden_layers": 1}
     config = tiny.make_config({"num_hidden_layers": 1}, text, vision_feature_layer=-1)
-    model = Model.create(from_huggingface(config))
+    model = Model.create(read_config(config))
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
     def spec(shape, dtype):
@@ -287,7 +286,12 @@ def compile_large_step():
     batch = Batch(  # a micro-batch in front
         prompt_ids=spec((1, b, 16), jnp.int32),
         prompt_mask=spec((1, b, 16), bool),
+        positions=spec((1, b, 1, 16), jnp.int32),
+        next_position=spec((1, b), jnp.int32),
         pixel_values=spec((1, b, 1, 3, 16, 16), jnp.float32),
+        patches={},
+        feature_index=spec((1, b, 16, 1), jnp.int32),
+        feature_weight=spec((1, b, 16, 1), jnp.float32),
         response_ids=spec((1, b, r, t), jnp.int32),
         response_mask=spec((1, b, r, t), bool),
         loss_mask=spec((1, b, r, t), bool),

@@ -9,7 +9,7 @@ from PIL import Image
 
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import ImageRef
-from mmpo_jax.models.config import load_config
+from mmpo_jax.models.model import load_config
 
 pytest.importorskip("torch")
 from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaProcessor
@@ -75,11 +75,12 @@ def test_pixels_equal_the_hugging_face_processor(processors, tmp_path, name):
     path.write_bytes(IMAGES[name])
     image = load_image(str(path))
     expected = theirs(images=image, text="<image>", return_tensors="np")["pixel_values"][0]
-    actual = ours.pixels(ImageRef(name, IMAGES[name]))
+    ((actual,),) = ours.pixels([ImageRef(name, IMAGES[name])])
     assert actual.dtype == np.float32
     np.testing.assert_array_equal(actual, expected)
     np.testing.assert_allclose(actual, by_hand(image), rtol=0, atol=1e-5)
-    np.testing.assert_array_equal(ours.pixels(ImageRef(name, IMAGES[name])), expected)  # cached
+    cached = ours.pixels([ImageRef(name, IMAGES[name])])
+    np.testing.assert_array_equal(cached[0][0], expected)
 
 
 def by_hand(image):

@@ -105,6 +105,7 @@ def to_ours(theirs) -> Batch:
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
         pixel_values=theirs["pixel_values"].numpy()[:b, None],
+        **tiny.reading_order(prompt_ids, [len(ids) for ids in prompts[:b]]),
         response_ids=response_ids,
         response_mask=response_mask,
         loss_mask=response_mask,
@@ -124,7 +125,7 @@ def loss_and_gradient(model, params, batch, fields, objective):
 
 def assert_same_gradients(model, gradient, theirs):
     """Ours as transformers names them against `.grad` of its parameters."""
-    ours = {in_memory_name(key): value for key, value in to_huggingface(gradient, model.config)}
+    ours = {in_memory_name(key): value for key, value in to_huggingface(gradient, model)}
     parameters = dict(theirs.named_parameters())
     assert ours.keys() == parameters.keys()
     largest = max(np.abs(value).max() for value in ours.values())

@@ -13,8 +13,8 @@ from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
 from mmpo_jax.data.tokenization import tokenize_records
 from mmpo_jax.files import fingerprint_folder, read_table
-from mmpo_jax.models.config import load_config
 from mmpo_jax.models.huggingface import load_model
+from mmpo_jax.models.model import load_config
 from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.recipe import Lengths
 from mmpo_jax.shapes.render import png_bytes

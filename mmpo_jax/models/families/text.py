@@ -1,0 +1,28 @@
+"""Text-only decoders: Llama, Mistral, Qwen2 and Qwen3."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmpo_jax.models import decoder
+from mmpo_jax.models.config import ModelConfig, read_decoder
+from mmpo_jax.models.family import Family
+from mmpo_jax.models.vlm import VisionLanguageModel
+
+
+def read_config(config: Any) -> ModelConfig:
+    tied = config.tie_word_embeddings
+    return ModelConfig(config.model_type, read_decoder(config, tied, "config.json"))
+
+
+FAMILY = Family(
+    model_types=("llama", "mistral", "qwen2", "qwen3"),
+    read_config=read_config,
+    module=VisionLanguageModel,
+    rules=decoder.SHARDING_RULES,
+    read_keys=((r"^model\.", "language_model."), (r"^lm_head\.", "language_model.lm_head.")),
+    write_keys=(
+        (r"^language_model\.lm_head\.", "lm_head."),
+        (r"^language_model\.", "model."),
+    ),
+)

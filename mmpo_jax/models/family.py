@@ -1,0 +1,68 @@
+"""What one architecture adds to the shared building blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from mmpo_jax.models.config import ModelConfig
+from mmpo_jax.models.layout import Layout
+from mmpo_jax.models.vlm import VisionLanguageModel
+
+Size = tuple[int, int]
+"""(height, width) of an upright image in pixels."""
+
+Renaming = tuple[tuple[str, str], ...]
+"""(regular expression, replacement), applied in order."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """The image half of a family: from pictures to the rows of `Batch.pixel_values`."""
+
+    processors: tuple[str, ...]
+    """Image processor classes of transformers that its checkpoints name, without `Pil`."""
+    placeholders: Callable[[Any], tuple[int, ...]]
+    """config -> ids of the tokens that image features replace."""
+    slot_shape: Callable[[Any], tuple[int, ...]]
+    """config -> shape of one row of `pixel_values`, without B and I."""
+    layouts: Callable[[Any, Any, Sequence[Size]], list[Layout]]
+    """(config, image processor, sizes of a prompt's images) -> how each becomes tokens."""
+    pixels: Callable[[Any, Sequence[Any]], list[np.ndarray]]
+    """(image processor, a prompt's RGB images) -> float32[slots, *slot_shape] of each."""
+    sized: bool
+    """Whether layouts depend on the sizes; where not, files need not be opened for them."""
+    describe: Callable[[Any, Sequence[Layout], int], dict[str, np.ndarray]] = (
+        lambda config, layouts, slots: {}
+    )
+    """(config, a prompt's layouts, I) -> one row of `Batch.patches`, arrays [I, ...]."""
+    extras: int = 0
+    """Learned vectors in front of the pool of image features."""
+    vectors: int = 1
+    """K: how many vectors of the pool a token is mixed from."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One architecture; `families/` has a file for each."""
+
+    model_types: tuple[str, ...]
+    """config.json's `model_type`s."""
+    read_config: Callable[[Any], ModelConfig]
+    """From the `transformers` config; raises `ModelError` for what is not implemented."""
+    module: type[VisionLanguageModel]
+    rules: tuple[tuple[str, PartitionSpec], ...]
+    """Sharding, see `Model.rules`."""
+    read_keys: Renaming
+    """Turns a tensor's name in any layout that transformers has written into the parameter's own
+    path, with dots for slashes."""
+    write_keys: Renaming
+    """The way back, into the oldest layout, which all versions of transformers read."""
+    images: Images | None = None
+    tensor_shapes: Callable[[Any], dict[str, tuple[int, ...]]] = lambda config: {}
+    """config -> shapes of the tensors that are written with other axes than ours: patch
+    convolutions, vectors with axes of one in front."""

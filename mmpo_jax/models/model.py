@@ -1,0 +1,91 @@
+"""A checkpoint's architecture, apart from its parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import jax
+import transformers
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from mmpo_jax.models.config import ModelConfig, ModelError
+from mmpo_jax.models.families import FAMILIES
+from mmpo_jax.models.family import Family
+from mmpo_jax.models.vlm import VisionLanguageModel
+
+Params = Any
+"""A nested dict of arrays, as `nnx.to_pure_dict` gives it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model without its parameters: hashable, so that `jax.jit` can take it as static."""
+
+    config: ModelConfig
+    graphdef: Any
+
+    @classmethod
+    def create(cls, config: ModelConfig) -> Model:
+        module = FAMILIES[config.family].module
+        abstract = nnx.eval_shape(lambda: module(config, nnx.Rngs(0)))
+        return cls(config, nnx.split(abstract)[0])
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.config.family]
+
+    @property
+    def rules(self) -> tuple[tuple[str, PartitionSpec], ...]:
+        """(regular expression over a parameter's whole path, its PartitionSpec); the first match
+        counts."""
+        return self.family.rules
+
+    def bind(self, params: Params) -> VisionLanguageModel:
+        """The module with these parameters in it, for use inside a pure function."""
+        return nnx.merge(self.graphdef, params)
+
+    def init(self, seed: int) -> Params:
+        """Random float32 parameters."""
+        module = self.family.module(self.config, nnx.Rngs(seed))
+        return nnx.to_pure_dict(nnx.split(module)[1])
+
+    def abstract_params(self) -> Params:
+        """The parameters' shapes, as `init` would make them."""
+        return jax.eval_shape(lambda: self.init(0))
+
+
+def load_config(folder: str | os.PathLike[str]) -> ModelConfig:
+    """Reads `config.json` of a checkpoint folder.
+
+    Raises:
+      ModelError: the folder has no readable config, or one of an architecture or with a switch
+        that is not implemented.
+    """
+    path = os.path.join(folder, "config.json")
+    if not os.path.isfile(path):
+        raise ModelError(f"{path}: not found; a checkpoint folder has a config.json")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises many types, its own validators bare ones
+        raise ModelError(f"{path}: cannot be read as a model config: {error}") from error
+    try:
+        return read_config(config)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
+
+
+def read_config(config: Any) -> ModelConfig:
+    """The configuration of a `transformers` config.
+
+    Raises:
+      ModelError: an architecture or a switch that is not implemented.
+    """
+    kind = config.model_type
+    if kind not in FAMILIES:
+        raise ModelError(
+            f"model_type is {kind!r}; this version implements {', '.join(sorted(FAMILIES))}"
+        )
+    return FAMILIES[kind].read_config(config)

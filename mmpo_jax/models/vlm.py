@@ -1,0 +1,78 @@
+"""A vision-language model over shared prompts: what all families have in common."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mmpo_jax.models.attention import shared_prompt_attention
+from mmpo_jax.models.batch import Batch
+from mmpo_jax.models.config import ModelConfig
+from mmpo_jax.models.decoder import Decoder
+
+
+class VisionLanguageModel(nnx.Module):
+    """A decoder that reads image features in place of placeholder tokens.
+
+    Families add a vision half to it. Use it through `model.Model`, which keeps parameters outside.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.language_model = Decoder(config.decoder, rngs)
+
+    def image_features(self, batch: Batch, remat: str) -> jax.Array:
+        """The pool of vectors that `feature_index` points into, [B, F, D] in the decoder's width.
+
+        Learned vectors come first, then the features of every slot in order. A family without
+        images has none.
+        """
+        raise NotImplementedError(f"{self.config.family} has no images")
+
+    def embed_prompt(self, batch: Batch, remat: str = "none") -> jax.Array:
+        """Prompt embeddings [B, P, D], image features in the places of the placeholders."""
+        is_image = batch.feature_index[..., :1] >= 0
+        text = self.language_model.embed_tokens(jnp.where(is_image[..., 0], 0, batch.prompt_ids))
+        if batch.pixel_values.shape[1] == 0:
+            return text
+        features = self.image_features(batch, remat)
+        image = jnp.zeros_like(text)
+        for k in range(batch.feature_index.shape[-1]):
+            index = jnp.maximum(batch.feature_index[..., k], 0)
+            chosen = jax.vmap(lambda rows, at: rows[at])(features, index)
+            image += chosen * batch.feature_weight[..., k : k + 1].astype(chosen.dtype)
+        return jnp.where(is_image, image, text)
+
+    def hidden_states(self, batch: Batch, remat: str = "none") -> tuple[jax.Array, jax.Array]:
+        """The decoder's final hidden states of a batch, each prompt run once.
+
+        Returns:
+          (last prompt token's [B, D], responses' [B, R, T, D]).
+        """
+        b, r, t = batch.response_ids.shape
+        p = batch.prompt_ids.shape[1]
+        responses = self.language_model.embed_tokens(batch.response_ids.reshape(b, r * t))
+        x = jnp.concatenate([self.embed_prompt(batch, remat), responses], axis=1)
+        own = response_positions(batch, jnp.tile(jnp.arange(t), r))
+        positions = jnp.concatenate([batch.positions, own], axis=2)
+
+        def attend(query, key, value, window, carry, inputs):
+            del inputs
+            masks = batch.prompt_mask, batch.response_mask
+            return shared_prompt_attention(query, key, value, *masks, window), carry, None
+
+        x, _, _ = self.language_model(x, positions, attend, remat=remat)
+        last = jax.vmap(lambda rows, at: rows[at])(x, prompt_lengths(batch) - 1)
+        return last, x[:, p:].reshape(b, r, t, -1)
+
+
+def prompt_lengths(batch: Batch) -> jax.Array:
+    """int32[B]: real tokens of each prompt."""
+    return batch.prompt_mask.sum(axis=1, dtype=jnp.int32)
+
+
+def response_positions(batch: Batch, steps: jax.Array) -> jax.Array:
+    """Positions [B, A, S] of response tokens that are `steps` [S] or [] after the prompt's end."""
+    positions = batch.next_position[:, None, None] + jnp.atleast_1d(steps)
+    return jnp.broadcast_to(positions, (*batch.positions.shape[:2], positions.shape[-1]))

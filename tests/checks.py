@@ -1,0 +1,209 @@
+"""What every family must show against transformers: logits, greedy decoding, folders."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors.torch
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from mmpo_jax.data.batching import pad_batch
+from mmpo_jax.data.processor import Processor
+from mmpo_jax.data.records import ImageRef, Record, Response, Turn
+from mmpo_jax.data.tokenization import tokenize
+from mmpo_jax.generation.sampler import Decoding, sample, sample_keys
+from mmpo_jax.models.huggingface import flatten, load_model, save_model
+from mmpo_jax.models.log_probs import next_token_logits, shift_right
+
+WORDS = ("red", "green", "blue", "star", "ring", "what", "is", "this", "?", "a", "two", "and")
+SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
+PAD_ID, BOS_ID, EOS_ID = range(3)
+TOLERANCE = 2e-4
+
+TEMPLATE = """\
+{{- '<s>' -}}
+{%- for message in messages -%}
+  {{- ' ' + message['role'] | upper + ':' -}}
+  {%- for part in message['content'] -%}
+    {{- ' ' + (MEDIA) -}}
+  {%- endfor -%}
+  {%- if message['role'] == 'assistant' -%} {{- ' </s>' -}} {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%} {{- ' ASSISTANT:' -}} {%- endif -%}
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One random checkpoint, in transformers and here."""
+
+    folder: Path
+    theirs: Any
+    model: Any
+    params: Any
+    processor: Processor
+
+
+def token_ids(*media: str) -> dict[str, int]:
+    """Ids of the vocabulary whose media tokens, such as "<image>", are these."""
+    names = (*SPECIAL, *media, "USER:", "ASSISTANT:", "SYSTEM:", *WORDS)
+    return {name: index for index, name in enumerate(names)}
+
+
+def save_tokenizer(folder: Path, *media: str, **written: str) -> None:
+    """A word-level tokenizer; `written` says what the template writes for a content type."""
+    tokenizer = Tokenizer(models.WordLevel(token_ids(*media), unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    parts = "part['text'] if part['type'] == 'text' else " + str(written) + "[part['type']]"
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=list(media),
+        clean_up_tokenization_spaces=False,
+        chat_template=TEMPLATE.replace("MEDIA", parts),
+    ).save_pretrained(folder)
+
+
+def make_case(folder: Path, theirs: Any, image_processor: Any = None, seed: int = 0) -> Case:
+    """Fills a transformers model with large random weights, saves it and loads it here.
+
+    The folder has its tokenizer already.
+    """
+    randomise(theirs, seed)
+    theirs.save_pretrained(folder)
+    if image_processor is not None:
+        image_processor.save_pretrained(folder)
+    model, params = load_model(folder)
+    return Case(folder, theirs.eval(), model, params, Processor(folder, model.config))
+
+
+@torch.no_grad()
+def randomise(theirs: Any, seed: int) -> None:
+    """Weights large enough that every part of the model matters."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in sorted(theirs.named_parameters()):
+        noise = torch.randn(tensor.shape, generator=generator)
+        if tensor.ndim > 1:
+            fan_in = tensor[0].numel() if "embed" not in name else 1
+            tensor.copy_(1.2 * noise / fan_in**0.5)
+        elif name.endswith("bias"):
+            tensor.copy_(0.2 * noise)
+        else:  # norms, layer scales
+            tensor.copy_(1 + 0.2 * noise)
+
+
+def record(name: str, text: str, images: Sequence[ImageRef] = (), *responses: str) -> Record:
+    answers = tuple(Response.of(response) for response in responses)
+    return Record(name, tuple(images), (Turn("user", text),), answers)
+
+
+def batch_of(case: Case, records: Sequence[Record], rows: int | None = None) -> Any:
+    """(the tokenized records, their batch)."""
+    tokenized = [tokenize(row, case.processor, 2**20, 2**20) for row in records]
+    longest = [len(r.ids) for row in tokenized for r in row.responses]
+    batch = pad_batch(
+        tokenized,
+        case.processor,
+        rows=rows or len(records),
+        prompt_sizes=(max(len(row.prompt_ids) for row in tokenized) + 3,),
+        response_sizes=(max(longest, default=0) + 2,),
+    )
+    return tokenized, batch
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def response_logits(model, params, batch):
+    """[B, R, T, V]: what predicts each response token; small models only."""
+    module = model.bind(params)
+    return next_token_logits(module, shift_right(*module.hidden_states(batch)))
+
+
+Inputs = Callable[[Record, np.ndarray], dict[str, Any]]
+"""(record, its ids) -> what transformers' model wants beside `input_ids`."""
+
+
+def no_images(record: Record, ids: np.ndarray) -> dict[str, Any]:
+    return {}
+
+
+@torch.no_grad()
+def check_logits(case: Case, records: Sequence[Record], inputs: Inputs = no_images) -> None:
+    """Logits of every response, all in one batch here, each in a row of its own there."""
+    tokenized, batch = batch_of(case, records)
+    ours = np.asarray(response_logits(case.model, case.params, batch))
+    for row, (source, tokens) in enumerate(zip(records, tokenized, strict=True)):
+        for column, response in enumerate(tokens.responses):
+            ids = np.concatenate([tokens.prompt_ids, response.ids])
+            theirs = case.theirs(
+                input_ids=torch.tensor(ids[None]).long(), **inputs(source, ids)
+            ).logits[0, len(tokens.prompt_ids) - 1 : -1]
+            assert theirs.std() > 0.5
+            np.testing.assert_allclose(
+                ours[row, column, : len(response.ids)], theirs.numpy(), rtol=0, atol=TOLERANCE
+            )
+
+
+@torch.no_grad()
+def check_greedy(
+    case: Case, records: Sequence[Record], inputs: Inputs = no_images, length: int = 64
+) -> None:
+    """Greedy decoding of `length` tokens, prompts of different lengths in one batch."""
+    tokenized, batch = batch_of(case, [dataclasses.replace(r, responses=()) for r in records])
+    tokens = sample(
+        case.model,
+        case.params,
+        batch,
+        sample_keys(0, 0, np.arange(len(records)), 1),
+        decoding=Decoding(num_samples=1, temperature=0, max_new_tokens=length),
+        eos_ids=(case.model.config.decoder.vocab_size,),  # never: all tokens are compared
+        pad_id=PAD_ID,
+    )
+    for row, (source, row_tokens) in enumerate(zip(records, tokenized, strict=True)):
+        ids = row_tokens.prompt_ids
+        theirs = case.theirs.generate(
+            input_ids=torch.tensor(ids[None]).long(),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            **inputs(source, ids),
+            do_sample=False,
+            max_new_tokens=length,
+            eos_token_id=None,
+            pad_token_id=PAD_ID,
+        )[0, len(ids) :]
+        np.testing.assert_array_equal(np.asarray(tokens)[row, 0], theirs.numpy())
+
+
+def check_round_trip(case: Case, folder: Path) -> None:
+    """folder -> ours -> folder: every bit is there again, and transformers misses nothing."""
+    save_model(folder, case.model, case.params, case.folder)
+    loaded, info = type(case.theirs).from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    expected, actual = case.theirs.state_dict(), loaded.state_dict()
+    assert actual.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(actual[key], tensor), key
+    _, again = load_model(folder)
+    before, after = flatten(case.params), flatten(again)
+    assert before.keys() == after.keys()
+    for path, leaf in before.items():
+        np.testing.assert_array_equal(after[path], leaf, err_msg=path)
+    oldest = safetensors.torch.load_file(folder / "model.safetensors")
+    save_again = folder.parent / (folder.name + "-again")
+    save_model(save_again, case.model, again, folder)
+    for key, tensor in safetensors.torch.load_file(save_again / "model.safetensors").items():
+        assert torch.equal(oldest[key], tensor), key
+
+
+def transformers_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in transformers.__version__.split(".")[:2])

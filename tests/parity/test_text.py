@@ -1,0 +1,100 @@
+"""Text-only decoders against transformers."""
+
+import pytest
+
+pytest.importorskip("torch")
+import checks
+import transformers
+
+pytestmark = pytest.mark.parity
+
+IDS = checks.token_ids()
+SIZES = {
+    "vocab_size": len(IDS) + 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": checks.PAD_ID,
+    "bos_token_id": checks.BOS_ID,
+    "eos_token_id": checks.EOS_ID,
+    "tie_word_embeddings": False,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+CASES = {
+    "llama": transformers.LlamaConfig(**SIZES),
+    "llama-3": transformers.LlamaConfig(**SIZES, rope_parameters=LLAMA3),
+    "llama-biases-linear-tied": transformers.LlamaConfig(
+        **SIZES | {"tie_word_embeddings": True, "num_key_value_heads": 4},
+        attention_bias=True,
+        mlp_bias=True,
+        rope_parameters=LINEAR,
+    ),
+    "mistral": transformers.MistralConfig(**SIZES, sliding_window=None),
+    "mistral-window": transformers.MistralConfig(**SIZES, sliding_window=7),
+    "mistral-head-dim": transformers.MistralConfig(
+        **SIZES | {"num_key_value_heads": 1}, head_dim=16, sliding_window=None
+    ),
+    "qwen2": transformers.Qwen2Config(**SIZES),
+    "qwen2-yarn-tied": transformers.Qwen2Config(
+        **SIZES | {"tie_word_embeddings": True}, rope_parameters=YARN
+    ),
+    "qwen2-some-windows": transformers.Qwen2Config(
+        **SIZES | {"num_hidden_layers": 3},
+        use_sliding_window=True,
+        sliding_window=5,
+        max_window_layers=1,
+    ),
+    "qwen3": transformers.Qwen3Config(**SIZES, head_dim=16),
+    "qwen3-tied-biases": transformers.Qwen3Config(
+        **SIZES | {"tie_word_embeddings": True}, head_dim=8, attention_bias=True
+    ),
+    "qwen3-window": transformers.Qwen3Config(
+        **SIZES, head_dim=8, use_sliding_window=True, sliding_window=6, max_window_layers=1
+    ),
+}
+RECORDS = [
+    checks.record("0", "what is this ?", (), "a red star", "two blue ring and a green star"),
+    checks.record(
+        "1", "red green blue " * 4 + "what is this ?", (), "a ring", "a red red red green ring"
+    ),
+    checks.record("2", "blue", (), "star", "is this a star ?"),
+]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text") / request.param
+    checks.save_tokenizer(folder)
+    config = CASES[request.param]
+    config._attn_implementation = "eager"
+    theirs = transformers.AutoModelForCausalLM.from_config(config)
+    return checks.make_case(folder, theirs)
+
+
+def test_logits(case):
+    checks.check_logits(case, RECORDS)
+
+
+def test_greedy_decoding(case):
+    checks.check_greedy(case, RECORDS)
+
+
+def test_round_trip(case, tmp_path):
+    checks.check_round_trip(case, tmp_path / "out")
