@@ -125,7 +125,7 @@ def _pad_images(
         )
         index[row, :size], weight[row, :size] = placed.index, placed.weight
         positions[row, :, :size], following[row] = placed.positions, placed.next_position
-        made = processor.pixels(record.images)
+        made = processor.pixels(record.images, record.videos)
         if made:
             own = np.concatenate(made)
             pixels[row, : len(own)] = own

@@ -20,7 +20,7 @@ import transformers
 from PIL import Image
 
 from mmpo_jax.data.images import image_size, open_image
-from mmpo_jax.data.records import ImageRef, Turn
+from mmpo_jax.data.records import ImageRef, Turn, VideoRef
 from mmpo_jax.errors import DataError, MmpoError
 from mmpo_jax.files import fingerprint_json
 from mmpo_jax.models.config import ModelConfig
@@ -45,6 +45,7 @@ class Processor:
         self.folder = os.fspath(folder)
         self.config = config
         self.images = FAMILIES[config.family].images
+        self.videos = FAMILIES[config.family].videos
         self.tokenizer = _load_tokenizer(self.folder)
         self.placeholders: tuple[int, ...] = ()
         self.slot_shape: tuple[int, ...] = ()
@@ -52,6 +53,9 @@ class Processor:
             self.image_processor = _load_image_processor(self.folder, self.images.processors)
             self.placeholders = self.images.placeholders(config)
             self.slot_shape = self.images.slot_shape(config)
+        if self.videos is not None:
+            self.video_settings = _load_video_settings(self.folder, self.videos.settings)
+            self.placeholders = (*self.placeholders, self.videos.placeholder(config))
         self._pixels: collections.OrderedDict[Any, list[np.ndarray]] = collections.OrderedDict()
         self._pixel_bytes = 0
         self._lock = threading.Lock()
@@ -71,21 +75,23 @@ class Processor:
         pad = self.tokenizer.pad_token_id
         return self.eos_id if pad is None else pad
 
-    def render(self, turns: Sequence[Turn], num_images: int, for_answer: bool) -> str:
-        """The chat template's text; images go in front of the first user turn's text.
+    def render(
+        self, turns: Sequence[Turn], num_images: int, for_answer: bool, num_videos: int = 0
+    ) -> str:
+        """The chat template's text; images, then videos, precede the first user turn's text.
 
         Args:
           turns: the dialogue so far.
           num_images: images of the record.
           for_answer: end with the header of the assistant's next turn.
+          num_videos: videos of the record.
         """
         messages = []
-        images_left = num_images
+        media = [{"type": "image"}] * num_images + [{"type": "video"}] * num_videos
         for turn in turns:
             content: list[dict[str, str]] = []
-            if turn.role == "user" and images_left:
-                content = [{"type": "image"}] * images_left
-                images_left = 0
+            if turn.role == "user":
+                content, media = media, []
             messages.append(
                 {"role": turn.role, "content": [*content, {"type": "text", "text": turn.text}]}
             )
@@ -97,18 +103,24 @@ class Processor:
         """Token ids of rendered text, each image placeholder once; adds no special tokens."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def layouts(self, images: Sequence[ImageRef]) -> list[Layout]:
-        """How each image of a prompt becomes tokens.
+    def layouts(self, images: Sequence[ImageRef], videos: Sequence[VideoRef] = ()) -> list[Layout]:
+        """How each image, then each video of a prompt becomes tokens.
 
         Raises:
-          DataError: an image cannot be read, where its size matters.
+          DataError: the model takes none, or one cannot be read, where its size matters.
         """
-        if not images:
-            return []
-        if self.images is None:
-            raise DataError(f"{self.folder}: this model takes no images")
-        known = [image_size(image) if self.images.sized else (1, 1) for image in images]
-        return self.images.layouts(self.config, self.image_processor, known)
+        made: list[Layout] = []
+        if images:
+            if self.images is None:
+                raise DataError(f"{self.folder}: this model takes no images")
+            known = [image_size(image) if self.images.sized else (1, 1) for image in images]
+            made += self.images.layouts(self.config, self.image_processor, known)
+        if videos:
+            if self.videos is None:
+                raise DataError(f"{self.folder}: this model takes no videos")
+            clips = [(len(v.frames), *image_size(v.frames[0]), v.fps) for v in videos]
+            made += self.videos.layouts(self.config, self.video_settings, clips)
+        return made
 
     def expand_images(self, ids: Sequence[int], layouts: Sequence[Layout]) -> list[int]:
         """Image placeholders, one per image, replaced by their layouts' tokens in order.
@@ -126,21 +138,33 @@ class Processor:
         """The text of a response, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
-    def pixels(self, images: Sequence[ImageRef]) -> list[np.ndarray]:
-        """float32[slots, *slot_shape] of each of a prompt's images, as the checkpoint's image
-        processor makes them.
+    def pixels(
+        self, images: Sequence[ImageRef], videos: Sequence[VideoRef] = ()
+    ) -> list[np.ndarray]:
+        """float32[slots, *slot_shape] of each of a prompt's images, then of its videos, as the
+        checkpoint's files say.
 
         Raises:
-          DataError: an image cannot be read.
+          DataError: an image or a frame cannot be read.
         """
-        if not images:
+        if not images and not videos:
             return []
-        assert self.images is not None
-        key = tuple(i.data if i.data is not None else str(i.path) for i in images)
+        key = (
+            tuple(_cache_key(image) for image in images),
+            tuple(tuple(_cache_key(frame) for frame in video.frames) for video in videos),
+        )
         with self._lock:
             if key in self._pixels:
                 return self._pixels[key]
-        made = self.images.pixels(self.image_processor, [open_image(image) for image in images])
+        made: list[np.ndarray] = []
+        if images:
+            assert self.images is not None
+            opened = [open_image(image) for image in images]
+            made += self.images.pixels(self.image_processor, opened)
+        if videos:
+            assert self.videos is not None
+            clips = [[open_image(frame) for frame in video.frames] for video in videos]
+            made += self.videos.pixels(self.config, self.video_settings, clips)
         with self._lock:
             self._pixels[key] = made
             self._pixel_bytes += sum(pixels.nbytes for pixels in made)
@@ -155,6 +179,8 @@ class Processor:
         if self.images is not None:
             settings = self.image_processor.to_dict()
             image = {key: value for key, value in settings.items() if _is_setting(key)}
+        if self.videos is not None:
+            image["video"] = self.video_settings
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         vocabulary = backend.to_str() if backend else json.dumps(self.tokenizer.get_vocab())
         return {
@@ -200,6 +226,19 @@ def _load_tokenizer(folder: str) -> Any:
         raise ProcessorError(f"{folder}: cannot load the tokenizer: {error}") from error
 
 
+def _load_video_settings(folder: str, name: str) -> dict[str, Any]:
+    """The video processor's settings; those of the image processor where there are none."""
+    path = os.path.join(folder, name)
+    if not os.path.isfile(path):
+        path = os.path.join(folder, "preprocessor_config.json")
+    try:
+        with open(path) as file:
+            settings = json.load(file)
+    except (OSError, ValueError) as error:
+        raise ProcessorError(f"{path}: {error}") from error
+    return {key: value for key, value in settings.items() if _is_setting(key)}
+
+
 def _load_image_processor(folder: str, known: Sequence[str]) -> Any:
     """The image processor in its PIL form, which needs neither torch nor torchvision."""
     for name, key in (
@@ -226,6 +265,10 @@ def _load_image_processor(folder: str, known: Sequence[str]) -> Any:
             )
         return getattr(transformers, f"{kind}Pil")(**settings)
     raise ProcessorError(f"{folder}: no preprocessor_config.json or processor_config.json")
+
+
+def _cache_key(image: ImageRef) -> bytes | str:
+    return image.data if image.data is not None else str(image.path)
 
 
 def _is_setting(key: str) -> bool:

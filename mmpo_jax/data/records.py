@@ -7,7 +7,7 @@ from typing import Literal
 from etils import epath
 
 from mmpo_jax.errors import DataError
-from mmpo_jax.files import fingerprint_bytes
+from mmpo_jax.files import fingerprint_bytes, fingerprint_json
 
 Role = Literal["system", "user", "assistant"]
 
@@ -63,6 +63,32 @@ class ImageRef:
 
 
 @dataclass(frozen=True)
+class VideoRef:
+    """A video as its frames, in order.
+
+    Attributes:
+      name: how messages call the video.
+      fps: frames per second of these frames, where known.
+    """
+
+    name: str
+    frames: tuple[ImageRef, ...]
+    fps: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.frames:
+            raise ValueError(f"video {self.name!r} has no frames")
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the encoded frames and their rate.
+
+        Raises:
+          DataError: a file is missing or cannot be read.
+        """
+        return fingerprint_json([self.fps, [frame.fingerprint() for frame in self.frames]])
+
+
+@dataclass(frozen=True)
 class Response:
     """Turns that continue a prompt: usually one of the assistant, several in a dialogue."""
 
@@ -86,7 +112,8 @@ class Response:
 class Record:
     """One prompt and R responses to it.
 
-    The images belong before the text of the first user turn of prompt + response. The prompt may
+    The images, then the videos, belong before the text of the first user turn of prompt +
+    response. The prompt may
     be empty: then every response is a whole dialogue about the same images, as in supervised data
     or in k yes/no questions about one image.
 
@@ -102,3 +129,4 @@ class Record:
     prompt: tuple[Turn, ...]
     responses: tuple[Response, ...]
     ranked: bool = False
+    videos: tuple[VideoRef, ...] = ()

@@ -13,7 +13,7 @@ import numpy as np
 
 from mmpo_jax.data.processor import Processor, ProcessorError
 from mmpo_jax.data.readers import SkippedRow
-from mmpo_jax.data.records import ImageRef, Record, Turn
+from mmpo_jax.data.records import ImageRef, Record, Turn, VideoRef
 from mmpo_jax.data.rows import SkipReason
 from mmpo_jax.files import fingerprint_json
 from mmpo_jax.models.layout import Layout
@@ -42,9 +42,10 @@ class TokenizedRecord:
     responses: tuple[TokenizedResponse, ...]
     images: tuple[ImageRef, ...]
     layouts: tuple[Layout, ...]
-    """One for each image."""
+    """One for each image, then one for each video."""
     ranked: bool = False
     """As in `Record`."""
+    videos: tuple[VideoRef, ...] = ()
 
     @property
     def num_slots(self) -> int:
@@ -73,13 +74,13 @@ def tokenize(
     Raises:
       RowRejected: the prompt is longer than `max_prompt`, or a response has nothing to learn.
     """
-    layouts = tuple(processor.layouts(record.images))
+    layouts = tuple(processor.layouts(record.images, record.videos))
     dialogues = [
-        _segments((*record.prompt, *response.turns), layouts, processor)
+        _segments((*record.prompt, *response.turns), record, layouts, processor)
         for response in record.responses
     ]
     if not dialogues:
-        dialogues = [_segments(record.prompt, layouts, processor)]
+        dialogues = [_segments(record.prompt, record, layouts, processor)]
     starts = [segments[0][0] for segments in dialogues]
     prompt = starts[0] if record.prompt else _common_start(starts, max_prompt, processor)
     if any(start[: len(prompt)] != prompt for start in starts):
@@ -96,8 +97,15 @@ def tokenize(
         responses.append(_response(segments, len(prompt), max_response))
         if np.isin(responses[-1].ids, processor.placeholders).any():
             raise RowRejected("image_position", "a response holds the image placeholder")
-    ids = np.array(prompt, np.int32)
-    return TokenizedRecord(record.id, ids, tuple(responses), record.images, layouts, record.ranked)
+    return TokenizedRecord(
+        id=record.id,
+        prompt_ids=np.array(prompt, np.int32),
+        responses=tuple(responses),
+        images=record.images,
+        layouts=layouts,
+        ranked=record.ranked,
+        videos=record.videos,
+    )
 
 
 def tokenize_records(
@@ -122,6 +130,7 @@ def fingerprint_records(records: Sequence[TokenizedRecord]) -> str:
                 record.prompt_ids.tolist(),
                 [[r.ids.tolist(), r.loss_mask.tolist()] for r in record.responses],
                 [image.fingerprint() for image in record.images],
+                [video.fingerprint() for video in record.videos],
             ]
             for record in records
         ]
@@ -133,19 +142,23 @@ Segment = tuple[list[int], bool]
 
 
 def _segments(
-    turns: Sequence[Turn], layouts: Sequence[Layout], processor: Processor
+    turns: Sequence[Turn], record: Record, layouts: Sequence[Layout], processor: Processor
 ) -> list[Segment]:
     """A dialogue cut where the assistant begins and ends; each piece is tokenized by itself.
 
     Tokenizing the pieces apart makes a prompt's ids the same in training as in generation.
     """
     segments: list[Segment] = []
-    done, num_images = "", len(layouts)
+    done = ""
+
+    def render(turns: Sequence[Turn], for_answer: bool) -> str:
+        return processor.render(turns, len(record.images), for_answer, len(record.videos))
+
     for index, turn in enumerate(turns):
         if turn.role != "assistant":
             continue
-        before = processor.render(turns[:index], num_images, True)
-        after = processor.render(turns[: index + 1], num_images, False)
+        before = render(turns[:index], True)
+        after = render(turns[: index + 1], False)
         if not (after.startswith(before) and before.startswith(done)):
             raise ProcessorError(
                 f"{processor.folder}: the chat template rewrites earlier turns, so a response "
@@ -157,7 +170,7 @@ def _segments(
         segments.append((_ended(answer, processor) if last else answer, True))
         done = after
     if not turns or turns[-1].role != "assistant":
-        rest = processor.render(turns, num_images, True)
+        rest = render(turns, True)
         segments.append((processor.encode(rest[len(done) :]), False))
     first = processor.expand_images(_begun(segments[0][0], processor), layouts)
     return [(first, False), *segments[1:]]

@@ -16,8 +16,25 @@ from mmpo_jax.models.vlm import VisionLanguageModel
 Size = tuple[int, int]
 """(height, width) of an upright image in pixels."""
 
+Clip = tuple[int, int, int, float | None]
+"""(frames, height, width, frames per second where known) of a video."""
+
 Renaming = tuple[tuple[str, str], ...]
 """(regular expression, replacement), applied in order."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Videos:
+    """What a family does to videos, which are lists of upright frames."""
+
+    placeholder: Callable[[Any], int]
+    """config -> id of the token that their features replace."""
+    settings: str
+    """Name of the settings file of the video processor; transformers' own needs torchvision."""
+    layouts: Callable[[Any, dict[str, Any], Sequence[Clip]], list[Layout]]
+    """(config, settings, a prompt's videos) -> how each becomes tokens."""
+    pixels: Callable[[Any, dict[str, Any], Sequence[Sequence[Any]]], list[np.ndarray]]
+    """(config, settings, RGB frames of a prompt's videos) -> float32[slots, *slot_shape] each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +80,7 @@ class Family:
     write_keys: Renaming
     """The way back, into the oldest layout, which all versions of transformers read."""
     images: Images | None = None
+    videos: Videos | None = None
     tensor_shapes: Callable[[Any], dict[str, tuple[int, ...]]] = lambda config: {}
     """config -> shapes of the tensors that are written with other axes than ours: patch
     convolutions, vectors with axes of one in front."""
