@@ -7,12 +7,13 @@ see the same ids and the same pixels.
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import json
 import os
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,10 @@ PIXEL_CACHE_BYTES = 512 * 2**20
 
 class ProcessorError(MmpoError):
     """A checkpoint folder whose tokenizer, template or image processor cannot be used."""
+
+
+class MediaError(DataError):
+    """An image or video that the model cannot take."""
 
 
 class Processor:
@@ -108,18 +113,21 @@ class Processor:
 
         Raises:
           DataError: the model takes none, or one cannot be read, where its size matters.
+          MediaError: the model cannot take one of this size.
         """
         made: list[Layout] = []
         if images:
             if self.images is None:
                 raise DataError(f"{self.folder}: this model takes no images")
             known = [image_size(image) if self.images.sized else (1, 1) for image in images]
-            made += self.images.layouts(self.config, self.image_processor, known)
+            with _named(images):
+                made += self.images.layouts(self.config, self.image_processor, known)
         if videos:
             if self.videos is None:
                 raise DataError(f"{self.folder}: this model takes no videos")
             clips = [(len(v.frames), *image_size(v.frames[0]), v.fps) for v in videos]
-            made += self.videos.layouts(self.config, self.video_settings, clips)
+            with _named(videos):
+                made += self.videos.layouts(self.config, self.video_settings, clips)
         return made
 
     def expand_images(self, ids: Sequence[int], layouts: Sequence[Layout]) -> list[int]:
@@ -146,6 +154,7 @@ class Processor:
 
         Raises:
           DataError: an image or a frame cannot be read.
+          MediaError: the model cannot take one of them.
         """
         if not images and not videos:
             return []
@@ -160,11 +169,13 @@ class Processor:
         if images:
             assert self.images is not None
             opened = [open_image(image) for image in images]
-            made += self.images.pixels(self.image_processor, opened)
+            with _named(images):
+                made += self.images.pixels(self.config, self.image_processor, opened)
         if videos:
             assert self.videos is not None
             clips = [[open_image(frame) for frame in video.frames] for video in videos]
-            made += self.videos.pixels(self.config, self.video_settings, clips)
+            with _named(videos):
+                made += self.videos.pixels(self.config, self.video_settings, clips)
         with self._lock:
             self._pixels[key] = made
             self._pixel_bytes += sum(pixels.nbytes for pixels in made)
@@ -211,7 +222,7 @@ class Processor:
                 "config.json) for one image"
             )
         blank = Image.fromarray(np.zeros((70, 50, 3), np.uint8))
-        (made,) = self.images.pixels(self.image_processor, [blank])
+        (made,) = self.images.pixels(self.config, self.image_processor, [blank])
         if made.shape[1:] != self.slot_shape:
             raise ProcessorError(
                 f"{self.folder}: the image processor makes images of shape {made.shape[1:]}, "
@@ -228,15 +239,28 @@ def _load_tokenizer(folder: str) -> Any:
 
 def _load_video_settings(folder: str, name: str) -> dict[str, Any]:
     """The video processor's settings; those of the image processor where there are none."""
-    path = os.path.join(folder, name)
+    for file, key in (
+        ("processor_config.json", "video_processor"),
+        (name, None),
+        ("preprocessor_config.json", None),
+        ("processor_config.json", "image_processor"),
+    ):
+        settings = _read_settings(os.path.join(folder, file), key)
+        if settings is not None:
+            return {name: value for name, value in settings.items() if _is_setting(name)}
+    raise ProcessorError(f"{folder}: no {name} or preprocessor_config.json")
+
+
+def _read_settings(path: str, key: str | None) -> dict[str, Any] | None:
+    """The JSON object in a file, or under a key of it; None where there is none."""
     if not os.path.isfile(path):
-        path = os.path.join(folder, "preprocessor_config.json")
+        return None
     try:
         with open(path) as file:
             settings = json.load(file)
-    except (OSError, ValueError) as error:
+        return settings if key is None else settings.get(key)
+    except (OSError, ValueError, AttributeError) as error:
         raise ProcessorError(f"{path}: {error}") from error
-    return {key: value for key, value in settings.items() if _is_setting(key)}
 
 
 def _load_image_processor(folder: str, known: Sequence[str]) -> Any:
@@ -246,14 +270,7 @@ def _load_image_processor(folder: str, known: Sequence[str]) -> Any:
         ("processor_config.json", "image_processor"),
     ):
         path = os.path.join(folder, name)
-        if not os.path.isfile(path):
-            continue
-        try:
-            with open(path) as file:
-                settings = json.load(file)
-            settings = settings if key is None else settings.get(key)
-        except (OSError, ValueError) as error:
-            raise ProcessorError(f"{path}: {error}") from error
+        settings = _read_settings(path, key)
         if settings is None:
             continue
         kind = settings.get("image_processor_type", known[0])
@@ -267,9 +284,23 @@ def _load_image_processor(folder: str, known: Sequence[str]) -> Any:
     raise ProcessorError(f"{folder}: no preprocessor_config.json or processor_config.json")
 
 
+@contextlib.contextmanager
+def _named(media: Sequence[ImageRef | VideoRef]) -> Iterator[None]:
+    """Says whose fault it is where a family cannot take an image."""
+    try:
+        yield
+    except DataError as error:
+        raise MediaError(f"{', '.join(one.name for one in media)}: {error}") from error
+
+
 def _cache_key(image: ImageRef) -> bytes | str:
     return image.data if image.data is not None else str(image.path)
 
 
 def _is_setting(key: str) -> bool:
-    return key not in ("image_processor_type", "processor_class", "transformers_version")
+    return key not in (
+        "image_processor_type",
+        "processor_class",
+        "transformers_version",
+        "video_processor_type",
+    )

@@ -34,7 +34,7 @@ SkipReason = Literal[
     "empty_prompt",  # a user turn that says nothing and shows nothing
     "empty_response",
     "dialogues_differ",  # responses that do not go on from one rendered prompt
-    "image_broken",  # empty, truncated, not an image, too large
+    "image_broken",  # empty, truncated, not an image, too large, too narrow
     "image_count",  # the prompt all responses share does not hold every image
     "image_missing",
     "image_outside_folder",

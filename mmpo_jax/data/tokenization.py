@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mmpo_jax.data.processor import Processor, ProcessorError
+from mmpo_jax.data.processor import MediaError, Processor, ProcessorError
 from mmpo_jax.data.readers import SkippedRow
 from mmpo_jax.data.records import ImageRef, Record, Turn, VideoRef
 from mmpo_jax.data.rows import SkipReason
@@ -72,9 +72,13 @@ def tokenize(
     turn is a question to be answered: it ends with the assistant's header and has no loss.
 
     Raises:
-      RowRejected: the prompt is longer than `max_prompt`, or a response has nothing to learn.
+      RowRejected: the prompt is longer than `max_prompt`, the model cannot take an image, or a
+        response has nothing to learn.
     """
-    layouts = tuple(processor.layouts(record.images, record.videos))
+    try:
+        layouts = tuple(processor.layouts(record.images, record.videos))
+    except MediaError as error:
+        raise RowRejected("image_broken", str(error)) from error
     dialogues = [
         _segments((*record.prompt, *response.turns), record, layouts, processor)
         for response in record.responses

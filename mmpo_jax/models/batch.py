@@ -24,8 +24,8 @@ class Batch:
     next_position: jax.Array
     """int32[B]; where the first token of every response stands, on all axes."""
     pixel_values: jax.Array
-    """float32[B, I, ...]; the prompts' images, tiles [C, H, W] or patches [C*h*w] in the order of
-    the prompt, rows with fewer padded with zeros."""
+    """float32[B, I, ...]; the prompts' images as slots, tiles [C, H, W] or groups of patches
+    [S, C*t*h*w], in the order of the prompt, rows with fewer padded with zeros."""
     patches: dict[str, jax.Array]
     """What the vision half needs to know of them, each [B, I, ...]; empty in most families."""
     feature_index: jax.Array

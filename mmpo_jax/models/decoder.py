@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from mmpo_jax.models.config import DecoderConfig
 from mmpo_jax.models.layers import (
-    ACTIVATIONS,
+    GatedMlp,
     constrain_batch,
     keep_dtype,
     linear,
@@ -73,18 +73,6 @@ class SelfAttention(nnx.Module):
         return rotate(query, rope), rotate(key, rope), value
 
 
-class Mlp(nnx.Module):
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        self.act = config.hidden_act
-        wide, narrow = config.intermediate_size, config.hidden_size
-        self.gate_proj = linear(narrow, wide, config.mlp_bias, rngs)
-        self.up_proj = linear(narrow, wide, config.mlp_bias, rngs)
-        self.down_proj = linear(wide, narrow, config.mlp_bias, rngs, 2 * config.num_layers)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(ACTIVATIONS[self.act](self.gate_proj(x)) * self.up_proj(x))
-
-
 class DecoderLayer(nnx.Module):
     """One pre-norm layer; `attend` decides what is seen."""
 
@@ -93,7 +81,14 @@ class DecoderLayer(nnx.Module):
         self.input_layernorm = nnx.RMSNorm(size, epsilon=epsilon, rngs=rngs)
         self.self_attn = SelfAttention(config, rngs)
         self.post_attention_layernorm = nnx.RMSNorm(size, epsilon=epsilon, rngs=rngs)
-        self.mlp = Mlp(config, rngs)
+        self.mlp = GatedMlp(
+            size,
+            config.intermediate_size,
+            config.hidden_act,
+            config.mlp_bias,
+            2 * config.num_layers,
+            rngs,
+        )
 
     def __call__(
         self, x: jax.Array, rope: Any, attend: Attention, window: Any, carry: Any, inputs: Any

@@ -49,8 +49,8 @@ class Images:
     """config -> shape of one row of `pixel_values`, without B and I."""
     layouts: Callable[[Any, Any, Sequence[Size]], list[Layout]]
     """(config, image processor, sizes of a prompt's images) -> how each becomes tokens."""
-    pixels: Callable[[Any, Sequence[Any]], list[np.ndarray]]
-    """(image processor, a prompt's RGB images) -> float32[slots, *slot_shape] of each."""
+    pixels: Callable[[Any, Any, Sequence[Any]], list[np.ndarray]]
+    """(config, image processor, a prompt's RGB images) -> float32[slots, *slot_shape] each."""
     sized: bool
     """Whether layouts depend on the sizes; where not, files need not be opened for them."""
     describe: Callable[[Any, Sequence[Layout], int], dict[str, np.ndarray]] = (

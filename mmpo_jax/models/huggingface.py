@@ -37,6 +37,7 @@ PROCESSOR_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
+    "video_preprocessor_config.json",
     "vocab.json",
 )
 """What is copied beside the weights, so that the folder is a whole checkpoint."""

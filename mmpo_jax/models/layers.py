@@ -40,6 +40,27 @@ def linear(
     )
 
 
+class GatedMlp(nnx.Module):
+    """Two dense layers, the first multiplied by a gate (Shazeer 2020)."""
+
+    def __init__(
+        self,
+        size: int,
+        wide: int,
+        act: str,
+        bias: bool,
+        residual_layers: int,
+        rngs: nnx.Rngs,
+    ):
+        self.act = act
+        self.gate_proj = linear(size, wide, bias, rngs)
+        self.up_proj = linear(size, wide, bias, rngs)
+        self.down_proj = linear(wide, size, bias, rngs, residual_layers)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(ACTIVATIONS[self.act](self.gate_proj(x)) * self.up_proj(x))
+
+
 def matmul(x: jax.Array, kernel: jax.Array, dtype: Any = None) -> jax.Array:
     """[..., D] @ [D, F] as one product of two matrices, with results of `dtype`.
 

@@ -101,7 +101,8 @@ def layouts(config: LlavaConfig, processor: Any, sizes: Sequence[Size]) -> list[
     return [Layout.plain(config.image_token_id, config.num_image_tokens) for _ in sizes]
 
 
-def pixels(processor: Any, images: Sequence[Any]) -> list[np.ndarray]:
+def pixels(config: LlavaConfig, processor: Any, images: Sequence[Any]) -> list[np.ndarray]:
+    del config
     made = [processor(images=image, return_tensors="np")["pixel_values"] for image in images]
     return [np.asarray(pixels, np.float32) for pixels in made]
 
