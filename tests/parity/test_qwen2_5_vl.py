@@ -1,6 +1,7 @@
 """Qwen2.5-VL against transformers: logits, greedy decoding, folders, positions and pixels."""
 
 import dataclasses
+import functools
 import io
 import json
 
@@ -15,11 +16,11 @@ import safetensors.torch  # noqa: E402
 import transformers  # noqa: E402
 from transformers.image_utils import load_image  # noqa: E402
 
-from mmpo_jax.data.processor import MediaError  # noqa: E402
+from mmpo_jax.data.processor import MediaError, Processor  # noqa: E402
 from mmpo_jax.data.records import ImageRef, VideoRef  # noqa: E402
 from mmpo_jax.data.tokenization import RowRejected, tokenize  # noqa: E402
 from mmpo_jax.models.config import ModelError  # noqa: E402
-from mmpo_jax.models.huggingface import flatten, load_model  # noqa: E402
+from mmpo_jax.models.huggingface import flatten, load_model, save_model  # noqa: E402
 from mmpo_jax.models.layout import place  # noqa: E402
 from mmpo_jax.models.model import read_config  # noqa: E402
 
@@ -232,3 +233,194 @@ def test_greedy_decoding(case):
 
 def test_round_trip(case, tmp_path):
     checks.check_round_trip(case, tmp_path / "out")
+
+
+def in_their_order(case, pixels, layout):
+    """Patches out of their slots: [tokens * patches, numbers]."""
+    tokens = pixels.reshape(layout.features, -1)[layout.index[:, 0]]
+    return tokens.reshape(-1, pixels.shape[-1])
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_pixels_equal_the_hugging_face_processor(published, name):
+    record = row("0", "", [name])
+    expected = their_images(published, record)
+    (layout,) = published.processor.layouts(record.images)
+    (pixels,) = published.processor.pixels(record.images)
+    assert pixels.shape == (layout.slots, *published.processor.slot_shape)
+    assert len(layout.ids) == expected["image_grid_thw"].prod() // 4
+    actual = in_their_order(published, pixels, layout)
+    np.testing.assert_array_equal(actual, expected["pixel_values"].numpy())
+    # Nothing but the image is in the slots.
+    assert np.abs(pixels).sum() == pytest.approx(np.abs(actual).sum(), rel=1e-4)
+
+
+def test_frames_equal_torch_resizing(published):
+    """transformers' video processor resizes with torch, here and there one whole number off."""
+    clip = video("clip", 150, 170, 3, 2.0)
+    (layout,) = published.processor.layouts((), [clip])
+    (pixels,) = published.processor.pixels((), [clip])
+    frames = [np.asarray(Image.open(io.BytesIO(frame.data))) for frame in clip.frames]
+    rows, columns = (14 * 2 * (axis.max() + 1) for axis in layout.steps[1:])
+    resized = torch.nn.functional.interpolate(
+        torch.tensor(np.stack([*frames, frames[-1]])).permute(0, 3, 1, 2),
+        (rows, columns),
+        mode="bicubic",
+        antialias=True,
+    )
+    processor = published.processor.image_processor
+    mean, std = (
+        torch.tensor(x)[:, None, None] for x in (processor.image_mean, processor.image_std)
+    )
+    values = (resized / 255 - mean) / std
+    patches = values.view(2, 2, 3, rows // 28, 2, 14, columns // 28, 2, 14)
+    expected = patches.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, 3 * 2 * 14 * 14)
+    actual = in_their_order(published, pixels, layout)
+    level = 1 / 255 / min(processor.image_std)
+    np.testing.assert_allclose(actual, expected.numpy(), rtol=0, atol=1.01 * level)
+    assert np.mean(np.abs(actual - expected.numpy()) > 0.1 * level) < 0.01
+
+
+def test_positions(published):
+    slow = video("slow", 84, 56, 8, 0.5)
+    quick = video("quick", 56, 84, 3, 30.0)
+    records = [*RECORDS, *VIDEOS, row("6", "is this", ["grey", "cmyk"], [slow, quick])]
+    for record in records:
+        tokens = tokenize(record, published.processor, 2**20, 2**20)
+        ids = tokens.prompt_ids
+        placeholders = published.processor.placeholders
+        placed = place(ids, tokens.layouts, placeholders, axes=3)
+        made = their_inputs(published)(record, ids)
+        if record.images or record.videos:
+            grids = {name: made.get(name) for name in ("image_grid_thw", "video_grid_thw")}
+            expected, delta = published.theirs.model.get_rope_index(
+                torch.tensor(ids[None]),
+                made["mm_token_type_ids"],
+                second_per_grid_ts=made.get("second_per_grid_ts"),
+                **grids,
+            )
+            np.testing.assert_array_equal(placed.positions, expected[:, 0].numpy())
+            assert placed.next_position == len(ids) + delta.item()
+        else:
+            np.testing.assert_array_equal(placed.positions, np.tile(np.arange(len(ids)), (3, 1)))
+            assert placed.next_position == len(ids)
+
+
+def test_nothing_sees_the_padding(published):
+    _, batch = checks.batch_of(published, RECORDS[:3])
+    padding = batch.patches["frames"] == 0
+    assert padding.mean() > 0.2
+    other = np.where(padding[..., None], np.float32(1e3), batch.pixel_values)
+    logits = [
+        checks.response_logits(
+            published.model, published.params, dataclasses.replace(batch, pixel_values=pixels)
+        )
+        for pixels in (batch.pixel_values, other)
+    ]
+    np.testing.assert_array_equal(*logits)
+
+
+def test_cut_windows_share_slots(published):
+    """33 x 33 tokens: 64 whole windows, and 17 cut ones of 4 tokens or 1 in 5 slots."""
+    config = published.model.config
+    images = published.processor.images
+    processor = transformers.Qwen2VLImageProcessorPil()
+    (layout,) = images.layouts(config, processor, [(33 * 28, 33 * 28)])
+    assert len(layout.ids) == 33**2
+    assert layout.slots == 64 + 5
+    assert len(np.unique(layout.index)) == 33**2
+
+
+# The published layout, from the state dict of transformers 5.
+KEY_LAYOUTS = {
+    "published": lambda key: key.replace("model.visual.", "visual.").replace(
+        "model.language_model.", "model."
+    ),
+    "saved from 4.52 on": lambda key: key,
+}
+
+
+@pytest.mark.parametrize("layout", KEY_LAYOUTS)
+def test_key_layouts(published, tmp_path, layout):
+    (tmp_path / "config.json").write_bytes((published.folder / "config.json").read_bytes())
+    tensors = {
+        KEY_LAYOUTS[layout](key): tensor.contiguous()
+        for key, tensor in published.theirs.state_dict().items()
+    }
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
+    model, params = load_model(tmp_path)
+    expected = flatten(published.params)
+    for path, leaf in flatten(params).items():
+        np.testing.assert_array_equal(leaf, expected.pop(path), err_msg=path)
+    assert not expected
+    if layout == "published":
+        save_model(tmp_path / "out", model, params, tmp_path)
+        written = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
+        assert {key: x.shape for key, x in written.items()} == {
+            key: x.shape for key, x in tensors.items()
+        }
+
+
+def test_too_narrow_an_image_is_named(published):
+    narrow = ImageRef("narrow.png", encode(noise("RGB", 402, 2)))
+    with pytest.raises(MediaError, match=r"narrow\.png: 402 x 2 pixels.*200"):
+        published.processor.layouts([narrow])
+    record = dataclasses.replace(RECORDS[0], images=(narrow,))
+    with pytest.raises(RowRejected, match=r"narrow\.png") as caught:
+        tokenize(record, published.processor, 2**20, 2**20)
+    assert caught.value.reason == "image_broken"
+
+
+def test_frames_of_different_sizes_are_refused(published):
+    clip = VideoRef("clip.mp4", (IMAGES["grey"], IMAGES["cmyk"]))
+    with pytest.raises(MediaError, match=r"clip\.mp4: .*different sizes"):
+        published.processor.pixels((), [clip])
+
+
+@pytest.mark.parametrize(
+    ("switches", "message"),
+    [
+        ({"text": {"rope_parameters": YARN}}, r"mrope_section is \[4, 2, 2\]"),
+        ({"text": {"rope_parameters": {"rope_theta": 1e4}}}, r"mrope_section is \[16, 24, 24\]"),
+        ({"vision": {"out_hidden_size": 64}}, "out_hidden_size is 64"),
+        ({"vision": {"patch_size": [14, 14]}}, r"vision_config.patch_size is \[14, 14\]"),
+        ({"vision": {"hidden_act": "tanh"}}, "vision_config.hidden_act is 'tanh'"),
+    ],
+)
+def test_configs_that_do_not_fit(switches, message):
+    with pytest.raises(ModelError, match=message):
+        read_config(make_config(**switches))
+
+
+@pytest.mark.parametrize("settings", [{"merge_size": 3}, {"patch_size": 16}, {"do_resize": False}])
+def test_image_processors_that_do_not_fit(published, settings):
+    processor = transformers.Qwen2VLImageProcessorPil(**settings)
+    with pytest.raises(ModelError, match=next(iter(settings))):
+        published.processor.images.layouts(published.model.config, processor, [(50, 50)])
+
+
+def video_tokens(published, folder, **files):
+    """How many tokens a video of 8 frames of 280 x 280 takes where these files are."""
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).write_bytes((published.folder / name).read_bytes())
+    for name, settings in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(settings))
+    processor = Processor(folder, published.model.config)
+    (layout,) = processor.videos.layouts(
+        processor.config, processor.video_settings, [(8, 280, 280, None)]
+    )
+    return len(layout.ids)
+
+
+def test_video_settings(published, tmp_path):
+    area = 28**2
+    image = {"image_processor_type": "Qwen2VLImageProcessor", "max_pixels": 9 * area}
+    frame = {"size": {"shortest_edge": 4 * area, "longest_edge": 16 * area}}
+    capped = frame | {"cap_pixels_per_frame": True, "max_video_tokens": 30}
+    tokens = functools.partial(video_tokens, published, tmp_path)
+    assert tokens(preprocessor_config=image) == 4 * 9
+    assert tokens(video_preprocessor_config={"min_pixels": 4 * area}) == 4 * 10 * 10
+    assert tokens(video_preprocessor_config=frame) == 4 * 16
+    # 0.9 * 30 tokens over 4 steps, but a bit more than the least a frame may have.
+    assert tokens(video_preprocessor_config=capped) == 4 * 4
+    assert tokens(processor_config={"video_processor": frame | {"max_pixels": 25 * area}}) == 4 * 25
