@@ -227,6 +227,10 @@ def test_logits(case):
     checks.check_logits(case, [*RECORDS, *VIDEOS], their_inputs(case))
 
 
+def test_text_only(published):
+    checks.check_logits(published, [RECORDS[2]], their_inputs(published))
+
+
 def test_greedy_decoding(case):
     checks.check_greedy(case, [RECORDS[0], RECORDS[1], VIDEOS[0]], their_inputs(case))
 

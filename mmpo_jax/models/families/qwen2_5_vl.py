@@ -220,8 +220,8 @@ def describe(config: Qwen25VLConfig, media: Sequence[Layout], slots: int) -> dic
         start, seen = start + layout.features, seen + number[-1] + 1
     places += np.moveaxis(np.indices((merge, merge)), 0, -1)
     return {
-        "places": places.reshape(slots, -1, 2),
-        "frames": np.repeat(frames, merge**2).reshape(slots, -1),
+        "places": places.reshape(slots, tower.slot_patches, 2),
+        "frames": np.repeat(frames, merge**2).reshape(slots, tower.slot_patches),
     }
 
 
