@@ -1,4 +1,5 @@
-"""Checkpoints by the names that recipes give them: Hugging Face folder, Orbax run, built-in."""
+"""Checkpoints by the names that recipes give them: Hugging Face folder, Orbax run, adapter, or
+built-in."""
 
 from __future__ import annotations
 
@@ -9,9 +10,12 @@ from jax.sharding import Mesh
 
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.files import fingerprint_folder, fingerprint_json
+from mmpo_jax.models.config import ModelError
 from mmpo_jax.models.folders import resolve_folder
 from mmpo_jax.models.huggingface import check_params, load_params
+from mmpo_jax.models.lora import merge_adapters
 from mmpo_jax.models.model import Model, Params, load_config
+from mmpo_jax.models.peft import base_model, is_adapter_folder, with_adapter
 from mmpo_jax.parallel.mesh import put_params
 from mmpo_jax.training.checkpoints import find_checkpoint, load_checkpoint_params
 
@@ -29,10 +33,11 @@ class Checkpoint:
 
 
 def load_start(name: str, random_seed: int | None = None) -> Checkpoint:
-    """Loads a Hugging Face folder, an Orbax checkpoint of a training run, or a built-in model.
+    """Loads a Hugging Face folder, an Orbax checkpoint, an adapter's folder, or a built-in model.
 
     Args:
-      name: as a recipe's `model` has it. Of a training run's folder the last checkpoint is taken.
+      name: as a recipe's `model` has it. Of a training run's folder the last checkpoint is taken;
+        an adapter is merged into the model that it names, which may have one itself.
       random_seed: makes new weights for the config and the processor of the folder.
 
     Returns:
@@ -41,7 +46,7 @@ def load_start(name: str, random_seed: int | None = None) -> Checkpoint:
     Raises:
       ModelError, ProcessorError, CheckpointError: naming the file that is missing or wrong.
     """
-    folder = resolve_folder(name)
+    *adapters, folder = checkpoint_folders(name)
     is_folder = os.path.isfile(os.path.join(folder, "config.json"))
     orbax = None if is_folder else find_checkpoint(folder)
     base = folder
@@ -56,8 +61,31 @@ def load_start(name: str, random_seed: int | None = None) -> Checkpoint:
     if orbax is None:
         params = load_params(folder, model)
     else:
-        params = check_params(folder, load_checkpoint_params(folder), model)
-    return Checkpoint(folder, model, processor, params, fingerprint_folder(folder))
+        saved = load_checkpoint_params(folder)
+        params = check_params(folder, merge_adapters(saved), model)
+    fingerprint = fingerprint_folder(folder)
+    for folder in reversed(adapters):
+        params = merge_adapters(with_adapter(params, folder, model))
+        fingerprint = fingerprint_json([fingerprint, fingerprint_folder(folder)])
+    return Checkpoint(folder, model, processor, params, fingerprint)
+
+
+def checkpoint_folders(name: str) -> list[str]:
+    """The folders a checkpoint is made of: that of the model last, before it those of adapters.
+
+    Raises:
+      ModelError: one of them is not there, or an adapter is its own base.
+    """
+    folders = [resolve_folder(name)]
+    while is_adapter_folder(folders[-1]):
+        try:
+            folder = resolve_folder(base_model(folders[-1]))
+        except ModelError as error:
+            raise ModelError(f"{folders[-1]}: the model of this adapter: {error}") from error
+        if folder in folders:
+            raise ModelError(f"{folder}: this adapter is named as its own base model")
+        folders.append(folder)
+    return folders
 
 
 def load_checkpoint(name: str, mesh: Mesh) -> Checkpoint:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -157,6 +158,28 @@ class Optimizer(Section):
     max_grad_norm: float = Field(1.0, gt=0)
 
 
+class Lora(Section):
+    """Low-rank adapters, trained beside frozen weights."""
+
+    target: str = "language_model/layers/.*"
+    """Regular expression over whole paths of dense layers, such as
+    `language_model/layers/self_attn/q_proj`; what `freeze` matches gets no adapter."""
+    rank: PositiveInt = 16
+    alpha: float = Field(32.0, gt=0)
+    """Adapters count alpha / rank times."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of an adapter's inputs that training zeroes."""
+
+    @pydantic.field_validator("target")
+    @classmethod
+    def _compiles(cls, target: str) -> str:
+        try:
+            re.compile(target)
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from error
+        return target
+
+
 class Training(Section):
     """One training stage."""
 
@@ -171,6 +194,8 @@ class Training(Section):
     """Rows at a time, over all devices; the whole batch by default."""
     freeze: tuple[str, ...] = ()
     """Regular expressions over whole parameter paths; what they match is not trained."""
+    lora: Lora | None = None
+    """Trains adapters instead of the weights."""
     remat: Literal["none", "dots", "full"] = "none"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     log_every: PositiveInt = 10
@@ -215,7 +240,8 @@ class Base(Section):
     output: str
     """Folder everything is written to; running again goes on where it stopped."""
     model: str
-    """Checkpoint folder; `builtin:shapes` is the one that ships with the package."""
+    """Checkpoint folder, or one of an adapter in PEFT's format, which is merged into the model it
+    names; `builtin:shapes` is the checkpoint that ships with the package."""
     lengths: Lengths = Lengths()
     devices: Devices = Devices()
 

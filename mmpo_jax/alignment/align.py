@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from mmpo_jax.alignment.report import RoundReport, read_report, write_report
 from mmpo_jax.alignment.round import Round, run_round
-from mmpo_jax.checkpoint import Checkpoint, load_checkpoint
+from mmpo_jax.checkpoint import Checkpoint, checkpoint_folders, load_checkpoint
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import Record
 from mmpo_jax.data.sources import load_source, usable_records
@@ -28,7 +28,6 @@ from mmpo_jax.files import (
     replace_folder,
     write_atomic,
 )
-from mmpo_jax.models.folders import resolve_folder
 from mmpo_jax.models.model import load_config
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipe import AlignRecipe
@@ -53,14 +52,15 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
     mesh = make_mesh(**recipe.devices.model_dump())
     start = load_checkpoint(recipe.model, mesh)
     check_training(recipe.training, start.model, mesh)
-    labeler_folder = resolve_folder(recipe.feedback.labeler or recipe.model)
-    answer_tokens(Processor(labeler_folder, load_config(labeler_folder)))
+    labeler_name = recipe.feedback.labeler or recipe.model
+    labeler_folders = checkpoint_folders(labeler_name)
+    answer_tokens(Processor(labeler_folders[-1], load_config(labeler_folders[-1])))
     source, tokenized = usable_records(
         load_source(recipe.data, supervised=False), start.processor, recipe.lengths, recipe.output
     )
     shares = split_prompts(source.records, recipe)
     by_id = {record.id: record for record in tokenized}
-    labeler_key = fingerprint_folder(labeler_folder)
+    labeler_key = fingerprint_json([fingerprint_folder(folder) for folder in labeler_folders])
     splitter = make_splitter(recipe.feedback.splitter)
 
     reports = [RoundReport(0, evaluate_round(0, start, recipe, mesh))]
@@ -77,7 +77,7 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
             progress=progress_printer(index, recipe.rounds),
         )
         trained = run_round(
-            work, splitter, lambda: make_labeler(labeler_folder, recipe, mesh), labeler_key
+            work, splitter, lambda: make_labeler(labeler_name, recipe, mesh), labeler_key
         )
         start = load_checkpoint(trained, mesh)
         metrics = evaluate_round(index, start, recipe, mesh)
@@ -106,9 +106,9 @@ def split_prompts(records: list[Record], recipe: AlignRecipe) -> list[list[Recor
     return [records[i * share : (i + 1) * share] for i in range(recipe.rounds)]
 
 
-def make_labeler(folder: str, recipe: AlignRecipe, mesh: Mesh) -> Labeler:
+def make_labeler(name: str, recipe: AlignRecipe, mesh: Mesh) -> Labeler:
     """The recipe's labeler, loaded."""
-    checkpoint = load_checkpoint(folder, mesh)
+    checkpoint = load_checkpoint(name, mesh)
     return CheckpointLabeler(
         checkpoint.model,
         checkpoint.params,

@@ -41,12 +41,12 @@ from mmpo_jax.files import (
 )
 from mmpo_jax.generation.responses import generate_responses
 from mmpo_jax.generation.sampler import Decoding
-from mmpo_jax.models.huggingface import save_model
 from mmpo_jax.recipe import AlignRecipe
 from mmpo_jax.stage import Stage, run_stage
 from mmpo_jax.training.loop import train
 from mmpo_jax.training.losses import REFERENCE
 from mmpo_jax.training.reference import reference_stage
+from mmpo_jax.training.run import MODEL, save_result
 
 log = logging.getLogger(__name__)
 
@@ -289,7 +289,7 @@ def pair_records(records: Sequence[Record], pairs: pa.Table) -> list[Record]:
 def train_stage(work: Round, pairs: pa.Table) -> str:
     """DPO from the round's start model, which is also the reference, on the round's own pairs."""
     recipe, start = work.recipe, work.start
-    target = os.path.join(work.folder, "model")
+    target = os.path.join(work.folder, MODEL)
     manifest = os.path.join(work.folder, "train.json")
     inputs = {
         "model": start.fingerprint,
@@ -343,7 +343,7 @@ def train_stage(work: Round, pairs: pa.Table) -> str:
         identity=identity,
         seed=recipe.seed + work.index,
     )
-    save_model(target, start.model, params, start.processor.folder)
+    save_result(work.folder, start, params, recipe.training.lora)
     done = {"identity": identity, "inputs": inputs, "model": fingerprint_folder(target)}
     write_atomic(manifest, json.dumps(done, indent=1).encode())
     return target

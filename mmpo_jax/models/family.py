@@ -79,6 +79,13 @@ class Family:
     path, with dots for slashes."""
     write_keys: Renaming
     """The way back, into the oldest layout, which all versions of transformers read."""
+    module_keys: Renaming = (
+        (r"^language_model\.model\.", "model.language_model."),
+        (r"^vision_tower\.vision_model\.", "model.vision_tower."),
+        (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
+    )
+    """From written names to those of the modules in transformers 5, under which PEFT keeps
+    adapters; by default LLaVA's and its successors'."""
     images: Images | None = None
     videos: Videos | None = None
     tensor_shapes: Callable[[Any], dict[str, tuple[int, ...]]] = lambda config: {}

@@ -66,8 +66,8 @@ def load_params(folder: str | os.PathLike[str], model: Model) -> Params:
     found: dict[str, np.ndarray] = {}
     stacks: dict[str, dict[int, np.ndarray]] = {}
     for file in weight_files(folder):
-        for key, tensor in _read_tensors(file):
-            path, layer = _path_of(key, model)
+        for key, tensor in read_tensors(file):
+            path, layer = path_of(key, model)
             if path is None:
                 continue
             if path not in expected:
@@ -163,7 +163,7 @@ def to_huggingface(params: Params, model: Model) -> Iterator[tuple[str, np.ndarr
         array = np.asarray(jax.device_get(leaf))
         layers = enumerate(array) if "/layers/" in path else [(None, array)]
         for layer, part in layers:
-            key = _key_of(path, layer, names)
+            key = key_of(path, layer, names)
             tensor = _to_theirs(path, part)
             tensors[key] = np.ascontiguousarray(tensor.reshape(shapes.get(key, tensor.shape)))
     yield from sorted(tensors.items())
@@ -218,7 +218,7 @@ def map_with_path(function: Callable[[str, Any], Any], tree: Params) -> Params:
     return unflatten({path: function(path, leaf) for path, leaf in flatten(tree).items()})
 
 
-def _read_tensors(file: str) -> Iterator[tuple[str, np.ndarray]]:
+def read_tensors(file: str) -> Iterator[tuple[str, np.ndarray]]:
     try:
         with safetensors.safe_open(file, framework="numpy") as handle:
             for key in handle.keys():  # noqa: SIM118 (a handle is no mapping)
@@ -227,7 +227,7 @@ def _read_tensors(file: str) -> Iterator[tuple[str, np.ndarray]]:
         raise ModelError(f"{file}: not a readable safetensors file: {error}") from error
 
 
-def _path_of(key: str, model: Model) -> tuple[str | None, int | None]:
+def path_of(key: str, model: Model) -> tuple[str | None, int | None]:
     """The parameter path and layer index of a Hugging Face key; None for what is not stored."""
     for pattern, replacement in model.family.read_keys:
         key = re.sub(pattern, replacement, key)
@@ -248,7 +248,7 @@ def _path_of(key: str, model: Model) -> tuple[str | None, int | None]:
     return f"{stem}/{name}" if stem else name, int(layer.group(1)) if layer else None
 
 
-def _key_of(path: str, layer: int | None, names: Renaming) -> str:
+def key_of(path: str, layer: int | None, names: Renaming) -> str:
     """The Hugging Face key of a parameter path."""
     key = re.sub(r"/(kernel|scale|embedding)$", "/weight", path).replace("/", ".")
     if layer is not None:

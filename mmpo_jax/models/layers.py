@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -21,10 +22,45 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 ATTENDED = "attended"
 """The name under which rematerialisation knows attention's results."""
 
+ADAPTED = "adapted"
+"""The same for the results of dense layers that have an adapter."""
+
+
+class Linear(nnx.Linear):
+    """A dense layer; with the leaves of an adapter beside its kernel (see `lora`) it computes
+
+    x kernel + bias + scale * dropout(x) a b.
+    """
+
+    lora_a: Any = None
+    """[inputs, r]"""
+    lora_b: Any = None
+    """[r, outputs]"""
+    lora_scale: Any = None
+    """float32[]"""
+    lora_key: Any = None
+    """A PRNG key; None switches dropout off."""
+    lora_rate: Any = None
+    """float32[]: the share of inputs that dropout zeroes."""
+
+    def __call__(self, x: jax.Array, out_sharding: Any = None) -> jax.Array:
+        y = super().__call__(x, out_sharding)
+        if self.lora_a is None:
+            return y
+        if self.lora_key is not None:
+            kept = 1 - self.lora_rate[...]
+            mask = jax.random.bernoulli(self.lora_key[...], kept, x.shape)
+            x = jnp.where(mask, x / kept, 0).astype(x.dtype)
+        # Scaled between the two products, where it is cheap to do it in float32.
+        low = matmul(x, self.lora_a[...], jnp.promote_types(x.dtype, jnp.float32))
+        low = (low * self.lora_scale[...]).astype(x.dtype)
+        # Rematerialisation keeps the sum instead of both of its terms.
+        return checkpoint_name(y + matmul(low, self.lora_b[...]), ADAPTED)
+
 
 def linear(
     inputs: int, outputs: int, use_bias: bool, rngs: nnx.Rngs, residual_layers: int = 1
-) -> nnx.Linear:
+) -> Linear:
     """A dense layer [inputs, outputs], initialised by its fan-in.
 
     Hugging Face's fixed 0.02 suits widths in the thousands; models from random weights are small
@@ -35,7 +71,7 @@ def linear(
         by it (Radford et al. 2019, section 2.3), else they drown the embeddings they add to.
     """
     init = nnx.initializers.variance_scaling(1 / residual_layers, "fan_in", "truncated_normal")
-    return nnx.Linear(
+    return Linear(
         inputs, outputs, use_bias=use_bias, kernel_init=init, dot_general=_matmul, rngs=rngs
     )
 
@@ -110,7 +146,8 @@ def rematerialise(function: Callable, policy: str) -> Callable:
     if policy == "dots":
         policies = jax.checkpoint_policies
         saved = policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(ATTENDED)
+            policies.dots_with_no_batch_dims_saveable,
+            policies.save_only_these_names(ATTENDED, ADAPTED),
         )
         return jax.checkpoint(function, policy=saved, prevent_cse=False)
     if policy == "full":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from typing import Any
 
@@ -14,6 +15,7 @@ from jax.sharding import PartitionSpec
 from mmpo_jax.models.config import ModelConfig, ModelError
 from mmpo_jax.models.families import FAMILIES
 from mmpo_jax.models.family import Family
+from mmpo_jax.models.layers import Linear
 from mmpo_jax.models.vlm import VisionLanguageModel
 
 Params = Any
@@ -44,8 +46,19 @@ class Model:
         return self.family.rules
 
     def bind(self, params: Params) -> VisionLanguageModel:
-        """The module with these parameters in it, for use inside a pure function."""
-        return nnx.merge(self.graphdef, params)
+        """The module with these parameters in it, for use inside a pure function.
+
+        The tree says what is computed: where the leaves of an adapter lie beside a kernel (see
+        `lora`), the layer has it.
+        """
+        flat = nnx.traversals.flatten_mapping(params)
+        adapters = {path: flat.pop(path) for path in list(flat) if path[-1].startswith("lora_")}
+        module = nnx.merge(self.graphdef, nnx.traversals.unflatten_mapping(flat))
+        for (*parents, name), leaf in adapters.items():
+            layer = functools.reduce(getattr, parents, module)
+            assert isinstance(layer, Linear), f"{'/'.join(parents)} cannot have an adapter"
+            setattr(layer, name, nnx.Param(leaf))
+        return module
 
     def init(self, seed: int) -> Params:
         """Random float32 parameters."""

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mmpo_jax.errors import MmpoError
 from mmpo_jax.models.huggingface import map_with_path
+from mmpo_jax.models.lora import adapter_spec, described_by
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
@@ -42,7 +43,8 @@ def batch_shards(mesh: Mesh) -> int:
 def param_shardings(abstract: Any, rules: tuple[tuple[str, PartitionSpec], ...], mesh: Mesh) -> Any:
     """A NamedSharding for every parameter, from the first rule that matches its whole path.
 
-    A dimension that its axis does not divide (a vocabulary of 32,003 over 8) stays whole.
+    A dimension that its axis does not divide (a vocabulary of 32,003 over 8) stays whole. Adapters
+    follow the rule of the kernel beside them.
 
     Args:
       abstract: parameter tree with shapes.
@@ -55,7 +57,8 @@ def param_shardings(abstract: Any, rules: tuple[tuple[str, PartitionSpec], ...],
 
     def sharding(path: str, leaf: Any) -> NamedSharding:
         for pattern, spec in rules:
-            if re.fullmatch(pattern, path):
+            if re.fullmatch(pattern, described_by(path)):
+                spec = adapter_spec(path, spec, leaf.ndim)
                 return NamedSharding(mesh, _divisible(spec, leaf.shape, mesh))
         raise ValueError(f"no sharding rule matches the parameter {path}")
 

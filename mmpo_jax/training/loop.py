@@ -17,6 +17,7 @@ from mmpo_jax.data.pipeline import Example, HostBatch, num_batches, training_bat
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.errors import MmpoError
 from mmpo_jax.models.huggingface import flatten
+from mmpo_jax.models.lora import add_adapters, targeted_layers
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.parallel.mesh import batch_shards, put_batch
 from mmpo_jax.recipe import Lengths, Training
@@ -56,10 +57,11 @@ def train(
       mesh: the devices.
       folder: checkpoints, `metrics.jsonl` and TensorBoard events go here.
       identity: fingerprint of model, data and recipe; checkpoints of another one are refused.
-      seed: order of the data.
+      seed: order of the data, first values and dropout of adapters.
 
     Returns:
-      The whole parameters, float32 where they were trained.
+      The whole parameters, float32 where they were trained; with adapters beside the kernels if
+      the recipe has `lora`.
 
     Raises:
       TrainingError: there is no data, the batch does not fit the mesh, `freeze` does not fit the
@@ -67,6 +69,9 @@ def train(
     """
     check_training(config, model, mesh)
     steps = total_steps(config, len(examples))
+    lora = config.lora
+    if lora is not None:
+        params = add_adapters(params, model, lora, config.freeze, seed)
     micro = micro_batch_size(config, mesh)
     schedule = make_schedule(config.optimizer, steps)
     optimizer = make_optimizer(config.optimizer, schedule)
@@ -84,7 +89,8 @@ def train(
     with jax.set_mesh(mesh), contextlib.closing(checkpoints):
         state = create_state(params, model, optimizer, config.freeze, mesh)
         loss = make_loss(model, config.objective, config.remat)
-        update = make_step(loss, optimizer, schedule, state, jnp.dtype(config.compute_dtype))
+        dtype, dropout = jnp.dtype(config.compute_dtype), lora.dropout if lora else 0.0
+        update = make_step(loss, optimizer, schedule, state, dtype, dropout, seed)
         restored = checkpoints.restore(state)
         if restored is not None:
             state, position = restored
@@ -114,7 +120,7 @@ def check_training(config: Training, model: Model, mesh: Mesh) -> None:
     """What can be known to be wrong before anything heavy starts.
 
     Raises:
-      TrainingError: the batch does not fit the mesh, or `freeze` does not fit the model.
+      TrainingError: the batch does not fit the mesh, or `freeze` or `lora.target` the model.
     """
     micro_batch_size(config, mesh)
     try:
@@ -122,6 +128,11 @@ def check_training(config: Training, model: Model, mesh: Mesh) -> None:
     except (ValueError, re.error) as error:
         message = str(error).removeprefix("freeze: ")
         raise TrainingError(f"training.freeze: {message}") from error
+    if config.lora is not None:
+        try:
+            targeted_layers(model, config.lora.target, config.freeze)
+        except ValueError as error:
+            raise TrainingError(f"training.lora.target: {error}") from error
 
 
 def total_steps(config: Training, num_examples: int) -> int:

@@ -15,6 +15,7 @@ from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.tokenization import TokenizedRecord, fingerprint_records
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.log_probs import response_log_probs
+from mmpo_jax.models.lora import cast_params
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.parallel.mesh import batch_shards, put_batch, put_params
 from mmpo_jax.recipe import Lengths
@@ -32,7 +33,7 @@ def score_batch(
 
     In the dtype that training computes in, so that policy and reference agree at step 0.
     """
-    params = jax.tree.map(lambda leaf: leaf.astype(compute_dtype), params)
+    params = cast_params(params, compute_dtype)
     return sum_log_probs(response_log_probs(model, params, batch), batch)
 
 

@@ -12,13 +12,16 @@ from mmpo_jax.data.sources import load_source, usable_records
 from mmpo_jax.data.tokenization import TokenizedRecord, fingerprint_records
 from mmpo_jax.files import fingerprint_json
 from mmpo_jax.models.huggingface import save_model
+from mmpo_jax.models.lora import merge_adapters
+from mmpo_jax.models.model import Params
+from mmpo_jax.models.peft import save_adapter
 from mmpo_jax.parallel.mesh import make_mesh
-from mmpo_jax.recipe import Dpo, Sft, TrainRecipe
+from mmpo_jax.recipe import Dpo, Lora, Sft, TrainRecipe
 from mmpo_jax.training.loop import check_training, train
 from mmpo_jax.training.losses import REFERENCE, needs_reference
 from mmpo_jax.training.reference import reference_stage
 
-MODEL = "model"
+MODEL, ADAPTER = "model", "adapter"
 """Where a run's result lies in its output folder."""
 
 
@@ -71,8 +74,27 @@ def run_training(recipe: TrainRecipe) -> str:
         identity=identity,
         seed=recipe.seed,
     )
-    target = os.path.join(recipe.output, MODEL)
-    save_model(target, model, trained, processor.folder)
+    return save_result(recipe.output, start, trained, recipe.training.lora)
+
+
+def save_result(output: str, start: Checkpoint, trained: Params, lora: Lora | None) -> str:
+    """Writes the trained model, and of adapters also themselves.
+
+    Args:
+      output: gets `model/`, a Hugging Face folder with adapters merged, and `adapter/` in PEFT's
+        format if there are any.
+      start: what the training began with, which is what adapters belong to.
+      trained: parameters, with adapters beside kernels if `lora` is given.
+      lora: the recipe's section.
+
+    Returns:
+      The Hugging Face folder.
+    """
+    if lora is not None:
+        folder = os.path.join(output, ADAPTER)
+        save_adapter(folder, start.model, trained, base=start.folder, dropout=lora.dropout)
+    target = os.path.join(output, MODEL)
+    save_model(target, start.model, merge_adapters(trained), start.processor.folder)
     return target
 
 

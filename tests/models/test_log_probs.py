@@ -306,7 +306,8 @@ def compile_large_step():
         )
         state = jax.tree.map(lambda leaf: spec(leaf.shape, leaf.dtype), state)
         step = make_step(make_loss(model, Dpo(), "full"), optimizer, schedule, state)
-        return step.lower(state, (batch, {REFERENCE: spec((1, b, r), jnp.float32)})).compile()
+        inputs = batch, {REFERENCE: spec((1, b, r), jnp.float32)}
+        return jax.jit(step, donate_argnums=0).lower(state, inputs).compile()
 
 
 def largest_array(program):

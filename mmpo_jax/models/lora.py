@@ -1,0 +1,180 @@
+"""Low-rank adapters: y = x W + scale * dropout(x) A B beside a frozen W, scale = alpha / rank.
+
+Hu et al. 2021 (arXiv 2106.09685), section 4.1. The leaves of an adapter lie in the parameter tree
+beside the kernel that they adapt:
+
+    .../q_proj/kernel      [L, inputs, outputs]
+    .../q_proj/lora_a      [L, inputs, r]
+    .../q_proj/lora_b      [L, r, outputs], zero at first
+    .../q_proj/lora_scale  float32[L], 0 in layers without an adapter
+
+so placing, saving and training them is like any parameter's, and the tree says what a model
+computes: with these leaves the adapted model, without them the base. Layers that are not stacked
+lack the axis L.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from mmpo_jax.models.huggingface import flatten, unflatten
+from mmpo_jax.models.model import Model, Params
+from mmpo_jax.recipe import Lora
+
+A, B, SCALE = "lora_a", "lora_b", "lora_scale"
+KEY, RATE = "lora_key", "lora_rate"
+
+WITHOUT = r"language_model/lm_head|.*/patch_embedding"
+"""Dense layers that can have no adapter: the head is applied in chunks, by its kernel alone, and
+patch embeddings are convolutions for PEFT."""
+
+
+def dense_layers(model: Model) -> dict[str, tuple[int, ...]]:
+    """Path of every layer that can have an adapter -> its kernel's shape, [L, inputs, outputs] or
+    [inputs, outputs]."""
+    abstract = flatten(model.abstract_params())
+    kernels = {p.removesuffix("/kernel"): p for p in abstract if p.endswith("/kernel")}
+    return {
+        layer: abstract[path].shape
+        for layer, path in kernels.items()
+        if not re.fullmatch(WITHOUT, layer)
+    }
+
+
+def targeted_layers(model: Model, target: str, frozen: tuple[str, ...]) -> list[str]:
+    """The layers whose path `target` matches as a whole, but for those that `frozen` freezes.
+
+    Args:
+      model: the architecture.
+      target: regular expression over paths such as `language_model/layers/self_attn/q_proj`.
+      frozen: regular expressions over parameter paths.
+
+    Raises:
+      ValueError: none is left; names what is nearest to the pattern.
+    """
+    layers = list(dense_layers(model))
+    matched = [layer for layer in layers if re.fullmatch(target, layer)]
+    if not matched:
+        nearest = difflib.get_close_matches(target, layers, n=3, cutoff=0)
+        raise ValueError(f"{target!r} matches no dense layer; the nearest are {', '.join(nearest)}")
+    kept = [
+        layer
+        for layer in matched
+        if not any(re.fullmatch(pattern, f"{layer}/kernel") for pattern in frozen)
+    ]
+    if not kept:
+        raise ValueError(f"all that {target!r} matches is frozen by {list(frozen)}")
+    return kept
+
+
+def add_adapters(
+    params: Params, model: Model, lora: Lora, frozen: tuple[str, ...], seed: int
+) -> Params:
+    """The parameters with a fresh adapter beside every kernel of the targeted layers.
+
+    B is zero, so the model computes what it did; A is uniform in +-1/sqrt(inputs), as PEFT has it.
+
+    Raises:
+      ValueError: see `targeted_layers`.
+    """
+    shapes = dense_layers(model)
+    flat = flatten(params)
+    for layer in targeted_layers(model, lora.target, frozen):
+        *stack, inputs, outputs = shapes[layer]
+        rng = np.random.default_rng([seed, zlib.crc32(layer.encode())])
+        a = rng.uniform(-1, 1, (*stack, inputs, lora.rank)) / np.sqrt(inputs)
+        flat[f"{layer}/{A}"] = a.astype(np.float32)
+        flat[f"{layer}/{B}"] = np.zeros((*stack, lora.rank, outputs), np.float32)
+        flat[f"{layer}/{SCALE}"] = np.full(stack, lora.alpha / lora.rank, np.float32)
+    return unflatten(flat)
+
+
+def adapted_layers(params: Params) -> list[str]:
+    """Paths of the layers that have an adapter."""
+    return [path.removesuffix(f"/{A}") for path in flatten(params) if path.endswith(f"/{A}")]
+
+
+def described_by(path: str) -> str:
+    """The parameter whose sharding rule decides about this one's: an adapter's kernel."""
+    layer, _, name = path.rpartition("/")
+    return f"{layer}/kernel" if name in (A, B, SCALE) else path
+
+
+def adapter_spec(path: str, kernel: PartitionSpec, ndim: int) -> PartitionSpec:
+    """How a leaf beside a kernel is split: inputs and outputs as the kernel's, ranks not at all."""
+    name = path.rpartition("/")[2]
+    if name == SCALE:
+        return PartitionSpec()
+    if name not in (A, B):
+        return kernel
+    axes = list(kernel) + [None] * (ndim - len(kernel))
+    axes[-1 if name == A else -2] = None
+    return PartitionSpec(*axes)
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a parameter is one that training an adapter changes."""
+    return path.endswith((f"/{A}", f"/{B}"))
+
+
+def without_adapters(params: Params) -> Params:
+    """The base model's parameters: the reference while adapters are trained. Nothing is copied."""
+    leaves = (A, B, SCALE, KEY, RATE)
+    flat = flatten(params).items()
+    return unflatten({path: leaf for path, leaf in flat if path.rpartition("/")[2] not in leaves})
+
+
+def merge_adapters(params: Params) -> Params:
+    """Parameters without adapters that compute the same: W + scale A B, in W's dtype and place."""
+    flat = flatten(params)
+    merged = flatten(without_adapters(params))
+    for layer in adapted_layers(params):
+        kernel = flat[f"{layer}/kernel"]
+        parts = kernel, *(flat[f"{layer}/{name}"] for name in (A, B, SCALE))
+        if isinstance(kernel, jax.Array):
+            merged[f"{layer}/kernel"] = jax.jit(_merge, out_shardings=kernel.sharding)(*parts)
+        elif kernel.ndim == 2:
+            merged[f"{layer}/kernel"] = _merge(*parts)
+        else:  # layer by layer, as what lies between is in float32
+            merged[f"{layer}/kernel"] = np.stack([_merge(*p) for p in zip(*parts, strict=True)])
+    return unflatten(merged)
+
+
+def _merge(kernel: Any, a: Any, b: Any, scale: Any) -> Any:
+    delta = scale[..., None, None] * (a @ b)
+    return (kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32)) + delta).astype(
+        kernel.dtype
+    )
+
+
+def with_dropout(params: Params, rate: float, key: jax.Array) -> Params:
+    """Parameters whose adapters drop inputs at this rate: for the training forward only.
+
+    Every layer has a key of its own, folded from `key` by its place in the order of paths.
+    """
+    flat = flatten(params)
+    for index, layer in enumerate(sorted(adapted_layers(params)) if rate else ()):
+        scale = flat[f"{layer}/{SCALE}"]
+        own = jax.random.fold_in(key, index)
+        flat[f"{layer}/{KEY}"] = jax.random.split(own, scale.shape[0]) if scale.ndim else own
+        flat[f"{layer}/{RATE}"] = jnp.full(scale.shape, rate, jnp.float32)
+    return unflatten(flat)
+
+
+def cast_params(params: Params, dtype: Any) -> Params:
+    """The parameters in the compute dtype; factors of adapters, of which bfloat16 would keep three
+    digits, stay exact."""
+    return unflatten(
+        {
+            path: leaf if path.endswith(f"/{SCALE}") else leaf.astype(dtype)
+            for path, leaf in flatten(params).items()
+        }
+    )

@@ -1,0 +1,239 @@
+"""Adapters as leaves of the parameter tree: which layers, what they compute, merging, dropout."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import PartitionSpec
+
+from mmpo_jax.models.huggingface import flatten, unflatten
+from mmpo_jax.models.log_probs import response_log_probs
+from mmpo_jax.models.lora import (
+    SCALE,
+    A,
+    B,
+    adapted_layers,
+    add_adapters,
+    cast_params,
+    dense_layers,
+    merge_adapters,
+    targeted_layers,
+    with_dropout,
+    without_adapters,
+)
+from mmpo_jax.parallel.mesh import make_mesh, put_params
+from mmpo_jax.recipe import Lora
+
+EVERYWHERE = Lora(target=".*", rank=3, alpha=5)
+Q = "language_model/layers/self_attn/q_proj"
+
+
+@pytest.fixture(scope="module")
+def batch(tiny_model):
+    return tiny.random_batch(tiny_model[0].config, [6, 9], [(3, 5), (5, 1)])
+
+
+@pytest.fixture(scope="module")
+def adapted(tiny_model):
+    """The tiny model with random adapters everywhere."""
+    model, params = tiny_model
+    return with_noise(add_adapters(params, model, EVERYWHERE, (), 0))
+
+
+def with_noise(params):
+    """Adapters whose B is not zero."""
+    rng = np.random.default_rng(0)
+    flat = flatten(params)
+    for path, leaf in flat.items():
+        if path.endswith(B):
+            flat[path] = (0.2 * rng.standard_normal(leaf.shape)).astype(np.float32)
+    return unflatten(flat)
+
+
+@pytest.fixture(scope="module")
+def log_probs(tiny_model, batch):
+    """parameters -> their log-probs, as a compiled function."""
+    return jax.jit(lambda params: response_log_probs(tiny_model[0], params, batch))
+
+
+def test_targets_are_chosen_by_their_whole_path(tiny_model):
+    model, _ = tiny_model
+    both = ["language_model/layers/self_attn/q_proj", "language_model/layers/self_attn/v_proj"]
+    assert sorted(targeted_layers(model, "language_model/layers/self_attn/[qv]_proj", ())) == both
+    assert len(targeted_layers(model, ".*/q_proj", ())) == 2  # the vision tower's too
+    assert targeted_layers(model, ".*/q_proj", ("vision_tower/.*",)) == [Q]
+    everywhere = targeted_layers(model, ".*", ())
+    assert sorted(everywhere) == sorted(dense_layers(model))
+    assert "multi_modal_projector/linear_1" in everywhere
+    for without in ("language_model/lm_head", "vision_tower/embeddings/patch_embedding"):
+        assert without not in everywhere
+
+
+def test_targets_that_are_not_there(tiny_model):
+    model, _ = tiny_model
+    with pytest.raises(
+        ValueError, match=r"'language_model/layers/self_atn/q_proj' matches no"
+    ) as e:
+        targeted_layers(model, "language_model/layers/self_atn/q_proj", ())
+    assert f"the nearest are {Q}, language_model/" in str(e.value)
+    with pytest.raises(ValueError, match="matches no dense layer"):
+        targeted_layers(model, "q_proj", ())  # a part of a path is not a path
+    with pytest.raises(ValueError, match=r"all that '.*' matches is frozen by"):
+        targeted_layers(model, Q, ("language_model/.*",))
+
+
+def test_a_fresh_adapter_changes_nothing(tiny_model, log_probs):
+    model, params = tiny_model
+    fresh = add_adapters(params, model, EVERYWHERE, (), 0)
+    np.testing.assert_array_equal(log_probs(fresh), log_probs(params))
+    flat = flatten(fresh)
+    inputs, outputs = dense_layers(model)[Q][1:]
+    a, b, scale = (flat[f"{Q}/{name}"] for name in (A, B, SCALE))
+    assert (a.shape, b.shape, scale.shape) == ((2, inputs, 3), (2, 3, outputs), (2,))
+    assert scale.tolist() == pytest.approx([5 / 3] * 2)
+    assert np.abs(a).max() <= inputs**-0.5
+    assert np.abs(a).max() > 0.9 * inputs**-0.5
+    again, other = (
+        flatten(add_adapters(params, model, EVERYWHERE, (), seed))[f"{Q}/{A}"] for seed in (0, 1)
+    )
+    np.testing.assert_array_equal(again, a)
+    assert not np.any(other == a)
+    few = flatten(add_adapters(params, model, Lora(target=Q, rank=3, alpha=5), (), 0))
+    np.testing.assert_array_equal(few[f"{Q}/{A}"], a)  # whatever else is adapted
+
+
+def test_without_adapters_it_is_the_base(tiny_model, adapted, log_probs):
+    """The same arrays, not copies of them."""
+    base, ours = flatten(tiny_model[1]), flatten(without_adapters(adapted))
+    assert base.keys() == ours.keys()
+    assert all(ours[path] is base[path] for path in base)
+    assert np.abs(log_probs(adapted) - log_probs(tiny_model[1])).max() > 0.1
+
+
+def test_merged_it_computes_the_same(tiny_model, adapted, batch):
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), adapted)
+        merged = merge_adapters(params)
+        assert not adapted_layers(merged)
+        apart, together = (
+            np.asarray(jax.jit(functools.partial(response_log_probs, tiny_model[0]))(tree, batch))
+            for tree in (params, merged)
+        )
+    assert apart.dtype == np.float64
+    np.testing.assert_allclose(together, apart, rtol=0, atol=1e-10)
+
+
+def test_merging_keeps_dtypes_and_places(tiny_model, adapted):
+    model, params = tiny_model
+    expected = flatten(merge_adapters(adapted))
+    kernels = [f"{layer}/kernel" for layer in dense_layers(model)]
+    base = flatten(params)
+    moved = [path for path in base if not np.array_equal(base[path], expected[path])]
+    assert sorted(moved) == sorted(kernels)
+
+    placed = put_params(adapted, model.rules, make_mesh(2, 2, 2))
+    for path, leaf in flatten(merge_adapters(placed)).items():
+        assert leaf.sharding == flatten(placed)[path].sharding
+        np.testing.assert_allclose(leaf, expected[path], rtol=0, atol=1e-6, err_msg=path)
+
+    half = {
+        path: leaf if "lora" in path else leaf.astype(jnp.bfloat16)
+        for path, leaf in flatten(adapted).items()
+    }
+    merged = flatten(merge_adapters(unflatten(half)))
+    assert {leaf.dtype for leaf in merged.values()} == {jnp.dtype(jnp.bfloat16)}
+    np.testing.assert_allclose(
+        merged[f"{Q}/kernel"].astype(np.float32), expected[f"{Q}/kernel"], rtol=0.02, atol=0.02
+    )
+
+
+def test_adapters_are_split_as_their_kernels(tiny_model, adapted):
+    mesh = make_mesh(2, 2, 2)
+    placed = flatten(put_params(adapted, tiny_model[0].rules, mesh))
+    specs = {path: leaf.sharding.spec for path, leaf in placed.items()}
+    down = "language_model/layers/mlp/down_proj"  # its kernel is (None, "tensor", "fsdp")
+    assert specs[f"{Q}/{A}"] == PartitionSpec(None, "fsdp", None)
+    assert specs[f"{Q}/{B}"] == PartitionSpec(None, None, "tensor")
+    assert specs[f"{down}/{A}"] == PartitionSpec(None, "tensor", None)
+    assert specs[f"{down}/{B}"] == PartitionSpec(None, None, "fsdp")
+    assert specs[f"multi_modal_projector/linear_1/{B}"] == PartitionSpec(None, "tensor")
+    assert specs[f"{Q}/{SCALE}"] == PartitionSpec()
+
+
+def test_layers_without_and_smaller_ranks_get_no_gradient(tiny_model, adapted, batch):
+    """What fills up a stack stays zero in training."""
+    flat = flatten(adapted)
+    flat[f"{Q}/{SCALE}"] = np.float32([0, 1])
+    flat[f"{Q}/{A}"] = flat[f"{Q}/{A}"] * np.float32([1, 1, 0])
+    flat[f"{Q}/{B}"] = flat[f"{Q}/{B}"] * np.float32([[1], [1], [0]])
+    trained = {name: flat[f"{Q}/{name}"] for name in (A, B)}
+
+    @jax.jit
+    @jax.grad
+    def gradient(trained):
+        tree = unflatten({**flat, **{f"{Q}/{name}": leaf for name, leaf in trained.items()}})
+        return response_log_probs(tiny_model[0], tree, batch).sum()
+
+    a, b = (np.asarray(leaf) for leaf in gradient(trained).values())
+    assert not a[0].any()
+    assert not b[0].any()
+    assert not a[1, :, 2].any()
+    assert not b[1, 2].any()
+    assert np.abs(a[1, :, :2]).min() > 0
+    assert np.abs(b[1, :2]).min() > 0
+
+
+def test_rematerialisation_changes_no_gradient(tiny_model, adapted, batch):
+    flat = flatten(adapted)
+    trained = {f"{Q}/{name}": flat[f"{Q}/{name}"] for name in (A, B)}
+
+    def gradient(remat):
+        def total(trained):
+            tree = with_dropout(unflatten({**flat, **trained}), 0.3, jax.random.key(0))
+            return response_log_probs(tiny_model[0], tree, batch, remat=remat).sum()
+
+        return jax.jit(jax.grad(total))(trained)
+
+    expected = gradient("none")
+    for path, leaf in gradient("dots").items():
+        np.testing.assert_allclose(leaf, expected[path], rtol=1e-4, atol=1e-4, err_msg=path)
+
+
+def test_dropout(tiny_model, adapted):
+    """On one layer's own function: unbiased, by its key, another mask in every layer."""
+    rate, size = 0.25, 400
+    model, _ = tiny_model
+    params = flatten(with_dropout(adapted, rate, jax.random.key(0)))
+    assert flatten(with_dropout(adapted, 0.0, jax.random.key(0))).keys() == flatten(adapted).keys()
+    x = np.random.default_rng(0).standard_normal((1, 2, 32)).astype(np.float32)
+
+    @jax.jit
+    def run(params):
+        projector = model.bind(params).multi_modal_projector
+        return projector.linear_2(x)
+
+    def drawn(number):
+        return np.asarray(run(with_dropout(adapted, rate, jax.random.key(number))))
+
+    without = np.asarray(run(adapted))
+    base = np.asarray(run(without_adapters(adapted)))
+    samples = np.stack([drawn(number) for number in range(size)])
+    np.testing.assert_array_equal(samples[3], drawn(3))
+    assert np.abs(samples[3] - samples[4]).max() > 0.01
+    spread = samples.std(axis=0).max()
+    assert spread > 0.05
+    np.testing.assert_allclose(samples.mean(axis=0), without, rtol=0, atol=5 * spread / size**0.5)
+    assert np.abs(base - without).max() > 5 * spread / size**0.5  # as the adapter itself is not
+
+    keys = [jax.random.key_data(leaf) for path, leaf in params.items() if path.endswith("lora_key")]
+    rows = np.concatenate([np.asarray(key).reshape(-1, 2) for key in keys])
+    assert len(np.unique(rows, axis=0)) == len(rows) == 3 * 6 + 2 * 7 + 2
+
+
+def test_casting_leaves_factors_exact(adapted):
+    flat = flatten(cast_params(adapted, jnp.bfloat16))
+    assert flat[f"{Q}/{A}"].dtype == flat[f"{Q}/kernel"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(flat[f"{Q}/{SCALE}"], flatten(adapted)[f"{Q}/{SCALE}"])

@@ -1,0 +1,428 @@
+"""Adapters in and out of PEFT's format: logits and gradients are PEFT's."""
+
+import json
+import shutil
+
+import checks
+import jax
+import numpy as np
+import pytest
+import tiny
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+import safetensors.torch  # noqa: E402
+import transformers  # noqa: E402
+
+from mmpo_jax.checkpoint import load_start  # noqa: E402
+from mmpo_jax.data.processor import Processor  # noqa: E402
+from mmpo_jax.data.records import ImageRef  # noqa: E402
+from mmpo_jax.models.config import ModelError  # noqa: E402
+from mmpo_jax.models.huggingface import flatten, load_model, unflatten  # noqa: E402
+from mmpo_jax.models.log_probs import response_log_probs  # noqa: E402
+from mmpo_jax.models.lora import (  # noqa: E402
+    A,
+    B,
+    adapted_layers,
+    add_adapters,
+    merge_adapters,
+    without_adapters,
+)
+from mmpo_jax.models.peft import (  # noqa: E402
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    load_adapter,
+    save_adapter,
+    with_adapter,
+)
+from mmpo_jax.recipe import Lora  # noqa: E402
+from mmpo_jax.shapes.render import png_bytes  # noqa: E402
+from mmpo_jax.shapes.world import sample_scene  # noqa: E402
+
+pytestmark = pytest.mark.parity
+
+TEXT_SIZES = {
+    "vocab_size": len(checks.token_ids()) + 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+CONFIGS = {
+    "llava-short-names": {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]},
+    "llava-everything": {
+        "r": 3,
+        "lora_alpha": 5,
+        "target_modules": "all-linear",
+        "rank_pattern": {"linear_1": 2, "layers.0.self_attn.q_proj": 5, "mlp.fc[12]": 1},
+        "alpha_pattern": {"language_model.*down_proj": 8, "linear_2": 1},
+        "use_rslora": True,
+    },
+    "llava-some-layers": {
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["q_proj", "fc1"],
+        "layers_to_transform": [1],
+    },
+    "llava-regular-expression": {
+        "r": 2,
+        "lora_alpha": 3,
+        "target_modules": r".*language_model.*\.(o_proj|gate_proj)|.*linear_2",
+        "exclude_modules": ["layers.0.mlp.gate_proj"],
+    },
+    "qwen2-ranks-by-layer": {
+        "r": 8,
+        "lora_alpha": 16,
+        "target_modules": "all-linear",
+        "rank_pattern": {r"^model\.layers\.1\..*": 2},
+        "alpha_pattern": {"0.mlp.up_proj": 7},
+        "lora_dropout": 0.1,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Family -> its checkpoint folder."""
+    root = tmp_path_factory.mktemp("bases")
+    llava = tiny.make_folder(root / "llava")
+    qwen2 = root / "qwen2"
+    checks.save_tokenizer(qwen2)
+    theirs = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**TEXT_SIZES))
+    checks.randomise(theirs, 0)
+    theirs.save_pretrained(qwen2)
+    return {"llava": llava, "qwen2": qwen2}
+
+
+def load_theirs(folder):
+    classes = {
+        "llava": transformers.LlavaForConditionalGeneration,
+        "qwen2": transformers.Qwen2ForCausalLM,
+    }
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    return classes[folder.name].from_pretrained(folder, **options).eval()
+
+
+def load_case(folder):
+    model, params = load_model(folder)
+    return checks.Case(folder, load_theirs(folder), model, params, Processor(folder, model.config))
+
+
+def make_records(case):
+    images = ()
+    if case.model.config.family == "llava":
+        images = (ImageRef("0", png_bytes(sample_scene("train", 0, 1), 24)),)
+    return [
+        checks.record("0", "what is this ?", images, "a red star", "two blue ring and a star"),
+        checks.record("1", "red green what is this ?", images, "a ring", "a green ring"),
+    ]
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def trained_elsewhere(request, bases, tmp_path_factory):
+    """(our base, PEFT's model with a random adapter, the folder where PEFT saved it)."""
+    base = bases[request.param.split("-")[0]]
+    case = load_case(base)
+    config = peft.LoraConfig(**CONFIGS[request.param], base_model_name_or_path=str(base))
+    theirs = peft.get_peft_model(case.theirs, config).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, tensor in sorted(theirs.named_parameters()):
+            if ".lora_" in name:
+                tensor.copy_(0.3 * torch.randn(tensor.shape, generator=generator))
+    folder = tmp_path_factory.mktemp("adapter") / request.param
+    theirs.save_pretrained(folder)
+    return case, theirs, folder
+
+
+def compare(case, theirs, params, tolerance):
+    """Our logits against theirs, every response in a row of its own there."""
+    records = make_records(case)
+    tokenized, batch = checks.batch_of(case, records)
+    ours = np.asarray(checks.response_logits(case.model, params, batch))
+    for row, tokens in enumerate(tokenized):
+        for column, response in enumerate(tokens.responses):
+            logits = their_logits(theirs, batch, row, tokens.prompt_ids, response.ids)
+            expected = logits[len(tokens.prompt_ids) - 1 : -1].detach().numpy()
+            actual = ours[row, column, : len(response.ids)]
+            assert np.std(expected) > 0.5
+            np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
+
+
+def their_logits(theirs, batch, row, prompt, response):
+    ids = torch.tensor(np.concatenate([prompt, response])[None]).long()
+    pixels = np.asarray(batch.pixel_values[row])
+    images = {"pixel_values": torch.tensor(pixels)} if pixels.shape[0] else {}
+    return theirs(input_ids=ids, **images).logits[0]
+
+
+def test_logits_of_an_adapter_trained_elsewhere(trained_elsewhere):
+    case, theirs, folder = trained_elsewhere
+    params = with_adapter(case.params, folder, case.model)
+    compare(case, theirs, params, 1e-4)
+    with theirs.disable_adapter():
+        compare(case, theirs, without_adapters(params), 1e-4)
+        with pytest.raises(AssertionError):
+            compare(case, theirs, params, 1e-2)
+
+
+def test_merging_changes_nothing(trained_elsewhere):
+    """With weights as a new model has them and adapters smaller than these: the large ones of the
+    other tests blow up what rounding a sum does (`test_lora.py` merges them in float64)."""
+    case, _, folder = trained_elsewhere
+    base = jax.tree.map(np.asarray, case.model.init(0))
+    flat = flatten(with_adapter(base, folder, case.model))
+    params = unflatten({p: 0.2 * leaf if p.endswith(B) else leaf for p, leaf in flat.items()})
+    _, batch = checks.batch_of(case, make_records(case))
+    without, apart, merged = (
+        np.asarray(checks.response_logits(case.model, tree, batch))[batch.response_mask]
+        for tree in (base, params, merge_adapters(params))
+    )
+    assert np.abs(apart - without).max() > 0.1
+    np.testing.assert_allclose(merged, apart, rtol=0, atol=1e-5)
+
+
+def test_a_recipe_can_name_an_adapter(trained_elsewhere):
+    case, theirs, folder = trained_elsewhere
+    start = load_start(str(folder))
+    assert (start.folder, start.model) == (str(folder), case.model)
+    compare(case, theirs, start.params, 1e-4)
+    assert start.fingerprint != load_start(str(case.folder)).fingerprint
+
+
+def test_gradients(trained_elsewhere):
+    """Of the summed log-probs of all responses."""
+    case, theirs, folder = trained_elsewhere
+    if folder.name not in ("llava-everything", "qwen2-ranks-by-layer"):
+        pytest.skip("the others are parts of these")
+    params = flatten(with_adapter(case.params, folder, case.model))
+    tokenized, batch = checks.batch_of(case, make_records(case))
+    trained = {path: leaf for path, leaf in params.items() if path.endswith((A, B))}
+
+    @jax.jit
+    @jax.grad
+    def gradient(trained, params):
+        tree = unflatten({**params, **trained})
+        return response_log_probs(case.model, tree, batch).sum()
+
+    ours = flatten(gradient(trained, params))
+    theirs.zero_grad()
+    for row, tokens in enumerate(tokenized):
+        for response in tokens.responses:
+            logits = their_logits(theirs, batch, row, tokens.prompt_ids, response.ids)
+            scores = logits[len(tokens.prompt_ids) - 1 : -1].log_softmax(-1)
+            labels = torch.tensor(response.ids).long()[:, None]
+            scores.gather(1, labels).sum().backward()
+    compared = 0
+    for name, tensor in theirs.named_parameters():
+        if ".lora_" not in name or tensor.grad is None:  # what no feature has passed
+            continue
+        path, layer = our_path(case.model, name)
+        expected = tensor.grad.T.numpy()
+        actual = np.asarray(ours[path] if layer is None else ours[path][layer])
+        padded = np.zeros_like(actual)
+        padded[: expected.shape[0], : expected.shape[1]] = expected
+        np.testing.assert_allclose(
+            actual, padded, rtol=1e-3, atol=1e-4 * np.abs(expected).max(), err_msg=name
+        )
+        compared += np.abs(expected).max() > 1e-3
+    assert compared >= 4
+
+
+def our_path(model, name):
+    """(path, layer) of a parameter of PEFT's model."""
+    from mmpo_jax.models.huggingface import path_of
+
+    module, factor = name.removesuffix(".default.weight").rsplit(".lora_", 1)
+    path, layer = path_of(module.removeprefix("base_model.model.") + ".weight", model)
+    return f"{path.removesuffix('/kernel')}/{ {'A': A, 'B': B}[factor] }", layer
+
+
+def check_loads_in_peft(folder, base):
+    """PEFT's model with the adapter of a folder, all of it read and nothing missing."""
+    theirs = peft.PeftModel.from_pretrained(load_theirs(base), folder)
+    again = theirs.load_adapter(str(folder), "again")
+    assert not again.unexpected_keys
+    assert not [key for key in again.missing_keys if "again" in key]
+    theirs.set_adapter("default")
+    return theirs.eval()
+
+
+def test_saved_again_it_is_the_same_adapter(trained_elsewhere, tmp_path):
+    case, _, folder = trained_elsewhere
+    params = with_adapter(case.params, folder, case.model)
+    target = tmp_path / "again"
+    save_adapter(target, case.model, params, base=str(case.folder), dropout=0.1)
+    compare(case, check_loads_in_peft(target, case.folder), params, 1e-4)
+    before, after = load_adapter(folder, case.model), load_adapter(target, case.model)
+    assert before.keys() == after.keys()
+    for path, leaf in before.items():
+        np.testing.assert_allclose(after[path], leaf, rtol=1e-6, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    ("family", "target"),
+    [
+        ("llava", "language_model/layers/self_attn/[qv]_proj"),
+        ("llava", ".*"),
+        ("qwen2", "language_model/layers/.*"),
+    ],
+)
+def test_ours_loads_in_peft(bases, tmp_path, family, target):
+    case = load_case(bases[family])
+    lora = Lora(target=target, rank=4, alpha=6)
+    flat = flatten(add_adapters(case.params, case.model, lora, (), 0))
+    rng = np.random.default_rng(0)
+    for path, leaf in flat.items():
+        if path.endswith(B):
+            flat[path] = (0.3 * rng.standard_normal(leaf.shape)).astype(np.float32)
+    params = unflatten(flat)
+    save_adapter(tmp_path / "a", case.model, params, base=str(case.folder), dropout=0.0)
+    compare(case, check_loads_in_peft(tmp_path / "a", case.folder), params, 1e-4)
+    config = json.loads((tmp_path / "a" / CONFIG_FILE).read_text())
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (4, 6, {})
+    # It is one of PEFT's own options that this names, in its words.
+    assert config.keys() <= set(peft.LoraConfig().to_dict())
+    for path, leaf in load_adapter(tmp_path / "a", case.model).items():
+        np.testing.assert_array_equal(leaf, flat[path], err_msg=path)
+
+
+LAYOUTS = {
+    "transformers 4": (
+        ("model.language_model.", "language_model.model."),
+        ("model.vision_tower.", "vision_tower.vision_model."),
+        ("model.multi_modal_projector.", "multi_modal_projector."),
+    ),
+    "transformers 4.52": (("model.vision_tower.", "model.vision_tower.vision_model."),),
+}
+
+
+@pytest.fixture
+def adapter(bases, tmp_path):
+    """(model, a folder with an adapter of a LLaVA, to be edited)."""
+    model, params = load_model(bases["llava"])
+    lora = Lora(target=".*/q_proj|.*/linear_1", rank=2, alpha=4)
+    folder = tmp_path / "adapter"
+    adapted = add_adapters(params, model, lora, (), 0)
+    save_adapter(folder, model, adapted, base=str(bases["llava"]), dropout=0.0)
+    return model, folder
+
+
+def edit(folder, rename=lambda key: key, change=lambda key, tensor: tensor, **config):
+    """Edits an adapter's folder; tensors for which `change` gives None are left out."""
+    file = folder / WEIGHTS_FILE
+    tensors = {rename(k): change(k, t) for k, t in safetensors.torch.load_file(file).items()}
+    safetensors.torch.save_file({k: t for k, t in tensors.items() if t is not None}, file)
+    path = folder / CONFIG_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_module_names_of_every_layout(adapter, layout):
+    model, folder = adapter
+    expected = load_adapter(folder, model)
+
+    def rename(key):
+        for new, old in LAYOUTS[layout]:
+            key = key.replace(f"base_model.model.{new}", f"base_model.model.{old}")
+        return key
+
+    edit(folder, rename, target_modules=["q_proj", "linear_1"])
+    actual = load_adapter(folder, model)
+    assert actual.keys() == expected.keys()
+    for path, leaf in expected.items():
+        np.testing.assert_array_equal(actual[path], leaf)
+
+
+Q = "base_model.model.model.language_model.layers.1.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("edits", "told"),
+    [
+        ({"peft_type": "IA3"}, r"adapter_config\.json: peft_type is 'IA3'"),
+        ({"use_dora": True}, r"adapter_config\.json: use_dora is True"),
+        ({"modules_to_save": ["linear_2"]}, r"modules_to_save is \['linear_2'\], which this"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' changes the base"),
+        ({"base_model_name_or_path": None}, "base_model_name_or_path is missing"),
+        ({"base_model_name_or_path": "/none"}, "the model of this adapter: /none"),
+        ({"r": 3}, r"safetensors: model\..*: lora_A has shape \(2, \d+\), .* give \(3, "),
+        (
+            {"change": lambda key, tensor: tensor[:, :7].clone() if Q in key else tensor},
+            r"1\.self_attn\.q_proj: lora_A has shape \(2, 7\), .* give \(2, 32\)",
+        ),
+        (
+            {"change": lambda key, tensor: None if key == f"{Q}.lora_B.weight" else tensor},
+            r"1\.self_attn\.q_proj has no lora_B",
+        ),
+        (
+            {"change": lambda key, tensor: None if key.startswith(Q) else tensor},
+            r"1\.self_attn\.q_proj has none, against target_modules",
+        ),
+        (
+            {"target_modules": ["linear_1"]},
+            r"q_proj has an adapter, against target_modules",
+        ),
+        (
+            {"rename": lambda key: key.replace("layers.0.", "layers.3.")},
+            r"language_model\.layers\.0\.self_attn\.q_proj has none, against target_modules",
+        ),
+        (
+            {"rename": lambda key: key.replace("vision_tower", "visual")},
+            r"model\.visual\..* is no layer of this llava",
+        ),
+        (
+            {"rename": lambda key: key.replace("q_proj", "query")},
+            r"self_attn\.query is no layer of this llava",
+        ),
+        (
+            {"rename": lambda key: key.replace(Q, "base_model.model.lm_head")},
+            "lm_head is no layer of this llava that can be adapted",
+        ),
+        (
+            {"rename": lambda key: key.replace("lora_A.weight", "lora_magnitude_vector")},
+            "unexpected tensor .*lora_magnitude_vector",
+        ),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused(adapter, edits, told):
+    _, folder = adapter
+    edit(folder, **edits)
+    with pytest.raises(ModelError, match=told) as caught:
+        load_start(str(folder))
+    assert str(folder) in str(caught.value)
+
+
+def test_broken_files_are_refused(adapter):
+    model, folder = adapter
+    (folder / WEIGHTS_FILE).write_bytes(b"\x00" * 20)
+    with pytest.raises(ModelError, match=r"adapter_model\.safetensors: not a readable"):
+        load_adapter(folder, model)
+    (folder / WEIGHTS_FILE).rename(folder / "adapter_model.bin")
+    with pytest.raises(ModelError, match="not found; adapters are read from safetensors files"):
+        load_adapter(folder, model)
+    (folder / CONFIG_FILE).write_text("{")
+    with pytest.raises(ModelError, match="cannot be read as an adapter's config"):
+        load_adapter(folder, model)
+
+
+def test_an_adapter_of_an_adapter(adapter, tmp_path):
+    """Both count; one that names itself is refused."""
+    model, folder = adapter
+    edit(folder, change=lambda key, tensor: torch.full_like(tensor, 0.1))
+    second = shutil.copytree(folder, tmp_path / "second")
+    edit(second, base_model_name_or_path=str(folder))
+    once, twice = (flatten(load_start(str(name)).params) for name in (folder, second))
+    base = flatten(
+        load_start(json.loads((folder / CONFIG_FILE).read_text())["base_model_name_or_path"]).params
+    )
+    for path, leaf in base.items():
+        np.testing.assert_allclose(twice[path] - leaf, 2 * (once[path] - leaf), atol=1e-6)
+    moved = [path for path in base if np.abs(once[path] - base[path]).max() > 1e-3]
+    assert len(moved) == len(adapted_layers(with_adapter({}, folder, model))) == 3
+    edit(folder, base_model_name_or_path=str(second))
+    with pytest.raises(ModelError, match="named as its own base"):
+        load_start(str(folder))
