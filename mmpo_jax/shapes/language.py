@@ -45,7 +45,7 @@ VOCABULARY: tuple[str, ...] = (
     *_GRAMMAR,
 )
 
-_OMISSION_RATE = 0.2
+_OMISSION_RATE = 0.05
 _ERROR_RATES = {"object": 0.8, "colour": 0.12, "count": 0.08}
 _PAIR_RATE = 0.15  # of invented objects that come as a pair
 _TEMPTATION = 0.6  # how far the share of hallucinated captions differs between scenes, see `tempts`
