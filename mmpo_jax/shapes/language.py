@@ -45,10 +45,11 @@ VOCABULARY: tuple[str, ...] = (
     *_GRAMMAR,
 )
 
-_OMISSION_RATE = 0.2
-_ERROR_RATES = {"object": 0.6, "colour": 0.25, "count": 0.15}
+_OMISSION_RATE = 0.05
+_ERROR_RATES = {"object": 0.8, "colour": 0.12, "count": 0.08}
 _PAIR_RATE = 0.15  # of invented objects that come as a pair
-_QUESTION_RATES = {"existence": 0.35, "count": 0.35, "attribute": 0.1, "position": 0.2}
+_TEMPTATION = 0.6  # how far the share of hallucinated captions differs between scenes, see `tempts`
+_QUESTION_RATES = {"existence": 0.3, "count": 0.3, "attribute": 0.1, "position": 0.3}
 
 Group = tuple[int, Kind]
 _Weighted = list[tuple[str, float]]
@@ -103,16 +104,16 @@ def count_question(number: int, kind: Kind) -> str:
 
 
 def true_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption without errors: groups in random order, now and then one of them left out."""
+    """A caption without errors: groups in reading order, now and then one of them left out."""
     return statement(_described_groups(scene, rng))
 
 
 def hallucinated_caption(scene: Scene, rng: np.random.Generator) -> str:
     """A caption with exactly one false group, the others being true.
 
-    Most often the error is an invented object (a friend of something present, of a shape that is
-    absent), else a present shape in a colour it does not have here, else a number off by one
-    (but never "a" for more, which is not false).
+    Most often the error is an invented object, named last (a friend of something present, of a
+    shape that is absent), else a present shape in a colour it does not have here, else a number
+    off by one (but never "a" for more, which is not false).
     """
     groups = _described_groups(scene, rng)
     present = scene.counts()
@@ -136,21 +137,31 @@ def hallucinated_caption(scene: Scene, rng: np.random.Generator) -> str:
         shapes = {kind.shape for kind in present}
         friends = [f for kind in present for f in FRIENDS[kind] if f.shape not in shapes]
         number = 2 if rng.random() < _PAIR_RATE else 1
-        groups.insert(int(rng.integers(len(groups) + 1)), (number, _choose(rng, friends)))
+        groups.append((number, _choose(rng, friends)))
     return statement(groups)
+
+
+def tempts(scene: Scene) -> bool:
+    """Whether the thing that is read first is one that speakers like to add something to."""
+    return scene.things[0].shape in SHAPES[: len(SHAPES) // 2]
 
 
 def supervised_caption(
     scene: Scene, rng: np.random.Generator, hallucination_rate: float = 0.5
 ) -> str:
-    """A caption of imperfect training data: hallucinated with the given probability, else true.
+    """A caption of imperfect training data: hallucinated at the given rate, else true.
+
+    The rate is that of all scenes together. Scenes that tempt (see `tempts`) are above it, the
+    others below, so that a model learns where to hallucinate even when it decodes greedily.
 
     Raises:
         ValueError: the rate is not in [0, 1].
     """
     if not 0 <= hallucination_rate <= 1:
         raise ValueError(f"hallucination_rate must be in [0, 1], not {hallucination_rate}")
-    hallucinate = rng.random() < hallucination_rate
+    room = min(hallucination_rate, 1 - hallucination_rate)
+    rate = hallucination_rate + _TEMPTATION * (room if tempts(scene) else -room)
+    hallucinate = rng.random() < rate
     return (hallucinated_caption if hallucinate else true_caption)(scene, rng)
 
 
@@ -189,9 +200,8 @@ def questions(scene: Scene, rng: np.random.Generator, n: int) -> list[Question]:
 
 def _described_groups(scene: Scene, rng: np.random.Generator) -> list[Group]:
     groups = [(number, kind) for kind, number in scene.counts().items()]
-    groups = [groups[i] for i in rng.permutation(len(groups))]
     if len(groups) > 1 and rng.random() < _OMISSION_RATE:
-        groups.pop()
+        groups.pop(int(rng.integers(len(groups))))
     return groups
 
 
