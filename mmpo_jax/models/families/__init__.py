@@ -1,9 +1,17 @@
 """The architectures that are implemented, a file for each."""
 
-from mmpo_jax.models.families import llava, text
+from mmpo_jax.models.families import internvl, llava, llava_next, llava_onevision, text
 from mmpo_jax.models.family import Family
 
 FAMILIES: dict[str, Family] = {
-    name: family for family in (llava.FAMILY, text.FAMILY) for name in family.model_types
+    name: family
+    for family in (
+        llava.FAMILY,
+        llava_next.FAMILY,
+        llava_onevision.FAMILY,
+        internvl.FAMILY,
+        text.FAMILY,
+    )
+    for name in family.model_types
 }
 """By config.json's `model_type`."""
