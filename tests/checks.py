@@ -244,6 +244,34 @@ def check_layout_in_memory(case: Case, folder: Path) -> None:
     param_shardings(case.model.abstract_params(), case.model.rules, make_mesh())
 
 
+@torch.no_grad()
+def check_layouts(case: Case, pack: Callable[[list[Any], Any, Any], Any], sizes: Any) -> None:
+    """Layouts of single images, against what `pack` makes of features that are their own numbers.
+
+    Args:
+      case: of a family with any-resolution tiles.
+      pack: (features [tiles, n, 1] of each image, sizes, newline) -> transformers' packed ones.
+      sizes: int[images, 2].
+    """
+    processor = case.processor
+    for size in sizes.tolist():
+        (layout,) = processor.images.layouts(
+            processor.config, processor.image_processor, [tuple(size)]
+        )
+        numbers = torch.arange(layout.features, dtype=torch.float64)
+        theirs = pack([numbers.reshape(layout.slots, -1, 1)], [size], torch.tensor([-1.0]))
+        ours = (layout.index * layout.weight.astype(np.float64)).sum(axis=1)
+        np.testing.assert_allclose(ours, theirs[0][0][:, 0].numpy(), rtol=1e-6, err_msg=str(size))
+
+
+def random_sizes(count: int) -> np.ndarray:
+    """(height, width) from 1 to 4000 pixels, all orders of magnitude alike; simple ratios too."""
+    rng = np.random.default_rng(0)
+    free = np.exp(rng.uniform(0, np.log(4000), (count, 2))).astype(int)
+    simple = rng.integers(1, 8, (count, 2)) * rng.integers(1, 99, (count, 1))
+    return np.concatenate([free, simple])
+
+
 def load(images: Sequence[ImageRef]) -> list[Any]:
     """The images as transformers loads them; their sizes are those of our headers."""
     loaded = [load_image(Image.open(io.BytesIO(image.read()))) for image in images]

@@ -119,6 +119,15 @@ def test_pixels_and_tokens(case, their_processor, name):
     assert tokens.prompt_ids.tolist() == expected["input_ids"][0].tolist()
 
 
+def test_layouts_of_many_sizes(case):
+    strategy = case.theirs.config.vision_feature_select_strategy
+
+    def pack(features, sizes, newline):
+        return case.theirs.model.pack_image_features(features, sizes, strategy, newline)
+
+    checks.check_layouts(case, pack, checks.random_sizes(150))
+
+
 def test_logits(case, inputs):
     checks.check_logits(case, RECORDS, inputs)
 

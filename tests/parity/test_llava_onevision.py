@@ -167,6 +167,15 @@ def test_tokens_of_videos(case, their_processor, their_images):
     checks.check_tokens(case, record, expanded(case, their_processor, their_images, record))
 
 
+def test_layouts_of_many_sizes(case):
+    ratio = case.theirs.config.vision_aspect_ratio
+
+    def pack(features, sizes, newline):
+        return case.theirs.model.pack_image_features(features, sizes, newline, ratio)
+
+    checks.check_layouts(case, pack, checks.random_sizes(150))
+
+
 def test_logits(case, inputs):
     checks.check_logits(case, RECORDS, inputs)
 
