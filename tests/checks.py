@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,21 +15,40 @@ import numpy as np
 import safetensors.torch
 import torch
 import transformers
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.image_utils import load_image
 
 from mmpo_jax.data.batching import pad_batch
+from mmpo_jax.data.images import image_size
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
 from mmpo_jax.data.tokenization import tokenize
 from mmpo_jax.generation.sampler import Decoding, sample, sample_keys
-from mmpo_jax.models.huggingface import flatten, load_model, save_model
+from mmpo_jax.models.huggingface import flatten, load_model, load_params, save_model
 from mmpo_jax.models.log_probs import next_token_logits, shift_right
+from mmpo_jax.parallel.mesh import make_mesh, param_shardings
+
+torch.set_num_threads(1)  # for models this small, threads mostly wait for each other
 
 WORDS = ("red", "green", "blue", "star", "ring", "what", "is", "this", "?", "a", "two", "and")
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 PAD_ID, BOS_ID, EOS_ID = range(3)
 TOLERANCE = 2e-4
+
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "pad_token_id": PAD_ID,
+    "bos_token_id": BOS_ID,
+    "eos_token_id": EOS_ID,
+}
+"""A small decoder's sizes, without its vocabulary's."""
 
 TEMPLATE = """\
 {{- '<s>' -}}
@@ -74,6 +95,10 @@ def save_tokenizer(folder: Path, *media: str, **written: str) -> None:
         clean_up_tokenization_spaces=False,
         chat_template=TEMPLATE.replace("MEDIA", parts),
     ).save_pretrained(folder)
+
+
+def write_json(path: Path, settings: Any) -> None:
+    path.write_text(json.dumps(settings))
 
 
 def make_case(folder: Path, theirs: Any, image_processor: Any = None, seed: int = 0) -> Case:
@@ -203,6 +228,74 @@ def check_round_trip(case: Case, folder: Path) -> None:
     save_model(save_again, case.model, again, folder)
     for key, tensor in safetensors.torch.load_file(save_again / "model.safetensors").items():
         assert torch.equal(oldest[key], tensor), key
+
+
+def check_layout_in_memory(case: Case, folder: Path) -> None:
+    """The names that transformers 5 has in memory, which some tools write, load too; and every
+    parameter has its sharding rule."""
+    tensors = {key: tensor.clone() for key, tensor in case.theirs.state_dict().items()}
+    assert any(key.startswith("model.language_model.layers.") for key in tensors)
+    folder.mkdir()
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    before, after = flatten(case.params), flatten(load_params(folder, case.model))
+    assert before.keys() == after.keys()
+    for path, leaf in before.items():
+        np.testing.assert_array_equal(after[path], leaf, err_msg=path)
+    param_shardings(case.model.abstract_params(), case.model.rules, make_mesh())
+
+
+@torch.no_grad()
+def check_layouts(case: Case, pack: Callable[[list[Any], Any, Any], Any], sizes: Any) -> None:
+    """Layouts of single images, against what `pack` makes of features that are their own numbers.
+
+    Args:
+      case: of a family with any-resolution tiles.
+      pack: (features [tiles, n, 1] of each image, sizes, newline) -> transformers' packed ones.
+      sizes: int[images, 2].
+    """
+    processor = case.processor
+    for size in sizes.tolist():
+        (layout,) = processor.images.layouts(
+            processor.config, processor.image_processor, [tuple(size)]
+        )
+        numbers = torch.arange(layout.features, dtype=torch.float64)
+        theirs = pack([numbers.reshape(layout.slots, -1, 1)], [size], torch.tensor([-1.0]))
+        ours = (layout.index * layout.weight.astype(np.float64)).sum(axis=1)
+        np.testing.assert_allclose(ours, theirs[0][0][:, 0].numpy(), rtol=1e-6, err_msg=str(size))
+
+
+def random_sizes(count: int) -> np.ndarray:
+    """(height, width) from 1 to 4000 pixels, all orders of magnitude alike; simple ratios too."""
+    rng = np.random.default_rng(0)
+    free = np.exp(rng.uniform(0, np.log(4000), (count, 2))).astype(int)
+    simple = rng.integers(1, 8, (count, 2)) * rng.integers(1, 99, (count, 1))
+    return np.concatenate([free, simple])
+
+
+def load(images: Sequence[ImageRef]) -> list[Any]:
+    """The images as transformers loads them; their sizes are those of our headers."""
+    loaded = [load_image(Image.open(io.BytesIO(image.read()))) for image in images]
+    assert [(x.height, x.width) for x in loaded] == [image_size(image) for image in images]
+    return loaded
+
+
+def rendered(case: Case, record: Record) -> str:
+    """The text that transformers' processor would be given."""
+    return case.processor.render(record.prompt, len(record.images), True, len(record.videos))
+
+
+def check_tokens(case: Case, record: Record, text: str) -> None:
+    """Our prompt is the text that transformers' processor expands the rendered one to."""
+    tokens = tokenize(record, case.processor, 2**20, 2**20)
+    assert tokens.prompt_ids.tolist() == case.processor.encode(text)
+
+
+def check_pixels(ours: Sequence[np.ndarray], theirs: Sequence[Any]) -> None:
+    """Bit for bit, each with tiles of its own number."""
+    assert len(ours) == len(theirs)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.dtype == np.float32
+        np.testing.assert_array_equal(mine, np.asarray(other))
 
 
 def transformers_version() -> tuple[int, ...]:

@@ -45,12 +45,15 @@ TEXT = {
 
 
 def make_config(
-    vision: dict[str, Any] | None = None, text: dict[str, Any] | None = None, **llava: Any
+    vision: dict[str, Any] | None = None,
+    text: dict[str, Any] | None = None,
+    tower: Any = transformers.CLIPVisionConfig,
+    **llava: Any,
 ) -> transformers.LlavaConfig:
     """A transformers config: the sizes above with changes."""
     llava = {"vision_feature_layer": -2, "tie_word_embeddings": False, **llava}
     return transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(**(VISION | (vision or {}))),
+        vision_config=tower(**(VISION | (vision or {}))),
         text_config=transformers.LlamaConfig(**(TEXT | (text or {}))),
         image_token_index=IMAGE_ID,
         pad_token_id=PAD_ID,

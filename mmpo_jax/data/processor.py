@@ -60,7 +60,8 @@ class Processor:
             self.slot_shape = self.images.slot_shape(config)
         if self.videos is not None:
             self.video_settings = _load_video_settings(self.folder, self.videos.settings)
-            self.placeholders = (*self.placeholders, self.videos.placeholder(config))
+            placeholder = self.videos.placeholder(config, self.tokenizer)
+            self.placeholders = (*self.placeholders, placeholder)
         self._pixels: collections.OrderedDict[Any, list[np.ndarray]] = collections.OrderedDict()
         self._pixel_bytes = 0
         self._lock = threading.Lock()
@@ -121,13 +122,15 @@ class Processor:
                 raise DataError(f"{self.folder}: this model takes no images")
             known = [image_size(image) if self.images.sized else (1, 1) for image in images]
             with _named(images):
-                made += self.images.layouts(self.config, self.image_processor, known)
+                plain = self.images.layouts(self.config, self.image_processor, known)
+            made += [self.images.frame(self.tokenizer, layout) for layout in plain]
         if videos:
             if self.videos is None:
                 raise DataError(f"{self.folder}: this model takes no videos")
             clips = [(len(v.frames), *image_size(v.frames[0]), v.fps) for v in videos]
             with _named(videos):
-                made += self.videos.layouts(self.config, self.video_settings, clips)
+                plain = self.videos.layouts(self.config, self.video_settings, clips)
+            made += [self.videos.frame(self.tokenizer, layout) for layout in plain]
         return made
 
     def expand_images(self, ids: Sequence[int], layouts: Sequence[Layout]) -> list[int]:
@@ -239,49 +242,41 @@ def _load_tokenizer(folder: str) -> Any:
 
 def _load_video_settings(folder: str, name: str) -> dict[str, Any]:
     """The video processor's settings; those of the image processor where there are none."""
-    for file, key in (
-        ("processor_config.json", "video_processor"),
-        (name, None),
-        ("preprocessor_config.json", None),
-        ("processor_config.json", "image_processor"),
-    ):
-        settings = _read_settings(os.path.join(folder, file), key)
-        if settings is not None:
-            return {name: value for name, value in settings.items() if _is_setting(name)}
-    raise ProcessorError(f"{folder}: no {name} or preprocessor_config.json")
-
-
-def _read_settings(path: str, key: str | None) -> dict[str, Any] | None:
-    """The JSON object in a file, or under a key of it; None where there is none."""
-    if not os.path.isfile(path):
-        return None
-    try:
-        with open(path) as file:
-            settings = json.load(file)
-        return settings if key is None else settings.get(key)
-    except (OSError, ValueError, AttributeError) as error:
-        raise ProcessorError(f"{path}: {error}") from error
+    _, settings = _read_settings(folder, "video_processor", (name, "preprocessor_config.json"))
+    return {key: value for key, value in settings.items() if _is_setting(key)}
 
 
 def _load_image_processor(folder: str, known: Sequence[str]) -> Any:
     """The image processor in its PIL form, which needs neither torch nor torchvision."""
-    for name, key in (
-        ("preprocessor_config.json", None),
-        ("processor_config.json", "image_processor"),
-    ):
+    path, settings = _read_settings(folder, "image_processor", ("preprocessor_config.json",))
+    kind = settings.get("image_processor_type", known[0])
+    kind = re.sub("(Fast|Pil)$", "", kind)
+    if kind not in known:
+        raise ProcessorError(
+            f"{path}: image_processor_type {kind!r} is not supported; this architecture's "
+            f"are {', '.join(known)}"
+        )
+    return getattr(transformers, f"{kind}Pil")(**settings)
+
+
+def _read_settings(folder: str, key: str, names: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """(file, settings) where transformers looks for them: `key` of processor_config.json, which
+    is where 5.x writes them, else the first of the files `names`."""
+    for name in ("processor_config.json", *names):
         path = os.path.join(folder, name)
-        settings = _read_settings(path, key)
-        if settings is None:
+        if not os.path.isfile(path):
             continue
-        kind = settings.get("image_processor_type", known[0])
-        kind = re.sub("(Fast|Pil)$", "", kind)
-        if kind not in known:
-            raise ProcessorError(
-                f"{path}: image_processor_type {kind!r} is not supported; this architecture's "
-                f"are {', '.join(known)}"
-            )
-        return getattr(transformers, f"{kind}Pil")(**settings)
-    raise ProcessorError(f"{folder}: no preprocessor_config.json or processor_config.json")
+        try:
+            with open(path) as file:
+                settings = json.load(file)
+            settings = settings if name in names else settings.get(key)
+        except (OSError, ValueError, AttributeError) as error:
+            raise ProcessorError(f"{path}: {error}") from error
+        if settings is not None:
+            return path, settings
+    raise ProcessorError(
+        f"{folder}: no {' or '.join(names)}, and no {key} in processor_config.json"
+    )
 
 
 @contextlib.contextmanager

@@ -27,14 +27,16 @@ Renaming = tuple[tuple[str, str], ...]
 class Videos:
     """What a family does to videos, which are lists of upright frames."""
 
-    placeholder: Callable[[Any], int]
-    """config -> id of the token that their features replace."""
+    placeholder: Callable[[Any, Any], int]
+    """(config, tokenizer) -> id of the token that the chat template writes for a video."""
     settings: str
     """Name of the settings file of the video processor; transformers' own needs torchvision."""
     layouts: Callable[[Any, dict[str, Any], Sequence[Clip]], list[Layout]]
     """(config, settings, a prompt's videos) -> how each becomes tokens."""
     pixels: Callable[[Any, dict[str, Any], Sequence[Sequence[Any]]], list[np.ndarray]]
     """(config, settings, RGB frames of a prompt's videos) -> float32[slots, *slot_shape] each."""
+    frame: Callable[[Any, Layout], Layout] = lambda tokenizer, layout: layout
+    """(tokenizer, a video's layout) -> the layout with the tokens that stand around its frames."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Images:
     """(config, image processor, a prompt's RGB images) -> float32[slots, *slot_shape] each."""
     sized: bool
     """Whether layouts depend on the sizes; where not, files need not be opened for them."""
+    frame: Callable[[Any, Layout], Layout] = lambda tokenizer, layout: layout
+    """(tokenizer, an image's layout) -> the layout with the tokens that stand around it."""
     describe: Callable[[Any, Sequence[Layout], int], dict[str, np.ndarray]] = (
         lambda config, layouts, slots: {}
     )

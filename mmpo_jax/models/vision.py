@@ -67,8 +67,13 @@ class VisionConfig:
     features have; "none"."""
 
     @property
+    def side(self) -> int:
+        """Patches along an edge; pixels that fill none are left out."""
+        return self.image_size // self.patch_size
+
+    @property
     def num_tokens(self) -> int:
-        return (self.image_size // self.patch_size) ** 2 + int(self.class_token)
+        return self.side**2 + int(self.class_token)
 
     @property
     def pixel_shape(self) -> tuple[int, int, int]:

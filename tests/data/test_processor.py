@@ -101,6 +101,12 @@ def test_fingerprints_change_with_what_they_name(folder, config):
         after = Processor(folder, config).fingerprints()
         return {name for name in before if after[name] != before[name]}
 
+    path = folder / "processor_config.json"
+    settings = json.loads(path.read_text())["image_processor"]
+    edit(path, image_processor=settings | {"image_mean": [0.5, 0.5, 0.5]})
+    assert changed() == {"image_processor"}
+    edit(path, image_processor=None)  # as transformers 4 writes it
+    assert changed() == set()
     edit(folder / "preprocessor_config.json", image_mean=[0.5, 0.5, 0.5])
     assert changed() == {"image_processor"}
     shutil.copy(folder / "chat_template.jinja", folder / "kept")

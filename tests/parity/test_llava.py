@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tiny
+import transformers
 
 from mmpo_jax.data.batching import pad_batch
 from mmpo_jax.data.processor import Processor
@@ -65,6 +66,10 @@ CASES = {
             vision_feature_layer=[-1, -1],
         ),
         3,
+    ),
+    "siglip-first-patch-dropped": (
+        tiny.make_config({"vision_use_head": False}, tower=transformers.SiglipVisionConfig),
+        2,
     ),
     "deep-tied": (
         tiny.make_config(

@@ -1,8 +1,7 @@
 """The pixels a model sees: equal to transformers' processor and to a sum done by hand."""
 
-import io
-
 import numpy as np
+import pictures
 import pytest
 import tiny
 from PIL import Image
@@ -20,38 +19,7 @@ pytestmark = pytest.mark.parity
 SIZE = 48
 
 
-def noise(mode, width, height):
-    bands = {"L": (), "RGB": (3,), "RGBA": (4,)}[mode]
-    rng = np.random.default_rng(0)
-    # Smooth enough that resizing keeps something.
-    small = rng.integers(0, 256, (max(1, height // 7), max(1, width // 7), *bands), np.uint8)
-    return Image.fromarray(small).resize((width, height), Image.Resampling.BILINEAR)
-
-
-def encode(image, kind="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def rotated_jpeg():
-    exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: turn a quarter clockwise
-    return encode(noise("RGB", 90, 50), "JPEG", exif=exif, quality=95)
-
-
-IMAGES = {
-    "one-pixel": encode(noise("RGB", 1, 1)),
-    "wide": encode(noise("RGB", 4000, 300)),
-    "tall": encode(noise("RGB", 300, 4000)),
-    "odd-size": encode(noise("RGB", 83, 61)),
-    "exact-size": encode(noise("RGB", SIZE, SIZE)),
-    "grey": encode(noise("L", 70, 90)),
-    "transparent": encode(noise("RGBA", 70, 90)),
-    "palette": encode(noise("RGB", 70, 90).quantize(37), "GIF"),
-    "cmyk": encode(noise("RGB", 70, 90).convert("CMYK"), "JPEG"),
-    "turned-by-exif": rotated_jpeg(),
-}
+IMAGES = pictures.IMAGES | {"exact-size": pictures.encode(pictures.noise("RGB", SIZE, SIZE))}
 
 
 @pytest.fixture(scope="module")

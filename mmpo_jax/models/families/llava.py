@@ -26,15 +26,15 @@ class LlavaConfig(ModelConfig):
     image_token_id: int
     feature_layers: tuple[int, ...]
     """Indices into the tower's hidden states: 0 is the embedding, i the output of layer i."""
-    keep_class_token: bool
+    keep_first: bool
+    """Whether the tower's first token, CLIP's class token, is a feature too."""
     projector_act: str
     projector_bias: bool
 
     @property
     def num_image_tokens(self) -> int:
         """N: how many features the tower makes of one tile."""
-        first = self.vision.class_token and not self.keep_class_token
-        return self.vision.num_tokens - int(first)
+        return self.vision.num_tokens - int(not self.keep_first)
 
 
 def read_config(config: Any) -> LlavaConfig:
@@ -57,7 +57,7 @@ def llava_fields(config: Any) -> dict[str, Any]:
         "vision": tower,
         "image_token_id": config.image_token_id,
         "feature_layers": _feature_layers(config.vision_feature_layer, tower.num_layers),
-        "keep_class_token": strategy == "full",
+        "keep_first": strategy == "full",
         "projector_act": config.projector_hidden_act,
         "projector_bias": config.multimodal_projector_bias,
     }
@@ -78,7 +78,7 @@ class Llava(VisionLanguageModel):
     def __init__(self, config: LlavaConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs)
         self.feature_layers = config.feature_layers
-        self.drop_first = config.vision.class_token and not config.keep_class_token
+        self.keep_first = config.keep_first
         self.vision_tower = vision.VisionTower(config.vision, rngs)
         self.multi_modal_projector = projector.Projector(
             config.vision.hidden_size * len(config.feature_layers),
@@ -92,7 +92,7 @@ class Llava(VisionLanguageModel):
         b, i = batch.pixel_values.shape[:2]
         pixels = batch.pixel_values.reshape(b * i, *batch.pixel_values.shape[2:])
         features = self.vision_tower(pixels, self.feature_layers, remat)
-        features = self.multi_modal_projector(features[:, int(self.drop_first) :])
+        features = self.multi_modal_projector(features[:, int(not self.keep_first) :])
         return features.reshape(b, -1, features.shape[-1])
 
 

@@ -335,7 +335,7 @@ FAMILY = Family(
         describe=describe,
     ),
     videos=Videos(
-        placeholder=lambda config: config.video_token_id,
+        placeholder=lambda config, tokenizer: config.video_token_id,
         settings="video_preprocessor_config.json",
         layouts=video_layouts,
         pixels=video_pixels,
