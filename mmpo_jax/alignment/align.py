@@ -13,8 +13,7 @@ from jax.sharding import Mesh
 
 from mmpo_jax.alignment.report import RoundReport, read_report, write_report
 from mmpo_jax.alignment.round import Round, run_round
-from mmpo_jax.checkpoint import Checkpoint, load_checkpoint
-from mmpo_jax.data.processor import Processor
+from mmpo_jax.checkpoint import Checkpoint, load_checkpoint, load_processor
 from mmpo_jax.data.records import Record
 from mmpo_jax.data.sources import load_source, usable_records
 from mmpo_jax.errors import MmpoError
@@ -28,8 +27,8 @@ from mmpo_jax.files import (
     replace_folder,
     write_atomic,
 )
+from mmpo_jax.models.card import make_card, write_card
 from mmpo_jax.models.folders import resolve_folder
-from mmpo_jax.models.model import load_config
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipe import AlignRecipe
 from mmpo_jax.training.loop import check_training
@@ -54,7 +53,7 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
     start = load_checkpoint(recipe.model, mesh)
     check_training(recipe.training, start.model, mesh)
     labeler_folder = resolve_folder(recipe.feedback.labeler or recipe.model)
-    answer_tokens(Processor(labeler_folder, load_config(labeler_folder)))
+    answer_tokens(load_processor(labeler_folder))
     source, tokenized = usable_records(
         load_source(recipe.data, supervised=False), start.processor, recipe.lengths, recipe.output
     )
@@ -83,9 +82,11 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
         metrics = evaluate_round(index, start, recipe, mesh)
         reports.append(read_report(index, folder, metrics))
         write_report(recipe.output, reports)
+        write_card(trained, make_card(recipe, start.model, reports[-1].values()))
     result = os.path.join(recipe.output, "model")
     if not os.path.isdir(result) or fingerprint_folder(result) != start.fingerprint:
         replace_folder(result, lambda staging: shutil.copytree(start.folder, staging))
+    write_card(result, make_card(recipe, start.model, reports[-1].values()))
     return reports
 
 

@@ -41,7 +41,7 @@ from mmpo_jax.files import (
 )
 from mmpo_jax.generation.responses import generate_responses
 from mmpo_jax.generation.sampler import Decoding
-from mmpo_jax.models.huggingface import save_model
+from mmpo_jax.models.huggingface import save_model, weights_dtype
 from mmpo_jax.recipe import AlignRecipe
 from mmpo_jax.stage import Stage, run_stage
 from mmpo_jax.training.loop import train
@@ -343,7 +343,8 @@ def train_stage(work: Round, pairs: pa.Table) -> str:
         identity=identity,
         seed=recipe.seed + work.index,
     )
-    save_model(target, start.model, params, start.processor.folder)
+    dtype = weights_dtype(start.params)
+    save_model(target, start.model, params, start.processor.folder, dtype=dtype)
     done = {"identity": identity, "inputs": inputs, "model": fingerprint_folder(target)}
     write_atomic(manifest, json.dumps(done, indent=1).encode())
     return target

@@ -11,11 +11,13 @@ from mmpo_jax.data.rows import SkipReason
 from mmpo_jax.data.sources import load_source, usable_records
 from mmpo_jax.data.tokenization import TokenizedRecord, fingerprint_records
 from mmpo_jax.files import fingerprint_json
-from mmpo_jax.models.huggingface import save_model
+from mmpo_jax.models.card import make_card
+from mmpo_jax.models.huggingface import save_model, weights_dtype
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipe import Dpo, Sft, TrainRecipe
 from mmpo_jax.training.loop import check_training, train
 from mmpo_jax.training.losses import REFERENCE, needs_reference
+from mmpo_jax.training.metrics import FILE, read_metrics
 from mmpo_jax.training.reference import reference_stage
 
 MODEL = "model"
@@ -29,7 +31,7 @@ def run_training(recipe: TrainRecipe) -> str:
       The Hugging Face folder of the result.
     """
     mesh = make_mesh(**recipe.devices.model_dump())
-    start = load_start(recipe.model, random_seed=_random_seed(recipe))
+    start = load_start(recipe.model, random_seed=_random_seed(recipe), mesh=mesh)
     model, processor = start.model, start.processor
     check_training(recipe.training, model, mesh)
     objective = recipe.training.objective
@@ -72,7 +74,15 @@ def run_training(recipe: TrainRecipe) -> str:
         seed=recipe.seed,
     )
     target = os.path.join(recipe.output, MODEL)
-    save_model(target, model, trained, processor.folder)
+    metrics = read_metrics(os.path.join(recipe.output, FILE)) or [{}]
+    save_model(
+        target,
+        model,
+        trained,
+        processor.folder,
+        dtype=weights_dtype(start.params),
+        card=make_card(recipe, model, metrics[-1]),
+    )
     return target
 
 
