@@ -114,18 +114,21 @@ def read_header(file: str) -> list[StoredTensor]:
       ModelError: it is no safetensors file, truncated or damaged; names the tensor where one is
         at fault.
     """
-    path = epath.Path(file)
     try:
-        size = path.stat().length
-        with path.open("rb") as handle:
+        with epath.Path(file).open("rb") as handle:
+            handle.seek(0, os.SEEK_END)
+            size = handle.tell()
+            handle.seek(0)
             length = int.from_bytes(handle.read(8), "little")
             if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
             header = json.loads(handle.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("the header is no JSON object")
         header.pop("__metadata__", None)
         tensors = [_stored_tensor(file, name, header[name], 8 + length) for name in header]
         return _check_places(sorted(tensors, key=lambda tensor: tensor.offset), 8 + length, size)
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file}: not a readable safetensors file: {error}") from error
 
 
@@ -187,10 +190,18 @@ def split_into_files(
     """File name -> its tensors, in the order they are written.
 
     Files are filled in the order of names; a tensor larger than a file has one of its own.
+
+    Raises:
+      ModelError: a tensor is of a dtype that weights do not have.
     """
     files: list[list[NewTensor]] = [[]]
     filled = 0
     for tensor in sorted(tensors, key=lambda tensor: tensor.name):
+        if tensor.dtype not in DTYPES.values():
+            known = ", ".join(dtype.name for dtype in DTYPES.values())
+            raise ModelError(
+                f"{tensor.name} is {tensor.dtype.name}; weights are written as {known}"
+            )
         if files[-1] and filled + tensor.num_bytes > max_shard_bytes:
             files.append([])
             filled = 0
@@ -247,8 +258,12 @@ def _write_file(path: str, tensors: Sequence[NewTensor]) -> None:
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
-            array = np.ascontiguousarray(tensor.fetch())
-            assert (array.dtype, array.shape) == (tensor.dtype, tensor.shape), tensor.name
-            file.write(array.reshape(-1).view(np.uint8).data)
+            file.write(_bytes(tensor))
         file.flush()
         os.fsync(file.fileno())
+
+
+def _bytes(tensor: NewTensor) -> memoryview:
+    array = np.ascontiguousarray(tensor.fetch())
+    assert (array.dtype, array.shape) == (tensor.dtype, tensor.shape), tensor.name
+    return array.reshape(-1).view(np.uint8).data
