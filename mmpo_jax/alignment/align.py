@@ -13,8 +13,13 @@ from jax.sharding import Mesh
 
 from mmpo_jax.alignment.report import RoundReport, read_report, write_report
 from mmpo_jax.alignment.round import Round, run_round
-from mmpo_jax.checkpoint import Checkpoint, checkpoint_folders, load_checkpoint
-from mmpo_jax.data.processor import Processor
+from mmpo_jax.checkpoint import (
+    Checkpoint,
+    checkpoint_folders,
+    fingerprint_parts,
+    load_checkpoint,
+    load_processor,
+)
 from mmpo_jax.data.records import Record
 from mmpo_jax.data.sources import load_source, usable_records
 from mmpo_jax.errors import MmpoError
@@ -28,7 +33,7 @@ from mmpo_jax.files import (
     replace_folder,
     write_atomic,
 )
-from mmpo_jax.models.model import load_config
+from mmpo_jax.models.card import make_card, write_card
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipe import AlignRecipe
 from mmpo_jax.training.loop import check_training
@@ -53,14 +58,13 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
     start = load_checkpoint(recipe.model, mesh)
     check_training(recipe.training, start.model, mesh)
     labeler_name = recipe.feedback.labeler or recipe.model
-    labeler_folders = checkpoint_folders(labeler_name)
-    answer_tokens(Processor(labeler_folders[-1], load_config(labeler_folders[-1])))
+    answer_tokens(load_processor(labeler_name))
     source, tokenized = usable_records(
         load_source(recipe.data, supervised=False), start.processor, recipe.lengths, recipe.output
     )
     shares = split_prompts(source.records, recipe)
     by_id = {record.id: record for record in tokenized}
-    labeler_key = fingerprint_json([fingerprint_folder(folder) for folder in labeler_folders])
+    labeler_key = fingerprint_parts(checkpoint_folders(labeler_name))
     splitter = make_splitter(recipe.feedback.splitter)
 
     reports = [RoundReport(0, evaluate_round(0, start, recipe, mesh))]
@@ -83,9 +87,11 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
         metrics = evaluate_round(index, start, recipe, mesh)
         reports.append(read_report(index, folder, metrics))
         write_report(recipe.output, reports)
+        write_card(trained, make_card(recipe, start.model, reports[-1].values()))
     result = os.path.join(recipe.output, "model")
     if not os.path.isdir(result) or fingerprint_folder(result) != start.fingerprint:
         replace_folder(result, lambda staging: shutil.copytree(start.folder, staging))
+    write_card(result, make_card(recipe, start.model, reports[-1].values()))
     return reports
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -11,7 +13,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mmpo_jax.errors import MmpoError
-from mmpo_jax.models.huggingface import copy_base, unflatten
+from mmpo_jax.models.folders import copy_base
+from mmpo_jax.models.huggingface import flatten, unflatten
 from mmpo_jax.models.model import Params
 from mmpo_jax.training.step import TrainState
 
@@ -135,19 +138,60 @@ def find_checkpoint(path: str | os.PathLike[str]) -> tuple[str, str] | None:
     return None
 
 
-def load_checkpoint_params(step_folder: str) -> Params:
-    """The parameters of one checkpoint as NumPy arrays.
+def save_start(folder: str | os.PathLike[str], params: Params) -> None:
+    """Writes parameters as the step 0 of a run that nobody trained.
+
+    Recipes can start from it, but no training goes on with it: it has no optimizer.
+    """
+    manager = ocp.CheckpointManager(os.path.abspath(os.path.join(folder, "checkpoints")))
+    with contextlib.closing(manager):
+        run = {"identity": "converted", "position": {}}
+        saved = ocp.args.Composite(
+            params=ocp.args.StandardSave(flatten(params)), run=ocp.args.JsonSave(run)
+        )
+        manager.save(0, args=saved)
+        manager.wait_until_finished()
+
+
+def checkpoint_shapes(step_folder: str) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the parameters in one checkpoint, by path.
 
     Raises:
       CheckpointError: the folder is not a whole checkpoint.
     """
-    path = os.path.join(step_folder, "params")
+    with _whole_checkpoint(step_folder) as (checkpointer, path):
+        saved = checkpointer.metadata(path).item_metadata.tree
+        return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in saved.items()}
+
+
+def load_checkpoint_params(
+    step_folder: str, wanted: Mapping[str, jax.ShapeDtypeStruct] | None = None
+) -> Params:
+    """The parameters of one checkpoint.
+
+    Args:
+      step_folder: of the checkpoint.
+      wanted: shapes, dtypes to cast to and shardings, by path; without a sharding a parameter
+        becomes a NumPy array. None for NumPy arrays in the dtypes that were saved.
+
+    Raises:
+      CheckpointError: the folder is not a whole checkpoint.
+    """
+    wanted = checkpoint_shapes(step_folder) if wanted is None else wanted
+    targets = {
+        # Asked for NumPy arrays, Orbax does not look for the devices they were saved from.
+        name: np.empty(leaf.shape, leaf.dtype) if leaf.sharding is None else leaf
+        for name, leaf in wanted.items()
+    }
+    with _whole_checkpoint(step_folder) as (checkpointer, path):
+        return unflatten(checkpointer.restore(path, targets))
+
+
+@contextlib.contextmanager
+def _whole_checkpoint(step_folder: str) -> Iterator[tuple[ocp.StandardCheckpointer, str]]:
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            saved = checkpointer.metadata(path).item_metadata.tree
-            # Asked for NumPy arrays, Orbax does not look for the devices they were saved from.
-            arrays = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in saved.items()}
-            return unflatten(checkpointer.restore(path, arrays))
+            yield checkpointer, os.path.join(step_folder, "params")
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{step_folder}: not a whole checkpoint: {error}") from error
 
