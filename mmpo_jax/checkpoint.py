@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 
 from jax.sharding import Mesh
 
@@ -63,11 +64,16 @@ def load_start(name: str, random_seed: int | None = None) -> Checkpoint:
     else:
         saved = load_checkpoint_params(folder)
         params = check_params(folder, merge_adapters(saved), model)
-    fingerprint = fingerprint_folder(folder)
-    for folder in reversed(adapters):
-        params = merge_adapters(with_adapter(params, folder, model))
-        fingerprint = fingerprint_json([fingerprint, fingerprint_folder(folder)])
-    return Checkpoint(folder, model, processor, params, fingerprint)
+    parts = [folder, *reversed(adapters)]
+    for adapter in parts[1:]:
+        params = merge_adapters(with_adapter(params, adapter, model))
+    return Checkpoint(parts[-1], model, processor, params, fingerprint_parts(parts))
+
+
+def fingerprint_parts(folders: Sequence[str]) -> str:
+    """Of a model's folder and those of its adapters, in the order in which they are merged."""
+    first, *adapters = (fingerprint_folder(folder) for folder in folders)
+    return fingerprint_json([first, *adapters]) if adapters else first
 
 
 def checkpoint_folders(name: str) -> list[str]:

@@ -180,9 +180,9 @@ class TestBrokenModels:
         assert "no layer 2; the config has 3 layers" in refused("generate", recipe(tmp_path, copy))
 
     def test_another_architecture(self, copy, refused, tmp_path):
-        edit_json(copy / "config.json", text_config__model_type="qwen2")
+        edit_json(copy / "config.json", text_config__model_type="gemma")
         values = recipe(tmp_path, copy, **POSSIBLE["train"])
-        assert "text_config.model_type is 'qwen2'" in refused("train", values)
+        assert "text_config.model_type is 'gemma'" in refused("train", values)
 
     def test_a_tokenizer_with_more_words_than_the_model(self, copy, refused, tmp_path):
         tokenizer = json.loads((copy / "tokenizer.json").read_text())

@@ -13,7 +13,12 @@ from jax.sharding import Mesh
 
 from mmpo_jax.alignment.report import RoundReport, read_report, write_report
 from mmpo_jax.alignment.round import Round, run_round
-from mmpo_jax.checkpoint import Checkpoint, checkpoint_folders, load_checkpoint
+from mmpo_jax.checkpoint import (
+    Checkpoint,
+    checkpoint_folders,
+    fingerprint_parts,
+    load_checkpoint,
+)
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import Record
 from mmpo_jax.data.sources import load_source, usable_records
@@ -60,7 +65,7 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
     )
     shares = split_prompts(source.records, recipe)
     by_id = {record.id: record for record in tokenized}
-    labeler_key = fingerprint_json([fingerprint_folder(folder) for folder in labeler_folders])
+    labeler_key = fingerprint_parts(labeler_folders[::-1])
     splitter = make_splitter(recipe.feedback.splitter)
 
     reports = [RoundReport(0, evaluate_round(0, start, recipe, mesh))]

@@ -66,7 +66,7 @@ def load_params(folder: str | os.PathLike[str], model: Model) -> Params:
     found: dict[str, np.ndarray] = {}
     stacks: dict[str, dict[int, np.ndarray]] = {}
     for file in weight_files(folder):
-        for key, tensor in read_tensors(file):
+        for key, tensor in _read_tensors(file):
             path, layer = path_of(key, model)
             if path is None:
                 continue
@@ -218,7 +218,7 @@ def map_with_path(function: Callable[[str, Any], Any], tree: Params) -> Params:
     return unflatten({path: function(path, leaf) for path, leaf in flatten(tree).items()})
 
 
-def read_tensors(file: str) -> Iterator[tuple[str, np.ndarray]]:
+def _read_tensors(file: str) -> Iterator[tuple[str, np.ndarray]]:
     try:
         with safetensors.safe_open(file, framework="numpy") as handle:
             for key in handle.keys():  # noqa: SIM118 (a handle is no mapping)

@@ -20,7 +20,7 @@ import safetensors.numpy
 
 from mmpo_jax.files import replace_folder
 from mmpo_jax.models.config import ModelError
-from mmpo_jax.models.huggingface import flatten, key_of, path_of, read_tensors, unflatten
+from mmpo_jax.models.huggingface import flatten, key_of, path_of, unflatten
 from mmpo_jax.models.lora import SCALE, A, B, adapted_layers, dense_layers
 from mmpo_jax.models.model import Model, Params
 
@@ -115,7 +115,7 @@ def load_adapter(folder: str | os.PathLike[str], model: Model) -> dict[str, np.n
     shapes = dense_layers(model)
     factors: dict[str, dict[str, np.ndarray]] = collections.defaultdict(dict)
     modules: dict[str, dict[int, str]] = collections.defaultdict(dict)
-    for key, tensor in read_tensors(file):
+    for key, tensor in _read_tensors(file).items():
         match = TENSOR.fullmatch(key)
         if match is None:
             raise ModelError(f"{file}: unexpected tensor {key}; only lora_A and lora_B are read")
@@ -225,6 +225,13 @@ def _module_name(path: str, layer: int | None, model: Model) -> str:
     """What transformers calls a dense layer."""
     renaming = (*model.family.write_keys, *model.family.module_keys)
     return key_of(f"{path}/kernel", layer, renaming).removesuffix(".weight")
+
+
+def _read_tensors(file: str) -> dict[str, np.ndarray]:
+    try:
+        return safetensors.numpy.load_file(file)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ModelError(f"{file}: not a readable safetensors file: {error}") from error
 
 
 def _check_layers(

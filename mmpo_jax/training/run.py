@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 
+import jax
+
 from mmpo_jax.checkpoint import Checkpoint, load_start
 from mmpo_jax.data.pipeline import Example
 from mmpo_jax.data.rows import SkipReason
@@ -94,7 +96,9 @@ def save_result(output: str, start: Checkpoint, trained: Params, lora: Lora | No
         folder = os.path.join(output, ADAPTER)
         save_adapter(folder, start.model, trained, base=start.folder, dropout=lora.dropout)
     target = os.path.join(output, MODEL)
-    save_model(target, start.model, merge_adapters(trained), start.processor.folder)
+    # Merged on the host: the devices may have no room for another copy.
+    merged = merge_adapters(jax.device_get(trained))
+    save_model(target, start.model, merged, start.processor.folder)
     return target
 
 
