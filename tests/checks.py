@@ -264,12 +264,14 @@ def check_layouts(case: Case, pack: Callable[[list[Any], Any, Any], Any], sizes:
         np.testing.assert_allclose(ours, theirs[0][0][:, 0].numpy(), rtol=1e-6, err_msg=str(size))
 
 
-def random_sizes(count: int) -> np.ndarray:
-    """(height, width) from 1 to 4000 pixels, all orders of magnitude alike; simple ratios too."""
+def many_sizes(tile: int) -> np.ndarray:
+    """(height, width) from 1 to 4000 pixels, all orders of magnitude alike; what fills whole
+    tiles; and what a sum in floats puts just below a whole feature (147 * (4 / 196) < 3)."""
     rng = np.random.default_rng(0)
-    free = np.exp(rng.uniform(0, np.log(4000), (count, 2))).astype(int)
-    simple = rng.integers(1, 8, (count, 2)) * rng.integers(1, 99, (count, 1))
-    return np.concatenate([free, simple])
+    free = np.exp(rng.uniform(0, np.log(4000), (100, 2))).astype(int)
+    whole = tile * np.mgrid[1:7, 1:7].reshape(2, -1).T
+    below = [[147, 196], [196, 147], [47, 188], [188, 47]]
+    return np.concatenate([free, whole, below])
 
 
 def load(images: Sequence[ImageRef]) -> list[Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 
+import jax
+
 from mmpo_jax.checkpoint import Checkpoint, load_start
 from mmpo_jax.data.pipeline import Example
 from mmpo_jax.data.rows import SkipReason
@@ -105,10 +107,12 @@ def save_result(
         folder = os.path.join(output, ADAPTER)
         save_adapter(folder, start.model, trained, base=start.folder, dropout=lora.dropout)
     target = os.path.join(output, MODEL)
+    # Merged on the host: the devices may have no room for another copy.
+    merged = trained if lora is None else merge_adapters(jax.device_get(trained))
     save_model(
         target,
         start.model,
-        merge_adapters(trained),
+        merged,
         start.processor.folder,
         dtype=weights_dtype(start.params),
         card=card,

@@ -10,19 +10,23 @@ import jax
 import numpy as np
 import pyarrow as pa
 import pytest
+import tiny
 from jax.sharding import AxisType
 
 from mmpo_jax.alignment import align
 from mmpo_jax.alignment import round as round_module
 from mmpo_jax.alignment.align import run_alignment, split_prompts
+from mmpo_jax.checkpoint import load_start
 from mmpo_jax.data.records import ImageRef
 from mmpo_jax.errors import DataError, MmpoError
 from mmpo_jax.feedback.claims import Claim, Division
 from mmpo_jax.feedback.scores import count_score
 from mmpo_jax.files import fingerprint_bytes, fingerprint_file, fingerprint_folder, read_table
-from mmpo_jax.models.huggingface import flatten, load_model
+from mmpo_jax.models.huggingface import flatten, load_model, unflatten
+from mmpo_jax.models.lora import add_adapters
+from mmpo_jax.models.peft import base_model, save_adapter
 from mmpo_jax.parallel.mesh import AXES
-from mmpo_jax.recipe import AlignRecipe
+from mmpo_jax.recipe import AlignRecipe, Lora
 from mmpo_jax.shapes.render import png_bytes
 from mmpo_jax.shapes.world import sample_scene
 from mmpo_jax.training.metrics import read_metrics
@@ -439,13 +443,14 @@ def test_the_model_loads_in_transformers(finished):
         ).logits[0, -1]
     absent = np.zeros((1, 1, 1), bool)
     batch = Batch(
-        ids,
-        np.ones_like(ids, bool),
-        pixels[:, None],
-        absent.astype(np.int32),
-        absent,
-        absent,
-        np.ones(1, np.float32),
+        prompt_ids=ids,
+        prompt_mask=np.ones_like(ids, bool),
+        pixel_values=pixels[:, None],
+        **tiny.reading_order(ids, [ids.shape[1]]),
+        response_ids=absent.astype(np.int32),
+        response_mask=absent,
+        loss_mask=absent,
+        weights=np.ones(1, np.float32),
     )
 
     @jax.jit
@@ -462,3 +467,38 @@ def test_stage_files_are_what_their_manifests_say(finished):
         for stage in STAGES:
             manifest = json.loads((folder / f"{stage}.json").read_text())
             assert manifest["sha256"] == fingerprint_file(folder / f"{stage}.parquet")
+
+
+def test_rounds_with_adapters_from_an_adapter(tiny_folder, tiny_model, tmp_path):
+    """Each round starts from the merged model of the last, the first from a named adapter."""
+    model, params = tiny_model
+    adapted = add_adapters(params, model, Lora(target=".*/v_proj", rank=2), (), 0)
+    adapted = {
+        path: leaf + 0.1 if path.endswith("lora_b") else leaf
+        for path, leaf in flatten(adapted).items()
+    }
+    first = tmp_path / "adapter"
+    save_adapter(first, model, unflatten(adapted), base=str(tiny_folder), dropout=0.0)
+    output = tmp_path / "run"
+    training = {
+        "optimizer": {"learning_rate": 1e-2},
+        "batch_size": 4,
+        "max_steps": 2,
+        "log_every": 1,
+        "save_every": 2,
+        "lora": {"target": "language_model/.*/q_proj", "rank": 2, "dropout": 0.1},
+    }
+    run_alignment(make_recipe(output, first, training=training, evaluation=None))
+    for index, base in ((1, first), (2, output / "round-1" / "model")):
+        folder = output / f"round-{index}"
+        assert base_model(folder / "adapter") == str(base)
+        merged = flatten(load_model(folder / "model")[1])
+        before = flatten(load_start(str(base)).params)
+        moved = [path for path in merged if not np.array_equal(merged[path], before[path])]
+        assert moved == ["language_model/layers/self_attn/q_proj/kernel"]
+        for path, leaf in flatten(load_start(str(folder / "adapter")).params).items():
+            np.testing.assert_allclose(leaf, merged[path], rtol=0, atol=1e-6, err_msg=path)
+        assert read_metrics(folder / "train" / "metrics.jsonl")[0]["loss"] == pytest.approx(
+            np.log(2), abs=1e-5
+        )
+    assert fingerprint_folder(output / "model") == fingerprint_folder(output / "round-2" / "model")

@@ -11,6 +11,7 @@ SMALL = (
     *kill_and_resume.OVERRIDES,
     "rounds=1",
     "prompts_per_round=24",
+    "sampling.num_samples=6",  # for pairs enough for ten steps
     "training.max_steps=10",
     "training.save_every=5",
     "evaluation=",

@@ -66,6 +66,9 @@ def test_samples_do_not_depend_on_padding(tiny_model, batch, whole):
         batch,
         prompt_ids=np.pad(batch.prompt_ids, pad, constant_values=tiny.FIRST_WORD),
         prompt_mask=np.pad(batch.prompt_mask, pad),
+        positions=np.pad(batch.positions, ((0, 0), *pad)),
+        feature_index=np.pad(batch.feature_index, (*pad, (0, 0)), constant_values=-1),
+        feature_weight=np.pad(batch.feature_weight, (*pad, (0, 0))),
     )
     np.testing.assert_array_equal(draw(tiny_model, padded, NUMBERS, num_samples=3), whole)
 

@@ -125,7 +125,7 @@ def test_layouts_of_many_sizes(case):
     def pack(features, sizes, newline):
         return case.theirs.model.pack_image_features(features, sizes, strategy, newline)
 
-    checks.check_layouts(case, pack, checks.random_sizes(150))
+    checks.check_layouts(case, pack, checks.many_sizes(TILE))
 
 
 def test_logits(case, inputs):

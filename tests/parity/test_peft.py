@@ -337,6 +337,16 @@ def test_module_names_of_every_layout(adapter, layout):
         np.testing.assert_array_equal(actual[path], leaf)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_files(adapter, dtype):
+    model, folder = adapter
+    expected = load_adapter(folder, model)
+    edit(folder, change=lambda key, tensor: tensor.to(dtype))
+    for path, leaf in load_adapter(folder, model).items():
+        assert leaf.dtype == np.float32
+        np.testing.assert_allclose(leaf, expected[path], rtol=0.01, atol=1e-3)
+
+
 Q = "base_model.model.model.language_model.layers.1.self_attn.q_proj"
 
 
