@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tiny
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mmpo_jax.models import loading
 from mmpo_jax.models.config import ModelError
-from mmpo_jax.models.huggingface import flatten, load_params, save_model
+from mmpo_jax.models.huggingface import flatten, load_params, save_model, unflatten
 from mmpo_jax.models.model import Model, load_config
 from mmpo_jax.models.safetensors_files import INDEX_FILE, SINGLE_FILE, read_header, weight_files
 from mmpo_jax.parallel.mesh import AXES, param_shardings
@@ -127,6 +127,16 @@ def test_dimensions_that_devices_do_not_divide(tmp_path):
     assert flatten(places)["language_model/lm_head/kernel"].spec == PartitionSpec("fsdp", None)
     expected = by_hand(model, safetensors.numpy.load_file(folder / SINGLE_FILE))
     same(flatten(load_params(folder, model, places)), expected)
+
+
+def test_layers_on_different_devices(tiny_folder, model):
+    """No family's rules ask for it, shardings may."""
+    places = flatten(shardings(model, (1, 4, 2)))
+    path = "language_model/layers/mlp/down_proj/kernel"
+    places[path] = NamedSharding(places[path].mesh, PartitionSpec("tensor", None, "fsdp"))
+    params = flatten(load_params(tiny_folder, model, unflatten(places)))
+    same(params, by_hand(model, safetensors.numpy.load_file(tiny_folder / SINGLE_FILE)))
+    assert {shard.data.shape for shard in params[path].addressable_shards} == {(1, 48, 8)}
 
 
 class Memory:
