@@ -28,12 +28,13 @@ class Checkpoint:
     """Of the weights and all files beside them; of seed and config where they are random."""
 
 
-def load_start(name: str, random_seed: int | None = None) -> Checkpoint:
+def load_start(name: str, random_seed: int | None = None, *, attention: str = "auto") -> Checkpoint:
     """Loads a Hugging Face folder, an Orbax checkpoint of a training run, or a built-in model.
 
     Args:
       name: as a recipe's `model` has it. Of a training run's folder the last checkpoint is taken.
       random_seed: makes new weights for the config and the processor of the folder.
+      attention: of the model, see `attention.BACKENDS`.
 
     Returns:
       The checkpoint with its parameters on the host.
@@ -47,7 +48,7 @@ def load_start(name: str, random_seed: int | None = None) -> Checkpoint:
     base = folder
     if orbax is not None:
         folder, base = orbax
-    model = Model.create(load_config(base))
+    model = Model.create(load_config(base), attention)
     processor = Processor(base, model.config)
     if random_seed is not None:
         # The weights that lie in the folder do not matter.
@@ -60,8 +61,8 @@ def load_start(name: str, random_seed: int | None = None) -> Checkpoint:
     return Checkpoint(folder, model, processor, params, fingerprint_folder(folder))
 
 
-def load_checkpoint(name: str, mesh: Mesh) -> Checkpoint:
+def load_checkpoint(name: str, mesh: Mesh, attention: str = "auto") -> Checkpoint:
     """`load_start` with the parameters on the mesh, sharded by the model's rules."""
-    start = load_start(name)
+    start = load_start(name, attention=attention)
     placed = put_params(start.params, start.model.rules, mesh)
     return dataclasses.replace(start, params=placed)

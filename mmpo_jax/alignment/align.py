@@ -51,7 +51,7 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
       MmpoError: whatever the user can mend, naming it.
     """
     mesh = make_mesh(**recipe.devices.model_dump())
-    start = load_checkpoint(recipe.model, mesh)
+    start = load_checkpoint(recipe.model, mesh, recipe.attention)
     check_training(recipe.training, start.model, mesh)
     labeler_folder = resolve_folder(recipe.feedback.labeler or recipe.model)
     answer_tokens(Processor(labeler_folder, load_config(labeler_folder)))
@@ -79,7 +79,7 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
         trained = run_round(
             work, splitter, lambda: make_labeler(labeler_folder, recipe, mesh), labeler_key
         )
-        start = load_checkpoint(trained, mesh)
+        start = load_checkpoint(trained, mesh, recipe.attention)
         metrics = evaluate_round(index, start, recipe, mesh)
         reports.append(read_report(index, folder, metrics))
         write_report(recipe.output, reports)
@@ -108,7 +108,7 @@ def split_prompts(records: list[Record], recipe: AlignRecipe) -> list[list[Recor
 
 def make_labeler(folder: str, recipe: AlignRecipe, mesh: Mesh) -> Labeler:
     """The recipe's labeler, loaded."""
-    checkpoint = load_checkpoint(folder, mesh)
+    checkpoint = load_checkpoint(folder, mesh, recipe.attention)
     return CheckpointLabeler(
         checkpoint.model,
         checkpoint.params,

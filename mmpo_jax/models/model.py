@@ -26,12 +26,14 @@ class Model:
 
     config: ModelConfig
     graphdef: Any
+    attention: str = "auto"
+    """See `VisionLanguageModel.attention`."""
 
     @classmethod
-    def create(cls, config: ModelConfig) -> Model:
+    def create(cls, config: ModelConfig, attention: str = "auto") -> Model:
         module = FAMILIES[config.family].module
         abstract = nnx.eval_shape(lambda: module(config, nnx.Rngs(0)))
-        return cls(config, nnx.split(abstract)[0])
+        return cls(config, nnx.split(abstract)[0], attention)
 
     @property
     def family(self) -> Family:
@@ -45,7 +47,9 @@ class Model:
 
     def bind(self, params: Params) -> VisionLanguageModel:
         """The module with these parameters in it, for use inside a pure function."""
-        return nnx.merge(self.graphdef, params)
+        module = nnx.merge(self.graphdef, params)
+        module.attention = self.attention
+        return module
 
     def init(self, seed: int) -> Params:
         """Random float32 parameters."""

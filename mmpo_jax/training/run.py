@@ -29,7 +29,7 @@ def run_training(recipe: TrainRecipe) -> str:
       The Hugging Face folder of the result.
     """
     mesh = make_mesh(**recipe.devices.model_dump())
-    start = load_start(recipe.model, random_seed=_random_seed(recipe))
+    start = load_start(recipe.model, random_seed=_random_seed(recipe), attention=recipe.attention)
     model, processor = start.model, start.processor
     check_training(recipe.training, model, mesh)
     objective = recipe.training.objective
