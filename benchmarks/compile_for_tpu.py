@@ -21,10 +21,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-# Before jax is imported: no TPU is used, looked for on the network, or locked.
+# Before jax is imported: no TPU is used, locked, or looked for on the network.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-8"
+os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
 
 import jax
 import jax.numpy as jnp
@@ -68,57 +70,142 @@ class Target:
     generate_mesh: tuple[int, int, int] = (1, -1, 8)
 
 
+def decoder(
+    size: int,
+    wide: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    vocab: int,
+    theta: float,
+    **more: Any,
+) -> dict[str, Any]:
+    """What a text config says of a decoder's shape."""
+    return {
+        "hidden_size": size,
+        "intermediate_size": wide,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": False,
+        **more,
+    }
+
+
+CLIP = transformers.CLIPVisionConfig(  # ViT-L/14 at 336 pixels: 576 tokens a tile
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=336,
+    patch_size=14,
+    projection_dim=768,
+)
+VICUNA_7B = decoder(4096, 11008, 32, 32, 32, 32064, 1e4)
+VICUNA_13B = decoder(5120, 13824, 40, 40, 40, 32064, 1e4)
+YI_34B = decoder(7168, 20480, 60, 56, 8, 64064, 5e6)
+QWEN_7B = decoder(3584, 18944, 28, 28, 4, 152064, 1e6)
+QWEN_72B = decoder(8192, 29568, 80, 64, 8, 152064, 1e6)
+
+
 def llava(text: dict[str, Any]) -> Any:
-    """LLaVA-1.5: CLIP-L/14 at 336 pixels, 576 tokens an image."""
     return transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(
-            hidden_size=1024,
-            intermediate_size=4096,
-            num_hidden_layers=24,
-            num_attention_heads=16,
-            image_size=336,
-            patch_size=14,
-            projection_dim=768,
-        ),
-        text_config=transformers.LlamaConfig(
-            vocab_size=32064, max_position_embeddings=4096, rms_norm_eps=1e-5, **text
-        ),
+        vision_config=CLIP,
+        text_config=transformers.LlamaConfig(**text),
         image_token_index=32000,
         tie_word_embeddings=False,
     )
 
 
-VICUNA_7B = {
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-}
-VICUNA_13B = {
-    "hidden_size": 5120,
-    "intermediate_size": 13824,
-    "num_hidden_layers": 40,
-    "num_attention_heads": 40,
-    "num_key_value_heads": 40,
-}
-QWEN2_7B = {
-    "vocab_size": 152064,
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 32768,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-    "tie_word_embeddings": False,
-}
+def llava_next(text: dict[str, Any]) -> Any:
+    return transformers.LlavaNextConfig(
+        vision_config=CLIP,
+        text_config=transformers.LlamaConfig(**text),
+        image_token_index=64000,
+        image_grid_pinpoints=[[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+        tie_word_embeddings=False,
+    )
+
+
+def llava_onevision(text: dict[str, Any]) -> Any:
+    return transformers.LlavaOnevisionConfig(
+        vision_config=transformers.SiglipVisionConfig(
+            hidden_size=1152,
+            intermediate_size=4304,
+            num_hidden_layers=26,
+            num_attention_heads=16,
+            image_size=384,
+            patch_size=14,
+            vision_use_head=False,
+        ),
+        text_config=transformers.Qwen2Config(**text | {"vocab_size": 152000}),
+        image_token_index=151646,
+        video_token_index=151647,
+        vision_aspect_ratio="anyres_max_9",
+        image_grid_pinpoints=[[384 * i, 384 * j] for i in range(1, 7) for j in range(1, 7)],
+        tie_word_embeddings=False,
+    )
+
+
+def qwen_vl(text: dict[str, Any], wide: int) -> Any:
+    sections = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    return transformers.Qwen2_5_VLConfig(
+        vision_config={
+            "depth": 32,
+            "hidden_size": 1280,
+            "intermediate_size": wide,
+            "num_heads": 16,
+            "out_hidden_size": text["hidden_size"],
+            "patch_size": 14,
+            "window_size": 112,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+        },
+        text_config=text | {"rope_parameters": sections},
+        tie_word_embeddings=False,
+    )
+
+
+def internvl(text: dict[str, Any]) -> Any:
+    return transformers.InternVLConfig(
+        vision_config=transformers.InternVLVisionConfig(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            attention_bias=True,
+            image_size=448,
+            patch_size=14,
+            layer_scale_init_value=0.1,
+        ),
+        text_config=transformers.Qwen2Config(**text | {"vocab_size": 151674}),
+        image_token_id=151667,
+        tie_word_embeddings=False,
+    )
+
 
 MODELS = {
     "LLaVA-1.5-7B": Target(lambda: llava(VICUNA_7B), prompt=640, slots=1),
     "LLaVA-1.5-13B": Target(lambda: llava(VICUNA_13B), prompt=640, slots=1),
     "Qwen2.5-7B": Target(
-        lambda: transformers.Qwen2Config(**QWEN2_7B), prompt=512, generate_mesh=(1, -1, 4)
+        lambda: transformers.Qwen2Config(**QWEN_7B), prompt=512, generate_mesh=(1, -1, 4)
+    ),
+    # A picture of 672 x 672 pixels: 4 tiles and the whole, 2,928 tokens.
+    "LLaVA-NeXT-34B": Target(lambda: llava_next(YI_34B), prompt=3072, slots=5),
+    # The largest picture: 9 tiles and the whole, 7,371 tokens.
+    "LLaVA-OneVision-7B": Target(
+        lambda: llava_onevision(QWEN_7B), prompt=7424, slots=10, generate_mesh=(1, -1, 4)
+    ),
+    # A picture of 896 x 896 pixels: 64 windows of 64 patches, 1,024 tokens.
+    "Qwen2.5-VL-7B": Target(
+        lambda: qwen_vl(QWEN_7B, 3420), prompt=1152, slots=64, generate_mesh=(1, -1, 4)
+    ),
+    "Qwen2.5-VL-72B": Target(lambda: qwen_vl(QWEN_72B, 3456), prompt=1152, slots=64),
+    # 12 tiles and the whole, 3,328 tokens.
+    "InternVL3-8B": Target(
+        lambda: internvl(QWEN_7B), prompt=3456, slots=13, generate_mesh=(1, -1, 4)
     ),
 }
 
