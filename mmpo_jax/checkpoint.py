@@ -146,7 +146,12 @@ def load_processor(name: str) -> Processor:
     return Processor(base, load_config(base))
 
 
-def load_start(name: str, random_seed: int | None = None, mesh: Mesh | None = None) -> Checkpoint:
+def load_start(
+    name: str,
+    random_seed: int | None = None,
+    mesh: Mesh | None = None,
+    attention: str = "auto",
+) -> Checkpoint:
     """Loads a Hugging Face folder, an Orbax checkpoint, an adapter's folder, or a built-in model.
 
     Args:
@@ -154,12 +159,13 @@ def load_start(name: str, random_seed: int | None = None, mesh: Mesh | None = No
         an adapter is merged into the model that it names, which may have one itself.
       random_seed: makes new weights for the config and the processor of the folder.
       mesh: see `load_weights`.
+      attention: of the model, see `attention.BACKENDS`.
 
     Raises:
       ModelError, ProcessorError, CheckpointError: naming the file that is missing or wrong.
     """
     location = locate(name)
-    model = Model.create(load_config(location.base))
+    model = Model.create(load_config(location.base), attention)
     processor = Processor(location.base, model.config)
     if random_seed is None:
         params = load_weights(location, model, mesh)
@@ -173,6 +179,6 @@ def load_start(name: str, random_seed: int | None = None, mesh: Mesh | None = No
     return Checkpoint(location.weights, model, processor, params, fingerprint)
 
 
-def load_checkpoint(name: str, mesh: Mesh) -> Checkpoint:
+def load_checkpoint(name: str, mesh: Mesh, attention: str = "auto") -> Checkpoint:
     """`load_start` with the parameters on the mesh."""
-    return load_start(name, mesh=mesh)
+    return load_start(name, mesh=mesh, attention=attention)

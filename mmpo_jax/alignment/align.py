@@ -55,7 +55,7 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
       MmpoError: whatever the user can mend, naming it.
     """
     mesh = make_mesh(**recipe.devices.model_dump())
-    start = load_checkpoint(recipe.model, mesh)
+    start = load_checkpoint(recipe.model, mesh, recipe.attention)
     check_training(recipe.training, start.model, mesh)
     labeler_name = recipe.feedback.labeler or recipe.model
     answer_tokens(load_processor(labeler_name))
@@ -83,7 +83,7 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
         trained = run_round(
             work, splitter, lambda: make_labeler(labeler_name, recipe, mesh), labeler_key
         )
-        start = load_checkpoint(trained, mesh)
+        start = load_checkpoint(trained, mesh, recipe.attention)
         metrics = evaluate_round(index, start, recipe, mesh)
         reports.append(read_report(index, folder, metrics))
         write_report(recipe.output, reports)
@@ -114,7 +114,7 @@ def split_prompts(records: list[Record], recipe: AlignRecipe) -> list[list[Recor
 
 def make_labeler(name: str, recipe: AlignRecipe, mesh: Mesh) -> Labeler:
     """The recipe's labeler, loaded."""
-    checkpoint = load_checkpoint(name, mesh)
+    checkpoint = load_checkpoint(name, mesh, recipe.attention)
     return CheckpointLabeler(
         checkpoint.model,
         checkpoint.params,

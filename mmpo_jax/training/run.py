@@ -36,7 +36,7 @@ def run_training(recipe: TrainRecipe) -> str:
       The Hugging Face folder of the result.
     """
     mesh = make_mesh(**recipe.devices.model_dump())
-    start = load_start(recipe.model, random_seed=_random_seed(recipe), mesh=mesh)
+    start = load_start(recipe.model, _random_seed(recipe), mesh, recipe.attention)
     model, processor = start.model, start.processor
     check_training(recipe.training, model, mesh)
     objective = recipe.training.objective
