@@ -88,6 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in ("absl", "jax", "matplotlib", "orbax", "transformers"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    # Orbax leaves its failed tasks to it, a page each; the error itself reaches us.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
         if options.command == "convert":
             convert(options.source, options.target, options.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -40,9 +41,8 @@ class Checkpoints:
         """
         self.identity = identity
         self.folder = os.path.abspath(os.path.join(folder, "checkpoints"))
-        self.manager = ocp.CheckpointManager(
-            self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep)
-        )
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     def latest(self) -> int | None:
         """The last saved step."""
@@ -50,9 +50,9 @@ class Checkpoints:
 
     def describe_latest(self) -> str:
         """For messages: the last good checkpoint's folder."""
-        self.manager.wait_until_finished()
-        step = self.manager.latest_step()
-        return "none was saved yet" if step is None else os.path.join(self.folder, str(step))
+        with self._writing():
+            self.manager.wait_until_finished()
+        return _newest(self.folder)
 
     def save(self, step: int, state: TrainState, position: dict[str, Any]) -> None:
         """Writes a checkpoint in the background.
@@ -61,16 +61,18 @@ class Checkpoints:
           step: updates done.
           state: all of it, copied before this returns.
           position: the data iterator's state.
+
+        Raises:
+          CheckpointError: this one, or the one before, cannot be written.
         """
         run = {"identity": self.identity, "position": position}
-        self.manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave({**state.params, **state.frozen}),
-                optimizer=ocp.args.StandardSave(state.optimizer),
-                run=ocp.args.JsonSave(run),
-            ),
+        args = ocp.args.Composite(
+            params=ocp.args.StandardSave({**state.params, **state.frozen}),
+            optimizer=ocp.args.StandardSave(state.optimizer),
+            run=ocp.args.JsonSave(run),
         )
+        with self._writing():
+            self.manager.save(step, args=args)
 
     def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The last checkpoint in the given state's shapes and shardings, and the data position.
@@ -109,8 +111,27 @@ class Checkpoints:
         return resumed, saved["run"]["position"]
 
     def close(self) -> None:
-        self.manager.wait_until_finished()
-        self.manager.close()
+        """Waits until all is written.
+
+        Raises:
+          CheckpointError: the last one cannot be written.
+        """
+        with self._writing():
+            self.manager.wait_until_finished()
+            self.manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Orbax tells of a full disk in whichever call comes next, as one of several types."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            full = os.strerror(errno.ENOSPC)
+            reason = "the disk is full" if full in str(error) else str(error).splitlines()[-1]
+            raise CheckpointError(
+                f"{self.folder}: a checkpoint cannot be written: {reason}; "
+                f"last good checkpoint: {_newest(self.folder)}; the same command goes on from there"
+            ) from error
 
 
 def save_base(folder: str | os.PathLike[str], source: str | os.PathLike[str]) -> str:
@@ -194,6 +215,12 @@ def _whole_checkpoint(step_folder: str) -> Iterator[tuple[ocp.StandardCheckpoint
             yield checkpointer, os.path.join(step_folder, "params")
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{step_folder}: not a whole checkpoint: {error}") from error
+
+
+def _newest(folder: str) -> str:
+    """For messages: the last whole checkpoint in a folder of them."""
+    steps = [name for name in _entries(folder) if name.isdigit()]
+    return os.path.join(folder, max(steps, key=int)) if steps else "none was saved yet"
 
 
 def _entries(folder: str) -> list[str]:
