@@ -228,7 +228,7 @@ def test_two_processes_share_the_reading_and_one_writes(tiny_folder, model, tmp_
         )
         for i in range(2)
     ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert [process.wait(timeout=400) for process in processes] == [0, 0]
     first, second = (json.loads((tmp_path / f"out-{i}.json").read_text()) for i in range(2))
     # Matrices by halves; by both what four devices do not divide, and vectors, which all hold.
     both = {
