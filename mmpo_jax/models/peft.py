@@ -140,7 +140,7 @@ def load_adapter(folder: str | os.PathLike[str], model: Model) -> dict[str, np.n
     for path, named in modules.items():
         is_stack = len(shapes[path]) == 3
         depth = shapes[path][0] if is_stack else 1
-        _check_layers(file, named, depth, config)
+        _check_layers(file, named, depth, is_stack, config)
         pairs = {
             layer: _read_factors(file, module, factors[module], shapes[path], config)
             for layer, module in named.items()
@@ -228,7 +228,9 @@ def _module_name(path: str, layer: int | None, model: Model) -> str:
     return key_of(f"{path}/kernel", layer, renaming).removesuffix(".weight")
 
 
-def _check_layers(file: str, named: dict[int, str], depth: int, config: dict[str, Any]) -> None:
+def _check_layers(
+    file: str, named: dict[int, str], depth: int, is_stack: bool, config: dict[str, Any]
+) -> None:
     """
     Raises:
       ModelError: a layer of a stack is beyond it, lacks its adapter, or has one that the config
@@ -239,33 +241,25 @@ def _check_layers(file: str, named: dict[int, str], depth: int, config: dict[str
         module = named.get(layer, re.sub(r"\.\d+\.", f".{layer}.", example, count=1))
         if layer >= depth:
             raise ModelError(f"{file}: {module}: the model has {depth} layers")
-        if (layer in named) != _is_target(config, module):
+        if (layer in named) != _is_target(config, module, layer if is_stack else None):
             has = "has an adapter" if layer in named else "has none"
             raise ModelError(f"{file}: {module} {has}, against target_modules in {CONFIG_FILE}")
 
 
-def _is_target(config: dict[str, Any], module: str) -> bool:
+def _is_target(config: dict[str, Any], module: str, layer: int | None) -> bool:
     """Whether the config names a module, by PEFT's rules."""
-    targets, excluded = config["target_modules"], config.get("exclude_modules") or ()
-    if _is_among(module, excluded) or not _is_among(module, targets):
+
+    def among(names: Any) -> bool:
+        if isinstance(names, str):
+            return names == "all-linear" or re.fullmatch(names, module) is not None
+        return any(module == name or module.endswith(f".{name}") for name in names)
+
+    if among(config.get("exclude_modules") or ()) or not among(config["target_modules"]):
         return False
     chosen = config.get("layers_to_transform")
-    # A whole name, or a regular expression, says itself which layer it means.
-    if chosen is None or chosen == [] or isinstance(targets, str) or module in targets:
+    if chosen is None or chosen == []:
         return True
-    patterns = config.get("layers_pattern") or r"[^.]*"
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found = re.match(rf"(?:.*?\.)?{pattern}\.(\d+)\.", module)
-        if found:
-            return int(found[1]) in (chosen if isinstance(chosen, list) else [chosen])
-    return False
-
-
-def _is_among(module: str, names: Any) -> bool:
-    """Whether one of these is the end of a module's name, or a regular expression matches it."""
-    if isinstance(names, str):
-        return names == "all-linear" or re.fullmatch(names, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in names)
+    return layer in (chosen if isinstance(chosen, list) else [chosen])
 
 
 def _read_factors(
