@@ -198,11 +198,14 @@ def test_a_recipe_can_name_an_adapter(trained_elsewhere):
     assert start.fingerprint != load_start(str(case.folder)).fingerprint
 
 
+@pytest.mark.parametrize(
+    "trained_elsewhere",
+    ["llava-everything", "qwen2-ranks-by-layer", "qwen2_5_vl-everything"],
+    indirect=True,
+)
 def test_gradients(trained_elsewhere):
     """Of the summed log-probs of all responses."""
     case, theirs, folder = trained_elsewhere
-    if folder.name not in ("llava-everything", "qwen2-ranks-by-layer", "qwen2_5_vl-everything"):
-        pytest.skip("the others are parts of these")
     params = flatten(with_adapter(case.params, folder, case.model))
     records = families.records(case.model.config.family)
     tokenized, batch = checks.batch_of(case, records)
