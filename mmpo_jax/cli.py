@@ -176,13 +176,13 @@ def _flags_as_overrides(options: argparse.Namespace) -> tuple[str | None, list[s
     if path is not None and "=" in path and not os.path.exists(path):
         path, written = None, options.recipe
     overrides = []
-    for key, help in FLAGS[options.command].values():
+    names = {key for key, _ in FILES.values()}  # taken as they are, not as YAML
+    for key, _ in FLAGS[options.command].values():
         value = getattr(options, key)
         if value is not None:
             if key == "data.path":  # whatever data the recipe has
                 overrides.append('data={"source": "file"}')
-            quoted = (key, help) in FILES.values()  # names are taken as they are, not as YAML
-            text = json.dumps(value, ensure_ascii=False) if quoted else value
+            text = json.dumps(value, ensure_ascii=False) if key in names else value
             overrides.append(f"{key}={text}")
     return path, overrides + written
 

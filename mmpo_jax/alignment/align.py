@@ -67,9 +67,9 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
     )
     shares = split_prompts(source.records, recipe)
     by_id = {record.id: record for record in tokenized}
-    labeler_key = fingerprint_json(
-        [fingerprint_parts(checkpoint_folders(labeler_name)), labeler_template(recipe)]
-    )
+    labeler_key = fingerprint_parts(checkpoint_folders(labeler_name))
+    if labeler_template(recipe) != "auto":  # else it lies in the folder
+        labeler_key = fingerprint_json([labeler_key, labeler_template(recipe)])
     splitter = make_splitter(recipe.feedback.splitter)
 
     reports = [RoundReport(0, evaluate_round(0, start, recipe, mesh))]
