@@ -22,6 +22,7 @@ from PIL import Image
 
 from mmpo_jax.data.images import image_size, open_image
 from mmpo_jax.data.records import ImageRef, Turn, VideoRef
+from mmpo_jax.data.templates import TEMPLATES
 from mmpo_jax.errors import DataError, MmpoError
 from mmpo_jax.files import fingerprint_json
 from mmpo_jax.models.config import ModelConfig
@@ -42,16 +43,24 @@ class MediaError(DataError):
 class Processor:
     """Turns turns into token ids and images into pixels, as the checkpoint's own files say."""
 
-    def __init__(self, folder: str | os.PathLike[str], config: ModelConfig):
+    def __init__(self, folder: str | os.PathLike[str], config: ModelConfig, template: str = "auto"):
         """
+        Args:
+          folder: of the checkpoint.
+          config: of the model.
+          template: a key of `TEMPLATES`, or `auto` for the checkpoint's own chat template.
+
         Raises:
           ProcessorError: a file is missing or broken, or does not belong to the model.
         """
         self.folder = os.fspath(folder)
+        self.template = template
         self.config = config
         self.images = FAMILIES[config.family].images
         self.videos = FAMILIES[config.family].videos
         self.tokenizer = _load_tokenizer(self.folder)
+        if self.chat_template is not None:
+            self.tokenizer.chat_template = self.chat_template
         self.placeholders: tuple[int, ...] = ()
         self.slot_shape: tuple[int, ...] = ()
         if self.images is not None:
@@ -66,6 +75,23 @@ class Processor:
         self._pixel_bytes = 0
         self._lock = threading.Lock()
         self._check()
+
+    @property
+    def chat_template(self) -> str | None:
+        """What stands in place of the checkpoint's own chat template; None where nothing does.
+
+        It belongs into every folder that this checkpoint's results are written to.
+        """
+        return TEMPLATES.get(self.template)
+
+    @functools.cached_property
+    def ends_answers(self) -> bool:
+        """Whether the chat template itself writes EOS after an answer."""
+        question, answer = Turn("user", "a"), Turn("assistant", "a")
+        images = 0 if self.images is None else 1
+        before = self.render([question], images, True)
+        after = self.render([question, answer], images, False)
+        return self.eos_id in self.encode(after[len(before) :])
 
     @property
     def eos_id(self) -> int:

@@ -125,11 +125,20 @@ def side_files(folder: str) -> str:
     return copy
 
 
-def copy_base(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+def copy_base(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    chat_template: str | None = None,
+) -> None:
     """Copies what lies beside the weights: config, tokenizer, processor, templates.
 
     Settings of images and videos that are in `processor_config.json` only, as transformers 5
     writes them, are also written to the files where older readers look for them.
+
+    Args:
+      source: a checkpoint folder.
+      target: made if missing.
+      chat_template: written in place of the source's; None copies that.
     """
     os.makedirs(target, exist_ok=True)
     for name in ("config.json", *PROCESSOR_FILES):
@@ -143,6 +152,19 @@ def copy_base(source: str | os.PathLike[str], target: str | os.PathLike[str]) ->
         copy = epath.Path(target) / name
         if processor.get(key) and not copy.exists():
             write_atomic(copy, (json.dumps(processor[key], indent=2) + "\n").encode())
+    if chat_template is not None:
+        _replace_template(epath.Path(target), chat_template)
+
+
+def _replace_template(folder: epath.Path, chat_template: str) -> None:
+    """Leaves one chat template in a folder, wherever older writers put theirs."""
+    write_atomic(folder / "chat_template.jinja", chat_template.encode())
+    (folder / "chat_template.json").unlink(missing_ok=True)
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path)
+    if settings.pop("chat_template", None) is not None:
+        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+        write_atomic(path, text.encode())
 
 
 def write_dtype(folder: str | os.PathLike[str], name: str) -> None:
