@@ -95,7 +95,26 @@ class Processor:
 
     @property
     def eos_id(self) -> int:
+        """What ends a response in training."""
         return self.tokenizer.eos_token_id
+
+    @functools.cached_property
+    def eos_ids(self) -> tuple[int, ...]:
+        """What ends a response in generation: EOS, and what `generation_config.json` adds to it.
+
+        Raises:
+          ProcessorError: that file cannot be read.
+        """
+        path = os.path.join(self.folder, "generation_config.json")
+        if not os.path.isfile(path):
+            return (self.eos_id,)
+        try:
+            with open(path, encoding="utf-8") as file:
+                added = json.load(file).get("eos_token_id")
+            added = [] if added is None else [added] if isinstance(added, int) else list(added)
+            return tuple(dict.fromkeys([self.eos_id, *map(int, added)]))
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise ProcessorError(f"{path}: not a generation config: {error}") from error
 
     @functools.cached_property
     def adds_bos(self) -> bool:
@@ -224,7 +243,7 @@ class Processor:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         vocabulary = backend.to_str() if backend else json.dumps(self.tokenizer.get_vocab())
         return {
-            "tokenizer": fingerprint_json([vocabulary, self.eos_id, self.placeholders]),
+            "tokenizer": fingerprint_json([vocabulary, self.eos_ids, self.placeholders]),
             "template": fingerprint_json(self.tokenizer.chat_template),
             "image_processor": fingerprint_json([image, self.slot_shape]),
         }
@@ -238,6 +257,12 @@ class Processor:
             )
         if self.tokenizer.eos_token_id is None:
             raise ProcessorError(f"{self.folder}: the tokenizer has no EOS token")
+        beyond = max(self.eos_ids)
+        if beyond >= self.config.decoder.vocab_size:
+            raise ProcessorError(
+                f"{self.folder}: generation_config.json has the EOS id {beyond}, the model's "
+                f"vocabulary only {self.config.decoder.vocab_size} ids"
+            )
         if not self.tokenizer.chat_template:
             raise ProcessorError(f"{self.folder}: no chat template (chat_template.jinja)")
         if self.images is None:

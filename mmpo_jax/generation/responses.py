@@ -101,7 +101,7 @@ def generate_responses(
                 put_batch(batch, mesh),
                 keys,
                 decoding=decoding,
-                eos_ids=(processor.eos_id,),
+                eos_ids=processor.eos_ids,
                 pad_id=processor.pad_id,
             )
         for record, samples in zip(chosen, np.asarray(tokens), strict=False):
@@ -139,7 +139,11 @@ def generate_stage(
             "model": model_fingerprint,
             "prompts": fingerprint_json(
                 [
-                    [r.id, r.prompt_ids.tolist(), [image.fingerprint() for image in r.images]]
+                    [
+                        r.id,
+                        r.prompt_ids.tolist(),
+                        [media.fingerprint() for media in (*r.images, *r.videos)],
+                    ]
                     for r in records
                 ]
             ),
@@ -180,7 +184,7 @@ def prompt_number(prompt_id: str) -> int:
 
 
 def _read(processor: Processor, prompt_id: str, number: int, tokens: np.ndarray) -> Generated:
-    ends = np.flatnonzero(tokens == processor.eos_id)
+    ends = np.flatnonzero(np.isin(tokens, processor.eos_ids))
     finished = bool(len(ends))
     length = int(ends[0]) + 1 if finished else len(tokens)
     return Generated(
