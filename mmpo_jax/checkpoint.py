@@ -6,19 +6,25 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from mmpo_jax.data.processor import Processor
-from mmpo_jax.files import fingerprint_folder, fingerprint_json
+from mmpo_jax.files import fingerprint_folder, fingerprint_json, is_local
 from mmpo_jax.models.config import ModelError
-from mmpo_jax.models.folders import resolve_folder
-from mmpo_jax.models.huggingface import check_params, load_params
-from mmpo_jax.models.lora import merge_adapters
+from mmpo_jax.models.folders import resolve_folder, side_files
+from mmpo_jax.models.huggingface import check_params, flatten, load_params, unflatten
+from mmpo_jax.models.lora import adapted_layers, merge_adapters, without_adapters
 from mmpo_jax.models.model import Model, Params, load_config
 from mmpo_jax.models.peft import base_model, is_adapter_folder, with_adapter
-from mmpo_jax.parallel.mesh import put_params
-from mmpo_jax.training.checkpoints import find_checkpoint, load_checkpoint_params
+from mmpo_jax.parallel.mesh import param_shardings, put_params
+from mmpo_jax.training.checkpoints import (
+    checkpoint_shapes,
+    find_checkpoint,
+    load_checkpoint_params,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,69 +39,146 @@ class Checkpoint:
     """Of the weights and all files beside them; of seed and config where they are random."""
 
 
-def load_start(name: str, random_seed: int | None = None) -> Checkpoint:
+@dataclasses.dataclass(frozen=True)
+class Location:
+    """Where the files of a checkpoint lie."""
+
+    weights: str
+    """A folder of safetensors files, maybe in a bucket, or one step of a run."""
+    base: str
+    """A folder of this machine with config, tokenizer and processor."""
+    is_orbax: bool
+    adapters: tuple[str, ...] = ()
+    """Folders of what is merged into the weights, in this order."""
+
+
+def locate(name: str) -> Location:
+    """Finds a checkpoint by its name in a recipe; of a training run the last step.
+
+    Raises:
+      ModelError: there is none, or an adapter's base is not there.
+    """
+    folder, *adapters = checkpoint_folders(name)
+    if not is_local(folder) or os.path.isfile(os.path.join(folder, "config.json")):
+        return Location(folder, side_files(folder), False, tuple(adapters))
+    orbax = find_checkpoint(folder)
+    if orbax is None:
+        return Location(folder, folder, False, tuple(adapters))
+    return Location(*orbax, True, tuple(adapters))
+
+
+def checkpoint_folders(name: str) -> list[str]:
+    """The folders a checkpoint is made of: the model's, then those of adapters, in the order in
+    which they are merged.
+
+    Raises:
+      ModelError: one of them is not there, or an adapter is its own base.
+    """
+    folders = [resolve_folder(name)]
+    while is_adapter_folder(folders[0]):
+        try:
+            folder = resolve_folder(base_model(folders[0]))
+        except ModelError as error:
+            raise ModelError(f"{folders[0]}: the model of this adapter: {error}") from error
+        if folder in folders:
+            raise ModelError(f"{folder}: this adapter is named as its own base model")
+        folders.insert(0, folder)
+    return folders
+
+
+def fingerprint_parts(folders: Sequence[str]) -> str:
+    """Of all that `checkpoint_folders` found."""
+    first, *adapters = (fingerprint_folder(folder) for folder in folders)
+    return fingerprint_json([first, *adapters]) if adapters else first
+
+
+def load_weights(
+    location: Location, model: Model, mesh: Mesh | None = None, dtype: Any = None
+) -> Params:
+    """The parameters of a checkpoint, straight onto the mesh or as NumPy arrays on the host.
+
+    Adapters are merged into them: those of the location, and those that a run trained.
+
+    Args:
+      location: of the files.
+      model: the architecture.
+      mesh: its devices get the parameters, sharded by the model's rules; None for the host.
+      dtype: to cast to; None for that of the files.
+
+    Raises:
+      ModelError, CheckpointError: naming the file that is missing or wrong.
+    """
+    shapes = model.abstract_params()
+    if location.is_orbax:
+        shapes = unflatten(checkpoint_shapes(location.weights))
+        check_params(location.weights, without_adapters(shapes), model)
+    if not location.adapters and not adapted_layers(shapes):
+        return _read_weights(location, model, shapes, mesh, dtype)
+    # The sum is rounded once: it is cast, and not what is summed.
+    params = merge_adapters(_read_weights(location, model, shapes, mesh, None))
+    for folder in location.adapters:
+        params = merge_adapters(with_adapter(params, folder, model))
+    return params if dtype is None else jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def _read_weights(
+    location: Location, model: Model, shapes: Params, mesh: Mesh | None, dtype: Any
+) -> Params:
+    """What the files at `location.weights` hold, which is of these shapes."""
+    shardings = None if mesh is None else param_shardings(shapes, model.rules, mesh)
+    if not location.is_orbax:
+        return load_params(location.weights, model, shardings, dtype)
+    places = {} if shardings is None else flatten(shardings)
+    wanted = {
+        path: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=places.get(path))
+        for path, leaf in flatten(shapes).items()
+    }
+    return load_checkpoint_params(location.weights, wanted)
+
+
+def load_processor(name: str) -> Processor:
+    """The processor of a checkpoint.
+
+    Raises:
+      ModelError, ProcessorError: naming the file that is missing or wrong.
+    """
+    base = locate(name).base
+    return Processor(base, load_config(base))
+
+
+def load_start(
+    name: str,
+    random_seed: int | None = None,
+    mesh: Mesh | None = None,
+    attention: str = "auto",
+) -> Checkpoint:
     """Loads a Hugging Face folder, an Orbax checkpoint, an adapter's folder, or a built-in model.
 
     Args:
       name: as a recipe's `model` has it. Of a training run's folder the last checkpoint is taken;
         an adapter is merged into the model that it names, which may have one itself.
       random_seed: makes new weights for the config and the processor of the folder.
-
-    Returns:
-      The checkpoint with its parameters on the host.
+      mesh: see `load_weights`.
+      attention: of the model, see `attention.BACKENDS`.
 
     Raises:
       ModelError, ProcessorError, CheckpointError: naming the file that is missing or wrong.
     """
-    *adapters, folder = checkpoint_folders(name)
-    is_folder = os.path.isfile(os.path.join(folder, "config.json"))
-    orbax = None if is_folder else find_checkpoint(folder)
-    base = folder
-    if orbax is not None:
-        folder, base = orbax
-    model = Model.create(load_config(base))
-    processor = Processor(base, model.config)
-    if random_seed is not None:
-        # The weights that lie in the folder do not matter.
-        fingerprint = fingerprint_json(["random", random_seed, dataclasses.asdict(model.config)])
-        return Checkpoint(folder, model, processor, model.init(random_seed), fingerprint)
-    if orbax is None:
-        params = load_params(folder, model)
-    else:
-        saved = load_checkpoint_params(folder)
-        params = check_params(folder, merge_adapters(saved), model)
-    parts = [folder, *reversed(adapters)]
-    for adapter in parts[1:]:
-        params = merge_adapters(with_adapter(params, adapter, model))
-    return Checkpoint(parts[-1], model, processor, params, fingerprint_parts(parts))
+    location = locate(name)
+    model = Model.create(load_config(location.base), attention)
+    processor = Processor(location.base, model.config)
+    if random_seed is None:
+        params = load_weights(location, model, mesh)
+        folders = location.weights, *location.adapters
+        return Checkpoint(folders[-1], model, processor, params, fingerprint_parts(folders))
+    # The weights that lie in the folder do not matter.
+    fingerprint = fingerprint_json(["random", random_seed, dataclasses.asdict(model.config)])
+    params = model.init(random_seed)
+    if mesh is not None:
+        params = put_params(params, model.rules, mesh)
+    return Checkpoint(location.weights, model, processor, params, fingerprint)
 
 
-def fingerprint_parts(folders: Sequence[str]) -> str:
-    """Of a model's folder and those of its adapters, in the order in which they are merged."""
-    first, *adapters = (fingerprint_folder(folder) for folder in folders)
-    return fingerprint_json([first, *adapters]) if adapters else first
-
-
-def checkpoint_folders(name: str) -> list[str]:
-    """The folders a checkpoint is made of: that of the model last, before it those of adapters.
-
-    Raises:
-      ModelError: one of them is not there, or an adapter is its own base.
-    """
-    folders = [resolve_folder(name)]
-    while is_adapter_folder(folders[-1]):
-        try:
-            folder = resolve_folder(base_model(folders[-1]))
-        except ModelError as error:
-            raise ModelError(f"{folders[-1]}: the model of this adapter: {error}") from error
-        if folder in folders:
-            raise ModelError(f"{folder}: this adapter is named as its own base model")
-        folders.append(folder)
-    return folders
-
-
-def load_checkpoint(name: str, mesh: Mesh) -> Checkpoint:
-    """`load_start` with the parameters on the mesh, sharded by the model's rules."""
-    start = load_start(name)
-    placed = put_params(start.params, start.model.rules, mesh)
-    return dataclasses.replace(start, params=placed)
+def load_checkpoint(name: str, mesh: Mesh, attention: str = "auto") -> Checkpoint:
+    """`load_start` with the parameters on the mesh."""
+    return load_start(name, mesh=mesh, attention=attention)

@@ -57,6 +57,14 @@ def evaluate(path: str, overrides: Sequence[str]) -> None:
         print(f"{name:24s} {value:.4f}")
 
 
+def convert(source: str, target: str, dtype: str | None) -> None:
+    """Turn a run's Orbax checkpoint into a Hugging Face folder, or a folder into a checkpoint."""
+    _start_jax()
+    from mmpo_jax.convert import convert
+
+    print(convert(source, target, dtype))
+
+
 COMMANDS = {"align": align, "train": train, "generate": generate, "evaluate": evaluate}
 
 
@@ -72,12 +80,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = subparsers.add_parser(name, help=function.__doc__, description=function.__doc__)
         command.add_argument("recipe", help="YAML file")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="a.b.c=value")
+    command = subparsers.add_parser("convert", help=convert.__doc__, description=convert.__doc__)
+    command.add_argument("source", help="run, one step of it, Hugging Face folder or hub id")
+    command.add_argument("target", help="new folder")
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in ("absl", "jax", "matplotlib", "orbax", "transformers"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    # Orbax leaves its failed tasks to it, a page each; the error itself reaches us.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
-        COMMANDS[options.command](options.recipe, options.overrides)
+        if options.command == "convert":
+            convert(options.source, options.target, options.dtype)
+        else:
+            COMMANDS[options.command](options.recipe, options.overrides)
     except MmpoError as error:
         print(f"mmpo {options.command}: {error}", file=sys.stderr)
         return 1

@@ -92,7 +92,10 @@ def fingerprint_folder(path: epath.PathLike) -> str:
 
     Neither the place of the folder nor the times of the files matter. Links are followed, since
     a Hugging Face cache is made of links. Names that begin with a dot are left out: there
-    downloaders and desktops keep notes, and `write_atomic` its unfinished files.
+    downloaders and desktops keep notes, and `write_atomic` its unfinished files. So is README.md,
+    which says what a checkpoint is and changes nothing about it.
+
+    In a bucket, weights count by size and time, lest every process download all of them.
 
     Raises:
       DataError: `path` is not a folder, or a file in it cannot be read.
@@ -101,12 +104,19 @@ def fingerprint_folder(path: epath.PathLike) -> str:
     if not root.is_dir():
         raise DataError(f"there is no folder {os.fspath(path)}")
     files = {file.relative_to(root).as_posix(): file for file in _files_below(root)}
-    return fingerprint_json([[name, fingerprint_file(files[name])] for name in sorted(files)])
+    return fingerprint_json([[name, _fingerprint_entry(files[name])] for name in sorted(files)])
+
+
+def _fingerprint_entry(file: epath.Path) -> Any:
+    if is_local(file) or file.suffix != ".safetensors":
+        return fingerprint_file(file)
+    found = file.stat()
+    return [found.length, found.mtime]
 
 
 def _files_below(folder: epath.Path) -> Iterator[epath.Path]:
     for entry in folder.iterdir():
-        if entry.name.startswith("."):
+        if entry.name.startswith(".") or entry.name == "README.md":
             continue
         if entry.is_dir():
             yield from _files_below(entry)
@@ -139,10 +149,17 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
 
 
 def replace_folder(target: str, write: Callable[[str], Any]) -> None:
-    """Puts a folder in place whole, by rename: `write(staging)` makes it beside the target."""
+    """Puts a folder in place whole, by rename: `write(staging)` makes it beside the target.
+
+    What it raises passes through; then nothing is left of what it wrote.
+    """
     staging = target.rstrip("/") + ".incomplete"
     shutil.rmtree(staging, ignore_errors=True)
-    write(staging)
+    try:
+        write(staging)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
     shutil.rmtree(target, ignore_errors=True)
     os.replace(staging, target)
 

@@ -244,6 +244,8 @@ class Base(Section):
     names; `builtin:shapes` is the checkpoint that ships with the package."""
     lengths: Lengths = Lengths()
     devices: Devices = Devices()
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    """What computes it; `auto` is splash attention on TPU, cuDNN on GPU, XLA elsewhere."""
 
 
 class TrainRecipe(Base):

@@ -414,6 +414,7 @@ def test_fingerprint_of_a_folder(tmp_path):
         (folder / "a").write_bytes(b"1")
         (folder / "sub" / "b").write_bytes(b"2")
     (two / ".notes").write_bytes(b"hidden")
+    (two / "README.md").write_bytes(b"a model card")
     assert fingerprint_folder(one) == fingerprint_folder(two)
     (two / "a").unlink()
     (two / "a").symlink_to(one / "a")

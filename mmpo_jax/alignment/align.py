@@ -18,8 +18,8 @@ from mmpo_jax.checkpoint import (
     checkpoint_folders,
     fingerprint_parts,
     load_checkpoint,
+    load_processor,
 )
-from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import Record
 from mmpo_jax.data.sources import load_source, usable_records
 from mmpo_jax.errors import MmpoError
@@ -33,7 +33,7 @@ from mmpo_jax.files import (
     replace_folder,
     write_atomic,
 )
-from mmpo_jax.models.model import load_config
+from mmpo_jax.models.card import make_card, write_card
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipe import AlignRecipe
 from mmpo_jax.training.loop import check_training
@@ -55,17 +55,16 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
       MmpoError: whatever the user can mend, naming it.
     """
     mesh = make_mesh(**recipe.devices.model_dump())
-    start = load_checkpoint(recipe.model, mesh)
+    start = load_checkpoint(recipe.model, mesh, recipe.attention)
     check_training(recipe.training, start.model, mesh)
     labeler_name = recipe.feedback.labeler or recipe.model
-    labeler_folders = checkpoint_folders(labeler_name)
-    answer_tokens(Processor(labeler_folders[-1], load_config(labeler_folders[-1])))
+    answer_tokens(load_processor(labeler_name))
     source, tokenized = usable_records(
         load_source(recipe.data, supervised=False), start.processor, recipe.lengths, recipe.output
     )
     shares = split_prompts(source.records, recipe)
     by_id = {record.id: record for record in tokenized}
-    labeler_key = fingerprint_parts(labeler_folders[::-1])
+    labeler_key = fingerprint_parts(checkpoint_folders(labeler_name))
     splitter = make_splitter(recipe.feedback.splitter)
 
     reports = [RoundReport(0, evaluate_round(0, start, recipe, mesh))]
@@ -84,13 +83,15 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
         trained = run_round(
             work, splitter, lambda: make_labeler(labeler_name, recipe, mesh), labeler_key
         )
-        start = load_checkpoint(trained, mesh)
+        start = load_checkpoint(trained, mesh, recipe.attention)
         metrics = evaluate_round(index, start, recipe, mesh)
         reports.append(read_report(index, folder, metrics))
         write_report(recipe.output, reports)
+        write_card(trained, make_card(recipe, start.model, reports[-1].values()))
     result = os.path.join(recipe.output, "model")
     if not os.path.isdir(result) or fingerprint_folder(result) != start.fingerprint:
         replace_folder(result, lambda staging: shutil.copytree(start.folder, staging))
+    write_card(result, make_card(recipe, start.model, reports[-1].values()))
     return reports
 
 
@@ -113,7 +114,7 @@ def split_prompts(records: list[Record], recipe: AlignRecipe) -> list[list[Recor
 
 def make_labeler(name: str, recipe: AlignRecipe, mesh: Mesh) -> Labeler:
     """The recipe's labeler, loaded."""
-    checkpoint = load_checkpoint(name, mesh)
+    checkpoint = load_checkpoint(name, mesh, recipe.attention)
     return CheckpointLabeler(
         checkpoint.model,
         checkpoint.params,

@@ -57,6 +57,11 @@ class RoundReport:
             return self.index
         return self.metrics.get(key, getattr(self, key, None))
 
+    def values(self) -> dict[str, float]:
+        """Everything the table shows, by key."""
+        values = {key: self.value(key) for _, key, _ in COLUMNS}
+        return {key: value for key, value in values.items() if value is not None}
+
 
 def read_report(index: int, folder: str, metrics: dict[str, float]) -> RoundReport:
     """A finished round's line, from the files of its stages."""

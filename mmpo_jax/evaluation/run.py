@@ -19,7 +19,7 @@ def run_evaluation(recipe: EvaluateRecipe) -> dict[str, float]:
       The metrics, also written to `evaluation.json` in the output folder.
     """
     mesh = make_mesh(**recipe.devices.model_dump())
-    checkpoint = load_checkpoint(recipe.model, mesh)
+    checkpoint = load_checkpoint(recipe.model, mesh, recipe.attention)
     metrics = evaluate_shapes(
         checkpoint.model,
         checkpoint.params,

@@ -23,7 +23,7 @@ def run_generation(recipe: GenerateRecipe) -> str:
       The file, one line per row: `id`, `prompt`, `responses`.
     """
     mesh = make_mesh(**recipe.devices.model_dump())
-    checkpoint = load_checkpoint(recipe.model, mesh)
+    checkpoint = load_checkpoint(recipe.model, mesh, recipe.attention)
     source, tokenized = usable_records(
         load_source(recipe.data, supervised=False),
         checkpoint.processor,

@@ -123,7 +123,8 @@ def prefill(
 
     def attend_prompt(query, key, value, window, carry, inputs):
         del inputs
-        out = shared_prompt_attention(query, key, value, batch.prompt_mask, no_responses, window)
+        masks = batch.prompt_mask, no_responses
+        out = shared_prompt_attention(query, key, value, *masks, window, module.attention)
         return out, carry, (key.swapaxes(1, 2), value.swapaxes(1, 2))
 
     x = module.embed_prompt(batch)

@@ -6,13 +6,21 @@ Queries, keys and values are grouped: H query heads share K key-value heads, H a
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from mmpo_jax.models import cudnn, splash
 from mmpo_jax.models.layers import ATTENDED
+
+log = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "xla", "splash", "cudnn")
+"""What computes `shared_prompt_attention`; "auto" takes the platform's own."""
+PLATFORM_BACKENDS = {"tpu": "splash", "gpu": "cudnn"}
 
 Part = tuple[jax.Array, jax.Array, jax.Array | None]
 """(key, value, mask): see `attend`."""
@@ -81,7 +89,8 @@ def shared_prompt_attention(
     value: jax.Array,
     prompt_mask: jax.Array,
     response_mask: jax.Array,
-    window: jax.Array | None = None,
+    window: jax.Array | int | None = None,
+    backend: str = "auto",
 ) -> jax.Array:
     """Attention of a prompt and R responses to it, laid out as one sequence.
 
@@ -97,18 +106,96 @@ def shared_prompt_attention(
         b   1 1 . . 1 .
         b   1 1 . . 1 1
 
-    The zero blocks between siblings are not computed, nor most of what lies above the diagonal:
-    prompt queries are taken in blocks, each against the keys up to its own end.
+    The zero blocks between siblings are not computed, nor most of what lies above the diagonal.
 
     Args:
       query: [B, S, H, d] with S = P + R*T: the prompt, then the responses one after another.
       key, value: [B, S, K, d].
       prompt_mask: bool[B, P].
-      response_mask: bool[B, R, T]; R may be 0.
-      window: int32[], how many tokens a query sees, itself included; None for all.
+      response_mask: bool[B, R, T]; R may be 0. Both masks are True from their start on and False
+        from their end on.
+      window: int or int32[], how many tokens a query sees, itself included; None for all.
+      backend: one of `BACKENDS`; see `choose_backend`.
 
     Returns:
-      [B, S, H, d].
+      [B, S, H, d]. What padding sees depends on the backend and is finite.
+    """
+    if isinstance(window, int) and window >= prompt_mask.shape[1] + response_mask.shape[2]:
+        window = None
+    arguments = query, key, value, prompt_mask, response_mask
+    chosen = choose_backend(backend, query, prompt_mask, response_mask, window)
+    if chosen == "splash":
+        return splash.splash_attention(*arguments, interpret=platform() != "tpu")
+    if chosen == "cudnn":
+        return cudnn.cudnn_attention(*arguments)
+    return xla_attention(*arguments, window)
+
+
+def choose_backend(
+    asked: str,
+    query: jax.Array,
+    prompt_mask: jax.Array,
+    response_mask: jax.Array,
+    window: jax.Array | int | None,
+) -> str:
+    """The backend of `shared_prompt_attention` for its arguments.
+
+    Args:
+      asked: one of `BACKENDS`. "auto" is splash attention on TPU, cuDNN on GPU, XLA elsewhere.
+        Splash attention is interpreted where there is no TPU, which only tests want.
+      query, prompt_mask, response_mask, window: of `shared_prompt_attention`.
+
+    Returns:
+      "xla", "splash" or "cudnn"; XLA, and a line in the log that says why, where the kernel does
+      not compute this.
+
+    Raises:
+      ValueError: there is no such backend.
+    """
+    if asked not in BACKENDS:
+        raise ValueError(f"attention is {asked!r}; there are {', '.join(BACKENDS)}")
+    own = platform()
+    chosen = PLATFORM_BACKENDS.get(own, "xla") if asked == "auto" else asked
+    reason = None
+    if chosen == "splash":
+        reason = splash.unsupported(query, window)
+        if reason is None and own != "tpu":
+            _warn_once(f"splash attention is interpreted, which is slow: {own} is no TPU")
+    elif chosen == "cudnn":
+        reason = f"{own} is no GPU"
+        if own == "gpu":
+            reason = cudnn.unsupported(query, prompt_mask, response_mask, window)
+    if reason is None:
+        return chosen
+    _warn_once(f"attention is computed by xla and not by {chosen}: {reason}")
+    return "xla"
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    log.warning(message)
+
+
+def platform() -> str:
+    """What the program that is being traced will run on: "cpu", "gpu" or "tpu".
+
+    The mesh in use knows, also when it is of devices that are not there, to compile ahead of time.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def xla_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    prompt_mask: jax.Array,
+    response_mask: jax.Array,
+    window: jax.Array | int | None,
+) -> jax.Array:
+    """`shared_prompt_attention` on any platform, in plain JAX.
+
+    Prompt queries are taken in blocks, each against the keys up to its own end.
     """
     b, _, h, d = query.shape
     p, (r, t) = prompt_mask.shape[1], response_mask.shape[1:]
@@ -144,7 +231,7 @@ def shared_prompt_attention(
     return jnp.concatenate(out, axis=1)
 
 
-def in_window(distance: jax.Array, window: jax.Array | None) -> jax.Array:
+def in_window(distance: jax.Array, window: jax.Array | int | None) -> jax.Array:
     """Whether a query sees the key that stands `distance` tokens before it, as bool."""
     seen = distance >= 0
     return seen if window is None else seen & (distance < window)

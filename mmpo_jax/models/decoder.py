@@ -43,7 +43,7 @@ Attention = Callable[..., tuple[jax.Array, Any, Any]]
 """attend(query, key, value, window, carry, layer_inputs) -> (out, carry, outputs).
 
 Queries and what comes out are [B, S, H, d], keys and values [B, S, K, d]. `window` is None, or
-how many tokens a query sees, itself included.
+how many tokens a query sees, itself included: an int where all layers have the same.
 """
 
 
@@ -142,26 +142,28 @@ class Decoder(nnx.Module):
         """
         rope = rope_tables(positions, self.rope)
         graphdef, parameters = nnx.split(self.layers)
+        common, own = self._windows()
 
         def body(state: tuple, inputs: tuple) -> tuple[tuple, Any]:
             x, carry = state
-            parameters, window, layer_inputs = inputs
+            parameters, own, layer_inputs = inputs
             layer = nnx.merge(graphdef, parameters)
+            window = common if own is None else own
             x, carry, outputs = layer(x, rope, attend, window, carry, layer_inputs)
             return (constrain_batch(x), carry), outputs
 
-        inputs = parameters, self._windows(), layer_inputs
+        inputs = parameters, own, layer_inputs
         (x, carry), outputs = jax.lax.scan(
             rematerialise(body, remat), (constrain_batch(x), carry), inputs
         )
         return self.norm(x), carry, outputs
 
-    def _windows(self) -> jax.Array | None:
-        """int32[L]; None where no layer has one."""
-        if not any(self.windows):
-            return None
+    def _windows(self) -> tuple[int | None, jax.Array | None]:
+        """(the window that all layers have in common, or each layer's own: int32[L])."""
+        if len(set(self.windows)) == 1:
+            return self.windows[0] or None, None
         unlimited = jnp.iinfo(jnp.int32).max
-        return jnp.array([window or unlimited for window in self.windows], jnp.int32)
+        return None, jnp.array([window or unlimited for window in self.windows], jnp.int32)
 
     def head_kernel(self) -> jax.Array:
         """The language-model head as [D, V]."""

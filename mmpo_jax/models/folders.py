@@ -1,26 +1,153 @@
-"""Where a recipe's `model` points: a checkpoint folder, a training run, or a built-in one."""
+"""Where a recipe's `model` points, and what a checkpoint folder has beside its weights."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from pathlib import Path
 
+import huggingface_hub
+from etils import epath
+
+from mmpo_jax.files import fingerprint_bytes, is_local, read_json, write_atomic
 from mmpo_jax.models.config import ModelError
 
 BUILTIN = {"builtin:shapes": Path(__file__).parent.parent / "shapes" / "checkpoint"}
 """Checkpoints that ship with the package."""
 
+PROCESSOR_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "video_preprocessor_config.json",
+    "vocab.json",
+)
+"""What is copied beside the weights, so that the folder is a whole checkpoint."""
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""What a folder holds instead, if it is an adapter's in PEFT's format."""
+
+HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?")
+"""organisation/name, or organisation/name@revision."""
+
 
 def resolve_folder(name: str) -> str:
-    """The folder a recipe's `model` names.
+    """The folder a recipe's `model` names, on this machine or in a bucket.
+
+    A folder that is there comes before a hub id of the same spelling. What a hub id names is
+    downloaded once and kept in Hugging Face's cache.
 
     Raises:
-      ModelError: there is no such folder or built-in checkpoint.
+      ModelError: there is no such folder, built-in checkpoint or repository, or it cannot be
+        reached.
     """
     if name in BUILTIN:
         return str(BUILTIN[name])
     if name.startswith("builtin:"):
         raise ModelError(f"{name}: unknown; built in are {', '.join(BUILTIN)}")
-    if not os.path.isdir(name):
+    if not is_local(name):
+        return _bucket_folder(name.rstrip("/"))
+    if os.path.isdir(name):
+        return os.path.abspath(name)
+    hub = HUB_ID.fullmatch(name)
+    if hub is None:
         raise ModelError(f"{name}: there is no such checkpoint folder")
-    return os.path.abspath(name)
+    return _download(name, *hub.groups())
+
+
+def _bucket_folder(name: str) -> str:
+    try:
+        found = any((epath.Path(name) / file).exists() for file in ("config.json", ADAPTER_CONFIG))
+    except Exception as error:  # every storage client raises types of its own
+        raise ModelError(
+            f"{name}: cannot be reached: {error or type(error).__name__}; gs:// needs the package "
+            "gcsfs and credentials"
+        ) from error
+    if not found:
+        raise ModelError(f"{name}/config.json: not found; in buckets, models are such folders")
+    return name
+
+
+def _download(name: str, repository: str, revision: str | None) -> str:
+    """Config, processor and safetensors files of a repository; never pickles or code."""
+    weights = "model*.safetensors*", ADAPTER_CONFIG, ADAPTER_WEIGHTS
+    try:
+        return huggingface_hub.snapshot_download(
+            repository,
+            revision=revision,
+            allow_patterns=["config.json", *PROCESSOR_FILES, *weights],
+            ignore_patterns=["*/*"],
+        )
+    except (
+        huggingface_hub.errors.RepositoryNotFoundError,
+        huggingface_hub.errors.RevisionNotFoundError,
+    ) as error:
+        raise ModelError(
+            f"{name}: no such folder here, and the hub has no such repository or revision, or not "
+            "for you (`hf auth login`)"
+        ) from error
+    except (
+        huggingface_hub.errors.HfHubHTTPError,
+        huggingface_hub.errors.LocalEntryNotFoundError,
+        huggingface_hub.errors.OfflineModeIsEnabled,
+        huggingface_hub.errors.HFValidationError,
+        ConnectionError,
+    ) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise ModelError(
+            f"{name}: no such folder here, nothing of that name in the hub's cache, and the hub "
+            f"cannot be reached: {first_line}"
+        ) from error
+
+
+def side_files(folder: str) -> str:
+    """A local folder with config, tokenizer and processor: `folder`, or a copy out of a bucket."""
+    if is_local(folder):
+        return folder
+    cache = os.environ.get("MMPO_CACHE", os.path.expanduser("~/.cache/mmpo_jax"))
+    copy = os.path.join(cache, "buckets", fingerprint_bytes(folder.encode())[:16])
+    copy_base(folder, copy)
+    return copy
+
+
+def copy_base(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Copies what lies beside the weights: config, tokenizer, processor, templates.
+
+    Image processor settings that are in `processor_config.json` only, as transformers 5 writes
+    them, are also written to `preprocessor_config.json`, where older readers look for them.
+    """
+    os.makedirs(target, exist_ok=True)
+    for name in ("config.json", *PROCESSOR_FILES):
+        origin, copy = epath.Path(source) / name, epath.Path(target) / name
+        if origin.exists():
+            write_atomic(copy, origin.read_bytes())
+        else:
+            copy.unlink(missing_ok=True)
+    preprocessor = epath.Path(target) / "preprocessor_config.json"
+    settings = read_json(epath.Path(target) / "processor_config.json").get("image_processor")
+    if settings and not preprocessor.exists():
+        write_atomic(preprocessor, (json.dumps(settings, indent=2) + "\n").encode())
+
+
+def write_dtype(folder: str | os.PathLike[str], name: str) -> None:
+    """Makes `config.json` say what dtype the weights have, under the key it has for that."""
+    path = epath.Path(folder) / "config.json"
+    config = read_json(path)
+    parts = [config, *(value for value in config.values() if isinstance(value, dict))]
+    stated = [(part, key) for part in parts for key in ("dtype", "torch_dtype") if part.get(key)]
+    if not any(part is config for part, _ in stated):
+        stated.append((config, "torch_dtype"))  # which all versions of transformers read
+    if all(part.get(key) == name for part, key in stated):
+        return
+    for part, key in stated:
+        part[key] = name
+    write_atomic(path, (json.dumps(config, indent=2) + "\n").encode())

@@ -6,41 +6,37 @@ Reads every layout that transformers has written for a family; writes the oldest
 
 from __future__ import annotations
 
-import json
+import functools
+import math
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
+from jax.experimental import multihost_utils
 
 from mmpo_jax.files import replace_folder
+from mmpo_jax.models.card import ModelCard, write_card
 from mmpo_jax.models.config import ModelError
 from mmpo_jax.models.family import Renaming
+from mmpo_jax.models.folders import copy_base, write_dtype
+from mmpo_jax.models.loading import COPY_ROWS, Source, load_arrays
 from mmpo_jax.models.model import Model, Params, load_config
-
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-PROCESSOR_FILES = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "merges.txt",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "video_preprocessor_config.json",
-    "vocab.json",
+from mmpo_jax.models.safetensors_files import (
+    INDEX_FILE,
+    MAX_SHARD_BYTES,
+    NewTensor,
+    StoredTensor,
+    check_dtype,
+    read_header,
+    split_into_files,
+    weight_files,
+    write_files,
 )
-"""What is copied beside the weights, so that the folder is a whole checkpoint."""
 
 
 def load_model(folder: str | os.PathLike[str]) -> tuple[Model, Params]:
@@ -53,48 +49,99 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[Model, Params]:
     return model, load_params(folder, model)
 
 
-def load_params(folder: str | os.PathLike[str], model: Model) -> Params:
+def load_params(
+    folder: str | os.PathLike[str], model: Model, shardings: Params | None = None, dtype: Any = None
+) -> Params:
     """Reads the weights of a checkpoint folder into the model's parameter tree.
 
+    Args:
+      folder: on this machine or in a bucket.
+      model: the architecture.
+      shardings: a tree of `NamedSharding`s; every process reads what its devices hold.
+      dtype: to cast to; None for that of the files.
+
     Returns:
-      A nested dict of NumPy arrays in the files' dtype.
+      A nested dict of arrays: on devices where shardings are given, else NumPy's.
 
     Raises:
       ModelError: naming the file and the tensor that is missing, unexpected or of another shape.
+        That is known before any weight is read.
+    """
+    sources = match_tensors(folder, model)
+    places = None if shardings is None else flatten(shardings)
+    return unflatten(load_arrays(sources, places, dtype))
+
+
+def match_tensors(folder: str | os.PathLike[str], model: Model) -> dict[str, Source]:
+    """Which tensors of a folder's files make up which parameter.
+
+    Raises:
+      ModelError: naming the file and the tensor that is missing, unexpected or of another shape
+        or dtype.
     """
     expected = flatten(model.abstract_params())
-    found: dict[str, np.ndarray] = {}
-    stacks: dict[str, dict[int, np.ndarray]] = {}
-    for file in weight_files(folder):
-        for key, tensor in _read_tensors(file):
-            path, layer = path_of(key, model)
-            if path is None:
-                continue
-            if path not in expected:
-                raise ModelError(f"{file}: unexpected tensor {key}")
-            shape = expected[path].shape if layer is None else expected[path].shape[1:]
-            array = _to_ours(path, tensor, len(shape))
-            if array.shape != shape:
-                raise ModelError(
-                    f"{file}: {key} has shape {tensor.shape}, the config gives "
-                    f"{_to_theirs(path, np.empty(shape, np.int8)).shape}"
-                )
-            if layer is None:
-                found[path] = array
-            else:
-                stacks.setdefault(path, {})[layer] = array
-    for path, layers in stacks.items():
-        depth = expected[path].shape[0]
-        missing = sorted(set(range(depth)) - set(layers))
-        extra = sorted(set(layers) - set(range(depth)))
-        if missing or extra:
-            what = f"no layer {missing[0]}" if missing else f"a layer {extra[0]}"
-            raise ModelError(f"{folder}: {path} has {what}; the config has {depth} layers")
-        found[path] = np.stack([layers[i] for i in range(depth)])
-    missing_paths = sorted(set(expected) - set(found))
-    if missing_paths:
-        raise ModelError(f"{folder}: no weights for {', '.join(missing_paths[:5])}")
-    return unflatten(found)
+    found: dict[str, dict[int | None, StoredTensor]] = {path: {} for path in expected}
+    files = weight_files(folder)
+    for tensor in (tensor for file in files for tensor in read_header(file)):
+        path, layer = path_of(tensor.name, model)
+        if path is None:
+            continue
+        if path not in expected:
+            raise ModelError(f"{tensor.file}: unexpected tensor {tensor.name}")
+        _check_tensor(tensor, path, layer, expected[path].shape, model)
+        twin = found[path].setdefault(layer, tensor)
+        if twin is not tensor:
+            raise ModelError(
+                f"{tensor.file}: {tensor.name} is there again; {twin.file} has {twin.name}"
+            )
+    where = files[0] if len(files) == 1 else os.path.join(folder, INDEX_FILE)
+    missing = [path for path, tensors in found.items() if not tensors]
+    if missing:
+        names = ", ".join(_first_key(path, model) for path in missing[:5])
+        raise ModelError(f"{where}: no weights for {', '.join(missing[:5])} ({names})")
+    return {
+        path: Source(
+            _in_order(found[path], path, leaf.shape, where),
+            leaf.shape,
+            stacked=_is_stacked(path),
+            transposed=_is_transposed(path),
+        )
+        for path, leaf in expected.items()
+    }
+
+
+def _check_tensor(
+    tensor: StoredTensor, path: str, layer: int | None, shape: tuple[int, ...], model: Model
+) -> None:
+    """
+    Raises:
+      ModelError: the tensor is not of the parameter's shape, or of no dtype for weights.
+    """
+    check_dtype(tensor)
+    shape = shape if layer is None else shape[1:]
+    if _our_shape(path, tensor.shape, len(shape)) != shape:
+        theirs = _their_shape(path, layer, shape, model)
+        raise ModelError(
+            f"{tensor.file}: {tensor.name} has shape {tensor.shape}, the config gives {theirs}"
+        )
+
+
+def _in_order(
+    layers: Mapping[int | None, StoredTensor], path: str, shape: tuple[int, ...], where: str
+) -> tuple[StoredTensor, ...]:
+    """
+    Raises:
+      ModelError: a layer is missing, or there is one too many.
+    """
+    if not _is_stacked(path):
+        return (layers[None],)
+    numbers = {layer for layer in layers if layer is not None}
+    missing = sorted(set(range(shape[0])) - numbers)
+    extra = sorted(numbers - set(range(shape[0])))
+    if missing or extra:
+        what = f"no layer {missing[0]}" if missing else f"a layer {extra[0]}"
+        raise ModelError(f"{where}: {path} has {what}; the config has {shape[0]} layers")
+    return tuple(layers[number] for number in range(shape[0]))
 
 
 def check_params(folder: str, params: Params, model: Model) -> Params:
@@ -118,14 +165,50 @@ def save_model(
     model: Model,
     params: Params,
     source: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    card: ModelCard | None = None,
 ) -> None:
     """Writes a checkpoint folder that transformers loads.
+
+    Weights go to the disk tensor by tensor. Of several processes all have to call this, since
+    they gather every tensor together; the first one writes.
 
     Args:
       folder: written whole, by rename: it is complete whenever it exists.
       model: the architecture.
       params: its parameters, on any device.
       source: the folder the config, tokenizer and processor files are copied from.
+      dtype: to cast to; None keeps the parameters'.
+      max_shard_bytes: larger weights are split over several files.
+      card: written to README.md.
+
+    Raises:
+      ModelError: the weights cannot be written, the disk being full for instance.
+    """
+
+    def write_others(staging: str) -> None:
+        copy_base(source, staging)
+        write_dtype(staging, weights_dtype(params, dtype).name)
+        if card is not None:
+            write_card(staging, card)
+
+    files = split_into_files(new_tensors(params, model, dtype), max_shard_bytes)
+    write_folder(folder, files, write_others)
+
+
+def write_folder(
+    folder: str | os.PathLike[str],
+    files: Mapping[str, Sequence[NewTensor]],
+    write_others: Callable[[str], None],
+) -> None:
+    """Writes safetensors files, and what lies beside them, as a folder that appears whole.
+
+    Args:
+      folder: written by the first process; all gather every tensor together.
+      files: name -> tensors.
+      write_others: is given the folder as it is being made.
 
     Raises:
       ModelError: the weights cannot be written, the disk being full for instance.
@@ -133,63 +216,72 @@ def save_model(
 
     def write(staging: str) -> None:
         os.makedirs(staging)
-        tensors = dict(to_huggingface(params, model))
-        weights = os.path.join(staging, SINGLE_FILE)
-        try:
-            safetensors.numpy.save_file(tensors, weights, metadata={"format": "pt"})
-        except safetensors.SafetensorError as error:  # a full disk too
-            raise ModelError(f"{weights}: cannot be written: {error}") from error
-        os.chmod(weights, 0o644)  # safetensors makes it unreadable for others
-        copy_base(source, staging)
+        write_files(staging, files)
+        write_others(staging)
 
-    replace_folder(os.fspath(folder), write)
+    if jax.process_index() == 0:
+        replace_folder(os.fspath(folder), write)
+    else:
+        for tensor in (tensor for tensors in files.values() for tensor in tensors):
+            tensor.fetch()
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"saved {folder}")
 
 
-def copy_base(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Copies what lies beside the weights: config, tokenizer, processor, templates."""
-    os.makedirs(target, exist_ok=True)
-    for name in ("config.json", *PROCESSOR_FILES):
-        origin = os.path.join(source, name)
-        if os.path.isfile(origin):
-            shutil.copyfile(origin, os.path.join(target, name))
+def weights_dtype(params: Params, dtype: Any = None) -> np.dtype:
+    """The dtype of a checkpoint: the given one, or that of most of its numbers."""
+    if dtype is not None:
+        return np.dtype(dtype)
+    sizes: Counter[np.dtype] = Counter()
+    for leaf in flatten(params).values():
+        sizes[np.dtype(leaf.dtype)] += math.prod(leaf.shape)
+    return sizes.most_common(1)[0][0]
 
 
 def to_huggingface(params: Params, model: Model) -> Iterator[tuple[str, np.ndarray]]:
     """(key, tensor) of the layout that the model's family writes, sorted by key."""
-    shapes = model.family.tensor_shapes(model.config)
-    names = model.family.write_keys
-    tensors = {}
-    for path, leaf in flatten(params).items():
-        array = np.asarray(jax.device_get(leaf))
-        layers = enumerate(array) if "/layers/" in path else [(None, array)]
-        for layer, part in layers:
-            key = key_of(path, layer, names)
-            tensor = _to_theirs(path, part)
-            tensors[key] = np.ascontiguousarray(tensor.reshape(shapes.get(key, tensor.shape)))
-    yield from sorted(tensors.items())
+    for tensor in sorted(new_tensors(params, model), key=lambda tensor: tensor.name):
+        yield tensor.name, tensor.fetch()
 
 
-def weight_files(folder: str | os.PathLike[str]) -> list[str]:
-    """The safetensors files of a checkpoint folder, checked against its index if it has one.
+def new_tensors(params: Params, model: Model, dtype: Any = None) -> list[NewTensor]:
+    """What is written of parameters, in the layout of the model's family.
 
-    Raises:
-      ModelError: there are none, or the index names one that is not there.
+    Args:
+      params: arrays; only their shapes are looked at until a tensor is fetched.
+      model: the architecture.
+      dtype: to cast to; None keeps the parameters'.
     """
-    folder = os.fspath(folder)
-    index = os.path.join(folder, INDEX_FILE)
-    if os.path.isfile(index):
-        try:
-            with open(index) as handle:
-                names = sorted(set(json.load(handle)["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{index}: not an index of safetensors files: {error}") from error
+    tensors = []
+    for path, leaf in flatten(params).items():
+        wanted = np.dtype(leaf.dtype if dtype is None else dtype)
+        stacked = _is_stacked(path)
+        shape = leaf.shape[1:] if stacked else leaf.shape
+        for layer in range(leaf.shape[0]) if stacked else (None,):
+            key = key_of(path, layer, model.family.write_keys)
+            theirs = _their_shape(path, layer, shape, model)
+            fetch = functools.partial(_fetch, path, leaf, layer, wanted, theirs)
+            tensors.append(NewTensor(key, wanted, theirs, fetch))
+    return tensors
+
+
+def _fetch(
+    path: str, leaf: Any, layer: int | None, dtype: np.dtype, shape: tuple[int, ...]
+) -> np.ndarray:
+    """A layer of a parameter, or all of one that is not stacked, as it is written."""
+    if isinstance(leaf, np.ndarray):
+        array = (leaf if layer is None else leaf[layer]).astype(dtype, copy=False)
     else:
-        names = [SINGLE_FILE]
-    files = [os.path.join(folder, name) for name in names]
-    for file in files:
-        if not os.path.isfile(file):
-            raise ModelError(f"{file}: not found; weights are read from safetensors files only")
-    return files
+        # Of a copy, because arrays keep on the host what was fetched of them.
+        array = to_host((jnp.copy(leaf) if layer is None else leaf[layer]).astype(dtype))
+    return (_transpose(array) if _is_transposed(path) else array).reshape(shape)
+
+
+def to_host(array: Any) -> np.ndarray:
+    """All of an array, of which the devices of this process may have a part only."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -216,15 +308,6 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 def map_with_path(function: Callable[[str, Any], Any], tree: Params) -> Params:
     """Applies `function(path, leaf)` to every leaf of a nested dict."""
     return unflatten({path: function(path, leaf) for path, leaf in flatten(tree).items()})
-
-
-def _read_tensors(file: str) -> Iterator[tuple[str, np.ndarray]]:
-    try:
-        with safetensors.safe_open(file, framework="numpy") as handle:
-            for key in handle.keys():  # noqa: SIM118 (a handle is no mapping)
-                yield key, handle.get_tensor(key)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ModelError(f"{file}: not a readable safetensors file: {error}") from error
 
 
 def path_of(key: str, model: Model) -> tuple[str | None, int | None]:
@@ -258,15 +341,41 @@ def key_of(path: str, layer: int | None, names: Renaming) -> str:
     return key
 
 
-def _to_ours(path: str, tensor: np.ndarray, ndim: int) -> np.ndarray:
-    """torch stores a dense layer as [out, in] and a patch embedding as a convolution, which is a
-    dense layer over flat patches; single vectors may have axes of one in front."""
-    if path.endswith("/kernel"):
-        return tensor.reshape(tensor.shape[0], -1).T
-    while tensor.ndim > ndim and tensor.shape[0] == 1:
-        tensor = tensor[0]
-    return tensor
+def _first_key(path: str, model: Model) -> str:
+    return key_of(path, 0 if _is_stacked(path) else None, model.family.write_keys)
 
 
-def _to_theirs(path: str, array: np.ndarray) -> np.ndarray:
-    return array.T if path.endswith("/kernel") else array
+def _is_stacked(path: str) -> bool:
+    """Whether a parameter holds all layers, and files have a tensor for each."""
+    return "/layers/" in path
+
+
+def _is_transposed(path: str) -> bool:
+    """torch stores a dense layer as [out, in]."""
+    return path.endswith("/kernel")
+
+
+def _our_shape(path: str, shape: tuple[int, ...], ndim: int) -> tuple[int, ...]:
+    """A patch embedding is a convolution in files, which is a dense layer over flat patches;
+    single vectors may have axes of one in front."""
+    if _is_transposed(path):
+        return (math.prod(shape[1:]), *shape[:1])
+    while len(shape) > ndim and shape[0] == 1:
+        shape = shape[1:]
+    return shape
+
+
+def _their_shape(
+    path: str, layer: int | None, shape: tuple[int, ...], model: Model
+) -> tuple[int, ...]:
+    key = key_of(path, layer, model.family.write_keys)
+    other = model.family.tensor_shapes(model.config).get(key)
+    return other or (shape[::-1] if _is_transposed(path) else shape)
+
+
+def _transpose(array: np.ndarray) -> np.ndarray:
+    """array.T in its own memory, made in strips that fit the processor's cache."""
+    transposed = np.empty(array.shape[::-1], array.dtype)
+    for start in range(0, len(array), COPY_ROWS):
+        transposed[:, start : start + COPY_ROWS] = array[start : start + COPY_ROWS].T
+    return transposed

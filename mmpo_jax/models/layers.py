@@ -160,9 +160,13 @@ def constrain_batch(x: jax.Array) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    axes = tuple(axis for axis in ("data", "fsdp") if axis in mesh.axis_names)
-    spec = jax.sharding.PartitionSpec(axes, *([None] * (x.ndim - 1)))
+    spec = jax.sharding.PartitionSpec(batch_axes(mesh), *([None] * (x.ndim - 1)))
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+def batch_axes(mesh: jax.sharding.AbstractMesh) -> tuple[str, ...]:
+    """The mesh's axes that the rows of a batch are split over."""
+    return tuple(axis for axis in ("data", "fsdp") if axis in mesh.axis_names)
 
 
 def promote(x: jax.Array) -> jax.Array:

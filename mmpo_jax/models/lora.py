@@ -140,7 +140,8 @@ def merge_adapters(params: Params) -> Params:
         kernel = flat[f"{layer}/kernel"]
         parts = kernel, *(flat[f"{layer}/{name}"] for name in (A, B, SCALE))
         if isinstance(kernel, jax.Array):
-            merged[f"{layer}/kernel"] = jax.jit(_merge, out_shardings=kernel.sharding)(*parts)
+            with jax.default_matmul_precision("highest"):  # as on the host; TPUs round by default
+                merged[f"{layer}/kernel"] = jax.jit(_merge, out_shardings=kernel.sharding)(*parts)
         elif kernel.ndim == 2:
             merged[f"{layer}/kernel"] = _merge(*parts)
         else:  # layer by layer, as what lies between is in float32

@@ -28,12 +28,14 @@ class Model:
 
     config: ModelConfig
     graphdef: Any
+    attention: str = "auto"
+    """See `VisionLanguageModel.attention`."""
 
     @classmethod
-    def create(cls, config: ModelConfig) -> Model:
+    def create(cls, config: ModelConfig, attention: str = "auto") -> Model:
         module = FAMILIES[config.family].module
         abstract = nnx.eval_shape(lambda: module(config, nnx.Rngs(0)))
-        return cls(config, nnx.split(abstract)[0])
+        return cls(config, nnx.split(abstract)[0], attention)
 
     @property
     def family(self) -> Family:
@@ -58,6 +60,7 @@ class Model:
             layer = functools.reduce(getattr, parents, module)
             assert isinstance(layer, Linear), f"{'/'.join(parents)} cannot have an adapter"
             setattr(layer, name, nnx.Param(leaf))
+        module.attention = self.attention
         return module
 
     def init(self, seed: int) -> Params:

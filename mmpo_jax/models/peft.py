@@ -8,24 +8,29 @@ all of their names are read, those of transformers 5 are written.
 from __future__ import annotations
 
 import collections
+import functools
 import json
 import os
 import re
 from typing import Any
 
-import jax
 import numpy as np
-import safetensors
-import safetensors.numpy
+from etils import epath
 
-from mmpo_jax.files import replace_folder
 from mmpo_jax.models.config import ModelError
-from mmpo_jax.models.huggingface import flatten, key_of, path_of, unflatten
+from mmpo_jax.models.folders import ADAPTER_CONFIG as CONFIG_FILE
+from mmpo_jax.models.folders import ADAPTER_WEIGHTS as WEIGHTS_FILE
+from mmpo_jax.models.huggingface import (
+    flatten,
+    key_of,
+    path_of,
+    to_host,
+    unflatten,
+    write_folder,
+)
 from mmpo_jax.models.lora import SCALE, A, B, adapted_layers, dense_layers
 from mmpo_jax.models.model import Model, Params
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
+from mmpo_jax.models.safetensors_files import NewTensor, read_header, read_tensor
 
 TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 
@@ -46,7 +51,7 @@ INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 def is_adapter_folder(folder: str | os.PathLike[str]) -> bool:
-    return os.path.isfile(os.path.join(folder, CONFIG_FILE))
+    return (epath.Path(folder) / CONFIG_FILE).exists()
 
 
 def read_adapter_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -57,8 +62,7 @@ def read_adapter_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = os.path.join(folder, CONFIG_FILE)
     try:
-        with open(path, encoding="utf-8") as file:
-            given = json.load(file)
+        given = json.loads(epath.Path(path).read_bytes())
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read as an adapter's config: {error}") from error
     if not isinstance(given, dict) or given.get("peft_type") != "LORA":
@@ -110,15 +114,17 @@ def load_adapter(folder: str | os.PathLike[str], model: Model) -> dict[str, np.n
     """
     config = read_adapter_config(folder)
     file = os.path.join(folder, WEIGHTS_FILE)
-    if not os.path.isfile(file):
+    if not epath.Path(file).exists():
         raise ModelError(f"{file}: not found; adapters are read from safetensors files only")
     shapes = dense_layers(model)
     factors: dict[str, dict[str, np.ndarray]] = collections.defaultdict(dict)
     modules: dict[str, dict[int, str]] = collections.defaultdict(dict)
-    for key, tensor in _read_tensors(file).items():
-        match = TENSOR.fullmatch(key)
+    for tensor in read_header(file):
+        match = TENSOR.fullmatch(tensor.name)
         if match is None:
-            raise ModelError(f"{file}: unexpected tensor {key}; only lora_A and lora_B are read")
+            raise ModelError(
+                f"{file}: unexpected tensor {tensor.name}; only lora_A and lora_B are read"
+            )
         module = match["module"]
         path, layer = path_of(f"{module}.weight", model)
         path = (path or "").removesuffix("/kernel")
@@ -126,7 +132,7 @@ def load_adapter(folder: str | os.PathLike[str], model: Model) -> dict[str, np.n
             raise ModelError(
                 f"{file}: {module} is no layer of this {model.config.family} that can be adapted"
             )
-        factors[module][match["factor"]] = tensor.astype(np.float32)
+        factors[module][match["factor"]] = read_tensor(tensor).astype(np.float32)
         modules[path][layer or 0] = module
     if not modules:
         raise ModelError(f"{file}: there is no adapter in it")
@@ -183,38 +189,33 @@ def save_adapter(
         "inference_mode": True,
     }
 
-    def write(staging: str) -> None:
-        os.makedirs(staging)
-        weights = os.path.join(staging, WEIGHTS_FILE)
-        try:
-            safetensors.numpy.save_file(tensors, weights, metadata={"format": "pt"})
-        except safetensors.SafetensorError as error:  # a full disk too
-            raise ModelError(f"{weights}: cannot be written: {error}") from error
-        os.chmod(weights, 0o644)  # safetensors makes it unreadable for others
+    def write_config(staging: str) -> None:
         with open(os.path.join(staging, CONFIG_FILE), "w", encoding="utf-8") as file:
             json.dump(config, file, indent=2, sort_keys=True)
 
-    replace_folder(os.fspath(folder), write)
+    write_folder(folder, {WEIGHTS_FILE: tensors}, write_config)
 
 
 def _tensors(
     model: Model, params: Params
-) -> tuple[dict[str, np.ndarray], dict[str, int], dict[str, float]]:
-    """(tensors by PEFT's names, rank of every module, alpha of every module)."""
+) -> tuple[list[NewTensor], dict[str, int], dict[str, float]]:
+    """(tensors with PEFT's names, rank of every module, alpha of every module)."""
     flat = flatten(params)
-    tensors: dict[str, np.ndarray] = {}
+    tensors: list[NewTensor] = []
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for path in adapted_layers(params):
-        parts = [np.asarray(jax.device_get(flat[f"{path}/{name}"])) for name in (A, B, SCALE)]
+        parts = [to_host(flat[f"{path}/{name}"]) for name in (A, B, SCALE)]
         is_stack = parts[-1].ndim == 1
         layers = zip(*parts, strict=True) if is_stack else [tuple(parts)]
         for layer, (a, b, scale) in enumerate(layers):
             if not scale:  # a layer without an adapter
                 continue
             name = _module_name(path, layer if is_stack else None, model)
-            tensors[f"base_model.model.{name}.lora_A.weight"] = np.ascontiguousarray(a.T)
-            tensors[f"base_model.model.{name}.lora_B.weight"] = np.ascontiguousarray(b.T)
+            for factor, array in (("A", a.T), ("B", b.T)):
+                key = f"base_model.model.{name}.lora_{factor}.weight"
+                fetch = functools.partial(np.asarray, array)
+                tensors.append(NewTensor(key, array.dtype, array.shape, fetch))
             ranks[name] = a.shape[1]
             alpha = float(f"{float(scale) * a.shape[1]:.7g}")  # as it was before the division
             alphas[name] = int(alpha) if alpha.is_integer() else alpha
@@ -225,13 +226,6 @@ def _module_name(path: str, layer: int | None, model: Model) -> str:
     """What transformers calls a dense layer."""
     renaming = (*model.family.write_keys, *model.family.module_keys)
     return key_of(f"{path}/kernel", layer, renaming).removesuffix(".weight")
-
-
-def _read_tensors(file: str) -> dict[str, np.ndarray]:
-    try:
-        return safetensors.numpy.load_file(file)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ModelError(f"{file}: not a readable safetensors file: {error}") from error
 
 
 def _check_layers(

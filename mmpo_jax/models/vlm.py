@@ -18,6 +18,9 @@ class VisionLanguageModel(nnx.Module):
     Families add a vision half to it. Use it through `model.Model`, which keeps parameters outside.
     """
 
+    attention: str = "auto"
+    """What computes attention over prompts and responses, see `attention.BACKENDS`."""
+
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
         self.language_model = Decoder(config.decoder, rngs)
@@ -60,7 +63,8 @@ class VisionLanguageModel(nnx.Module):
         def attend(query, key, value, window, carry, inputs):
             del inputs
             masks = batch.prompt_mask, batch.response_mask
-            return shared_prompt_attention(query, key, value, *masks, window), carry, None
+            attended = shared_prompt_attention(query, key, value, *masks, window, self.attention)
+            return attended, carry, None
 
         x, _, _ = self.language_model(x, positions, attend, remat=remat)
         last = jax.vmap(lambda rows, at: rows[at])(x, prompt_lengths(batch) - 1)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import os
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -11,7 +14,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mmpo_jax.errors import MmpoError
-from mmpo_jax.models.huggingface import copy_base, unflatten
+from mmpo_jax.models.folders import copy_base
+from mmpo_jax.models.huggingface import flatten, unflatten
 from mmpo_jax.models.model import Params
 from mmpo_jax.training.step import TrainState
 
@@ -37,9 +41,8 @@ class Checkpoints:
         """
         self.identity = identity
         self.folder = os.path.abspath(os.path.join(folder, "checkpoints"))
-        self.manager = ocp.CheckpointManager(
-            self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep)
-        )
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     def latest(self) -> int | None:
         """The last saved step."""
@@ -47,9 +50,9 @@ class Checkpoints:
 
     def describe_latest(self) -> str:
         """For messages: the last good checkpoint's folder."""
-        self.manager.wait_until_finished()
-        step = self.manager.latest_step()
-        return "none was saved yet" if step is None else os.path.join(self.folder, str(step))
+        with self._writing():
+            self.manager.wait_until_finished()
+        return _newest(self.folder)
 
     def save(self, step: int, state: TrainState, position: dict[str, Any]) -> None:
         """Writes a checkpoint in the background.
@@ -58,16 +61,18 @@ class Checkpoints:
           step: updates done.
           state: all of it, copied before this returns.
           position: the data iterator's state.
+
+        Raises:
+          CheckpointError: this one, or the one before, cannot be written.
         """
         run = {"identity": self.identity, "position": position}
-        self.manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave({**state.params, **state.frozen}),
-                optimizer=ocp.args.StandardSave(state.optimizer),
-                run=ocp.args.JsonSave(run),
-            ),
+        args = ocp.args.Composite(
+            params=ocp.args.StandardSave({**state.params, **state.frozen}),
+            optimizer=ocp.args.StandardSave(state.optimizer),
+            run=ocp.args.JsonSave(run),
         )
+        with self._writing():
+            self.manager.save(step, args=args)
 
     def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The last checkpoint in the given state's shapes and shardings, and the data position.
@@ -106,8 +111,27 @@ class Checkpoints:
         return resumed, saved["run"]["position"]
 
     def close(self) -> None:
-        self.manager.wait_until_finished()
-        self.manager.close()
+        """Waits until all is written.
+
+        Raises:
+          CheckpointError: the last one cannot be written.
+        """
+        with self._writing():
+            self.manager.wait_until_finished()
+            self.manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Orbax tells of a full disk in whichever call comes next, as one of several types."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            full = os.strerror(errno.ENOSPC)
+            reason = "the disk is full" if full in str(error) else str(error).splitlines()[-1]
+            raise CheckpointError(
+                f"{self.folder}: a checkpoint cannot be written: {reason}; "
+                f"last good checkpoint: {_newest(self.folder)}; the same command goes on from there"
+            ) from error
 
 
 def save_base(folder: str | os.PathLike[str], source: str | os.PathLike[str]) -> str:
@@ -135,21 +159,68 @@ def find_checkpoint(path: str | os.PathLike[str]) -> tuple[str, str] | None:
     return None
 
 
-def load_checkpoint_params(step_folder: str) -> Params:
-    """The parameters of one checkpoint as NumPy arrays.
+def save_start(folder: str | os.PathLike[str], params: Params) -> None:
+    """Writes parameters as the step 0 of a run that nobody trained.
+
+    Recipes can start from it, but no training goes on with it: it has no optimizer.
+    """
+    manager = ocp.CheckpointManager(os.path.abspath(os.path.join(folder, "checkpoints")))
+    with contextlib.closing(manager):
+        run = {"identity": "converted", "position": {}}
+        saved = ocp.args.Composite(
+            params=ocp.args.StandardSave(flatten(params)), run=ocp.args.JsonSave(run)
+        )
+        manager.save(0, args=saved)
+        manager.wait_until_finished()
+
+
+def checkpoint_shapes(step_folder: str) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the parameters in one checkpoint, by path.
 
     Raises:
       CheckpointError: the folder is not a whole checkpoint.
     """
-    path = os.path.join(step_folder, "params")
+    with _whole_checkpoint(step_folder) as (checkpointer, path):
+        saved = checkpointer.metadata(path).item_metadata.tree
+        return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in saved.items()}
+
+
+def load_checkpoint_params(
+    step_folder: str, wanted: Mapping[str, jax.ShapeDtypeStruct] | None = None
+) -> Params:
+    """The parameters of one checkpoint.
+
+    Args:
+      step_folder: of the checkpoint.
+      wanted: shapes, dtypes to cast to and shardings, by path; without a sharding a parameter
+        becomes a NumPy array. None for NumPy arrays in the dtypes that were saved.
+
+    Raises:
+      CheckpointError: the folder is not a whole checkpoint.
+    """
+    wanted = checkpoint_shapes(step_folder) if wanted is None else wanted
+    targets = {
+        # Asked for NumPy arrays, Orbax does not look for the devices they were saved from.
+        name: np.empty(leaf.shape, leaf.dtype) if leaf.sharding is None else leaf
+        for name, leaf in wanted.items()
+    }
+    with _whole_checkpoint(step_folder) as (checkpointer, path):
+        return unflatten(checkpointer.restore(path, targets))
+
+
+@contextlib.contextmanager
+def _whole_checkpoint(step_folder: str) -> Iterator[tuple[ocp.StandardCheckpointer, str]]:
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            saved = checkpointer.metadata(path).item_metadata.tree
-            # Asked for NumPy arrays, Orbax does not look for the devices they were saved from.
-            arrays = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in saved.items()}
-            return unflatten(checkpointer.restore(path, arrays))
+            yield checkpointer, os.path.join(step_folder, "params")
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{step_folder}: not a whole checkpoint: {error}") from error
+
+
+def _newest(folder: str) -> str:
+    """For messages: the last whole checkpoint in a folder of them."""
+    steps = [name for name in _entries(folder) if name.isdigit()]
+    return os.path.join(folder, max(steps, key=int)) if steps else "none was saved yet"
 
 
 def _entries(folder: str) -> list[str]:

@@ -13,7 +13,8 @@ from mmpo_jax.data.rows import SkipReason
 from mmpo_jax.data.sources import load_source, usable_records
 from mmpo_jax.data.tokenization import TokenizedRecord, fingerprint_records
 from mmpo_jax.files import fingerprint_json
-from mmpo_jax.models.huggingface import save_model
+from mmpo_jax.models.card import ModelCard, make_card
+from mmpo_jax.models.huggingface import save_model, weights_dtype
 from mmpo_jax.models.lora import merge_adapters
 from mmpo_jax.models.model import Params
 from mmpo_jax.models.peft import save_adapter
@@ -21,6 +22,7 @@ from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipe import Dpo, Lora, Sft, TrainRecipe
 from mmpo_jax.training.loop import check_training, train
 from mmpo_jax.training.losses import REFERENCE, needs_reference
+from mmpo_jax.training.metrics import FILE, read_metrics
 from mmpo_jax.training.reference import reference_stage
 
 MODEL, ADAPTER = "model", "adapter"
@@ -34,7 +36,7 @@ def run_training(recipe: TrainRecipe) -> str:
       The Hugging Face folder of the result.
     """
     mesh = make_mesh(**recipe.devices.model_dump())
-    start = load_start(recipe.model, random_seed=_random_seed(recipe))
+    start = load_start(recipe.model, _random_seed(recipe), mesh, recipe.attention)
     model, processor = start.model, start.processor
     check_training(recipe.training, model, mesh)
     objective = recipe.training.objective
@@ -76,18 +78,27 @@ def run_training(recipe: TrainRecipe) -> str:
         identity=identity,
         seed=recipe.seed,
     )
-    return save_result(recipe.output, start, trained, recipe.training.lora)
+    metrics = read_metrics(os.path.join(recipe.output, FILE)) or [{}]
+    card = make_card(recipe, model, metrics[-1])
+    return save_result(recipe.output, start, trained, recipe.training.lora, card)
 
 
-def save_result(output: str, start: Checkpoint, trained: Params, lora: Lora | None) -> str:
+def save_result(
+    output: str,
+    start: Checkpoint,
+    trained: Params,
+    lora: Lora | None,
+    card: ModelCard | None = None,
+) -> str:
     """Writes the trained model, and of adapters also themselves.
 
     Args:
       output: gets `model/`, a Hugging Face folder with adapters merged, and `adapter/` in PEFT's
         format if there are any.
-      start: what the training began with, which is what adapters belong to.
+      start: what the training began with: adapters belong to it, and the model has its dtype.
       trained: parameters, with adapters beside kernels if `lora` is given.
       lora: the recipe's section.
+      card: of the model; None where it is written later.
 
     Returns:
       The Hugging Face folder.
@@ -97,8 +108,15 @@ def save_result(output: str, start: Checkpoint, trained: Params, lora: Lora | No
         save_adapter(folder, start.model, trained, base=start.folder, dropout=lora.dropout)
     target = os.path.join(output, MODEL)
     # Merged on the host: the devices may have no room for another copy.
-    merged = merge_adapters(jax.device_get(trained))
-    save_model(target, start.model, merged, start.processor.folder)
+    merged = trained if lora is None else merge_adapters(jax.device_get(trained))
+    save_model(
+        target,
+        start.model,
+        merged,
+        start.processor.folder,
+        dtype=weights_dtype(start.params),
+        card=card,
+    )
     return target
 
 

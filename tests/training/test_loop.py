@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import struct
 import subprocess
@@ -392,6 +393,32 @@ def test_a_broken_checkpoint(undisturbed, tmp_path, mesh):
             file.write_bytes(b"")
     with pytest.raises(CheckpointError, match="not a whole checkpoint"):
         load_checkpoint(str(copy), mesh)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_checkpoint_that_cannot_be_written(run, undisturbed, tmp_path, monkeypatch):
+    """A disk that is full after step 6, in the shape of files that may not grow."""
+    put_batch, taken = loop.put_batch, itertools.count(1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill_up(*args, **options):
+        if next(taken) == 7:  # the checkpoint of step 6 may be on its way
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        return put_batch(*args, **options)
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "put_batch", fill_up)
+            with pytest.raises(CheckpointError, match=r"written: .*File too large") as told:
+                run(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    [last] = re.findall(r"last good checkpoint: (.*?);", str(told.value))
+    assert last in (f"{tmp_path}/checkpoints/4", f"{tmp_path}/checkpoints/6")
+    assert find_checkpoint(tmp_path)[0] == last
+    same(run(tmp_path), undisturbed[1])
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["4", "6", "8"]  # and nothing half-written
 
 
 def test_folders_that_are_no_checkpoint(tmp_path):

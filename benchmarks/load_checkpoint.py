@@ -1,0 +1,160 @@
+"""Loading a sharded bfloat16 checkpoint in the shape of LLaVA-1.5-7B: memory and time.
+
+Random weights are written in shards of 5 GB, then loaded in fresh processes, with files that are
+not in the system's cache: by mmpo_jax onto the CPU device, and by `safetensors` into NumPy arrays.
+
+    python benchmarks/load_checkpoint.py               # all 32 layers, 14.1 GB of disk
+    python benchmarks/load_checkpoint.py --layers 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+GOAL = 1.15
+"""Peak resident memory / weights, at most."""
+
+
+def make_checkpoint(folder: str, layers: int, max_shard_bytes: int) -> int:
+    """Writes the checkpoint tensor by tensor; returns the bytes of its weights."""
+    import ml_dtypes
+    import numpy as np
+    import transformers
+
+    from mmpo_jax.models.huggingface import new_tensors
+    from mmpo_jax.models.model import Model, load_config
+    from mmpo_jax.models.safetensors_files import split_into_files, write_files
+
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            image_size=336,
+            patch_size=14,
+            projection_dim=768,
+        ),
+        text_config=transformers.LlamaConfig(
+            vocab_size=32_064,
+            hidden_size=4096,
+            intermediate_size=11_008,
+            num_hidden_layers=layers,
+            num_attention_heads=32,
+            num_key_value_heads=32,
+            max_position_embeddings=4096,
+            rms_norm_eps=1e-5,
+        ),
+        image_token_index=32_000,
+        vision_feature_layer=-2,
+        tie_word_embeddings=False,
+    )
+    config.save_pretrained(folder)
+    model = Model.create(load_config(folder))
+    rng = np.random.default_rng(0)
+
+    def draw(shape: tuple[int, ...]) -> np.ndarray:
+        bits = np.frombuffer(rng.bytes(2 * int(np.prod(shape))), np.uint16)
+        return (bits & 0xBFFF).view(ml_dtypes.bfloat16).reshape(shape)  # below 2, so finite
+
+    tensors = [
+        dataclasses.replace(tensor, fetch=lambda shape=tensor.shape: draw(shape))
+        for tensor in new_tensors(model.abstract_params(), model, "bfloat16")
+    ]
+    write_files(folder, split_into_files(tensors, max_shard_bytes))
+    return sum(tensor.num_bytes for tensor in tensors)
+
+
+def mmpo_loader(folder: str) -> Callable[[], int]:
+    """Onto the devices; returns the bytes loaded."""
+    from mmpo_jax.models.huggingface import flatten, load_params
+    from mmpo_jax.models.model import Model, load_config
+    from mmpo_jax.parallel.mesh import make_mesh, param_shardings
+
+    model = Model.create(load_config(folder))
+    places = param_shardings(model.abstract_params(), model.rules, make_mesh())
+    return lambda: sum(leaf.nbytes for leaf in flatten(load_params(folder, model, places)).values())
+
+
+def safetensors_loader(folder: str) -> Callable[[], int]:
+    """Into NumPy arrays, one file after another; returns the bytes loaded."""
+    import safetensors.numpy
+
+    from mmpo_jax.models.safetensors_files import weight_files
+
+    def load() -> int:
+        tensors: dict = {}
+        for file in weight_files(folder):
+            tensors |= safetensors.numpy.load_file(file)
+        return sum(tensor.nbytes for tensor in tensors.values())
+
+    return load
+
+
+LOADERS = {"mmpo_jax": mmpo_loader, "safetensors": safetensors_loader}
+
+
+def measure(name: str, folder: str) -> dict[str, float]:
+    """Loads in this process. What imports take is in the memory, not in the time."""
+    load = LOADERS[name](folder)
+    started, used = time.perf_counter(), time.process_time()
+    loaded = load()
+    seconds, used = time.perf_counter() - started, time.process_time() - used
+    with open("/proc/self/status") as status:
+        peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+    return {"seconds": seconds, "processor": used, "peak": peak * 1024, "loaded": loaded}
+
+
+def measure_fresh(name: str, folder: str) -> dict[str, float]:
+    """`measure` in a process of its own, with the files out of the system's cache."""
+    for entry in os.scandir(folder):
+        descriptor = os.open(entry.path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+    command = [sys.executable, __file__, "--measure", name, "--folder", folder]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--layers", type=int, default=32, help="of the decoder")
+    parser.add_argument("--max-shard-bytes", type=int, default=5_000_000_000)
+    parser.add_argument("--folder", help="where the files go for a while; default: TMPDIR")
+    parser.add_argument("--json", help="also write the figures here")
+    parser.add_argument("--measure", choices=LOADERS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(options.measure, options.folder)))
+        return
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        weights = make_checkpoint(folder, options.layers, options.max_shard_bytes)
+        files = sum(name.endswith(".safetensors") for name in os.listdir(folder))
+        print(f"{weights / 1e9:.2f} GB of bfloat16 in {files} files")
+        results = {name: measure_fresh(name, folder) for name in LOADERS}
+    assert all(result["loaded"] == weights for result in results.values())
+    print(f"{'':12s}  {'seconds':>8s}  {'GB/s':>6s}  processor s  {'peak GB':>8s}  peak / weights")
+    for name, result in results.items():
+        rate, share = weights / 1e9 / result["seconds"], result["peak"] / weights
+        print(
+            f"{name:12s}  {result['seconds']:8.2f}  {rate:6.2f}  {result['processor']:11.2f}  "
+            f"{result['peak'] / 1e9:8.2f}  {share:.3f}"
+        )
+    print(f"goal: mmpo_jax's peak / weights at most {GOAL}, at 7B; JAX itself takes some 0.4 GB")
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump({"weights": weights, **results}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""The model card: what a trained checkpoint was made of, as the hub shows it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from mmpo_jax.files import write_atomic
+from mmpo_jax.models.folders import HUB_ID
+from mmpo_jax.models.model import Model
+from mmpo_jax.recipe import AlignRecipe, TrainRecipe
+
+FILE = "README.md"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelCard:
+    """What a card says of a checkpoint."""
+
+    base_model: str
+    """As the recipe names it."""
+    task: str
+    """The hub's name of what the model does, such as image-text-to-text."""
+    method: str
+    """Such as dpo."""
+    data: Mapping[str, Any]
+    """The recipe's section."""
+    recipe: Mapping[str, Any]
+    """All of it that the weights depend on."""
+    metrics: Mapping[str, float]
+
+
+def make_card(
+    recipe: TrainRecipe | AlignRecipe, model: Model, metrics: Mapping[str, float]
+) -> ModelCard:
+    """The card of a recipe's result.
+
+    Where the result lies is left out, so that the same run elsewhere writes the same card.
+    """
+    return ModelCard(
+        base_model=recipe.model,
+        task="text-generation" if model.family.images is None else "image-text-to-text",
+        method=recipe.training.objective.type,
+        data=recipe.data.model_dump(mode="json"),
+        recipe=recipe.model_dump(mode="json", exclude={"output"}),
+        metrics=metrics,
+    )
+
+
+def write_card(folder: str | os.PathLike[str], card: ModelCard) -> None:
+    """Writes the card of a checkpoint folder."""
+    write_atomic(os.path.join(folder, FILE), render_card(card).encode())
+
+
+def render_card(card: ModelCard) -> str:
+    """Markdown under the front matter that the hub reads.
+
+    Holds no time, so that the same run writes the same card again.
+    """
+    front: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": card.task,
+        "tags": ["mmpo_jax", card.method],
+    }
+    hub = HUB_ID.fullmatch(card.base_model)
+    if hub is not None:
+        front["base_model"] = hub.group(1)
+    metrics = [f"| {name} | {value:.6g} |" for name, value in card.metrics.items()]
+    table = ["| metric | value |", "|---|---|", *metrics] if metrics else ["None were measured."]
+    parts = [
+        f"---\n{_yaml(front)}---",
+        f"`{card.base_model}` after {card.method.upper()} with mmpo_jax.",
+        f"## Data\n\n```yaml\n{_yaml(card.data)}```",
+        "## Metrics\n\n" + "\n".join(table),
+        f"## Recipe\n\n```yaml\n{_yaml(card.recipe)}```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _yaml(values: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,75 @@
+"""cuDNN's fused attention over a shared prompt, through `jax.nn`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from mmpo_jax.models.layers import ATTENDED
+
+
+def unsupported(
+    query: jax.Array, prompt_mask: jax.Array, response_mask: jax.Array, window: Any
+) -> str | None:
+    """Why these arguments of `shared_prompt_attention` are none for cuDNN, if they are not."""
+    d = query.shape[-1]
+    p, (r, t) = prompt_mask.shape[1], response_mask.shape[1:]
+    if window is not None:
+        return "windows are not implemented for it"
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it computes in bfloat16 and float16, and not in {query.dtype}"
+    if d % 8 or d > 128:
+        return f"its heads are multiples of 8 up to 128 wide, and not {d}"
+    if r and ((r * t) % 2 or p % 2):
+        return f"its masks have even sides, and not P = {p}, R * T = {r * t}"
+    return None
+
+
+def cudnn_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    prompt_mask: jax.Array,
+    response_mask: jax.Array,
+    *,
+    implementation: Any = "cudnn",
+) -> jax.Array:
+    """`attention.shared_prompt_attention` without a window, as two kernels.
+
+    The prompt's is causal and needs no mask: its padding lies behind all that is read. The
+    responses' has a mask [B, 1, R*T, S], so there is none for the whole sequence.
+
+    Args:
+      query, key, value, prompt_mask, response_mask: as `shared_prompt_attention` takes them.
+      implementation: of `jax.nn.dot_product_attention`; another one than cuDNN's for tests.
+
+    Returns:
+      [B, S, H, d].
+    """
+    p, (r, t) = prompt_mask.shape[1], response_mask.shape[1:]
+    out = [
+        jax.nn.dot_product_attention(
+            query[:, :p], key[:, :p], value[:, :p], is_causal=True, implementation=implementation
+        )
+    ]
+    if r:
+        places = jnp.arange(r * t)
+        siblings = places[:, None] // t == places // t
+        own = siblings & (places[:, None] >= places)
+        rows = len(prompt_mask)
+        mask = jnp.concatenate(
+            [
+                jnp.broadcast_to(prompt_mask[:, None], (rows, r * t, p)),
+                jnp.broadcast_to(own, (rows, r * t, r * t)),
+            ],
+            axis=-1,
+        )
+        out.append(
+            jax.nn.dot_product_attention(
+                query[:, p:], key, value, mask=mask[:, None], implementation=implementation
+            )
+        )
+    return checkpoint_name(jnp.concatenate(out, axis=1), ATTENDED)

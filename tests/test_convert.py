@@ -1,0 +1,115 @@
+"""`mmpo convert`: runs to Hugging Face folders and back, bit for bit."""
+
+import json
+import shutil
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from mmpo_jax import cli
+from mmpo_jax.checkpoint import load_checkpoint
+from mmpo_jax.models.huggingface import flatten, load_model, load_params
+from mmpo_jax.models.model import Model, load_config
+from mmpo_jax.parallel.mesh import AXES
+from mmpo_jax.training.checkpoints import CheckpointError, Checkpoints, find_checkpoint
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh((1, 4, 2), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tiny_folder, tmp_path_factory):
+    """The tiny checkpoint as a run."""
+    folder = tmp_path_factory.mktemp("converted") / "run"
+    assert cli.main(["convert", str(tiny_folder), str(folder)]) == 0
+    return folder
+
+
+def same(actual, expected):
+    actual, expected = flatten(actual), flatten(expected)
+    assert actual.keys() == expected.keys()
+    for path, leaf in expected.items():
+        assert actual[path].dtype == leaf.dtype
+        np.testing.assert_array_equal(np.asarray(actual[path]), leaf, err_msg=path)
+
+
+def test_there_and_back(run_folder, tiny_folder, tmp_path, capsys):
+    assert find_checkpoint(run_folder) == (
+        str(run_folder / "checkpoints" / "0"),
+        str(run_folder / "base"),
+    )
+    assert cli.main(["convert", str(run_folder), str(tmp_path / "back")]) == 0
+    assert f"Hugging Face folder: {tmp_path / 'back'}" in capsys.readouterr().out
+    for name in ("model.safetensors", "tokenizer.json", "config.json", "chat_template.jinja"):
+        written, source = (folder / name for folder in (tmp_path / "back", tiny_folder))
+        assert written.read_bytes() == source.read_bytes(), name
+
+
+def test_a_converted_folder_is_a_start(run_folder, tiny_model, tiny_processor, mesh):
+    checkpoint = load_checkpoint(str(run_folder), mesh)
+    same(checkpoint.params, tiny_model[1])
+    assert checkpoint.processor.fingerprints() == tiny_processor.fingerprints()
+    leaf = flatten(checkpoint.params)["language_model/layers/self_attn/q_proj/kernel"]
+    assert {shard.data.shape for shard in leaf.addressable_shards} == {(2, 8, 16)}
+
+
+def test_dtypes(run_folder, tiny_folder, tiny_model, tmp_path, mesh):
+    half = jax.tree.map(lambda leaf: leaf.astype(ml_dtypes.bfloat16), tiny_model[1])
+    for source, target in ((tiny_folder, "run"), (run_folder, "folder")):
+        arguments = ["convert", str(source), str(tmp_path / target), "--dtype", "bfloat16"]
+        assert cli.main(arguments) == 0
+    same(load_checkpoint(str(tmp_path / "run"), mesh).params, half)
+    same(load_model(tmp_path / "folder")[1], half)
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    assert "bfloat16" in (config.get("dtype"), config.get("torch_dtype"))
+
+
+def test_a_model_without_a_tokenizer(tiny_folder, tmp_path, capsys):
+    """Weights need none."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny_folder / name, source)
+    assert cli.main(["convert", str(source), str(tmp_path / "run")]) == 0
+    assert cli.main(["convert", str(tmp_path / "run"), str(tmp_path / "back")]) == 0
+    params = load_params(tmp_path / "back", Model.create(load_config(source)))
+    same(params, load_model(tiny_folder)[1])
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "told"),
+    [
+        ("{tiny}", "{tmp}", "is there already; convert writes new folders only"),
+        ("{tiny}", "gs://bucket/model", "is in a bucket; convert writes folders of this machine"),
+        ("/nowhere", "{tmp}/out", "/nowhere: there is no such checkpoint folder"),
+        ("{tmp}", "{tmp}/out", "config.json: not found"),
+    ],
+)
+def test_what_cannot_be_converted(source, target, told, tiny_folder, tmp_path, capsys):
+    names = {"tiny": tiny_folder, "tmp": tmp_path}
+    assert cli.main(["convert", source.format(**names), target.format(**names)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("mmpo convert: ")
+    assert told in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_training_goes_on_from_a_converted_folder(run_folder):
+    checkpoints = Checkpoints(run_folder, "this run", 1)
+    with pytest.raises(CheckpointError, match="of a run with another model, data or recipe"):
+        checkpoints.restore(None)
+    checkpoints.close()
+
+
+def test_a_checkpoint_of_another_model(run_folder, tmp_path, mesh):
+    copy = shutil.copytree(run_folder, tmp_path / "run")
+    config = json.loads((copy / "base" / "config.json").read_text())
+    config["text_config"]["intermediate_size"] = 64
+    (copy / "base" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(Exception, match=r"has shape \(2, 48, 32\), the config gives \(2, 64, 32\)"):
+        load_checkpoint(str(copy), mesh)
