@@ -4,6 +4,7 @@ built-in."""
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +26,8 @@ from mmpo_jax.training.checkpoints import (
     find_checkpoint,
     load_checkpoint_params,
 )
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,14 +139,14 @@ def _read_weights(
     return load_checkpoint_params(location.weights, wanted)
 
 
-def load_processor(name: str) -> Processor:
+def load_processor(name: str, template: str = "auto") -> Processor:
     """The processor of a checkpoint.
 
     Raises:
       ModelError, ProcessorError: naming the file that is missing or wrong.
     """
     base = locate(name).base
-    return Processor(base, load_config(base))
+    return Processor(base, load_config(base), template)
 
 
 def load_start(
@@ -151,6 +154,7 @@ def load_start(
     random_seed: int | None = None,
     mesh: Mesh | None = None,
     attention: str = "auto",
+    template: str = "auto",
 ) -> Checkpoint:
     """Loads a Hugging Face folder, an Orbax checkpoint, an adapter's folder, or a built-in model.
 
@@ -160,13 +164,15 @@ def load_start(
       random_seed: makes new weights for the config and the processor of the folder.
       mesh: see `load_weights`.
       attention: of the model, see `attention.BACKENDS`.
+      template: of the dialogues, see `Processor`.
 
     Raises:
       ModelError, ProcessorError, CheckpointError: naming the file that is missing or wrong.
     """
     location = locate(name)
     model = Model.create(load_config(location.base), attention)
-    processor = Processor(location.base, model.config)
+    processor = Processor(location.base, model.config, template)
+    _tell_template(processor)
     if random_seed is None:
         params = load_weights(location, model, mesh)
         folders = location.weights, *location.adapters
@@ -179,6 +185,22 @@ def load_start(
     return Checkpoint(location.weights, model, processor, params, fingerprint)
 
 
-def load_checkpoint(name: str, mesh: Mesh, attention: str = "auto") -> Checkpoint:
+def load_checkpoint(
+    name: str, mesh: Mesh, attention: str = "auto", template: str = "auto"
+) -> Checkpoint:
     """`load_start` with the parameters on the mesh."""
-    return load_start(name, mesh=mesh, attention=attention)
+    return load_start(name, mesh=mesh, attention=attention, template=template)
+
+
+def _tell_template(processor: Processor) -> None:
+    """Says in the log how dialogues become text, which a result depends on."""
+    own = "its own" if processor.chat_template is None else processor.template
+    log.info("%s: chat template: %s", processor.folder, own)
+    if not processor.ends_answers:
+        log.warning(
+            "%s: its chat template ends no answer with %s. Responses get it at their end, earlier "
+            "answers of a dialogue do not. If this is a LLaVA-1.5, it was trained with "
+            "`template: vicuna_v1`",
+            processor.folder,
+            processor.tokenizer.eos_token,
+        )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mmpo_jax import recipe as recipes
 from mmpo_jax.errors import MmpoError
@@ -38,13 +39,22 @@ def train(path: str, overrides: Sequence[str]) -> None:
     print(f"model: {run_training(recipe)}")
 
 
-def generate(path: str, overrides: Sequence[str]) -> None:
+def generate(path: str | None, overrides: Sequence[str]) -> None:
     """Sample responses to prompts."""
     recipe = recipes.load_recipe(recipes.GenerateRecipe, path, overrides)
     _start_jax()
     from mmpo_jax.generation.run import run_generation
 
     print(f"responses: {run_generation(recipe)}")
+
+
+def score(path: str | None, overrides: Sequence[str]) -> None:
+    """Compute the log-probs of responses."""
+    recipe = recipes.load_recipe(recipes.ScoreRecipe, path, overrides)
+    _start_jax()
+    from mmpo_jax.scoring.run import run_scoring
+
+    print(f"scores: {run_scoring(recipe)}")
 
 
 def evaluate(path: str, overrides: Sequence[str]) -> None:
@@ -65,7 +75,39 @@ def convert(source: str, target: str, dtype: str | None) -> None:
     print(convert(source, target, dtype))
 
 
-COMMANDS = {"align": align, "train": train, "generate": generate, "evaluate": evaluate}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "align": align,
+    "train": train,
+    "generate": generate,
+    "score": score,
+    "evaluate": evaluate,
+}
+
+FILES = {
+    "--model": ("model", "checkpoint: folder, bucket, hub id, run, adapter"),
+    "--data": ("data.path", "JSONL or Parquet"),
+    "--image-root": ("data.image_root", "folder of the images; the data file's by default"),
+    "--output": ("output", "JSONL file"),
+    "--template": ("template", "auto (the checkpoint's own) or vicuna_v1"),
+}
+FLAGS = {
+    "generate": FILES
+    | {
+        "--num-samples": ("sampling.num_samples", "responses per prompt"),
+        "--temperature": ("sampling.temperature", "0 is greedy"),
+        "--top-p": ("sampling.top_p", "of the probability, what is kept"),
+        "--top-k": ("sampling.top_k", "tokens that are kept; 0 is all"),
+        "--max-new-tokens": ("sampling.max_new_tokens", "where a response is cut off"),
+        "--batch-size": ("sampling.batch_size", "prompts at a time"),
+        "--seed": ("seed", "of the samples"),
+    },
+    "score": FILES
+    | {
+        "--tokens": ("scoring.tokens", "write the ids of prompts and responses too"),
+        "--batch-size": ("scoring.batch_size", "rows at a time"),
+    },
+}
+"""Flags of the commands that need no recipe file, and the recipe's keys that they stand for."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,6 +120,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="command", required=True)
     for name, function in COMMANDS.items():
         command = subparsers.add_parser(name, help=function.__doc__, description=function.__doc__)
+        if name in FLAGS:
+            _add_flags(command, name)
+            continue
         command.add_argument("recipe", help="YAML file")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="a.b.c=value")
     command = subparsers.add_parser("convert", help=convert.__doc__, description=convert.__doc__)
@@ -93,6 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "convert":
             convert(options.source, options.target, options.dtype)
+        elif options.command in FLAGS:
+            COMMANDS[options.command](*_flags_as_overrides(options))
         else:
             COMMANDS[options.command](options.recipe, options.overrides)
     except MmpoError as error:
@@ -109,6 +156,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 1
     return 0
+
+
+def _add_flags(command: argparse.ArgumentParser, name: str) -> None:
+    command.add_argument(
+        "recipe",
+        nargs="*",
+        metavar="recipe.yaml key=value",
+        help="YAML file, if not all is said by flags; a.b.c=value",
+    )
+    for flag, (key, help) in FLAGS[name].items():
+        if flag == "--tokens":
+            command.add_argument(flag, dest=key, action="store_const", const=True, help=help)
+        else:
+            command.add_argument(flag, dest=key, metavar=flag[2:].upper(), help=help)
+
+
+def _flags_as_overrides(options: argparse.Namespace) -> tuple[str | None, list[str]]:
+    """(the recipe file if there is one, flags as overrides of it, then those written as such)."""
+    path, *written = options.recipe or [None]
+    if path is not None and "=" in path and not os.path.exists(path):
+        path, written = None, options.recipe
+    overrides = []
+    names = {key for key, _ in FILES.values()}  # taken as they are, not as YAML
+    for key, _ in FLAGS[options.command].values():
+        value = getattr(options, key)
+        if value is not None:
+            if key == "data.path":  # whatever data the recipe has
+                overrides.append('data={"source": "file"}')
+            text = json.dumps(value, ensure_ascii=False) if key in names else value
+            overrides.append(f"{key}={text}")
+    return path, overrides + written
 
 
 def _start_jax() -> None:

@@ -97,6 +97,17 @@ class Sampling(Section):
     """Prompts at a time."""
 
 
+class Scoring(Section):
+    """How responses are scored."""
+
+    batch_size: PositiveInt = 8
+    """Rows at a time."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`auto` is that of the weights."""
+    tokens: bool = False
+    """Writes the ids of prompts and responses too."""
+
+
 class Feedback(Section):
     """Divide and conquer: how responses become claims and claims become verdicts."""
 
@@ -238,11 +249,15 @@ class Base(Section):
 
     seed: Seed = 0
     output: str
-    """Folder everything is written to; running again goes on where it stopped."""
+    """Folder everything is written to; running again goes on where it stopped. Where the result is
+    one JSONL file, this may be its name."""
     model: str
     """Checkpoint folder, or one of an adapter in PEFT's format, which is merged into the model it
     names; `builtin:shapes` is the checkpoint that ships with the package."""
-    lengths: Lengths = Lengths()
+    template: Literal["auto", "vicuna_v1"] = "auto"
+    """How dialogues become text; `auto` is the checkpoint's own chat template. The one that
+    LLaVA-1.5 has on the hub is not what it was trained with: `vicuna_v1` is, and RLAIF-V's choice.
+    Results are saved with it."""
     devices: Devices = Devices()
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     """What computes it; `auto` is splash attention on TPU, cuDNN on GPU, XLA elsewhere."""
@@ -254,6 +269,7 @@ class TrainRecipe(Base):
     weights: Literal["pretrained", "random"] = "pretrained"
     """`random` takes only the config and the processor from the model folder."""
     data: Data
+    lengths: Lengths = Lengths()
     training: Training = Training()
 
     @pydantic.model_validator(mode="after")
@@ -270,6 +286,7 @@ class AlignRecipe(Base):
     """`mmpo align`: rounds of generate, divide, conquer, combine, train."""
 
     data: Data
+    lengths: Lengths = Lengths()
     rounds: PositiveInt = 4
     prompts_per_round: PositiveInt | None = None
     """Each round takes its own next prompts; all of the data by default."""
@@ -293,12 +310,24 @@ class GenerateRecipe(Base):
     """`mmpo generate`: responses to prompts, as JSONL."""
 
     data: Data
+    lengths: Lengths | None = None
+    """By default as the data need."""
     sampling: Sampling = Sampling()
+
+
+class ScoreRecipe(Base):
+    """`mmpo score`: log-probs of responses, as JSONL."""
+
+    data: Data
+    lengths: Lengths | None = None
+    """By default as the data need, and nothing is cut."""
+    scoring: Scoring = Scoring()
 
 
 class EvaluateRecipe(Base):
     """`mmpo evaluate`: hallucination and yes/no accuracy of a model."""
 
+    lengths: Lengths = Lengths()
     evaluation: Evaluation = Evaluation()
 
 
@@ -306,13 +335,27 @@ RecipeType = TypeVar("RecipeType", bound=Base)
 
 
 def load_recipe(
-    kind: type[RecipeType], path: str | os.PathLike[str], overrides: Sequence[str] = ()
+    kind: type[RecipeType],
+    path: str | os.PathLike[str] | None,
+    overrides: Sequence[str] = (),
 ) -> RecipeType:
-    """Reads a YAML file, applies `a.b=value` overrides, checks everything.
+    """Reads a YAML file if there is one, applies `a.b=value` overrides, checks everything.
 
     Raises:
       RecipeError: naming the file and every key at fault.
     """
+    values = {} if path is None else _read(path)
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return kind.model_validate(values)
+    except pydantic.ValidationError as error:
+        lines = "\n".join(f"  {_explain(kind, problem)}" for problem in error.errors())
+        name = "the options" if path is None else path
+        raise RecipeError(f"{name}: this recipe cannot be run:\n{lines}") from error
+
+
+def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:  # so that PyYAML decodes it, and says so if it cannot
             values = yaml.safe_load(file) or {}
@@ -322,13 +365,7 @@ def load_recipe(
         raise RecipeError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys to values")
-    for override in overrides:
-        _apply(values, override)
-    try:
-        return kind.model_validate(values)
-    except pydantic.ValidationError as error:
-        lines = "\n".join(f"  {_explain(kind, problem)}" for problem in error.errors())
-        raise RecipeError(f"{path}: this recipe cannot be run:\n{lines}") from error
+    return values
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

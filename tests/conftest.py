@@ -50,3 +50,20 @@ def tiny_processor(tiny_folder, tiny_model):
     from mmpo_jax.data.processor import Processor
 
     return Processor(tiny_folder, tiny_model[0].config)
+
+
+@pytest.fixture(scope="session")
+def family_case(tmp_path_factory):
+    """(family, whether its head is tied) -> a `checks.Case` of it, made once."""
+    pytest.importorskip("torch")
+    import families
+
+    made = {}
+
+    def family_case(name, tied=False):
+        if (name, tied) not in made:
+            folder = tmp_path_factory.mktemp("family") / name
+            made[name, tied] = families.make_case(name, folder, tied)
+        return made[name, tied]
+
+    return family_case

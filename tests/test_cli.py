@@ -15,7 +15,7 @@ from mmpo_jax.parallel.mesh import AXES, make_mesh
 from mmpo_jax.shapes.render import png_bytes
 from mmpo_jax.shapes.world import sample_scene
 
-MESH_USERS = ("alignment.align", "evaluation.run", "generation.run", "training.run")
+MESH_USERS = ("alignment.align", "evaluation.run", "generation.run", "scoring.run", "training.run")
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +71,7 @@ POSSIBLE = {
     "train": {"training": {"objective": {"type": "sft"}}},
     "align": {"sampling": {"max_new_tokens": 4}},
     "generate": {},
+    "score": {},
     "evaluate": {},
 }
 """What a command needs beside the keys above: their defaults do not go together."""
@@ -253,11 +254,21 @@ class TestFullDisk:
 
         monkeypatch.setattr(files.os, "fsync", fail)
 
-    def test_generate(self, generation, refused, tmp_path):
-        message = refused("generate", generation)
+    def test_evaluate(self, tiny_folder, refused, tmp_path):
+        values = recipe(tmp_path, tiny_folder)
+        del values["data"]
+        data = {"source": "shapes", "size": 2, "questions": 2, "image_size": 24}
+        values["evaluation"] = {"data": data, "max_new_tokens": 2, "batch_size": 8}
+        message = refused("evaluate", values)
         assert "the disk is full while writing /full/disk" in message
         assert "the same command goes on from there" in message
         assert not list((tmp_path / "out").glob("*"))
+
+    def test_generate(self, generation, refused, tmp_path):
+        message = refused("generate", generation)
+        assert "stage generate: cannot write" in message
+        assert "run the same command again, it goes on from there" in message
+        assert not (tmp_path / "out" / "responses.jsonl").exists()
 
     def test_a_stage(self, tiny_folder, refused, tmp_path):
         values = recipe(tmp_path, tiny_folder, rounds=1, sampling={"max_new_tokens": 2})
@@ -321,10 +332,10 @@ class TestGenerate:
         written = tmp_path / "out" / "responses.jsonl"
         assert f"responses: {written}" in out
         answers = [json.loads(line) for line in written.read_text().splitlines()]
-        assert [(row["id"], row["prompt"]) for row in answers] == [
-            ("first", "what is in the picture ?"),
-            ("second", "describe the picture ."),
-            ("text", "what is in the picture ?"),
+        assert [(row["id"], row.get("images"), row["prompt"]) for row in answers] == [
+            ("first", ["0.png"], "what is in the picture ?"),
+            ("second", ["1.png"], "describe the picture ."),
+            ("text", None, "what is in the picture ?"),
         ]
         assert all(len(row["responses"]) == 2 for row in answers)
         assert skipped_reasons(tmp_path / "out") == BAD_ROWS

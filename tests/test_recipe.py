@@ -20,6 +20,7 @@ from mmpo_jax.recipe import (
     GenerateRecipe,
     RecipeError,
     Sampling,
+    ScoreRecipe,
     Section,
     TrainRecipe,
     load_recipe,
@@ -28,7 +29,7 @@ from mmpo_jax.shapes.render import MIN_IMAGE_SIZE
 
 PACKAGE = Path(mmpo_jax.__file__).parent
 CONFIGS = sorted((PACKAGE.parent / "configs").glob("*.yaml"))
-KINDS = (TrainRecipe, AlignRecipe, GenerateRecipe, EvaluateRecipe)
+KINDS = (TrainRecipe, AlignRecipe, GenerateRecipe, ScoreRecipe, EvaluateRecipe)
 GOOD = {"output": "out", "model": "builtin:shapes", "data": {"source": "shapes"}}
 
 

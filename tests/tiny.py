@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import transformers
+from tokenizers import Tokenizer, models, normalizers, processors, trainers
 
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.families.llava import LlavaConfig
@@ -164,3 +166,57 @@ def reading_order(prompt_ids: np.ndarray, lengths: Sequence[int]) -> dict[str, A
         "feature_index": index[..., None].astype(np.int32),
         "feature_weight": is_image[..., None].astype(np.float32),
     }
+
+
+def make_sentencepiece_folder(folder: str | os.PathLike[str]) -> Path:
+    """`make_folder` with a tokenizer that works like Llama's: BPE in which a space, written as ▁,
+    stands in front of every text it is given, BOS by itself, and LLaVA-1.5's template of the hub.
+
+    Vocabulary and merges come from a few words.
+    """
+    words = CORPUS.split()
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    specials = ["<pad>", "<s>", "</s>", "<unk>", IMAGE_TOKEN]
+    trainer = trainers.BpeTrainer(
+        vocab_size=160, special_tokens=specials, initial_alphabet=["\n", "▁"], show_progress=False
+    )
+    tokenizer.train_from_iterator(words * 3, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", BOS_ID)]
+    )
+    folder = make_folder(folder, make_config(text={"vocab_size": tokenizer.get_vocab_size()}))
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": IMAGE_TOKEN},
+        clean_up_tokenization_spaces=False,
+        chat_template=HUB_TEMPLATE,
+    ).save_pretrained(folder)
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": HUB_TEMPLATE}))
+    return folder
+
+
+CORPUS = """\
+A chat between a curious user and an artificial intelligence assistant. The gives helpful, detailed,
+and polite answers to the user's questions. USER: what is this? ASSISTANT: a red star rings
+"""
+
+HUB_TEMPLATE = """\
+{%- for message in messages -%}
+  {%- if message['role'] != 'system' -%} {{- message['role'] | upper + ': ' -}} {%- endif -%}
+  {%- for part in message['content'] if part['type'] == 'image' -%}
+    {{- '<image>\\n' -}}
+  {%- endfor -%}
+  {%- for part in message['content'] if part['type'] == 'text' -%}
+    {{- part['text'] + ' ' -}}
+  {%- endfor -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%} {{- 'ASSISTANT:' -}} {%- endif -%}
+"""
+"""No BOS, no system prompt, no EOS."""

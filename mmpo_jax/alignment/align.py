@@ -21,7 +21,7 @@ from mmpo_jax.checkpoint import (
     load_processor,
 )
 from mmpo_jax.data.records import Record
-from mmpo_jax.data.sources import load_source, usable_records
+from mmpo_jax.data.sources import SKIPPED, load_source, usable_records
 from mmpo_jax.errors import MmpoError
 from mmpo_jax.evaluation.shapes import VERSION, evaluate_shapes
 from mmpo_jax.feedback.claims import make_splitter
@@ -55,16 +55,21 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
       MmpoError: whatever the user can mend, naming it.
     """
     mesh = make_mesh(**recipe.devices.model_dump())
-    start = load_checkpoint(recipe.model, mesh, recipe.attention)
+    start = load_checkpoint(recipe.model, mesh, recipe.attention, recipe.template)
     check_training(recipe.training, start.model, mesh)
     labeler_name = recipe.feedback.labeler or recipe.model
-    answer_tokens(load_processor(labeler_name))
+    answer_tokens(load_processor(labeler_name, labeler_template(recipe)))
     source, tokenized = usable_records(
-        load_source(recipe.data, supervised=False), start.processor, recipe.lengths, recipe.output
+        load_source(recipe.data, supervised=False),
+        start.processor,
+        recipe.lengths,
+        os.path.join(recipe.output, SKIPPED),
     )
     shares = split_prompts(source.records, recipe)
     by_id = {record.id: record for record in tokenized}
     labeler_key = fingerprint_parts(checkpoint_folders(labeler_name))
+    if labeler_template(recipe) != "auto":  # else it lies in the folder
+        labeler_key = fingerprint_json([labeler_key, labeler_template(recipe)])
     splitter = make_splitter(recipe.feedback.splitter)
 
     reports = [RoundReport(0, evaluate_round(0, start, recipe, mesh))]
@@ -114,7 +119,7 @@ def split_prompts(records: list[Record], recipe: AlignRecipe) -> list[list[Recor
 
 def make_labeler(name: str, recipe: AlignRecipe, mesh: Mesh) -> Labeler:
     """The recipe's labeler, loaded."""
-    checkpoint = load_checkpoint(name, mesh, recipe.attention)
+    checkpoint = load_checkpoint(name, mesh, recipe.attention, labeler_template(recipe))
     return CheckpointLabeler(
         checkpoint.model,
         checkpoint.params,
@@ -124,6 +129,11 @@ def make_labeler(name: str, recipe: AlignRecipe, mesh: Mesh) -> Labeler:
         batch_size=recipe.feedback.batch_size,
         questions_at_once=recipe.feedback.questions_at_once,
     )
+
+
+def labeler_template(recipe: AlignRecipe) -> str:
+    """The start model's if it labels; another labeler has its own."""
+    return recipe.template if recipe.feedback.labeler is None else "auto"
 
 
 def evaluate_round(
@@ -137,6 +147,7 @@ def evaluate_round(
         [
             VERSION,
             checkpoint.fingerprint,
+            recipe.template,
             recipe.evaluation.model_dump(mode="json"),
             recipe.lengths.model_dump(),
         ]

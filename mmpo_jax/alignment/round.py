@@ -39,7 +39,7 @@ from mmpo_jax.files import (
     read_json,
     write_atomic,
 )
-from mmpo_jax.generation.responses import generate_responses
+from mmpo_jax.generation.responses import GENERATED, PROMPTS_PER_PART, generate_stage
 from mmpo_jax.generation.sampler import Decoding
 from mmpo_jax.recipe import AlignRecipe
 from mmpo_jax.stage import Stage, run_stage
@@ -49,9 +49,6 @@ from mmpo_jax.training.reference import reference_stage
 from mmpo_jax.training.run import MODEL, save_result
 
 log = logging.getLogger(__name__)
-
-PROMPTS_PER_PART = 256
-"""A kill loses at most this many prompts' worth of a stage."""
 
 COMBINE_RULES = 2
 """Part of the key of pairs: changes with what makes them."""
@@ -105,52 +102,31 @@ def run_round(
     Returns:
       The Hugging Face folder of the trained model.
     """
-    generated = generate_stage(work)
+    generated = generated_responses(work)
     divided = divide_stage(work, generated, splitter)
     judged = conquer_stage(work, divided, labeler, labeler_key)
     pairs = combine_stage(work, divided, judged)
     return train_stage(work, pairs)
 
 
-def generate_stage(work: Round) -> pa.Table:
+def generated_responses(work: Round) -> pa.Table:
     """n responses to every prompt: prompt_id, sample, text, num_tokens, finished."""
     sampling = work.recipe.sampling
-    decoding = Decoding(**sampling.model_dump(exclude={"batch_size"}))
-    start = work.start
-
-    def make_part(part: int) -> pa.Table:
-        responses = generate_responses(
-            start.model,
-            start.params,
-            start.processor,
-            _part(work.tokenized, part),
-            decoding,
-            work.recipe.lengths,
-            work.mesh,
-            batch_size=sampling.batch_size,
-            seed=work.recipe.seed,
-            round_index=work.index,
-        )
-        return pa.Table.from_pylist(
-            [dataclasses.asdict(response) for response in responses], schema=_GENERATED
-        )
-
-    inputs = {
-        "model": start.fingerprint,
-        "prompts": fingerprint_json(
-            [
-                [r.id, r.prompt_ids.tolist(), [image.fingerprint() for image in r.images]]
-                for r in work.tokenized
-            ]
-        ),
-        **start.processor.fingerprints(),
-    }
-    settings = {
-        "decoding": dataclasses.asdict(decoding),
-        "seed": work.recipe.seed,
-        "round": work.index,
-    }
-    return work.run(work.stage("generate", inputs, settings, work.num_parts), make_part)
+    return generate_stage(
+        work.start.model,
+        work.start.params,
+        work.start.processor,
+        work.tokenized,
+        Decoding(**sampling.model_dump(exclude={"batch_size"})),
+        work.recipe.lengths,
+        work.mesh,
+        folder=work.folder,
+        model_fingerprint=work.start.fingerprint,
+        batch_size=sampling.batch_size,
+        seed=work.recipe.seed,
+        round_index=work.index,
+        progress=work.progress,
+    )
 
 
 def divide_stage(work: Round, generated: pa.Table, splitter: Splitter) -> pa.Table:
@@ -375,18 +351,9 @@ def _output(work: Round, name: str) -> str:
     return fingerprint_file(os.path.join(work.folder, f"{name}.parquet"))
 
 
-_GENERATED = pa.schema(
-    [
-        ("prompt_id", pa.string()),
-        ("sample", pa.int32()),
-        ("text", pa.string()),
-        ("num_tokens", pa.int32()),
-        ("finished", pa.bool_()),
-    ]
-)
 _DIVIDED = pa.schema(
     [
-        *_GENERATED,
+        *GENERATED,
         ("claims", pa.list_(pa.string())),
         ("questions", pa.list_(pa.string())),
         ("unparsed", pa.list_(pa.string())),

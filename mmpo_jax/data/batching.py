@@ -12,6 +12,10 @@ from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.layout import pad_size, place
+from mmpo_jax.recipe import Lengths
+
+SMALLEST = 16
+"""Of the bucket sizes that are chosen from the data."""
 
 
 def bucket(length: int, sizes: Sequence[int]) -> int:
@@ -24,6 +28,30 @@ def bucket(length: int, sizes: Sequence[int]) -> int:
         if length <= size:
             return size
     raise ValueError(f"length {length} is over the largest bucket {sizes[-1]}")
+
+
+def fitting_lengths(records: Sequence[TokenizedRecord]) -> Lengths:
+    """Bucket sizes for these records, the same for any data of these lengths.
+
+    Prompts, the long ones with their images, are padded by a fifth at most; responses by a third,
+    which keeps the number of shapes, each of which is compiled, small.
+    """
+    responses = [len(response.ids) for record in records for response in record.responses]
+    return Lengths(
+        prompt=_grid([len(record.prompt_ids) for record in records], 4),
+        response=_grid(responses or [1], 2),
+    )
+
+
+def _grid(lengths: Sequence[int], per_octave: int) -> tuple[int, ...]:
+    """The sizes, so many from one power of two to the next, that hold all lengths."""
+    sizes = set()
+    for length in lengths:
+        length = max(length, SMALLEST)
+        octave = 1 << ((length - 1).bit_length() - 1)
+        step = octave // per_octave
+        sizes.add(-(-length // step) * step)
+    return tuple(sorted(sizes))
 
 
 def pad_batch(

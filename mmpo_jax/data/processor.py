@@ -22,6 +22,7 @@ from PIL import Image
 
 from mmpo_jax.data.images import image_size, open_image
 from mmpo_jax.data.records import ImageRef, Turn, VideoRef
+from mmpo_jax.data.templates import TEMPLATES
 from mmpo_jax.errors import DataError, MmpoError
 from mmpo_jax.files import fingerprint_json
 from mmpo_jax.models.config import ModelConfig
@@ -42,16 +43,24 @@ class MediaError(DataError):
 class Processor:
     """Turns turns into token ids and images into pixels, as the checkpoint's own files say."""
 
-    def __init__(self, folder: str | os.PathLike[str], config: ModelConfig):
+    def __init__(self, folder: str | os.PathLike[str], config: ModelConfig, template: str = "auto"):
         """
+        Args:
+          folder: of the checkpoint.
+          config: of the model.
+          template: a key of `TEMPLATES`, or `auto` for the checkpoint's own chat template.
+
         Raises:
           ProcessorError: a file is missing or broken, or does not belong to the model.
         """
         self.folder = os.fspath(folder)
+        self.template = template
         self.config = config
         self.images = FAMILIES[config.family].images
         self.videos = FAMILIES[config.family].videos
         self.tokenizer = _load_tokenizer(self.folder)
+        if self.chat_template is not None:
+            self.tokenizer.chat_template = self.chat_template
         self.placeholders: tuple[int, ...] = ()
         self.slot_shape: tuple[int, ...] = ()
         if self.images is not None:
@@ -68,8 +77,44 @@ class Processor:
         self._check()
 
     @property
+    def chat_template(self) -> str | None:
+        """What stands in place of the checkpoint's own chat template; None where nothing does.
+
+        It belongs into every folder that this checkpoint's results are written to.
+        """
+        return TEMPLATES.get(self.template)
+
+    @functools.cached_property
+    def ends_answers(self) -> bool:
+        """Whether the chat template itself writes EOS after an answer."""
+        question, answer = Turn("user", "a"), Turn("assistant", "a")
+        images = 0 if self.images is None else 1
+        before = self.render([question], images, True)
+        after = self.render([question, answer], images, False)
+        return self.eos_id in self.encode(after[len(before) :])
+
+    @property
     def eos_id(self) -> int:
+        """What ends a response in training."""
         return self.tokenizer.eos_token_id
+
+    @functools.cached_property
+    def eos_ids(self) -> tuple[int, ...]:
+        """What ends a response in generation: EOS, and what `generation_config.json` adds to it.
+
+        Raises:
+          ProcessorError: that file cannot be read.
+        """
+        path = os.path.join(self.folder, "generation_config.json")
+        if not os.path.isfile(path):
+            return (self.eos_id,)
+        try:
+            with open(path, encoding="utf-8") as file:
+                added = json.load(file).get("eos_token_id")
+            added = [] if added is None else [added] if isinstance(added, int) else list(added)
+            return tuple(dict.fromkeys([self.eos_id, *map(int, added)]))
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise ProcessorError(f"{path}: not a generation config: {error}") from error
 
     @functools.cached_property
     def adds_bos(self) -> bool:
@@ -198,7 +243,7 @@ class Processor:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         vocabulary = backend.to_str() if backend else json.dumps(self.tokenizer.get_vocab())
         return {
-            "tokenizer": fingerprint_json([vocabulary, self.eos_id, self.placeholders]),
+            "tokenizer": fingerprint_json([vocabulary, self.eos_ids, self.placeholders]),
             "template": fingerprint_json(self.tokenizer.chat_template),
             "image_processor": fingerprint_json([image, self.slot_shape]),
         }
@@ -212,6 +257,12 @@ class Processor:
             )
         if self.tokenizer.eos_token_id is None:
             raise ProcessorError(f"{self.folder}: the tokenizer has no EOS token")
+        beyond = max(self.eos_ids)
+        if beyond >= self.config.decoder.vocab_size:
+            raise ProcessorError(
+                f"{self.folder}: generation_config.json has the EOS id {beyond}, the model's "
+                f"vocabulary only {self.config.decoder.vocab_size} ids"
+            )
         if not self.tokenizer.chat_template:
             raise ProcessorError(f"{self.folder}: no chat template (chat_template.jinja)")
         if self.images is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from collections.abc import Callable, Sequence
 
 from etils import epath
@@ -27,7 +26,7 @@ from mmpo_jax.shapes import records as shapes
 log = logging.getLogger(__name__)
 
 SKIPPED = "skipped.jsonl"
-"""Rows of the data that were left out, with reasons."""
+"""Rows of the data that were left out, with reasons; where a run has a folder, in it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,17 +88,17 @@ def load_source(
 def usable_records(
     source: Source,
     processor: Processor,
-    lengths: Lengths,
-    output: str,
+    lengths: Lengths | None,
+    skipped_file: str,
     unfit: Callable[[TokenizedRecord], tuple[SkipReason, str] | None] = lambda record: None,
 ) -> tuple[Source, list[TokenizedRecord]]:
-    """Tokenizes a source; what cannot be used goes to `skipped.jsonl` with the reason.
+    """Tokenizes a source; what cannot be used goes to a JSONL file with the reason.
 
     Args:
       source: the records.
       processor: of the checkpoint.
-      lengths: bucket sizes; the largest are the limits.
-      output: folder of `skipped.jsonl`.
+      lengths: bucket sizes; the largest are the limits. None for no limits.
+      skipped_file: not written where everything can be used.
       unfit: why a row is of no use for what it is read for (reason, detail); None where it is.
 
     Raises:
@@ -116,11 +115,12 @@ def usable_records(
     ids = {row.id for row in kept}
     source = source.skip([r for r in source.records if r.id in ids], [*too_long, *skipped])
     if source.skipped:
-        write_skipped(os.path.join(output, SKIPPED), source.skipped)
+        write_skipped(skipped_file, source.skipped)
     else:  # of an earlier run, before the data were mended
-        epath.Path(output, SKIPPED).unlink(missing_ok=True)
+        epath.Path(skipped_file).unlink(missing_ok=True)
     source.check()
-    warn_of_cuts(source.name, kept, lengths)
+    if lengths is not None:
+        warn_of_cuts(source.name, kept, lengths)
     return source, kept
 
 

@@ -19,6 +19,9 @@ from mmpo_jax.files import fingerprint_json
 from mmpo_jax.models.layout import Layout
 from mmpo_jax.recipe import Lengths
 
+UNLIMITED = 2**30
+"""As the limit of a length."""
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenizedResponse:
@@ -113,13 +116,16 @@ def tokenize(
 
 
 def tokenize_records(
-    records: Sequence[Record], processor: Processor, lengths: Lengths, name: str = ""
+    records: Sequence[Record], processor: Processor, lengths: Lengths | None, name: str = ""
 ) -> tuple[list[TokenizedRecord], list[SkippedRow]]:
     """Tokenizes the records of the source `name`; what does not fit is left out with a reason."""
+    limits = (UNLIMITED, UNLIMITED)
+    if lengths is not None:
+        limits = lengths.prompt[-1], lengths.response[-1]
     kept, skipped = [], []
     for record in records:
         try:
-            kept.append(tokenize(record, processor, lengths.prompt[-1], lengths.response[-1]))
+            kept.append(tokenize(record, processor, *limits))
         except RowRejected as error:
             skipped.append(SkippedRow(name, None, record.id, error.reason, error.detail))
     return kept, skipped
@@ -148,9 +154,10 @@ Segment = tuple[list[int], bool]
 def _segments(
     turns: Sequence[Turn], record: Record, layouts: Sequence[Layout], processor: Processor
 ) -> list[Segment]:
-    """A dialogue cut where the assistant begins and ends; each piece is tokenized by itself.
+    """A dialogue's tokens: the record's prompt whole, then cut where the assistant begins and ends.
 
-    Tokenizing the pieces apart makes a prompt's ids the same in training as in generation.
+    No token reaches over a cut (see `_continued`), so that a prompt's ids are the same in training
+    as in generation.
     """
     segments: list[Segment] = []
     done = ""
@@ -159,7 +166,7 @@ def _segments(
         return processor.render(turns, len(record.images), for_answer, len(record.videos))
 
     for index, turn in enumerate(turns):
-        if turn.role != "assistant":
+        if turn.role != "assistant" or index < len(record.prompt):
             continue
         before = render(turns[:index], True)
         after = render(turns[: index + 1], False)
@@ -169,15 +176,28 @@ def _segments(
                 "cannot be told from its prompt"
             )
         last = index == len(turns) - 1
-        answer = processor.encode(after[len(before) :])
-        segments.append((processor.encode(before[len(done) :]), False))
+        answer = _continued(before, after, processor)
+        segments.append((_continued(done, before, processor), False))
         segments.append((_ended(answer, processor) if last else answer, True))
         done = after
     if not turns or turns[-1].role != "assistant":
         rest = render(turns, True)
-        segments.append((processor.encode(rest[len(done) :]), False))
+        segments.append((_continued(done, rest, processor), False))
     first = processor.expand_images(_begun(segments[0][0], processor), layouts)
     return [(first, False), *segments[1:]]
+
+
+def _continued(start: str, text: str, processor: Processor) -> list[int]:
+    """Token ids of what `text` adds to its beginning `start`.
+
+    As they are in the whole text, where the tokens of `start` are a beginning of it too: by itself
+    the piece may begin otherwise, as SentencePiece puts a space in front of whatever it is given.
+    Where a token would reach over the cut, the piece is tokenized by itself.
+    """
+    begun, whole = processor.encode(start), processor.encode(text)
+    if whole[: len(begun)] == begun:
+        return whole[len(begun) :]
+    return processor.encode(text[len(start) :])
 
 
 def _begun(ids: list[int], processor: Processor) -> list[int]:

@@ -19,7 +19,7 @@ def run_evaluation(recipe: EvaluateRecipe) -> dict[str, float]:
       The metrics, also written to `evaluation.json` in the output folder.
     """
     mesh = make_mesh(**recipe.devices.model_dump())
-    checkpoint = load_checkpoint(recipe.model, mesh, recipe.attention)
+    checkpoint = load_checkpoint(recipe.model, mesh, recipe.attention, recipe.template)
     metrics = evaluate_shapes(
         checkpoint.model,
         checkpoint.params,

@@ -4,19 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+import pyarrow as pa
 from jax.sharding import Mesh
 
 from mmpo_jax.data.batching import pad_batch
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.tokenization import TokenizedRecord
+from mmpo_jax.files import fingerprint_json
 from mmpo_jax.generation.sampler import Decoding, sample, sample_keys
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.parallel.mesh import batch_shards, put_batch
 from mmpo_jax.recipe import Lengths
+from mmpo_jax.stage import Stage, run_stage
+
+PROMPTS_PER_PART = 256
+"""A kill loses at most this many prompts' worth of a stage."""
+
+GENERATED = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("sample", pa.int32()),
+        ("text", pa.string()),
+        ("num_tokens", pa.int32()),
+        ("finished", pa.bool_()),
+    ]
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +101,7 @@ def generate_responses(
                 put_batch(batch, mesh),
                 keys,
                 decoding=decoding,
-                eos_ids=(processor.eos_id,),
+                eos_ids=processor.eos_ids,
                 pad_id=processor.pad_id,
             )
         for record, samples in zip(chosen, np.asarray(tokens), strict=False):
@@ -95,13 +111,80 @@ def generate_responses(
     return generated
 
 
+def generate_stage(
+    model: Model,
+    params: Params,
+    processor: Processor,
+    records: Sequence[TokenizedRecord],
+    decoding: Decoding,
+    lengths: Lengths,
+    mesh: Mesh,
+    *,
+    folder: str,
+    model_fingerprint: str,
+    batch_size: int,
+    seed: int,
+    round_index: int = 0,
+    progress: Callable[[str, int, int], None] = lambda stage, part, parts: None,
+) -> pa.Table:
+    """`generate_responses` part by part, as the stage `generate` of a folder.
+
+    Returns:
+      The fields of `Generated`, a row per response.
+    """
+    stage = Stage(
+        folder=folder,
+        name="generate",
+        inputs={
+            "model": model_fingerprint,
+            "prompts": fingerprint_json(
+                [
+                    [
+                        r.id,
+                        r.prompt_ids.tolist(),
+                        [media.fingerprint() for media in (*r.images, *r.videos)],
+                    ]
+                    for r in records
+                ]
+            ),
+            **processor.fingerprints(),
+        },
+        settings={
+            "decoding": dataclasses.asdict(decoding),
+            "seed": seed,
+            "round": round_index,
+        },
+        num_parts=max(1, -(-len(records) // PROMPTS_PER_PART)),
+    )
+
+    def make_part(part: int) -> pa.Table:
+        progress(stage.name, part, stage.num_parts)
+        responses = generate_responses(
+            model,
+            params,
+            processor,
+            records[part * PROMPTS_PER_PART : (part + 1) * PROMPTS_PER_PART],
+            decoding,
+            lengths,
+            mesh,
+            batch_size=batch_size,
+            seed=seed,
+            round_index=round_index,
+        )
+        return pa.Table.from_pylist(
+            [dataclasses.asdict(response) for response in responses], schema=GENERATED
+        )
+
+    return run_stage(stage, make_part)
+
+
 def prompt_number(prompt_id: str) -> int:
     """A 32-bit number for a prompt id, the same everywhere."""
     return int.from_bytes(hashlib.sha256(prompt_id.encode()).digest()[:4], "big")
 
 
 def _read(processor: Processor, prompt_id: str, number: int, tokens: np.ndarray) -> Generated:
-    ends = np.flatnonzero(tokens == processor.eos_id)
+    ends = np.flatnonzero(np.isin(tokens, processor.eos_ids))
     finished = bool(len(ends))
     length = int(ends[0]) + 1 if finished else len(tokens)
     return Generated(

@@ -33,6 +33,12 @@ PROCESSOR_FILES = (
 )
 """What is copied beside the weights, so that the folder is a whole checkpoint."""
 
+PARTS_OF_PROCESSORS = {
+    "image_processor": "preprocessor_config.json",
+    "video_processor": "video_preprocessor_config.json",
+}
+"""Sections of `processor_config.json` -> the files that hold the same."""
+
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """What a folder holds instead, if it is an adapter's in PEFT's format."""
 
@@ -119,11 +125,20 @@ def side_files(folder: str) -> str:
     return copy
 
 
-def copy_base(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+def copy_base(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    chat_template: str | None = None,
+) -> None:
     """Copies what lies beside the weights: config, tokenizer, processor, templates.
 
-    Image processor settings that are in `processor_config.json` only, as transformers 5 writes
-    them, are also written to `preprocessor_config.json`, where older readers look for them.
+    Settings of images and videos that are in `processor_config.json` only, as transformers 5
+    writes them, are also written to the files where older readers look for them.
+
+    Args:
+      source: a checkpoint folder.
+      target: made if missing.
+      chat_template: written in place of the source's; None copies that.
     """
     os.makedirs(target, exist_ok=True)
     for name in ("config.json", *PROCESSOR_FILES):
@@ -132,10 +147,24 @@ def copy_base(source: str | os.PathLike[str], target: str | os.PathLike[str]) ->
             write_atomic(copy, origin.read_bytes())
         else:
             copy.unlink(missing_ok=True)
-    preprocessor = epath.Path(target) / "preprocessor_config.json"
-    settings = read_json(epath.Path(target) / "processor_config.json").get("image_processor")
-    if settings and not preprocessor.exists():
-        write_atomic(preprocessor, (json.dumps(settings, indent=2) + "\n").encode())
+    processor = read_json(epath.Path(target) / "processor_config.json")
+    for key, name in PARTS_OF_PROCESSORS.items():
+        copy = epath.Path(target) / name
+        if processor.get(key) and not copy.exists():
+            write_atomic(copy, (json.dumps(processor[key], indent=2) + "\n").encode())
+    if chat_template is not None:
+        _replace_template(epath.Path(target), chat_template)
+
+
+def _replace_template(folder: epath.Path, chat_template: str) -> None:
+    """Leaves one chat template in a folder, wherever older writers put theirs."""
+    write_atomic(folder / "chat_template.jinja", chat_template.encode())
+    (folder / "chat_template.json").unlink(missing_ok=True)
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path)
+    if settings.pop("chat_template", None) is not None:
+        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+        write_atomic(path, text.encode())
 
 
 def write_dtype(folder: str | os.PathLike[str], name: str) -> None:

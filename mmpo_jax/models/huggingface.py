@@ -169,6 +169,7 @@ def save_model(
     dtype: Any = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     card: ModelCard | None = None,
+    chat_template: str | None = None,
 ) -> None:
     """Writes a checkpoint folder that transformers loads.
 
@@ -183,13 +184,14 @@ def save_model(
       dtype: to cast to; None keeps the parameters'.
       max_shard_bytes: larger weights are split over several files.
       card: written to README.md.
+      chat_template: written in place of the source's.
 
     Raises:
       ModelError: the weights cannot be written, the disk being full for instance.
     """
 
     def write_others(staging: str) -> None:
-        copy_base(source, staging)
+        copy_base(source, staging, chat_template)
         write_dtype(staging, weights_dtype(params, dtype).name)
         if card is not None:
             write_card(staging, card)

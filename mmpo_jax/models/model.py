@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import os
 from typing import Any
 
@@ -84,9 +85,16 @@ def load_config(folder: str | os.PathLike[str]) -> ModelConfig:
     if not os.path.isfile(path):
         raise ModelError(f"{path}: not found; a checkpoint folder has a config.json")
     try:
+        with open(path, encoding="utf-8") as file:
+            kind = json.load(file).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{path}: cannot be read as a model config: {error}") from error
+    _check_kind(kind, f"{path}: ")
+    try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many types, its own validators bare ones
-        raise ModelError(f"{path}: cannot be read as a model config: {error}") from error
+        told = f"{type(error).__name__}: {error}"
+        raise ModelError(f"{path}: transformers cannot read it as a {kind}: {told}") from error
     try:
         return read_config(config)
     except ModelError as error:
@@ -99,9 +107,15 @@ def read_config(config: Any) -> ModelConfig:
     Raises:
       ModelError: an architecture or a switch that is not implemented.
     """
-    kind = config.model_type
+    _check_kind(config.model_type)
+    return FAMILIES[config.model_type].read_config(config)
+
+
+def _check_kind(kind: object, where: str = "") -> None:
+    """
+    Raises:
+      ModelError: it is no `model_type` that is implemented.
+    """
     if kind not in FAMILIES:
-        raise ModelError(
-            f"model_type is {kind!r}; this version implements {', '.join(sorted(FAMILIES))}"
-        )
-    return FAMILIES[kind].read_config(config)
+        known = ", ".join(sorted(FAMILIES))
+        raise ModelError(f"{where}model_type is {kind!r}; this version implements {known}")

@@ -134,14 +134,23 @@ class Checkpoints:
             ) from error
 
 
-def save_base(folder: str | os.PathLike[str], source: str | os.PathLike[str]) -> str:
+def save_base(
+    folder: str | os.PathLike[str],
+    source: str | os.PathLike[str],
+    chat_template: str | None = None,
+) -> str:
     """Copies what a checkpoint needs to be run beside it: config, tokenizer, processor.
+
+    Args:
+      folder: of the run.
+      source: a checkpoint folder.
+      chat_template: in place of the source's.
 
     Returns:
       The folder.
     """
     base = os.path.join(folder, BASE)
-    copy_base(source, base)
+    copy_base(source, base, chat_template)
     return base
 
 

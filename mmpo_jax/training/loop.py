@@ -95,7 +95,8 @@ def train(
         if restored is not None:
             state, position = restored
             batches.set_state(position)
-        save_base(folder, processor.folder)  # not before it is known to be this run's folder
+        # Not before it is known to be this run's folder.
+        save_base(folder, processor.folder, processor.chat_template)
         first = int(state.step)
         with contextlib.closing(MetricsWriter(folder, first, steps)) as writer:
             window: list[tuple[int, tuple[str, ...], dict[str, jax.Array]]] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -44,24 +45,57 @@ def reference_stage(
     records: Sequence[TokenizedRecord],
     lengths: Lengths,
     mesh: Mesh,
+    **options: Any,
+) -> dict[str, np.ndarray]:
+    """Log-probs of every response under the model training starts from, see `score_stage`.
+
+    Returns:
+      record id -> float32[R].
+    """
+    table = score_stage(
+        model, params, processor, records, lengths, mesh, name="reference", **options
+    )
+    return {row["id"]: np.array(row["log_probs"], np.float32) for row in table.to_pylist()}
+
+
+def score_stage(
+    model: Model,
+    params: Params,
+    processor: Processor,
+    records: Sequence[TokenizedRecord],
+    lengths: Lengths,
+    mesh: Mesh,
     *,
+    name: str,
     folder: str,
     model_fingerprint: str,
     batch_size: int,
     compute_dtype: str,
     progress: Callable[[str, int, int], None] = lambda stage, part, parts: None,
-) -> dict[str, np.ndarray]:
-    """Log-probs of every response under the model training starts from, from the cache if valid.
+) -> pa.Table:
+    """Log-probs of every response, from the cache if it is valid, part by part.
 
     The cache is a stage file: its manifest holds the fingerprints of the model, tokenizer, chat
     template, image preprocessing and of the tokenized rows, and another model's is not used.
 
+    Args:
+      model, params, processor: the checkpoint, its parameters on the host or the mesh.
+      records: tokenized, with responses.
+      lengths: bucket sizes.
+      mesh: the devices.
+      name: of the stage.
+      folder: of its files.
+      model_fingerprint: of the checkpoint.
+      batch_size: rows at a time, over all devices.
+      compute_dtype: the parameters are cast to it; sums are float32.
+      progress: called with (stage, index of the part that begins, parts in all).
+
     Returns:
-      record id -> float32[R].
+      A row per record, in order: id, log_probs, num_tokens, one of each for every response.
     """
     stage = Stage(
         folder=folder,
-        name="reference",
+        name=name,
         inputs={
             "model": model_fingerprint,
             "rows": fingerprint_records(records),
@@ -89,8 +123,7 @@ def reference_stage(
             }
         )
 
-    table = run_stage(stage, make_part)
-    return {row["id"]: np.array(row["log_probs"], np.float32) for row in table.to_pylist()}
+    return run_stage(stage, make_part)
 
 
 def score_records(

@@ -10,7 +10,7 @@ import jax
 from mmpo_jax.checkpoint import Checkpoint, load_start
 from mmpo_jax.data.pipeline import Example
 from mmpo_jax.data.rows import SkipReason
-from mmpo_jax.data.sources import load_source, usable_records
+from mmpo_jax.data.sources import SKIPPED, load_source, usable_records
 from mmpo_jax.data.tokenization import TokenizedRecord, fingerprint_records
 from mmpo_jax.files import fingerprint_json
 from mmpo_jax.models.card import ModelCard, make_card
@@ -36,7 +36,7 @@ def run_training(recipe: TrainRecipe) -> str:
       The Hugging Face folder of the result.
     """
     mesh = make_mesh(**recipe.devices.model_dump())
-    start = load_start(recipe.model, _random_seed(recipe), mesh, recipe.attention)
+    start = load_start(recipe.model, _random_seed(recipe), mesh, recipe.attention, recipe.template)
     model, processor = start.model, start.processor
     check_training(recipe.training, model, mesh)
     objective = recipe.training.objective
@@ -116,6 +116,7 @@ def save_result(
         start.processor.folder,
         dtype=weights_dtype(start.params),
         card=card,
+        chat_template=start.processor.chat_template,
     )
     return target
 
@@ -137,7 +138,7 @@ def training_records(recipe: TrainRecipe, start: Checkpoint) -> list[TokenizedRe
         source,
         start.processor,
         recipe.lengths,
-        recipe.output,
+        os.path.join(recipe.output, SKIPPED),
         lambda record: _unfit(record, objective),
     )
     if not supervised:

@@ -22,6 +22,7 @@ from mmpo_jax.errors import DataError, MmpoError
 from mmpo_jax.feedback.claims import Claim, Division
 from mmpo_jax.feedback.scores import count_score
 from mmpo_jax.files import fingerprint_bytes, fingerprint_file, fingerprint_folder, read_table
+from mmpo_jax.generation import responses as responses_module
 from mmpo_jax.models.huggingface import flatten, load_model, unflatten
 from mmpo_jax.models.lora import add_adapters
 from mmpo_jax.models.peft import base_model, save_adapter
@@ -136,6 +137,7 @@ def work_done(monkeypatch):
     original = round_module.run_stage
     monkeypatch.setattr(round_module, "run_stage", count)
     monkeypatch.setattr("mmpo_jax.training.reference.run_stage", count)
+    monkeypatch.setattr("mmpo_jax.generation.responses.run_stage", count)
     for module, name in ((round_module, "train"), (align, "evaluate_shapes")):
         function = getattr(module, name)
 
@@ -386,8 +388,8 @@ def test_the_true_feedback_of_the_picture_world(tiny_folder, tmp_path, monkeypat
     def speak(*args, **options):
         return [dataclasses.replace(g, text=text) for g in generate(*args, **options)]
 
-    generate = round_module.generate_responses
-    monkeypatch.setattr(round_module, "generate_responses", speak)
+    generate = responses_module.generate_responses
+    monkeypatch.setattr(responses_module, "generate_responses", speak)
     mesh = jax.make_mesh(
         (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
     )

@@ -136,6 +136,40 @@ def test_pad_falls_back_to_eos(folder, config):
     assert Processor(folder, config).pad_id == tiny.EOS_ID
 
 
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ({}, (tiny.EOS_ID,)),
+        ({"eos_token_id": tiny.EOS_ID}, (tiny.EOS_ID,)),
+        ({"eos_token_id": 9}, (tiny.EOS_ID, 9)),
+        ({"eos_token_id": [9, tiny.EOS_ID, 7]}, (tiny.EOS_ID, 9, 7)),
+    ],
+)
+def test_what_ends_a_generated_response(folder, config, told, expected):
+    before = Processor(folder, config)
+    (folder / "generation_config.json").write_text(json.dumps(told))
+    processor = Processor(folder, config)
+    assert processor.eos_ids == expected
+    # Samples that were made with other ends are made again.
+    changed = processor.fingerprints() != before.fingerprints()
+    assert changed == (expected != before.eos_ids)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "generation_config.json: not a generation config"),
+        ('{"eos_token_id": ["a"]}', "generation_config.json: not a generation config"),
+        ('{"eos_token_id": 99999}', "has the EOS id 99999, the model's vocabulary only"),
+    ],
+)
+def test_a_broken_generation_config(folder, config, text, message):
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(ProcessorError, match=message) as caught:
+        Processor(folder, config)
+    assert str(folder) in str(caught.value)
+
+
 def test_pixels(tiny_processor):
     image = ImageRef("scene", png_bytes(sample_scene("train", 0, 0)))
     (pixels,) = tiny_processor.pixels([image])

@@ -107,6 +107,16 @@ def test_a_prompt_is_the_same_in_training_and_in_generation(tiny_processor):
         assert rows[0].responses == ()
 
 
+def test_earlier_answers_belong_to_the_prompt(tiny_processor):
+    """They are neither learned nor left out when the last question is answered."""
+    earlier = (Turn("user", "is there a star ?"), Turn("assistant", "yes"), Turn("user", "red ?"))
+    text = "<s> USER: <image> is there a star ? ASSISTANT: yes </s> USER: red ? ASSISTANT:"
+    for responses in [(), (Response.of("no"), Response.of("yes"))]:
+        row = tokenize(Record("r", (IMAGE,), earlier, responses), tiny_processor, **LIMITS)
+        assert row.prompt_ids.tolist() == words(expand(text))
+    assert [r.ids.tolist() for r in row.responses] == [words("no </s>"), words("yes </s>")]
+
+
 def test_too_long_a_prompt_is_refused_whole(tiny_processor):
     length = len(tokenize(record("yes"), tiny_processor, **LIMITS).prompt_ids)
     tokenize(record("yes"), tiny_processor, max_prompt=length, max_response=2)

@@ -1,24 +1,23 @@
 """Adapters in and out of PEFT's format: logits and gradients are PEFT's."""
 
+import dataclasses
 import json
 import shutil
 
-import checks
 import jax
 import numpy as np
 import pytest
-import tiny
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
+import checks  # noqa: E402
+import families  # noqa: E402
 import safetensors.torch  # noqa: E402
-import transformers  # noqa: E402
 
 from mmpo_jax.checkpoint import load_start  # noqa: E402
-from mmpo_jax.data.processor import Processor  # noqa: E402
-from mmpo_jax.data.records import ImageRef  # noqa: E402
 from mmpo_jax.models.config import ModelError  # noqa: E402
-from mmpo_jax.models.huggingface import flatten, load_model, unflatten  # noqa: E402
+from mmpo_jax.models.families import FAMILIES  # noqa: E402
+from mmpo_jax.models.huggingface import flatten, unflatten  # noqa: E402
 from mmpo_jax.models.log_probs import response_log_probs  # noqa: E402
 from mmpo_jax.models.lora import (  # noqa: E402
     A,
@@ -36,21 +35,9 @@ from mmpo_jax.models.peft import (  # noqa: E402
     with_adapter,
 )
 from mmpo_jax.recipe import Lora  # noqa: E402
-from mmpo_jax.shapes.render import png_bytes  # noqa: E402
-from mmpo_jax.shapes.world import sample_scene  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
-TEXT_SIZES = {
-    "vocab_size": len(checks.token_ids()) + 2,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": False,
-}
 CONFIGS = {
     "llava-short-names": {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]},
     "llava-everything": {
@@ -81,52 +68,71 @@ CONFIGS = {
         "alpha_pattern": {"0.mlp.up_proj": 7},
         "lora_dropout": 0.1,
     },
+    "llava_next-everything": {
+        "r": 3,
+        "lora_alpha": 4,
+        "target_modules": "all-linear",
+        "rank_pattern": {"linear_1": 2, "layers.0.self_attn.q_proj": 5},
+    },
+    "llava_onevision-one-layer-of-the-decoder": {
+        "r": 2,
+        "lora_alpha": 5,
+        "target_modules": ["q_proj", "fc2", "down_proj"],
+        "layers_to_transform": 0,
+        "layers_pattern": ["language_model.layers"],
+    },
+    "internvl-everything": {
+        "r": 3,
+        "lora_alpha": 4,
+        "target_modules": "all-linear",
+        "rank_pattern": {"layer.1.attention.projection_layer": 2},
+    },
+    "qwen2_5_vl-everything": {
+        "r": 3,
+        "lora_alpha": 4,
+        "target_modules": "all-linear",
+        "rank_pattern": {"attn.qkv": 5, r"merger.mlp\.0": 2},
+    },
+    "qwen2_5_vl-one-block-of-the-tower": {
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["qkv", "attn.proj", "gate_proj", "mlp.2"],
+        "layers_to_transform": [1],
+        "layers_pattern": "blocks",
+    },
+    "llama-attention": {"r": 2, "lora_alpha": 4, "target_modules": r".*\.self_attn\..*"},
+    "mistral-rank-stabilised": {
+        "r": 4,
+        "lora_alpha": 2,
+        "target_modules": ["q_proj", "v_proj", "up_proj"],
+        "use_rslora": True,
+    },
+    "qwen3-everything": {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"},
 }
+"""Names begin with the family's."""
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    """Family -> its checkpoint folder."""
-    root = tmp_path_factory.mktemp("bases")
-    llava = tiny.make_folder(root / "llava")
-    qwen2 = root / "qwen2"
-    checks.save_tokenizer(qwen2)
-    theirs = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**TEXT_SIZES))
-    checks.randomise(theirs, 0)
-    theirs.save_pretrained(qwen2)
-    return {"llava": llava, "qwen2": qwen2}
+def base(family_case):
+    """Family -> its checkpoint, with a model of transformers that nobody else has."""
+
+    def base(name):
+        case = family_case(name)
+        return dataclasses.replace(case, theirs=load_theirs(case))
+
+    return base
 
 
-def load_theirs(folder):
-    classes = {
-        "llava": transformers.LlavaForConditionalGeneration,
-        "qwen2": transformers.Qwen2ForCausalLM,
-    }
+def load_theirs(case):
     options = {"dtype": torch.float32, "attn_implementation": "eager"}
-    return classes[folder.name].from_pretrained(folder, **options).eval()
-
-
-def load_case(folder):
-    model, params = load_model(folder)
-    return checks.Case(folder, load_theirs(folder), model, params, Processor(folder, model.config))
-
-
-def make_records(case):
-    images = ()
-    if case.model.config.family == "llava":
-        images = (ImageRef("0", png_bytes(sample_scene("train", 0, 1), 24)),)
-    return [
-        checks.record("0", "what is this ?", images, "a red star", "two blue ring and a star"),
-        checks.record("1", "red green what is this ?", images, "a ring", "a green ring"),
-    ]
+    return type(case.theirs).from_pretrained(case.folder, **options).eval()
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
-def trained_elsewhere(request, bases, tmp_path_factory):
+def trained_elsewhere(request, base, tmp_path_factory):
     """(our base, PEFT's model with a random adapter, the folder where PEFT saved it)."""
-    base = bases[request.param.split("-")[0]]
-    case = load_case(base)
-    config = peft.LoraConfig(**CONFIGS[request.param], base_model_name_or_path=str(base))
+    case = base(request.param.split("-")[0])
+    config = peft.LoraConfig(**CONFIGS[request.param], base_model_name_or_path=str(case.folder))
     theirs = peft.get_peft_model(case.theirs, config).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -140,23 +146,22 @@ def trained_elsewhere(request, bases, tmp_path_factory):
 
 def compare(case, theirs, params, tolerance):
     """Our logits against theirs, every response in a row of its own there."""
-    records = make_records(case)
+    records = families.records(case.model.config.family)
     tokenized, batch = checks.batch_of(case, records)
     ours = np.asarray(checks.response_logits(case.model, params, batch))
     for row, tokens in enumerate(tokenized):
         for column, response in enumerate(tokens.responses):
-            logits = their_logits(theirs, batch, row, tokens.prompt_ids, response.ids)
-            expected = logits[len(tokens.prompt_ids) - 1 : -1].detach().numpy()
+            expected = their_logits(case, theirs, records[row], tokens, response)
             actual = ours[row, column, : len(response.ids)]
-            assert np.std(expected) > 0.5
-            np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
+            assert expected.std() > 0.5
+            np.testing.assert_allclose(actual, expected.detach().numpy(), rtol=0, atol=tolerance)
 
 
-def their_logits(theirs, batch, row, prompt, response):
-    ids = torch.tensor(np.concatenate([prompt, response])[None]).long()
-    pixels = np.asarray(batch.pixel_values[row])
-    images = {"pixel_values": torch.tensor(pixels)} if pixels.shape[0] else {}
-    return theirs(input_ids=ids, **images).logits[0]
+def their_logits(case, theirs, record, tokens, response):
+    """What predicts each token of a response, [T, V]."""
+    ids = np.concatenate([tokens.prompt_ids, response.ids])
+    made = theirs(input_ids=torch.tensor(ids[None]).long(), **families.inputs(case)(record, ids))
+    return made.logits[0, len(tokens.prompt_ids) - 1 : -1]
 
 
 def test_logits_of_an_adapter_trained_elsewhere(trained_elsewhere):
@@ -176,7 +181,7 @@ def test_merging_changes_nothing(trained_elsewhere):
     base = jax.tree.map(np.asarray, case.model.init(0))
     flat = flatten(with_adapter(base, folder, case.model))
     params = unflatten({p: 0.2 * leaf if p.endswith(B) else leaf for p, leaf in flat.items()})
-    _, batch = checks.batch_of(case, make_records(case))
+    _, batch = checks.batch_of(case, families.records(case.model.config.family))
     without, apart, merged = (
         np.asarray(checks.response_logits(case.model, tree, batch))[batch.response_mask]
         for tree in (base, params, merge_adapters(params))
@@ -193,13 +198,17 @@ def test_a_recipe_can_name_an_adapter(trained_elsewhere):
     assert start.fingerprint != load_start(str(case.folder)).fingerprint
 
 
+@pytest.mark.parametrize(
+    "trained_elsewhere",
+    ["llava-everything", "qwen2-ranks-by-layer", "qwen2_5_vl-everything"],
+    indirect=True,
+)
 def test_gradients(trained_elsewhere):
     """Of the summed log-probs of all responses."""
     case, theirs, folder = trained_elsewhere
-    if folder.name not in ("llava-everything", "qwen2-ranks-by-layer"):
-        pytest.skip("the others are parts of these")
     params = flatten(with_adapter(case.params, folder, case.model))
-    tokenized, batch = checks.batch_of(case, make_records(case))
+    records = families.records(case.model.config.family)
+    tokenized, batch = checks.batch_of(case, records)
     trained = {path: leaf for path, leaf in params.items() if path.endswith((A, B))}
 
     @jax.jit
@@ -212,8 +221,7 @@ def test_gradients(trained_elsewhere):
     theirs.zero_grad()
     for row, tokens in enumerate(tokenized):
         for response in tokens.responses:
-            logits = their_logits(theirs, batch, row, tokens.prompt_ids, response.ids)
-            scores = logits[len(tokens.prompt_ids) - 1 : -1].log_softmax(-1)
+            scores = their_logits(case, theirs, records[row], tokens, response).log_softmax(-1)
             labels = torch.tensor(response.ids).long()[:, None]
             scores.gather(1, labels).sum().backward()
     compared = 0
@@ -241,9 +249,9 @@ def our_path(model, name):
     return f"{path.removesuffix('/kernel')}/{ {'A': A, 'B': B}[factor] }", layer
 
 
-def check_loads_in_peft(folder, base):
+def check_loads_in_peft(folder, case):
     """PEFT's model with the adapter of a folder, all of it read and nothing missing."""
-    theirs = peft.PeftModel.from_pretrained(load_theirs(base), folder)
+    theirs = peft.PeftModel.from_pretrained(load_theirs(case), folder)
     again = theirs.load_adapter(str(folder), "again")
     assert not again.unexpected_keys
     assert not [key for key in again.missing_keys if "again" in key]
@@ -256,7 +264,7 @@ def test_saved_again_it_is_the_same_adapter(trained_elsewhere, tmp_path):
     params = with_adapter(case.params, folder, case.model)
     target = tmp_path / "again"
     save_adapter(target, case.model, params, base=str(case.folder), dropout=0.1)
-    compare(case, check_loads_in_peft(target, case.folder), params, 1e-4)
+    compare(case, check_loads_in_peft(target, case), params, 1e-4)
     before, after = load_adapter(folder, case.model), load_adapter(target, case.model)
     assert before.keys() == after.keys()
     for path, leaf in before.items():
@@ -265,14 +273,10 @@ def test_saved_again_it_is_the_same_adapter(trained_elsewhere, tmp_path):
 
 @pytest.mark.parametrize(
     ("family", "target"),
-    [
-        ("llava", "language_model/layers/self_attn/[qv]_proj"),
-        ("llava", ".*"),
-        ("qwen2", "language_model/layers/.*"),
-    ],
+    [*((name, ".*") for name in FAMILIES), ("llava", "language_model/layers/self_attn/[qv]_proj")],
 )
-def test_ours_loads_in_peft(bases, tmp_path, family, target):
-    case = load_case(bases[family])
+def test_ours_loads_in_peft(base, tmp_path, family, target):
+    case = base(family)
     lora = Lora(target=target, rank=4, alpha=6)
     flat = flatten(add_adapters(case.params, case.model, lora, (), 0))
     rng = np.random.default_rng(0)
@@ -281,9 +285,12 @@ def test_ours_loads_in_peft(bases, tmp_path, family, target):
             flat[path] = (0.3 * rng.standard_normal(leaf.shape)).astype(np.float32)
     params = unflatten(flat)
     save_adapter(tmp_path / "a", case.model, params, base=str(case.folder), dropout=0.0)
-    compare(case, check_loads_in_peft(tmp_path / "a", case.folder), params, 1e-4)
+    compare(case, check_loads_in_peft(tmp_path / "a", case), params, 1e-4)
     config = json.loads((tmp_path / "a" / CONFIG_FILE).read_text())
     assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (4, 6, {})
+    if target == ".*":  # but for the head, all that PEFT calls linear
+        linear = [n for n, part in case.theirs.named_modules() if isinstance(part, torch.nn.Linear)]
+        assert sorted(config["target_modules"]) == sorted(set(linear) - {"lm_head"})
     # It is one of PEFT's own options that this names, in its words.
     assert config.keys() <= set(peft.LoraConfig().to_dict())
     for path, leaf in load_adapter(tmp_path / "a", case.model).items():
@@ -291,24 +298,32 @@ def test_ours_loads_in_peft(bases, tmp_path, family, target):
 
 
 LAYOUTS = {
-    "transformers 4": (
+    "llava in transformers 4": (
         ("model.language_model.", "language_model.model."),
         ("model.vision_tower.", "vision_tower.vision_model."),
         ("model.multi_modal_projector.", "multi_modal_projector."),
     ),
-    "transformers 4.52": (("model.vision_tower.", "model.vision_tower.vision_model."),),
+    "llava in transformers 4.52": (("model.vision_tower.", "model.vision_tower.vision_model."),),
+    "internvl in transformers 4": (("model.language_model.", "language_model.model."),),
+    "qwen2_5_vl in transformers 4": (
+        ("model.language_model.", "model."),
+        ("model.visual.", "visual."),
+    ),
 }
+"""How modules were called once; before a space, the family."""
 
 
 @pytest.fixture
-def adapter(bases, tmp_path):
+def adapter(base, tmp_path):
     """(model, a folder with an adapter of a LLaVA, to be edited)."""
-    model, params = load_model(bases["llava"])
-    lora = Lora(target=".*/q_proj|.*/linear_1", rank=2, alpha=4)
-    folder = tmp_path / "adapter"
-    adapted = add_adapters(params, model, lora, (), 0)
-    save_adapter(folder, model, adapted, base=str(bases["llava"]), dropout=0.0)
-    return model, folder
+    return make_adapter(base("llava"), tmp_path / "adapter", ".*/q_proj|.*/linear_1")
+
+
+def make_adapter(case, folder, target):
+    lora = Lora(target=target, rank=2, alpha=4)
+    adapted = add_adapters(case.params, case.model, lora, (), 0)
+    save_adapter(folder, case.model, adapted, base=str(case.folder), dropout=0.0)
+    return case.model, folder
 
 
 def edit(folder, rename=lambda key: key, change=lambda key, tensor: tensor, **config):
@@ -321,16 +336,21 @@ def edit(folder, rename=lambda key: key, change=lambda key, tensor: tensor, **co
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_module_names_of_every_layout(adapter, layout):
-    model, folder = adapter
+def test_module_names_of_every_layout(base, tmp_path, layout):
+    case = base(layout.split()[0])
+    model, folder = make_adapter(case, tmp_path / "adapter", ".*/(q_proj|qkv|linear_1|down_proj)")
     expected = load_adapter(folder, model)
+    renamed = set()
 
     def rename(key):
         for new, old in LAYOUTS[layout]:
-            key = key.replace(f"base_model.model.{new}", f"base_model.model.{old}")
+            if key.startswith(f"base_model.model.{new}"):
+                renamed.add(new)
+                return key.replace(new, old, 1)
         return key
 
-    edit(folder, rename, target_modules=["q_proj", "linear_1"])
+    edit(folder, rename, target_modules=["q_proj", "qkv", "linear_1", "mlp.0", "down_proj"])
+    assert renamed == {new for new, _ in LAYOUTS[layout]}
     actual = load_adapter(folder, model)
     assert actual.keys() == expected.keys()
     for path, leaf in expected.items():
@@ -404,6 +424,24 @@ def test_what_does_not_fit_is_refused(adapter, edits, told):
     with pytest.raises(ModelError, match=told) as caught:
         load_start(str(folder))
     assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "told"),
+    [
+        ("qwen2_5_vl", "llava", r"model\.visual\.\S+ is no layer of this llava"),
+        ("internvl", "llava_next", r"attention\.\S+ is no layer of this llava_next"),
+        ("llava", "qwen2_5_vl", r"model\.\S+ is no layer of this qwen2_5_vl"),
+        ("llama", "internvl", r"model\.layers\.\S+ is no layer of this internvl"),
+        ("llava_next", "mistral", r"model\.\S+ is no layer of this mistral"),
+        ("qwen3", "qwen2", r"_proj: lora_[AB] has shape .*, the model and .* give"),
+    ],
+)
+def test_an_adapter_for_another_model(base, tmp_path, theirs, ours, told):
+    make_adapter(base(theirs), tmp_path / "adapter", ".*")
+    edit(tmp_path / "adapter", base_model_name_or_path=str(base(ours).folder))
+    with pytest.raises(ModelError, match=rf"{WEIGHTS_FILE}: .*{told}"):
+        load_start(str(tmp_path / "adapter"))
 
 
 def test_broken_files_are_refused(adapter):

@@ -1,31 +1,156 @@
-"""transformers reads what is saved here, and what it saves in shards is read."""
+"""transformers reads what is saved here, whole, and what it saves itself is read."""
+
+import dataclasses
+import importlib.util
+import json
 
 import numpy as np
 import pytest
 
-pytest.importorskip("torch")
-import torch
-import transformers
+torch = pytest.importorskip("torch")
+import checks  # noqa: E402
+import families  # noqa: E402
+import transformers  # noqa: E402
 
-from mmpo_jax.models.huggingface import flatten, load_params, save_model
-from mmpo_jax.models.safetensors_files import SINGLE_FILE
+from mmpo_jax.data.processor import Processor  # noqa: E402
+from mmpo_jax.data.tokenization import tokenize  # noqa: E402
+from mmpo_jax.models.card import ModelCard  # noqa: E402
+from mmpo_jax.models.families import FAMILIES  # noqa: E402
+from mmpo_jax.models.huggingface import flatten, load_params, save_model  # noqa: E402
+from mmpo_jax.models.safetensors_files import SINGLE_FILE  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
-KINDS = [("float32", 10**9), ("float32", 20_000), ("bfloat16", 10**9), ("float16", 20_000)]
+KINDS = {
+    "single": (False, "float32", 10**9),
+    "sharded": (False, "bfloat16", 20_000),
+    "tied": (True, "float16", 10**9),
+    "tied-sharded": (True, "float32", 20_000),
+}
+"""Whether the head is tied, dtype, bytes of a file."""
 
 
-@pytest.mark.parametrize(("dtype", "size"), KINDS)
-def test_there_and_back(tiny_folder, tiny_model, tmp_path, dtype, size):
-    model, params = tiny_model
-    save_model(tmp_path / "ours", model, params, tiny_folder, dtype=dtype, max_shard_bytes=size)
-    theirs, info = transformers.LlavaForConditionalGeneration.from_pretrained(
-        tmp_path / "ours", dtype="auto", output_loading_info=True
-    )
+def same_bits(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert actual[name].dtype == tensor.dtype
+        assert torch.equal(actual[name], tensor), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_there_and_back(family_case, tmp_path, family, kind):
+    tied, dtype, size = KINDS[kind]
+    case = family_case(family, tied)
+    assert case.model.config.decoder.tie_word_embeddings == tied
+    ours, theirs, again = (tmp_path / name for name in ("ours", "theirs", "again"))
+    wanted = {"dtype": dtype, "max_shard_bytes": size}
+    save_model(ours, case.model, case.params, case.folder, **wanted)
+    loaded, info = type(case.theirs).from_pretrained(ours, dtype="auto", output_loading_info=True)
     assert not any(info.values()), info
-    assert theirs.dtype == theirs.config.dtype == getattr(torch, dtype)
-    theirs.save_pretrained(tmp_path / "theirs", max_shard_size=size)
-    assert (tmp_path / "theirs" / SINGLE_FILE).exists() == (size > 10**6)
-    again = flatten(load_params(tmp_path / "theirs", model))
+    assert loaded.dtype == loaded.config.dtype == getattr(torch, dtype)
+    expected = {name: x.to(loaded.dtype) for name, x in case.theirs.state_dict().items()}
+    same_bits(loaded.state_dict(), expected)
+
+    loaded.save_pretrained(theirs, max_shard_size=size)
+    assert (theirs / SINGLE_FILE).exists() == (size > 10**6)
+    params = load_params(theirs, case.model)
     for path, leaf in flatten(params).items():
-        np.testing.assert_array_equal(again[path], leaf.astype(dtype), err_msg=path)
+        np.testing.assert_array_equal(leaf, flatten(case.params)[path].astype(dtype), err_msg=path)
+    save_model(again, case.model, params, ours, max_shard_bytes=size)
+    names = {file.name for file in ours.iterdir()}
+    assert names == {file.name for file in again.iterdir()}
+    for name in names:
+        assert (again / name).read_bytes() == (ours / name).read_bytes(), name
+
+
+CLIP = {
+    "patch_size": 14,
+    "num_additional_image_tokens": 1,
+    "vision_feature_select_strategy": "default",
+}
+PROCESSORS = {
+    "llava": ("LlavaProcessor", CLIP),
+    "llava_next": ("LlavaNextProcessor", CLIP),
+    "llava_onevision": ("LlavaOnevisionProcessor", {"num_image_tokens": 4}),
+    "internvl": ("InternVLProcessor", {"image_seq_length": 1}),
+    "qwen2_5_vl": ("Qwen2_5_VLProcessor", {}),
+}
+"""Of transformers, with what their files say beside the processors of images and videos."""
+VIDEO_PROCESSORS = {
+    "llava_onevision": "LlavaOnevisionVideoProcessor",
+    "internvl": "InternVLVideoProcessor",
+    "qwen2_5_vl": "Qwen2VLVideoProcessor",
+}
+OLD, NEW = "transformers 4", "transformers 5"
+
+
+@pytest.fixture(params=[OLD, NEW])
+def version(request):
+    return request.param
+
+
+@pytest.fixture
+def source(family_case, version, tmp_path):
+    """family -> its checkpoint, the files beside the weights as a version of transformers writes
+    them: settings of images and videos in files of their own, or inside of the processor's."""
+
+    def source(family):
+        case = family_case(family)
+        folder = tmp_path / "source"
+        save_model(folder, case.model, case.params, case.folder)
+        if family in PROCESSORS:
+            kind, settings = PROCESSORS[family]
+            settings = settings | {"processor_class": kind}
+            parts = {"image_processor": "preprocessor_config.json"}
+            if family in VIDEO_PROCESSORS:
+                parts["video_processor"] = "video_preprocessor_config.json"
+                path = folder / parts["video_processor"]
+                video = {"video_processor_type": VIDEO_PROCESSORS[family]}
+                checks.write_json(path, json.loads(path.read_text()) | video)
+            if version == NEW:
+                for key, name in parts.items():
+                    settings[key] = json.loads((folder / name).read_text())
+                    (folder / name).unlink()
+            checks.write_json(folder / "processor_config.json", settings)
+        return dataclasses.replace(case, folder=folder)
+
+    return source
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_lies_beside_the_weights_is_carried(source, tmp_path, family):
+    case, saved = source(family), tmp_path / "saved"
+    card = ModelCard("base", "text-generation", "dpo", {}, {}, {})
+    save_model(saved, case.model, case.params, case.folder, card=card)
+    for file in case.folder.iterdir():
+        assert (saved / file.name).read_bytes() == file.read_bytes(), file.name
+    assert {"generation_config.json", "chat_template.jinja"} <= {f.name for f in saved.iterdir()}
+    assert "base" in (saved / "README.md").read_text()
+    theirs = transformers.AutoTokenizer.from_pretrained(saved)
+    ours = Processor(saved, case.model.config)
+    assert ours.fingerprints() == case.processor.fingerprints()
+    assert theirs.get_vocab() == case.processor.tokenizer.get_vocab()
+    assert theirs.chat_template == case.processor.tokenizer.chat_template
+    if family in PROCESSORS:
+        images = transformers.AutoImageProcessor.from_pretrained(saved, backend="pil")
+        assert images.to_dict() == case.processor.image_processor.to_dict()
+        assert json.loads((saved / "preprocessor_config.json").read_text())
+    if family in VIDEO_PROCESSORS:
+        assert json.loads((saved / "video_preprocessor_config.json").read_text())
+
+
+@pytest.mark.parametrize("family", PROCESSORS)
+def test_the_processor_of_transformers(source, tmp_path, family):
+    """It loads from the saved folder, and makes of a prompt what ours does."""
+    if family in VIDEO_PROCESSORS and importlib.util.find_spec("torchvision") is None:
+        pytest.skip("its processor of videos needs torchvision")
+    case, saved = source(family), tmp_path / "saved"
+    save_model(saved, case.model, case.params, case.folder)
+    theirs = transformers.AutoProcessor.from_pretrained(saved)
+    assert type(theirs).__name__ == PROCESSORS[family][0]
+    record = families.records(family)[0]
+    text, images = checks.rendered(case, record), checks.load(record.images)
+    expected = theirs(images=images, text=text, add_special_tokens=False)["input_ids"]
+    tokens = tokenize(record, Processor(saved, case.model.config), 2**20, 2**20)
+    assert [tokens.prompt_ids.tolist()] == [list(ids) for ids in expected]

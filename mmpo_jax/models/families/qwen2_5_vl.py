@@ -310,6 +310,7 @@ WRITE_KEYS = (
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^language_model\.", "model."),
 )
+MODULE_KEYS = ((r"^model\.", "model.language_model."), (r"^visual\.", "model.visual."))
 
 
 def tensor_shapes(config: Qwen25VLConfig) -> dict[str, tuple[int, ...]]:
@@ -325,6 +326,7 @@ FAMILY = Family(
     rules=(*vision_qwen.SHARDING_RULES, *decoder.SHARDING_RULES),
     read_keys=READ_KEYS,
     write_keys=WRITE_KEYS,
+    module_keys=MODULE_KEYS,
     images=Images(
         processors=("Qwen2VLImageProcessor",),
         placeholders=lambda config: (config.image_token_id,),

@@ -1,0 +1,59 @@
+"""Where `mmpo generate` and `mmpo score` write: one JSONL file, a line for every usable row."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from etils import epath
+
+from mmpo_jax.data.sources import SKIPPED
+from mmpo_jax.files import write_atomic
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Results:
+    """The files of one run."""
+
+    rows: str
+    """The result."""
+    skipped: str
+    """Rows of the data that were left out, with reasons."""
+    parts: str
+    """Folder of what is finished while the run goes on; gone at its end."""
+
+    @classmethod
+    def at(cls, output: str, name: str) -> Results:
+        """The files of a recipe's `output`: a file `*.jsonl`, or a folder, which gets `name`."""
+        stem, extension = os.path.splitext(output)
+        if extension == ".jsonl":
+            return cls(output, f"{stem}.skipped.jsonl", f"{stem}.parts")
+        return cls(
+            os.path.join(output, f"{name}.jsonl"),
+            os.path.join(output, SKIPPED),
+            os.path.join(output, f"{name}.parts"),
+        )
+
+    def write(self, rows: Iterable[dict[str, Any]]) -> str:
+        """Writes the result whole, and removes the parts it was made of.
+
+        Returns:
+          The result's file.
+        """
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        write_atomic(self.rows, "".join(lines).encode())
+        parts = epath.Path(self.parts)
+        if parts.exists():
+            parts.rmtree()
+        return self.rows
+
+
+def tell_progress(stage: str, part: int, parts: int) -> None:
+    """Says in the log that a part of a stage begins."""
+    log.info("%s %d/%d", stage, part + 1, parts)

@@ -1,0 +1,1 @@
+"""Log-probs of responses that are there."""

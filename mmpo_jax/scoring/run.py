@@ -1,0 +1,71 @@
+"""`mmpo score`: the log-prob of every response of every row, as JSONL."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmpo_jax.checkpoint import load_checkpoint
+from mmpo_jax.data.batching import fitting_lengths
+from mmpo_jax.data.results import Results, tell_progress
+from mmpo_jax.data.rows import SkipReason
+from mmpo_jax.data.sources import load_source, usable_records
+from mmpo_jax.data.tokenization import TokenizedRecord
+from mmpo_jax.models.huggingface import weights_dtype
+from mmpo_jax.parallel.mesh import make_mesh
+from mmpo_jax.recipe import ScoreRecipe
+from mmpo_jax.training.reference import score_stage
+
+
+def run_scoring(recipe: ScoreRecipe) -> str:
+    """Scores the responses of every usable row, as the reference of training is scored.
+
+    Returns:
+      The file, one line per row: `id`, `logps`, `num_tokens`, and with `tokens` also `prompt_ids`
+      and `response_ids`. A response's log-prob is the sum over the assistant's tokens, EOS
+      included; where its turns go on with the user's, these are in its ids but not in the sum.
+    """
+    results = Results.at(recipe.output, "scores")
+    mesh = make_mesh(**recipe.devices.model_dump())
+    checkpoint = load_checkpoint(recipe.model, mesh, recipe.attention, recipe.template)
+    _, records = usable_records(
+        load_source(recipe.data, supervised=True),
+        checkpoint.processor,
+        recipe.lengths,
+        results.skipped,
+        _unfit,
+    )
+    scoring = recipe.scoring
+    dtype: str = scoring.compute_dtype
+    if dtype == "auto":
+        dtype = weights_dtype(checkpoint.params).name
+    scores = score_stage(
+        checkpoint.model,
+        checkpoint.params,
+        checkpoint.processor,
+        records,
+        recipe.lengths or fitting_lengths(records),
+        mesh,
+        name="score",
+        folder=results.parts,
+        model_fingerprint=checkpoint.fingerprint,
+        batch_size=scoring.batch_size,
+        compute_dtype=dtype,
+        progress=tell_progress,
+    )
+    lines = [
+        _line(row, record, scoring.tokens)
+        for row, record in zip(scores.to_pylist(), records, strict=True)
+    ]
+    return results.write(lines)
+
+
+def _line(row: dict[str, Any], record: TokenizedRecord, tokens: bool) -> dict[str, Any]:
+    line = {"id": record.id, "logps": row["log_probs"], "num_tokens": row["num_tokens"]}
+    if tokens:
+        line["prompt_ids"] = record.prompt_ids.tolist()
+        line["response_ids"] = [response.ids.tolist() for response in record.responses]
+    return line
+
+
+def _unfit(record: TokenizedRecord) -> tuple[SkipReason, str] | None:
+    return None if record.responses else ("empty_response", "no response to score")

@@ -1,0 +1,234 @@
+"""One tiny random checkpoint of every family, for what all of them must do alike."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import checks
+import numpy as np
+import pictures
+import torch
+import transformers
+
+from mmpo_jax.data.records import Record
+
+TILE = 28
+"""Pixels along an edge of a tile."""
+PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
+IMAGE, VIDEO = "<image>", "<video>"
+TOWER = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": TILE,
+    "patch_size": 14,
+}
+QWEN_TOWER = {
+    "depth": 2,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "patch_size": 7,
+    "window_size": 28,
+    "fullatt_block_indexes": [1],
+}
+QWEN_SETTINGS = {"patch_size": 7, "min_pixels": 4 * 14**2, "max_pixels": 12 * 14**2}
+NAMED = {
+    "internvl": {
+        "context_image_token": IMAGE,
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "video_token": VIDEO,
+    },
+    "qwen2_5_vl": {"image_token": IMAGE, "video_token": VIDEO},
+}
+"""Tokens that tokenizer_config.json names."""
+
+
+def each(processor: Any, images: list[Any]) -> Any:
+    return processor(images, return_tensors="pt")
+
+
+def one_prompt(processor: Any, images: list[Any]) -> Any:
+    return processor([images], return_tensors="pt")
+
+
+def cropped(processor: Any, images: list[Any]) -> Any:
+    return processor(images, crop_to_patches=True, return_tensors="pt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiny:
+    """How to make a family's checkpoint, and what transformers' model takes."""
+
+    config: Callable[[bool], Any]
+    """Whether the head is tied -> transformers' config."""
+    media: tuple[str, ...] = ()
+    """Tokens of its vocabulary beside the words."""
+    image_processor: Any = None
+    prepare: Callable[[Any, list[Any]], Any] = each
+    """(image processor, a prompt's images) -> what transformers' model takes."""
+
+
+def text_sizes(media: tuple[str, ...], tied: bool) -> dict[str, Any]:
+    vocabulary = len(checks.token_ids(*media))
+    return checks.TEXT | {"vocab_size": vocabulary, "tie_word_embeddings": tied}
+
+
+def only_text(config: Any, **switches: Any) -> Tiny:
+    return Tiny(lambda tied: config(**text_sizes((), tied), **switches))
+
+
+def llava(tied: bool) -> Any:
+    return transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**TOWER),
+        text_config=transformers.LlamaConfig(**text_sizes((IMAGE,), tied)),
+        image_token_index=checks.token_ids(IMAGE)[IMAGE],
+        tie_word_embeddings=tied,
+    )
+
+
+def llava_next(tied: bool) -> Any:
+    return transformers.LlavaNextConfig(
+        vision_config=transformers.CLIPVisionConfig(**TOWER),
+        text_config=transformers.MistralConfig(**text_sizes((IMAGE,), tied), sliding_window=None),
+        image_token_index=checks.token_ids(IMAGE)[IMAGE],
+        image_grid_pinpoints=PINPOINTS,
+        tie_word_embeddings=tied,
+    )
+
+
+def llava_onevision(tied: bool) -> Any:
+    ids = checks.token_ids(IMAGE, VIDEO)
+    return transformers.LlavaOnevisionConfig(
+        vision_config=transformers.SiglipVisionConfig(**TOWER, vision_use_head=False),
+        text_config=transformers.Qwen2Config(**text_sizes((IMAGE, VIDEO), tied)),
+        image_token_index=ids[IMAGE],
+        video_token_index=ids[VIDEO],
+        image_grid_pinpoints=PINPOINTS,
+        tie_word_embeddings=tied,
+    )
+
+
+def internvl(tied: bool) -> Any:
+    media = tuple(NAMED["internvl"].values())
+    return transformers.InternVLConfig(
+        vision_config=transformers.InternVLVisionConfig(
+            **TOWER, attention_bias=True, use_mean_pooling=True
+        ),
+        text_config=transformers.Qwen2Config(**text_sizes(media, tied)),
+        image_token_id=checks.token_ids(*media)[IMAGE],
+        tie_word_embeddings=tied,
+    )
+
+
+QWEN_MEDIA = ("<vision>", "</vision>", IMAGE, VIDEO)
+
+
+def qwen2_5_vl(tied: bool) -> Any:
+    ids = checks.token_ids(*QWEN_MEDIA)
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}
+    return transformers.Qwen2_5_VLConfig(
+        text_config=text_sizes(QWEN_MEDIA, tied) | {"rope_parameters": rope},
+        vision_config=QWEN_TOWER,
+        image_token_id=ids[IMAGE],
+        video_token_id=ids[VIDEO],
+        vision_start_token_id=ids["<vision>"],
+        vision_end_token_id=ids["</vision>"],
+        tie_word_embeddings=tied,
+    )
+
+
+SQUARE = {"height": TILE, "width": TILE}
+SHORTEST = {"size": {"shortest_edge": TILE}, "crop_size": SQUARE}
+
+
+FAMILIES = {
+    "llava": Tiny(llava, (IMAGE,), transformers.CLIPImageProcessorPil(**SHORTEST)),
+    "llava_next": Tiny(
+        llava_next,
+        (IMAGE,),
+        transformers.LlavaNextImageProcessorPil(**SHORTEST, image_grid_pinpoints=PINPOINTS),
+    ),
+    "llava_onevision": Tiny(
+        llava_onevision,
+        (IMAGE, VIDEO),
+        transformers.LlavaOnevisionImageProcessorPil(size=SQUARE, image_grid_pinpoints=PINPOINTS),
+        one_prompt,
+    ),
+    "internvl": Tiny(
+        internvl,
+        tuple(NAMED["internvl"].values()),
+        transformers.GotOcr2ImageProcessorPil(size=SQUARE, min_patches=1, max_patches=4),
+        cropped,
+    ),
+    "qwen2_5_vl": Tiny(
+        qwen2_5_vl, QWEN_MEDIA, transformers.Qwen2VLImageProcessorPil(**QWEN_SETTINGS)
+    ),
+    "llama": only_text(transformers.LlamaConfig),
+    "mistral": only_text(transformers.MistralConfig, sliding_window=None),
+    "qwen2": only_text(transformers.Qwen2Config),
+    "qwen3": only_text(transformers.Qwen3Config, head_dim=16),
+}
+"""By `model_type`."""
+
+VIDEO_SETTINGS = {
+    "llava_onevision": {"size": SQUARE},
+    "internvl": {"size": SQUARE},
+    "qwen2_5_vl": QWEN_SETTINGS,
+}
+
+
+def make_theirs(name: str, tied: bool = False) -> Any:
+    config = FAMILIES[name].config(tied)
+    auto = (
+        transformers.AutoModelForImageTextToText
+        if FAMILIES[name].media
+        else transformers.AutoModelForCausalLM
+    )
+    return auto.from_config(config, attn_implementation="eager")
+
+
+def make_case(name: str, folder: Path, tied: bool = False) -> checks.Case:
+    """The family's checkpoint with large random weights."""
+    tiny = FAMILIES[name]
+    frame = "<vision> {} </vision>" if name == "qwen2_5_vl" else "{}"
+    written = {"image": frame.format(IMAGE), "video": frame.format(VIDEO)}
+    checks.save_tokenizer(folder, *tiny.media, **written)
+    if name in NAMED:
+        named = {"extra_special_tokens": NAMED[name]}
+        transformers.AutoTokenizer.from_pretrained(folder, **named).save_pretrained(folder)
+    if name in VIDEO_SETTINGS:
+        checks.write_json(folder / "video_preprocessor_config.json", VIDEO_SETTINGS[name])
+    return checks.make_case(folder, make_theirs(name, tied), tiny.image_processor)
+
+
+def records(name: str) -> list[Record]:
+    """Two prompts with two responses each, one about an image where the family has them."""
+    images = pictures.refs("odd-size") if FAMILIES[name].media else ()
+    return [
+        checks.record("0", "what is this ?", images, "a red star", "two blue ring and a star"),
+        checks.record("1", "red green what is this ?", (), "a ring", "a green ring"),
+    ]
+
+
+def inputs(case: checks.Case) -> checks.Inputs:
+    """What transformers' model takes beside `input_ids`."""
+    tiny = FAMILIES[case.model.config.family]
+
+    def inputs(record: Record, ids: np.ndarray) -> dict[str, Any]:
+        made: dict[str, Any] = {}
+        if record.images:
+            made = dict(tiny.prepare(case.processor.image_processor, checks.load(record.images)))
+        if case.model.config.family == "qwen2_5_vl":
+            made["mm_token_type_ids"] = torch.tensor(
+                (ids == checks.token_ids(*tiny.media)[IMAGE])[None]
+            ).long()
+        return made
+
+    return inputs

@@ -1,0 +1,364 @@
+"""`mmpo score` and `mmpo generate` from the command line, against transformers."""
+
+import errno
+import json
+import os
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import AxisType
+
+from mmpo_jax import cli, files
+from mmpo_jax.parallel.mesh import AXES
+from mmpo_jax.shapes.render import png_bytes
+from mmpo_jax.shapes.world import sample_scene
+from mmpo_jax.training import reference
+
+torch = pytest.importorskip("torch")
+import checks  # noqa: E402
+import transformers  # noqa: E402
+from PIL import Image  # noqa: E402
+
+pytestmark = pytest.mark.parity
+
+ASK = "what is in the picture ?"
+SHORT, LONG = "a red star", "a green ring and two blue rings and a red star and a white circle ."
+PAIRS = [
+    {"id": "a", "images": ["0.png"], "prompt": ASK, "chosen": LONG, "rejected": "a ring"},
+    {"id": "b", "prompt": "is there a star ? " * 6, "chosen": "yes", "rejected": SHORT},
+    {
+        "id": "c",
+        "images": ["1.png"],
+        "prompt": [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ASK}]},
+            {"role": "assistant", "content": SHORT},
+            {"role": "user", "content": "is the star blue ?"},
+        ],
+        "chosen": [{"role": "assistant", "content": [{"type": "text", "text": "no"}]}],
+        "rejected": [{"role": "assistant", "content": "yes"}],
+    },
+]
+RANKING = {
+    "id": "d",
+    "images": ["1.png"],
+    "prompt": ASK,
+    "responses": [SHORT, LONG, "yes", "two rings ."],
+}
+WORDS = [
+    {"prompt": "what is this ?", "chosen": "a red star", "rejected": "two blue ring and a star"},
+    {"prompt": "red green blue " * 7, "responses": ["a", "a red red ring", "this is two", "and"]},
+]
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch):
+    monkeypatch.setattr(cli, "_start_jax", lambda: None)
+    mesh = jax.make_mesh(
+        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
+    )
+    for module in ("scoring", "generation"):
+        monkeypatch.setattr(f"mmpo_jax.{module}.run.make_mesh", lambda **sizes: mesh)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in range(2):
+        (folder / f"{number}.png").write_bytes(png_bytes(sample_scene("test", 0, number)))
+    return folder
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def mmpo(tmp_path, capsys):
+    """Runs a command whose flags are given; the rows it writes."""
+
+    def mmpo(command, model, data, *more):
+        out = tmp_path / "out.jsonl"
+        flags = ["--model", str(model), "--data", str(data), "--output", str(out), *more]
+        status = cli.main([command, *flags])
+        captured = capsys.readouterr()
+        assert status == 0, captured.err
+        assert str(out) in captured.out
+        assert not (tmp_path / "out.parts").exists()
+        return read_rows(out)
+
+    return mmpo
+
+
+@pytest.fixture
+def refused(tmp_path, capsys):
+    """The message of a command that must fail."""
+
+    def refused(*arguments):
+        assert cli.main([str(argument) for argument in arguments]) == 1
+        err = capsys.readouterr().err
+        assert "Traceback" not in err
+        return err
+
+    return refused
+
+
+@torch.no_grad()
+def their_log_prob(model, inputs, start):
+    """Sum over the tokens from `start` on, in float64."""
+    logits = model(**inputs).logits[0, start - 1 : -1].double()
+    labels = inputs["input_ids"][0, start:]
+    return torch.log_softmax(logits, -1).gather(1, labels[:, None]).sum().item()
+
+
+class TestLlava:
+    @pytest.fixture(scope="class")
+    def theirs(self, tiny_folder):
+        model = transformers.LlavaForConditionalGeneration.from_pretrained(
+            tiny_folder, dtype=torch.float32, attn_implementation="eager"
+        )
+        return model.eval(), transformers.AutoProcessor.from_pretrained(tiny_folder)
+
+    def inputs(self, processor, pictures, row, answer):
+        """What transformers' processor makes of a row and an answer; None for the prompt alone."""
+        turns = row["prompt"]
+        if isinstance(turns, str):
+            parts = [{"type": "image"} for _ in row.get("images", [])]
+            turns = [{"role": "user", "content": [*parts, {"type": "text", "text": turns}]}]
+        if answer is not None:
+            turns = [*turns, {"role": "assistant", "content": answer}]
+        text = processor.apply_chat_template(turns, add_generation_prompt=answer is None)
+        images = [Image.open(pictures / name).convert("RGB") for name in row.get("images", [])]
+        options = {"images": images} if images else {}
+        return processor(text=text, add_special_tokens=False, return_tensors="pt", **options)
+
+    @pytest.fixture
+    def scored(self, mmpo, tiny_folder, pictures):
+        def scored(rows, *flags):
+            return mmpo("score", tiny_folder, write_rows(pictures / "rows.jsonl", rows), *flags)
+
+        return scored
+
+    @pytest.mark.parametrize("rows", [PAIRS, [*PAIRS, RANKING]], ids=["pairs", "with-four"])
+    def test_log_probs_and_ids_are_theirs(self, scored, theirs, pictures, rows):
+        model, processor = theirs
+        lines = scored(rows, "--tokens", "--batch-size", "2")
+        assert [line["id"] for line in lines] == [row["id"] for row in rows]
+        for row, line in zip(rows, lines, strict=True):
+            answers = row.get("responses") or [text(row["chosen"]), text(row["rejected"])]
+            prompt = self.inputs(processor, pictures, row, None)["input_ids"][0].tolist()
+            assert line["prompt_ids"] == prompt
+            expected = []
+            for answer, ids in zip(answers, line["response_ids"], strict=True):
+                inputs = self.inputs(processor, pictures, row, answer)
+                assert [*prompt, *ids] == inputs["input_ids"][0].tolist()
+                assert ids[-1] == tiny.EOS_ID
+                expected.append(their_log_prob(model, inputs, len(prompt)))
+            assert line["num_tokens"] == [len(ids) for ids in line["response_ids"]]
+            np.testing.assert_allclose(line["logps"], expected, rtol=1e-5, atol=2e-4)
+            assert len(set(expected)) == len(answers)
+
+    def test_options_change_how_and_not_what(self, scored, caplog):
+        first = scored(PAIRS)
+        assert set(first[0]) == {"id", "logps", "num_tokens"}
+        again = scored(PAIRS, "lengths={prompt: [64], response: [24]}", "attention=xla")
+        same = [line["logps"] for line in again]
+        np.testing.assert_allclose(
+            np.concatenate(same), np.concatenate([x["logps"] for x in first]), rtol=1e-5
+        )
+        half = scored(PAIRS, "scoring.compute_dtype=bfloat16")
+        assert half[0]["logps"] != first[0]["logps"]
+        np.testing.assert_allclose(half[0]["logps"], first[0]["logps"], rtol=0.1)
+        cut = scored(PAIRS, "lengths={prompt: [64], response: [3]}", "--tokens")
+        assert cut[0]["num_tokens"] == [3, 3]
+        assert "2 responses were cut to 3 tokens" in caplog.text
+
+    def test_rows_left_out(self, scored, pictures, tmp_path):
+        (pictures / "broken.png").write_bytes(b"no picture")
+        bad = {
+            "broken": {"images": ["broken.png"], "prompt": ASK, "chosen": "a", "rejected": "yes"},
+            "silent": {"prompt": ASK},
+            "empty": {"prompt": ASK, "responses": ["yes", " "]},
+            "one": {"prompt": ASK, "chosen": "yes"},
+        }
+        rows = [{"id": name} | row for name, row in bad.items()]
+        lines = scored([rows[0], PAIRS[1], *rows[1:]], "data.max_skipped=0.8")
+        assert [line["id"] for line in lines] == ["b"]
+        skipped = read_rows(tmp_path / "out.skipped.jsonl")
+        assert {row["id"]: row["reason"] for row in skipped} == {
+            "broken": "image_broken",
+            "silent": "empty_response",
+            "empty": "empty_response",
+            "one": "incomplete_pair",
+        }
+        scored(PAIRS)
+        assert not (tmp_path / "out.skipped.jsonl").exists()
+
+    def test_greedy_generation_is_theirs(self, mmpo, theirs, tiny_folder, pictures):
+        """And of rows with responses the prompt is read only; what comes out is scored again."""
+        model, processor = theirs
+        data = write_rows(pictures / "prompts.jsonl", [*PAIRS, RANKING])
+        flags = "--temperature", "0", "--num-samples", "1", "--max-new-tokens", "12"
+        lines = mmpo("generate", tiny_folder, data, *flags)
+        assert [line["id"] for line in lines] == ["a", "b", "c", "d"]
+        for row, line in zip([*PAIRS, RANKING], lines, strict=True):
+            inputs = self.inputs(processor, pictures, row, None)
+            with torch.no_grad():
+                tokens = model.generate(
+                    **inputs, do_sample=False, max_new_tokens=12, pad_token_id=tiny.PAD_ID
+                )
+            tokens = tokens[0, inputs["input_ids"].shape[1] :]
+            expected = processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            assert line["responses"] == [expected]
+        generated = write_rows(pictures / "generated.jsonl", lines)
+        again = mmpo("score", tiny_folder, generated, "--tokens")
+        before = mmpo("score", tiny_folder, data, "--tokens")
+        assert [line["prompt_ids"] for line in again] == [line["prompt_ids"] for line in before]
+
+    def test_sampling_flags(self, mmpo, tiny_folder, pictures):
+        data = write_rows(pictures / "prompts.jsonl", PAIRS[:1])
+        flags = ["--num-samples", "3", "--temperature", "1.5", "--max-new-tokens", "6"]
+        first = mmpo("generate", tiny_folder, data, *flags, "--seed", "1")
+        assert len(set(first[0]["responses"])) == 3
+        assert all(len(response.split()) <= 6 for response in first[0]["responses"])
+        other = mmpo("generate", tiny_folder, data, *flags, "--seed", "2")
+        assert first != other
+        narrow = mmpo("generate", tiny_folder, data, *flags, "--top-k", "1", "--batch-size", "2")
+        assert len(set(narrow[0]["responses"])) == 1
+        assert narrow == mmpo("generate", tiny_folder, data, *flags, "--top-p", "1e-6")
+
+
+def text(response):
+    """Of an answer in any of TRL's forms."""
+    if isinstance(response, list):
+        response = response[0]["content"]
+    return response if isinstance(response, str) else response[0]["text"]
+
+
+def test_a_text_model(mmpo, tmp_path):
+    folder = tmp_path / "text"
+    checks.save_tokenizer(folder)
+    sizes = checks.TEXT | {"vocab_size": len(checks.token_ids())}
+    config = transformers.Qwen2Config(**sizes, tie_word_embeddings=False)
+    config._attn_implementation = "eager"
+    theirs = transformers.AutoModelForCausalLM.from_config(config)
+    checks.make_case(folder, theirs)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    lines = mmpo("score", folder, write_rows(tmp_path / "rows.jsonl", WORDS), "--tokens")
+    assert [line["id"] for line in lines] == ["1", "2"]
+    for row, line in zip(WORDS, lines, strict=True):
+        answers = row.get("responses") or [row["chosen"], row["rejected"]]
+        user = {"role": "user", "content": [{"type": "text", "text": row["prompt"]}]}
+        for index, answer in enumerate(answers):
+            spoken = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+            rendered = tokenizer.apply_chat_template([user, spoken], tokenize=False)
+            ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+            assert line["prompt_ids"] + line["response_ids"][index] == ids
+            inputs = {"input_ids": torch.tensor([ids])}
+            expected = their_log_prob(theirs, inputs, len(line["prompt_ids"]))
+            np.testing.assert_allclose(line["logps"][index], expected, rtol=1e-5, atol=2e-4)
+
+
+def test_vicuna_by_a_flag(mmpo, tmp_path):
+    folder = tiny.make_sentencepiece_folder(tmp_path / "vicuna")
+    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "what is this?", "responses": ["a"]}])
+    (own,) = mmpo("score", folder, data, "--tokens")
+    (vicuna,) = mmpo("score", folder, data, "--tokens", "--template", "vicuna_v1")
+    assert len(vicuna["prompt_ids"]) > len(own["prompt_ids"]) + 10
+    assert vicuna["logps"] != own["logps"]
+
+
+class TestErrors:
+    @pytest.fixture
+    def flags(self, tiny_folder, tmp_path):
+        data = write_rows(tmp_path / "rows.jsonl", PAIRS[1:2])
+        return {"--model": tiny_folder, "--data": data, "--output": tmp_path / "out.jsonl"}
+
+    def run(self, refused, command, flags, *more):
+        return refused(command, *(word for pair in flags.items() for word in pair), *more)
+
+    @pytest.mark.parametrize("command", ["score", "generate"])
+    def test_whatever_is_missing(self, command, flags, refused, tmp_path):
+        message = refused(command, "--model", "m")
+        assert f"mmpo {command}: the options: this recipe cannot be run:" in message
+        assert "output: Field required" in message
+        assert "data: Field required" in message
+        nothing = self.run(refused, command, flags | {"--data": tmp_path / "none.jsonl"})
+        assert "none.jsonl: No such file or directory" in nothing
+        nowhere = self.run(refused, command, flags | {"--model": "/nowhere/llava"})
+        assert "/nowhere/llava: there is no such checkpoint folder" in nowhere
+        assert not (tmp_path / "out.jsonl").exists()
+
+    def test_unknown_keys(self, flags, refused):
+        message = self.run(refused, "score", flags, "scoring.token=true", "sead=1")
+        assert "scoring.token: unknown key; did you mean tokens?" in message
+        assert "sead: unknown key; did you mean seed?" in message
+        message = self.run(refused, "score", flags | {"--template": "vicuna"})
+        assert "template: Input should be 'auto' or 'vicuna_v1' (got 'vicuna')" in message
+        message = self.run(refused, "generate", flags, "--num-samples", "0")
+        assert "sampling.num_samples: Input should be greater than 0 (got 0)" in message
+
+    @pytest.mark.parametrize("command", ["score", "generate"])
+    def test_a_row_without_a_prompt(self, command, flags, refused, tmp_path):
+        write_rows(tmp_path / "rows.jsonl", [PAIRS[1], {"id": "x", "responses": ["yes", "no"]}])
+        message = self.run(refused, command, flags)
+        assert "1 of 2 rows cannot be used, more than the allowed 10.0%: no_prompt 1" in message
+        assert f"{tmp_path / 'rows.jsonl'} row 2 (id 'x'): no_prompt: " in message
+
+    @pytest.mark.parametrize("command", ["score", "generate"])
+    def test_a_full_disk(self, command, flags, refused, monkeypatch, tmp_path):
+        def fail(descriptor):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(files.os, "fsync", fail)
+        message = self.run(refused, command, flags)
+        assert f"stage {command}: cannot write" in message
+        assert "No space left on device" in message
+        assert not (tmp_path / "out.jsonl").exists()
+
+    def test_a_flag_of_the_same_name_as_a_recipe(self, flags, refused, tmp_path):
+        """Flags come after the recipe, and `key=value` after flags."""
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text("{model: builtin:circles, output: out, data: {source: shapes, size: 3}}")
+        message = refused("score", recipe)
+        assert "builtin:circles" in message
+        message = refused("score", recipe, "--model", "/nowhere/flag")
+        assert "/nowhere/flag" in message
+        message = refused("score", recipe, "model=/nowhere/key", "--model", "/nowhere/flag")
+        assert "/nowhere/key" in message
+
+
+def test_a_run_that_was_killed_goes_on(mmpo, tiny_folder, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "ROWS_PER_PART", 1)
+    data = write_rows(pictures / "rows.jsonl", PAIRS)
+    whole = mmpo("score", tiny_folder, data)
+    score, scored = reference.score_records, []
+
+    def count(model, params, processor, records, *args):
+        scored.extend(record.id for record in records)
+        if len(scored) == 3:
+            raise KeyboardInterrupt
+        return score(model, params, processor, records, *args)
+
+    monkeypatch.setattr(reference, "score_records", count)
+    with pytest.raises(KeyboardInterrupt):
+        mmpo("score", tiny_folder, data)
+    assert os.listdir(tmp_path / "out.parts")
+    assert mmpo("score", tiny_folder, data) == whole
+    assert scored == ["a", "b", "c", "c"]
+    # Nothing of another model's or of other rows'.
+    other = shutil.copytree(tiny_folder, tmp_path / "other")
+    (other / "chat_template.jinja").write_text(tiny.HUB_TEMPLATE)
+    scored.clear()
+    with pytest.raises(KeyboardInterrupt):
+        mmpo("score", tiny_folder, data)
+    scored.append("more than three")
+    mmpo("score", other, data)
+    assert scored == ["a", "b", "c", "more than three", "a", "b", "c"]

@@ -1,0 +1,40 @@
+"""What the documentation says is there."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from mmpo_jax.models.families import FAMILIES
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_every_test_that_is_named_exists(page):
+    for file, name in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", page.read_text()):
+        body = ast.parse((ROOT / file).read_text()).body
+        defined = {node.name for node in body if isinstance(node, ast.FunctionDef)}
+        assert not name or name in defined, f"{file}::{name}"
+
+
+def families_table():
+    """model_type -> cells by column."""
+    lines = (ROOT / "docs" / "models.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
+    header = rows[0]
+    assert header[0] == "`model_type`"
+    cells = [row for row in rows if len(row) == len(header) and row[0].strip("`") in FAMILIES]
+    return {row[0].strip("`"): dict(zip(header, row, strict=True)) for row in cells}
+
+
+def test_every_family_is_in_the_table():
+    table = families_table()
+    assert list(table) and table.keys() == FAMILIES.keys()
+    for name, family in FAMILIES.items():
+        says = {column: cell == "yes" for column, cell in table[name].items()}
+        assert says["images"] == says["several images"] == (family.images is not None)
+        assert says["video"] == (family.videos is not None)
+        assert "tests/parity/" in list(table[name].values())[-1]
