@@ -63,7 +63,8 @@ def table(runs: list[list[RoundReport]]) -> str:
     heads = ["", *("start" if index == 0 else f"round {index}" for index in rounds)]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for key, name in ROWS:
-        cells = [_spread([run[index].metrics[key] for run in runs]) for index in rounds]
+        digits = 4 if key == "yes_no_accuracy" else 3  # which hardly moves
+        cells = [_spread([run[index].metrics[key] for run in runs], digits) for index in rounds]
         lines.append("| " + " | ".join([name, *cells]) + " |")
     for key, name in (("pairs", "pairs"), ("rejected_claims", "rejected claims")):
         values = [[run[index].value(key) for run in runs] for index in rounds if index]
@@ -96,7 +97,7 @@ def goals(runs: list[list[RoundReport]]) -> list[tuple[str, bool]]:
     return [*found, compare("yes/no accuracy not worse", before, after, after >= before)]
 
 
-def _spread(values: list[float], digits: int = 3) -> str:
+def _spread(values: list[float], digits: int) -> str:
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.fmean(values):.{digits}f} ({deviation:.{digits}f})"
 

@@ -49,7 +49,7 @@ _OMISSION_RATE = 0.05
 _ERROR_RATES = {"object": 0.8, "colour": 0.12, "count": 0.08}
 _PAIR_RATE = 0.15  # of invented objects that come as a pair
 _TEMPTATION = 0.6  # how far the share of hallucinated captions differs between scenes, see `tempts`
-_QUESTION_RATES = {"existence": 0.3, "count": 0.3, "attribute": 0.1, "position": 0.3}
+_QUESTION_RATES = {"existence": 0.25, "count": 0.25, "attribute": 0.1, "position": 0.4}
 
 Group = tuple[int, Kind]
 _Weighted = list[tuple[str, float]]

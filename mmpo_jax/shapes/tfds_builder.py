@@ -49,7 +49,7 @@ class ShapesConfig(tfds.core.BuilderConfig):
 class Shapes(tfds.core.GeneratorBasedBuilder):
     """Coloured shapes on a grid, with captions and yes/no questions."""
 
-    VERSION = tfds.core.Version("1.2.0")
+    VERSION = tfds.core.Version("1.3.0")
     BUILDER_CONFIGS = (
         ShapesConfig(name="default", description="Scenes in four splits, enough to train on."),
         ShapesConfig(name="tiny", train=32, align=16, validation=8, test=8),
