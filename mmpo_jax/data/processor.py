@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jinja2
 import numpy as np
 import transformers
 from PIL import Image
@@ -34,6 +35,10 @@ PIXEL_CACHE_BYTES = 512 * 2**20
 
 class ProcessorError(MmpoError):
     """A checkpoint folder whose tokenizer, template or image processor cannot be used."""
+
+
+class TemplateRefusal(DataError):
+    """A dialogue that the chat template does not take, such as one of two user turns in a row."""
 
 
 class MediaError(DataError):
@@ -59,8 +64,9 @@ class Processor:
         self.images = FAMILIES[config.family].images
         self.videos = FAMILIES[config.family].videos
         self.tokenizer = _load_tokenizer(self.folder)
-        if self.chat_template is not None:
-            self.tokenizer.chat_template = self.chat_template
+        self.tokenizer.chat_template = (
+            self.chat_template or _processor_template(self.folder) or self.tokenizer.chat_template
+        )
         self.placeholders: tuple[int, ...] = ()
         self.slot_shape: tuple[int, ...] = ()
         if self.images is not None:
@@ -136,19 +142,56 @@ class Processor:
           num_images: images of the record.
           for_answer: end with the header of the assistant's next turn.
           num_videos: videos of the record.
+
+        Raises:
+          TemplateRefusal: it does not take such a dialogue.
         """
-        messages = []
         media = [{"type": "image"}] * num_images + [{"type": "video"}] * num_videos
+        return self._apply_template(turns, media, for_answer, self._takes_parts)
+
+    def _apply_template(
+        self, turns: Sequence[Turn], media: list[dict[str, str]], for_answer: bool, in_parts: bool
+    ) -> str:
+        messages: list[dict[str, Any]] = []
         for turn in turns:
+            if not in_parts:
+                messages.append({"role": turn.role, "content": turn.text})
+                continue
             content: list[dict[str, str]] = []
             if turn.role == "user":
                 content, media = media, []
-            messages.append(
-                {"role": turn.role, "content": [*content, {"type": "text", "text": turn.text}]}
+            content = [*content, {"type": "text", "text": turn.text}]
+            messages.append({"role": turn.role, "content": content})
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=for_answer
             )
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=for_answer
-        )
+        except (jinja2.TemplateError, TypeError) as error:
+            roles = ", ".join(turn.role for turn in turns)
+            raise TemplateRefusal(
+                f"{self.folder}: the chat template refuses turns of {roles}: {error}"
+            ) from error
+
+    @functools.cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the template reads a turn as a list of parts, as those with images have to, or
+        as plain text, as most of text models do.
+
+        Raises:
+          ProcessorError: it writes neither as it is.
+        """
+        probe = Turn("user", "is there a star ?")
+        choices = (False, True) if self.images is None else (True, False)
+        refusal = "it does not write a user's text"
+        for in_parts in choices:
+            try:
+                written = self._apply_template([probe], [], True, in_parts)
+            except TemplateRefusal as error:
+                refusal = str(error)
+                continue
+            if probe.text in written and "'type'" not in written:
+                return in_parts
+        raise ProcessorError(f"{self.folder}: the chat template cannot be used: {refusal}")
 
     def encode(self, text: str) -> list[int]:
         """Token ids of rendered text, each image placeholder once; adds no special tokens."""
@@ -249,25 +292,26 @@ class Processor:
         }
 
     def _check(self) -> None:
-        size = len(self.tokenizer)
-        if size > self.config.decoder.vocab_size:
+        size, known = len(self.tokenizer), self.config.decoder.vocab_size
+        # Placeholders have no embedding: features stand in their places.
+        beyond = [token for token in range(known, size) if token not in self.placeholders]
+        if beyond:
             raise ProcessorError(
                 f"{self.folder}: the tokenizer has {size} ids, the model's vocabulary only "
-                f"{self.config.decoder.vocab_size}; they do not belong together"
+                f"{known}; they do not belong together"
             )
         if self.tokenizer.eos_token_id is None:
             raise ProcessorError(f"{self.folder}: the tokenizer has no EOS token")
-        beyond = max(self.eos_ids)
-        if beyond >= self.config.decoder.vocab_size:
+        if max(self.eos_ids) >= known:
             raise ProcessorError(
-                f"{self.folder}: generation_config.json has the EOS id {beyond}, the model's "
-                f"vocabulary only {self.config.decoder.vocab_size} ids"
+                f"{self.folder}: generation_config.json has the EOS id {max(self.eos_ids)}, the "
+                f"model's vocabulary only {known} ids"
             )
         if not self.tokenizer.chat_template:
             raise ProcessorError(f"{self.folder}: no chat template (chat_template.jinja)")
+        rendered = self.encode(self.render([Turn("user", "?")], self.images is not None, True))
         if self.images is None:
             return
-        rendered = self.encode(self.render([Turn("user", "?")], 1, True))
         written = sum(rendered.count(token) for token in self.placeholders)
         if written != 1:
             ids = ", ".join(map(str, self.placeholders))
@@ -289,6 +333,21 @@ def _load_tokenizer(folder: str) -> Any:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers and its Rust tokenizers raise many types
         raise ProcessorError(f"{folder}: cannot load the tokenizer: {error}") from error
+
+
+def _processor_template(folder: str) -> str | None:
+    """What `chat_template.json` says, where processors of transformers 4.4x put their template.
+
+    It comes before the tokenizer's own, which may be that of the text model.
+    """
+    path = os.path.join(folder, "chat_template.json")
+    if os.path.isfile(os.path.join(folder, "chat_template.jinja")) or not os.path.isfile(path):
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            return str(json.load(file)["chat_template"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ProcessorError(f"{path}: not a chat template: {error!r}") from error
 
 
 def _load_video_settings(folder: str, name: str) -> dict[str, Any]:

@@ -44,6 +44,7 @@ SkipReason = Literal[
     "placeholder_count",  # as many placeholders as images, or none
     "prompt_too_long",  # over the largest bucket; its image tokens are never cut
     "question_too_long",
+    "template_refuses",  # the chat template does not take such a dialogue
     "turn_order",  # turns that do not alternate between user and assistant
     "unsupported_column",  # a column that changes what the row means
 ]

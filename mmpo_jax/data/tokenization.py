@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mmpo_jax.data.processor import MediaError, Processor, ProcessorError
+from mmpo_jax.data.processor import MediaError, Processor, ProcessorError, TemplateRefusal
 from mmpo_jax.data.readers import SkippedRow
 from mmpo_jax.data.records import ImageRef, Record, Turn, VideoRef
 from mmpo_jax.data.rows import SkipReason
@@ -82,12 +82,15 @@ def tokenize(
         layouts = tuple(processor.layouts(record.images, record.videos))
     except MediaError as error:
         raise RowRejected("image_broken", str(error)) from error
-    dialogues = [
-        _segments((*record.prompt, *response.turns), record, layouts, processor)
-        for response in record.responses
-    ]
-    if not dialogues:
-        dialogues = [_segments(record.prompt, record, layouts, processor)]
+    try:
+        dialogues = [
+            _segments((*record.prompt, *response.turns), record, layouts, processor)
+            for response in record.responses
+        ]
+        if not dialogues:
+            dialogues = [_segments(record.prompt, record, layouts, processor)]
+    except TemplateRefusal as error:
+        raise RowRejected("template_refuses", str(error)) from error
     starts = [segments[0][0] for segments in dialogues]
     prompt = starts[0] if record.prompt else _common_start(starts, max_prompt, processor)
     if any(start[: len(prompt)] != prompt for start in starts):
@@ -98,6 +101,12 @@ def tokenize(
     if len(prompt) > max_prompt:
         raise RowRejected(
             "prompt_too_long", f"the prompt has {len(prompt)} tokens, the limit is {max_prompt}"
+        )
+    limit = processor.config.decoder.rope.limit
+    longest = max(sum(len(ids) for ids, _ in segments) for segments in dialogues)
+    if limit is not None and min(longest, len(prompt) + max_response) > limit:
+        raise RowRejected(
+            "prompt_too_long", f"{longest} tokens, the model's positions end at {limit}"
         )
     responses = []
     for segments in dialogues if record.responses else []:
@@ -176,6 +185,8 @@ def _segments(
                 "cannot be told from its prompt"
             )
         last = index == len(turns) - 1
+        if last and not processor.ends_answers:
+            after = after.rstrip()  # what such a template puts between answers, before EOS
         answer = _continued(before, after, processor)
         segments.append((_continued(done, before, processor), False))
         segments.append((_ended(answer, processor) if last else answer, True))

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from mmpo_jax.data.batching import pad_batch
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.tokenization import TokenizedRecord
+from mmpo_jax.errors import DataError
 from mmpo_jax.files import fingerprint_json
 from mmpo_jax.generation.sampler import Decoding, sample, sample_keys
 from mmpo_jax.models.model import Model, Params
@@ -79,10 +80,17 @@ def generate_responses(
       Sorted as the records are, samples in order.
 
     Raises:
-      DataError: an image cannot be read.
+      DataError: an image cannot be read, or the model's positions end before a response may.
     """
     shards = batch_shards(mesh)
     rows = -(-batch_size // shards) * shards
+    limit = model.config.decoder.rope.limit
+    longest = max((len(record.prompt_ids) for record in records), default=0)
+    if limit is not None and longest + decoding.max_new_tokens > limit:
+        raise DataError(
+            f"a prompt of {longest} tokens and {decoding.max_new_tokens} new ones go beyond the "
+            f"{limit} positions of {processor.folder}; lower sampling.max_new_tokens"
+        )
     generated = []
     for start in range(0, len(records), rows):
         chosen = [
@@ -142,7 +150,8 @@ def generate_stage(
                     [
                         r.id,
                         r.prompt_ids.tolist(),
-                        [media.fingerprint() for media in (*r.images, *r.videos)],
+                        [image.fingerprint() for image in r.images],
+                        [video.fingerprint() for video in r.videos],
                     ]
                     for r in records
                 ]

@@ -13,7 +13,7 @@ import numpy as np
 
 from mmpo_jax.models.layers import promote
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Rope:
     sections: tuple[int, ...] = ()
     """With several position axes (time, height, width): how many frequencies in turn belong to
     each (Qwen2-VL, section 2.1). Empty for the one axis of text."""
+    limit: int | None = None
+    """How many tokens these frequencies hold for; None for any number."""
 
     @property
     def axes(self) -> int:
@@ -36,6 +38,9 @@ class Rope:
 
 def read_rope(parameters: Mapping[str, Any], head_dim: int, max_positions: int) -> Rope:
     """The rotary embedding of a transformers config's `rope_parameters`.
+
+    "dynamic" changes the frequencies with the length of what is longer than `max_positions`, so
+    that cached keys would no longer hold. Up to there it is the plain kind, which is implemented.
 
     Args:
       parameters: `rope_theta`, `rope_type` and the type's own numbers.
@@ -61,7 +66,8 @@ def read_rope(parameters: Mapping[str, Any], head_dim: int, max_positions: int) 
         plain = _llama3(plain, parameters)
     elif kind == "yarn":
         plain, scale = _yarn(plain, parameters, head_dim, max_positions)
-    return Rope(tuple(map(float, plain)), scale, sections)
+    limit = max_positions if kind == "dynamic" else None
+    return Rope(tuple(map(float, plain)), scale, sections, limit)
 
 
 def _llama3(plain: np.ndarray, parameters: Mapping[str, Any]) -> np.ndarray:

@@ -85,7 +85,7 @@ def text_section(config):
     return ("text_config",) if "text_config" in config else ()
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "longrope", "spiral"])
+@pytest.mark.parametrize("kind", ["longrope", "spiral"])
 def test_rope_types_that_are_not_implemented(folder, kind):
     path = folder / "config.json"
     section = text_section(json.loads(path.read_text()))

@@ -92,8 +92,8 @@ def test_missing_and_damaged_files(folder):
         ({"text_config": {"model_type": "gemma"}}, r"text_config\.model_type is 'gemma'"),
         ({"vision_config": {"model_type": "siglip_vision_model"}}, "vision_use_head is True"),
         (
-            {"text_config": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}},
-            "rope_type is 'dynamic'",
+            {"text_config": {"rope_parameters": {"rope_type": "spiral", "factor": 2.0}}},
+            "rope_type is 'spiral'",
         ),
     ],
 )

@@ -17,6 +17,7 @@ PARAMETERS = {
         "original_max_position_embeddings": 512,
     },
     "yarn": {"factor": 4.0, "original_max_position_embeddings": 1024},
+    "dynamic": {"factor": 2.0},
 }
 YARN_CHANGES = (
     {"attention_factor": 1.3},
@@ -45,12 +46,13 @@ def test_frequencies(kind, change, theta):
     rope = read_rope(config.rope_parameters, 64, 4096)
     np.testing.assert_allclose(rope.frequencies, theirs.inv_freq.numpy(), rtol=1e-6)
     assert rope.scale == pytest.approx(theirs.attention_scaling, rel=1e-9)
+    assert rope.limit == (4096 if kind == "dynamic" else None)
 
 
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"rope_type": "dynamic"}, "'dynamic'.*default, linear, llama3, yarn"),
+        ({"rope_type": "longrope"}, "'longrope'.*default, linear, llama3, yarn"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ],
 )

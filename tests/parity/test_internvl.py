@@ -55,7 +55,13 @@ def make_config(text, vision, **switches):
 CASES = {
     # As InternVL3-8B: biases, no norm behind the last layer.
     "qwen2": make_config(
-        transformers.Qwen2Config(**TEXT), {"attention_bias": True}, tie_word_embeddings=False
+        # The published ones have this rope.
+        transformers.Qwen2Config(
+            **TEXT,
+            rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6},
+        ),
+        {"attention_bias": True},
+        tie_word_embeddings=False,
     ),
     # The tower's norms are InternViT-6B's (InternVL3-38B). A layer that is chosen by its number is
     # not normalised, the last one included.
