@@ -37,6 +37,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from mmpo_jax.generation.sampler import Decoding, sample
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.huggingface import flatten
+from mmpo_jax.models.layout import pad_size
 from mmpo_jax.models.log_probs import response_log_probs
 from mmpo_jax.models.model import Model, read_config
 from mmpo_jax.parallel.mesh import AXES, BATCH, param_shardings
@@ -46,8 +47,8 @@ from mmpo_jax.training.optimizer import make_optimizer, make_schedule
 from mmpo_jax.training.step import TrainState, make_step, optimizer_shardings
 
 GIB = 2**30
-CHIPS = {"v5e": 16, "v5p": 95}
-"""GiB of memory; libtpu keeps about a quarter of one for itself."""
+CHIPS = {"v5e": 16, "v5p": 95, "v6e": 32}
+"""GiB of memory; libtpu keeps a part for itself, a quarter of one on v5e."""
 ROWS = 1
 """Prompts for every chip, or for the chips that share rows on the `tensor` axis."""
 RESPONSES, RESPONSE_TOKENS = 2, 512
@@ -67,7 +68,7 @@ class Target:
     """I: rows of pixels per prompt."""
     train_mesh: tuple[int, int, int] = (1, -1, 1)
     """data, fsdp, tensor; -1 takes the chips that the others leave. For log-probs too."""
-    generate_mesh: tuple[int, int, int] = (1, -1, 8)
+    generate_mesh: tuple[int, int, int] = (-1, 1, 8)
 
 
 def decoder(
@@ -190,22 +191,24 @@ MODELS = {
     "LLaVA-1.5-7B": Target(lambda: llava(VICUNA_7B), prompt=640, slots=1),
     "LLaVA-1.5-13B": Target(lambda: llava(VICUNA_13B), prompt=640, slots=1),
     "Qwen2.5-7B": Target(
-        lambda: transformers.Qwen2Config(**QWEN_7B), prompt=512, generate_mesh=(1, -1, 4)
+        lambda: transformers.Qwen2Config(**QWEN_7B), prompt=512, generate_mesh=(-1, 1, 4)
     ),
     # A picture of 672 x 672 pixels: 4 tiles and the whole, 2,928 tokens.
     "LLaVA-NeXT-34B": Target(lambda: llava_next(YI_34B), prompt=3072, slots=5),
     # The largest picture: 9 tiles and the whole, 7,371 tokens.
     "LLaVA-OneVision-7B": Target(
-        lambda: llava_onevision(QWEN_7B), prompt=7424, slots=10, generate_mesh=(1, -1, 4)
+        lambda: llava_onevision(QWEN_7B), prompt=7424, slots=10, generate_mesh=(-1, 1, 4)
     ),
     # A picture of 896 x 896 pixels: 64 windows of 64 patches, 1,024 tokens.
     "Qwen2.5-VL-7B": Target(
-        lambda: qwen_vl(QWEN_7B, 3420), prompt=1152, slots=64, generate_mesh=(1, -1, 4)
+        lambda: qwen_vl(QWEN_7B, 3420), prompt=1152, slots=64, generate_mesh=(-1, 1, 4)
     ),
-    "Qwen2.5-VL-72B": Target(lambda: qwen_vl(QWEN_72B, 3456), prompt=1152, slots=64),
+    "Qwen2.5-VL-72B": Target(
+        lambda: qwen_vl(QWEN_72B, 3456), prompt=1152, slots=64, generate_mesh=(1, -1, 8)
+    ),
     # 12 tiles and the whole, 3,328 tokens.
     "InternVL3-8B": Target(
-        lambda: internvl(QWEN_7B), prompt=3456, slots=13, generate_mesh=(1, -1, 4)
+        lambda: internvl(QWEN_7B), prompt=3456, slots=13, generate_mesh=(-1, 1, 4)
     ),
 }
 
@@ -230,7 +233,7 @@ def abstract_batch(
 ) -> Batch:
     """A batch of the target's shapes, split over the mesh; with an axis of one micro-batch."""
     b = ROWS * mesh.shape["data"] * mesh.shape["fsdp"]
-    p, t, i = target.prompt, RESPONSE_TOKENS, target.slots
+    p, t, i = target.prompt, RESPONSE_TOKENS, pad_size(target.slots)
     images = model.family.images
     width = images.vectors if images else 1
     slot = images.slot_shape(model.config) if images else ()
@@ -288,7 +291,8 @@ def train_step(model: Model, target: Target, mesh: Mesh) -> Callable[[], Any]:
     reference = jax.ShapeDtypeStruct(
         batch.response_ids.shape[:-1], jnp.float32, sharding=batch.response_ids.sharding
     )
-    return lambda: step.lower(state, (batch, {REFERENCE: reference}))
+    whole = jax.jit(step, donate_argnums=0)
+    return lambda: whole.lower(state, (batch, {REFERENCE: reference}))
 
 
 def generation(model: Model, target: Target, mesh: Mesh) -> Callable[[], Any]:
@@ -329,6 +333,9 @@ def measure(target: Target, program: str, devices: list[Any], dump: str | None) 
     with jax.set_mesh(mesh):
         started = time.perf_counter()
         lowered = lower()
+        row["kernels"] = splash_kernels(lowered.as_text())
+        if "fwd" not in row["kernels"]:
+            raise RuntimeError(f"{program}: attention is not splash attention")
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
@@ -340,9 +347,11 @@ def measure(target: Target, program: str, devices: list[Any], dump: str | None) 
     row["compiled"] = compiled is not None
     if compiled is None:
         return row
+    text = compiled.as_text()
+    row["kernels"] = splash_kernels(text)
     if dump:
         with open(dump, "w") as file:
-            file.write(compiled.as_text())
+            file.write(text)
     memory = compiled.memory_analysis()
     kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
     row["arguments"] = memory.argument_size_in_bytes / GIB
@@ -350,6 +359,12 @@ def measure(target: Target, program: str, devices: list[Any], dump: str | None) 
     code = memory.generated_code_size_in_bytes / GIB
     row["total"] = row["arguments"] + row["temporaries"] + code
     return row
+
+
+def splash_kernels(program: str) -> list[str]:
+    """Splash attention's kernels that a program calls, lowered or compiled: "fwd", "dq", "dkv"."""
+    name = r"splash_mha_([a-z]+)_\w+"
+    return sorted(re.findall(rf'kernel_name = "{name}"|%{name}[.\d]* = ', program))
 
 
 def main() -> None:

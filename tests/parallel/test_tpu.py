@@ -40,6 +40,5 @@ def test_a_dpo_step_compiles_for_tpu(tmp_path):
     row = json.loads(done.stdout.splitlines()[-1])
     assert row["mesh"] == "1 x 2 x 2"
     assert 0 < row["total"] < 1
-    kernels = re.findall(r"%splash_mha_(\w+?)_segmented[\w.]* = ", program.read_text())
     # Each once: with the policy "dots" the forward kernel does not run again in the backward pass.
-    assert sorted(kernels) == ["dkv", "dq", "fwd"]
+    assert row["kernels"] == ["dkv", "dq", "fwd"]
