@@ -6,7 +6,8 @@ log-probs of a pair of responses, one step of DPO on it, and generation.
 
     python benchmarks/compile_for_tpu.py --topology v5e:8x8 --models LLaVA-1.5-7B
 
-A model is an entry of `MODELS`, a kind of chip one of `CHIPS`.
+With `--fast` it takes a quarter of the time, and memory comes out a few per cent lower, as nothing
+is fetched ahead of its use. A model is an entry of `MODELS`, a kind of chip one of `CHIPS`.
 """
 
 from __future__ import annotations
@@ -323,7 +324,10 @@ def measure(target: Target, program: str, devices: list[Any], dump: str | None) 
       dump: file for the optimised program.
 
     Returns:
-      The mesh, GiB per chip, and seconds on this machine.
+      The mesh, the kernels, GiB per chip, and the processor's seconds for tracing and compiling.
+
+    Raises:
+      RuntimeError: attention is not splash attention.
     """
     model = Model.create(read_config(target.config()))
     generates = program == "generation"
@@ -331,7 +335,7 @@ def measure(target: Target, program: str, devices: list[Any], dump: str | None) 
     row: dict[str, Any] = {"mesh": " x ".join(str(mesh.shape[axis]) for axis in AXES)}
     lower = PROGRAMS[program](model, target, mesh)
     with jax.set_mesh(mesh):
-        started = time.perf_counter()
+        started = time.process_time()
         lowered = lower()
         row["kernels"] = splash_kernels(lowered.as_text())
         if "fwd" not in row["kernels"]:
@@ -343,7 +347,7 @@ def measure(target: Target, program: str, devices: list[Any], dump: str | None) 
             if used is None:
                 raise
             row["total"], compiled = float(used.group(1)), None
-        row["seconds"] = time.perf_counter() - started
+        row["seconds"] = time.process_time() - started
     row["compiled"] = compiled is not None
     if compiled is None:
         return row
@@ -363,8 +367,8 @@ def measure(target: Target, program: str, devices: list[Any], dump: str | None) 
 
 def splash_kernels(program: str) -> list[str]:
     """Splash attention's kernels that a program calls, lowered or compiled: "fwd", "dq", "dkv"."""
-    name = r"splash_mha_([a-z]+)_\w+"
-    return sorted(re.findall(rf'kernel_name = "{name}"|%{name}[.\d]* = ', program))
+    calls = r'(?:kernel_name = "|%)splash_mha_([a-z]+)_\w+[.\d]*(?:"| = )'
+    return sorted(re.findall(calls, program))
 
 
 def main() -> None:
@@ -372,9 +376,12 @@ def main() -> None:
     parser.add_argument("--topology", default="v5e:8x8", help="as libtpu names it")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=list(PROGRAMS))
+    parser.add_argument("--fast", action="store_true", help="without the compiler's optimisations")
     parser.add_argument("--json", help="file for the figures")
     parser.add_argument("--dump", help="file for the last program's optimised HLO")
     options = parser.parse_args()
+    if options.fast:
+        jax.config.update("jax_optimization_level", "O0")
     memory = CHIPS[options.topology.partition(":")[0]]
     devices = topology(options.topology)
     rows = []
