@@ -22,7 +22,10 @@ print(json.dumps(script.measure(target, "DPO step", devices, sys.argv[1])))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="the compiler for TPUs is not installed: pip install libtpu",
+)
 def test_a_dpo_step_compiles_for_tpu(tmp_path):
     program = tmp_path / "program.txt"
     # A process of its own: the environment of JAX is set before it is imported.
