@@ -13,6 +13,7 @@ is fetched ahead of its use. A model is an entry of `MODELS`, a kind of chip one
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -348,11 +349,12 @@ def measure(target: Target, program: str, devices: list[Any], dump: str | None) 
     row["compiled"] = compiled is not None
     if compiled is None:
         return row
-    text = compiled.as_text()
-    row["kernels"] = splash_kernels(text)
-    if dump:
-        with open(dump, "w") as file:
-            file.write(text)
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # libtpu 0.0.52 cannot print v5p's
+        text = compiled.as_text()
+        row["kernels"] = splash_kernels(text)
+        if dump:
+            with open(dump, "w") as file:
+                file.write(text)
     memory = compiled.memory_analysis()
     kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
     row["arguments"] = memory.argument_size_in_bytes / GIB
