@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.layers import matmul
@@ -57,6 +60,11 @@ def token_log_probs(
 ) -> jax.Array:
     """log softmax(hidden @ kernel)[labels] without storing the logits.
 
+    On a mesh every device computes the logits of its own part of the vocabulary, for the rows of
+    all devices that share the axis `fsdp`: what travels is hidden states. With rows of its own it
+    would hold the whole head and the head's whole gradient, gigabytes, and exchange both with
+    every chunk.
+
     Args:
       hidden: [B, R, T, D].
       kernel: [D, V].
@@ -68,6 +76,7 @@ def token_log_probs(
     """
     b, r, t, d = hidden.shape
     chunk = chunk or head_chunk(b * r, t, kernel.shape[1])
+    kernel = split_vocabulary(kernel)
     steps = -(-t // chunk)
     pad = steps * chunk - t
     hidden = jnp.pad(hidden, ((0, 0), (0, 0), (0, pad), (0, 0)))
@@ -75,7 +84,7 @@ def token_log_probs(
 
     def score(_, inputs):
         x, targets = inputs
-        logits = project(x, kernel)
+        logits = split_vocabulary(project(x, kernel))
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return None, chosen - jax.nn.logsumexp(logits, axis=-1)
 
@@ -87,11 +96,26 @@ def token_log_probs(
     return scores.transpose(1, 2, 0, 3).reshape(b, r, steps * chunk)[:, :, :t]
 
 
+def split_vocabulary(x: jax.Array) -> jax.Array:
+    """Spreads the last axis of the head [D, V] or of logits [B, R, t, V] over the mesh, if one is
+    in use; rows stay where their axis `data` puts them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    rows = "data" if x.ndim > 2 and "data" in mesh.axis_names else None
+    over = tuple(axis for axis in mesh.axis_names if axis != "data")
+    spec = PartitionSpec(rows, *[None] * (x.ndim - 2), over)
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
 def head_chunk(rows: int, length: int, vocab_size: int) -> int:
     """Response positions per application of the head: as few, equal steps as the budget allows."""
+    rows_split, vocabulary_split = 1, 1
     mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else mesh.size
-    per_position = -(-rows // shards) * vocab_size * 4
+    if not mesh.empty:
+        rows_split = mesh.shape.get("data", 1)
+        vocabulary_split = mesh.size // rows_split
+    per_position = math.ceil(rows / rows_split) * math.ceil(vocab_size / vocabulary_split) * 4
     steps = -(-length * per_position // LOGITS_BYTES)
     return max(1, -(-length // max(1, steps)))
 

@@ -38,7 +38,7 @@ class Case:
 
 CASES = {
     "uneven-prompts": Case((3, 40, 21), p=40, r=1, t=11),
-    "several-responses": Case((70, 33), p=75, r=3, t=29),
+    "several-responses": Case((70, 33), p=75, r=5, t=29),
     "several-blocks": Case((450, 601), p=601, r=2, t=55, heads=1, kv_heads=1),
     "grouped-queries": Case((5, 9), p=9, r=2, t=7, heads=6, kv_heads=2),
     "one-key-head": Case((5, 9), p=9, r=2, t=7, heads=3, kv_heads=1),
@@ -150,8 +150,10 @@ def test_windows_equal_softmax_written_out(window):
     [
         Case((3, 9, 5, 9, 1, 2, 3, 4), p=9, r=2, t=5, heads=8, kv_heads=2),
         Case((3, 9, 5), p=9, r=2, t=5, heads=6, kv_heads=1),
+        Case((3, 9, 5, 2, 4, 7), p=9, r=1, t=5, heads=4, kv_heads=2),
+        Case((3, 9, 5, 2), p=9, r=5, t=5, heads=3, kv_heads=1),
     ],
-    ids=["split", "undivided"],
+    ids=["split", "undivided", "heads-split", "rows-split"],
 )
 def test_splash_on_a_mesh(case):
     inputs = draw(case)

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, PartitionSpec
 from mmpo_jax.errors import MmpoError
 from mmpo_jax.generation.sampler import Decoding, sample, sample_keys
 from mmpo_jax.models.huggingface import flatten
+from mmpo_jax.models.log_probs import token_log_probs
 from mmpo_jax.parallel.mesh import AXES, make_mesh, param_shardings, put_batch, put_params
 from mmpo_jax.recipe import Dpo, Optimizer
 from mmpo_jax.training.losses import REFERENCE, make_loss
@@ -158,6 +159,34 @@ def test_parameters_and_moments_are_sharded(tiny_model, sizes):
     on_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     assert on_device < whole / split * 1.6  # biases and norms are on every device
+
+
+@pytest.mark.parametrize("vocab", [240, 251])
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
+def test_no_device_holds_the_head_or_its_gradient(sizes, vocab):
+    """251 is a number of tokens that eight devices do not share evenly."""
+    rng = np.random.default_rng(0)
+    hidden = rng.standard_normal((8, 3, 10, 16)).astype(np.float32)
+    kernel = rng.standard_normal((16, vocab)).astype(np.float32)
+    labels = rng.integers(0, vocab, (8, 3, 10))
+
+    def loss(hidden, kernel, labels):
+        log_probs = token_log_probs(hidden, kernel, labels, chunk=4)
+        return (log_probs * np.linspace(-1, 1, 10)).sum(), log_probs
+
+    gradient = jax.grad(loss, argnums=(0, 1), has_aux=True)
+    expected = jax.jit(gradient)(hidden, kernel, labels)
+    mesh = make_mesh(*sizes)
+    rules = (("lm_head", PartitionSpec("fsdp", "tensor")),)
+    split = param_shardings({"lm_head": kernel}, rules, mesh)["lm_head"]
+    rows = put_batch((hidden, labels), mesh)
+    placed = rows[0], jax.device_put(kernel, split), rows[1]
+    with jax.set_mesh(mesh):
+        program = jax.jit(gradient, out_shardings=((None, split), None)).lower(*placed).compile()
+    for a, b in zip(jax.tree.leaves(program(*placed)), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
+    if vocab % mesh.shape["tensor"] == 0:  # else XLA makes it whole on the way to another split
+        assert f"[16,{vocab}]" not in program.as_text()
 
 
 def test_a_parameter_without_a_rule_is_refused(tiny_model):

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +22,10 @@ print(json.dumps(script.measure(target, "DPO step", devices, sys.argv[1])))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="the compiler for TPUs is not installed: pip install libtpu",
+)
 def test_a_dpo_step_compiles_for_tpu(tmp_path):
     program = tmp_path / "program.txt"
     # A process of its own: the environment of JAX is set before it is imported.
@@ -40,6 +42,5 @@ def test_a_dpo_step_compiles_for_tpu(tmp_path):
     row = json.loads(done.stdout.splitlines()[-1])
     assert row["mesh"] == "1 x 2 x 2"
     assert 0 < row["total"] < 1
-    kernels = re.findall(r"%splash_mha_(\w+?)_segmented[\w.]* = ", program.read_text())
     # Each once: with the policy "dots" the forward kernel does not run again in the backward pass.
-    assert sorted(kernels) == ["dkv", "dq", "fwd"]
+    assert row["kernels"] == ["dkv", "dq", "fwd"]
