@@ -172,6 +172,8 @@ def qwen_vl(text: dict[str, Any], wide: int) -> Any:
 
 
 def internvl(text: dict[str, Any]) -> Any:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0}
+    text = text | {"vocab_size": 151674, "rope_parameters": rope}
     return transformers.InternVLConfig(
         vision_config=transformers.InternVLVisionConfig(
             hidden_size=1024,
@@ -183,7 +185,7 @@ def internvl(text: dict[str, Any]) -> Any:
             patch_size=14,
             layer_scale_init_value=0.1,
         ),
-        text_config=transformers.Qwen2Config(**text | {"vocab_size": 151674}),
+        text_config=transformers.Qwen2Config(**text),
         image_token_id=151667,
         tie_word_embeddings=False,
     )
