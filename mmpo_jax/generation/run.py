@@ -47,14 +47,14 @@ def run_generation(recipe: GenerateRecipe) -> str:
     texts: dict[str, list[str]] = {record.id: [] for record in source.records}
     for response in generated.select(["prompt_id", "text"]).to_pylist():
         texts[response["prompt_id"]].append(response["text"])
-    return results.write(_line(record, texts[record.id]) for record in source.records)
+    return results.write(_line(record, texts[record.id], results) for record in source.records)
 
 
-def _line(record: Record, responses: list[str]) -> dict[str, Any]:
-    """A row that `mmpo score` and `mmpo train` read again, if its images came as files."""
+def _line(record: Record, responses: list[str], results: Results) -> dict[str, Any]:
+    """A row that `mmpo score` and `mmpo train` read again."""
     line: dict[str, Any] = {"id": record.id}
-    if record.images and all(image.path is not None for image in record.images):
-        line["images"] = [image.name for image in record.images]
+    if record.images:
+        line["images"] = [results.name_image(image) for image in record.images]
     line["prompt"] = record.prompt[-1].text
     if len(record.prompt) > 1:
         line["prompt"] = [{"role": turn.role, "content": turn.text} for turn in record.prompt]
