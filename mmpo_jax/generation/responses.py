@@ -142,7 +142,8 @@ def generate_stage(
                     [
                         r.id,
                         r.prompt_ids.tolist(),
-                        [media.fingerprint() for media in (*r.images, *r.videos)],
+                        [image.fingerprint() for image in r.images]
+                        + [video.fingerprint() for video in r.videos],
                     ]
                     for r in records
                 ]

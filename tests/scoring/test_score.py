@@ -254,6 +254,20 @@ class TestLlava:
             "score", tiny_folder, write_rows(folder / "same.jsonl", lines), "--tokens"
         )
 
+    def test_responses_that_are_cut_are_told(self, mmpo, tiny_folder, pictures, caplog):
+        caplog.set_level("INFO")
+        data = write_rows(pictures / "prompts.jsonl", PAIRS[1:2])
+        flags = "--temperature", "1.5", "--num-samples", "8"
+        (whole,) = mmpo("generate", tiny_folder, data, *flags)
+        assert whole["finished"] == [True] * 8
+        assert "0 of 8 responses were cut at max_new_tokens (512)" in caplog.text
+        (some,) = mmpo("generate", tiny_folder, data, *flags, "--max-new-tokens", "40")
+        cut = some["finished"].count(False)
+        assert 0 < cut < 8
+        assert f"{cut} of 8 responses were cut at max_new_tokens (40)" in caplog.text
+        texts = zip(whole["responses"], some["responses"], some["finished"], strict=True)
+        assert all(ours == long if done else long.startswith(ours) for long, ours, done in texts)
+
     def test_sampling_flags(self, mmpo, tiny_folder, pictures):
         data = write_rows(pictures / "prompts.jsonl", PAIRS[:1])
         flags = ["--num-samples", "3", "--temperature", "1.5", "--max-new-tokens", "6"]
