@@ -97,6 +97,12 @@ class Sampling(Section):
     """Prompts at a time."""
 
 
+class LongSampling(Sampling):
+    """How responses of any kind are drawn: where nothing is known of them, room for a paragraph."""
+
+    max_new_tokens: PositiveInt = 512
+
+
 class Scoring(Section):
     """How responses are scored."""
 
@@ -312,7 +318,7 @@ class GenerateRecipe(Base):
     data: Data
     lengths: Lengths | None = None
     """By default as the data need."""
-    sampling: Sampling = Sampling()
+    sampling: LongSampling = LongSampling()
 
 
 class ScoreRecipe(Base):

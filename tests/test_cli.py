@@ -332,9 +332,11 @@ class TestGenerate:
         written = tmp_path / "out" / "responses.jsonl"
         assert f"responses: {written}" in out
         answers = [json.loads(line) for line in written.read_text().splitlines()]
+        pictures = [rows[0] / "0.png", rows[0] / "1.png"]
+        copies = [f"responses.images/{files.fingerprint_file(file)}.png" for file in pictures]
         assert [(row["id"], row.get("images"), row["prompt"]) for row in answers] == [
-            ("first", ["0.png"], "what is in the picture ?"),
-            ("second", ["1.png"], "describe the picture ."),
+            ("first", [copies[0]], "what is in the picture ?"),
+            ("second", [copies[1]], "describe the picture ."),
             ("text", None, "what is in the picture ?"),
         ]
         assert all(len(row["responses"]) == 2 for row in answers)

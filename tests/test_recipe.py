@@ -199,6 +199,11 @@ def test_overrides_win_and_make_groups(load):
     assert load().seed == 0
 
 
+def test_generate_leaves_room_for_long_responses(load):
+    assert load("sampling.num_samples=2", kind=GenerateRecipe).sampling.max_new_tokens == 512
+    assert load("sampling.num_samples=2", kind=AlignRecipe).sampling.max_new_tokens == 64
+
+
 def test_recipes_are_frozen(load):
     with pytest.raises(pydantic.ValidationError):
         load().seed = 3

@@ -30,6 +30,16 @@ def image_size(ref: ImageRef) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
+def image_format(ref: ImageRef) -> str:
+    """The format in small letters (png, jpeg, ...), from the header; the name is not trusted.
+
+    Raises:
+      DataError: as `open_image`, as far as the header tells.
+    """
+    with _opened(ref) as image:
+        return str(image.format).lower()
+
+
 def open_image(ref: ImageRef) -> Image.Image:
     """Decode an image to RGB, equal to `transformers.image_utils.load_image`.
 
@@ -95,6 +105,14 @@ def resolve_image(root: epath.PathLike, relative: str) -> epath.Path:
     if is_local(folder) != is_local(path) or not path.is_relative_to(folder):
         raise DataError(f"image path {relative!r} leaves the image folder {os.fspath(root)}")
     return path
+
+
+def name_below(root: epath.PathLike, path: epath.PathLike) -> str | None:
+    """The relative path with which `resolve_image` finds `path`; None where it is not in `root`."""
+    folder, file = _resolved(epath.Path(root)), _resolved(epath.Path(path))
+    if is_local(folder) != is_local(file) or not file.is_relative_to(folder):
+        return None
+    return file.relative_to(folder).as_posix()
 
 
 def _resolved(path: epath.Path) -> epath.Path:

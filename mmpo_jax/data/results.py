@@ -11,8 +11,10 @@ from typing import Any
 
 from etils import epath
 
+from mmpo_jax.data.images import image_format, name_below
+from mmpo_jax.data.records import ImageRef
 from mmpo_jax.data.sources import SKIPPED
-from mmpo_jax.files import write_atomic
+from mmpo_jax.files import fingerprint_bytes, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -27,18 +29,43 @@ class Results:
     """Rows of the data that were left out, with reasons."""
     parts: str
     """Folder of what is finished while the run goes on; gone at its end."""
+    images: str
+    """Folder of the images that the result names and that lie nowhere else in its folder."""
 
     @classmethod
     def at(cls, output: str, name: str) -> Results:
         """The files of a recipe's `output`: a file `*.jsonl`, or a folder, which gets `name`."""
         stem, extension = os.path.splitext(output)
         if extension == ".jsonl":
-            return cls(output, f"{stem}.skipped.jsonl", f"{stem}.parts")
+            return cls(output, f"{stem}.skipped.jsonl", f"{stem}.parts", f"{stem}.images")
         return cls(
             os.path.join(output, f"{name}.jsonl"),
             os.path.join(output, SKIPPED),
             os.path.join(output, f"{name}.parts"),
+            os.path.join(output, f"{name}.images"),
         )
+
+    def name_image(self, image: ImageRef) -> str:
+        """The path with which a row of the result names an image, relative to the result's folder.
+
+        What lies in that folder stays where it is. Of other files and of bytes a copy is written
+        to `images`, named by content, so that each is there once: readers follow no path out of
+        the folder.
+
+        Raises:
+          DataError: the image cannot be read.
+          OSError: the copy could not be written.
+        """
+        folder = os.path.dirname(self.rows)
+        name = None if image.path is None else name_below(folder, image.path)
+        if name is None:
+            data = image.read()
+            file = f"{fingerprint_bytes(data)}.{image_format(image)}"
+            name = os.path.join(os.path.basename(self.images), file)
+            copy = epath.Path(self.images) / file
+            if not copy.exists():
+                write_atomic(copy, data)
+        return name
 
     def write(self, rows: Iterable[dict[str, Any]]) -> str:
         """Writes the result whole, and removes the parts it was made of.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from mmpo_jax.checkpoint import load_checkpoint
@@ -14,12 +15,15 @@ from mmpo_jax.generation.sampler import Decoding
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipe import GenerateRecipe
 
+log = logging.getLogger(__name__)
+
 
 def run_generation(recipe: GenerateRecipe) -> str:
     """Samples responses to the prompt of every usable row; responses it has are not read.
 
     Returns:
-      The file, one line per row: `id`, `images`, `prompt`, `responses`.
+      The file, one line per row: `id`, `images`, `prompt`, `responses`, and for every response
+      whether it `finished` by itself and was not cut at `max_new_tokens`.
     """
     results = Results.at(recipe.output, "responses")
     mesh = make_mesh(**recipe.devices.model_dump())
@@ -44,18 +48,27 @@ def run_generation(recipe: GenerateRecipe) -> str:
         seed=recipe.seed,
         progress=tell_progress,
     )
-    texts: dict[str, list[str]] = {record.id: [] for record in source.records}
-    for response in generated.select(["prompt_id", "text"]).to_pylist():
-        texts[response["prompt_id"]].append(response["text"])
-    return results.write(_line(record, texts[record.id]) for record in source.records)
+    responses: dict[str, list[dict[str, Any]]] = {record.id: [] for record in source.records}
+    for response in generated.select(["prompt_id", "text", "finished"]).to_pylist():
+        responses[response["prompt_id"]].append(response)
+    cut = generated.num_rows - sum(generated["finished"].to_pylist())
+    log.info(
+        "%d of %d responses were cut at max_new_tokens (%d)",
+        cut,
+        generated.num_rows,
+        recipe.sampling.max_new_tokens,
+    )
+    return results.write(_line(record, responses[record.id], results) for record in source.records)
 
 
-def _line(record: Record, responses: list[str]) -> dict[str, Any]:
-    """A row that `mmpo score` and `mmpo train` read again, if its images came as files."""
+def _line(record: Record, responses: list[dict[str, Any]], results: Results) -> dict[str, Any]:
+    """A row that `mmpo score` and `mmpo train` read again."""
     line: dict[str, Any] = {"id": record.id}
-    if record.images and all(image.path is not None for image in record.images):
-        line["images"] = [image.name for image in record.images]
+    if record.images:
+        line["images"] = [results.name_image(image) for image in record.images]
     line["prompt"] = record.prompt[-1].text
     if len(record.prompt) > 1:
         line["prompt"] = [{"role": turn.role, "content": turn.text} for turn in record.prompt]
-    return line | {"responses": responses}
+    line["responses"] = [response["text"] for response in responses]
+    line["finished"] = [response["finished"] for response in responses]
+    return line

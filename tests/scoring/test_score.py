@@ -7,6 +7,8 @@ import shutil
 
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny
 from jax.sharding import AxisType
@@ -201,7 +203,7 @@ class TestLlava:
         scored(PAIRS)
         assert not (tmp_path / "out.skipped.jsonl").exists()
 
-    def test_greedy_generation_is_theirs(self, mmpo, theirs, tiny_folder, pictures):
+    def test_greedy_generation_is_theirs(self, mmpo, theirs, tiny_folder, pictures, tmp_path):
         """And of rows with responses the prompt is read only; what comes out is scored again."""
         model, processor = theirs
         data = write_rows(pictures / "prompts.jsonl", [*PAIRS, RANKING])
@@ -217,10 +219,54 @@ class TestLlava:
             tokens = tokens[0, inputs["input_ids"].shape[1] :]
             expected = processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
             assert line["responses"] == [expected]
-        generated = write_rows(pictures / "generated.jsonl", lines)
+        generated = shutil.copy(tmp_path / "out.jsonl", tmp_path / "generated.jsonl")
         again = mmpo("score", tiny_folder, generated, "--tokens")
         before = mmpo("score", tiny_folder, data, "--tokens")
         assert [line["prompt_ids"] for line in again] == [line["prompt_ids"] for line in before]
+
+    @pytest.mark.parametrize("held_as", ["bytes", "files-elsewhere", "files-below"])
+    def test_what_is_generated_is_scored_with_its_images(
+        self, mmpo, tiny_folder, pictures, tmp_path, held_as
+    ):
+        rows = [PAIRS[0], PAIRS[1], RANKING, RANKING | {"id": "e"}]
+        folder = (
+            tmp_path / "below" / "data" if held_as == "files-below" else tmp_path.parent / held_as
+        )
+        shutil.copytree(pictures, folder, dirs_exist_ok=True)
+        data = folder / "rows.jsonl"
+        if held_as == "bytes":
+            data = folder / "rows.parquet"
+            pq.write_table(pa.Table.from_pylist([with_bytes(row, folder) for row in rows]), data)
+        else:
+            write_rows(data, rows)
+        flags = "--num-samples", "2", "--temperature", "1.5", "--max-new-tokens", "6"
+        lines = mmpo("generate", tiny_folder, data, *flags)
+        copies = [file.name for file in (tmp_path / "out.images").glob("*")]
+        if held_as == "files-below":
+            assert (lines[0]["images"], copies) == (["below/data/0.png"], [])
+        else:
+            assert len(copies) == 2
+        generated = shutil.copy(tmp_path / "out.jsonl", tmp_path / "generated.jsonl")
+        again = mmpo("score", tiny_folder, generated, "--tokens")
+        for row, line in zip(rows, lines, strict=True):
+            line["images"] = row.get("images")
+        assert again == mmpo(
+            "score", tiny_folder, write_rows(folder / "same.jsonl", lines), "--tokens"
+        )
+
+    def test_responses_that_are_cut_are_told(self, mmpo, tiny_folder, pictures, caplog):
+        caplog.set_level("INFO")
+        data = write_rows(pictures / "prompts.jsonl", PAIRS[1:2])
+        flags = "--temperature", "1.5", "--num-samples", "8"
+        (whole,) = mmpo("generate", tiny_folder, data, *flags)
+        assert whole["finished"] == [True] * 8
+        assert "0 of 8 responses were cut at max_new_tokens (512)" in caplog.text
+        (some,) = mmpo("generate", tiny_folder, data, *flags, "--max-new-tokens", "40")
+        cut = some["finished"].count(False)
+        assert 0 < cut < 8
+        assert f"{cut} of 8 responses were cut at max_new_tokens (40)" in caplog.text
+        texts = zip(whole["responses"], some["responses"], some["finished"], strict=True)
+        assert all(ours == long if done else long.startswith(ours) for long, ours, done in texts)
 
     def test_sampling_flags(self, mmpo, tiny_folder, pictures):
         data = write_rows(pictures / "prompts.jsonl", PAIRS[:1])
@@ -233,6 +279,14 @@ class TestLlava:
         narrow = mmpo("generate", tiny_folder, data, *flags, "--top-k", "1", "--batch-size", "2")
         assert len(set(narrow[0]["responses"])) == 1
         assert narrow == mmpo("generate", tiny_folder, data, *flags, "--top-p", "1e-6")
+
+
+def with_bytes(row, folder):
+    """The prompt of a row as `datasets` writes it to Parquet."""
+    images = [
+        {"bytes": (folder / name).read_bytes(), "path": name} for name in row.get("images", [])
+    ]
+    return {"id": row["id"], "images": images, "prompt": row["prompt"]}
 
 
 def text(response):
