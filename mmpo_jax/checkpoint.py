@@ -6,15 +6,15 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from mmpo_jax.data.processor import Processor
-from mmpo_jax.files import fingerprint_folder, fingerprint_json, is_local
+from mmpo_jax.files import fingerprint_json, is_local
 from mmpo_jax.models.config import ModelError
+from mmpo_jax.models.fingerprints import fingerprint_adapter, fingerprint_model, fingerprint_step
 from mmpo_jax.models.folders import resolve_folder, side_files
 from mmpo_jax.models.huggingface import check_params, flatten, load_params, unflatten
 from mmpo_jax.models.lora import adapted_layers, merge_adapters, without_adapters
@@ -39,7 +39,7 @@ class Checkpoint:
     processor: Processor
     params: Params
     fingerprint: str
-    """Of the weights and all files beside them; of seed and config where they are random."""
+    """Of weights, config, tokenizer and processor; of seed and config where weights are random."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +89,18 @@ def checkpoint_folders(name: str) -> list[str]:
     return folders
 
 
-def fingerprint_parts(folders: Sequence[str]) -> str:
-    """Of all that `checkpoint_folders` found."""
-    first, *adapters = (fingerprint_folder(folder) for folder in folders)
-    return fingerprint_json([first, *adapters]) if adapters else first
+def fingerprint_location(location: Location) -> str:
+    """Of all files that make up a checkpoint.
+
+    Raises:
+      ModelError, DataError: naming the file that is missing or cannot be read.
+    """
+    if location.is_orbax:
+        model = fingerprint_step(location.weights, location.base)
+    else:
+        model = fingerprint_model(location.weights)
+    adapters = [fingerprint_adapter(folder) for folder in location.adapters]
+    return fingerprint_json([model, *adapters]) if adapters else model
 
 
 def load_weights(
@@ -175,8 +183,8 @@ def load_start(
     _tell_template(processor)
     if random_seed is None:
         params = load_weights(location, model, mesh)
-        folders = location.weights, *location.adapters
-        return Checkpoint(folders[-1], model, processor, params, fingerprint_parts(folders))
+        folder = (location.weights, *location.adapters)[-1]
+        return Checkpoint(folder, model, processor, params, fingerprint_location(location))
     # The weights that lie in the folder do not matter.
     fingerprint = fingerprint_json(["random", random_seed, dataclasses.asdict(model.config)])
     params = model.init(random_seed)

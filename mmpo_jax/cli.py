@@ -193,8 +193,9 @@ def _start_jax() -> None:
     """Compiled programs are kept between runs: a restart begins at once."""
     import jax
 
-    cache = os.environ.get("MMPO_CACHE", os.path.expanduser("~/.cache/mmpo_jax"))
-    jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "compiled"))
+    from mmpo_jax.files import cache_folder
+
+    jax.config.update("jax_compilation_cache_dir", os.path.join(cache_folder(), "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 

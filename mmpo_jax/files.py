@@ -9,7 +9,9 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pyarrow as pa
@@ -18,7 +20,17 @@ from etils import epath
 
 from mmpo_jax.errors import DataError
 
+HASHING_THREADS = 8
+MIN_KEPT_BYTES = 1 << 24
+"""Of a file whose digest is kept."""
+SETTLED_NS = 2_000_000_000
+"""Age of a file whose digest is kept; the coarsest clock of a file system ticks every 2 seconds."""
 _CHUNK_BYTES = 1 << 22
+
+
+def cache_folder() -> str:
+    """Where things are kept that can be made again; `MMPO_CACHE` moves it."""
+    return os.environ.get("MMPO_CACHE", os.path.expanduser("~/.cache/mmpo_jax"))
 
 
 def is_local(path: epath.PathLike) -> bool:
@@ -87,41 +99,61 @@ def fingerprint_file(path: epath.PathLike) -> str:
     return digest.hexdigest()
 
 
-def fingerprint_folder(path: epath.PathLike) -> str:
-    """SHA-256 over the relative names and the contents of all files below a folder.
+def fingerprint_files(files: Mapping[str, epath.PathLike]) -> str:
+    """SHA-256 over the names and the contents of files.
 
-    Neither the place of the folder nor the times of the files matter. Links are followed, since
-    a Hugging Face cache is made of links. Names that begin with a dot are left out: there
-    downloaders and desktops keep notes, and `write_atomic` its unfinished files. So is README.md,
-    which says what a checkpoint is and changes nothing about it.
+    Neither the places of the files nor their times matter. Of large files the digests are kept in
+    `cache_folder()`, so that a file that did not change is not read again. In a bucket, weights
+    count by size and time, lest every process download all of them.
 
-    In a bucket, weights count by size and time, lest every process download all of them.
+    Args:
+      files: name -> path.
 
     Raises:
-      DataError: `path` is not a folder, or a file in it cannot be read.
+      DataError: a file cannot be read.
     """
-    root = epath.Path(path)
-    if not root.is_dir():
-        raise DataError(f"there is no folder {os.fspath(path)}")
-    files = {file.relative_to(root).as_posix(): file for file in _files_below(root)}
-    return fingerprint_json([[name, _fingerprint_entry(files[name])] for name in sorted(files)])
+    names = sorted(files)
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        entries = list(pool.map(lambda name: _fingerprint_entry(epath.Path(files[name])), names))
+    return fingerprint_json([list(entry) for entry in zip(names, entries, strict=True)])
 
 
 def _fingerprint_entry(file: epath.Path) -> Any:
-    if is_local(file) or file.suffix != ".safetensors":
+    if is_local(file):
+        return _kept_fingerprint(os.path.abspath(file))
+    if file.suffix != ".safetensors":
         return fingerprint_file(file)
     found = file.stat()
     return [found.length, found.mtime]
 
 
-def _files_below(folder: epath.Path) -> Iterator[epath.Path]:
-    for entry in folder.iterdir():
-        if entry.name.startswith(".") or entry.name == "README.md":
-            continue
-        if entry.is_dir():
-            yield from _files_below(entry)
-        else:
-            yield entry
+def _kept_fingerprint(path: str) -> str:
+    """`fingerprint_file`, of a large file from the cache if neither the file's size, its time nor
+    its inode changed since its digest was kept."""
+    before = _state(path)
+    if before is None or before[0] < MIN_KEPT_BYTES:
+        return fingerprint_file(path)
+    entry = os.path.join(cache_folder(), "fingerprints", f"{fingerprint_bytes(path.encode())}.json")
+    kept = read_json(entry)
+    if kept.get("path") == path and kept.get("state") == before:
+        return kept["sha256"]
+    digest = fingerprint_file(path)
+    # What was written a moment ago could be written again without another time.
+    settled = time.time_ns() - before[1] > SETTLED_NS
+    if settled and _state(path) == before:
+        text = canonical_json({"path": path, "state": before, "sha256": digest})
+        with contextlib.suppress(OSError):  # Without a cache it is only slower.
+            write_atomic(entry, text.encode())
+    return digest
+
+
+def _state(path: str) -> list[int] | None:
+    """[size, time, inode] of a file; None where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return [found.st_size, found.st_mtime_ns, found.st_ino]
 
 
 def canonical_json(value: Any) -> str:

@@ -109,7 +109,8 @@ class Scoring(Section):
     batch_size: PositiveInt = 8
     """Rows at a time."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """`auto` is that of the weights."""
+    """`auto` is that of most weights, and float32 where that is float16: activations may pass its
+    range, and bfloat16 would drop digits that the weights have."""
     tokens: bool = False
     """Writes the ids of prompts and responses too."""
 

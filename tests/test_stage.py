@@ -12,13 +12,14 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from mmpo_jax import files
 from mmpo_jax import stage as stage_module
 from mmpo_jax.errors import DataError
 from mmpo_jax.files import (
     decode_table,
     encode_table,
     fingerprint_file,
-    fingerprint_folder,
+    fingerprint_files,
     fingerprint_json,
     read_table,
     write_atomic,
@@ -407,25 +408,84 @@ def test_tables_round_trip_and_name_broken_files(tmp_path):
         read_table(tmp_path / "none.parquet")
 
 
-def test_fingerprint_of_a_folder(tmp_path):
+@pytest.fixture
+def hashed(tmp_path, monkeypatch):
+    """The files whose contents were read for a fingerprint; small ones count as large."""
+    monkeypatch.setenv("MMPO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(files, "MIN_KEPT_BYTES", 3)
+    read = []
+    monkeypatch.setattr(
+        files, "fingerprint_file", lambda path: read.append(str(path)) or fingerprint_file(path)
+    )
+    return read
+
+
+def age(path, seconds=100):
+    """Sets a file's time back, as if it had lain there."""
+    then = path.stat().st_mtime_ns - seconds * 10**9
+    os.utime(path, ns=(then, then))
+
+
+def test_fingerprint_of_files(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    for folder in (one, two):
-        (folder / "sub").mkdir(parents=True)
-        (folder / "a").write_bytes(b"1")
-        (folder / "sub" / "b").write_bytes(b"2")
-    (two / ".notes").write_bytes(b"hidden")
-    (two / "README.md").write_bytes(b"a model card")
-    assert fingerprint_folder(one) == fingerprint_folder(two)
-    (two / "a").unlink()
-    (two / "a").symlink_to(one / "a")
-    assert fingerprint_folder(one) == fingerprint_folder(two)
-    (two / "sub" / "b").rename(two / "b")
-    assert fingerprint_folder(one) != fingerprint_folder(two)
-    (one / "a").write_bytes(b"3")
-    assert fingerprint_folder(one) != fingerprint_folder(two)
-    for function in (fingerprint_file, fingerprint_folder):
+    one.write_bytes(b"1")
+    two.write_bytes(b"2")
+    first = fingerprint_files({"a": one, "b": two})
+    assert fingerprint_files({"b": two, "a": one}) == first
+    assert fingerprint_files({"a": two, "b": one}) != first
+    assert fingerprint_files({"a": one, "c": two}) != first
+    (tmp_path / "link").symlink_to(one)
+    assert fingerprint_files({"a": tmp_path / "link", "b": two}) == first
+    for function in (fingerprint_file, lambda path: fingerprint_files({"a": path})):
         with pytest.raises(DataError, match="nowhere"):
             function(tmp_path / "nowhere")
+
+
+def test_digests_of_large_files_are_kept(tmp_path, hashed):
+    large, small = tmp_path / "large", tmp_path / "small"
+    large.write_bytes(b"12345")
+    small.write_bytes(b"12")
+    named = {"large": large, "small": small}
+    fingerprint_files(named)
+    age(large)
+    hashed.clear()
+    first = fingerprint_files(named)
+    assert sorted(hashed) == [str(large), str(small)]  # it had been written a moment ago
+    hashed.clear()
+    assert fingerprint_files(named) == first
+    assert hashed == [str(small)]
+
+
+@pytest.mark.parametrize("change", ["contents", "time", "another file"])
+def test_digests_are_not_kept_over_a_change(tmp_path, hashed, change):
+    path = tmp_path / "file"
+    path.write_bytes(b"12345")
+    age(path)
+    before = path.stat().st_mtime_ns
+    first = fingerprint_files({"file": path})
+    if change == "another file":
+        (tmp_path / "new").write_bytes(b"54321")
+        os.utime(tmp_path / "new", ns=(before, before))
+        os.replace(tmp_path / "new", path)
+    else:
+        path.write_bytes(b"54321" if change == "time" else b"123456")
+    hashed.clear()
+    assert fingerprint_files({"file": path}) != first
+    assert hashed == [str(path)]
+
+
+def test_a_damaged_or_missing_cache_only_costs_time(tmp_path, hashed, monkeypatch):
+    path = tmp_path / "file"
+    path.write_bytes(b"12345")
+    age(path)
+    first = fingerprint_files({"file": path})
+    (entry,) = (tmp_path / "cache" / "fingerprints").iterdir()
+    entry.write_bytes(entry.read_bytes()[:-9])
+    assert fingerprint_files({"file": path}) == first
+    (tmp_path / "no folder").write_bytes(b"")
+    monkeypatch.setenv("MMPO_CACHE", str(tmp_path / "no folder"))
+    assert fingerprint_files({"file": path}) == first
+    assert len(hashed) == 3
 
 
 def test_fingerprint_of_json():

@@ -15,10 +15,10 @@ from mmpo_jax.alignment.report import RoundReport, read_report, write_report
 from mmpo_jax.alignment.round import Round, run_round
 from mmpo_jax.checkpoint import (
     Checkpoint,
-    checkpoint_folders,
-    fingerprint_parts,
+    fingerprint_location,
     load_checkpoint,
     load_processor,
+    locate,
 )
 from mmpo_jax.data.records import Record
 from mmpo_jax.data.sources import SKIPPED, load_source, usable_records
@@ -27,13 +27,13 @@ from mmpo_jax.evaluation.shapes import VERSION, evaluate_shapes
 from mmpo_jax.feedback.claims import make_splitter
 from mmpo_jax.feedback.labeler import CheckpointLabeler, Labeler, answer_tokens
 from mmpo_jax.files import (
-    fingerprint_folder,
     fingerprint_json,
     read_json,
     replace_folder,
     write_atomic,
 )
 from mmpo_jax.models.card import make_card, write_card
+from mmpo_jax.models.fingerprints import has_fingerprint
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipe import AlignRecipe
 from mmpo_jax.training.loop import check_training
@@ -67,7 +67,7 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
     )
     shares = split_prompts(source.records, recipe)
     by_id = {record.id: record for record in tokenized}
-    labeler_key = fingerprint_parts(checkpoint_folders(labeler_name))
+    labeler_key = fingerprint_location(locate(labeler_name))
     if labeler_template(recipe) != "auto":  # else it lies in the folder
         labeler_key = fingerprint_json([labeler_key, labeler_template(recipe)])
     splitter = make_splitter(recipe.feedback.splitter)
@@ -94,7 +94,7 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
         write_report(recipe.output, reports)
         write_card(trained, make_card(recipe, start.model, reports[-1].values()))
     result = os.path.join(recipe.output, "model")
-    if not os.path.isdir(result) or fingerprint_folder(result) != start.fingerprint:
+    if not has_fingerprint(result, start.fingerprint):
         replace_folder(result, lambda staging: shutil.copytree(start.folder, staging))
     write_card(result, make_card(recipe, start.model, reports[-1].values()))
     return reports

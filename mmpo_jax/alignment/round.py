@@ -34,13 +34,13 @@ from mmpo_jax.feedback.scores import ScoredResponse
 from mmpo_jax.files import (
     canonical_json,
     fingerprint_file,
-    fingerprint_folder,
     fingerprint_json,
     read_json,
     write_atomic,
 )
 from mmpo_jax.generation.responses import GENERATED, PROMPTS_PER_PART, generate_stage
 from mmpo_jax.generation.sampler import Decoding
+from mmpo_jax.models.fingerprints import fingerprint_model, has_fingerprint
 from mmpo_jax.recipe import AlignRecipe
 from mmpo_jax.stage import Stage, run_stage
 from mmpo_jax.training.loop import train
@@ -320,16 +320,14 @@ def train_stage(work: Round, pairs: pa.Table) -> str:
         seed=recipe.seed + work.index,
     )
     save_result(work.folder, start, params, recipe.training.lora)
-    done = {"identity": identity, "inputs": inputs, "model": fingerprint_folder(target)}
+    done = {"identity": identity, "inputs": inputs, "model": fingerprint_model(target)}
     write_atomic(manifest, json.dumps(done, indent=1).encode())
     return target
 
 
 def _is_trained(manifest: str, target: str, identity: str) -> bool:
-    if not os.path.isdir(target):
-        return False
     done = read_json(manifest)
-    return done.get("identity") == identity and done["model"] == fingerprint_folder(target)
+    return done.get("identity") == identity and has_fingerprint(target, done["model"])
 
 
 def _discard_other_run(folder: str, identity: str) -> None:

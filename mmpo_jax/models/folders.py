@@ -10,7 +10,7 @@ from pathlib import Path
 import huggingface_hub
 from etils import epath
 
-from mmpo_jax.files import fingerprint_bytes, is_local, read_json, write_atomic
+from mmpo_jax.files import cache_folder, fingerprint_bytes, is_local, read_json, write_atomic
 from mmpo_jax.models.config import ModelError
 
 BUILTIN = {"builtin:shapes": Path(__file__).parent.parent / "shapes" / "checkpoint"}
@@ -119,8 +119,7 @@ def side_files(folder: str) -> str:
     """A local folder with config, tokenizer and processor: `folder`, or a copy out of a bucket."""
     if is_local(folder):
         return folder
-    cache = os.environ.get("MMPO_CACHE", os.path.expanduser("~/.cache/mmpo_jax"))
-    copy = os.path.join(cache, "buckets", fingerprint_bytes(folder.encode())[:16])
+    copy = os.path.join(cache_folder(), "buckets", fingerprint_bytes(folder.encode())[:16])
     copy_base(folder, copy)
     return copy
 

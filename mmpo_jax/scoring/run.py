@@ -37,7 +37,8 @@ def run_scoring(recipe: ScoreRecipe) -> str:
     scoring = recipe.scoring
     dtype: str = scoring.compute_dtype
     if dtype == "auto":
-        dtype = weights_dtype(checkpoint.params).name
+        stored = weights_dtype(checkpoint.params).name
+        dtype = "float32" if stored == "float16" else stored
     scores = score_stage(
         checkpoint.model,
         checkpoint.params,

@@ -21,8 +21,9 @@ from mmpo_jax.data.records import ImageRef
 from mmpo_jax.errors import DataError, MmpoError
 from mmpo_jax.feedback.claims import Claim, Division
 from mmpo_jax.feedback.scores import count_score
-from mmpo_jax.files import fingerprint_bytes, fingerprint_file, fingerprint_folder, read_table
+from mmpo_jax.files import fingerprint_bytes, fingerprint_file, read_table
 from mmpo_jax.generation import responses as responses_module
+from mmpo_jax.models.fingerprints import fingerprint_model
 from mmpo_jax.models.huggingface import flatten, load_model, unflatten
 from mmpo_jax.models.lora import add_adapters
 from mmpo_jax.models.peft import base_model, save_adapter
@@ -182,8 +183,8 @@ def test_files_of_the_stages(finished, tiny_folder):
         "rounds.txt",
         "curves.png",
     }
-    assert fingerprint_folder(output / "model") == fingerprint_folder(output / "round-2" / "model")
-    assert fingerprint_folder(output / "model") != fingerprint_folder(tiny_folder)
+    assert fingerprint_model(output / "model") == fingerprint_model(output / "round-2" / "model")
+    assert fingerprint_model(output / "model") != fingerprint_model(tiny_folder)
 
 
 def test_reports(finished):
@@ -231,7 +232,7 @@ def test_prompts_of_the_rounds_are_disjoint(finished):
 
 def test_the_second_round_goes_on_from_the_first_and_is_its_own_reference(finished, tiny_folder):
     output, _ = finished
-    starts = [fingerprint_folder(tiny_folder), fingerprint_folder(output / "round-1" / "model")]
+    starts = [fingerprint_model(tiny_folder), fingerprint_model(output / "round-1" / "model")]
     assert starts[0] != starts[1]
     for index, start in enumerate(starts, start=1):
         folder = output / f"round-{index}"
@@ -412,7 +413,7 @@ def test_the_true_feedback_of_the_picture_world(tiny_folder, tmp_path, monkeypat
     assert all(0 < row["p_yes"] < 1 and 0 < row["p_no"] < 1 for row in judged)
     assert len({row["p_yes"] for row in judged}) > PROMPTS  # the images are seen
     manifest = json.loads((tmp_path / "round-1" / "conquer.json").read_text())
-    assert manifest["inputs"]["labeler"] == fingerprint_folder(tiny_folder)
+    assert manifest["inputs"]["labeler"] == fingerprint_model(tiny_folder)
 
 
 MAKE_LABELER = align.make_labeler
@@ -503,4 +504,4 @@ def test_rounds_with_adapters_from_an_adapter(tiny_folder, tiny_model, tmp_path)
         assert read_metrics(folder / "train" / "metrics.jsonl")[0]["loss"] == pytest.approx(
             np.log(2), abs=1e-5
         )
-    assert fingerprint_folder(output / "model") == fingerprint_folder(output / "round-2" / "model")
+    assert fingerprint_model(output / "model") == fingerprint_model(output / "round-2" / "model")

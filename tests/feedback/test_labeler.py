@@ -5,6 +5,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -16,6 +17,7 @@ from mmpo_jax.errors import DataError
 from mmpo_jax.feedback import labeler as labeler_module
 from mmpo_jax.feedback.labeler import CheckpointLabeler, answer_tokens
 from mmpo_jax.models.batch import Batch
+from mmpo_jax.models.huggingface import map_with_path
 from mmpo_jax.models.log_probs import next_token_logits
 from mmpo_jax.models.model import load_config
 from mmpo_jax.parallel.mesh import AXES
@@ -181,6 +183,20 @@ def test_all_on_eight_devices(make_labeler, tiny_model, tiny_processor):
 def test_what_does_not_fit_is_an_error_for_people(make_labeler, question, lengths):
     with pytest.raises(DataError, match=r"scene-9.*lengths\.(prompt|response)"):
         make_labeler(lengths=lengths).answer([("scene-9", (image(),), (question, "red ?"))])
+
+
+def test_parameters_of_mixed_dtype(make_labeler, tiny_model):
+    params = map_with_path(
+        lambda path, leaf: leaf if path.endswith("/scale") else leaf.astype(jnp.bfloat16),
+        tiny_model[1],
+    )
+    uniform = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    labeler = make_labeler()
+    asked = [("a", (image(),), ("is there a star ?",))]
+    answers = []
+    for labeler.params in (params, uniform):
+        answers.append(labeler.answer(asked))
+    assert answers[0] == answers[1]
 
 
 def test_no_item_runs_nothing(make_labeler, monkeypatch):

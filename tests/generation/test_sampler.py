@@ -18,6 +18,7 @@ from mmpo_jax.generation.sampler import (
     truncate,
 )
 from mmpo_jax.models.batch import Batch
+from mmpo_jax.models.huggingface import map_with_path
 from mmpo_jax.models.log_probs import next_token_logits, response_log_probs
 
 LENGTH = 8
@@ -118,6 +119,24 @@ def test_eos_ends_a_sample_and_padding_follows(tiny_model, batch, whole):
         assert np.all(row[length:] == tiny.PAD_ID)
         lengths.add(length)
     assert len(lengths) > 2
+
+
+@pytest.mark.parametrize(
+    ("most", "others"), [(jnp.bfloat16, jnp.float32), (jnp.float32, jnp.bfloat16)]
+)
+def test_parameters_of_mixed_dtype_are_cast_to_that_of_most(tiny_model, batch, most, others):
+    """Norms are kept in float32 beside bfloat16; what a run froze, in the dtype of its start."""
+    model, params = tiny_model
+
+    def few(path):
+        return path.endswith("/scale") or path.startswith("multi_modal_projector")
+
+    mixed = map_with_path(lambda path, leaf: leaf.astype(others if few(path) else most), params)
+    uniform = jax.tree.map(lambda leaf: leaf.astype(most), mixed)
+    ours, expected = (
+        draw((model, tree), batch, NUMBERS, temperature=0.0) for tree in (mixed, uniform)
+    )
+    np.testing.assert_array_equal(ours, expected)
 
 
 def test_rows_that_fill_the_batch_are_not_sampled(tiny_model, batch, whole):

@@ -15,8 +15,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from jax.sharding import AxisType
 
 from mmpo_jax.checkpoint import load_checkpoint, load_processor
-from mmpo_jax.files import fingerprint_folder
 from mmpo_jax.models.config import ModelError
+from mmpo_jax.models.fingerprints import fingerprint_model
 from mmpo_jax.models.folders import copy_base, resolve_folder, write_dtype
 from mmpo_jax.models.huggingface import flatten, save_model
 from mmpo_jax.parallel.mesh import AXES
@@ -94,13 +94,13 @@ def test_fingerprint_of_a_bucket_reads_no_weights(bucket, monkeypatch):
         "_open",
         lambda self, path, *a, **k: opened.append(path) or real(self, path, *a, **k),
     )
-    first = fingerprint_folder(folder)
+    first = fingerprint_model(folder)
     assert opened
     assert not any(path.endswith(".safetensors") for path in opened)
-    assert fingerprint_folder(folder) == first
+    assert fingerprint_model(folder) == first
     name = next(path for path in bucket.find(folder) if path.endswith("2-of-00004.safetensors"))
     bucket.pipe_file(name, bucket.cat_file(name) + b"x")
-    assert fingerprint_folder(folder) != first
+    assert fingerprint_model(folder) != first
 
 
 def test_buckets_that_are_not_there(bucket, monkeypatch):

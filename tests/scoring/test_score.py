@@ -14,6 +14,7 @@ import tiny
 from jax.sharding import AxisType
 
 from mmpo_jax import cli, files
+from mmpo_jax.models.huggingface import save_model
 from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.shapes.render import png_bytes
 from mmpo_jax.shapes.world import sample_scene
@@ -181,6 +182,15 @@ class TestLlava:
         cut = scored(PAIRS, "lengths={prompt: [64], response: [3]}", "--tokens")
         assert cut[0]["num_tokens"] == [3, 3]
         assert "2 responses were cut to 3 tokens" in caplog.text
+
+    def test_float16_files_are_computed_in_float32(
+        self, mmpo, tiny_folder, tiny_model, pictures, tmp_path
+    ):
+        save_model(tmp_path / "half", *tiny_model, tiny_folder, dtype="float16")
+        data = write_rows(pictures / "rows.jsonl", PAIRS[:1])
+        default = mmpo("score", tmp_path / "half", data)
+        assert default == mmpo("score", tmp_path / "half", data, "scoring.compute_dtype=float32")
+        assert default != mmpo("score", tmp_path / "half", data, "scoring.compute_dtype=bfloat16")
 
     def test_rows_left_out(self, scored, pictures, tmp_path):
         (pictures / "broken.png").write_bytes(b"no picture")

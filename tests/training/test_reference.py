@@ -12,7 +12,8 @@ from jax.sharding import AxisType
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
 from mmpo_jax.data.tokenization import tokenize_records
-from mmpo_jax.files import fingerprint_folder, read_table
+from mmpo_jax.files import read_table
+from mmpo_jax.models.fingerprints import fingerprint_model
 from mmpo_jax.models.huggingface import load_model
 from mmpo_jax.models.model import load_config
 from mmpo_jax.parallel.mesh import AXES
@@ -71,7 +72,7 @@ class Cache:
             lengths,
             self.mesh,
             folder=str(self.folder),
-            model_fingerprint=fingerprint_folder(checkpoint),
+            model_fingerprint=fingerprint_model(checkpoint),
             batch_size=batch_size,
             compute_dtype=compute_dtype,
         )

@@ -1,0 +1,101 @@
+"""Which files a checkpoint's fingerprint is of."""
+
+import os
+import shutil
+
+import pytest
+
+from mmpo_jax import files
+from mmpo_jax.checkpoint import fingerprint_location, load_start, locate
+from mmpo_jax.convert import convert
+from mmpo_jax.models.fingerprints import fingerprint_model, has_fingerprint
+from mmpo_jax.models.lora import add_adapters
+from mmpo_jax.models.peft import save_adapter
+from mmpo_jax.recipe import Lora
+
+
+@pytest.fixture
+def folder(tiny_folder, tmp_path):
+    return shutil.copytree(tiny_folder, tmp_path / "model")
+
+
+@pytest.fixture
+def run(tiny_folder, tmp_path):
+    """An Orbax run whose step also has an optimizer."""
+    convert(str(tiny_folder), str(tmp_path / "run"))
+    return tmp_path / "run"
+
+
+def change(path):
+    """One byte of a file is another."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def fingerprint(name):
+    return fingerprint_location(locate(str(name)))
+
+
+def test_what_a_model_is_made_of(folder):
+    first = fingerprint_model(folder)
+    assert load_start(str(folder)).fingerprint == fingerprint(folder) == first
+    for name in ("config.json", "tokenizer.json", "model.safetensors", "chat_template.jinja"):
+        kept = (folder / name).read_bytes()
+        change(folder / name)
+        assert fingerprint_model(folder) != first, name
+        (folder / name).write_bytes(kept)
+    assert has_fingerprint(folder, first)
+    (folder / "chat_template.jinja").unlink()
+    assert not has_fingerprint(folder, first)
+    (folder / "model.safetensors").unlink()
+    assert not has_fingerprint(folder, first)
+
+
+def test_nothing_else_is_read(folder, monkeypatch):
+    """Of a trainer's folder neither the optimizer nor earlier checkpoints."""
+    first = fingerprint_model(folder)
+    (folder / "checkpoint-10").mkdir()
+    for name in ("optimizer.pt", "README.md", "other.safetensors", "checkpoint-10/optimizer.pt"):
+        (folder / name).write_bytes(b"much")
+    read = []
+    real = files.fingerprint_file
+    monkeypatch.setattr(
+        files, "fingerprint_file", lambda path: read.append(os.path.basename(path)) or real(path)
+    )
+    assert fingerprint_model(folder) == first
+    assert "config.json" in read
+    assert not {"optimizer.pt", "README.md", "other.safetensors"} & set(read)
+
+
+def test_what_a_step_of_a_run_is_made_of(run):
+    first = fingerprint(run)
+    step = run / "checkpoints" / "0"
+    assert load_start(str(run)).fingerprint == fingerprint(step) == first
+    (step / "optimizer").mkdir()
+    (step / "optimizer" / "moments").write_bytes(b"much")
+    (run / "metrics.jsonl").write_bytes(b"{}")
+    assert fingerprint(run) == first
+    for name in ("config.json", "tokenizer.json"):
+        kept = (run / "base" / name).read_bytes()
+        change(run / "base" / name)
+        assert fingerprint(run) != first, name
+        (run / "base" / name).write_bytes(kept)
+    change(max((step / "params").rglob("*"), key=lambda path: path.is_file() * path.stat().st_size))
+    assert fingerprint(run) != first
+
+
+def test_an_adapter_counts_with_its_base(folder, tiny_model, tmp_path):
+    model, params = tiny_model
+    params = add_adapters(params, model, Lora(rank=2), (), 0)
+    adapter = tmp_path / "adapter"
+    save_adapter(adapter, model, params, base=str(folder), dropout=0.0)
+    first = fingerprint(adapter)
+    assert load_start(str(adapter)).fingerprint == first != fingerprint(folder)
+    (adapter / "optimizer.pt").write_bytes(b"much")
+    assert fingerprint(adapter) == first
+    change(folder / "tokenizer_config.json")
+    assert fingerprint(adapter) != first
+    first = fingerprint(adapter)
+    change(adapter / "adapter_model.safetensors")
+    assert fingerprint(adapter) != first
