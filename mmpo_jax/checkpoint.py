@@ -15,7 +15,7 @@ from mmpo_jax.data.processor import Processor
 from mmpo_jax.files import fingerprint_json, is_local
 from mmpo_jax.models.config import ModelError
 from mmpo_jax.models.fingerprints import fingerprint_adapter, fingerprint_model, fingerprint_step
-from mmpo_jax.models.folders import resolve_folder, side_files
+from mmpo_jax.models.folders import is_on_hub, resolve_folder, side_files
 from mmpo_jax.models.huggingface import check_params, flatten, load_params, unflatten
 from mmpo_jax.models.lora import adapted_layers, merge_adapters, without_adapters
 from mmpo_jax.models.model import Model, Params, load_config
@@ -35,6 +35,8 @@ class Checkpoint:
     """A model with its processor and parameters."""
 
     folder: str
+    hub_id: str | None
+    """The name that a recipe gave it, if that is one of the hub's."""
     model: Model
     processor: Processor
     params: Params
@@ -177,6 +179,7 @@ def load_start(
     Raises:
       ModelError, ProcessorError, CheckpointError: naming the file that is missing or wrong.
     """
+    hub_id = name if is_on_hub(name) else None
     location = locate(name)
     model = Model.create(load_config(location.base), attention)
     processor = Processor(location.base, model.config, template)
@@ -184,13 +187,14 @@ def load_start(
     if random_seed is None:
         params = load_weights(location, model, mesh)
         folder = (location.weights, *location.adapters)[-1]
-        return Checkpoint(folder, model, processor, params, fingerprint_location(location))
+        fingerprint = fingerprint_location(location)
+        return Checkpoint(folder, hub_id, model, processor, params, fingerprint)
     # The weights that lie in the folder do not matter.
     fingerprint = fingerprint_json(["random", random_seed, dataclasses.asdict(model.config)])
     params = model.init(random_seed)
     if mesh is not None:
         params = put_params(params, model.rules, mesh)
-    return Checkpoint(location.weights, model, processor, params, fingerprint)
+    return Checkpoint(location.weights, hub_id, model, processor, params, fingerprint)
 
 
 def load_checkpoint(

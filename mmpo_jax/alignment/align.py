@@ -58,6 +58,7 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
     """
     mesh = make_mesh(**recipe.devices.model_dump())
     start = load_checkpoint(recipe.model, mesh, recipe.attention, recipe.template)
+    from_hub = start.hub_id is not None
     check_training(recipe.training, start.model, mesh)
     labeler_name = recipe.feedback.labeler or recipe.model
     answer_tokens(load_processor(labeler_name, labeler_template(recipe)))
@@ -95,11 +96,11 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
         metrics = evaluate_round(index, start, recipe, mesh)
         reports.append(read_report(index, folder, metrics))
         write_report(recipe.output, reports)
-        write_card(trained, make_card(recipe, start.model, reports[-1].values()))
+        write_card(trained, make_card(recipe, start.model, reports[-1].values(), from_hub=from_hub))
     result = os.path.join(recipe.output, "model")
     if not has_fingerprint(result, start.fingerprint):
         replace_folder(result, lambda staging: shutil.copytree(start.folder, staging))
-    write_card(result, make_card(recipe, start.model, reports[-1].values()))
+    write_card(result, make_card(recipe, start.model, reports[-1].values(), from_hub=from_hub))
     return reports
 
 

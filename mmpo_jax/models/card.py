@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from mmpo_jax.files import write_atomic
-from mmpo_jax.models.folders import HUB_ID
+from mmpo_jax.models.folders import split_hub_id
 from mmpo_jax.models.model import Model
 from mmpo_jax.recipe import AlignRecipe, TrainRecipe
 
@@ -23,6 +23,8 @@ class ModelCard:
 
     base_model: str
     """As the recipe names it."""
+    is_on_hub: bool
+    """Whether that is the name of a repository and not of a folder."""
     task: str
     """The hub's name of what the model does, such as image-text-to-text."""
     method: str
@@ -35,14 +37,25 @@ class ModelCard:
 
 
 def make_card(
-    recipe: TrainRecipe | AlignRecipe, model: Model, metrics: Mapping[str, float]
+    recipe: TrainRecipe | AlignRecipe,
+    model: Model,
+    metrics: Mapping[str, float],
+    *,
+    from_hub: bool,
 ) -> ModelCard:
     """The card of a recipe's result.
 
     Where the result lies is left out, so that the same run elsewhere writes the same card.
+
+    Args:
+      recipe: of the run.
+      model: the architecture.
+      metrics: what was measured last.
+      from_hub: whether the recipe's model came from the hub.
     """
     return ModelCard(
         base_model=recipe.model,
+        is_on_hub=from_hub,
         task="text-generation" if model.family.images is None else "image-text-to-text",
         method=recipe.training.objective.type,
         data=recipe.data.model_dump(mode="json"),
@@ -66,9 +79,8 @@ def render_card(card: ModelCard) -> str:
         "pipeline_tag": card.task,
         "tags": ["mmpo_jax", card.method],
     }
-    hub = HUB_ID.fullmatch(card.base_model)
-    if hub is not None:
-        front["base_model"] = hub.group(1)
+    if card.is_on_hub:
+        front["base_model"], _ = split_hub_id(card.base_model)
     metrics = [f"| {name} | {value:.6g} |" for name, value in card.metrics.items()]
     table = ["| metric | value |", "|---|---|", *metrics] if metrics else ["None were measured."]
     parts = [

@@ -64,10 +64,20 @@ def resolve_folder(name: str) -> str:
         return _bucket_folder(name.rstrip("/"))
     if os.path.isdir(name):
         return os.path.abspath(name)
-    hub = HUB_ID.fullmatch(name)
-    if hub is None:
+    if not is_on_hub(name):
         raise ModelError(f"{name}: there is no such checkpoint folder")
-    return _download(name, *hub.groups())
+    return _download(name, *split_hub_id(name))
+
+
+def is_on_hub(name: str) -> bool:
+    """Whether `resolve_folder` looks for a recipe's `model` on the hub."""
+    return is_local(name) and HUB_ID.fullmatch(name) is not None and not os.path.isdir(name)
+
+
+def split_hub_id(name: str) -> tuple[str, str | None]:
+    """(organisation/name, revision) of a hub id."""
+    repository, _, revision = name.partition("@")
+    return repository, revision or None
 
 
 def _bucket_folder(name: str) -> str:

@@ -20,6 +20,7 @@ from etils import epath
 from mmpo_jax.models.config import ModelError
 from mmpo_jax.models.folders import ADAPTER_CONFIG as CONFIG_FILE
 from mmpo_jax.models.folders import ADAPTER_WEIGHTS as WEIGHTS_FILE
+from mmpo_jax.models.folders import is_on_hub, split_hub_id
 from mmpo_jax.models.huggingface import (
     flatten,
     key_of,
@@ -84,16 +85,18 @@ def read_adapter_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def base_model(folder: str | os.PathLike[str]) -> str:
-    """The checkpoint an adapter belongs to, as its config names it.
+    """The checkpoint an adapter belongs to, as its config names it: `organisation/name@revision`
+    where it names the revision of a repository.
 
     Raises:
       ModelError: it names none.
     """
-    name = read_adapter_config(folder).get("base_model_name_or_path")
+    config = read_adapter_config(folder)
+    name, revision = (config.get(key) for key in ("base_model_name_or_path", "revision"))
     if not name:
         path = os.path.join(folder, CONFIG_FILE)
         raise ModelError(f"{path}: base_model_name_or_path is missing; write there what it adapts")
-    return str(name)
+    return f"{name}@{revision}" if revision and is_on_hub(f"{name}@{revision}") else str(name)
 
 
 def load_adapter(folder: str | os.PathLike[str], model: Model) -> dict[str, np.ndarray]:
@@ -165,7 +168,7 @@ def save_adapter(
       folder: written whole, by rename.
       model: the architecture.
       params: the parameters, on any device; only the adapters are written.
-      base: the checkpoint that they belong to.
+      base: the checkpoint that they belong to, an absolute path or a hub id.
       dropout: what they were trained with, for whom it interests.
 
     Raises:
@@ -175,9 +178,11 @@ def save_adapter(
     rank, alpha = (
         collections.Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas)
     )
+    name, revision = split_hub_id(base) if is_on_hub(base) else (base, None)
     config = {
         "peft_type": "LORA",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": name,
+        "revision": revision,
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": dropout,

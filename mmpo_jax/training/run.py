@@ -79,7 +79,7 @@ def run_training(recipe: TrainRecipe) -> str:
         seed=recipe.seed,
     )
     metrics = read_metrics(os.path.join(recipe.output, FILE)) or [{}]
-    card = make_card(recipe, model, metrics[-1])
+    card = make_card(recipe, model, metrics[-1], from_hub=start.hub_id is not None)
     return save_result(recipe.output, start, trained, recipe.training.lora, card)
 
 
@@ -105,7 +105,8 @@ def save_result(
     """
     if lora is not None:
         folder = os.path.join(output, ADAPTER)
-        save_adapter(folder, start.model, trained, base=start.folder, dropout=lora.dropout)
+        base = start.hub_id or start.folder
+        save_adapter(folder, start.model, trained, base=base, dropout=lora.dropout)
     target = os.path.join(output, MODEL)
     # Merged on the host: the devices may have no room for another copy.
     merged = trained if lora is None else merge_adapters(jax.device_get(trained))

@@ -177,10 +177,10 @@ def test_a_dtype_that_files_cannot_have(tiny_folder, tiny_model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def card(model="llava-hf/llava-1.5-7b-hf@v1", output="somewhere", metrics=None):
+def card(model="llava-hf/llava-1.5-7b-hf@v1", output="somewhere", from_hub=True):
     values = {"output": output, "model": model, "data": PAIR, "seed": 7}
     recipe = TrainRecipe.model_validate(values)
-    return recipe, lambda net: make_card(recipe, net, metrics or {"loss": 0.25, "step": 8})
+    return recipe, lambda net: make_card(recipe, net, {"loss": 0.25, "step": 8}, from_hub=from_hub)
 
 
 def test_the_model_card(tiny_folder, tiny_model, tmp_path):
@@ -202,10 +202,11 @@ def test_the_model_card(tiny_folder, tiny_model, tmp_path):
     assert render_card(card(output="elsewhere")[1](tiny_model[0])) == text
 
 
-def test_a_card_names_only_what_the_hub_knows(tiny_model):
-    text = render_card(card(model="/checkpoints/llava")[1](tiny_model[0]))
+@pytest.mark.parametrize("folder", ["/checkpoints/llava", "runs/model"])
+def test_a_card_names_only_what_the_hub_knows(tiny_model, folder):
+    text = render_card(card(model=folder, from_hub=False)[1](tiny_model[0]))
     assert "base_model" not in text
-    assert "`/checkpoints/llava` after DPO" in text
+    assert f"`{folder}` after DPO" in text
 
 
 def test_the_order_of_parameters_does_not_matter(tiny_folder, tiny_model, tmp_path):

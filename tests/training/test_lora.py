@@ -3,6 +3,7 @@
 import json
 import math
 
+import huggingface_hub
 import jax
 import numpy as np
 import optax
@@ -14,7 +15,7 @@ from mmpo_jax.data.pipeline import Example
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
 from mmpo_jax.data.tokenization import tokenize_records
 from mmpo_jax.models.huggingface import flatten, load_model, unflatten
-from mmpo_jax.models.lora import SCALE, A, B, is_adapter, merge_adapters
+from mmpo_jax.models.lora import SCALE, A, B, add_adapters, is_adapter, merge_adapters
 from mmpo_jax.models.peft import load_adapter, read_adapter_config
 from mmpo_jax.parallel.mesh import AXES, make_mesh, put_params
 from mmpo_jax.recipe import Dpo, Lengths, Lora, Optimizer, Training, TrainRecipe
@@ -26,7 +27,7 @@ from mmpo_jax.training.losses import REFERENCE
 from mmpo_jax.training.metrics import read_metrics
 from mmpo_jax.training.optimizer import make_optimizer
 from mmpo_jax.training.reference import score_records
-from mmpo_jax.training.run import run_training
+from mmpo_jax.training.run import run_training, save_result
 from mmpo_jax.training.step import create_state
 
 LENGTHS = Lengths(prompt=(24,), response=(8,))
@@ -265,3 +266,37 @@ def test_a_recipe_ends_with_the_merged_model_and_the_adapter(tiny_folder, tmp_pa
         np.testing.assert_allclose(again[path], leaf, rtol=0, atol=1e-6, err_msg=path)
     base = flatten(load_model(tiny_folder)[1])
     assert any(not np.array_equal(base[path], leaf) for path, leaf in flatten(merged).items())
+
+
+@pytest.mark.parametrize("revision", [None, "v1"])
+def test_what_a_result_says_it_was_made_from(
+    tiny_folder, tiny_model, tmp_path, monkeypatch, revision
+):
+    """A hub id, and not where this machine keeps the download; of a folder its whole path."""
+    asked = []
+
+    def download(repository, revision, **_):
+        asked.append((repository, revision))
+        return str(tiny_folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    model, params = tiny_model
+    lora = Lora(rank=2)
+    name = "org/name" if revision is None else f"org/name@{revision}"
+    start = load_start(name)
+    save_result(str(tmp_path / "out"), start, add_adapters(params, model, lora, (), 0), lora)
+    config = read_adapter_config(tmp_path / "out" / "adapter")
+    assert config["base_model_name_or_path"] == "org/name"
+    assert config.get("revision") == revision
+    again = load_start(str(tmp_path / "out" / "adapter"))
+    assert asked == [("org/name", revision)] * 2
+    assert again.hub_id is None
+
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "model").symlink_to(tiny_folder)
+    monkeypatch.chdir(tmp_path)
+    start = load_start("runs/model")
+    assert start.hub_id is None
+    save_result("out", start, add_adapters(params, model, lora, (), 0), lora)
+    config = read_adapter_config(tmp_path / "out" / "adapter")
+    assert config["base_model_name_or_path"] == str(tmp_path / "runs" / "model")
