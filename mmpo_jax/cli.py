@@ -119,7 +119,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="mmpo", description="Align vision-language models.")
     subparsers = parser.add_subparsers(dest="command", required=True)
     for name, function in COMMANDS.items():
-        command = subparsers.add_parser(name, help=function.__doc__, description=function.__doc__)
+        command = subparsers.add_parser(
+            name, help=function.__doc__, description=function.__doc__, allow_abbrev=False
+        )
         if name in FLAGS:
             _add_flags(command, name)
             continue
@@ -146,6 +148,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"mmpo {options.command}: {error}", file=sys.stderr)
         return 1
     except OSError as error:
+        if error.filename and error.errno in (errno.ENOTDIR, errno.EACCES, errno.EROFS):
+            print(f"mmpo {options.command}: {error.filename}: {error.strerror}", file=sys.stderr)
+            return 1
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f" while writing {error.filename}" if error.filename else ""

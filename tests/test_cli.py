@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import pytest
@@ -244,6 +245,22 @@ class TestBadData:
         path = write_rows(tmp_path, [{"chosen": dialogue("a ?"), "rejected": dialogue("red ?")}])
         message = refused("generate", generation | {"data": {"source": "file", "path": path}})
         assert "no_prompt 1" in message
+
+
+class TestOutput:
+    @pytest.mark.parametrize("command", ["generate", "score"])
+    def test_the_data_are_not_replaced(self, refused, tiny_folder, tmp_path, command):
+        path = write_rows(tmp_path, [{"prompt": "a ?", "chosen": "yes", "rejected": "no"}])
+        before = Path(path).read_text()
+        data = {"source": "file", "path": path}
+        values = {"model": str(tiny_folder), "data": data, "output": path}
+        assert f"output: {path} is the data" in refused(command, values)
+        assert Path(path).read_text() == before
+
+    def test_a_file_where_a_folder_should_be(self, generation, refused, tmp_path):
+        (tmp_path / "file").write_text("")
+        values = generation | {"output": str(tmp_path / "file" / "out.jsonl")}
+        assert f"{tmp_path}/file/" in refused("generate", values)
 
 
 class TestFullDisk:

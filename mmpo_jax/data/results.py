@@ -14,7 +14,9 @@ from etils import epath
 from mmpo_jax.data.images import image_format, name_below
 from mmpo_jax.data.records import ImageRef
 from mmpo_jax.data.sources import SKIPPED
+from mmpo_jax.errors import MmpoError
 from mmpo_jax.files import fingerprint_bytes, write_atomic
+from mmpo_jax.recipe import Data, FileData
 
 log = logging.getLogger(__name__)
 
@@ -33,17 +35,27 @@ class Results:
     """Folder of the images that the result names and that lie nowhere else in its folder."""
 
     @classmethod
-    def at(cls, output: str, name: str) -> Results:
-        """The files of a recipe's `output`: a file `*.jsonl`, or a folder, which gets `name`."""
+    def at(cls, output: str, name: str, data: Data) -> Results:
+        """The files of a recipe's `output`: a file `*.jsonl`, or a folder, which gets `name`.
+
+        Raises:
+          MmpoError: the result would replace the data it is made of.
+        """
         stem, extension = os.path.splitext(output)
         if extension == ".jsonl":
-            return cls(output, f"{stem}.skipped.jsonl", f"{stem}.parts", f"{stem}.images")
-        return cls(
-            os.path.join(output, f"{name}.jsonl"),
-            os.path.join(output, SKIPPED),
-            os.path.join(output, f"{name}.parts"),
-            os.path.join(output, f"{name}.images"),
-        )
+            results = cls(output, f"{stem}.skipped.jsonl", f"{stem}.parts", f"{stem}.images")
+        else:
+            results = cls(
+                os.path.join(output, f"{name}.jsonl"),
+                os.path.join(output, SKIPPED),
+                os.path.join(output, f"{name}.parts"),
+                os.path.join(output, f"{name}.images"),
+            )
+        source = data.path if isinstance(data, FileData) else None
+        written = (results.rows, results.skipped)
+        if source and os.path.realpath(source) in map(os.path.realpath, written):
+            raise MmpoError(f"output: {source} is the data; give another file")
+        return results
 
     def name_image(self, image: ImageRef) -> str:
         """The path with which a row of the result names an image, relative to the result's folder.

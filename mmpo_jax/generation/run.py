@@ -25,14 +25,12 @@ def run_generation(recipe: GenerateRecipe) -> str:
       The file, one line per row: `id`, `images`, `videos`, `prompt`, `responses`, and for every
       response whether it `finished` by itself and was not cut at `max_new_tokens`.
     """
-    results = Results.at(recipe.output, "responses")
+    results = Results.at(recipe.output, "responses", recipe.data)
+    source = load_source(recipe.data, supervised=False)
     mesh = make_mesh(**recipe.devices.model_dump())
     checkpoint = load_checkpoint(recipe.model, mesh, recipe.attention, recipe.template)
     source, tokenized = usable_records(
-        load_source(recipe.data, supervised=False),
-        checkpoint.processor,
-        recipe.lengths,
-        results.skipped,
+        source, checkpoint.processor, recipe.lengths, results.skipped
     )
     generated = generate_stage(
         checkpoint.model,

@@ -24,15 +24,12 @@ def run_scoring(recipe: ScoreRecipe) -> str:
       and `response_ids`. A response's log-prob is the sum over the assistant's tokens, EOS
       included; where its turns go on with the user's, these are in its ids but not in the sum.
     """
-    results = Results.at(recipe.output, "scores")
+    results = Results.at(recipe.output, "scores", recipe.data)
+    source = load_source(recipe.data, supervised=True)
     mesh = make_mesh(**recipe.devices.model_dump())
     checkpoint = load_checkpoint(recipe.model, mesh, recipe.attention, recipe.template)
     _, records = usable_records(
-        load_source(recipe.data, supervised=True),
-        checkpoint.processor,
-        recipe.lengths,
-        results.skipped,
-        _unfit,
+        source, checkpoint.processor, recipe.lengths, results.skipped, _unfit
     )
     scoring = recipe.scoring
     dtype: str = scoring.compute_dtype

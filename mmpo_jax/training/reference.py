@@ -23,7 +23,7 @@ from mmpo_jax.recipe import Lengths
 from mmpo_jax.stage import Stage, run_stage
 from mmpo_jax.training.losses import sum_log_probs
 
-ROWS_PER_PART = 2048
+ROWS_PER_PART = 256
 
 
 @functools.partial(jax.jit, static_argnames=("model", "compute_dtype"))
