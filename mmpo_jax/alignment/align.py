@@ -21,7 +21,9 @@ from mmpo_jax.checkpoint import (
     load_processor,
 )
 from mmpo_jax.data.records import Record
+from mmpo_jax.data.rows import SkipReason
 from mmpo_jax.data.sources import SKIPPED, load_source, usable_records
+from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.errors import MmpoError
 from mmpo_jax.evaluation.shapes import VERSION, evaluate_shapes
 from mmpo_jax.feedback.claims import make_splitter
@@ -64,6 +66,7 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
         start.processor,
         recipe.lengths,
         os.path.join(recipe.output, SKIPPED),
+        _unfit,
     )
     shares = split_prompts(source.records, recipe)
     by_id = {record.id: record for record in tokenized}
@@ -98,6 +101,10 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
         replace_folder(result, lambda staging: shutil.copytree(start.folder, staging))
     write_card(result, make_card(recipe, start.model, reports[-1].values()))
     return reports
+
+
+def _unfit(record: TokenizedRecord) -> tuple[SkipReason, str] | None:
+    return ("unsupported_video", "labelers are asked about images only") if record.videos else None
 
 
 def split_prompts(records: list[Record], recipe: AlignRecipe) -> list[list[Record]]:

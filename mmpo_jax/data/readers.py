@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
-from mmpo_jax.data.images import open_image
-from mmpo_jax.data.records import ImageRef, Record
+from mmpo_jax.data.images import image_size, open_image
+from mmpo_jax.data.records import ImageRef, Record, VideoRef
 from mmpo_jax.data.rows import MessagesAs, SkipReason, UnusableRow, parse_row, row_id
 from mmpo_jax.errors import DataError
 from mmpo_jax.files import write_atomic
@@ -101,17 +101,24 @@ def iter_records(
 def check_images(
     records: Iterable[Record], file: str = ""
 ) -> tuple[list[Record], list[SkippedRow]]:
-    """Decode the images of all records once; separate those with an image that does not open."""
+    """Decode all images and frames once; separate the records with one that does not open.
+
+    The frames of a video have to be of one size.
+    """
     good: list[Record] = []
     skipped: list[SkippedRow] = []
     seen: dict[str, str | None] = {}
     for record in records:
-        problems = (_image_problem(image, seen) for image in record.images)
+        frames = [frame for video in record.videos for frame in video.frames]
+        problems = (_image_problem(image, seen) for image in (*record.images, *frames))
         problem = next((problem for problem in problems if problem is not None), None)
-        if problem is None:
-            good.append(record)
-        else:
+        uneven = None if problem else next(filter(None, map(_uneven, record.videos)), None)
+        if problem is not None:
             skipped.append(SkippedRow(file, None, record.id, "image_broken", problem))
+        elif uneven is not None:
+            skipped.append(SkippedRow(file, None, record.id, "bad_video_entry", uneven))
+        else:
+            good.append(record)
     return good, skipped
 
 
@@ -160,6 +167,12 @@ def _image_problem(image: ImageRef, seen: dict[str, str | None]) -> str | None:
     if key is not None:
         seen[key] = problem
     return problem
+
+
+def _uneven(video: VideoRef) -> str | None:
+    """What is wrong with the sizes of a video's frames, or None."""
+    sizes = {image_size(frame) for frame in video.frames}
+    return f"{video.name} has frames of sizes {sorted(sizes)}" if len(sizes) > 1 else None
 
 
 def _numbered_rows(path: epath.Path) -> Iterator[tuple[int, dict[str, Any] | UnusableRow]]:

@@ -4,25 +4,30 @@ A row is a JSON object or a Parquet row with
 
 * images: ``images`` (a list) or ``image`` (one): a path relative to the image folder, encoded
   bytes, or ``{"bytes": ..., "path": ...}`` as `datasets` stores them;
+* videos: ``videos`` (a list) or ``video`` (one): the list of its frames, each given as an image
+  is, or ``{"frames": [...], "fps": ...}`` where their rate is known; video files are not decoded;
 * the prompt: ``prompt`` or ``question``, text or messages;
 * the responses: ``chosen`` and ``rejected``, or ``responses`` with any number of them, each text
   or messages; none of these in a row whose responses are still to be generated;
 * or, for supervised data, ``messages``; with ``rejected_response`` it is a preference (ms-swift);
 * a name: ``id`` or ``idx``, else the row number.
 
-Messages follow TRL's format: content is text or a list of text and image parts. Images stand
-before the text of the first user turn, which is where TRL puts them when nothing is said; image
-parts and ``<image>`` in a text may say it again, and then there must be as many as images.
+Messages follow TRL's format: content is text or a list of text, image and video parts. Images,
+then videos stand before the text of the first user turn, which is where TRL puts them when nothing
+is said; parts, and ``<image>`` and ``<video>`` in a text, may say it again, and then there must be
+as many as images and videos.
 """
 
+import math
 import os
+import re
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 from etils import epath
 
 from mmpo_jax.data.images import resolve_image
-from mmpo_jax.data.records import ImageRef, Record, Response, Role, Turn
+from mmpo_jax.data.records import ImageRef, Record, Response, Role, Turn, VideoRef
 from mmpo_jax.errors import DataError
 
 SkipReason = Literal[
@@ -31,6 +36,7 @@ SkipReason = Literal[
     "bad_json",  # the line is no JSON object
     "bad_message",  # a message without a known role or with unknown content
     "bad_text",  # text that is no valid Unicode
+    "bad_video_entry",  # no list of frames of one size, or a rate that is no positive number
     "empty_prompt",  # a user turn that says nothing and shows nothing
     "empty_response",
     "dialogues_differ",  # responses that do not go on from one rendered prompt
@@ -38,7 +44,7 @@ SkipReason = Literal[
     "image_count",  # the prompt all responses share does not hold every image
     "image_missing",
     "image_outside_folder",
-    "image_position",  # an image anywhere but around the text of the first user turn
+    "image_position",  # an image or video anywhere but around the text of the first user turn
     "incomplete_pair",  # chosen without rejected, or the other way round
     "no_prompt",  # neither a prompt nor messages
     "placeholder_count",  # as many placeholders as images, or none
@@ -46,10 +52,15 @@ SkipReason = Literal[
     "question_too_long",
     "turn_order",  # turns that do not alternate between user and assistant
     "unsupported_column",  # a column that changes what the row means
+    "unsupported_video",  # the model, or an alignment's labeler, takes no videos
 ]
 MessagesAs = Literal["last_turn", "dialogue"]
 
-PLACEHOLDER = "<image>"
+Medium = Literal["image", "video"]
+IMAGE: Medium = "image"
+VIDEO: Medium = "video"
+PLACEHOLDERS = {"<image>": IMAGE, "<video>": VIDEO}
+"""What stands in a text for a medium."""
 
 
 class UnusableRow(Exception):
@@ -60,8 +71,8 @@ class UnusableRow(Exception):
         self.reason, self.detail = reason, detail
 
 
-# A turn and the number of images that stand in it.
-_ParsedTurn = tuple[Turn, int]
+# A turn and the media that stand in it, in order.
+_ParsedTurn = tuple[Turn, tuple[Medium, ...]]
 _Turns = tuple[_ParsedTurn, ...]
 
 
@@ -89,29 +100,48 @@ def parse_row(
     Raises:
       UnusableRow: with the reason to leave the row out.
     """
-    images = tuple(_image(entry, root) for entry in _image_entries(row))
+    images = tuple(_image(entry, root) for entry in _entries(row, "image"))
+    videos = tuple(_video(*entry, root) for entry in enumerate(_entries(row, "video"), start=1))
+    media = (IMAGE,) * len(images) + (VIDEO,) * len(videos)
     prompt, responses = _prompt_and_responses(row, messages_as)
     ranked = row.get("chosen") is not None or row.get("rejected_response") is not None
     # Each response is checked with the prompt, as the model will see it.
     for response in responses:
         _check_response(prompt, response)
-        _check_dialogue(prompt + response, len(images))
+        _check_dialogue(prompt + response, media)
     if not responses:
-        _check_dialogue(prompt, len(images))
+        _check_dialogue(prompt, media)
     return Record(
         id=id_,
         images=images,
         prompt=tuple(turn for turn, _ in prompt),
         responses=tuple(Response(tuple(turn for turn, _ in turns)) for turns in responses),
         ranked=ranked,
+        videos=videos,
     )
 
 
-def _image_entries(row: Mapping[str, Any]) -> list[Any]:
-    if row.get("images") is not None:
-        images = row["images"]
-        return images if isinstance(images, list) else [images]
-    return [] if row.get("image") is None else [row["image"]]
+def _entries(row: Mapping[str, Any], medium: Medium) -> list[Any]:
+    """What the row's column of several, else that of one, holds."""
+    several = row.get(f"{medium}s")
+    if several is not None:
+        return several if isinstance(several, list) else [several]
+    return [] if row.get(medium) is None else [row[medium]]
+
+
+def _video(number: int, entry: Any, root: epath.Path) -> VideoRef:
+    frames, fps = entry, None
+    if isinstance(entry, dict):
+        frames, fps = entry.get("frames"), entry.get("fps")
+    if not isinstance(frames, list) or not frames:
+        detail = f"{str(entry)[:80]!r} is no list of frames; video files are not decoded"
+        raise UnusableRow("bad_video_entry", detail)
+    if fps is not None:
+        known = isinstance(fps, int | float) and not isinstance(fps, bool)
+        if not (known and fps > 0 and math.isfinite(fps)):
+            raise UnusableRow("bad_video_entry", f"fps {fps!r} is no positive number")
+    found = tuple(_image(frame, root) for frame in frames)
+    return VideoRef(f"video {number} (from {found[0].name} on)", found, fps)
 
 
 def _image(entry: Any, root: epath.Path) -> ImageRef:
@@ -208,28 +238,32 @@ def _turn(message: Any) -> _ParsedTurn:
     if role not in ("system", "user", "assistant"):
         raise UnusableRow("bad_message", f"a message of role {role!r}")
     segments = _segments(message.get("content"))
-    written = [place for place, text in enumerate(segments) if text is not None and text.strip()]
-    if written and None in segments[written[0] : written[-1]]:
-        raise UnusableRow("image_position", "an image between two texts")
-    text = "".join(text for text in segments if text is not None)
+    texts = [text for text, _ in segments]
+    written = [place for place, text in enumerate(texts) if text is not None and text.strip()]
+    if written and None in texts[written[0] : written[-1]]:
+        raise UnusableRow("image_position", "an image or video between two texts")
+    text = "".join(text for text in texts if text is not None)
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise UnusableRow("bad_text", str(error)) from error
-    return Turn(cast(Role, role), text), segments.count(None)
+    return Turn(cast(Role, role), text), tuple(m for _, m in segments if m is not None)
 
 
-def _segments(content: Any) -> list[str | None]:
-    """The texts of a message in order, with None where an image stands."""
+_Segment = tuple[str, None] | tuple[None, Medium]
+
+
+def _segments(content: Any) -> list[_Segment]:
+    """The texts and media of a message in order."""
     if isinstance(content, str):
         return _split_placeholders(content)
     if not isinstance(content, list):
         raise UnusableRow("bad_message", f"content of type {type(content).__name__}")
-    segments: list[str | None] = []
+    segments: list[_Segment] = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "image":
-            segments.append(None)
+        if kind in ("image", "video"):
+            segments.append((None, cast(Medium, kind)))
         elif kind == "text" and isinstance(part.get("text"), str):
             segments.extend(_split_placeholders(part["text"]))
         else:
@@ -237,13 +271,14 @@ def _segments(content: Any) -> list[str | None]:
     return segments
 
 
-def _split_placeholders(text: str) -> list[str | None]:
-    if PLACEHOLDER not in text:
-        return [text]  # Verbatim; beside a placeholder, white space is only its separator.
-    segments: list[str | None] = []
-    for piece in text.split(PLACEHOLDER):
-        segments += [piece.strip(), None]
-    return segments[:-1]
+def _split_placeholders(text: str) -> list[_Segment]:
+    pieces = re.split(f"({'|'.join(PLACEHOLDERS)})", text)
+    if len(pieces) == 1:
+        return [(text, None)]  # Verbatim; beside a placeholder, white space is only its separator.
+    return [
+        (None, PLACEHOLDERS[piece]) if piece in PLACEHOLDERS else (piece.strip(), None)
+        for piece in pieces
+    ]
 
 
 def _check_response(prompt: _Turns, response: _Turns) -> None:
@@ -255,7 +290,7 @@ def _check_response(prompt: _Turns, response: _Turns) -> None:
         raise UnusableRow("empty_response", "a response does not end with an assistant turn")
 
 
-def _check_dialogue(dialogue: _Turns, num_images: int) -> None:
+def _check_dialogue(dialogue: _Turns, media: tuple[Medium, ...]) -> None:
     roles = [turn.role for turn, _ in dialogue]
     if "user" not in roles:
         raise UnusableRow("no_prompt", "no turn of a user")
@@ -263,14 +298,17 @@ def _check_dialogue(dialogue: _Turns, num_images: int) -> None:
     if any(role != ("user", "assistant")[place % 2] for place, role in enumerate(spoken)):
         raise UnusableRow("turn_order", f"turns {', '.join(roles)} do not alternate from user on")
     first_user = roles.index("user")
-    placeholders = [count for _, count in dialogue]
-    if sum(placeholders) != placeholders[first_user]:
-        raise UnusableRow("image_position", "an image outside the first user turn")
-    if sum(placeholders) not in (0, num_images):
-        detail = f"{sum(placeholders)} image placeholders for {num_images} images"
-        raise UnusableRow("placeholder_count", detail)
+    if any(found for place, (_, found) in enumerate(dialogue) if place != first_user):
+        raise UnusableRow("image_position", "an image or video outside the first user turn")
+    _, found = dialogue[first_user]
+    for medium in PLACEHOLDERS.values():
+        if found and found.count(medium) != media.count(medium):
+            counts = f"{found.count(medium)} {medium} placeholders for {media.count(medium)}"
+            raise UnusableRow("placeholder_count", f"{counts} {medium}s")
+    if found and found != media:
+        raise UnusableRow("image_position", "a video before an image")
     for place, (turn, _) in enumerate(dialogue):
-        if turn.text.strip() or (place == first_user and num_images):
+        if turn.text.strip() or (place == first_user and media):
             continue
         if turn.role == "assistant":
             raise UnusableRow("empty_response", f"turn {place + 1} of the assistant is empty")

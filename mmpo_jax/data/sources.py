@@ -105,6 +105,8 @@ def usable_records(
       DataError: more rows were skipped than the recipe allows, or none is left.
     """
     kept, skipped = [], []
+    if processor.videos is None:
+        source = _without_videos(source)
     tokenized, too_long = tokenize_records(source.records, processor, lengths, source.name)
     for row in tokenized:
         problem = unfit(row)
@@ -129,6 +131,16 @@ def warn_of_cuts(name: str, records: Sequence[TokenizedRecord], lengths: Lengths
     cut = sum(response.truncated > 0 for row in records for response in row.responses)
     if cut:
         log.warning("%s: %d responses were cut to %d tokens", name, cut, lengths.response[-1])
+
+
+def _without_videos(source: Source) -> Source:
+    detail = "this model takes no videos"
+    skipped = [
+        SkippedRow(source.name, None, record.id, "unsupported_video", detail)
+        for record in source.records
+        if record.videos
+    ]
+    return source.skip([record for record in source.records if not record.videos], skipped)
 
 
 def _without_prompt(path: str, record: Record) -> SkippedRow:

@@ -22,8 +22,8 @@ def run_generation(recipe: GenerateRecipe) -> str:
     """Samples responses to the prompt of every usable row; responses it has are not read.
 
     Returns:
-      The file, one line per row: `id`, `images`, `prompt`, `responses`, and for every response
-      whether it `finished` by itself and was not cut at `max_new_tokens`.
+      The file, one line per row: `id`, `images`, `videos`, `prompt`, `responses`, and for every
+      response whether it `finished` by itself and was not cut at `max_new_tokens`.
     """
     results = Results.at(recipe.output, "responses")
     mesh = make_mesh(**recipe.devices.model_dump())
@@ -66,6 +66,11 @@ def _line(record: Record, responses: list[dict[str, Any]], results: Results) -> 
     line: dict[str, Any] = {"id": record.id}
     if record.images:
         line["images"] = [results.name_image(image) for image in record.images]
+    if record.videos:
+        line["videos"] = [
+            {"frames": [results.name_image(frame) for frame in video.frames], "fps": video.fps}
+            for video in record.videos
+        ]
     line["prompt"] = record.prompt[-1].text
     if len(record.prompt) > 1:
         line["prompt"] = [{"role": turn.role, "content": turn.text} for turn in record.prompt]

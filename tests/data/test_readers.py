@@ -213,6 +213,62 @@ def test_parquet_in_trl_format(folder):
     assert record.images[1].path == folder / "b.png"
 
 
+MIXED = {"images": ["a.png"], "videos": [["a.png", "b.png"]]}
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        QUESTION,
+        [user([IMAGE_PART, {"type": "video", "text": None}, text_part(QUESTION)])],
+        "<image><video>\nWhat is this?",
+    ],
+)
+@pytest.mark.parametrize(
+    ("video", "fps"),
+    [
+        ({"videos": [["a.png", "b.png"]]}, None),
+        ({"video": ["a.png", "b.png"]}, None),
+        ({"videos": [{"frames": ["a.png", "b.png"], "fps": 2}]}, 2),
+        ({"video": {"frames": ["a.png", "b.png"], "fps": None}}, None),
+    ],
+)
+def test_videos(folder, prompt, video, fps):
+    record = read_row(folder, PAIR | {"image": "a.png", "prompt": prompt} | video)
+    assert record.prompt == PROMPT
+    assert [image.name for image in record.images] == ["a.png"]
+    (clip,) = record.videos
+    assert [frame.path for frame in clip.frames] == [folder / "a.png", folder / "b.png"]
+    assert clip.fps == fps
+
+
+def test_videos_in_parquet(folder):
+    frames = [{"bytes": PNG, "path": None}, {"bytes": None, "path": "b.png"}]
+    path = folder / "rows.parquet"
+    row = PAIR | {"videos": [{"frames": frames, "fps": 0.5}]}
+    pq.write_table(pa.Table.from_pylist([row]), path)
+    (record,), skipped = read_records(path)
+    assert skipped == []
+    (clip,) = record.videos
+    assert [frame.read() for frame in clip.frames] == [PNG, png("blue")]
+    assert clip.fps == 0.5
+
+
+def test_check_frames(folder):
+    (folder / "broken.png").write_bytes(PNG[:40])
+    Image.new("RGB", (3, 2)).save(folder / "wide.png")
+    clips = [["a.png", "b.png"], ["a.png", "broken.png"], ["a.png", "wide.png"]]
+    records, skipped = read_records(write_jsonl(folder, *(PAIR | {"video": c} for c in clips)))
+    assert skipped == []
+    good, bad = check_images(records)
+    assert [record.id for record in good] == ["1"]
+    assert [(row.id, row.reason) for row in bad] == [
+        ("2", "image_broken"),
+        ("3", "bad_video_entry"),
+    ]
+    assert "frames of sizes [(2, 2), (2, 3)]" in bad[1].detail
+
+
 TWO_IMAGES = {"images": ["a.png", "b.png"]}
 
 
@@ -232,10 +288,16 @@ TWO_IMAGES = {"images": ["a.png", "b.png"]}
         ("bad_message", PAIR | {"chosen": ["text"]}),
         ("bad_message", PAIR | {"chosen": [{"role": "tool", "content": "x"}]}),
         ("bad_message", PAIR | {"chosen": [assistant(None)]}),
-        ("bad_message", PAIR | {"chosen": [assistant([{"type": "video"}])]}),
+        ("bad_message", PAIR | {"chosen": [assistant([{"type": "audio"}])]}),
         ("bad_message", PAIR | {"chosen": [assistant([{"type": "text", "text": None}])]}),
         ("bad_message", {"prompt": QUESTION, "responses": "text"}),
         ("bad_text", PAIR | {"chosen": "\ud800"}),
+        ("bad_video_entry", PAIR | {"videos": ["clip.mp4"]}),
+        ("bad_video_entry", PAIR | {"video": []}),
+        ("bad_video_entry", PAIR | {"video": {"fps": 2}}),
+        ("bad_video_entry", PAIR | {"video": {"frames": ["a.png"], "fps": 0}}),
+        ("bad_video_entry", PAIR | {"video": {"frames": ["a.png"], "fps": "2"}}),
+        ("bad_image_entry", PAIR | {"video": [3]}),
         ("empty_prompt", PAIR | {"prompt": " "}),
         ("empty_response", PAIR | {"rejected": ""}),
         ("empty_response", PAIR | {"chosen": " \n"}),
@@ -248,11 +310,15 @@ TWO_IMAGES = {"images": ["a.png", "b.png"]}
         ("image_missing", PAIR | {"image": "."}),
         ("image_missing", PAIR | {"image": "https://example.com/a.png"}),
         ("image_missing", PAIR | {"image": "x" * 5000}),
+        ("image_missing", PAIR | {"video": ["a.png", "gone.png"]}),
         ("image_outside_folder", PAIR | {"image": "../outside.png"}),
+        ("image_outside_folder", PAIR | {"videos": [["a.png", "../outside.png"]]}),
         ("image_outside_folder", PAIR | {"images": ["a.png", "/etc/hostname"]}),
         ("image_position", PAIR | TWO_IMAGES | {"prompt": "<image> and <image>?"}),
         ("image_position", PAIR | {"image": "a.png", "prompt": "Is <image> a cat?"}),
         ("image_position", PAIR | {"image": "a.png", "chosen": "<image> A cat."}),
+        ("image_position", PAIR | {"video": ["a.png"], "chosen": [assistant([{"type": "video"}])]}),
+        ("image_position", PAIR | MIXED | {"prompt": "<video><image>What is this?"}),
         (
             "image_position",
             {
@@ -269,6 +335,9 @@ TWO_IMAGES = {"images": ["a.png", "b.png"]}
         ("no_prompt", {"messages": [assistant("x")]}),
         ("placeholder_count", PAIR | {"prompt": "<image>\nx"}),
         ("placeholder_count", PAIR | {"image": "a.png", "prompt": "<image><image>\nx"}),
+        ("placeholder_count", PAIR | {"prompt": "<video>\nx"}),
+        ("placeholder_count", PAIR | MIXED | {"prompt": "<image>\nx"}),
+        ("placeholder_count", PAIR | {"image": "a.png", "prompt": "<video>\nx"}),
         ("placeholder_count", PAIR | TWO_IMAGES | {"prompt": [user([IMAGE_PART, text_part("x")])]}),
         ("turn_order", PAIR | {"chosen": [user(), assistant("x")]}),
         ("turn_order", PAIR | {"prompt": [user(), assistant("x")]}),

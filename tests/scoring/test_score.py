@@ -21,6 +21,8 @@ from mmpo_jax.training import reference
 
 torch = pytest.importorskip("torch")
 import checks  # noqa: E402
+import families  # noqa: E402
+import pictures as pictures_of_tests  # noqa: E402
 import transformers  # noqa: E402
 from PIL import Image  # noqa: E402
 
@@ -318,6 +320,34 @@ def test_a_text_model(mmpo, tmp_path):
             inputs = {"input_ids": torch.tensor([ids])}
             expected = their_log_prob(theirs, inputs, len(line["prompt_ids"]))
             np.testing.assert_allclose(line["logps"][index], expected, rtol=1e-5, atol=2e-4)
+
+
+def test_videos(mmpo, refused, tiny_folder, tmp_path):
+    """They change the score, at their rate; a family without videos takes none."""
+    folder = tmp_path / "qwen"
+    families.make_case("qwen2_5_vl", folder)
+    frames = [frame.data for frame in pictures_of_tests.clip(4).frames]
+    clips = [{"frames": frames, "fps": 1.0}, {"frames": frames, "fps": 0.2}]
+    clips.append({"frames": frames[::-1], "fps": 1.0})
+    row = {"prompt": "what is this ?", "responses": ["a red star", "two"]}
+    data = tmp_path / "data" / "rows.parquet"
+    data.parent.mkdir()
+    pq.write_table(pa.Table.from_pylist([row | {"videos": [clip]} for clip in clips]), data)
+    before = mmpo("score", folder, data, "--tokens")
+    video = checks.token_ids(*families.QWEN_MEDIA)[families.VIDEO]
+    assert before[0]["prompt_ids"].count(video) > 4
+    assert len({tuple(line["logps"]) for line in before}) == 3
+
+    lines = mmpo("generate", folder, data, "--num-samples", "1", "--max-new-tokens", "4")
+    assert [line["videos"][0]["fps"] for line in lines] == [1.0, 0.2, 1.0]
+    for line in lines:
+        line["responses"] = row["responses"]
+    assert mmpo("score", folder, write_rows(tmp_path / "again.jsonl", lines), "--tokens") == before
+
+    files = "--data", data, "--output", tmp_path / "none.jsonl"
+    message = refused("score", "--model", tiny_folder, *files)
+    assert "unsupported_video 3" in message
+    assert "this model takes no videos" in message
 
 
 def test_vicuna_by_a_flag(mmpo, tmp_path):
