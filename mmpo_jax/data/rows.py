@@ -58,7 +58,9 @@ SkipReason = Literal[
 MessagesAs = Literal["last_turn", "dialogue"]
 
 Medium = Literal["image", "video"]
-PLACEHOLDERS: dict[str, Medium] = {"<image>": "image", "<video>": "video"}
+IMAGE: Medium = "image"
+VIDEO: Medium = "video"
+PLACEHOLDERS = {"<image>": IMAGE, "<video>": VIDEO}
 """What stands in a text for a medium."""
 
 
@@ -101,7 +103,7 @@ def parse_row(
     """
     images = tuple(_image(entry, root) for entry in _entries(row, "image"))
     videos = tuple(_video(*entry, root) for entry in enumerate(_entries(row, "video"), start=1))
-    media: tuple[Medium, ...] = (*("image" for _ in images), *("video" for _ in videos))
+    media = (IMAGE,) * len(images) + (VIDEO,) * len(videos)
     prompt, responses = _prompt_and_responses(row, messages_as)
     ranked = row.get("chosen") is not None or row.get("rejected_response") is not None
     # Each response is checked with the prompt, as the model will see it.
