@@ -121,7 +121,7 @@ def source(family_case, version, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_lies_beside_the_weights_is_carried(source, tmp_path, family):
     case, saved = source(family), tmp_path / "saved"
-    card = ModelCard("base", "text-generation", "dpo", {}, {}, {})
+    card = ModelCard("base", False, "text-generation", "dpo", {}, {}, {})
     save_model(saved, case.model, case.params, case.folder, card=card)
     for file in case.folder.iterdir():
         assert (saved / file.name).read_bytes() == file.read_bytes(), file.name
