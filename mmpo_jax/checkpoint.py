@@ -128,10 +128,16 @@ def load_weights(
     if not location.adapters and not adapted_layers(shapes):
         return _read_weights(location, model, shapes, mesh, dtype)
     # The sum is rounded once: it is cast, and not what is summed.
-    params = merge_adapters(_read_weights(location, model, shapes, mesh, None))
+    params = merge_adapters(_read_weights(location, model, shapes, mesh, None), in_place=True)
     for folder in location.adapters:
-        params = merge_adapters(with_adapter(params, folder, model))
-    return params if dtype is None else jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+        params = merge_adapters(with_adapter(params, folder, model), in_place=True)
+    if dtype is None:
+        return params
+    flat = flatten(params)
+    del params  # so that every parameter goes when it is cast
+    for path in flat:
+        flat[path] = flat[path].astype(dtype)
+    return unflatten(flat)
 
 
 def _read_weights(

@@ -25,6 +25,7 @@ from mmpo_jax.models.config import ModelError
 from mmpo_jax.models.family import Renaming
 from mmpo_jax.models.folders import copy_base, write_dtype
 from mmpo_jax.models.loading import COPY_ROWS, Source, load_arrays
+from mmpo_jax.models.merging import SCALE, A, B, merge, parts_of
 from mmpo_jax.models.model import Model, Params, load_config
 from mmpo_jax.models.safetensors_files import (
     INDEX_FILE,
@@ -179,7 +180,7 @@ def save_model(
     Args:
       folder: written whole, by rename: it is complete whenever it exists.
       model: the architecture.
-      params: its parameters, on any device.
+      params: its parameters, on any device; adapters among them are merged.
       source: the folder the config, tokenizer and processor files are copied from.
       dtype: to cast to; None keeps the parameters'.
       max_shard_bytes: larger weights are split over several files.
@@ -250,32 +251,39 @@ def new_tensors(params: Params, model: Model, dtype: Any = None) -> list[NewTens
     """What is written of parameters, in the layout of the model's family.
 
     Args:
-      params: arrays; only their shapes are looked at until a tensor is fetched.
+      params: arrays; only their shapes are looked at until a tensor is fetched. Adapters among them
+        are merged then, one layer at a time.
       model: the architecture.
       dtype: to cast to; None keeps the parameters'.
     """
+    flat = flatten(params)
     tensors = []
-    for path, leaf in flatten(params).items():
+    for path, leaf in flat.items():
+        if path.endswith((f"/{A}", f"/{B}", f"/{SCALE}")):
+            continue
         wanted = np.dtype(leaf.dtype if dtype is None else dtype)
         stacked = _is_stacked(path)
         shape = leaf.shape[1:] if stacked else leaf.shape
         for layer in range(leaf.shape[0]) if stacked else (None,):
             key = key_of(path, layer, model.family.write_keys)
             theirs = _their_shape(path, layer, shape, model)
-            fetch = functools.partial(_fetch, path, leaf, layer, wanted, theirs)
+            fetch = functools.partial(_fetch, path, parts_of(flat, path), layer, wanted, theirs)
             tensors.append(NewTensor(key, wanted, theirs, fetch))
     return tensors
 
 
 def _fetch(
-    path: str, leaf: Any, layer: int | None, dtype: np.dtype, shape: tuple[int, ...]
+    path: str, parts: Sequence[Any], layer: int | None, dtype: np.dtype, shape: tuple[int, ...]
 ) -> np.ndarray:
     """A layer of a parameter, or all of one that is not stacked, as it is written."""
+    leaf, *adapter = parts if layer is None else [part[layer] for part in parts]
+    if adapter:
+        leaf = merge(leaf, *adapter)
     if isinstance(leaf, np.ndarray):
-        array = (leaf if layer is None else leaf[layer]).astype(dtype, copy=False)
+        array = leaf.astype(dtype, copy=False)
     else:
         # Of a copy, because arrays keep on the host what was fetched of them.
-        array = to_host((jnp.copy(leaf) if layer is None else leaf[layer]).astype(dtype))
+        array = to_host((jnp.copy(leaf) if layer is None else leaf).astype(dtype))
     return (_transpose(array) if _is_transposed(path) else array).reshape(shape)
 
 

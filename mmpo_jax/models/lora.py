@@ -26,10 +26,10 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from mmpo_jax.models.huggingface import flatten, unflatten
+from mmpo_jax.models.merging import SCALE, A, B, merge, parts_of
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.recipe import Lora
 
-A, B, SCALE = "lora_a", "lora_b", "lora_scale"
 KEY, RATE = "lora_key", "lora_rate"
 
 WITHOUT = r"language_model/lm_head|.*/patch_embedding"
@@ -132,28 +132,20 @@ def without_adapters(params: Params) -> Params:
     return unflatten({path: leaf for path, leaf in flat if path.rpartition("/")[2] not in leaves})
 
 
-def merge_adapters(params: Params) -> Params:
-    """Parameters without adapters that compute the same: W + scale A B, in W's dtype and place."""
+def merge_adapters(params: Params, *, in_place: bool = False) -> Params:
+    """Parameters without adapters that compute the same: W + scale A B, in W's dtype and place.
+
+    Args:
+      params: with adapters.
+      in_place: makes the sums in the memory of the kernels, one after another. The adapted ones of
+        `params` cannot be used any more.
+    """
     flat = flatten(params)
     merged = flatten(without_adapters(params))
     for layer in adapted_layers(params):
-        kernel = flat[f"{layer}/kernel"]
-        parts = kernel, *(flat[f"{layer}/{name}"] for name in (A, B, SCALE))
-        if isinstance(kernel, jax.Array):
-            with jax.default_matmul_precision("highest"):  # as on the host; TPUs round by default
-                merged[f"{layer}/kernel"] = jax.jit(_merge, out_shardings=kernel.sharding)(*parts)
-        elif kernel.ndim == 2:
-            merged[f"{layer}/kernel"] = _merge(*parts)
-        else:  # layer by layer, as what lies between is in float32
-            merged[f"{layer}/kernel"] = np.stack([_merge(*p) for p in zip(*parts, strict=True)])
+        path = f"{layer}/kernel"
+        merged[path] = merge(*parts_of(flat, path), in_place=in_place)
     return unflatten(merged)
-
-
-def _merge(kernel: Any, a: Any, b: Any, scale: Any) -> Any:
-    delta = scale[..., None, None] * (a @ b)
-    return (kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32)) + delta).astype(
-        kernel.dtype
-    )
 
 
 def with_dropout(params: Params, rate: float, key: jax.Array) -> Params:

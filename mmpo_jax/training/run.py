@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 
-import jax
-
 from mmpo_jax.checkpoint import Checkpoint, load_start
 from mmpo_jax.data.pipeline import Example
 from mmpo_jax.data.rows import SkipReason
@@ -15,7 +13,6 @@ from mmpo_jax.data.tokenization import TokenizedRecord, fingerprint_records
 from mmpo_jax.files import fingerprint_json
 from mmpo_jax.models.card import ModelCard, make_card
 from mmpo_jax.models.huggingface import save_model, weights_dtype
-from mmpo_jax.models.lora import merge_adapters
 from mmpo_jax.models.model import Params
 from mmpo_jax.models.peft import save_adapter
 from mmpo_jax.parallel.mesh import make_mesh
@@ -108,12 +105,10 @@ def save_result(
         base = start.hub_id or start.folder
         save_adapter(folder, start.model, trained, base=base, dropout=lora.dropout)
     target = os.path.join(output, MODEL)
-    # Merged on the host: the devices may have no room for another copy.
-    merged = trained if lora is None else merge_adapters(jax.device_get(trained))
     save_model(
         target,
         start.model,
-        merged,
+        trained,
         start.processor.folder,
         dtype=weights_dtype(start.params),
         card=card,

@@ -1,6 +1,7 @@
 """Adapters as leaves of the parameter tree: which layers, what they compute, merging, dropout."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ import pytest
 import tiny
 from jax.sharding import PartitionSpec
 
-from mmpo_jax.models.huggingface import flatten, unflatten
+from mmpo_jax.models import huggingface
+from mmpo_jax.models.huggingface import flatten, new_tensors, to_huggingface, unflatten
 from mmpo_jax.models.log_probs import response_log_probs
 from mmpo_jax.models.lora import (
     SCALE,
@@ -24,6 +26,7 @@ from mmpo_jax.models.lora import (
     with_dropout,
     without_adapters,
 )
+from mmpo_jax.models.merging import merge
 from mmpo_jax.parallel.mesh import make_mesh, put_params
 from mmpo_jax.recipe import Lora
 
@@ -148,6 +151,43 @@ def test_merging_keeps_dtypes_and_places(tiny_model, adapted):
     np.testing.assert_allclose(
         merged[f"{Q}/kernel"].astype(np.float32), expected[f"{Q}/kernel"], rtol=0.02, atol=0.02
     )
+
+
+def test_saving_merges_one_layer_at_a_time(tiny_model, adapted, monkeypatch):
+    """Nothing is summed before its turn, and never a whole stack."""
+    model, _ = tiny_model
+    summed = []
+
+    def watched(kernel, *adapter):
+        summed.append(kernel.ndim)
+        return merge(kernel, *adapter)
+
+    monkeypatch.setattr(huggingface, "merge", watched)
+    tensors = new_tensors(put_params(adapted, model.rules, make_mesh(2, 2, 2)), model)
+    assert not summed
+    expected = dict(to_huggingface(merge_adapters(adapted), model))
+    assert {tensor.name for tensor in tensors} == expected.keys()
+    for tensor in tensors:
+        np.testing.assert_allclose(tensor.fetch(), expected[tensor.name], rtol=0, atol=1e-6)
+    assert set(summed) == {2}
+    assert len(summed) == sum(math.prod(shape[:-2]) for shape in dense_layers(model).values())
+
+
+def test_merging_in_place_needs_no_second_copy(tiny_model, adapted):
+    model, _ = tiny_model
+    expected = flatten(merge_adapters(adapted))
+    for params in (
+        put_params(adapted, model.rules, make_mesh(2, 2, 2)),
+        jax.tree.map(np.array, adapted),
+    ):
+        before = flatten(params)
+        merged = flatten(merge_adapters(params, in_place=True))
+        for path, leaf in merged.items():
+            np.testing.assert_allclose(leaf, expected[path], rtol=0, atol=1e-6, err_msg=path)
+            if isinstance(leaf, np.ndarray):
+                assert leaf is before[path]
+            elif f"{path.removesuffix('kernel')}{A}" in before:
+                assert before[path].is_deleted()
 
 
 def test_adapters_are_split_as_their_kernels(tiny_model, adapted):

@@ -1,0 +1,65 @@
+"""One kernel and the adapter beside it, summed: W + scale A B. See `lora`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+A, B, SCALE = "lora_a", "lora_b", "lora_scale"
+"""What an adapter's leaves beside a kernel are called."""
+
+
+def parts_of(flat: Mapping[str, Any], path: str) -> tuple[Any, ...]:
+    """(kernel, A, B, scale) of the kernel at `path`; any other parameter, or a kernel without an
+    adapter, alone."""
+    layer, _, name = path.rpartition("/")
+    if name != "kernel" or f"{layer}/{A}" not in flat:
+        return (flat[path],)
+    return (flat[path], *(flat[f"{layer}/{part}"] for part in (A, B, SCALE)))
+
+
+def merge(kernel: Any, a: Any, b: Any, scale: Any, *, in_place: bool = False) -> Any:
+    """The sum in the kernel's dtype and place, layer by layer, as what lies between is in float32.
+
+    Args:
+      kernel: [inputs, outputs] or [L, inputs, outputs], of NumPy or on devices.
+      a: [(L,) inputs, r].
+      b: [(L,) r, outputs].
+      scale: float32[] or float32[L].
+      in_place: uses the memory of the kernel, which is gone then.
+    """
+    if isinstance(kernel, jax.Array):
+        return _on_devices(kernel.sharding, in_place)(kernel, a, b, scale)
+    if not in_place or not kernel.flags.writeable:
+        kernel = kernel.copy()
+    layers = zip(kernel, a, b, scale, strict=True) if kernel.ndim == 3 else [(kernel, a, b, scale)]
+    for layer, *adapter in layers:
+        layer[...] = _sum(layer, *adapter)
+    return kernel
+
+
+@functools.cache
+def _on_devices(sharding: jax.sharding.Sharding, in_place: bool) -> Any:
+    """The sum as a compiled function of arrays with this sharding."""
+
+    def run(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
+        with jax.default_matmul_precision("highest"):  # as on the host; TPUs round by default
+            if kernel.ndim == 2:
+                return _sum(kernel, a, b, scale)
+            return jax.lax.fori_loop(
+                0,
+                kernel.shape[0],
+                lambda i, stack: stack.at[i].set(_sum(stack[i], a[i], b[i], scale[i])),
+                kernel,
+            )
+
+    return jax.jit(run, out_shardings=sharding, donate_argnums=(0,) if in_place else ())
+
+
+def _sum(kernel: Any, a: Any, b: Any, scale: Any) -> Any:
+    wide = jnp.promote_types(kernel.dtype, jnp.float32)
+    return (kernel.astype(wide) + scale * (a @ b)).astype(kernel.dtype)
