@@ -13,8 +13,8 @@ from mmpo_jax.models.layers import matmul
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.vlm import VisionLanguageModel
 
-LOGITS_BYTES = 64 * 2**20
-"""How much of the logits one chunk of the head may hold per device, before padding."""
+HEAD_BYTES = 64 * 2**20
+"""How much one chunk of the head may hold per device: logits, and what it gathers for them."""
 
 
 def response_log_probs(
@@ -30,7 +30,7 @@ def response_log_probs(
       params: its parameters; their dtype is the compute dtype.
       batch: B prompts with R responses each.
       remat: rematerialisation policy of the layers, see `layers.rematerialise`.
-      chunk: response positions per application of the head; None picks it by `LOGITS_BYTES`.
+      chunk: response positions per application of the head; None picks it by `HEAD_BYTES`.
 
     Returns:
       float32[B, R, T] (float64 for float64 parameters), 0 at padding.
@@ -75,7 +75,7 @@ def token_log_probs(
       float32[B, R, T].
     """
     b, r, t, d = hidden.shape
-    chunk = chunk or head_chunk(b * r, t, kernel.shape[1])
+    chunk = chunk or head_chunk(b * r, t, *kernel.shape)
     kernel = split_vocabulary(kernel)
     steps = -(-t // chunk)
     pad = steps * chunk - t
@@ -108,15 +108,22 @@ def split_vocabulary(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
-def head_chunk(rows: int, length: int, vocab_size: int) -> int:
-    """Response positions per application of the head: as few, equal steps as the budget allows."""
-    rows_split, vocabulary_split = 1, 1
+def head_chunk(rows: int, length: int, size: int, vocab_size: int) -> int:
+    """Response positions per application of the head: as few, equal steps as the budget allows.
+
+    Args:
+      rows: B * R.
+      length: T.
+      size: D; where the vocabulary is split, hidden states of other devices' rows count too.
+      vocab_size: V.
+    """
+    numbers = vocab_size
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
-        rows_split = mesh.shape.get("data", 1)
-        vocabulary_split = mesh.size // rows_split
-    per_position = math.ceil(rows / rows_split) * math.ceil(vocab_size / vocabulary_split) * 4
-    steps = -(-length * per_position // LOGITS_BYTES)
+        data = mesh.shape.get("data", 1)
+        rows, split = math.ceil(rows / data), mesh.size // data
+        numbers = math.ceil(vocab_size / split) + (size if split > 1 else 0)
+    steps = -(-length * rows * numbers * 4 // HEAD_BYTES)
     return max(1, -(-length // max(1, steps)))
 
 

@@ -16,6 +16,7 @@ from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.huggingface import flatten
 from mmpo_jax.models.log_probs import head_chunk, response_log_probs, token_log_probs
 from mmpo_jax.models.model import Model, read_config
+from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipe import Dpo, Optimizer
 from mmpo_jax.training.losses import REFERENCE, make_loss
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
@@ -250,9 +251,14 @@ def test_chunked_head_equals_the_whole(chunk):
 
 def test_head_chunks_are_equal_and_within_the_budget():
     for rows, length, vocab in [(4, 512, 152_000), (1, 7, 32_000), (64, 1024, 32_000), (8, 0, 9)]:
-        chunk = head_chunk(rows, length, vocab)
+        chunk = head_chunk(rows, length, 64, vocab)
         assert 1 <= chunk <= max(1, length)
         assert chunk == 1 or rows * chunk * vocab * 4 <= 64 * 2**20 + rows * vocab * 4
+        with jax.set_mesh(make_mesh(2, 2, 2)):
+            on_a_mesh = head_chunk(rows, length, 64, vocab)
+        assert chunk <= on_a_mesh <= max(1, length)
+        held = -(-rows // 2) * (-(-vocab // 4) + 64) * 4
+        assert on_a_mesh == 1 or on_a_mesh * held <= 64 * 2**20 + held
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -322,7 +328,7 @@ def test_logits_are_never_stored():
 
 
 def test_the_check_above_finds_stored_logits(monkeypatch):
-    monkeypatch.setattr(log_probs, "LOGITS_BYTES", LOGITS * 4)
+    monkeypatch.setattr(log_probs, "HEAD_BYTES", LOGITS * 4)
     program = compile_large_step()
     assert largest_array(program) >= LOGITS
     assert program.memory_analysis().temp_size_in_bytes >= LOGITS * 4
