@@ -27,36 +27,13 @@ def make_checkpoint(folder: str, layers: int, max_shard_bytes: int) -> int:
     """Writes the checkpoint tensor by tensor; returns the bytes of its weights."""
     import ml_dtypes
     import numpy as np
-    import transformers
+    from compile_for_tpu import VICUNA_7B, llava
 
     from mmpo_jax.models.huggingface import new_tensors
     from mmpo_jax.models.model import Model, load_config
     from mmpo_jax.models.safetensors_files import split_into_files, write_files
 
-    config = transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(
-            hidden_size=1024,
-            intermediate_size=4096,
-            num_hidden_layers=24,
-            num_attention_heads=16,
-            image_size=336,
-            patch_size=14,
-            projection_dim=768,
-        ),
-        text_config=transformers.LlamaConfig(
-            vocab_size=32_064,
-            hidden_size=4096,
-            intermediate_size=11_008,
-            num_hidden_layers=layers,
-            num_attention_heads=32,
-            num_key_value_heads=32,
-            max_position_embeddings=4096,
-            rms_norm_eps=1e-5,
-        ),
-        image_token_index=32_000,
-        vision_feature_layer=-2,
-        tie_word_embeddings=False,
-    )
+    config = llava({**VICUNA_7B, "num_hidden_layers": layers})
     config.save_pretrained(folder)
     model = Model.create(load_config(folder))
     rng = np.random.default_rng(0)

@@ -202,6 +202,11 @@ def _start_jax() -> None:
 
     jax.config.update("jax_compilation_cache_dir", os.path.join(cache_folder(), "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    if jax.process_count() > 1:
+        raise MmpoError(
+            f"this is one of {jax.process_count()} processes, and commands run in one so far; "
+            "take the chips of one host"
+        )
 
 
 if __name__ == "__main__":

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 
-from mmpo_jax.checkpoint import load_weights, locate
+from mmpo_jax.checkpoint import Location, load_weights, locate
 from mmpo_jax.errors import MmpoError
 from mmpo_jax.files import is_local, replace_folder
+from mmpo_jax.models.card import ModelCard, read_card
 from mmpo_jax.models.huggingface import save_model
 from mmpo_jax.models.model import Model, load_config
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.training.checkpoints import save_base, save_start
+from mmpo_jax.training.metrics import FILE, read_metrics
 
 
 def convert(source: str, target: str, dtype: str | None = None) -> str:
@@ -36,7 +38,7 @@ def convert(source: str, target: str, dtype: str | None = None) -> str:
     model = Model.create(load_config(location.base))
     params = load_weights(location, model, make_mesh(), dtype)
     if location.is_orbax:
-        save_model(target, model, params, location.base)
+        save_model(target, model, params, location.base, card=_card(location))
         return f"Hugging Face folder: {target}"
 
     def write(staging: str) -> None:
@@ -45,3 +47,11 @@ def convert(source: str, target: str, dtype: str | None = None) -> str:
 
     replace_folder(target, write)
     return f"Orbax checkpoint: {target}"
+
+
+def _card(location: Location) -> ModelCard | None:
+    """Of a run, with what it measured last before the step."""
+    step = int(os.path.basename(location.weights))
+    rows = read_metrics(os.path.join(os.path.dirname(location.base), FILE))
+    measured = [row for row in rows if row["step"] <= step]
+    return read_card(location.base, measured[-1] if measured else {})

@@ -11,9 +11,11 @@ from jax.sharding import AxisType
 
 from mmpo_jax import cli
 from mmpo_jax.checkpoint import load_checkpoint
+from mmpo_jax.models.card import make_card, save_card
 from mmpo_jax.models.huggingface import flatten, load_model, load_params
 from mmpo_jax.models.model import Model, load_config
 from mmpo_jax.parallel.mesh import AXES
+from mmpo_jax.recipe import TrainRecipe
 from mmpo_jax.training.checkpoints import CheckpointError, Checkpoints, find_checkpoint
 
 
@@ -56,6 +58,18 @@ def test_a_converted_folder_is_a_start(run_folder, tiny_model, tiny_processor, m
     assert checkpoint.processor.fingerprints() == tiny_processor.fingerprints()
     leaf = flatten(checkpoint.params)["language_model/layers/self_attn/q_proj/kernel"]
     assert {shard.data.shape for shard in leaf.addressable_shards} == {(2, 8, 16)}
+
+
+def test_the_card_of_a_run(run_folder, tiny_model, tmp_path):
+    recipe = TrainRecipe(model="org/name", output="out", data={"source": "file", "path": "a.jsonl"})
+    shutil.copytree(run_folder, tmp_path / "run")
+    save_card(tmp_path / "run" / "base", make_card(recipe, tiny_model[0], {}, from_hub=True))
+    rows = [{"step": 0, "loss": 0.25}, {"step": 8, "loss": 0.125}]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert cli.main(["convert", str(tmp_path / "run"), str(tmp_path / "back")]) == 0
+    card = (tmp_path / "back" / "README.md").read_text()
+    assert "base_model: org/name" in card
+    assert "| loss | 0.25 |" in card
 
 
 def test_dtypes(run_folder, tiny_folder, tiny_model, tmp_path, mesh):

@@ -40,7 +40,9 @@ from mmpo_jax.files import (
 )
 from mmpo_jax.generation.responses import GENERATED, PROMPTS_PER_PART, generate_stage
 from mmpo_jax.generation.sampler import Decoding
+from mmpo_jax.models.card import make_card
 from mmpo_jax.models.fingerprints import fingerprint_model, has_fingerprint
+from mmpo_jax.models.folders import is_on_hub
 from mmpo_jax.recipe import AlignRecipe
 from mmpo_jax.stage import Stage, run_stage
 from mmpo_jax.training.loop import train
@@ -318,6 +320,7 @@ def train_stage(work: Round, pairs: pa.Table) -> str:
         folder=folder,
         identity=identity,
         seed=recipe.seed + work.index,
+        card=make_card(recipe, start.model, {}, from_hub=is_on_hub(recipe.model)),
     )
     save_result(work.folder, start, params, recipe.training.lora)
     done = {"identity": identity, "inputs": inputs, "model": fingerprint_model(target)}

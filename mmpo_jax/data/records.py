@@ -93,6 +93,8 @@ class Response:
     """Turns that continue a prompt: usually one of the assistant, several in a dialogue."""
 
     turns: tuple[Turn, ...]
+    finished: bool = True
+    """Whether it ends here; one that generation cut at its limit has no EOS."""
 
     @classmethod
     def of(cls, text: str) -> "Response":

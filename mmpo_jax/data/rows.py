@@ -8,7 +8,8 @@ A row is a JSON object or a Parquet row with
   is, or ``{"frames": [...], "fps": ...}`` where their rate is known; video files are not decoded;
 * the prompt: ``prompt`` or ``question``, text or messages;
 * the responses: ``chosen`` and ``rejected``, or ``responses`` with any number of them, each text
-  or messages; none of these in a row whose responses are still to be generated;
+  or messages; none of these in a row whose responses are still to be generated. ``finished``
+  beside ``responses``, as `mmpo generate` writes it, says which of them end by themselves;
 * or, for supervised data, ``messages``; with ``rejected_response`` it is a preference (ms-swift);
 * a name: ``id`` or ``idx``, else the row number.
 
@@ -53,6 +54,7 @@ SkipReason = Literal[
     "template_refuses",  # the chat template does not take such a dialogue
     "turn_order",  # turns that do not alternate between user and assistant
     "unsupported_column",  # a column that changes what the row means
+    "unsupported_image",  # the model takes none
     "unsupported_video",  # the model, or an alignment's labeler, takes no videos
 ]
 MessagesAs = Literal["last_turn", "dialogue"]
@@ -116,10 +118,25 @@ def parse_row(
         id=id_,
         images=images,
         prompt=tuple(turn for turn, _ in prompt),
-        responses=tuple(Response(tuple(turn for turn, _ in turns)) for turns in responses),
+        responses=tuple(
+            Response(tuple(turn for turn, _ in turns), finished)
+            for turns, finished in zip(responses, _finished(row, len(responses)), strict=True)
+        ),
         ranked=ranked,
         videos=videos,
     )
+
+
+def _finished(row: Mapping[str, Any], count: int) -> list[bool]:
+    """Of the row's responses; all of them where nothing is said."""
+    flags = row.get("finished")
+    if flags is None or row.get("responses") is None:
+        return [True] * count
+    if not isinstance(flags, list) or not all(isinstance(flag, bool) for flag in flags):
+        raise UnusableRow("bad_message", f"finished {str(flags)[:80]} is no list of true and false")
+    if len(flags) != count:
+        raise UnusableRow("bad_message", f"finished has {len(flags)} entries, responses {count}")
+    return flags
 
 
 def _entries(row: Mapping[str, Any], medium: Medium) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from etils import epath
 
@@ -105,8 +106,10 @@ def usable_records(
       DataError: more rows were skipped than the recipe allows, or none is left.
     """
     kept, skipped = [], []
+    if processor.images is None:
+        source = _without(source, "image", lambda record: bool(record.images))
     if processor.videos is None:
-        source = _without_videos(source)
+        source = _without(source, "video", lambda record: bool(record.videos))
     tokenized, too_long = tokenize_records(source.records, processor, lengths, source.name)
     for row in tokenized:
         problem = unfit(row)
@@ -133,14 +136,17 @@ def warn_of_cuts(name: str, records: Sequence[TokenizedRecord], lengths: Lengths
         log.warning("%s: %d responses were cut to %d tokens", name, cut, lengths.response[-1])
 
 
-def _without_videos(source: Source) -> Source:
-    detail = "this model takes no videos"
+def _without(
+    source: Source, medium: Literal["image", "video"], shown: Callable[[Record], bool]
+) -> Source:
+    reasons: dict[str, SkipReason] = {"image": "unsupported_image", "video": "unsupported_video"}
+    detail = f"this model takes no {medium}s"
     skipped = [
-        SkippedRow(source.name, None, record.id, "unsupported_video", detail)
+        SkippedRow(source.name, None, record.id, reasons[medium], detail)
         for record in source.records
-        if record.videos
+        if shown(record)
     ]
-    return source.skip([record for record in source.records if not record.videos], skipped)
+    return source.skip([record for record in source.records if not shown(record)], skipped)
 
 
 def _without_prompt(path: str, record: Record) -> SkippedRow:

@@ -1,7 +1,7 @@
 """The tokenisation contract: a record's prompt, shared once, and its responses.
 
-BOS once, at the start. EOS exactly once, at the end of a response. Image tokens are never cut: too
-long a prompt drops the row; an over-long response loses its tail.
+BOS once, at the start. EOS exactly once, at the end of a response, unless generation had cut it.
+Image tokens are never cut: too long a prompt drops the row; an over-long response loses its tail.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def tokenize(
         raise RowRejected("image_broken", str(error)) from error
     try:
         dialogues = [
-            _segments((*record.prompt, *response.turns), record, layouts, processor)
+            _segments(
+                (*record.prompt, *response.turns), record, layouts, processor, response.finished
+            )
             for response in record.responses
         ]
         if not dialogues:
@@ -161,7 +163,11 @@ Segment = tuple[list[int], bool]
 
 
 def _segments(
-    turns: Sequence[Turn], record: Record, layouts: Sequence[Layout], processor: Processor
+    turns: Sequence[Turn],
+    record: Record,
+    layouts: Sequence[Layout],
+    processor: Processor,
+    finished: bool = True,
 ) -> list[Segment]:
     """A dialogue's tokens: the record's prompt whole, then cut where the assistant begins and ends.
 
@@ -189,7 +195,7 @@ def _segments(
             after = after.rstrip()  # what such a template puts between answers, before EOS
         answer = _continued(before, after, processor)
         segments.append((_continued(done, before, processor), False))
-        segments.append((_ended(answer, processor) if last else answer, True))
+        segments.append((_ended(answer, processor, finished) if last else answer, True))
         done = after
     if not turns or turns[-1].role != "assistant":
         rest = render(turns, True)
@@ -222,11 +228,11 @@ def _begun(ids: list[int], processor: Processor) -> list[int]:
     return [bos, *ids]
 
 
-def _ended(ids: list[int], processor: Processor) -> list[int]:
-    """EOS once, at the end, whatever the template writes after an answer."""
+def _ended(ids: list[int], processor: Processor, finished: bool) -> list[int]:
+    """EOS once, at the end, whatever the template writes after an answer; none if it was cut."""
     if processor.eos_id in ids:
         ids = ids[: ids.index(processor.eos_id)]
-    return [*ids, processor.eos_id]
+    return [*ids, processor.eos_id] if finished else ids
 
 
 def _common_start(rows: Sequence[list[int]], limit: int, processor: Processor) -> list[int]:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
-from mmpo_jax.files import write_atomic
+from mmpo_jax.files import read_json, write_atomic
 from mmpo_jax.models.folders import split_hub_id
 from mmpo_jax.models.model import Model
 from mmpo_jax.recipe import AlignRecipe, TrainRecipe
 
 FILE = "README.md"
+SAVED = "card.json"
+"""Beside a run's checkpoints: the card of what is converted from them, without metrics."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +70,18 @@ def make_card(
 def write_card(folder: str | os.PathLike[str], card: ModelCard) -> None:
     """Writes the card of a checkpoint folder."""
     write_atomic(os.path.join(folder, FILE), render_card(card).encode())
+
+
+def save_card(folder: str | os.PathLike[str], card: ModelCard) -> None:
+    """Writes the card for `read_card`."""
+    text = json.dumps(dataclasses.asdict(card), indent=1, ensure_ascii=False)
+    write_atomic(os.path.join(folder, SAVED), text.encode())
+
+
+def read_card(folder: str | os.PathLike[str], metrics: Mapping[str, float]) -> ModelCard | None:
+    """The card that `save_card` wrote, with metrics; None where there is none."""
+    values = read_json(os.path.join(folder, SAVED))
+    return ModelCard(**{**values, "metrics": metrics}) if values else None
 
 
 def render_card(card: ModelCard) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mmpo_jax.errors import MmpoError
+from mmpo_jax.models.card import ModelCard, save_card
 from mmpo_jax.models.folders import copy_base
 from mmpo_jax.models.huggingface import flatten, unflatten
 from mmpo_jax.models.model import Params
@@ -138,6 +139,7 @@ def save_base(
     folder: str | os.PathLike[str],
     source: str | os.PathLike[str],
     chat_template: str | None = None,
+    card: ModelCard | None = None,
 ) -> str:
     """Copies what a checkpoint needs to be run beside it: config, tokenizer, processor.
 
@@ -145,12 +147,15 @@ def save_base(
       folder: of the run.
       source: a checkpoint folder.
       chat_template: in place of the source's.
+      card: of what will be converted from the run.
 
     Returns:
       The folder.
     """
     base = os.path.join(folder, BASE)
     copy_base(source, base, chat_template)
+    if card is not None:
+        save_card(base, card)
     return base
 
 

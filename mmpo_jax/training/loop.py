@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from mmpo_jax.data.pipeline import Example, HostBatch, num_batches, training_batches
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.errors import MmpoError
+from mmpo_jax.models.card import ModelCard
 from mmpo_jax.models.huggingface import flatten
 from mmpo_jax.models.lora import add_adapters, targeted_layers
 from mmpo_jax.models.model import Model, Params
@@ -44,6 +45,7 @@ def train(
     folder: str,
     identity: str,
     seed: int,
+    card: ModelCard | None = None,
 ) -> Params:
     """Runs one stage of training, from the last checkpoint in `folder` if there is one.
 
@@ -58,6 +60,7 @@ def train(
       folder: checkpoints, `metrics.jsonl` and TensorBoard events go here.
       identity: fingerprint of model, data and recipe; checkpoints of another one are refused.
       seed: order of the data, first values and dropout of adapters.
+      card: of the result, kept beside the checkpoints.
 
     Returns:
       The whole parameters, float32 where they were trained; with adapters beside the kernels if
@@ -96,7 +99,7 @@ def train(
             state, position = restored
             batches.set_state(position)
         # Not before it is known to be this run's folder.
-        save_base(folder, processor.folder, processor.chat_template)
+        save_base(folder, processor.folder, processor.chat_template, card)
         first = int(state.step)
         with contextlib.closing(MetricsWriter(folder, first, steps)) as writer:
             window: list[tuple[int, tuple[str, ...], dict[str, jax.Array]]] = []

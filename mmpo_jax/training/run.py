@@ -63,6 +63,7 @@ def run_training(recipe: TrainRecipe) -> str:
             recipe.seed,
         ]
     )
+    card = make_card(recipe, model, {}, from_hub=start.hub_id is not None)
     trained = train(
         model,
         start.params,
@@ -74,9 +75,10 @@ def run_training(recipe: TrainRecipe) -> str:
         folder=recipe.output,
         identity=identity,
         seed=recipe.seed,
+        card=card,
     )
     metrics = read_metrics(os.path.join(recipe.output, FILE)) or [{}]
-    card = make_card(recipe, model, metrics[-1], from_hub=start.hub_id is not None)
+    card = dataclasses.replace(card, metrics=metrics[-1])
     return save_result(recipe.output, start, trained, recipe.training.lora, card)
 
 

@@ -285,6 +285,8 @@ TWO_IMAGES = {"images": ["a.png", "b.png"]}
         ("bad_json", [1]),
         ("bad_json", "text"),
         ("bad_message", PAIR | {"chosen": 3}),
+        ("bad_message", {"prompt": "p", "responses": ["a", "b"], "finished": [True]}),
+        ("bad_message", {"prompt": "p", "responses": ["a"], "finished": ["yes"]}),
         ("bad_message", PAIR | {"chosen": ["text"]}),
         ("bad_message", PAIR | {"chosen": [{"role": "tool", "content": "x"}]}),
         ("bad_message", PAIR | {"chosen": [assistant(None)]}),

@@ -332,6 +332,32 @@ def test_a_text_model(mmpo, tmp_path):
             np.testing.assert_allclose(line["logps"][index], expected, rtol=1e-5, atol=2e-4)
 
 
+def test_images_for_a_text_model(refused, pictures, tmp_path):
+    folder = tmp_path / "text"
+    checks.save_tokenizer(folder)
+    sizes = checks.TEXT | {"vocab_size": len(checks.token_ids())}
+    config = transformers.Qwen2Config(**sizes, tie_word_embeddings=False)
+    checks.make_case(folder, transformers.AutoModelForCausalLM.from_config(config))
+    rows = [{**WORDS[0], "image": "photo.png"}, {**WORDS[0]}]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    Image.new("RGB", (9, 9)).save(tmp_path / "photo.png")
+    files = "--data", tmp_path / "rows.jsonl", "--output", tmp_path / "out.jsonl"
+    message = refused("score", "--model", folder, *files)
+    assert "1 of 2 rows cannot be used" in message
+    assert "unsupported_image: this model takes no images" in message
+
+
+def test_cut_responses_have_no_eos(mmpo, tiny_folder, tmp_path):
+    row = {"prompt": "what is this ?", "responses": ["a red star", "a red star"]}
+    rows = [{**row, "finished": [True, False]}, row]
+    cut, whole = mmpo("score", tiny_folder, write_rows(tmp_path / "rows.jsonl", rows), "--tokens")
+    ended, unended = cut["response_ids"]
+    assert whole["response_ids"] == [ended, ended]
+    assert unended == ended[:-1]
+    assert cut["num_tokens"] == [len(ended), len(ended) - 1]
+    assert cut["logps"][1] > cut["logps"][0]
+
+
 def test_videos(mmpo, refused, tiny_folder, tmp_path):
     """They change the score, at their rate; a family without videos takes none."""
     folder = tmp_path / "qwen"
@@ -351,7 +377,7 @@ def test_videos(mmpo, refused, tiny_folder, tmp_path):
     lines = mmpo("generate", folder, data, "--num-samples", "1", "--max-new-tokens", "4")
     assert [line["videos"][0]["fps"] for line in lines] == [1.0, 0.2, 1.0]
     for line in lines:
-        line["responses"] = row["responses"]
+        line |= {"responses": row["responses"], "finished": [True, True]}
     assert mmpo("score", folder, write_rows(tmp_path / "again.jsonl", lines), "--tokens") == before
 
     files = "--data", data, "--output", tmp_path / "none.jsonl"
