@@ -257,8 +257,7 @@ def pair_records(records: Sequence[Record], pairs: pa.Table) -> list[Record]:
         dataclasses.replace(
             by_id[row["prompt_id"]],
             id=f"{row['prompt_id']}/{row['chosen_sample']}-{row['rejected_sample']}",
-            responses=(Response.of(row["chosen"]), Response.of(row["rejected"])),
-            ranked=True,
+            responses=(Response.of(row["chosen"], rank=1), Response.of(row["rejected"], rank=2)),
         )
         for row in pairs.to_pylist()
     ]

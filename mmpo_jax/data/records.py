@@ -1,6 +1,7 @@
 """The records every method works on: one prompt about some images, and R responses to it."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -88,18 +89,57 @@ class VideoRef:
         return fingerprint_json([self.fps, [frame.fingerprint() for frame in self.frames]])
 
 
+SCORE = "score"
+"""What a response's score is called where it has only one."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """A part of a response that counts otherwise than the rest.
+
+    Attributes:
+      start, end: characters [start, end) of the text of the response's last assistant turn.
+      weight: of its tokens' log-probs, such as RLHF-V's for corrected segments; None for 1.
+      phrase: phrases of this number in the responses of a record belong together, as RRPO's do.
+    """
+
+    start: int
+    end: int
+    weight: float | None = None
+    phrase: int | None = None
+
+
 @dataclass(frozen=True)
 class Response:
-    """Turns that continue a prompt: usually one of the assistant, several in a dialogue."""
+    """Turns that continue a prompt: usually one of the assistant, several in a dialogue.
+
+    Attributes:
+      finished: whether it ends here; one that generation cut at its limit has no EOS.
+      rank: 1 is the best of the record, equal ranks are a tie; None where nothing ranks it.
+      scores: by dimension, such as "helpfulness"; the only one is called `SCORE`. More is better.
+      critique: what a judge wrote about it.
+      spans: parts that count otherwise, in order.
+      desirable: the verdict of unpaired data.
+      images: what it is an answer to in place of the record's images; None for those.
+      prompt: the same of the prompt.
+      log_prob: the reference's sum over its tokens, as the data give it.
+    """
 
     turns: tuple[Turn, ...]
     finished: bool = True
-    """Whether it ends here; one that generation cut at its limit has no EOS."""
+    rank: int | None = None
+    scores: Mapping[str, float] = field(default_factory=dict, hash=False)
+    critique: str | None = None
+    spans: tuple[Span, ...] = ()
+    desirable: bool | None = None
+    images: tuple[ImageRef, ...] | None = None
+    prompt: tuple[Turn, ...] | None = None
+    log_prob: float | None = None
 
     @classmethod
-    def of(cls, text: str) -> "Response":
+    def of(cls, text: str, rank: int | None = None) -> "Response":
         """The response that is one assistant turn."""
-        return cls((Turn("assistant", text),))
+        return cls((Turn("assistant", text),), rank=rank)
 
     @property
     def text(self) -> str:
@@ -115,20 +155,30 @@ class Record:
     """One prompt and R responses to it.
 
     The images, then the videos, belong before the text of the first user turn of prompt +
-    response. The prompt may
-    be empty: then every response is a whole dialogue about the same images, as in supervised data
-    or in k yes/no questions about one image.
+    response. The prompt may be empty: then every response is a whole dialogue about the same
+    images, as in supervised data or in k yes/no questions about one image.
 
     Attributes:
       id: unique in its file.
-      responses: empty where responses are still to be generated.
-      ranked: the responses stand from best to worst, the chosen one before the rejected one;
-        otherwise they are alternatives or dialogues of equal standing.
+      responses: in the order of the data, whatever their ranks; empty where they are still to be
+        generated.
+      source: what the data say of where the row comes from, such as a data set's name.
+      row: number in its file from 1; None where it is from no file.
     """
 
     id: str
     images: tuple[ImageRef, ...]
     prompt: tuple[Turn, ...]
     responses: tuple[Response, ...]
-    ranked: bool = False
     videos: tuple[VideoRef, ...] = ()
+    source: str | None = None
+    row: int | None = None
+
+    @property
+    def ranked(self) -> bool:
+        """Whether some of several responses is better than another, or as good: all have a rank.
+
+        Otherwise they are alternatives or dialogues of equal standing.
+        """
+        ranks = [response.rank for response in self.responses]
+        return len(ranks) > 1 and None not in ranks

@@ -47,6 +47,8 @@ SkipReason = Literal[
     "image_outside_folder",
     "image_position",  # an image or video anywhere but around the text of the first user turn
     "incomplete_pair",  # chosen without rejected, or the other way round
+    "own_images",  # of a response: not taken where the row is used
+    "own_prompt",  # the same of the prompt
     "no_prompt",  # neither a prompt nor messages
     "placeholder_count",  # as many placeholders as images, or none
     "prompt_too_long",  # over the largest bucket; its image tokens are never cut
@@ -119,10 +121,11 @@ def parse_row(
         images=images,
         prompt=tuple(turn for turn, _ in prompt),
         responses=tuple(
-            Response(tuple(turn for turn, _ in turns), finished)
-            for turns, finished in zip(responses, _finished(row, len(responses)), strict=True)
+            Response(tuple(turn for turn, _ in turns), finished, place if ranked else None)
+            for place, (turns, finished) in enumerate(
+                zip(responses, _finished(row, len(responses)), strict=True), start=1
+            )
         ),
-        ranked=ranked,
         videos=videos,
     )
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from mmpo_jax.data.processor import MediaError, Processor, ProcessorError, TemplateRefusal
 from mmpo_jax.data.readers import SkippedRow
-from mmpo_jax.data.records import ImageRef, Record, Turn, VideoRef
+from mmpo_jax.data.records import ImageRef, Record, Response, Turn, VideoRef
 from mmpo_jax.data.rows import SkipReason
 from mmpo_jax.files import fingerprint_json
 from mmpo_jax.models.layout import Layout
@@ -33,6 +33,8 @@ class TokenizedResponse:
     """bool[t]; True at the assistant's tokens, the final EOS included."""
     truncated: int
     """How many tokens the length limit cut off."""
+    source: Response
+    """What it was made of."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +80,10 @@ def tokenize(
       RowRejected: the prompt is longer than `max_prompt`, the model cannot take an image, or a
         response has nothing to learn.
     """
+    if any(response.images is not None for response in record.responses):
+        raise RowRejected("own_images", "a response has images of its own")
+    if any(response.prompt is not None for response in record.responses):
+        raise RowRejected("own_prompt", "a response has a prompt of its own")
     try:
         layouts = tuple(processor.layouts(record.images, record.videos))
     except MediaError as error:
@@ -111,8 +117,8 @@ def tokenize(
             "prompt_too_long", f"{longest} tokens, the model's positions end at {limit}"
         )
     responses = []
-    for segments in dialogues if record.responses else []:
-        responses.append(_response(segments, len(prompt), max_response))
+    for response, segments in zip(record.responses, dialogues, strict=False):
+        responses.append(_response(response, segments, len(prompt), max_response))
         if np.isin(responses[-1].ids, processor.placeholders).any():
             raise RowRejected("image_position", "a response holds the image placeholder")
     return TokenizedRecord(
@@ -249,7 +255,9 @@ def _common_start(rows: Sequence[list[int]], limit: int, processor: Processor) -
     return common[: max(limit, with_images)]
 
 
-def _response(segments: list[Segment], start: int, max_response: int) -> TokenizedResponse:
+def _response(
+    source: Response, segments: list[Segment], start: int, max_response: int
+) -> TokenizedResponse:
     ids = [token for segment, _ in segments for token in segment][start:]
     mask = [spoken for segment, spoken in segments for _ in segment][start:]
     kept = slice(0, max_response)
@@ -262,4 +270,5 @@ def _response(segments: list[Segment], start: int, max_response: int) -> Tokeniz
         np.array(ids[kept], np.int32),
         np.array(mask[kept], bool),
         max(0, len(ids) - max_response),
+        source,
     )

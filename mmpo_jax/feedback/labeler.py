@@ -19,7 +19,6 @@ from mmpo_jax.data.records import ImageRef, Record, Response, Turn
 from mmpo_jax.data.tokenization import (
     RowRejected,
     TokenizedRecord,
-    TokenizedResponse,
     tokenize,
 )
 from mmpo_jax.errors import DataError
@@ -115,10 +114,10 @@ class CheckpointLabeler:
             ) from error
         lead = np.array(self.lead, np.int32)
         led = tuple(
-            TokenizedResponse(
-                np.concatenate([response.ids, lead]),
-                np.zeros(len(response.ids) + len(lead), bool),
-                0,
+            dataclasses.replace(
+                response,
+                ids=np.concatenate([response.ids, lead]),
+                loss_mask=np.zeros(len(response.ids) + len(lead), bool),
             )
             for response in record.responses
         )

@@ -141,16 +141,19 @@ def training_records(recipe: TrainRecipe, start: Checkpoint) -> list[TokenizedRe
     )
     if not supervised:
         return records
-    return [
-        dataclasses.replace(record, responses=record.responses[:1]) if record.ranked else record
-        for record in records
-    ]
+    return [_best(record) if record.ranked else record for record in records]
+
+
+def _best(record: TokenizedRecord) -> TokenizedRecord:
+    best = min(record.responses, key=lambda response: response.source.rank or 1)
+    return dataclasses.replace(record, responses=(best,))
 
 
 def _unfit(record: TokenizedRecord, objective: Dpo | Sft) -> tuple[SkipReason, str] | None:
     if isinstance(objective, Sft):
         return None if record.responses else ("empty_response", "no response to learn")
-    if record.ranked and len(record.responses) == 2:
+    ranks = [response.source.rank or 0 for response in record.responses]
+    if record.ranked and len(ranks) == 2 and ranks[0] < ranks[1]:
         return None
     detail = "no chosen and rejected response, which dpo compares"
     return "incomplete_pair", detail

@@ -5,7 +5,7 @@ import pytest
 import tiny
 
 from mmpo_jax.data.batching import bucket, pad_batch
-from mmpo_jax.data.records import ImageRef
+from mmpo_jax.data.records import ImageRef, Response
 from mmpo_jax.data.tokenization import TokenizedRecord, TokenizedResponse
 from mmpo_jax.errors import DataError
 from mmpo_jax.models.layout import Layout
@@ -27,7 +27,9 @@ def row(prompt, *responses, images=()):
         id=f"{prompt}-{responses}",
         prompt_ids=ids,
         responses=tuple(
-            TokenizedResponse(np.arange(30, 30 + n, dtype=np.int32), np.arange(n) > 0, 0)
+            TokenizedResponse(
+                np.arange(30, 30 + n, dtype=np.int32), np.arange(n) > 0, 0, Response.of("")
+            )
             for n in responses
         ),
         images=images,

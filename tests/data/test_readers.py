@@ -1,5 +1,6 @@
 """Every accepted form of a row gives the same record; every bad row is skipped for its reason."""
 
+import dataclasses
 import io
 import json
 
@@ -30,6 +31,7 @@ PNG = png()
 QUESTION = "What is this?"
 PROMPT = (Turn("user", QUESTION),)
 GOOD, BAD = Response.of("A cat."), Response.of("A dog.")
+PAIRED = (Response.of("A cat.", rank=1), Response.of("A dog.", rank=2))
 
 
 def text_part(text):
@@ -106,7 +108,9 @@ PAIR = {"prompt": QUESTION, "chosen": "A cat.", "rejected": "A dog."}
 @pytest.mark.parametrize("images", [{"image": "a.png"}, {"images": ["a.png"]}])
 def test_all_forms_of_a_preference_are_one_record(folder, row, images):
     record = read_row(folder, row | images | {"id": "x"})
-    assert (record.id, record.prompt, record.responses) == ("x", PROMPT, (GOOD, BAD))
+    answers = tuple(dataclasses.replace(response, rank=None) for response in record.responses)
+    assert (record.id, record.prompt, answers) == ("x", PROMPT, (GOOD, BAD))
+    assert record.ranked == ("responses" not in row)
     (image,) = record.images
     assert image.name == "a.png"
     assert image.path == folder / "a.png"
@@ -193,7 +197,7 @@ def test_parquet_as_published(folder):
     assert [(row.row, row.id, row.reason) for row in skipped] == [(101, "100", "empty_response")]
     assert records[0].images[0].data == PNG
     assert records[0].images[0].name == "somewhere/a.png"
-    assert (records[0].prompt, records[0].responses) == (PROMPT, (GOOD, BAD))
+    assert (records[0].prompt, records[0].responses) == (PROMPT, PAIRED)
 
 
 def test_parquet_in_trl_format(folder):
@@ -208,7 +212,7 @@ def test_parquet_in_trl_format(folder):
     pq.write_table(pa.Table.from_pylist([row]), path)
     (record,), skipped = read_records(path)
     assert skipped == []
-    assert (record.prompt, record.responses) == (PROMPT, (GOOD, BAD))
+    assert (record.prompt, record.responses) == (PROMPT, PAIRED)
     assert record.images[0].data == PNG
     assert record.images[1].path == folder / "b.png"
 
