@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 
 from mmpo_jax import recipe as recipes
 from mmpo_jax.errors import MmpoError
+from mmpo_jax.recipe_files import load_recipe
 
 
 def align(path: str, overrides: Sequence[str]) -> None:
     """Run the rounds: generate, check, pair, train, repeat."""
-    recipe = recipes.load_recipe(recipes.AlignRecipe, path, overrides)
+    recipe = load_recipe(recipes.AlignRecipe, path, overrides)
     _start_jax()
     from mmpo_jax.alignment.align import run_alignment
     from mmpo_jax.alignment.report import render_table, warnings
@@ -32,7 +33,7 @@ def align(path: str, overrides: Sequence[str]) -> None:
 
 def train(path: str, overrides: Sequence[str]) -> None:
     """Run one training stage on data that is there."""
-    recipe = recipes.load_recipe(recipes.TrainRecipe, path, overrides)
+    recipe = load_recipe(recipes.TrainRecipe, path, overrides)
     _start_jax()
     from mmpo_jax.training.run import run_training
 
@@ -41,7 +42,7 @@ def train(path: str, overrides: Sequence[str]) -> None:
 
 def generate(path: str | None, overrides: Sequence[str]) -> None:
     """Sample responses to prompts."""
-    recipe = recipes.load_recipe(recipes.GenerateRecipe, path, overrides)
+    recipe = load_recipe(recipes.GenerateRecipe, path, overrides)
     _start_jax()
     from mmpo_jax.generation.run import run_generation
 
@@ -50,7 +51,7 @@ def generate(path: str | None, overrides: Sequence[str]) -> None:
 
 def score(path: str | None, overrides: Sequence[str]) -> None:
     """Compute the log-probs of responses."""
-    recipe = recipes.load_recipe(recipes.ScoreRecipe, path, overrides)
+    recipe = load_recipe(recipes.ScoreRecipe, path, overrides)
     _start_jax()
     from mmpo_jax.scoring.run import run_scoring
 
@@ -59,7 +60,7 @@ def score(path: str | None, overrides: Sequence[str]) -> None:
 
 def evaluate(path: str, overrides: Sequence[str]) -> None:
     """Measure hallucination of a checkpoint."""
-    recipe = recipes.load_recipe(recipes.EvaluateRecipe, path, overrides)
+    recipe = load_recipe(recipes.EvaluateRecipe, path, overrides)
     _start_jax()
     from mmpo_jax.evaluation.run import run_evaluation
 

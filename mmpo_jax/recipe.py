@@ -1,38 +1,19 @@
-"""Recipes: an experiment as typed data, read from YAML with `key=value` overrides.
+"""Recipes: an experiment as typed data.
 
-Everything is checked when a recipe is loaded, before anything heavy starts; every error names the
-key's path, and for a misspelt key the nearest valid name.
+Everything is checked when a recipe is loaded, before anything heavy starts; see `recipe_files`.
 """
 
 from __future__ import annotations
 
-import difflib
-import os
 import re
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import pydantic
-import yaml
 from pydantic import Field
 
-from mmpo_jax.errors import MmpoError
-
-
-class RecipeError(MmpoError):
-    """A recipe that cannot be read or holds an unknown key or an impossible value."""
-
-
-class Section(pydantic.BaseModel):
-    """A frozen group of options; unknown keys are refused."""
-
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-# Strict, or `true` would be taken for 1.
-PositiveInt = Annotated[int, Field(gt=0, strict=True)]
-Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
-MeshSize = PositiveInt | Literal[-1]
+from mmpo_jax.objectives.registry import FIELDS, OBJECTIVES, REFERENCES
+from mmpo_jax.recipe_objectives import SECTIONS, Objectives
+from mmpo_jax.section import MeshSize, PositiveInt, Section, Seed
 
 
 class Lengths(Section):
@@ -146,21 +127,46 @@ class Pairing(Section):
         return self
 
 
-class Dpo(Section):
-    """Direct preference optimisation."""
+class CachedReference(Section):
+    """The start model's log-probs, computed once before training and stored."""
 
-    type: Literal["dpo"] = "dpo"
-    beta: float = Field(0.1, gt=0)
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    type: Literal["cached"] = "cached"
 
 
-class Sft(Section):
-    """Supervised fine-tuning."""
+class GivenReference(Section):
+    """Log-probs that the data hold."""
 
-    type: Literal["sft"] = "sft"
+    type: Literal["given"] = "given"
 
 
-Objective = Annotated[Dpo | Sft, Field(discriminator="type")]
+class OnlineReference(Section):
+    """The start model runs in the step. With adapters it shares the weights of the policy and has
+    no adapters; without, it holds a copy of what is trained."""
+
+    type: Literal["online"] = "online"
+
+
+class MovingReference(Section):
+    """A model in the step that follows the policy (TR-DPO, Gorbatovski et al. 2024, arXiv
+    2404.09656, soft updates; `mixup: 1` are hard ones)."""
+
+    type: Literal["ema"] = "ema"
+    every: PositiveInt = 512
+    """Steps between updates."""
+    mixup: float = Field(0.6, gt=0, le=1)
+    """reference <- mixup * policy + (1 - mixup) * reference."""
+
+
+class NoReference(Section):
+    """For objectives that compare with none; others are refused."""
+
+    type: Literal["none"] = "none"
+
+
+Reference = Annotated[
+    CachedReference | GivenReference | OnlineReference | MovingReference | NoReference,
+    Field(discriminator="type"),
+]
 
 
 class Optimizer(Section):
@@ -201,7 +207,10 @@ class Lora(Section):
 class Training(Section):
     """One training stage."""
 
-    objective: Objective = Dpo()
+    objective: Objectives = (SECTIONS["dpo"](type="dpo"),)
+    """One, or a list whose weighted losses are added up; `mmpo objectives` lists them."""
+    reference: Reference = CachedReference()
+    """What objectives compare the policy with."""
     optimizer: Optimizer = Optimizer()
     epochs: PositiveInt = 1
     max_steps: PositiveInt | None = None
@@ -225,9 +234,25 @@ class Training(Section):
         micro = self.micro_batch_size
         if micro is not None and self.batch_size % micro:
             raise ValueError(f"batch_size {self.batch_size} is no multiple of {micro}")
+        self._check_reference()
         if self.save_every % self.log_every:
             raise ValueError("save_every must be a multiple of log_every")
         return self
+
+    def _check_reference(self) -> None:
+        enough = {
+            "cached": {"reference", "reference_tokens"},
+            "given": {"reference"},
+            "none": set(),
+        }.get(self.reference.type, REFERENCES.keys())
+        for section in self.objective:
+            lacking = (section.term().needs & REFERENCES.keys()) - enough
+            if lacking:
+                need = max(lacking)
+                raise ValueError(
+                    f"objective: {section.type} needs {REFERENCES[need]}, which `reference: "
+                    f"{{type: {self.reference.type}}}` does not give"
+                )
 
     def identity(self) -> dict[str, Any]:
         """The options the trained weights depend on."""
@@ -238,7 +263,13 @@ class Training(Section):
 class PreferenceTraining(Training):
     """The training stage of an alignment round, which has pairs to learn from."""
 
-    objective: Dpo = Dpo()
+    @pydantic.model_validator(mode="after")
+    def _reads_pairs(self) -> PreferenceTraining:
+        for section in self.objective:
+            lacking = OBJECTIVES[section.type].needs & FIELDS.keys() - {"rank"}
+            if lacking:
+                raise ValueError(f"objective: {section.type} needs {min(lacking)}; pairs have none")
+        return self
 
 
 class Evaluation(Section):
@@ -281,7 +312,8 @@ class TrainRecipe(Base):
 
     @pydantic.model_validator(mode="after")
     def _has_pairs(self) -> TrainRecipe:
-        if isinstance(self.data, ShapesData) and isinstance(self.training.objective, Dpo):
+        types = {section.type for section in self.training.objective}
+        if isinstance(self.data, ShapesData) and types != {"sft"}:
             raise ValueError(
                 "training.objective: the picture world's dialogues hold no preferences; "
                 "train on them with {type: sft}, or align"
@@ -336,107 +368,3 @@ class EvaluateRecipe(Base):
 
     lengths: Lengths = Lengths()
     evaluation: Evaluation = Evaluation()
-
-
-RecipeType = TypeVar("RecipeType", bound=Base)
-
-
-def load_recipe(
-    kind: type[RecipeType],
-    path: str | os.PathLike[str] | None,
-    overrides: Sequence[str] = (),
-) -> RecipeType:
-    """Reads a YAML file if there is one, applies `a.b=value` overrides, checks everything.
-
-    Raises:
-      RecipeError: naming the file and every key at fault.
-    """
-    values = {} if path is None else _read(path)
-    for override in overrides:
-        _apply(values, override)
-    try:
-        return kind.model_validate(values)
-    except pydantic.ValidationError as error:
-        lines = "\n".join(f"  {_explain(kind, problem)}" for problem in error.errors())
-        name = "the options" if path is None else path
-        raise RecipeError(f"{name}: this recipe cannot be run:\n{lines}") from error
-
-
-def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    try:
-        with open(path, "rb") as file:  # so that PyYAML decodes it, and says so if it cannot
-            values = yaml.safe_load(file) or {}
-    except OSError as error:
-        raise RecipeError(f"{path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of keys to values")
-    return values
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"override {override!r}: write key=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"override {override!r}: {error}") from error
-    *parents, name = key.split(".")
-    node = values
-    for parent in parents:
-        child = node.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise RecipeError(f"override {override!r}: {parent} is no group of keys")
-        node = child
-    node[name] = value
-
-
-def _explain(kind: type[pydantic.BaseModel], problem: Any) -> str:
-    """One line for one problem: the key's path, what is wrong, what would be right."""
-    sections, path = _follow(kind, problem["loc"])
-    where = ".".join(path) or "the recipe"
-    if problem["type"] == "extra_forbidden":
-        names = [name for section in sections for name in section.model_fields]
-        nearest = difflib.get_close_matches(path[-1], names, n=1, cutoff=0.5)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"known here: {', '.join(names)}"
-        return f"{where}: unknown key; {hint}"
-    message = problem["msg"].removeprefix("Value error, ")
-    whole = problem["type"] == "missing" or isinstance(problem["input"], dict)
-    given = "" if whole else f" (got {problem['input']!r})"
-    return f"{where}: {message}{given}"
-
-
-def _follow(
-    kind: type[pydantic.BaseModel], location: tuple[str | int, ...]
-) -> tuple[list[type[pydantic.BaseModel]], list[str]]:
-    """The section that holds the last key of a pydantic location, and the path as YAML has it.
-
-    pydantic puts the tag of a tagged choice ("file", "dpo") into the location; the file does not.
-    """
-    sections: list[type[pydantic.BaseModel]] = [kind]
-    path: list[str] = []
-    for index, part in enumerate(location):
-        tagged = [s for s in sections if part in _tags(s)]
-        if tagged and index < len(location) - 1:
-            sections = tagged
-            continue
-        path.append(str(part))
-        if index < len(location) - 1:
-            fields = [s.model_fields[part] for s in sections if part in s.model_fields]
-            if fields:
-                sections = [s for field in fields for s in _sections(field.annotation)] or sections
-    return sections, path
-
-
-def _sections(annotation: Any) -> list[type[pydantic.BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
-        return [annotation]
-    arguments = getattr(annotation, "__args__", ())
-    return [section for argument in arguments for section in _sections(argument)]
-
-
-def _tags(section: type[pydantic.BaseModel]) -> set[str]:
-    fields = (section.model_fields.get(name) for name in ("source", "type"))
-    return {str(field.default) for field in fields if field is not None}

@@ -22,7 +22,6 @@ import pyarrow as pa
 from jax.sharding import Mesh
 
 from mmpo_jax.checkpoint import Checkpoint
-from mmpo_jax.data.pipeline import Example
 from mmpo_jax.data.records import Record, Response
 from mmpo_jax.data.sources import warn_of_cuts
 from mmpo_jax.data.tokenization import TokenizedRecord, tokenize_records
@@ -45,9 +44,8 @@ from mmpo_jax.models.fingerprints import fingerprint_model, has_fingerprint
 from mmpo_jax.models.folders import is_on_hub
 from mmpo_jax.recipe import AlignRecipe
 from mmpo_jax.stage import Stage, run_stage
+from mmpo_jax.training.examples import prepare_examples
 from mmpo_jax.training.loop import train
-from mmpo_jax.training.losses import REFERENCE
-from mmpo_jax.training.reference import reference_stage
 from mmpo_jax.training.run import MODEL, save_result
 
 log = logging.getLogger(__name__)
@@ -292,17 +290,13 @@ def train_stage(work: Round, pairs: pa.Table) -> str:
     for row in skipped:
         log.warning("%s: %s skipped: %s (%s)", name, row.id, row.reason, row.detail)
     warn_of_cuts(name, records, recipe.lengths)
-    reference = reference_stage(
-        start.model,
-        start.params,
-        start.processor,
+    examples = prepare_examples(
+        start,
         records,
+        recipe.training,
         recipe.lengths,
         work.mesh,
         folder=work.folder,
-        model_fingerprint=start.fingerprint,
-        batch_size=recipe.training.batch_size,
-        compute_dtype=recipe.training.compute_dtype,
         progress=work.progress,
     )
     work.progress("train", 0, 1)
@@ -312,7 +306,7 @@ def train_stage(work: Round, pairs: pa.Table) -> str:
         start.model,
         start.params,
         start.processor,
-        [Example(record, {REFERENCE: reference[record.id]}) for record in records],
+        examples,
         recipe.training,
         recipe.lengths,
         work.mesh,

@@ -55,7 +55,7 @@ def _grid(lengths: Sequence[int], per_octave: int) -> tuple[int, ...]:
 
 
 def pad_batch(
-    records: Sequence[TokenizedRecord],
+    records: Sequence[TokenizedRecord | None],
     processor: Processor,
     *,
     rows: int,
@@ -67,7 +67,7 @@ def pad_batch(
     """A batch of NumPy arrays; rows that only fill it have weight 0 and a one-token prompt.
 
     Args:
-      records: at most `rows` of them.
+      records: at most `rows` of them; None for a row that only fills the batch.
       processor: makes the pixels.
       rows: B.
       prompt_sizes: ascending bucket sizes of P.
@@ -81,27 +81,25 @@ def pad_batch(
     Raises:
       DataError: an image cannot be read.
     """
-    responses = [response for record in records for response in record.responses]
-    p = bucket(max((len(r.prompt_ids) for r in records), default=1), prompt_sizes)
-    r = (
-        max((len(x.responses) for x in records), default=0)
-        if num_responses is None
-        else num_responses
-    )
+    records = [*records, *[None] * (rows - len(records))]
+    real = [record for record in records if record is not None]
+    responses = [response for record in real for response in record.responses]
+    p = bucket(max((len(r.prompt_ids) for r in real), default=1), prompt_sizes)
+    r = max((len(x.responses) for x in real), default=0) if num_responses is None else num_responses
     # Rows that only fill a batch have the shape of its others, T included.
     t = bucket(max((len(x.ids) for x in responses), default=0), response_sizes) if r else 0
-    slots = (
-        max((record.num_slots for record in records), default=0) if num_slots is None else num_slots
-    )
-    vision = _pad_images(records, processor, rows, p, pad_size(slots))
+    slots = max((x.num_slots for x in real), default=0) if num_slots is None else num_slots
+    vision = _pad_images(records, processor, p, pad_size(slots))
 
     prompt_ids = np.full((rows, p), processor.pad_id, np.int32)
     prompt_mask = np.zeros((rows, p), bool)
-    prompt_mask[len(records) :, 0] = True
     response_ids = np.full((rows, r, t), processor.pad_id, np.int32)
     response_mask = np.zeros((rows, r, t), bool)
     loss_mask = np.zeros((rows, r, t), bool)
     for row, record in enumerate(records):
+        if record is None:
+            prompt_mask[row, 0] = True
+            continue
         prompt_ids[row, : len(record.prompt_ids)] = record.prompt_ids
         prompt_mask[row, : len(record.prompt_ids)] = True
         for index, response in enumerate(record.responses):
@@ -109,7 +107,7 @@ def pad_batch(
             response_ids[row, index, :size] = response.ids
             response_mask[row, index, :size] = True
             loss_mask[row, index, :size] = response.loss_mask
-    weights = (np.arange(rows) < len(records)).astype(np.float32)
+    weights = np.array([record is not None for record in records], np.float32)
     # NumPy here, jax.Array on the mesh: `put_batch` turns the one into the other.
     arrays: dict[str, Any] = {
         "prompt_ids": prompt_ids,
@@ -123,25 +121,26 @@ def pad_batch(
 
 
 def _pad_images(
-    records: Sequence[TokenizedRecord], processor: Processor, rows: int, length: int, slots: int
+    records: Sequence[TokenizedRecord | None], processor: Processor, length: int, slots: int
 ) -> dict[str, Any]:
     """The fields of `Batch` that say what images a prompt has and where its tokens stand.
 
     Args:
-      records: at most `rows` of them.
+      records: B of them; None for a row that only fills the batch.
       processor: makes the pixels.
-      rows: B.
       length: P.
       slots: I.
     """
     images, axes = processor.images, processor.config.decoder.rope.axes
-    width = images.vectors if images else 1
+    rows, width = len(records), images.vectors if images else 1
     index = np.full((rows, length, width), -1, np.int32)
     weight = np.zeros((rows, length, width), np.float32)
     positions = np.zeros((rows, axes, length), np.int32)
     following = np.ones(rows, np.int32)
     pixels = np.zeros((rows, slots, *processor.slot_shape), np.float32)
     for row, record in enumerate(records):
+        if record is None:
+            continue
         size = len(record.prompt_ids)
         placed = place(
             record.prompt_ids,
@@ -159,7 +158,7 @@ def _pad_images(
             pixels[row, : len(own)] = own
     described = [
         images.describe(processor.config, record.layouts if record else (), slots) if images else {}
-        for record in [*records, *[None] * (rows - len(records))]
+        for record in records
     ]
     return {
         "positions": positions,

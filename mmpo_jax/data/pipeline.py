@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -13,26 +13,47 @@ import numpy as np
 from mmpo_jax.data.batching import pad_batch
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.tokenization import TokenizedRecord
+from mmpo_jax.models.batch import Batch
 from mmpo_jax.recipe import Lengths
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A record in its contexts, with the numbers its objectives need beside the log-probs."""
+
+    contexts: tuple[TokenizedRecord, ...]
+    """One row of prompts each, of as many responses; the main one first."""
+    fields: Mapping[str, np.ndarray]
+    """name -> float32[S] or [S, t]."""
+    reference: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    """`sums` float32[C, S] or `log_probs` float32[C, S, t]; empty where none was computed."""
+
+    @property
+    def id(self) -> str:
+        return self.contexts[0].id
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainBatch:
+    """N records in C contexts each: B = N * C prompts, the contexts of a record side by side."""
+
+    prompts: Batch
+    reference: dict[str, jax.Array]
+    """`sums` float32[B, S] or `log_probs` float32[B, S, T] of a reference that was computed
+    before; empty where there is none."""
+    fields: dict[str, jax.Array]
+    """name -> float32[N, S] or [N, S, T], see `objectives.registry.FIELDS`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class HostBatch:
     """What one step consumes on this process."""
 
-    arrays: Any
-    """(Batch, per-response fields), NumPy, micro-batches stacked on the leading axis."""
+    arrays: TrainBatch
+    """NumPy, micro-batches stacked on the leading axis."""
     ids: tuple[str, ...]
     """Ids of all rows of the global batch."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """A tokenized record with the numbers its objective needs beside the log-probs."""
-
-    record: TokenizedRecord
-    fields: dict[str, np.ndarray]
-    """name -> float32[R]."""
 
 
 def training_batches(
@@ -70,41 +91,56 @@ def _batch_maker(
     micro_batch_size: int,
 ) -> Callable[[list[int]], HostBatch]:
     processes, process = jax.process_count(), jax.process_index()
-    num_responses = max(len(example.record.responses) for example in examples)
+    records = [record for example in examples for record in example.contexts]
+    num_responses = max(len(record.responses) for record in records)
+    contexts = max(len(example.contexts) for example in examples)
 
     def make(indices: list[int]) -> HostBatch:
         chosen = [examples[int(index)] for index in indices]
-        prompt = max(len(example.record.prompt_ids) for example in chosen)
-        response = max(len(r.ids) for example in chosen for r in example.record.responses)
+        records = [record for example in chosen for record in example.contexts]
+        prompt = max(len(record.prompt_ids) for record in records)
+        response = max(len(r.ids) for record in records for r in record.responses)
         micro_batches = []
         for start in range(0, batch_size, micro_batch_size):
             rows = micro_batch_size // processes
             first = start + process * rows
             own = chosen[first : first + rows]
-            batch = pad_batch(
-                [example.record for example in own],
+            prompts = pad_batch(
+                [context for example in own for context in _filled(example, contexts)],
                 processor,
-                rows=rows,
+                rows=rows * contexts,
                 prompt_sizes=[size for size in lengths.prompt if size >= prompt][:1],
                 response_sizes=[size for size in lengths.response if size >= response][:1],
                 num_responses=num_responses,
-                num_slots=max(example.record.num_slots for example in chosen),
+                num_slots=max(record.num_slots for record in records),
             )
-            micro_batches.append((batch, _stack_fields(examples[0], own, rows, num_responses)))
-        arrays = jax.tree.map(lambda *leaves: np.stack(leaves), *micro_batches)
-        return HostBatch(arrays, tuple(example.record.id for example in chosen))
+            size = prompts.response_ids.shape[1:]
+            reference = {
+                name: np.concatenate(
+                    _pad([e.reference[name] for e in own], (rows, contexts, *size)[: like.ndim + 1])
+                )
+                for name, like in examples[0].reference.items()
+            }
+            fields = {
+                name: _pad([e.fields[name] for e in own], (rows, *size)[: like.ndim + 1])
+                for name, like in examples[0].fields.items()
+            }
+            # NumPy here, jax.Array on the mesh, as in `pad_batch`.
+            arrays: dict[str, Any] = {"reference": reference, "fields": fields}
+            micro_batches.append(TrainBatch(prompts, **arrays))
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *micro_batches)
+        return HostBatch(stacked, tuple(example.id for example in chosen))
 
     return make
 
 
-def _stack_fields(
-    template: Example, own: Sequence[Example], rows: int, num_responses: int
-) -> dict[str, np.ndarray]:
-    """name -> float32[rows, R], zeros where there is no response."""
-    stacked = {}
-    for name in template.fields:
-        values = np.zeros((rows, num_responses), np.float32)
-        for row, example in enumerate(own):
-            values[row, : len(example.fields[name])] = example.fields[name]
-        stacked[name] = values
-    return stacked
+def _filled(example: Example, contexts: int) -> list[TokenizedRecord | None]:
+    return [*example.contexts, *[None] * (contexts - len(example.contexts))]
+
+
+def _pad(values: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """float32[shape]: the values one after another, and zeros beyond them."""
+    padded = np.zeros(shape, np.float32)
+    for row, value in zip(padded, values, strict=False):
+        row[tuple(slice(length) for length in value.shape)] = value
+    return padded

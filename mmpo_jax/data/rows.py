@@ -49,6 +49,9 @@ SkipReason = Literal[
     "incomplete_pair",  # chosen without rejected, or the other way round
     "own_images",  # of a response: not taken where the row is used
     "own_prompt",  # the same of the prompt
+    "no_label",  # a response without a verdict, where they are learned from
+    "no_reference",  # a response without a reference's log-prob, where the data are to give it
+    "no_score",  # a response without a score, where they are learned from
     "no_prompt",  # neither a prompt nor messages
     "placeholder_count",  # as many placeholders as images, or none
     "prompt_too_long",  # over the largest bucket; its image tokens are never cut

@@ -60,7 +60,7 @@ def make_card(
         base_model=recipe.model,
         is_on_hub=from_hub,
         task="text-generation" if model.family.images is None else "image-text-to-text",
-        method=recipe.training.objective.type,
+        method="+".join(section.type for section in recipe.training.objective),
         data=recipe.data.model_dump(mode="json"),
         recipe=recipe.model_dump(mode="json", exclude={"output"}),
         metrics=metrics,

@@ -1,8 +1,12 @@
-"""Log-probs of responses under a model: the function every method here is built on."""
+"""Log-probs of responses under a model: the function every method here is built on.
+
+And what else some objectives read of every token's distribution, from the same logits.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
@@ -35,13 +39,42 @@ def response_log_probs(
     Returns:
       float32[B, R, T] (float64 for float64 parameters), 0 at padding.
     """
-    module = model.bind(params)
-    last, responses = module.hidden_states(batch, remat)
-    predictors = shift_right(last, responses)
-    return (
-        token_log_probs(predictors, module.language_model.head_kernel(), batch.response_ids, chunk)
-        * batch.response_mask
-    )
+    return response_statistics(model, params, batch, remat=remat, chunk=chunk)["log_probs"]
+
+
+def response_statistics(
+    model: Model,
+    params: Params,
+    batch: Batch,
+    names: Collection[str] = (),
+    *,
+    reference: Params | None = None,
+    remat: str = "none",
+    chunk: int | None = None,
+) -> dict[str, jax.Array]:
+    """`response_log_probs` and other numbers of every response token, from the same logits.
+
+    Args:
+      model, params, batch, remat, chunk: see `response_log_probs`.
+      names: of the statistics, see `token_statistics`; `kl` needs a reference.
+      reference: parameters of a second model of the same architecture; never has a gradient.
+
+    Returns:
+      name -> float32[B, R, T], 0 at padding: `log_probs`, those asked for, and where there is a
+      reference `reference_log_probs`.
+    """
+
+    def predictors(params: Params, remat: str) -> tuple[jax.Array, jax.Array]:
+        module = model.bind(params)
+        hidden = shift_right(*module.hidden_states(batch, remat))
+        return hidden, module.language_model.head_kernel()
+
+    other = None
+    if reference is not None:
+        other = jax.lax.stop_gradient(predictors(jax.lax.stop_gradient(reference), "none"))
+    hidden, kernel = predictors(params, remat)
+    found = token_statistics(hidden, kernel, batch.response_ids, names, other, chunk)
+    return {name: values * batch.response_mask for name, values in found.items()}
 
 
 def shift_right(last: jax.Array, responses: jax.Array) -> jax.Array:
@@ -58,7 +91,19 @@ def shift_right(last: jax.Array, responses: jax.Array) -> jax.Array:
 def token_log_probs(
     hidden: jax.Array, kernel: jax.Array, labels: jax.Array, chunk: int | None = None
 ) -> jax.Array:
-    """log softmax(hidden @ kernel)[labels] without storing the logits.
+    """log softmax(hidden @ kernel)[labels], float32[B, R, T]; see `token_statistics`."""
+    return token_statistics(hidden, kernel, labels, chunk=chunk)["log_probs"]
+
+
+def token_statistics(
+    hidden: jax.Array,
+    kernel: jax.Array,
+    labels: jax.Array,
+    names: Collection[str] = (),
+    reference: tuple[jax.Array, jax.Array] | None = None,
+    chunk: int | None = None,
+) -> dict[str, jax.Array]:
+    """log softmax(hidden @ kernel)[labels], and more, without storing the logits.
 
     On a mesh every device computes the logits of its own part of the vocabulary, for the rows of
     all devices that share the axis `fsdp`: what travels is hidden states. With rows of its own it
@@ -69,31 +114,51 @@ def token_log_probs(
       hidden: [B, R, T, D].
       kernel: [D, V].
       labels: int32[B, R, T].
+      names: what else is wanted: `collision` log sum_v p_v^2, `logit` the label's logit, `kl`
+        KL(reference || this) over the vocabulary.
+      reference: hidden states and head of a reference.
       chunk: positions of T per step; the backward pass recomputes each step's logits.
 
     Returns:
-      float32[B, R, T].
+      name -> float32[B, R, T]: `log_probs`, `names`, and `reference_log_probs` if there is one.
     """
-    b, r, t, d = hidden.shape
-    chunk = chunk or head_chunk(b * r, t, *kernel.shape)
-    kernel = split_vocabulary(kernel)
+    b, r, t, _ = hidden.shape
+    heads = [(hidden, split_vocabulary(kernel))]
+    if reference is not None:
+        heads.append((reference[0], split_vocabulary(reference[1])))
+    chunk = chunk or head_chunk(b * r * len(heads), t, *kernel.shape)
     steps = -(-t // chunk)
     pad = steps * chunk - t
-    hidden = jnp.pad(hidden, ((0, 0), (0, 0), (0, pad), (0, 0)))
-    labels = jnp.pad(labels, ((0, 0), (0, 0), (0, pad)))
 
     def score(_, inputs):
-        x, targets = inputs
-        logits = split_vocabulary(project(x, kernel))
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return None, chosen - jax.nn.logsumexp(logits, axis=-1)
+        targets, *states = inputs
+        logits, normaliser, chosen = [], [], []
+        for x, (_, kernel) in zip(states, heads, strict=True):
+            logits.append(split_vocabulary(project(x, kernel)))
+            normaliser.append(jax.nn.logsumexp(logits[-1], axis=-1, keepdims=True))
+            chosen.append(jnp.take_along_axis(logits[-1], targets[..., None], axis=-1))
+        log_probs = [value - norm for value, norm in zip(chosen, normaliser, strict=True)]
+        found = dict(zip(("log_probs", "reference_log_probs"), log_probs, strict=False))
+        if "logit" in names:
+            found["logit"] = chosen[0]
+        if "collision" in names:
+            twice = 2 * (logits[0] - normaliser[0])
+            found["collision"] = jax.nn.logsumexp(twice, axis=-1, keepdims=True)
+        if "kl" in names:
+            ours, theirs = (x - norm for x, norm in zip(logits, normaliser, strict=True))
+            found["kl"] = jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1, keepdims=True)
+        return None, {name: values[..., 0] for name, values in found.items()}
 
-    inputs = (
-        hidden.reshape(b, r, steps, chunk, d).transpose(2, 0, 1, 3, 4),
-        labels.reshape(b, r, steps, chunk).transpose(2, 0, 1, 3),
-    )
-    _, scores = jax.lax.scan(jax.checkpoint(score, prevent_cse=False), None, inputs)
-    return scores.transpose(1, 2, 0, 3).reshape(b, r, steps * chunk)[:, :, :t]
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, pad), *[(0, 0)] * (x.ndim - 3)))
+        return jnp.moveaxis(x.reshape(b, r, steps, chunk, *x.shape[3:]), 2, 0)
+
+    inputs = (split(labels), *(split(x) for x, _ in heads))
+    _, found = jax.lax.scan(jax.checkpoint(score, prevent_cse=False), None, inputs)
+    return {
+        name: jnp.moveaxis(x, 0, 2).reshape(b, r, steps * chunk)[:, :, :t]
+        for name, x in found.items()
+    }
 
 
 def split_vocabulary(x: jax.Array) -> jax.Array:

@@ -71,6 +71,7 @@ class Checkpoints:
             params=ocp.args.StandardSave({**state.params, **state.frozen}),
             optimizer=ocp.args.StandardSave(state.optimizer),
             run=ocp.args.JsonSave(run),
+            **{name: ocp.args.StandardSave(tree) for name, tree in _others(state).items()},
         )
         with self._writing():
             self.manager.save(step, args=args)
@@ -98,6 +99,10 @@ class Checkpoints:
             args=ocp.args.Composite(
                 params=ocp.args.StandardRestore(_abstract({**state.params, **state.frozen})),
                 optimizer=ocp.args.StandardRestore(_abstract(state.optimizer)),
+                **{
+                    name: ocp.args.StandardRestore(_abstract(tree))
+                    for name, tree in _others(state).items()
+                },
             ),
         )
         params = restored["params"]
@@ -108,6 +113,7 @@ class Checkpoints:
             {path: params[path] for path in state.params},
             {path: params[path] for path in state.frozen},
             restored["optimizer"],
+            **{name: restored[name] for name in _others(state)},
         )
         return resumed, saved["run"]["position"]
 
@@ -229,6 +235,11 @@ def _whole_checkpoint(step_folder: str) -> Iterator[tuple[ocp.StandardCheckpoint
             yield checkpointer, os.path.join(step_folder, "params")
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{step_folder}: not a whole checkpoint: {error}") from error
+
+
+def _others(state: TrainState) -> dict[str, Any]:
+    """What only some objectives and references have."""
+    return {name: tree for name in ("reference", "kept") if (tree := getattr(state, name))}
 
 
 def _newest(folder: str) -> str:

@@ -21,9 +21,9 @@ from mmpo_jax.models.huggingface import flatten
 from mmpo_jax.models.lora import add_adapters, targeted_layers
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.parallel.mesh import batch_shards, put_batch
-from mmpo_jax.recipe import Lengths, Training
+from mmpo_jax.recipe import Lengths, MovingReference, Training
 from mmpo_jax.training.checkpoints import Checkpoints, save_base
-from mmpo_jax.training.losses import make_loss
+from mmpo_jax.training.losses import make_loss, needs_reference
 from mmpo_jax.training.metrics import MetricsWriter
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
 from mmpo_jax.training.step import create_state, make_step, merge, trainable_paths
@@ -90,10 +90,21 @@ def train(
     )
     # Closed whatever happens: a checkpoint that is being written is finished first.
     with jax.set_mesh(mesh), contextlib.closing(checkpoints):
-        state = create_state(params, model, optimizer, config.freeze, mesh)
-        loss = make_loss(model, config.objective, config.remat)
         dtype, dropout = jnp.dtype(config.compute_dtype), lora.dropout if lora else 0.0
-        update = make_step(loss, optimizer, schedule, state, dtype, dropout, seed)
+        terms = [section.term() for section in config.objective]
+        loss = make_loss(model, terms, remat=config.remat)
+        moving = config.reference if isinstance(config.reference, MovingReference) else None
+        running = {"online": dtype, "ema": jnp.float32}.get(config.reference.type)
+        state = create_state(
+            params,
+            model,
+            optimizer,
+            config.freeze,
+            mesh,
+            reference_dtype=running if needs_reference(terms) else None,
+            keeps=loss.state,
+        )
+        update = make_step(loss, optimizer, schedule, state, dtype, dropout, seed, moving)
         restored = checkpoints.restore(state)
         if restored is not None:
             state, position = restored

@@ -1,41 +1,118 @@
-"""Binds an objective of a recipe to a model: (parameters, batch) -> sums."""
+"""Binds the objectives of a recipe to a model: parameters and a batch to responses and a loss."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from mmpo_jax.data.pipeline import TrainBatch
 from mmpo_jax.models.batch import Batch
-from mmpo_jax.models.log_probs import response_log_probs
+from mmpo_jax.models.log_probs import response_statistics
 from mmpo_jax.models.model import Model, Params
-from mmpo_jax.objectives.dpo import dpo
-from mmpo_jax.objectives.sft import sft
+from mmpo_jax.objectives import terms as objectives
+from mmpo_jax.objectives.registry import REFERENCES, STATISTICS, State
+from mmpo_jax.objectives.responses import Responses
 from mmpo_jax.objectives.sums import Sums
-from mmpo_jax.recipe import Dpo, Sft
-from mmpo_jax.training.step import LossFunction
+from mmpo_jax.objectives.terms import Term
 
-REFERENCE = "reference_log_probs"
-"""Name of the per-response field with the reference's summed log-probs."""
+MAIN = "main"
+"""The context that all responses of a record have; the others are views, see
+`objectives.registry.VIEWS`."""
+
+Outputs = dict[str, jax.Array]
+"""name -> float32[B, S, T], as `response_statistics` gives it."""
 
 
-def make_loss(model: Model, objective: Dpo | Sft, remat: str) -> LossFunction:
-    """The loss of one micro-batch: shared-prompt log-probs, then the objective."""
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """What a train step differentiates, in two halves: the model, and what follows from it."""
 
-    def loss(params: Params, inputs: tuple[Batch, dict[str, jax.Array]]) -> Sums:
-        batch, fields = inputs
-        log_probs = response_log_probs(model, params, batch, remat=remat)
-        if isinstance(objective, Sft):
-            return sft(log_probs, batch.loss_mask, batch.weights)
-        return dpo(
-            sum_log_probs(log_probs, batch),
-            fields[REFERENCE],
-            batch.weights,
-            beta=objective.beta,
-            label_smoothing=objective.label_smoothing,
+    forward: Callable[[Params, Params | None, Any], Any]
+    """(parameters, the reference's, batch) -> outputs, pytree of arrays with leading rows."""
+    evaluate: Callable[[Any, Any, State], tuple[list[Sums], State]]
+    """(outputs, batch, state) -> (sums of every term, new state); see `terms.evaluate`."""
+    combine: Callable[[Sequence[Sums]], jax.Array]
+    """Sums of every term -> the loss."""
+    report: Callable[[Sequence[Sums]], dict[str, jax.Array]]
+    """Sums of every term -> metrics."""
+    coupled: bool = False
+    """Whether the loss of a row depends on the others of the batch."""
+    state: State = dataclasses.field(default_factory=dict)
+    """What the terms keep from step to step, at the start."""
+
+
+def make_loss(
+    model: Model, terms: Sequence[Term], contexts: Sequence[str] = (MAIN,), remat: str = "none"
+) -> Loss:
+    """The loss of weighted terms under a model.
+
+    Args:
+      model: the architecture.
+      terms: as `terms.make_term` gives them.
+      contexts: of every record, by name.
+      remat: see `response_log_probs`.
+    """
+    statistics = objectives.needs(terms) & STATISTICS.keys()
+
+    def forward(params: Params, reference: Params | None, batch: TrainBatch) -> Outputs:
+        return response_statistics(
+            model, params, batch.prompts, statistics, reference=reference, remat=remat
         )
 
-    return loss
+    def evaluate(outputs: Outputs, batch: TrainBatch, state: State) -> tuple[list[Sums], State]:
+        responses = gather(outputs, batch, contexts)
+        weights = batch.prompts.weights[:: len(contexts)]
+        return objectives.evaluate(terms, responses, weights, state)
+
+    return Loss(
+        forward,
+        evaluate,
+        lambda sums: objectives.combine(terms, sums),
+        lambda sums: objectives.report(terms, sums),
+        objectives.coupled(terms),
+        objectives.first_state(terms),
+    )
+
+
+def gather(outputs: Outputs, batch: TrainBatch, contexts: Sequence[str] = (MAIN,)) -> Responses:
+    """What the rows of a batch say of every record's responses, [N, S].
+
+    Of the contexts of one name, a response stands in one; in the others its place is empty.
+
+    Args:
+      outputs: of the model.
+      batch: of N records.
+      contexts: of every record, by name.
+    """
+    parts = dict(outputs)
+    if "log_probs" in batch.reference:
+        parts["reference_log_probs"] = batch.reference["log_probs"]
+    views = {}
+    for name in dict.fromkeys(contexts):
+        places = [place for place, context in enumerate(contexts) if context == name]
+
+        def added(x: jax.Array, places: Sequence[int] = tuple(places)) -> jax.Array:
+            rows = x.reshape(-1, len(contexts), *x.shape[1:])
+            return sum(rows[:, place] for place in places)  # type: ignore[return-value]
+
+        mask = added(batch.prompts.loss_mask.astype(jnp.int8)) > 0
+        tokens = {key: added(value) for key, value in parts.items()}
+        reference_tokens = tokens.pop("reference_log_probs", None)
+        sums: jax.Array | None = None
+        if reference_tokens is not None:
+            sums = (reference_tokens * mask).sum(axis=-1)
+        elif batch.reference:
+            sums = added(batch.reference["sums"])
+        log_probs = tokens.pop("log_probs")
+        views[name] = Responses(
+            log_probs, mask, sums, reference_tokens, tokens, batch.fields, views={}
+        )
+    main = views.pop(MAIN)
+    return dataclasses.replace(main, views=views)
 
 
 def sum_log_probs(log_probs: jax.Array, batch: Batch) -> jax.Array:
@@ -43,6 +120,6 @@ def sum_log_probs(log_probs: jax.Array, batch: Batch) -> jax.Array:
     return (log_probs * batch.loss_mask).sum(axis=-1)
 
 
-def needs_reference(objective: Any) -> bool:
-    """Whether the objective compares with a frozen reference model."""
-    return isinstance(objective, Dpo)
+def needs_reference(terms: Sequence[Term]) -> bool:
+    """Whether any of the terms compares with a reference."""
+    return bool(objectives.needs(terms) & REFERENCES.keys())

@@ -26,16 +26,21 @@ from mmpo_jax.training.losses import sum_log_probs
 ROWS_PER_PART = 256
 
 
-@functools.partial(jax.jit, static_argnames=("model", "compute_dtype"))
+@functools.partial(jax.jit, static_argnames=("model", "compute_dtype", "per_token"))
 def score_batch(
-    model: Model, params: Params, batch: Batch, compute_dtype: str = "float32"
+    model: Model,
+    params: Params,
+    batch: Batch,
+    compute_dtype: str = "float32",
+    per_token: bool = False,
 ) -> jax.Array:
-    """float32[B, R]: summed log-prob of every response.
+    """float32[B, R]: summed log-prob of every response; [B, R, T] that of its tokens.
 
     In the dtype that training computes in, so that policy and reference agree at step 0.
     """
     params = cast_params(params, compute_dtype)
-    return sum_log_probs(response_log_probs(model, params, batch), batch)
+    log_probs = response_log_probs(model, params, batch)
+    return log_probs * batch.loss_mask if per_token else sum_log_probs(log_probs, batch)
 
 
 def reference_stage(
@@ -45,17 +50,34 @@ def reference_stage(
     records: Sequence[TokenizedRecord],
     lengths: Lengths,
     mesh: Mesh,
+    per_token: bool = False,
     **options: Any,
 ) -> dict[str, np.ndarray]:
     """Log-probs of every response under the model training starts from, see `score_stage`.
 
     Returns:
-      record id -> float32[R].
+      record id -> float32[R], or [R, t] per token.
     """
     table = score_stage(
-        model, params, processor, records, lengths, mesh, name="reference", **options
+        model,
+        params,
+        processor,
+        records,
+        lengths,
+        mesh,
+        name="reference",
+        per_token=per_token,
+        **options,
     )
-    return {row["id"]: np.array(row["log_probs"], np.float32) for row in table.to_pylist()}
+    rows = table.to_pylist()
+    if not per_token:
+        return {row["id"]: np.array(row["log_probs"], np.float32) for row in rows}
+    padded = {}
+    for row in rows:
+        longest = max(map(len, row["log_probs"]))
+        values = [np.pad(tokens, (0, longest - len(tokens))) for tokens in row["log_probs"]]
+        padded[row["id"]] = np.array(values, np.float32)
+    return padded
 
 
 def score_stage(
@@ -71,6 +93,7 @@ def score_stage(
     model_fingerprint: str,
     batch_size: int,
     compute_dtype: str,
+    per_token: bool = False,
     progress: Callable[[str, int, int], None] = lambda stage, part, parts: None,
 ) -> pa.Table:
     """Log-probs of every response, from the cache if it is valid, part by part.
@@ -88,6 +111,7 @@ def score_stage(
       model_fingerprint: of the checkpoint.
       batch_size: rows at a time, over all devices.
       compute_dtype: the parameters are cast to it; sums are float32.
+      per_token: keeps the log-probs of the tokens and not their sums.
       progress: called with (stage, index of the part that begins, parts in all).
 
     Returns:
@@ -101,7 +125,7 @@ def score_stage(
             "rows": fingerprint_records(records),
             **processor.fingerprints(),
         },
-        settings={"compute_dtype": compute_dtype},
+        settings={"compute_dtype": compute_dtype, "per_token": per_token},
         num_parts=max(1, -(-len(records) // ROWS_PER_PART)),
     )
     placed = functools.cache(lambda: put_params(params, model.rules, mesh))
@@ -110,12 +134,13 @@ def score_stage(
         progress(stage.name, part, stage.num_parts)
         rows = records[part * ROWS_PER_PART : (part + 1) * ROWS_PER_PART]
         sums = score_records(
-            model, placed(), processor, rows, lengths, mesh, batch_size, compute_dtype
+            model, placed(), processor, rows, lengths, mesh, batch_size, compute_dtype, per_token
         )
+        number = pa.list_(pa.float32()) if per_token else pa.float32()
         return pa.table(
             {
                 "id": pa.array([record.id for record in rows], pa.string()),
-                "log_probs": pa.array(sums, pa.list_(pa.float32())),
+                "log_probs": pa.array(sums, pa.list_(number)),
                 "num_tokens": pa.array(
                     [[int(r.loss_mask.sum()) for r in record.responses] for record in rows],
                     pa.list_(pa.int32()),
@@ -135,8 +160,9 @@ def score_records(
     mesh: Mesh,
     batch_size: int,
     compute_dtype: str = "float32",
-) -> list[list[float]]:
-    """Summed log-prob of every response of every record, in the records' order.
+    per_token: bool = False,
+) -> list[list[Any]]:
+    """Summed log-prob of every response of every record, or of its tokens, in the records' order.
 
     Records are batched by the buckets they fall in, so that short ones are not padded to long.
     """
@@ -145,7 +171,7 @@ def score_records(
     groups: dict[tuple[int, int, int, int], list[int]] = {}
     for index, record in enumerate(records):
         groups.setdefault(_shape(record, lengths), []).append(index)
-    scores: dict[int, list[float]] = {}
+    scores: dict[int, list[Any]] = {}
     running: tuple[list[int], jax.Array] | None = None  # the next batch is made meanwhile
     for (prompt, response, responses, _), indices in groups.items():
         for start in range(0, len(indices), rows):
@@ -160,7 +186,7 @@ def score_records(
             )
             scores |= _fetch(running, records)
             with jax.set_mesh(mesh):
-                sums = score_batch(model, params, put_batch(batch, mesh), compute_dtype)
+                sums = score_batch(model, params, put_batch(batch, mesh), compute_dtype, per_token)
             running = chosen, sums
     scores |= _fetch(running, records)
     return [scores[index] for index in range(len(records))]
@@ -168,14 +194,20 @@ def score_records(
 
 def _fetch(
     running: tuple[list[int], jax.Array] | None, records: Sequence[TokenizedRecord]
-) -> dict[int, list[float]]:
-    """Record index -> the sums of its responses, of a batch that was started."""
+) -> dict[int, list[Any]]:
+    """Record index -> the sums of its responses, or their tokens', of a batch that was started."""
     if running is None:
         return {}
     indices, sums = running
-    counts = [len(records[index].responses) for index in indices]
-    values = np.asarray(sums).tolist()
-    return {i: row[:n] for i, row, n in zip(indices, values, counts, strict=False)}
+    found = {}
+    for index, row in zip(indices, np.asarray(sums), strict=False):
+        responses = records[index].responses
+        found[index] = row[: len(responses)].tolist()
+        if row.ndim == 2:
+            found[index] = [
+                row[place, : len(response.ids)].tolist() for place, response in enumerate(responses)
+            ]
+    return found
 
 
 def _shape(record: TokenizedRecord, lengths: Lengths) -> tuple[int, int, int, int]:

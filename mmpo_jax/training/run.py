@@ -6,8 +6,6 @@ import dataclasses
 import os
 
 from mmpo_jax.checkpoint import Checkpoint, load_start
-from mmpo_jax.data.pipeline import Example
-from mmpo_jax.data.rows import SkipReason
 from mmpo_jax.data.sources import SKIPPED, load_source, usable_records
 from mmpo_jax.data.tokenization import TokenizedRecord, fingerprint_records
 from mmpo_jax.files import fingerprint_json
@@ -16,11 +14,10 @@ from mmpo_jax.models.huggingface import save_model, weights_dtype
 from mmpo_jax.models.model import Params
 from mmpo_jax.models.peft import save_adapter
 from mmpo_jax.parallel.mesh import make_mesh
-from mmpo_jax.recipe import Dpo, Lora, Sft, TrainRecipe
+from mmpo_jax.recipe import Lora, TrainRecipe
+from mmpo_jax.training.examples import prepare_examples, unfit
 from mmpo_jax.training.loop import check_training, train
-from mmpo_jax.training.losses import REFERENCE, needs_reference
 from mmpo_jax.training.metrics import FILE, read_metrics
-from mmpo_jax.training.reference import reference_stage
 
 MODEL, ADAPTER = "model", "adapter"
 """Where a run's result lies in its output folder."""
@@ -36,23 +33,10 @@ def run_training(recipe: TrainRecipe) -> str:
     start = load_start(recipe.model, _random_seed(recipe), mesh, recipe.attention, recipe.template)
     model, processor = start.model, start.processor
     check_training(recipe.training, model, mesh)
-    objective = recipe.training.objective
     records = training_records(recipe, start)
-    examples = [Example(record, {}) for record in records]
-    if needs_reference(objective):
-        sums = reference_stage(
-            model,
-            start.params,
-            processor,
-            records,
-            recipe.lengths,
-            mesh,
-            folder=recipe.output,
-            model_fingerprint=start.fingerprint,
-            batch_size=recipe.training.batch_size,
-            compute_dtype=recipe.training.compute_dtype,
-        )
-        examples = [Example(record, {REFERENCE: sums[record.id]}) for record in records]
+    examples = prepare_examples(
+        start, records, recipe.training, recipe.lengths, mesh, folder=recipe.output
+    )
     identity = fingerprint_json(
         [
             start.fingerprint,
@@ -120,15 +104,16 @@ def save_result(
 
 
 def training_records(recipe: TrainRecipe, start: Checkpoint) -> list[TokenizedRecord]:
-    """The rows the objective learns from, each with the responses it reads.
+    """The rows the objectives learn from, each with the responses they read.
 
-    DPO takes pairs. SFT takes whole dialogues, and of a preference the best response only.
+    Objectives of tokens, such as SFT, take whole dialogues, and of ranked responses the best only.
 
     Raises:
       DataError: too many rows cannot be used.
     """
-    objective = recipe.training.objective
-    supervised = isinstance(objective, Sft)
+    training = recipe.training
+    terms = [section.term() for section in training.objective]
+    supervised = all(term.objective.kind == "tokens" for term in terms)
     source = load_source(
         recipe.data, supervised=True, messages_as="dialogue" if supervised else "last_turn"
     )
@@ -137,26 +122,18 @@ def training_records(recipe: TrainRecipe, start: Checkpoint) -> list[TokenizedRe
         start.processor,
         recipe.lengths,
         os.path.join(recipe.output, SKIPPED),
-        lambda record: _unfit(record, objective),
+        lambda record: unfit(record, terms, training.reference),
     )
-    if not supervised:
-        return records
-    return [_best(record) if record.ranked else record for record in records]
+    return [_best(record) for record in records] if supervised else records
 
 
 def _best(record: TokenizedRecord) -> TokenizedRecord:
-    best = min(record.responses, key=lambda response: response.source.rank or 1)
-    return dataclasses.replace(record, responses=(best,))
-
-
-def _unfit(record: TokenizedRecord, objective: Dpo | Sft) -> tuple[SkipReason, str] | None:
-    if isinstance(objective, Sft):
-        return None if record.responses else ("empty_response", "no response to learn")
-    ranks = [response.source.rank or 0 for response in record.responses]
-    if record.ranked and len(ranks) == 2 and ranks[0] < ranks[1]:
-        return None
-    detail = "no chosen and rejected response, which dpo compares"
-    return "incomplete_pair", detail
+    """With the responses of the best rank only, where there are ranks."""
+    if not record.ranked:
+        return record
+    best = min(response.source.rank or 0 for response in record.responses)
+    kept = tuple(response for response in record.responses if response.source.rank == best)
+    return dataclasses.replace(record, responses=kept)
 
 
 def _random_seed(recipe: TrainRecipe) -> int | None:

@@ -15,11 +15,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mmpo_jax.models.huggingface import flatten, unflatten
 from mmpo_jax.models.lora import cast_params, is_adapter, with_dropout
 from mmpo_jax.models.model import Model, Params
-from mmpo_jax.objectives.sums import Sums, mean
+from mmpo_jax.objectives.registry import State
+from mmpo_jax.objectives.sums import Sums
 from mmpo_jax.parallel.mesh import param_shardings
-
-LossFunction = Callable[[Params, Any], Sums]
-"""(parameters, micro-batch) -> sums."""
+from mmpo_jax.recipe import MovingReference
+from mmpo_jax.training.losses import Loss
 
 
 @jax.tree_util.register_dataclass
@@ -35,6 +35,10 @@ class TrainState:
     """path -> array: what is not."""
     optimizer: Any
     """optax state of `params`."""
+    reference: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    """Of a reference that runs in the step, what is not in `frozen`; else empty."""
+    kept: State = dataclasses.field(default_factory=dict)
+    """What objectives keep from step to step, float32[] each."""
 
 
 def trainable_paths(paths: list[str], frozen: tuple[str, ...]) -> list[str]:
@@ -66,10 +70,23 @@ def create_state(
     optimizer: optax.GradientTransformation,
     frozen: tuple[str, ...],
     mesh: Mesh,
+    *,
+    reference_dtype: Any = None,
+    keeps: State | None = None,
 ) -> TrainState:
     """A fresh state on the mesh; the optimizer's moments are sharded like their parameters.
 
     What is frozen is not copied where it lies on the mesh already.
+
+    Args:
+      params: what training starts from.
+      model: the architecture.
+      optimizer: makes its moments.
+      frozen: see `trainable_paths`.
+      mesh: the devices.
+      reference_dtype: of a reference that runs in the step, which begins as a copy of what is
+        trained: of adapters only, where these are; None where no reference runs.
+      keeps: first values of what objectives keep from step to step.
     """
     shardings = flatten(param_shardings(params, model.rules, mesh))
     flat = flatten(params)
@@ -88,8 +105,18 @@ def create_state(
     moments = jax.jit(optimizer.init, out_shardings=optimizer_shardings(optimizer, trained, mesh))(
         trained
     )
-    step = jax.device_put(jnp.int32(0), NamedSharding(mesh, PartitionSpec()))
-    return TrainState(step, trained, constants, moments)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    reference = {}
+    if reference_dtype is not None:
+        reference = {path: jnp.array(leaf, reference_dtype) for path, leaf in trained.items()}
+    return TrainState(
+        jax.device_put(jnp.int32(0), replicated),
+        trained,
+        constants,
+        moments,
+        reference,
+        jax.device_put(keeps or {}, replicated),
+    )
 
 
 def optimizer_shardings(
@@ -107,87 +134,172 @@ def optimizer_shardings(
 
 
 def make_step(
-    loss: LossFunction,
+    loss: Loss,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     state: TrainState,
     compute_dtype: Any = jnp.float32,
     dropout: float = 0.0,
     seed: int = 0,
+    moving: MovingReference | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """The compiled train step.
 
-    A batch arrives as micro-batches stacked on a leading axis. Gradients of the summed losses are
-    added up and divided once by the summed weights, so the result does not depend on how the
-    batch is cut. A step whose loss or gradient is not finite changes nothing but the step count,
-    and reports `finite` = 0.
+    A batch arrives as micro-batches stacked on a leading axis, and the result does not depend on
+    how it is cut: every term of the loss is divided by its weight in the whole batch. Where a row's
+    loss depends on other rows (`Loss.coupled`), several micro-batches are run twice: first for
+    their outputs, from which the loss of the whole batch and its gradient by every output follow,
+    then once more to take these gradients on to the parameters.
+
+    A step whose loss or gradient is not finite changes nothing but the step count, and reports
+    `finite` = 0.
 
     Args:
-      loss: sums of one micro-batch.
+      loss: of the recipe's objectives.
       optimizer: optax transformation; clipping included.
       schedule: the learning rate by step, for the report.
       state: a state as `create_state` makes it; its shardings are kept.
       compute_dtype: parameters are cast to it for the forward and backward pass.
       dropout: share of inputs that adapters drop.
       seed: of the dropout; its keys are folded from it, the step and the micro-batch.
+      moving: how the reference follows the policy, if it does.
 
     Returns:
       step(state, micro_batches) -> (state, metrics); the state is donated but for `frozen`.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
 
-    def micro_loss(trained: dict, frozen: dict, batch: Any, key: Any) -> tuple[jax.Array, Sums]:
-        params = cast_params(unflatten({**trained, **frozen}), compute_dtype)
-        sums = loss(with_dropout(params, dropout, key), batch)
-        return sums.loss, sums
+    def forward(trained: dict, state: TrainState, batch: Any, key: Any) -> Any:
+        params = cast_params(unflatten({**trained, **state.frozen}), compute_dtype)
+        reference = None
+        if state.reference:
+            reference = cast_params(unflatten({**state.reference, **state.frozen}), compute_dtype)
+        return loss.forward(with_dropout(params, dropout, key), reference, batch)
 
-    gradient = jax.grad(micro_loss, has_aux=True)
-
-    def accumulate(state: TrainState, batches: Any) -> tuple[Any, Sums]:
+    def gradients(state: TrainState, batches: Any) -> tuple[Any, list[Sums], State]:
         count = jax.tree.leaves(batches)[0].shape[0]
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), count)
-        first = jax.tree.map(lambda leaf: leaf[0], (batches, keys))
         if count == 1:
-            return gradient(state.params, state.frozen, *first)
-        zeros = jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-            jax.eval_shape(gradient, state.params, state.frozen, *first),
-        )
-
-        def add(total: Any, inputs: Any) -> tuple[Any, None]:
-            part = gradient(state.params, state.frozen, *inputs)
-            return jax.tree.map(jnp.add, total, part), None
-
-        return jax.lax.scan(add, zeros, (batches, keys))[0]
+            return _whole(loss, forward, state, *jax.tree.map(lambda x: x[0], (batches, keys)))
+        accumulate = _accumulate_coupled if loss.coupled else _accumulate
+        return accumulate(loss, forward, state, batches, keys)
 
     def update(state: TrainState, frozen: dict, batches: Any) -> tuple[TrainState, dict]:
         state = dataclasses.replace(state, frozen=frozen)
-        gradients, sums = accumulate(state, batches)
-        gradients = jax.tree.map(lambda g: mean(g, sums.weight), gradients)
-        gradients = jax.lax.with_sharding_constraint(gradients, shardings.params)
-        value, norm = mean(sums.loss, sums.weight), optax.global_norm(gradients)
+        slopes, sums, kept = gradients(state, batches)
+        slopes = jax.lax.with_sharding_constraint(slopes, shardings.params)
+        value, norm = loss.combine(sums), optax.global_norm(slopes)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
-        updates, moments = optimizer.update(gradients, state.optimizer, state.params)
-        updated = optax.apply_updates(state.params, updates)
-
-        def keep(new: Any, old: Any) -> Any:
-            return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-
-        metrics = {name: mean(*pair) for name, pair in sums.metrics.items()}
-        metrics |= {
+        updates, moments = optimizer.update(slopes, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        step = state.step + 1
+        reference = state.reference
+        if moving is not None:
+            due = step % moving.every == 0
+            reference = jax.tree.map(
+                lambda r, p: jnp.where(due, r + moving.mixup * (p - r), r), reference, params
+            )
+        after = TrainState(step, params, {}, moments, reference, kept)
+        before = dataclasses.replace(state, step=step, frozen={})
+        after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
+        metrics = loss.report(sums) | {
             "loss": value,
             "grad_norm": norm,
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "finite": finite.astype(jnp.float32),
         }
-        params, moments = keep(updated, state.params), keep(moments, state.optimizer)
-        return TrainState(state.step + 1, params, {}, moments), metrics
+        return after, metrics
 
-    moving = dataclasses.replace(shardings, frozen={})
-    compiled = jax.jit(update, donate_argnums=0, out_shardings=(moving, None))
+    changing = dataclasses.replace(shardings, frozen={})
+    compiled = jax.jit(update, donate_argnums=0, out_shardings=(changing, None))
 
     def step(state: TrainState, batches: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         updated, metrics = compiled(dataclasses.replace(state, frozen={}), state.frozen, batches)
         return dataclasses.replace(updated, frozen=state.frozen), metrics
 
     return step
+
+
+def _whole(
+    loss: Loss, forward: Callable[..., Any], state: TrainState, batch: Any, key: Any
+) -> tuple[Any, list[Sums], State]:
+    """(gradient, sums, what objectives keep) of a batch that is run at once."""
+
+    def value(trained: dict) -> tuple[jax.Array, Any]:
+        sums, kept = loss.evaluate(forward(trained, state, batch, key), batch, state.kept)
+        return loss.combine(sums), (sums, kept)
+
+    slopes, (sums, kept) = jax.grad(value, has_aux=True)(state.params)
+    return slopes, sums, kept
+
+
+def _accumulate(
+    loss: Loss, forward: Callable[..., Any], state: TrainState, batches: Any, keys: Any
+) -> tuple[Any, list[Sums], State]:
+    """`_whole` of micro-batches, one after another.
+
+    Weights of sums depend on the data alone, so those of the whole batch are known before: every
+    part is divided by them at once, and gradients add up.
+    """
+    weights = _weights(loss, forward, state, batches, keys)
+
+    def value(trained: dict, batch: Any, key: Any) -> tuple[jax.Array, list[Sums]]:
+        sums, _ = loss.evaluate(forward(trained, state, batch, key), batch, state.kept)
+        of_whole = [
+            dataclasses.replace(part, weight=weight)
+            for part, weight in zip(sums, weights, strict=True)
+        ]
+        return loss.combine(of_whole), sums
+
+    gradient = jax.grad(value, has_aux=True)
+
+    def add(total: Any, inputs: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient(state.params, *inputs)), None
+
+    first = jax.tree.map(lambda x: x[0], (batches, keys))
+    zeros = _zeros(jax.eval_shape(gradient, state.params, *first))
+    (slopes, sums), _ = jax.lax.scan(add, zeros, (batches, keys))
+    return slopes, sums, state.kept
+
+
+def _accumulate_coupled(
+    loss: Loss, forward: Callable[..., Any], state: TrainState, batches: Any, keys: Any
+) -> tuple[Any, list[Sums], State]:
+    """`_whole` of micro-batches whose rows depend on each other, each run twice."""
+
+    def run(_: None, inputs: Any) -> tuple[None, Any]:
+        return None, forward(state.params, state, *inputs)
+
+    _, outputs = jax.lax.scan(run, None, (batches, keys))
+
+    def value(outputs: Any) -> tuple[jax.Array, Any]:
+        outputs, batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (outputs, batches))
+        sums, kept = loss.evaluate(outputs, batch, state.kept)
+        return loss.combine(sums), (sums, kept)
+
+    by_output, (sums, kept) = jax.grad(value, has_aux=True)(outputs)
+
+    def add(total: Any, inputs: Any) -> tuple[Any, None]:
+        batch, key, slopes = inputs
+        _, pull_back = jax.vjp(lambda trained: forward(trained, state, batch, key), state.params)
+        return jax.tree.map(jnp.add, total, pull_back(slopes)[0]), None
+
+    slopes, _ = jax.lax.scan(add, _zeros(state.params), (batches, keys, by_output))
+    return slopes, sums, kept
+
+
+def _weights(
+    loss: Loss, forward: Callable[..., Any], state: TrainState, batches: Any, keys: Any
+) -> list[jax.Array]:
+    """The weight of every term in all micro-batches; the model is not run."""
+
+    def of_one(inputs: Any) -> list[jax.Array]:
+        batch, key = inputs
+        outputs = _zeros(jax.eval_shape(forward, state.params, state, batch, key))
+        return [part.weight for part in loss.evaluate(outputs, batch, state.kept)[0]]
+
+    return [weights.sum() for weights in jax.lax.map(of_one, (batches, keys))]
+
+
+def _zeros(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)

@@ -1,0 +1,220 @@
+"""Pairwise objectives: what they read of a pair, and rankings as all their pairs.
+
+The family is z = beta M - o with a loss of z: an objective says what the margin M, the offset o and
+the loss are. See `preference`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from mmpo_jax.objectives.registry import Objective, Positive, Share, State, register
+from mmpo_jax.objectives.responses import Responses
+from mmpo_jax.objectives.sums import Sums, weighted
+
+Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
+
+EXPONENT_LIMIT = 80.0
+"""Of e^x in float32, as TRL has it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """The chosen or the rejected responses of K pairs of N records; arrays are float32[N, K]."""
+
+    tokens: Responses
+    total: jax.Array
+    """Log-prob under the policy."""
+    reference: jax.Array
+    """Log-prob under the reference; 0 for objectives without one."""
+    length: jax.Array
+    """Tokens that count."""
+    ratio: jax.Array
+    """Log-ratio of policy and reference, or f' of the ratio where a divergence is chosen."""
+
+    @property
+    def average(self) -> jax.Array:
+        """Log-prob per token."""
+        return self.total / self.length
+
+    def field(self, name: str) -> jax.Array:
+        """What the data say; never has a gradient."""
+        return jax.lax.stop_gradient(self.tokens.fields[name])
+
+
+def pairwise(
+    *needs: str,
+    coupled: bool = False,
+    state: Mapping[str, float] | None = None,
+    divergences: bool = False,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a function (chosen: Side, rejected: Side, **options) -> loss float32[N, K].
+
+    Rows with ranks give a pair for every two responses whose ranks differ, and the batch's loss is
+    the mean over all pairs. Every such objective has the options `ld_alpha` and `wpo`.
+
+    Args:
+      *needs: names, see `Objective.needs`; `rank` goes without saying.
+      coupled: the loss of a pair depends on others: the function also takes weights float32[N, K].
+      state: first values of what it keeps; then it also takes a state and gives (loss, state).
+      divergences: whether its log-ratios may be those of another f-divergence, an option then.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        reference = any(need.startswith("reference") for need in needs)
+        shared: dict[str, tuple[Any, Any]] = {
+            "ld_alpha": (Share | None, None),
+            "wpo": (bool, False),
+        }
+        if divergences:
+            shared |= {
+                "divergence": (Divergence, "reverse_kl"),
+                "divergence_alpha": (Positive, 0.5),
+            }
+
+        def apply(
+            responses: Responses, weights: jax.Array, kept: State, options: Mapping[str, Any]
+        ) -> tuple[Sums, State]:
+            own = {name: value for name, value in options.items() if name not in shared}
+            first, second, counted = all_pairs(responses, weights)
+            chosen, rejected = sides(first, second, reference, options)
+            arguments = (chosen, rejected)
+            if coupled:
+                arguments += (counted,)  # type: ignore[assignment]
+            if state is not None:
+                loss, kept = function(*arguments, kept, **own)
+            else:
+                loss = function(*arguments, **own)
+            if options.get("wpo"):
+                loss = loss * confidence(first) * confidence(second)
+            beta = options.get("beta", 1.0)
+            metrics = pair_metrics(chosen, rejected, beta, counted)
+            return Sums(*weighted(loss, counted), metrics), kept
+
+        register(
+            Objective(
+                name=function.__name__,
+                kind="pairs",
+                function=function,
+                apply=apply,
+                needs=frozenset({"rank", *needs}),
+                coupled=coupled or state is not None,
+                state=state or {},
+                shared_options=shared,
+            )
+        )
+        return function
+
+    return decorate
+
+
+def all_pairs(responses: Responses, weights: jax.Array) -> tuple[Responses, Responses, jax.Array]:
+    """Every two responses of a row, the better one first.
+
+    Args:
+      responses: [N, S], with the field `rank`.
+      weights: float32[N].
+
+    Returns:
+      (chosen [N, K], rejected [N, K], weights float32[N, K]), K = S (S - 1) / 2; the weight is 0
+      where ranks are equal or a response is missing.
+    """
+    rank, present = responses.fields["rank"], responses.present
+    slots = list(itertools.combinations(range(rank.shape[1]), 2))
+    if not slots:
+        raise ValueError("rows of one response have no pairs")
+    i, j = (jnp.array(column) for column in zip(*slots, strict=True))
+    first_is_better = rank[:, i] <= rank[:, j]
+    better, worse = jnp.where(first_is_better, i, j), jnp.where(first_is_better, j, i)
+    counted = weights[:, None] * present[:, i] * present[:, j] * (rank[:, i] != rank[:, j])
+    return responses.take(better), responses.take(worse), counted
+
+
+def sides(
+    chosen: Responses, rejected: Responses, reference: bool, options: Mapping[str, Any]
+) -> tuple[Side, Side]:
+    """Tokens to sums, as the options `ld_alpha` and `divergence` say.
+
+    LD-DPO (Liu et al. 2024, arXiv 2409.06411): tokens beyond the shorter response's length count
+    `ld_alpha` times, under policy and reference.
+    """
+    alpha = options.get("ld_alpha")
+    if alpha is None:
+        shares = (None, None)
+    else:
+        shorter = jnp.minimum(chosen.length, rejected.length)[..., None]
+        shares = tuple(  # type: ignore[assignment]
+            jnp.where(jnp.cumsum(x.mask, axis=-1) <= shorter, 1.0, alpha)
+            for x in (chosen, rejected)
+        )
+    first, second = (
+        _side(x, share, reference, options)
+        for x, share in zip((chosen, rejected), shares, strict=True)
+    )
+    return first, second
+
+
+def _side(
+    tokens: Responses, share: jax.Array | None, reference: bool, options: Mapping[str, Any]
+) -> Side:
+    total, sums = tokens.total, tokens.reference
+    if share is not None:
+        total = (tokens.log_probs * tokens.mask * share).sum(axis=-1)
+        if reference:
+            assert tokens.reference_log_probs is not None
+            sums = (tokens.reference_log_probs * tokens.mask * share).sum(axis=-1)
+    if not reference or sums is None:
+        sums = jnp.zeros_like(total)
+    ratio = divergence(
+        total - sums, options.get("divergence", "reverse_kl"), options.get("divergence_alpha", 0.5)
+    )
+    return Side(tokens, total, sums, tokens.length, ratio)
+
+
+def divergence(ratio: jax.Array, kind: Divergence, alpha: float) -> jax.Array:
+    """f' of the ratio u = pi / ref, up to a constant for reverse KL, from its logarithm.
+
+    Wang et al. 2023 (arXiv 2309.16240); constants as TRL 1.16 has them, so that all are 0 at u = 1:
+    reverse KL log u, forward KL 1 - 1/u, Jensen-Shannon log 2 + log sigmoid(log u), alpha
+    (u^(alpha - 1) - 1) / (alpha - 1).
+    """
+    if kind == "forward_kl":
+        return 1 - jnp.exp(jnp.minimum(-ratio, EXPONENT_LIMIT))
+    if kind == "js":
+        return jnp.log(2.0) + jax.nn.log_sigmoid(ratio)
+    if kind == "alpha":
+        if alpha == 1:
+            return ratio
+        return (jnp.exp(jnp.minimum((alpha - 1) * ratio, EXPONENT_LIMIT)) - 1) / (alpha - 1)
+    return ratio
+
+
+def confidence(responses: Responses) -> jax.Array:
+    """WPO's weight exp(mean_t(log p_t - log sum_v p_v^2)), without gradient.
+
+    Zhou et al. 2024 (arXiv 2406.11827), eq. 5, aligned to the sampled distribution.
+    """
+    surprise = (responses.log_probs - responses.statistics["collision"]) * responses.mask
+    return jax.lax.stop_gradient(jnp.exp(surprise.sum(axis=-1) / responses.length))
+
+
+def pair_metrics(
+    chosen: Side, rejected: Side, beta: float, weights: jax.Array
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """TRL's names: rewards are beta times the plain log-ratio whatever the loss."""
+    rewards = [beta * (side.total - side.reference) for side in (chosen, rejected)]
+    values = {
+        "rewards/chosen": rewards[0],
+        "rewards/rejected": rewards[1],
+        "rewards/accuracies": (rewards[0] > rewards[1]).astype(jnp.float32),
+        "rewards/margins": rewards[0] - rewards[1],
+        "logps/chosen": chosen.total,
+        "logps/rejected": rejected.total,
+    }
+    return {name: weighted(value, weights) for name, value in values.items()}

@@ -1,0 +1,113 @@
+"""The registry of objectives: name -> function, options, and what it needs.
+
+An objective is a function whose keyword arguments are its options in a recipe. Its docstring begins
+with a line `NAME: formula` and goes on with the source; `mmpo objectives` prints both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+import jax
+from pydantic import Field
+
+from mmpo_jax.objectives.responses import Responses
+from mmpo_jax.objectives.sums import Sums
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Smoothing = Annotated[float, Field(ge=0, lt=0.5)]
+"""Types of options."""
+
+FIELDS = {
+    "rank": "an order of the responses: chosen before rejected, or a rank each",
+    "score": "a score of every response",
+    "scores": "scores of every response in several dimensions",
+    "desirable": "whether a response is desirable",
+    "token_weights": "spans of every response with a weight",
+    "phrases": "spans of every response with the number of a phrase",
+    "rewards": "rewards of sampled responses, as on-policy training makes them",
+}
+"""What the data have to say of every response, by the names objectives use."""
+
+STATISTICS = {
+    "collision": "log of the probability that two draws of a token agree, log sum p^2",
+    "logit": "the logit of the token",
+    "kl": "KL(reference || policy) at the token, over the vocabulary",
+}
+"""What the policy says of every token beside its log-prob."""
+
+REFERENCES = {
+    "reference": "log-probs under a reference",
+    "reference_tokens": "log-probs under a reference, token by token",
+    "reference_model": "a reference that runs in the step (reference: online or ema)",
+}
+"""What of the reference is needed; `reference_tokens` and `reference_model` include the first."""
+
+VIEWS = {
+    "other_image": "the responses after another image: made by the option `image`, or the data's",
+}
+"""The same texts after another prompt."""
+
+State = dict[str, jax.Array]
+"""name -> float32[]: what an objective keeps from step to step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A loss by its name."""
+
+    name: str
+    kind: str
+    """What it compares: pairs, rankings, single responses, ..."""
+    function: Callable[..., Any]
+    """As it is written."""
+    apply: Callable[[Responses, jax.Array, State, Mapping[str, Any]], tuple[Sums, State]]
+    """(responses [N, S], weights float32[N], state, options) -> (sums, state)."""
+    needs: frozenset[str]
+    """Names in `FIELDS`, `STATISTICS`, `REFERENCES` and `VIEWS`."""
+    coupled: bool
+    """Whether the loss of a row depends on the others of the batch."""
+    state: Mapping[str, float]
+    """First values of what is kept from step to step."""
+    shared_options: Mapping[str, tuple[Any, Any]]
+    """Options of all objectives of its kind: name -> (type, default)."""
+
+    @property
+    def options(self) -> dict[str, tuple[Any, Any]]:
+        """Options of a recipe: name -> (type, default)."""
+        hints = typing.get_type_hints(self.function, include_extras=True)
+        own = {
+            name: (hints[name], parameter.default)
+            for name, parameter in inspect.signature(self.function).parameters.items()
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        }
+        return {**own, **self.shared_options}
+
+    @property
+    def formula(self) -> str:
+        return (inspect.getdoc(self.function) or "").split("\n\n")[0].replace("\n", " ")
+
+    @property
+    def source(self) -> str:
+        paragraphs = (inspect.getdoc(self.function) or "").split("\n\n")
+        return paragraphs[1].replace("\n", " ") if len(paragraphs) > 1 else ""
+
+
+OBJECTIVES: dict[str, Objective] = {}
+
+
+def register(objective: Objective) -> None:
+    """
+    Raises:
+      ValueError: the name is taken, or it needs something that nothing gives.
+    """
+    known = {*FIELDS, *STATISTICS, *REFERENCES, *VIEWS}
+    if objective.name in OBJECTIVES or objective.needs - known:
+        raise ValueError(f"objective {objective.name}: taken, or needs {objective.needs - known}")
+    OBJECTIVES[objective.name] = objective

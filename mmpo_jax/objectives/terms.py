@@ -1,0 +1,106 @@
+"""A weighted list of objectives on the same responses: the loss of a recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mmpo_jax.objectives import catalog  # noqa: F401 (fills the registry)
+from mmpo_jax.objectives.registry import OBJECTIVES, Objective, State
+from mmpo_jax.objectives.responses import Responses
+from mmpo_jax.objectives.sums import Sums, mean
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One objective of the list."""
+
+    objective: Objective
+    weight: float
+    options: Mapping[str, Any]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """As the objective's, and what its options need besides."""
+        needs = set(self.objective.needs)
+        if self.options.get("ld_alpha") is not None and "reference" in needs:
+            needs.add("reference_tokens")
+        if self.options.get("wpo"):
+            needs.add("collision")
+        return frozenset(needs)
+
+
+def make_term(name: str, weight: float = 1.0, **options: Any) -> Term:
+    """An objective by its name, with its defaults where no option is given."""
+    objective = OBJECTIVES[name]
+    defaults = {key: default for key, (_, default) in objective.options.items()}
+    return Term(objective, weight, {**defaults, **options})
+
+
+def needs(terms: Sequence[Term]) -> frozenset[str]:
+    """What any of the terms needs."""
+    return frozenset().union(*(term.needs for term in terms))
+
+
+def coupled(terms: Sequence[Term]) -> bool:
+    """Whether the loss of a row depends on the others of the batch."""
+    return any(term.objective.coupled for term in terms)
+
+
+def first_state(terms: Sequence[Term]) -> State:
+    """What the terms keep from step to step, at the start: `number of the term/name`."""
+    return {
+        f"{index}/{name}": jnp.float32(value)
+        for index, term in enumerate(terms)
+        for name, value in term.objective.state.items()
+    }
+
+
+def evaluate(
+    terms: Sequence[Term], responses: Responses, weights: jax.Array, state: State
+) -> tuple[list[Sums], State]:
+    """Every term's sums.
+
+    Args:
+      terms: T of them.
+      responses: [N, S].
+      weights: float32[N], 0 for rows that only fill the batch.
+      state: of all terms, as `first_state` names it.
+
+    Returns:
+      (sums of every term, the state after this batch). Weights of the sums depend on the data
+      only, never on log-probs.
+    """
+    sums: list[Sums] = []
+    kept: State = {}
+    for index, term in enumerate(terms):
+        prefix = f"{index}/"
+        own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        made, own = term.objective.apply(responses, weights, own, term.options)
+        sums.append(made)
+        kept |= {prefix + name: jax.lax.stop_gradient(value) for name, value in own.items()}
+    return sums, kept
+
+
+def combine(terms: Sequence[Term], sums: Sequence[Sums]) -> jax.Array:
+    """The loss: the terms' means, weighted and added up."""
+    parts = [
+        term.weight * mean(part.loss, part.weight) for term, part in zip(terms, sums, strict=True)
+    ]
+    return jnp.sum(jnp.stack(parts))
+
+
+def report(terms: Sequence[Term], sums: Sequence[Sums]) -> dict[str, jax.Array]:
+    """Metrics by TRL's names, the first term's where several have one; of several terms also the
+    loss of each as `loss/name`."""
+    metrics: dict[str, jax.Array] = {}
+    for term, part in zip(terms, sums, strict=True):
+        values = {name: mean(*pair) for name, pair in part.metrics.items()}
+        if len(terms) > 1:
+            values[f"loss/{term.objective.name}"] = mean(part.loss, part.weight)
+        metrics = values | metrics
+    return metrics

@@ -1,0 +1,121 @@
+"""Recipes from YAML files and `key=value` overrides, and what is wrong with them for people."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import pydantic
+import yaml
+
+from mmpo_jax.errors import MmpoError
+from mmpo_jax.recipe import Base
+
+RecipeType = TypeVar("RecipeType", bound=Base)
+
+
+class RecipeError(MmpoError):
+    """A recipe that cannot be read or holds an unknown key or an impossible value."""
+
+
+def load_recipe(
+    kind: type[RecipeType],
+    path: str | os.PathLike[str] | None,
+    overrides: Sequence[str] = (),
+) -> RecipeType:
+    """Reads a YAML file if there is one, applies `a.b=value` overrides, checks everything.
+
+    Raises:
+      RecipeError: naming the file and every key at fault.
+    """
+    values = {} if path is None else _read(path)
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return kind.model_validate(values)
+    except pydantic.ValidationError as error:
+        lines = "\n".join(f"  {_explain(kind, problem)}" for problem in error.errors())
+        name = "the options" if path is None else path
+        raise RecipeError(f"{name}: this recipe cannot be run:\n{lines}") from error
+
+
+def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:  # so that PyYAML decodes it, and says so if it cannot
+            values = yaml.safe_load(file) or {}
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys to values")
+    return values
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"override {override!r}: write key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {override!r}: {error}") from error
+    *parents, name = key.split(".")
+    node = values
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise RecipeError(f"override {override!r}: {parent} is no group of keys")
+        node = child
+    node[name] = value
+
+
+def _explain(kind: type[pydantic.BaseModel], problem: Any) -> str:
+    """One line for one problem: the key's path, what is wrong, what would be right."""
+    sections, path = _follow(kind, problem["loc"])
+    where = ".".join(path) or "the recipe"
+    if problem["type"] == "extra_forbidden":
+        names = [name for section in sections for name in section.model_fields]
+        nearest = difflib.get_close_matches(path[-1], names, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"known here: {', '.join(names)}"
+        return f"{where}: unknown key; {hint}"
+    message = problem["msg"].removeprefix("Value error, ")
+    whole = problem["type"] == "missing" or isinstance(problem["input"], dict)
+    given = "" if whole else f" (got {problem['input']!r})"
+    return f"{where}: {message}{given}"
+
+
+def _follow(
+    kind: type[pydantic.BaseModel], location: tuple[str | int, ...]
+) -> tuple[list[type[pydantic.BaseModel]], list[str]]:
+    """The section that holds the last key of a pydantic location, and the path as YAML has it.
+
+    pydantic puts the tag of a tagged choice ("file", "dpo") into the location; the file does not.
+    """
+    sections: list[type[pydantic.BaseModel]] = [kind]
+    path: list[str] = []
+    for index, part in enumerate(location):
+        tagged = [s for s in sections if part in _tags(s)]
+        if tagged and index < len(location) - 1:
+            sections = tagged
+            continue
+        path.append(str(part))
+        if index < len(location) - 1:
+            fields = [s.model_fields[part] for s in sections if part in s.model_fields]
+            if fields:
+                sections = [s for field in fields for s in _sections(field.annotation)] or sections
+    return sections, path
+
+
+def _sections(annotation: Any) -> list[type[pydantic.BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+        return [annotation]
+    arguments = getattr(annotation, "__args__", ())
+    return [section for argument in arguments for section in _sections(argument)]
+
+
+def _tags(section: type[pydantic.BaseModel]) -> set[str]:
+    fields = (section.model_fields.get(name) for name in ("source", "type"))
+    return {str(field.default) for field in fields if field is not None}
