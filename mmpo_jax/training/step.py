@@ -141,7 +141,7 @@ def make_step(
     compute_dtype: Any = jnp.float32,
     dropout: float = 0.0,
     seed: int = 0,
-    moving: MovingReference | None = None,
+    reference: MovingReference | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """The compiled train step.
 
@@ -162,7 +162,7 @@ def make_step(
       compute_dtype: parameters are cast to it for the forward and backward pass.
       dropout: share of inputs that adapters drop.
       seed: of the dropout; its keys are folded from it, the step and the micro-batch.
-      moving: how the reference follows the policy, if it does.
+      reference: how it follows the policy, if it does.
 
     Returns:
       step(state, micro_batches) -> (state, metrics); the state is donated but for `frozen`.
@@ -171,10 +171,10 @@ def make_step(
 
     def forward(trained: dict, state: TrainState, batch: Any, key: Any) -> Any:
         params = cast_params(unflatten({**trained, **state.frozen}), compute_dtype)
-        reference = None
+        compared = None
         if state.reference:
-            reference = cast_params(unflatten({**state.reference, **state.frozen}), compute_dtype)
-        return loss.forward(with_dropout(params, dropout, key), reference, batch)
+            compared = cast_params(unflatten({**state.reference, **state.frozen}), compute_dtype)
+        return loss.forward(with_dropout(params, dropout, key), compared, batch)
 
     def gradients(state: TrainState, batches: Any) -> tuple[Any, list[Sums], State]:
         count = jax.tree.leaves(batches)[0].shape[0]
@@ -193,13 +193,11 @@ def make_step(
         updates, moments = optimizer.update(slopes, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         step = state.step + 1
-        reference = state.reference
-        if moving is not None:
-            due = step % moving.every == 0
-            reference = jax.tree.map(
-                lambda r, p: jnp.where(due, r + moving.mixup * (p - r), r), reference, params
-            )
-        after = TrainState(step, params, {}, moments, reference, kept)
+        followed = state.reference
+        if reference is not None:
+            share = jnp.where(step % reference.every == 0, reference.mixup, 0.0)
+            followed = jax.tree.map(lambda r, p: r + share * (p - r), followed, params)
+        after = TrainState(step, params, {}, moments, followed, kept)
         before = dataclasses.replace(state, step=step, frozen={})
         after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
         metrics = loss.report(sums) | {

@@ -13,8 +13,9 @@ from jax.sharding import AxisType, PartitionSpec
 
 from mmpo_jax.models.huggingface import flatten
 from mmpo_jax.objectives.sums import Sums
+from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import AXES
-from mmpo_jax.recipe import Optimizer, Sft
+from mmpo_jax.recipe import Optimizer
 from mmpo_jax.training.losses import make_loss
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
 from mmpo_jax.training.step import create_state, make_step, merge, trainable_paths
@@ -37,11 +38,18 @@ def line_params():
     }
 
 
-def line_loss(params, batch):
-    """Weighted squared error of a line."""
-    x, y, weight = batch
-    line = x @ params["dense"]["kernel"] * params["norm"]["scale"] + params["dense"]["bias"]
-    return Sums(jnp.sum(weight * (line[:, 0] - y) ** 2), weight.sum(), {})
+def line(params, batch):
+    x = batch[0]
+    heights = x @ params["dense"]["kernel"] * params["norm"]["scale"] + params["dense"]["bias"]
+    return heights[:, 0]
+
+
+def squared_error(heights, batch):
+    _, y, weight = batch
+    return Sums(jnp.sum(weight * (heights - y) ** 2), weight.sum(), {})
+
+
+LINE_LOSS = tiny.row_loss(line, squared_error)
 
 
 def line_batch(micro_batches=1, rows=4):
@@ -53,9 +61,8 @@ def line_batch(micro_batches=1, rows=4):
 
 def line_gradient(params, batch):
     def mean_loss(params):
-        sums = line_loss(
-            params, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), batch)
-        )
+        whole = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), batch)
+        sums = squared_error(line(params, whole), whole)
         return sums.loss / sums.weight
 
     return jax.value_and_grad(mean_loss)(params)
@@ -89,9 +96,9 @@ class TestAccumulation:
         )
         optimizer = optax.sgd(CONSTANT)
         state = create_state(params, model, optimizer, freeze, mesh)
-        step = make_step(make_loss(model, Sft(), "none"), optimizer, CONSTANT, state)
+        step = make_step(make_loss(model, [make_term("sft")]), optimizer, CONSTANT, state)
         stacked = jax.tree.map(
-            lambda leaf: leaf.reshape(micro_batches, -1, *leaf.shape[1:]), (batch, {})
+            lambda leaf: leaf.reshape(micro_batches, -1, *leaf.shape[1:]), tiny.train_batch(batch)
         )
         with jax.set_mesh(mesh):
             state, metrics = step(state, stacked)
@@ -141,7 +148,7 @@ def test_micro_batches_of_a_line(mesh):
     batch[2][2] = 0
     optimizer = optax.sgd(CONSTANT)
     state = create_state(line_params(), LINE, optimizer, (), mesh)
-    state, metrics = make_step(line_loss, optimizer, CONSTANT, state)(state, batch)
+    state, metrics = make_step(LINE_LOSS, optimizer, CONSTANT, state)(state, batch)
     loss, gradient = line_gradient(line_params(), batch)
     assert metrics["loss"] == pytest.approx(float(loss), rel=1e-6)
     assert metrics["grad_norm"] == pytest.approx(float(optax.global_norm(gradient)), rel=1e-6)
@@ -156,7 +163,7 @@ def test_gradients_are_clipped_and_reported_as_they_were(mesh):
     config = Optimizer(max_grad_norm=0.1, beta1=0.9)
     optimizer = make_optimizer(config, CONSTANT)
     state = create_state(line_params(), LINE, optimizer, (), mesh)
-    state, metrics = make_step(line_loss, optimizer, CONSTANT, state)(state, line_batch())
+    state, metrics = make_step(LINE_LOSS, optimizer, CONSTANT, state)(state, line_batch())
     _, gradient = line_gradient(line_params(), line_batch())
     norm = float(optax.global_norm(gradient))
     assert norm > 1
@@ -182,11 +189,12 @@ def test_freezing_by_regular_expression():
 
 @pytest.mark.parametrize("fault", ["nan", "inf", "gradient"])
 def test_a_step_that_is_not_finite_changes_nothing(mesh, fault):
-    def loss(params, batch):
-        sums = line_loss(params, batch)
+    def forward(params, batch):
         # sqrt has a value at 0 and no gradient there.
         root = jnp.sqrt(jnp.abs(params["dense"]["bias"] - 0.5)).sum()
-        return dataclasses.replace(sums, loss=sums.loss + (root if fault == "gradient" else 0))
+        return line(params, batch) + (root if fault == "gradient" else 0)
+
+    loss = tiny.row_loss(forward, squared_error)
 
     optimizer = make_optimizer(Optimizer(learning_rate=0.1), CONSTANT)
     state = create_state(line_params(), LINE, optimizer, (), mesh)
@@ -215,9 +223,11 @@ def test_a_step_that_is_not_finite_changes_nothing(mesh, fault):
 def test_parameters_are_kept_in_float32_and_computed_in_bfloat16(mesh):
     seen = []
 
-    def loss(params, batch):
+    def forward(params, batch):
         seen.extend(leaf.dtype for leaf in jax.tree.leaves(params))
-        return line_loss(params, batch)
+        return line(params, batch)
+
+    loss = tiny.row_loss(forward, squared_error)
 
     optimizer = optax.sgd(1e-4)
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), line_params())
@@ -237,7 +247,7 @@ def test_only_kernels_and_embeddings_decay(mesh):
     batch = line_batch()
     batch[2][:] = 0  # no gradient: what moves, decays
     before = host(state.params)
-    state, _ = make_step(line_loss, optimizer, CONSTANT, state)(state, batch)
+    state, _ = make_step(LINE_LOSS, optimizer, CONSTANT, state)(state, batch)
     after = host(state.params)
     np.testing.assert_allclose(after["dense/kernel"], before["dense/kernel"] * 0.95, rtol=1e-6)
     for path in ("dense/bias", "norm/scale"):
