@@ -249,16 +249,18 @@ def example(record, reference=None):
     return Example((record,), {"rank": ranks}, {"sums": reference[None]})
 
 
-def row_loss(forward, evaluate):
+def row_loss(forward, *evaluate, coupled=False):
     """The loss of a train step without a model.
 
     Args:
       forward: (params, batch) -> a number for every row.
-      evaluate: (these numbers, batch) -> `Sums`.
+      evaluate: of every term (these numbers, batch) -> `Sums`.
+      coupled: whether rows depend on each other.
     """
     return Loss(
         forward=lambda params, reference, batch: forward(params, batch),
-        evaluate=lambda outputs, batch, state: ([evaluate(outputs, batch)], state),
-        combine=lambda sums: mean(sums[0].loss, sums[0].weight),
+        evaluate=lambda outputs, batch, state: ([term(outputs, batch) for term in evaluate], state),
+        combine=lambda sums: sum(mean(part.loss, part.weight) for part in sums),
         report=lambda sums: {},
+        coupled=coupled,
     )

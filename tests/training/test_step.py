@@ -15,7 +15,7 @@ from mmpo_jax.models.huggingface import flatten
 from mmpo_jax.objectives.sums import Sums
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import AXES
-from mmpo_jax.recipe import Optimizer
+from mmpo_jax.recipe import MovingReference, Optimizer
 from mmpo_jax.training.losses import make_loss
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
 from mmpo_jax.training.step import create_state, make_step, merge, trainable_paths
@@ -157,6 +157,88 @@ def test_micro_batches_of_a_line(mesh):
     expected = jax.tree.map(lambda p, g: p - 0.5 * g, line_params(), gradient)
     for path, leaf in flatten(expected).items():
         np.testing.assert_allclose(state.params[path], leaf, rtol=1e-6)
+
+
+def halves(heights, batch):
+    """Another mean, over other weights."""
+    x, _, weight = batch
+    counted = weight * (x[:, 0] > 0)
+    return Sums(jnp.sum(counted * jnp.cos(heights)), counted.sum(), {})
+
+
+def order_statistics(heights, batch):
+    """The k-th largest height counts k times: rows depend on each other."""
+    weight = batch[2]
+    ordered = jnp.sort(jnp.where(weight > 0, heights, -jnp.inf))[::-1]
+    ordered = jnp.where(jnp.arange(len(ordered)) < weight.sum(), ordered, 0)
+    return Sums(jnp.sum(ordered**2 * jnp.arange(len(ordered))), weight.sum(), {})
+
+
+@pytest.mark.parametrize(
+    ("terms", "coupled"),
+    [
+        ((squared_error, halves), False),
+        ((order_statistics,), True),
+        ((halves, order_statistics), True),
+    ],
+)
+def test_several_terms_and_coupled_rows_do_not_depend_on_the_cut(mesh, terms, coupled):
+    """Every term is divided by its own weight in the whole batch."""
+    batch = line_batch(1, 12)
+    batch[2][0, 3:5] = 0
+    optimizer = optax.sgd(CONSTANT)
+    loss = tiny.row_loss(line, *terms, coupled=coupled)
+    results = []
+    for micro_batches in (1, 2, 6):
+        state = create_state(line_params(), LINE, optimizer, (), mesh)
+        cut = jax.tree.map(lambda x, n=micro_batches: x.reshape(n, 12 // n, *x.shape[2:]), batch)
+        state, metrics = make_step(loss, optimizer, CONSTANT, state)(state, cut)
+        results.append((host(state.params), float(metrics["loss"])))
+    whole = jax.tree.map(lambda x: x[0], batch)
+    expected = jax.grad(
+        lambda params: sum(
+            part.loss / part.weight for part in (term(line(params, whole), whole) for term in terms)
+        )
+    )(line_params())
+    for params, value in results:
+        assert value == pytest.approx(results[0][1], rel=1e-6)
+        for path, slope in flatten(expected).items():
+            start = flatten(line_params())[path]
+            np.testing.assert_allclose(params[path], start - 0.5 * slope, rtol=2e-5, atol=1e-6)
+
+
+def test_a_reference_in_the_step(mesh):
+    """It stays, or follows every second step; the policy is compared with what it is then."""
+
+    def evaluate(gap, batch, state):
+        return [Sums(jnp.sum(gap + gap**2), jnp.float32(len(gap)), {})], state
+
+    loss = dataclasses.replace(
+        LINE_LOSS,
+        forward=lambda params, reference, batch: line(params, batch) - line(reference, batch),
+        evaluate=evaluate,
+        report=lambda sums: {"gap": sums[0].loss},
+    )
+    optimizer = optax.sgd(optax.constant_schedule(0.1))
+    seen = []
+    for moving in (None, MovingReference(every=2, mixup=0.25)):
+        state = create_state(line_params(), LINE, optimizer, (), mesh, reference_dtype=jnp.float32)
+        step = make_step(loss, optimizer, CONSTANT, state, reference=moving)
+        expected = host(state.reference)
+        gaps = []
+        for number in range(1, 5):
+            state, metrics = step(state, line_batch())
+            gaps.append(float(metrics["gap"]))
+            if moving and number % 2 == 0:
+                for path, leaf in expected.items():
+                    expected[path] = leaf + 0.25 * (np.asarray(state.params[path]) - leaf)
+            for path, leaf in expected.items():
+                np.testing.assert_allclose(state.reference[path], leaf, rtol=1e-6)
+        assert gaps[0] == 0
+        assert gaps[1] != 0
+        seen.append(gaps)
+    assert seen[0][:2] == seen[1][:2]
+    assert seen[0][2] != seen[1][2]
 
 
 def test_gradients_are_clipped_and_reported_as_they_were(mesh):
