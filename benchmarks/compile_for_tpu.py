@@ -45,7 +45,7 @@ from mmpo_jax.models.log_probs import response_log_probs
 from mmpo_jax.models.model import Model, read_config
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import AXES, BATCH, param_shardings
-from mmpo_jax.recipe import Optimizer
+from mmpo_jax.recipe_training import Optimizer
 from mmpo_jax.training.losses import make_loss
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
 from mmpo_jax.training.step import TrainState, make_step, optimizer_shardings

@@ -126,7 +126,7 @@ def run_ours(folder: str, settings: Settings) -> dict:
     import numpy as np
     import optax
 
-    from mmpo_jax import recipe
+    from mmpo_jax import recipe, recipe_training
     from mmpo_jax.data.pipeline import Example, training_batches
     from mmpo_jax.data.processor import Processor
     from mmpo_jax.data.readers import read_records
@@ -139,9 +139,9 @@ def run_ours(folder: str, settings: Settings) -> dict:
     from mmpo_jax.training.reference import score_records
     from mmpo_jax.training.step import create_state, make_step
 
-    config = recipe.Training(
+    config = recipe_training.Training(
         objective={"type": "dpo", "beta": settings.beta},
-        optimizer=recipe.Optimizer(
+        optimizer=recipe_training.Optimizer(
             learning_rate=settings.learning_rate, weight_decay=settings.weight_decay
         ),
         batch_size=settings.batch_size,

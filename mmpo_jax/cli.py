@@ -76,6 +76,13 @@ def convert(source: str, target: str, dtype: str | None) -> None:
     print(convert(source, target, dtype))
 
 
+def objectives() -> None:
+    """List the objectives with formula, source, options and what they need."""
+    from mmpo_jax.objectives.listing import render_objectives
+
+    print(render_objectives())
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "align": align,
     "train": train,
@@ -132,6 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("source", help="run, one step of it, Hugging Face folder or hub id")
     command.add_argument("target", help="new folder")
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    subparsers.add_parser("objectives", help=objectives.__doc__, description=objectives.__doc__)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in ("absl", "jax", "matplotlib", "orbax", "transformers"):
@@ -141,6 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "convert":
             convert(options.source, options.target, options.dtype)
+        elif options.command == "objectives":
+            objectives()
         elif options.command in FLAGS:
             COMMANDS[options.command](*_flags_as_overrides(options))
         else:

@@ -194,7 +194,7 @@ def test_numbers_without_a_dot(load):
 
 def test_overrides_win_and_make_groups(load):
     recipe = load("seed=7", "data.size=9", "training.objective.type=sft", "lengths.prompt=[8, 16]")
-    assert (recipe.seed, recipe.data.size, recipe.lengths.prompt) == (7, 9, (8, 16))
+    assert (recipe.seed, recipe.data[0].size, recipe.lengths.prompt) == (7, 9, (8, 16))
     assert [section.type for section in recipe.training.objective] == ["sft"]
     assert load().seed == 0
 

@@ -14,8 +14,9 @@ from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.errors import DataError
 from mmpo_jax.objectives.registry import FIELDS
 from mmpo_jax.objectives.terms import Term, needs
-from mmpo_jax.recipe import Lengths, Reference, Training
-from mmpo_jax.training.losses import needs_reference
+from mmpo_jax.recipe import Lengths
+from mmpo_jax.recipe_training import Reference, Training
+from mmpo_jax.training.losses import needs_reference, recipe_terms
 from mmpo_jax.training.reference import reference_stage
 
 
@@ -43,7 +44,7 @@ def prepare_examples(
     Raises:
       DataError: the data lack a field that an objective needs.
     """
-    terms = [section.term() for section in config.objective]
+    terms = recipe_terms(config)
     needed = needs(terms)
     reference = None
     if needs_reference(terms) and config.reference.type == "given":

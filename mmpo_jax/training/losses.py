@@ -18,6 +18,7 @@ from mmpo_jax.objectives.registry import REFERENCES, STATISTICS, State
 from mmpo_jax.objectives.responses import Responses
 from mmpo_jax.objectives.sums import Sums
 from mmpo_jax.objectives.terms import Term
+from mmpo_jax.recipe_training import Training
 
 MAIN = "main"
 """The context that all responses of a record have; the others are views, see
@@ -123,3 +124,8 @@ def sum_log_probs(log_probs: jax.Array, batch: Batch) -> jax.Array:
 def needs_reference(terms: Sequence[Term]) -> bool:
     """Whether any of the terms compares with a reference."""
     return bool(objectives.needs(terms) & REFERENCES.keys())
+
+
+def recipe_terms(config: Training) -> list[Term]:
+    """The objectives of a recipe's training section."""
+    return [section.term() for section in config.objective]

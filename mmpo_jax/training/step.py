@@ -18,7 +18,7 @@ from mmpo_jax.models.model import Model, Params
 from mmpo_jax.objectives.registry import State
 from mmpo_jax.objectives.sums import Sums
 from mmpo_jax.parallel.mesh import param_shardings
-from mmpo_jax.recipe import MovingReference
+from mmpo_jax.recipe_training import MovingReference
 from mmpo_jax.training.losses import Loss
 
 
@@ -39,6 +39,10 @@ class TrainState:
     """Of a reference that runs in the step, what is not in `frozen`; else empty."""
     kept: State = dataclasses.field(default_factory=dict)
     """What objectives keep from step to step, float32[] each."""
+
+
+Update = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+"""(state, micro-batches) -> (state, metrics)."""
 
 
 def trainable_paths(paths: list[str], frozen: tuple[str, ...]) -> list[str]:
@@ -142,7 +146,7 @@ def make_step(
     dropout: float = 0.0,
     seed: int = 0,
     reference: MovingReference | None = None,
-) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
+) -> Update:
     """The compiled train step.
 
     A batch arrives as micro-batches stacked on a leading axis, and the result does not depend on

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tiny
 
-from mmpo_jax.data.pipeline import Example, num_batches, training_batches
+from mmpo_jax.data.pipeline import Example, Part, mixed_order, num_batches, training_batches
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
 from mmpo_jax.data.tokenization import tokenize_records
 from mmpo_jax.recipe import Lengths
@@ -163,3 +163,21 @@ def test_rows_that_do_not_fit_are_counted_with_a_reason(tiny_processor):
         ("row-3", "prompt_too_long"),
     ]
     assert all(tiny.IMAGE_ID in record.prompt_ids for record in kept)
+
+
+def test_a_mixture_is_even_and_every_row_gets_its_turn():
+    parts = [Part(20), Part(8, 0.5), Part(3, 2.0)]
+    assert [part.per_epoch for part in parts] == [20, 4, 6]
+    order = list(mixed_order(parts, seed=0, epochs=2))
+    assert len(order) == 60
+    epochs = order[:30], order[30:]
+    for epoch in epochs:
+        assert sorted(i for i in epoch if i < 20) == list(range(20))
+        assert sum(20 <= i < 28 for i in epoch) == 4
+        assert sorted(i for i in epoch if i >= 28) == [28, 28, 29, 29, 30, 30]
+        for start in range(0, 30, 10):  # no stretch is of one part
+            assert sum(i < 20 for i in epoch[start : start + 10]) in (6, 7)
+    halves = [{i for i in epoch if 20 <= i < 28} for epoch in epochs]
+    assert halves[0] | halves[1] == set(range(20, 28))
+    assert order == list(mixed_order(parts, seed=0, epochs=2))
+    assert order != list(mixed_order(parts, seed=1, epochs=2))

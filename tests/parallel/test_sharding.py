@@ -16,7 +16,7 @@ from mmpo_jax.models.huggingface import flatten
 from mmpo_jax.models.log_probs import token_log_probs
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import AXES, make_mesh, param_shardings, put_batch, put_params
-from mmpo_jax.recipe import Optimizer
+from mmpo_jax.recipe_training import Optimizer
 from mmpo_jax.training.losses import make_loss
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
 from mmpo_jax.training.reference import score_batch

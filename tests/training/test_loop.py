@@ -25,8 +25,9 @@ from mmpo_jax.data.records import ImageRef, Record, Response, Turn
 from mmpo_jax.data.tokenization import tokenize_records
 from mmpo_jax.models.huggingface import flatten, load_params, save_model, unflatten
 from mmpo_jax.parallel.mesh import AXES
-from mmpo_jax.recipe import Lengths, Optimizer, Training
+from mmpo_jax.recipe import Lengths
 from mmpo_jax.recipe_objectives import SECTIONS
+from mmpo_jax.recipe_training import Optimizer, Training
 from mmpo_jax.shapes.render import png_bytes
 from mmpo_jax.shapes.world import sample_scene
 from mmpo_jax.training import loop
@@ -210,14 +211,14 @@ def test_the_data_position_is_restored(run, monkeypatch, tmp_path):
 
     def rows_of(folder):
         seen = []
-        fetch = loop._fetch
+        close = loop.Window.close
         with monkeypatch.context() as patch:
 
-            def record(window, checkpoints):
-                seen.extend((step, ids) for step, ids, _ in window)
-                return fetch(window, checkpoints)
+            def record(window):
+                seen.extend((step, ids) for step, ids, _ in window.steps)
+                return close(window)
 
-            patch.setattr(loop, "_fetch", record)
+            patch.setattr(loop.Window, "close", record)
             with contextlib.suppress(Killed):
                 run(folder)
         return seen

@@ -18,7 +18,8 @@ from mmpo_jax.models.huggingface import flatten, load_model, unflatten
 from mmpo_jax.models.lora import SCALE, A, B, add_adapters, is_adapter, merge_adapters
 from mmpo_jax.models.peft import load_adapter, read_adapter_config
 from mmpo_jax.parallel.mesh import AXES, make_mesh, put_params
-from mmpo_jax.recipe import Lengths, Lora, Optimizer, Training, TrainRecipe
+from mmpo_jax.recipe import Lengths, TrainRecipe
+from mmpo_jax.recipe_training import Lora, Optimizer, Training
 from mmpo_jax.shapes.render import png_bytes
 from mmpo_jax.shapes.world import sample_scene
 from mmpo_jax.training import loop

@@ -13,7 +13,7 @@ from mmpo_jax.errors import DataError
 from mmpo_jax.models.huggingface import flatten, load_model
 from mmpo_jax.recipe import TrainRecipe
 from mmpo_jax.training.checkpoints import CheckpointError
-from mmpo_jax.training.run import run_training, training_records
+from mmpo_jax.training.run import run_training, training_data
 
 DPO, SFT = {"type": "dpo"}, {"type": "sft"}
 QUESTION = "what is in the picture ?"
@@ -61,7 +61,7 @@ def learned(recipe):
     start = load_start(recipe.model)
     return [
         [start.processor.decode(r.ids[r.loss_mask].tolist()) for r in record.responses]
-        for record in training_records(recipe, start)
+        for record in training_data(recipe, start).records
     ]
 
 

@@ -15,7 +15,7 @@ from mmpo_jax.models.huggingface import flatten
 from mmpo_jax.objectives.sums import Sums
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import AXES
-from mmpo_jax.recipe import MovingReference, Optimizer
+from mmpo_jax.recipe_training import MovingReference, Optimizer
 from mmpo_jax.training.losses import make_loss
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
 from mmpo_jax.training.step import create_state, make_step, merge, trainable_paths
