@@ -36,8 +36,8 @@ def bco_pair(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array
 def apo_zero(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array:
     """APO-zero: 1 - sigmoid(beta r_w) + sigmoid(beta r_l).
 
-    D'Oosterlinck et al. 2024 (arXiv 2408.06266), eq. 7: for chosen responses better than the model's
-    own. TRL's `apo_zero`.
+    D'Oosterlinck et al. 2024 (arXiv 2408.06266), eq. 7: for chosen responses better than the
+    model's own. TRL's `apo_zero`.
     """
     return jax.nn.sigmoid(-beta * chosen.ratio) + jax.nn.sigmoid(beta * rejected.ratio)
 
@@ -46,8 +46,8 @@ def apo_zero(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array
 def apo_down(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array:
     """APO-down: sigmoid(beta r_w) + 1 - sigmoid(beta (r_w - r_l)).
 
-    D'Oosterlinck et al. 2024 (arXiv 2408.06266), eq. 8: for chosen responses worse than the model's
-    own. TRL's `apo_down`.
+    D'Oosterlinck et al. 2024 (arXiv 2408.06266), eq. 8: for chosen responses worse than the
+    model's own. TRL's `apo_down`.
     """
     margin = chosen.ratio - rejected.ratio
     return jax.nn.sigmoid(beta * chosen.ratio) + jax.nn.sigmoid(-beta * margin)

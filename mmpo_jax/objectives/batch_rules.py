@@ -19,7 +19,7 @@ SMALLEST_BETA = 1e-3
 
 
 def places(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """int32[N, K]: the place of every pair in the ascending order of all, those of weight 0 last."""
+    """int32[N, K]: every pair's place in the ascending order of all, those of weight 0 last."""
     order = jnp.argsort(jnp.where(weights > 0, values, jnp.inf).ravel())
     return jnp.argsort(order).reshape(values.shape)
 
@@ -94,8 +94,8 @@ def beta_dpo(
     """beta-DPO: the mean over selected pairs of -log sigmoid(b D), b = max(0.001,
     beta (1 + alpha (A - M))), A the mean of the selected D, M the moving mean of D.
 
-    Wu et al. 2024 (arXiv 2407.08639), with the released code's constants; alpha is its `a`, drop its
-    `mode_weight`. M begins at 0 and has taken in the batch before it is used.
+    Wu et al. 2024 (arXiv 2407.08639), with the released code's constants; alpha is its `a`, drop
+    its `mode_weight`. M begins at 0 and has taken in the batch before it is used.
 
     The code draws the pairs without replacement, by a Gaussian of D around M. Here the likeliest
     stay, those nearest to M, so that a step can be repeated on any number of devices.
@@ -127,9 +127,9 @@ def mm_dpo_batch(
     Zhang et al. 2025 (arXiv 2502.10391), as its trainer computes it: `beta_dpo`'s rule without the
     moving mean, which the paper's appendix rejects for `mm_dpo`. w is `ls_factor_weight`.
 
-    The code draws 80 % of the pairs by a Gaussian of D around M. Here the likeliest are taken, those
-    nearest to M, so that a step can be repeated; a single pair, for which the code gives NaN, has
-    A = M.
+    The code draws 80 % of the pairs by a Gaussian of D around M. Here the likeliest are taken,
+    those nearest to M, so that a step can be repeated; a single pair, for which the code gives NaN,
+    has A = M.
     """
     margin = chosen.ratio - rejected.ratio
     values = jax.lax.stop_gradient(margin)

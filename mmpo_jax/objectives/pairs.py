@@ -60,8 +60,8 @@ def pairwise(
     the mean over all pairs. Every such objective has the options `ld_alpha` and `wpo`.
 
     Args:
-      *needs: names, see `Objective.needs`; `rank` goes without saying. With `gold` the function also
-        takes the Side of the row's gold response, which then stands in no pair.
+      *needs: names, see `Objective.needs`; `rank` goes without saying. With `gold` the function
+        also takes the Side of the row's gold response, which then stands in no pair.
       coupled: the loss of a pair depends on others: the function also takes weights float32[N, K].
       state: first values of what it keeps; then it also takes a state and gives (loss, state).
       divergences: whether its log-ratios may be those of another f-divergence, an option then.

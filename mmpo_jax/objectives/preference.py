@@ -1,5 +1,5 @@
-"""Pairwise objectives of a margin: how much more likely than under the reference the chosen response
-has become, beyond the rejected one.
+"""Pairwise objectives of a margin: how much more likely the chosen response has become than under
+the reference, beyond the rejected one.
 
 r is a response's log-ratio of policy and reference, D = r_w - r_l the margin of the chosen response
 w over the rejected one l, log p a response's log-prob, |y| its tokens. Those with `divergence` may

@@ -119,8 +119,7 @@ def triple_po(
     those of the others. With length_average TPO-L: a in the place of log p, beta 2.5 or more, gamma
     above 0 and sft_weight 0.05.
     """
+    first, second = chosen.total, rejected.total
     if length_average:
-        margin = chosen.average - rejected.average
-    else:
-        margin = chosen.total - rejected.total
-    return logistic(beta * margin - gamma) + sft_weight * nll(gold)
+        first, second = chosen.average, rejected.average
+    return logistic(beta * (first - second) - gamma) + sft_weight * nll(gold)

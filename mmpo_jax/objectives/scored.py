@@ -36,9 +36,9 @@ def mm_dpo(
 ) -> jax.Array:
     """MM-DPO: -log sigmoid(b D), b = beta (1 + w (1 - e^(-k (s_w - s_l)))) in [beta, (1 + w) beta].
 
-    Zhang et al. 2025, MM-RLHF (arXiv 2502.10391), section 4 and appendix F.2, with the scores of its
-    reward model. The paper adds the NLL: the list [mm_dpo, sft], sft with a weight of 0 to 1. The
-    released code runs another rule, `mm_dpo_batch`.
+    Zhang et al. 2025, MM-RLHF (arXiv 2502.10391), section 4 and appendix F.2, with the scores of
+    its reward model. The paper adds the NLL: the list [mm_dpo, sft], sft with a weight of 0 to 1.
+    The released code runs another rule, `mm_dpo_batch`.
     """
     gap = jax.nn.relu(score_gap(chosen, rejected))
     scale = 1 - w * jnp.expm1(-k * gap)
