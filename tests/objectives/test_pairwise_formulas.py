@@ -1,4 +1,4 @@
-"""Every pairwise objective against its paper's formula in NumPy; gradients by finite differences."""
+"""Every pairwise objective against its paper's formula in NumPy, and finite differences."""
 
 import dataclasses
 

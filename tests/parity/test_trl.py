@@ -26,7 +26,6 @@ torch = pytest.importorskip("torch")
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 from transformers import AutoProcessor, LlavaForConditionalGeneration  # noqa: E402
-from transformers.models.llama.modeling_llama import LlamaRMSNorm  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -175,7 +174,7 @@ def assert_same_gradients(model, gradient, theirs):
     parameters = dict(theirs.named_parameters())
     assert ours.keys() == parameters.keys()
     largest = max(np.abs(value).max() for value in ours.values())
-    assert largest > 1e-2
+    assert largest > 1e-3
     for name, parameter in parameters.items():
         expected = 0 if parameter.grad is None else parameter.grad.numpy()
         np.testing.assert_allclose(
@@ -189,11 +188,6 @@ def in_memory_name(key):
     for old, new in (("language_model.model.", "language_model."), (".vision_model.", ".")):
         key = key.replace(old, new)
     return f"model.{key}"
-
-
-def rms_norm(self, x):
-    """`LlamaRMSNorm.forward` in the dtype of its input."""
-    return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
 
 
 LOSSES = {  # TRL's options -> ours, a list where there are several
@@ -267,11 +261,8 @@ DIVERGED = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "di
 for divergence, their_options in DIVERGENCES.items():
     for loss in DIVERGED:
         options, ((kind, weight, given),) = LOSSES[loss]
-        chosen = {"divergence": divergence, "divergence_alpha": 0.7}
-        LOSSES[f"{loss} {divergence}"] = (
-            options | their_options,
-            [(kind, weight, given | chosen)],
-        )
+        given = given | {"divergence": divergence, "divergence_alpha": 0.7}
+        LOSSES[f"{loss} {divergence}"] = (options | their_options, [(kind, weight, given)])
 
 
 @pytest.mark.parametrize("case", LOSSES)
@@ -281,9 +272,9 @@ def test_loss_equals_trl(theirs, batch, ours, case, monkeypatch):
     trainer = make_trainer(**options)
     policy.train().zero_grad()
     with monkeypatch.context() as patch:
-        patch.setattr(LlamaRMSNorm, "forward", rms_norm)  # theirs rounds to float32 inside
-        if case.endswith(" alpha"):  # the only one that looks its dtype up, where float64 is not
-            patch.setattr(torch, "float32", torch.float64)
+        # Their norms and head compute in float32, whatever the parameters are: not so here.
+        patch.setattr(torch, "float32", torch.float64)
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
         expected = trainer.compute_loss(policy, dict(batch))
         expected.backward()
 
