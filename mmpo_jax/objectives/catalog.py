@@ -1,5 +1,12 @@
 """All modules with objectives: importing this fills the registry."""
 
-from mmpo_jax.objectives import preference, supervised
+from mmpo_jax.objectives import (
+    absolute,
+    batch_rules,
+    preference,
+    reference_free,
+    scored,
+    supervised,
+)
 
-__all__ = ["preference", "supervised"]
+__all__ = ["absolute", "batch_rules", "preference", "reference_free", "scored", "supervised"]

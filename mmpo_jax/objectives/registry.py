@@ -22,18 +22,28 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Smoothing = Annotated[float, Field(ge=0, lt=0.5)]
+PositiveSmoothing = Annotated[float, Field(gt=0, lt=0.5)]
 """Types of options."""
 
 FIELDS = {
     "rank": "an order of the responses: chosen before rejected, or a rank each",
     "score": "a score of every response",
-    "scores": "scores of every response in several dimensions",
+    "scores": "scores of every response in several dimensions; `scores/NAME` is one of them",
+    "win_rate": "how likely a response beats one of its row, made of scores as logits",
+    "consistency": "a score of that name: how far two models agree on the ranking, 0 to 1",
+    "gold": "a best response beside two or more that are ranked below it",
     "desirable": "whether a response is desirable",
     "token_weights": "spans of every response with a weight",
     "phrases": "spans of every response with the number of a phrase",
     "rewards": "rewards of sampled responses, as on-policy training makes them",
 }
 """What the data have to say of every response, by the names objectives use."""
+
+
+def is_field(need: str) -> bool:
+    """Whether a need is said by the data."""
+    return need.partition("/")[0] in FIELDS
+
 
 STATISTICS = {
     "collision": "log of the probability that two draws of a token agree, log sum p^2",
@@ -80,10 +90,10 @@ class Objective:
 
     @property
     def options(self) -> dict[str, tuple[Any, Any]]:
-        """Options of a recipe: name -> (type, default)."""
+        """Options of a recipe: name -> (type, default), `...` where it has to be given."""
         hints = typing.get_type_hints(self.function, include_extras=True)
         own = {
-            name: (hints[name], parameter.default)
+            name: (hints[name], ... if parameter.default is parameter.empty else parameter.default)
             for name, parameter in inspect.signature(self.function).parameters.items()
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY
         }

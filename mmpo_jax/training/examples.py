@@ -12,7 +12,7 @@ from mmpo_jax.data.pipeline import Example
 from mmpo_jax.data.rows import SkipReason
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.errors import DataError
-from mmpo_jax.objectives.registry import FIELDS
+from mmpo_jax.objectives.registry import FIELDS, is_field
 from mmpo_jax.objectives.terms import Term, needs
 from mmpo_jax.recipe import Lengths
 from mmpo_jax.recipe_training import Reference, Training
@@ -73,7 +73,7 @@ def unfit(
     """(reason, detail) why a record cannot be learned from; None if it can."""
     if not record.responses:
         return "empty_response", "no response to learn"
-    problems = (lacks(record, field) for field in sorted(needs(terms) & FIELDS.keys()))
+    problems = (lacks(record, field) for field in sorted(filter(is_field, needs(terms))))
     problem = next((problem for problem in problems if problem is not None), None)
     if problem is not None or reference.type != "given" or not needs_reference(terms):
         return problem
@@ -105,11 +105,12 @@ def make_examples(
       DataError: no record has a field that is needed.
     """
     name = "log_probs" if "reference_tokens" in needs else "sums"
-    makers = {field: MAKERS[field] for field in sorted(needs & FIELDS.keys())}
+    makers = {field: _maker(field) for field in sorted(filter(is_field, needs))}
     for field in makers:
         if records and not any(lacks(record, field) is None for record in records):
             raise DataError(
-                f"no row has the field {field!r}, which the objective needs: {FIELDS[field]}"
+                f"no row has the field {field!r}, which the objective needs: "
+                f"{FIELDS[field.partition('/')[0]]}"
             )
     return [
         Example(
@@ -126,10 +127,15 @@ def lacks(record: TokenizedRecord, field: str) -> tuple[SkipReason, str] | None:
     sources = [response.source for response in record.responses]
     if field == "rank" and not record.ranked:
         return "incomplete_pair", "no ranked responses, which the objective compares"
-    if field == "score" and not all(len(source.scores) == 1 for source in sources):
+    if field in ("score", "win_rate") and not all(len(source.scores) == 1 for source in sources):
         return "no_score", "not every response has one score"
-    if field == "scores" and not all(source.scores for source in sources):
-        return "no_score", "not every response has scores"
+    kind, _, dimension = field.partition("/")
+    if kind == "scores" and any(dimension not in source.scores for source in sources):
+        return "no_score", f"not every response has a score for {dimension!r}"
+    if field == "consistency" and any(field not in source.scores for source in sources):
+        return "no_score", "not every response has a score 'consistency'"
+    if field == "gold" and (not record.ranked or len(set(_ranks(record))) < 3):
+        return "incomplete_pair", "no three different ranks, the best of which is gold"
     if field == "desirable" and any(source.desirable is None for source in sources):
         return "no_label", "not every response is said to be desirable or not"
     return None
@@ -145,6 +151,22 @@ def _scores(record: TokenizedRecord) -> np.ndarray:
     )
 
 
+def _win_rates(record: TokenizedRecord) -> np.ndarray:
+    """The mean over the record's responses, itself included, of sigmoid(score - theirs)."""
+    scores = _scores(record).astype(np.float64)
+    return (0.5 + 0.5 * np.tanh((scores[:, None] - scores) / 2)).mean(axis=1).astype(np.float32)
+
+
+def _gold(record: TokenizedRecord) -> np.ndarray:
+    """1 for the first of the best."""
+    ranks = _ranks(record)
+    return (np.arange(len(ranks)) == ranks.argmin()).astype(np.float32)
+
+
+def _dimension(name: str) -> Callable[[TokenizedRecord], np.ndarray]:
+    return lambda record: np.array([r.source.scores[name] for r in record.responses], np.float32)
+
+
 def _desirable(record: TokenizedRecord) -> np.ndarray:
     return np.array([bool(response.source.desirable) for response in record.responses], np.float32)
 
@@ -153,5 +175,13 @@ MAKERS: dict[str, Callable[[TokenizedRecord], np.ndarray]] = {
     "rank": _ranks,
     "score": _scores,
     "desirable": _desirable,
+    "win_rate": _win_rates,
+    "gold": _gold,
+    "consistency": _dimension("consistency"),
 }
-"""How a field comes out of a record."""
+"""How a field comes out of a record; see `_maker` for those of a name."""
+
+
+def _maker(field: str) -> Callable[[TokenizedRecord], np.ndarray]:
+    kind, _, dimension = field.partition("/")
+    return _dimension(dimension) if kind == "scores" else MAKERS[field]
