@@ -26,7 +26,7 @@ from mmpo_jax.shapes import records as shapes
 
 log = logging.getLogger(__name__)
 
-SKIPPED = "skipped.jsonl"
+SKIPPED = "rejected_rows.jsonl"
 """Rows of the data that were left out, with reasons; where a run has a folder, in it."""
 
 
@@ -77,7 +77,7 @@ def load_source(
         else:
             records = shapes.prompt_records(*world)
         return Source(f"shapes/{data.split}", records, [], 0.0)
-    records, skipped = read_records(data.path, data.image_root, messages_as)
+    records, skipped = read_records(data.path, data.image_root, messages_as, data.format)
     records, broken = check_images(records, data.path)
     skipped = [*skipped, *broken]
     if not supervised:
@@ -110,13 +110,14 @@ def usable_records(
         source = _without(source, "image", lambda record: bool(record.images))
     if processor.videos is None:
         source = _without(source, "video", lambda record: bool(record.videos))
+    numbers = {record.id: record.row for record in source.records}
     tokenized, too_long = tokenize_records(source.records, processor, lengths, source.name)
     for row in tokenized:
         problem = unfit(row)
         if problem is None:
             kept.append(row)
         else:
-            skipped.append(SkippedRow(source.name, None, row.id, *problem))
+            skipped.append(SkippedRow(source.name, numbers[row.id], row.id, *problem))
     ids = {row.id for row in kept}
     source = source.skip([r for r in source.records if r.id in ids], [*too_long, *skipped])
     if source.skipped:
@@ -142,7 +143,7 @@ def _without(
     reasons: dict[str, SkipReason] = {"image": "unsupported_image", "video": "unsupported_video"}
     detail = f"this model takes no {medium}s"
     skipped = [
-        SkippedRow(source.name, None, record.id, reasons[medium], detail)
+        SkippedRow(source.name, record.row, record.id, reasons[medium], detail)
         for record in source.records
         if shown(record)
     ]
@@ -151,4 +152,4 @@ def _without(
 
 def _without_prompt(path: str, record: Record) -> SkippedRow:
     detail = "the row's responses do not share a prompt that could be answered"
-    return SkippedRow(path, None, record.id, "no_prompt", detail)
+    return SkippedRow(path, record.row, record.id, "no_prompt", detail)
