@@ -70,6 +70,7 @@ def iter_records(
     image_root: epath.PathLike | None = None,
     messages_as: MessagesAs = "last_turn",
     format: str = "auto",
+    formats: Counter[str] | None = None,
 ) -> Iterator[Record | SkippedRow]:
     """Read data row by row; images are found but not decoded.
 
@@ -80,6 +81,7 @@ def iter_records(
       messages_as: what a row supervises that is a dialogue. "last_turn": the last assistant turn,
         the turns before it being the prompt. "dialogue": every assistant turn; the prompt is empty.
       format: one of `FORMATS`, or "auto" for each row's own.
+      formats: counts the rows of each, where given.
 
     Raises:
       DataError: the file is missing, unreadable or of an unknown kind.
@@ -94,6 +96,8 @@ def iter_records(
                 raise row
             present = {name: value for name, value in row.items() if value is not None}
             convention = choose_format(present) if format == "auto" else FORMATS[format]
+            if formats is not None:
+                formats[convention.name] += 1
             id_ = row_id(present, number)
             if convention.repeats_ids:
                 pairs[id_] += 1

@@ -22,7 +22,7 @@ from mmpo_jax.data.formats.format import (
     source_of,
 )
 from mmpo_jax.data.formats.media import MediaFolder
-from mmpo_jax.data.formats.turns import parse_turns
+from mmpo_jax.data.formats.turns import parse_turns, split_last_answer
 from mmpo_jax.data.formats.writing import STRIP, CannotHold, Writer, messages
 from mmpo_jax.data.records import Record, Response, Span
 from mmpo_jax.data.rows import MessagesAs, Row, UnusableRow
@@ -41,9 +41,14 @@ def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
     responses = row.get("responses")
     if not isinstance(responses, list):
         raise UnusableRow("bad_message", "responses is not a list")
+    prompt = parse_turns(row.get("prompt"), "user")
+    answers = tuple(_answer(response, media) for response in responses)
+    if not prompt and len(answers) == 1 and messages_as == "last_turn":
+        prompt, last = split_last_answer(answers[0].turns)
+        answers = (dataclasses.replace(answers[0], turns=last),)
     return Draft(
-        prompt=parse_turns(row.get("prompt"), "user"),
-        answers=tuple(_answer(response, media) for response in responses),
+        prompt=prompt,
+        answers=answers,
         images=media.images(row),
         videos=media.videos(row),
         source=source_of(row),
