@@ -105,10 +105,12 @@ def iter_records(
             if id_ in first_row:
                 detail = f"row {first_row[id_]} has the id {id_!r} too"
                 raise UnusableRow("duplicate_id", detail)
-            first_row[id_] = number
-            yield finish(convention.read(present, media, messages_as), id_, number)
+            record = finish(convention.read(present, media, messages_as), id_, number)
         except UnusableRow as unusable:
             yield SkippedRow(os.fspath(path), number, id_, unusable.reason, unusable.detail)
+        else:
+            first_row[id_] = number
+            yield record
 
 
 def check_images(

@@ -50,7 +50,9 @@ def numbered_rows(
     name = os.fspath(path)
     try:
         if name.startswith(TFDS):
-            yield from enumerate(_tfds_rows(name.removeprefix(TFDS), data_folder), start=1)
+            from mmpo_jax.data.tfds_rows import tfds_rows  # imports half a second's worth
+
+            yield from enumerate(tfds_rows(name.removeprefix(TFDS), data_folder), start=1)
             return
         done = 0
         for file in _files(epath.Path(path)):
@@ -142,19 +144,13 @@ def _array_record_rows(path: epath.Path) -> Iterator[tuple[int, Item]]:
             path.copy(local)
         if not os.path.isfile(local):
             raise FileNotFoundError(2, "No such file or directory", local)
-        reader = _opened_array_record(local)
         try:
+            reader = array_record_module.ArrayRecordReader(local)
             for number in range(reader.num_records()):
                 yield number + 1, _parse(reader.read([number])[0])
-        finally:
-            reader.close()
-
-
-def _opened_array_record(path: str) -> Any:
-    try:
-        return array_record_module.ArrayRecordReader(path)
-    except RuntimeError as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+            reader.close()  # which tells what was wrong with the file
+        except RuntimeError as error:
+            raise DataError(f"cannot read {os.fspath(path)}: {error}") from error
 
 
 _READERS: Mapping[str, Callable[[epath.Path], Iterator[tuple[int, Item]]]] = {
@@ -166,44 +162,6 @@ _READERS: Mapping[str, Callable[[epath.Path], Iterator[tuple[int, Item]]]] = {
     ".arrayrecord": _array_record_rows,
     ".arrow": _arrow_rows,
 }
-
-
-def _tfds_rows(name: str, data_folder: epath.PathLike | None) -> Iterator[dict[str, Any]]:
-    import tensorflow_datasets as tfds
-
-    import mmpo_jax.data.builders
-    import mmpo_jax.shapes.tfds_builder  # noqa: F401 -- registers its builder
-
-    name, _, split = name.partition("#")
-    try:
-        if os.path.isabs(name) or not is_local(name):
-            builder = tfds.builder_from_directory(name)
-        else:
-            builder = tfds.builder(name, data_dir=data_folder, file_format="array_record")
-        skipped = {
-            column: tfds.decode.SkipDecoding()
-            for column, feature in builder.info.features.items()
-            if isinstance(feature, tfds.features.Image)
-        }
-        source = builder.as_data_source(split=split or "train", decoders=skipped)
-    except Exception as error:  # TFDS raises nearly anything for a name it does not know.
-        raise DataError(f"cannot read {TFDS}{name}: {error}") from error
-    for number in range(len(source)):
-        row = source[number]
-        yield {column: _plain(value, column in skipped) for column, value in row.items()}
-
-
-def _plain(value: Any, image: bool) -> Any:
-    """What TFDS reads as JSON would have it: texts come as bytes and lists as arrays."""
-    if isinstance(value, bytes):
-        return value if image else value.decode()
-    if isinstance(value, Mapping):
-        return {name: _plain(entry, image) for name, entry in value.items()}
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, list | tuple):
-        return [_plain(entry, image) for entry in value]
-    return _plain(value, image) if isinstance(value, bytes) else value
 
 
 def write_rows(path: epath.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
