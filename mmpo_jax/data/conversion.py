@@ -44,6 +44,7 @@ def convert_data(
 
     Paths of images are written relative to `image_root`, or to the target's folder; what does not
     lie there is copied to a folder beside the target. Parquet and ArrayRecord hold the images.
+    Images are not decoded.
 
     Args:
       source: see `mmpo_jax.data.tables`.
