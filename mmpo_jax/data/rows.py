@@ -36,6 +36,7 @@ SkipReason = Literal[
     "rank_count",  # ranks and responses differ in number
     "score_count",  # scores and responses differ in number
     "turn_order",  # turns that do not alternate between user and assistant
+    "undesirable",  # a response that sft would learn
     "unsupported_image",  # the model takes none
     "unsupported_video",  # the model, or an alignment's labeler, takes no videos
 ]

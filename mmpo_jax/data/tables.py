@@ -10,6 +10,7 @@
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -25,6 +26,8 @@ from mmpo_jax.files import encode_table, is_local, read_bytes, write_atomic
 
 TFDS = "tfds:"
 _BATCH_ROWS = 64  # Rows hold whole images: this is memory, not speed.
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+"""As JSON writes it: half of a character, or an error."""
 
 Item = dict[str, Any] | UnusableRow
 """A row, or what is wrong with it."""
@@ -106,15 +109,20 @@ def _json_list(path: epath.Path) -> Iterator[tuple[int, Item]]:
 
 def _parse(line: bytes) -> Item:
     try:
-        return _object(json.loads(line.decode("utf-8-sig")))
+        return _object(json.loads(line.decode("utf-8-sig")), bool(_SURROGATE.search(line)))
     except (ValueError, RecursionError) as error:
         return UnusableRow("bad_json", str(error))
 
 
-def _object(value: Any) -> Item:
-    if isinstance(value, dict):
-        return value
-    return UnusableRow("bad_json", f"a {type(value).__name__} and not an object")
+def _object(value: Any, check_texts: bool = True) -> Item:
+    if not isinstance(value, dict):
+        return UnusableRow("bad_json", f"a {type(value).__name__} and not an object")
+    if check_texts:
+        try:
+            _encode(value)
+        except UnicodeEncodeError as error:
+            return UnusableRow("bad_text", str(error))
+    return value
 
 
 def _parquet_rows(path: epath.Path) -> Iterator[tuple[int, Item]]:

@@ -139,21 +139,30 @@ def training_records(recipe: TrainRecipe, start: Checkpoint) -> list[TokenizedRe
         os.path.join(recipe.output, SKIPPED),
         lambda record: _unfit(record, objective),
     )
+    ordered = [_best_first(record) for record in records]
     if not supervised:
-        return records
-    return [_best(record) if record.ranked else record for record in records]
+        return ordered
+    return [
+        dataclasses.replace(record, responses=record.responses[:1]) if record.ranked else record
+        for record in ordered
+    ]
 
 
-def _best(record: TokenizedRecord) -> TokenizedRecord:
-    best = min(record.responses, key=lambda response: response.source.rank or 1)
-    return dataclasses.replace(record, responses=(best,))
+def _best_first(record: TokenizedRecord) -> TokenizedRecord:
+    """A preference whatever the order of its responses in the data."""
+    if not record.ranked:
+        return record
+    responses = sorted(record.responses, key=lambda response: response.source.rank or 0)
+    return dataclasses.replace(record, responses=tuple(responses))
 
 
 def _unfit(record: TokenizedRecord, objective: Dpo | Sft) -> tuple[SkipReason, str] | None:
     if isinstance(objective, Sft):
+        if any(response.source.desirable is False for response in record.responses):
+            return "undesirable", "a response that is labelled as not desirable"
         return None if record.responses else ("empty_response", "no response to learn")
-    ranks = [response.source.rank or 0 for response in record.responses]
-    if record.ranked and len(ranks) == 2 and ranks[0] < ranks[1]:
+    ranks = [response.source.rank for response in record.responses]
+    if record.ranked and len(ranks) == 2 and ranks[0] != ranks[1]:
         return None
     detail = "no chosen and rejected response, which dpo compares"
     return "incomplete_pair", detail

@@ -524,6 +524,58 @@ def test_bad_rows(folder, reason, row):
     assert (skipped.reason, skipped.row) == (reason, 1), skipped
 
 
+JUNK = [
+    None,
+    True,
+    -1,
+    1e400,
+    "",
+    "x",
+    "\ud800",
+    [],
+    [None],
+    [[]],
+    [1],
+    ["a", "b", "c"],
+    {},
+    {"a": 1},
+]
+
+
+def spoiled(value):
+    """Every value with one of its parts replaced by something that does not belong there."""
+    yield from JUNK
+    if isinstance(value, dict):
+        for name in value:
+            yield from ({**value, name: junk} for junk in spoiled(value[name]))
+    if isinstance(value, list):
+        for place in range(len(value)):
+            yield from (
+                [*value[:place], junk, *value[place + 1 :]] for junk in spoiled(value[place])
+            )
+
+
+@pytest.mark.parametrize("name", [*sorted(ROWS), "rlaif_v", "rlhf_v", "record"])
+def test_no_row_breaks_reading(folder, name):
+    own = scored(
+        rank=1,
+        scores={"score": 1.0},
+        spans=[{"start": 0, "end": 1}],
+        images=["a.png"],
+        prompt=[user()],
+        finished=True,
+    )
+    texts = [{**row, "image": "a.png"} for row in RLAIF_V + RLHF_V]
+    rows = ROWS | {"rlaif_v": texts[:1], "rlhf_v": texts[1:], "record": [own]}
+    bad = [row for original in rows[name] for row in spoiled(original)]
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in bad))
+    for format in ("auto", name):
+        items = list(iter_records(path, format=format))
+        assert len(items) == len(bad)
+        assert any(isinstance(item, Record) for item in items)
+
+
 def test_a_format_that_is_given_is_used(folder):
     row = {"id": "p", "prompt": QUESTION, "chosen": "a", "rejected": "b"}
     path = write_jsonl(folder / "rows.jsonl", [row, row | {"rejected": "c"}])

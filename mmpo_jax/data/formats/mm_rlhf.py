@@ -77,7 +77,7 @@ def _read_ranking(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draf
     if _is_critiques(reasons, len(outputs)):
         used.append("score_reasons")
         for given, reason in zip(fields, reasons or (), strict=True):
-            given["critique"] = reason
+            given["critique"] = reason if reason is None else read_text(reason, "score_reasons")
     images, videos = _media(row, media)
     return Draft(
         prompt=parse_turns(read_text(row.get("question"), "question"), "user"),
@@ -219,6 +219,8 @@ def _write_pair(record: Record, writer: Writer) -> dict[str, Any]:
         row["mixed_up_image"] = writer.image(mixed.images[0])
         if mixed.log_prob is not None:
             row["mix_reference_chosen_logp"] = mixed.log_prob
+    if not _claims_pair(row):  # or it would be taken for a TRL row, whose ids may not repeat
+        row["is_tie"] = False
     shared = record.extra.get("id", record.id)
     extra = {name: value for name, value in record.extra.items() if name != "id"}
     return with_extra(row | {"id": shared}, extra)

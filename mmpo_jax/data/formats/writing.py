@@ -123,7 +123,7 @@ class Writer:
         if len(parents) == 1 and all(frame.path is not None for frame in video.frames):
             (parent,) = parents
             name = name_below(self.root, parent)
-            if name is not None and len(os.listdir(parent)) == len(video.frames):
+            if name is not None and len(list(epath.Path(parent).iterdir())) == len(video.frames):
                 return name
         folder = os.path.join(self.copies, video.fingerprint())
         for number, frame in enumerate(video.frames, start=1):
@@ -178,7 +178,7 @@ def with_extra(row: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       CannotHold: one has the name of a column that does.
     """
-    taken = ", ".join(sorted(row.keys() & extra.keys()))
+    taken = ", ".join(sorted({*row, "id"} & extra.keys()))
     if taken:
         raise CannotHold("extra", f"{taken}: the column means something else here")
     return {**row, **extra}
