@@ -126,7 +126,8 @@ DATA_COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
 
 FILES = {
     "--model": ("model", "checkpoint: folder, bucket, hub id, run, adapter"),
-    "--data": ("data.path", "JSONL or Parquet"),
+    "--data": ("data.path", "file, folder or tfds:NAME#SPLIT"),
+    "--format": ("data.format", "of the rows; their columns say it by default"),
     "--image-root": ("data.image_root", "folder of the images; the data file's by default"),
     "--output": ("output", "JSONL file"),
     "--template": ("template", "auto (the checkpoint's own) or vicuna_v1"),
