@@ -51,11 +51,27 @@ class ShapesData(Section):
     """Share of supervised captions with one invented thing."""
 
 
+Format = Literal[
+    "auto",
+    "record",
+    "trl",
+    "llama_factory",
+    "ms_swift",
+    "rlaif_v",
+    "rlhf_v",
+    "mm_rlhf",
+    "mm_rlhf_pairs",
+    "shapes",
+]
+
+
 class FileData(Section):
-    """JSONL or Parquet in TRL's conversational or plain format."""
+    """Rows of a file, a folder or TFDS (docs/data.md)."""
 
     source: Literal["file"] = "file"
     path: str
+    format: Format = "auto"
+    """The convention of the rows; `auto` goes by their columns."""
     image_root: str | None = None
     """Folder the image paths are relative to and must stay in; the file's own by default."""
     max_skipped: float = Field(0.1, ge=0, le=1)

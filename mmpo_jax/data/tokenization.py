@@ -144,7 +144,7 @@ def tokenize_records(
         try:
             kept.append(tokenize(record, processor, *limits))
         except RowRejected as error:
-            skipped.append(SkippedRow(name, None, record.id, error.reason, error.detail))
+            skipped.append(SkippedRow(name, record.row, record.id, error.reason, error.detail))
     return kept, skipped
 
 

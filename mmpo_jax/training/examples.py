@@ -73,6 +73,10 @@ def unfit(
     """(reason, detail) why a record cannot be learned from; None if it can."""
     if not record.responses:
         return "empty_response", "no response to learn"
+    if "desirable" not in needs(terms) and any(
+        response.source.desirable is False for response in record.responses
+    ):
+        return "undesirable", "a response that is labelled as not desirable"
     problems = (lacks(record, field) for field in sorted(filter(is_field, needs(terms))))
     problem = next((problem for problem in problems if problem is not None), None)
     if problem is not None or reference.type != "given" or not needs_reference(terms):
@@ -125,8 +129,8 @@ def make_examples(
 def lacks(record: TokenizedRecord, field: str) -> tuple[SkipReason, str] | None:
     """(reason, detail) why an objective that needs `field` cannot use a record; None if it can."""
     sources = [response.source for response in record.responses]
-    if field == "rank" and not record.ranked:
-        return "incomplete_pair", "no ranked responses, which the objective compares"
+    if field == "rank" and (not record.ranked or len({x.rank for x in sources}) < 2):
+        return "incomplete_pair", "no responses of different ranks, which the objective compares"
     if field in ("score", "win_rate") and not all(len(source.scores) == 1 for source in sources):
         return "no_score", "not every response has one score"
     kind, _, dimension = field.partition("/")

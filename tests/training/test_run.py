@@ -82,6 +82,24 @@ def test_dpo_takes_preferences_only(make_recipe, tmp_path):
         learned(make_recipe([DIALOGUE, ALTERNATIVES], DPO))
 
 
+def test_ranks_count_and_not_the_order_of_responses(make_recipe, tmp_path):
+    """Rows of MM-RLHF, whose responses come in any order, and one of KTO."""
+    asked = {"question": QUESTION, "models_output": ["two blue stars .", "a red circle ."]}
+    ranked, tied = asked | {"final_ranking": [2, 1]}, asked | {"final_ranking": [1, 1]}
+    disliked = {"prompt": QUESTION, "completion": "two blue stars .", "label": False}
+    liked = disliked | {"completion": "no", "label": True}
+    rows = [ranked, ranked, tied, disliked]
+    assert learned(make_recipe(rows, DPO)) == [["a red circle .", "two blue stars ."]] * 2
+    found = [json.loads(line) for line in (tmp_path / "out" / SKIPPED).read_text().splitlines()]
+    assert [(row["row"], row["reason"]) for row in found] == [
+        (3, "incomplete_pair"),
+        (4, "incomplete_pair"),
+    ]
+    assert learned(make_recipe([ranked, disliked, liked], SFT)) == [["a red circle ."], ["no"]]
+    (found,) = (tmp_path / "out" / SKIPPED).read_text().splitlines()
+    assert json.loads(found)["reason"] == "undesirable"
+
+
 def test_no_row_skipped_any_more(make_recipe, tmp_path):
     learned(make_recipe([PREFERENCE, DIALOGUE], DPO))
     learned(make_recipe([PREFERENCE], DPO))
