@@ -19,7 +19,12 @@ from mmpo_jax.data.readers import (
 )
 from mmpo_jax.data.records import Record
 from mmpo_jax.data.rows import MessagesAs, SkipReason
-from mmpo_jax.data.tokenization import TokenizedRecord, tokenize_records
+from mmpo_jax.data.tokenization import (
+    Tokenize,
+    TokenizedRecord,
+    tokenize,
+    tokenize_records,
+)
 from mmpo_jax.errors import DataError
 from mmpo_jax.recipe import FileData, Lengths, ShapesData
 from mmpo_jax.shapes import records as shapes
@@ -92,6 +97,7 @@ def usable_records(
     lengths: Lengths | None,
     skipped_file: str,
     unfit: Callable[[TokenizedRecord], tuple[SkipReason, str] | None] = lambda record: None,
+    function: Tokenize = tokenize,
 ) -> tuple[Source, list[TokenizedRecord]]:
     """Tokenizes a source; what cannot be used goes to a JSONL file with the reason.
 
@@ -101,16 +107,19 @@ def usable_records(
       lengths: bucket sizes; the largest are the limits. None for no limits.
       skipped_file: not written where everything can be used.
       unfit: why a row is of no use for what it is read for (reason, detail); None where it is.
+      function: tokenizes a record.
 
     Raises:
       DataError: more rows were skipped than the recipe allows, or none is left.
     """
     kept, skipped = [], []
     if processor.images is None:
-        source = _without(source, "image", lambda record: bool(record.images))
+        source = _without(source, "image", _shows_images)
     if processor.videos is None:
         source = _without(source, "video", lambda record: bool(record.videos))
-    tokenized, too_long = tokenize_records(source.records, processor, lengths, source.name)
+    tokenized, too_long = tokenize_records(
+        source.records, processor, lengths, source.name, function
+    )
     for row in tokenized:
         problem = unfit(row)
         if problem is None:
@@ -134,6 +143,10 @@ def warn_of_cuts(name: str, records: Sequence[TokenizedRecord], lengths: Lengths
     cut = sum(response.truncated > 0 for row in records for response in row.responses)
     if cut:
         log.warning("%s: %d responses were cut to %d tokens", name, cut, lengths.response[-1])
+
+
+def _shows_images(record: Record) -> bool:
+    return bool(record.images) or any(response.images for response in record.responses)
 
 
 def _without(

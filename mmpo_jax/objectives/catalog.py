@@ -1,5 +1,5 @@
 """All modules with objectives: importing this fills the registry."""
 
-from mmpo_jax.objectives import preference, supervised
+from mmpo_jax.objectives import image_aware, joint, preference, supervised, token_level
 
-__all__ = ["preference", "supervised"]
+__all__ = ["image_aware", "joint", "preference", "supervised", "token_level"]

@@ -92,7 +92,7 @@ def train(
     with jax.set_mesh(mesh), contextlib.closing(checkpoints):
         dtype, dropout = jnp.dtype(config.compute_dtype), lora.dropout if lora else 0.0
         terms = [section.term() for section in config.objective]
-        loss = make_loss(model, terms, remat=config.remat)
+        loss = make_loss(model, terms, examples[0].names, config.remat)
         moving = config.reference if isinstance(config.reference, MovingReference) else None
         running = {"online": dtype, "ema": jnp.float32}.get(config.reference.type)
         state = create_state(

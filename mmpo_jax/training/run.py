@@ -15,7 +15,12 @@ from mmpo_jax.models.model import Params
 from mmpo_jax.models.peft import save_adapter
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipe import Lora, TrainRecipe
-from mmpo_jax.training.examples import prepare_examples, unfit
+from mmpo_jax.training.examples import (
+    fingerprint_fields,
+    prepare_examples,
+    tokenizer_for,
+    unfit,
+)
 from mmpo_jax.training.loop import check_training, train
 from mmpo_jax.training.metrics import FILE, read_metrics
 
@@ -42,6 +47,7 @@ def run_training(recipe: TrainRecipe) -> str:
             start.fingerprint,
             processor.fingerprints(),
             fingerprint_records(records),
+            fingerprint_fields(examples),
             recipe.training.identity(),
             recipe.lengths.model_dump(mode="json"),
             recipe.seed,
@@ -123,6 +129,7 @@ def training_records(recipe: TrainRecipe, start: Checkpoint) -> list[TokenizedRe
         recipe.lengths,
         os.path.join(recipe.output, SKIPPED),
         lambda record: unfit(record, terms, training.reference),
+        tokenizer_for(terms, recipe.seed),
     )
     return [_best(record) for record in records] if supervised else records
 
@@ -132,8 +139,13 @@ def _best(record: TokenizedRecord) -> TokenizedRecord:
     if not record.ranked:
         return record
     best = min(response.source.rank or 0 for response in record.responses)
-    kept = tuple(response for response in record.responses if response.source.rank == best)
-    return dataclasses.replace(record, responses=kept)
+    return _of_rank(record, best)
+
+
+def _of_rank(record: TokenizedRecord, rank: int) -> TokenizedRecord:
+    kept = tuple(response for response in record.responses if response.source.rank == rank)
+    others = tuple((name, _of_rank(other, rank)) for name, other in record.others)
+    return dataclasses.replace(record, responses=kept, others=others)
 
 
 def _random_seed(recipe: TrainRecipe) -> int | None:
