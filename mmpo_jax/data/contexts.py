@@ -75,7 +75,7 @@ def tokenize_contexts(
     """
     if other is not None and other.kind is None:
         record, shown = _with_shown(record)
-    contexts = [_joined(context) if joint else context for context in _own(record)]
+    contexts = _own(_joined(record) if joint else record)
     if other is not None:
         contexts += [
             dataclasses.replace(
@@ -89,9 +89,8 @@ def tokenize_contexts(
         ]
     rows = []
     for context in contexts:
-        row = tokenize(context.record, processor, max_prompt, max_response)
-        if joint:
-            row = _all_counted(row)
+        row = tokenize(context.record, processor, max_prompt, max_response, share_text=not joint)
+        row = _all_counted(row) if joint else row
         rows.append(_spread(row, context, record))
     if other is not None:
         half = len(rows) // 2
@@ -156,16 +155,14 @@ def _own(record: Record) -> list[_Context]:
     return contexts or [_Context(MAIN, record, ())]
 
 
-def _joined(context: _Context) -> _Context:
-    """The prompt as the first turns of every response."""
-    record = context.record
-    responses = tuple(
-        dataclasses.replace(response, turns=(*record.prompt, *response.turns))
-        for response in record.responses
-    )
-    return dataclasses.replace(
-        context, record=dataclasses.replace(record, prompt=(), responses=responses)
-    )
+def _joined(record: Record) -> Record:
+    """Every response's prompt as its first turns."""
+    responses = []
+    for response in record.responses:
+        prompt = record.prompt if response.prompt is None else response.prompt
+        turns = (*prompt, *response.turns)
+        responses.append(dataclasses.replace(response, turns=turns, prompt=None))
+    return dataclasses.replace(record, prompt=(), responses=tuple(responses))
 
 
 def _all_counted(row: TokenizedRecord) -> TokenizedRecord:

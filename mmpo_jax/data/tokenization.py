@@ -73,7 +73,12 @@ class RowRejected(Exception):
 
 
 def tokenize(
-    record: Record, processor: Processor, max_prompt: int, max_response: int
+    record: Record,
+    processor: Processor,
+    max_prompt: int,
+    max_response: int,
+    *,
+    share_text: bool = True,
 ) -> TokenizedRecord:
     """Tokenizes a record; what its responses' dialogues have in common becomes the prompt.
 
@@ -81,6 +86,14 @@ def tokenize(
     (dialogues about the same images), it is the longest common start of the dialogues' prompts:
     the images and whatever text precedes the first difference. A response without an assistant
     turn is a question to be answered: it ends with the assistant's header and has no loss.
+
+    Args:
+      record: with or without responses.
+      processor: of the checkpoint.
+      max_prompt: more tokens of a prompt are refused.
+      max_response: more tokens of a response are cut.
+      share_text: whether text that dialogues begin with goes into the shared prompt; if not, only
+        what stands up to the images does.
 
     Raises:
       RowRejected: the prompt is longer than `max_prompt`, the model cannot take an image, or a
@@ -106,7 +119,8 @@ def tokenize(
     except TemplateRefusal as error:
         raise RowRejected("template_refuses", str(error)) from error
     starts = [segments[0][0] for segments in dialogues]
-    prompt = starts[0] if record.prompt else _common_start(starts, max_prompt, processor)
+    shared = max_prompt if share_text else 0
+    prompt = starts[0] if record.prompt else _common_start(starts, shared, processor)
     if any(start[: len(prompt)] != prompt for start in starts):
         raise RowRejected("dialogues_differ", "the responses do not share the rendered prompt")
     features = sum(token in processor.placeholders for token in prompt)

@@ -14,7 +14,7 @@ def jpo(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array:
     """JPO: -log sigmoid(beta D) of log pi(x, y), where each side has a prompt x of its own.
 
     Bansal et al. 2024 (DOVE, arXiv 2404.00530): preferences over pairs of instruction and response.
-    With `joint`, prompts count as responses do, from the first token on that the two sides do not
-    share; without, responses alone, each after its own prompt.
+    With `joint`, prompts count as responses do, from the images on; without, responses alone, each
+    after its own prompt.
     """
     return logistic(beta * (chosen.ratio - rejected.ratio))
