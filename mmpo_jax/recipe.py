@@ -170,9 +170,13 @@ class PreferenceTraining(Training):
     @pydantic.model_validator(mode="after")
     def _reads_pairs(self) -> PreferenceTraining:
         for section in self.objective:
-            lacking = OBJECTIVES[section.type].needs & FIELDS.keys() - {"rank"}
+            lacking = OBJECTIVES[section.type].needs & FIELDS.keys() - {"rank", "changed"}
             if lacking:
                 raise ValueError(f"objective: {section.type} needs {min(lacking)}; pairs have none")
+            if getattr(section, "image", None) == "data":
+                raise ValueError(
+                    f"objective: {section.type}: pairs have no other image of the data"
+                )
         return self
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
-from mmpo_jax.objectives.registry import REFERENCES
+from mmpo_jax.objectives.registry import REFERENCES, VIEWS
 from mmpo_jax.recipe_objectives import SECTIONS, Objectives
 from mmpo_jax.section import PositiveInt, Section
 
@@ -123,9 +123,24 @@ class Training(Section):
         if micro is not None and self.batch_size % micro:
             raise ValueError(f"batch_size {self.batch_size} is no multiple of {micro}")
         self._check_reference()
+        self._check_contexts()
         if self.save_every % self.log_every:
             raise ValueError("save_every must be a multiple of log_every")
         return self
+
+    def _check_contexts(self) -> None:
+        """All objectives see one batch."""
+        for names in (("image", "noise_step"), ("joint",)):
+            asked = {
+                tuple(getattr(section, name) for name in names)
+                for section in self.objective
+                if hasattr(section, names[0])
+            }
+            if len(asked) > 1:
+                raise ValueError(f"objective: give all of the list the same {' and '.join(names)}")
+        joint = [section for section in self.objective if getattr(section, "joint", False)]
+        if joint and len(joint) < len(self.objective):
+            raise ValueError(f"objective: {joint[0].type} with joint reads rows otherwise")
 
     def _check_reference(self) -> None:
         enough = {
@@ -133,6 +148,13 @@ class Training(Section):
             "given": {"reference"},
             "none": set(),
         }.get(self.reference.type, REFERENCES.keys())
+        for section in self.objective:
+            needs = section.term().needs
+            if self.reference.type == "given" and needs & VIEWS.keys():
+                raise ValueError(
+                    f"objective: {section.type} compares with another image, of which the data "
+                    "have no log-probs"
+                )
         for section in self.objective:
             lacking = (section.term().needs & REFERENCES.keys()) - enough
             if lacking:

@@ -44,7 +44,7 @@ from mmpo_jax.models.fingerprints import fingerprint_model, has_fingerprint
 from mmpo_jax.models.folders import is_on_hub
 from mmpo_jax.recipe import AlignRecipe
 from mmpo_jax.stage import Stage, run_stage
-from mmpo_jax.training.examples import prepare_examples
+from mmpo_jax.training.examples import prepare_examples, tokenizer_for
 from mmpo_jax.training.loop import train
 from mmpo_jax.training.run import MODEL, save_result
 
@@ -284,8 +284,13 @@ def train_stage(work: Round, pairs: pa.Table) -> str:
             f"{pairs.schema.metadata[b'counts'].decode()}"
         )
     name = f"round {work.index}: pairs"
+    terms = [section.term() for section in recipe.training.objective]
     records, skipped = tokenize_records(
-        pair_records(work.records, pairs), start.processor, recipe.lengths, name
+        pair_records(work.records, pairs),
+        start.processor,
+        recipe.lengths,
+        name,
+        tokenizer_for(terms, recipe.seed),
     )
     for row in skipped:
         log.warning("%s: %s skipped: %s (%s)", name, row.id, row.reason, row.detail)

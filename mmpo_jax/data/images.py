@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from etils import epath
 from PIL import ExifTags, Image, ImageOps
 
+from mmpo_jax.data.edits import edit_image
 from mmpo_jax.data.records import ImageRef
 from mmpo_jax.errors import DataError
 from mmpo_jax.files import is_local
@@ -51,14 +52,15 @@ def open_image(ref: ImageRef) -> Image.Image:
     `convert("RGB")`; so do we. Hence a grey image is repeated in three channels, transparency is
     dropped and not blended, palettes are looked up, CMYK is converted, and 16-bit grey is what
     Pillow makes of it. (A Hugging Face *processor* given a `PIL.Image` that was opened elsewhere
-    does not apply the orientation; `load_image` is what one gets by passing a path.)
+    does not apply the orientation; `load_image` is what one gets by passing a path.) What the
+    reference says to change is changed then.
 
     Raises:
       DataError: the file is missing, empty, truncated or not an image.
       ImageTooLarge: it has more than `MAX_PIXELS` pixels.
     """
     with _opened(ref) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        return edit_image(ImageOps.exif_transpose(image).convert("RGB"), ref.edit)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from mmpo_jax.data.batching import pad_batch
+from mmpo_jax.data.contexts import MAIN
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.models.batch import Batch
@@ -21,16 +22,26 @@ from mmpo_jax.recipe import Lengths
 class Example:
     """A record in its contexts, with the numbers its objectives need beside the log-probs."""
 
-    contexts: tuple[TokenizedRecord, ...]
-    """One row of prompts each, of as many responses; the main one first."""
+    contexts: tuple[TokenizedRecord | None, ...]
+    """One row of prompts each, of as many responses; the main one first. None for a context that
+    other records have and this one has not."""
     fields: Mapping[str, np.ndarray]
     """name -> float32[S] or [S, t]."""
     reference: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     """`sums` float32[C, S] or `log_probs` float32[C, S, t]; empty where none was computed."""
+    names: tuple[str, ...] = (MAIN,)
+    """Of the contexts; the same in all examples."""
 
     @property
     def id(self) -> str:
-        return self.contexts[0].id
+        first = self.contexts[0]
+        assert first is not None
+        return first.id
+
+    @property
+    def rows(self) -> list[TokenizedRecord]:
+        """The contexts it has."""
+        return [context for context in self.contexts if context is not None]
 
 
 @jax.tree_util.register_dataclass
@@ -133,13 +144,13 @@ def _batch_maker(
     micro_batch_size: int,
 ) -> Callable[[list[int]], HostBatch]:
     processes, process = jax.process_count(), jax.process_index()
-    records = [record for example in examples for record in example.contexts]
+    records = [record for example in examples for record in example.rows]
     num_responses = max(len(record.responses) for record in records)
-    contexts = max(len(example.contexts) for example in examples)
+    contexts = len(examples[0].contexts)
 
     def make(indices: list[int]) -> HostBatch:
         chosen = [examples[int(index)] for index in indices]
-        records = [record for example in chosen for record in example.contexts]
+        records = [record for example in chosen for record in example.rows]
         prompt = max(len(record.prompt_ids) for record in records)
         response = max(len(r.ids) for record in records for r in record.responses)
         micro_batches = []
@@ -148,7 +159,7 @@ def _batch_maker(
             first = start + process * rows
             own = chosen[first : first + rows]
             prompts = pad_batch(
-                [context for example in own for context in _filled(example, contexts)],
+                [context for example in own for context in example.contexts],
                 processor,
                 rows=rows * contexts,
                 prompt_sizes=[size for size in lengths.prompt if size >= prompt][:1],
@@ -174,10 +185,6 @@ def _batch_maker(
         return HostBatch(stacked, tuple(example.id for example in chosen))
 
     return make
-
-
-def _filled(example: Example, contexts: int) -> list[TokenizedRecord | None]:
-    return [*example.contexts, *[None] * (contexts - len(example.contexts))]
 
 
 def _pad(values: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:

@@ -21,8 +21,9 @@ import numpy as np
 import transformers
 from PIL import Image
 
+from mmpo_jax.data.edits import edit_pixels
 from mmpo_jax.data.images import image_size, open_image
-from mmpo_jax.data.records import ImageRef, Turn, VideoRef
+from mmpo_jax.data.records import Edit, ImageRef, Turn, VideoRef
 from mmpo_jax.data.templates import TEMPLATES
 from mmpo_jax.errors import DataError, MmpoError
 from mmpo_jax.files import fingerprint_json
@@ -197,6 +198,17 @@ class Processor:
         """Token ids of rendered text, each image placeholder once; adds no special tokens."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """`encode`, and the characters [start, end) of the text that every token stands for.
+
+        Raises:
+          ProcessorError: the tokenizer cannot say.
+        """
+        if not self.tokenizer.is_fast:
+            raise ProcessorError(f"{self.folder}: spans of a text need a tokenizer.json")
+        made = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return made["input_ids"], made["offset_mapping"]
+
     def layouts(self, images: Sequence[ImageRef], videos: Sequence[VideoRef] = ()) -> list[Layout]:
         """How each image, then each video of a prompt becomes tokens.
 
@@ -261,12 +273,14 @@ class Processor:
             assert self.images is not None
             opened = [open_image(image) for image in images]
             with _named(images):
-                made += self.images.pixels(self.config, self.image_processor, opened)
+                plain = self.images.pixels(self.config, self.image_processor, opened)
+            made += [edit_pixels(x, y.edit) for x, y in zip(plain, images, strict=True)]
         if videos:
             assert self.videos is not None
             clips = [[open_image(frame) for frame in video.frames] for video in videos]
             with _named(videos):
-                made += self.videos.pixels(self.config, self.video_settings, clips)
+                plain = self.videos.pixels(self.config, self.video_settings, clips)
+            made += [edit_pixels(x, y.frames[0].edit) for x, y in zip(plain, videos, strict=True)]
         with self._lock:
             self._pixels[key] = made
             self._pixel_bytes += sum(pixels.nbytes for pixels in made)
@@ -398,8 +412,8 @@ def _named(media: Sequence[ImageRef | VideoRef]) -> Iterator[None]:
         raise MediaError(f"{', '.join(one.name for one in media)}: {error}") from error
 
 
-def _cache_key(image: ImageRef) -> bytes | str:
-    return image.data if image.data is not None else str(image.path)
+def _cache_key(image: ImageRef) -> tuple[bytes | str, Edit | None]:
+    return image.data if image.data is not None else str(image.path), image.edit
 
 
 def _is_setting(key: str) -> bool:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from etils import epath
@@ -21,6 +21,24 @@ class Turn:
     text: str
 
 
+EditKind = Literal["crop", "rotate", "black", "blank", "noise"]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A change of an image that is made whenever it is read, see `data.edits`.
+
+    Attributes:
+      kind: what is done.
+      seed: of what is random in it.
+      step: of `noise`, how many steps of diffusion.
+    """
+
+    kind: EditKind
+    seed: int = 0
+    step: int = 0
+
+
 @dataclass(frozen=True)
 class ImageRef:
     """An image that is not decoded yet: its encoded bytes, or the file that holds them.
@@ -29,11 +47,13 @@ class ImageRef:
       name: how messages call the image, such as the path written in the row.
       data: the encoded image (JPEG, PNG, ...), or None where `path` is given.
       path: the file, resolved, or None where `data` is given.
+      edit: how it is changed after decoding; None for not at all.
     """
 
     name: str
     data: bytes | None = field(default=None, repr=False)
     path: epath.Path | None = None
+    edit: Edit | None = None
 
     def __post_init__(self) -> None:
         if (self.data is None) == (self.path is None):
@@ -55,12 +75,15 @@ class ImageRef:
             raise DataError(f"cannot read image {os.fspath(self.path)}: {reason}") from error
 
     def fingerprint(self) -> str:
-        """SHA-256 of the encoded image.
+        """SHA-256 of the encoded image, and of what is changed.
 
         Raises:
           DataError: the file is missing or cannot be read.
         """
-        return fingerprint_bytes(self.read())
+        encoded = fingerprint_bytes(self.read())
+        if self.edit is None:
+            return encoded
+        return fingerprint_json([encoded, asdict(self.edit)])
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,17 @@ SkipReason = Literal[
     "incomplete_pair",  # chosen without rejected, or the other way round
     "own_images",  # of a response: not taken where the row is used
     "own_prompt",  # the same of the prompt
+    "no_dialogue",  # nothing after the first answer, where corrections are learned from
     "no_label",  # a response without a verdict, where they are learned from
+    "no_other_image",  # none to change, and none given
     "no_reference",  # a response without a reference's log-prob, where the data are to give it
     "no_score",  # a response without a score, where they are learned from
     "no_prompt",  # neither a prompt nor messages
     "placeholder_count",  # as many placeholders as images, or none
     "prompt_too_long",  # over the largest bucket; its image tokens are never cut
     "question_too_long",
+    "no_spans",  # no part of a response is marked, where these are learned from
+    "span_not_found",  # the chat template changes the text that spans are of
     "template_refuses",  # the chat template does not take such a dialogue
     "rank_count",  # ranks and responses differ in number
     "score_count",  # scores and responses differ in number

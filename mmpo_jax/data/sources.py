@@ -19,7 +19,12 @@ from mmpo_jax.data.readers import (
 )
 from mmpo_jax.data.records import Record
 from mmpo_jax.data.rows import MessagesAs
-from mmpo_jax.data.tokenization import TokenizedRecord, tokenize_records
+from mmpo_jax.data.tokenization import (
+    Tokenize,
+    TokenizedRecord,
+    tokenize,
+    tokenize_records,
+)
 from mmpo_jax.errors import DataError
 from mmpo_jax.recipe import FileData, Lengths, ShapesData
 from mmpo_jax.shapes import records as shapes
@@ -92,6 +97,7 @@ def usable_records(
     lengths: Lengths | None,
     skipped_file: str,
     unfit: Callable[[TokenizedRecord], Problem | None] = lambda record: None,
+    function: Tokenize = tokenize,
 ) -> tuple[Source, list[TokenizedRecord]]:
     """Tokenizes a source; what cannot be used goes to a JSONL file with the reason.
 
@@ -101,6 +107,7 @@ def usable_records(
       lengths: bucket sizes; the largest are the limits. None for no limits.
       skipped_file: not written where everything can be used.
       unfit: why a row is of no use for what it is read for (reason, detail); None where it is.
+      function: tokenizes a record.
 
     Raises:
       DataError: more rows were skipped than the recipe allows, or none is left.
@@ -113,7 +120,9 @@ def usable_records(
     ids = {row.id for row in refused}
     source = source.skip([record for record in source.records if record.id not in ids], refused)
     numbers = {record.id: record.row for record in source.records}
-    tokenized, too_long = tokenize_records(source.records, processor, lengths, source.name)
+    tokenized, too_long = tokenize_records(
+        source.records, processor, lengths, source.name, function
+    )
     for row in tokenized:
         problem = unfit(row)
         if problem is None:
@@ -141,11 +150,15 @@ def warn_of_cuts(name: str, records: Sequence[TokenizedRecord], lengths: Lengths
 
 def unsupported(record: Record, processor: Processor) -> Problem | None:
     """What a record shows that the model does not take; None where it takes all."""
-    if record.images and processor.images is None:
+    if processor.images is None and _shows_images(record):
         return "unsupported_image", "this model takes no images"
     if record.videos and processor.videos is None:
         return "unsupported_video", "this model takes no videos"
     return None
+
+
+def _shows_images(record: Record) -> bool:
+    return bool(record.images) or any(response.images for response in record.responses)
 
 
 def _without_prompt(path: str, record: Record) -> SkippedRow:

@@ -7,7 +7,8 @@ Image tokens are never cut: too long a prompt drops the row; an over-long respon
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from mmpo_jax.data.processor import MediaError, Processor, ProcessorError, Templ
 from mmpo_jax.data.readers import SkippedRow
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn, VideoRef
 from mmpo_jax.data.rows import SkipReason
+from mmpo_jax.data.segments import covered_tokens
 from mmpo_jax.files import fingerprint_json
 from mmpo_jax.models.layout import Layout
 from mmpo_jax.recipe import Lengths
@@ -35,6 +37,8 @@ class TokenizedResponse:
     """How many tokens the length limit cut off."""
     source: Response
     """What it was made of."""
+    span_tokens: tuple[tuple[int, int], ...] = ()
+    """[start, end) of the tokens of each of the source's spans; may end beyond those left."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +55,8 @@ class TokenizedRecord:
     ranked: bool = False
     """As in `Record`."""
     videos: tuple[VideoRef, ...] = ()
+    others: tuple[tuple[str, TokenizedRecord], ...] = ()
+    """The same responses in other contexts, by name; see `data.contexts`."""
 
     @property
     def num_slots(self) -> int:
@@ -67,7 +73,12 @@ class RowRejected(Exception):
 
 
 def tokenize(
-    record: Record, processor: Processor, max_prompt: int, max_response: int
+    record: Record,
+    processor: Processor,
+    max_prompt: int,
+    max_response: int,
+    *,
+    share_text: bool = True,
 ) -> TokenizedRecord:
     """Tokenizes a record; what its responses' dialogues have in common becomes the prompt.
 
@@ -75,6 +86,14 @@ def tokenize(
     (dialogues about the same images), it is the longest common start of the dialogues' prompts:
     the images and whatever text precedes the first difference. A response without an assistant
     turn is a question to be answered: it ends with the assistant's header and has no loss.
+
+    Args:
+      record: with or without responses.
+      processor: of the checkpoint.
+      max_prompt: more tokens of a prompt are refused.
+      max_response: more tokens of a response are cut.
+      share_text: whether text that dialogues begin with goes into the shared prompt; if not, only
+        what stands up to the images does.
 
     Raises:
       RowRejected: the prompt is longer than `max_prompt`, the model cannot take an image, or a
@@ -100,7 +119,8 @@ def tokenize(
     except TemplateRefusal as error:
         raise RowRejected("template_refuses", str(error)) from error
     starts = [segments[0][0] for segments in dialogues]
-    prompt = starts[0] if record.prompt else _common_start(starts, max_prompt, processor)
+    shared = max_prompt if share_text else 0
+    prompt = starts[0] if record.prompt else _common_start(starts, shared, processor)
     if any(start[: len(prompt)] != prompt for start in starts):
         raise RowRejected("dialogues_differ", "the responses do not share the rendered prompt")
     features = sum(token in processor.placeholders for token in prompt)
@@ -118,7 +138,11 @@ def tokenize(
         )
     responses = []
     for response, segments in zip(record.responses, dialogues, strict=False):
-        responses.append(_response(response, segments, len(prompt), max_response))
+        made = _response(response, segments, len(prompt), max_response)
+        if response.spans:
+            spans = _span_tokens(response, record, segments, len(prompt), processor)
+            made = dataclasses.replace(made, span_tokens=spans)
+        responses.append(made)
         if np.isin(responses[-1].ids, processor.placeholders).any():
             raise RowRejected("image_position", "a response holds the image placeholder")
     return TokenizedRecord(
@@ -132,8 +156,16 @@ def tokenize(
     )
 
 
+Tokenize = Callable[[Record, Processor, int, int], TokenizedRecord]
+"""`tokenize`, or another function of its kind."""
+
+
 def tokenize_records(
-    records: Sequence[Record], processor: Processor, lengths: Lengths | None, name: str = ""
+    records: Sequence[Record],
+    processor: Processor,
+    lengths: Lengths | None,
+    name: str = "",
+    function: Tokenize = tokenize,
 ) -> tuple[list[TokenizedRecord], list[SkippedRow]]:
     """Tokenizes the records of the source `name`; what does not fit is left out with a reason."""
     limits = (UNLIMITED, UNLIMITED)
@@ -142,7 +174,7 @@ def tokenize_records(
     kept, skipped = [], []
     for record in records:
         try:
-            kept.append(tokenize(record, processor, *limits))
+            kept.append(function(record, processor, *limits))
         except RowRejected as error:
             skipped.append(SkippedRow(name, record.row, record.id, error.reason, error.detail))
     return kept, skipped
@@ -150,18 +182,18 @@ def tokenize_records(
 
 def fingerprint_records(records: Sequence[TokenizedRecord]) -> str:
     """SHA-256 of what a model sees of the records: tokens, loss masks and encoded images."""
-    return fingerprint_json(
-        [
-            [
-                record.id,
-                record.prompt_ids.tolist(),
-                [[r.ids.tolist(), r.loss_mask.tolist()] for r in record.responses],
-                [image.fingerprint() for image in record.images],
-                [video.fingerprint() for video in record.videos],
-            ]
-            for record in records
-        ]
-    )
+    return fingerprint_json([_seen(record) for record in records])
+
+
+def _seen(record: TokenizedRecord) -> list[Any]:
+    return [
+        record.id,
+        record.prompt_ids.tolist(),
+        [[r.ids.tolist(), r.loss_mask.tolist()] for r in record.responses],
+        [image.fingerprint() for image in record.images],
+        [video.fingerprint() for video in record.videos],
+        *([name, _seen(other)] for name, other in record.others),
+    ]
 
 
 Segment = tuple[list[int], bool]
@@ -272,3 +304,47 @@ def _response(
         max(0, len(ids) - max_response),
         source,
     )
+
+
+def _span_tokens(
+    response: Response,
+    record: Record,
+    segments: Sequence[Segment],
+    start: int,
+    processor: Processor,
+) -> tuple[tuple[int, int], ...]:
+    """[start, end) of the tokens of each span, counted from the response's first; where a span is
+    in no token, an empty range.
+
+    Raises:
+      RowRejected: the chat template changes the text that the spans are of.
+    """
+    turns = (*record.prompt, *response.turns)
+    last = max(place for place, turn in enumerate(turns) if turn.role == "assistant")
+
+    def render(turns: Sequence[Turn], for_answer: bool) -> str:
+        return processor.render(turns, len(record.images), for_answer, len(record.videos))
+
+    before, after = render(turns[:last], True), render(turns[: last + 1], False)
+    spoken = response.text.strip()
+    place = after.find(spoken, len(before))
+    if place < 0:
+        raise RowRejected("span_not_found", "the chat template changes the text of the response")
+    place -= len(response.text) - len(response.text.lstrip())
+    offsets = _offsets(before, after, processor)
+    answer = max(index for index, (_, assistant) in enumerate(segments) if assistant)
+    shift = sum(len(ids) for ids, _ in segments[:answer]) - start
+    found = []
+    for span in response.spans:
+        first, end = covered_tokens(after, offsets, place + span.start, place + span.end)
+        found.append((first + shift, end + shift))
+    return tuple(found)
+
+
+def _offsets(start: str, text: str, processor: Processor) -> list[tuple[int, int]]:
+    """Characters of `text` that each of the tokens `_continued` gives stands for."""
+    begun, (whole, places) = processor.encode(start), processor.encode_with_offsets(text)
+    if whole[: len(begun)] == begun:
+        return places[len(begun) :]
+    _, places = processor.encode_with_offsets(text[len(start) :])
+    return [(first + len(start), last + len(start)) for first, last in places]

@@ -6,7 +6,7 @@ And what else some objectives read of every token's distribution, from the same 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +51,7 @@ def response_statistics(
     reference: Params | None = None,
     remat: str = "none",
     chunk: int | None = None,
+    partners: Sequence[int] = (0,),
 ) -> dict[str, jax.Array]:
     """`response_log_probs` and other numbers of every response token, from the same logits.
 
@@ -58,10 +59,11 @@ def response_statistics(
       model, params, batch, remat, chunk: see `response_log_probs`.
       names: of the statistics, see `token_statistics`; `kl` needs a reference.
       reference: parameters of a second model of the same architecture; never has a gradient.
+      partners: see `token_statistics`.
 
     Returns:
       name -> float32[B, R, T], 0 at padding: `log_probs`, those asked for, and where there is a
-      reference `reference_log_probs`.
+      reference `reference_log_probs` and what else is asked for of it.
     """
 
     def predictors(params: Params, remat: str) -> tuple[jax.Array, jax.Array]:
@@ -73,7 +75,7 @@ def response_statistics(
     if reference is not None:
         other = jax.lax.stop_gradient(predictors(jax.lax.stop_gradient(reference), "none"))
     hidden, kernel = predictors(params, remat)
-    found = token_statistics(hidden, kernel, batch.response_ids, names, other, chunk)
+    found = token_statistics(hidden, kernel, batch.response_ids, names, other, chunk, partners)
     return {name: values * batch.response_mask for name, values in found.items()}
 
 
@@ -102,6 +104,7 @@ def token_statistics(
     names: Collection[str] = (),
     reference: tuple[jax.Array, jax.Array] | None = None,
     chunk: int | None = None,
+    partners: Sequence[int] = (0,),
 ) -> dict[str, jax.Array]:
     """log softmax(hidden @ kernel)[labels], and more, without storing the logits.
 
@@ -115,12 +118,15 @@ def token_statistics(
       kernel: [D, V].
       labels: int32[B, R, T].
       names: what else is wanted: `collision` log sum_v p_v^2, `logit` the label's logit, `kl`
-        KL(reference || this) over the vocabulary.
+        KL(reference || this) over the vocabulary, `own` the log-prob of the token that is most
+        probable in the row's partner.
       reference: hidden states and head of a reference.
       chunk: positions of T per step; the backward pass recomputes each step's logits.
+      partners: rows come in groups of C; for each of a group, the place of its partner in it.
 
     Returns:
-      name -> float32[B, R, T]: `log_probs`, `names`, and `reference_log_probs` if there is one.
+      name -> float32[B, R, T]: `log_probs`, `names`, and if there is a reference
+      `reference_log_probs`, and `reference_logit` and `reference_own` beside `logit` and `own`.
     """
     b, r, t, _ = hidden.shape
     heads = [(hidden, split_vocabulary(kernel))]
@@ -129,6 +135,10 @@ def token_statistics(
     chunk = chunk or head_chunk(b * r * len(heads), t, *kernel.shape)
     steps = -(-t // chunk)
     pad = steps * chunk - t
+
+    def partner(x: jax.Array) -> jax.Array:
+        groups = x.reshape(-1, len(partners), *x.shape[1:])
+        return groups[:, jnp.array(partners)].reshape(x.shape)
 
     def score(_, inputs):
         targets, *states = inputs
@@ -140,7 +150,14 @@ def token_statistics(
         log_probs = [value - norm for value, norm in zip(chosen, normaliser, strict=True)]
         found = dict(zip(("log_probs", "reference_log_probs"), log_probs, strict=False))
         if "logit" in names:
-            found["logit"] = chosen[0]
+            found |= dict(zip(("logit", "reference_logit"), chosen, strict=False))
+        if "own" in names:
+            best = [partner(jnp.argmax(x, axis=-1))[..., None] for x in logits]
+            own = [
+                jnp.take_along_axis(x, token, axis=-1) - norm
+                for x, token, norm in zip(logits, best, normaliser, strict=True)
+            ]
+            found |= dict(zip(("own", "reference_own"), own, strict=False))
         if "collision" in names:
             twice = 2 * (logits[0] - normaliser[0])
             found["collision"] = jax.nn.logsumexp(twice, axis=-1, keepdims=True)

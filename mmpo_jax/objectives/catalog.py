@@ -3,10 +3,23 @@
 from mmpo_jax.objectives import (
     absolute,
     batch_rules,
+    image_aware,
+    joint,
     preference,
     reference_free,
     scored,
     supervised,
+    token_level,
 )
 
-__all__ = ["absolute", "batch_rules", "preference", "reference_free", "scored", "supervised"]
+__all__ = [
+    "absolute",
+    "batch_rules",
+    "image_aware",
+    "joint",
+    "preference",
+    "reference_free",
+    "scored",
+    "supervised",
+    "token_level",
+]

@@ -14,7 +14,15 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from mmpo_jax.objectives.registry import Objective, Positive, Share, State, register
+from mmpo_jax.objectives.registry import (
+    DiffusionStep,
+    Objective,
+    OtherImageKind,
+    Positive,
+    Share,
+    State,
+    register,
+)
 from mmpo_jax.objectives.responses import Responses
 from mmpo_jax.objectives.sums import Sums, weighted
 
@@ -53,6 +61,8 @@ def pairwise(
     coupled: bool = False,
     state: Mapping[str, float] | None = None,
     divergences: bool = False,
+    image: OtherImageKind | None = None,
+    options: Mapping[str, tuple[Any, Any]] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function (chosen: Side, rejected: Side, **options) -> loss float32[N, K].
 
@@ -65,6 +75,9 @@ def pairwise(
       coupled: the loss of a pair depends on others: the function also takes weights float32[N, K].
       state: first values of what it keeps; then it also takes a state and gives (loss, state).
       divergences: whether its log-ratios may be those of another f-divergence, an option then.
+      image: the other image that it compares with by default; the options `image` and `noise_step`
+        choose another.
+      options: name -> (type, default) of options that say how the data are read.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,6 +85,7 @@ def pairwise(
         shared: dict[str, tuple[Any, Any]] = {
             "ld_alpha": (Share | None, None),
             "wpo": (bool, False),
+            **(options or {}),
         }
         if divergences:
             shared |= {
@@ -79,25 +93,28 @@ def pairwise(
                 "divergence_alpha": (Positive, 0.5),
             }
 
+        if image is not None:
+            shared |= {"image": (OtherImageKind, image), "noise_step": (DiffusionStep, 500)}
+
         def apply(
-            responses: Responses, weights: jax.Array, kept: State, options: Mapping[str, Any]
+            responses: Responses, weights: jax.Array, kept: State, given: Mapping[str, Any]
         ) -> tuple[Sums, State]:
-            own = {name: value for name, value in options.items() if name not in shared}
+            own = {name: value for name, value in given.items() if name not in shared}
             first, second, counted = all_pairs(responses, weights)
-            chosen, rejected = sides(first, second, reference, options)
+            chosen, rejected = sides(first, second, reference, given)
             arguments: list[Any] = [chosen, rejected]
             if "gold" in needs:
                 gold, counted = gold_of_pairs(responses, counted)
-                arguments.append(_side(gold, None, reference, options))
+                arguments.append(_side(gold, None, reference, given))
             if coupled:
                 arguments.append(counted)
             if state is not None:
                 loss, kept = function(*arguments, kept, **own)
             else:
                 loss = function(*arguments, **own)
-            if options.get("wpo"):
+            if given.get("wpo"):
                 loss = loss * confidence(first) * confidence(second)
-            beta = options.get("beta", 1.0)
+            beta = given.get("beta", 1.0)
             metrics = pair_metrics(chosen, rejected, beta, counted)
             return Sums(*weighted(loss, counted), metrics), kept
 
@@ -107,7 +124,7 @@ def pairwise(
                 kind="pairs",
                 function=function,
                 apply=apply,
-                needs=frozenset({"rank", *needs}),
+                needs=frozenset({"rank", *needs} | ({"other_image"} if image else set())),
                 coupled=coupled or state is not None,
                 state=state or {},
                 shared_options=shared,

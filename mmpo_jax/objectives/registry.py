@@ -10,7 +10,7 @@ import dataclasses
 import inspect
 import typing
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 from pydantic import Field
@@ -20,6 +20,8 @@ from mmpo_jax.objectives.sums import Sums
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+OtherImageKind = Literal["crop", "rotate", "black", "blank", "noise", "data"]
+DiffusionStep = Annotated[int, Field(ge=0, lt=1000)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Smoothing = Annotated[float, Field(ge=0, lt=0.5)]
 PositiveSmoothing = Annotated[float, Field(gt=0, lt=0.5)]
@@ -35,6 +37,8 @@ FIELDS = {
     "desirable": "whether a response is desirable",
     "token_weights": "spans of every response with a weight",
     "phrases": "spans of every response with the number of a phrase",
+    "changed": "spans of changed segments, or pairs, whose texts are compared",
+    "turn": "turns of the assistant after the response",
     "rewards": "rewards of sampled responses, as on-policy training makes them",
 }
 """What the data have to say of every response, by the names objectives use."""
@@ -49,6 +53,7 @@ STATISTICS = {
     "collision": "log of the probability that two draws of a token agree, log sum p^2",
     "logit": "the logit of the token",
     "kl": "KL(reference || policy) at the token, over the vocabulary",
+    "own": "the log-prob of the token that is most probable after the other image",
 }
 """What the policy says of every token beside its log-prob."""
 

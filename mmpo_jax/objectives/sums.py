@@ -14,9 +14,9 @@ class Sums:
     """A loss before its division: adding the parts of a batch gives the whole batch's."""
 
     loss: jax.Array
-    """float32[]: sum of the terms."""
+    """float32[], or [L] of a loss with L parts: sum of the terms."""
     weight: jax.Array
-    """float32[]: how much they count; the loss of a batch is loss / weight."""
+    """As `loss`: how much they count; the loss of a batch is the sum over L of loss / weight."""
     metrics: dict[str, tuple[jax.Array, jax.Array]]
     """name -> (sum, weight), float32[] each."""
 

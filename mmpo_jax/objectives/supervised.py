@@ -8,15 +8,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mmpo_jax.objectives.registry import Objective, State, register
+from mmpo_jax.objectives.registry import NonNegative, Objective, State, register
 from mmpo_jax.objectives.responses import Responses
 from mmpo_jax.objectives.sums import Sums, weighted
 
 
-def tokenwise(*needs: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def tokenwise(
+    *needs: str,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function (responses [N, S], **options) -> (loss, weight), float32[N, S, T] each.
 
-    The loss of a batch is the mean over the tokens of all of it.
+    The loss of a batch is the mean over the tokens of all of it. Where weights are [L, N, S, T], it
+    is the sum of the means of L parts.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -25,8 +28,10 @@ def tokenwise(*needs: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
         ) -> tuple[Sums, State]:
             loss, counted = function(responses, **options)
             counted = counted * weights[:, None, None]
+            own = (-3, -2, -1)
+            sums = (loss * counted).sum(axis=own), counted.sum(axis=own)
             metrics = {"nll_loss": weighted(-responses.log_probs, counted)}
-            return Sums(*weighted(loss, counted), metrics), state
+            return Sums(*sums, metrics), state
 
         register(
             Objective(
@@ -53,6 +58,22 @@ def sft(responses: Responses) -> tuple[jax.Array, jax.Array]:
     preference averages over those of a device's micro-batch.
     """
     return -responses.log_probs, responses.mask * best(responses)[..., None]
+
+
+@tokenwise("turn")
+def nsft(responses: Responses, *, kl_weight: NonNegative = 0.0) -> tuple[jax.Array, jax.Array]:
+    """nSFT: mean of -log p over the chosen response + the same over the dialogue that corrects it.
+
+    Zhu et al. 2024 (arXiv 2411.14797): the turns after the response are questions and answers about
+    the errors of a rejected one, which itself is not learned. `kl_weight` adds that many times
+    KL(reference || policy) per token.
+    """
+    loss = -responses.log_probs
+    if kl_weight:
+        loss += kl_weight * responses.statistics["kl"]
+    answer = responses.fields["turn"] == 0
+    counted = responses.mask * best(responses)[..., None]
+    return loss, jnp.stack([counted * answer, counted * ~answer])
 
 
 def best(responses: Responses) -> jax.Array:

@@ -34,6 +34,8 @@ class Term:
         if "scores" in needs and "dimensions" in self.options:
             needs.remove("scores")
             needs |= {f"scores/{name}" for name in self.options["dimensions"]}
+        if self.options.get("kl_weight"):
+            needs |= {"kl", "reference_model"}
         return frozenset(needs)
 
 
@@ -99,7 +101,8 @@ def evaluate(
 def combine(terms: Sequence[Term], sums: Sequence[Sums]) -> jax.Array:
     """The loss: the terms' means, weighted and added up."""
     parts = [
-        term.weight * mean(part.loss, part.weight) for term, part in zip(terms, sums, strict=True)
+        term.weight * jnp.sum(mean(part.loss, part.weight))
+        for term, part in zip(terms, sums, strict=True)
     ]
     return jnp.sum(jnp.stack(parts))
 
@@ -111,6 +114,6 @@ def report(terms: Sequence[Term], sums: Sequence[Sums]) -> dict[str, jax.Array]:
     for term, part in zip(terms, sums, strict=True):
         values = {name: mean(*pair) for name, pair in part.metrics.items()}
         if len(terms) > 1:
-            values[f"loss/{term.objective.name}"] = mean(part.loss, part.weight)
+            values[f"loss/{term.objective.name}"] = jnp.sum(mean(part.loss, part.weight))
         metrics = values | metrics
     return metrics

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 from jax.sharding import Mesh
 
 from mmpo_jax.checkpoint import Checkpoint
+from mmpo_jax.data.contexts import (
+    OtherImage,
+    all_contexts,
+    answers,
+    arranged,
+    context_names,
+    tokenize_contexts,
+)
 from mmpo_jax.data.pipeline import Example
+from mmpo_jax.data.records import Span
 from mmpo_jax.data.rows import SkipReason
-from mmpo_jax.data.tokenization import TokenizedRecord
+from mmpo_jax.data.segments import changed_segments
+from mmpo_jax.data.tokenization import Tokenize, TokenizedRecord, TokenizedResponse
 from mmpo_jax.errors import DataError
+from mmpo_jax.files import fingerprint_json
 from mmpo_jax.objectives.registry import FIELDS, is_field
 from mmpo_jax.objectives.terms import Term, needs
 from mmpo_jax.recipe import Lengths
@@ -54,7 +66,7 @@ def prepare_examples(
             start.model,
             start.params,
             start.processor,
-            records,
+            [context for record in records for _, context in all_contexts(record)],
             lengths,
             mesh,
             folder=folder,
@@ -88,9 +100,28 @@ def unfit(
 
 def _given(records: Sequence[TokenizedRecord]) -> dict[str, np.ndarray]:
     return {
-        record.id: np.array([r.source.log_prob for r in record.responses], np.float32)
+        context.id: np.array(
+            [r.source.log_prob if len(r.ids) else 0 for r in context.responses], np.float32
+        )
         for record in records
+        for _, context in all_contexts(record)
     }
+
+
+def tokenizer_for(terms: Sequence[Term], seed: int) -> Tokenize:
+    """Tokenizes records in the contexts that the terms need.
+
+    Args:
+      terms: whose options agree on the contexts, as a recipe's do.
+      seed: of what is random in other images.
+    """
+    others = [term.options for term in terms if "other_image" in term.needs]
+    other = None
+    if others:
+        kind, step = others[0]["image"], others[0]["noise_step"]
+        other = OtherImage(None if kind == "data" else kind, step, seed)
+    joint = any(term.options.get("joint") for term in terms)
+    return functools.partial(tokenize_contexts, other=other, joint=joint)
 
 
 def make_examples(
@@ -98,12 +129,12 @@ def make_examples(
     needs: Collection[str],
     reference: Mapping[str, np.ndarray] | None = None,
 ) -> list[Example]:
-    """Examples of records in one context.
+    """Examples of records, each in as many contexts as any of them.
 
     Args:
       records: with responses.
       needs: names, as objectives have them; those of fields count.
-      reference: record id -> float32[S] or [S, t], if one was computed.
+      reference: id of a record in a context -> float32[S] or [S, t], if one was computed.
 
     Raises:
       DataError: no record has a field that is needed.
@@ -116,14 +147,35 @@ def make_examples(
                 f"no row has the field {field!r}, which the objective needs: "
                 f"{FIELDS[field.partition('/')[0]]}"
             )
-    return [
-        Example(
-            (record,),
-            {field: make(record) for field, make in makers.items()},
-            {} if reference is None else {name: reference[record.id][None]},
-        )
-        for record in records
-    ]
+    names = context_names(records)
+    examples = []
+    for record in records:
+        contexts = arranged(record, names)
+        scores = {}
+        if reference is not None:
+            found = [None if row is None else reference[row.id] for row in contexts]
+            scores[name] = _stacked(found)
+        fields = {field: make(record) for field, make in makers.items()}
+        examples.append(Example(contexts, fields, scores, names))
+    return examples
+
+
+def _stacked(rows: Sequence[np.ndarray | None]) -> np.ndarray:
+    """float32[C, ...] of rows of different lengths, zeros where one has none."""
+    known = [row for row in rows if row is not None]
+    shape = np.max([row.shape for row in known], axis=0)
+    stacked = np.zeros((len(rows), *shape), np.float32)
+    for place, row in zip(stacked, rows, strict=True):
+        if row is not None:
+            place[tuple(map(slice, row.shape))] = row
+    return stacked
+
+
+def fingerprint_fields(examples: Sequence[Example]) -> str:
+    """SHA-256 of what the data say of the responses."""
+    return fingerprint_json(
+        [{name: value.tolist() for name, value in example.fields.items()} for example in examples]
+    )
 
 
 def lacks(record: TokenizedRecord, field: str) -> tuple[SkipReason, str] | None:
@@ -140,6 +192,15 @@ def lacks(record: TokenizedRecord, field: str) -> tuple[SkipReason, str] | None:
         return "no_score", "not every response has a score 'consistency'"
     if field == "gold" and (not record.ranked or len(set(_ranks(record))) < 3):
         return "incomplete_pair", "no three different ranks, the best of which is gold"
+    spans = [span for source in sources for span in source.spans]
+    if field == "token_weights" and not any(span.weight is not None for span in spans):
+        return "no_spans", "no span has a weight"
+    if field == "phrases" and not any(span.phrase is not None for span in spans):
+        return "no_spans", "no span has the number of a phrase"
+    if field == "changed" and not spans and len(sources) != 2:
+        return "no_spans", "no span says what changed, and the responses are not two to compare"
+    if field == "turn" and not any(_turns_of(response).max() > 0 for response in answers(record)):
+        return "no_dialogue", "no turn of the assistant follows the response"
     if field == "desirable" and any(source.desirable is None for source in sources):
         return "no_label", "not every response is said to be desirable or not"
     return None
@@ -175,6 +236,63 @@ def _desirable(record: TokenizedRecord) -> np.ndarray:
     return np.array([bool(response.source.desirable) for response in record.responses], np.float32)
 
 
+def _of_tokens(values: Sequence[np.ndarray]) -> np.ndarray:
+    """float32[S, t] of what is said of every response's tokens."""
+    longest = max(len(value) for value in values)
+    return np.array([np.pad(value, (0, longest - len(value))) for value in values], np.float32)
+
+
+def _spanned(
+    record: TokenizedRecord, value: Callable[[Span], float | None], default: float
+) -> np.ndarray:
+    """float32[S, t]: the value of the span a token is in, else the default; of spans that share a
+    token the last one's."""
+    rows = []
+    for response in answers(record):
+        row = np.full(len(response.ids), default)
+        for span, (first, end) in zip(response.source.spans, response.span_tokens, strict=True):
+            of_span = value(span)
+            if of_span is not None:
+                row[first:end] = of_span
+        rows.append(row)
+    return _of_tokens(rows)
+
+
+def _token_weights(record: TokenizedRecord) -> np.ndarray:
+    return _spanned(record, lambda span: span.weight, 1.0)
+
+
+def _phrases(record: TokenizedRecord) -> np.ndarray:
+    """0 where a token is in no phrase, else 1 + the phrase's number."""
+    return _spanned(record, lambda span: None if span.phrase is None else span.phrase + 1, 0.0)
+
+
+def _changed(record: TokenizedRecord) -> np.ndarray:
+    """1 in changed segments: in spans where there are any, else where the tokens of two responses
+    differ."""
+    responses = answers(record)
+    if any(response.source.spans for response in responses):
+        return _spanned(record, lambda span: 1.0, 0.0)
+    ids = [response.ids.tolist() for response in responses]
+    rows = []
+    for tokens, ranges in zip(ids, changed_segments(*ids), strict=True):
+        row = np.zeros(len(tokens))
+        for first, end in ranges:
+            row[first:end] = 1
+        rows.append(row)
+    return _of_tokens(rows)
+
+
+def _turns(record: TokenizedRecord) -> np.ndarray:
+    return _of_tokens([_turns_of(response) for response in answers(record)])
+
+
+def _turns_of(response: TokenizedResponse) -> np.ndarray:
+    """int[t]: how many turns of the assistant end before a token."""
+    spoken = response.loss_mask.astype(int)
+    return np.cumsum(np.diff(spoken, prepend=0) < 0)
+
+
 MAKERS: dict[str, Callable[[TokenizedRecord], np.ndarray]] = {
     "rank": _ranks,
     "score": _scores,
@@ -182,6 +300,10 @@ MAKERS: dict[str, Callable[[TokenizedRecord], np.ndarray]] = {
     "win_rate": _win_rates,
     "gold": _gold,
     "consistency": _dimension("consistency"),
+    "token_weights": _token_weights,
+    "phrases": _phrases,
+    "changed": _changed,
+    "turn": _turns,
 }
 """How a field comes out of a record; see `_maker` for those of a name."""
 

@@ -112,7 +112,7 @@ def train(
     )
     # Closed whatever happens: a checkpoint that is being written is finished first.
     with jax.set_mesh(mesh), contextlib.closing(checkpoints):
-        loss = make_loss(model, recipe_terms(config), remat=config.remat)
+        loss = make_loss(model, recipe_terms(config), examples[0].names, config.remat)
         state, update = prepare(model, params, loss, config, mesh, steps, seed)
         restored = checkpoints.restore(state)
         if restored is not None:
@@ -127,7 +127,9 @@ def train(
             validation = None
             if held is not None:
                 rows = held_out_batches(held.examples, processor, lengths, micro)
-                validation = Validator(held.config, list(rows), loss, config, mesh, writer.rows)
+                # In its own contexts: some row may have more than any that is trained on.
+                measured = make_loss(model, recipe_terms(config), held.examples[0].names)
+                validation = Validator(held.config, list(rows), measured, config, mesh, writer.rows)
                 if restored is None:
                     writer.record(0, validation.measure(0, state))
                     checkpoints.save_best(0, state)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mmpo_jax.data.contexts import MAIN, OTHER_IMAGE
 from mmpo_jax.data.pipeline import TrainBatch
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.log_probs import response_statistics
@@ -19,10 +20,6 @@ from mmpo_jax.objectives.responses import Responses
 from mmpo_jax.objectives.sums import Sums
 from mmpo_jax.objectives.terms import Term
 from mmpo_jax.recipe_training import Training
-
-MAIN = "main"
-"""The context that all responses of a record have; the others are views, see
-`objectives.registry.VIEWS`."""
 
 Outputs = dict[str, jax.Array]
 """name -> float32[B, S, T], as `response_statistics` gives it."""
@@ -58,10 +55,17 @@ def make_loss(
       remat: see `response_log_probs`.
     """
     statistics = objectives.needs(terms) & STATISTICS.keys()
+    partners = other_images(contexts)
 
     def forward(params: Params, reference: Params | None, batch: TrainBatch) -> Outputs:
         return response_statistics(
-            model, params, batch.prompts, statistics, reference=reference, remat=remat
+            model,
+            params,
+            batch.prompts,
+            statistics,
+            reference=reference,
+            remat=remat,
+            partners=partners,
         )
 
     def evaluate(outputs: Outputs, batch: TrainBatch, state: State) -> tuple[list[Sums], State]:
@@ -77,6 +81,15 @@ def make_loss(
         objectives.coupled(terms),
         objectives.first_state(terms),
     )
+
+
+def other_images(contexts: Sequence[str]) -> tuple[int, ...]:
+    """For every context the place of the one with the same prompt after the other image; its own
+    where there is none."""
+    mains = [place for place, name in enumerate(contexts) if name == MAIN]
+    others = [place for place, name in enumerate(contexts) if name == OTHER_IMAGE]
+    partner = dict(zip(mains, others, strict=False))
+    return tuple(partner.get(place, place) for place in range(len(contexts)))
 
 
 def gather(outputs: Outputs, batch: TrainBatch, contexts: Sequence[str] = (MAIN,)) -> Responses:

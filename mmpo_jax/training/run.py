@@ -17,7 +17,7 @@ from mmpo_jax.models.peft import save_adapter
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipe import FileData, ShapesData, TrainRecipe
 from mmpo_jax.recipe_training import Lora
-from mmpo_jax.training.examples import prepare_examples, unfit
+from mmpo_jax.training.examples import fingerprint_fields, prepare_examples, tokenizer_for, unfit
 from mmpo_jax.training.loop import TrainingError, check_training, train
 from mmpo_jax.training.losses import recipe_terms
 from mmpo_jax.training.metrics import FILE, read_metrics
@@ -58,6 +58,7 @@ def run_training(recipe: TrainRecipe) -> str:
             start.fingerprint,
             processor.fingerprints(),
             fingerprint_records(data.records),
+            [fingerprint_fields(examples) for examples in prepared.values()],
             [(part.size, part.weight) for part in data.parts],
             fingerprint_records(data.held),
             recipe.validation and recipe.validation.model_dump(mode="json", exclude={"data"}),
@@ -154,7 +155,7 @@ def training_data(recipe: TrainRecipe, start: Checkpoint) -> TrainingData:
         name = f"{number}." if several else ""
         rows = usable_rows(recipe, data, start, name + SKIPPED)
         if several:  # ids are unique in one file
-            rows = [dataclasses.replace(row, id=f"{number}/{row.id}") for row in rows]
+            rows = [_prefixed(row, number) for row in rows]
         if recipe.validation is not None and recipe.validation.share is not None:
             rows, others = hold_out(rows, recipe.validation.share)
             held += others
@@ -163,6 +164,11 @@ def training_data(recipe: TrainRecipe, start: Checkpoint) -> TrainingData:
     if recipe.validation is not None and recipe.validation.data is not None:
         held = usable_rows(recipe, recipe.validation.data, start, f"{VALIDATION}.{SKIPPED}")
     return TrainingData(records, parts, held)
+
+
+def _prefixed(record: TokenizedRecord, number: int) -> TokenizedRecord:
+    others = tuple((name, _prefixed(context, number)) for name, context in record.others)
+    return dataclasses.replace(record, id=f"{number}/{record.id}", others=others)
 
 
 def usable_rows(
@@ -192,6 +198,7 @@ def usable_rows(
         recipe.lengths,
         os.path.join(recipe.output, skipped),
         lambda record: unfit(record, terms, recipe.training.reference),
+        tokenizer_for(terms, recipe.seed),
     )
     return [_best(record) for record in records] if supervised else records
 
@@ -201,8 +208,13 @@ def _best(record: TokenizedRecord) -> TokenizedRecord:
     if not record.ranked:
         return record
     best = min(response.source.rank or 0 for response in record.responses)
-    kept = tuple(response for response in record.responses if response.source.rank == best)
-    return dataclasses.replace(record, responses=kept)
+    return _of_rank(record, best)
+
+
+def _of_rank(record: TokenizedRecord, rank: int) -> TokenizedRecord:
+    kept = tuple(response for response in record.responses if response.source.rank == rank)
+    others = tuple((name, _of_rank(other, rank)) for name, other in record.others)
+    return dataclasses.replace(record, responses=kept, others=others)
 
 
 def _random_seed(recipe: TrainRecipe) -> int | None:

@@ -300,7 +300,7 @@ def _weights(
         outputs = _zeros(jax.eval_shape(forward, state.params, state, batch, key))
         return [part.weight for part in loss.evaluate(outputs, batch, state.kept)[0]]
 
-    return [weights.sum() for weights in jax.lax.map(of_one, (batches, keys))]
+    return [weights.sum(axis=0) for weights in jax.lax.map(of_one, (batches, keys))]
 
 
 def _zeros(tree: Any) -> Any:

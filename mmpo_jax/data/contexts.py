@@ -1,0 +1,230 @@
+"""A record's prompts: the one its responses answer, and others that show the same texts.
+
+A context is a row of a batch. All responses of a record stand in a row of the context `MAIN`: in
+one row where they answer the same prompt about the same images, else in several. `OTHER_IMAGE`
+has the same texts again, after other images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from mmpo_jax.data.processor import Processor
+from mmpo_jax.data.records import Edit, EditKind, ImageRef, Record, VideoRef
+from mmpo_jax.data.tokenization import (
+    RowRejected,
+    TokenizedRecord,
+    TokenizedResponse,
+    tokenize,
+)
+from mmpo_jax.files import fingerprint_json
+
+MAIN = "main"
+OTHER_IMAGE = "other_image"
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherImage:
+    """Where other images come from.
+
+    The changes depend on the seed and the record's id, and are the same in every epoch: the
+    reference's log-probs are computed once.
+    """
+
+    kind: EditKind | None
+    """None for those that the data show a response in place of the record's."""
+    step: int = 0
+    """Of diffusion, for `noise`."""
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Context:
+    name: str
+    record: Record
+    """With the responses that stand here only."""
+    places: tuple[int, ...]
+    """Which of the record's they are."""
+
+
+def tokenize_contexts(
+    record: Record,
+    processor: Processor,
+    max_prompt: int,
+    max_response: int,
+    *,
+    other: OtherImage | None = None,
+    joint: bool = False,
+) -> TokenizedRecord:
+    """Tokenizes a record in all its contexts.
+
+    Args:
+      record, processor, max_prompt, max_response: see `tokenize`.
+      other: where other images come from; None where none are wanted.
+      joint: whether prompts are part of the responses, and learned with them.
+
+    Returns:
+      The record in its first context, with the others beside it; a response that does not stand in
+      a context has no tokens there.
+
+    Raises:
+      RowRejected: see `tokenize`; or there is no image to change, and the data give no other.
+    """
+    if other is not None and other.kind is None:
+        record, shown = _with_shown(record)
+    contexts = _own(_joined(record) if joint else record)
+    if other is not None:
+        contexts += [
+            dataclasses.replace(
+                context,
+                name=OTHER_IMAGE,
+                record=_changed(context.record, other)
+                if other.kind is not None
+                else dataclasses.replace(context.record, images=shown),
+            )
+            for context in contexts
+        ]
+    rows = []
+    for context in contexts:
+        row = tokenize(context.record, processor, max_prompt, max_response, share_text=not joint)
+        row = _all_counted(row) if joint else row
+        rows.append(_spread(row, context, record))
+    if other is not None:
+        half = len(rows) // 2
+        for row, twin in zip(rows[:half], rows[half:], strict=True):
+            if any(
+                not np.array_equal(a.ids, b.ids)
+                for a, b in zip(row.responses, twin.responses, strict=True)
+            ):
+                raise RowRejected("dialogues_differ", "the other image moves the responses' start")
+    named: list[tuple[str, TokenizedRecord]] = []
+    for context, row in zip(contexts, rows, strict=True):
+        before = sum(name == context.name for name, _ in named)
+        id_ = f"{record.id}#{context.name}{before + 1 if before else ''}"
+        named.append((context.name, dataclasses.replace(row, id=id_)))
+    return dataclasses.replace(rows[0], id=record.id, ranked=record.ranked, others=tuple(named[1:]))
+
+
+def all_contexts(record: TokenizedRecord) -> list[tuple[str, TokenizedRecord]]:
+    """(name, record) of every context, the first one included."""
+    return [(MAIN, record), *record.others]
+
+
+def context_names(records: Sequence[TokenizedRecord]) -> tuple[str, ...]:
+    """The names of all contexts that any of the records has, `MAIN` first: as often as one does."""
+    counts: dict[str, int] = {MAIN: 1}
+    for record in records:
+        names = [name for name, _ in all_contexts(record)]
+        counts |= {name: max(counts.get(name, 0), names.count(name)) for name in names}
+    return tuple(name for name, count in counts.items() for _ in range(count))
+
+
+def arranged(record: TokenizedRecord, names: Sequence[str]) -> tuple[TokenizedRecord | None, ...]:
+    """The record's contexts in the places of their names; None where it has not so many."""
+    left: dict[str, list[TokenizedRecord]] = {}
+    for name, context in all_contexts(record):
+        left.setdefault(name, []).append(context)
+    return tuple(left[name].pop(0) if left.get(name) else None for name in names)
+
+
+def answers(record: TokenizedRecord) -> list[TokenizedResponse]:
+    """Every response where it has its tokens."""
+    rows = [context for name, context in all_contexts(record) if name == MAIN]
+    columns = zip(*(row.responses for row in rows), strict=True)
+    return [max(column, key=lambda response: len(response.ids)) for column in columns]
+
+
+def _own(record: Record) -> list[_Context]:
+    """The rows of `MAIN`: a row for every prompt and images that responses answer."""
+    groups: dict[tuple, list[int]] = {}
+    for place, response in enumerate(record.responses):
+        images = record.images if response.images is None else response.images
+        prompt = record.prompt if response.prompt is None else response.prompt
+        groups.setdefault((images, prompt), []).append(place)
+    contexts = []
+    for (images, prompt), places in groups.items():
+        here = tuple(
+            dataclasses.replace(record.responses[place], images=None, prompt=None)
+            for place in places
+        )
+        row = dataclasses.replace(record, images=images, prompt=prompt, responses=here)
+        contexts.append(_Context(MAIN, row, tuple(places)))
+    return contexts or [_Context(MAIN, record, ())]
+
+
+def _joined(record: Record) -> Record:
+    """Every response's prompt as its first turns."""
+    responses = []
+    for response in record.responses:
+        prompt = record.prompt if response.prompt is None else response.prompt
+        turns = (*prompt, *response.turns)
+        responses.append(dataclasses.replace(response, turns=turns, prompt=None))
+    return dataclasses.replace(record, prompt=(), responses=tuple(responses))
+
+
+def _all_counted(row: TokenizedRecord) -> TokenizedRecord:
+    responses = tuple(
+        dataclasses.replace(response, loss_mask=np.ones_like(response.loss_mask))
+        for response in row.responses
+    )
+    return dataclasses.replace(row, responses=responses)
+
+
+def _with_shown(record: Record) -> tuple[Record, tuple[ImageRef, ...]]:
+    """(the record about its own images only, those that the data show in their place).
+
+    A response that repeats another one's text about other images is left out: it is there for
+    them.
+    """
+    shown = [response.images for response in record.responses if response.images is not None]
+    if not shown:
+        raise RowRejected("no_other_image", "no response has images of its own")
+    plain = [response.turns for response in record.responses if response.images is None]
+    kept = tuple(
+        dataclasses.replace(response, images=None)
+        for response in record.responses
+        if response.images is None or response.turns not in plain
+    )
+    return dataclasses.replace(record, responses=kept), shown[0]
+
+
+def _changed(record: Record, other: OtherImage) -> Record:
+    """The record with every image and video changed."""
+    assert other.kind is not None
+    if not (record.images or record.videos):
+        raise RowRejected("no_other_image", "there is no image to change")
+    edits = [
+        Edit(
+            other.kind, int(fingerprint_json([other.seed, record.id, number])[:15], 16), other.step
+        )
+        for number in range(len(record.images) + len(record.videos))
+    ]
+    images = tuple(
+        dataclasses.replace(image, edit=edit)
+        for image, edit in zip(record.images, edits, strict=False)
+    )
+    videos = tuple(
+        _changed_video(video, edit)
+        for video, edit in zip(record.videos, edits[len(images) :], strict=True)
+    )
+    return dataclasses.replace(record, images=images, videos=videos)
+
+
+def _changed_video(video: VideoRef, edit: Edit) -> VideoRef:
+    frames = tuple(dataclasses.replace(frame, edit=edit) for frame in video.frames)
+    return dataclasses.replace(video, frames=frames)
+
+
+def _spread(row: TokenizedRecord, context: _Context, record: Record) -> TokenizedRecord:
+    """With a place for every response of the record."""
+    here = dict(zip(context.places, row.responses, strict=True))
+    responses = tuple(
+        dataclasses.replace(here[place], source=source)
+        if place in here
+        else TokenizedResponse(np.zeros(0, np.int32), np.zeros(0, bool), 0, source)
+        for place, source in enumerate(record.responses)
+    )
+    return dataclasses.replace(row, responses=responses)

@@ -1,0 +1,63 @@
+"""Changed images: what image-aware objectives compare an image with."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+from PIL import Image
+
+from mmpo_jax.data.records import Edit
+
+CROP_AREA = (0.01, 0.2)
+CROP_ASPECT = (3 / 4, 4 / 3)
+ANGLES = (10.0, 80.0)
+DIFFUSION_STEPS = 1000
+
+
+def edit_image(image: Image.Image, edit: Edit | None) -> Image.Image:
+    """A decoded image, changed; of the same size.
+
+    `crop` enlarges a random part to the whole: a share of 0.01 to 0.2 of the area, of an aspect
+    ratio between 3:4 and 4:3, as far as the image has it (mDPO, Wang et al. 2024, arXiv
+    2406.11839). `rotate` turns it by 10 to 80 degrees, black where nothing is (CHiP's code).
+    `black` has no colour at all.
+    """
+    if edit is None or edit.kind in ("noise", "blank"):
+        return image
+    width, height = image.size
+    if edit.kind == "black":
+        return Image.new("RGB", image.size)
+    random = np.random.default_rng(edit.seed)
+    if edit.kind == "rotate":
+        return image.rotate(random.uniform(*ANGLES))
+    area = random.uniform(*CROP_AREA) * width * height
+    aspect = np.exp(random.uniform(*np.log(CROP_ASPECT)))
+    w = min(max(1, round(np.sqrt(area * aspect))), width)
+    h = min(max(1, round(np.sqrt(area / aspect))), height)
+    left, top = random.integers(width - w + 1), random.integers(height - h + 1)
+    box = (left, top, left + w, top + h)
+    return image.resize(image.size, Image.Resampling.BILINEAR, box=box)
+
+
+def edit_pixels(pixels: np.ndarray, edit: Edit | None) -> np.ndarray:
+    """What the model is given of an image, changed; float32 of any shape.
+
+    `noise` is sqrt(a) x + sqrt(1 - a) e with e normal and a of the diffusion step, as VCD adds it
+    (Leng et al. 2023, arXiv 2311.16922). `blank` is 0, the mean colour of the preprocessing.
+    """
+    if edit is None or edit.kind not in ("noise", "blank"):
+        return pixels
+    if edit.kind == "blank":
+        return np.zeros_like(pixels)
+    kept = remaining_signal()[edit.step]
+    noise = np.random.default_rng(edit.seed).standard_normal(pixels.shape)
+    return (np.sqrt(kept) * pixels + np.sqrt(1 - kept) * noise).astype(np.float32)
+
+
+@functools.cache
+def remaining_signal() -> np.ndarray:
+    """float64[1000]: the product of 1 - b up to each step, b a sigmoid from 1e-5 to 5e-3."""
+    steps = np.linspace(-6, 6, DIFFUSION_STEPS)
+    betas = (5e-3 - 1e-5) / (1 + np.exp(-steps)) + 1e-5
+    return np.cumprod(1 - betas)

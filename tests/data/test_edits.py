@@ -1,0 +1,106 @@
+"""Changed images: what each change does, that it is the same every time, and what it is part of."""
+
+import dataclasses
+import io
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmpo_jax.data.edits import edit_image, edit_pixels
+from mmpo_jax.data.images import open_image
+from mmpo_jax.data.records import Edit, ImageRef
+
+SIZE = (120, 90)
+
+
+@pytest.fixture(scope="module")
+def gradient():
+    """Red says how far right a pixel is, green how far down."""
+    x, y = np.meshgrid(np.arange(SIZE[0]), np.arange(SIZE[1]))
+    return Image.fromarray(np.stack([2 * x, 2 * y, np.zeros_like(x)], axis=-1).astype(np.uint8))
+
+
+def png(image):
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_crop_is_a_small_part_at_full_size(gradient):
+    areas = []
+    for seed in range(60):
+        cropped = edit_image(gradient, Edit("crop", seed))
+        assert cropped.size == gradient.size
+        values = np.asarray(cropped).astype(float)
+        # What is left of the gradient says which box it was.
+        spread = [(values[..., i].max() - values[..., i].min()) / 2 + 1 for i in (0, 1)]
+        areas.append(spread[0] * spread[1] / (SIZE[0] * SIZE[1]))
+        assert 0.6 < spread[0] / spread[1] < 1.7
+    assert 0.005 < min(areas) < 0.05 and 0.15 < max(areas) < 0.25
+    assert np.std(areas) > 0.03
+
+
+def test_a_crop_of_any_shape():
+    for size in ((1, 1), (400, 2), (2, 400)):
+        assert edit_image(Image.new("RGB", size, "red"), Edit("crop", 3)).size == size
+
+
+def test_no_colour_and_another_angle(gradient):
+    assert not np.asarray(edit_image(gradient, Edit("black"))).any()
+    turned = edit_image(gradient, Edit("rotate", 1))
+    assert turned.size == gradient.size
+    assert np.abs(np.asarray(turned).astype(int) - np.asarray(gradient)).mean() > 10
+
+
+def test_noise_is_that_of_the_diffusion_schedule():
+    def remaining(step):
+        kept = 1.0
+        for i in range(step + 1):
+            x = -6 + 12 * i / 999
+            kept *= 1 - ((1 / (1 + math.exp(-x))) * (0.5e-2 - 1e-5) + 1e-5)
+        return kept
+
+    for step in (0, 500, 999):
+        noisy = edit_pixels(np.full((3, 200, 200), 2.0, np.float32), Edit("noise", 5, step))
+        assert noisy.dtype == np.float32
+        kept = remaining(step)
+        assert noisy.mean() == pytest.approx(2 * math.sqrt(kept), abs=0.02)
+        assert noisy.std() == pytest.approx(math.sqrt(1 - kept), rel=0.02)
+    assert not edit_pixels(np.ones((2, 3), np.float32), Edit("blank")).any()
+
+
+@pytest.mark.parametrize("kind", ["crop", "rotate", "noise"])
+def test_the_same_every_time_and_another_for_another_seed(gradient, tiny_processor, kind):
+    plain = ImageRef("a", png(gradient))
+
+    def pixels(seed):
+        tiny_processor._pixels.clear()  # what is made again, not what was kept
+        (made,) = tiny_processor.pixels([dataclasses.replace(plain, edit=Edit(kind, seed, 500))])
+        return made
+
+    np.testing.assert_array_equal(pixels(1), pixels(1))
+    assert np.abs(pixels(1) - pixels(2)).max() > 0.1
+
+
+def test_an_edit_is_part_of_an_image(gradient, tiny_processor):
+    """Of its fingerprint, of what is decoded, and of what is kept of its pixels."""
+    images = [ImageRef("a", png(gradient))]
+    kinds = ("black", "blank", "crop", "rotate", "noise")
+    images += [dataclasses.replace(images[0], edit=Edit(kind, 1, 500)) for kind in kinds]
+    images.append(dataclasses.replace(images[0], edit=Edit("noise", 1, 501)))
+    assert len({image.fingerprint() for image in images}) == len(images)
+    made = [tiny_processor.pixels([image])[0].tobytes() for image in images]
+    assert len(set(made)) == len(images)
+    assert [tiny_processor.pixels([image])[0].tobytes() for image in images] == made
+    assert not np.asarray(open_image(images[1])).any()
+    np.testing.assert_array_equal(open_image(images[-1]), gradient)  # changed later
+
+
+def test_one_fingerprint_for_what_is_not_changed(gradient):
+    """Caches of runs without changed images stay valid."""
+    data = png(gradient)
+    import hashlib
+
+    assert ImageRef("a", data).fingerprint() == hashlib.sha256(data).hexdigest()
