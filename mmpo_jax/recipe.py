@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
-from mmpo_jax.objectives.registry import FIELDS, OBJECTIVES, REFERENCES
+from mmpo_jax.objectives.registry import FIELDS, HEADS, OBJECTIVES, REFERENCES, VIEWS
 from mmpo_jax.recipe_objectives import SECTIONS, Objectives
 from mmpo_jax.section import MeshSize, PositiveInt, Section, Seed
 
@@ -234,10 +234,19 @@ class Training(Section):
         micro = self.micro_batch_size
         if micro is not None and self.batch_size % micro:
             raise ValueError(f"batch_size {self.batch_size} is no multiple of {micro}")
+        self._check_model()
         self._check_reference()
         if self.save_every % self.log_every:
             raise ValueError("save_every must be a multiple of log_every")
         return self
+
+    def _check_model(self) -> None:
+        for section in self.objective:
+            lacking = section.term().needs & HEADS.keys()
+            if lacking:
+                raise ValueError(
+                    f"objective: {section.type} needs {HEADS[min(lacking)]}, and none has one yet"
+                )
 
     def _check_reference(self) -> None:
         enough = {
@@ -246,7 +255,13 @@ class Training(Section):
             "none": set(),
         }.get(self.reference.type, REFERENCES.keys())
         for section in self.objective:
-            lacking = (section.term().needs & REFERENCES.keys()) - enough
+            needs = section.term().needs
+            if self.reference.type == "given" and needs & VIEWS.keys():
+                raise ValueError(
+                    f"objective: {section.type} needs {VIEWS[min(needs & VIEWS.keys())]}, of which "
+                    "the data give no log-probs; take `reference: {type: cached}`"
+                )
+            lacking = (needs & REFERENCES.keys()) - enough
             if lacking:
                 need = max(lacking)
                 raise ValueError(

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from mmpo_jax.objectives.registry import Objective, Positive, Share, State, register
+from mmpo_jax.objectives.registry import Objective, Positive, Share, State, call, register
 from mmpo_jax.objectives.responses import Responses
 from mmpo_jax.objectives.sums import Sums, weighted
 
@@ -84,13 +84,16 @@ def pairwise(
             own = {name: value for name, value in options.items() if name not in shared}
             first, second, counted = all_pairs(responses, weights)
             chosen, rejected = sides(first, second, reference, options)
-            arguments = (chosen, rejected)
-            if coupled:
-                arguments += (counted,)  # type: ignore[assignment]
-            if state is not None:
-                loss, kept = function(*arguments, kept, **own)
-            else:
-                loss = function(*arguments, **own)
+            stateful = state is not None
+            loss, kept = call(
+                function,
+                (chosen, rejected),
+                counted,
+                kept,
+                own,
+                coupled=coupled,
+                stateful=stateful,
+            )
             if options.get("wpo"):
                 loss = loss * confidence(first) * confidence(second)
             beta = options.get("beta", 1.0)
