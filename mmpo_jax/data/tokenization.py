@@ -35,6 +35,8 @@ class TokenizedResponse:
     """How many tokens the length limit cut off."""
     source: Response
     """What it was made of."""
+    mismatched: bool = False
+    """Whether it answers another record's prompt."""
 
 
 @dataclasses.dataclass(frozen=True)

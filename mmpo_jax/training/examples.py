@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
@@ -12,7 +13,7 @@ from mmpo_jax.data.pipeline import Example
 from mmpo_jax.data.rows import SkipReason
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.errors import DataError
-from mmpo_jax.objectives.registry import FIELDS
+from mmpo_jax.objectives.registry import FIELDS, VIEWS
 from mmpo_jax.objectives.terms import Term, needs
 from mmpo_jax.recipe import Lengths, Reference, Training
 from mmpo_jax.training.losses import needs_reference
@@ -45,6 +46,8 @@ def prepare_examples(
     """
     terms = [section.term() for section in config.objective]
     needed = needs(terms)
+    if "mismatched" in needed:
+        records = with_mismatched(records)
     reference = None
     if needs_reference(terms) and config.reference.type == "given":
         reference = _given(records)
@@ -64,6 +67,32 @@ def prepare_examples(
             progress=progress,
         )
     return make_examples(records, needed, reference)
+
+
+def with_mismatched(records: Sequence[TokenizedRecord]) -> list[TokenizedRecord]:
+    """Records with the responses of the record before after their own; the first has the last's.
+
+    So they are scored in the same pass, by the reference too, and all responses of the data serve
+    once as mismatched ones.
+
+    Raises:
+      DataError: there is only one record.
+    """
+    if len(records) < 2:
+        raise DataError(
+            f"the objective compares with {VIEWS['mismatched']}, and there is only one record"
+        )
+    others = [records[-1], *records[:-1]]
+    return [
+        dataclasses.replace(
+            record,
+            responses=(
+                *record.responses,
+                *(dataclasses.replace(r, mismatched=True) for r in other.responses),
+            ),
+        )
+        for record, other in zip(records, others, strict=True)
+    ]
 
 
 def unfit(
@@ -104,8 +133,8 @@ def make_examples(
       DataError: no record has a field that is needed.
     """
     name = "log_probs" if "reference_tokens" in needs else "sums"
-    makers = {field: MAKERS[field] for field in sorted(needs & FIELDS.keys())}
-    for field in makers:
+    makers = {field: MAKERS[field] for field in sorted(needs & MAKERS.keys())}
+    for field in makers.keys() & FIELDS.keys():
         if records and not any(lacks(record, field) is None for record in records):
             raise DataError(
                 f"no row has the field {field!r}, which the objective needs: {FIELDS[field]}"
@@ -127,10 +156,13 @@ def lacks(record: TokenizedRecord, field: str) -> tuple[SkipReason, str] | None:
         return "incomplete_pair", "no ranked responses, which the objective compares"
     if field == "score" and not all(len(source.scores) == 1 for source in sources):
         return "no_score", "not every response has one score"
-    if field == "scores" and not all(source.scores for source in sources):
+    if field in ("scores", "other_models") and not all(source.scores for source in sources):
         return "no_score", "not every response has scores"
-    if field == "desirable" and any(source.desirable is None for source in sources):
-        return "no_label", "not every response is said to be desirable or not"
+    if field == "desirable" and None in _verdicts(record):
+        return (
+            "no_label",
+            "not every response is said to be desirable or not, or better than others",
+        )
     return None
 
 
@@ -144,13 +176,35 @@ def _scores(record: TokenizedRecord) -> np.ndarray:
     )
 
 
+def _verdicts(record: TokenizedRecord) -> list[bool | None]:
+    """Whether each response is desirable; of ranked ones that nothing else is said of, the best
+    are, unless all are tied."""
+    sources = [response.source for response in record.responses]
+    ranks = [r.source.rank for r in record.responses if not r.mismatched]
+    if record.ranked and len(set(ranks)) > 1 and all(s.desirable is None for s in sources):
+        best = min(rank for rank in ranks if rank is not None)
+        return [source.rank == best for source in sources]
+    return [source.desirable for source in sources]
+
+
 def _desirable(record: TokenizedRecord) -> np.ndarray:
-    return np.array([bool(response.source.desirable) for response in record.responses], np.float32)
+    return np.array([bool(verdict) for verdict in _verdicts(record)], np.float32)
+
+
+def _other_models(record: TokenizedRecord) -> np.ndarray:
+    scores = [list(response.source.scores.values()) for response in record.responses]
+    return np.array([np.mean(values) if values else 0 for values in scores], np.float32)
+
+
+def _mismatched(record: TokenizedRecord) -> np.ndarray:
+    return np.array([response.mismatched for response in record.responses], np.float32)
 
 
 MAKERS: dict[str, Callable[[TokenizedRecord], np.ndarray]] = {
     "rank": _ranks,
     "score": _scores,
     "desirable": _desirable,
+    "other_models": _other_models,
+    "mismatched": _mismatched,
 }
-"""How a field comes out of a record."""
+"""How a field, or what tells a view apart, comes out of a record."""
