@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
-from mmpo_jax.objectives.registry import REFERENCES, VIEWS
+from mmpo_jax.objectives.registry import HEADS, REFERENCES, VIEWS
 from mmpo_jax.recipe_objectives import SECTIONS, Objectives
 from mmpo_jax.section import PositiveInt, Section
 
@@ -122,6 +122,7 @@ class Training(Section):
         micro = self.micro_batch_size
         if micro is not None and self.batch_size % micro:
             raise ValueError(f"batch_size {self.batch_size} is no multiple of {micro}")
+        self._check_model()
         self._check_reference()
         self._check_contexts()
         if self.save_every % self.log_every:
@@ -142,6 +143,14 @@ class Training(Section):
         if joint and len(joint) < len(self.objective):
             raise ValueError(f"objective: {joint[0].type} with joint reads rows otherwise")
 
+    def _check_model(self) -> None:
+        for section in self.objective:
+            lacking = section.term().needs & HEADS.keys()
+            if lacking:
+                raise ValueError(
+                    f"objective: {section.type} needs {HEADS[min(lacking)]}, and none has one yet"
+                )
+
     def _check_reference(self) -> None:
         enough = {
             "cached": {"reference", "reference_tokens"},
@@ -152,11 +161,10 @@ class Training(Section):
             needs = section.term().needs
             if self.reference.type == "given" and needs & VIEWS.keys():
                 raise ValueError(
-                    f"objective: {section.type} compares with another image, of which the data "
-                    "have no log-probs"
+                    f"objective: {section.type} needs {VIEWS[min(needs & VIEWS.keys())]}, of which "
+                    "the data give no log-probs; take `reference: {type: cached}`"
                 )
-        for section in self.objective:
-            lacking = (section.term().needs & REFERENCES.keys()) - enough
+            lacking = (needs & REFERENCES.keys()) - enough
             if lacking:
                 need = max(lacking)
                 raise ValueError(

@@ -5,11 +5,15 @@ from mmpo_jax.objectives import (
     batch_rules,
     image_aware,
     joint,
+    on_policy,
     preference,
+    rankings,
     reference_free,
+    reward_model,
     scored,
     supervised,
     token_level,
+    unpaired,
 )
 
 __all__ = [
@@ -17,9 +21,13 @@ __all__ = [
     "batch_rules",
     "image_aware",
     "joint",
+    "on_policy",
     "preference",
+    "rankings",
     "reference_free",
+    "reward_model",
     "scored",
     "supervised",
     "token_level",
+    "unpaired",
 ]

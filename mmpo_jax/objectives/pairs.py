@@ -21,6 +21,7 @@ from mmpo_jax.objectives.registry import (
     Positive,
     Share,
     State,
+    call,
     register,
 )
 from mmpo_jax.objectives.responses import Responses
@@ -106,12 +107,15 @@ def pairwise(
             if "gold" in needs:
                 gold, counted = gold_of_pairs(responses, counted)
                 arguments.append(_side(gold, None, reference, given))
-            if coupled:
-                arguments.append(counted)
-            if state is not None:
-                loss, kept = function(*arguments, kept, **own)
-            else:
-                loss = function(*arguments, **own)
+            loss, kept = call(
+                function,
+                arguments,
+                counted,
+                kept,
+                own,
+                coupled=coupled,
+                stateful=state is not None,
+            )
             if given.get("wpo"):
                 loss = loss * confidence(first) * confidence(second)
             beta = given.get("beta", 1.0)

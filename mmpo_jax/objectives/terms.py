@@ -27,6 +27,9 @@ class Term:
     def needs(self) -> frozenset[str]:
         """As the objective's, and what its options need besides."""
         needs = set(self.objective.needs)
+        for option, need in self.objective.option_needs.items():
+            if self.options[option]:
+                needs.add(need)
         if self.options.get("ld_alpha") is not None and "reference" in needs:
             needs.add("reference_tokens")
         if self.options.get("wpo"):

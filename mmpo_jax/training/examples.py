@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 
@@ -24,7 +25,7 @@ from mmpo_jax.data.segments import changed_segments
 from mmpo_jax.data.tokenization import Tokenize, TokenizedRecord, TokenizedResponse
 from mmpo_jax.errors import DataError
 from mmpo_jax.files import fingerprint_json
-from mmpo_jax.objectives.registry import FIELDS, is_field
+from mmpo_jax.objectives.registry import FIELDS, VIEWS, is_field
 from mmpo_jax.objectives.terms import Term, needs
 from mmpo_jax.recipe import Lengths
 from mmpo_jax.recipe_training import Reference, Training
@@ -58,6 +59,8 @@ def prepare_examples(
     """
     terms = recipe_terms(config)
     needed = needs(terms)
+    if "mismatched" in needed:
+        records = with_mismatched(records)
     reference = None
     if needs_reference(terms) and config.reference.type == "given":
         reference = _given(records)
@@ -77,6 +80,32 @@ def prepare_examples(
             progress=progress,
         )
     return make_examples(records, needed, reference)
+
+
+def with_mismatched(records: Sequence[TokenizedRecord]) -> list[TokenizedRecord]:
+    """Records with the responses of the record before after their own; the first has the last's.
+
+    So they are scored in the same pass, by the reference too, and all responses of the data serve
+    once as mismatched ones.
+
+    Raises:
+      DataError: there is only one record.
+    """
+    if len(records) < 2:
+        raise DataError(
+            f"the objective compares with {VIEWS['mismatched']}, and there is only one record"
+        )
+    others = [records[-1], *records[:-1]]
+    return [
+        dataclasses.replace(
+            record,
+            responses=(
+                *record.responses,
+                *(dataclasses.replace(r, mismatched=True) for r in other.responses),
+            ),
+        )
+        for record, other in zip(records, others, strict=True)
+    ]
 
 
 def unfit(
@@ -140,8 +169,9 @@ def make_examples(
       DataError: no record has a field that is needed.
     """
     name = "log_probs" if "reference_tokens" in needs else "sums"
-    makers = {field: _maker(field) for field in sorted(filter(is_field, needs))}
-    for field in makers:
+    asked = sorted(need for need in needs if is_field(need) or need in MAKERS)
+    makers = {field: _maker(field) for field in asked}
+    for field in filter(is_field, makers):
         if records and not any(lacks(record, field) is None for record in records):
             raise DataError(
                 f"no row has the field {field!r}, which the objective needs: "
@@ -201,8 +231,13 @@ def lacks(record: TokenizedRecord, field: str) -> tuple[SkipReason, str] | None:
         return "no_spans", "no span says what changed, and the responses are not two to compare"
     if field == "turn" and not any(_turns_of(response).max() > 0 for response in answers(record)):
         return "no_dialogue", "no turn of the assistant follows the response"
-    if field == "desirable" and any(source.desirable is None for source in sources):
-        return "no_label", "not every response is said to be desirable or not"
+    if field == "other_models" and not all(source.scores for source in sources):
+        return "no_score", "not every response has scores"
+    if field == "desirable" and None in _verdicts(record):
+        return (
+            "no_label",
+            "not every response is said to be desirable or not, or better than others",
+        )
     return None
 
 
@@ -232,8 +267,28 @@ def _dimension(name: str) -> Callable[[TokenizedRecord], np.ndarray]:
     return lambda record: np.array([r.source.scores[name] for r in record.responses], np.float32)
 
 
+def _verdicts(record: TokenizedRecord) -> list[bool | None]:
+    """Whether each response is desirable; of ranked ones that nothing else is said of, the best
+    are, unless all are tied."""
+    sources = [response.source for response in record.responses]
+    ranks = [r.source.rank for r in record.responses if not r.mismatched]
+    if record.ranked and len(set(ranks)) > 1 and all(s.desirable is None for s in sources):
+        best = min(rank for rank in ranks if rank is not None)
+        return [source.rank == best for source in sources]
+    return [source.desirable for source in sources]
+
+
 def _desirable(record: TokenizedRecord) -> np.ndarray:
-    return np.array([bool(response.source.desirable) for response in record.responses], np.float32)
+    return np.array([bool(verdict) for verdict in _verdicts(record)], np.float32)
+
+
+def _other_models(record: TokenizedRecord) -> np.ndarray:
+    scores = [list(response.source.scores.values()) for response in record.responses]
+    return np.array([np.mean(values) if values else 0 for values in scores], np.float32)
+
+
+def _mismatched(record: TokenizedRecord) -> np.ndarray:
+    return np.array([response.mismatched for response in record.responses], np.float32)
 
 
 def _of_tokens(values: Sequence[np.ndarray]) -> np.ndarray:
@@ -304,8 +359,11 @@ MAKERS: dict[str, Callable[[TokenizedRecord], np.ndarray]] = {
     "phrases": _phrases,
     "changed": _changed,
     "turn": _turns,
+    "other_models": _other_models,
+    "mismatched": _mismatched,
 }
-"""How a field comes out of a record; see `_maker` for those of a name."""
+"""How a field, or what tells a view apart, comes out of a record; see `_maker` for those of a
+name."""
 
 
 def _maker(field: str) -> Callable[[TokenizedRecord], np.ndarray]:

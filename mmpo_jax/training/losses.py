@@ -96,6 +96,8 @@ def gather(outputs: Outputs, batch: TrainBatch, contexts: Sequence[str] = (MAIN,
     """What the rows of a batch say of every record's responses, [N, S].
 
     Of the contexts of one name, a response stands in one; in the others its place is empty.
+    Responses that were appended from another record are a view of their own and missing in the
+    others.
 
     Args:
       outputs: of the model.
@@ -126,6 +128,10 @@ def gather(outputs: Outputs, batch: TrainBatch, contexts: Sequence[str] = (MAIN,
             log_probs, mask, sums, reference_tokens, tokens, batch.fields, views={}
         )
     main = views.pop(MAIN)
+    if "mismatched" in batch.fields:
+        other = batch.fields["mismatched"][..., None] > 0
+        views["mismatched"] = dataclasses.replace(main, mask=main.mask & other)
+        main = dataclasses.replace(main, mask=main.mask & ~other)
     return dataclasses.replace(main, views=views)
 
 

@@ -119,7 +119,8 @@ def create_state(
         constants,
         moments,
         reference,
-        jax.device_put(keeps or {}, replicated),
+        # A copy, as above.
+        jax.tree.map(jnp.copy, jax.device_put(keeps or {}, replicated)),
     )
 
 
