@@ -62,7 +62,9 @@ def frame_pixels(
 class FrameBackend(PilBackend):
     """What transformers' image processors stand on, with the resizing of its video processors."""
 
-    def resize(self, image: np.ndarray, size: Any, resample: Any = None, **_: Any) -> np.ndarray:
+    def resize(  # type: ignore[override]  # its other arguments are Pillow's
+        self, image: np.ndarray, size: Any, resample: Any = None, **_: Any
+    ) -> np.ndarray:
         """uint8[C, h, w] of uint8[C, H, W].
 
         Raises:

@@ -258,7 +258,7 @@ def video_pixels(
     return made
 
 
-class _Frames(transformers.Qwen2VLImageProcessorPil, FrameBackend):
+class _Frames(transformers.Qwen2VLImageProcessorPil, FrameBackend):  # type: ignore[misc]
     """transformers' image processor with the resizing of its video processor."""
 
 
