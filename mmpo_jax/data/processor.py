@@ -34,6 +34,10 @@ from mmpo_jax.models.layout import Layout
 PIXEL_CACHE_BYTES = 512 * 2**20
 
 
+TOKENIZERS = ("tokenizer.model", "vocab.json", "merges.txt")
+"""Files that tokenizers are made of where there is no tokenizer.json."""
+
+
 class ProcessorError(MmpoError):
     """A checkpoint folder whose tokenizer, template or image processor cannot be used."""
 
@@ -346,7 +350,15 @@ def _load_tokenizer(folder: str) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers and its Rust tokenizers raise many types
-        raise ProcessorError(f"{folder}: cannot load the tokenizer: {error}") from error
+        path = os.path.join(folder, "tokenizer.json")
+        if os.path.isfile(path):
+            raise ProcessorError(f"{folder}: cannot load the tokenizer: {error}") from error
+        others = [name for name in TOKENIZERS if os.path.isfile(os.path.join(folder, name))]
+        tried = f", and {' and '.join(others)} cannot be read as one" if others else ""
+        raise ProcessorError(
+            f"{path}: not found{tried}: cannot load the tokenizer; expected tokenizer.json, or "
+            "a SentencePiece model as tokenizer.model, or vocab.json and merges.txt"
+        ) from error
 
 
 def _processor_template(folder: str) -> str | None:

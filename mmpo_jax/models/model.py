@@ -17,6 +17,7 @@ from mmpo_jax.models.config import ModelConfig, ModelError
 from mmpo_jax.models.families import FAMILIES
 from mmpo_jax.models.family import Family
 from mmpo_jax.models.layers import Linear
+from mmpo_jax.models.safetensors_files import read_header, weight_files
 from mmpo_jax.models.vlm import VisionLanguageModel
 
 Params = Any
@@ -95,10 +96,23 @@ def load_config(folder: str | os.PathLike[str]) -> ModelConfig:
     except Exception as error:  # transformers raises many types, its own validators bare ones
         told = f"{type(error).__name__}: {error}"
         raise ModelError(f"{path}: transformers cannot read it as a {kind}: {told}") from error
+    text = getattr(config, "text_config", None)
+    # Where the two switches differ transformers ties a head that is not stored.
+    if text and config.tie_word_embeddings and not text.tie_word_embeddings:
+        text.tie_word_embeddings = not _stores_head(folder)
     try:
         return read_config(config)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
+
+
+def _stores_head(folder: str | os.PathLike[str]) -> bool:
+    """False only where all weights lie in the folder, without a head."""
+    try:
+        tensors = [tensor for file in weight_files(folder) for tensor in read_header(file)]
+    except ModelError:  # told where the weights are read
+        return True
+    return any(tensor.name.endswith("lm_head.weight") for tensor in tensors)
 
 
 def read_config(config: Any) -> ModelConfig:

@@ -55,6 +55,15 @@ def test_no_eos(folder, config):
 
 def test_no_tokenizer(folder, config):
     (folder / "tokenizer.json").unlink()
+    for told in (
+        r"tokenizer\.json: not found: cannot load the tokenizer; expected tokenizer\.json, or a",
+        r"tokenizer\.json: not found, and tokenizer\.model cannot be read as one: .* expected",
+    ):
+        with pytest.raises(ProcessorError, match=told) as caught:
+            Processor(folder, config)
+        assert "tiktoken" not in str(caught.value)
+        (folder / "tokenizer.model").write_bytes(b"no model")
+    (folder / "tokenizer.json").write_text("{")
     with pytest.raises(ProcessorError, match="cannot load the tokenizer"):
         Processor(folder, config)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import re
 import types
 
@@ -17,6 +18,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from mmpo_jax.models.config import ModelError
 from mmpo_jax.models.families import internvl
+from mmpo_jax.models.huggingface import load_model, save_model
 from mmpo_jax.models.layout import Layout
 from mmpo_jax.models.model import read_config
 
@@ -173,12 +175,30 @@ def test_logits(case, inputs):
 
 
 def test_greedy_decoding(case, inputs):
-    checks.check_greedy(case, RECORDS[:3], inputs)
+    checks.check_greedy(case, RECORDS, inputs)
 
 
 def test_round_trip(case, tmp_path):
     checks.check_round_trip(case, tmp_path / "out")
     checks.check_layout_in_memory(case, tmp_path / "memory")
+
+
+def test_a_head_that_only_the_outer_switch_ties(case, tmp_path):
+    """It is tied where none is stored, as transformers has it, and loaded where one is."""
+    save_model(tmp_path / "model", case.model, case.params, case.folder)
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    config["tie_word_embeddings"], config["text_config"]["tie_word_embeddings"] = True, False
+    checks.write_json(path, config)
+    theirs, info = type(case.theirs).from_pretrained(path.parent, output_loading_info=True)
+    assert not any(info.values()), info
+    model, params = load_model(path.parent)
+    tied = model.config.decoder.tie_word_embeddings
+    assert tied == case.model.config.decoder.tie_word_embeddings
+    head = params["language_model"]["embed_tokens"]["embedding"]
+    if not tied:
+        head = params["language_model"]["lm_head"]["kernel"].T
+    np.testing.assert_array_equal(head, theirs.lm_head.weight.detach().numpy())
 
 
 LINES = "user\nFrame1: what is this\nFrame2: a star\nsystem two\nFrame3: ring\n" * 3

@@ -1,7 +1,6 @@
 """The model against transformers' LLaVA: logits, greedy decoding, checkpoint folders."""
 
 import dataclasses
-import functools
 import json
 import re
 import shutil
@@ -9,6 +8,7 @@ import shutil
 import jax
 import ml_dtypes
 import numpy as np
+import pictures
 import pytest
 import tiny
 import transformers
@@ -20,12 +20,12 @@ from mmpo_jax.data.tokenization import tokenize
 from mmpo_jax.generation.sampler import Decoding, sample, sample_keys
 from mmpo_jax.models.folders import BUILTIN
 from mmpo_jax.models.huggingface import flatten, load_model, save_model
-from mmpo_jax.models.log_probs import next_token_logits, shift_right
 from mmpo_jax.shapes.language import CAPTION_PROMPTS
 from mmpo_jax.shapes.render import png_bytes
 from mmpo_jax.shapes.world import sample_scene
 
 torch = pytest.importorskip("torch")
+import checks  # noqa: E402
 import safetensors.torch  # noqa: E402
 from transformers import LlavaForConditionalGeneration  # noqa: E402
 
@@ -33,67 +33,76 @@ pytestmark = pytest.mark.parity
 
 LAYERS_LIST = {"vision_feature_layer": [-3, 1, -1], "vision_feature_select_strategy": "full"}
 CASES = {
-    "grouped-queries": (tiny.make_config(), 1),
-    "tied-full-last-layer": (
-        tiny.make_config(
-            text={"num_key_value_heads": 4},
-            vision_feature_layer=-1,
-            vision_feature_select_strategy="full",
-            tie_word_embeddings=True,
-        ),
-        1,
+    "grouped-queries": tiny.make_config(),
+    "tied-full-last-layer": tiny.make_config(
+        text={"num_key_value_heads": 4},
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=True,
     ),
-    "layer-list-biases": (
-        tiny.make_config(
-            {"image_size": 24, "num_hidden_layers": 4},
-            {"attention_bias": True, "mlp_bias": True, "num_hidden_layers": 1},
-            **LAYERS_LIST,
-        ),
-        1,
+    "layer-list-biases": tiny.make_config(
+        {"image_size": 24, "num_hidden_layers": 4},
+        {"attention_bias": True, "mlp_bias": True, "num_hidden_layers": 1},
+        **LAYERS_LIST,
     ),
-    "head-dim-one-key-head": (
-        tiny.make_config(
-            {"hidden_act": "gelu", "patch_size": 4},
-            {"head_dim": 16, "num_key_value_heads": 1, "rope_theta": 500_000.0},
-            multimodal_projector_bias=False,
-        ),
-        2,
+    "head-dim-one-key-head": tiny.make_config(
+        {"hidden_act": "gelu", "patch_size": 4},
+        {"head_dim": 16, "num_key_value_heads": 1, "rope_theta": 500_000.0},
+        multimodal_projector_bias=False,
     ),
-    "wide-patches-three-images": (
-        tiny.make_config(
-            {"image_size": 28, "patch_size": 14, "hidden_size": 24, "num_attention_heads": 3},
-            {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3},
-            vision_feature_layer=[-1, -1],
-        ),
-        3,
+    "wide-patches-a-layer-twice": tiny.make_config(
+        {"image_size": 28, "patch_size": 14, "hidden_size": 24, "num_attention_heads": 3},
+        {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3},
+        vision_feature_layer=[-1, -1],
     ),
-    "siglip-first-patch-dropped": (
-        tiny.make_config({"vision_use_head": False}, tower=transformers.SiglipVisionConfig),
-        2,
+    "siglip-first-patch-dropped": tiny.make_config(
+        {"vision_use_head": False}, tower=transformers.SiglipVisionConfig
     ),
-    "deep-tied": (
-        tiny.make_config(
-            {"num_hidden_layers": 1, "layer_norm_eps": 1e-3},
-            {"num_hidden_layers": 5, "rms_norm_eps": 1e-2, "hidden_act": "gelu_pytorch_tanh"},
-            tie_word_embeddings=True,
-            vision_feature_layer=[0, -1],
-        ),
-        1,
+    "deep-tied": tiny.make_config(
+        {"num_hidden_layers": 1, "layer_norm_eps": 1e-3},
+        {"num_hidden_layers": 5, "rms_norm_eps": 1e-2, "hidden_act": "gelu_pytorch_tanh"},
+        tie_word_embeddings=True,
+        vision_feature_layer=[0, -1],
     ),
 }
+RECORDS = [
+    checks.record("0", "what is this ?", pictures.refs("photograph"), "a red star", "two ring"),
+    checks.record("1", "a star", pictures.refs("wide", "cmyk"), "blue", "is this a star ?"),
+    checks.record("2", "?", pictures.refs("tall", "one-pixel", "transparent", "palette"), "a", "?"),
+    checks.record("3", "is", pictures.refs("turned-by-exif", "sixteen-bits", "grey"), "a", "a two"),
+    checks.record("4", "is this a star ?", (), "green", "two blue"),
+]
 
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory):
-    """(folder, our (model, parameters), transformers' model, images per prompt)."""
-    config, images = CASES[request.param]
-    folder = tiny.make_folder(tmp_path_factory.mktemp("case") / request.param, config)
-    return folder, load_model(folder), load_theirs(folder), images
+    folder = tmp_path_factory.mktemp("case") / request.param
+    return make_case(tiny.make_folder(folder, CASES[request.param]))
 
 
 @pytest.fixture(scope="module")
-def plain_case(tiny_folder, tiny_model):
-    return tiny_folder, tiny_model, load_theirs(tiny_folder), 1
+def plain_case(tiny_folder):
+    return make_case(tiny_folder)
+
+
+def make_case(folder):
+    model, params = load_model(folder)
+    processor = Processor(folder, model.config)
+    return checks.Case(folder, load_theirs(folder), model, params, processor)
+
+
+@pytest.fixture(scope="module")
+def inputs(case):
+    processor = transformers.CLIPImageProcessorPil.from_pretrained(case.folder)
+
+    def inputs(record, ids):
+        if not record.images:
+            return {}
+        return {
+            "pixel_values": processor(checks.load(record.images), return_tensors="pt").pixel_values
+        }
+
+    return inputs
 
 
 def load_theirs(folder):
@@ -102,13 +111,6 @@ def load_theirs(folder):
     )
     assert not any(info.values()), info
     return theirs.eval()
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def response_logits(model, params, batch):
-    """[B, R, T, V]: what predicts each response token; small models only."""
-    module = model.bind(params)
-    return next_token_logits(module, shift_right(*module.hidden_states(batch)))
 
 
 @torch.no_grad()
@@ -142,43 +144,19 @@ def our_greedy(model, params, batch, length, eos_ids):
     return np.asarray(tokens)[:, 0]
 
 
-def make_batch(model, images):
-    shortest = 2 + images * (model.config.num_image_tokens + 1)
-    prompts = (shortest + 5, shortest, shortest + 2)
-    responses = ((3, 6), (5, 1), (2, 4))
-    return tiny.random_batch(model.config, prompts, responses, images=images)
+def test_logits(case, inputs):
+    checks.check_logits(case, RECORDS, inputs)
 
 
-def test_logits(case):
-    _, (model, params), theirs, images = case
-    batch = make_batch(model, images)
-    logits = np.asarray(response_logits(model, params, batch))
-    for row, column in np.ndindex(batch.response_ids.shape[:2]):
-        prompt = batch.prompt_ids[row][batch.prompt_mask[row]]
-        response = batch.response_ids[row, column][batch.response_mask[row, column]]
-        expected = their_logits(
-            theirs, np.concatenate([prompt, response]), batch.pixel_values[row]
-        )[len(prompt) - 1 : -1].numpy()
-        assert np.std(expected) > 0.5
-        np.testing.assert_allclose(
-            logits[row, column, : len(response)], expected, rtol=0, atol=1e-4
-        )
-
-
-def test_greedy_decoding_of_uneven_prompts(case):
-    _, (model, params), theirs, images = case
-    batch = make_batch(model, images)
-    tokens = our_greedy(model, params, batch, 12, eos_ids=(tiny.EOS_ID,))
-    for row in range(len(tokens)):
-        prompt = batch.prompt_ids[row][batch.prompt_mask[row]]
-        expected = their_greedy(theirs, prompt, batch.pixel_values[row], 12, (tiny.EOS_ID,))
-        np.testing.assert_array_equal(tokens[row, : len(expected)], expected)
-        assert np.all(tokens[row, len(expected) :] == tiny.PAD_ID)
+def test_greedy_decoding(case, inputs):
+    checks.check_greedy(case, RECORDS, inputs)
 
 
 def test_greedy_decoding_stops_at_any_eos(plain_case):
-    _, (model, params), theirs, images = plain_case
-    batch = make_batch(model, images)
+    model, params, theirs = plain_case.model, plain_case.params, plain_case.theirs
+    shortest = 2 + model.config.num_image_tokens + 1
+    prompts = shortest + 5, shortest, shortest + 2
+    batch = tiny.random_batch(model.config, prompts, [[1]] * 3)
     free = our_greedy(model, params, batch, 12, eos_ids=(tiny.EOS_ID,))
     # Tokens that row 0 says fourth and row 1 says second end a response from now on.
     eos_ids = (tiny.EOS_ID, int(free[0, 3]), int(free[1, 1]))
@@ -195,7 +173,7 @@ def test_greedy_decoding_stops_at_any_eos(plain_case):
 
 
 def test_folder_round_trip_keeps_every_bit(case, tmp_path):
-    folder, (model, params), _, _ = case
+    folder, model, params = case.folder, case.model, case.params
     save_model(tmp_path / "out", model, params, folder)
     for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
@@ -204,8 +182,8 @@ def test_folder_round_trip_keeps_every_bit(case, tmp_path):
 
 
 def test_transformers_own_files_load(case, tmp_path):
-    folder, (model, params), theirs, _ = case
-    theirs.save_pretrained(tmp_path / "saved")
+    folder, model, params = case.folder, case.model, case.params
+    case.theirs.save_pretrained(tmp_path / "saved")
     _, loaded = load_model(tmp_path / "saved")
     assert_same_params(loaded, params)
     save_model(tmp_path / "out", model, loaded, folder)
@@ -250,7 +228,7 @@ KEY_LAYOUTS = {
 
 @pytest.mark.parametrize("layout", KEY_LAYOUTS)
 def test_key_layouts(plain_case, tmp_path, layout):
-    folder, (_, params), _, _ = plain_case
+    folder, params = plain_case.folder, plain_case.params
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
     renamed = {KEY_LAYOUTS[layout](key): tensor for key, tensor in tensors.items()}
     shutil.copy(folder / "config.json", tmp_path)
@@ -259,16 +237,16 @@ def test_key_layouts(plain_case, tmp_path, layout):
 
 
 def test_state_dict_keys_load(plain_case, tmp_path):
-    folder, (_, params), theirs, _ = plain_case
+    folder, params = plain_case.folder, plain_case.params
     shutil.copy(folder / "config.json", tmp_path)
-    tensors = {key: tensor.contiguous() for key, tensor in theirs.state_dict().items()}
+    tensors = {key: tensor.contiguous() for key, tensor in plain_case.theirs.state_dict().items()}
     assert any(key.startswith("model.language_model.layers.") for key in tensors)
     safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
     assert_same_params(load_model(tmp_path)[1], params)
 
 
 def test_sharded_files_load(plain_case, tmp_path):
-    _, (_, params), theirs, _ = plain_case
+    params, theirs = plain_case.params, plain_case.theirs
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2
@@ -280,7 +258,7 @@ def test_sharded_files_load(plain_case, tmp_path):
     [(torch.bfloat16, ml_dtypes.bfloat16), (torch.float16, np.float16)],
 )
 def test_half_precision_files(plain_case, tmp_path, theirs_dtype, ours_dtype):
-    folder, (_, params), _, _ = plain_case
+    folder, params = plain_case.folder, plain_case.params
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
     half = {key: tensor.to(theirs_dtype) for key, tensor in tensors.items()}
     for name in ("config.json", "tokenizer.json"):
@@ -327,7 +305,7 @@ def test_shipped_checkpoint():
         response_ids=tokens[:, None],
         response_mask=np.ones_like(tokens[:, None], bool),
     )
-    logits = np.asarray(response_logits(model, params, responses))[:, 0]
+    logits = np.asarray(checks.response_logits(model, params, responses))[:, 0]
     ended = 0
     for row, prompt in enumerate(rows):
         pixels = batch.pixel_values[row]

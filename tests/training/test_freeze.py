@@ -20,30 +20,34 @@ from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.training.losses import make_loss
 from mmpo_jax.training.step import create_state, make_step, trainable_paths
 
-WITH_IMAGES = [name for name, family in FAMILIES.items() if family.images]
 TOWER, PROJECTOR = "vision_tower/.*", "multi_modal_projector/.*"
+EMBEDDINGS, MLP = "language_model/embed_tokens/.*", "language_model/layers/mlp/.*"
 THEIRS = {
     TOWER: r"model\.(vision_tower\..*|visual\.(?!merger).*)",
     PROJECTOR: r"model\.(multi_modal_projector\..*|visual\.merger\..*)",
-    "language_model/.*": r"model\.language_model\..*|lm_head\..*",
+    "language_model/.*": r"model\.(language_model|embed_tokens|layers|norm)\..*|lm_head\..*",
     "image_newline": r"model\.image_newline",
 }
-"""Our pattern -> one for transformers' names of the same parameters."""
+"""Our pattern -> one for transformers' names of the same parameters; each is in one of them."""
+PARTS = {
+    EMBEDDINGS: r"model\.(language_model\.)?embed_tokens\..*",
+    MLP: r"model\.(language_model\.)?layers\.\d+\.mlp\..*",
+}
 
 
-@pytest.fixture(params=WITH_IMAGES)
+@pytest.fixture(params=FAMILIES)
 def case(request, family_case):
     return family_case(request.param)
 
 
 def test_patterns_name_what_they_say(case):
     params, left = flatten(case.params), set(flatten(case.params))
-    for ours, theirs in THEIRS.items():
+    for ours, theirs in (THEIRS | PARTS).items():
         matched = [path for path in params if re.fullmatch(ours, path)]
         named = case.theirs.named_parameters()
         expected = sum(x.numel() for name, x in named if re.fullmatch(theirs, name))
         assert sum(params[path].size for path in matched) == expected, ours
-        if expected:
+        if 0 < len(matched) < len(params):
             assert set(trainable_paths(list(params), (ours,))) == set(params) - set(matched)
         left -= set(matched)
     assert not left
@@ -52,7 +56,8 @@ def test_patterns_name_what_they_say(case):
 def test_what_is_frozen_keeps_its_bits(case):
     _, batch = checks.batch_of(case, families.records(case.model.config.family))
     before = flatten(case.params)
-    patterns = [TOWER, "image_newline"] if "image_newline" in before else [TOWER]
+    wanted = (TOWER, "image_newline") if case.model.family.images else (EMBEDDINGS, MLP)
+    patterns = [p for p in wanted if any(re.fullmatch(p, path) for path in before)]
     kinds, device = (AxisType.Auto,) * 3, jax.devices()[:1]
     mesh = jax.make_mesh((1, 1, 1), AXES, axis_types=kinds, devices=device)
     optimizer, schedule = optax.sgd(0.1), optax.constant_schedule(0.1)
@@ -63,7 +68,7 @@ def test_what_is_frozen_keeps_its_bits(case):
     assert metrics["finite"] == 1
     assert state.frozen and not state.params.keys() & state.frozen.keys()
     for path, leaf in state.frozen.items():
-        assert path.startswith("vision_tower/") or path == "image_newline"
+        assert any(re.fullmatch(pattern, path) for pattern in patterns)
         assert np.asarray(leaf).tobytes() == before[path].tobytes(), path
     for path, leaf in state.params.items():
         if path.endswith("/kernel"):

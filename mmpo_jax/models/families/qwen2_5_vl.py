@@ -21,6 +21,7 @@ from mmpo_jax.errors import DataError
 from mmpo_jax.models import decoder, vision_qwen
 from mmpo_jax.models.config import DecoderConfig, ModelConfig, ModelError, read_decoder
 from mmpo_jax.models.family import Clip, Family, Images, Size, Videos
+from mmpo_jax.models.frames import FrameBackend
 from mmpo_jax.models.layout import Layout
 from mmpo_jax.models.vision_qwen import QwenVisionConfig, read_vision
 from mmpo_jax.models.vlm import VisionLanguageModel
@@ -257,8 +258,12 @@ def video_pixels(
     return made
 
 
+class _Frames(transformers.Qwen2VLImageProcessorPil, FrameBackend):  # type: ignore[misc]
+    """transformers' image processor with the resizing of its video processor."""
+
+
 def _frame_processor(config: Qwen25VLConfig, settings: dict[str, Any], frames: int) -> Any:
-    """transformers' image processor as its video processor would treat single frames."""
+    """What treats single frames as transformers' video processor does."""
     size = dict(settings.get("size") or VIDEO_SIZE)
     size["shortest_edge"] = settings.get("min_pixels") or size["shortest_edge"]
     size["longest_edge"] = settings.get("max_pixels") or size["longest_edge"]
@@ -270,7 +275,7 @@ def _frame_processor(config: Qwen25VLConfig, settings: dict[str, Any], frames: i
         floor = int(size["shortest_edge"] * 1.05)
         size["longest_edge"] = max(min(size["longest_edge"], share), floor)
     kept = {name: settings[name] for name in FRAME_SETTINGS if name in settings}
-    return transformers.Qwen2VLImageProcessorPil(**kept, size=size, temporal_patch_size=1)
+    return _Frames(**kept, size=size, temporal_patch_size=1)
 
 
 def _in_slots(config: Qwen25VLConfig, patches: np.ndarray, grid: Grid) -> np.ndarray:
