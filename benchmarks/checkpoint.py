@@ -7,6 +7,7 @@ but one, a vocabulary of 32,000. Depth and width are small, so that a laptop can
 from __future__ import annotations
 
 import io
+import itertools
 import os
 
 import numpy as np
@@ -90,8 +91,9 @@ def make_checkpoint(folder: str, seed: int = 0) -> None:
     ).save_pretrained(folder)
 
 
-def make_pairs(folder: str, count: int, seed: int = 0) -> str:
-    """Writes `count` preference pairs in TRL's vision schema, one random picture each.
+def make_pairs(folder: str, count: int, seed: int = 0, responses: int = 2) -> str:
+    """Writes preference pairs in TRL's vision schema: all pairs of `count` rankings, one random
+    picture each.
 
     Returns:
       The Parquet file.
@@ -100,15 +102,16 @@ def make_pairs(folder: str, count: int, seed: int = 0) -> str:
 
     random = np.random.default_rng(seed)
     # The template adds BOS, "USER:" and "ASSISTANT:" to a prompt, and EOS to a response.
-    rows = [
-        {
+    rows = []
+    for _ in range(count):
+        shown = {
             "images": [{"bytes": _picture(random), "path": None}],
             "prompt": [{"role": "user", "content": _words(random, PROMPT_TOKENS - 3)}],
-            "chosen": [{"role": "assistant", "content": _words(random, RESPONSE_TOKENS - 1)}],
-            "rejected": [{"role": "assistant", "content": _words(random, RESPONSE_TOKENS - 1)}],
         }
-        for _ in range(count)
-    ]
+        ranking = [_words(random, RESPONSE_TOKENS - 1) for _ in range(responses)]
+        for pair in itertools.combinations(ranking, 2):
+            sides = [[{"role": "assistant", "content": text}] for text in pair]
+            rows.append({**shown, "chosen": sides[0], "rejected": sides[1]})
     path = os.path.join(folder, PAIRS_FILE)
     dataset = datasets.Dataset.from_list(rows)
     dataset.cast_column("images", datasets.List(datasets.Image())).to_parquet(path)

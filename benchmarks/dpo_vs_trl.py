@@ -5,6 +5,7 @@ one epoch of AdamW in float32 with the start model as reference. Each runs in a 
 TRL twice, as it is by default (gradient checkpointing: less memory) and without (faster).
 
     python benchmarks/dpo_vs_trl.py
+    python benchmarks/dpo_vs_trl.py --responses 5   # rankings, of which TRL gets all 10 pairs
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
+import math
 import os
 import resource
 import subprocess
@@ -40,7 +43,11 @@ class Settings:
     """What both sides are run with."""
 
     pairs: int = 32
+    """How many; of rankings, how many of these."""
+    responses: int = 2
+    """Of every ranking; TRL gets all pairs of them."""
     batch_size: int = 4
+    """Pairs or rankings per update."""
     learning_rate: float = 1e-5
     weight_decay: float = 0.01
     beta: float = 0.1
@@ -48,6 +55,11 @@ class Settings:
     remat: str = "dots"
     """Ours: the rematerialisation policy of the layers."""
     seed: int = 0
+
+    @property
+    def pairs_each(self) -> int:
+        """Of a ranking."""
+        return math.comb(self.responses, 2)
 
 
 def run_trl(folder: str, settings: Settings, checkpointing: bool) -> dict:
@@ -66,13 +78,18 @@ def run_trl(folder: str, settings: Settings, checkpointing: bool) -> dict:
     if settings.freeze_vision:
         model.model.vision_tower.requires_grad_(False)
     with open(os.path.join(folder, "order.json")) as file:
-        order = json.load(file)
+        order = [
+            ranking * settings.pairs_each + pair
+            for ranking in json.load(file)
+            for pair in range(settings.pairs_each)
+        ]
     rows = datasets.load_dataset(
         "parquet", data_files=os.path.join(folder, PAIRS_FILE), split="train", cache_dir=folder
     ).select(order)
     arguments = trl.DPOConfig(
         output_dir=os.path.join(folder, "trl"),
         per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.pairs_each,
         num_train_epochs=1,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="constant",
@@ -152,7 +169,11 @@ def run_ours(folder: str, settings: Settings) -> dict:
     model = Model.create(load_config(folder))
     params = load_params(folder, model)
     mesh = make_mesh()
-    records, _ = read_records(os.path.join(folder, PAIRS_FILE))
+    pairs, _ = read_records(os.path.join(folder, PAIRS_FILE))
+    records = [
+        _ranking(pairs[start : start + settings.pairs_each], settings.responses)
+        for start in range(0, len(pairs), settings.pairs_each)
+    ]
     schedule = optax.constant_schedule(settings.learning_rate)
     optimizer = make_optimizer(config.optimizer, schedule)
     loss = make_loss(model, [term.term() for term in config.objective], remat=config.remat)
@@ -182,7 +203,7 @@ def run_ours(folder: str, settings: Settings) -> dict:
         examples = [
             Example(
                 (record,),
-                {"rank": np.float32([1, 2])},
+                {"rank": np.arange(1, settings.responses + 1, dtype=np.float32)},
                 {"sums": np.float32([sums])},
             )
             for record, sums in zip(tokenized, reference, strict=True)
@@ -197,8 +218,8 @@ def run_ours(folder: str, settings: Settings) -> dict:
             ids += host.ids
             first = first or host.arrays.prompts
         return {
-            "ids": _rows(first),
-            "order": [int(name) - 1 for name in ids],
+            "ids": _rows(first, settings.batch_size),
+            "order": [(int(name) - 1) // settings.pairs_each for name in ids],
             "losses": losses,
             "grad_norms": norms,
             "reference_seconds": scored - started,
@@ -219,13 +240,27 @@ def run_ours(folder: str, settings: Settings) -> dict:
     }
 
 
-def _rows(batch) -> list[list[int]]:
-    """Token ids of a batch as TRL lays them out: all chosen rows, then all rejected ones."""
-    rows = []
-    for response in range(batch.response_ids.shape[2]):
-        for prompt, responses in zip(batch.prompt_ids[0], batch.response_ids[0], strict=True):
-            rows.append([*prompt.tolist(), *responses[response].tolist()])
-    return rows
+def _ranking(pairs: list, responses: int):
+    """The record of all pairs of a ranking: the best response, and those that lose to it."""
+    first = pairs[0]
+    lost = [pair.responses[1] for pair in pairs[: responses - 1]]
+    ranked = [
+        dataclasses.replace(response, rank=rank)
+        for rank, response in enumerate([first.responses[0], *lost], start=1)
+    ]
+    return dataclasses.replace(first, responses=tuple(ranked))
+
+
+def _rows(batch, count: int) -> list[list[int]]:
+    """Token ids of the first pairs of a batch as TRL lays them out: all chosen rows, then all
+    rejected ones."""
+    prompts, responses = batch.prompt_ids[0].tolist(), batch.response_ids[0].tolist()
+    pairs = [
+        [[*prompt, *chosen], [*prompt, *rejected]]
+        for prompt, texts in zip(prompts, responses, strict=True)
+        for chosen, rejected in itertools.combinations(texts, 2)
+    ]
+    return [pair[side] for side in (0, 1) for pair in pairs[:count]]
 
 
 def _peak_bytes() -> int:
@@ -237,12 +272,13 @@ def _peak_bytes() -> int:
 def compare(settings: Settings, sides: dict[str, dict]) -> dict:
     """The figures of all sides, and whether they computed the same."""
     figures = {}
+    pairs = settings.pairs * settings.pairs_each
     for name, side in sides.items():
         seconds, compiling = side["epoch_seconds"], side["compile_seconds"]
         figures[name] = {
-            "pairs_per_second": settings.pairs / seconds,
-            "pairs_per_second_with_compile": settings.pairs / (seconds + compiling),
-            "cpu_seconds_per_pair": side["cpu_seconds"] / settings.pairs,
+            "pairs_per_second": pairs / seconds,
+            "pairs_per_second_with_compile": pairs / (seconds + compiling),
+            "cpu_seconds_per_pair": side["cpu_seconds"] / pairs,
             "compile_seconds": compiling,
             "peak_mib": side["peak_bytes"] / 2**20,
             "losses": side["losses"][:COMPARED_STEPS],
@@ -312,7 +348,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(folder, settings.seed)
-        make_pairs(folder, settings.pairs, settings.seed)
+        make_pairs(folder, settings.pairs, settings.seed, settings.responses)
         results = {}
         for side in SIDES:
             command = [sys.executable, __file__, *sys.argv[1:], "--worker", side]
