@@ -44,7 +44,7 @@ def test_modpo_reads_the_dimensions_it_names():
     assert fields.keys() == {"rank", "scores/a", "scores/b"}
     np.testing.assert_array_equal(fields["scores/b"], [2, 4])
     assert lacks(row, "scores/d") == ("no_score", "not every response has a score for 'd'")
-    with pytest.raises(DataError, match="no row has the field 'scores/d'.*several dimensions"):
+    with pytest.raises(DataError, match=r"no row has the field 'scores/d'.*several dimensions"):
         fields_of(row, ("modpo", {"dimensions": {"d": 0.2}}))
 
 
