@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmpo_jax.objectives.registry import OBJECTIVES, STATISTICS
+from mmpo_jax.objectives.registry import FIELDS, OBJECTIVES, STATISTICS
 from mmpo_jax.objectives.responses import Responses
 from mmpo_jax.objectives.sums import mean
 from mmpo_jax.objectives.terms import Term, first_state, make_term
@@ -17,6 +17,9 @@ from mmpo_jax.objectives.terms import Term, first_state, make_term
 DIMENSIONS = {"safe": 0.2, "short": 0.3}
 REQUIRED: dict[str, dict[str, Any]] = {"modpo": {"dimensions": DIMENSIONS}}
 """Options that have no default."""
+
+COMPILED: dict[str, Any] = {}
+"""By objective and options."""
 
 PAIRWISE = sorted(name for name, found in OBJECTIVES.items() if found.kind == "pairs")
 
@@ -55,10 +58,11 @@ def ranked(ranks: Any, seed: int = 0, size: int = 6, lengths: Any = None) -> Res
         "consistency": np.broadcast_to(rng.random((n, 1)), (n, s)),
         "gold": np.arange(s) == gold.argmin(axis=1)[:, None],
         "desirable": rank == 1,
-        "token_weights": rng.random((n, s, size)) + 0.5,
-        "phrases": rng.integers(0, 3, (n, s, size)),
     }
     fields |= {f"scores/{name}": rng.standard_normal((n, s)) for name in DIMENSIONS}
+    # Whatever else is said of the tokens.
+    spans = {name: rng.integers(0, 2, (n, s, size)) for name in sorted(FIELDS.keys() - fields)}
+    fields |= spans
     statistics = {
         name: np.abs(tokens()) if name == "kl" else tokens() for name in sorted(STATISTICS)
     }
@@ -78,12 +82,11 @@ def ranked(ranks: Any, seed: int = 0, size: int = 6, lengths: Any = None) -> Res
     return view(views={"other_image": other})
 
 
-def loss_of(term: Term, responses: Responses, weights: Any = None, state: Any = None) -> jax.Array:
+def loss_of(term: Term, responses: Responses, weights: Any = None) -> jax.Array:
     """The loss of the batch."""
     if weights is None:
         weights = np.ones(responses.mask.shape[0])
-    if state is None:
-        state = {k.partition("/")[2]: v for k, v in first_state([term]).items()}
+    state = {key.partition("/")[2]: value for key, value in first_state([term]).items()}
     sums, _ = term.objective.apply(responses, jnp.asarray(weights), state, term.options)
     return mean(sums.loss, sums.weight)
 
@@ -92,9 +95,14 @@ def value_and_gradient(
     term: Term, responses: Responses, weights: Any = None
 ) -> tuple[float, np.ndarray]:
     """(loss, its gradient [N, S, T] by the policy's log-probs)."""
+    key = repr((term.objective.name, term.options))
+    if key not in COMPILED:
 
-    def of(log_probs: jax.Array) -> jax.Array:
-        return loss_of(term, dataclasses.replace(responses, log_probs=log_probs), weights)
+        def of(log_probs: jax.Array, responses: Responses, weights: jax.Array) -> jax.Array:
+            return loss_of(term, dataclasses.replace(responses, log_probs=log_probs), weights)
 
-    value, gradient = jax.value_and_grad(of)(responses.log_probs)
+        COMPILED[key] = jax.jit(jax.value_and_grad(of))
+    if weights is None:
+        weights = np.ones(responses.mask.shape[0])
+    value, gradient = COMPILED[key](responses.log_probs, responses, np.array(weights))
     return float(value), np.asarray(gradient)

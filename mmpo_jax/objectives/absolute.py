@@ -26,8 +26,8 @@ def nca_pair(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array
 def bco_pair(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array:
     """BCO of pairs: -log sigmoid(beta r_w) - log sigmoid(-beta r_l).
 
-    Jung et al. 2024 (arXiv 2404.04656), without its shift: TRL's `bco_pair` in a DPO. BCO with
-    the running shift, as InternVL's MPO has it, takes single responses.
+    Jung et al. 2024 (arXiv 2404.04656), without its shift: TRL's `bco_pair` in a DPO. The
+    running shift of InternVL's MPO is that of BCO of single responses.
     """
     return logistic(beta * chosen.ratio) + logistic(-beta * rejected.ratio)
 

@@ -1,0 +1,63 @@
+"""Fields that pairwise objectives need, from records' ranks and scores."""
+
+import numpy as np
+import pytest
+
+from mmpo_jax.data.records import SCORE, Response, Turn
+from mmpo_jax.data.tokenization import TokenizedRecord, TokenizedResponse
+from mmpo_jax.errors import DataError
+from mmpo_jax.objectives.terms import make_term, needs
+from mmpo_jax.training.examples import lacks, make_examples
+
+
+def record(ranks, scores):
+    """A record of responses with these ranks and scores by dimension."""
+    ids = np.int32([5, 6])
+    responses = tuple(
+        TokenizedResponse(
+            ids, np.ones(2, bool), 0, Response((Turn("assistant", "a"),), rank=r, scores=s)
+        )
+        for r, s in zip(ranks, scores, strict=True)
+    )
+    return TokenizedRecord("r", ids, responses, (), (), ranked=None not in ranks)
+
+
+def fields_of(row, *names):
+    terms = [make_term(name, **options) for name, options in names]
+    (example,) = make_examples([row], needs(terms))
+    return example.fields
+
+
+def test_win_rates_are_those_against_every_response_of_the_row():
+    row = record([1, 2, 3], [{SCORE: s} for s in (1.5, 0.0, -2.0)])
+    fields = fields_of(row, ("sppo", {}))
+    scores = np.array([1.5, 0.0, -2.0])
+    expected = (1 / (1 + np.exp(-(scores[:, None] - scores)))).mean(axis=1)
+    np.testing.assert_allclose(fields["win_rate"], expected, rtol=1e-6)
+    assert fields.keys() == {"rank", "win_rate"}
+    assert lacks(record([1, 2], [{SCORE: 1.0}, {}]), "win_rate")[0] == "no_score"
+
+
+def test_modpo_reads_the_dimensions_it_names():
+    row = record([2, 1], [{"a": 1.0, "b": 2.0, "c": 0.0}, {"a": 3.0, "b": 4.0, "c": 0.0}])
+    fields = fields_of(row, ("modpo", {"dimensions": {"b": 0.2, "a": 0.1}}))
+    assert fields.keys() == {"rank", "scores/a", "scores/b"}
+    np.testing.assert_array_equal(fields["scores/b"], [2, 4])
+    assert lacks(row, "scores/d") == ("no_score", "not every response has a score for 'd'")
+    with pytest.raises(DataError, match=r"no row has the field 'scores/d'.*several dimensions"):
+        fields_of(row, ("modpo", {"dimensions": {"d": 0.2}}))
+
+
+def test_gold_is_the_first_of_the_best_of_three_ranks():
+    scores = [{}] * 4
+    np.testing.assert_array_equal(
+        fields_of(record([2, 1, 3, 1], scores), ("triple_po", {}))["gold"], [0, 1, 0, 0]
+    )
+    for ranks in ([1, 2, 2, 1], [1, 2, None, 3]):
+        assert lacks(record(ranks, scores), "gold")[0] == "incomplete_pair"
+
+
+def test_consistency_is_a_score_of_that_name():
+    row = record([1, 2], [{"consistency": 0.7}, {"consistency": 0.7}])
+    np.testing.assert_allclose(fields_of(row, ("cream", {}))["consistency"], [0.7, 0.7])
+    assert lacks(record([1, 2], [{"consistency": 0.7}, {}]), "consistency")[0] == "no_score"
