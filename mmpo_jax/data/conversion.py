@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+
+from etils import epath
 
 from mmpo_jax.data.formats import FORMATS, choose_format
 from mmpo_jax.data.formats.format import Format
-from mmpo_jax.data.formats.writing import STRIP, CannotHold, Writer, fields_of, without
+from mmpo_jax.data.formats.writing import STRIP, CannotHold, Embed, Writer, fields_of, without
 from mmpo_jax.data.readers import SkippedRow, check_skipped, iter_records, write_skipped
 from mmpo_jax.data.records import Record
 from mmpo_jax.data.rows import Row
 from mmpo_jax.data.sources import SKIPPED
-from mmpo_jax.data.tables import write_rows
+from mmpo_jax.data.tables import TFDS, write_rows
 from mmpo_jax.errors import DataError, MmpoError
 
-_EMBED = {".parquet": "bytes", ".array_record": "base64", ".arrayrecord": "base64"}
+_EMBED: Mapping[str, Embed] = {
+    ".parquet": "bytes",
+    ".array_record": "base64",
+    ".arrayrecord": "base64",
+}
 """How the rows of a kind of file hold images; those of others name them."""
 
 
@@ -51,7 +57,7 @@ def convert_data(
       target: its ending says what kind of file.
       format: of the target, one of `FORMATS`.
       read_as: the same of the source, or "auto".
-      image_root: of both.
+      image_root: of both; of TFDS names its data folder.
       drop: fields, of `STRIP`, that are left out.
       max_skipped: share of unusable rows above which nothing is written.
 
@@ -66,9 +72,11 @@ def convert_data(
     if os.path.realpath(source) == os.path.realpath(target):
         raise MmpoError(f"{target} is the source; give another file")
     stem, ending = os.path.splitext(target)
-    root = image_root or os.path.dirname(target) or "."
+    root = os.path.dirname(target) or "."
+    if image_root is not None and not source.startswith(TFDS):
+        root = image_root
     copies = os.path.join(root, f"{os.path.basename(stem)}.images")
-    writer = Writer(root, copies, _EMBED.get(ending.lower(), "no"))  # type: ignore[arg-type]
+    writer = Writer(root, copies, _EMBED.get(ending.lower(), "no"))
     skipped: list[SkippedRow] = []
     written = 0
 
@@ -91,6 +99,8 @@ def convert_data(
     skipped_file = f"{stem}.{SKIPPED}"
     if skipped:
         write_skipped(skipped_file, skipped)
+    else:
+        epath.Path(skipped_file).unlink(missing_ok=True)
     check_skipped(skipped, written + len(skipped), max_skipped)
     write_rows(target, made)
     return Converted(written, skipped, skipped_file)

@@ -1,5 +1,6 @@
 """Rows written by each tool's conventions: what is read, and that converting keeps every field."""
 
+import dataclasses
 import io
 import json
 import math
@@ -13,7 +14,9 @@ from PIL import Image
 
 from mmpo_jax.data.conversion import convert_data
 from mmpo_jax.data.formats import FORMATS, choose_format
-from mmpo_jax.data.formats.writing import STRIP, Writer
+from mmpo_jax.data.formats.format import finish
+from mmpo_jax.data.formats.media import MediaFolder
+from mmpo_jax.data.formats.writing import STRIP, CannotHold, Writer, fields_of
 from mmpo_jax.data.readers import iter_records, read_records
 from mmpo_jax.data.records import ImageRef, Record, Response, Span, Turn, VideoRef
 from mmpo_jax.errors import MmpoError
@@ -555,8 +558,8 @@ def spoiled(value):
             )
 
 
-@pytest.mark.parametrize("name", [*sorted(ROWS), "rlaif_v", "rlhf_v", "record"])
-def test_no_row_breaks_reading(folder, name):
+def spoiled_rows(name):
+    """Rows of a format with one thing wrong, or only otherwise, in each."""
     own = scored(
         rank=1,
         scores={"score": 1.0},
@@ -565,15 +568,50 @@ def test_no_row_breaks_reading(folder, name):
         prompt=[user()],
         finished=True,
     )
-    texts = [{**row, "image": "a.png"} for row in RLAIF_V + RLHF_V]
-    rows = ROWS | {"rlaif_v": texts[:1], "rlhf_v": texts[1:], "record": [own]}
-    bad = [row for original in rows[name] for row in spoiled(original)]
-    path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in bad))
+    published = [{**row, "image": "a.png"} for row in RLAIF_V + RLHF_V]
+    rows = ROWS | {"rlaif_v": published[:1], "rlhf_v": published[1:], "record": [own]}
+    return [row for original in rows[name] for row in spoiled(original)]
+
+
+ALL = [*sorted(ROWS), "rlaif_v", "rlhf_v", "record"]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_no_row_breaks_reading(folder, name):
+    path = write_jsonl(folder / "rows.jsonl", spoiled_rows(name))
     for format in ("auto", name):
         items = list(iter_records(path, format=format))
-        assert len(items) == len(bad)
+        assert len(items) == len(spoiled_rows(name))
         assert any(isinstance(item, Record) for item in items)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_a_format_takes_it_gives_back(folder, name):
+    """Whatever it does not refuse; what means nothing to us may be written otherwise."""
+    writer, media = Writer(str(folder), str(folder / "copies")), MediaFolder(folder)
+    path = write_jsonl(folder / "rows.jsonl", spoiled_rows(name)[::3])
+    records = [item for item in iter_records(path, format=name) if isinstance(item, Record)]
+    taken = 0
+    for record in records:
+        for to in set(ALL):
+            format = FORMATS[to]
+            if fields_of(record) - format.holds:
+                continue
+            try:
+                row = format.write(record, writer)
+            except CannotHold:
+                continue
+            row = {k: v for k, v in json.loads(json.dumps(row)).items() if v is not None}
+            back = finish(format.read(row, media, "last_turn"), record.id, record.row)
+            assert comparable(back) == comparable(record), (to, row)
+            taken += 1
+    assert taken >= len(records)
+
+
+def comparable(record):
+    videos = tuple((video.fps, [frame.read() for frame in video.frames]) for video in record.videos)
+    extra = {name: v for name, v in record.extra.items() if name not in ("id", "logps")}
+    return dataclasses.replace(record, videos=videos, extra=extra)
 
 
 def test_a_format_that_is_given_is_used(folder):

@@ -14,6 +14,8 @@ from mmpo_jax.data.records import ImageRef, Record, Response, Turn, VideoRef
 from mmpo_jax.errors import MmpoError
 from mmpo_jax.files import fingerprint_bytes, write_atomic
 
+Embed = Literal["no", "bytes", "base64"]
+
 
 class CannotHold(MmpoError):
     """A format has no place for a field of a record."""
@@ -89,7 +91,7 @@ class Writer:
 
     root: str
     copies: str
-    embed: Literal["no", "bytes", "base64"] = "no"
+    embed: Embed = "no"
 
     def image(self, image: ImageRef) -> Any:
         """What stands in a row for an image.
