@@ -14,7 +14,8 @@ import time
 
 from mmpo_jax.alignment.align import run_alignment
 from mmpo_jax.alignment.report import RoundReport
-from mmpo_jax.recipe import AlignRecipe, load_recipe
+from mmpo_jax.recipe import AlignRecipe
+from mmpo_jax.recipe_files import load_recipe
 from mmpo_jax.shapes.language import QUESTION_KINDS
 
 ROWS = (

@@ -36,15 +36,17 @@ import transformers
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mmpo_jax.data.pipeline import TrainBatch
 from mmpo_jax.generation.sampler import Decoding, sample
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.huggingface import flatten
 from mmpo_jax.models.layout import pad_size
 from mmpo_jax.models.log_probs import response_log_probs
 from mmpo_jax.models.model import Model, read_config
+from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import AXES, BATCH, param_shardings
-from mmpo_jax.recipe import Dpo, Optimizer
-from mmpo_jax.training.losses import REFERENCE, make_loss
+from mmpo_jax.recipe_training import Optimizer
+from mmpo_jax.training.losses import make_loss
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
 from mmpo_jax.training.step import TrainState, make_step, optimizer_shardings
 
@@ -287,13 +289,14 @@ def train_step(model: Model, target: Target, mesh: Mesh) -> Callable[[], Any]:
         optimizer_shardings(optimizer, params, mesh),
     )
     state = TrainState(abstract((), jnp.int32, mesh, PartitionSpec()), params, {}, moments)
-    step = make_step(make_loss(model, Dpo(), REMAT), optimizer, schedule, state, jnp.bfloat16)
+    loss = make_loss(model, [make_term("dpo")], remat=REMAT)
+    step = make_step(loss, optimizer, schedule, state, jnp.bfloat16)
     batch = abstract_batch(model, target, mesh, RESPONSES, micro_batches=True)
-    reference = jax.ShapeDtypeStruct(
+    numbers = jax.ShapeDtypeStruct(
         batch.response_ids.shape[:-1], jnp.float32, sharding=batch.response_ids.sharding
     )
     whole = jax.jit(step, donate_argnums=0)
-    return lambda: whole.lower(state, (batch, {REFERENCE: reference}))
+    return lambda: whole.lower(state, TrainBatch(batch, {"sums": numbers}, {"rank": numbers}))
 
 
 def generation(model: Model, target: Target, mesh: Mesh) -> Callable[[], Any]:

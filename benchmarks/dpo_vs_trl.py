@@ -123,9 +123,10 @@ def run_trl(folder: str, settings: Settings, checkpointing: bool) -> dict:
 def run_ours(folder: str, settings: Settings) -> dict:
     """Reference pass and one epoch with mmpo_jax; writes the order of the pairs to `order.json`."""
     import jax
+    import numpy as np
     import optax
 
-    from mmpo_jax import recipe
+    from mmpo_jax import recipe, recipe_training
     from mmpo_jax.data.pipeline import Example, training_batches
     from mmpo_jax.data.processor import Processor
     from mmpo_jax.data.readers import read_records
@@ -133,14 +134,14 @@ def run_ours(folder: str, settings: Settings) -> dict:
     from mmpo_jax.models.huggingface import load_params
     from mmpo_jax.models.model import Model, load_config
     from mmpo_jax.parallel.mesh import make_mesh, put_batch, put_params
-    from mmpo_jax.training.losses import REFERENCE, make_loss
+    from mmpo_jax.training.losses import make_loss
     from mmpo_jax.training.optimizer import make_optimizer
     from mmpo_jax.training.reference import score_records
     from mmpo_jax.training.step import create_state, make_step
 
-    config = recipe.Training(
-        objective=recipe.Dpo(beta=settings.beta),
-        optimizer=recipe.Optimizer(
+    config = recipe_training.Training(
+        objective={"type": "dpo", "beta": settings.beta},
+        optimizer=recipe_training.Optimizer(
             learning_rate=settings.learning_rate, weight_decay=settings.weight_decay
         ),
         batch_size=settings.batch_size,
@@ -154,7 +155,7 @@ def run_ours(folder: str, settings: Settings) -> dict:
     records, _ = read_records(os.path.join(folder, PAIRS_FILE))
     schedule = optax.constant_schedule(settings.learning_rate)
     optimizer = make_optimizer(config.optimizer, schedule)
-    loss = make_loss(model, config.objective, config.remat)
+    loss = make_loss(model, [term.term() for term in config.objective], remat=config.remat)
 
     def batches(examples, processor):
         return training_batches(
@@ -179,7 +180,11 @@ def run_ours(folder: str, settings: Settings) -> dict:
         del placed
         scored = time.perf_counter()
         examples = [
-            Example(record, {REFERENCE: sums})
+            Example(
+                (record,),
+                {"rank": np.float32([1, 2])},
+                {"sums": np.float32([sums])},
+            )
             for record, sums in zip(tokenized, reference, strict=True)
         ]
         losses, norms, ids, first = [], [], [], None
@@ -190,7 +195,7 @@ def run_ours(folder: str, settings: Settings) -> dict:
             losses.append(float(metrics["loss"]))
             norms.append(float(metrics["grad_norm"]))
             ids += host.ids
-            first = first or host.arrays[0]
+            first = first or host.arrays.prompts
         return {
             "ids": _rows(first),
             "order": [int(name) - 1 for name in ids],

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any, get_args
 
 from mmpo_jax import recipe as recipes
 from mmpo_jax.errors import MmpoError
@@ -76,6 +77,48 @@ def convert(source: str, target: str, dtype: str | None) -> None:
     print(convert(source, target, dtype))
 
 
+def objectives() -> None:
+    """List the objectives with formula, source, options and what they need."""
+    from mmpo_jax.objectives.listing import render_objectives
+
+    print(render_objectives())
+
+
+def data_check(options: argparse.Namespace) -> None:
+    """Say what is in a data file, and which rows cannot be used and why."""
+    from mmpo_jax.checkpoint import load_processor
+    from mmpo_jax.data.check import check_data
+
+    processor = load_processor(options.model, options.template) if options.model else None
+    report = check_data(
+        options.file,
+        format=options.format,
+        image_root=options.image_root,
+        processor=processor,
+        prompt_sizes=options.prompt_sizes,
+        response_sizes=options.response_sizes,
+    )
+    print(report)
+
+
+def data_convert(options: argparse.Namespace) -> None:
+    """Write the rows of a data file in another format."""
+    from mmpo_jax.data.conversion import convert_data
+
+    done = convert_data(
+        options.source,
+        options.target,
+        format=options.format,
+        read_as=options.read_as,
+        image_root=options.image_root,
+        drop=options.drop,
+        max_skipped=options.max_skipped,
+    )
+    print(f"{options.target}: {done.written} rows")
+    if done.skipped:
+        print(f"{done.skipped_file}: {len(done.skipped)} rows that cannot be used")
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "align": align,
     "train": train,
@@ -84,9 +127,15 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate,
 }
 
+DATA_COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "check": data_check,
+    "convert": data_convert,
+}
+
 FILES = {
     "--model": ("model", "checkpoint: folder, bucket, hub id, run, adapter"),
-    "--data": ("data.path", "JSONL or Parquet"),
+    "--data": ("data.path", "file, folder or tfds:NAME#SPLIT"),
+    "--format": ("data.format", "of the rows; their columns say it by default"),
     "--image-root": ("data.image_root", "folder of the images; the data file's by default"),
     "--output": ("output", "JSONL file"),
     "--template": ("template", "auto (the checkpoint's own) or vicuna_v1"),
@@ -132,6 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("source", help="run, one step of it, Hugging Face folder or hub id")
     command.add_argument("target", help="new folder")
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    subparsers.add_parser("objectives", help=objectives.__doc__, description=objectives.__doc__)
+    _add_data_commands(subparsers)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in ("absl", "jax", "matplotlib", "orbax", "transformers"):
@@ -141,6 +192,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "convert":
             convert(options.source, options.target, options.dtype)
+        elif options.command == "objectives":
+            objectives()
+        elif options.command == "data":
+            DATA_COMMANDS[options.data_command](options)
         elif options.command in FLAGS:
             COMMANDS[options.command](*_flags_as_overrides(options))
         else:
@@ -176,6 +231,43 @@ def _add_flags(command: argparse.ArgumentParser, name: str) -> None:
             command.add_argument(flag, dest=key, action="store_const", const=True, help=help)
         else:
             command.add_argument(flag, dest=key, metavar=flag[2:].upper(), help=help)
+
+
+def _add_data_commands(subparsers: Any) -> None:
+    help = "Look into data files, and convert them."
+    parser = subparsers.add_parser("data", help=help, description=help)
+    commands = parser.add_subparsers(dest="data_command", required=True)
+    parsers = {
+        name: commands.add_parser(
+            name, help=function.__doc__, description=function.__doc__, allow_abbrev=False
+        )
+        for name, function in DATA_COMMANDS.items()
+    }
+    formats = get_args(recipes.Format)
+    root = "folder of the images; the data file's by default"
+    check, convert = parsers["check"], parsers["convert"]
+    check.add_argument("file", help="file, folder or tfds:NAME#SPLIT")
+    check.add_argument("--model", help="checkpoint whose tokens count; characters without")
+    check.add_argument("--template", default="auto", choices=("auto", "vicuna_v1"))
+    check.add_argument("--format", default="auto", choices=formats, help="of the rows")
+    check.add_argument("--image-root", help=root)
+    for name in ("prompt", "response"):
+        flag, help = f"--{name}-sizes", "buckets, as 64,128; chosen from the data by default"
+        check.add_argument(flag, type=_sizes, default=(), help=help)
+    convert.add_argument("source", help="file, folder or tfds:NAME#SPLIT")
+    convert.add_argument("target", help="new file: .jsonl, .parquet or .array_record")
+    written = [name for name in formats if name not in ("auto", "shapes")]
+    convert.add_argument("--format", default="record", choices=written, help="of the target")
+    convert.add_argument("--read-as", default="auto", choices=formats, help="format of the source")
+    convert.add_argument("--image-root", help=root)
+    help = "fields to leave out, as scores,critique"
+    convert.add_argument("--drop", type=lambda text: text.split(","), default=(), help=help)
+    help = "share of unusable rows above which nothing is written"
+    convert.add_argument("--max-skipped", type=float, default=0.1, help=help)
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return recipes.Lengths(prompt=tuple(int(size) for size in text.split(","))).prompt
 
 
 def _flags_as_overrides(options: argparse.Namespace) -> tuple[str | None, list[str]]:

@@ -5,15 +5,14 @@ Everything is checked when a recipe is loaded, before anything heavy starts; see
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import pydantic
 from pydantic import Field
 
-from mmpo_jax.objectives.registry import FIELDS, OBJECTIVES, REFERENCES, VIEWS
-from mmpo_jax.recipe_objectives import SECTIONS, Objectives
-from mmpo_jax.section import MeshSize, PositiveInt, Section, Seed
+from mmpo_jax.objectives.registry import FIELDS, OBJECTIVES
+from mmpo_jax.recipe_training import Training
+from mmpo_jax.section import MeshSize, PositiveInt, Section, Seed, as_list
 
 
 class Lengths(Section):
@@ -52,11 +51,27 @@ class ShapesData(Section):
     """Share of supervised captions with one invented thing."""
 
 
+Format = Literal[
+    "auto",
+    "record",
+    "trl",
+    "llama_factory",
+    "ms_swift",
+    "rlaif_v",
+    "rlhf_v",
+    "mm_rlhf",
+    "mm_rlhf_pairs",
+    "shapes",
+]
+
+
 class FileData(Section):
-    """JSONL or Parquet in TRL's conversational or plain format."""
+    """Rows of a file, a folder or TFDS (docs/data.md)."""
 
     source: Literal["file"] = "file"
     path: str
+    format: Format = "auto"
+    """The convention of the rows; `auto` goes by their columns."""
     image_root: str | None = None
     """Folder the image paths are relative to and must stay in; the file's own by default."""
     max_skipped: float = Field(0.1, ge=0, le=1)
@@ -64,6 +79,28 @@ class FileData(Section):
 
 
 Data = Annotated[ShapesData | FileData, Field(discriminator="source")]
+
+
+class ShapesPart(ShapesData):
+    """The picture world in a mixture."""
+
+    weight: float = Field(1.0, gt=0)
+    """How often a row is seen in an epoch; of 0.5 every other row."""
+
+
+class FilePart(FileData):
+    """A file in a mixture."""
+
+    weight: float = Field(1.0, gt=0)
+    """How often a row is seen in an epoch; of 0.5 every other row."""
+
+
+Mixture = Annotated[
+    tuple[Annotated[ShapesPart | FilePart, Field(discriminator="source")], ...],
+    pydantic.BeforeValidator(as_list),
+    Field(min_length=1),
+]
+"""Data, or a list of them."""
 
 
 class Sampling(Section):
@@ -127,161 +164,6 @@ class Pairing(Section):
         return self
 
 
-class CachedReference(Section):
-    """The start model's log-probs, computed once before training and stored."""
-
-    type: Literal["cached"] = "cached"
-
-
-class GivenReference(Section):
-    """Log-probs that the data hold."""
-
-    type: Literal["given"] = "given"
-
-
-class OnlineReference(Section):
-    """The start model runs in the step. With adapters it shares the weights of the policy and has
-    no adapters; without, it holds a copy of what is trained."""
-
-    type: Literal["online"] = "online"
-
-
-class MovingReference(Section):
-    """A model in the step that follows the policy (TR-DPO, Gorbatovski et al. 2024, arXiv
-    2404.09656, soft updates; `mixup: 1` are hard ones)."""
-
-    type: Literal["ema"] = "ema"
-    every: PositiveInt = 512
-    """Steps between updates."""
-    mixup: float = Field(0.6, gt=0, le=1)
-    """reference <- mixup * policy + (1 - mixup) * reference."""
-
-
-class NoReference(Section):
-    """For objectives that compare with none; others are refused."""
-
-    type: Literal["none"] = "none"
-
-
-Reference = Annotated[
-    CachedReference | GivenReference | OnlineReference | MovingReference | NoReference,
-    Field(discriminator="type"),
-]
-
-
-class Optimizer(Section):
-    """AdamW with warm-up and cosine decay to zero."""
-
-    learning_rate: float = Field(5e-7, gt=0)
-    warmup_ratio: float = Field(0.05, ge=0, le=1)
-    weight_decay: float = Field(0.01, ge=0)
-    """Not applied to biases and norms."""
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    epsilon: float = Field(1e-8, gt=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-
-
-class Lora(Section):
-    """Low-rank adapters, trained beside frozen weights."""
-
-    target: str = "language_model/layers/.*"
-    """Regular expression over whole paths of dense layers, such as
-    `language_model/layers/self_attn/q_proj`; what `freeze` matches gets no adapter."""
-    rank: PositiveInt = 16
-    alpha: float = Field(32.0, gt=0)
-    """Adapters count alpha / rank times."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of an adapter's inputs that training zeroes."""
-
-    @pydantic.field_validator("target")
-    @classmethod
-    def _compiles(cls, target: str) -> str:
-        try:
-            re.compile(target)
-        except re.error as error:
-            raise ValueError(f"not a regular expression: {error}") from error
-        return target
-
-
-class Training(Section):
-    """One training stage."""
-
-    objective: Objectives = (SECTIONS["dpo"](type="dpo"),)
-    """One, or a list whose weighted losses are added up; `mmpo objectives` lists them."""
-    reference: Reference = CachedReference()
-    """What objectives compare the policy with."""
-    optimizer: Optimizer = Optimizer()
-    epochs: PositiveInt = 1
-    max_steps: PositiveInt | None = None
-    """Stops earlier than the epochs would; the schedule ends there too."""
-    batch_size: PositiveInt = 8
-    """Rows (pairs, dialogues groups) per update, over all devices."""
-    micro_batch_size: PositiveInt | None = None
-    """Rows at a time, over all devices; the whole batch by default."""
-    freeze: tuple[str, ...] = ()
-    """Regular expressions over whole parameter paths; what they match is not trained."""
-    lora: Lora | None = None
-    """Trains adapters instead of the weights."""
-    remat: Literal["none", "dots", "full"] = "none"
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    log_every: PositiveInt = 10
-    save_every: PositiveInt = 100
-    keep_checkpoints: PositiveInt = 2
-
-    @pydantic.model_validator(mode="after")
-    def _consistent(self) -> Training:
-        micro = self.micro_batch_size
-        if micro is not None and self.batch_size % micro:
-            raise ValueError(f"batch_size {self.batch_size} is no multiple of {micro}")
-        self._check_reference()
-        self._check_contexts()
-        if self.save_every % self.log_every:
-            raise ValueError("save_every must be a multiple of log_every")
-        return self
-
-    def _check_contexts(self) -> None:
-        """All objectives see one batch."""
-        for names in (("image", "noise_step"), ("joint",)):
-            asked = {
-                tuple(getattr(section, name) for name in names)
-                for section in self.objective
-                if hasattr(section, names[0])
-            }
-            if len(asked) > 1:
-                raise ValueError(f"objective: give all of the list the same {' and '.join(names)}")
-        joint = [section for section in self.objective if getattr(section, "joint", False)]
-        if joint and len(joint) < len(self.objective):
-            raise ValueError(f"objective: {joint[0].type} with joint reads rows otherwise")
-
-    def _check_reference(self) -> None:
-        enough = {
-            "cached": {"reference", "reference_tokens"},
-            "given": {"reference"},
-            "none": set(),
-        }.get(self.reference.type, REFERENCES.keys())
-        for section in self.objective:
-            needs = section.term().needs
-            if self.reference.type == "given" and needs & VIEWS.keys():
-                raise ValueError(
-                    f"objective: {section.type} compares with another image, of which the data "
-                    "have no log-probs"
-                )
-        for section in self.objective:
-            lacking = (section.term().needs & REFERENCES.keys()) - enough
-            if lacking:
-                need = max(lacking)
-                raise ValueError(
-                    f"objective: {section.type} needs {REFERENCES[need]}, which `reference: "
-                    f"{{type: {self.reference.type}}}` does not give"
-                )
-
-    def identity(self) -> dict[str, Any]:
-        """The options the trained weights depend on."""
-        reporting = {"log_every", "save_every", "keep_checkpoints"}
-        return self.model_dump(mode="json", exclude=reporting)
-
-
 class PreferenceTraining(Training):
     """The training stage of an alignment round, which has pairs to learn from."""
 
@@ -327,19 +209,44 @@ class Base(Section):
     """What computes it; `auto` is splash attention on TPU, cuDNN on GPU, XLA elsewhere."""
 
 
+class Validation(Section):
+    """Rows that are held out of training and measured as it goes on."""
+
+    data: Data | None = None
+    """Other data, or"""
+    share: float | None = Field(None, gt=0, lt=1)
+    """this much of the training data, all rows of one prompt on the same side."""
+    every: PositiveInt = 100
+    """Steps between measurements; one before the first step and one at the end besides."""
+    metric: str = "eval_loss"
+    """The result is the model of the step where it was best."""
+    greater_is_better: bool = False
+    patience: PositiveInt | None = None
+    """Measurements without a better one after which training stops."""
+
+    @pydantic.model_validator(mode="after")
+    def _one_source(self) -> Validation:
+        if (self.data is None) == (self.share is None):
+            raise ValueError("give either data or a share of the training data")
+        return self
+
+
 class TrainRecipe(Base):
     """`mmpo train`: one training stage on data that is there."""
 
     weights: Literal["pretrained", "random"] = "pretrained"
     """`random` takes only the config and the processor from the model folder."""
-    data: Data
+    data: Mixture
     lengths: Lengths = Lengths()
     training: Training = Training()
+    validation: Validation | None = None
 
     @pydantic.model_validator(mode="after")
-    def _has_pairs(self) -> TrainRecipe:
+    def _consistent(self) -> TrainRecipe:
+        if self.validation is not None and self.validation.every % self.training.log_every:
+            raise ValueError("validation.every must be a multiple of training.log_every")
         types = {section.type for section in self.training.objective}
-        if isinstance(self.data, ShapesData) and types != {"sft"}:
+        if any(isinstance(part, ShapesData) for part in self.data) and types != {"sft"}:
             raise ValueError(
                 "training.objective: the picture world's dialogues hold no preferences; "
                 "train on them with {type: sft}, or align"

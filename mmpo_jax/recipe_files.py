@@ -36,7 +36,7 @@ def load_recipe(
     try:
         return kind.model_validate(values)
     except pydantic.ValidationError as error:
-        lines = "\n".join(f"  {_explain(kind, problem)}" for problem in error.errors())
+        lines = "\n".join(f"  {_explain(kind, problem, values)}" for problem in error.errors())
         name = "the options" if path is None else path
         raise RecipeError(f"{name}: this recipe cannot be run:\n{lines}") from error
 
@@ -72,9 +72,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
     node[name] = value
 
 
-def _explain(kind: type[pydantic.BaseModel], problem: Any) -> str:
+def _explain(kind: type[pydantic.BaseModel], problem: Any, values: Any) -> str:
     """One line for one problem: the key's path, what is wrong, what would be right."""
-    sections, path = _follow(kind, problem["loc"])
+    sections, path = _follow(kind, _as_written(problem["loc"], values))
     where = ".".join(path) or "the recipe"
     if problem["type"] == "extra_forbidden":
         names = [name for section in sections for name in section.model_fields]
@@ -85,6 +85,21 @@ def _explain(kind: type[pydantic.BaseModel], problem: Any) -> str:
     whole = problem["type"] == "missing" or isinstance(problem["input"], dict)
     given = "" if whole else f" (got {problem['input']!r})"
     return f"{where}: {message}{given}"
+
+
+def _as_written(location: tuple[str | int, ...], node: Any) -> tuple[str | int, ...]:
+    """Without the place in a list where the file has no list but its only entry."""
+    kept: list[str | int] = []
+    for part in location:
+        in_file = isinstance(node, list) or (isinstance(node, dict) and part in node)
+        if isinstance(part, int) and not in_file:
+            continue
+        kept.append(part)
+        if isinstance(node, dict):
+            node = node.get(part, node)  # what is no key is the tag of a tagged choice
+        elif isinstance(part, int):
+            node = node[part]
+    return tuple(kept)
 
 
 def _follow(

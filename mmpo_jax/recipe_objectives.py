@@ -12,7 +12,7 @@ from pydantic import Field
 from mmpo_jax.objectives.registry import OBJECTIVES
 from mmpo_jax.objectives.registry import Objective as Registered
 from mmpo_jax.objectives.terms import Term
-from mmpo_jax.section import Section
+from mmpo_jax.section import Section, as_list
 
 
 class ObjectiveSection(Section):
@@ -43,18 +43,13 @@ def _section(objective: Registered) -> type[ObjectiveSection]:
 SECTIONS = {name: _section(objective) for name, objective in OBJECTIVES.items()}
 
 
-def _as_list(value: Any) -> Any:
-    """One objective may stand without the brackets of a list."""
-    return value if isinstance(value, list | tuple) else [value]
-
-
 if TYPE_CHECKING:
     Objectives = tuple[ObjectiveSection, ...]
 else:
     _ANY = functools.reduce(operator.or_, SECTIONS.values())
     Objectives = Annotated[
         tuple[Annotated[_ANY, Field(discriminator="type")], ...],
-        pydantic.BeforeValidator(_as_list),
+        pydantic.BeforeValidator(as_list),
         Field(min_length=1),
     ]
     """A list of objectives, or one of them, by `type`."""

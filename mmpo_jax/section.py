@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field
@@ -18,3 +18,8 @@ class Section(pydantic.BaseModel):
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
 MeshSize = PositiveInt | Literal[-1]
+
+
+def as_list(value: Any) -> Any:
+    """One entry may stand without the brackets of a list."""
+    return value if isinstance(value, list | tuple) else [value]

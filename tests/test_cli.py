@@ -112,7 +112,7 @@ def write_rows(folder, rows):
 
 
 def skipped_reasons(folder):
-    rows = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "rejected_rows.jsonl").read_text().splitlines()]
     assert all(row["file"].endswith("rows.jsonl") and row["detail"] for row in rows)
     return {row["id"]: row["reason"] for row in rows}
 
@@ -225,7 +225,7 @@ class TestBadData:
             assert "bad_json 2, incomplete_pair 1" in message
         else:
             assert "rows.jsonl: no row that can be used" in message
-        assert len((tmp_path / "out" / "skipped.jsonl").read_text().splitlines()) == 3
+        assert len((tmp_path / "out" / "rejected_rows.jsonl").read_text().splitlines()) == 3
 
     def test_prompts_do_not_fit_the_evaluation(self, tiny_folder, refused, tmp_path):
         values = recipe(tmp_path, tiny_folder, lengths={"prompt": [8], "response": [16]})

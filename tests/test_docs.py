@@ -2,10 +2,15 @@
 
 import ast
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from mmpo_jax.data.formats import FORMATS
+from mmpo_jax.data.formats.writing import STRIP
+from mmpo_jax.data.readers import iter_records
+from mmpo_jax.data.records import Record
 from mmpo_jax.models.families import FAMILIES
 
 ROOT = Path(__file__).parent.parent
@@ -38,3 +43,19 @@ def test_every_family_is_in_the_table():
         assert says["images"] == says["several images"] == (family.images is not None)
         assert says["video"] == (family.videos is not None)
         assert "tests/parity/" in list(table[name].values())[-1]
+
+
+def test_every_format_has_an_example_row_that_is_read(tmp_path):
+    page = (ROOT / "docs" / "data.md").read_text()
+    sections = re.findall(r"^### `(\w+)`\n.*?^```json\n(.*?)^```$", page, re.M | re.S)
+    assert {name for name, _ in sections} == FORMATS.keys()
+    for file in ("cat.jpg", "dog.jpg", "other.jpg", "scene.png", "short/cat.png", "clip_7/1.png"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_bytes(b"not decoded")
+    for name, rows in sections:
+        (tmp_path / "rows.jsonl").write_text(rows)
+        found: Counter[str] = Counter()
+        items = list(iter_records(tmp_path / "rows.jsonl", formats=found))
+        assert found == {name: len(items)}
+        assert all(isinstance(item, Record) for item in items), items
+    assert all(f"`{field}`" in page for field in STRIP)

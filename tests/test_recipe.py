@@ -11,6 +11,7 @@ import yaml
 
 import mmpo_jax
 from mmpo_jax.generation.sampler import Decoding
+from mmpo_jax.objectives.registry import OBJECTIVES
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipe import (
     AlignRecipe,
@@ -18,13 +19,13 @@ from mmpo_jax.recipe import (
     Devices,
     EvaluateRecipe,
     GenerateRecipe,
-    RecipeError,
     Sampling,
     ScoreRecipe,
     Section,
     TrainRecipe,
-    load_recipe,
 )
+from mmpo_jax.recipe_files import RecipeError, load_recipe
+from mmpo_jax.recipe_objectives import ObjectiveSection
 from mmpo_jax.shapes.render import MIN_IMAGE_SIZE
 
 PACKAGE = Path(mmpo_jax.__file__).parent
@@ -122,7 +123,6 @@ def test_wrong_types_and_impossible_values(problem, override, told):
     ("override", "kind", "told"),
     [
         ("training.objective={type: dpo}", TrainRecipe, "dialogues hold no preferences"),
-        ("training.objective={type: sft}", AlignRecipe, "training.objective.type: "),
         ("sampling.max_new_tokens=65", AlignRecipe, "sampling.max_new_tokens 65 is more than"),
         ("pairing={score: fraction, min_difference: 2}", AlignRecipe, "pairing: shares of"),
         ("evaluation={seeds: []}", AlignRecipe, "evaluation.seeds: "),
@@ -194,8 +194,8 @@ def test_numbers_without_a_dot(load):
 
 def test_overrides_win_and_make_groups(load):
     recipe = load("seed=7", "data.size=9", "training.objective.type=sft", "lengths.prompt=[8, 16]")
-    assert (recipe.seed, recipe.data.size, recipe.lengths.prompt) == (7, 9, (8, 16))
-    assert recipe.training.objective.type == "sft"
+    assert (recipe.seed, recipe.data[0].size, recipe.lengths.prompt) == (7, 9, (8, 16))
+    assert [section.type for section in recipe.training.objective] == ["sft"]
     assert load().seed == 0
 
 
@@ -267,6 +267,15 @@ def owners(section: type[Section]) -> set[str]:
     return {*held, "config", "recipe"} if held else {"recipe"}
 
 
+def taken_by(section: type[Section]) -> set[str]:
+    """Names that are given to a function as its parameters."""
+    if issubclass(section, ObjectiveSection):
+        # `ObjectiveSection.term` reads them all by name.
+        return {"weight", *OBJECTIVES[section.model_fields["type"].default].options}
+    spread = next((target for s, target in SPREAD.items() if issubclass(section, s)), None)
+    return set(inspect.signature(spread).parameters) if spread else set()
+
+
 def leaves(annotation) -> set[type[Section]]:
     if isinstance(annotation, type):
         return {annotation}
@@ -277,13 +286,11 @@ def unread_options(kinds) -> set[str]:
     read = names_read()
     unread = set()
     for section in set().union(*(sections(kind) for kind in kinds)):
-        spread = next((target for s, target in SPREAD.items() if issubclass(section, s)), None)
-        taken = set(inspect.signature(spread).parameters) if spread else set()
         # The discriminators choose a class; pydantic reads them.
         tags = {n for n, f in section.model_fields.items() if n in ("source", "type") and f.default}
         unread |= {
             f"{section.__name__}.{name}"
-            for name in set(section.model_fields) - taken - tags
+            for name in set(section.model_fields) - taken_by(section) - tags
             if not any((owner, name) in read for owner in owners(section))
         }
     return unread

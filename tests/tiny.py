@@ -12,11 +12,14 @@ import numpy as np
 import transformers
 from tokenizers import Tokenizer, models, normalizers, processors, trainers
 
+from mmpo_jax.data.pipeline import Example, TrainBatch
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.families.llava import LlavaConfig
 from mmpo_jax.models.huggingface import flatten, save_model, unflatten
 from mmpo_jax.models.model import Model, Params, load_config
+from mmpo_jax.objectives.sums import mean
 from mmpo_jax.shapes.processor import IMAGE_TOKEN, TOKENS, save_processor
+from mmpo_jax.training.losses import Loss
 
 IMAGE_ID = TOKENS.index(IMAGE_TOKEN)
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
@@ -220,3 +223,44 @@ HUB_TEMPLATE = """\
 {%- if add_generation_prompt -%} {{- 'ASSISTANT:' -}} {%- endif -%}
 """
 """No BOS, no system prompt, no EOS."""
+
+
+def train_batch(batch, reference=None):
+    """What a train step takes of a batch: of pairs, the chosen first, if there is a reference.
+
+    Args:
+      batch: B prompts, with any axes in front.
+      reference: [..., B, R] summed log-probs, R > 1 responses from best to worst.
+    """
+    if reference is None:
+        return TrainBatch(batch, {}, {})
+    ranks = np.broadcast_to(
+        np.arange(1, reference.shape[-1] + 1, dtype=np.float32), reference.shape
+    )
+    return TrainBatch(batch, {"sums": reference}, {"rank": ranks})
+
+
+def example(record, reference=None):
+    """A ranked record with the reference's log-probs float32[R] of its responses."""
+    if reference is None:
+        return Example((record,), {})
+    reference = np.float32(reference)
+    ranks = np.arange(1, len(reference) + 1, dtype=np.float32)
+    return Example((record,), {"rank": ranks}, {"sums": reference[None]})
+
+
+def row_loss(forward, *evaluate, coupled=False):
+    """The loss of a train step without a model.
+
+    Args:
+      forward: (params, batch) -> a number for every row.
+      evaluate: of every term (these numbers, batch) -> `Sums`.
+      coupled: whether rows depend on each other.
+    """
+    return Loss(
+        forward=lambda params, reference, batch: forward(params, batch),
+        evaluate=lambda outputs, batch, state: ([term(outputs, batch) for term in evaluate], state),
+        combine=lambda sums: sum(mean(part.loss, part.weight) for part in sums),
+        report=lambda sums: {},
+        coupled=coupled,
+    )

@@ -38,12 +38,12 @@ def fitting_lengths(records: Sequence[TokenizedRecord]) -> Lengths:
     """
     responses = [len(response.ids) for record in records for response in record.responses]
     return Lengths(
-        prompt=_grid([len(record.prompt_ids) for record in records], 4),
-        response=_grid(responses or [1], 2),
+        prompt=fitting_sizes([len(record.prompt_ids) for record in records], 4),
+        response=fitting_sizes(responses or [1], 2),
     )
 
 
-def _grid(lengths: Sequence[int], per_octave: int) -> tuple[int, ...]:
+def fitting_sizes(lengths: Sequence[int], per_octave: int) -> tuple[int, ...]:
     """The sizes, so many from one power of two to the next, that hold all lengths."""
     sizes = set()
     for length in lengths:

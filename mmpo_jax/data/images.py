@@ -14,9 +14,13 @@ from mmpo_jax.data.records import ImageRef
 from mmpo_jax.errors import DataError
 from mmpo_jax.files import is_local
 
-# Twice Pillow's warning size, which is where Pillow itself refuses. Stated here because Pillow's
+# Where Pillow begins to warn of decompression bombs; 256 MiB in RGB. Stated here because Pillow's
 # limit is a global that other libraries switch off.
-MAX_PIXELS = 178_956_970
+MAX_PIXELS = 89_478_485
+
+
+class ImageTooLarge(DataError):
+    """An image with more than `MAX_PIXELS`, which is not decoded."""
 
 
 def image_size(ref: ImageRef) -> tuple[int, int]:
@@ -52,8 +56,8 @@ def open_image(ref: ImageRef) -> Image.Image:
     reference says to change is changed then.
 
     Raises:
-      DataError: the file is missing, empty, truncated, not an image, or has more than
-        `MAX_PIXELS` pixels.
+      DataError: the file is missing, empty, truncated or not an image.
+      ImageTooLarge: it has more than `MAX_PIXELS` pixels.
     """
     with _opened(ref) as image:
         return edit_image(ImageOps.exif_transpose(image).convert("RGB"), ref.edit)
@@ -70,12 +74,12 @@ def _opened(ref: ImageRef) -> Iterator[Image.Image]:
         image = Image.open(io.BytesIO(data))
         width, height = image.size
         if width * height > MAX_PIXELS:
-            raise DataError(_too_large(name, f"{width} x {height} pixels"))
+            raise ImageTooLarge(_too_large(name, f"{width} x {height} pixels"))
         yield image
     except DataError:
         raise
     except Image.DecompressionBombError as error:
-        raise DataError(_too_large(name, str(error))) from error
+        raise ImageTooLarge(_too_large(name, str(error))) from error
     except Image.UnidentifiedImageError as error:
         raise DataError(f"image {name} is not an image of a known format") from error
     except Exception as error:  # A decoder that is given damaged bytes raises nearly anything.

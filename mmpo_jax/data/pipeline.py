@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -58,6 +58,20 @@ class TrainBatch:
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+    """A data set of a mixture."""
+
+    size: int
+    weight: float = 1.0
+    """How often its rows are seen in an epoch."""
+
+    @property
+    def per_epoch(self) -> int:
+        """Rows in an epoch; one at least."""
+        return max(1, round(self.size * self.weight))
+
+
+@dataclasses.dataclass(frozen=True)
 class HostBatch:
     """What one step consumes on this process."""
 
@@ -76,17 +90,45 @@ def training_batches(
     epochs: int,
     batch_size: int,
     micro_batch_size: int,
+    parts: Sequence[Part] = (),
+    workers: int = 1,
 ) -> grain.DatasetIterator:
     """An iterator over `HostBatch`es, shuffled anew in every epoch.
+
+    Of several parts, each is shuffled by itself, and they are mixed evenly: every stretch of an
+    epoch holds as large a share of each as the whole.
 
     Batches are cut from the whole sequence of epochs, so only the very last one may be filled up.
     Every process walks the same order and takes its own rows, hence shapes agree across hosts.
     `get_state` and `set_state` hold the position.
     """
     make = _batch_maker(examples, processor, lengths, batch_size, micro_batch_size)
-    order = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat(epochs)
+    order = mixed_order(parts or [Part(len(examples))], seed, epochs)
     batches = order.batch(batch_size, drop_remainder=False, batch_fn=list).map(make)
-    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+    options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=4)
+    return iter(batches.to_iter_dataset(options))
+
+
+def mixed_order(parts: Sequence[Part], seed: int, epochs: int) -> grain.MapDataset:
+    """Indices of examples for all epochs, the examples of the parts standing one after another."""
+    orders, first = [], 0
+    for part in parts:
+        indices = grain.MapDataset.range(first, first + part.size).seed(seed).shuffle()
+        # Goes on where the last epoch ended, so that of half a part the other half comes next.
+        orders.append(indices.repeat())
+        first += part.size
+    seen = [part.per_epoch for part in parts]
+    return grain.MapDataset.mix(orders, weights=seen)[: epochs * sum(seen)]
+
+
+def held_out_batches(
+    examples: Sequence[Example], processor: Processor, lengths: Lengths, batch_size: int
+) -> Iterator[TrainBatch]:
+    """All examples once, in order."""
+    make = _batch_maker(examples, processor, lengths, batch_size, batch_size)
+    for start in range(0, len(examples), batch_size):
+        batch = make(list(range(start, min(start + batch_size, len(examples)))))
+        yield jax.tree.map(lambda leaf: leaf[0], batch.arrays)
 
 
 def num_batches(num_examples: int, epochs: int, batch_size: int) -> int:

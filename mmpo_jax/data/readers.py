@@ -1,35 +1,38 @@
-"""Read preference, prompt and supervised data from JSONL and Parquet files.
+"""Read preference, prompt and supervised data.
 
-What a row may hold is said in `mmpo_jax.data.rows`. A row that cannot be used becomes a
-`SkippedRow` and reading goes on. A file that cannot be read is a `DataError`.
+What a row may hold is said in `mmpo_jax.data.formats`, what a file may be in
+`mmpo_jax.data.tables`. A row that cannot be used becomes a `SkippedRow` and reading goes on. A
+file that cannot be read is a `DataError`.
 """
 
+import dataclasses
 import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from etils import epath
 
-from mmpo_jax.data.images import image_size, open_image
+from mmpo_jax.data.formats import FORMATS, choose_format
+from mmpo_jax.data.formats.format import finish
+from mmpo_jax.data.formats.media import MediaFolder
+from mmpo_jax.data.images import ImageTooLarge, image_size, open_image
 from mmpo_jax.data.records import ImageRef, Record, VideoRef
-from mmpo_jax.data.rows import MessagesAs, SkipReason, UnusableRow, parse_row, row_id
+from mmpo_jax.data.rows import MessagesAs, SkipReason, UnusableRow, row_id
+from mmpo_jax.data.tables import folder_of, numbered_rows
 from mmpo_jax.errors import DataError
 from mmpo_jax.files import write_atomic
 
-_PARQUET_BATCH_ROWS = 64  # Rows hold whole images: this is memory, not speed.
+Problem = tuple[SkipReason, str]
+"""Why a row is left out: a word to count by, and what exactly is wrong, for a person."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class SkippedRow:
     """A row that is left out.
 
     Attributes:
-      row: number in its file from 1; the line number in JSONL. None where only the id is known.
+      row: number in its file from 1; the line number in JSONL. None where the row is from no file.
       id: the row's id, or empty where the row could not be read so far.
       reason: a stable word to count by.
       detail: what exactly is wrong, for a person.
@@ -46,6 +49,7 @@ def read_records(
     path: epath.PathLike,
     image_root: epath.PathLike | None = None,
     messages_as: MessagesAs = "last_turn",
+    format: str = "auto",
 ) -> tuple[list[Record], list[SkippedRow]]:
     """All usable records of a file, in order, and the rows left out.
 
@@ -53,9 +57,9 @@ def read_records(
     """
     records: list[Record] = []
     skipped: list[SkippedRow] = []
-    for item in iter_records(path, image_root, messages_as):
+    for item in iter_records(path, image_root, messages_as, format):
         if isinstance(item, Record):
-            records.append(item)
+            records.append(dataclasses.replace(item, extra={}))
         else:
             skipped.append(item)
     return records, skipped
@@ -65,37 +69,48 @@ def iter_records(
     path: epath.PathLike,
     image_root: epath.PathLike | None = None,
     messages_as: MessagesAs = "last_turn",
+    format: str = "auto",
+    formats: Counter[str] | None = None,
 ) -> Iterator[Record | SkippedRow]:
-    """Read a ``.jsonl`` or ``.parquet`` file row by row; images are found but not decoded.
+    """Read data row by row; images are found but not decoded.
 
     Args:
-      path: the data file.
+      path: the file, folder or TFDS name, see `mmpo_jax.data.tables`.
       image_root: the folder of the images, by default the one of the data file. Paths that leave
         it are refused.
-      messages_as: what a ``messages`` row supervises. "last_turn": the last assistant turn, the
-        turns before it being the prompt. "dialogue": every assistant turn; the prompt is empty.
+      messages_as: what a row supervises that is a dialogue. "last_turn": the last assistant turn,
+        the turns before it being the prompt. "dialogue": every assistant turn; the prompt is empty.
+      format: one of `FORMATS`, or "auto" for each row's own.
+      formats: counts the rows of each, where given.
 
     Raises:
-      DataError: the file is missing, unreadable or of an unknown kind, or an id occurs twice.
+      DataError: the file is missing, unreadable or of an unknown kind.
     """
-    path = epath.Path(path)
-    root = path.parent if image_root is None else epath.Path(image_root)
+    media = MediaFolder(folder_of(path) if image_root is None else image_root)
     first_row: dict[str, int] = {}
-    for number, row in _numbered_rows(path):
+    pairs: Counter[str] = Counter()
+    for number, row in numbered_rows(path, image_root):
         id_ = ""
         try:
             if isinstance(row, UnusableRow):
                 raise row
-            id_ = row_id(row, number)
+            present = {name: value for name, value in row.items() if value is not None}
+            convention = choose_format(present) if format == "auto" else FORMATS[format]
+            if formats is not None:
+                formats[convention.name] += 1
+            id_ = row_id(present, number)
+            if convention.repeats_ids:
+                pairs[id_] += 1
+                id_ = f"{id_}/{pairs[id_]}"
             if id_ in first_row:
-                raise DataError(
-                    f"{os.fspath(path)}: rows {first_row[id_]} and {number} "
-                    f"have the same id {id_!r}"
-                )
-            first_row[id_] = number
-            yield parse_row(row, id_, root, messages_as)
+                detail = f"row {first_row[id_]} has the id {id_!r} too"
+                raise UnusableRow("duplicate_id", detail)
+            record = finish(convention.read(present, media, messages_as), id_, number)
         except UnusableRow as unusable:
             yield SkippedRow(os.fspath(path), number, id_, unusable.reason, unusable.detail)
+        else:
+            first_row[id_] = number
+            yield record
 
 
 def check_images(
@@ -107,19 +122,30 @@ def check_images(
     """
     good: list[Record] = []
     skipped: list[SkippedRow] = []
-    seen: dict[str, str | None] = {}
+    seen: dict[str, Problem | None] = {}
     for record in records:
-        frames = [frame for video in record.videos for frame in video.frames]
-        problems = (_image_problem(image, seen) for image in (*record.images, *frames))
-        problem = next((problem for problem in problems if problem is not None), None)
-        uneven = None if problem else next(filter(None, map(_uneven, record.videos)), None)
-        if problem is not None:
-            skipped.append(SkippedRow(file, None, record.id, "image_broken", problem))
-        elif uneven is not None:
-            skipped.append(SkippedRow(file, None, record.id, "bad_video_entry", uneven))
-        else:
+        problem = media_problem(record, seen)
+        if problem is None:
             good.append(record)
+        else:
+            skipped.append(SkippedRow(file, record.row, record.id, *problem))
     return good, skipped
+
+
+def media_problem(record: Record, seen: dict[str, Problem | None]) -> Problem | None:
+    """Why an image or a video of a record cannot be used; None where all can.
+
+    Args:
+      seen: what is known of files, by path; it grows.
+    """
+    frames = [frame for video in record.videos for frame in video.frames]
+    own = [image for response in record.responses for image in response.images or ()]
+    for image in (*record.images, *own, *frames):
+        problem = _image_problem(image, seen)
+        if problem is not None:
+            return problem
+    uneven = next(filter(None, map(_uneven, record.videos)), None)
+    return None if uneven is None else ("bad_video_entry", uneven)
 
 
 def check_skipped(skipped: Sequence[SkippedRow], total: int, max_share: float) -> None:
@@ -150,20 +176,22 @@ def write_skipped(path: epath.PathLike, skipped: Iterable[SkippedRow]) -> None:
     Raises:
       OSError: the file could not be written.
     """
-    lines = [json.dumps(asdict(row)) + "\n" for row in skipped]
+    lines = [json.dumps(dataclasses.asdict(row)) + "\n" for row in skipped]
     write_atomic(path, "".join(lines).encode())
 
 
-def _image_problem(image: ImageRef, seen: dict[str, str | None]) -> str | None:
+def _image_problem(image: ImageRef, seen: dict[str, Problem | None]) -> Problem | None:
     """Why an image does not open, or None; a file that many rows share is opened once."""
     key = None if image.path is None else os.fspath(image.path)
     if key is not None and key in seen:
         return seen[key]
+    problem: Problem | None = None
     try:
         open_image(image)
-        problem = None
+    except ImageTooLarge as error:
+        problem = "image_too_large", str(error)
     except DataError as error:
-        problem = str(error)
+        problem = "image_broken", str(error)
     if key is not None:
         seen[key] = problem
     return problem
@@ -173,42 +201,3 @@ def _uneven(video: VideoRef) -> str | None:
     """What is wrong with the sizes of a video's frames, or None."""
     sizes = {image_size(frame) for frame in video.frames}
     return f"{video.name} has frames of sizes {sorted(sizes)}" if len(sizes) > 1 else None
-
-
-def _numbered_rows(path: epath.Path) -> Iterator[tuple[int, dict[str, Any] | UnusableRow]]:
-    """Rows with their numbers from 1; a row that is no object comes as what is wrong with it."""
-    readers = {".jsonl": _jsonl_rows, ".ndjson": _jsonl_rows, ".parquet": _parquet_rows}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(f"{os.fspath(path)}: data files end in {', '.join(readers)}")
-    try:
-        yield from reader(path)
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"cannot read {os.fspath(path)}: {reason}") from error
-
-
-def _jsonl_rows(path: epath.Path) -> Iterator[tuple[int, dict[str, Any] | UnusableRow]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except (ValueError, RecursionError) as error:
-                yield number, UnusableRow("bad_json", str(error))
-                continue
-            if isinstance(row, dict):
-                yield number, row
-            else:
-                detail = f"a {type(row).__name__} and not an object"
-                yield number, UnusableRow("bad_json", detail)
-
-
-def _parquet_rows(path: epath.Path) -> Iterator[tuple[int, dict[str, Any] | UnusableRow]]:
-    number = 0
-    with path.open("rb") as file:
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=_PARQUET_BATCH_ROWS):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from etils import epath
 
@@ -187,6 +187,7 @@ class Record:
         generated.
       source: what the data say of where the row comes from, such as a data set's name.
       row: number in its file from 1; None where it is from no file.
+      extra: columns of the row that nothing here stands for; kept where a file is converted.
     """
 
     id: str
@@ -196,6 +197,7 @@ class Record:
     videos: tuple[VideoRef, ...] = ()
     source: str | None = None
     row: int | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def ranked(self) -> bool:

@@ -11,11 +11,11 @@ from typing import Any
 
 from etils import epath
 
-from mmpo_jax.data.images import image_format, name_below
+from mmpo_jax.data.formats.writing import place_image
 from mmpo_jax.data.records import ImageRef
 from mmpo_jax.data.sources import SKIPPED
 from mmpo_jax.errors import MmpoError
-from mmpo_jax.files import fingerprint_bytes, write_atomic
+from mmpo_jax.files import write_atomic
 from mmpo_jax.recipe import Data, FileData
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class Results:
         """
         stem, extension = os.path.splitext(output)
         if extension == ".jsonl":
-            results = cls(output, f"{stem}.skipped.jsonl", f"{stem}.parts", f"{stem}.images")
+            results = cls(output, f"{stem}.{SKIPPED}", f"{stem}.parts", f"{stem}.images")
         else:
             results = cls(
                 os.path.join(output, f"{name}.jsonl"),
@@ -60,24 +60,9 @@ class Results:
     def name_image(self, image: ImageRef) -> str:
         """The path with which a row of the result names an image, relative to the result's folder.
 
-        What lies in that folder stays where it is. Of other files and of bytes a copy is written
-        to `images`, named by content, so that each is there once: readers follow no path out of
-        the folder.
-
-        Raises:
-          DataError: the image cannot be read.
-          OSError: the copy could not be written.
+        See `place_image`, which may write a copy to `images`.
         """
-        folder = os.path.dirname(self.rows)
-        name = None if image.path is None else name_below(folder, image.path)
-        if name is None:
-            data = image.read()
-            file = f"{fingerprint_bytes(data)}.{image_format(image)}"
-            name = os.path.join(os.path.basename(self.images), file)
-            copy = epath.Path(self.images) / file
-            if not copy.exists():
-                write_atomic(copy, data)
-        return name
+        return place_image(image, os.path.dirname(self.rows), self.images)
 
     def write(self, rows: Iterable[dict[str, Any]]) -> str:
         """Writes the result whole, and removes the parts it was made of.

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 from etils import epath
 
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.readers import (
+    Problem,
     SkippedRow,
     check_images,
     check_skipped,
@@ -18,7 +18,7 @@ from mmpo_jax.data.readers import (
     write_skipped,
 )
 from mmpo_jax.data.records import Record
-from mmpo_jax.data.rows import MessagesAs, SkipReason
+from mmpo_jax.data.rows import MessagesAs
 from mmpo_jax.data.tokenization import (
     Tokenize,
     TokenizedRecord,
@@ -31,7 +31,7 @@ from mmpo_jax.shapes import records as shapes
 
 log = logging.getLogger(__name__)
 
-SKIPPED = "skipped.jsonl"
+SKIPPED = "rejected_rows.jsonl"
 """Rows of the data that were left out, with reasons; where a run has a folder, in it."""
 
 
@@ -82,7 +82,7 @@ def load_source(
         else:
             records = shapes.prompt_records(*world)
         return Source(f"shapes/{data.split}", records, [], 0.0)
-    records, skipped = read_records(data.path, data.image_root, messages_as)
+    records, skipped = read_records(data.path, data.image_root, messages_as, data.format)
     records, broken = check_images(records, data.path)
     skipped = [*skipped, *broken]
     if not supervised:
@@ -96,7 +96,7 @@ def usable_records(
     processor: Processor,
     lengths: Lengths | None,
     skipped_file: str,
-    unfit: Callable[[TokenizedRecord], tuple[SkipReason, str] | None] = lambda record: None,
+    unfit: Callable[[TokenizedRecord], Problem | None] = lambda record: None,
     function: Tokenize = tokenize,
 ) -> tuple[Source, list[TokenizedRecord]]:
     """Tokenizes a source; what cannot be used goes to a JSONL file with the reason.
@@ -112,11 +112,14 @@ def usable_records(
     Raises:
       DataError: more rows were skipped than the recipe allows, or none is left.
     """
-    kept, skipped = [], []
-    if processor.images is None:
-        source = _without(source, "image", _shows_images)
-    if processor.videos is None:
-        source = _without(source, "video", lambda record: bool(record.videos))
+    kept, skipped, refused = [], [], []
+    for record in source.records:
+        problem = unsupported(record, processor)
+        if problem is not None:
+            refused.append(SkippedRow(source.name, record.row, record.id, *problem))
+    ids = {row.id for row in refused}
+    source = source.skip([record for record in source.records if record.id not in ids], refused)
+    numbers = {record.id: record.row for record in source.records}
     tokenized, too_long = tokenize_records(
         source.records, processor, lengths, source.name, function
     )
@@ -125,7 +128,7 @@ def usable_records(
         if problem is None:
             kept.append(row)
         else:
-            skipped.append(SkippedRow(source.name, None, row.id, *problem))
+            skipped.append(SkippedRow(source.name, numbers[row.id], row.id, *problem))
     ids = {row.id for row in kept}
     source = source.skip([r for r in source.records if r.id in ids], [*too_long, *skipped])
     if source.skipped:
@@ -145,23 +148,19 @@ def warn_of_cuts(name: str, records: Sequence[TokenizedRecord], lengths: Lengths
         log.warning("%s: %d responses were cut to %d tokens", name, cut, lengths.response[-1])
 
 
+def unsupported(record: Record, processor: Processor) -> Problem | None:
+    """What a record shows that the model does not take; None where it takes all."""
+    if processor.images is None and _shows_images(record):
+        return "unsupported_image", "this model takes no images"
+    if record.videos and processor.videos is None:
+        return "unsupported_video", "this model takes no videos"
+    return None
+
+
 def _shows_images(record: Record) -> bool:
     return bool(record.images) or any(response.images for response in record.responses)
 
 
-def _without(
-    source: Source, medium: Literal["image", "video"], shown: Callable[[Record], bool]
-) -> Source:
-    reasons: dict[str, SkipReason] = {"image": "unsupported_image", "video": "unsupported_video"}
-    detail = f"this model takes no {medium}s"
-    skipped = [
-        SkippedRow(source.name, None, record.id, reasons[medium], detail)
-        for record in source.records
-        if shown(record)
-    ]
-    return source.skip([record for record in source.records if not shown(record)], skipped)
-
-
 def _without_prompt(path: str, record: Record) -> SkippedRow:
     detail = "the row's responses do not share a prompt that could be answered"
-    return SkippedRow(path, None, record.id, "no_prompt", detail)
+    return SkippedRow(path, record.row, record.id, "no_prompt", detail)

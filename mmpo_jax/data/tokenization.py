@@ -39,6 +39,8 @@ class TokenizedResponse:
     """What it was made of."""
     span_tokens: tuple[tuple[int, int], ...] = ()
     """[start, end) of the tokens of each of the source's spans; may end beyond those left."""
+    mismatched: bool = False
+    """Whether it answers another record's prompt."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +178,7 @@ def tokenize_records(
         try:
             kept.append(function(record, processor, *limits))
         except RowRejected as error:
-            skipped.append(SkippedRow(name, None, record.id, error.reason, error.detail))
+            skipped.append(SkippedRow(name, record.row, record.id, error.reason, error.detail))
     return kept, skipped
 
 

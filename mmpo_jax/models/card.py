@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -32,8 +32,8 @@ class ModelCard:
     """The hub's name of what the model does, such as image-text-to-text."""
     method: str
     """Such as dpo."""
-    data: Mapping[str, Any]
-    """The recipe's section."""
+    data: Mapping[str, Any] | Sequence[Mapping[str, Any]]
+    """The recipe's section, or several of a mixture."""
     recipe: Mapping[str, Any]
     """All of it that the weights depend on."""
     metrics: Mapping[str, float]
@@ -61,7 +61,7 @@ def make_card(
         is_on_hub=from_hub,
         task="text-generation" if model.family.images is None else "image-text-to-text",
         method="+".join(section.type for section in recipe.training.objective),
-        data=recipe.data.model_dump(mode="json"),
+        data=recipe.model_dump(mode="json")["data"],
         recipe=recipe.model_dump(mode="json", exclude={"output"}),
         metrics=metrics,
     )
@@ -108,5 +108,5 @@ def render_card(card: ModelCard) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _yaml(values: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+def _yaml(values: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> str:
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

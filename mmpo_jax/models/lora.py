@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec
 from mmpo_jax.models.huggingface import flatten, unflatten
 from mmpo_jax.models.merging import SCALE, A, B, merge, parts_of
 from mmpo_jax.models.model import Model, Params
-from mmpo_jax.recipe import Lora
+from mmpo_jax.recipe_training import Lora
 
 KEY, RATE = "lora_key", "lora_rate"
 

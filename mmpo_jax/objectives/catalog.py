@@ -1,5 +1,33 @@
 """All modules with objectives: importing this fills the registry."""
 
-from mmpo_jax.objectives import image_aware, joint, preference, supervised, token_level
+from mmpo_jax.objectives import (
+    absolute,
+    batch_rules,
+    image_aware,
+    joint,
+    on_policy,
+    preference,
+    rankings,
+    reference_free,
+    reward_model,
+    scored,
+    supervised,
+    token_level,
+    unpaired,
+)
 
-__all__ = ["image_aware", "joint", "preference", "supervised", "token_level"]
+__all__ = [
+    "absolute",
+    "batch_rules",
+    "image_aware",
+    "joint",
+    "on_policy",
+    "preference",
+    "rankings",
+    "reference_free",
+    "reward_model",
+    "scored",
+    "supervised",
+    "token_level",
+    "unpaired",
+]

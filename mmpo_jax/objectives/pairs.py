@@ -21,6 +21,7 @@ from mmpo_jax.objectives.registry import (
     Positive,
     Share,
     State,
+    call,
     register,
 )
 from mmpo_jax.objectives.responses import Responses
@@ -70,7 +71,8 @@ def pairwise(
     the mean over all pairs. Every such objective has the options `ld_alpha` and `wpo`.
 
     Args:
-      *needs: names, see `Objective.needs`; `rank` goes without saying.
+      *needs: names, see `Objective.needs`; `rank` goes without saying. With `gold` the function
+        also takes the Side of the row's gold response, which then stands in no pair.
       coupled: the loss of a pair depends on others: the function also takes weights float32[N, K].
       state: first values of what it keeps; then it also takes a state and gives (loss, state).
       divergences: whether its log-ratios may be those of another f-divergence, an option then.
@@ -101,13 +103,19 @@ def pairwise(
             own = {name: value for name, value in given.items() if name not in shared}
             first, second, counted = all_pairs(responses, weights)
             chosen, rejected = sides(first, second, reference, given)
-            arguments = (chosen, rejected)
-            if coupled:
-                arguments += (counted,)  # type: ignore[assignment]
-            if state is not None:
-                loss, kept = function(*arguments, kept, **own)
-            else:
-                loss = function(*arguments, **own)
+            arguments: list[Any] = [chosen, rejected]
+            if "gold" in needs:
+                gold, counted = gold_of_pairs(responses, counted)
+                arguments.append(_side(gold, None, reference, given))
+            loss, kept = call(
+                function,
+                arguments,
+                counted,
+                kept,
+                own,
+                coupled=coupled,
+                stateful=state is not None,
+            )
             if given.get("wpo"):
                 loss = loss * confidence(first) * confidence(second)
             beta = given.get("beta", 1.0)
@@ -143,14 +151,27 @@ def all_pairs(responses: Responses, weights: jax.Array) -> tuple[Responses, Resp
       where ranks are equal or a response is missing.
     """
     rank, present = responses.fields["rank"], responses.present
-    slots = list(itertools.combinations(range(rank.shape[1]), 2))
-    if not slots:
-        raise ValueError("rows of one response have no pairs")
-    i, j = (jnp.array(column) for column in zip(*slots, strict=True))
+    i, j = _slots(rank.shape[1])
     first_is_better = rank[:, i] <= rank[:, j]
     better, worse = jnp.where(first_is_better, i, j), jnp.where(first_is_better, j, i)
     counted = weights[:, None] * present[:, i] * present[:, j] * (rank[:, i] != rank[:, j])
     return responses.take(better), responses.take(worse), counted
+
+
+def _slots(count: int) -> tuple[jax.Array, jax.Array]:
+    """Every two of S places, int32[K] each; with one response, that one against itself, a tie."""
+    places = list(itertools.combinations(range(count), 2)) or [(0, 0)]
+    first, second = (jnp.array(column) for column in zip(*places, strict=True))
+    return first, second
+
+
+def gold_of_pairs(responses: Responses, counted: jax.Array) -> tuple[Responses, jax.Array]:
+    """The row's gold response for each of its pairs, [N, K], and the weights of the pairs without
+    it."""
+    gold = responses.fields["gold"]
+    i, j = _slots(gold.shape[1])
+    place = jnp.broadcast_to(jnp.argmax(gold, axis=1)[:, None], counted.shape)
+    return responses.take(place), counted * (1 - gold[:, i]) * (1 - gold[:, j])
 
 
 def sides(

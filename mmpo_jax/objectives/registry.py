@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import jax
@@ -24,20 +24,33 @@ OtherImageKind = Literal["crop", "rotate", "black", "blank", "noise", "data"]
 DiffusionStep = Annotated[int, Field(ge=0, lt=1000)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Smoothing = Annotated[float, Field(ge=0, lt=0.5)]
+PositiveSmoothing = Annotated[float, Field(gt=0, lt=0.5)]
+Count = Annotated[int, Field(gt=0, strict=True)]
 """Types of options."""
 
 FIELDS = {
     "rank": "an order of the responses: chosen before rejected, or a rank each",
     "score": "a score of every response",
-    "scores": "scores of every response in several dimensions",
+    "scores": "scores of every response in several dimensions; `scores/NAME` is one of them",
+    "win_rate": "how likely a response beats one of its row, made of scores as logits",
+    "consistency": "a score of that name: how far two models agree on the ranking, 0 to 1",
+    "gold": "a best response beside two or more that are ranked below it",
     "desirable": "whether a response is desirable",
     "token_weights": "spans of every response with a weight",
     "phrases": "spans of every response with the number of a phrase",
     "changed": "spans of changed segments, or pairs, whose texts are compared",
     "turn": "turns of the assistant after the response",
-    "rewards": "rewards of sampled responses, as on-policy training makes them",
+    "other_models": "the responses' log-probs per token under other models: `scores`, one of each",
+    "critique": "which tokens are those of a critique",
+    "advantages": "rewards of sampled responses against each other: on-policy training makes them",
 }
 """What the data have to say of every response, by the names objectives use."""
+
+
+def is_field(need: str) -> bool:
+    """Whether a need is said by the data."""
+    return need.partition("/")[0] in FIELDS
+
 
 STATISTICS = {
     "collision": "log of the probability that two draws of a token agree, log sum p^2",
@@ -56,8 +69,14 @@ REFERENCES = {
 
 VIEWS = {
     "other_image": "the responses after another image: made by the option `image`, or the data's",
+    "mismatched": "the responses of the record before after this record's prompt",
 }
-"""The same texts after another prompt."""
+"""The same texts after another prompt, or others after the same."""
+
+HEADS = {
+    "reward_head": "a model with a head that gives a response a reward",
+}
+"""What models may have beside their language-model head; none has one yet."""
 
 State = dict[str, jax.Array]
 """name -> float32[]: what an objective keeps from step to step."""
@@ -75,20 +94,22 @@ class Objective:
     apply: Callable[[Responses, jax.Array, State, Mapping[str, Any]], tuple[Sums, State]]
     """(responses [N, S], weights float32[N], state, options) -> (sums, state)."""
     needs: frozenset[str]
-    """Names in `FIELDS`, `STATISTICS`, `REFERENCES` and `VIEWS`."""
+    """Names in `FIELDS`, `STATISTICS`, `REFERENCES`, `VIEWS` and `HEADS`."""
     coupled: bool
     """Whether the loss of a row depends on the others of the batch."""
     state: Mapping[str, float]
     """First values of what is kept from step to step."""
     shared_options: Mapping[str, tuple[Any, Any]]
     """Options of all objectives of its kind: name -> (type, default)."""
+    option_needs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Option -> what is needed besides where it is neither 0, False nor None."""
 
     @property
     def options(self) -> dict[str, tuple[Any, Any]]:
-        """Options of a recipe: name -> (type, default)."""
+        """Options of a recipe: name -> (type, default), `...` where it has to be given."""
         hints = typing.get_type_hints(self.function, include_extras=True)
         own = {
-            name: (hints[name], parameter.default)
+            name: (hints[name], ... if parameter.default is parameter.empty else parameter.default)
             for name, parameter in inspect.signature(self.function).parameters.items()
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY
         }
@@ -112,7 +133,29 @@ def register(objective: Objective) -> None:
     Raises:
       ValueError: the name is taken, or it needs something that nothing gives.
     """
-    known = {*FIELDS, *STATISTICS, *REFERENCES, *VIEWS}
-    if objective.name in OBJECTIVES or objective.needs - known:
-        raise ValueError(f"objective {objective.name}: taken, or needs {objective.needs - known}")
+    known = {*FIELDS, *STATISTICS, *REFERENCES, *VIEWS, *HEADS}
+    unknown = {*objective.needs, *objective.option_needs.values()} - known
+    if objective.name in OBJECTIVES or unknown:
+        raise ValueError(f"objective {objective.name}: taken, or needs {unknown}")
     OBJECTIVES[objective.name] = objective
+
+
+def call(
+    function: Callable[..., Any],
+    responses: Sequence[Any],
+    weights: jax.Array,
+    kept: State,
+    options: Mapping[str, Any],
+    *,
+    coupled: bool,
+    stateful: bool,
+) -> tuple[jax.Array, State]:
+    """(loss, state) of an objective as it is written, whatever it takes and gives.
+
+    Args:
+      function: takes `responses`, the weights of what they are where it is coupled, the state
+        where it keeps one, and its options.
+    """
+    arguments = [*responses, *([weights] if coupled else []), *([kept] if stateful else [])]
+    result = function(*arguments, **options)
+    return result if stateful else (result, kept)

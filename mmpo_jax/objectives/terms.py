@@ -27,19 +27,32 @@ class Term:
     def needs(self) -> frozenset[str]:
         """As the objective's, and what its options need besides."""
         needs = set(self.objective.needs)
+        for option, need in self.objective.option_needs.items():
+            if self.options[option]:
+                needs.add(need)
         if self.options.get("ld_alpha") is not None and "reference" in needs:
             needs.add("reference_tokens")
         if self.options.get("wpo"):
             needs.add("collision")
+        if "scores" in needs and "dimensions" in self.options:
+            needs.remove("scores")
+            needs |= {f"scores/{name}" for name in self.options["dimensions"]}
         if self.options.get("kl_weight"):
             needs |= {"kl", "reference_model"}
         return frozenset(needs)
 
 
 def make_term(name: str, weight: float = 1.0, **options: Any) -> Term:
-    """An objective by its name, with its defaults where no option is given."""
+    """An objective by its name, with its defaults where no option is given.
+
+    Raises:
+      TypeError: an option without a default is not given.
+    """
     objective = OBJECTIVES[name]
     defaults = {key: default for key, (_, default) in objective.options.items()}
+    missing = [key for key, default in defaults.items() if default is ... and key not in options]
+    if missing:
+        raise TypeError(f"objective {name} needs the option {missing[0]!r}")
     return Term(objective, weight, {**defaults, **options})
 
 

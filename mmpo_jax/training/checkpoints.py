@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
+import functools
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -21,6 +23,9 @@ from mmpo_jax.models.model import Params
 from mmpo_jax.training.step import TrainState
 
 log = logging.getLogger(__name__)
+
+BEST = "best"
+"""Beside `checkpoints/`: the parameters of the step where held-out rows were best."""
 
 BASE = "base"
 """Beside the checkpoints: config, tokenizer and processor of the model they are of."""
@@ -117,6 +122,35 @@ class Checkpoints:
         )
         return resumed, saved["run"]["position"]
 
+    def save_best(self, step: int, state: TrainState) -> None:
+        """Writes the parameters as the best so far, in place of those before.
+
+        Raises:
+          CheckpointError: they cannot be written.
+        """
+        params = ocp.args.StandardSave({**state.params, **state.frozen})
+        with self._writing():
+            if self.best.latest_step() != step:  # of before a kill, then the same
+                self.best.save(step, args=ocp.args.Composite(params=params), force=True)
+                self.best.wait_until_finished()
+
+    def restore_best(self, state: TrainState) -> TrainState:
+        """The state with the best parameters."""
+        abstract = _abstract({**state.params, **state.frozen})
+        args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
+        params = self.best.restore(self.best.latest_step(), args=args)["params"]
+        return dataclasses.replace(
+            state,
+            params={path: params[path] for path in state.params},
+            frozen={path: params[path] for path in state.frozen},
+        )
+
+    @functools.cached_property
+    def best(self) -> ocp.CheckpointManager:
+        folder = os.path.join(os.path.dirname(self.folder), BEST)
+        options = ocp.CheckpointManagerOptions(max_to_keep=1, cleanup_tmp_directories=True)
+        return ocp.CheckpointManager(folder, options=options)
+
     def close(self) -> None:
         """Waits until all is written.
 
@@ -126,6 +160,8 @@ class Checkpoints:
         with self._writing():
             self.manager.wait_until_finished()
             self.manager.close()
+            if "best" in vars(self):
+                self.best.close()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -166,9 +202,12 @@ def save_base(
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> tuple[str, str] | None:
-    """(step folder, base folder) where `path` is a run, its `checkpoints/` or one step of it."""
+    """(step folder, base folder) where `path` is a run, its `checkpoints/` or one step of it.
+
+    Of a run that held rows out, the best step, else the last one.
+    """
     path = os.path.abspath(path)
-    for folder in (os.path.join(path, "checkpoints"), path):
+    for folder in (os.path.join(path, BEST), os.path.join(path, "checkpoints"), path):
         steps = [name for name in _entries(folder) if name.isdigit() and _is_step(folder, name)]
         if steps and os.path.isdir(os.path.join(os.path.dirname(folder), BASE)):
             step = os.path.join(folder, max(steps, key=int))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 
@@ -24,10 +25,11 @@ from mmpo_jax.data.segments import changed_segments
 from mmpo_jax.data.tokenization import Tokenize, TokenizedRecord, TokenizedResponse
 from mmpo_jax.errors import DataError
 from mmpo_jax.files import fingerprint_json
-from mmpo_jax.objectives.registry import FIELDS
+from mmpo_jax.objectives.registry import FIELDS, VIEWS, is_field
 from mmpo_jax.objectives.terms import Term, needs
-from mmpo_jax.recipe import Lengths, Reference, Training
-from mmpo_jax.training.losses import needs_reference
+from mmpo_jax.recipe import Lengths
+from mmpo_jax.recipe_training import Reference, Training
+from mmpo_jax.training.losses import needs_reference, recipe_terms
 from mmpo_jax.training.reference import reference_stage
 
 
@@ -55,8 +57,10 @@ def prepare_examples(
     Raises:
       DataError: the data lack a field that an objective needs.
     """
-    terms = [section.term() for section in config.objective]
+    terms = recipe_terms(config)
     needed = needs(terms)
+    if "mismatched" in needed:
+        records = with_mismatched(records)
     reference = None
     if needs_reference(terms) and config.reference.type == "given":
         reference = _given(records)
@@ -78,13 +82,43 @@ def prepare_examples(
     return make_examples(records, needed, reference)
 
 
+def with_mismatched(records: Sequence[TokenizedRecord]) -> list[TokenizedRecord]:
+    """Records with the responses of the record before after their own; the first has the last's.
+
+    So they are scored in the same pass, by the reference too, and all responses of the data serve
+    once as mismatched ones.
+
+    Raises:
+      DataError: there is only one record.
+    """
+    if len(records) < 2:
+        raise DataError(
+            f"the objective compares with {VIEWS['mismatched']}, and there is only one record"
+        )
+    others = [records[-1], *records[:-1]]
+    return [
+        dataclasses.replace(
+            record,
+            responses=(
+                *record.responses,
+                *(dataclasses.replace(r, mismatched=True) for r in other.responses),
+            ),
+        )
+        for record, other in zip(records, others, strict=True)
+    ]
+
+
 def unfit(
     record: TokenizedRecord, terms: Sequence[Term], reference: Reference
 ) -> tuple[SkipReason, str] | None:
     """(reason, detail) why a record cannot be learned from; None if it can."""
     if not record.responses:
         return "empty_response", "no response to learn"
-    problems = (lacks(record, field) for field in sorted(needs(terms) & FIELDS.keys()))
+    if "desirable" not in needs(terms) and any(
+        response.source.desirable is False for response in record.responses
+    ):
+        return "undesirable", "a response that is labelled as not desirable"
+    problems = (lacks(record, field) for field in sorted(filter(is_field, needs(terms))))
     problem = next((problem for problem in problems if problem is not None), None)
     if problem is not None or reference.type != "given" or not needs_reference(terms):
         return problem
@@ -135,11 +169,13 @@ def make_examples(
       DataError: no record has a field that is needed.
     """
     name = "log_probs" if "reference_tokens" in needs else "sums"
-    makers = {field: MAKERS[field] for field in sorted(needs & FIELDS.keys())}
-    for field in makers:
+    asked = sorted(need for need in needs if is_field(need) or need in MAKERS)
+    makers = {field: _maker(field) for field in asked}
+    for field in filter(is_field, makers):
         if records and not any(lacks(record, field) is None for record in records):
             raise DataError(
-                f"no row has the field {field!r}, which the objective needs: {FIELDS[field]}"
+                f"no row has the field {field!r}, which the objective needs: "
+                f"{FIELDS[field.partition('/')[0]]}"
             )
     names = context_names(records)
     examples = []
@@ -175,12 +211,17 @@ def fingerprint_fields(examples: Sequence[Example]) -> str:
 def lacks(record: TokenizedRecord, field: str) -> tuple[SkipReason, str] | None:
     """(reason, detail) why an objective that needs `field` cannot use a record; None if it can."""
     sources = [response.source for response in record.responses]
-    if field == "rank" and not record.ranked:
-        return "incomplete_pair", "no ranked responses, which the objective compares"
-    if field == "score" and not all(len(source.scores) == 1 for source in sources):
+    if field == "rank" and (not record.ranked or len({x.rank for x in sources}) < 2):
+        return "incomplete_pair", "no responses of different ranks, which the objective compares"
+    if field in ("score", "win_rate") and not all(len(source.scores) == 1 for source in sources):
         return "no_score", "not every response has one score"
-    if field == "scores" and not all(source.scores for source in sources):
-        return "no_score", "not every response has scores"
+    kind, _, dimension = field.partition("/")
+    if kind == "scores" and any(dimension not in source.scores for source in sources):
+        return "no_score", f"not every response has a score for {dimension!r}"
+    if field == "consistency" and any(field not in source.scores for source in sources):
+        return "no_score", "not every response has a score 'consistency'"
+    if field == "gold" and (not record.ranked or len(set(_ranks(record))) < 3):
+        return "incomplete_pair", "no three different ranks, the best of which is gold"
     spans = [span for source in sources for span in source.spans]
     if field == "token_weights" and not any(span.weight is not None for span in spans):
         return "no_spans", "no span has a weight"
@@ -190,8 +231,13 @@ def lacks(record: TokenizedRecord, field: str) -> tuple[SkipReason, str] | None:
         return "no_spans", "no span says what changed, and the responses are not two to compare"
     if field == "turn" and not any(_turns_of(response).max() > 0 for response in answers(record)):
         return "no_dialogue", "no turn of the assistant follows the response"
-    if field == "desirable" and any(source.desirable is None for source in sources):
-        return "no_label", "not every response is said to be desirable or not"
+    if field == "other_models" and not all(source.scores for source in sources):
+        return "no_score", "not every response has scores"
+    if field == "desirable" and None in _verdicts(record):
+        return (
+            "no_label",
+            "not every response is said to be desirable or not, or better than others",
+        )
     return None
 
 
@@ -205,8 +251,44 @@ def _scores(record: TokenizedRecord) -> np.ndarray:
     )
 
 
+def _win_rates(record: TokenizedRecord) -> np.ndarray:
+    """The mean over the record's responses, itself included, of sigmoid(score - theirs)."""
+    scores = _scores(record).astype(np.float64)
+    return (0.5 + 0.5 * np.tanh((scores[:, None] - scores) / 2)).mean(axis=1).astype(np.float32)
+
+
+def _gold(record: TokenizedRecord) -> np.ndarray:
+    """1 for the first of the best."""
+    ranks = _ranks(record)
+    return (np.arange(len(ranks)) == ranks.argmin()).astype(np.float32)
+
+
+def _dimension(name: str) -> Callable[[TokenizedRecord], np.ndarray]:
+    return lambda record: np.array([r.source.scores[name] for r in record.responses], np.float32)
+
+
+def _verdicts(record: TokenizedRecord) -> list[bool | None]:
+    """Whether each response is desirable; of ranked ones that nothing else is said of, the best
+    are, unless all are tied."""
+    sources = [response.source for response in record.responses]
+    ranks = [r.source.rank for r in record.responses if not r.mismatched]
+    if record.ranked and len(set(ranks)) > 1 and all(s.desirable is None for s in sources):
+        best = min(rank for rank in ranks if rank is not None)
+        return [source.rank == best for source in sources]
+    return [source.desirable for source in sources]
+
+
 def _desirable(record: TokenizedRecord) -> np.ndarray:
-    return np.array([bool(response.source.desirable) for response in record.responses], np.float32)
+    return np.array([bool(verdict) for verdict in _verdicts(record)], np.float32)
+
+
+def _other_models(record: TokenizedRecord) -> np.ndarray:
+    scores = [list(response.source.scores.values()) for response in record.responses]
+    return np.array([np.mean(values) if values else 0 for values in scores], np.float32)
+
+
+def _mismatched(record: TokenizedRecord) -> np.ndarray:
+    return np.array([response.mismatched for response in record.responses], np.float32)
 
 
 def _of_tokens(values: Sequence[np.ndarray]) -> np.ndarray:
@@ -270,9 +352,20 @@ MAKERS: dict[str, Callable[[TokenizedRecord], np.ndarray]] = {
     "rank": _ranks,
     "score": _scores,
     "desirable": _desirable,
+    "win_rate": _win_rates,
+    "gold": _gold,
+    "consistency": _dimension("consistency"),
     "token_weights": _token_weights,
     "phrases": _phrases,
     "changed": _changed,
     "turn": _turns,
+    "other_models": _other_models,
+    "mismatched": _mismatched,
 }
-"""How a field comes out of a record."""
+"""How a field, or what tells a view apart, comes out of a record; see `_maker` for those of a
+name."""
+
+
+def _maker(field: str) -> Callable[[TokenizedRecord], np.ndarray]:
+    kind, _, dimension = field.partition("/")
+    return _dimension(dimension) if kind == "scores" else MAKERS[field]

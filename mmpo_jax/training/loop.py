@@ -13,7 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mmpo_jax.data.pipeline import Example, HostBatch, num_batches, training_batches
+from mmpo_jax.data.pipeline import (
+    Example,
+    HostBatch,
+    Part,
+    TrainBatch,
+    held_out_batches,
+    num_batches,
+    training_batches,
+)
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.errors import MmpoError
 from mmpo_jax.models.card import ModelCard
@@ -21,12 +29,22 @@ from mmpo_jax.models.huggingface import flatten
 from mmpo_jax.models.lora import add_adapters, targeted_layers
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.parallel.mesh import batch_shards, put_batch
-from mmpo_jax.recipe import Lengths, MovingReference, Training
+from mmpo_jax.recipe import Lengths
+from mmpo_jax.recipe_training import MovingReference, Training
 from mmpo_jax.training.checkpoints import Checkpoints, save_base
-from mmpo_jax.training.losses import make_loss, needs_reference
+from mmpo_jax.training.losses import Loss, make_loss, needs_reference, recipe_terms
 from mmpo_jax.training.metrics import MetricsWriter
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
-from mmpo_jax.training.step import create_state, make_step, merge, trainable_paths
+from mmpo_jax.training.step import (
+    TrainState,
+    Update,
+    create_state,
+    make_step,
+    merge,
+    trainable_paths,
+)
+from mmpo_jax.training.validation import Held, Validator
+from mmpo_jax.training.waiting import Waiting
 
 
 class TrainingError(MmpoError):
@@ -45,6 +63,8 @@ def train(
     folder: str,
     identity: str,
     seed: int,
+    parts: Sequence[Part] = (),
+    held: Held | None = None,
     card: ModelCard | None = None,
 ) -> Params:
     """Runs one stage of training, from the last checkpoint in `folder` if there is one.
@@ -60,24 +80,24 @@ def train(
       folder: checkpoints, `metrics.jsonl` and TensorBoard events go here.
       identity: fingerprint of model, data and recipe; checkpoints of another one are refused.
       seed: order of the data, first values and dropout of adapters.
+      parts: the data sets that stand one after another in `examples`, if there are several.
+      held: rows that are measured, if any are held out.
       card: of the result, kept beside the checkpoints.
 
     Returns:
-      The whole parameters, float32 where they were trained; with adapters beside the kernels if
-      the recipe has `lora`.
+      The whole parameters, float32 where they were trained, of the step where held-out rows were
+      best, or of the last one; with adapters beside the kernels if the recipe has `lora`.
 
     Raises:
       TrainingError: there is no data, the batch does not fit the mesh, `freeze` does not fit the
         model, or a step was not finite.
     """
     check_training(config, model, mesh)
-    steps = total_steps(config, len(examples))
-    lora = config.lora
-    if lora is not None:
-        params = add_adapters(params, model, lora, config.freeze, seed)
+    parts = parts or [Part(len(examples))]
+    steps = total_steps(config, parts)
+    if config.lora is not None:
+        params = add_adapters(params, model, config.lora, config.freeze, seed)
     micro = micro_batch_size(config, mesh)
-    schedule = make_schedule(config.optimizer, steps)
-    optimizer = make_optimizer(config.optimizer, schedule)
     checkpoints = Checkpoints(folder, identity, config.keep_checkpoints)
     batches = training_batches(
         examples,
@@ -87,48 +107,98 @@ def train(
         epochs=config.epochs,
         batch_size=config.batch_size,
         micro_batch_size=micro,
+        parts=parts,
+        workers=config.workers,
     )
     # Closed whatever happens: a checkpoint that is being written is finished first.
     with jax.set_mesh(mesh), contextlib.closing(checkpoints):
-        dtype, dropout = jnp.dtype(config.compute_dtype), lora.dropout if lora else 0.0
-        terms = [section.term() for section in config.objective]
-        loss = make_loss(model, terms, examples[0].names, config.remat)
-        moving = config.reference if isinstance(config.reference, MovingReference) else None
-        running = {"online": dtype, "ema": jnp.float32}.get(config.reference.type)
-        state = create_state(
-            params,
-            model,
-            optimizer,
-            config.freeze,
-            mesh,
-            reference_dtype=running if needs_reference(terms) else None,
-            keeps=loss.state,
-        )
-        update = make_step(loss, optimizer, schedule, state, dtype, dropout, seed, moving)
+        loss = make_loss(model, recipe_terms(config), examples[0].names, config.remat)
+        state, update = prepare(model, params, loss, config, mesh, steps, seed)
         restored = checkpoints.restore(state)
         if restored is not None:
             state, position = restored
             batches.set_state(position)
         # Not before it is known to be this run's folder.
         save_base(folder, processor.folder, processor.chat_template, card)
-        first = int(state.step)
-        with contextlib.closing(MetricsWriter(folder, first, steps)) as writer:
-            window: list[tuple[int, tuple[str, ...], dict[str, jax.Array]]] = []
-            started = time.perf_counter()
-            for step in range(first + 1, steps + 1):
-                host: HostBatch = next(batches)
-                state, metrics = update(state, put_batch(host.arrays, mesh, leading=1))
-                window.append((step, host.ids, metrics))
+        step = int(state.step)
+
+        kept = -1 if restored is None else step
+        with contextlib.closing(MetricsWriter(folder, kept, steps)) as writer:
+            validation = None
+            if held is not None:
+                rows = held_out_batches(held.examples, processor, lengths, micro)
+                # In its own contexts: some row may have more than any that is trained on.
+                measured = make_loss(model, recipe_terms(config), held.examples[0].names)
+                validation = Validator(held.config, list(rows), measured, config, mesh, writer.rows)
+                if restored is None:
+                    writer.record(0, validation.measure(0, state))
+                    checkpoints.save_best(0, state)
+            waiting, window, started = Waiting(), Window(checkpoints), time.perf_counter()
+            while step < steps and not (validation and validation.is_over()):
+                host, position, batch = waiting.fetch(lambda: _next_batch(batches, mesh))
+                state, metrics = update(state, batch)
+                step += 1
+                waiting.dispatched(metrics["loss"])
+                window.add(step, host.ids, metrics)
                 writer.advance()
                 if step % config.log_every and step != steps:
                     continue
-                values = _fetch(window, checkpoints)
-                rate = len(window) / (time.perf_counter() - started)
-                writer.report(step, values, rate)
-                window, started = [], time.perf_counter()
-                if step % config.save_every == 0 or step == steps:
-                    checkpoints.save(step, state, batches.get_state())
+                values, count = window.close()
+                if validation is not None and validation.is_due(step, steps):
+                    values |= validation.measure(step, state)
+                    if validation.is_best(step):
+                        checkpoints.save_best(step, state)
+                writer.report(step, values, count / (time.perf_counter() - started))
+                started = time.perf_counter()
+                over = validation is not None and validation.is_over()
+                if step % config.save_every == 0 or step == steps or over:
+                    checkpoints.save(step, state, position)
+            waiting.report()
+        if validation is not None:
+            state = checkpoints.restore_best(state)
         return merge(state)
+
+
+def prepare(
+    model: Model,
+    params: Params,
+    loss: Loss,
+    config: Training,
+    mesh: Mesh,
+    steps: int,
+    seed: int,
+) -> tuple[TrainState, Update]:
+    """(the state of step 0, the compiled step) of a stage of so many steps."""
+    schedule = make_schedule(config.optimizer, steps)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    dtype = jnp.dtype(config.compute_dtype)
+    running = {"online": dtype, "ema": jnp.float32}.get(config.reference.type)
+    state = create_state(
+        params,
+        model,
+        optimizer,
+        config.freeze,
+        mesh,
+        reference_dtype=running if needs_reference(recipe_terms(config)) else None,
+        keeps=loss.state,
+    )
+    update = make_step(
+        loss,
+        optimizer,
+        schedule,
+        state,
+        dtype,
+        config.lora.dropout if config.lora else 0.0,
+        seed,
+        config.reference if isinstance(config.reference, MovingReference) else None,
+    )
+    return state, update
+
+
+def _next_batch(batches: Any, mesh: Mesh) -> tuple[HostBatch, dict[str, Any], TrainBatch]:
+    """(the next batch, where the data stand after it, the batch on the devices)."""
+    host: HostBatch = next(batches)
+    return host, batches.get_state(), put_batch(host.arrays, mesh, leading=1)
 
 
 def check_training(config: Training, model: Model, mesh: Mesh) -> None:
@@ -150,15 +220,16 @@ def check_training(config: Training, model: Model, mesh: Mesh) -> None:
             raise TrainingError(f"training.lora.target: {error}") from error
 
 
-def total_steps(config: Training, num_examples: int) -> int:
+def total_steps(config: Training, parts: Sequence[Part]) -> int:
     """How many updates a run takes.
 
     Raises:
       TrainingError: there is nothing to train on.
     """
-    if not num_examples:
+    if not all(part.size for part in parts):
         raise TrainingError("no row is left to train on")
-    steps = num_batches(num_examples, config.epochs, config.batch_size)
+    rows = sum(part.per_epoch for part in parts)
+    steps = num_batches(rows, config.epochs, config.batch_size)
     return min(steps, config.max_steps or steps)
 
 
@@ -178,17 +249,31 @@ def micro_batch_size(config: Training, mesh: Mesh) -> int:
     return micro
 
 
-def _fetch(
-    window: list[tuple[int, tuple[str, ...], dict[str, Any]]], checkpoints: Checkpoints
-) -> dict[str, float]:
-    """Means over the steps since the last report; stops at the first that was not finite."""
-    rows = jax.device_get([metrics for _, _, metrics in window])
-    for (step, ids, _), row in zip(window, rows, strict=True):
-        if not row["finite"]:
-            raise TrainingError(
-                f"step {step}: the loss is {row['loss']} and the gradient norm {row['grad_norm']}; "
-                f"rows of this batch: {', '.join(ids)}; "
-                f"last good checkpoint: {checkpoints.describe_latest()}"
-            )
-    names = [name for name in rows[0] if name != "finite"]
-    return {name: float(np.mean([row[name] for row in rows])) for name in names}
+class Window:
+    """The steps since the last report, whose metrics still lie on the devices."""
+
+    def __init__(self, checkpoints: Checkpoints):
+        self.checkpoints = checkpoints
+        self.steps: list[tuple[int, tuple[str, ...], dict[str, jax.Array]]] = []
+
+    def add(self, step: int, ids: tuple[str, ...], metrics: dict[str, jax.Array]) -> None:
+        """A step was started on the rows of these ids."""
+        self.steps.append((step, ids, metrics))
+
+    def close(self) -> tuple[dict[str, float], int]:
+        """(means of the metrics, over how many steps), and begins anew.
+
+        Raises:
+          TrainingError: naming the first step that was not finite.
+        """
+        steps, self.steps = self.steps, []
+        rows = jax.device_get([metrics for _, _, metrics in steps])
+        for (step, ids, _), row in zip(steps, rows, strict=True):
+            if not row["finite"]:
+                raise TrainingError(
+                    f"step {step}: the loss is {row['loss']} and the gradient norm "
+                    f"{row['grad_norm']}; rows of this batch: {', '.join(ids)}; "
+                    f"last good checkpoint: {self.checkpoints.describe_latest()}"
+                )
+        names = [name for name in rows[0] if name != "finite"]
+        return {name: float(np.mean([row[name] for row in rows])) for name in names}, len(rows)

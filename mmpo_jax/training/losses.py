@@ -19,6 +19,7 @@ from mmpo_jax.objectives.registry import REFERENCES, STATISTICS, State
 from mmpo_jax.objectives.responses import Responses
 from mmpo_jax.objectives.sums import Sums
 from mmpo_jax.objectives.terms import Term
+from mmpo_jax.recipe_training import Training
 
 Outputs = dict[str, jax.Array]
 """name -> float32[B, S, T], as `response_statistics` gives it."""
@@ -95,6 +96,8 @@ def gather(outputs: Outputs, batch: TrainBatch, contexts: Sequence[str] = (MAIN,
     """What the rows of a batch say of every record's responses, [N, S].
 
     Of the contexts of one name, a response stands in one; in the others its place is empty.
+    Responses that were appended from another record are a view of their own and missing in the
+    others.
 
     Args:
       outputs: of the model.
@@ -125,6 +128,10 @@ def gather(outputs: Outputs, batch: TrainBatch, contexts: Sequence[str] = (MAIN,
             log_probs, mask, sums, reference_tokens, tokens, batch.fields, views={}
         )
     main = views.pop(MAIN)
+    if "mismatched" in batch.fields:
+        other = batch.fields["mismatched"][..., None] > 0
+        views["mismatched"] = dataclasses.replace(main, mask=main.mask & other)
+        main = dataclasses.replace(main, mask=main.mask & ~other)
     return dataclasses.replace(main, views=views)
 
 
@@ -136,3 +143,8 @@ def sum_log_probs(log_probs: jax.Array, batch: Batch) -> jax.Array:
 def needs_reference(terms: Sequence[Term]) -> bool:
     """Whether any of the terms compares with a reference."""
     return bool(objectives.needs(terms) & REFERENCES.keys())
+
+
+def recipe_terms(config: Training) -> list[Term]:
+    """The objectives of a recipe's training section."""
+    return [section.term() for section in config.objective]

@@ -14,14 +14,15 @@ FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Writes `metrics.jsonl` and TensorBoard events; lines after the resumed step are dropped."""
+    """Writes `metrics.jsonl` and TensorBoard events; lines after the resumed step are dropped, all
+    of them where it is -1."""
 
     def __init__(self, folder: str | os.PathLike[str], resumed_step: int, total_steps: int):
         os.makedirs(folder, exist_ok=True)
         self.path = os.path.join(folder, FILE)
-        kept = [row for row in read_metrics(self.path) if row["step"] <= resumed_step]
+        self.rows = [row for row in read_metrics(self.path) if row["step"] <= resumed_step]
         with open(self.path + ".new", "w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in kept)
+            file.writelines(json.dumps(row) + "\n" for row in self.rows)
         os.replace(self.path + ".new", self.path)
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed by close())
         self.events = tensorboardX.SummaryWriter(
@@ -29,7 +30,7 @@ class MetricsWriter:
         )
         self.bar = tqdm.tqdm(
             total=total_steps,
-            initial=resumed_step,
+            initial=max(0, resumed_step),
             unit="step",
             disable=not sys.stderr.isatty(),
             dynamic_ncols=True,
@@ -40,6 +41,12 @@ class MetricsWriter:
         """One more step is done."""
         self.bar.update()
 
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Writes a line, and says nothing on the terminal."""
+        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        for name, value in metrics.items():
+            self.events.add_scalar(name, value, step)
+
     def report(self, step: int, metrics: Mapping[str, float], rate: float) -> None:
         """
         Args:
@@ -47,9 +54,7 @@ class MetricsWriter:
           metrics: name -> value, TRL's names.
           rate: steps per second since the last report.
         """
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
-        for name, value in metrics.items():
-            self.events.add_scalar(name, value, step)
+        self.record(step, metrics)
         shown = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin"}
         text = "  ".join(f"{s} {metrics[n]:.4g}" for n, s in shown.items() if n in metrics)
         if self.bar.disable:

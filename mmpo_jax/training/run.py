@@ -6,6 +6,7 @@ import dataclasses
 import os
 
 from mmpo_jax.checkpoint import Checkpoint, load_start
+from mmpo_jax.data.pipeline import Part
 from mmpo_jax.data.sources import SKIPPED, load_source, usable_records
 from mmpo_jax.data.tokenization import TokenizedRecord, fingerprint_records
 from mmpo_jax.files import fingerprint_json
@@ -14,18 +15,19 @@ from mmpo_jax.models.huggingface import save_model, weights_dtype
 from mmpo_jax.models.model import Params
 from mmpo_jax.models.peft import save_adapter
 from mmpo_jax.parallel.mesh import make_mesh
-from mmpo_jax.recipe import Lora, TrainRecipe
-from mmpo_jax.training.examples import (
-    fingerprint_fields,
-    prepare_examples,
-    tokenizer_for,
-    unfit,
-)
-from mmpo_jax.training.loop import check_training, train
+from mmpo_jax.recipe import FileData, ShapesData, TrainRecipe
+from mmpo_jax.recipe_training import Lora
+from mmpo_jax.training.examples import fingerprint_fields, prepare_examples, tokenizer_for, unfit
+from mmpo_jax.training.loop import TrainingError, check_training, train
+from mmpo_jax.training.losses import recipe_terms
 from mmpo_jax.training.metrics import FILE, read_metrics
+from mmpo_jax.training.validation import Held, best_row, hold_out
 
 MODEL, ADAPTER = "model", "adapter"
 """Where a run's result lies in its output folder."""
+
+VALIDATION = "validation"
+"""Folder of what belongs to held-out rows."""
 
 
 def run_training(recipe: TrainRecipe) -> str:
@@ -38,37 +40,57 @@ def run_training(recipe: TrainRecipe) -> str:
     start = load_start(recipe.model, _random_seed(recipe), mesh, recipe.attention, recipe.template)
     model, processor = start.model, start.processor
     check_training(recipe.training, model, mesh)
-    records = training_records(recipe, start)
-    examples = prepare_examples(
-        start, records, recipe.training, recipe.lengths, mesh, folder=recipe.output
-    )
+    data = training_data(recipe, start)
+    prepared = {
+        name: prepare_examples(
+            start,
+            records,
+            recipe.training,
+            recipe.lengths,
+            mesh,
+            folder=os.path.join(recipe.output, name),
+        )
+        for name, records in (("", data.records), (VALIDATION, data.held))
+        if records
+    }
     identity = fingerprint_json(
         [
             start.fingerprint,
             processor.fingerprints(),
-            fingerprint_records(records),
-            fingerprint_fields(examples),
+            fingerprint_records(data.records),
+            [fingerprint_fields(examples) for examples in prepared.values()],
+            [(part.size, part.weight) for part in data.parts],
+            fingerprint_records(data.held),
+            recipe.validation and recipe.validation.model_dump(mode="json", exclude={"data"}),
             recipe.training.identity(),
             recipe.lengths.model_dump(mode="json"),
             recipe.seed,
         ]
     )
+    held = None
+    if recipe.validation is not None:
+        if not data.held:
+            raise TrainingError("validation: no row is held out")
+        held = Held(prepared[VALIDATION], recipe.validation)
     card = make_card(recipe, model, {}, from_hub=start.hub_id is not None)
     trained = train(
         model,
         start.params,
         processor,
-        examples,
+        prepared[""],
         recipe.training,
         recipe.lengths,
         mesh,
         folder=recipe.output,
         identity=identity,
         seed=recipe.seed,
+        parts=data.parts,
+        held=held,
         card=card,
     )
-    metrics = read_metrics(os.path.join(recipe.output, FILE)) or [{}]
-    card = dataclasses.replace(card, metrics=metrics[-1])
+    rows = read_metrics(os.path.join(recipe.output, FILE)) or [{}]
+    measured = rows[-1] if recipe.validation is None else best_row(rows, recipe.validation)
+    card = dataclasses.replace(card, metrics=measured)
     return save_result(recipe.output, start, trained, recipe.training.lora, card)
 
 
@@ -109,26 +131,73 @@ def save_result(
     return target
 
 
-def training_records(recipe: TrainRecipe, start: Checkpoint) -> list[TokenizedRecord]:
+@dataclasses.dataclass(frozen=True)
+class TrainingData:
+    """What a recipe trains on and what it holds out."""
+
+    records: list[TokenizedRecord]
+    parts: list[Part]
+    """The data sets that stand one after another in `records`."""
+    held: list[TokenizedRecord]
+
+
+def training_data(recipe: TrainRecipe, start: Checkpoint) -> TrainingData:
+    """The rows of all of a recipe's data.
+
+    Raises:
+      DataError: too many rows of one of them cannot be used.
+    """
+    records: list[TokenizedRecord] = []
+    held: list[TokenizedRecord] = []
+    parts = []
+    for number, data in enumerate(recipe.data):
+        several = len(recipe.data) > 1
+        name = f"{number}." if several else ""
+        rows = usable_rows(recipe, data, start, name + SKIPPED)
+        if several:  # ids are unique in one file
+            rows = [_prefixed(row, number) for row in rows]
+        if recipe.validation is not None and recipe.validation.share is not None:
+            rows, others = hold_out(rows, recipe.validation.share)
+            held += others
+        parts.append(Part(len(rows), data.weight))
+        records += rows
+    if recipe.validation is not None and recipe.validation.data is not None:
+        held = usable_rows(recipe, recipe.validation.data, start, f"{VALIDATION}.{SKIPPED}")
+    return TrainingData(records, parts, held)
+
+
+def _prefixed(record: TokenizedRecord, number: int) -> TokenizedRecord:
+    others = tuple((name, _prefixed(context, number)) for name, context in record.others)
+    return dataclasses.replace(record, id=f"{number}/{record.id}", others=others)
+
+
+def usable_rows(
+    recipe: TrainRecipe, data: ShapesData | FileData, start: Checkpoint, skipped: str
+) -> list[TokenizedRecord]:
     """The rows the objectives learn from, each with the responses they read.
 
     Objectives of tokens, such as SFT, take whole dialogues, and of ranked responses the best only.
 
+    Args:
+      recipe: of the run.
+      data: one of its data sets.
+      start: what training starts from.
+      skipped: file in the run's folder for rows that cannot be used.
+
     Raises:
       DataError: too many rows cannot be used.
     """
-    training = recipe.training
-    terms = [section.term() for section in training.objective]
+    terms = recipe_terms(recipe.training)
     supervised = all(term.objective.kind == "tokens" for term in terms)
     source = load_source(
-        recipe.data, supervised=True, messages_as="dialogue" if supervised else "last_turn"
+        data, supervised=True, messages_as="dialogue" if supervised else "last_turn"
     )
     _, records = usable_records(
         source,
         start.processor,
         recipe.lengths,
-        os.path.join(recipe.output, SKIPPED),
-        lambda record: unfit(record, terms, training.reference),
+        os.path.join(recipe.output, skipped),
+        lambda record: unfit(record, terms, recipe.training.reference),
         tokenizer_for(terms, recipe.seed),
     )
     return [_best(record) for record in records] if supervised else records

@@ -18,7 +18,7 @@ from mmpo_jax.models.model import Model, Params
 from mmpo_jax.objectives.registry import State
 from mmpo_jax.objectives.sums import Sums
 from mmpo_jax.parallel.mesh import param_shardings
-from mmpo_jax.recipe import MovingReference
+from mmpo_jax.recipe_training import MovingReference
 from mmpo_jax.training.losses import Loss
 
 
@@ -39,6 +39,10 @@ class TrainState:
     """Of a reference that runs in the step, what is not in `frozen`; else empty."""
     kept: State = dataclasses.field(default_factory=dict)
     """What objectives keep from step to step, float32[] each."""
+
+
+Update = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+"""(state, micro-batches) -> (state, metrics)."""
 
 
 def trainable_paths(paths: list[str], frozen: tuple[str, ...]) -> list[str]:
@@ -115,7 +119,8 @@ def create_state(
         constants,
         moments,
         reference,
-        jax.device_put(keeps or {}, replicated),
+        # A copy, as above.
+        jax.tree.map(jnp.copy, jax.device_put(keeps or {}, replicated)),
     )
 
 
@@ -141,8 +146,8 @@ def make_step(
     compute_dtype: Any = jnp.float32,
     dropout: float = 0.0,
     seed: int = 0,
-    moving: MovingReference | None = None,
-) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
+    reference: MovingReference | None = None,
+) -> Update:
     """The compiled train step.
 
     A batch arrives as micro-batches stacked on a leading axis, and the result does not depend on
@@ -162,7 +167,7 @@ def make_step(
       compute_dtype: parameters are cast to it for the forward and backward pass.
       dropout: share of inputs that adapters drop.
       seed: of the dropout; its keys are folded from it, the step and the micro-batch.
-      moving: how the reference follows the policy, if it does.
+      reference: how it follows the policy, if it does.
 
     Returns:
       step(state, micro_batches) -> (state, metrics); the state is donated but for `frozen`.
@@ -171,10 +176,10 @@ def make_step(
 
     def forward(trained: dict, state: TrainState, batch: Any, key: Any) -> Any:
         params = cast_params(unflatten({**trained, **state.frozen}), compute_dtype)
-        reference = None
+        compared = None
         if state.reference:
-            reference = cast_params(unflatten({**state.reference, **state.frozen}), compute_dtype)
-        return loss.forward(with_dropout(params, dropout, key), reference, batch)
+            compared = cast_params(unflatten({**state.reference, **state.frozen}), compute_dtype)
+        return loss.forward(with_dropout(params, dropout, key), compared, batch)
 
     def gradients(state: TrainState, batches: Any) -> tuple[Any, list[Sums], State]:
         count = jax.tree.leaves(batches)[0].shape[0]
@@ -193,13 +198,11 @@ def make_step(
         updates, moments = optimizer.update(slopes, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         step = state.step + 1
-        reference = state.reference
-        if moving is not None:
-            due = step % moving.every == 0
-            reference = jax.tree.map(
-                lambda r, p: jnp.where(due, r + moving.mixup * (p - r), r), reference, params
-            )
-        after = TrainState(step, params, {}, moments, reference, kept)
+        followed = state.reference
+        if reference is not None:
+            share = jnp.where(step % reference.every == 0, reference.mixup, 0.0)
+            followed = jax.tree.map(lambda r, p: r + share * (p - r), followed, params)
+        after = TrainState(step, params, {}, moments, followed, kept)
         before = dataclasses.replace(state, step=step, frozen={})
         after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
         metrics = loss.report(sums) | {

@@ -28,7 +28,8 @@ from mmpo_jax.models.huggingface import flatten, load_model, unflatten
 from mmpo_jax.models.lora import add_adapters
 from mmpo_jax.models.peft import base_model, save_adapter
 from mmpo_jax.parallel.mesh import AXES
-from mmpo_jax.recipe import AlignRecipe, Lora
+from mmpo_jax.recipe import AlignRecipe
+from mmpo_jax.recipe_training import Lora
 from mmpo_jax.shapes.render import png_bytes
 from mmpo_jax.shapes.world import sample_scene
 from mmpo_jax.training.metrics import read_metrics

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tiny
 
-from mmpo_jax.data.pipeline import Example, num_batches, training_batches
+from mmpo_jax.data.pipeline import Example, Part, mixed_order, num_batches, training_batches
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
 from mmpo_jax.data.tokenization import tokenize_records
 from mmpo_jax.recipe import Lengths
@@ -38,7 +38,11 @@ def examples(tiny_processor):
     )
     assert not skipped
     return [
-        Example(record, {"reference": np.arange(len(record.responses), dtype=np.float32) - number})
+        Example(
+            (record,),
+            {"score": np.arange(len(record.responses), dtype=np.float32) - number},
+            {"sums": np.arange(len(record.responses), dtype=np.float32)[None] + number},
+        )
         for number, record in enumerate(records)
     ]
 
@@ -77,41 +81,44 @@ def test_the_order_depends_on_the_seed_alone(make_batches):
 
 
 def test_batches_hold_their_rows(make_batches, examples, tiny_processor):
-    by_id = {example.record.id: example for example in examples}
+    by_id = {example.id: example for example in examples}
     for host in make_batches():
-        batch, fields = host.arrays
+        batch = host.arrays.prompts
         assert batch.prompt_ids.shape[:2] == (BATCH // MICRO, MICRO)
         assert batch.response_ids.shape[:3] == (BATCH // MICRO, MICRO, 3)  # the most of any row
         rows = jax.tree.map(lambda leaf: leaf.reshape(BATCH, *leaf.shape[2:]), batch)
         prompt_ids, prompt_mask, pixels = rows.prompt_ids, rows.prompt_mask, rows.pixel_values
         response_ids, response_mask = rows.response_ids, rows.response_mask
         loss_mask, weights = rows.loss_mask, rows.weights
-        reference = fields["reference"].reshape(BATCH, 3)
+        scores = host.arrays.fields["score"].reshape(BATCH, 3)
+        reference = host.arrays.reference["sums"].reshape(BATCH, 3)
         for number, name in enumerate(host.ids):
             example = by_id[name]
+            (record,) = example.contexts
             np.testing.assert_array_equal(
-                prompt_ids[number][prompt_mask[number]], example.record.prompt_ids
+                prompt_ids[number][prompt_mask[number]], record.prompt_ids
             )
-            for column, response in enumerate(example.record.responses):
+            for column, response in enumerate(record.responses):
                 np.testing.assert_array_equal(
                     response_ids[number, column][response_mask[number, column]], response.ids
                 )
-            count = len(example.record.responses)
+            count = len(record.responses)
             assert not response_mask[number, count:].any()
             assert not loss_mask[number, count:].any()
-            np.testing.assert_array_equal(reference[number, :count], example.fields["reference"])
-            assert not reference[number, count:].any()
-            for place, image in enumerate(example.record.images):
+            np.testing.assert_array_equal(scores[number, :count], example.fields["score"])
+            np.testing.assert_array_equal(reference[number, :count], example.reference["sums"][0])
+            assert not scores[number, count:].any() and not reference[number, count:].any()
+            for place, image in enumerate(record.images):
                 ((expected,),) = tiny_processor.pixels([image])
                 np.testing.assert_array_equal(pixels[number, place], expected)
-            assert not pixels[number, len(example.record.images) :].any()
+            assert not pixels[number, len(record.images) :].any()
         assert weights.tolist() == [1] * len(host.ids) + [0] * (BATCH - len(host.ids))
 
 
 def test_buckets_are_the_smallest_that_hold_the_whole_batch(make_batches):
     seen = set()
     for host in make_batches():
-        shape = (host.arrays[0].prompt_ids.shape[-1], host.arrays[0].response_ids.shape[-1])
+        shape = host.arrays.prompts.prompt_ids.shape[-1], host.arrays.prompts.response_ids.shape[-1]
         assert shape == (24 if "row-3" in host.ids else 16, 8 if "row-5" in host.ids else 4)
         seen.add(shape)
     assert len(seen) > 1
@@ -121,10 +128,10 @@ def test_only_the_very_last_batch_is_filled_up(make_batches):
     batches = list(make_batches())
     assert len(batches) == num_batches(ROWS, EPOCHS, BATCH) == 4
     assert [len(batch.ids) for batch in batches] == [4, 4, 4, 2]
-    last, fields = batches[-1].arrays
+    last = batches[-1].arrays.prompts
     assert last.weights.tolist() == [[1, 1], [0, 0]]
     assert not last.loss_mask[1].any()
-    assert not fields["reference"][1].any()
+    assert not batches[-1].arrays.reference["sums"][1].any()
     assert num_batches(8, 3, 4) == 6
 
 
@@ -142,7 +149,9 @@ def test_resumes_where_it_stopped(make_batches, done):
     assert [batch.ids for batch in resumed] == rest
     whole = list(make_batches())
     for batch, expected in zip(resumed, whole[done:], strict=True):
-        np.testing.assert_array_equal(batch.arrays[0].prompt_ids, expected.arrays[0].prompt_ids)
+        np.testing.assert_array_equal(
+            batch.arrays.prompts.prompt_ids, expected.arrays.prompts.prompt_ids
+        )
 
 
 def test_rows_that_do_not_fit_are_counted_with_a_reason(tiny_processor):
@@ -154,3 +163,21 @@ def test_rows_that_do_not_fit_are_counted_with_a_reason(tiny_processor):
         ("row-3", "prompt_too_long"),
     ]
     assert all(tiny.IMAGE_ID in record.prompt_ids for record in kept)
+
+
+def test_a_mixture_is_even_and_every_row_gets_its_turn():
+    parts = [Part(20), Part(8, 0.5), Part(3, 2.0)]
+    assert [part.per_epoch for part in parts] == [20, 4, 6]
+    order = list(mixed_order(parts, seed=0, epochs=2))
+    assert len(order) == 60
+    epochs = order[:30], order[30:]
+    for epoch in epochs:
+        assert sorted(i for i in epoch if i < 20) == list(range(20))
+        assert sum(20 <= i < 28 for i in epoch) == 4
+        assert sorted(i for i in epoch if i >= 28) == [28, 28, 29, 29, 30, 30]
+        for start in range(0, 30, 10):  # no stretch is of one part
+            assert sum(i < 20 for i in epoch[start : start + 10]) in (6, 7)
+    halves = [{i for i in epoch if 20 <= i < 28} for epoch in epochs]
+    assert halves[0] | halves[1] == set(range(20, 28))
+    assert order == list(mixed_order(parts, seed=0, epochs=2))
+    assert order != list(mixed_order(parts, seed=1, epochs=2))

@@ -350,10 +350,6 @@ TWO_IMAGES = {"images": ["a.png", "b.png"]}
         ("turn_order", {"prompt": [user(), assistant("x")]}),
         ("turn_order", {"messages": [user(), user(), assistant("x")]}),
         ("turn_order", PAIR | {"prompt": [user(), {"role": "system", "content": "x"}]}),
-        (
-            "unsupported_column",
-            {"messages": [user(), assistant("x")], "rejected_images": ["b.png"]},
-        ),
     ],
 )
 def test_bad_rows_are_skipped_for_their_reason(folder, reason, row):
@@ -397,9 +393,14 @@ def test_rows_are_read_one_by_one(folder):
 
 
 def test_duplicate_ids(folder):
-    path = write_jsonl(folder, {"id": 1} | PAIR, {"id": "2"} | PAIR, {"id": "1"} | PAIR)
-    with pytest.raises(DataError, match=r"rows\.jsonl: rows 1 and 3 have the same id '1'"):
-        read_records(path)
+    rows = [{"id": 5}, {"id": "2"}, {"id": "5"}, {"id": "2"}, {"id": "3"}]
+    records, skipped = read_records(write_jsonl(folder, *(row | PAIR for row in rows)))
+    assert [(record.id, record.row) for record in records] == [("5", 1), ("2", 2), ("3", 5)]
+    assert [(row.row, row.id, row.reason) for row in skipped] == [
+        (3, "5", "duplicate_id"),
+        (4, "2", "duplicate_id"),
+    ]
+    assert skipped[0].detail == "row 1 has the id '5' too"
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
@@ -438,9 +439,9 @@ def test_check_images(folder):
     good, broken = check_images(records, str(path))
     assert [record.id for record in good] == ["1", "5"]
     assert [(row.id, row.reason, row.row) for row in broken] == [
-        ("2", "image_broken", None),
-        ("3", "image_broken", None),
-        ("4", "image_broken", None),
+        ("2", "image_broken", 2),
+        ("3", "image_broken", 3),
+        ("4", "image_broken", 4),
     ]
     assert "broken.png" in broken[0].detail
     assert broken[0].detail == broken[1].detail
@@ -478,6 +479,6 @@ def test_no_rows_at_all():
 
 
 def test_write_skipped(tmp_path):
-    write_skipped(tmp_path / "new" / "skipped.jsonl", SKIPPED)
-    lines = (tmp_path / "new" / "skipped.jsonl").read_text().splitlines()
+    write_skipped(tmp_path / "new" / "rejected_rows.jsonl", SKIPPED)
+    lines = (tmp_path / "new" / "rejected_rows.jsonl").read_text().splitlines()
     assert [SkippedRow(**json.loads(line)) for line in lines] == SKIPPED

@@ -11,7 +11,7 @@ from mmpo_jax.convert import convert
 from mmpo_jax.models.fingerprints import fingerprint_model, has_fingerprint
 from mmpo_jax.models.lora import add_adapters
 from mmpo_jax.models.peft import save_adapter
-from mmpo_jax.recipe import Lora
+from mmpo_jax.recipe_training import Lora
 
 
 @pytest.fixture

@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 import tiny
 
+from mmpo_jax.data.pipeline import TrainBatch
 from mmpo_jax.models import log_probs
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.huggingface import flatten
 from mmpo_jax.models.log_probs import head_chunk, response_log_probs, token_log_probs
 from mmpo_jax.models.model import Model, read_config
+from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import make_mesh
-from mmpo_jax.recipe import Dpo, Optimizer
-from mmpo_jax.training.losses import REFERENCE, make_loss
+from mmpo_jax.recipe_training import Optimizer
+from mmpo_jax.training.losses import make_loss
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
 from mmpo_jax.training.step import TrainState, make_step
 
@@ -311,8 +313,11 @@ def compile_large_step():
             jax.eval_shape(lambda: jnp.int32(0)), params, {}, jax.eval_shape(optimizer.init, params)
         )
         state = jax.tree.map(lambda leaf: spec(leaf.shape, leaf.dtype), state)
-        step = make_step(make_loss(model, Dpo(), "full"), optimizer, schedule, state)
-        inputs = batch, {REFERENCE: spec((1, b, r), jnp.float32)}
+        step = make_step(
+            make_loss(model, [make_term("dpo")], remat="full"), optimizer, schedule, state
+        )
+        numbers = spec((1, b, r), jnp.float32)
+        inputs = TrainBatch(batch, {"sums": numbers}, {"rank": numbers})
         return jax.jit(step, donate_argnums=0).lower(state, inputs).compile()
 
 

@@ -28,7 +28,7 @@ from mmpo_jax.models.lora import (
 )
 from mmpo_jax.models.merging import merge
 from mmpo_jax.parallel.mesh import make_mesh, put_params
-from mmpo_jax.recipe import Lora
+from mmpo_jax.recipe_training import Lora
 
 EVERYWHERE = Lora(target=".*", rank=3, alpha=5)
 Q = "language_model/layers/self_attn/q_proj"

@@ -197,7 +197,7 @@ def test_the_model_card(tiny_folder, tiny_model, tmp_path):
     assert "`llava-hf/llava-1.5-7b-hf@v1` after DPO" in body
     assert "| loss | 0.25 |" in body
     data, written = (yaml.safe_load(part.split("```")[0]) for part in body.split("```yaml\n")[1:])
-    assert data == recipe.data.model_dump(mode="json")
+    assert data == recipe.model_dump(mode="json")["data"]
     assert TrainRecipe.model_validate(written | {"output": "somewhere"}) == recipe
     assert render_card(card(output="elsewhere")[1](tiny_model[0])) == text
 

@@ -14,9 +14,10 @@ from mmpo_jax.errors import MmpoError
 from mmpo_jax.generation.sampler import Decoding, sample, sample_keys
 from mmpo_jax.models.huggingface import flatten
 from mmpo_jax.models.log_probs import token_log_probs
+from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import AXES, make_mesh, param_shardings, put_batch, put_params
-from mmpo_jax.recipe import Dpo, Optimizer
-from mmpo_jax.training.losses import REFERENCE, make_loss
+from mmpo_jax.recipe_training import Optimizer
+from mmpo_jax.training.losses import make_loss
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
 from mmpo_jax.training.reference import score_batch
 from mmpo_jax.training.step import create_state, make_step, merge
@@ -54,8 +55,8 @@ def run(mesh, model, params) -> Outcome:
         )
         state = create_state(params, model, optimizer, (), mesh)
         start = jax.tree.map(lambda leaf: leaf.sharding, (state.params, state.optimizer))
-        step = make_step(make_loss(model, Dpo(beta=0.1), "none"), optimizer, schedule, state)
-        inputs = (batch, {REFERENCE: np.asarray(reference)})
+        step = make_step(make_loss(model, [make_term("dpo", beta=0.1)]), optimizer, schedule, state)
+        inputs = tiny.train_batch(batch, np.asarray(reference))
         inputs = put_batch(jax.tree.map(lambda leaf: leaf[None], inputs), mesh, leading=1)
         metrics = []
         for _ in range(2):

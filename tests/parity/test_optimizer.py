@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import AxisType, PartitionSpec
 
 from mmpo_jax.objectives.sums import Sums
 from mmpo_jax.parallel.mesh import AXES
-from mmpo_jax.recipe import Optimizer
+from mmpo_jax.recipe_training import Optimizer
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
 from mmpo_jax.training.step import create_state, make_step
 
@@ -40,10 +41,15 @@ def test_thirty_steps_equal_torch():
     kernel = np.float32(rng.standard_normal((5, 3)))
     scale, bias = np.float32(rng.standard_normal(5)), np.float32(rng.standard_normal(3))
 
-    def loss(params, batch):
-        x, y = batch
-        out = (x * params["norm"]["scale"]) @ params["dense"]["kernel"] + params["dense"]["bias"]
-        return Sums(jnp.sum((out - y) ** 2), jnp.float32(8), {})
+    def forward(params, batch):
+        return (batch[0] * params["norm"]["scale"]) @ params["dense"]["kernel"] + params["dense"][
+            "bias"
+        ]
+
+    def evaluate(out, batch):
+        return Sums(jnp.sum((out - batch[1]) ** 2), jnp.float32(8), {})
+
+    loss = tiny.row_loss(forward, evaluate)
 
     schedule = make_schedule(CONFIG, STEPS)
     optimizer = make_optimizer(CONFIG, schedule)

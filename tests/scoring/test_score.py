@@ -205,7 +205,7 @@ class TestLlava:
         rows = [{"id": name} | row for name, row in bad.items()]
         lines = scored([rows[0], PAIRS[1], *rows[1:]], "data.max_skipped=0.8")
         assert [line["id"] for line in lines] == ["b"]
-        skipped = read_rows(tmp_path / "out.skipped.jsonl")
+        skipped = read_rows(tmp_path / "out.rejected_rows.jsonl")
         assert {row["id"]: row["reason"] for row in skipped} == {
             "broken": "image_broken",
             "silent": "empty_response",
@@ -213,7 +213,7 @@ class TestLlava:
             "one": "incomplete_pair",
         }
         scored(PAIRS)
-        assert not (tmp_path / "out.skipped.jsonl").exists()
+        assert not (tmp_path / "out.rejected_rows.jsonl").exists()
 
     def test_greedy_generation_is_theirs(self, mmpo, theirs, tiny_folder, pictures, tmp_path):
         """And of rows with responses the prompt is read only; what comes out is scored again."""

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+import tiny
 
 pytest.importorskip("torch")
 import checks
@@ -14,8 +15,8 @@ from jax.sharding import AxisType
 
 from mmpo_jax.models.families import FAMILIES
 from mmpo_jax.models.huggingface import flatten
+from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import AXES
-from mmpo_jax.recipe import Sft
 from mmpo_jax.training.losses import make_loss
 from mmpo_jax.training.step import create_state, make_step, trainable_paths
 
@@ -56,9 +57,9 @@ def test_what_is_frozen_keeps_its_bits(case):
     mesh = jax.make_mesh((1, 1, 1), AXES, axis_types=kinds, devices=device)
     optimizer, schedule = optax.sgd(0.1), optax.constant_schedule(0.1)
     state = create_state(case.params, case.model, optimizer, tuple(patterns), mesh)
-    step = make_step(make_loss(case.model, Sft(), "none"), optimizer, schedule, state)
+    step = make_step(make_loss(case.model, [make_term("sft")]), optimizer, schedule, state)
     with jax.set_mesh(mesh):
-        state, metrics = step(state, jax.tree.map(lambda leaf: leaf[None], (batch, {})))
+        state, metrics = step(state, jax.tree.map(lambda leaf: leaf[None], tiny.train_batch(batch)))
     assert metrics["finite"] == 1
     assert state.frozen and not state.params.keys() & state.frozen.keys()
     for path, leaf in state.frozen.items():

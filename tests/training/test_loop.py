@@ -17,21 +17,22 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import AxisType
 
 from mmpo_jax.checkpoint import load_checkpoint
-from mmpo_jax.data.pipeline import Example
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
 from mmpo_jax.data.tokenization import tokenize_records
 from mmpo_jax.models.huggingface import flatten, load_params, save_model, unflatten
 from mmpo_jax.parallel.mesh import AXES
-from mmpo_jax.recipe import Dpo, Lengths, Optimizer, Sft, Training
+from mmpo_jax.recipe import Lengths
+from mmpo_jax.recipe_objectives import SECTIONS
+from mmpo_jax.recipe_training import Optimizer, Training
 from mmpo_jax.shapes.render import png_bytes
 from mmpo_jax.shapes.world import sample_scene
 from mmpo_jax.training import loop
 from mmpo_jax.training.checkpoints import CheckpointError, find_checkpoint
 from mmpo_jax.training.loop import TrainingError, train
-from mmpo_jax.training.losses import REFERENCE
 from mmpo_jax.training.metrics import read_metrics
 from mmpo_jax.training.reference import score_records
 
@@ -39,7 +40,7 @@ ROOT = Path(__file__).parents[2]
 LENGTHS = Lengths(prompt=(16, 24), response=(8,))
 ROWS, STEPS = 10, 8
 CONFIG = Training(
-    objective=Dpo(),
+    objective={"type": "dpo"},
     optimizer=Optimizer(learning_rate=1e-2, weight_decay=0.01),
     epochs=5,
     max_steps=STEPS,
@@ -91,10 +92,7 @@ def examples(tiny_model, tiny_processor, mesh):
     )
     assert not skipped
     sums = score_records(*tiny_model, tiny_processor, records, LENGTHS, mesh, 4)
-    return [
-        Example(record, {REFERENCE: np.float32(row)})
-        for record, row in zip(records, sums, strict=True)
-    ]
+    return [tiny.example(record, row) for record, row in zip(records, sums, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -165,9 +163,7 @@ def same(ours, theirs):
 def poison(examples, row):
     """The same pairs, one with a reference that is no number."""
     return [
-        dataclasses.replace(e, fields={REFERENCE: np.float32([np.nan, 0])})
-        if e.record.id == row
-        else e
+        dataclasses.replace(e, reference={"sums": np.float32([[np.nan, 0]])}) if e.id == row else e
         for e in examples
     ]
 
@@ -215,14 +211,14 @@ def test_the_data_position_is_restored(run, monkeypatch, tmp_path):
 
     def rows_of(folder):
         seen = []
-        fetch = loop._fetch
+        close = loop.Window.close
         with monkeypatch.context() as patch:
 
-            def record(window, checkpoints):
-                seen.extend((step, ids) for step, ids, _ in window)
-                return fetch(window, checkpoints)
+            def record(window):
+                seen.extend((step, ids) for step, ids, _ in window.steps)
+                return close(window)
 
-            patch.setattr(loop, "_fetch", record)
+            patch.setattr(loop.Window, "close", record)
             with contextlib.suppress(Killed):
                 run(folder)
         return seen
@@ -239,7 +235,7 @@ def test_the_data_position_is_restored(run, monkeypatch, tmp_path):
 
 def test_not_finite(run, examples, tmp_path):
     with pytest.raises(TrainingError) as caught:
-        run(tmp_path / "all", [e for x in examples for e in poison([x], x.record.id)])
+        run(tmp_path / "all", [e for x in examples for e in poison([x], x.id)])
     assert "step 1: the loss is nan" in str(caught.value)
     assert "last good checkpoint: none was saved yet" in str(caught.value)
 
@@ -265,7 +261,7 @@ def test_the_last_good_checkpoint_is_intact(run, examples, undisturbed, tmp_path
     good = tmp_path / "checkpoints" / "4"
     before = files(good)
     with pytest.raises(TrainingError, match=rf"last good checkpoint: {good}$") as caught:
-        run(tmp_path, [e for x in examples for e in poison([x], x.record.id)])
+        run(tmp_path, [e for x in examples for e in poison([x], x.id)])
     assert str(caught.value).startswith("step 5: the loss is nan")
     assert files(good) == before
     # Mended, the run goes on from there and ends as if nothing had been.
@@ -450,7 +446,7 @@ def test_impossible_freezing_is_an_error_for_people(run, tmp_path, freeze, told)
 
 def test_frozen_parameters_stay_and_are_saved(run, tiny_model, tmp_path, mesh):
     config = CONFIG.model_copy(
-        update={"max_steps": 2, "freeze": ("vision_tower/.*",), "objective": Sft()}
+        update={"max_steps": 2, "freeze": ("vision_tower/.*",), "objective": (SECTIONS["sft"](),)}
     )
     params, start = run(tmp_path, config=config), flatten(tiny_model[1])
     frozen = [path for path in start if path.startswith("vision_tower/")]

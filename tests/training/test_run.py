@@ -13,7 +13,7 @@ from mmpo_jax.errors import DataError
 from mmpo_jax.models.huggingface import flatten, load_model
 from mmpo_jax.recipe import TrainRecipe
 from mmpo_jax.training.checkpoints import CheckpointError
-from mmpo_jax.training.run import run_training, training_records
+from mmpo_jax.training.run import run_training, training_data
 
 DPO, SFT = {"type": "dpo"}, {"type": "sft"}
 QUESTION = "what is in the picture ?"
@@ -61,7 +61,7 @@ def learned(recipe):
     start = load_start(recipe.model)
     return [
         [start.processor.decode(r.ids[r.loss_mask].tolist()) for r in record.responses]
-        for record in training_records(recipe, start)
+        for record in training_data(recipe, start).records
     ]
 
 
@@ -80,6 +80,24 @@ def test_dpo_takes_preferences_only(make_recipe, tmp_path):
     assert json.loads(skipped)["reason"] == "incomplete_pair"
     with pytest.raises(DataError, match="2 of 2 rows cannot be used"):
         learned(make_recipe([DIALOGUE, ALTERNATIVES], DPO))
+
+
+def test_ranks_count_and_not_the_order_of_responses(make_recipe, tmp_path):
+    """Rows of MM-RLHF, whose responses come in any order, and one of KTO."""
+    asked = {"question": QUESTION, "models_output": ["two blue stars .", "a red circle ."]}
+    ranked, tied = asked | {"final_ranking": [2, 1]}, asked | {"final_ranking": [1, 1]}
+    disliked = {"prompt": QUESTION, "completion": "two blue stars .", "label": False}
+    liked = disliked | {"completion": "no", "label": True}
+    rows = [ranked, ranked, tied, disliked]
+    assert learned(make_recipe(rows, DPO)) == [["a red circle .", "two blue stars ."]] * 2
+    found = [json.loads(line) for line in (tmp_path / "out" / SKIPPED).read_text().splitlines()]
+    assert [(row["row"], row["reason"]) for row in found] == [
+        (3, "incomplete_pair"),
+        (4, "incomplete_pair"),
+    ]
+    assert learned(make_recipe([ranked, disliked, liked], SFT)) == [["a red circle ."], ["no"]]
+    (found,) = (tmp_path / "out" / SKIPPED).read_text().splitlines()
+    assert json.loads(found)["reason"] == "undesirable"
 
 
 def test_no_row_skipped_any_more(make_recipe, tmp_path):

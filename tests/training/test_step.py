@@ -13,8 +13,9 @@ from jax.sharding import AxisType, PartitionSpec
 
 from mmpo_jax.models.huggingface import flatten
 from mmpo_jax.objectives.sums import Sums
+from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import AXES
-from mmpo_jax.recipe import Optimizer, Sft
+from mmpo_jax.recipe_training import MovingReference, Optimizer
 from mmpo_jax.training.losses import make_loss
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
 from mmpo_jax.training.step import create_state, make_step, merge, trainable_paths
@@ -37,11 +38,18 @@ def line_params():
     }
 
 
-def line_loss(params, batch):
-    """Weighted squared error of a line."""
-    x, y, weight = batch
-    line = x @ params["dense"]["kernel"] * params["norm"]["scale"] + params["dense"]["bias"]
-    return Sums(jnp.sum(weight * (line[:, 0] - y) ** 2), weight.sum(), {})
+def line(params, batch):
+    x = batch[0]
+    heights = x @ params["dense"]["kernel"] * params["norm"]["scale"] + params["dense"]["bias"]
+    return heights[:, 0]
+
+
+def squared_error(heights, batch):
+    _, y, weight = batch
+    return Sums(jnp.sum(weight * (heights - y) ** 2), weight.sum(), {})
+
+
+LINE_LOSS = tiny.row_loss(line, squared_error)
 
 
 def line_batch(micro_batches=1, rows=4):
@@ -53,9 +61,8 @@ def line_batch(micro_batches=1, rows=4):
 
 def line_gradient(params, batch):
     def mean_loss(params):
-        sums = line_loss(
-            params, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), batch)
-        )
+        whole = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), batch)
+        sums = squared_error(line(params, whole), whole)
         return sums.loss / sums.weight
 
     return jax.value_and_grad(mean_loss)(params)
@@ -89,9 +96,9 @@ class TestAccumulation:
         )
         optimizer = optax.sgd(CONSTANT)
         state = create_state(params, model, optimizer, freeze, mesh)
-        step = make_step(make_loss(model, Sft(), "none"), optimizer, CONSTANT, state)
+        step = make_step(make_loss(model, [make_term("sft")]), optimizer, CONSTANT, state)
         stacked = jax.tree.map(
-            lambda leaf: leaf.reshape(micro_batches, -1, *leaf.shape[1:]), (batch, {})
+            lambda leaf: leaf.reshape(micro_batches, -1, *leaf.shape[1:]), tiny.train_batch(batch)
         )
         with jax.set_mesh(mesh):
             state, metrics = step(state, stacked)
@@ -141,7 +148,7 @@ def test_micro_batches_of_a_line(mesh):
     batch[2][2] = 0
     optimizer = optax.sgd(CONSTANT)
     state = create_state(line_params(), LINE, optimizer, (), mesh)
-    state, metrics = make_step(line_loss, optimizer, CONSTANT, state)(state, batch)
+    state, metrics = make_step(LINE_LOSS, optimizer, CONSTANT, state)(state, batch)
     loss, gradient = line_gradient(line_params(), batch)
     assert metrics["loss"] == pytest.approx(float(loss), rel=1e-6)
     assert metrics["grad_norm"] == pytest.approx(float(optax.global_norm(gradient)), rel=1e-6)
@@ -152,11 +159,93 @@ def test_micro_batches_of_a_line(mesh):
         np.testing.assert_allclose(state.params[path], leaf, rtol=1e-6)
 
 
+def halves(heights, batch):
+    """Another mean, over other weights."""
+    x, _, weight = batch
+    counted = weight * (x[:, 0] > 0)
+    return Sums(jnp.sum(counted * jnp.cos(heights)), counted.sum(), {})
+
+
+def order_statistics(heights, batch):
+    """The k-th largest height counts k times: rows depend on each other."""
+    weight = batch[2]
+    ordered = jnp.sort(jnp.where(weight > 0, heights, -jnp.inf))[::-1]
+    ordered = jnp.where(jnp.arange(len(ordered)) < weight.sum(), ordered, 0)
+    return Sums(jnp.sum(ordered**2 * jnp.arange(len(ordered))), weight.sum(), {})
+
+
+@pytest.mark.parametrize(
+    ("terms", "coupled"),
+    [
+        ((squared_error, halves), False),
+        ((order_statistics,), True),
+        ((halves, order_statistics), True),
+    ],
+)
+def test_several_terms_and_coupled_rows_do_not_depend_on_the_cut(mesh, terms, coupled):
+    """Every term is divided by its own weight in the whole batch."""
+    batch = line_batch(1, 12)
+    batch[2][0, 3:5] = 0
+    optimizer = optax.sgd(CONSTANT)
+    loss = tiny.row_loss(line, *terms, coupled=coupled)
+    results = []
+    for micro_batches in (1, 2, 6):
+        state = create_state(line_params(), LINE, optimizer, (), mesh)
+        cut = jax.tree.map(lambda x, n=micro_batches: x.reshape(n, 12 // n, *x.shape[2:]), batch)
+        state, metrics = make_step(loss, optimizer, CONSTANT, state)(state, cut)
+        results.append((host(state.params), float(metrics["loss"])))
+    whole = jax.tree.map(lambda x: x[0], batch)
+    expected = jax.grad(
+        lambda params: sum(
+            part.loss / part.weight for part in (term(line(params, whole), whole) for term in terms)
+        )
+    )(line_params())
+    for params, value in results:
+        assert value == pytest.approx(results[0][1], rel=1e-6)
+        for path, slope in flatten(expected).items():
+            start = flatten(line_params())[path]
+            np.testing.assert_allclose(params[path], start - 0.5 * slope, rtol=2e-5, atol=1e-6)
+
+
+def test_a_reference_in_the_step(mesh):
+    """It stays, or follows every second step; the policy is compared with what it is then."""
+
+    def evaluate(gap, batch, state):
+        return [Sums(jnp.sum(gap + gap**2), jnp.float32(len(gap)), {})], state
+
+    loss = dataclasses.replace(
+        LINE_LOSS,
+        forward=lambda params, reference, batch: line(params, batch) - line(reference, batch),
+        evaluate=evaluate,
+        report=lambda sums: {"gap": sums[0].loss},
+    )
+    optimizer = optax.sgd(optax.constant_schedule(0.1))
+    seen = []
+    for moving in (None, MovingReference(every=2, mixup=0.25)):
+        state = create_state(line_params(), LINE, optimizer, (), mesh, reference_dtype=jnp.float32)
+        step = make_step(loss, optimizer, CONSTANT, state, reference=moving)
+        expected = host(state.reference)
+        gaps = []
+        for number in range(1, 5):
+            state, metrics = step(state, line_batch())
+            gaps.append(float(metrics["gap"]))
+            if moving and number % 2 == 0:
+                for path, leaf in expected.items():
+                    expected[path] = leaf + 0.25 * (np.asarray(state.params[path]) - leaf)
+            for path, leaf in expected.items():
+                np.testing.assert_allclose(state.reference[path], leaf, rtol=1e-6)
+        assert gaps[0] == 0
+        assert gaps[1] != 0
+        seen.append(gaps)
+    assert seen[0][:2] == seen[1][:2]
+    assert seen[0][2] != seen[1][2]
+
+
 def test_gradients_are_clipped_and_reported_as_they_were(mesh):
     config = Optimizer(max_grad_norm=0.1, beta1=0.9)
     optimizer = make_optimizer(config, CONSTANT)
     state = create_state(line_params(), LINE, optimizer, (), mesh)
-    state, metrics = make_step(line_loss, optimizer, CONSTANT, state)(state, line_batch())
+    state, metrics = make_step(LINE_LOSS, optimizer, CONSTANT, state)(state, line_batch())
     _, gradient = line_gradient(line_params(), line_batch())
     norm = float(optax.global_norm(gradient))
     assert norm > 1
@@ -182,11 +271,12 @@ def test_freezing_by_regular_expression():
 
 @pytest.mark.parametrize("fault", ["nan", "inf", "gradient"])
 def test_a_step_that_is_not_finite_changes_nothing(mesh, fault):
-    def loss(params, batch):
-        sums = line_loss(params, batch)
+    def forward(params, batch):
         # sqrt has a value at 0 and no gradient there.
         root = jnp.sqrt(jnp.abs(params["dense"]["bias"] - 0.5)).sum()
-        return dataclasses.replace(sums, loss=sums.loss + (root if fault == "gradient" else 0))
+        return line(params, batch) + (root if fault == "gradient" else 0)
+
+    loss = tiny.row_loss(forward, squared_error)
 
     optimizer = make_optimizer(Optimizer(learning_rate=0.1), CONSTANT)
     state = create_state(line_params(), LINE, optimizer, (), mesh)
@@ -215,9 +305,11 @@ def test_a_step_that_is_not_finite_changes_nothing(mesh, fault):
 def test_parameters_are_kept_in_float32_and_computed_in_bfloat16(mesh):
     seen = []
 
-    def loss(params, batch):
+    def forward(params, batch):
         seen.extend(leaf.dtype for leaf in jax.tree.leaves(params))
-        return line_loss(params, batch)
+        return line(params, batch)
+
+    loss = tiny.row_loss(forward, squared_error)
 
     optimizer = optax.sgd(1e-4)
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), line_params())
@@ -237,7 +329,7 @@ def test_only_kernels_and_embeddings_decay(mesh):
     batch = line_batch()
     batch[2][:] = 0  # no gradient: what moves, decays
     before = host(state.params)
-    state, _ = make_step(line_loss, optimizer, CONSTANT, state)(state, batch)
+    state, _ = make_step(LINE_LOSS, optimizer, CONSTANT, state)(state, batch)
     after = host(state.params)
     np.testing.assert_allclose(after["dense/kernel"], before["dense/kernel"] * 0.95, rtol=1e-6)
     for path in ("dense/bias", "norm/scale"):

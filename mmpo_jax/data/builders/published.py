@@ -1,0 +1,57 @@
+"""What builders of published data share: rows are read, checked and counted as everywhere."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import tensorflow_datasets as tfds
+from etils import epath
+
+from mmpo_jax.data.readers import Problem, SkippedRow, check_skipped, iter_records, media_problem
+from mmpo_jax.data.records import Record
+
+log = logging.getLogger(__name__)
+
+MAX_SKIPPED = 0.1
+"""Share of unusable rows above which a data set is not written."""
+IMAGE = tfds.features.Image
+TEXT = tfds.features.Text
+
+
+class PublishedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """A data set with one split, `train`, without TensorFlow."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        # TFDS's own default, TFRecord, needs TensorFlow.
+        kwargs.setdefault("file_format", "array_record")
+        super().__init__(**kwargs)
+
+    def _generate_examples(
+        self,
+        path: epath.PathLike,
+        root: epath.PathLike,
+        format: str,
+        make: Callable[[Record], dict[str, Any]],
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The examples of the usable rows of a file, by row number.
+
+        Raises:
+          DataError: the file cannot be read, or more than `MAX_SKIPPED` of its rows cannot be used.
+        """
+        skipped: list[SkippedRow] = []
+        written = 0
+        opened: dict[str, Problem | None] = {}
+        for item in iter_records(path, root, format=format):
+            problem = media_problem(item, opened) if isinstance(item, Record) else None
+            if isinstance(item, SkippedRow):
+                skipped.append(item)
+            elif problem is not None:
+                skipped.append(SkippedRow(str(path), item.row, item.id, *problem))
+            else:
+                written += 1
+                yield item.row or 0, make(item)
+        for row in skipped[:10]:
+            log.warning("%s: row %s left out: %s (%s)", row.file, row.row, row.reason, row.detail)
+        check_skipped(skipped, written + len(skipped), MAX_SKIPPED)

@@ -1,0 +1,118 @@
+"""`mmpo data convert`: the rows of one format as rows of another."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Collection, Iterator
+
+from mmpo_jax.data.formats import FORMATS, choose_format
+from mmpo_jax.data.formats.format import Format
+from mmpo_jax.data.formats.writing import STRIP, CannotHold, Writer, fields_of, without
+from mmpo_jax.data.readers import SkippedRow, check_skipped, iter_records, write_skipped
+from mmpo_jax.data.records import Record
+from mmpo_jax.data.rows import Row
+from mmpo_jax.data.sources import SKIPPED
+from mmpo_jax.data.tables import write_rows
+from mmpo_jax.errors import DataError, MmpoError
+
+_EMBED = {".parquet": "bytes", ".array_record": "base64", ".arrayrecord": "base64"}
+"""How the rows of a kind of file hold images; those of others name them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """What became of the rows."""
+
+    written: int
+    skipped: list[SkippedRow]
+    skipped_file: str
+    """Where those are, with reasons; not written where there are none."""
+
+
+def convert_data(
+    source: str,
+    target: str,
+    *,
+    format: str = "record",
+    read_as: str = "auto",
+    image_root: str | None = None,
+    drop: Collection[str] = (),
+    max_skipped: float = 0.1,
+) -> Converted:
+    """Writes the usable rows of `source` to the file `target`.
+
+    Paths of images are written relative to `image_root`, or to the target's folder; what does not
+    lie there is copied to a folder beside the target. Parquet and ArrayRecord hold the images.
+    Images are not decoded.
+
+    Args:
+      source: see `mmpo_jax.data.tables`.
+      target: its ending says what kind of file.
+      format: of the target, one of `FORMATS`.
+      read_as: the same of the source, or "auto".
+      image_root: of both.
+      drop: fields, of `STRIP`, that are left out.
+      max_skipped: share of unusable rows above which nothing is written.
+
+    Raises:
+      MmpoError: an unknown field, or the target is the source.
+      CannotHold: the format has no place for a field of a row.
+      DataError: the source cannot be read, or too many rows cannot be used.
+    """
+    unknown = sorted(set(drop) - STRIP.keys())
+    if unknown:
+        raise MmpoError(f"--drop {', '.join(unknown)}: no such field; known: {', '.join(STRIP)}")
+    if os.path.realpath(source) == os.path.realpath(target):
+        raise MmpoError(f"{target} is the source; give another file")
+    stem, ending = os.path.splitext(target)
+    root = image_root or os.path.dirname(target) or "."
+    copies = os.path.join(root, f"{os.path.basename(stem)}.images")
+    writer = Writer(root, copies, _EMBED.get(ending.lower(), "no"))  # type: ignore[arg-type]
+    skipped: list[SkippedRow] = []
+    written = 0
+
+    def rows() -> Iterator[Row]:
+        nonlocal written
+        for item in iter_records(source, image_root, "dialogue", read_as):
+            if isinstance(item, SkippedRow):
+                skipped.append(item)
+                continue
+            try:
+                row = _row(without(item, drop), FORMATS[format], writer)
+            except DataError as error:
+                broken = SkippedRow(source, item.row, item.id, "image_broken", str(error))
+                skipped.append(broken)
+                continue
+            written += 1
+            yield row
+
+    made = list(rows())
+    skipped_file = f"{stem}.{SKIPPED}"
+    if skipped:
+        write_skipped(skipped_file, skipped)
+    check_skipped(skipped, written + len(skipped), max_skipped)
+    write_rows(target, made)
+    return Converted(written, skipped, skipped_file)
+
+
+def _row(record: Record, format: Format, writer: Writer) -> Row:
+    """One record in a format.
+
+    Raises:
+      CannotHold: naming the row, the field and what leaves it out.
+    """
+    try:
+        for field in sorted(fields_of(record) - format.holds):
+            raise CannotHold(field)
+        row = format.write(record, writer)
+        if record.extra and choose_format(row) is not format:
+            plain = format.write(dataclasses.replace(record, extra={}), writer)
+            if choose_format(plain) is format:
+                detail = f"with {', '.join(record.extra)} it would look like another format"
+                raise CannotHold("extra", detail)
+    except CannotHold as error:
+        hint = f"; --drop {error.field} leaves it out" if error.field in STRIP else ""
+        where = f"row {record.row} (id {record.id!r})"
+        raise MmpoError(f"{where} as {format.name}: {error}{hint}") from error
+    return row

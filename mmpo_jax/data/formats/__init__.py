@@ -1,0 +1,28 @@
+"""Conventions for rows, one a file, and the choice between them."""
+
+from collections.abc import Mapping
+
+from mmpo_jax.data.formats import llama_factory, mm_rlhf, ms_swift, record, rlaif_v, shapes, trl
+from mmpo_jax.data.formats.format import Format
+from mmpo_jax.data.rows import Row
+
+FORMATS: Mapping[str, Format] = {
+    format.name: format
+    for format in (
+        record.FORMAT,
+        mm_rlhf.RANKING,
+        mm_rlhf.PAIRS,
+        rlaif_v.RLAIF_V,
+        rlaif_v.RLHF_V,
+        llama_factory.FORMAT,
+        ms_swift.FORMAT,
+        shapes.FORMAT,
+        trl.FORMAT,
+    )
+}
+"""By name; a row is read by the first that claims its columns."""
+
+
+def choose_format(row: Row) -> Format:
+    """The format whose columns a row has; TRL's where there is none, which says what is missing."""
+    return next((format for format in FORMATS.values() if format.claims(row)), trl.FORMAT)

@@ -1,0 +1,238 @@
+"""MM-RLHF's published files: `data.jsonl` (rankings) and `dpo_pairs.jsonl`.
+
+``image`` is a path and ``video`` a folder of frames; archives may have put either a folder deeper.
+"""
+
+import math
+from typing import Any
+
+from mmpo_jax.data.formats.format import (
+    Answer,
+    Draft,
+    Format,
+    read_flag,
+    read_list,
+    read_number,
+    read_rank,
+    read_text,
+    rest,
+    source_of,
+)
+from mmpo_jax.data.formats.media import MediaFolder, entries
+from mmpo_jax.data.formats.turns import parse_turns
+from mmpo_jax.data.formats.writing import (
+    CannotHold,
+    Writer,
+    answer_of,
+    question_of,
+    with_extra,
+)
+from mmpo_jax.data.records import SCORE, ImageRef, Record, VideoRef
+from mmpo_jax.data.rows import MessagesAs, Row, UnusableRow
+
+DIMENSIONS = ("helpfulness", "faithfulness", "ethical")
+FACTOR_RATE = 0.5
+"""k of ``ls_factor`` = 1 - exp(-k (chosen's score - rejected's)), the paper's default."""
+
+
+def _media(row: Row, media: MediaFolder) -> tuple[tuple[ImageRef, ...], tuple[VideoRef, ...]]:
+    images = tuple(media.indexed_image(entry) for entry in entries(row, "image"))
+    videos = tuple(
+        media.folder_video(entry) if isinstance(entry, str) else media.video(entry)
+        for entry in entries(row, "video")
+    )
+    return images, videos
+
+
+def _write_media(record: Record, writer: Writer) -> dict[str, Any]:
+    if len(record.images) + len(record.videos) > 1:
+        raise CannotHold("images", "a row holds one image or one video")
+    if record.videos:
+        return {"video": writer.video_folder(record.videos[0])}
+    return {"image": writer.image(record.images[0])} if record.images else {}
+
+
+def _claims_ranking(row: Row) -> bool:
+    return "models_output" in row
+
+
+def _read_ranking(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
+    """Ranks, scores and reasons stand in lists beside that of the responses; scores may be null."""
+    outputs = row.get("models_output")
+    if not isinstance(outputs, list):
+        raise UnusableRow("bad_message", "models_output is not a list")
+    fields: list[dict[str, Any]] = [{"scores": {}} for _ in outputs]
+    if "final_ranking" in row:
+        ranks = read_list(row["final_ranking"], "final_ranking", len(outputs), "rank_count")
+        for given, rank in zip(fields, ranks, strict=True):
+            given["rank"] = read_rank(rank)
+    for name in DIMENSIONS:
+        if name in row:
+            scores = read_list(row[name], name, len(outputs), "score_count")
+            for given, score in zip(fields, scores, strict=True):
+                if score is not None:
+                    given["scores"][name] = read_number(score, name)
+    used = ["question", "models_output", "final_ranking", *DIMENSIONS]
+    reasons = row.get("score_reasons")
+    if _is_critiques(reasons, len(outputs)):
+        used.append("score_reasons")
+        for given, reason in zip(fields, reasons or (), strict=True):
+            given["critique"] = reason if reason is None else read_text(reason, "score_reasons")
+    images, videos = _media(row, media)
+    return Draft(
+        prompt=parse_turns(read_text(row.get("question"), "question"), "user"),
+        answers=tuple(
+            Answer(parse_turns(read_text(text, "models_output"), "assistant"), fields=given)
+            for text, given in zip(outputs, fields, strict=True)
+        ),
+        images=images,
+        videos=videos,
+        source=source_of(row),
+        extra=rest(row, *used),
+    )
+
+
+def _is_critiques(reasons: Any, count: int) -> bool:
+    """Whether there is a text, or nothing, for each response."""
+    return (
+        isinstance(reasons, list)
+        and len(reasons) == count
+        and all(reason is None or isinstance(reason, str) for reason in reasons)
+    )
+
+
+def _write_ranking(record: Record, writer: Writer) -> dict[str, Any]:
+    responses = record.responses
+    row = {"id": record.id, **_write_media(record, writer), "question": question_of(record)}
+    row["models_output"] = [answer_of(response) for response in responses]
+    if record.source is not None:
+        row["source"] = record.source
+    if any(response.rank is not None for response in responses):
+        row["final_ranking"] = [response.rank for response in responses]
+    named = {name for response in responses for name in response.scores}
+    if named - set(DIMENSIONS):
+        detail = f"{', '.join(sorted(named - set(DIMENSIONS)))}; known: {', '.join(DIMENSIONS)}"
+        raise CannotHold("scores", detail)
+    for name in DIMENSIONS:
+        if name in named:
+            row[name] = [response.scores.get(name) for response in responses]
+    if any(response.critique is not None for response in responses):
+        row["score_reasons"] = [response.critique for response in responses]
+    return with_extra(row, record.extra)
+
+
+_PAIR_COLUMNS = (
+    "chosen_reason",
+    "rejected_reason",
+    "is_tie",
+    "ls_factor",
+    "mixed_up_image",
+    "reference_chosen_logp",
+    "reference_rejected_logp",
+    "mix_reference_chosen_logp",
+)
+
+
+def _claims_pair(row: Row) -> bool:
+    return "chosen" in row and "rejected" in row and any(name in row for name in _PAIR_COLUMNS)
+
+
+def _read_pair(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
+    """``mixed_up_image`` makes a third response: the chosen one's text about that image."""
+    missing = [name for name in ("prompt", "chosen", "rejected") if name not in row]
+    if missing:
+        raise UnusableRow("incomplete_pair", f"no {' and no '.join(missing)}")
+    tie = read_flag(row.get("is_tie", False), "is_tie")
+    difference = _difference(row)
+    answers = []
+    for side, rank in (("chosen", 1), ("rejected", 1 if tie else 2)):
+        fields: dict[str, Any] = {"rank": rank}
+        if f"{side}_reason" in row:
+            fields["critique"] = read_text(row[f"{side}_reason"], f"{side}_reason")
+        if difference is not None:
+            fields["scores"] = {SCORE: difference if side == "chosen" else 0.0}
+        fields |= _log_prob(row, f"reference_{side}_logp")
+        answers.append(Answer(parse_turns(read_text(row[side], side), "assistant"), fields=fields))
+    used = [name for name in _PAIR_COLUMNS if name != "ls_factor" or difference is not None]
+    if "mixed_up_image" in row:
+        own = {"rank": answers[1].fields["rank"] + 1}
+        own["images"] = (media.indexed_image(row["mixed_up_image"]),)
+        own |= _log_prob(row, "mix_reference_chosen_logp")
+        answers.append(Answer(answers[0].turns, fields=own))
+    else:
+        used.remove("mix_reference_chosen_logp")
+    images, videos = _media(row, media)
+    # The published id is the prompt's; the pair's own is made by the reader.
+    shared = {"id": row["id"]} if "id" in row else {}
+    return Draft(
+        prompt=parse_turns(read_text(row["prompt"], "prompt"), "user"),
+        answers=tuple(answers),
+        images=images,
+        videos=videos,
+        source=source_of(row),
+        extra=rest(row, "prompt", "chosen", "rejected", *used) | shared,
+    )
+
+
+def _log_prob(row: Row, name: str) -> dict[str, float]:
+    return {"log_prob": read_number(row[name], name, "bad_log_prob")} if name in row else {}
+
+
+def _difference(row: Row) -> float | None:
+    """The score difference of an ``ls_factor``; 1, which stands for none, says nothing."""
+    if "ls_factor" not in row:
+        return None
+    factor = read_number(row["ls_factor"], "ls_factor")
+    if factor > 1:
+        raise UnusableRow("bad_score", f"ls_factor {factor} is more than 1")
+    return None if factor == 1 else -math.log1p(-factor) / FACTOR_RATE
+
+
+def _write_pair(record: Record, writer: Writer) -> dict[str, Any]:
+    responses = record.responses
+    ranks = [response.rank for response in responses]
+    if ranks[:2] not in ([1, 2], [1, 1]) or len(ranks) > 3:
+        raise CannotHold("rank", f"{ranks}; a row holds a pair, the better response first")
+    chosen, rejected = responses[:2]
+    row = {"id": record.id, **_write_media(record, writer), "prompt": question_of(record)}
+    row |= {"chosen": answer_of(chosen), "rejected": answer_of(rejected)}
+    if record.source is not None:
+        row["source"] = record.source
+    for side, response in (("chosen", chosen), ("rejected", rejected)):
+        if response.critique is not None:
+            row[f"{side}_reason"] = response.critique
+        if response.log_prob is not None:
+            row[f"reference_{side}_logp"] = response.log_prob
+        if response.images is not None:
+            raise CannotHold("response.images", f"of the {side} response")
+    if ranks[:2] == [1, 1]:
+        row["is_tie"] = True
+    if chosen.scores or rejected.scores:
+        if not chosen.scores.keys() == rejected.scores.keys() == {SCORE}:
+            raise CannotHold("scores", f"a row holds the difference of one, called {SCORE}")
+        difference = chosen.scores[SCORE] - rejected.scores[SCORE]
+        row["ls_factor"] = -math.expm1(-FACTOR_RATE * difference)
+    if len(responses) == 3:
+        mixed = responses[2]
+        if mixed.turns != chosen.turns or mixed.images is None or len(mixed.images) != 1:
+            raise CannotHold("responses", "a third that is not the chosen one about another image")
+        row["mixed_up_image"] = writer.image(mixed.images[0])
+        if mixed.log_prob is not None:
+            row["mix_reference_chosen_logp"] = mixed.log_prob
+    if not _claims_pair(row):  # or it would be taken for a TRL row, whose ids may not repeat
+        row["is_tie"] = False
+    shared = record.extra.get("id", record.id)
+    extra = {name: value for name, value in record.extra.items() if name != "id"}
+    return with_extra(row | {"id": shared}, extra)
+
+
+_SHARED = frozenset({"source", "videos", "extra", "rank", "scores", "critique"})
+RANKING = Format("mm_rlhf", _claims_ranking, _read_ranking, _write_ranking, _SHARED)
+PAIRS = Format(
+    "mm_rlhf_pairs",
+    _claims_pair,
+    _read_pair,
+    _write_pair,
+    _SHARED | {"log_prob", "response.images"},
+    repeats_ids=True,
+)

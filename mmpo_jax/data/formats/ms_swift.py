@@ -1,0 +1,121 @@
+"""ms-swift's rows.
+
+``messages`` that end with the chosen answer, with ``<image>`` and ``<video>`` in the texts. What
+it is compared with: ``rejected_response``, another last answer; ``rejected_messages``, a whole
+dialogue; ``rejected_images``, the rejected side's own images, whose answer is the chosen one where
+nothing else is said. ``label`` is KTO's verdict.
+"""
+
+from typing import Any
+
+from mmpo_jax.data.formats.format import Answer, Draft, Format, read_flag, rest, source_of
+from mmpo_jax.data.formats.media import MediaFolder
+from mmpo_jax.data.formats.trl import supervised
+from mmpo_jax.data.formats.turns import Turns, parse_turns, split_last_answer
+from mmpo_jax.data.formats.writing import (
+    CannotHold,
+    Writer,
+    chosen_and_rejected,
+    image_tags,
+    messages,
+    with_extra,
+)
+from mmpo_jax.data.records import Record, Response
+from mmpo_jax.data.rows import MessagesAs, Row
+
+_REJECTED = ("rejected_response", "rejected_messages", "rejected_images")
+
+
+def _claims(row: Row) -> bool:
+    return "messages" in row and any(name in row for name in (*_REJECTED, "label"))
+
+
+def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
+    turns = parse_turns(row.get("messages"), "user")
+    images = media.images(row)
+    if any(name in row for name in _REJECTED):
+        prompt, chosen = split_last_answer(turns)
+        rejected = _rejected(row, media, prompt, chosen)
+        answers: tuple[Answer, ...] = (Answer(chosen, fields={"rank": 1}), rejected)
+    elif "label" in row:
+        prompt, chosen = split_last_answer(turns)
+        answers = (Answer(chosen, fields={"desirable": read_flag(row["label"], "label")}),)
+    else:
+        prompt, answers = supervised(turns, messages_as)
+    return Draft(
+        prompt=prompt,
+        answers=answers,
+        images=images,
+        videos=media.videos(row),
+        source=source_of(row),
+        extra=rest(row, "messages", "label", *_REJECTED),
+    )
+
+
+def _rejected(row: Row, media: MediaFolder, prompt: Turns, chosen: Turns) -> Answer:
+    answer, own_prompt = chosen, None
+    if "rejected_messages" in row:
+        theirs, answer = split_last_answer(parse_turns(row["rejected_messages"], "user"))
+        own_prompt = None if _texts(theirs) == _texts(prompt) else theirs
+    elif "rejected_response" in row:
+        answer = parse_turns(row["rejected_response"], "assistant")
+    fields: dict[str, Any] = {"rank": 2}
+    if "rejected_images" in row:
+        fields["images"] = media.images({"images": row["rejected_images"]})
+    return Answer(answer, own_prompt, fields)
+
+
+def _texts(turns: Turns) -> list[tuple[str, str]]:
+    return [(turn.role, turn.text) for turn, _ in turns]
+
+
+def _write(record: Record, writer: Writer) -> dict[str, Any]:
+    row: dict[str, Any] = {"id": record.id, **writer.media(record, rates=False)}
+    if record.source is not None:
+        row["source"] = record.source
+    if record.ranked:
+        chosen, rejected = chosen_and_rejected(record)
+        row |= _write_rejected(record, rejected, writer)
+    elif len(record.responses) == 1:
+        (chosen,) = record.responses
+        if chosen.desirable is not None:
+            row["label"] = chosen.desirable
+    else:
+        detail = f"{len(record.responses)} without ranks; a row holds one, or a pair"
+        raise CannotHold("responses", detail)
+    if chosen.images is not None or chosen.prompt is not None:
+        raise CannotHold("response.images", "the chosen response has its own images or prompt")
+    row["messages"] = messages((*record.prompt, *chosen.turns), image_tags(record))
+    return with_extra(row, record.extra)
+
+
+def _write_rejected(record: Record, rejected: Response, writer: Writer) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    shown = record.images if rejected.images is None else rejected.images
+    if rejected.images is not None:
+        row["rejected_images"] = [writer.image(image) for image in rejected.images]
+    if rejected.prompt is None and len(rejected.turns) == 1:
+        return row | {"rejected_response": rejected.text}
+    prompt = record.prompt if rejected.prompt is None else rejected.prompt
+    tags = "<image>" * len(shown) + "<video>" * len(record.videos)
+    return row | {"rejected_messages": messages((*prompt, *rejected.turns), tags)}
+
+
+FORMAT = Format(
+    name="ms_swift",
+    claims=_claims,
+    read=_read,
+    write=_write,
+    holds=frozenset(
+        {
+            "source",
+            "videos",
+            "system",
+            "extra",
+            "rank",
+            "desirable",
+            "response.images",
+            "response.prompt",
+        }
+    ),
+)

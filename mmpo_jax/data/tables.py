@@ -1,0 +1,217 @@
+"""Rows of files, and files of rows: JSONL, JSON, Parquet, ArrayRecord, Arrow folders, TFDS.
+
+* ``.jsonl``, ``.ndjson``: an object a line; ``.json``: one list of objects;
+* ``.parquet``: images inside rows as bytes;
+* ``.array_record``, ``.arrayrecord``: a JSON object a record;
+* a folder: what `datasets` saved to disk, or files of the kinds above, in the order of their names;
+* ``tfds:NAME#SPLIT``: a data set that TFDS prepared, by its name (``shapes/tiny``) or its folder,
+  split ``train`` where none is given; the image root is then TFDS's data folder.
+"""
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from array_record.python import array_record_module
+from etils import epath
+
+from mmpo_jax.data.rows import UnusableRow
+from mmpo_jax.errors import DataError
+from mmpo_jax.files import encode_table, is_local, read_bytes, write_atomic
+
+TFDS = "tfds:"
+_BATCH_ROWS = 64  # Rows hold whole images: this is memory, not speed.
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+"""As JSON writes it: half of a character, or an error."""
+
+Item = dict[str, Any] | UnusableRow
+"""A row, or what is wrong with it."""
+
+
+def folder_of(path: epath.PathLike) -> epath.Path:
+    """The folder that paths in the rows are relative to, where nothing else is said."""
+    path = epath.Path(path)
+    return path if path.is_dir() else path.parent
+
+
+def numbered_rows(
+    path: epath.PathLike, data_folder: epath.PathLike | None = None
+) -> Iterator[tuple[int, Item]]:
+    """Rows with their numbers from 1; in text files, those of lines. A folder's files count on.
+
+    Args:
+      data_folder: of TFDS, for its names.
+
+    Raises:
+      DataError: the file is missing, unreadable or of an unknown kind.
+    """
+    name = os.fspath(path)
+    try:
+        if name.startswith(TFDS):
+            from mmpo_jax.data.tfds_rows import tfds_rows  # imports half a second's worth
+
+            yield from enumerate(tfds_rows(name.removeprefix(TFDS), data_folder), start=1)
+            return
+        done = 0
+        for file in _files(epath.Path(path)):
+            number = 0
+            for number, row in _READERS[file.suffix.lower()](file):
+                yield done + number, row
+            done += number
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"cannot read {name}: {reason}") from error
+
+
+def _files(path: epath.Path) -> list[epath.Path]:
+    """The files of a data set: the path itself, or what lies in that folder."""
+    if path.suffix.lower() in _READERS and path.suffix != ".arrow":
+        return [path]
+    if not path.is_dir():
+        kinds = ", ".join(kind for kind in _READERS if kind != ".arrow")
+        raise DataError(f"{os.fspath(path)}: data files end in {kinds}; or give a folder")
+    if (path / "dataset_dict.json").exists():
+        splits = ", ".join(sorted(entry.name for entry in path.iterdir() if entry.is_dir()))
+        raise DataError(f"{os.fspath(path)} holds several splits; give the folder of one: {splits}")
+    if (path / "state.json").exists():
+        state = json.loads(read_bytes(path / "state.json"))
+        return [path / entry["filename"] for entry in state["_data_files"]]
+    kinds_found = {entry.suffix.lower() for entry in path.iterdir()} & _READERS.keys()
+    if len(kinds_found) != 1:
+        found = ", ".join(sorted(kinds_found)) or "none"
+        raise DataError(f"{os.fspath(path)}: data files of one kind are wanted, found: {found}")
+    (kind,) = kinds_found
+    return sorted(entry for entry in path.iterdir() if entry.suffix.lower() == kind)
+
+
+def _json_lines(path: epath.Path) -> Iterator[tuple[int, Item]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, _parse(line)
+
+
+def _json_list(path: epath.Path) -> Iterator[tuple[int, Item]]:
+    try:
+        rows = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"cannot read {os.fspath(path)}: {error}") from error
+    if not isinstance(rows, list):
+        raise DataError(f"cannot read {os.fspath(path)}: a {type(rows).__name__} and not a list")
+    for number, row in enumerate(rows, start=1):
+        yield number, _object(row)
+
+
+def _parse(line: bytes) -> Item:
+    try:
+        return _object(json.loads(line.decode("utf-8-sig")), bool(_SURROGATE.search(line)))
+    except (ValueError, RecursionError) as error:
+        return UnusableRow("bad_json", str(error))
+
+
+def _object(value: Any, check_texts: bool = True) -> Item:
+    if not isinstance(value, dict):
+        return UnusableRow("bad_json", f"a {type(value).__name__} and not an object")
+    if check_texts:
+        try:
+            _encode(value)
+        except UnicodeEncodeError as error:
+            return UnusableRow("bad_text", str(error))
+    return value
+
+
+def _parquet_rows(path: epath.Path) -> Iterator[tuple[int, Item]]:
+    with path.open("rb") as file:
+        yield from _rows(pq.ParquetFile(file).iter_batches(batch_size=_BATCH_ROWS))
+
+
+def _arrow_rows(path: epath.Path) -> Iterator[tuple[int, Item]]:
+    with path.open("rb") as file:
+        yield from _rows(pa.ipc.open_stream(file))
+
+
+def _rows(batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[int, Item]]:
+    number = 0
+    for batch in batches:
+        for start in range(0, batch.num_rows, _BATCH_ROWS):
+            for row in batch.slice(start, _BATCH_ROWS).to_pylist():
+                number += 1
+                yield number, row
+
+
+def _array_record_rows(path: epath.Path) -> Iterator[tuple[int, Item]]:
+    with tempfile.TemporaryDirectory() as folder:
+        local = os.fspath(path)
+        if not is_local(path):  # its reader knows no buckets
+            local = os.path.join(folder, path.name)
+            path.copy(local)
+        if not os.path.isfile(local):
+            raise FileNotFoundError(2, "No such file or directory", local)
+        try:
+            reader = array_record_module.ArrayRecordReader(local)
+            for number in range(reader.num_records()):
+                yield number + 1, _parse(reader.read([number])[0])
+            reader.close()  # which tells what was wrong with the file
+        except RuntimeError as error:
+            raise DataError(f"cannot read {os.fspath(path)}: {error}") from error
+
+
+_READERS: Mapping[str, Callable[[epath.Path], Iterator[tuple[int, Item]]]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json_list,
+    ".parquet": _parquet_rows,
+    ".array_record": _array_record_rows,
+    ".arrayrecord": _array_record_rows,
+    ".arrow": _arrow_rows,
+}
+
+
+def write_rows(path: epath.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes rows to a file that appears whole, of the kind that its name's ending says.
+
+    Raises:
+      DataError: of no kind that is written, or the rows' values do not make columns.
+      OSError: the file could not be written.
+    """
+    path = epath.Path(path)
+    kind = path.suffix.lower()
+    if kind == ".parquet":
+        try:
+            table = pa.Table.from_pylist(_same_columns(rows))
+        except pa.ArrowException as error:
+            raise DataError(f"{os.fspath(path)}: rows that make no table: {error}") from error
+        write_atomic(path, encode_table(table))
+    elif kind in (".array_record", ".arrayrecord"):
+        write_atomic(path, _encode_array_record(rows))
+    elif kind in (".jsonl", ".ndjson"):
+        write_atomic(path, b"".join(_encode(row) + b"\n" for row in rows))
+    else:
+        raise DataError(f"{os.fspath(path)}: written are .jsonl, .parquet and .array_record")
+
+
+def _same_columns(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with the columns of all; Arrow takes those of the first."""
+    kept = list(rows)
+    columns = list(dict.fromkeys(name for row in kept for name in row))
+    return [{name: row.get(name) for name in columns} for row in kept]
+
+
+def _encode(row: Mapping[str, Any]) -> bytes:
+    return json.dumps(row, ensure_ascii=False).encode()
+
+
+def _encode_array_record(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        file = os.path.join(folder, "rows.array_record")
+        writer = array_record_module.ArrayRecordWriter(file, "group_size:1")
+        for row in rows:
+            writer.write(_encode(row))
+        writer.close()
+        with open(file, "rb") as written:
+            return written.read()

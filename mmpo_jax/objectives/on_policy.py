@@ -1,0 +1,193 @@
+"""Objectives of responses that the policy itself has sampled and that were rewarded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from mmpo_jax.objectives.registry import Count, NonNegative, Objective, Share, State, register
+from mmpo_jax.objectives.responses import Responses
+from mmpo_jax.objectives.sums import Sums, weighted
+
+Scale = Literal["group", "batch", "none"]
+Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
+Ratio = Literal["token", "sequence"]
+Normalization = Literal["dapo", "bnpo", "grpo", "dr_grpo"]
+
+STD_FLOOR = 1e-4
+"""Added to every standard deviation, as TRL has it."""
+
+EXPONENT_LIMIT = 40.0
+"""Of e^x, so that sums over many tokens stay finite in float32."""
+
+
+def advantages(
+    rewards: jax.Array,
+    weights: Sequence[float],
+    *,
+    scale: Scale = "group",
+    aggregation: Aggregation = "sum_then_normalize",
+) -> jax.Array:
+    """How much better a response was rewarded than the others.
+
+    `sum_then_normalize`: A = (r - mean of the group) / (std + 1e-4), r being the weighted sum of
+    the rewards and std that of the group, of the batch, or nothing (Shao et al. 2024, arXiv
+    2402.03300, eq. 3; `none` is Dr. GRPO, arXiv 2503.20783). `normalize_then_sum`: every reward is
+    normalized in its group first, and their weighted sum over the batch (GDPO, arXiv 2601.05242);
+    `scale` has no part in it.
+
+    Args:
+      rewards: float32[N, S, K], K rewards of the S samples to each of N prompts.
+      weights: K of them.
+      scale: what the summed rewards are divided by.
+      aggregation: of several rewards.
+
+    Returns:
+      float32[N, S].
+    """
+    of_rewards = jnp.asarray(weights, rewards.dtype)
+    if aggregation == "normalize_then_sum":
+        each = _centred(rewards, axis=1) / (_std(rewards, axis=1) + STD_FLOOR)
+        total = (each * of_rewards).sum(axis=-1)
+        return _centred(total, axis=None) / (_std(total, axis=None) + STD_FLOOR)
+    total = (rewards * of_rewards).sum(axis=-1)
+    centred = _centred(total, axis=1)
+    if scale == "none":
+        return centred
+    return centred / (_std(total, axis=None if scale == "batch" else 1) + STD_FLOOR)
+
+
+def _centred(values: jax.Array, axis: int | None) -> jax.Array:
+    return values - values.mean(axis=axis, keepdims=True)
+
+
+def _std(values: jax.Array, axis: int | None) -> jax.Array:
+    """With n - 1 below; 0 of a single value."""
+    count = values.size if axis is None else values.shape[axis]
+    square = (_centred(values, axis) ** 2).sum(axis=axis, keepdims=True)
+    return jnp.sqrt(square / max(count - 1, 1))
+
+
+def grpo(
+    responses: Responses,
+    *,
+    beta: NonNegative = 0.0,
+    clip: bool = True,
+    epsilon_low: Share = 0.2,
+    epsilon_high: NonNegative = 0.2,
+    ratio: Ratio = "token",
+    normalization: Normalization = "dapo",
+    max_tokens: Count | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """GRPO: -min(w A, clip(w, 1 - e_low, 1 + e_high) A) + beta (e^(ref - p) - (ref - p) - 1).
+
+    Shao et al. 2024 (arXiv 2402.03300), eq. 3; w = pi / pi_old of a token, or with `ratio:
+    sequence` the geometric mean over the response (GSPO, arXiv 2507.18071); different e_low and
+    e_high are DAPO's (arXiv 2503.14476). Vision-R1 (arXiv 2503.18013) is `clip: false,
+    normalization: grpo, beta: 0.2`.
+
+    A is the field `advantages`; log pi_old the field `old_log_probs`, and without it the policy
+    itself, as in the first update with a rollout.
+
+    `normalization`, by TRL's names: `dapo` is the mean over the tokens of the global batch, and so
+    is `bnpo`, which in TRL is local; `grpo` the mean over responses of the mean over their tokens;
+    `dr_grpo` the sum over tokens by the number of responses times `max_tokens`, which is the
+    rollout's limit unless it is given.
+
+    Args:
+      responses: [N, S].
+
+    Returns:
+      (loss, weight), float32[N, S] each: the loss of a batch is the sum of the one by that of the
+      other.
+
+    Raises:
+      ValueError: `dr_grpo` without `max_tokens`.
+    """
+    advantage = jax.lax.stop_gradient(responses.fields["advantages"])[..., None]
+    weight = jnp.exp(log_weights(responses, ratio))
+    gain = weight * advantage
+    if clip:
+        clipped = jnp.clip(weight, 1 - epsilon_low, 1 + epsilon_high)
+        gain = jnp.minimum(gain, clipped * advantage)
+    loss = -gain
+    if beta:
+        loss = loss + beta * k3(responses)
+    loss = (loss * responses.mask).sum(axis=-1)
+    if normalization == "grpo":
+        return loss / responses.length, responses.present
+    if normalization == "dr_grpo":
+        if max_tokens is None:
+            raise ValueError("dr_grpo divides by max_tokens")
+        return loss, responses.present * max_tokens
+    return loss, responses.length * responses.present
+
+
+def log_weights(responses: Responses, ratio: Ratio) -> jax.Array:
+    """float32[N, S, T]: log pi - log pi_old of every token, or their mean over the response."""
+    old = responses.fields.get("old_log_probs", responses.log_probs)
+    gap = (responses.log_probs - jax.lax.stop_gradient(old)) * responses.mask
+    if ratio == "sequence":
+        mean = gap.sum(axis=-1, keepdims=True) / responses.length[..., None]
+        gap = jnp.broadcast_to(mean, gap.shape)
+    return jnp.minimum(gap, EXPONENT_LIMIT)
+
+
+def k3(responses: Responses) -> jax.Array:
+    """float32[N, S, T]: an unbiased estimate of KL(policy || reference) that is never negative.
+
+    Schulman 2020, "Approximating KL divergence": e^d - d - 1 with d = log ref - log p.
+    """
+    gap = -responses.token_ratios
+    return jnp.exp(jnp.minimum(gap, EXPONENT_LIMIT)) - gap - 1
+
+
+def _metrics(
+    responses: Responses, weights: jax.Array, options: Mapping[str, Any]
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """By TRL's names: `clip_ratio/...` is the share of tokens that the clipping holds back."""
+    counted = weights[:, None, None] * responses.mask
+    metrics = {"completions/mean_length": weighted(responses.length, _each(responses, weights))}
+    if options["beta"]:
+        metrics["kl"] = weighted(k3(responses), counted)
+    if options["clip"]:
+        weight = jnp.exp(log_weights(responses, options["ratio"]))
+        advantage = responses.fields["advantages"][..., None]
+        low = (weight < 1 - options["epsilon_low"]) & (advantage < 0)
+        high = (weight > 1 + options["epsilon_high"]) & (advantage > 0)
+        metrics["clip_ratio/low_mean"] = weighted(low, counted)
+        metrics["clip_ratio/high_mean"] = weighted(high, counted)
+        metrics["clip_ratio/region_mean"] = weighted(low | high, counted)
+    return metrics
+
+
+def _each(responses: Responses, weights: jax.Array) -> jax.Array:
+    """float32[N, S]: the weight of every response."""
+    return weights[:, None] * responses.present
+
+
+def _apply(
+    responses: Responses, weights: jax.Array, state: State, options: Mapping[str, Any]
+) -> tuple[Sums, State]:
+    loss, weight = grpo(responses, **options)
+    rows = weights[:, None]
+    sums = Sums(jnp.sum(loss * rows), jnp.sum(weight * rows), _metrics(responses, weights, options))
+    return sums, state
+
+
+register(
+    Objective(
+        name="grpo",
+        kind="rollouts",
+        function=grpo,
+        apply=_apply,
+        needs=frozenset({"advantages"}),
+        coupled=False,
+        state={},
+        shared_options={},
+        option_needs={"beta": "reference_model"},
+    )
+)

@@ -1,0 +1,140 @@
+"""Held-out rows: metrics as training goes on, the best step, and when to stop."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from mmpo_jax.data.pipeline import Example, TrainBatch
+from mmpo_jax.data.tokenization import TokenizedRecord
+from mmpo_jax.errors import MmpoError
+from mmpo_jax.models.huggingface import unflatten
+from mmpo_jax.models.lora import cast_params
+from mmpo_jax.objectives.sums import Sums
+from mmpo_jax.parallel.mesh import put_batch
+from mmpo_jax.recipe import Validation
+from mmpo_jax.recipe_training import Training
+from mmpo_jax.training.losses import Loss
+from mmpo_jax.training.step import TrainState
+
+PREFIX = "eval_"
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """What is held out and what is made of it."""
+
+    examples: Sequence[Example]
+    config: Validation
+
+
+class Validator:
+    """Measures held-out rows as training goes on, and knows which step was best.
+
+    What it knows is what `metrics.jsonl` says, so a run that was stopped goes on the same way.
+    """
+
+    def __init__(
+        self,
+        config: Validation,
+        batches: Sequence[TrainBatch],
+        loss: Loss,
+        training: Training,
+        mesh: Mesh,
+        rows: Sequence[Mapping[str, float]],
+    ):
+        """
+        Args:
+          config: of the recipe.
+          batches: all of what is held out, on the host.
+          loss: as training has it.
+          training: the recipe's section.
+          mesh: the devices.
+          rows: of `metrics.jsonl` so far.
+        """
+        self.config, self.batches, self.loss, self.mesh = config, batches, loss, mesh
+        self.evaluate = make_evaluation(loss, jnp.dtype(training.compute_dtype))
+        self.history = [row for row in rows if config.metric in row]
+
+    def measure(self, step: int, state: TrainState) -> dict[str, float]:
+        """Metrics of all held-out rows, named as those of training with `eval_` in front.
+
+        Raises:
+          MmpoError: the metric that the recipe names is none of them.
+        """
+        total: Any = None
+        for batch in self.batches:
+            sums = self.evaluate(state, put_batch(batch, self.mesh))
+            total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+        values = jax.device_get({**self.loss.report(total), "loss": self.loss.combine(total)})
+        named = {PREFIX + name: float(value) for name, value in values.items()}
+        if self.config.metric not in named:
+            raise MmpoError(
+                f"validation.metric: {self.config.metric!r} is none of {', '.join(named)}"
+            )
+        self.history.append({"step": step, **named})
+        return named
+
+    def is_due(self, step: int, steps: int) -> bool:
+        """Whether there is something to measure after this step."""
+        return step % self.config.every == 0 or step == steps
+
+    def is_best(self, step: int) -> bool:
+        """Whether nothing before or after was better; the first counts of several that are."""
+        return best_row(self.history, self.config).get("step") == step
+
+    def is_over(self) -> bool:
+        """Whether the last `patience` measurements brought nothing better."""
+        if self.config.patience is None or not self.history:
+            return False
+        best = best_row(self.history, self.config).get("step", 0)
+        return sum(row["step"] > best for row in self.history) >= self.config.patience
+
+
+def best_row(rows: Sequence[Mapping[str, float]], config: Validation) -> Mapping[str, float]:
+    """The first of the rows of `metrics.jsonl` with the best value; empty where there is none."""
+    sign = -1 if config.greater_is_better else 1
+    measured = [row for row in rows if np.isfinite(row.get(config.metric, np.nan))]
+    return min(measured, key=lambda row: sign * row[config.metric], default={})
+
+
+def make_evaluation(
+    loss: Loss, compute_dtype: Any
+) -> Callable[[TrainState, TrainBatch], list[Sums]]:
+    """The compiled sums of every term over a batch, as a train step has them, without dropout."""
+
+    @jax.jit
+    def evaluate(state: TrainState, batch: TrainBatch) -> list[Sums]:
+        params = cast_params(unflatten({**state.params, **state.frozen}), compute_dtype)
+        reference = None
+        if state.reference:
+            reference = cast_params(unflatten({**state.reference, **state.frozen}), compute_dtype)
+        return loss.evaluate(loss.forward(params, reference, batch), batch, state.kept)[0]
+
+    return evaluate
+
+
+def hold_out(
+    records: Sequence[TokenizedRecord], share: float
+) -> tuple[list[TokenizedRecord], list[TokenizedRecord]]:
+    """(rows to train on, rows held out), the same for the same rows.
+
+    Rows with one prompt about the same images fall on the same side, so that nothing is validated
+    on what was trained.
+    """
+    sides: tuple[list[TokenizedRecord], list[TokenizedRecord]] = ([], [])
+    for record in records:
+        digest = hashlib.sha256(record.prompt_ids.tobytes())
+        digests = [image.fingerprint() for image in record.images]
+        digests += [video.fingerprint() for video in record.videos]
+        digest.update("".join(digests).encode())
+        drawn = int.from_bytes(digest.digest()[:8], "big") / 2**64
+        sides[drawn < share].append(record)
+    return sides

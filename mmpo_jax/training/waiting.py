@@ -1,0 +1,53 @@
+"""How long training waited for data."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+
+log = logging.getLogger(__name__)
+
+Batch = TypeVar("Batch")
+
+
+class Waiting:
+    """Adds up the time in which a batch was fetched and no step was running.
+
+    An upper bound: where a step ends while a batch is fetched, all of that counts.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.running: jax.Array | None = None
+        self.started: float | None = None
+
+    def fetch(self, fetch: Callable[[], Batch]) -> Batch:
+        """What `fetch` gives; the first time does not count, as it fills the pipeline."""
+        begun = time.perf_counter()
+        batch = fetch()
+        ended = time.perf_counter()
+        if self.started is None:
+            self.started = ended
+        elif self.running is None or self.running.is_ready():  # type: ignore[attr-defined]
+            self.seconds += ended - begun
+        return batch
+
+    def dispatched(self, output: jax.Array) -> None:
+        """A step begins, of which this is an output."""
+        if self.running is not None:
+            self.running.block_until_ready()  # so that one step at most is ahead of the data
+        self.running = output
+
+    def report(self) -> None:
+        """Says in the log what share of the time was waiting."""
+        if self.started is None:
+            return
+        if self.running is not None:
+            self.running.block_until_ready()
+        elapsed = time.perf_counter() - self.started
+        share = self.seconds / elapsed if elapsed else 0.0
+        log.info("waited for data %.1f %% of %.0f s", 100 * share, elapsed)

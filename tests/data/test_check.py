@@ -1,0 +1,160 @@
+"""`mmpo data check` says what is in a file, `mmpo data convert` what it wrote."""
+
+import json
+import struct
+import zlib
+
+import pytest
+from PIL import Image
+
+from mmpo_jax.cli import main
+from mmpo_jax.data.check import check_data
+from mmpo_jax.data.images import image_size
+from mmpo_jax.data.readers import read_records
+from mmpo_jax.data.records import ImageRef
+
+pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+
+
+def huge_png(width: int, height: int) -> bytes:
+    """A PNG whose header promises much; what follows would decode to it, if one tried."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    pixels = zlib.compress(b"\0" * (height * (width + 1)), 1)
+    image = chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + image
+
+
+def pair(prompt, chosen="a red star", rejected="two rings", **fields):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected} | fields
+
+
+@pytest.fixture
+def file(tmp_path):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    Image.new("RGB", (20, 30)).save(tmp_path / "b.png")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    (tmp_path / "huge.png").write_bytes(huge_png(10_000, 10_000))
+    rows = [
+        pair("a ring ?", id=1, image="a.png"),
+        pair("a ring ?", id="1", image="b.png"),
+        pair("a ring ?", image="a.png"),
+        pair("a ring ?", chosen="yes", rejected="yes"),
+        {"question": "a ring ?", "models_output": ["yes", "no", "a"], "final_ranking": [1, 2, 2]},
+        {"question": "a ring ?", "models_output": ["yes", "no"], "final_ranking": [1]},
+        {"question": "a ring ?", "models_output": ["yes", "no"], "ethical": [1, float("nan")]},
+        pair("a ring ?", image="broken.png"),
+        pair("a ring ?", image="huge.png"),
+        pair("a ring ?", image="gone.png"),
+        pair("is there a red star in the picture and a ring ?", image="b.png"),
+        {"prompt": "a ring ?"},
+        {"prompt": "a ring ?", "completion": "no", "label": False},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n")
+    return str(path)
+
+
+def test_a_hundred_megapixels_are_not_decoded(file, tmp_path):
+    image = ImageRef("huge", data=huge_png(9_400, 9_500))  # 89.3 million pixels
+    assert image_size(image) == (9_500, 9_400)
+    records, _ = read_records(file)
+    (huge,) = [record for record in records if "huge" in repr(record.images)]
+    assert huge.row == 9
+    assert (
+        "image_too_large: 1\n    row 9 (id '9'): image "
+        f"{tmp_path}/huge.png is too large to decode safely (10000 x 10000 pixels"
+    ) in check_data(file)
+
+
+def test_check(file, capsys):
+    assert main(["data", "check", file]) == 0
+    report = capsys.readouterr().out
+    for line in (
+        "rows.jsonl: 14 rows, 7 can be used",
+        "formats: trl 10, mm_rlhf 3",
+        "usable rows: pairs 4, rankings of 3 1, prompts without responses 1, "
+        "responses with a verdict 1",
+        "rows that would be dropped: 7",
+        "  duplicate_id: 1\n    row 2 (id '1'): row 1 has the id '1' too",
+        "  rank_count: 1\n    row 6 ",
+        "  bad_score: 1\n    row 7 ",
+        "  image_broken: 1\n    row 8 ",
+        "  image_missing: 1\n    row 10 ",
+        "  bad_json: 1\n    row 14 ",
+        "duplicate rows: 1\n  row 3 says what row 1 does",
+        "chosen equals rejected: 1\n  rows 4",
+        "prompts, characters: shortest 8, median 8, longest 47; buckets:\n      ≤ 16        6 ###",
+        "      ≤ 48        1 #",
+        "responses, characters: shortest 1, median 9, longest 10",
+        "images: 3 of 2 sizes, 20 x 30 to 40 x 30\n  40 x 30: 2\n  20 x 30: 1",
+    ):
+        assert line in report
+
+
+def test_check_against_given_buckets(file):
+    report = check_data(file, prompt_sizes=(8, 32), response_sizes=(2, 9))
+    assert "prompt_too_long: 1\n    row 11 (id '11'): 47 characters, the limit is 32" in report
+    assert "≤ 8        6" in report
+    assert "> 9        2" in report
+    assert "2 responses would lose their tail" in report
+
+
+def test_check_with_tokens(file, tiny_folder, capsys):
+    arguments = ["--model", str(tiny_folder), "--prompt-sizes", "16,64", "--format", "trl"]
+    assert main(["data", "check", file, *arguments]) == 0
+    report = capsys.readouterr().out
+    assert "formats: trl 13" in report
+    assert "9 can be used" in report
+    # <s> USER: a ring ? ASSISTANT: and, of the longest, twelve words and four of the image.
+    assert "prompts, tokens: shortest 6, median 6, longest 19; buckets:" in report
+    assert "≤ 64" in report
+    assert "responses, tokens: shortest 2, " in report  # one word and EOS
+
+
+def test_check_of_own_images_says_that_they_are_not_taken(tmp_path, tiny_processor):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    row = {
+        "messages": [
+            {"role": "user", "content": "<image>a ring ?"},
+            {"role": "assistant", "content": "no"},
+        ],
+        "images": ["a.png"],
+        "rejected_images": ["a.png"],
+    }
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    assert "1 can be used" in check_data(str(path))
+    assert "own_images: 1" in check_data(str(path), processor=tiny_processor)
+
+
+def test_check_of_nothing_usable(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("{\n")
+    assert main(["data", "check", str(path)]) == 0
+    assert "1 rows, 0 can be used" in capsys.readouterr().out
+    assert main(["data", "check", str(tmp_path / "gone.jsonl")]) == 1
+    assert "gone.jsonl: No such file" in capsys.readouterr().err
+
+
+def test_convert(file, tmp_path, capsys):
+    out = tmp_path / "out" / "rows.parquet"
+    assert main(["data", "convert", file, str(out)]) == 1
+    message = "5 of 14 rows cannot be used, more than the allowed 10.0%"
+    assert message in capsys.readouterr().err
+    assert main(["data", "convert", file, str(out), "--max-skipped", "0.5"]) == 0
+    said = capsys.readouterr().out
+    assert f"{out}: 9 rows" in said
+    assert "rows.rejected_rows.jsonl: 5 rows that cannot be used" in said
+    assert len(read_records(out)[0]) == 9
+    target = str(tmp_path / "trl.jsonl")
+    assert main(["data", "convert", str(out), target, "--format", "trl"]) == 1
+    said = capsys.readouterr().err
+    assert "row 4 (id '5') as trl: responses: 3 responses; a row holds a chosen and a" in said
+    drop = ["--drop", "rank,desirable", "--max-skipped", "0.3"]  # now that images are copied
+    assert main(["data", "convert", str(out), target, "--format", "trl", *drop]) == 0
+    assert "label" not in (tmp_path / "trl.jsonl").read_text()

@@ -1,0 +1,167 @@
+"""What holds for every pairwise objective in the registry, a new one too."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rankings import PAIRWISE, loss_of, ranked, term_of, value_and_gradient
+
+from mmpo_jax.objectives.registry import OBJECTIVES
+from mmpo_jax.objectives.responses import Responses
+from mmpo_jax.objectives.terms import coupled
+
+UNCOUPLED = [name for name in PAIRWISE if not OBJECTIVES[name].coupled]
+
+
+def single(responses: Responses) -> Responses:
+    """In float32."""
+    return jax.tree.map(
+        lambda x: np.asarray(x, np.float32 if x.dtype == np.float64 else x.dtype), responses
+    )
+
+
+def assert_finite(term, responses, weights=None):
+    value, gradient = value_and_gradient(term, responses, weights)
+    assert np.isfinite(value)
+    assert np.isfinite(gradient).all()
+    return value, gradient
+
+
+@pytest.fixture(scope="module")
+def rankings():
+    with jax.enable_x64(True):
+        return ranked([[1, 3, 2, 2, 4], [2, 1, 0, 3, 1], [1, 2, 3, 4, 5]])
+
+
+@pytest.mark.parametrize("name", UNCOUPLED)
+def test_a_ranking_is_the_mean_over_its_pairs(rankings, name):
+    """Ties and missing responses have none; Triple-PO's gold response goes with every pair."""
+    term = term_of(name)
+    losses = []
+    with jax.enable_x64(True):
+        ranks = np.asarray(rankings.fields["rank"])
+        for row, (i, j) in itertools.product(range(3), itertools.combinations(range(5), 2)):
+            if ranks[row, i] == ranks[row, j] or 0 in (ranks[row, i], ranks[row, j]):
+                continue
+            one = jax.tree.map(lambda x, row=row: x[row : row + 1], rankings)
+            slots = [i, j]
+            if "gold" in term.needs:
+                gold = int(np.argmax(one.fields["gold"][0]))
+                if gold in slots:
+                    continue
+                slots.append(gold)
+            losses.append(float(loss_of(term, one.take(jnp.array([slots])))))
+        whole = float(loss_of(term, rankings))
+    assert len(losses) == (14 if "gold" in term.needs else 24)
+    assert whole == pytest.approx(np.mean(losses), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", PAIRWISE)
+def test_rows_of_weight_0_do_not_count(rankings, name):
+    term = term_of(name)
+    with jax.enable_x64(True):
+        other = ranked([[1, 3, 2, 2, 4], [2, 1, 0, 3, 1], [1, 2, 3, 4, 5]], seed=7)
+        mixed = jax.tree.map(lambda a, b: jnp.concatenate([a[:2], b[2:]]), rankings, other)
+        part = jax.tree.map(lambda x: x[:2], rankings)
+        value, gradient = value_and_gradient(term, mixed, [1.0, 1.0, 0.0])
+        expected, slopes = value_and_gradient(term, part)
+    assert value == pytest.approx(expected, rel=1e-9)
+    np.testing.assert_allclose(gradient[:2], slopes, rtol=1e-9, atol=1e-12)
+    assert not gradient[2].any()
+    assert gradient[:2].any()
+
+
+@pytest.mark.parametrize("name", PAIRWISE)
+def test_order_of_responses_and_rows_does_not_matter(rankings, name):
+    term = term_of(name)
+    with jax.enable_x64(True):
+        value, gradient = value_and_gradient(term, rankings)
+        turned = jax.tree.map(lambda x: x[::-1, ::-1], rankings)
+        other, slopes = value_and_gradient(term, turned)
+    assert other == pytest.approx(value, rel=1e-9)
+    np.testing.assert_allclose(slopes[::-1, ::-1], gradient, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", PAIRWISE)
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("shared", [False, True])
+def test_extreme_log_probs_stay_finite(name, sign, shared):
+    """+- 1,000 under the policy, of opposite signs or of one; what no model says included."""
+    with jax.enable_x64(True):
+        responses = single(ranked([[1, 2, 3], [1, 2, 3]], size=2, lengths=[[2, 2, 2]] * 2))
+    extreme = 500 * np.float32([[1, 1 if shared else -1, 1], [-1, -1 if shared else 1, -1]])
+    tokens = sign * np.broadcast_to(extreme[..., None], (2, 3, 2))
+    assert_finite(term_of(name), dataclasses.replace(responses, log_probs=tokens))
+    swapped = dataclasses.replace(
+        responses, reference_log_probs=tokens, reference=tokens.sum(axis=-1)
+    )
+    assert_finite(term_of(name), swapped)
+
+
+@pytest.mark.parametrize("name", PAIRWISE)
+def test_log_probs_of_0_stay_finite(name):
+    """A model that is sure of every token: p = 1 and 1 - p = 0."""
+    with jax.enable_x64(True):
+        responses = single(ranked([[1, 2, 3], [3, 2, 1]]))
+    responses = dataclasses.replace(responses, log_probs=np.zeros_like(responses.log_probs))
+    assert_finite(term_of(name), responses)
+
+
+@pytest.mark.parametrize("name", PAIRWISE)
+@pytest.mark.parametrize(
+    ("ranks", "weights"),
+    [
+        ([[1, 1, 1], [2, 2, 2]], [1, 1]),
+        ([[1], [1]], [1, 1]),
+        ([[1, 0, 0], [0, 0, 0]], [1, 1]),
+        ([[1, 2, 3], [1, 2, 3]], [0, 0]),
+    ],
+    ids=["ties", "single responses", "missing responses", "empty batch"],
+)
+def test_without_pairs_the_loss_is_0(name, ranks, weights):
+    with jax.enable_x64(True):
+        responses = single(ranked(ranks))
+    value, gradient = assert_finite(term_of(name), responses, np.float32(weights))
+    assert value == 0
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize("name", PAIRWISE)
+def test_one_pair_is_enough(name):
+    """Of three responses, two of them below the third where one has to be gold."""
+    ranks = [[1, 2, 3]] if "gold" in OBJECTIVES[name].needs else [[1, 2]]
+    with jax.enable_x64(True):
+        responses = single(ranked(ranks, seed=1))
+    value, gradient = assert_finite(term_of(name), responses)
+    assert gradient.any() or name in ("hinge", "slic"), value
+
+
+@pytest.mark.parametrize("name", PAIRWISE)
+def test_wpo_weighs_pairs_by_their_likelihood(rankings, name):
+    """exp(mean(log p - log sum p^2)) of both, as numbers."""
+    if OBJECTIVES[name].coupled:
+        pytest.skip("TRL refuses it too")
+    with jax.enable_x64(True):
+        one = jax.tree.map(lambda x: x[2:, :3], rankings)
+        plain, weighed = (loss_of(term_of(name, wpo=wpo), one) for wpo in (False, True))
+        even = dataclasses.replace(
+            one, statistics=one.statistics | {"collision": one.log_probs - jnp.log(2.0)}
+        )
+        # Every token is twice as likely as two draws agree.
+        assert float(loss_of(term_of(name, wpo=True), even)) == pytest.approx(
+            4 * float(plain), rel=1e-6
+        )
+    assert not np.isclose(plain, weighed)
+
+
+@pytest.mark.parametrize("name", PAIRWISE)
+def test_says_its_formula_and_source(name):
+    objective = OBJECTIVES[name]
+    title, _, formula = objective.formula.partition(": ")
+    assert title
+    assert formula
+    assert any(word in objective.source for word in ("arXiv", "TRL")), objective.source
+    assert coupled([term_of(name)]) == objective.coupled

@@ -1,0 +1,70 @@
+"""SFT, and sums with their weights."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rankings import loss_of, ranked
+
+from mmpo_jax.objectives.sums import mean, weighted
+from mmpo_jax.objectives.terms import combine, evaluate, first_state, make_term, report
+
+WEIGHTS = np.array([1.0, 1.0, 0.0, 1.0])
+
+
+@pytest.fixture(scope="module")
+def responses():
+    with jax.enable_x64(True):
+        return ranked([[1, 2, 3], [2, 1, 1], [1, 2, 3], [3, 3, 0]])
+
+
+def expected_nll(responses, counts):
+    log_probs, mask = np.asarray(responses.log_probs), np.asarray(responses.mask)
+    tokens = [
+        -log_probs[place]
+        for place in np.ndindex(mask.shape)
+        if mask[place] and WEIGHTS[place[0]] and counts(place[0], place[1])
+    ]
+    return np.mean(tokens), len(tokens)
+
+
+def test_sft_is_the_mean_over_the_tokens_of_all_responses(responses):
+    fields = {name: x for name, x in responses.fields.items() if name != "rank"}
+    expected, count = expected_nll(responses, lambda row, place: True)
+    with jax.enable_x64(True):
+        (sums,), _ = evaluate(
+            [make_term("sft")], dataclasses.replace(responses, fields=fields), WEIGHTS, {}
+        )
+    assert float(sums.weight) == count
+    assert float(mean(sums.loss, sums.weight)) == pytest.approx(expected, rel=1e-9)
+    assert float(mean(*sums.metrics["nll_loss"])) == pytest.approx(expected, rel=1e-9)
+
+
+def test_sft_of_a_ranking_learns_the_best(responses):
+    best = {0: (0,), 1: (1, 2), 3: (0, 1)}
+    expected, _ = expected_nll(responses, lambda row, place: place in best[row])
+    with jax.enable_x64(True):
+        value = float(loss_of(make_term("sft"), responses, WEIGHTS))
+    assert value == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_list_adds_up_weighted_means(responses):
+    terms = [make_term("dpo", 0.8), make_term("bco_pair", 0.2), make_term("sft", 1.5)]
+    with jax.enable_x64(True):
+        sums, state = evaluate(terms, responses, WEIGHTS, first_state(terms))
+        alone = [float(loss_of(term, responses, WEIGHTS)) for term in terms]
+        metrics = {name: float(value) for name, value in report(terms, sums).items()}
+        value = float(combine(terms, sums))
+    assert state == {}
+    assert value == pytest.approx(0.8 * alone[0] + 0.2 * alone[1] + 1.5 * alone[2], rel=1e-6)
+    for term, expected in zip(terms, alone, strict=True):
+        assert metrics[f"loss/{term.objective.name}"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_mean_of_nothing_is_0_and_has_a_gradient():
+    assert float(mean(jnp.float32(3), jnp.float32(0))) == 0
+    assert float(jax.grad(lambda x: mean(x, jnp.float32(0)))(jnp.float32(3))) == 0
+    total, weight = weighted(jnp.float32([2, 4]), jnp.float32([1, 0.5]))
+    assert (float(total), float(weight)) == (4, 1.5)

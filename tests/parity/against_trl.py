@@ -1,0 +1,92 @@
+"""What comparisons with TRL's trainers share: its batches as ours, and gradients by name."""
+
+import functools
+
+import jax
+import numpy as np
+import tiny
+
+from mmpo_jax.data.pipeline import TrainBatch
+from mmpo_jax.models.batch import Batch
+from mmpo_jax.models.huggingface import to_huggingface
+from mmpo_jax.training.losses import make_loss
+
+
+def make_batch(prompts, responses, pixel_values) -> Batch:
+    """Prompts [N] of token ids with responses [N][S] and one image each."""
+    n, s = len(prompts), len(responses[0])
+    p, t = max(map(len, prompts)), max(len(ids) for row in responses for ids in row)
+    prompt_ids, prompt_mask = np.zeros((n, p), np.int32), np.zeros((n, p), bool)
+    response_ids, response_mask = np.zeros((n, s, t), np.int32), np.zeros((n, s, t), bool)
+    for i in range(n):
+        prompt_ids[i, : len(prompts[i])], prompt_mask[i, : len(prompts[i])] = prompts[i], True
+        for j, ids in enumerate(responses[i]):
+            response_ids[i, j, : len(ids)], response_mask[i, j, : len(ids)] = ids, True
+    return Batch(
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask,
+        pixel_values=np.asarray(pixel_values)[:, None],
+        **tiny.reading_order(prompt_ids, [len(ids) for ids in prompts]),
+        response_ids=response_ids,
+        response_mask=response_mask,
+        loss_mask=response_mask,
+        weights=np.ones(n, np.float32),
+    )
+
+
+def loss_and_gradient(model, params, batch: TrainBatch, term, reference=None):
+    """(loss, metrics, gradient) as a train step has them."""
+    return _compiled(params, batch, reference, _Fixed((model, term)))
+
+
+class _Fixed(tuple):
+    """Static under jit by identity: terms hold a dict."""
+
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
+
+@functools.partial(jax.jit, static_argnames="fixed")
+def _compiled(params, batch, reference, fixed):
+    model, term = fixed
+    loss = make_loss(model, [term])
+
+    def value(params):
+        sums, _ = loss.evaluate(loss.forward(params, reference, batch), batch, loss.state)
+        return loss.combine(sums), loss.report(sums)
+
+    (result, metrics), gradient = jax.value_and_grad(value, has_aux=True)(params)
+    return result, metrics, gradient
+
+
+def assert_same_gradients(model, gradient, theirs):
+    """Ours as transformers names them against `.grad` of its parameters."""
+    ours = {in_memory_name(key): value for key, value in to_huggingface(gradient, model)}
+    parameters = dict(theirs.named_parameters())
+    assert ours.keys() == parameters.keys()
+    largest = max(np.abs(value).max() for value in ours.values())
+    assert largest > 0.01
+    for name, parameter in parameters.items():
+        expected = 0 if parameter.grad is None else parameter.grad.numpy()
+        np.testing.assert_allclose(
+            ours[name], expected, rtol=0, atol=1e-5 * max(1, largest), err_msg=name
+        )
+
+
+def in_memory_name(key):
+    if key.startswith("language_model.lm_head."):
+        return key.removeprefix("language_model.")
+    for old, new in (("language_model.model.", "language_model."), (".vision_model.", ".")):
+        key = key.replace(old, new)
+    return f"model.{key}"
+
+
+def as_float64(params):
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+
+
+def rms_norm(self, x):
+    """`LlamaRMSNorm.forward` in the dtype of its input; theirs rounds to float32 inside."""
+    import torch
+
+    return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))

@@ -1,0 +1,100 @@
+"""Random responses with all that an objective may ask for, and losses of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmpo_jax.objectives.registry import OBJECTIVES, STATISTICS
+from mmpo_jax.objectives.responses import Responses
+from mmpo_jax.objectives.sums import mean
+from mmpo_jax.objectives.terms import Term, first_state, make_term
+
+DIMENSIONS = {"safe": 0.2, "short": 0.3}
+REQUIRED: dict[str, dict[str, Any]] = {"modpo": {"dimensions": DIMENSIONS}}
+"""Options that have no default."""
+
+PAIRWISE = sorted(name for name, found in OBJECTIVES.items() if found.kind == "pairs")
+
+
+def term_of(name: str, **options: Any) -> Term:
+    return make_term(name, **(REQUIRED.get(name, {}) | options))
+
+
+def ranked(ranks: Any, seed: int = 0, size: int = 6, lengths: Any = None) -> Responses:
+    """Responses [N, S] in float64 with these ranks; 0 is no response.
+
+    Args:
+      ranks: [N, S].
+      seed: of everything drawn.
+      size: T.
+      lengths: [N, S], drawn where not given.
+    """
+    rng = np.random.default_rng(seed)
+    rank = np.array(ranks, np.float64)
+    n, s = rank.shape
+    if lengths is None:
+        lengths = rng.integers(1, size + 1, (n, s))
+    mask = (np.arange(size) < np.array(lengths)[..., None]) & (rank > 0)[..., None]
+
+    def tokens() -> np.ndarray:
+        return (-np.abs(1 + rng.standard_normal((n, s, size)))) * mask
+
+    log_probs = tokens()
+    reference = (log_probs + 0.6 * rng.standard_normal((n, s, size))) * mask
+    score = rng.standard_normal((n, s)) + 3 - rank
+    gold = np.where(rank > 0, rank, np.inf)
+    fields = {
+        "rank": rank,
+        "score": score,
+        "win_rate": rng.random((n, s)),
+        "consistency": np.broadcast_to(rng.random((n, 1)), (n, s)),
+        "gold": np.arange(s) == gold.argmin(axis=1)[:, None],
+        "desirable": rank == 1,
+        "token_weights": rng.random((n, s, size)) + 0.5,
+        "phrases": rng.integers(0, 3, (n, s, size)),
+    }
+    fields |= {f"scores/{name}": rng.standard_normal((n, s)) for name in DIMENSIONS}
+    statistics = {
+        name: np.abs(tokens()) if name == "kl" else tokens() for name in sorted(STATISTICS)
+    }
+
+    def view(**changes: Any) -> Responses:
+        return Responses(
+            log_probs=jnp.asarray(log_probs),
+            mask=jnp.asarray(mask),
+            reference=jnp.asarray(reference.sum(-1)),
+            reference_log_probs=jnp.asarray(reference),
+            statistics=jax.tree.map(jnp.asarray, statistics),
+            fields={key: jnp.asarray(value, jnp.float64) for key, value in fields.items()},
+            **changes,
+        )
+
+    other = dataclasses.replace(view(), log_probs=jnp.asarray(tokens()))
+    return view(views={"other_image": other})
+
+
+def loss_of(term: Term, responses: Responses, weights: Any = None, state: Any = None) -> jax.Array:
+    """The loss of the batch."""
+    if weights is None:
+        weights = np.ones(responses.mask.shape[0])
+    if state is None:
+        state = {k.partition("/")[2]: v for k, v in first_state([term]).items()}
+    sums, _ = term.objective.apply(responses, jnp.asarray(weights), state, term.options)
+    return mean(sums.loss, sums.weight)
+
+
+def value_and_gradient(
+    term: Term, responses: Responses, weights: Any = None
+) -> tuple[float, np.ndarray]:
+    """(loss, its gradient [N, S, T] by the policy's log-probs)."""
+
+    def of(log_probs: jax.Array) -> jax.Array:
+        return loss_of(term, dataclasses.replace(responses, log_probs=log_probs), weights)
+
+    value, gradient = jax.value_and_grad(of)(responses.log_probs)
+    return float(value), np.asarray(gradient)

@@ -1,0 +1,116 @@
+"""Losses are those of the global batch: any cut into micro-batches and any mesh gives them."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import optax
+import pytest
+import tiny
+from jax.sharding import AxisType
+
+from mmpo_jax.data.pipeline import TrainBatch
+from mmpo_jax.objectives.terms import make_term
+from mmpo_jax.parallel.mesh import AXES, put_batch
+from mmpo_jax.training.losses import make_loss
+from mmpo_jax.training.reference import score_batch
+from mmpo_jax.training.step import create_state, make_step
+
+OBJECTIVES = {
+    "aot": [make_term("aot", beta=0.5)],
+    "beta_dpo": [make_term("beta_dpo", beta=0.5, drop=0.4)],
+    "dpo and sft": [make_term("dpo", beta=0.5), make_term("sft")],
+}
+RANKS = [[1, 2, 3], [2, 1, 3], [1, 1, 2], [3, 1, 2], [1, 2, 2], [2, 3, 1], [1, 1, 1], [1, 2, 3]]
+WEIGHTS = [1, 1, 1, 1, 1, 1, 1, 0]
+RATE = optax.constant_schedule(0.1)
+
+
+@pytest.fixture(scope="module")
+def batch(tiny_model):
+    """Eight rankings of three with responses of very different lengths, one a filler."""
+    model, params = tiny_model
+    lengths = [
+        (1, 6, 3),
+        (2, 1, 5),
+        (6, 6, 1),
+        (1, 1, 4),
+        (5, 2, 2),
+        (3, 4, 6),
+        (2, 2, 2),
+        (6, 1, 1),
+    ]
+    prompts = tiny.random_batch(model.config, [7, 9, 6, 8, 9, 6, 7, 8], lengths)
+    prompts = dataclasses.replace(prompts, weights=np.float32(WEIGHTS))
+    other = tiny.random_params(model, seed=7)
+    near = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, params, other)
+    sums = np.asarray(score_batch(model, near, prompts))
+    return TrainBatch(prompts, {"sums": sums}, {"rank": np.float32(RANKS)})
+
+
+def two_steps(model, params, terms, batch, micro_batches, shape=(1, 1, 1)):
+    """(metrics of two steps, the weights after them, what objectives keep)."""
+    devices = jax.devices()[: int(np.prod(shape))]
+    mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    optimizer, loss = optax.sgd(RATE), make_loss(model, terms)
+    freeze = (r"vision_tower/.*",)
+    state = create_state(params, model, optimizer, freeze, mesh, keeps=loss.state)
+    step = make_step(loss, optimizer, RATE, state)
+    cut = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
+    metrics = []
+    with jax.set_mesh(mesh):
+        cut = put_batch(cut, mesh, leading=1)
+        for _ in range(2):
+            state, values = step(state, cut)
+            metrics.append({name: float(value) for name, value in values.items()})
+    kept = {name: float(value) for name, value in state.kept.items()}
+    return metrics, {path: np.asarray(x) for path, x in state.params.items()}, kept
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model, batch):
+    """By name, of one micro-batch on one device."""
+    return {name: two_steps(*tiny_model, terms, batch, 1) for name, terms in OBJECTIVES.items()}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(
+    ("micro_batches", "shape"),
+    [(4, (1, 1, 1)), (1, (4, 2, 1))],
+    ids=["4 micro-batches", "8 devices"],
+)
+def test_the_cut_does_not_matter(tiny_model, batch, whole, name, micro_batches, shape):
+    metrics, params, kept = two_steps(*tiny_model, OBJECTIVES[name], batch, micro_batches, shape)
+    expected, trained, state = whole[name]
+    for found, values in zip(metrics, expected, strict=True):
+        assert found.keys() == values.keys()
+        for key, value in values.items():
+            assert found[key] == pytest.approx(value, rel=2e-4, abs=2e-5), key
+    assert kept == pytest.approx(state, rel=1e-4)
+    assert bool(kept) == (name == "beta_dpo")
+    for path, leaf in trained.items():
+        np.testing.assert_allclose(params[path], leaf, rtol=1e-3, atol=1e-5, err_msg=path)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_steps_learn(tiny_model, whole, name):
+    metrics, _, kept = whole[name]
+    assert metrics[0]["finite"] == metrics[1]["finite"] == 1
+    assert metrics[1]["loss"] != metrics[0]["loss"]
+    assert metrics[0]["grad_norm"] > 1e-2
+    assert all(abs(value) > 1e-4 for value in kept.values())
+
+
+@pytest.mark.parametrize("name", ["aot", "dpo and sft"])
+def test_halves_have_another_mean(tiny_model, batch, whole, name):
+    """So that the tests above can fail."""
+    model, params = tiny_model
+    loss = make_loss(model, OBJECTIVES[name])
+
+    @jax.jit
+    def value(part):
+        return loss.combine(loss.evaluate(loss.forward(params, None, part), part, loss.state)[0])
+
+    halves = jax.tree.map(lambda x: x.reshape(2, 4, *x.shape[1:]), batch)
+    first, second = (float(value(jax.tree.map(lambda x, i=i: x[i], halves))) for i in range(2))
+    assert abs((first + second) / 2 - whole[name][0][0]["loss"]) > 1e-3

@@ -1,0 +1,165 @@
+"""Single responses on their way to the loss: verdicts, mismatched responses, global statistics."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+
+from mmpo_jax.data.pipeline import training_batches
+from mmpo_jax.data.records import ImageRef, Record, Response, Turn
+from mmpo_jax.data.tokenization import tokenize_records
+from mmpo_jax.errors import DataError
+from mmpo_jax.objectives.terms import make_term
+from mmpo_jax.parallel.mesh import AXES, put_batch, put_params
+from mmpo_jax.recipe import CachedReference, Lengths, Training
+from mmpo_jax.shapes.render import png_bytes
+from mmpo_jax.shapes.world import sample_scene
+from mmpo_jax.training.examples import lacks, make_examples, unfit, with_mismatched
+from mmpo_jax.training.losses import gather, make_loss
+from mmpo_jax.training.step import create_state, make_step
+
+LENGTHS = Lengths(prompt=(16,), response=(8,))
+TEXTS = ("a red star", "two rings", "yes", "no", "a ring and a star", "one", "a blue cross", "no")
+
+
+def make_record(number, responses):
+    return Record(
+        id=f"row-{number}",
+        images=(ImageRef(f"{number}", png_bytes(sample_scene("train", 0, number), 24)),),
+        prompt=(Turn("user", "a ring ?"),),
+        responses=responses,
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenized(tiny_processor):
+    def tokenized(responses):
+        records = [make_record(number, given) for number, given in enumerate(responses)]
+        kept, skipped = tokenize_records(records, tiny_processor, LENGTHS)
+        assert not skipped
+        return kept
+
+    return tokenized
+
+
+def labelled(text, desirable=None, rank=None, scores=()):
+    scores = {str(i): score for i, score in enumerate(scores)}
+    return dataclasses.replace(Response.of(text, rank), desirable=desirable, scores=scores)
+
+
+@pytest.fixture(scope="module")
+def records(tokenized):
+    """One response to each of 7 prompts, every third of them undesirable."""
+    return tokenized([(labelled(text, i % 3 > 0),) for i, text in enumerate(TEXTS[:7])])
+
+
+def test_verdicts(tokenized):
+    given = [
+        (labelled("a star", True), labelled("two rings", False)),
+        (labelled("a star", rank=2), labelled("two rings", rank=1), labelled("no", rank=2)),
+        (labelled("a star", rank=1), labelled("two rings", rank=1)),
+        (labelled("a star"), labelled("two rings", True)),
+    ]
+    records = tokenized(given)
+    verdicts = [make_examples([r], {"desirable"})[0].fields["desirable"] for r in records[:2]]
+    assert [list(values) for values in verdicts] == [[1, 0], [0, 1, 0]]
+    assert [lacks(record, "desirable") for record in records[:2]] == [None, None]
+    reasons = [unfit(r, [make_term("kto")], CachedReference()) for r in records[2:]]
+    assert [reason for reason, _ in reasons] == ["no_label", "no_label"]
+    with pytest.raises(DataError, match="no row has the field 'desirable'"):
+        make_examples(records[2:], {"desirable"})
+
+
+def test_log_probs_of_other_models(tokenized):
+    (record,) = tokenized([(labelled("a star", scores=(-1.0, -2.0)), labelled("no", scores=(-3,)))])
+    fields = make_examples([record], {"other_models"})[0].fields
+    np.testing.assert_array_equal(fields["other_models"], [-1.5, -3])
+
+
+def test_each_record_has_the_responses_of_the_one_before(records, tiny_processor):
+    mixed = with_mismatched(records)
+    for i, record in enumerate(mixed):
+        own, other = record.responses
+        assert not own.mismatched
+        assert other.mismatched
+        np.testing.assert_array_equal(own.ids, records[i].responses[0].ids)
+        np.testing.assert_array_equal(other.ids, records[i - 1].responses[0].ids)
+    with pytest.raises(DataError, match="only one record"):
+        with_mismatched(records[:1])
+
+
+def test_mismatched_responses_are_a_view(records, tiny_processor):
+    """And missing for objectives that do not ask for them. The last row only fills the batch."""
+    examples = make_examples(with_mismatched(records), make_term("kto").needs, references(records))
+    batch = next(batches(examples, tiny_processor, 8, epochs=1)).arrays
+    batch = jax.tree.map(lambda x: x[0], batch)
+    responses = gather({"log_probs": np.float32(batch.prompts.loss_mask)}, batch)
+    real = batch.prompts.weights
+    assert real.sum() == 7
+    np.testing.assert_array_equal(responses.present, np.outer(real, [1, 0]))
+    np.testing.assert_array_equal(responses.views["mismatched"].present, np.outer(real, [0, 1]))
+    number = -batch.reference["sums"][:7, 0]
+    np.testing.assert_array_equal(responses.fields["desirable"][:7, 0] > 0, number % 3 > 0)
+
+
+def references(records):
+    """id -> the row's number and, for its mismatched response, a hundred more; negative."""
+    return {record.id: -np.float32([i, 100 + i]) for i, record in enumerate(records)}
+
+
+def batches(examples, processor, micro, epochs=2):
+    return training_batches(
+        examples,
+        processor,
+        LENGTHS,
+        seed=0,
+        epochs=epochs,
+        batch_size=8,
+        micro_batch_size=micro,
+    )
+
+
+@pytest.mark.parametrize("name", ["kto", "bco"])
+def test_devices_and_micro_batches_change_nothing(name, tiny_model, tiny_processor, records):
+    """Fourteen rows in two steps of eight: the shift of the first moves the second."""
+    model, params = tiny_model
+    rng = np.random.default_rng(0)
+    term = make_term(name, beta=0.5)
+    given = with_mismatched(records) if "mismatched" in term.needs else records
+    sums = {r.id: np.float32(rng.normal(-12, 3, len(r.responses))) for r in given}
+    examples = make_examples(given, term.needs, sums)
+    loss = make_loss(model, [term])
+
+    def run(devices, micro):
+        mesh = jax.make_mesh(
+            (1, devices, 1),
+            AXES,
+            axis_types=(AxisType.Auto,) * 3,
+            devices=jax.devices()[:devices],
+        )
+        optimizer, schedule = optax.sgd(1e-2), optax.constant_schedule(1e-2)
+        with jax.set_mesh(mesh):
+            placed = put_params(params, model.rules, mesh)
+            state = create_state(placed, model, optimizer, (), mesh, keeps=loss.state)
+            step = make_step(loss, optimizer, schedule, state)
+            found = []
+            for host in batches(examples, tiny_processor, micro):
+                state, metrics = step(state, put_batch(host.arrays, mesh, leading=1))
+                found.append(jax.device_get(metrics))
+            return found, jax.device_get((state.kept, state.params))
+
+    metrics, ended = run(1, 8)
+    assert len(metrics) == 2
+    assert metrics[0]["loss"] != metrics[1]["loss"]
+    for devices, micro in ((8, 8), (1, 2)):
+        other, also = run(devices, micro)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4), metrics, other)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ended, also)
+
+
+def test_given_log_probs_are_of_other_prompts():
+    with pytest.raises(ValueError, match="kto needs the responses of the record before"):
+        Training(objective={"type": "kto"}, reference={"type": "given"})

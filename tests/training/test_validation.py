@@ -1,0 +1,179 @@
+"""Held-out rows: what is measured, which step is kept, when training stops, and going on."""
+
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny
+import yaml
+
+from mmpo_jax import cli
+from mmpo_jax.data.pipeline import held_out_batches
+from mmpo_jax.data.records import Record, Response, Turn
+from mmpo_jax.data.tokenization import TokenizedRecord, tokenize_records
+from mmpo_jax.models.huggingface import flatten, load_model
+from mmpo_jax.objectives.terms import make_term
+from mmpo_jax.parallel.mesh import make_mesh
+from mmpo_jax.recipe import Lengths, Validation
+from mmpo_jax.recipe_training import Training
+from mmpo_jax.training import loop
+from mmpo_jax.training.losses import make_loss
+from mmpo_jax.training.run import MODEL
+from mmpo_jax.training.step import TrainState
+from mmpo_jax.training.validation import Validator, best_row, hold_out
+
+QUESTION = "is there a red star ?"
+ROWS = [
+    {"id": str(n), "prompt": QUESTION, "chosen": "yes a red star .", "rejected": "two rings ."}
+    for n in range(8)
+]
+
+
+class Killed(Exception):
+    """What nothing expects."""
+
+
+@pytest.fixture
+def train(tiny_folder, tmp_path, monkeypatch):
+    """`mmpo train` on eight equal pairs, one step an epoch; gives the lines of `metrics.jsonl`."""
+    monkeypatch.setattr(cli, "_start_jax", lambda: None)
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    other = tmp_path / "other.jsonl"
+    swapped = [{**r, "chosen": r["rejected"], "rejected": r["chosen"]} for r in ROWS[:3]]
+    other.write_text("".join(json.dumps(row) + "\n" for row in swapped))
+
+    def train(name="run", expect=0, validation=None, rate=1e-3, **training):
+        recipe = {
+            "model": str(tiny_folder),
+            "output": str(tmp_path / name),
+            "data": {"source": "file", "path": str(data)},
+            "lengths": {"prompt": [16], "response": [8]},
+            "training": {
+                "objective": {"type": "dpo"},
+                "optimizer": {"learning_rate": rate, "warmup_ratio": 0},
+                "batch_size": 8,
+                "epochs": 6,
+                "log_every": 1,
+                "save_every": 1,
+                **training,
+            },
+            "validation": {"data": {"source": "file", "path": str(other)}, "every": 1}
+            | (validation or {}),
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        assert cli.main(["train", str(path)]) == expect
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    return train
+
+
+def test_the_model_of_the_best_step_is_kept(train, tmp_path, tiny_model):
+    """What is held out is the other way round, so every step makes it worse."""
+    rows = train()
+    assert [row["step"] for row in rows] == list(range(7))
+    losses = [row["eval_loss"] for row in rows]
+    assert losses[0] == pytest.approx(np.log(2), abs=1e-6)
+    assert all(after > before for before, after in itertools.pairwise(losses))
+    assert rows[1]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    for row in rows[1:]:
+        assert row["eval_rewards/margins"] < 0 < row["eval_loss"]
+    for path, leaf in flatten(load_model(tmp_path / "run" / MODEL)[1]).items():
+        np.testing.assert_array_equal(leaf, flatten(tiny_model[1])[path])
+    card = (tmp_path / "run" / MODEL / "README.md").read_text()
+    assert f"| eval_loss | {losses[0]:.6g} |" in card
+
+
+def test_greater_may_be_better(train, tmp_path, tiny_model):
+    rows = train(validation={"greater_is_better": True})
+    assert max(rows, key=lambda row: row["eval_loss"])["step"] == 6
+    kernel = "language_model/lm_head/kernel"
+    trained = flatten(load_model(tmp_path / "run" / MODEL)[1])[kernel]
+    assert np.abs(trained - flatten(tiny_model[1])[kernel]).max() > 1e-4
+
+
+def test_patience_ends_a_run_for_good(train):
+    rows = train(validation={"patience": 2})
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert train(validation={"patience": 2}) == rows
+
+
+def test_a_killed_run_measures_the_same(train, tmp_path, monkeypatch):
+    expected = train("whole", validation={"greater_is_better": True})
+    update, taken = loop.put_batch, iter(range(100))
+
+    def fragile(*args, **options):
+        if next(taken) == 3:
+            raise Killed
+        return update(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "put_batch", fragile)
+        with pytest.raises(Killed):
+            train("killed", validation={"greater_is_better": True})
+    assert train("killed", validation={"greater_is_better": True}) == expected
+    ours, theirs = (
+        (tmp_path / name / MODEL / "model.safetensors").read_bytes() for name in ("killed", "whole")
+    )
+    assert ours == theirs
+
+
+def test_an_unknown_metric(train, capsys):
+    train(validation={"metric": "eval_los"}, expect=1)
+    message = capsys.readouterr().err
+    assert "validation.metric: 'eval_los' is none of" in message
+    assert "eval_rewards/accuracies" in message
+
+
+def test_a_share_of_the_training_data():
+    """Rows of one prompt fall on one side; which, depends on nothing else."""
+    with_prompts = [
+        TokenizedRecord(str(n), np.int32([1, n // 2, 5]), (), (), ()) for n in range(2000)
+    ]
+    kept, held = hold_out(with_prompts, 0.25)
+    assert len(kept) + len(held) == 2000
+    assert 0.2 < len(held) / 2000 < 0.3
+    assert not {int(r.prompt_ids[1]) for r in kept} & {int(r.prompt_ids[1]) for r in held}
+    assert hold_out(with_prompts[::-1], 0.25)[1] == held[::-1]
+
+
+def test_the_first_of_several_best_rows():
+    rows = [{"step": 0, "eval_loss": 2.0}, {"step": 1}, {"step": 2, "eval_loss": 1.0}]
+    rows += [{"step": 3, "eval_loss": 1.0}, {"step": 4, "eval_loss": float("nan")}]
+    config = Validation(share=0.5)
+    assert best_row(rows, config)["step"] == 2
+    assert best_row(rows, config.model_copy(update={"greater_is_better": True}))["step"] == 0
+    assert best_row([], config) == {}
+
+
+def test_batches_of_any_size_measure_the_same(tiny_model, tiny_processor):
+    """Held-out metrics are means over all rows, whatever the micro-batch."""
+    lengths = Lengths(prompt=(16,), response=(8,))
+    records = [
+        Record(
+            str(n),
+            (),
+            (Turn("user", QUESTION),),
+            tuple(Response.of(t, rank) for rank, t in enumerate(texts, start=1)),
+        )
+        for n, texts in enumerate([("yes", "no"), ("a red star", "two"), ("no no no", "yes")])
+    ]
+    records, _ = tokenize_records(records, tiny_processor, lengths)
+    examples = [tiny.example(r, [-3.0 - n, -2.0]) for n, r in enumerate(records)]
+    model, params = tiny_model
+    loss = make_loss(model, [make_term("dpo"), make_term("sft", 0.5)])
+    state = TrainState(np.int32(0), flatten(params), {}, ())
+    mesh = make_mesh(fsdp=1, data=-1)
+    measured = []
+    with jax.set_mesh(mesh):
+        for size in (8, 16):
+            batches = list(held_out_batches(examples, tiny_processor, lengths, size))
+            validator = Validator(Validation(share=0.5), batches, loss, Training(), mesh, [])
+            measured.append(validator.measure(0, state))
+    assert measured[0] == pytest.approx(measured[1], rel=1e-6)
+    parts = measured[0]["eval_loss/dpo"] + 0.5 * measured[0]["eval_loss/sft"]
+    assert measured[0]["eval_loss"] == pytest.approx(parts, rel=1e-6)
