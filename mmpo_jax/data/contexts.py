@@ -73,39 +73,23 @@ def tokenize_contexts(
     Raises:
       RowRejected: see `tokenize`; or there is no image to change, and the data give no other.
     """
+    shown: tuple[ImageRef, ...] = ()
     if other is not None and other.kind is None:
         record, shown = _with_shown(record)
     contexts = _own(_joined(record) if joint else record)
     if other is not None:
-        contexts += [
-            dataclasses.replace(
-                context,
-                name=OTHER_IMAGE,
-                record=_changed(context.record, other)
-                if other.kind is not None
-                else dataclasses.replace(context.record, images=shown),
-            )
-            for context in contexts
-        ]
-    rows = []
+        contexts += [_with_other_image(context, other, shown) for context in contexts]
+    rows: list[tuple[str, TokenizedRecord]] = []
     for context in contexts:
         row = tokenize(context.record, processor, max_prompt, max_response, share_text=not joint)
-        row = _all_counted(row) if joint else row
-        rows.append(_spread(row, context, record))
-    if other is not None:
-        half = len(rows) // 2
-        for row, twin in zip(rows[:half], rows[half:], strict=True):
-            if any(
-                not np.array_equal(a.ids, b.ids)
-                for a, b in zip(row.responses, twin.responses, strict=True)
-            ):
-                raise RowRejected("dialogues_differ", "the other image moves the responses' start")
-    named: list[tuple[str, TokenizedRecord]] = []
-    for context, row in zip(contexts, rows, strict=True):
-        before = sum(name == context.name for name, _ in named)
+        row = _spread(_all_counted(row) if joint else row, context, record)
+        before = sum(name == context.name for name, _ in rows)
         id_ = f"{record.id}#{context.name}{before + 1 if before else ''}"
-        named.append((context.name, dataclasses.replace(row, id=id_)))
-    return dataclasses.replace(rows[0], id=record.id, ranked=record.ranked, others=tuple(named[1:]))
+        rows.append((context.name, dataclasses.replace(row, id=id_)))
+    if other is not None:
+        _check_same_texts([row for _, row in rows])
+    (_, first), *others = rows
+    return dataclasses.replace(first, id=record.id, ranked=record.ranked, others=tuple(others))
 
 
 def all_contexts(record: TokenizedRecord) -> list[tuple[str, TokenizedRecord]]:
@@ -189,6 +173,25 @@ def _with_shown(record: Record) -> tuple[Record, tuple[ImageRef, ...]]:
         if response.images is None or response.turns not in plain
     )
     return dataclasses.replace(record, responses=kept), shown[0]
+
+
+def _with_other_image(
+    context: _Context, other: OtherImage, shown: tuple[ImageRef, ...]
+) -> _Context:
+    record = context.record
+    record = (
+        dataclasses.replace(record, images=shown) if other.kind is None else _changed(record, other)
+    )
+    return dataclasses.replace(context, name=OTHER_IMAGE, record=record)
+
+
+def _check_same_texts(rows: Sequence[TokenizedRecord]) -> None:
+    """The second half of the rows has the tokens of the first, or tokens could not be compared."""
+    half = len(rows) // 2
+    for row, twin in zip(rows[:half], rows[half:], strict=True):
+        for ours, theirs in zip(row.responses, twin.responses, strict=True):
+            if not np.array_equal(ours.ids, theirs.ids):
+                raise RowRejected("dialogues_differ", "the other image moves the responses' start")
 
 
 def _changed(record: Record, other: OtherImage) -> Record:
