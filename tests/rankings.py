@@ -64,7 +64,9 @@ def ranked(ranks: Any, seed: int = 0, size: int = 6, lengths: Any = None) -> Res
     spans = {name: rng.integers(0, 2, (n, s, size)) for name in sorted(FIELDS.keys() - fields)}
     fields |= spans
     statistics = {
-        name: np.abs(tokens()) if name == "kl" else tokens() for name in sorted(STATISTICS)
+        prefix + name: np.abs(tokens()) if name == "kl" else tokens()
+        for name in sorted(STATISTICS)
+        for prefix in ("", "reference_")
     }
 
     def view(**changes: Any) -> Responses:

@@ -41,8 +41,8 @@ def weighted_dpo(
 ) -> jax.Array:
     """DPO of weighted tokens: -log sigmoid(beta D') with r' = sum_t w_t u_t, w from the data.
 
-    The form of RLAIF-V's and RLHF-V's code with weights of any origin; `average` divides by their
-    sum.
+    The form of RLHF-V's code (arXiv 2312.00849) with weights of any origin; `average` divides by
+    their sum.
     """
     ratios = [
         weighted_ratio(side, side.field("token_weights"), average) for side in (chosen, rejected)

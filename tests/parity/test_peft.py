@@ -34,7 +34,7 @@ from mmpo_jax.models.peft import (  # noqa: E402
     save_adapter,
     with_adapter,
 )
-from mmpo_jax.recipe import Lora  # noqa: E402
+from mmpo_jax.recipe_training import Lora  # noqa: E402
 
 pytestmark = pytest.mark.parity
 

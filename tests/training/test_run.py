@@ -89,7 +89,7 @@ def test_ranks_count_and_not_the_order_of_responses(make_recipe, tmp_path):
     disliked = {"prompt": QUESTION, "completion": "two blue stars .", "label": False}
     liked = disliked | {"completion": "no", "label": True}
     rows = [ranked, ranked, tied, disliked]
-    assert learned(make_recipe(rows, DPO)) == [["a red circle .", "two blue stars ."]] * 2
+    assert learned(make_recipe(rows, DPO)) == [["two blue stars .", "a red circle ."]] * 2
     found = [json.loads(line) for line in (tmp_path / "out" / SKIPPED).read_text().splitlines()]
     assert [(row["row"], row["reason"]) for row in found] == [
         (3, "incomplete_pair"),

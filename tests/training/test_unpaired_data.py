@@ -14,7 +14,8 @@ from mmpo_jax.data.tokenization import tokenize_records
 from mmpo_jax.errors import DataError
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import AXES, put_batch, put_params
-from mmpo_jax.recipe import CachedReference, Lengths, Training
+from mmpo_jax.recipe import Lengths
+from mmpo_jax.recipe_training import CachedReference, Training
 from mmpo_jax.shapes.render import png_bytes
 from mmpo_jax.shapes.world import sample_scene
 from mmpo_jax.training.examples import lacks, make_examples, unfit, with_mismatched
