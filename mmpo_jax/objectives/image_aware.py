@@ -85,8 +85,8 @@ def chip_code(
 ) -> jax.Array:
     """CHiP's code: -log sigmoid(beta (D + r_w - r_w(m) - tokens (K_l - K_w))).
 
-    As released with arXiv 2501.16629 (LVUGAI/CHiP): one sigmoid; in every log-prob changed segments count gamma times
-    (4 with LLaVA, 2 with Muffin); K as in `chip`.
+    As released with arXiv 2501.16629 (LVUGAI/CHiP): one sigmoid; in every log-prob changed segments
+    count gamma times (4 with LLaVA, 2 with Muffin); K as in `chip`.
     """
     weights = [changed_weights(side, gamma) for side in (chosen, rejected)]
     first, second = (
