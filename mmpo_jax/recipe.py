@@ -11,8 +11,10 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
+from mmpo_jax.objectives.on_policy import Aggregation, Scale
 from mmpo_jax.objectives.registry import FIELDS, HEADS, OBJECTIVES, REFERENCES, VIEWS
 from mmpo_jax.recipe_objectives import SECTIONS, Objectives
+from mmpo_jax.recipe_rewards import Rewards
 from mmpo_jax.section import MeshSize, PositiveInt, Section, Seed
 
 
@@ -82,6 +84,35 @@ class LongSampling(Sampling):
     """How responses of any kind are drawn: where nothing is known of them, room for a paragraph."""
 
     max_new_tokens: PositiveInt = 512
+
+
+class Rollout(Section):
+    """How an on-policy objective comes by its responses: sampled from the policy and rewarded."""
+
+    rewards: Rewards
+    """`weight` is how much one counts beside the others."""
+    num_samples: PositiveInt = 8
+    """Responses to every prompt of a batch."""
+    temperature: float = Field(1.0, gt=0)
+    """The loss is that of samples at 1."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    max_new_tokens: PositiveInt = 64
+    updates_per_rollout: PositiveInt = 1
+    """How many steps learn from the same responses."""
+    scale: Scale = "group"
+    """What a response's lead over the others is divided by: the standard deviation of its prompt's
+    rewards, of the batch's, or nothing."""
+    aggregation: Aggregation = "sum_then_normalize"
+    """Of several rewards; `normalize_then_sum` is GDPO."""
+
+    @pydantic.field_validator("rewards")
+    @classmethod
+    def _distinct(cls, rewards: Rewards) -> Rewards:
+        types = [section.type for section in rewards]
+        if len(set(types)) < len(types):
+            raise ValueError("give each type once")
+        return rewards
 
 
 class Scoring(Section):
@@ -323,12 +354,32 @@ class TrainRecipe(Base):
     """`random` takes only the config and the processor from the model folder."""
     data: Data
     lengths: Lengths = Lengths()
+    rollout: Rollout | None = None
+    """For objectives of sampled responses, such as GRPO, and for these alone."""
     training: Training = Training()
+
+    @pydantic.model_validator(mode="after")
+    def _samples(self) -> TrainRecipe:
+        kinds = {OBJECTIVES[section.type].kind == "rollouts" for section in self.training.objective}
+        if len(kinds) > 1:
+            raise ValueError("training.objective: some learn from samples, and some from data")
+        if kinds != {self.rollout is not None}:
+            raise ValueError("rollout: objectives of sampled responses need it, and no others")
+        if self.rollout is None:
+            return self
+        if self.rollout.max_new_tokens > self.lengths.response[-1]:
+            raise ValueError(
+                f"rollout.max_new_tokens {self.rollout.max_new_tokens} is more than training keeps "
+                "of a response; give lengths.response a size of as many"
+            )
+        if self.training.save_every % self.rollout.updates_per_rollout:
+            raise ValueError("training.save_every must be a multiple of updates_per_rollout")
+        return self
 
     @pydantic.model_validator(mode="after")
     def _has_pairs(self) -> TrainRecipe:
         types = {section.type for section in self.training.objective}
-        if isinstance(self.data, ShapesData) and types != {"sft"}:
+        if self.rollout is None and isinstance(self.data, ShapesData) and types != {"sft"}:
             raise ValueError(
                 "training.objective: the picture world's dialogues hold no preferences; "
                 "train on them with {type: sft}, or align"

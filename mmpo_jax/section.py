@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import inspect
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field
@@ -18,3 +21,13 @@ class Section(pydantic.BaseModel):
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
 MeshSize = PositiveInt | Literal[-1]
+
+
+def keyword_options(function: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
+    """Name -> (type, default) of a function's keyword-only arguments: its options in a recipe."""
+    hints = typing.get_type_hints(function, include_extras=True)
+    return {
+        name: (hints[name], parameter.default)
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }

@@ -54,6 +54,8 @@ class HostBatch:
     """NumPy, micro-batches stacked on the leading axis."""
     ids: tuple[str, ...]
     """Ids of all rows of the global batch."""
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """What is to be reported of it beside what the loss reports."""
 
 
 def training_batches(
@@ -72,10 +74,15 @@ def training_batches(
     Every process walks the same order and takes its own rows, hence shapes agree across hosts.
     `get_state` and `set_state` hold the position.
     """
-    make = _batch_maker(examples, processor, lengths, batch_size, micro_batch_size)
-    order = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat(epochs)
-    batches = order.batch(batch_size, drop_remainder=False, batch_fn=list).map(make)
+    make = batch_maker(examples, processor, lengths, batch_size, micro_batch_size)
+    batches = batch_order(len(examples), seed, epochs, batch_size).map(make)
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+
+
+def batch_order(num_examples: int, seed: int, epochs: int, batch_size: int) -> grain.MapDataset:
+    """Which examples every batch holds, as lists of their indices."""
+    order = grain.MapDataset.range(num_examples).seed(seed).shuffle().repeat(epochs)
+    return order.batch(batch_size, drop_remainder=False, batch_fn=list)
 
 
 def num_batches(num_examples: int, epochs: int, batch_size: int) -> int:
@@ -83,13 +90,14 @@ def num_batches(num_examples: int, epochs: int, batch_size: int) -> int:
     return -(-num_examples * epochs // batch_size)
 
 
-def _batch_maker(
+def batch_maker(
     examples: Sequence[Example],
     processor: Processor,
     lengths: Lengths,
     batch_size: int,
     micro_batch_size: int,
 ) -> Callable[[list[int]], HostBatch]:
+    """Makes batches of the examples with given indices, at most `batch_size` of them."""
     processes, process = jax.process_count(), jax.process_index()
     records = [record for example in examples for record in example.contexts]
     num_responses = max(len(record.responses) for record in records)

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from etils import epath
 
@@ -164,6 +164,7 @@ class Record:
         generated.
       source: what the data say of where the row comes from, such as a data set's name.
       row: number in its file from 1; None where it is from no file.
+      answer: what rewards compare responses with, as the data give it: a text, boxes, ...
     """
 
     id: str
@@ -173,6 +174,7 @@ class Record:
     videos: tuple[VideoRef, ...] = ()
     source: str | None = None
     row: int | None = None
+    answer: Any = field(default=None, hash=False)
 
     @property
     def ranked(self) -> bool:

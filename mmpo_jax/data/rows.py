@@ -10,6 +10,7 @@ A row is a JSON object or a Parquet row with
 * the responses: ``chosen`` and ``rejected``, or ``responses`` with any number of them, each text
   or messages; none of these in a row whose responses are still to be generated. ``finished``
   beside ``responses``, as `mmpo generate` writes it, says which of them end by themselves;
+* what rewards compare sampled responses with: ``answer`` or ``solution``, of any kind;
 * or, for supervised data, ``messages``; with ``rejected_response`` it is a preference (ms-swift);
 * a name: ``id`` or ``idx``, else the row number.
 
@@ -49,6 +50,7 @@ SkipReason = Literal[
     "incomplete_pair",  # chosen without rejected, or the other way round
     "own_images",  # of a response: not taken where the row is used
     "own_prompt",  # the same of the prompt
+    "no_answer",  # nothing that the rewards could compare responses with
     "no_label",  # a response without a verdict, where they are learned from
     "no_reference",  # a response without a reference's log-prob, where the data are to give it
     "no_score",  # a response without a score, where they are learned from
@@ -130,6 +132,7 @@ def parse_row(
             )
         ),
         videos=videos,
+        answer=row.get("answer") if row.get("answer") is not None else row.get("solution"),
     )
 
 

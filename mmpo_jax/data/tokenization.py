@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -53,6 +54,8 @@ class TokenizedRecord:
     ranked: bool = False
     """As in `Record`."""
     videos: tuple[VideoRef, ...] = ()
+    answer: Any = dataclasses.field(default=None, hash=False)
+    """As in `Record`."""
 
     @property
     def num_slots(self) -> int:
@@ -131,6 +134,7 @@ def tokenize(
         layouts=layouts,
         ranked=record.ranked,
         videos=record.videos,
+        answer=record.answer,
     )
 
 

@@ -21,10 +21,11 @@ from mmpo_jax.models.huggingface import flatten
 from mmpo_jax.models.lora import add_adapters, targeted_layers
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.parallel.mesh import batch_shards, put_batch
-from mmpo_jax.recipe import Lengths, MovingReference, Training
+from mmpo_jax.recipe import Lengths, MovingReference, Rollout, Training
 from mmpo_jax.training.checkpoints import Checkpoints, save_base
 from mmpo_jax.training.losses import make_loss, needs_reference
 from mmpo_jax.training.metrics import MetricsWriter
+from mmpo_jax.training.on_policy import Rollouts
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
 from mmpo_jax.training.step import create_state, make_step, merge, trainable_paths
 
@@ -46,6 +47,7 @@ def train(
     identity: str,
     seed: int,
     card: ModelCard | None = None,
+    rollout: Rollout | None = None,
 ) -> Params:
     """Runs one stage of training, from the last checkpoint in `folder` if there is one.
 
@@ -61,6 +63,7 @@ def train(
       identity: fingerprint of model, data and recipe; checkpoints of another one are refused.
       seed: order of the data, first values and dropout of adapters.
       card: of the result, kept beside the checkpoints.
+      rollout: how responses are sampled and rewarded, where the examples have none.
 
     Returns:
       The whole parameters, float32 where they were trained; with adapters beside the kernels if
@@ -71,7 +74,7 @@ def train(
         model, or a step was not finite.
     """
     check_training(config, model, mesh)
-    steps = total_steps(config, len(examples))
+    steps = total_steps(config, len(examples), rollout.updates_per_rollout if rollout else 1)
     lora = config.lora
     if lora is not None:
         params = add_adapters(params, model, lora, config.freeze, seed)
@@ -79,7 +82,21 @@ def train(
     schedule = make_schedule(config.optimizer, steps)
     optimizer = make_optimizer(config.optimizer, schedule)
     checkpoints = Checkpoints(folder, identity, config.keep_checkpoints)
-    batches = training_batches(
+    rollouts = None
+    if rollout is not None:
+        prompts = [example.contexts[0] for example in examples]
+        rollouts = Rollouts(
+            model,
+            processor,
+            prompts,
+            config,
+            rollout,
+            lengths,
+            mesh,
+            micro_batch_size=micro,
+            seed=seed,
+        )
+    batches: Any = rollouts or training_batches(
         examples,
         processor,
         lengths,
@@ -113,12 +130,12 @@ def train(
         save_base(folder, processor.folder, processor.chat_template, card)
         first = int(state.step)
         with contextlib.closing(MetricsWriter(folder, first, steps)) as writer:
-            window: list[tuple[int, tuple[str, ...], dict[str, jax.Array]]] = []
+            window: list[tuple[int, tuple[str, ...], dict[str, Any]]] = []
             started = time.perf_counter()
             for step in range(first + 1, steps + 1):
-                host: HostBatch = next(batches)
+                host: HostBatch = rollouts.draw(state) if rollouts else next(batches)
                 state, metrics = update(state, put_batch(host.arrays, mesh, leading=1))
-                window.append((step, host.ids, metrics))
+                window.append((step, host.ids, metrics | dict(host.metrics)))
                 writer.advance()
                 if step % config.log_every and step != steps:
                     continue
@@ -150,15 +167,15 @@ def check_training(config: Training, model: Model, mesh: Mesh) -> None:
             raise TrainingError(f"training.lora.target: {error}") from error
 
 
-def total_steps(config: Training, num_examples: int) -> int:
-    """How many updates a run takes.
+def total_steps(config: Training, num_examples: int, updates: int = 1) -> int:
+    """How many updates a run takes, so many with every batch.
 
     Raises:
       TrainingError: there is nothing to train on.
     """
     if not num_examples:
         raise TrainingError("no row is left to train on")
-    steps = num_batches(num_examples, config.epochs, config.batch_size)
+    steps = num_batches(num_examples, config.epochs, config.batch_size) * updates
     return min(steps, config.max_steps or steps)
 
 

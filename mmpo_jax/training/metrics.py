@@ -50,7 +50,12 @@ class MetricsWriter:
         self.file.write(json.dumps({"step": step, **metrics}) + "\n")
         for name, value in metrics.items():
             self.events.add_scalar(name, value, step)
-        shown = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin"}
+        shown = {
+            "loss": "loss",
+            "rewards/accuracies": "acc",
+            "rewards/margins": "margin",
+            "reward": "reward",
+        }
         text = "  ".join(f"{s} {metrics[n]:.4g}" for n, s in shown.items() if n in metrics)
         if self.bar.disable:
             left = (self.total - step) / rate if rate else 0.0

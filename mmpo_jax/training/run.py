@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from typing import Any
 
 from mmpo_jax.checkpoint import Checkpoint, load_start
+from mmpo_jax.data.pipeline import Example
 from mmpo_jax.data.sources import SKIPPED, load_source, usable_records
 from mmpo_jax.data.tokenization import TokenizedRecord, fingerprint_records
 from mmpo_jax.files import fingerprint_json
@@ -14,10 +16,11 @@ from mmpo_jax.models.huggingface import save_model, weights_dtype
 from mmpo_jax.models.model import Params
 from mmpo_jax.models.peft import save_adapter
 from mmpo_jax.parallel.mesh import make_mesh
-from mmpo_jax.recipe import Lora, TrainRecipe
+from mmpo_jax.recipe import Lora, Rollout, TrainRecipe
 from mmpo_jax.training.examples import prepare_examples, unfit
 from mmpo_jax.training.loop import check_training, train
 from mmpo_jax.training.metrics import FILE, read_metrics
+from mmpo_jax.training.on_policy import unrewardable, with_token_limit
 
 MODEL, ADAPTER = "model", "adapter"
 """Where a run's result lies in its output folder."""
@@ -32,19 +35,28 @@ def run_training(recipe: TrainRecipe) -> str:
     mesh = make_mesh(**recipe.devices.model_dump())
     start = load_start(recipe.model, _random_seed(recipe), mesh, recipe.attention, recipe.template)
     model, processor = start.model, start.processor
-    check_training(recipe.training, model, mesh)
-    records = training_records(recipe, start)
-    examples = prepare_examples(
-        start, records, recipe.training, recipe.lengths, mesh, folder=recipe.output
-    )
+    training, rollout = recipe.training, recipe.rollout
+    check_training(training, model, mesh)
+    made_of: list[Any] = []
+    if rollout is None:
+        records = training_records(recipe, start)
+        examples = prepare_examples(
+            start, records, training, recipe.lengths, mesh, folder=recipe.output
+        )
+    else:
+        records = prompt_records(recipe, rollout, start)
+        examples = [Example((record,), {}) for record in records]
+        training = with_token_limit(training, rollout)
+        made_of = [rollout.model_dump(mode="json"), [record.answer for record in records]]
     identity = fingerprint_json(
         [
             start.fingerprint,
             processor.fingerprints(),
             fingerprint_records(records),
-            recipe.training.identity(),
+            training.identity(),
             recipe.lengths.model_dump(mode="json"),
             recipe.seed,
+            *made_of,
         ]
     )
     card = make_card(recipe, model, {}, from_hub=start.hub_id is not None)
@@ -53,13 +65,14 @@ def run_training(recipe: TrainRecipe) -> str:
         start.params,
         processor,
         examples,
-        recipe.training,
+        training,
         recipe.lengths,
         mesh,
         folder=recipe.output,
         identity=identity,
         seed=recipe.seed,
         card=card,
+        rollout=rollout,
     )
     metrics = read_metrics(os.path.join(recipe.output, FILE)) or [{}]
     card = dataclasses.replace(card, metrics=metrics[-1])
@@ -125,6 +138,24 @@ def training_records(recipe: TrainRecipe, start: Checkpoint) -> list[TokenizedRe
         lambda record: unfit(record, terms, training.reference),
     )
     return [_best(record) for record in records] if supervised else records
+
+
+def prompt_records(
+    recipe: TrainRecipe, rollout: Rollout, start: Checkpoint
+) -> list[TokenizedRecord]:
+    """The rows whose prompts are sampled from, with what the rewards compare with.
+
+    Raises:
+      DataError: too many rows cannot be used.
+    """
+    _, records = usable_records(
+        load_source(recipe.data, supervised=False),
+        start.processor,
+        recipe.lengths,
+        os.path.join(recipe.output, SKIPPED),
+        lambda record: unrewardable(record, rollout),
+    )
+    return records
 
 
 def _best(record: TokenizedRecord) -> TokenizedRecord:
