@@ -312,7 +312,7 @@ class PreferenceTraining(Training):
     @pydantic.model_validator(mode="after")
     def _reads_pairs(self) -> PreferenceTraining:
         for section in self.objective:
-            lacking = OBJECTIVES[section.type].needs & FIELDS.keys() - {"rank"}
+            lacking = OBJECTIVES[section.type].needs & FIELDS.keys() - {"rank", "desirable"}
             if lacking:
                 raise ValueError(f"objective: {section.type} needs {min(lacking)}; pairs have none")
         return self
