@@ -11,7 +11,7 @@ import pydantic
 from pydantic import Field
 
 from mmpo_jax.objectives.registry import FIELDS, OBJECTIVES
-from mmpo_jax.recipe_training import Training
+from mmpo_jax.recipe_training import Rollout, Training
 from mmpo_jax.section import MeshSize, PositiveInt, Section, Seed, as_list
 
 
@@ -170,7 +170,11 @@ class PreferenceTraining(Training):
     @pydantic.model_validator(mode="after")
     def _reads_pairs(self) -> PreferenceTraining:
         for section in self.objective:
-            lacking = OBJECTIVES[section.type].needs & FIELDS.keys() - {"rank", "changed"}
+            lacking = OBJECTIVES[section.type].needs & FIELDS.keys() - {
+                "rank",
+                "changed",
+                "desirable",
+            }
             if lacking:
                 raise ValueError(f"objective: {section.type} needs {min(lacking)}; pairs have none")
             if getattr(section, "image", None) == "data":
@@ -238,15 +242,40 @@ class TrainRecipe(Base):
     """`random` takes only the config and the processor from the model folder."""
     data: Mixture
     lengths: Lengths = Lengths()
+    rollout: Rollout | None = None
+    """For objectives of sampled responses, such as GRPO, and for these alone."""
     training: Training = Training()
     validation: Validation | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _samples(self) -> TrainRecipe:
+        kinds = {OBJECTIVES[section.type].kind == "rollouts" for section in self.training.objective}
+        if len(kinds) > 1:
+            raise ValueError("training.objective: some learn from samples, and some from data")
+        if kinds != {self.rollout is not None}:
+            raise ValueError("rollout: objectives of sampled responses need it, and no others")
+        if self.rollout is None:
+            return self
+        if self.rollout.max_new_tokens > self.lengths.response[-1]:
+            raise ValueError(
+                f"rollout.max_new_tokens {self.rollout.max_new_tokens} is more than training keeps "
+                "of a response; give lengths.response a size of as many"
+            )
+        if self.training.save_every % self.rollout.updates_per_rollout:
+            raise ValueError("training.save_every must be a multiple of updates_per_rollout")
+        return self
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> TrainRecipe:
         if self.validation is not None and self.validation.every % self.training.log_every:
             raise ValueError("validation.every must be a multiple of training.log_every")
+        if self.validation is not None and self.rollout is not None:
+            raise ValueError(
+                "validation: sampled responses are measured as they come; none held out"
+            )
         types = {section.type for section in self.training.objective}
-        if any(isinstance(part, ShapesData) for part in self.data) and types != {"sft"}:
+        shapes = any(isinstance(part, ShapesData) for part in self.data)
+        if self.rollout is None and shapes and types != {"sft"}:
             raise ValueError(
                 "training.objective: the picture world's dialogues hold no preferences; "
                 "train on them with {type: sft}, or align"

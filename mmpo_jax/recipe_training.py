@@ -8,8 +8,10 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
+from mmpo_jax.objectives.on_policy import Aggregation, Scale
 from mmpo_jax.objectives.registry import HEADS, REFERENCES, VIEWS
 from mmpo_jax.recipe_objectives import SECTIONS, Objectives
+from mmpo_jax.recipe_rewards import Rewards
 from mmpo_jax.section import PositiveInt, Section
 
 
@@ -176,3 +178,32 @@ class Training(Section):
         """The options the trained weights depend on."""
         reporting = {"log_every", "save_every", "keep_checkpoints", "workers"}
         return self.model_dump(mode="json", exclude=reporting)
+
+
+class Rollout(Section):
+    """How an on-policy objective comes by its responses: sampled from the policy and rewarded."""
+
+    rewards: Rewards
+    """`weight` is how much one counts beside the others."""
+    num_samples: PositiveInt = 8
+    """Responses to every prompt of a batch."""
+    temperature: float = Field(1.0, gt=0)
+    """The loss is that of samples at 1."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    max_new_tokens: PositiveInt = 64
+    updates_per_rollout: PositiveInt = 1
+    """How many steps learn from the same responses."""
+    scale: Scale = "group"
+    """What a response's lead over the others is divided by: the standard deviation of its prompt's
+    rewards, of the batch's, or nothing."""
+    aggregation: Aggregation = "sum_then_normalize"
+    """Of several rewards; `normalize_then_sum` is GDPO."""
+
+    @pydantic.field_validator("rewards")
+    @classmethod
+    def _distinct(cls, rewards: Rewards) -> Rewards:
+        types = [section.type for section in rewards]
+        if len(set(types)) < len(types):
+            raise ValueError("give each type once")
+        return rewards

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import typing
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -23,3 +26,16 @@ MeshSize = PositiveInt | Literal[-1]
 def as_list(value: Any) -> Any:
     """One entry may stand without the brackets of a list."""
     return value if isinstance(value, list | tuple) else [value]
+
+
+def keyword_options(function: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
+    """Name -> (type, default) of a function's keyword-only arguments: its options in a recipe.
+
+    The default is `...` where one has to be given.
+    """
+    hints = typing.get_type_hints(function, include_extras=True)
+    return {
+        name: (hints[name], ... if parameter.default is parameter.empty else parameter.default)
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }

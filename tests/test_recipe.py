@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 import mmpo_jax
+from mmpo_jax.feedback.rewards.registry import REWARDS
 from mmpo_jax.generation.sampler import Decoding
 from mmpo_jax.objectives.registry import OBJECTIVES
 from mmpo_jax.parallel.mesh import make_mesh
@@ -26,6 +27,8 @@ from mmpo_jax.recipe import (
 )
 from mmpo_jax.recipe_files import RecipeError, load_recipe
 from mmpo_jax.recipe_objectives import ObjectiveSection
+from mmpo_jax.recipe_rewards import RewardSection
+from mmpo_jax.recipe_training import Rollout
 from mmpo_jax.shapes.render import MIN_IMAGE_SIZE
 
 PACKAGE = Path(mmpo_jax.__file__).parent
@@ -229,7 +232,7 @@ def test_configs_are_there():
 
 # Every option is read somewhere ------------------------------------------------------------------
 
-SPREAD = {Devices: make_mesh, Sampling: Decoding}
+SPREAD = {Devices: make_mesh, Sampling: Decoding, Rollout: Decoding}
 """Sections given as `**section.model_dump(...)`, and what takes their fields as parameters."""
 
 
@@ -269,6 +272,8 @@ def owners(section: type[Section]) -> set[str]:
 
 def taken_by(section: type[Section]) -> set[str]:
     """Names that are given to a function as its parameters."""
+    if issubclass(section, RewardSection):  # the same of `RewardSection.score`
+        return {"weight", *REWARDS[section.model_fields["type"].default].options}
     if issubclass(section, ObjectiveSection):
         # `ObjectiveSection.term` reads them all by name.
         return {"weight", *OBJECTIVES[section.model_fields["type"].default].options}

@@ -79,6 +79,8 @@ class HostBatch:
     """NumPy, micro-batches stacked on the leading axis."""
     ids: tuple[str, ...]
     """Ids of all rows of the global batch."""
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """What is to be reported of it beside what the loss reports."""
 
 
 def training_batches(
@@ -102,11 +104,10 @@ def training_batches(
     Every process walks the same order and takes its own rows, hence shapes agree across hosts.
     `get_state` and `set_state` hold the position.
     """
-    make = _batch_maker(examples, processor, lengths, batch_size, micro_batch_size)
-    order = mixed_order(parts or [Part(len(examples))], seed, epochs)
-    batches = order.batch(batch_size, drop_remainder=False, batch_fn=list).map(make)
+    make = batch_maker(examples, processor, lengths, batch_size, micro_batch_size)
+    order = batch_order(parts or [Part(len(examples))], seed, epochs, batch_size)
     options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=4)
-    return iter(batches.to_iter_dataset(options))
+    return iter(order.map(make).to_iter_dataset(options))
 
 
 def mixed_order(parts: Sequence[Part], seed: int, epochs: int) -> grain.MapDataset:
@@ -125,10 +126,16 @@ def held_out_batches(
     examples: Sequence[Example], processor: Processor, lengths: Lengths, batch_size: int
 ) -> Iterator[TrainBatch]:
     """All examples once, in order."""
-    make = _batch_maker(examples, processor, lengths, batch_size, batch_size)
+    make = batch_maker(examples, processor, lengths, batch_size, batch_size)
     for start in range(0, len(examples), batch_size):
         batch = make(list(range(start, min(start + batch_size, len(examples)))))
         yield jax.tree.map(lambda leaf: leaf[0], batch.arrays)
+
+
+def batch_order(parts: Sequence[Part], seed: int, epochs: int, batch_size: int) -> grain.MapDataset:
+    """Which examples every batch holds, as lists of their indices."""
+    order = mixed_order(parts, seed, epochs)
+    return order.batch(batch_size, drop_remainder=False, batch_fn=list)
 
 
 def num_batches(num_examples: int, epochs: int, batch_size: int) -> int:
@@ -136,13 +143,14 @@ def num_batches(num_examples: int, epochs: int, batch_size: int) -> int:
     return -(-num_examples * epochs // batch_size)
 
 
-def _batch_maker(
+def batch_maker(
     examples: Sequence[Example],
     processor: Processor,
     lengths: Lengths,
     batch_size: int,
     micro_batch_size: int,
 ) -> Callable[[list[int]], HostBatch]:
+    """Makes batches of the examples with given indices, at most `batch_size` of them."""
     processes, process = jax.process_count(), jax.process_index()
     records = [record for example in examples for record in example.rows]
     num_responses = max(len(record.responses) for record in records)

@@ -17,7 +17,7 @@ from mmpo_jax.data.formats import FORMATS, choose_format
 from mmpo_jax.data.formats.format import finish
 from mmpo_jax.data.formats.media import MediaFolder
 from mmpo_jax.data.images import ImageTooLarge, image_size, open_image
-from mmpo_jax.data.records import ImageRef, Record, VideoRef
+from mmpo_jax.data.records import ANSWERS, ImageRef, Record, VideoRef
 from mmpo_jax.data.rows import MessagesAs, SkipReason, UnusableRow, row_id
 from mmpo_jax.data.tables import folder_of, numbered_rows
 from mmpo_jax.errors import DataError
@@ -59,7 +59,8 @@ def read_records(
     skipped: list[SkippedRow] = []
     for item in iter_records(path, image_root, messages_as, format):
         if isinstance(item, Record):
-            records.append(dataclasses.replace(item, extra={}))
+            kept = {name: item.extra[name] for name in ANSWERS if name in item.extra}
+            records.append(dataclasses.replace(item, extra=kept))
         else:
             skipped.append(item)
     return records, skipped

@@ -112,6 +112,9 @@ class VideoRef:
         return fingerprint_json([self.fps, [frame.fingerprint() for frame in self.frames]])
 
 
+ANSWERS = ("answer", "solution")
+"""Columns with what rewards compare sampled responses with."""
+
 SCORE = "score"
 """What a response's score is called where it has only one."""
 
@@ -198,6 +201,11 @@ class Record:
     source: str | None = None
     row: int | None = None
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def answer(self) -> Any:
+        """What rewards compare sampled responses with; None where the data have nothing."""
+        return next((self.extra[name] for name in ANSWERS if name in self.extra), None)
 
     @property
     def ranked(self) -> bool:

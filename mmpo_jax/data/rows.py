@@ -29,6 +29,7 @@ SkipReason = Literal[
     "own_images",  # of a response: not taken where the row is used
     "own_prompt",  # the same of the prompt
     "no_dialogue",  # nothing after the first answer, where corrections are learned from
+    "no_answer",  # nothing that the rewards could compare responses with
     "no_label",  # a response without a verdict, where they are learned from
     "no_other_image",  # none to change, and none given
     "no_reference",  # a response without a reference's log-prob, where the data are to give it

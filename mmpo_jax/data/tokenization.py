@@ -59,6 +59,8 @@ class TokenizedRecord:
     videos: tuple[VideoRef, ...] = ()
     others: tuple[tuple[str, TokenizedRecord], ...] = ()
     """The same responses in other contexts, by name; see `data.contexts`."""
+    answer: Any = dataclasses.field(default=None, hash=False)
+    """As in `Record`."""
 
     @property
     def num_slots(self) -> int:
@@ -155,6 +157,7 @@ def tokenize(
         layouts=layouts,
         ranked=record.ranked,
         videos=record.videos,
+        answer=record.answer,
     )
 
 

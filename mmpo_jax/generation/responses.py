@@ -62,6 +62,39 @@ def generate_responses(
     seed: int,
     round_index: int = 0,
 ) -> list[Generated]:
+    """`sample_tokens` as texts: sorted as the records are, samples in order."""
+    sampled = sample_tokens(
+        model,
+        params,
+        processor,
+        records,
+        decoding,
+        lengths,
+        mesh,
+        batch_size=batch_size,
+        seed=seed,
+        round_index=round_index,
+    )
+    return [
+        Generated(record.id, number, *read_response(processor, row))
+        for record, samples in zip(records, sampled, strict=True)
+        for number, row in enumerate(samples)
+    ]
+
+
+def sample_tokens(
+    model: Model,
+    params: Params,
+    processor: Processor,
+    records: Sequence[TokenizedRecord],
+    decoding: Decoding,
+    lengths: Lengths,
+    mesh: Mesh,
+    *,
+    batch_size: int,
+    seed: int,
+    round_index: int = 0,
+) -> list[np.ndarray]:
     """Samples `decoding.num_samples` responses to every record's prompt.
 
     A response depends on the seed, the round, the prompt's id and the sample's number only.
@@ -74,10 +107,10 @@ def generate_responses(
       mesh: the devices.
       batch_size: prompts at a time, rounded up to what the mesh needs.
       seed: of the run.
-      round_index: of the alignment round, 0 outside of one.
+      round_index: of the alignment round or of the update, 0 outside of one.
 
     Returns:
-      Sorted as the records are, samples in order.
+      int32[n, max_new_tokens] for every record, see `read_response`.
 
     Raises:
       DataError: an image cannot be read, or the model's positions end before a response may.
@@ -89,9 +122,9 @@ def generate_responses(
     if limit is not None and longest + decoding.max_new_tokens > limit:
         raise DataError(
             f"a prompt of {longest} tokens and {decoding.max_new_tokens} new ones go beyond the "
-            f"{limit} positions of {processor.folder}; lower sampling.max_new_tokens"
+            f"{limit} positions of {processor.folder}; lower max_new_tokens"
         )
-    generated = []
+    sampled: list[np.ndarray] = []
     for start in range(0, len(records), rows):
         chosen = [
             dataclasses.replace(record, responses=()) for record in records[start : start + rows]
@@ -112,11 +145,8 @@ def generate_responses(
                 eos_ids=processor.eos_ids,
                 pad_id=processor.pad_id,
             )
-        for record, samples in zip(chosen, np.asarray(tokens), strict=False):
-            generated += [
-                _read(processor, record.id, number, row) for number, row in enumerate(samples)
-            ]
-    return generated
+        sampled += list(np.asarray(tokens)[: len(chosen)])
+    return sampled
 
 
 def generate_stage(
@@ -192,10 +222,9 @@ def prompt_number(prompt_id: str) -> int:
     return int.from_bytes(hashlib.sha256(prompt_id.encode()).digest()[:4], "big")
 
 
-def _read(processor: Processor, prompt_id: str, number: int, tokens: np.ndarray) -> Generated:
+def read_response(processor: Processor, tokens: np.ndarray) -> tuple[str, int, bool]:
+    """(text, number of tokens with EOS, whether it ended by itself) of sampled tokens int32[T]."""
     ends = np.flatnonzero(np.isin(tokens, processor.eos_ids))
     finished = bool(len(ends))
     length = int(ends[0]) + 1 if finished else len(tokens)
-    return Generated(
-        prompt_id, number, processor.decode(tokens[:length].tolist()), length, finished
-    )
+    return processor.decode(tokens[:length].tolist()), length, finished

@@ -75,6 +75,7 @@ def grpo(
     responses: Responses,
     *,
     beta: NonNegative = 0.0,
+    bias_corrected_kl: bool = True,
     clip: bool = True,
     epsilon_low: Share = 0.2,
     epsilon_high: NonNegative = 0.2,
@@ -82,11 +83,13 @@ def grpo(
     normalization: Normalization = "dapo",
     max_tokens: Count | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """GRPO: -min(w A, clip(w, 1 - e_low, 1 + e_high) A) + beta (e^(ref - p) - (ref - p) - 1).
+    """GRPO: -min(w A, clip(w, 1 - e_low, 1 + e_high) A) + beta w (e^(ref - p) - (ref - p) - 1).
 
     Shao et al. 2024 (arXiv 2402.03300), eq. 3; w = pi / pi_old of a token, or with `ratio:
     sequence` the geometric mean over the response (GSPO, arXiv 2507.18071); different e_low and
-    e_high are DAPO's (arXiv 2503.14476). Vision-R1 (arXiv 2503.18013) is `clip: false,
+    e_high are DAPO's (arXiv 2503.14476). The paper has no w before the KL term: with it
+    (`bias_corrected_kl`, as TRL has it) the gradient is that of the KL divergence (DeepSeek-V3.2,
+    arXiv 2512.02556). Vision-R1 (arXiv 2503.18013) is `clip: false, bias_corrected_kl: false,
     normalization: grpo, beta: 0.2`.
 
     A is the field `advantages`; log pi_old the field `old_log_probs`, and without it the policy
@@ -115,7 +118,7 @@ def grpo(
         gain = jnp.minimum(gain, clipped * advantage)
     loss = -gain
     if beta:
-        loss = loss + beta * k3(responses)
+        loss = loss + beta * kl_estimate(responses, ratio, bias_corrected_kl)
     loss = (loss * responses.mask).sum(axis=-1)
     if normalization == "grpo":
         return loss / responses.length, responses.present
@@ -136,28 +139,34 @@ def log_weights(responses: Responses, ratio: Ratio) -> jax.Array:
     return jnp.minimum(gap, EXPONENT_LIMIT)
 
 
-def k3(responses: Responses) -> jax.Array:
+def kl_estimate(responses: Responses, ratio: Ratio, bias_corrected: bool) -> jax.Array:
     """float32[N, S, T]: an unbiased estimate of KL(policy || reference) that is never negative.
 
-    Schulman 2020, "Approximating KL divergence": e^d - d - 1 with d = log ref - log p.
+    "k3" of Schulman 2020, "Approximating KL divergence": e^d - d - 1, d = log ref - log p; times
+    pi / pi_old where it is bias-corrected.
     """
     gap = -responses.token_ratios
-    return jnp.exp(jnp.minimum(gap, EXPONENT_LIMIT)) - gap - 1
+    k3 = jnp.exp(jnp.minimum(gap, EXPONENT_LIMIT)) - gap - 1
+    return k3 * jnp.exp(log_weights(responses, ratio)) if bias_corrected else k3
 
 
 def _metrics(
     responses: Responses, weights: jax.Array, options: Mapping[str, Any]
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """By TRL's names: `clip_ratio/...` is the share of tokens that the clipping holds back."""
+    """By TRL's names: `clip_ratio/...` is the share of tokens that the clipping holds back, or of
+    responses where they have one ratio each."""
     counted = weights[:, None, None] * responses.mask
     metrics = {"completions/mean_length": weighted(responses.length, _each(responses, weights))}
     if options["beta"]:
-        metrics["kl"] = weighted(k3(responses), counted)
+        kl = kl_estimate(responses, options["ratio"], options["bias_corrected_kl"])
+        metrics["kl"] = weighted(kl, counted)
     if options["clip"]:
         weight = jnp.exp(log_weights(responses, options["ratio"]))
         advantage = responses.fields["advantages"][..., None]
         low = (weight < 1 - options["epsilon_low"]) & (advantage < 0)
         high = (weight > 1 + options["epsilon_high"]) & (advantage > 0)
+        if options["ratio"] == "sequence":
+            counted = counted / responses.length[..., None]
         metrics["clip_ratio/low_mean"] = weighted(low, counted)
         metrics["clip_ratio/high_mean"] = weighted(high, counted)
         metrics["clip_ratio/region_mean"] = weighted(low | high, counted)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -17,6 +16,7 @@ from pydantic import Field
 
 from mmpo_jax.objectives.responses import Responses
 from mmpo_jax.objectives.sums import Sums
+from mmpo_jax.section import keyword_options
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -107,13 +107,7 @@ class Objective:
     @property
     def options(self) -> dict[str, tuple[Any, Any]]:
         """Options of a recipe: name -> (type, default), `...` where it has to be given."""
-        hints = typing.get_type_hints(self.function, include_extras=True)
-        own = {
-            name: (hints[name], ... if parameter.default is parameter.empty else parameter.default)
-            for name, parameter in inspect.signature(self.function).parameters.items()
-            if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-        }
-        return {**own, **self.shared_options}
+        return {**keyword_options(self.function), **self.shared_options}
 
     @property
     def formula(self) -> str:

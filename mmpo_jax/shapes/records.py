@@ -71,7 +71,7 @@ def supervised_texts(
 
 
 def prompt_records(split: str, seed: int, size: int, image_size: int) -> list[Record]:
-    """One record per scene that asks for a caption, without responses."""
+    """One record per scene that asks for a caption, without responses; its answer is the scene."""
     records = []
     for index in range(size):
         scene = sample_scene(split, seed, index)
@@ -83,6 +83,7 @@ def prompt_records(split: str, seed: int, size: int, image_size: int) -> list[Re
                 images=(_image(scene, split, seed, index, image_size),),
                 prompt=(Turn("user", prompt),),
                 responses=(),
+                extra={"answer": scene.to_dict()},
             )
         )
     return records

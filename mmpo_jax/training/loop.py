@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,10 +31,11 @@ from mmpo_jax.models.lora import add_adapters, targeted_layers
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.parallel.mesh import batch_shards, put_batch
 from mmpo_jax.recipe import Lengths
-from mmpo_jax.recipe_training import MovingReference, Training
+from mmpo_jax.recipe_training import MovingReference, Rollout, Training
 from mmpo_jax.training.checkpoints import Checkpoints, save_base
 from mmpo_jax.training.losses import Loss, make_loss, needs_reference, recipe_terms
 from mmpo_jax.training.metrics import MetricsWriter
+from mmpo_jax.training.on_policy import Rollouts
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
 from mmpo_jax.training.step import (
     TrainState,
@@ -66,6 +68,7 @@ def train(
     parts: Sequence[Part] = (),
     held: Held | None = None,
     card: ModelCard | None = None,
+    rollout: Rollout | None = None,
 ) -> Params:
     """Runs one stage of training, from the last checkpoint in `folder` if there is one.
 
@@ -83,6 +86,7 @@ def train(
       parts: the data sets that stand one after another in `examples`, if there are several.
       held: rows that are measured, if any are held out.
       card: of the result, kept beside the checkpoints.
+      rollout: how responses are sampled and rewarded, where the examples have none.
 
     Returns:
       The whole parameters, float32 where they were trained, of the step where held-out rows were
@@ -94,22 +98,29 @@ def train(
     """
     check_training(config, model, mesh)
     parts = parts or [Part(len(examples))]
-    steps = total_steps(config, parts)
+    steps = total_steps(config, parts, rollout.updates_per_rollout if rollout else 1)
     if config.lora is not None:
         params = add_adapters(params, model, config.lora, config.freeze, seed)
     micro = micro_batch_size(config, mesh)
     checkpoints = Checkpoints(folder, identity, config.keep_checkpoints)
-    batches = training_batches(
-        examples,
-        processor,
-        lengths,
-        seed=seed,
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        micro_batch_size=micro,
-        parts=parts,
-        workers=config.workers,
-    )
+    batches: Any
+    if rollout is None:
+        batches = training_batches(
+            examples,
+            processor,
+            lengths,
+            seed=seed,
+            epochs=config.epochs,
+            batch_size=config.batch_size,
+            micro_batch_size=micro,
+            parts=parts,
+            workers=config.workers,
+        )
+    else:
+        prompts = [example.rows[0] for example in examples]
+        batches = Rollouts(
+            model, processor, prompts, config, rollout, lengths, mesh, parts, micro, seed
+        )
     # Closed whatever happens: a checkpoint that is being written is finished first.
     with jax.set_mesh(mesh), contextlib.closing(checkpoints):
         loss = make_loss(model, recipe_terms(config), examples[0].names, config.remat)
@@ -135,11 +146,13 @@ def train(
                     checkpoints.save_best(0, state)
             waiting, window, started = Waiting(), Window(checkpoints), time.perf_counter()
             while step < steps and not (validation and validation.is_over()):
-                host, position, batch = waiting.fetch(lambda: _next_batch(batches, mesh))
+                host, position, batch = waiting.fetch(
+                    functools.partial(_next_batch, batches, state, mesh)
+                )
                 state, metrics = update(state, batch)
                 step += 1
                 waiting.dispatched(metrics["loss"])
-                window.add(step, host.ids, metrics)
+                window.add(step, host.ids, metrics | dict(host.metrics))
                 writer.advance()
                 if step % config.log_every and step != steps:
                     continue
@@ -153,7 +166,8 @@ def train(
                 over = validation is not None and validation.is_over()
                 if step % config.save_every == 0 or step == steps or over:
                     checkpoints.save(step, state, position)
-            waiting.report()
+            if rollout is None:
+                waiting.report()
         if validation is not None:
             state = checkpoints.restore_best(state)
         return merge(state)
@@ -195,9 +209,11 @@ def prepare(
     return state, update
 
 
-def _next_batch(batches: Any, mesh: Mesh) -> tuple[HostBatch, dict[str, Any], TrainBatch]:
+def _next_batch(
+    batches: Any, state: TrainState, mesh: Mesh
+) -> tuple[HostBatch, dict[str, Any], TrainBatch]:
     """(the next batch, where the data stand after it, the batch on the devices)."""
-    host: HostBatch = next(batches)
+    host: HostBatch = batches.draw(state) if isinstance(batches, Rollouts) else next(batches)
     return host, batches.get_state(), put_batch(host.arrays, mesh, leading=1)
 
 
@@ -220,8 +236,8 @@ def check_training(config: Training, model: Model, mesh: Mesh) -> None:
             raise TrainingError(f"training.lora.target: {error}") from error
 
 
-def total_steps(config: Training, parts: Sequence[Part]) -> int:
-    """How many updates a run takes.
+def total_steps(config: Training, parts: Sequence[Part], updates: int = 1) -> int:
+    """How many updates a run takes, so many with every batch.
 
     Raises:
       TrainingError: there is nothing to train on.
@@ -229,7 +245,7 @@ def total_steps(config: Training, parts: Sequence[Part]) -> int:
     if not all(part.size for part in parts):
         raise TrainingError("no row is left to train on")
     rows = sum(part.per_epoch for part in parts)
-    steps = num_batches(rows, config.epochs, config.batch_size)
+    steps = num_batches(rows, config.epochs, config.batch_size) * updates
     return min(steps, config.max_steps or steps)
 
 
@@ -254,9 +270,9 @@ class Window:
 
     def __init__(self, checkpoints: Checkpoints):
         self.checkpoints = checkpoints
-        self.steps: list[tuple[int, tuple[str, ...], dict[str, jax.Array]]] = []
+        self.steps: list[tuple[int, tuple[str, ...], Mapping[str, Any]]] = []
 
-    def add(self, step: int, ids: tuple[str, ...], metrics: dict[str, jax.Array]) -> None:
+    def add(self, step: int, ids: tuple[str, ...], metrics: Mapping[str, Any]) -> None:
         """A step was started on the rows of these ids."""
         self.steps.append((step, ids, metrics))
 

@@ -55,7 +55,12 @@ class MetricsWriter:
           rate: steps per second since the last report.
         """
         self.record(step, metrics)
-        shown = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin"}
+        shown = {
+            "loss": "loss",
+            "rewards/accuracies": "acc",
+            "rewards/margins": "margin",
+            "reward": "reward",
+        }
         text = "  ".join(f"{s} {metrics[n]:.4g}" for n, s in shown.items() if n in metrics)
         if self.bar.disable:
             left = (self.total - step) / rate if rate else 0.0

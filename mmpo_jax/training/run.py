@@ -21,6 +21,7 @@ from mmpo_jax.training.examples import fingerprint_fields, prepare_examples, tok
 from mmpo_jax.training.loop import TrainingError, check_training, train
 from mmpo_jax.training.losses import recipe_terms
 from mmpo_jax.training.metrics import FILE, read_metrics
+from mmpo_jax.training.on_policy import prompt_examples, unrewardable, with_token_limit
 from mmpo_jax.training.validation import Held, best_row, hold_out
 
 MODEL, ADAPTER = "model", "adapter"
@@ -39,17 +40,22 @@ def run_training(recipe: TrainRecipe) -> str:
     mesh = make_mesh(**recipe.devices.model_dump())
     start = load_start(recipe.model, _random_seed(recipe), mesh, recipe.attention, recipe.template)
     model, processor = start.model, start.processor
-    check_training(recipe.training, model, mesh)
+    training, rollout = recipe.training, recipe.rollout
+    if rollout is not None:
+        training = with_token_limit(training, rollout)
+    check_training(training, model, mesh)
     data = training_data(recipe, start)
     prepared = {
         name: prepare_examples(
             start,
             records,
-            recipe.training,
+            training,
             recipe.lengths,
             mesh,
             folder=os.path.join(recipe.output, name),
         )
+        if rollout is None
+        else prompt_examples(records)
         for name, records in (("", data.records), (VALIDATION, data.held))
         if records
     }
@@ -62,7 +68,8 @@ def run_training(recipe: TrainRecipe) -> str:
             [(part.size, part.weight) for part in data.parts],
             fingerprint_records(data.held),
             recipe.validation and recipe.validation.model_dump(mode="json", exclude={"data"}),
-            recipe.training.identity(),
+            training.identity(),
+            rollout and [rollout.model_dump(mode="json"), [row.answer for row in data.records]],
             recipe.lengths.model_dump(mode="json"),
             recipe.seed,
         ]
@@ -78,7 +85,7 @@ def run_training(recipe: TrainRecipe) -> str:
         start.params,
         processor,
         prepared[""],
-        recipe.training,
+        training,
         recipe.lengths,
         mesh,
         folder=recipe.output,
@@ -87,6 +94,7 @@ def run_training(recipe: TrainRecipe) -> str:
         parts=data.parts,
         held=held,
         card=card,
+        rollout=rollout,
     )
     rows = read_metrics(os.path.join(recipe.output, FILE)) or [{}]
     measured = rows[-1] if recipe.validation is None else best_row(rows, recipe.validation)
@@ -176,7 +184,8 @@ def usable_rows(
 ) -> list[TokenizedRecord]:
     """The rows the objectives learn from, each with the responses they read.
 
-    Objectives of tokens, such as SFT, take whole dialogues, and of ranked responses the best only.
+    Objectives of tokens, such as SFT, take whole dialogues, and of ranked responses the best only;
+    those of sampled responses take prompts.
 
     Args:
       recipe: of the run.
@@ -187,7 +196,18 @@ def usable_rows(
     Raises:
       DataError: too many rows cannot be used.
     """
-    terms = recipe_terms(recipe.training)
+    terms, rollout = recipe_terms(recipe.training), recipe.rollout
+    skipped = os.path.join(recipe.output, skipped)
+    if rollout is not None:
+        source = load_source(data, supervised=False)
+        _, records = usable_records(
+            source,
+            start.processor,
+            recipe.lengths,
+            skipped,
+            lambda record: unrewardable(record, rollout),
+        )
+        return records
     supervised = all(term.objective.kind == "tokens" for term in terms)
     source = load_source(
         data, supervised=True, messages_as="dialogue" if supervised else "last_turn"
@@ -196,7 +216,7 @@ def usable_rows(
         source,
         start.processor,
         recipe.lengths,
-        os.path.join(recipe.output, skipped),
+        skipped,
         lambda record: unfit(record, terms, recipe.training.reference),
         tokenizer_for(terms, recipe.seed),
     )

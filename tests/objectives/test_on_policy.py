@@ -21,7 +21,9 @@ def make(old=True, seed=0):
     return dataclasses.replace(responses, fields=fields)
 
 
-def formula(responses, log_probs, old, beta, clip, low, high, ratio, normalization, max_tokens):
+def formula(
+    responses, log_probs, old, beta, corrected, clip, low, high, ratio, normalization, max_tokens
+):
     """Response by response, token by token."""
     total, tokens, means, count = 0.0, 0, 0.0, 0
     for row, column in np.ndindex(2, 3):
@@ -31,7 +33,7 @@ def formula(responses, log_probs, old, beta, clip, low, high, ratio, normalizati
         w = np.exp(p - q if ratio == "token" else np.full(length, (p - q).mean()))
         a = ADVANTAGES[row, column]
         gain = np.minimum(w * a, np.clip(w, 1 - low, 1 + high) * a) if clip else w * a
-        loss = -gain + beta * (np.exp(r - p) - (r - p) - 1)
+        loss = -gain + beta * (w if corrected else 1) * (np.exp(r - p) - (r - p) - 1)
         total, tokens = total + loss.sum(), tokens + length
         means, count = means + loss.mean(), count + 1
     by = {"grpo": count, "dr_grpo": count * max_tokens}.get(normalization, tokens)
@@ -40,15 +42,20 @@ def formula(responses, log_probs, old, beta, clip, low, high, ratio, normalizati
 
 @pytest.mark.parametrize("normalization", ["dapo", "bnpo", "grpo", "dr_grpo"])
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
-@pytest.mark.parametrize(("clip", "beta"), [(True, 0.0), (True, 0.3), (False, 0.2)])
-def test_grpo(normalization, ratio, clip, beta):
+@pytest.mark.parametrize(
+    ("clip", "beta", "corrected"), [(True, 0.0, True), (True, 0.3, True), (False, 0.2, False)]
+)
+def test_grpo(normalization, ratio, clip, beta, corrected):
     responses = make()
     options = {"beta": beta, "clip": clip, "ratio": ratio, "normalization": normalization}
+    options["bias_corrected_kl"] = corrected
     options |= {"max_tokens": 7, "epsilon_low": 0.1, "epsilon_high": 0.3}
 
     def value(log_probs):
         old = responses.fields["old_log_probs"]
-        return formula(responses, log_probs, old, beta, clip, 0.1, 0.3, ratio, normalization, 7)
+        return formula(
+            responses, log_probs, old, beta, corrected, clip, 0.1, 0.3, ratio, normalization, 7
+        )
 
     with jax.enable_x64(True):
         loss, metrics, _ = loss_of("grpo", responses, **options)

@@ -1,0 +1,37 @@
+"""Rewards of short answers and of their form, as in Visual-RFT (arXiv 2503.01785)."""
+
+from __future__ import annotations
+
+import string
+from typing import Any
+
+from mmpo_jax.errors import DataError
+from mmpo_jax.feedback.rewards.registry import MAX_LENGTH, final_answer, reward
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+@reward
+def exact_match(text: str, answer: Any) -> float:
+    """1 where the answer is the right one, but for case and punctuation around it; else 0."""
+    if not isinstance(answer, str):
+        raise DataError(f"exact_match compares with a text, and the answer is {answer!r:.80}")
+    said = _plain(final_answer(text))
+    return float(said != "" and said == _plain(answer))
+
+
+@reward
+def think_format(text: str, answer: Any) -> float:
+    """1 where the text is `<think>...</think><answer>...</answer>` and nothing else; else 0."""
+    del answer
+    text = text.strip()
+    if len(text) > MAX_LENGTH or any(text.count(tag) != 1 for tag in TAGS):
+        return 0.0
+    begin, thought, said, end = (text.index(tag) for tag in TAGS)
+    between = text[thought + len("</think>") : said]
+    whole = begin == 0 and end + len("</answer>") == len(text)
+    return float(whole and begin < thought < said < end and not between.strip())
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().strip(string.whitespace + string.punctuation).split())

@@ -1,0 +1,209 @@
+"""Rollouts: batches of on-policy training, sampled from the policy and rewarded as it learns."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from mmpo_jax.data.pipeline import Example, HostBatch, Part, TrainBatch, batch_maker, batch_order
+from mmpo_jax.data.processor import Processor
+from mmpo_jax.data.records import Response, Turn
+from mmpo_jax.data.rows import SkipReason
+from mmpo_jax.data.tokenization import TokenizedRecord, TokenizedResponse
+from mmpo_jax.errors import DataError
+from mmpo_jax.generation.responses import read_response, sample_tokens
+from mmpo_jax.generation.sampler import Decoding
+from mmpo_jax.models.lora import cast_params
+from mmpo_jax.models.model import Model, Params
+from mmpo_jax.objectives.on_policy import STD_FLOOR, advantages
+from mmpo_jax.parallel.mesh import put_batch
+from mmpo_jax.recipe import Lengths
+from mmpo_jax.recipe_training import Rollout, Training
+from mmpo_jax.training.reference import score_batch
+from mmpo_jax.training.step import TrainState, merge
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """A prompt's samples."""
+
+    record: TokenizedRecord
+    """With the samples as its responses."""
+    rewards: np.ndarray
+    """float32[S, K], before weights."""
+
+
+class Rollouts:
+    """An endless source of batches for the train loop, like `data.pipeline.training_batches`.
+
+    What is sampled depends on the seed, the parameters, the step and the prompt's id only, so a
+    resumed run samples what the run that was stopped would have.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        processor: Processor,
+        records: Sequence[TokenizedRecord],
+        config: Training,
+        rollout: Rollout,
+        lengths: Lengths,
+        mesh: Mesh,
+        parts: Sequence[Part],
+        micro_batch_size: int,
+        seed: int,
+    ):
+        """
+        Args:
+          model, processor: the architecture and what belongs to it.
+          records: the prompts, with what the rewards compare with.
+          config: the recipe's training section.
+          rollout: how samples are drawn and rewarded.
+          lengths: bucket sizes.
+          mesh: the devices.
+          parts: the data sets that stand one after another in `records`.
+          micro_batch_size: prompts at a time in an update.
+          seed: of the order of the prompts and of the samples.
+        """
+        self.model, self.processor, self.records = model, processor, records
+        self.config, self.rollout, self.lengths, self.mesh = config, rollout, lengths, mesh
+        self.micro_batch_size, self.seed = micro_batch_size, seed
+        order = batch_order(parts, seed, config.epochs, config.batch_size)
+        self.order = iter(order.to_iter_dataset(grain.ReadOptions(num_threads=0)))
+        self.batch: HostBatch | None = None
+        self.uses = 0
+
+    def get_state(self) -> dict[str, Any]:
+        """The position; only between rollouts, as samples are not saved."""
+        return self.order.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.order.set_state(state)
+
+    def draw(self, state: TrainState) -> HostBatch:
+        """The batch of the next step: of a new rollout, or the last one's again."""
+        if self.batch is None or self.uses == self.rollout.updates_per_rollout:
+            self.batch, self.uses = self._roll_out(state), 0
+        self.uses += 1
+        return self.batch
+
+    def _roll_out(self, state: TrainState) -> HostBatch:
+        chosen = [self.records[int(index)] for index in next(self.order)]
+        params = cast_params(merge(state), self.config.compute_dtype)
+        sampled = self._sample(params, chosen, step=int(state.step))
+        rewards = np.stack([each.rewards for each in sampled])
+        weights = [section.weight for section in self.rollout.rewards]
+        better = advantages(
+            jnp.asarray(rewards),
+            weights,
+            scale=self.rollout.scale,
+            aggregation=self.rollout.aggregation,
+        )
+        examples = [
+            Example((each.record,), {"advantages": row})
+            for each, row in zip(sampled, np.asarray(better), strict=True)
+        ]
+        make = batch_maker(
+            examples, self.processor, self.lengths, self.config.batch_size, self.micro_batch_size
+        )
+        host = make(list(range(len(examples))))
+        arrays = host.arrays
+        if self.rollout.updates_per_rollout > 1:
+            fields = {**arrays.fields, "old_log_probs": self._old_log_probs(params, arrays)}
+            arrays = dataclasses.replace(arrays, fields=fields)
+        return dataclasses.replace(host, arrays=arrays, metrics=self._metrics(sampled, rewards))
+
+    def _sample(
+        self, params: Params, records: Sequence[TokenizedRecord], step: int
+    ) -> list[Sampled]:
+        """Samples and rewards them; of the ids that were sampled, not of their text."""
+        options = self.rollout.model_dump(include=set(Decoding.__annotations__))
+        tokens = sample_tokens(
+            self.model,
+            params,
+            self.processor,
+            records,
+            Decoding(**options),
+            self.lengths,
+            self.mesh,
+            batch_size=self.config.batch_size,
+            seed=self.seed,
+            round_index=step,
+        )
+        return [self._read(*pair) for pair in zip(records, tokens, strict=True)]
+
+    def _read(self, record: TokenizedRecord, samples: np.ndarray) -> Sampled:
+        responses, rewards = [], []
+        for row in samples:
+            text, length, finished = read_response(self.processor, row)
+            source = Response((Turn("assistant", text),), finished)
+            responses.append(
+                TokenizedResponse(row[:length].astype(np.int32), np.ones(length, bool), 0, source)
+            )
+            rewards.append([section.score(text, record.answer) for section in self.rollout.rewards])
+        return Sampled(
+            dataclasses.replace(record, responses=tuple(responses)), np.array(rewards, np.float32)
+        )
+
+    def _old_log_probs(self, params: Params, arrays: TrainBatch) -> Any:
+        """float32[M, B, S, T] of M micro-batches, under the policy that sampled."""
+        found = []
+        for i in range(len(arrays.prompts.weights)):
+            prompts = jax.tree.map(lambda leaf, i=i: leaf[i], arrays.prompts)
+            with jax.set_mesh(self.mesh):
+                placed = put_batch(prompts, self.mesh)
+                found.append(
+                    score_batch(
+                        self.model, params, placed, self.config.compute_dtype, per_token=True
+                    )
+                )
+        return np.stack([np.asarray(each) for each in found])
+
+    def _metrics(self, sampled: Sequence[Sampled], rewards: np.ndarray) -> dict[str, float]:
+        """TRL's names."""
+        weights = [section.weight for section in self.rollout.rewards]
+        total = rewards @ np.array(weights, np.float32)
+        finished = [r.source.finished for each in sampled for r in each.record.responses]
+        metrics = {
+            "reward": total.mean(),
+            "reward_std": total.std(),
+            "frac_reward_zero_std": np.mean(total.std(axis=1) < STD_FLOOR),
+            "completions/clipped_ratio": 1 - np.mean(finished),
+        }
+        for place, section in enumerate(self.rollout.rewards):
+            metrics[f"rewards/{section.type}/mean"] = rewards[..., place].mean()
+            metrics[f"rewards/{section.type}/std"] = rewards[..., place].std()
+        return {name: float(value) for name, value in metrics.items()}
+
+
+def prompt_examples(records: Sequence[TokenizedRecord]) -> list[Example]:
+    """Examples without responses."""
+    return [Example((record,), {}) for record in records]
+
+
+def with_token_limit(config: Training, rollout: Rollout) -> Training:
+    """The training section with the rollout's limit where an objective divides by one."""
+    objectives = [
+        section.model_copy(update={"max_tokens": rollout.max_new_tokens})
+        if getattr(section, "max_tokens", 0) is None
+        else section
+        for section in config.objective
+    ]
+    return config.model_copy(update={"objective": tuple(objectives)})
+
+
+def unrewardable(record: TokenizedRecord, rollout: Rollout) -> tuple[SkipReason, str] | None:
+    """(reason, detail) why a record's samples cannot be rewarded; None if they can."""
+    try:
+        for section in rollout.rewards:
+            section.score("", record.answer)
+    except DataError as error:
+        return "no_answer", str(error)
+    return None

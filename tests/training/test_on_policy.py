@@ -1,0 +1,294 @@
+"""On-policy training: what a rollout holds, exact resume, and that it learns what is rewarded."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from pydantic import ValidationError
+
+from mmpo_jax.data.pipeline import Example, Part
+from mmpo_jax.data.sources import SKIPPED
+from mmpo_jax.data.tokenization import tokenize_records
+from mmpo_jax.models.huggingface import flatten
+from mmpo_jax.models.log_probs import response_log_probs
+from mmpo_jax.objectives.on_policy import advantages
+from mmpo_jax.parallel.mesh import AXES
+from mmpo_jax.recipe import Lengths, TrainRecipe
+from mmpo_jax.recipe_rewards import RewardSection
+from mmpo_jax.recipe_training import Optimizer, Rollout, Training
+from mmpo_jax.shapes.records import prompt_records
+from mmpo_jax.training import loop
+from mmpo_jax.training.checkpoints import CheckpointError
+from mmpo_jax.training.loop import train
+from mmpo_jax.training.metrics import read_metrics
+from mmpo_jax.training.on_policy import Rollouts, with_token_limit
+from mmpo_jax.training.run import run_training
+
+LENGTHS = Lengths(prompt=(24,), response=(4, 8))
+PROMPTS = 6
+ROLLOUT = Rollout(
+    rewards=[{"type": "shapes_caption"}, {"type": "think_format", "weight": 0.5}],
+    num_samples=4,
+    max_new_tokens=6,
+    updates_per_rollout=2,
+)
+CONFIG = Training(
+    objective={"type": "grpo", "beta": 0.1},
+    reference={"type": "online"},
+    optimizer=Optimizer(learning_rate=1e-2, weight_decay=0.0),
+    epochs=3,
+    batch_size=4,
+    micro_batch_size=2,
+    log_every=1,
+    save_every=2,
+)
+STEPS = 10  # 18 prompts in batches of 4, each used twice
+
+
+class Killed(BaseException):
+    """What nothing expects."""
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh(
+        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
+    )
+
+
+@pytest.fixture(scope="module")
+def records(tiny_processor):
+    given = prompt_records("align", 0, PROMPTS, 24)
+    kept, skipped = tokenize_records(given, tiny_processor, LENGTHS)
+    assert not skipped
+    return kept
+
+
+@pytest.fixture(scope="module", autouse=True)
+def easy_rewards():
+    """Random weights never say what a real reward looks for: here letters are counted."""
+    real = RewardSection.score
+
+    def score(self, text, answer):
+        if self.type == "shapes_caption" and isinstance(answer, dict):
+            return text.count("a") - text.count("e")
+        if self.type == "think_format":
+            return len(text) % 3
+        return real(self, text, answer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RewardSection, "score", score)
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model, tiny_processor, records, mesh):
+    def run(folder, mesh=mesh, config=CONFIG, rollout=ROLLOUT):
+        params = train(
+            *tiny_model,
+            tiny_processor,
+            [Example((record,), {}) for record in records],
+            with_token_limit(config, rollout),
+            LENGTHS,
+            mesh,
+            folder=str(folder),
+            identity="this run",
+            seed=0,
+            rollout=rollout,
+        )
+        return {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return run(folder), read_metrics(folder / "metrics.jsonl")
+
+
+def test_metrics(undisturbed):
+    _, rows = undisturbed
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert {
+        "loss",
+        "kl",
+        "reward",
+        "reward_std",
+        "frac_reward_zero_std",
+        "rewards/shapes_caption/mean",
+        "rewards/think_format/mean",
+        "completions/mean_length",
+        "completions/clipped_ratio",
+        "clip_ratio/region_mean",
+    } <= rows[0].keys()
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert rows[0]["reward"] == rows[1]["reward"] != rows[2]["reward"]
+    assert rows[0]["clip_ratio/region_mean"] == 0 < rows[1]["clip_ratio/region_mean"]
+    assert rows[3]["kl"] > 0
+    for row in rows:
+        total = row["rewards/shapes_caption/mean"] + 0.5 * row["rewards/think_format/mean"]
+        assert row["reward"] == pytest.approx(total, abs=1e-6)
+    assert rows[-1]["reward"] > rows[0]["reward"]
+
+
+@pytest.mark.parametrize("before_step", [4, 7])
+def test_a_killed_run_ends_as_an_undisturbed_one(before_step, run, undisturbed, tmp_path):
+    """Killed before the second step with a rollout, and before the first one."""
+    put, taken = loop.put_batch, iter(range(1, 100))
+
+    def fragile(*args, **options):
+        if next(taken) == before_step:
+            raise Killed
+        return put(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "put_batch", fragile)
+        with pytest.raises(Killed):
+            run(tmp_path)
+    params, metrics = run(tmp_path), read_metrics(tmp_path / "metrics.jsonl")
+    for path, value in undisturbed[0].items():
+        np.testing.assert_array_equal(params[path], value, err_msg=path)
+    assert metrics == undisturbed[1]
+
+
+def test_a_rollout(tiny_model, tiny_processor, records, mesh):
+    """Samples with their rewards against each other, and log-probs under what sampled them."""
+    model, params = tiny_model
+    rollouts = Rollouts(
+        model,
+        tiny_processor,
+        records,
+        CONFIG,
+        ROLLOUT,
+        LENGTHS,
+        mesh,
+        [Part(len(records))],
+        micro_batch_size=2,
+        seed=3,
+    )
+    state = State(params)
+    host = rollouts.draw(state)
+    assert rollouts.draw(state) is host
+    assert rollouts.draw(state) is not host
+    assert host.ids == tuple(dict.fromkeys(host.ids))
+    arrays = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), host.arrays)
+    log_probs = response_log_probs(model, params, arrays.prompts) * arrays.prompts.loss_mask
+    np.testing.assert_allclose(arrays.fields["old_log_probs"], log_probs, atol=1e-5)
+    rewards = np.zeros((4, 4, 2), np.float32)
+    by_id = {record.id: record for record in records}
+    for row, column in np.ndindex(4, 4):
+        ids = arrays.prompts.response_ids[row, column][arrays.prompts.loss_mask[row, column]]
+        assert tiny_processor.eos_id not in ids[:-1]
+        text = tiny_processor.decode(ids.tolist())
+        for place, section in enumerate(ROLLOUT.rewards):
+            rewards[row, column, place] = section.score(text, by_id[host.ids[row]].answer)
+    np.testing.assert_allclose(
+        arrays.fields["advantages"], advantages(rewards, [1.0, 0.5]), atol=1e-5
+    )
+    assert host.metrics["reward"] == pytest.approx((rewards @ [1.0, 0.5]).mean(), abs=1e-6)
+
+
+@dataclasses.dataclass
+class State:
+    """What a rollout reads of a train state."""
+
+    tree: dict
+    step: int = 0
+    frozen: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def params(self):
+        return flatten(self.tree)
+
+
+def test_devices_change_nothing(run, undisturbed, tmp_path):
+    """The samples of the first rollout, and what two steps make of them."""
+    mesh = jax.make_mesh(
+        (1, 2, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:2]
+    )
+    run(tmp_path, mesh=mesh, config=CONFIG.model_copy(update={"max_steps": 2}))
+    first = read_metrics(tmp_path / "metrics.jsonl")[0]
+    wanted = undisturbed[1][0]
+    for name in ("reward", "completions/mean_length", "loss", "grad_norm"):
+        assert first[name] == pytest.approx(wanted[name], rel=1e-3, abs=1e-6), name
+
+
+def recipe(folder, output, **changes):
+    values = {
+        "output": str(output),
+        "model": str(folder),
+        "lengths": {"prompt": [24], "response": [8]},
+        "data": {"source": "shapes", "split": "align", "size": 8, "image_size": 24},
+        "rollout": {
+            "num_samples": 2,
+            "max_new_tokens": 4,
+            "rewards": [{"type": "shapes_caption"}],
+        },
+        "training": {"objective": {"type": "grpo"}, "batch_size": 8},
+    }
+    return TrainRecipe.model_validate(values | changes)
+
+
+def test_a_recipe_trains(tiny_folder, tmp_path):
+    """From prompts to a Hugging Face folder; other rewards make another run."""
+    made = recipe(tiny_folder, tmp_path)
+    run_training(made)
+    assert (tmp_path / "model" / "config.json").is_file()
+    rewards = {"num_samples": 2, "max_new_tokens": 4, "rewards": [{"type": "think_format"}]}
+    with pytest.raises(CheckpointError):
+        run_training(recipe(tiny_folder, tmp_path, rollout=rewards))
+
+
+def test_rows_without_an_answer_are_left_out(tiny_folder, tmp_path):
+    rows = [{"prompt": "a ring ?", "answer": "yes"}, {"prompt": "a star ?"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rollout = {"num_samples": 2, "max_new_tokens": 4, "rewards": [{"type": "exact_match"}]}
+    data = {"source": "file", "path": str(path), "max_skipped": 0.5}
+    training = {"objective": {"type": "grpo"}, "batch_size": 8}
+    made = recipe(tiny_folder, tmp_path / "out", rollout=rollout, data=data, training=training)
+    run_training(made)
+    (skipped,) = (tmp_path / "out" / SKIPPED).read_text().splitlines()
+    assert json.loads(skipped)["reason"] == "no_answer"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rollout": None}, "rollout: objectives of sampled responses need it"),
+        ({"training": {"objective": {"type": "sft"}}}, "rollout: objectives of sampled"),
+        (
+            {"training": {"objective": [{"type": "grpo"}, {"type": "sft"}]}},
+            "some learn from samples",
+        ),
+        (
+            {"training": {"objective": {"type": "grpo", "beta": 0.1}}},
+            "grpo needs a reference that runs in the step",
+        ),
+        ({"lengths": {"prompt": [24], "response": [2]}}, "max_new_tokens 4 is more"),
+        (
+            {
+                "rollout": {
+                    "updates_per_rollout": 3,
+                    "max_new_tokens": 4,
+                    "rewards": [{"type": "iou"}],
+                }
+            },
+            "save_every must be a multiple of updates_per_rollout",
+        ),
+        ({"rollout": {"rewards": []}}, "at least 1"),
+        ({"rollout": {"rewards": [{"type": "iou"}, {"type": "iou"}]}}, "give each type once"),
+    ],
+)
+def test_recipes_that_make_no_sense_are_refused(changes, message, tmp_path):
+    with pytest.raises(ValidationError, match=message):
+        recipe("model", tmp_path, **changes)
+
+
+def test_the_limit_of_dr_grpo_is_the_rollouts():
+    config = Training(objective={"type": "grpo", "normalization": "dr_grpo"})
+    assert with_token_limit(config, ROLLOUT).objective[0].max_tokens == 6
