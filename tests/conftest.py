@@ -1,5 +1,6 @@
 """Eight simulated CPU devices, no network, and one set of tiny models for the whole session."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -29,6 +30,19 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny  # noqa: E402
+
+
+MEMORY_LIMIT = 3 * 2**30
+"""Of a test process, in bytes: compiled programs are let go of when it is reached."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory():
+    """Thousands of tests compile more programs than a small machine can hold at once."""
+    yield
+    if tiny.memory_in_use() > MEMORY_LIMIT:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -98,7 +98,7 @@ def load_config(folder: str | os.PathLike[str]) -> ModelConfig:
         raise ModelError(f"{path}: transformers cannot read it as a {kind}: {told}") from error
     text = getattr(config, "text_config", None)
     # Where the two switches differ transformers ties a head that is not stored.
-    if text and config.tie_word_embeddings and not text.tie_word_embeddings:
+    if text and config.tie_word_embeddings and getattr(text, "tie_word_embeddings", None) is False:
         text.tie_word_embeddings = not _stores_head(folder)
     try:
         return read_config(config)

@@ -93,7 +93,7 @@ def test_ranks_count_and_not_the_order_of_responses(make_recipe, tmp_path):
     found = [json.loads(line) for line in (tmp_path / "out" / SKIPPED).read_text().splitlines()]
     assert [(row["row"], row["reason"]) for row in found] == [
         (3, "incomplete_pair"),
-        (4, "incomplete_pair"),
+        (4, "undesirable"),
     ]
     assert learned(make_recipe([ranked, disliked, liked], SFT)) == [["a red circle ."], ["no"]]
     (found,) = (tmp_path / "out" / SKIPPED).read_text().splitlines()
