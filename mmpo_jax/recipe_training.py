@@ -133,6 +133,12 @@ class Training(Section):
 
     def _check_contexts(self) -> None:
         """All objectives see one batch."""
+        needs = {need: section.type for section in self.objective for need in section.term().needs}
+        if {"mismatched", "other_image"} <= needs.keys():
+            raise ValueError(
+                f"objective: {needs['mismatched']} and {needs['other_image']} need different rows; "
+                "train with one of them"
+            )
         for names in (("image", "noise_step"), ("joint",)):
             asked = {
                 tuple(getattr(section, name) for name in names)

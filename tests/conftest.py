@@ -31,7 +31,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny  # noqa: E402
 
-
 MEMORY_LIMIT = 3 * 2**30
 """Of a test process, in bytes: compiled programs are let go of when it is reached."""
 

@@ -7,7 +7,8 @@ from mmpo_jax.data.records import SCORE, Response, Turn
 from mmpo_jax.data.tokenization import TokenizedRecord, TokenizedResponse
 from mmpo_jax.errors import DataError
 from mmpo_jax.objectives.terms import make_term, needs
-from mmpo_jax.training.examples import lacks, make_examples
+from mmpo_jax.training.examples import make_examples
+from mmpo_jax.training.fields import lacks
 
 
 def record(ranks, scores):

@@ -18,7 +18,8 @@ from mmpo_jax.recipe import Lengths
 from mmpo_jax.recipe_training import CachedReference, Training
 from mmpo_jax.shapes.render import png_bytes
 from mmpo_jax.shapes.world import sample_scene
-from mmpo_jax.training.examples import lacks, make_examples, unfit, with_mismatched
+from mmpo_jax.training.examples import make_examples, unfit, with_mismatched
+from mmpo_jax.training.fields import lacks
 from mmpo_jax.training.losses import gather, make_loss
 from mmpo_jax.training.step import create_state, make_step
 

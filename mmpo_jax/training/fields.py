@@ -1,0 +1,176 @@
+"""What the data say of responses, as arrays for objectives: one function per field."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from mmpo_jax.data.contexts import answers
+from mmpo_jax.data.records import Span
+from mmpo_jax.data.rows import SkipReason
+from mmpo_jax.data.segments import changed_segments
+from mmpo_jax.data.tokenization import TokenizedRecord, TokenizedResponse
+
+
+def lacks(record: TokenizedRecord, field: str) -> tuple[SkipReason, str] | None:
+    """(reason, detail) why an objective that needs `field` cannot use a record; None if it can."""
+    sources = [response.source for response in record.responses]
+    if field == "rank" and (not record.ranked or len({x.rank for x in sources}) < 2):
+        return "incomplete_pair", "no responses of different ranks, which the objective compares"
+    if field in ("score", "win_rate") and not all(len(source.scores) == 1 for source in sources):
+        return "no_score", "not every response has one score"
+    kind, _, dimension = field.partition("/")
+    if kind == "scores" and any(dimension not in source.scores for source in sources):
+        return "no_score", f"not every response has a score for {dimension!r}"
+    if field == "consistency" and any(field not in source.scores for source in sources):
+        return "no_score", "not every response has a score 'consistency'"
+    if field == "gold" and (not record.ranked or len(set(_ranks(record))) < 3):
+        return "incomplete_pair", "no three different ranks, the best of which is gold"
+    spans = [span for source in sources for span in source.spans]
+    if field == "token_weights" and not any(span.weight is not None for span in spans):
+        return "no_spans", "no span has a weight"
+    if field == "phrases" and not any(span.phrase is not None for span in spans):
+        return "no_spans", "no span has the number of a phrase"
+    if field == "changed" and not spans and len(sources) != 2:
+        return "no_spans", "no span says what changed, and the responses are not two to compare"
+    if field == "turn" and not any(_turns_of(response).max() > 0 for response in answers(record)):
+        return "no_dialogue", "no turn of the assistant follows the response"
+    if field == "other_models" and not all(source.scores for source in sources):
+        return "no_score", "not every response has scores"
+    if field == "desirable" and None in _verdicts(record):
+        return (
+            "no_label",
+            "not every response is said to be desirable or not, or better than others",
+        )
+    return None
+
+
+def _ranks(record: TokenizedRecord) -> np.ndarray:
+    return np.array([response.source.rank or 0 for response in record.responses], np.float32)
+
+
+def _scores(record: TokenizedRecord) -> np.ndarray:
+    return np.array(
+        [next(iter(response.source.scores.values())) for response in record.responses], np.float32
+    )
+
+
+def _win_rates(record: TokenizedRecord) -> np.ndarray:
+    """The mean over the record's responses, itself included, of sigmoid(score - theirs)."""
+    scores = _scores(record).astype(np.float64)
+    return (0.5 + 0.5 * np.tanh((scores[:, None] - scores) / 2)).mean(axis=1).astype(np.float32)
+
+
+def _gold(record: TokenizedRecord) -> np.ndarray:
+    """1 for the first of the best."""
+    ranks = _ranks(record)
+    return (np.arange(len(ranks)) == ranks.argmin()).astype(np.float32)
+
+
+def _dimension(name: str) -> Callable[[TokenizedRecord], np.ndarray]:
+    return lambda record: np.array([r.source.scores[name] for r in record.responses], np.float32)
+
+
+def _verdicts(record: TokenizedRecord) -> list[bool | None]:
+    """Whether each response is desirable; of ranked ones that nothing else is said of, the best
+    are, unless all are tied."""
+    sources = [response.source for response in record.responses]
+    ranks = [r.source.rank for r in record.responses if not r.mismatched]
+    if record.ranked and len(set(ranks)) > 1 and all(s.desirable is None for s in sources):
+        best = min(rank for rank in ranks if rank is not None)
+        return [source.rank == best for source in sources]
+    return [source.desirable for source in sources]
+
+
+def _desirable(record: TokenizedRecord) -> np.ndarray:
+    return np.array([bool(verdict) for verdict in _verdicts(record)], np.float32)
+
+
+def _other_models(record: TokenizedRecord) -> np.ndarray:
+    scores = [list(response.source.scores.values()) for response in record.responses]
+    return np.array([np.mean(values) if values else 0 for values in scores], np.float32)
+
+
+def _mismatched(record: TokenizedRecord) -> np.ndarray:
+    return np.array([response.mismatched for response in record.responses], np.float32)
+
+
+def _of_tokens(values: Sequence[np.ndarray]) -> np.ndarray:
+    """float32[S, t] of what is said of every response's tokens."""
+    longest = max(len(value) for value in values)
+    return np.array([np.pad(value, (0, longest - len(value))) for value in values], np.float32)
+
+
+def _spanned(
+    record: TokenizedRecord, value: Callable[[Span], float | None], default: float
+) -> np.ndarray:
+    """float32[S, t]: the value of the span a token is in, else the default; of spans that share a
+    token the last one's."""
+    rows = []
+    for response in answers(record):
+        row = np.full(len(response.ids), default)
+        for span, (first, end) in zip(response.source.spans, response.span_tokens, strict=True):
+            of_span = value(span)
+            if of_span is not None:
+                row[first:end] = of_span
+        rows.append(row)
+    return _of_tokens(rows)
+
+
+def _token_weights(record: TokenizedRecord) -> np.ndarray:
+    return _spanned(record, lambda span: span.weight, 1.0)
+
+
+def _phrases(record: TokenizedRecord) -> np.ndarray:
+    """0 where a token is in no phrase, else 1 + the phrase's number."""
+    return _spanned(record, lambda span: None if span.phrase is None else span.phrase + 1, 0.0)
+
+
+def _changed(record: TokenizedRecord) -> np.ndarray:
+    """1 in changed segments: in spans where there are any, else where the tokens of two responses
+    differ."""
+    responses = answers(record)
+    if any(response.source.spans for response in responses):
+        return _spanned(record, lambda span: 1.0, 0.0)
+    ids = [response.ids.tolist() for response in responses]
+    rows = []
+    for tokens, ranges in zip(ids, changed_segments(*ids), strict=True):
+        row = np.zeros(len(tokens))
+        for first, end in ranges:
+            row[first:end] = 1
+        rows.append(row)
+    return _of_tokens(rows)
+
+
+def _turns(record: TokenizedRecord) -> np.ndarray:
+    return _of_tokens([_turns_of(response) for response in answers(record)])
+
+
+def _turns_of(response: TokenizedResponse) -> np.ndarray:
+    """int[t]: how many turns of the assistant end before a token."""
+    spoken = response.loss_mask.astype(int)
+    return np.cumsum(np.diff(spoken, prepend=0) < 0)
+
+
+MAKERS: dict[str, Callable[[TokenizedRecord], np.ndarray]] = {
+    "rank": _ranks,
+    "score": _scores,
+    "desirable": _desirable,
+    "win_rate": _win_rates,
+    "gold": _gold,
+    "consistency": _dimension("consistency"),
+    "token_weights": _token_weights,
+    "phrases": _phrases,
+    "changed": _changed,
+    "turn": _turns,
+    "other_models": _other_models,
+    "mismatched": _mismatched,
+}
+"""How a field, or what tells a view apart, comes out of a record; see `maker_of` for those of a
+name."""
+
+
+def maker_of(field: str) -> Callable[[TokenizedRecord], np.ndarray]:
+    kind, _, dimension = field.partition("/")
+    return _dimension(dimension) if kind == "scores" else MAKERS[field]
