@@ -41,6 +41,24 @@ def dpo(
     return logistic(beta * (chosen.ratio - rejected.ratio), label_smoothing)
 
 
+@pairwise("reference", "gold")
+def selm(
+    chosen: Side,
+    rejected: Side,
+    gold: Side,
+    *,
+    beta: Positive = 0.01,
+    alpha: NonNegative = 1e-3,
+) -> jax.Array:
+    """SELM: -log sigmoid(beta D) + alpha beta r_gold.
+
+    Zhang et al. 2024 (arXiv 2405.19332): optimism, which makes room for responses beyond those of
+    the data by making a known good one, here the row's best, less likely. The pairs are those of
+    the others.
+    """
+    return logistic(beta * (chosen.ratio - rejected.ratio)) + alpha * beta * gold.ratio
+
+
 @pairwise("reference", divergences=True)
 def sigmoid_norm(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array:
     """Length-normalised DPO: -log sigmoid(beta (r_w / |w| - r_l / |l|)).

@@ -72,8 +72,7 @@ def asft(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array:
 
     Wang et al. 2024, Aligned Supervised Fine-Tuning (arXiv 2409.10571), as Gorbatovski et al. 2025
     (arXiv 2502.01237), section 3.1, write it; beta is lambda, 0.1 to 1. Anchored Supervised
-    Fine-Tuning (arXiv 2509.23753) is another method: it has no pairs, but tokens weighted by their
-    probability and the KL to the reference.
+    Fine-Tuning (arXiv 2509.23753) is another method: `anchored_sft`.
     """
     # log sigmoid(o) = a and log sigmoid(-o) = log(1 - e^a).
     return nll(chosen) - beta * (chosen.average + log1mexp(rejected.average))

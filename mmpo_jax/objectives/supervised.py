@@ -76,6 +76,22 @@ def nsft(responses: Responses, *, kl_weight: NonNegative = 0.0) -> tuple[jax.Arr
     return loss, jnp.stack([counted * answer, counted * ~answer])
 
 
+@tokenwise()
+def anchored_sft(
+    responses: Responses, *, kl_weight: NonNegative = 0.05
+) -> tuple[jax.Array, jax.Array]:
+    """Anchored SFT: -sg(p) log p + kl_weight KL(reference || policy) per token.
+
+    Zhu et al. 2025 (arXiv 2509.23753); without the KL it is DFT, Wu et al. 2025 (arXiv 2508.05629).
+    The divergence is taken as in the released code, whose default weight is 0.1. `asft` is another
+    method: it has pairs.
+    """
+    loss = -jax.lax.stop_gradient(jnp.exp(responses.log_probs)) * responses.log_probs
+    if kl_weight:
+        loss += kl_weight * responses.statistics["kl"]
+    return loss, responses.mask * best(responses)[..., None]
+
+
 def best(responses: Responses) -> jax.Array:
     """float32[N, S]: 1 for the responses of the best rank in their row, or where nothing is
     ranked."""

@@ -147,6 +147,27 @@ def test_triple_po_learns_the_gold_response_and_pairs_the_others(responses, opti
     check(responses, formula, value, gradient)
 
 
+def test_selm_is_dpo_of_the_others_and_an_extra_response(responses):
+    beta, alpha = 0.3, 0.2
+
+    def formula(totals, _):
+        losses = []
+        for better, worse in pairs_of(responses, totals):
+            if better.fields["gold"] or worse.fields["gold"]:
+                continue
+            row = int(np.argwhere(np.asarray(responses.reference) == better.reference)[0, 0])
+            place = int(np.argmax(responses.fields["gold"][row]))
+            extra = totals[row, place] - float(responses.reference[row, place])
+            z = beta * (better.ratio - worse.ratio)
+            losses.append(-log_sigmoid(z) + alpha * beta * extra)
+        return np.mean(losses)
+
+    with jax.enable_x64(True):
+        term = term_of("selm", beta=beta, alpha=alpha)
+        value, gradient = value_and_gradient(term, responses, WEIGHTS)
+    check(responses, formula, value, gradient)
+
+
 @pytest.mark.parametrize("name", ["beta_dpo"])
 def test_beta_dpo_moves_its_mean_from_batch_to_batch(responses, name):
     term = term_of(name)

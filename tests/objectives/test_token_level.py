@@ -163,6 +163,22 @@ class TestNsft:
         assert float(value) == pytest.approx(float(loss_of("sft", plain, np.ones(3))), rel=1e-6)
 
 
+@pytest.mark.parametrize("kl_weight", [0.0, 0.3])
+def test_anchored_sft_weighs_tokens_by_their_probability(kl_weight):
+    with jax.enable_x64(True):
+        made, log_probs, kl, mask, _ = TestNsft().responses()
+        token = -np.exp(log_probs) * log_probs + kl_weight * kl
+
+        def loss(x):
+            changed = dataclasses.replace(made, log_probs=x)
+            return loss_of("anchored_sft", changed, np.ones(3), kl_weight=kl_weight)
+
+        value, slopes = jax.value_and_grad(loss)(made.log_probs)
+    np.testing.assert_allclose(value, token[mask].mean(), rtol=1e-12)
+    # The probability itself has no gradient.
+    np.testing.assert_allclose(slopes, -np.exp(log_probs) * mask / mask.sum(), rtol=1e-12)
+
+
 def test_joint_preferences_are_dpo_of_longer_texts():
     with jax.enable_x64(True):
         responses = to_responses(make_case())
