@@ -182,8 +182,10 @@ class Training(Section):
 
     def identity(self) -> dict[str, Any]:
         """The options the trained weights depend on."""
-        reporting = {"log_every", "save_every", "keep_checkpoints", "workers"}
-        return self.model_dump(mode="json", exclude=reporting)
+        without = {"log_every", "save_every", "keep_checkpoints", "workers", "remat"}
+        if self.lora is None or not self.lora.dropout:  # whose masks follow the micro-batches
+            without.add("micro_batch_size")
+        return self.model_dump(mode="json", exclude=without)
 
 
 class Rollout(Section):

@@ -10,7 +10,7 @@ import grain
 import jax
 import numpy as np
 
-from mmpo_jax.data.batching import pad_batch
+from mmpo_jax.data.batching import bucket, pad_batch
 from mmpo_jax.data.contexts import MAIN
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.tokenization import TokenizedRecord
@@ -125,8 +125,11 @@ def mixed_order(parts: Sequence[Part], seed: int, epochs: int) -> grain.MapDatas
 def held_out_batches(
     examples: Sequence[Example], processor: Processor, lengths: Lengths, batch_size: int
 ) -> Iterator[TrainBatch]:
-    """All examples once, in order."""
-    make = batch_maker(examples, processor, lengths, batch_size, batch_size)
+    """All examples once, in order, all with the T that the longest response needs."""
+    longest = max(len(r.ids) for example in examples for row in example.rows for r in row.responses)
+    size = bucket(longest, lengths.response)
+    one = lengths.model_copy(update={"response": (size,)})
+    make = batch_maker(examples, processor, one, batch_size, batch_size)
     for start in range(0, len(examples), batch_size):
         batch = make(list(range(start, min(start + batch_size, len(examples)))))
         yield jax.tree.map(lambda leaf: leaf[0], batch.arrays)

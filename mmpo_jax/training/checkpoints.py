@@ -134,6 +134,11 @@ class Checkpoints:
                 self.best.save(step, args=ocp.args.Composite(params=params), force=True)
                 self.best.wait_until_finished()
 
+    def discard_best(self) -> None:
+        """Removes what was best in an attempt of which no checkpoint is left."""
+        for step in self.best.all_steps():
+            self.best.delete(step)
+
     def restore_best(self, state: TrainState) -> TrainState:
         """The state with the best parameters."""
         abstract = _abstract({**state.params, **state.frozen})

@@ -7,8 +7,9 @@ import functools
 import re
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +32,7 @@ from mmpo_jax.models.lora import add_adapters, targeted_layers
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.parallel.mesh import batch_shards, put_batch
 from mmpo_jax.recipe import Lengths
-from mmpo_jax.recipe_training import MovingReference, Rollout, Training
+from mmpo_jax.recipe_training import MovingReference, NoReference, Rollout, Training
 from mmpo_jax.training.checkpoints import Checkpoints, save_base
 from mmpo_jax.training.losses import Loss, make_loss, needs_reference, recipe_terms
 from mmpo_jax.training.metrics import MetricsWriter
@@ -103,22 +104,24 @@ def train(
         params = add_adapters(params, model, config.lora, config.freeze, seed)
     micro = micro_batch_size(config, mesh)
     checkpoints = Checkpoints(folder, identity, config.keep_checkpoints)
-    batches: Any
+    source: Source
     if rollout is None:
-        batches = training_batches(
-            examples,
-            processor,
-            lengths,
-            seed=seed,
-            epochs=config.epochs,
-            batch_size=config.batch_size,
-            micro_batch_size=micro,
-            parts=parts,
-            workers=config.workers,
+        source = FromData(
+            training_batches(
+                examples,
+                processor,
+                lengths,
+                seed=seed,
+                epochs=config.epochs,
+                batch_size=config.batch_size,
+                micro_batch_size=micro,
+                parts=parts,
+                workers=config.workers,
+            )
         )
     else:
         prompts = [example.rows[0] for example in examples]
-        batches = Rollouts(
+        source = Rollouts(
             model, processor, prompts, config, rollout, lengths, mesh, parts, micro, seed
         )
     # Closed whatever happens: a checkpoint that is being written is finished first.
@@ -128,7 +131,7 @@ def train(
         restored = checkpoints.restore(state)
         if restored is not None:
             state, position = restored
-            batches.set_state(position)
+            source.set_state(position)
         # Not before it is known to be this run's folder.
         save_base(folder, processor.folder, processor.chat_template, card)
         step = int(state.step)
@@ -137,17 +140,18 @@ def train(
         with contextlib.closing(MetricsWriter(folder, kept, steps)) as writer:
             validation = None
             if held is not None:
-                rows = held_out_batches(held.examples, processor, lengths, micro)
                 # In its own contexts: some row may have more than any that is trained on.
                 measured = make_loss(model, recipe_terms(config), held.examples[0].names)
-                validation = Validator(held.config, list(rows), measured, config, mesh, writer.rows)
+                make = functools.partial(held_out_batches, held.examples, processor, lengths, micro)
+                validation = Validator(held.config, make, measured, config, mesh, writer.rows)
                 if restored is None:
+                    checkpoints.discard_best()  # of a run that ended before its first checkpoint
                     writer.record(0, validation.measure(0, state))
                     checkpoints.save_best(0, state)
             waiting, window, started = Waiting(), Window(checkpoints), time.perf_counter()
             while step < steps and not (validation and validation.is_over()):
                 host, position, batch = waiting.fetch(
-                    functools.partial(_next_batch, batches, state, mesh)
+                    functools.partial(_next_batch, source, state, mesh)
                 )
                 state, metrics = update(state, batch)
                 step += 1
@@ -186,14 +190,15 @@ def prepare(
     schedule = make_schedule(config.optimizer, steps)
     optimizer = make_optimizer(config.optimizer, schedule)
     dtype = jnp.dtype(config.compute_dtype)
-    running = {"online": dtype, "ema": jnp.float32}.get(config.reference.type)
+    reference = config.reference if needs_reference(recipe_terms(config)) else NoReference()
+    running = {"online": dtype, "ema": jnp.float32}.get(reference.type)
     state = create_state(
         params,
         model,
         optimizer,
         config.freeze,
         mesh,
-        reference_dtype=running if needs_reference(recipe_terms(config)) else None,
+        reference_dtype=running,
         keeps=loss.state,
     )
     update = make_step(
@@ -204,17 +209,41 @@ def prepare(
         dtype,
         config.lora.dropout if config.lora else 0.0,
         seed,
-        config.reference if isinstance(config.reference, MovingReference) else None,
+        reference if isinstance(reference, MovingReference) else None,
     )
     return state, update
 
 
+class Source(Protocol):
+    """Where batches come from."""
+
+    def draw(self, state: TrainState) -> HostBatch:
+        """The batch of the next step."""
+
+    def get_state(self) -> dict[str, Any]:
+        """The position after it."""
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on from a position."""
+
+
+class FromData:
+    """Batches of data, whatever the state."""
+
+    def __init__(self, batches: grain.DatasetIterator):
+        self.batches = batches
+        self.get_state, self.set_state = batches.get_state, batches.set_state
+
+    def draw(self, state: TrainState) -> HostBatch:
+        return next(self.batches)
+
+
 def _next_batch(
-    batches: Any, state: TrainState, mesh: Mesh
+    source: Source, state: TrainState, mesh: Mesh
 ) -> tuple[HostBatch, dict[str, Any], TrainBatch]:
     """(the next batch, where the data stand after it, the batch on the devices)."""
-    host: HostBatch = batches.draw(state) if isinstance(batches, Rollouts) else next(batches)
-    return host, batches.get_state(), put_batch(host.arrays, mesh, leading=1)
+    host = source.draw(state)
+    return host, source.get_state(), put_batch(host.arrays, mesh, leading=1)
 
 
 def check_training(config: Training, model: Model, mesh: Mesh) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from mmpo_jax.checkpoint import Checkpoint, load_start
-from mmpo_jax.data.pipeline import Part
+from mmpo_jax.data.pipeline import Example, Part
 from mmpo_jax.data.sources import SKIPPED, load_source, usable_records
 from mmpo_jax.data.tokenization import TokenizedRecord, fingerprint_records
 from mmpo_jax.files import fingerprint_json
@@ -65,6 +67,7 @@ def run_training(recipe: TrainRecipe) -> str:
             processor.fingerprints(),
             fingerprint_records(data.records),
             [fingerprint_fields(examples) for examples in prepared.values()],
+            training.reference.type == "given" and _given_sums(prepared.values()),
             [(part.size, part.weight) for part in data.parts],
             fingerprint_records(data.held),
             recipe.validation and recipe.validation.model_dump(mode="json", exclude={"data"}),
@@ -100,6 +103,14 @@ def run_training(recipe: TrainRecipe) -> str:
     measured = rows[-1] if recipe.validation is None else best_row(rows, recipe.validation)
     card = dataclasses.replace(card, metrics=measured)
     return save_result(recipe.output, start, trained, recipe.training.lora, card)
+
+
+def _given_sums(prepared: Iterable[Sequence[Example]]) -> list[Any]:
+    """A reference that comes with the data, and not from the model."""
+    return [
+        [{name: sums.tolist() for name, sums in example.reference.items()} for example in examples]
+        for examples in prepared
+    ]
 
 
 def save_result(

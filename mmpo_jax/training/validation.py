@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 from mmpo_jax.data.pipeline import Example, TrainBatch
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.errors import MmpoError
+from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.huggingface import unflatten
 from mmpo_jax.models.lora import cast_params
-from mmpo_jax.objectives.sums import Sums
 from mmpo_jax.parallel.mesh import put_batch
 from mmpo_jax.recipe import Validation
 from mmpo_jax.recipe_training import Training
@@ -44,7 +44,7 @@ class Validator:
     def __init__(
         self,
         config: Validation,
-        batches: Sequence[TrainBatch],
+        batches: Callable[[], Iterable[TrainBatch]],
         loss: Loss,
         training: Training,
         mesh: Mesh,
@@ -53,14 +53,15 @@ class Validator:
         """
         Args:
           config: of the recipe.
-          batches: all of what is held out, on the host.
+          batches: makes what is held out, on the host, all with one T.
           loss: as training has it.
           training: the recipe's section.
           mesh: the devices.
           rows: of `metrics.jsonl` so far.
         """
         self.config, self.batches, self.loss, self.mesh = config, batches, loss, mesh
-        self.evaluate = make_evaluation(loss, jnp.dtype(training.compute_dtype))
+        self.forward = make_forward(loss, jnp.dtype(training.compute_dtype))
+        self.evaluate = jax.jit(loss.evaluate)
         self.history = [row for row in rows if config.metric in row]
 
     def measure(self, step: int, state: TrainState) -> dict[str, float]:
@@ -69,10 +70,13 @@ class Validator:
         Raises:
           MmpoError: the metric that the recipe names is none of them.
         """
-        total: Any = None
-        for batch in self.batches:
-            sums = self.evaluate(state, put_batch(batch, self.mesh))
-            total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+        found = []
+        for batch in self.batches():
+            outputs = self.forward(state, put_batch(batch, self.mesh))
+            found.append((jax.device_get(outputs), _without_prompts(batch)))
+        outputs, batch = jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
+        # Of all rows at once: some losses compare rows with each other.
+        total, _ = self.evaluate(outputs, batch, state.kept)
         values = jax.device_get({**self.loss.report(total), "loss": self.loss.combine(total)})
         named = {PREFIX + name: float(value) for name, value in values.items()}
         if self.config.metric not in named:
@@ -105,20 +109,25 @@ def best_row(rows: Sequence[Mapping[str, float]], config: Validation) -> Mapping
     return min(measured, key=lambda row: sign * row[config.metric], default={})
 
 
-def make_evaluation(
-    loss: Loss, compute_dtype: Any
-) -> Callable[[TrainState, TrainBatch], list[Sums]]:
-    """The compiled sums of every term over a batch, as a train step has them, without dropout."""
+def make_forward(loss: Loss, compute_dtype: Any) -> Callable[[TrainState, TrainBatch], Any]:
+    """The compiled outputs of a batch, as a train step has them, without dropout."""
 
     @jax.jit
-    def evaluate(state: TrainState, batch: TrainBatch) -> list[Sums]:
+    def forward(state: TrainState, batch: TrainBatch) -> Any:
         params = cast_params(unflatten({**state.params, **state.frozen}), compute_dtype)
         reference = None
         if state.reference:
             reference = cast_params(unflatten({**state.reference, **state.frozen}), compute_dtype)
-        return loss.evaluate(loss.forward(params, reference, batch), batch, state.kept)[0]
+        return loss.forward(params, reference, batch)
 
-    return evaluate
+    return forward
+
+
+def _without_prompts(batch: TrainBatch) -> TrainBatch:
+    """What a loss reads beside the outputs."""
+    kept: dict[str, Any] = {field.name: None for field in dataclasses.fields(Batch)}
+    kept |= {"loss_mask": batch.prompts.loss_mask, "weights": batch.prompts.weights}
+    return dataclasses.replace(batch, prompts=Batch(**kept))
 
 
 def hold_out(

@@ -13,6 +13,7 @@ from mmpo_jax.errors import DataError
 from mmpo_jax.models.huggingface import flatten, load_model
 from mmpo_jax.recipe import TrainRecipe
 from mmpo_jax.training.checkpoints import CheckpointError
+from mmpo_jax.training.metrics import read_metrics
 from mmpo_jax.training.run import run_training, training_data
 
 DPO, SFT = {"type": "dpo"}, {"type": "sft"}
@@ -111,7 +112,8 @@ def test_what_makes_it_another_run(make_recipe, tmp_path):
     recipe = make_recipe(rows, DPO, max_steps=2, save_every=10)
     first = flatten(load_model(run_training(recipe))[1])
 
-    again = make_recipe(rows, DPO, max_steps=2, save_every=5, log_every=5, keep_checkpoints=1)
+    reporting = {"save_every": 5, "log_every": 5, "keep_checkpoints": 1, "workers": 1}
+    again = make_recipe(rows, DPO, max_steps=2, remat="full", **reporting)
     for path, leaf in flatten(load_model(run_training(again))[1]).items():
         np.testing.assert_array_equal(leaf, first[path])
 
@@ -120,6 +122,32 @@ def test_what_makes_it_another_run(make_recipe, tmp_path):
     (tmp_path / "picture.png").write_bytes(png(121))  # the rows' file is as it was
     with pytest.raises(CheckpointError, match="another model, data or recipe"):
         run_training(recipe)
+
+
+def given(chosen):
+    """A row with the reference's log-probs, this of the chosen response."""
+    texts = (PREFERENCE["chosen"], chosen), (PREFERENCE["rejected"], -9.0)
+    responses = [
+        {"turns": [{"role": "assistant", "content": text}], "rank": rank, "log_prob": log_prob}
+        for rank, (text, log_prob) in enumerate(texts, start=1)
+    ]
+    return {"prompt": [{"role": "user", "content": QUESTION}], "responses": responses}
+
+
+def test_given_log_probs_are_the_reference_and_make_the_run(make_recipe, tmp_path):
+    options = {"max_steps": 1, "log_every": 1, "save_every": 1, "reference": {"type": "given"}}
+    run_training(make_recipe([given(-5.0)] * 8, DPO, **options))
+    (row,) = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    expected = 0.1 * ((row["logps/chosen"] + 5) - (row["logps/rejected"] + 9))
+    assert row["rewards/margins"] == pytest.approx(expected, abs=1e-5)
+    run_training(make_recipe([given(-5.0)] * 8, DPO, **options))
+    with pytest.raises(CheckpointError, match="another model, data or recipe"):
+        run_training(make_recipe([given(-6.0)] * 8, DPO, **options))
+
+
+def test_sft_needs_no_reference_that_moves(make_recipe):
+    options = {"max_steps": 1, "reference": {"type": "ema", "every": 1}}
+    run_training(make_recipe([PREFERENCE] * 8, SFT, **options))
 
 
 def test_training_goes_on_from_a_run(make_recipe, tmp_path):

@@ -1,13 +1,17 @@
 """Held-out rows: what is measured, which step is kept, when training stops, and going on."""
 
+import dataclasses
+import functools
 import itertools
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 import tiny
 import yaml
+from jax.sharding import AxisType
 
 from mmpo_jax import cli
 from mmpo_jax.data.pipeline import held_out_batches
@@ -15,7 +19,7 @@ from mmpo_jax.data.records import Record, Response, Turn
 from mmpo_jax.data.tokenization import TokenizedRecord, tokenize_records
 from mmpo_jax.models.huggingface import flatten, load_model
 from mmpo_jax.objectives.terms import make_term
-from mmpo_jax.parallel.mesh import make_mesh
+from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.recipe import Lengths, Validation
 from mmpo_jax.recipe_training import Training
 from mmpo_jax.training import loop
@@ -150,30 +154,58 @@ def test_the_first_of_several_best_rows():
     assert best_row([], config) == {}
 
 
-def test_batches_of_any_size_measure_the_same(tiny_model, tiny_processor):
-    """Held-out metrics are means over all rows, whatever the micro-batch."""
-    lengths = Lengths(prompt=(16,), response=(8,))
+@pytest.mark.parametrize("names", [("dpo", "sft"), ("aot",), ("bco",)])
+def test_batches_of_any_size_measure_the_same(tiny_model, tiny_processor, names):
+    """Held-out metrics are those of all rows together, also where rows depend on each other."""
+    lengths = Lengths(prompt=(16,), response=(4, 8))
+    texts = [("yes", "no"), ("a red star", "two"), ("no no no", "yes"), ("a", "a ring and a star")]
     records = [
         Record(
             str(n),
             (),
             (Turn("user", QUESTION),),
-            tuple(Response.of(t, rank) for rank, t in enumerate(texts, start=1)),
+            tuple(Response.of(text, rank) for rank, text in enumerate(texts[n % 4], start=1)),
         )
-        for n, texts in enumerate([("yes", "no"), ("a red star", "two"), ("no no no", "yes")])
+        for n in range(7)
     ]
     records, _ = tokenize_records(records, tiny_processor, lengths)
-    examples = [tiny.example(r, [-3.0 - n, -2.0]) for n, r in enumerate(records)]
+    examples = [tiny.example(r, [-3.0 - n, -2.0 * n]) for n, r in enumerate(records)]
+    examples = [
+        dataclasses.replace(e, fields={**e.fields, "desirable": np.float32([1, 0])})
+        for e in examples
+    ]
     model, params = tiny_model
-    loss = make_loss(model, [make_term("dpo"), make_term("sft", 0.5)])
-    state = TrainState(np.int32(0), flatten(params), {}, ())
-    mesh = make_mesh(fsdp=1, data=-1)
+    terms = [make_term(name, weight) for name, weight in zip(names, (1.0, 0.5), strict=False)]
+    loss = make_loss(model, terms)
+    state = TrainState(np.int32(0), flatten(params), {}, (), kept=loss.state)
+    mesh = jax.make_mesh(
+        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
+    )
     measured = []
     with jax.set_mesh(mesh):
-        for size in (8, 16):
-            batches = list(held_out_batches(examples, tiny_processor, lengths, size))
-            validator = Validator(Validation(share=0.5), batches, loss, Training(), mesh, [])
+        for size in (1, 3, 7):
+            make = functools.partial(held_out_batches, examples, tiny_processor, lengths, size)
+            assert {batch.prompts.loss_mask.shape[-1] for batch in make()} == {8}
+            validator = Validator(Validation(share=0.5), make, loss, Training(), mesh, [])
             measured.append(validator.measure(0, state))
-    assert measured[0] == pytest.approx(measured[1], rel=1e-6)
-    parts = measured[0]["eval_loss/dpo"] + 0.5 * measured[0]["eval_loss/sft"]
-    assert measured[0]["eval_loss"] == pytest.approx(parts, rel=1e-6)
+    for other in measured[:2]:
+        assert other == pytest.approx(measured[2], rel=1e-5)
+    if len(names) > 1:
+        parts = measured[0]["eval_loss/dpo"] + 0.5 * measured[0]["eval_loss/sft"]
+        assert measured[0]["eval_loss"] == pytest.approx(parts, rel=1e-6)
+
+
+def test_what_was_best_in_an_attempt_without_checkpoints_is_forgotten(train, tmp_path, tiny_model):
+    """Another start may follow in the same folder before anything was saved."""
+    train("run")
+    other = tmp_path / "run"
+    for name in ("checkpoints", "metrics.jsonl", "model"):
+        path = other / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (step,) = (other / "best").iterdir()
+    assert step.name == "0"
+    written = step.stat().st_mtime_ns
+    train("run")
+    (step,) = (other / "best").iterdir()
+    assert step.name == "0"
+    assert step.stat().st_mtime_ns > written
