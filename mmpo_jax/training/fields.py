@@ -76,10 +76,9 @@ def _verdicts(record: TokenizedRecord) -> list[bool | None]:
     """Whether each response is desirable; of ranked ones that nothing else is said of, the best
     are, unless all are tied."""
     sources = [response.source for response in record.responses]
-    ranks = [r.source.rank for r in record.responses if not r.mismatched]
+    ranks = _ranks(record)
     if record.ranked and len(set(ranks)) > 1 and all(s.desirable is None for s in sources):
-        best = min(rank for rank in ranks if rank is not None)
-        return [source.rank == best for source in sources]
+        return [bool(verdict) for verdict in ranks == ranks.min()]
     return [source.desirable for source in sources]
 
 
@@ -90,10 +89,6 @@ def _desirable(record: TokenizedRecord) -> np.ndarray:
 def _other_models(record: TokenizedRecord) -> np.ndarray:
     scores = [list(response.source.scores.values()) for response in record.responses]
     return np.array([np.mean(values) if values else 0 for values in scores], np.float32)
-
-
-def _mismatched(record: TokenizedRecord) -> np.ndarray:
-    return np.array([response.mismatched for response in record.responses], np.float32)
 
 
 def _of_tokens(values: Sequence[np.ndarray]) -> np.ndarray:
@@ -165,10 +160,8 @@ MAKERS: dict[str, Callable[[TokenizedRecord], np.ndarray]] = {
     "changed": _changed,
     "turn": _turns,
     "other_models": _other_models,
-    "mismatched": _mismatched,
 }
-"""How a field, or what tells a view apart, comes out of a record; see `maker_of` for those of a
-name."""
+"""How a field comes out of a record; see `maker_of` for those of a name."""
 
 
 def maker_of(field: str) -> Callable[[TokenizedRecord], np.ndarray]:

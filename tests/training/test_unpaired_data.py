@@ -93,6 +93,27 @@ def test_each_record_has_the_responses_of_the_one_before(records, tiny_processor
         with_mismatched(records[:1])
 
 
+def test_what_is_said_of_a_record_does_not_depend_on_the_one_before(tokenized):
+    """Ranks, labels and scores of other records' responses say nothing of its own."""
+    (label,) = tokenized([(labelled("no", True),)])
+    first, second = tokenized(
+        [
+            (labelled("a star", rank=1, scores=(2.0,)), labelled("a ring", rank=2, scores=(0.0,))),
+            (labelled("one", rank=2, scores=(4.0,)), labelled("yes", rank=3, scores=(9.0,))),
+        ]
+    )
+    pairwise = {"rank", "desirable", "win_rate", "changed"}
+    for records, asked in (([label, first], {"desirable"}), ([second, first], pairwise)):
+        alone = make_examples([first], asked)[0].fields
+        mixed = make_examples(with_mismatched(records), asked | {"mismatched"})[1].fields
+        others = len(records[0].responses)
+        np.testing.assert_array_equal(mixed["mismatched"], [0, 0] + [1] * others)
+        for field in asked:
+            np.testing.assert_array_equal(mixed[field][:2], alone[field])
+            np.testing.assert_array_equal(mixed[field][2:], 0)
+    assert list(alone["desirable"]) == [1, 0]
+
+
 def test_mismatched_responses_are_a_view(records, tiny_processor):
     """And missing for objectives that do not ask for them. The last row only fills the batch."""
     examples = make_examples(with_mismatched(records), make_term("kto").needs, references(records))
