@@ -162,6 +162,8 @@ def make_examples(
 ) -> list[Example]:
     """Examples of records, each in as many contexts as any of them.
 
+    Ranks are always among the fields, 0 where there are none: losses of tokens learn the best.
+
     Args:
       records: with responses.
       needs: names, as objectives have them; those of fields count.
@@ -190,7 +192,7 @@ def make_examples(
         mismatched = np.array([r.mismatched for r in record.responses], np.float32)
         fields = {
             field: _lengthened(make(own_responses), len(mismatched))
-            for field, make in makers.items()
+            for field, make in (makers | {"rank": maker_of("rank")}).items()
         }
         if "mismatched" in needs:
             fields["mismatched"] = mismatched
