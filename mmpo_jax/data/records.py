@@ -118,6 +118,9 @@ ANSWERS = ("answer", "solution")
 SCORE = "score"
 """What a response's score is called where it has only one."""
 
+LOG_PROB = "log_prob/"
+"""What names of scores begin with that are log-probs per token under other models."""
+
 
 @dataclass(frozen=True)
 class Span:
