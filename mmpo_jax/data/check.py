@@ -133,6 +133,7 @@ def _kind(record: Record) -> str:
 
 def _images(record: Record) -> Iterator[ImageRef]:
     yield from record.images
+    yield from record.other_images or ()
     for video in record.videos:
         yield from video.frames
     for response in record.responses:

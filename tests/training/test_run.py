@@ -119,6 +119,18 @@ def test_dpo_takes_preferences_only(make_recipe, tmp_path):
         learned(make_recipe([DIALOGUE, ALTERNATIVES], DPO))
 
 
+def test_a_mixed_up_image_is_in_no_pair(make_recipe):
+    """Of MM-RLHF's pairs: another image for objectives that ask for one, nothing for others."""
+    row = {"prompt": QUESTION, "chosen": "a red circle .", "rejected": "two blue stars ."}
+    row |= {"mixed_up_image": "picture.png", "ls_factor": 0.5}
+    for objective in (DPO, {"type": "mm_dpo"}, {"type": "mdpo", "image": "data"}):
+        recipe = make_recipe([row, row], objective)
+        assert learned(recipe) == [["a red circle .", "two blue stars ."]] * 2
+        (record, _) = training_data(recipe, load_start(recipe.model)).records
+        others = ["other_image"] if objective["type"] == "mdpo" else []
+        assert [name for name, _ in record.others] == others
+
+
 def test_ranks_count_and_not_the_order_of_responses(make_recipe, tmp_path):
     """Rows of MM-RLHF, whose responses come in any order, and one of KTO."""
     asked = {"question": QUESTION, "models_output": ["two blue stars .", "a red circle ."]}
