@@ -172,6 +172,11 @@ class Training(Section):
                     f"objective: {section.type} needs {VIEWS[min(needs & VIEWS.keys())]}, of which "
                     "the data give no log-probs; take `reference: {type: cached}`"
                 )
+            if self.reference.type == "given" and getattr(section, "joint", False):
+                raise ValueError(
+                    f"objective: {section.type} with joint counts prompts too, of which the data "
+                    "give no log-probs; take `reference: {type: cached}` or `joint: false`"
+                )
             lacking = (needs & REFERENCES.keys()) - enough
             if lacking:
                 need = max(lacking)

@@ -9,12 +9,13 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from mmpo_jax.data.batching import fitting_sizes
+from mmpo_jax.data.contexts import all_contexts, answers, tokenize_contexts
 from mmpo_jax.data.images import image_size
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.readers import Problem, SkippedRow, iter_records, media_problem
 from mmpo_jax.data.records import ImageRef, Record, Response
 from mmpo_jax.data.sources import unsupported
-from mmpo_jax.data.tokenization import UNLIMITED, RowRejected, tokenize
+from mmpo_jax.data.tokenization import UNLIMITED, RowRejected
 from mmpo_jax.files import fingerprint_bytes
 from mmpo_jax.recipe import Lengths
 
@@ -103,15 +104,17 @@ def _limit(sizes: Sequence[int]) -> int:
 
 
 def _lengths(record: Record, processor: Processor | None, limit: int) -> tuple[int, list[int]]:
-    """Of the prompt and the responses.
+    """Of the prompt, the longest one where responses have their own, and of the responses.
 
     Raises:
       RowRejected: training could not use the row.
     """
     if processor is not None:
-        row = tokenize(record, processor, limit, UNLIMITED)
-        return len(row.prompt_ids), [len(response.ids) for response in row.responses]
-    prompt = sum(len(turn.text) for turn in record.prompt)
+        row = tokenize_contexts(record, processor, limit, UNLIMITED)
+        longest = max(len(context.prompt_ids) for _, context in all_contexts(row))
+        return longest, [len(response.ids) for response in answers(row)]
+    prompts = [record.prompt, *(r.prompt for r in record.responses if r.prompt is not None)]
+    prompt = max(sum(len(turn.text) for turn in turns) for turns in prompts)
     if prompt > limit:
         raise RowRejected("prompt_too_long", f"{prompt} characters, the limit is {limit}")
     return prompt, [sum(len(turn.text) for turn in r.turns) for r in record.responses]
@@ -130,6 +133,7 @@ def _kind(record: Record) -> str:
 
 def _images(record: Record) -> Iterator[ImageRef]:
     yield from record.images
+    yield from record.other_images or ()
     for video in record.videos:
         yield from video.frames
     for response in record.responses:

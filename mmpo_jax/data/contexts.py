@@ -35,7 +35,7 @@ class OtherImage:
     """
 
     kind: EditKind | None
-    """None for those that the data show a response in place of the record's."""
+    """None for those of the data: the record's other ones, or a response's own."""
     step: int = 0
     """Of diffusion, for `noise`."""
     seed: int = 0
@@ -158,14 +158,16 @@ def _all_counted(row: TokenizedRecord) -> TokenizedRecord:
 
 
 def _with_shown(record: Record) -> tuple[Record, tuple[ImageRef, ...]]:
-    """(the record about its own images only, those that the data show in their place).
+    """(the record, those that the data show in place of its images).
 
-    A response that repeats another one's text about other images is left out: it is there for
-    them.
+    Where no images are given as others they are a response's own, which then is about the record's.
+    A response that repeats another one's text about them is left out: it is there for them.
     """
+    if record.other_images is not None:
+        return record, record.other_images
     shown = [response.images for response in record.responses if response.images is not None]
     if not shown:
-        raise RowRejected("no_other_image", "no response has images of its own")
+        raise RowRejected("no_other_image", "the data give none, nor a response its own")
     plain = [response.turns for response in record.responses if response.images is None]
     kept = tuple(
         dataclasses.replace(response, images=None)

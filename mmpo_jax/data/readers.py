@@ -141,7 +141,7 @@ def media_problem(record: Record, seen: dict[str, Problem | None]) -> Problem | 
     """
     frames = [frame for video in record.videos for frame in video.frames]
     own = [image for response in record.responses for image in response.images or ()]
-    for image in (*record.images, *own, *frames):
+    for image in (*record.images, *(record.other_images or ()), *own, *frames):
         problem = _image_problem(image, seen)
         if problem is not None:
             return problem

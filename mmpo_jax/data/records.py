@@ -118,6 +118,9 @@ ANSWERS = ("answer", "solution")
 SCORE = "score"
 """What a response's score is called where it has only one."""
 
+LOG_PROB = "log_prob/"
+"""What names of scores begin with that are log-probs per token under other models."""
+
 
 @dataclass(frozen=True)
 class Span:
@@ -188,6 +191,8 @@ class Record:
       id: unique in its file.
       responses: in the order of the data, whatever their ranks; empty where they are still to be
         generated.
+      other_images: what objectives compare the images with where they take those of the data; None
+        where the data give none, or each response's own.
       source: what the data say of where the row comes from, such as a data set's name.
       row: number in its file from 1; None where it is from no file.
       extra: columns of the row that nothing here stands for; kept where a file is converted.
@@ -198,6 +203,7 @@ class Record:
     prompt: tuple[Turn, ...]
     responses: tuple[Response, ...]
     videos: tuple[VideoRef, ...] = ()
+    other_images: tuple[ImageRef, ...] | None = None
     source: str | None = None
     row: int | None = None
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)

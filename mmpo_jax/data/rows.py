@@ -8,7 +8,7 @@ SkipReason = Literal[
     "bad_image_entry",  # neither a path nor bytes
     "bad_json",  # the line, or a column that holds JSON, is no JSON object
     "bad_label",  # a verdict that is neither true nor false
-    "bad_log_prob",  # no finite number
+    "bad_log_prob",  # no finite number; or over 0, where those per token are learned from
     "bad_message",  # a message without a known role or with unknown content
     "bad_rank",  # no whole number from 1 on
     "bad_score",  # no finite number

@@ -40,7 +40,7 @@ FIELDS = {
     "phrases": "spans of every response with the number of a phrase",
     "changed": "spans of changed segments, or pairs, whose texts are compared",
     "turn": "turns of the assistant after the response",
-    "other_models": "the responses' log-probs per token under other models: `scores`, one of each",
+    "other_models": "log-probs per token under other models: scores called `log_prob/MODEL`",
     "critique": "which tokens are those of a critique",
     "advantages": "rewards of sampled responses against each other: on-policy training makes them",
 }

@@ -26,7 +26,7 @@ from mmpo_jax.objectives.registry import FIELDS, VIEWS, is_field
 from mmpo_jax.objectives.terms import Term, needs
 from mmpo_jax.recipe import Lengths
 from mmpo_jax.recipe_training import Reference, Training
-from mmpo_jax.training.fields import MAKERS, lacks, maker_of
+from mmpo_jax.training.fields import lacks, maker_of
 from mmpo_jax.training.losses import needs_reference, recipe_terms
 from mmpo_jax.training.reference import reference_stage
 
@@ -162,6 +162,8 @@ def make_examples(
 ) -> list[Example]:
     """Examples of records, each in as many contexts as any of them.
 
+    Ranks are always among the fields, 0 where there are none: losses of tokens learn the best.
+
     Args:
       records: with responses.
       needs: names, as objectives have them; those of fields count.
@@ -171,25 +173,42 @@ def make_examples(
       DataError: no record has a field that is needed.
     """
     name = "log_probs" if "reference_tokens" in needs else "sums"
-    asked = sorted(need for need in needs if is_field(need) or need in MAKERS)
-    makers = {field: maker_of(field) for field in asked}
-    for field in filter(is_field, makers):
-        if records and not any(lacks(record, field) is None for record in records):
+    makers = {field: maker_of(field) for field in sorted(filter(is_field, needs))}
+    own = [_own(record) for record in records]
+    for field in makers:
+        if records and not any(lacks(record, field) is None for record in own):
             raise DataError(
                 f"no row has the field {field!r}, which the objective needs: "
                 f"{FIELDS[field.partition('/')[0]]}"
             )
     names = context_names(records)
     examples = []
-    for record in records:
+    for record, own_responses in zip(records, own, strict=True):
         contexts = arranged(record, names)
         scores = {}
         if reference is not None:
             found = [None if row is None else reference[row.id] for row in contexts]
             scores[name] = _stacked(found)
-        fields = {field: make(record) for field, make in makers.items()}
+        mismatched = np.array([r.mismatched for r in record.responses], np.float32)
+        fields = {
+            field: _lengthened(make(own_responses), len(mismatched))
+            for field, make in (makers | {"rank": maker_of("rank")}).items()
+        }
+        if "mismatched" in needs:
+            fields["mismatched"] = mismatched
         examples.append(Example(contexts, fields, scores, names))
     return examples
+
+
+def _own(record: TokenizedRecord) -> TokenizedRecord:
+    """Without the responses of another record."""
+    kept = tuple(response for response in record.responses if not response.mismatched)
+    return dataclasses.replace(record, responses=kept)
+
+
+def _lengthened(values: np.ndarray, length: int) -> np.ndarray:
+    """float32[length, ...]: the values, then zeros."""
+    return np.pad(values, [(0, length - len(values)), *[(0, 0)] * (values.ndim - 1)])
 
 
 def _stacked(rows: Sequence[np.ndarray | None]) -> np.ndarray:

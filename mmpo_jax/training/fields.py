@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mmpo_jax.data.contexts import answers
-from mmpo_jax.data.records import Span
+from mmpo_jax.data.records import LOG_PROB, Response, Span
 from mmpo_jax.data.rows import SkipReason
 from mmpo_jax.data.segments import changed_segments
 from mmpo_jax.data.tokenization import TokenizedRecord, TokenizedResponse
@@ -36,14 +36,30 @@ def lacks(record: TokenizedRecord, field: str) -> tuple[SkipReason, str] | None:
         return "no_spans", "no span says what changed, and the responses are not two to compare"
     if field == "turn" and not any(_turns_of(response).max() > 0 for response in answers(record)):
         return "no_dialogue", "no turn of the assistant follows the response"
-    if field == "other_models" and not all(source.scores for source in sources):
-        return "no_score", "not every response has scores"
+    if field == "other_models":
+        return _unlike_log_probs(sources)
     if field == "desirable" and None in _verdicts(record):
         return (
             "no_label",
             "not every response is said to be desirable or not, or better than others",
         )
     return None
+
+
+def _unlike_log_probs(sources: Sequence[Response]) -> tuple[SkipReason, str] | None:
+    for source in sources:
+        found = _log_probs(source)
+        if not found:
+            return "no_score", f"not every response has a score {LOG_PROB}MODEL"
+        for name, value in found.items():
+            if value > 0:
+                return "bad_log_prob", f"{name} is {value}; a log-prob is at most 0"
+    return None
+
+
+def _log_probs(source: Response) -> dict[str, float]:
+    """Those per token under other models, by the names of scores."""
+    return {name: value for name, value in source.scores.items() if name.startswith(LOG_PROB)}
 
 
 def _ranks(record: TokenizedRecord) -> np.ndarray:
@@ -76,10 +92,9 @@ def _verdicts(record: TokenizedRecord) -> list[bool | None]:
     """Whether each response is desirable; of ranked ones that nothing else is said of, the best
     are, unless all are tied."""
     sources = [response.source for response in record.responses]
-    ranks = [r.source.rank for r in record.responses if not r.mismatched]
+    ranks = _ranks(record)
     if record.ranked and len(set(ranks)) > 1 and all(s.desirable is None for s in sources):
-        best = min(rank for rank in ranks if rank is not None)
-        return [source.rank == best for source in sources]
+        return [bool(verdict) for verdict in ranks == ranks.min()]
     return [source.desirable for source in sources]
 
 
@@ -88,12 +103,8 @@ def _desirable(record: TokenizedRecord) -> np.ndarray:
 
 
 def _other_models(record: TokenizedRecord) -> np.ndarray:
-    scores = [list(response.source.scores.values()) for response in record.responses]
-    return np.array([np.mean(values) if values else 0 for values in scores], np.float32)
-
-
-def _mismatched(record: TokenizedRecord) -> np.ndarray:
-    return np.array([response.mismatched for response in record.responses], np.float32)
+    found = [list(_log_probs(response.source).values()) for response in record.responses]
+    return np.array([np.mean(values) for values in found], np.float32)
 
 
 def _of_tokens(values: Sequence[np.ndarray]) -> np.ndarray:
@@ -165,10 +176,8 @@ MAKERS: dict[str, Callable[[TokenizedRecord], np.ndarray]] = {
     "changed": _changed,
     "turn": _turns,
     "other_models": _other_models,
-    "mismatched": _mismatched,
 }
-"""How a field, or what tells a view apart, comes out of a record; see `maker_of` for those of a
-name."""
+"""How a field comes out of a record; see `maker_of` for those of a name."""
 
 
 def maker_of(field: str) -> Callable[[TokenizedRecord], np.ndarray]:

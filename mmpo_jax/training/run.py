@@ -16,6 +16,8 @@ from mmpo_jax.models.card import ModelCard, make_card
 from mmpo_jax.models.huggingface import save_model, weights_dtype
 from mmpo_jax.models.model import Params
 from mmpo_jax.models.peft import save_adapter
+from mmpo_jax.objectives.registry import is_field
+from mmpo_jax.objectives.terms import needs
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipe import FileData, ShapesData, TrainRecipe
 from mmpo_jax.recipe_training import Lora
@@ -195,8 +197,8 @@ def usable_rows(
 ) -> list[TokenizedRecord]:
     """The rows the objectives learn from, each with the responses they read.
 
-    Objectives of tokens, such as SFT, take whole dialogues, and of ranked responses the best only;
-    those of sampled responses take prompts.
+    Objectives of tokens, such as SFT, take whole dialogues, and of ranked responses the best only,
+    unless one of them chooses by a score or a verdict; those of sampled responses take prompts.
 
     Args:
       recipe: of the run.
@@ -231,7 +233,9 @@ def usable_rows(
         lambda record: unfit(record, terms, recipe.training.reference),
         tokenizer_for(terms, recipe.seed),
     )
-    return [_best(record) for record in records] if supervised else records
+    # Without fields but the turn, nothing is read of the responses that are not learned.
+    best_only = supervised and {"turn"} >= set(filter(is_field, needs(terms)))
+    return [_best(record) for record in records] if best_only else records
 
 
 def _best(record: TokenizedRecord) -> TokenizedRecord:

@@ -116,20 +116,35 @@ def test_check_with_tokens(file, tiny_folder, capsys):
     assert "responses, tokens: shortest 2, " in report  # one word and EOS
 
 
-def test_check_of_own_images_says_that_they_are_not_taken(tmp_path, tiny_processor):
+def test_check_takes_the_images_and_prompts_that_training_takes(tmp_path, tiny_processor):
+    def user(text):
+        return {"role": "user", "content": text}
+
+    def assistant(text):
+        return {"role": "assistant", "content": text}
+
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    Image.new("RGB", (30, 30)).save(tmp_path / "b.png")
     row = {
-        "messages": [
-            {"role": "user", "content": "<image>a ring ?"},
-            {"role": "assistant", "content": "no"},
-        ],
+        "messages": [user("<image>a ring ?"), assistant("no")],
         "images": ["a.png"],
-        "rejected_images": ["a.png"],
     }
+    rows = [
+        row | {"rejected_response": "yes", "rejected_images": ["b.png"]},
+        row | {"rejected_messages": [user("<image>a ring or a star ?"), assistant("yes yes yes")]},
+    ]
     path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(row))
-    assert "1 can be used" in check_data(str(path))
-    assert "own_images: 1" in check_data(str(path), processor=tiny_processor)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "2 can be used" in check_data(str(path))
+    report = check_data(str(path), processor=tiny_processor)
+    assert "2 can be used" in report
+    # <s>, four of the image, USER: a ring ? ASSISTANT: and, in the second row's own, three more.
+    assert "prompts, tokens: shortest 10, median 13, longest 13" in report
+    assert "responses, tokens: shortest 2, median 2, longest 4" in report
+    assert "own_prompt" not in check_data(str(path), processor=tiny_processor, prompt_sizes=(13,))
+    assert "prompt_too_long: 1" in check_data(
+        str(path), processor=tiny_processor, prompt_sizes=(12,)
+    )
 
 
 def test_check_of_nothing_usable(tmp_path, capsys):

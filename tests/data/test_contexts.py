@@ -143,7 +143,11 @@ def test_another_image_of_the_data(tiny_processor):
         assert name == OTHER_IMAGE
         assert (row.images, other.images) == ((IMAGES[0],), (IMAGES[1],))
         assert (lengths(row), lengths(other)) == ([4, 4], [4, 4])
-    with pytest.raises(RowRejected, match="no response has images of its own") as error:
+    given_apart = dataclasses.replace(record(*PAIR), other_images=(IMAGES[2],))
+    row = tokenize_contexts(given_apart, tiny_processor, other=given, **LIMITS)
+    assert [other.images for _, other in row.others] == [(IMAGES[2],)]
+    assert tokenize_contexts(given_apart, tiny_processor, **LIMITS).others == ()
+    with pytest.raises(RowRejected, match="the data give none, nor a response its own") as error:
         tokenize_contexts(record(*PAIR), tiny_processor, other=given, **LIMITS)
     assert error.value.reason == "no_other_image"
 

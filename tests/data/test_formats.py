@@ -312,6 +312,7 @@ def test_everything_a_record_holds_survives_our_own_format(folder):
             ),
         ),
         videos=(VideoRef("video 1 (from a.png on)", (image, other), 0.5),),
+        other_images=(other,),
         source="made up",
         row=1,
         extra={"more": [1, None, "x"]},
@@ -434,9 +435,9 @@ def test_mm_rlhf_pairs(folder):
     assert [response.rank for response in tie.responses] == [1, 1]
     assert [response.log_prob for response in tie.responses] == [-1.5, -2.5]
     assert not any(response.scores for response in tie.responses)
-    third = mixed.responses[2]
-    assert (third.text, third.rank, third.log_prob) == ("a", 3, -3.5)
-    assert [image.path for image in third.images or ()] == [folder / "b.png"]
+    assert mixed.responses == answers("a", "b", rank=[1, 2])
+    assert [image.path for image in mixed.other_images] == [folder / "b.png"]
+    assert read_one(folder, MM_RLHF_PAIRS[2]).extra["mix_reference_chosen_logp"] == -3.5
     assert len(video.videos[0].frames) == 2
 
 
@@ -639,6 +640,14 @@ def test_a_format_that_is_given_is_used(folder):
         ("rlaif_v", TRL[3], "system"),
         ("mm_rlhf", TRL[2], "desirable"),
         ("mm_rlhf_pairs", MM_RLHF[1], "rank"),
+        ("ms_swift", scored() | {"other_images": ["a.png"]}, "other_images"),
+        (
+            "mm_rlhf_pairs",
+            SCORED
+            | {"responses": [SCORED["responses"][0] | {"rank": rank} for rank in (1, 2)]}
+            | {"other_images": ["a.png", "b.png"]},
+            "other_images",
+        ),
     ],
 )
 def test_what_a_format_cannot_hold_is_refused(folder, format, row, field):

@@ -45,7 +45,8 @@ def test_whole_distributions_need_a_reference_that_runs(name):
 def test_what_the_data_give_of_a_reference():
     refused("log-probs", {"type": "mdpo"}, "given")
     refused("token by token", {"type": "ddpo"}, "given")
-    accepted({"type": "jpo"}, "given")
+    refused("counts prompts too", {"type": "jpo"}, "given")
+    accepted({"type": "jpo", "joint": False}, "given")
 
 
 def test_a_kl_term_needs_a_reference_that_runs():

@@ -3,6 +3,7 @@
 import io
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,8 +12,12 @@ from mmpo_jax.checkpoint import load_start
 from mmpo_jax.data.sources import SKIPPED
 from mmpo_jax.errors import DataError
 from mmpo_jax.models.huggingface import flatten, load_model
+from mmpo_jax.objectives.responses import Responses
+from mmpo_jax.objectives.terms import needs
 from mmpo_jax.recipe import TrainRecipe
 from mmpo_jax.training.checkpoints import CheckpointError
+from mmpo_jax.training.examples import make_examples
+from mmpo_jax.training.losses import recipe_terms
 from mmpo_jax.training.metrics import read_metrics
 from mmpo_jax.training.run import run_training, training_data
 
@@ -74,6 +79,38 @@ def test_supervision_takes_the_best_of_a_preference_and_all_turns_of_a_dialogue(
     assert both == ["a red circle .", "two blue stars ."]
 
 
+RANKED = {
+    "prompt": [{"role": "user", "content": QUESTION}],
+    "responses": [
+        {"turns": [{"role": "assistant", "content": text}], "rank": rank, "scores": {"score": s}}
+        for text, rank, s in (("a red circle .", 1, 1), ("two blue stars .", 2, 5), ("no", 3, 0))
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("objectives", "expected"),
+    [
+        (["verified_sft"], [[1, 0, 0]]),
+        (["rejection_sampling"], [[0, 1, 0]]),
+        (["verified_sft", "sft"], [[1, 0, 0], [1, 0, 0]]),
+        (["rejection_sampling", "sft"], [[0, 1, 0], [1, 0, 0]]),
+    ],
+)
+def test_which_ranked_response_is_learned(make_recipe, objectives, expected):
+    """By a verdict, by a score, by rank: each objective of a list by what it goes by."""
+    recipe = make_recipe([RANKED] * 2, [{"type": name} for name in objectives])
+    start = load_start(recipe.model)
+    terms = recipe_terms(recipe.training)
+    examples = make_examples(training_data(recipe, start).records, needs(terms))
+    fields = {name: np.stack([e.fields[name] for e in examples]) for name in examples[0].fields}
+    one = np.ones((2, 3, 1), np.float32)
+    responses = Responses(jnp.asarray(-one), jnp.asarray(one > 0), fields=fields)
+    for term, learned in zip(terms, expected, strict=True):
+        _, counted = term.objective.function(responses, **term.options)
+        np.testing.assert_array_equal(counted[0, :, 0], learned)
+
+
 def test_dpo_takes_preferences_only(make_recipe, tmp_path):
     recipe = make_recipe([PREFERENCE, ALTERNATIVES, PREFERENCE], DPO)
     assert learned(recipe) == [["a red circle .", "two blue stars ."]] * 2
@@ -81,6 +118,18 @@ def test_dpo_takes_preferences_only(make_recipe, tmp_path):
     assert json.loads(skipped)["reason"] == "incomplete_pair"
     with pytest.raises(DataError, match="2 of 2 rows cannot be used"):
         learned(make_recipe([DIALOGUE, ALTERNATIVES], DPO))
+
+
+def test_a_mixed_up_image_is_in_no_pair(make_recipe):
+    """Of MM-RLHF's pairs: another image for objectives that ask for one, nothing for others."""
+    row = {"prompt": QUESTION, "chosen": "a red circle .", "rejected": "two blue stars ."}
+    row |= {"mixed_up_image": "picture.png", "ls_factor": 0.5}
+    for objective in (DPO, {"type": "mm_dpo"}, {"type": "mdpo", "image": "data"}):
+        recipe = make_recipe([row, row], objective)
+        assert learned(recipe) == [["a red circle .", "two blue stars ."]] * 2
+        (record, _) = training_data(recipe, load_start(recipe.model)).records
+        others = ["other_image"] if objective["type"] == "mdpo" else []
+        assert [name for name, _ in record.others] == others
 
 
 def test_ranks_count_and_not_the_order_of_responses(make_recipe, tmp_path):

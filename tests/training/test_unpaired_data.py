@@ -76,9 +76,30 @@ def test_verdicts(tokenized):
 
 
 def test_log_probs_of_other_models(tokenized):
-    (record,) = tokenized([(labelled("a star", scores=(-1.0, -2.0)), labelled("no", scores=(-3,)))])
-    fields = make_examples([record], {"other_models"})[0].fields
+    """Scores of that name only, and no number over 0 passes for one."""
+
+    def scored(text, **scores):
+        named = {name.replace("_of_", "/"): value for name, value in scores.items()}
+        return dataclasses.replace(Response.of(text), scores=named)
+
+    good, judged, bad = tokenized(
+        [
+            (
+                scored("a star", log_prob_of_a=-1.0, log_prob_of_b=-2.0, helpfulness=4.0),
+                scored("no", log_prob_of_a=-3.0),
+            ),
+            (scored("a star", helpfulness=-4.0),),
+            (scored("a star", log_prob_of_a=0.5),),
+        ]
+    )
+    fields = make_examples([good], {"other_models"})[0].fields
     np.testing.assert_array_equal(fields["other_models"], [-1.5, -3])
+    assert lacks(good, "other_models") is None
+    assert lacks(judged, "other_models")[0] == "no_score"
+    assert lacks(bad, "other_models") == (
+        "bad_log_prob",
+        "log_prob/a is 0.5; a log-prob is at most 0",
+    )
 
 
 def test_each_record_has_the_responses_of_the_one_before(records, tiny_processor):
@@ -91,6 +112,27 @@ def test_each_record_has_the_responses_of_the_one_before(records, tiny_processor
         np.testing.assert_array_equal(other.ids, records[i - 1].responses[0].ids)
     with pytest.raises(DataError, match="only one record"):
         with_mismatched(records[:1])
+
+
+def test_what_is_said_of_a_record_does_not_depend_on_the_one_before(tokenized):
+    """Ranks, labels and scores of other records' responses say nothing of its own."""
+    (label,) = tokenized([(labelled("no", True),)])
+    first, second = tokenized(
+        [
+            (labelled("a star", rank=1, scores=(2.0,)), labelled("a ring", rank=2, scores=(0.0,))),
+            (labelled("one", rank=2, scores=(4.0,)), labelled("yes", rank=3, scores=(9.0,))),
+        ]
+    )
+    pairwise = {"rank", "desirable", "win_rate", "changed"}
+    for records, asked in (([label, first], {"desirable"}), ([second, first], pairwise)):
+        alone = make_examples([first], asked)[0].fields
+        mixed = make_examples(with_mismatched(records), asked | {"mismatched"})[1].fields
+        others = len(records[0].responses)
+        np.testing.assert_array_equal(mixed["mismatched"], [0, 0] + [1] * others)
+        for field in asked:
+            np.testing.assert_array_equal(mixed[field][:2], alone[field])
+            np.testing.assert_array_equal(mixed[field][2:], 0)
+    assert list(alone["desirable"]) == [1, 0]
 
 
 def test_mismatched_responses_are_a_view(records, tiny_processor):

@@ -90,7 +90,7 @@ def _ranking(record: Record) -> dict[str, Any]:
 
 
 def _pair(record: Record) -> dict[str, Any]:
-    chosen, rejected = record.responses[:2]
+    chosen, rejected = record.responses
     return {
         "id": str(record.extra.get("id", record.id)),
         **_media(record),

@@ -45,6 +45,7 @@ class Draft:
     answers: tuple[Answer, ...]
     images: tuple[ImageRef, ...] = ()
     videos: tuple[VideoRef, ...] = ()
+    other_images: tuple[ImageRef, ...] | None = None
     source: str | None = None
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -79,13 +80,14 @@ def finish(draft: Draft, id_: str, number: int) -> Record:
       UnusableRow: something in it cannot be meant.
     """
     videos = (VIDEO,) * len(draft.videos)
+    others = [] if draft.other_images is None else [draft.other_images]
     for answer in draft.answers:
         # Each response is checked with its prompt, as the model will see it.
         prompt = draft.prompt if answer.prompt is None else answer.prompt
-        images = answer.fields.get("images")
-        shown = (IMAGE,) * len(draft.images if images is None else images)
+        own = answer.fields.get("images")
         check_response(prompt, answer.turns)
-        check_dialogue(prompt + answer.turns, (*shown, *videos))
+        for images in [draft.images, *others] if own is None else [own]:
+            check_dialogue(prompt + answer.turns, (*(IMAGE,) * len(images), *videos))
     if not draft.answers:
         check_prompt(draft.prompt)
         check_dialogue(draft.prompt, ((IMAGE,) * len(draft.images)) + videos)
@@ -100,6 +102,7 @@ def finish(draft: Draft, id_: str, number: int) -> Record:
         prompt=_spoken(draft.prompt),
         responses=responses,
         videos=draft.videos,
+        other_images=draft.other_images,
         source=draft.source,
         row=number,
         extra=draft.extra,

@@ -129,7 +129,6 @@ _PAIR_COLUMNS = (
     "mixed_up_image",
     "reference_chosen_logp",
     "reference_rejected_logp",
-    "mix_reference_chosen_logp",
 )
 
 
@@ -138,7 +137,7 @@ def _claims_pair(row: Row) -> bool:
 
 
 def _read_pair(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
-    """``mixed_up_image`` makes a third response: the chosen one's text about that image."""
+    """``mixed_up_image`` is another image for the same texts, outside the ranking."""
     missing = [name for name in ("prompt", "chosen", "rejected") if name not in row]
     if missing:
         raise UnusableRow("incomplete_pair", f"no {' and no '.join(missing)}")
@@ -154,14 +153,8 @@ def _read_pair(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
         fields |= _log_prob(row, f"reference_{side}_logp")
         answers.append(Answer(parse_turns(read_text(row[side], side), "assistant"), fields=fields))
     used = [name for name in _PAIR_COLUMNS if name != "ls_factor" or difference is not None]
-    if "mixed_up_image" in row:
-        own = {"rank": answers[1].fields["rank"] + 1}
-        own["images"] = (media.indexed_image(row["mixed_up_image"]),)
-        own |= _log_prob(row, "mix_reference_chosen_logp")
-        answers.append(Answer(answers[0].turns, fields=own))
-    else:
-        used.remove("mix_reference_chosen_logp")
     images, videos = _media(row, media)
+    other = (media.indexed_image(row["mixed_up_image"]),) if "mixed_up_image" in row else None
     # The published id is the prompt's; the pair's own is made by the reader.
     shared = {"id": row["id"]} if "id" in row else {}
     return Draft(
@@ -169,6 +162,7 @@ def _read_pair(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
         answers=tuple(answers),
         images=images,
         videos=videos,
+        other_images=other,
         source=source_of(row),
         extra=rest(row, "prompt", "chosen", "rejected", *used) | shared,
     )
@@ -191,9 +185,9 @@ def _difference(row: Row) -> float | None:
 def _write_pair(record: Record, writer: Writer) -> dict[str, Any]:
     responses = record.responses
     ranks = [response.rank for response in responses]
-    if ranks[:2] not in ([1, 2], [1, 1]) or len(ranks) > 3:
+    if ranks not in ([1, 2], [1, 1]):
         raise CannotHold("rank", f"{ranks}; a row holds a pair, the better response first")
-    chosen, rejected = responses[:2]
+    chosen, rejected = responses
     row = {"id": record.id, **_write_media(record, writer), "prompt": question_of(record)}
     row |= {"chosen": answer_of(chosen), "rejected": answer_of(rejected)}
     if record.source is not None:
@@ -203,22 +197,17 @@ def _write_pair(record: Record, writer: Writer) -> dict[str, Any]:
             row[f"{side}_reason"] = response.critique
         if response.log_prob is not None:
             row[f"reference_{side}_logp"] = response.log_prob
-        if response.images is not None:
-            raise CannotHold("response.images", f"of the {side} response")
-    if ranks[:2] == [1, 1]:
+    if ranks == [1, 1]:
         row["is_tie"] = True
     if chosen.scores or rejected.scores:
         if not chosen.scores.keys() == rejected.scores.keys() == {SCORE}:
             raise CannotHold("scores", f"a row holds the difference of one, called {SCORE}")
         difference = chosen.scores[SCORE] - rejected.scores[SCORE]
         row["ls_factor"] = -math.expm1(-FACTOR_RATE * difference)
-    if len(responses) == 3:
-        mixed = responses[2]
-        if mixed.turns != chosen.turns or mixed.images is None or len(mixed.images) != 1:
-            raise CannotHold("responses", "a third that is not the chosen one about another image")
-        row["mixed_up_image"] = writer.image(mixed.images[0])
-        if mixed.log_prob is not None:
-            row["mix_reference_chosen_logp"] = mixed.log_prob
+    if record.other_images is not None:
+        if len(record.other_images) != 1:
+            raise CannotHold("other_images", f"{len(record.other_images)}; a row holds one")
+        row["mixed_up_image"] = writer.image(record.other_images[0])
     if not _claims_pair(row):  # or it would be taken for a TRL row, whose ids may not repeat
         row["is_tie"] = False
     shared = record.extra.get("id", record.id)
@@ -233,6 +222,6 @@ PAIRS = Format(
     _claims_pair,
     _read_pair,
     _write_pair,
-    _SHARED | {"log_prob", "response.images"},
+    _SHARED | {"log_prob", "other_images"},
     repeats_ids=True,
 )

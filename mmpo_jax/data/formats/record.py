@@ -46,13 +46,15 @@ def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
     if not prompt and len(answers) == 1 and messages_as == "last_turn":
         prompt, last = split_last_answer(answers[0].turns)
         answers = (dataclasses.replace(answers[0], turns=last),)
+    others = row.get("other_images")
     return Draft(
         prompt=prompt,
         answers=answers,
         images=media.images(row),
         videos=media.videos(row),
+        other_images=media.images({"images": others}) if others is not None else None,
         source=source_of(row),
-        extra=rest(row, "prompt", "responses", "extra") | _extra(row.get("extra")),
+        extra=rest(row, "prompt", "responses", "other_images", "extra") | _extra(row.get("extra")),
     )
 
 
@@ -118,6 +120,8 @@ def _spans(value: Any) -> tuple[Span, ...]:
 
 def _write(record: Record, writer: Writer) -> dict[str, Any]:
     row: dict[str, Any] = {"id": record.id, **writer.media(record)}
+    if record.other_images is not None:
+        row["other_images"] = [writer.image(image) for image in record.other_images]
     row["prompt"] = messages(record.prompt)
     row["responses"] = [_write_response(response, writer) for response in record.responses]
     if record.source is not None:

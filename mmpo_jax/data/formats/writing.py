@@ -51,6 +51,7 @@ def _without_system(record: Record) -> Record:
 STRIP: Mapping[str, Callable[[Record], Record]] = {
     "source": _record(source=None),
     "videos": _record(videos=()),
+    "other_images": _record(other_images=None),
     "fps": _without_fps,
     "system": _without_system,
     "extra": _record(extra={}),
