@@ -194,16 +194,18 @@ class Training(Section):
 
 
 class Rollout(Section):
-    """How an on-policy objective comes by its responses: sampled from the policy and rewarded."""
+    """How an on-policy objective comes by its responses: sampled from the policy and rewarded.
+
+    Samples are of the whole distribution. The loss knows nothing of a cut, so `top_p` and `top_k`
+    would bias it: there are none here.
+    """
 
     rewards: Rewards
     """`weight` is how much one counts beside the others."""
     num_samples: PositiveInt = 8
     """Responses to every prompt of a batch."""
     temperature: float = Field(1.0, gt=0)
-    """The loss is that of samples at 1."""
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
+    """Logits are divided by it in samples and in the loss, as in TRL."""
     max_new_tokens: PositiveInt = 64
     updates_per_rollout: PositiveInt = 1
     """How many steps learn from the same responses."""
@@ -212,6 +214,14 @@ class Rollout(Section):
     rewards, of the batch's, or nothing."""
     aggregation: Aggregation = "sum_then_normalize"
     """Of several rewards; `normalize_then_sum` is GDPO."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _whole_distribution(cls, options: Any) -> Any:
+        cut = [name for name in ("top_p", "top_k") if isinstance(options, dict) and name in options]
+        if cut:
+            raise ValueError(f"{cut[0]}: the loss is that of samples of the whole distribution")
+        return options
 
     @pydantic.field_validator("rewards")
     @classmethod

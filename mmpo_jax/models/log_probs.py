@@ -22,7 +22,13 @@ HEAD_BYTES = 64 * 2**20
 
 
 def response_log_probs(
-    model: Model, params: Params, batch: Batch, *, remat: str = "none", chunk: int | None = None
+    model: Model,
+    params: Params,
+    batch: Batch,
+    *,
+    remat: str = "none",
+    chunk: int | None = None,
+    temperature: float = 1.0,
 ) -> jax.Array:
     """Log-prob of every response token, images encoded and prompts decoded once.
 
@@ -35,11 +41,15 @@ def response_log_probs(
       batch: B prompts with R responses each.
       remat: rematerialisation policy of the layers, see `layers.rematerialise`.
       chunk: response positions per application of the head; None picks it by `HEAD_BYTES`.
+      temperature: logits are divided by it.
 
     Returns:
       float32[B, R, T] (float64 for float64 parameters), 0 at padding.
     """
-    return response_statistics(model, params, batch, remat=remat, chunk=chunk)["log_probs"]
+    found = response_statistics(
+        model, params, batch, remat=remat, chunk=chunk, temperature=temperature
+    )
+    return found["log_probs"]
 
 
 def response_statistics(
@@ -52,11 +62,12 @@ def response_statistics(
     remat: str = "none",
     chunk: int | None = None,
     partners: Sequence[int] = (0,),
+    temperature: float = 1.0,
 ) -> dict[str, jax.Array]:
     """`response_log_probs` and other numbers of every response token, from the same logits.
 
     Args:
-      model, params, batch, remat, chunk: see `response_log_probs`.
+      model, params, batch, remat, chunk, temperature: see `response_log_probs`.
       names: of the statistics, see `token_statistics`; `kl` needs a reference.
       reference: parameters of a second model of the same architecture; never has a gradient.
       partners: see `token_statistics`.
@@ -75,7 +86,9 @@ def response_statistics(
     if reference is not None:
         other = jax.lax.stop_gradient(predictors(jax.lax.stop_gradient(reference), "none"))
     hidden, kernel = predictors(params, remat)
-    found = token_statistics(hidden, kernel, batch.response_ids, names, other, chunk, partners)
+    found = token_statistics(
+        hidden, kernel, batch.response_ids, names, other, chunk, partners, temperature
+    )
     return {name: values * batch.response_mask for name, values in found.items()}
 
 
@@ -105,8 +118,9 @@ def token_statistics(
     reference: tuple[jax.Array, jax.Array] | None = None,
     chunk: int | None = None,
     partners: Sequence[int] = (0,),
+    temperature: float = 1.0,
 ) -> dict[str, jax.Array]:
-    """log softmax(hidden @ kernel)[labels], and more, without storing the logits.
+    """log softmax(hidden @ kernel / temperature)[labels], and more, without storing the logits.
 
     On a mesh every device computes the logits of its own part of the vocabulary, for the rows of
     all devices that share the axis `fsdp`: what travels is hidden states. With rows of its own it
@@ -123,6 +137,7 @@ def token_statistics(
       reference: hidden states and head of a reference.
       chunk: positions of T per step; the backward pass recomputes each step's logits.
       partners: rows come in groups of C; for each of a group, the place of its partner in it.
+      temperature: all logits are divided by it, the reference's too.
 
     Returns:
       name -> float32[B, R, T]: `log_probs`, `names`, and if there is a reference
@@ -144,7 +159,7 @@ def token_statistics(
         targets, *states = inputs
         logits, normaliser, chosen = [], [], []
         for x, (_, kernel) in zip(states, heads, strict=True):
-            logits.append(split_vocabulary(project(x, kernel)))
+            logits.append(split_vocabulary(project(x, kernel)) / temperature)
             normaliser.append(jax.nn.logsumexp(logits[-1], axis=-1, keepdims=True))
             chosen.append(jnp.take_along_axis(logits[-1], targets[..., None], axis=-1))
         log_probs = [value - norm for value, norm in zip(chosen, normaliser, strict=True)]

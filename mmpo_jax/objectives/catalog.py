@@ -1,6 +1,6 @@
 """All modules with objectives: importing this fills the registry."""
 
-from mmpo_jax.objectives import (
+from mmpo_jax.objectives import (  # noqa: F401
     absolute,
     batch_rules,
     image_aware,
@@ -15,19 +15,3 @@ from mmpo_jax.objectives import (
     token_level,
     unpaired,
 )
-
-__all__ = [
-    "absolute",
-    "batch_rules",
-    "image_aware",
-    "joint",
-    "on_policy",
-    "preference",
-    "rankings",
-    "reference_free",
-    "reward_model",
-    "scored",
-    "supervised",
-    "token_level",
-    "unpaired",
-]

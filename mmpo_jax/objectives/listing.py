@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Collection
 
 from mmpo_jax.objectives import catalog  # noqa: F401 (fills the registry)
 from mmpo_jax.objectives.registry import (
     FIELDS,
+    HEADS,
     OBJECTIVES,
     REFERENCES,
     STATISTICS,
@@ -14,7 +16,7 @@ from mmpo_jax.objectives.registry import (
     Objective,
 )
 
-MEANINGS = {**FIELDS, **REFERENCES, **VIEWS}
+MEANINGS = {**FIELDS, **REFERENCES, **VIEWS, **HEADS}
 WIDTH = 100
 
 
@@ -33,15 +35,25 @@ def render_objectives() -> str:
 
 def _render(objective: Objective) -> str:
     options = ", ".join(f"{name}={default}" for name, (_, default) in objective.options.items())
-    needs = ", ".join(sorted(objective.needs - STATISTICS.keys())) or "nothing"
+    needs = _names(objective.needs) or "nothing"
+    conditional = [
+        f"{_names(more)} with {option}"
+        for option, more in objective.option_needs.items()
+        if _names(more)
+    ]
     lines = [
         f"{objective.name}",
         _wrap(objective.formula),
         _wrap(objective.source),
         _wrap(f"options: {options or 'none'}"),
-        _wrap(f"needs: {needs}"),
+        _wrap("needs: " + "; ".join([needs, *conditional])),
     ]
     return "\n".join(line for line in lines if line.strip())
+
+
+def _names(needs: Collection[str]) -> str:
+    """Without what the policy says itself."""
+    return ", ".join(sorted(set(needs) - STATISTICS.keys()))
 
 
 def _wrap(text: str) -> str:

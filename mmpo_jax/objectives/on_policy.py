@@ -197,6 +197,6 @@ register(
         coupled=False,
         state={},
         shared_options={},
-        option_needs={"beta": "reference_model"},
+        option_needs={"beta": ("reference_model",)},
     )
 )

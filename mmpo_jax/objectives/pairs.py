@@ -93,7 +93,9 @@ def pairwise(
                 "divergence": (Divergence, "reverse_kl"),
                 "divergence_alpha": (Positive, 0.5),
             }
-
+        option_needs: dict[str, tuple[str, ...]] = {"wpo": ("collision",)}
+        if "reference" in needs:
+            option_needs["ld_alpha"] = ("reference_tokens",)
         if image is not None:
             shared |= {"image": (OtherImageKind, image), "noise_step": (DiffusionStep, 500)}
 
@@ -132,6 +134,7 @@ def pairwise(
                 coupled=coupled or state is not None,
                 state=state or {},
                 shared_options=shared,
+                option_needs=option_needs,
             )
         )
         return function

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -101,8 +102,9 @@ class Objective:
     """First values of what is kept from step to step."""
     shared_options: Mapping[str, tuple[Any, Any]]
     """Options of all objectives of its kind: name -> (type, default)."""
-    option_needs: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Option -> what is needed besides where it is neither 0, False nor None."""
+    option_needs: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """Option -> what is needed besides where it is used: given, if it is None by default, and
+    neither 0 nor False otherwise."""
 
     @property
     def options(self) -> dict[str, tuple[Any, Any]]:
@@ -128,7 +130,7 @@ def register(objective: Objective) -> None:
       ValueError: the name is taken, or it needs something that nothing gives.
     """
     known = {*FIELDS, *STATISTICS, *REFERENCES, *VIEWS, *HEADS}
-    unknown = {*objective.needs, *objective.option_needs.values()} - known
+    unknown = {*objective.needs, *itertools.chain(*objective.option_needs.values())} - known
     if objective.name in OBJECTIVES or unknown:
         raise ValueError(f"objective {objective.name}: taken, or needs {unknown}")
     OBJECTIVES[objective.name] = objective

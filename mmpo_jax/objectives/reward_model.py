@@ -87,7 +87,7 @@ register(
         coupled=False,
         state={},
         shared_options={},
-        option_needs={"margin": "score"},
+        option_needs={"margin": ("score",)},
     )
 )
 

@@ -12,14 +12,21 @@ from mmpo_jax.objectives.registry import NonNegative, Objective, State, register
 from mmpo_jax.objectives.responses import Responses
 from mmpo_jax.objectives.sums import Sums, weighted
 
+DIVERGENCE = {"kl_weight": ("kl", "reference_model")}
+"""What KL(reference || policy) needs."""
+
 
 def tokenwise(
-    *needs: str,
+    *needs: str, option_needs: Mapping[str, tuple[str, ...]] | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function (responses [N, S], **options) -> (loss, weight), float32[N, S, T] each.
 
     The loss of a batch is the mean over the tokens of all of it. Where weights are [L, N, S, T], it
     is the sum of the means of L parts.
+
+    Args:
+      *needs: names, see `Objective.needs`.
+      option_needs: see `Objective.option_needs`.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,6 +50,7 @@ def tokenwise(
                 coupled=False,
                 state={},
                 shared_options={},
+                option_needs=option_needs or {},
             )
         )
         return function
@@ -60,7 +68,7 @@ def sft(responses: Responses) -> tuple[jax.Array, jax.Array]:
     return -responses.log_probs, responses.mask * best(responses)[..., None]
 
 
-@tokenwise("turn")
+@tokenwise("turn", option_needs=DIVERGENCE)
 def nsft(responses: Responses, *, kl_weight: NonNegative = 0.0) -> tuple[jax.Array, jax.Array]:
     """nSFT: mean of -log p over the chosen response + the same over the dialogue that corrects it.
 
@@ -76,7 +84,7 @@ def nsft(responses: Responses, *, kl_weight: NonNegative = 0.0) -> tuple[jax.Arr
     return loss, jnp.stack([counted * answer, counted * ~answer])
 
 
-@tokenwise()
+@tokenwise(option_needs=DIVERGENCE)
 def anchored_sft(
     responses: Responses, *, kl_weight: NonNegative = 0.05
 ) -> tuple[jax.Array, jax.Array]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,18 +28,14 @@ class Term:
     def needs(self) -> frozenset[str]:
         """As the objective's, and what its options need besides."""
         needs = set(self.objective.needs)
-        for option, need in self.objective.option_needs.items():
-            if self.options[option]:
-                needs.add(need)
-        if self.options.get("ld_alpha") is not None and "reference" in needs:
-            needs.add("reference_tokens")
-        if self.options.get("wpo"):
-            needs.add("collision")
+        for option, more in self.objective.option_needs.items():
+            value, default = self.options[option], self.objective.options[option][1]
+            if value is not None if default is None else value:
+                needs.update(more)
         if "scores" in needs and "dimensions" in self.options:
+            # Not in `option_needs`, as its values are the names of what is needed.
             needs.remove("scores")
             needs |= {f"scores/{name}" for name in self.options["dimensions"]}
-        if self.options.get("kl_weight"):
-            needs |= {"kl", "reference_model"}
         return frozenset(needs)
 
 
@@ -112,11 +109,15 @@ def combine(terms: Sequence[Term], sums: Sequence[Sums]) -> jax.Array:
 
 def report(terms: Sequence[Term], sums: Sequence[Sums]) -> dict[str, jax.Array]:
     """Metrics by TRL's names, the first term's where several have one; of several terms also the
-    loss of each as `loss/name`."""
+    loss of each as `loss/name`, and `loss/name_2` of the second of a name."""
     metrics: dict[str, jax.Array] = {}
+    seen: Counter[str] = Counter()
     for term, part in zip(terms, sums, strict=True):
         values = {name: mean(*pair) for name, pair in part.metrics.items()}
         if len(terms) > 1:
-            values[f"loss/{term.objective.name}"] = jnp.sum(mean(part.loss, part.weight))
+            name = term.objective.name
+            seen[name] += 1
+            number = f"_{seen[name]}" if seen[name] > 1 else ""
+            values[f"loss/{name}{number}"] = jnp.sum(mean(part.loss, part.weight))
         metrics = values | metrics
     return metrics

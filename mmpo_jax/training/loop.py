@@ -126,7 +126,8 @@ def train(
         )
     # Closed whatever happens: a checkpoint that is being written is finished first.
     with jax.set_mesh(mesh), contextlib.closing(checkpoints):
-        loss = make_loss(model, recipe_terms(config), examples[0].names, config.remat)
+        temperature = 1.0 if rollout is None else rollout.temperature
+        loss = make_loss(model, recipe_terms(config), examples[0].names, config.remat, temperature)
         state, update = prepare(model, params, loss, config, mesh, steps, seed)
         restored = checkpoints.restore(state)
         if restored is not None:

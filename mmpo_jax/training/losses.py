@@ -44,7 +44,11 @@ class Loss:
 
 
 def make_loss(
-    model: Model, terms: Sequence[Term], contexts: Sequence[str] = (MAIN,), remat: str = "none"
+    model: Model,
+    terms: Sequence[Term],
+    contexts: Sequence[str] = (MAIN,),
+    remat: str = "none",
+    temperature: float = 1.0,
 ) -> Loss:
     """The loss of weighted terms under a model.
 
@@ -52,7 +56,7 @@ def make_loss(
       model: the architecture.
       terms: as `terms.make_term` gives them.
       contexts: of every record, by name.
-      remat: see `response_log_probs`.
+      remat, temperature: see `response_log_probs`.
     """
     statistics = objectives.needs(terms) & STATISTICS.keys()
     partners = other_images(contexts)
@@ -66,6 +70,7 @@ def make_loss(
             reference=reference,
             remat=remat,
             partners=partners,
+            temperature=temperature,
         )
 
     def evaluate(outputs: Outputs, batch: TrainBatch, state: State) -> tuple[list[Sums], State]:

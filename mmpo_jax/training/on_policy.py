@@ -161,7 +161,12 @@ class Rollouts:
                 placed = put_batch(prompts, self.mesh)
                 found.append(
                     score_batch(
-                        self.model, params, placed, self.config.compute_dtype, per_token=True
+                        self.model,
+                        params,
+                        placed,
+                        self.config.compute_dtype,
+                        per_token=True,
+                        temperature=self.rollout.temperature,
                     )
                 )
         return np.stack([np.asarray(each) for each in found])

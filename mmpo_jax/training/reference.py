@@ -24,22 +24,25 @@ from mmpo_jax.stage import Stage, run_stage
 from mmpo_jax.training.losses import sum_log_probs
 
 ROWS_PER_PART = 256
+STATIC = ("model", "compute_dtype", "per_token", "temperature")
 
 
-@functools.partial(jax.jit, static_argnames=("model", "compute_dtype", "per_token"))
+@functools.partial(jax.jit, static_argnames=STATIC)
 def score_batch(
     model: Model,
     params: Params,
     batch: Batch,
     compute_dtype: str = "float32",
     per_token: bool = False,
+    temperature: float = 1.0,
 ) -> jax.Array:
     """float32[B, R]: summed log-prob of every response; [B, R, T] that of its tokens.
 
-    In the dtype that training computes in, so that policy and reference agree at step 0.
+    In the dtype that training computes in, so that policy and reference agree at step 0; and with
+    its temperature.
     """
     params = cast_params(params, compute_dtype)
-    log_probs = response_log_probs(model, params, batch)
+    log_probs = response_log_probs(model, params, batch, temperature=temperature)
     return log_probs * batch.loss_mask if per_token else sum_log_probs(log_probs, batch)
 
 

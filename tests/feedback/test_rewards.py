@@ -155,6 +155,33 @@ def test_vision_r1():
     assert score("box_precision", text, truth, **later) == pytest.approx(0.8 / 3)
 
 
+def test_box_precision_counts_every_match():
+    """A perfect box and a stray one, which is matched with the box that was missed."""
+    truth = [[0, 0, 10, 10], [50, 50, 60, 60]]
+    assert score("box_precision", "[[0, 0, 10, 10], [90, 90, 95, 95]]", truth) == 0.5
+    assert score("box_precision", "[[0, 0, 10, 10]]", truth) == 1
+
+
+@pytest.mark.parametrize(
+    "solution",
+    [
+        "<answer>[{'Position': [0, 0, 10, 10], 'Confidence': 1}]</answer>",
+        "[[0, 0, 10, 10]]",
+        {"boxes": "[0, 0, 10, 10]"},
+        [{"bbox_2d": [0, 0, 10, 10], "label": "cat"}],
+    ],
+)
+def test_right_boxes_in_the_forms_of_models(solution):
+    for name in BOXES:
+        assert score(name, detection(said([0, 0, 10, 10], 1.0)), solution) == 1, name
+
+
+@pytest.mark.parametrize("answer", ["No Objects", "<answer>[[1, 2, 3]]</answer>", "[[0, 0, 0, 0]]"])
+def test_texts_without_boxes_are_no_right_ones(answer):
+    with pytest.raises(DataError, match="boxes"):
+        true_boxes(answer)
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [
@@ -167,6 +194,7 @@ def test_vision_r1():
 )
 def test_exact_match(text, value):
     assert score("exact_match", text, "the cat") == value
+    assert score("exact_match", text, "<answer> the cat </answer>") == value
 
 
 @pytest.mark.parametrize(

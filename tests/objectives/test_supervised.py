@@ -63,6 +63,17 @@ def test_a_list_adds_up_weighted_means(responses):
         assert metrics[f"loss/{term.objective.name}"] == pytest.approx(expected, rel=1e-6)
 
 
+def test_losses_of_one_name_are_numbered(responses):
+    terms = [make_term("dpo", beta=0.1), make_term("sft"), make_term("dpo", beta=0.5)]
+    with jax.enable_x64(True):
+        sums, _ = evaluate(terms, responses, WEIGHTS, {})
+        metrics = {name: float(value) for name, value in report(terms, sums).items()}
+        alone = [float(loss_of(term, responses, WEIGHTS)) for term in terms]
+    found = [metrics[f"loss/{name}"] for name in ("dpo", "sft", "dpo_2")]
+    assert found == pytest.approx(alone, rel=1e-6)
+    assert alone[0] != pytest.approx(alone[2], rel=1e-3)
+
+
 def test_mean_of_nothing_is_0_and_has_a_gradient():
     assert float(mean(jnp.float32(3), jnp.float32(0))) == 0
     assert float(jax.grad(lambda x: mean(x, jnp.float32(0)))(jnp.float32(3))) == 0

@@ -34,9 +34,9 @@ def make_batch(prompts, responses, pixel_values) -> Batch:
     )
 
 
-def loss_and_gradient(model, params, batch: TrainBatch, term, reference=None):
+def loss_and_gradient(model, params, batch: TrainBatch, term, reference=None, temperature=1.0):
     """(loss, metrics, gradient) as a train step has them."""
-    return _compiled(params, batch, reference, _Fixed((model, term)))
+    return _compiled(params, batch, reference, _Fixed((model, term, temperature)))
 
 
 class _Fixed(tuple):
@@ -48,8 +48,8 @@ class _Fixed(tuple):
 
 @functools.partial(jax.jit, static_argnames="fixed")
 def _compiled(params, batch, reference, fixed):
-    model, term = fixed
-    loss = make_loss(model, [term])
+    model, term, temperature = fixed
+    loss = make_loss(model, [term], temperature=temperature)
 
     def value(params):
         sums, _ = loss.evaluate(loss.forward(params, reference, batch), batch, loss.state)

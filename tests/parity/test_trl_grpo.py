@@ -19,6 +19,7 @@ from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.shapes.language import CAPTION_PROMPTS
 from mmpo_jax.shapes.render import render
 from mmpo_jax.shapes.world import sample_scene
+from mmpo_jax.training.reference import score_batch
 
 torch = pytest.importorskip("torch")
 trl = pytest.importorskip("trl")
@@ -127,6 +128,7 @@ def per_token(values, batch):
         ({"loss_type": "dr_grpo", "scale_rewards": "none"}, {"max_tokens": LIMIT}),
         ({"loss_type": "grpo", "importance_sampling_level": "sequence"}, {"ratio": "sequence"}),
         ({"loss_type": "dapo", "beta": 0.3, "scale_rewards": "batch"}, {}),
+        ({"loss_type": "dapo", "beta": 0.2, "temperature": 0.7}, {}),
         ({"loss_type": "grpo", "multi_objective_aggregation": "normalize_then_sum"}, {}),
     ],
 )
@@ -138,6 +140,14 @@ def test_grpo_equals_trl(options, term, folders, make_trainer, monkeypatch):
     for row, length in ((1, 3), (4, 1), (6, 5)):
         inputs["completion_mask"][row, length:] = 0
     inputs["num_items_in_batch"] = inputs["completion_mask"].sum()
+    temperature = options.get("temperature", 1.0)
+    batch = to_ours(inputs)
+    model, params = load_model(folders[0])
+    np.testing.assert_allclose(
+        score_batch(model, params, batch, per_token=True, temperature=temperature),
+        per_token(inputs["old_per_token_logps"], batch),
+        atol=2e-5,
+    )
     noise = torch.randn(inputs["old_per_token_logps"].shape, generator=torch.manual_seed(0))
     inputs["old_per_token_logps"] = inputs["old_per_token_logps"].double() + 0.3 * noise
     for name, value in inputs.items():
@@ -174,7 +184,11 @@ def test_grpo_equals_trl(options, term, folders, make_trainer, monkeypatch):
             **term,
         )
         loss, metrics, gradient = loss_and_gradient(
-            model, as_float64(params), TrainBatch(batch, reference, fields), term
+            model,
+            as_float64(params),
+            TrainBatch(batch, reference, fields),
+            term,
+            temperature=temperature,
         )
         assert float(loss) == pytest.approx(expected.item(), rel=1e-6, abs=1e-6)
         assert_same_gradients(model, gradient, trainer.model)

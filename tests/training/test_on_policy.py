@@ -155,7 +155,8 @@ def test_a_killed_run_ends_as_an_undisturbed_one(before_step, run, undisturbed, 
     assert metrics == undisturbed[1]
 
 
-def test_a_rollout(tiny_model, tiny_processor, records, mesh):
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_a_rollout(tiny_model, tiny_processor, records, mesh, temperature):
     """Samples with their rewards against each other, and log-probs under what sampled them."""
     model, params = tiny_model
     rollouts = Rollouts(
@@ -163,7 +164,7 @@ def test_a_rollout(tiny_model, tiny_processor, records, mesh):
         tiny_processor,
         records,
         CONFIG,
-        ROLLOUT,
+        ROLLOUT.model_copy(update={"temperature": temperature}),
         LENGTHS,
         mesh,
         [Part(len(records))],
@@ -176,7 +177,8 @@ def test_a_rollout(tiny_model, tiny_processor, records, mesh):
     assert rollouts.draw(state) is not host
     assert host.ids == tuple(dict.fromkeys(host.ids))
     arrays = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), host.arrays)
-    log_probs = response_log_probs(model, params, arrays.prompts) * arrays.prompts.loss_mask
+    log_probs = response_log_probs(model, params, arrays.prompts, temperature=temperature)
+    log_probs *= arrays.prompts.loss_mask
     np.testing.assert_allclose(arrays.fields["old_log_probs"], log_probs, atol=1e-5)
     rewards = np.zeros((4, 4, 2), np.float32)
     by_id = {record.id: record for record in records}
@@ -190,6 +192,14 @@ def test_a_rollout(tiny_model, tiny_processor, records, mesh):
         arrays.fields["advantages"], advantages(rewards, [1.0, 0.5]), atol=1e-5
     )
     assert host.metrics["reward"] == pytest.approx((rewards @ [1.0, 0.5]).mean(), abs=1e-6)
+
+
+def test_the_loss_has_the_temperature_of_the_samples(run, tmp_path):
+    """So that what sampled them and what learns from them first are one distribution."""
+    rollout = ROLLOUT.model_copy(update={"temperature": 0.2})
+    run(tmp_path, config=CONFIG.model_copy(update={"max_steps": 1}), rollout=rollout)
+    (first,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert first["clip_ratio/region_mean"] == 0
 
 
 @dataclasses.dataclass
@@ -281,6 +291,8 @@ def test_rows_without_an_answer_are_left_out(tiny_folder, tmp_path):
             "save_every must be a multiple of updates_per_rollout",
         ),
         ({"rollout": {"rewards": []}}, "at least 1"),
+        ({"rollout": {"rewards": [{"type": "iou"}], "top_p": 0.9}}, "top_p: .* whole distribution"),
+        ({"rollout": {"rewards": [{"type": "iou"}], "top_k": 5}}, "top_k: .* whole distribution"),
         ({"rollout": {"rewards": [{"type": "iou"}, {"type": "iou"}]}}, "give each type once"),
     ],
 )

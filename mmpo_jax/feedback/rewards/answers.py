@@ -13,11 +13,14 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 @reward
 def exact_match(text: str, answer: Any) -> float:
-    """1 where the answer is the right one, but for case and punctuation around it; else 0."""
+    """1 where the answer is the right one, but for case and punctuation around it; else 0.
+
+    Visual-RFT, whose data write the right one in `<answer>` tags, too.
+    """
     if not isinstance(answer, str):
         raise DataError(f"exact_match compares with a text, and the answer is {answer!r:.80}")
     said = _plain(final_answer(text))
-    return float(said != "" and said == _plain(answer))
+    return float(said != "" and said == _plain(final_answer(answer)))
 
 
 @reward

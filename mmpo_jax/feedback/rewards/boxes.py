@@ -3,6 +3,7 @@
 Boxes are corners [left, top, right, bottom], in the units that the data's answers have. A model may
 write them as JSON or as Python literals: a list of boxes, or of objects with the box under one of
 `BOX_KEYS` and perhaps a confidence; in other text, every `[a, b, c, d]` of four numbers is a box.
+The data may write the right ones in the same forms.
 """
 
 from __future__ import annotations
@@ -107,13 +108,19 @@ def _number(value: Any) -> float | None:
 
 
 def true_boxes(answer: Any) -> np.ndarray:
-    """float64[G, 4] of a list of boxes, or of an object that holds one as `boxes`.
+    """float64[G, 4] of a list of boxes, of an object that holds one as `boxes`, or of a text that
+    says one as models do.
 
     Raises:
-      DataError: it is neither.
+      DataError: it is none of them, or some box is broken.
     """
     boxes = answer.get("boxes") if isinstance(answer, Mapping) else answer
-    read = [_box(box) for box in boxes] if isinstance(boxes, list | tuple) else [None]
+    predictions: list[Prediction] | None = None
+    if isinstance(boxes, str):
+        predictions = read_predictions(boxes)
+    elif isinstance(boxes, list | tuple):
+        predictions = [_prediction(entry) for entry in boxes]
+    read = [None] if predictions is None else [prediction.box for prediction in predictions]
     if None in read:
         raise DataError(f"rewards of boxes compare with a list of boxes, not {answer!r:.80}")
     return np.array(read, np.float64).reshape(-1, 4)
@@ -131,8 +138,8 @@ def ious(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 def match(predictions: Sequence[Prediction], truth: np.ndarray) -> dict[int, float]:
     """Index of a prediction -> its IoU with the true box that it is matched with.
 
-    One to one, with the largest sum of IoU (Hungarian matching); boxes that do not overlap are not
-    matched, nor are broken ones.
+    One to one, with the largest sum of IoU (Hungarian matching). Of whole boxes as many are matched
+    as there are true ones, if need be with an IoU of 0; broken ones never are.
     """
     whole = [(i, p.box) for i, p in enumerate(predictions) if p.box is not None]
     if not whole or not len(truth):
@@ -142,7 +149,6 @@ def match(predictions: Sequence[Prediction], truth: np.ndarray) -> dict[int, flo
     return {
         whole[row][0]: float(overlap[row, column])
         for row, column in zip(rows, columns, strict=True)
-        if overlap[row, column] > 0
     }
 
 
@@ -158,7 +164,7 @@ def iou(text: str, answer: Any) -> float:
 
 @reward
 def confidence(text: str, answer: Any) -> float:
-    """Mean over the boxes said of c where one is matched, 1 - c where it is not; c its confidence.
+    """Mean over the boxes said of c where one overlaps its match, else 1 - c; c its confidence.
 
     Visual-RFT. A broken box, or one without a confidence, gets nothing.
     """
@@ -169,7 +175,8 @@ def confidence(text: str, answer: Any) -> float:
     total = 0.0
     for i, said in enumerate(predictions):
         if said.box is not None and said.confidence is not None:
-            total += said.confidence if i in matched else 1 - said.confidence
+            hit = matched.get(i, 0.0) > 0
+            total += said.confidence if hit else 1 - said.confidence
     return total / len(predictions)
 
 
