@@ -90,6 +90,14 @@ def skip_one(folder, row):
 DIALOGUE = [user("1"), assistant("2"), user("3"), assistant("4")]
 TRL = [
     {"prompt": [user()], "chosen": [assistant("a")], "rejected": [assistant("b")]},
+    {
+        "prompt": [user()],
+        "chosen": [assistant("a")],
+        "rejected": [assistant("b")],
+        "score_chosen": 3.5,
+        "score_rejected": 1.0,
+        "margin": 2.5,
+    },
     {"images": ["a.png", "b.png"], "prompt": [user()], "source": "mine", "category": {"n": 1}},
     {"images": ["a.png"], "prompt": [user()], "completion": [assistant("a")], "label": False},
     {"prompt": [{"role": "system", "content": "s"}, user()], "completion": [assistant("a")]},
@@ -352,6 +360,22 @@ def test_ms_swift_rejected_dialogue(folder):
     assert read_one(folder, MS_SWIFT[2]).responses[1].prompt == (Turn("user", "2"),)
     same = MS_SWIFT[2] | {"rejected_messages": [user("<image>1"), assistant("b")]}
     assert read_one(folder, same).responses == answers("a", "b", rank=[1, 2])
+
+
+def test_scores_of_a_pair(folder):
+    """As Uni-DPO's MM-RLHF has them, or only their difference, as TRL's reward trainer reads it."""
+    row = {"prompt": QUESTION, "chosen": "a", "rejected": "b"}
+
+    def scores(**more):
+        return [r.scores for r in read_one(folder, row | more).responses]
+
+    both = {"score_chosen": 3, "score_rejected": 1}
+    for columns in (both, both | {"margin": 9}, both | {"chosen_reason": "x", "ls_factor": 0.5}):
+        assert scores(**columns) == [{"score": 3.0}, {"score": 1.0}]
+    assert scores(margin=2) == [{"score": 2.0}, {"score": 0.0}]
+    assert scores() == [{}, {}]
+    assert skip_one(folder, row | {"score_chosen": 3}).reason == "score_count"
+    assert skip_one(folder, row | both | {"score_rejected": "x"}).reason == "bad_score"
 
 
 def test_kto(folder):
@@ -633,12 +657,12 @@ def test_a_format_that_is_given_is_used(folder):
         ("trl", MS_SWIFT[1], "response.images"),
         ("trl", MS_SWIFT[2], "response.prompt"),
         ("trl", RLAIF_V[0] | {"image": "a.png"}, "log_prob"),
-        ("ms_swift", TRL[5], "finished"),
-        ("llama_factory", TRL[5], "finished"),
+        ("ms_swift", TRL[6], "finished"),
+        ("llama_factory", TRL[6], "finished"),
         ("llama_factory", scored(spans=[{"start": 0, "end": 1}]), "spans"),
         ("rlaif_v", TRL[0] | {"videos": [["a.png"]]}, "videos"),
-        ("rlaif_v", TRL[3], "system"),
-        ("mm_rlhf", TRL[2], "desirable"),
+        ("rlaif_v", TRL[4], "system"),
+        ("mm_rlhf", TRL[3], "desirable"),
         ("mm_rlhf_pairs", MM_RLHF[1], "rank"),
         ("ms_swift", scored() | {"other_images": ["a.png"]}, "other_images"),
         (
