@@ -88,7 +88,14 @@ class ShapesPart(ShapesData):
     """How often a row is seen in an epoch; of 0.5 every other row."""
 
 
-class FilePart(FileData):
+class LearnedFile(FileData):
+    """A file of responses to learn from."""
+
+    score: str | None = None
+    """Which of several scores is `score`, by its name; responses without it have none then."""
+
+
+class FilePart(LearnedFile):
     """A file in a mixture."""
 
     weight: float = Field(1.0, gt=0)
@@ -216,7 +223,7 @@ class Base(Section):
 class Validation(Section):
     """Rows that are held out of training and measured as it goes on."""
 
-    data: Data | None = None
+    data: Annotated[ShapesData | LearnedFile, Field(discriminator="source")] | None = None
     """Other data, or"""
     share: float | None = Field(None, gt=0, lt=1)
     """this much of the training data, all rows of one prompt on the same side."""

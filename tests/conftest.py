@@ -11,7 +11,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Here compiling takes far longer than running: these make it about ten times faster.
 os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_use_fusion_emitters=false " + os.environ.get("XLA_FLAGS", "")
+    "--xla_cpu_use_fusion_emitters=false "
+    # Eight devices wait for each other on as many threads: on a busy machine for long.
+    "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120 "
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600 "
+    "--xla_cpu_collective_timeout_seconds=600 " + os.environ.get("XLA_FLAGS", "")
 )
 
 import jax

@@ -68,6 +68,14 @@ def skip_one(folder, row):
 DIALOGUE = [user("1"), assistant("2"), user("3"), assistant("4")]
 TRL = [
     {"prompt": [user()], "chosen": [assistant("a")], "rejected": [assistant("b")]},
+    {
+        "prompt": [user()],
+        "chosen": [assistant("a")],
+        "rejected": [assistant("b")],
+        "score_chosen": 3.5,
+        "score_rejected": 1.0,
+        "margin": 2.5,
+    },
     {"images": ["a.png", "b.png"], "prompt": [user()], "source": "mine", "category": {"n": 1}},
     {"images": ["a.png"], "prompt": [user()], "completion": [assistant("a")], "label": False},
     {"prompt": [{"role": "system", "content": "s"}, user()], "completion": [assistant("a")]},

@@ -17,7 +17,7 @@ from mmpo_jax.data.readers import (
     read_records,
     write_skipped,
 )
-from mmpo_jax.data.records import Record
+from mmpo_jax.data.records import SCORE, Record, Response
 from mmpo_jax.data.rows import MessagesAs
 from mmpo_jax.data.tokenization import (
     Tokenize,
@@ -89,6 +89,26 @@ def load_source(
         skipped += [_without_prompt(data.path, record) for record in records if not record.prompt]
         records = [dataclasses.replace(r, responses=()) for r in records if r.prompt]
     return Source(data.path, records, skipped, data.max_skipped)
+
+
+def scored_by(source: Source, name: str) -> Source:
+    """With a score of every response as the one that is called `SCORE`.
+
+    Args:
+      source: the records.
+      name: of the score; a response that has none of it gets no scores.
+    """
+
+    def scored(response: Response) -> Response:
+        score = response.scores.get(name)
+        scores = {} if score is None else {**response.scores, SCORE: score}
+        return dataclasses.replace(response, scores=scores)
+
+    records = [
+        dataclasses.replace(record, responses=tuple(map(scored, record.responses)))
+        for record in source.records
+    ]
+    return dataclasses.replace(source, records=records)
 
 
 def usable_records(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mmpo_jax.data.contexts import answers
-from mmpo_jax.data.records import LOG_PROB, Response, Span
+from mmpo_jax.data.records import LOG_PROB, SCORE, Response, Span
 from mmpo_jax.data.rows import SkipReason
 from mmpo_jax.data.segments import changed_segments
 from mmpo_jax.data.tokenization import TokenizedRecord, TokenizedResponse
@@ -18,8 +18,8 @@ def lacks(record: TokenizedRecord, field: str) -> tuple[SkipReason, str] | None:
     sources = [response.source for response in record.responses]
     if field == "rank" and (not record.ranked or len({x.rank for x in sources}) < 2):
         return "incomplete_pair", "no responses of different ranks, which the objective compares"
-    if field in ("score", "win_rate") and not all(len(source.scores) == 1 for source in sources):
-        return "no_score", "not every response has one score"
+    if field in ("score", "win_rate") and _score_name(sources) is None:
+        return "no_score", "not every response has one score; the data's option `score` names one"
     kind, _, dimension = field.partition("/")
     if kind == "scores" and any(dimension not in source.scores for source in sources):
         return "no_score", f"not every response has a score for {dimension!r}"
@@ -62,14 +62,25 @@ def _log_probs(source: Response) -> dict[str, float]:
     return {name: value for name, value in source.scores.items() if name.startswith(LOG_PROB)}
 
 
+def _score_name(sources: Sequence[Response]) -> str | None:
+    """What the score of all responses is called: `SCORE`, or as the only one of all is, log-probs
+    aside; None where they have not one in common."""
+    if all(SCORE in source.scores for source in sources):
+        return SCORE
+    named = {name for source in sources for name in source.scores.keys() - _log_probs(source)}
+    if len(named) != 1 or not all(named <= source.scores.keys() for source in sources):
+        return None
+    return named.pop()
+
+
 def _ranks(record: TokenizedRecord) -> np.ndarray:
     return np.array([response.source.rank or 0 for response in record.responses], np.float32)
 
 
 def _scores(record: TokenizedRecord) -> np.ndarray:
-    return np.array(
-        [next(iter(response.source.scores.values())) for response in record.responses], np.float32
-    )
+    name = _score_name([response.source for response in record.responses])
+    assert name is not None
+    return _dimension(name)(record)
 
 
 def _win_rates(record: TokenizedRecord) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 
 from mmpo_jax.checkpoint import Checkpoint, load_start
 from mmpo_jax.data.pipeline import Example, Part
-from mmpo_jax.data.sources import SKIPPED, load_source, usable_records
+from mmpo_jax.data.sources import SKIPPED, load_source, scored_by, usable_records
 from mmpo_jax.data.tokenization import TokenizedRecord, fingerprint_records
 from mmpo_jax.files import fingerprint_json
 from mmpo_jax.models.card import ModelCard, make_card
@@ -19,7 +19,7 @@ from mmpo_jax.models.peft import save_adapter
 from mmpo_jax.objectives.registry import is_field
 from mmpo_jax.objectives.terms import needs
 from mmpo_jax.parallel.mesh import make_mesh
-from mmpo_jax.recipe import FileData, ShapesData, TrainRecipe
+from mmpo_jax.recipe import LearnedFile, ShapesData, TrainRecipe
 from mmpo_jax.recipe_training import Lora
 from mmpo_jax.training.examples import fingerprint_fields, prepare_examples, tokenizer_for, unfit
 from mmpo_jax.training.loop import TrainingError, check_training, train
@@ -193,7 +193,7 @@ def _prefixed(record: TokenizedRecord, number: int) -> TokenizedRecord:
 
 
 def usable_rows(
-    recipe: TrainRecipe, data: ShapesData | FileData, start: Checkpoint, skipped: str
+    recipe: TrainRecipe, data: ShapesData | LearnedFile, start: Checkpoint, skipped: str
 ) -> list[TokenizedRecord]:
     """The rows the objectives learn from, each with the responses they read.
 
@@ -225,6 +225,8 @@ def usable_rows(
     source = load_source(
         data, supervised=True, messages_as="dialogue" if supervised else "last_turn"
     )
+    if isinstance(data, LearnedFile) and data.score is not None:
+        source = scored_by(source, data.score)
     _, records = usable_records(
         source,
         start.processor,

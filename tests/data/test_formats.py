@@ -24,6 +24,7 @@ from format_rows import (
     png,
     read_jsonl,
     read_one,
+    skip_one,
     user,
     write_jsonl,
 )
@@ -70,6 +71,22 @@ def test_ms_swift_rejected_dialogue(folder):
     assert read_one(folder, MS_SWIFT[2]).responses[1].prompt == (Turn("user", "2"),)
     same = MS_SWIFT[2] | {"rejected_messages": [user("<image>1"), assistant("b")]}
     assert read_one(folder, same).responses == answers("a", "b", rank=[1, 2])
+
+
+def test_scores_of_a_pair(folder):
+    """As Uni-DPO's MM-RLHF has them, or only their difference, as TRL's reward trainer reads it."""
+    row = {"prompt": QUESTION, "chosen": "a", "rejected": "b"}
+
+    def scores(**more):
+        return [r.scores for r in read_one(folder, row | more).responses]
+
+    both = {"score_chosen": 3, "score_rejected": 1}
+    for columns in (both, both | {"margin": 9}, both | {"chosen_reason": "x", "ls_factor": 0.5}):
+        assert scores(**columns) == [{"score": 3.0}, {"score": 1.0}]
+    assert scores(margin=2) == [{"score": 2.0}, {"score": 0.0}]
+    assert scores() == [{}, {}]
+    assert skip_one(folder, row | {"score_chosen": 3}).reason == "score_count"
+    assert skip_one(folder, row | both | {"score_rejected": "x"}).reason == "bad_score"
 
 
 def test_kto(folder):

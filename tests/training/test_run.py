@@ -120,6 +120,19 @@ def test_dpo_takes_preferences_only(make_recipe, tmp_path):
         learned(make_recipe([DIALOGUE, ALTERNATIVES], DPO))
 
 
+def test_a_data_set_says_which_score_it_is(make_recipe):
+    row = {"question": QUESTION, "models_output": ["a red circle .", "no"], "final_ranking": [1, 2]}
+    row |= {"helpfulness": [4, 1], "ethical": [1, 2]}
+    several = make_recipe([row, row | {"helpfulness": [None, 1]}, row], {"type": "mm_dpo"})
+    with pytest.raises(DataError, match="no_score 3"):
+        learned(several)
+    chosen = [several.data[0].model_copy(update={"score": "helpfulness"})]
+    recipe = several.model_copy(update={"data": tuple(chosen)})
+    records = training_data(recipe, load_start(recipe.model)).records
+    scores = [[response.source.scores["score"] for response in r.responses] for r in records]
+    assert scores == [[4, 1]] * 2
+
+
 def test_a_mixed_up_image_is_in_no_pair(make_recipe):
     """Of MM-RLHF's pairs: another image for objectives that ask for one, nothing for others."""
     row = {"prompt": QUESTION, "chosen": "a red circle .", "rejected": "two blue stars ."}

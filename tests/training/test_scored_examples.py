@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from mmpo_jax.data.records import SCORE, Response, Turn
+from mmpo_jax.data.records import SCORE, Record, Response, Turn
+from mmpo_jax.data.sources import Source, scored_by
 from mmpo_jax.data.tokenization import TokenizedRecord, TokenizedResponse
 from mmpo_jax.errors import DataError
 from mmpo_jax.objectives.terms import make_term, needs
@@ -47,6 +48,31 @@ def test_modpo_reads_the_dimensions_it_names():
     assert lacks(row, "scores/d") == ("no_score", "not every response has a score for 'd'")
     with pytest.raises(DataError, match=r"no row has the field 'scores/d'.*several dimensions"):
         fields_of(row, ("modpo", {"dimensions": {"d": 0.2}}))
+
+
+def test_which_score_is_meant():
+    """The one of that name, or the only one; the data's option says which of several it is."""
+    scores = [{"a": 1.0, "b": 2.0}, {"a": 3.0, "b": 0.5}]
+    several = record([2, 1], scores)
+    assert lacks(several, "score")[0] == "no_score"
+    assert lacks(record([1, 2], [{"a": 1.0}, {"b": 1.0}]), "score")[0] == "no_score"
+    responses = tuple(response.source for response in several.responses)
+    source = Source("rows", [Record("r", (), (Turn("user", "?"),), responses)], [], 0.0)
+
+    def chosen(name):
+        (row,) = scored_by(source, name).records
+        return record([2, 1], [response.scores for response in row.responses])
+
+    for name, expected in (("a", [1, 3]), ("b", [2, 0.5])):
+        fields = fields_of(
+            chosen(name), ("mm_dpo", {}), ("sppo", {}), ("modpo", {"dimensions": {"b": 0.2}})
+        )
+        np.testing.assert_array_equal(fields["score"], expected)
+        assert (np.diff(fields["win_rate"]) > 0) == (np.diff(expected) > 0)
+        np.testing.assert_array_equal(fields["scores/b"], [2, 0.5])
+    assert lacks(chosen("c"), "score")[0] == "no_score"
+    beside = [{"a": 1.0, "log_prob/m": -1.0}, {"a": 2.0, "log_prob/m": -2.0}]
+    np.testing.assert_array_equal(fields_of(record([2, 1], beside), ("odpo", {}))["score"], [1, 2])
 
 
 def test_gold_is_the_first_of_the_best_of_three_ranks():

@@ -19,6 +19,7 @@ from mmpo_jax.data.formats.format import (
     source_of,
 )
 from mmpo_jax.data.formats.media import MediaFolder, entries
+from mmpo_jax.data.formats.trl import SCORES, pair_scores
 from mmpo_jax.data.formats.turns import parse_turns
 from mmpo_jax.data.formats.writing import (
     CannotHold,
@@ -142,17 +143,21 @@ def _read_pair(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
     if missing:
         raise UnusableRow("incomplete_pair", f"no {' and no '.join(missing)}")
     tie = read_flag(row.get("is_tie", False), "is_tie")
-    difference = _difference(row)
+    used = {*_PAIR_COLUMNS, *SCORES}
+    scores = pair_scores(row)
+    from_factor = not scores[0]
+    if from_factor:
+        scores = _factor_scores(row)
+    if not (from_factor and scores[0]):
+        used.remove("ls_factor")
     answers = []
-    for side, rank in (("chosen", 1), ("rejected", 1 if tie else 2)):
-        fields: dict[str, Any] = {"rank": rank}
+    sides = ("chosen", 1), ("rejected", 1 if tie else 2)
+    for (side, rank), score in zip(sides, scores, strict=True):
+        fields: dict[str, Any] = {"rank": rank, "scores": score}
         if f"{side}_reason" in row:
             fields["critique"] = read_text(row[f"{side}_reason"], f"{side}_reason")
-        if difference is not None:
-            fields["scores"] = {SCORE: difference if side == "chosen" else 0.0}
         fields |= _log_prob(row, f"reference_{side}_logp")
         answers.append(Answer(parse_turns(read_text(row[side], side), "assistant"), fields=fields))
-    used = [name for name in _PAIR_COLUMNS if name != "ls_factor" or difference is not None]
     images, videos = _media(row, media)
     other = (media.indexed_image(row["mixed_up_image"]),) if "mixed_up_image" in row else None
     # The published id is the prompt's; the pair's own is made by the reader.
@@ -172,14 +177,16 @@ def _log_prob(row: Row, name: str) -> dict[str, float]:
     return {"log_prob": read_number(row[name], name, "bad_log_prob")} if name in row else {}
 
 
-def _difference(row: Row) -> float | None:
-    """The score difference of an ``ls_factor``; 1, which stands for none, says nothing."""
+def _factor_scores(row: Row) -> tuple[dict[str, float], dict[str, float]]:
+    """Scores as far apart as ``ls_factor`` says; 1, which stands for none, says nothing."""
     if "ls_factor" not in row:
-        return None
+        return {}, {}
     factor = read_number(row["ls_factor"], "ls_factor")
     if factor > 1:
         raise UnusableRow("bad_score", f"ls_factor {factor} is more than 1")
-    return None if factor == 1 else -math.log1p(-factor) / FACTOR_RATE
+    if factor == 1:
+        return {}, {}
+    return {SCORE: -math.log1p(-factor) / FACTOR_RATE}, {SCORE: 0.0}
 
 
 def _write_pair(record: Record, writer: Writer) -> dict[str, Any]:
@@ -201,9 +208,12 @@ def _write_pair(record: Record, writer: Writer) -> dict[str, Any]:
         row["is_tie"] = True
     if chosen.scores or rejected.scores:
         if not chosen.scores.keys() == rejected.scores.keys() == {SCORE}:
-            raise CannotHold("scores", f"a row holds the difference of one, called {SCORE}")
-        difference = chosen.scores[SCORE] - rejected.scores[SCORE]
-        row["ls_factor"] = -math.expm1(-FACTOR_RATE * difference)
+            raise CannotHold("scores", f"a row holds one of each response, called {SCORE}")
+        better, worse = chosen.scores[SCORE], rejected.scores[SCORE]
+        if worse:
+            row |= {"score_chosen": better, "score_rejected": worse}
+        else:
+            row["ls_factor"] = -math.expm1(-FACTOR_RATE * better)
     if record.other_images is not None:
         if len(record.other_images) != 1:
             raise CannotHold("other_images", f"{len(record.other_images)}; a row holds one")

@@ -6,8 +6,11 @@
   responses are still to be generated. ``finished`` beside ``responses``, as `mmpo generate` writes
   it, says which of them end by themselves;
 * or ``messages``, a dialogue to learn from.
+
+Pairs may have scores: ``score_chosen`` and ``score_rejected``, or ``margin``, their difference.
 """
 
+import dataclasses
 from typing import Any
 
 from mmpo_jax.data.formats.format import (
@@ -16,6 +19,7 @@ from mmpo_jax.data.formats.format import (
     Format,
     read_flag,
     read_list,
+    read_number,
     rest,
     source_of,
 )
@@ -34,9 +38,11 @@ from mmpo_jax.data.formats.writing import (
     messages,
     with_extra,
 )
-from mmpo_jax.data.records import Record
+from mmpo_jax.data.records import SCORE, Record
 from mmpo_jax.data.rows import MessagesAs, Row, UnusableRow
 
+SCORES = ("score_chosen", "score_rejected", "margin")
+"""Columns with the scores of a pair."""
 _COLUMNS = ("prompt", "question", "chosen", "rejected", "completion", "label", "responses")
 
 
@@ -49,6 +55,8 @@ def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
     used = [name for name in (*_COLUMNS, "finished") if name in row]
     if not any(name in row for name in _COLUMNS):
         used.append("messages")
+    if "chosen" in row:
+        used += SCORES
     if "prompt" in row and "question" in row:
         used.remove("question")
     return Draft(
@@ -69,7 +77,11 @@ def _prompt_and_answers(row: Row, messages_as: MessagesAs) -> tuple[Turns, tuple
         chosen, rejected = (parse_turns(row[key], "assistant") for key in ("chosen", "rejected"))
         if not prompt:
             prompt, chosen, rejected = split_common_prompt(chosen, rejected)
-        return prompt, pair(chosen, rejected)
+        scores = pair_scores(row)
+        return prompt, tuple(
+            dataclasses.replace(answer, fields={**answer.fields, "scores": score})
+            for answer, score in zip(pair(chosen, rejected), scores, strict=True)
+        )
     if "completion" in row:
         fields = {"desirable": read_flag(row["label"], "label")} if "label" in row else {}
         return prompt, (Answer(parse_turns(row["completion"], "assistant"), fields=fields),)
@@ -87,6 +99,25 @@ def _prompt_and_answers(row: Row, messages_as: MessagesAs) -> tuple[Turns, tuple
 def pair(chosen: Turns, rejected: Turns) -> tuple[Answer, Answer]:
     """The better response and the worse one."""
     return Answer(chosen, fields={"rank": 1}), Answer(rejected, fields={"rank": 2})
+
+
+def pair_scores(row: Row) -> tuple[dict[str, float], dict[str, float]]:
+    """The scores of the better response and of the worse one; of a mere ``margin`` the worse one's
+    is 0.
+
+    Raises:
+      UnusableRow: one has no score and the other has, or they are no numbers.
+    """
+    given = [name for name in SCORES[:2] if name in row]
+    if len(given) == 1:
+        raise UnusableRow("score_count", f"{given[0]} alone; a pair has two scores")
+    if given:
+        chosen, rejected = (read_number(row[name], name) for name in given)
+    elif "margin" in row:
+        chosen, rejected = read_number(row["margin"], "margin"), 0.0
+    else:
+        return {}, {}
+    return {SCORE: chosen}, {SCORE: rejected}
 
 
 def supervised(turns: Turns, messages_as: MessagesAs) -> tuple[Turns, tuple[Answer, ...]]:
@@ -126,6 +157,8 @@ def _write(record: Record, writer: Writer) -> dict[str, Any]:
         return with_extra(row | {"messages": messages(responses[0].turns)}, record.extra)
     if record.prompt:
         row["prompt"] = messages(record.prompt)
+    if any(response.scores for response in responses):
+        row |= _written_scores(record)
     if record.ranked:
         chosen, rejected = chosen_and_rejected(record)
         row |= {"chosen": messages(chosen.turns), "rejected": messages(rejected.turns)}
@@ -143,12 +176,20 @@ def _write(record: Record, writer: Writer) -> dict[str, Any]:
     return with_extra(row, record.extra)
 
 
+def _written_scores(record: Record) -> dict[str, float]:
+    """Columns with the scores of a pair, and their difference for TRL's reward trainer."""
+    if not record.ranked or any(r.scores.keys() != {SCORE} for r in record.responses):
+        raise CannotHold("scores", f"a row holds those of a pair, one each, called {SCORE}")
+    chosen, rejected = (response.scores[SCORE] for response in chosen_and_rejected(record))
+    return dict(zip(SCORES, (chosen, rejected, chosen - rejected), strict=True))
+
+
 FORMAT = Format(
     name="trl",
     claims=_claims,
     read=_read,
     write=_write,
     holds=frozenset(
-        {"source", "videos", "fps", "system", "extra", "finished", "rank", "desirable"}
+        {"source", "videos", "fps", "system", "extra", "finished", "rank", "scores", "desirable"}
     ),
 )
