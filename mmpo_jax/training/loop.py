@@ -171,7 +171,9 @@ def train(
                 over = validation is not None and validation.is_over()
                 if step % config.save_every == 0 or step == steps or over:
                     checkpoints.save(step, state, position)
-            if rollout is None:
+            if isinstance(batches, Rollouts):
+                waiting.report_rollouts(batches.seconds)
+            else:
                 waiting.report()
         if validation is not None:
             state = checkpoints.restore_best(state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,6 +80,8 @@ class Rollouts:
         self.order = iter(order.to_iter_dataset(grain.ReadOptions(num_threads=0)))
         self.batch: HostBatch | None = None
         self.uses = 0
+        self.seconds = 0.0
+        """That rollouts took, from the end of the step before them."""
 
     def get_state(self) -> dict[str, Any]:
         """The position; only between rollouts, as samples are not saved."""
@@ -95,9 +98,11 @@ class Rollouts:
         return self.batch
 
     def _roll_out(self, state: TrainState) -> HostBatch:
+        step = int(state.step)  # which waits for the step that runs
+        begun = time.perf_counter()
         chosen = [self.records[int(index)] for index in next(self.order)]
         params = cast_params(merge(state), self.config.compute_dtype)
-        sampled = self._sample(params, chosen, step=int(state.step))
+        sampled = self._sample(params, chosen, step)
         rewards = np.stack([each.rewards for each in sampled])
         weights = [section.weight for section in self.rollout.rewards]
         better = advantages(
@@ -118,6 +123,7 @@ class Rollouts:
         if self.rollout.updates_per_rollout > 1:
             fields = {**arrays.fields, "old_log_probs": self._old_log_probs(params, arrays)}
             arrays = dataclasses.replace(arrays, fields=fields)
+        self.seconds += time.perf_counter() - begun
         return dataclasses.replace(host, arrays=arrays, metrics=self._metrics(sampled, rewards))
 
     def _sample(

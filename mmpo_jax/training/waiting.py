@@ -1,4 +1,4 @@
-"""How long training waited for data."""
+"""How long training waited for data, or sampled them."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ class Waiting:
     """
 
     def __init__(self) -> None:
+        self.begun = time.perf_counter()
         self.seconds = 0.0
         self.running: jax.Array | None = None
         self.started: float | None = None
@@ -46,8 +47,23 @@ class Waiting:
         """Says in the log what share of the time was waiting."""
         if self.started is None:
             return
-        if self.running is not None:
-            self.running.block_until_ready()
-        elapsed = time.perf_counter() - self.started
+        elapsed = self._now() - self.started
         share = self.seconds / elapsed if elapsed else 0.0
         log.info("waited for data %.1f %% of %.0f s", 100 * share, elapsed)
+
+    def report_rollouts(self, seconds: float) -> None:
+        """Says in the log what share of the time so many seconds of rollouts were, of which no step
+        is running in any; compiling counts on both sides."""
+        if self.started is None:
+            return
+        elapsed = self._now() - self.begun
+        share = 100 * seconds / elapsed if elapsed else 0.0
+        log.info(
+            "rollouts %.1f %%, steps and the rest %.1f %% of %.0f s", share, 100 - share, elapsed
+        )
+
+    def _now(self) -> float:
+        """When the step that runs is done."""
+        if self.running is not None:
+            self.running.block_until_ready()
+        return time.perf_counter()

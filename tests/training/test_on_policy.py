@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 
 import jax
 import numpy as np
@@ -243,10 +244,13 @@ def recipe(folder, output, **changes):
     return TrainRecipe.model_validate(values | changes)
 
 
-def test_a_recipe_trains(tiny_folder, tmp_path):
+def test_a_recipe_trains(tiny_folder, tmp_path, caplog):
     """From prompts to a Hugging Face folder; other rewards make another run."""
+    caplog.set_level(logging.INFO)
     made = recipe(tiny_folder, tmp_path)
     run_training(made)
+    (line,) = (line for line in caplog.messages if line.startswith("rollouts "))
+    assert 0 < float(line.split()[1]) < 100
     assert (tmp_path / "model" / "config.json").is_file()
     rewards = {"num_samples": 2, "max_new_tokens": 4, "rewards": [{"type": "think_format"}]}
     with pytest.raises(CheckpointError):
