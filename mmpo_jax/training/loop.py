@@ -171,8 +171,8 @@ def train(
                 over = validation is not None and validation.is_over()
                 if step % config.save_every == 0 or step == steps or over:
                     checkpoints.save(step, state, position)
-            if isinstance(batches, Rollouts):
-                waiting.report_rollouts(batches.seconds)
+            if isinstance(source, Rollouts):
+                waiting.report_rollouts(source.seconds)
             else:
                 waiting.report()
         if validation is not None:
