@@ -12,15 +12,21 @@ from jax.sharding import AxisType
 from mmpo_jax.data.pipeline import TrainBatch
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import AXES, put_batch
+from mmpo_jax.recipe_training import MovingReference
 from mmpo_jax.training.losses import make_loss
 from mmpo_jax.training.reference import score_batch
 from mmpo_jax.training.step import create_state, make_step
 
 OBJECTIVES = {
     "aot": [make_term("aot", beta=0.5)],
+    "aot_unpaired": [make_term("aot_unpaired", beta=0.5)],
     "beta_dpo": [make_term("beta_dpo", beta=0.5, drop=0.4)],
+    "mm_dpo_batch": [make_term("mm_dpo_batch", beta=0.5, w=2.0, drop=0.4)],
+    "ema": [make_term("dpo", beta=0.5)],
     "dpo and sft": [make_term("dpo", beta=0.5), make_term("sft")],
 }
+MOVING = {"ema": MovingReference(every=1, mixup=0.5)}
+"""Where the reference runs in the step; the second step compares with what the first made of it."""
 RANKS = [[1, 2, 3], [2, 1, 3], [1, 1, 2], [3, 1, 2], [1, 2, 2], [2, 3, 1], [1, 1, 1], [1, 2, 3]]
 WEIGHTS = [1, 1, 1, 1, 1, 1, 1, 0]
 RATE = optax.constant_schedule(0.1)
@@ -48,14 +54,26 @@ def batch(tiny_model):
     return TrainBatch(prompts, {"sums": sums}, {"rank": np.float32(RANKS)})
 
 
-def two_steps(model, params, terms, batch, micro_batches, shape=(1, 1, 1)):
-    """(metrics of two steps, the weights after them, what objectives keep)."""
+def two_steps(model, params, name, batch, micro_batches, shape=(1, 1, 1)):
+    """(metrics of two steps, the weights after them and the reference's, what objectives keep)."""
     devices = jax.devices()[: int(np.prod(shape))]
     mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
-    optimizer, loss = optax.sgd(RATE), make_loss(model, terms)
+    optimizer, loss = optax.sgd(RATE), make_loss(model, OBJECTIVES[name])
+    moving = MOVING.get(name)
     freeze = (r"vision_tower/.*",)
-    state = create_state(params, model, optimizer, freeze, mesh, keeps=loss.state)
-    step = make_step(loss, optimizer, RATE, state)
+    state = create_state(
+        params,
+        model,
+        optimizer,
+        freeze,
+        mesh,
+        reference_dtype=np.float32 if moving else None,
+        keeps=loss.state,
+    )
+    # Not the policy itself: whether rewards of 0 are accurate is up to rounding.
+    other = {path: 0.95 * leaf for path, leaf in state.reference.items()}
+    state = dataclasses.replace(state, reference=other)
+    step = make_step(loss, optimizer, RATE, state, reference=moving)
     cut = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
     metrics = []
     with jax.set_mesh(mesh):
@@ -64,23 +82,25 @@ def two_steps(model, params, terms, batch, micro_batches, shape=(1, 1, 1)):
             state, values = step(state, cut)
             metrics.append({name: float(value) for name, value in values.items()})
     kept = {name: float(value) for name, value in state.kept.items()}
-    return metrics, {path: np.asarray(x) for path, x in state.params.items()}, kept
+    weights = {path: np.asarray(x) for path, x in state.params.items()}
+    weights |= {f"reference/{path}": np.asarray(x) for path, x in state.reference.items()}
+    return metrics, weights, kept
 
 
 @pytest.fixture(scope="module")
 def whole(tiny_model, batch):
     """By name, of one micro-batch on one device."""
-    return {name: two_steps(*tiny_model, terms, batch, 1) for name, terms in OBJECTIVES.items()}
+    return {name: two_steps(*tiny_model, name, batch, 1) for name in OBJECTIVES}
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize(
     ("micro_batches", "shape"),
-    [(4, (1, 1, 1)), (1, (4, 2, 1))],
-    ids=["4 micro-batches", "8 devices"],
+    [(8, (1, 1, 1)), (4, (1, 1, 1)), (1, (4, 2, 1))],
+    ids=["rows alone", "rows in twos", "8 devices"],
 )
 def test_the_cut_does_not_matter(tiny_model, batch, whole, name, micro_batches, shape):
-    metrics, params, kept = two_steps(*tiny_model, OBJECTIVES[name], batch, micro_batches, shape)
+    metrics, params, kept = two_steps(*tiny_model, name, batch, micro_batches, shape)
     expected, trained, state = whole[name]
     for found, values in zip(metrics, expected, strict=True):
         assert found.keys() == values.keys()
@@ -101,7 +121,15 @@ def test_steps_learn(tiny_model, whole, name):
     assert all(abs(value) > 1e-4 for value in kept.values())
 
 
-@pytest.mark.parametrize("name", ["aot", "dpo and sft"])
+def test_the_reference_moves(whole):
+    _, weights, _ = whole["ema"]
+    moved = [path for path in weights if path.startswith("reference/")]
+    assert moved
+    for path in moved:
+        assert not np.array_equal(weights[path], weights[path.removeprefix("reference/")])
+
+
+@pytest.mark.parametrize("name", ["aot", "aot_unpaired", "mm_dpo_batch", "dpo and sft"])
 def test_halves_have_another_mean(tiny_model, batch, whole, name):
     """So that the tests above can fail."""
     model, params = tiny_model
