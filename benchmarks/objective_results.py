@@ -97,23 +97,20 @@ class Bench:
             with open(file) as text:
                 return name, json.load(text)
         started = time.perf_counter()
-        checkpoint = self.start
+        checkpoint, result = self.start, {}
         if path is not None:
             folder = self.train(path, os.path.join(self.folder, name), overrides)
+            result["seconds"] = time.perf_counter() - started
             checkpoint = load_checkpoint(folder, self.mesh)
-        seconds = time.perf_counter() - started
-        result = {
-            **evaluate_shapes(
-                checkpoint.model,
-                checkpoint.params,
-                checkpoint.processor,
-                self.evaluation.evaluation,
-                self.evaluation.lengths,
-                self.mesh,
-            ),
-            **reward_accuracies(self.held, self.score(checkpoint), self.reference),
-            "seconds": seconds,
-        }
+            result |= reward_accuracies(self.held, self.score(checkpoint), self.reference)
+        result |= evaluate_shapes(
+            checkpoint.model,
+            checkpoint.params,
+            checkpoint.processor,
+            self.evaluation.evaluation,
+            self.evaluation.lengths,
+            self.mesh,
+        )
         write_atomic(file, json.dumps(result, indent=1).encode())
         return name, result
 
@@ -173,11 +170,15 @@ def table(results: Mapping[str, Sequence[Result]]) -> str:
 
 
 def row(name: str, runs: Sequence[Result]) -> str:
-    cells = [_spread([run[key] for run in runs], digits) for key, _, digits in COLUMNS]
+    cells = [
+        _spread([run[key] for run in runs if key in run], digits) for key, _, digits in COLUMNS
+    ]
     return "| " + " | ".join([name, str(len(runs)), *cells]) + " |"
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
+    if not values:  # the start model has no reward
+        return ""
     text = f"{statistics.fmean(values):.{digits}f}"
     return text if len(values) < 2 else f"{text} ({statistics.stdev(values):.{digits}f})"
 
