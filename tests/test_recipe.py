@@ -32,7 +32,7 @@ from mmpo_jax.recipe_training import Rollout
 from mmpo_jax.shapes.render import MIN_IMAGE_SIZE
 
 PACKAGE = Path(mmpo_jax.__file__).parent
-CONFIGS = sorted((PACKAGE.parent / "configs").glob("*.yaml"))
+CONFIGS = sorted((PACKAGE.parent / "configs").rglob("*.yaml"))
 KINDS = (TrainRecipe, AlignRecipe, GenerateRecipe, ScoreRecipe, EvaluateRecipe)
 GOOD = {"output": "out", "model": "builtin:shapes", "data": {"source": "shapes"}}
 
