@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 import pydantic
 from pydantic import Field
 
-from mmpo_jax.objectives.registry import FIELDS, OBJECTIVES
+from mmpo_jax.objectives.catalog import OBJECTIVES
+from mmpo_jax.objectives.registry import FIELDS
 from mmpo_jax.recipe_training import Rollout, Training
 from mmpo_jax.section import MeshSize, PositiveInt, Section, Seed, as_list
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import operator
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING
 
-import pydantic
 from pydantic import Field
 
-from mmpo_jax.objectives.registry import OBJECTIVES
-from mmpo_jax.objectives.registry import Objective as Registered
+from mmpo_jax.objectives.catalog import OBJECTIVES
 from mmpo_jax.objectives.terms import Term
-from mmpo_jax.section import Section, as_list
+from mmpo_jax.section import Section, any_of, section_of
 
 
 class ObjectiveSection(Section):
@@ -28,28 +24,13 @@ class ObjectiveSection(Section):
         return Term(OBJECTIVES[self.type], self.weight, options)
 
 
-def _section(objective: Registered) -> type[ObjectiveSection]:
-    fields: dict[str, Any] = {"type": (Literal[objective.name], objective.name)}
-    fields |= objective.options
-    name = "".join(word.capitalize() for word in objective.name.split("_"))
-    return pydantic.create_model(
-        name,
-        __base__=ObjectiveSection,
-        __doc__=objective.formula,
-        **fields,
-    )
-
-
-SECTIONS = {name: _section(objective) for name, objective in OBJECTIVES.items()}
-
+SECTIONS = {
+    name: section_of(ObjectiveSection, name, objective.formula, objective.options)
+    for name, objective in OBJECTIVES.items()
+}
 
 if TYPE_CHECKING:
     Objectives = tuple[ObjectiveSection, ...]
 else:
-    _ANY = functools.reduce(operator.or_, SECTIONS.values())
-    Objectives = Annotated[
-        tuple[Annotated[_ANY, Field(discriminator="type")], ...],
-        pydantic.BeforeValidator(as_list),
-        Field(min_length=1),
-    ]
+    Objectives = any_of(SECTIONS.values())
     """A list of objectives, or one of them, by `type`."""

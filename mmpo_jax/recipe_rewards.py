@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import operator
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import pydantic
-from pydantic import Field
-
-from mmpo_jax.feedback import rewards  # noqa: F401 (fills the registry)
-from mmpo_jax.feedback.rewards.registry import REWARDS, Reward
-from mmpo_jax.section import Section
+from mmpo_jax.feedback.rewards import REWARDS
+from mmpo_jax.section import Section, any_of, section_of
 
 
 class RewardSection(Section):
@@ -31,20 +25,13 @@ class RewardSection(Section):
         return REWARDS[self.type].score(text, answer, **options)
 
 
-def _section(reward: Reward) -> type[RewardSection]:
-    fields: dict[str, Any] = {"type": (Literal[reward.name], reward.name)}
-    fields |= reward.options
-    name = "".join(word.capitalize() for word in reward.name.split("_"))
-    return pydantic.create_model(name, __base__=RewardSection, __doc__=reward.formula, **fields)
-
-
-SECTIONS = {name: _section(reward) for name, reward in REWARDS.items()}
+SECTIONS = {
+    name: section_of(RewardSection, name, reward.formula, reward.options)
+    for name, reward in REWARDS.items()
+}
 
 if TYPE_CHECKING:
     Rewards = tuple[RewardSection, ...]
 else:
-    _ANY = functools.reduce(operator.or_, SECTIONS.values())
-    Rewards = Annotated[
-        tuple[Annotated[_ANY, Field(discriminator="type")], ...], Field(min_length=1)
-    ]
-    """A list of rewards by `type`."""
+    Rewards = any_of(SECTIONS.values())
+    """A list of rewards, or one of them, by `type`."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import operator
 import typing
-from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 from pydantic import Field
@@ -17,6 +19,8 @@ class Section(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+SectionType = TypeVar("SectionType", bound=Section)
+
 # Strict, or `true` would be taken for 1.
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
@@ -26,6 +30,33 @@ MeshSize = PositiveInt | Literal[-1]
 def as_list(value: Any) -> Any:
     """One entry may stand without the brackets of a list."""
     return value if isinstance(value, list | tuple) else [value]
+
+
+def section_of(
+    base: type[SectionType], name: str, doc: str, options: Mapping[str, tuple[Any, Any]]
+) -> type[SectionType]:
+    """A section for what a registry holds under a name: with that `type`, and its options.
+
+    Args:
+      base: what the section adds to.
+      name: in the registry, such as `mm_dpo`, which makes the class `MmDpo`.
+      doc: of the class.
+      options: name -> (type, default), as `keyword_options` gives them.
+    """
+    fields: dict[str, Any] = {"type": (Literal[name], name), **options}
+    title = "".join(word.capitalize() for word in name.split("_"))
+    return pydantic.create_model(title, __base__=base, __doc__=doc, **fields)
+
+
+def any_of(sections: Iterable[type[Section]]) -> Any:
+    """The annotation of a list of these sections, told apart by `type`; one entry may stand without
+    the brackets of a list."""
+    one: Any = Annotated[functools.reduce(operator.or_, sections), Field(discriminator="type")]
+    return Annotated[
+        tuple[one, ...],
+        pydantic.BeforeValidator(as_list),
+        Field(min_length=1),
+    ]
 
 
 def keyword_options(function: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmpo_jax.objectives.registry import FIELDS, OBJECTIVES, STATISTICS
+from mmpo_jax.objectives.catalog import OBJECTIVES
+from mmpo_jax.objectives.registry import FIELDS, STATISTICS
 from mmpo_jax.objectives.responses import Responses
 from mmpo_jax.objectives.sums import mean
 from mmpo_jax.objectives.terms import Term, first_state, make_term

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 import mmpo_jax
-from mmpo_jax.feedback.rewards.registry import REWARDS
+from mmpo_jax.feedback.rewards import REWARDS
 from mmpo_jax.generation.sampler import Decoding
-from mmpo_jax.objectives.registry import OBJECTIVES
+from mmpo_jax.objectives.catalog import OBJECTIVES
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipe import (
     AlignRecipe,

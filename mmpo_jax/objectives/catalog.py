@@ -1,6 +1,6 @@
-"""All modules with objectives: importing this fills the registry."""
+"""The registry with everything in it: all modules with objectives."""
 
-from mmpo_jax.objectives import (  # noqa: F401
+from mmpo_jax.objectives import (  # noqa: F401 (they register their functions)
     absolute,
     batch_rules,
     image_aware,
@@ -15,3 +15,6 @@ from mmpo_jax.objectives import (  # noqa: F401
     token_level,
     unpaired,
 )
+from mmpo_jax.objectives.registry import OBJECTIVES
+
+__all__ = ["OBJECTIVES"]

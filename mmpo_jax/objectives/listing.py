@@ -5,16 +5,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Collection
 
-from mmpo_jax.objectives import catalog  # noqa: F401 (fills the registry)
-from mmpo_jax.objectives.registry import (
-    FIELDS,
-    HEADS,
-    OBJECTIVES,
-    REFERENCES,
-    STATISTICS,
-    VIEWS,
-    Objective,
-)
+from mmpo_jax.objectives.catalog import OBJECTIVES
+from mmpo_jax.objectives.registry import FIELDS, HEADS, REFERENCES, STATISTICS, VIEWS, Objective
 
 MEANINGS = {**FIELDS, **REFERENCES, **VIEWS, **HEADS}
 WIDTH = 100

@@ -186,19 +186,15 @@ def sides(
     `ld_alpha` times, under policy and reference.
     """
     alpha = options.get("ld_alpha")
-    if alpha is None:
-        shares = (None, None)
-    else:
-        shorter = jnp.minimum(chosen.length, rejected.length)[..., None]
-        shares = tuple(  # type: ignore[assignment]
-            jnp.where(jnp.cumsum(x.mask, axis=-1) <= shorter, 1.0, alpha)
-            for x in (chosen, rejected)
-        )
-    first, second = (
-        _side(x, share, reference, options)
-        for x, share in zip((chosen, rejected), shares, strict=True)
-    )
-    return first, second
+    shorter = jnp.minimum(chosen.length, rejected.length)[..., None]
+
+    def side(tokens: Responses) -> Side:
+        share = None
+        if alpha is not None:
+            share = jnp.where(jnp.cumsum(tokens.mask, axis=-1) <= shorter, 1.0, alpha)
+        return _side(tokens, share, reference, options)
+
+    return side(chosen), side(rejected)
 
 
 def _side(

@@ -46,9 +46,6 @@ def listwise(*needs: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                 function=function,
                 apply=apply,
                 needs=frozenset({"rank", *needs}),
-                coupled=False,
-                state={},
-                shared_options={},
             )
         )
         return function

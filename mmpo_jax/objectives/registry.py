@@ -96,11 +96,11 @@ class Objective:
     """(responses [N, S], weights float32[N], state, options) -> (sums, state)."""
     needs: frozenset[str]
     """Names in `FIELDS`, `STATISTICS`, `REFERENCES`, `VIEWS` and `HEADS`."""
-    coupled: bool
+    coupled: bool = False
     """Whether the loss of a row depends on the others of the batch."""
-    state: Mapping[str, float]
+    state: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """First values of what is kept from step to step."""
-    shared_options: Mapping[str, tuple[Any, Any]]
+    shared_options: Mapping[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
     """Options of all objectives of its kind: name -> (type, default)."""
     option_needs: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """Option -> what is needed besides where it is used: given, if it is None by default, and

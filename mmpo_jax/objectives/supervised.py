@@ -47,9 +47,6 @@ def tokenwise(
                 function=function,
                 apply=apply,
                 needs=frozenset(needs),
-                coupled=False,
-                state={},
-                shared_options={},
                 option_needs=option_needs or {},
             )
         )

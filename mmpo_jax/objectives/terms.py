@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mmpo_jax.objectives import catalog  # noqa: F401 (fills the registry)
-from mmpo_jax.objectives.registry import OBJECTIVES, Objective, State
+from mmpo_jax.objectives.catalog import OBJECTIVES
+from mmpo_jax.objectives.registry import Objective, State
 from mmpo_jax.objectives.responses import Responses
 from mmpo_jax.objectives.sums import Sums, mean
 

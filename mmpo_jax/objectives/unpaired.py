@@ -59,7 +59,6 @@ def pointwise(
                 needs=frozenset(needs),
                 coupled=coupled or stateful,
                 state=state or {},
-                shared_options={},
             )
         )
         return function

@@ -8,6 +8,7 @@ import errno
 import functools
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -49,6 +50,7 @@ class Checkpoints:
         self.folder = os.path.abspath(os.path.join(folder, "checkpoints"))
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         self.manager = ocp.CheckpointManager(self.folder, options=options)
+        self._best_folder = os.path.join(os.path.dirname(self.folder), BEST)
 
     def latest(self) -> int | None:
         """The last saved step."""
@@ -136,8 +138,7 @@ class Checkpoints:
 
     def discard_best(self) -> None:
         """Removes what was best in an attempt of which no checkpoint is left."""
-        for step in self.best.all_steps():
-            self.best.delete(step)
+        shutil.rmtree(self._best_folder, ignore_errors=True)
 
     def restore_best(self, state: TrainState) -> TrainState:
         """The state with the best parameters."""
@@ -152,9 +153,8 @@ class Checkpoints:
 
     @functools.cached_property
     def best(self) -> ocp.CheckpointManager:
-        folder = os.path.join(os.path.dirname(self.folder), BEST)
         options = ocp.CheckpointManagerOptions(max_to_keep=1, cleanup_tmp_directories=True)
-        return ocp.CheckpointManager(folder, options=options)
+        return ocp.CheckpointManager(self._best_folder, options=options)
 
     def close(self) -> None:
         """Waits until all is written.

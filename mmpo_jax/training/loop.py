@@ -104,26 +104,9 @@ def train(
         params = add_adapters(params, model, config.lora, config.freeze, seed)
     micro = micro_batch_size(config, mesh)
     checkpoints = Checkpoints(folder, identity, config.keep_checkpoints)
-    source: Source
-    if rollout is None:
-        source = FromData(
-            training_batches(
-                examples,
-                processor,
-                lengths,
-                seed=seed,
-                epochs=config.epochs,
-                batch_size=config.batch_size,
-                micro_batch_size=micro,
-                parts=parts,
-                workers=config.workers,
-            )
-        )
-    else:
-        prompts = [example.rows[0] for example in examples]
-        source = Rollouts(
-            model, processor, prompts, config, rollout, lengths, mesh, parts, micro, seed
-        )
+    source = make_source(
+        model, processor, examples, config, lengths, mesh, parts, micro, seed, rollout
+    )
     # Closed whatever happens: a checkpoint that is being written is finished first.
     with jax.set_mesh(mesh), contextlib.closing(checkpoints):
         temperature = 1.0 if rollout is None else rollout.temperature
@@ -141,12 +124,13 @@ def train(
         with contextlib.closing(MetricsWriter(folder, kept, steps)) as writer:
             validation = None
             if held is not None:
+                make = functools.partial(held_out_batches, held.examples, processor, lengths, micro)
                 # In its own contexts: some row may have more than any that is trained on.
                 measured = make_loss(model, recipe_terms(config), held.examples[0].names)
-                make = functools.partial(held_out_batches, held.examples, processor, lengths, micro)
                 validation = Validator(held.config, make, measured, config, mesh, writer.rows)
-                if restored is None:
-                    checkpoints.discard_best()  # of a run that ended before its first checkpoint
+            if restored is None:
+                checkpoints.discard_best()  # of a run that ended before its first checkpoint
+                if validation is not None:
                     writer.record(0, validation.measure(0, state))
                     checkpoints.save_best(0, state)
             waiting, window, started = Waiting(), Window(checkpoints), time.perf_counter()
@@ -178,6 +162,38 @@ def train(
         if validation is not None:
             state = checkpoints.restore_best(state)
         return merge(state)
+
+
+def make_source(
+    model: Model,
+    processor: Processor,
+    examples: Sequence[Example],
+    config: Training,
+    lengths: Lengths,
+    mesh: Mesh,
+    parts: Sequence[Part],
+    micro: int,
+    seed: int,
+    rollout: Rollout | None,
+) -> Source:
+    """Batches of the examples, or of what is sampled after their prompts; see `train`."""
+    if rollout is not None:
+        prompts = [example.rows[0] for example in examples]
+        return Rollouts(
+            model, processor, prompts, config, rollout, lengths, mesh, parts, micro, seed
+        )
+    batches = training_batches(
+        examples,
+        processor,
+        lengths,
+        seed=seed,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        micro_batch_size=micro,
+        parts=parts,
+        workers=config.workers,
+    )
+    return FromData(batches)
 
 
 def prepare(

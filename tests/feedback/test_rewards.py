@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from mmpo_jax.errors import DataError
-from mmpo_jax.feedback import rewards  # noqa: F401 (fills the registry)
+from mmpo_jax.feedback.rewards import REWARDS
 from mmpo_jax.feedback.rewards.boxes import ious, match, read_predictions, true_boxes
-from mmpo_jax.feedback.rewards.registry import MAX_LENGTH, REWARDS
+from mmpo_jax.feedback.rewards.registry import MAX_LENGTH
 from mmpo_jax.shapes.metrics import caption_metrics
 from mmpo_jax.shapes.world import Scene, Thing
 

@@ -15,8 +15,9 @@ from objectives import (
     test_unpaired,
 )
 
+from mmpo_jax.objectives.catalog import OBJECTIVES
 from mmpo_jax.objectives.listing import render_objectives
-from mmpo_jax.objectives.registry import FIELDS, HEADS, OBJECTIVES, REFERENCES, VIEWS
+from mmpo_jax.objectives.registry import FIELDS, HEADS, REFERENCES, VIEWS
 from mmpo_jax.objectives.terms import make_term
 
 TABLES = {

@@ -3,7 +3,7 @@
 import pydantic
 import pytest
 
-from mmpo_jax.objectives.registry import OBJECTIVES
+from mmpo_jax.objectives.catalog import OBJECTIVES
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.recipe import PreferenceTraining
 from mmpo_jax.recipe_training import Training

@@ -8,7 +8,8 @@ import pytest
 
 import mmpo_jax
 from mmpo_jax.models.huggingface import flatten, load_model
-from mmpo_jax.objectives.registry import OBJECTIVES, REFERENCES
+from mmpo_jax.objectives.catalog import OBJECTIVES
+from mmpo_jax.objectives.registry import REFERENCES
 from mmpo_jax.recipe import TrainRecipe
 from mmpo_jax.recipe_files import load_recipe
 from mmpo_jax.shapes.language import hallucinated_caption, true_caption
