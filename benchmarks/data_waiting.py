@@ -9,7 +9,7 @@ what share of the time no step was running because no batch was ready.
 from __future__ import annotations
 
 import argparse
-import logging
+import json
 import os
 import tempfile
 
@@ -22,8 +22,7 @@ from checkpoint import (
     make_pairs,
 )
 
-from mmpo_jax.recipe import TrainRecipe
-from mmpo_jax.training.run import run_training
+from mmpo_jax import cli
 
 
 def main() -> None:
@@ -31,7 +30,6 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=4)
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(folder)
         make_pairs(folder, options.pairs)
@@ -47,7 +45,10 @@ def main() -> None:
                 "log_every": 1,
             },
         }
-        run_training(TrainRecipe.model_validate(recipe))
+        file = os.path.join(folder, "recipe.yaml")  # JSON is YAML
+        with open(file, "w") as written:
+            json.dump(recipe, written)
+        cli.main(["train", file])
 
 
 if __name__ == "__main__":

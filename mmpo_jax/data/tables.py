@@ -11,6 +11,7 @@
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -149,7 +150,8 @@ def _array_record_rows(path: epath.Path) -> Iterator[tuple[int, Item]]:
         local = os.fspath(path)
         if not is_local(path):  # its reader knows no buckets
             local = os.path.join(folder, path.name)
-            path.copy(local)
+            with path.open("rb") as remote, open(local, "wb") as copy:
+                shutil.copyfileobj(remote, copy)
         if not os.path.isfile(local):
             raise FileNotFoundError(2, "No such file or directory", local)
         try:

@@ -1,6 +1,5 @@
 """What a model's name points to: folders, buckets, the hub, and code that must not run."""
 
-import io
 import json
 import shutil
 import sys
@@ -10,8 +9,7 @@ import jax
 import numpy as np
 import pytest
 import transformers
-from etils.epath import backend
-from fsspec.implementations.memory import MemoryFileSystem
+from buckets import Bucket, empty_bucket
 from jax.sharding import AxisType
 
 from mmpo_jax.checkpoint import load_checkpoint, load_processor
@@ -29,34 +27,13 @@ def mesh():
     return jax.make_mesh((1, 4, 2), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-class Bucket(MemoryFileSystem):
-    """gs:// without a network."""
-
-    protocol = "gs"
-    cachable = False
-    store: dict = {}  # noqa: RUF012 (what fsspec's class calls it)
-    pseudo_dirs = [""]  # noqa: RUF012
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return super()._strip_protocol(path.replace("gs://", "memory://"))
-
-    def _open(self, path, mode="rb", **options):
-        if mode != "rb":
-            return super()._open(path, mode, **options)
-        return io.BytesIO(self.cat_file(path))  # a reader of its own
-
-
 @pytest.fixture
 def bucket(tiny_folder, tiny_model, tmp_path, monkeypatch):
     """Holds a sharded copy of the tiny checkpoint at gs://bucket/models/tiny."""
     save_model(tmp_path / "sharded", *tiny_model, tiny_folder, max_shard_bytes=40_000)
-    system = Bucket()
-    monkeypatch.setattr(Bucket, "store", {})
-    monkeypatch.setattr(Bucket, "pseudo_dirs", [""])
+    system = empty_bucket(monkeypatch)
     for file in (tmp_path / "sharded").iterdir():
         system.pipe_file(f"gs://bucket/models/tiny/{file.name}", file.read_bytes())
-    monkeypatch.setattr(type(backend.fsspec_backend), "_get_filesystem", lambda *_: system)
     monkeypatch.setenv("MMPO_CACHE", str(tmp_path / "cache"))
     return system
 
