@@ -11,35 +11,34 @@ import contextlib
 import functools
 import json
 import os
-import re
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jinja2
 import numpy as np
-import transformers
 from PIL import Image
 
 from mmpo_jax.data.edits import edit_pixels
 from mmpo_jax.data.images import image_size, open_image
+from mmpo_jax.data.processor_files import (
+    ProcessorError,
+    generation_eos_ids,
+    is_setting,
+    load_image_processor,
+    load_tokenizer,
+    load_video_settings,
+    processor_template,
+)
 from mmpo_jax.data.records import Edit, ImageRef, Turn, VideoRef
 from mmpo_jax.data.templates import TEMPLATES
-from mmpo_jax.errors import DataError, MmpoError
+from mmpo_jax.errors import DataError
 from mmpo_jax.files import fingerprint_json
 from mmpo_jax.models.config import ModelConfig
 from mmpo_jax.models.families import FAMILIES
 from mmpo_jax.models.layout import Layout
 
 PIXEL_CACHE_BYTES = 512 * 2**20
-
-
-TOKENIZERS = ("tokenizer.model", "vocab.json", "merges.txt")
-"""Files that tokenizers are made of where there is no tokenizer.json."""
-
-
-class ProcessorError(MmpoError):
-    """A checkpoint folder whose tokenizer, template or image processor cannot be used."""
 
 
 class TemplateRefusal(DataError):
@@ -68,18 +67,18 @@ class Processor:
         self.config = config
         self.images = FAMILIES[config.family].images
         self.videos = FAMILIES[config.family].videos
-        self.tokenizer = _load_tokenizer(self.folder)
+        self.tokenizer = load_tokenizer(self.folder)
         self.tokenizer.chat_template = (
-            self.chat_template or _processor_template(self.folder) or self.tokenizer.chat_template
+            self.chat_template or processor_template(self.folder) or self.tokenizer.chat_template
         )
         self.placeholders: tuple[int, ...] = ()
         self.slot_shape: tuple[int, ...] = ()
         if self.images is not None:
-            self.image_processor = _load_image_processor(self.folder, self.images.processors)
+            self.image_processor = load_image_processor(self.folder, self.images.processors)
             self.placeholders = self.images.placeholders(config)
             self.slot_shape = self.images.slot_shape(config)
         if self.videos is not None:
-            self.video_settings = _load_video_settings(self.folder, self.videos.settings)
+            self.video_settings = load_video_settings(self.folder, self.videos.settings)
             placeholder = self.videos.placeholder(config, self.tokenizer)
             self.placeholders = (*self.placeholders, placeholder)
         self._pixels: collections.OrderedDict[Any, list[np.ndarray]] = collections.OrderedDict()
@@ -116,16 +115,7 @@ class Processor:
         Raises:
           ProcessorError: that file cannot be read.
         """
-        path = os.path.join(self.folder, "generation_config.json")
-        if not os.path.isfile(path):
-            return (self.eos_id,)
-        try:
-            with open(path, encoding="utf-8") as file:
-                added = json.load(file).get("eos_token_id")
-            added = [] if added is None else [added] if isinstance(added, int) else list(added)
-            return tuple(dict.fromkeys([self.eos_id, *map(int, added)]))
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise ProcessorError(f"{path}: not a generation config: {error}") from error
+        return tuple(dict.fromkeys([self.eos_id, *generation_eos_ids(self.folder)]))
 
     @functools.cached_property
     def adds_bos(self) -> bool:
@@ -298,7 +288,7 @@ class Processor:
         image: dict[str, Any] = {}
         if self.images is not None:
             settings = self.image_processor.to_dict()
-            image = {key: value for key, value in settings.items() if _is_setting(key)}
+            image = {key: value for key, value in settings.items() if is_setting(key)}
         if self.videos is not None:
             image["video"] = self.video_settings
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
@@ -346,75 +336,6 @@ class Processor:
             )
 
 
-def _load_tokenizer(folder: str) -> Any:
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers and its Rust tokenizers raise many types
-        path = os.path.join(folder, "tokenizer.json")
-        if os.path.isfile(path):
-            raise ProcessorError(f"{folder}: cannot load the tokenizer: {error}") from error
-        others = [name for name in TOKENIZERS if os.path.isfile(os.path.join(folder, name))]
-        tried = f", and {' and '.join(others)} cannot be read as one" if others else ""
-        raise ProcessorError(
-            f"{path}: not found{tried}: cannot load the tokenizer; expected tokenizer.json, or "
-            "a SentencePiece model as tokenizer.model, or vocab.json and merges.txt"
-        ) from error
-
-
-def _processor_template(folder: str) -> str | None:
-    """What `chat_template.json` says, where processors of transformers 4.4x put their template.
-
-    It comes before the tokenizer's own, which may be that of the text model.
-    """
-    path = os.path.join(folder, "chat_template.json")
-    if os.path.isfile(os.path.join(folder, "chat_template.jinja")) or not os.path.isfile(path):
-        return None
-    try:
-        with open(path, encoding="utf-8") as file:
-            return str(json.load(file)["chat_template"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ProcessorError(f"{path}: not a chat template: {error!r}") from error
-
-
-def _load_video_settings(folder: str, name: str) -> dict[str, Any]:
-    """The video processor's settings; those of the image processor where there are none."""
-    _, settings = _read_settings(folder, "video_processor", (name, "preprocessor_config.json"))
-    return {key: value for key, value in settings.items() if _is_setting(key)}
-
-
-def _load_image_processor(folder: str, known: Sequence[str]) -> Any:
-    """The image processor in its PIL form, which needs neither torch nor torchvision."""
-    path, settings = _read_settings(folder, "image_processor", ("preprocessor_config.json",))
-    kind = settings.get("image_processor_type", known[0])
-    kind = re.sub("(Fast|Pil)$", "", kind)
-    if kind not in known:
-        raise ProcessorError(
-            f"{path}: image_processor_type {kind!r} is not supported; this architecture's "
-            f"are {', '.join(known)}"
-        )
-    return getattr(transformers, f"{kind}Pil")(**settings)
-
-
-def _read_settings(folder: str, key: str, names: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """(file, settings) where transformers looks for them: `key` of processor_config.json, which
-    is where 5.x writes them, else the first of the files `names`."""
-    for name in ("processor_config.json", *names):
-        path = os.path.join(folder, name)
-        if not os.path.isfile(path):
-            continue
-        try:
-            with open(path) as file:
-                settings = json.load(file)
-            settings = settings if name in names else settings.get(key)
-        except (OSError, ValueError, AttributeError) as error:
-            raise ProcessorError(f"{path}: {error}") from error
-        if settings is not None:
-            return path, settings
-    raise ProcessorError(
-        f"{folder}: no {' or '.join(names)}, and no {key} in processor_config.json"
-    )
-
-
 @contextlib.contextmanager
 def _named(media: Sequence[ImageRef | VideoRef]) -> Iterator[None]:
     """Says whose fault it is where a family cannot take an image."""
@@ -426,12 +347,3 @@ def _named(media: Sequence[ImageRef | VideoRef]) -> Iterator[None]:
 
 def _cache_key(image: ImageRef) -> tuple[bytes | str, Edit | None]:
     return image.data if image.data is not None else str(image.path), image.edit
-
-
-def _is_setting(key: str) -> bool:
-    return key not in (
-        "image_processor_type",
-        "processor_class",
-        "transformers_version",
-        "video_processor_type",
-    )

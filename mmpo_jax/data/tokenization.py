@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from mmpo_jax.data.processor import MediaError, Processor, ProcessorError, TemplateRefusal
+from mmpo_jax.data.processor import MediaError, Processor, TemplateRefusal
+from mmpo_jax.data.processor_files import ProcessorError
 from mmpo_jax.data.readers import SkippedRow
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn, VideoRef
 from mmpo_jax.data.rows import SkipReason

@@ -14,7 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mmpo_jax.data.batching import pad_batch
-from mmpo_jax.data.processor import Processor, ProcessorError
+from mmpo_jax.data.processor import Processor
+from mmpo_jax.data.processor_files import ProcessorError
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
 from mmpo_jax.data.tokenization import (
     RowRejected,

@@ -7,7 +7,8 @@ import shutil
 import pytest
 import tiny
 
-from mmpo_jax.data.processor import Processor, ProcessorError
+from mmpo_jax.data.processor import Processor
+from mmpo_jax.data.processor_files import ProcessorError
 from mmpo_jax.data.records import ImageRef, Turn
 from mmpo_jax.errors import DataError
 from mmpo_jax.models.model import load_config

@@ -8,7 +8,8 @@ import pytest
 import tiny
 import transformers
 
-from mmpo_jax.data.processor import Processor, ProcessorError, TemplateRefusal
+from mmpo_jax.data.processor import Processor, TemplateRefusal
+from mmpo_jax.data.processor_files import ProcessorError
 from mmpo_jax.data.records import Record, Response, Turn
 from mmpo_jax.data.tokenization import tokenize_records
 from mmpo_jax.models.model import load_config

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import tiny
 
-from mmpo_jax.data.processor import Processor, ProcessorError
+from mmpo_jax.data.processor import Processor
+from mmpo_jax.data.processor_files import ProcessorError
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
 from mmpo_jax.data.tokenization import RowRejected, tokenize
 from mmpo_jax.models.model import load_config

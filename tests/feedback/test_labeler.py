@@ -11,7 +11,8 @@ import pytest
 import tiny
 from jax.sharding import AxisType
 
-from mmpo_jax.data.processor import Processor, ProcessorError
+from mmpo_jax.data.processor import Processor
+from mmpo_jax.data.processor_files import ProcessorError
 from mmpo_jax.data.records import ImageRef, Turn
 from mmpo_jax.errors import DataError
 from mmpo_jax.feedback import labeler as labeler_module
