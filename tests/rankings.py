@@ -51,14 +51,14 @@ def ranked(ranks: Any, seed: int = 0, size: int = 6, lengths: Any = None) -> Res
     log_probs = tokens()
     reference = (log_probs + 0.6 * rng.standard_normal((n, s, size))) * mask
     score = rng.standard_normal((n, s)) + 3 - rank
-    gold = np.where(rank > 0, rank, np.inf)
+    best = np.where(rank > 0, rank, np.inf).min(axis=1, keepdims=True)
     fields = {
         "rank": rank,
         "score": score,
         "win_rate": rng.random((n, s)),
         "consistency": np.broadcast_to(rng.random((n, 1)), (n, s)),
-        "gold": np.arange(s) == gold.argmin(axis=1)[:, None],
-        "desirable": rank == 1,
+        "gold": np.arange(s) == (rank == best).argmax(axis=1)[:, None],
+        "desirable": rank == best,
     }
     fields |= {f"scores/{name}": rng.standard_normal((n, s)) for name in DIMENSIONS}
     # Whatever else is said of the tokens.

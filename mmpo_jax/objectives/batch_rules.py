@@ -31,7 +31,7 @@ def quantile_gap(first: jax.Array, second: jax.Array, weights: jax.Array) -> jax
     return jnp.where(weights > 0, gap, 0)
 
 
-@pairwise("reference", coupled=True)
+@pairwise("reference", coupled=True, wpo=False)
 def aot(
     chosen: Side,
     rejected: Side,
@@ -52,7 +52,7 @@ def aot(
     return logistic(beta * quantile_gap(ours, theirs, weights), label_smoothing)
 
 
-@pairwise("reference", coupled=True)
+@pairwise("reference", coupled=True, wpo=False)
 def aot_unpaired(
     chosen: Side,
     rejected: Side,

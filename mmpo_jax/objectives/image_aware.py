@@ -27,7 +27,7 @@ def conditional(chosen: Side) -> jax.Array:
     return chosen.tokens.ratio - after(chosen).ratio
 
 
-@pairwise("reference", image="crop")
+@pairwise("reference", image="crop", ld_alpha=False)
 def mdpo(chosen: Side, rejected: Side, *, beta: Positive = 0.1, delta: float = 0.0) -> jax.Array:
     """mDPO: l(beta D) + l(beta (r_w - r_w(m))) + l(beta r_w - delta), l(z) = -log sigmoid(z).
 
@@ -39,7 +39,7 @@ def mdpo(chosen: Side, rejected: Side, *, beta: Positive = 0.1, delta: float = 0
     return loss + logistic(beta * chosen.ratio - delta)
 
 
-@pairwise("reference", image="data")
+@pairwise("reference", image="data", ld_alpha=False)
 def re_align(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array:
     """Re-Align's rDPO: -log sigmoid(beta D) - log sigmoid(beta (r_w - r_w(m))).
 
@@ -49,7 +49,7 @@ def re_align(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array
     return logistic(beta * (chosen.ratio - rejected.ratio)) + logistic(beta * conditional(chosen))
 
 
-@pairwise("reference_model", "kl", "changed", image="noise")
+@pairwise("reference_model", "kl", "changed", image="noise", ld_alpha=False)
 def chip(
     chosen: Side,
     rejected: Side,
@@ -74,7 +74,7 @@ def chip(
     return loss + tokens * logistic(-beta * kl_margin(chosen, rejected))
 
 
-@pairwise("reference_model", "kl", "changed", image="noise")
+@pairwise("reference_model", "kl", "changed", image="noise", ld_alpha=False)
 def chip_code(
     chosen: Side,
     rejected: Side,
@@ -98,7 +98,7 @@ def chip_code(
     return logistic(beta * (margin - tokens * kl_margin(chosen, rejected)))
 
 
-@pairwise("reference", image="blank")
+@pairwise("reference", image="blank", ld_alpha=False)
 def vdpo(
     chosen: Side, rejected: Side, *, beta: Positive = 0.1, gamma: NonNegative = 0.75
 ) -> jax.Array:
@@ -116,7 +116,7 @@ def vdpo(
     return logistic(beta * (guided(chosen) - guided(rejected)))
 
 
-@pairwise("reference_model", "own", image="noise")
+@pairwise("reference_model", "own", image="noise", ld_alpha=False)
 def povid(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array:
     """POVID, stage 2: -1/2 log sigmoid(beta D) - 1/2 log sigmoid(beta (r_w - r_o)).
 
@@ -130,7 +130,7 @@ def povid(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array:
     return (loss + logistic(beta * (chosen.ratio - own))) / 2
 
 
-@pairwise("reference_model", "logit", image="noise")
+@pairwise("reference_model", "logit", image="noise", ld_alpha=False)
 def tpo_visual(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array:
     """Visual TPO: DPO of sum_t log(p_t c_t), c = 1/2 + sigmoid(s) of w and 3/2 - sigmoid(s) of l.
 

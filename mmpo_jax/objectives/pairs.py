@@ -63,12 +63,15 @@ def pairwise(
     state: Mapping[str, float] | None = None,
     divergences: bool = False,
     image: OtherImageKind | None = None,
+    ld_alpha: bool = True,
+    wpo: bool = True,
+    averages: bool = False,
     options: Mapping[str, tuple[Any, Any]] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function (chosen: Side, rejected: Side, **options) -> loss float32[N, K].
 
     Rows with ranks give a pair for every two responses whose ranks differ, and the batch's loss is
-    the mean over all pairs. Every such objective has the options `ld_alpha` and `wpo`.
+    the mean over all pairs.
 
     Args:
       *needs: names, see `Objective.needs`; `rank` goes without saying. With `gold` the function
@@ -78,24 +81,29 @@ def pairwise(
       divergences: whether its log-ratios may be those of another f-divergence, an option then.
       image: the other image that it compares with by default; the options `image` and `noise_step`
         choose another.
+      ld_alpha: whether all that its loss has of responses are the sums of a Side or averages of
+        whole responses, so that LD-DPO's weights of tokens make sense; an option then.
+      wpo: whether a loss is of its pair's own responses, so that WPO may weigh it; an option then.
+      averages: whether its rewards are of log-probs per token, as in TRL's CPO and ORPO trainers,
+        and not of sums.
       options: name -> (type, default) of options that say how the data are read.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         reference = any(need.startswith("reference") for need in needs)
-        shared: dict[str, tuple[Any, Any]] = {
-            "ld_alpha": (Share | None, None),
-            "wpo": (bool, False),
-            **(options or {}),
-        }
+        shared: dict[str, tuple[Any, Any]] = dict(options or {})
+        option_needs: dict[str, tuple[str, ...]] = {}
+        if ld_alpha:
+            shared["ld_alpha"] = (Share | None, None)
+            option_needs["ld_alpha"] = ("reference_tokens",) if "reference" in needs else ()
+        if wpo:
+            shared["wpo"] = (bool, False)
+            option_needs["wpo"] = ("collision",)
         if divergences:
             shared |= {
                 "divergence": (Divergence, "reverse_kl"),
                 "divergence_alpha": (Positive, 0.5),
             }
-        option_needs: dict[str, tuple[str, ...]] = {"wpo": ("collision",)}
-        if "reference" in needs:
-            option_needs["ld_alpha"] = ("reference_tokens",)
         if image is not None:
             shared |= {"image": (OtherImageKind, image), "noise_step": (DiffusionStep, 500)}
 
@@ -121,7 +129,7 @@ def pairwise(
             if given.get("wpo"):
                 loss = loss * confidence(first) * confidence(second)
             beta = given.get("beta", 1.0)
-            metrics = pair_metrics(chosen, rejected, beta, counted)
+            metrics = pair_metrics(chosen, rejected, beta, counted, averages)
             return Sums(*weighted(loss, counted), metrics), kept
 
         register(
@@ -242,10 +250,14 @@ def confidence(responses: Responses) -> jax.Array:
 
 
 def pair_metrics(
-    chosen: Side, rejected: Side, beta: float, weights: jax.Array
+    chosen: Side, rejected: Side, beta: float, weights: jax.Array, averages: bool = False
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """TRL's names: rewards are beta times the plain log-ratio whatever the loss."""
-    rewards = [beta * (side.total - side.reference) for side in (chosen, rejected)]
+    """TRL's names: rewards are beta times the plain log-ratio whatever the loss, per token
+    with `averages`; log-probs are sums."""
+    rewards = [
+        beta * (side.total - side.reference) / (side.length if averages else 1)
+        for side in (chosen, rejected)
+    ]
     values = {
         "rewards/chosen": rewards[0],
         "rewards/rejected": rewards[1],

@@ -14,6 +14,9 @@ import jax.numpy as jnp
 from mmpo_jax.objectives.pairs import EXPONENT_LIMIT, Side, pairwise
 from mmpo_jax.objectives.registry import NonNegative, Positive, PositiveSmoothing, Smoothing
 
+SQUARE_LIMIT = 1e15
+"""Of what is squared in float32; only other divergences than the reverse KL come near it."""
+
 
 def logistic(z: jax.Array, smoothing: float | jax.Array = 0.0) -> jax.Array:
     """-(1 - e) log sigmoid(z) - e log sigmoid(-z)."""
@@ -37,6 +40,9 @@ def dpo(
 
     SPIN (Chen et al. 2024, arXiv 2401.01335) is a recipe of it, or of `hinge`: the chosen responses
     are the data's, the rejected ones the start model's own, and the reference is the start model.
+
+    Where responses have images of their own, a side is scored after its own: so does MMed-RAG
+    (Xia et al. 2024, arXiv 2410.13085), whose rejected side has a noisy or unrelated image.
     """
     return logistic(beta * (chosen.ratio - rejected.ratio), label_smoothing)
 
@@ -116,7 +122,8 @@ def ipo(
     first, second = chosen.ratio, rejected.ratio
     if length_average:
         first, second = first / chosen.length, second / rejected.length
-    return (first - second - 1 / (2 * beta)) ** 2
+    gap = first - second - 1 / (2 * beta)
+    return jnp.clip(gap, -SQUARE_LIMIT, SQUARE_LIMIT) ** 2
 
 
 @pairwise("reference", divergences=True)

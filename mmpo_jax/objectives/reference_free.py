@@ -31,7 +31,7 @@ def log_odds(side: Side) -> jax.Array:
     return side.average - log1mexp(side.average)
 
 
-@pairwise()
+@pairwise(averages=True)
 def simpo(
     chosen: Side, rejected: Side, *, beta: Positive = 2.0, gamma: NonNegative = 1.0
 ) -> jax.Array:
@@ -56,7 +56,7 @@ def cpo(
     return logistic(beta * (chosen.total - rejected.total)) + sft_weight * nll(chosen)
 
 
-@pairwise()
+@pairwise(averages=True)
 def orpo(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array:
     """ORPO: -a_w - beta log sigmoid(o_w - o_l).
 
@@ -66,7 +66,7 @@ def orpo(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array:
     return nll(chosen) + beta * logistic(log_odds(chosen) - log_odds(rejected))
 
 
-@pairwise()
+@pairwise(averages=True)
 def asft(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array:
     """ASFT: -a_w - beta log sigmoid(o_w) - beta log sigmoid(-o_l).
 
@@ -78,7 +78,7 @@ def asft(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array:
     return nll(chosen) - beta * (chosen.average + log1mexp(rejected.average))
 
 
-@pairwise()
+@pairwise(averages=True)
 def alphapo(
     chosen: Side,
     rejected: Side,

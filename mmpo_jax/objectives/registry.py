@@ -118,7 +118,7 @@ class Objective:
     @property
     def source(self) -> str:
         paragraphs = (inspect.getdoc(self.function) or "").split("\n\n")
-        return paragraphs[1].replace("\n", " ") if len(paragraphs) > 1 else ""
+        return " ".join(paragraphs[1:]).replace("\n", " ")
 
 
 OBJECTIVES: dict[str, Objective] = {}

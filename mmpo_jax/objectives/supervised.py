@@ -99,8 +99,9 @@ def anchored_sft(
 
 def best(responses: Responses) -> jax.Array:
     """float32[N, S]: 1 for the responses of the best rank in their row, or where nothing is
-    ranked."""
-    if "rank" not in responses.fields:
-        return responses.present
-    rank = jnp.where(responses.present > 0, responses.fields["rank"], jnp.inf)
-    return responses.present * (rank == rank.min(axis=1, keepdims=True))
+    ranked; never for those that the data call undesirable."""
+    learned = responses.present
+    if "rank" in responses.fields:
+        rank = jnp.where(responses.present > 0, responses.fields["rank"], jnp.inf)
+        learned = learned * (rank == rank.min(axis=1, keepdims=True))
+    return learned * responses.fields.get("desirable", 1)

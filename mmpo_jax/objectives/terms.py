@@ -43,13 +43,16 @@ def make_term(name: str, weight: float = 1.0, **options: Any) -> Term:
     """An objective by its name, with its defaults where no option is given.
 
     Raises:
-      TypeError: an option without a default is not given.
+      TypeError: there is no such option, or one without a default is not given.
     """
     objective = OBJECTIVES[name]
     defaults = {key: default for key, (_, default) in objective.options.items()}
     missing = [key for key, default in defaults.items() if default is ... and key not in options]
     if missing:
         raise TypeError(f"objective {name} needs the option {missing[0]!r}")
+    unknown = options.keys() - defaults.keys()
+    if unknown:
+        raise TypeError(f"objective {name} has no option {min(unknown)!r}")
     return Term(objective, weight, {**defaults, **options})
 
 

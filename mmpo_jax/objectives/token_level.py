@@ -15,7 +15,7 @@ from mmpo_jax.objectives.preference import logistic
 from mmpo_jax.objectives.registry import NonNegative, Positive
 
 
-@pairwise("reference_tokens", "changed")
+@pairwise("reference_tokens", "changed", ld_alpha=False)
 def ddpo(
     chosen: Side,
     rejected: Side,
@@ -35,7 +35,7 @@ def ddpo(
     return logistic(beta * (ratios[0] - ratios[1]))
 
 
-@pairwise("reference_tokens", "token_weights")
+@pairwise("reference_tokens", "token_weights", ld_alpha=False)
 def weighted_dpo(
     chosen: Side, rejected: Side, *, beta: Positive = 0.1, average: bool = False
 ) -> jax.Array:
@@ -50,7 +50,7 @@ def weighted_dpo(
     return logistic(beta * (ratios[0] - ratios[1]))
 
 
-@pairwise("reference_model", "kl")
+@pairwise("reference_model", "kl", ld_alpha=False)
 def tdpo1(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array:
     """TDPO1: -log sigmoid(beta (D - (K_l - K_w))).
 
@@ -60,7 +60,7 @@ def tdpo1(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array:
     return logistic(beta * (chosen.ratio - rejected.ratio - kl))
 
 
-@pairwise("reference_model", "kl")
+@pairwise("reference_model", "kl", ld_alpha=False)
 def tdpo2(
     chosen: Side, rejected: Side, *, beta: Positive = 0.1, alpha: NonNegative = 0.5
 ) -> jax.Array:
@@ -71,7 +71,7 @@ def tdpo2(
     return logistic(beta * (chosen.ratio - rejected.ratio - alpha * kl_margin(chosen, rejected)))
 
 
-@pairwise("reference_model", "kl", "token_weights")
+@pairwise("reference_model", "kl", "token_weights", ld_alpha=False)
 def sparse_po(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array:
     """SparsePO: -log sigmoid(beta (D' - (K'_l - K'_w))), sums over tokens weighted by the data's w.
 
@@ -86,7 +86,7 @@ def sparse_po(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Arra
     return logistic(beta * (margins[0] - margins[1]))
 
 
-@pairwise("reference_model", "kl", "phrases")
+@pairwise("reference_model", "kl", "phrases", ld_alpha=False)
 def rrpo(
     chosen: Side, rejected: Side, *, beta: Positive = 0.1, alpha: NonNegative = 0.01
 ) -> jax.Array:

@@ -26,7 +26,7 @@ from mmpo_jax.objectives.registry import FIELDS, VIEWS, is_field
 from mmpo_jax.objectives.terms import Term, needs
 from mmpo_jax.recipe import Lengths
 from mmpo_jax.recipe_training import Reference, Training
-from mmpo_jax.training.fields import lacks, maker_of
+from mmpo_jax.training.fields import lacks, maker_of, score_names
 from mmpo_jax.training.losses import needs_reference, recipe_terms
 from mmpo_jax.training.reference import reference_stage
 
@@ -126,6 +126,8 @@ def unfit(
         return None
     if any(response.source.log_prob is None for response in record.responses):
         return "no_reference", "the data hold no reference log-probs of the responses"
+    if any(response.truncated for response in record.responses):
+        return "no_reference", "a response lost its tail, and the data's log-prob is of all of it"
     return None
 
 
@@ -170,7 +172,7 @@ def make_examples(
       reference: id of a record in a context -> float32[S] or [S, t], if one was computed.
 
     Raises:
-      DataError: no record has a field that is needed.
+      DataError: no record has a field that is needed, or their scores have different names.
     """
     name = "log_probs" if "reference_tokens" in needs else "sums"
     makers = {field: maker_of(field) for field in sorted(filter(is_field, needs))}
@@ -181,6 +183,12 @@ def make_examples(
                 f"no row has the field {field!r}, which the objective needs: "
                 f"{FIELDS[field.partition('/')[0]]}"
             )
+    called = score_names(own) if makers.keys() & {"score", "win_rate"} else set()
+    if len(called) > 1:
+        raise DataError(
+            f"the rows' scores are called {', '.join(sorted(called))}; the data's option `score` "
+            "says which one is meant"
+        )
     names = context_names(records)
     examples = []
     for record, own_responses in zip(records, own, strict=True):

@@ -62,6 +62,11 @@ def _log_probs(source: Response) -> dict[str, float]:
     return {name: value for name, value in source.scores.items() if name.startswith(LOG_PROB)}
 
 
+def score_names(records: Sequence[TokenizedRecord]) -> set[str]:
+    """What the scores are called that `score` and `win_rate` are made of."""
+    return {str(_score_name([r.source for r in record.responses])) for record in records}
+
+
 def _score_name(sources: Sequence[Response]) -> str | None:
     """What the score of all responses is called: `SCORE`, or as the only one of all is, log-probs
     aside; None where they have not one in common."""

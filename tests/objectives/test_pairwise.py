@@ -8,13 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rankings import PAIRWISE, loss_of, ranked, term_of, value_and_gradient
+from rankings import DIMENSIONS, PAIRWISE, loss_of, ranked, term_of, value_and_gradient
 
 from mmpo_jax.objectives.catalog import OBJECTIVES
 from mmpo_jax.objectives.responses import Responses
+from mmpo_jax.objectives.sums import mean
 from mmpo_jax.objectives.terms import coupled
 
 UNCOUPLED = [name for name in PAIRWISE if not OBJECTIVES[name].coupled]
+OF_DATA = ("image", "noise_step", "joint")
+"""Options that say how data are read."""
+OPTIONS = [
+    (name, option)
+    for name in PAIRWISE
+    for option in sorted(OBJECTIVES[name].options.keys() - {*OF_DATA})
+]
 
 
 def single(responses: Responses) -> Responses:
@@ -139,6 +147,71 @@ def test_one_pair_is_enough(name):
         responses = single(ranked(ranks, seed=1))
     value, gradient = assert_finite(term_of(name), responses)
     assert gradient.any() or name in ("hinge", "slic"), value
+
+
+def other_value(kind, default):
+    """Of an option, none that is its default."""
+    if default is ...:
+        return dict.fromkeys(DIMENSIONS, 0.05)
+    if isinstance(default, bool):
+        return not default
+    if isinstance(default, str):
+        return "js"
+    return 0.3 if default is None else 0.4 * default + 0.07
+
+
+@pytest.mark.parametrize(("name", "option"), OPTIONS)
+def test_every_option_changes_the_loss(rankings, name, option):
+    kind, default = OBJECTIVES[name].options[option]
+    given = {}
+    if option == "divergence_alpha":
+        given = {"divergence": "alpha"}
+    if (name, option) == ("uni_dpo", "sft_weight"):
+        given = {"tau_good": -5.0}  # below all scores
+    with jax.enable_x64(True):
+        plain, _ = value_and_gradient(term_of(name, **given), rankings)
+        changed, _ = value_and_gradient(
+            term_of(name, **given, **{option: other_value(kind, default)}), rankings
+        )
+    assert abs(changed - plain) > 1e-6
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "js", "alpha"])
+@pytest.mark.parametrize("alpha", [0.5, 2.0])
+def test_other_divergences_stay_finite(divergence, alpha):
+    """Of log-ratios of +- 1,000 in all combinations, also where they are squared."""
+    with jax.enable_x64(True):
+        responses = single(ranked([[1, 2], [1, 2]], size=2, lengths=[[2, 2]] * 2))
+    options = {"divergence": divergence, "divergence_alpha": alpha}
+    for name in PAIRWISE:
+        if "divergence" not in OBJECTIVES[name].options:
+            continue
+        for signs in itertools.product([-500, 500], repeat=2):
+            tokens = np.broadcast_to(np.float32(signs)[None, :, None], (2, 2, 2))
+            changed = dataclasses.replace(
+                responses, log_probs=tokens, reference=np.zeros((2, 2), np.float32)
+            )
+            assert_finite(term_of(name, **options), changed)
+
+
+def test_wpo_is_not_offered_where_pairs_are_sorted_apart():
+    """TRL refuses it too: the loss of one pair has the rejected response of another."""
+    lacking = {name for name in PAIRWISE if "wpo" not in OBJECTIVES[name].options}
+    assert lacking == {"aot", "aot_unpaired"}
+    with pytest.raises(TypeError, match="wpo"):
+        term_of("aot", wpo=True)
+
+
+@pytest.mark.parametrize("name", ["simpo", "alphapo", "orpo", "asft"])
+def test_rewards_are_per_token_where_the_loss_is(rankings, name):
+    """As in TRL's CPO and ORPO trainers."""
+    term = term_of(name)
+    with jax.enable_x64(True):
+        row = jax.tree.map(lambda x: x[2:, :2], rankings)
+        sums, _ = term.objective.apply(row, np.ones(1), {}, term.options)
+        rewards = [float(mean(*sums.metrics[f"rewards/{x}"])) for x in ("chosen", "rejected")]
+    log_probs, length = np.asarray(row.log_probs).sum(-1)[0], np.asarray(row.mask).sum(-1)[0]
+    np.testing.assert_allclose(rewards, term.options["beta"] * log_probs / length, rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", UNCOUPLED)  # of coupled ones the pairs' losses are not apart

@@ -31,7 +31,8 @@ def expected_nll(responses, counts):
 
 
 def test_sft_is_the_mean_over_the_tokens_of_all_responses(responses):
-    fields = {name: x for name, x in responses.fields.items() if name != "rank"}
+    told = ("rank", "desirable")
+    fields = {name: x for name, x in responses.fields.items() if name not in told}
     expected, count = expected_nll(responses, lambda row, place: True)
     with jax.enable_x64(True):
         (sums,), _ = evaluate(
@@ -48,6 +49,24 @@ def test_sft_of_a_ranking_learns_the_best(responses):
     with jax.enable_x64(True):
         value = float(loss_of(make_term("sft"), responses, WEIGHTS))
     assert value == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["sft", "nsft", "anchored_sft"])
+def test_what_is_undesirable_is_never_learned(responses, name):
+    """Beside an objective of verdicts rows are not ranked, and such responses stay in them."""
+    desirable = np.float64([[1, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]])
+    fields = {key: x for key, x in responses.fields.items() if key != "rank"}
+    told = dataclasses.replace(responses, fields=fields | {"desirable": desirable})
+    with jax.enable_x64(True):
+        term = make_term(name)
+
+        def value(log_probs):
+            changed = dataclasses.replace(told, log_probs=log_probs)
+            return combine([term], evaluate([term], changed, WEIGHTS, {})[0])
+
+        gradient = np.asarray(jax.grad(value)(told.log_probs))
+    learned = np.abs(gradient).sum(axis=-1) > 0
+    np.testing.assert_array_equal(learned, (desirable * WEIGHTS[:, None] * told.present) > 0)
 
 
 def test_a_list_adds_up_weighted_means(responses):

@@ -75,6 +75,15 @@ def test_which_score_is_meant():
     np.testing.assert_array_equal(fields_of(record([2, 1], beside), ("odpo", {}))["score"], [1, 2])
 
 
+def test_rows_agree_on_what_the_score_is():
+    rows = [record([1, 2], [{name: 1.0}, {name: 2.0}]) for name in ("helpfulness", "faithfulness")]
+    wanted = needs([make_term("mm_dpo")])
+    assert len(make_examples(rows[:1], wanted)) == 1
+    with pytest.raises(DataError, match=r"called faithfulness, helpfulness; the data's option `sc"):
+        make_examples(rows, wanted)
+    assert len(make_examples(rows, needs([make_term("dpo")]))) == 2
+
+
 def test_gold_is_the_first_of_the_best_of_three_ranks():
     scores = [{}] * 4
     np.testing.assert_array_equal(

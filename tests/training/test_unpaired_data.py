@@ -15,7 +15,7 @@ from mmpo_jax.errors import DataError
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import AXES, put_batch, put_params
 from mmpo_jax.recipe import Lengths
-from mmpo_jax.recipe_training import CachedReference, Training
+from mmpo_jax.recipe_training import CachedReference, GivenReference, Training
 from mmpo_jax.shapes.render import png_bytes
 from mmpo_jax.shapes.world import sample_scene
 from mmpo_jax.training.examples import make_examples, unfit, with_mismatched
@@ -207,3 +207,16 @@ def test_devices_and_micro_batches_change_nothing(name, tiny_model, tiny_process
 def test_given_log_probs_are_of_other_prompts():
     with pytest.raises(ValueError, match="kto needs the responses of the record before"):
         Training(objective={"type": "kto"}, reference={"type": "given"})
+
+
+def test_a_given_log_prob_is_of_the_whole_response(tokenized):
+    """What was cut off counts in the data's log-prob and not in the policy's."""
+    (whole,) = tokenized([(dataclasses.replace(labelled("a star", True), log_prob=-3.0),)])
+    shorter = dataclasses.replace(whole.responses[0], truncated=2)
+    cut = dataclasses.replace(whole, responses=(shorter,))
+    terms = [make_term("kto")]
+    assert unfit(whole, terms, GivenReference()) is None
+    assert unfit(cut, terms, CachedReference()) is None
+    reason, detail = unfit(cut, terms, GivenReference())
+    assert reason == "no_reference"
+    assert "lost its tail" in detail
