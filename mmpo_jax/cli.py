@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
@@ -160,11 +161,15 @@ FLAGS = {
 """Flags of the commands that need no recipe file, and the recipe's keys that they stand for."""
 
 
+INTERRUPTED = 130
+"""The exit status after Ctrl-C, as shells have it."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line and runs a subcommand.
 
     Returns:
-      The exit status: 0, or 1 with one message for an error that a user can mend.
+      The exit status: 0, or 1 with one message for an error that a user can mend, or `INTERRUPTED`.
     """
     parser = argparse.ArgumentParser(prog="mmpo", description="Align vision-language models.")
     subparsers = parser.add_subparsers(dest="command", required=True)
@@ -189,6 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     # Orbax leaves its failed tasks to it, a page each; the error itself reaches us.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", ".*decompression bomb")  # images over the limit are skipped
     try:
         if options.command == "convert":
             convert(options.source, options.target, options.dtype)
@@ -203,6 +209,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MmpoError as error:
         print(f"mmpo {options.command}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        told = "stopped; the same command goes on from what is finished"
+        print(f"mmpo {options.command}: {told}", file=sys.stderr)
+        return INTERRUPTED
     except OSError as error:
         if error.filename and error.errno in (errno.ENOTDIR, errno.EACCES, errno.EROFS):
             print(f"mmpo {options.command}: {error.filename}: {error.strerror}", file=sys.stderr)

@@ -261,7 +261,10 @@ class TrainRecipe(Base):
         if len(kinds) > 1:
             raise ValueError("training.objective: some learn from samples, and some from data")
         if kinds != {self.rollout is not None}:
-            raise ValueError("rollout: objectives of sampled responses need it, and no others")
+            raise ValueError(
+                "rollout says how responses are sampled: a recipe has it if its objectives are of "
+                "sampled responses (grpo), and only then"
+            )
         if self.rollout is None:
             return self
         if self.rollout.max_new_tokens > self.lengths.response[-1]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import pydantic
@@ -14,6 +14,16 @@ from mmpo_jax.errors import MmpoError
 from mmpo_jax.recipe import Base
 
 RecipeType = TypeVar("RecipeType", bound=Base)
+
+
+MESSAGES = {
+    "tuple_type": "a list is wanted",
+    "too_short": "must not be empty",
+    "model_attributes_type": "a group of keys is wanted",
+    "model_type": "a group of keys is wanted",
+    "union_tag_not_found": "`type` is missing, or `source` in data",
+}
+"""For people; pydantic speaks of Python where nothing is said here."""
 
 
 class RecipeError(MmpoError):
@@ -81,10 +91,21 @@ def _explain(kind: type[pydantic.BaseModel], problem: Any, values: Any) -> str:
         nearest = difflib.get_close_matches(path[-1], names, n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]}?" if nearest else f"known here: {', '.join(names)}"
         return f"{where}: unknown key; {hint}"
-    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "union_tag_invalid":
+        return f"{where}: {_unknown_tag(problem['ctx'])}"
+    message = MESSAGES.get(problem["type"], problem["msg"].removeprefix("Value error, "))
     whole = problem["type"] == "missing" or isinstance(problem["input"], dict)
     given = "" if whole else f" (got {problem['input']!r})"
     return f"{where}: {message}{given}"
+
+
+def _unknown_tag(context: Mapping[str, Any]) -> str:
+    """What `type` may be, the nearest if there is one: there are dozens of objectives."""
+    given, key = str(context["tag"]), context["discriminator"].strip("'")
+    known = [name.strip(" '") for name in context["expected_tags"].split(",")]
+    nearest = difflib.get_close_matches(given, known, n=3, cutoff=0.5)
+    hint = f"did you mean {', '.join(nearest)}?" if nearest else f"known: {', '.join(known)}"
+    return f"{key}: there is no {given!r}; {hint}"
 
 
 def _as_written(location: tuple[str | int, ...], node: Any) -> tuple[str | int, ...]:

@@ -202,8 +202,8 @@ class Rollout(Section):
 
     rewards: Rewards
     """`weight` is how much one counts beside the others."""
-    num_samples: PositiveInt = 8
-    """Responses to every prompt of a batch."""
+    num_samples: Annotated[int, Field(ge=2, strict=True)] = 8
+    """Responses to every prompt of a batch, which are compared with each other."""
     temperature: float = Field(1.0, gt=0)
     """Logits are divided by it in samples and in the loss, as in TRL."""
     max_new_tokens: PositiveInt = 64

@@ -399,3 +399,13 @@ def test_train_and_evaluate(mmpo, tiny_folder, tmp_path):
     }
     saved = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert saved["model"] == str(tmp_path / "out")
+
+
+def test_ctrl_c_is_no_traceback(generation, mmpo, monkeypatch):
+    def interrupted(path, overrides):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "generate", interrupted)
+    status, _, told = mmpo("generate", generation)
+    assert status == 130
+    assert told == "mmpo generate: stopped; the same command goes on from what is finished\n"

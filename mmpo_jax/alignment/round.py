@@ -293,7 +293,7 @@ def train_stage(work: Round, pairs: pa.Table) -> str:
         tokenizer_for(terms, recipe.seed),
     )
     for row in skipped:
-        log.warning("%s: %s skipped: %s (%s)", name, row.id, row.reason, row.detail)
+        log.warning("%s: skipped %s", name, row)
     warn_of_cuts(name, records, recipe.lengths)
     examples = prepare_examples(
         start,

@@ -13,7 +13,7 @@ from mmpo_jax.data.contexts import all_contexts, answers, tokenize_contexts
 from mmpo_jax.data.images import image_size
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.readers import Problem, SkippedRow, iter_records, media_problem
-from mmpo_jax.data.records import ImageRef, Record, Response
+from mmpo_jax.data.records import ANSWERS, ImageRef, Record, Response
 from mmpo_jax.data.sources import unsupported
 from mmpo_jax.data.tokenization import UNLIMITED, RowRejected
 from mmpo_jax.files import fingerprint_bytes
@@ -40,6 +40,10 @@ class Findings:
     """(width, height) of images and frames."""
     duplicates: list[tuple[int | None, int | None]] = dataclasses.field(default_factory=list)
     """(row, the earlier row that says the same)."""
+    without_media: int = 0
+    """Usable rows that show nothing."""
+    ignored: Counter[str] = dataclasses.field(default_factory=Counter)
+    """Columns that mean nothing to us, with the number of their rows."""
     same_answers: list[int | None] = dataclasses.field(default_factory=list)
     """Rows whose better response is the worse one."""
 
@@ -89,6 +93,8 @@ def check_data(
         found.responses += responses
         cut += sum(length > limits[1] for length in responses)
         found.kinds[_kind(item)] += 1
+        found.without_media += not any(_images(item))
+        found.ignored.update(sorted(item.extra.keys() - set(ANSWERS)))
         found.sizes.update(image_size(image)[::-1] for image in _images(item))
         _compare(item, rows_of, found)
     lengths = Lengths(
@@ -164,12 +170,18 @@ def _report(path: str, found: Findings, lengths: Lengths, unit: str, cut: int) -
     yield f"{os.fspath(path)}: {usable + len(found.dropped)} rows, {usable} can be used"
     for name, counts in (("formats", found.formats), ("usable rows", found.kinds)):
         yield f"{name}: " + (", ".join(f"{n} {c}" for n, c in counts.most_common()) or "none")
+    if found.without_media:
+        yield f"usable rows without an image or video: {found.without_media}"
+    if found.ignored:
+        columns = ", ".join(f"{name} {count}" for name, count in found.ignored.most_common())
+        yield f"columns that mean nothing here: {columns}"
     yield f"rows that would be dropped: {len(found.dropped)}"
     for reason, count in Counter(row.reason for row in found.dropped).most_common():
         yield f"  {reason}: {count}"
         examples = [row for row in found.dropped if row.reason == reason][:_SHOWN]
         for skipped in examples:
-            yield f"    row {skipped.row} (id {skipped.id!r}): {skipped.detail}"
+            named = f" (id {skipped.id!r})" if skipped.id else ""
+            yield f"    row {skipped.row}{named}: {skipped.detail}"
     yield f"duplicate rows: {len(found.duplicates)}"
     for row, earlier in found.duplicates[:_SHOWN]:
         yield f"  row {row} says what row {earlier} does"

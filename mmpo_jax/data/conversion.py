@@ -113,8 +113,9 @@ def _row(record: Record, format: Format, writer: Writer) -> Row:
       CannotHold: naming the row, the field and what leaves it out.
     """
     try:
-        for field in sorted(fields_of(record) - format.holds):
-            raise CannotHold(field)
+        lacking = sorted(fields_of(record) - format.holds)
+        if lacking:
+            raise CannotHold(",".join(lacking))
         row = format.write(record, writer)
         if record.extra and choose_format(row) is not format:
             plain = format.write(dataclasses.replace(record, extra={}), writer)
@@ -122,7 +123,8 @@ def _row(record: Record, format: Format, writer: Writer) -> Row:
                 detail = f"with {', '.join(record.extra)} it would look like another format"
                 raise CannotHold("extra", detail)
     except CannotHold as error:
-        hint = f"; --drop {error.field} leaves it out" if error.field in STRIP else ""
+        known = set(error.field.split(",")) <= STRIP.keys()
+        hint = f"; --drop {error.field} leaves it out" if known else ""
         where = f"row {record.row} (id {record.id!r})"
         raise MmpoError(f"{where} as {format.name}: {error}{hint}") from error
     return row

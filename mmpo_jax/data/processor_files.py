@@ -30,7 +30,7 @@ def load_tokenizer(folder: str) -> Any:
       ProcessorError: there is none, or it cannot be read.
     """
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers and its Rust tokenizers raise many types
         path = os.path.join(folder, "tokenizer.json")
         if os.path.isfile(path):
@@ -41,6 +41,9 @@ def load_tokenizer(folder: str) -> Any:
             f"{path}: not found{tried}: cannot load the tokenizer; expected tokenizer.json, or "
             "a SentencePiece model as tokenizer.model, or vocab.json and merges.txt"
         ) from error
+    # What is too long is dropped with a reason, or cut and counted.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    return tokenizer
 
 
 def processor_template(folder: str) -> str | None:

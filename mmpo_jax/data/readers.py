@@ -44,6 +44,11 @@ class SkippedRow:
     reason: SkipReason
     detail: str
 
+    def __str__(self) -> str:
+        names = [f"row {self.row}"] if self.row is not None else []
+        names += [f"id {self.id!r}"] if self.id else []
+        return f"{', '.join(names)}: {self.reason}: {self.detail}"
+
 
 def read_records(
     path: epath.PathLike,
@@ -165,9 +170,7 @@ def check_skipped(skipped: Sequence[SkippedRow], total: int, max_share: float) -
         f"{len(skipped)} of {total} rows cannot be used, more than the allowed {max_share:.1%}: "
         + ", ".join(f"{reason} {count}" for reason, count in counts)
     ]
-    for row in skipped[:5]:
-        where = "" if row.row is None else f" row {row.row}"
-        lines.append(f"  {row.file}{where} (id {row.id!r}): {row.reason}: {row.detail}")
+    lines += [f"  {row.file}: {row}" for row in skipped[:5]]
     raise DataError("\n".join(lines))
 
 

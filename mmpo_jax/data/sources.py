@@ -56,7 +56,7 @@ class Source:
         """
         total = len(self.records) + len(self.skipped)
         for row in self.skipped[:10]:
-            log.warning("%s: row %s skipped: %s (%s)", row.file, row.id, row.reason, row.detail)
+            log.warning("%s: skipped %s", row.file, row)
         check_skipped(self.skipped, total, self.max_skipped)
         if not self.records:
             raise DataError(f"{self.name}: no row that can be used")

@@ -111,6 +111,8 @@ def _json_list(path: epath.Path) -> Iterator[tuple[int, Item]]:
 def _parse(line: bytes) -> Item:
     try:
         return _object(json.loads(line.decode("utf-8-sig")), bool(_SURROGATE.search(line)))
+    except json.JSONDecodeError as error:
+        return UnusableRow("bad_json", f"{error.msg} at character {error.pos + 1}")
     except (ValueError, RecursionError) as error:
         return UnusableRow("bad_json", str(error))
 

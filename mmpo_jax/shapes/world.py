@@ -118,7 +118,7 @@ class Scene:
             things = tuple(Thing(**thing) for thing in fields["things"])
             return cls(things, int(fields["jitter_seed"]))
         except (KeyError, TypeError) as error:
-            raise ValueError(f"not a scene: {error}") from error
+            raise ValueError("no scene of the picture world, as its data sets have it") from error
 
 
 def generator(split: str, seed: int, index: int, stream: int = 0) -> np.random.Generator:

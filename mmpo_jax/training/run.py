@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -28,6 +29,8 @@ from mmpo_jax.training.metrics import FILE, read_metrics
 from mmpo_jax.training.on_policy import prompt_examples, unrewardable, with_token_limit
 from mmpo_jax.training.validation import Held, best_row, hold_out
 
+log = logging.getLogger(__name__)
+
 MODEL, ADAPTER = "model", "adapter"
 """Where a run's result lies in its output folder."""
 
@@ -49,6 +52,13 @@ def run_training(recipe: TrainRecipe) -> str:
         training = with_token_limit(training, rollout)
     check_training(training, model, mesh)
     data = training_data(recipe, start)
+    if recipe.validation is not None and not data.held:
+        raise TrainingError("validation: no row is held out")
+    if not data.records:
+        raise TrainingError("validation.share: all rows are held out, none is left to train on")
+    if len(data.records) < training.batch_size:
+        count = len(data.records)
+        log.warning("training.batch_size is %d, of %d rows in all", training.batch_size, count)
     prepared = {
         name: prepare_examples(
             start,
@@ -81,8 +91,6 @@ def run_training(recipe: TrainRecipe) -> str:
     )
     held = None
     if recipe.validation is not None:
-        if not data.held:
-            raise TrainingError("validation: no row is held out")
         held = Held(prepared[VALIDATION], recipe.validation)
     card = make_card(recipe, model, {}, from_hub=start.hub_id is not None)
     trained = train(

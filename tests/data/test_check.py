@@ -59,6 +59,16 @@ def file(tmp_path):
     return str(path)
 
 
+def test_columns_that_mean_nothing_and_rows_that_show_nothing(tmp_path):
+    """So that a misspelt column does not pass for a prompt alone, or for a text without image."""
+    row = {"prompt": "a ring ?", "Chosen": "yes", "Rejected": "no", "answer": "yes"}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    report = check_data(str(path))
+    assert "columns that mean nothing here: Chosen 1, Rejected 1\n" in report
+    assert "usable rows without an image or video: 1\n" in report
+
+
 def test_a_hundred_megapixels_are_not_decoded(file, tmp_path):
     image = ImageRef("huge", data=huge_png(9_400, 9_500))  # 89.3 million pixels
     assert image_size(image) == (9_500, 9_400)
@@ -77,6 +87,7 @@ def test_check(file, capsys):
     for line in (
         "rows.jsonl: 14 rows, 7 can be used",
         "formats: trl 10, mm_rlhf 3",
+        "usable rows without an image or video: 4",
         "usable rows: pairs 4, rankings of 3 1, prompts without responses 1, "
         "responses with a verdict 1",
         "rows that would be dropped: 7",
@@ -85,7 +96,7 @@ def test_check(file, capsys):
         "  bad_score: 1\n    row 7 ",
         "  image_broken: 1\n    row 8 ",
         "  image_missing: 1\n    row 10 ",
-        "  bad_json: 1\n    row 14 ",
+        "  bad_json: 1\n    row 14: Expecting property name enclosed",
         "duplicate rows: 1\n  row 3 says what row 1 does",
         "chosen equals rejected: 1\n  rows 4",
         "prompts, characters: shortest 8, median 8, longest 47; buckets:\n      ≤ 16        6 ###",

@@ -198,13 +198,12 @@ def comparable(record):
         ("trl", MS_SWIFT[1], "response.images"),
         ("trl", MS_SWIFT[2], "response.prompt"),
         ("trl", RLAIF_V[0] | {"image": "a.png"}, "log_prob"),
-        ("ms_swift", TRL[6], "finished"),
-        ("llama_factory", TRL[6], "finished"),
+        ("ms_swift", TRL[6], "finished,fps"),
+        ("llama_factory", TRL[6], "finished,fps"),
         ("llama_factory", scored(spans=[{"start": 0, "end": 1}]), "spans"),
         ("rlaif_v", TRL[0] | {"videos": [["a.png"]]}, "videos"),
         ("rlaif_v", TRL[4], "system"),
         ("mm_rlhf", TRL[3], "desirable"),
-        ("mm_rlhf_pairs", MM_RLHF[1], "rank"),
         ("ms_swift", scored() | {"other_images": ["a.png"]}, "other_images"),
         (
             "mm_rlhf_pairs",
@@ -230,6 +229,7 @@ def test_shapes_that_a_format_cannot_hold_are_refused(folder):
         ("rlaif_v", TRL[0] | {"image": "a.png", "prompt": DIALOGUE[:3]}, "prompt: 3 turns"),
         ("llama_factory", {"prompt": "p", "responses": ["a", "b"]}, "responses: 2"),
         ("ms_swift", {"prompt": "p", "responses": ["a", "b"]}, "responses: 2"),
+        ("mm_rlhf_pairs", MM_RLHF[1], r"responses: 5 with the ranks .*; a row holds a pair"),
         ("mm_rlhf", TRL[0] | {"images": ["a.png", "b.png"]}, "images: a row holds one"),
         ("trl", TRL[0] | {"models_output": 1, "finished": True}, "bad_message"),
     ):
@@ -282,3 +282,8 @@ def test_every_field_of_a_record_can_be_dropped_or_is_its_substance():
     names = {*STRIP, "id", "images", "prompt", "responses", "row", "turns"}
     fields = set(Record.__dataclass_fields__) | set(Response.__dataclass_fields__)
     assert fields <= names
+
+
+def test_which_response_is_at_fault(folder):
+    skipped = skip_one(folder, RANKED | {"models_output": ["a", " "]})
+    assert (skipped.reason, skipped.detail.partition(":")[0]) == ("empty_response", "response 2")

@@ -463,8 +463,8 @@ def test_check_skipped():
     message = str(caught.value)
     assert "3 of 299 rows" in message
     assert "1.0%: image_missing 2, image_broken 1" in message
-    assert "f.jsonl row 3 (id 'x'): image_missing: there is no file" in message
-    assert "f.jsonl (id 'y')" in message
+    assert "f.jsonl: row 3, id 'x': image_missing: there is no file" in message
+    assert "f.jsonl: id 'y': image_broken" in message
 
 
 def test_check_skipped_shows_a_few_rows():

@@ -80,7 +80,7 @@ def test_scene_survives_json():
 
 @pytest.mark.parametrize("fields", [{}, {"things": [{"row": 0}], "jitter_seed": 0}])
 def test_malformed_scene_is_refused(fields):
-    with pytest.raises(ValueError, match="not a scene"):
+    with pytest.raises(ValueError, match="no scene of the picture world"):
         Scene.from_dict(fields)
 
 

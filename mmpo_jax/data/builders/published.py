@@ -53,5 +53,5 @@ class PublishedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 written += 1
                 yield item.row or 0, make(item)
         for row in skipped[:10]:
-            log.warning("%s: row %s left out: %s (%s)", row.file, row.row, row.reason, row.detail)
+            log.warning("%s: skipped %s", row.file, row)
         check_skipped(skipped, written + len(skipped), MAX_SKIPPED)

@@ -81,13 +81,18 @@ def finish(draft: Draft, id_: str, number: int) -> Record:
     """
     videos = (VIDEO,) * len(draft.videos)
     others = [] if draft.other_images is None else [draft.other_images]
-    for answer in draft.answers:
+    for place, answer in enumerate(draft.answers, start=1):
         # Each response is checked with its prompt, as the model will see it.
         prompt = draft.prompt if answer.prompt is None else answer.prompt
         own = answer.fields.get("images")
-        check_response(prompt, answer.turns)
-        for images in [draft.images, *others] if own is None else [own]:
-            check_dialogue(prompt + answer.turns, (*(IMAGE,) * len(images), *videos))
+        try:
+            check_response(prompt, answer.turns)
+            for images in [draft.images, *others] if own is None else [own]:
+                check_dialogue(prompt + answer.turns, (*(IMAGE,) * len(images), *videos))
+        except UnusableRow as error:
+            if len(draft.answers) == 1:
+                raise
+            raise UnusableRow(error.reason, f"response {place}: {error.detail}") from error
     if not draft.answers:
         check_prompt(draft.prompt)
         check_dialogue(draft.prompt, ((IMAGE,) * len(draft.images)) + videos)

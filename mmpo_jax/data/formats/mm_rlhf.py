@@ -193,7 +193,8 @@ def _write_pair(record: Record, writer: Writer) -> dict[str, Any]:
     responses = record.responses
     ranks = [response.rank for response in responses]
     if ranks not in ([1, 2], [1, 1]):
-        raise CannotHold("rank", f"{ranks}; a row holds a pair, the better response first")
+        detail = f"{len(ranks)} with the ranks {ranks}; a row holds a pair, the better one first"
+        raise CannotHold("responses", detail)
     chosen, rejected = responses
     row = {"id": record.id, **_write_media(record, writer), "prompt": question_of(record)}
     row |= {"chosen": answer_of(chosen), "rejected": answer_of(rejected)}

@@ -22,7 +22,7 @@ def shapes_caption(
     try:
         scene = Scene.from_dict(answer)
     except (ValueError, TypeError) as error:
-        raise DataError(f"shapes_caption compares with a scene: {error}") from error
+        raise DataError(f"shapes_caption compares with the answer: {error}") from error
     if len(text) > MAX_LENGTH:
         return 0.0
     parsed = parse(text)
