@@ -86,11 +86,44 @@ def test_every_reward_is_tested():
         '[{"bbox_2d": [0, 0, 10, 10], "label": "cat"}, {"bbox_2d": [20, 20, 30, 30]}]',
         "cat-[0, 0, 10, 10], dog-[ 20,20.0 , 30, 30 ]",
         "<answer>[(0, 0, 10, 10), (20, 20, 30, 30)]</answer> and [1, 1, 2, 2]",
+        "[0, 0, 10, 10], [20, 20, 30, 30]",
+        "[0, 0, 10, 10] and [20, 20, 30, 30]",
+        "[0, 0, 10, 10]\n[20, 20, 30, 30]",
+        '{"bbox_2d": [0, 0, 10, 10]}, {"bbox_2d": [20, 20, 30, 30]}',
+        '{"boxes": [[0, 0, 10, 10], [20, 20, 30, 30]]}',
+        '{"boxes": [{"bbox": [0, 0, 10, 10]}, {"bbox": [20, 20, 30, 30]}]}',
+        '{"cat": [0, 0, 10, 10], "dog": [20, 20, 30, 30]}',
+        "[[[0, 0, 10, 10]], [[20, 20, 30, 30]]]",
     ],
 )
 def test_forms_of_boxes(text):
+    """As a model writes them, and as what is right."""
     found = [prediction.box for prediction in read_predictions(text)]
     assert found == [(0, 0, 10, 10), (20, 20, 30, 30)]
+    assert true_boxes(text).tolist() == [[0, 0, 10, 10], [20, 20, 30, 30]]
+    for name in set(BOXES) - {"confidence"}:
+        assert score(name, text, [[0, 0, 10, 10], [20, 20, 30, 30]]) == 1, name
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[[0, 0, 10, 10], [1, 2, 3]]",
+        "[0, 0, 10, 10], [1, 2, 3]",
+        "[0, 0, 10, 10], [30, 30, 20, 20]",
+        '{"bbox_2d": [0, 0, 10, 10]}, {"bbox_2d": [20, 20]}',
+        '{"bbox_2d": [20, 20]}, {"note": [0, 0, 10, 10]}',
+        '{"boxes": [[0, 0, 10, 10], [1, 2, 3]]}',
+        '{"cat": [0, 0, 10, 10], "dog": [30, 30, 20, 20]}',
+    ],
+)
+def test_a_broken_box_beside_a_whole_one_is_of_no_format(text):
+    """It is among those that the text says, and no pattern overlooks it."""
+    assert len(read_predictions(text)) == 2
+    assert score("box_format", text, [[0, 0, 10, 10]]) == 0
+    assert score("iou", text, [[0, 0, 10, 10]]) in (0, 0.5)
+    with pytest.raises(DataError, match="boxes"):
+        true_boxes(text)
 
 
 def test_a_single_box():
@@ -169,6 +202,8 @@ def test_box_precision_counts_every_match():
         "[[0, 0, 10, 10]]",
         {"boxes": "[0, 0, 10, 10]"},
         [{"bbox_2d": [0, 0, 10, 10], "label": "cat"}],
+        {"bbox_2d": [0, 0, 10, 10], "label": "cat"},
+        [0, 0, 10, 10],
     ],
 )
 def test_right_boxes_in_the_forms_of_models(solution):

@@ -1,9 +1,11 @@
 """Rewards of detected boxes, as in Visual-RFT (arXiv 2503.01785) and Vision-R1 (arXiv 2503.18013).
 
 Boxes are corners [left, top, right, bottom], in the units that the data's answers have. A model may
-write them as JSON or as Python literals: a list of boxes, or of objects with the box under one of
-`BOX_KEYS` and perhaps a confidence; in other text, every `[a, b, c, d]` of four numbers is a box.
-The data may write the right ones in the same forms.
+write them as JSON or as Python literals: one or several, in a list, with commas between or under
+`boxes` of an object; each as four numbers, or as an object with them under one of `BOX_KEYS` and
+perhaps a confidence. What is written so and is not four numbers in order is a broken box. In other
+text, literals of other forms included, every `[a, b, c, d]` of four numbers is a box. The data may
+write the right ones in the same forms.
 """
 
 from __future__ import annotations
@@ -52,15 +54,22 @@ def read_predictions(text: str) -> list[Prediction] | None:
     if not places:
         return None
     inside = text[min(places) : max(text.rfind("]"), text.rfind("}")) + 1]
-    value = _literal(inside)
-    if value is None:
+    entries = _entries(_literal(inside))
+    if entries is None or not any(map(_says_a_box, entries)):
         found = [[float(number) for number in match] for match in _QUADRUPLE.findall(inside)]
-        value = found or None
-    if isinstance(value, Mapping) or (isinstance(value, list) and _is_quadruple(value)):
-        value = [value]
-    if not isinstance(value, list) or len(value) > MAX_BOXES:
+        entries = found or entries
+    if entries is None or len(entries) > MAX_BOXES:
         return None
-    return [_prediction(entry) for entry in value]
+    return [_prediction(entry) for entry in entries]
+
+
+def _entries(value: Any) -> Sequence[Any] | None:
+    """What is listed in a value, each to be a box; None where it is no list, and no single box."""
+    if isinstance(value, Mapping) and isinstance(value.get("boxes"), list | tuple):
+        value = value["boxes"]
+    if isinstance(value, Mapping) or (isinstance(value, list | tuple) and _is_quadruple(value)):
+        return [value]
+    return value if isinstance(value, list | tuple) else None
 
 
 def _literal(text: str) -> Any:
@@ -77,6 +86,14 @@ def _literal(text: str) -> Any:
 
 def _is_quadruple(value: Sequence[Any]) -> bool:
     return len(value) == 4 and not any(isinstance(x, Mapping | Sequence) for x in value)
+
+
+def _says_a_box(entry: Any) -> bool:
+    """Whether an entry is in a form of boxes, be it a whole or a broken one."""
+    if isinstance(entry, Mapping):
+        return any(key in entry for key in BOX_KEYS)
+    nested = Mapping | list | tuple
+    return isinstance(entry, list | tuple) and not any(isinstance(x, nested) for x in entry)
 
 
 def _prediction(entry: Any) -> Prediction:
@@ -108,18 +125,18 @@ def _number(value: Any) -> float | None:
 
 
 def true_boxes(answer: Any) -> np.ndarray:
-    """float64[G, 4] of a list of boxes, of an object that holds one as `boxes`, or of a text that
-    says one as models do.
+    """float64[G, 4] of boxes in one of the forms that models write, as a value or as a text, or of
+    an object that holds either as `boxes`.
 
     Raises:
       DataError: it is none of them, or some box is broken.
     """
-    boxes = answer.get("boxes") if isinstance(answer, Mapping) else answer
+    boxes = answer.get("boxes", answer) if isinstance(answer, Mapping) else answer
     predictions: list[Prediction] | None = None
     if isinstance(boxes, str):
         predictions = read_predictions(boxes)
-    elif isinstance(boxes, list | tuple):
-        predictions = [_prediction(entry) for entry in boxes]
+    elif (entries := _entries(boxes)) is not None:
+        predictions = [_prediction(entry) for entry in entries]
     read = [None] if predictions is None else [prediction.box for prediction in predictions]
     if None in read:
         raise DataError(f"rewards of boxes compare with a list of boxes, not {answer!r:.80}")
