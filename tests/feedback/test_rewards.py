@@ -233,6 +233,22 @@ def test_exact_match(text, value):
 
 
 @pytest.mark.parametrize(
+    ("text", "answer"),
+    [("-5", "5"), ("50%", "50"), ("$5", "5"), ("C#", "C"), ("C++", "C"), (".5", "5"), ("#", "*")],
+)
+def test_signs_are_part_of_an_answer(text, answer):
+    for first, second in ((text, answer), (answer, text)):
+        assert score("exact_match", first, second) == 0
+    assert score("exact_match", f"({text}).", text) == 1
+
+
+@pytest.mark.parametrize("text", ["5.", '"5"', "\u201c5!\u201d", "[5]", " ( 5 ) ", "5;", "`5`"])
+def test_punctuation_quotes_and_brackets_around_an_answer(text):
+    assert score("exact_match", text, "5") == 1
+    assert score("exact_match", text.replace("5", "Cat"), "cat") == 1
+
+
+@pytest.mark.parametrize(
     ("text", "value"),
     [
         ("<think>a</think><answer>b</answer>", 1),
