@@ -44,8 +44,8 @@ class Sampled:
 class Rollouts:
     """An endless source of batches for the train loop, like `data.pipeline.training_batches`.
 
-    What is sampled depends on the seed, the parameters, the step and the prompt's id only, so a
-    resumed run samples what the run that was stopped would have.
+    What is sampled depends on the seed, the parameters, the step, the prompt's id and how often it
+    has come in the batch only, so a resumed run samples what the run that was stopped would have.
     """
 
     def __init__(
