@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import statistics
 
 import jax
 import numpy as np
@@ -192,7 +193,9 @@ def test_a_rollout(tiny_model, tiny_processor, records, mesh, temperature):
     np.testing.assert_allclose(
         arrays.fields["advantages"], advantages(rewards, [1.0, 0.5]), atol=1e-5
     )
-    assert host.metrics["reward"] == pytest.approx((rewards @ [1.0, 0.5]).mean(), abs=1e-6)
+    total = (rewards @ [1.0, 0.5]).ravel().tolist()
+    assert host.metrics["reward"] == pytest.approx(statistics.mean(total), abs=1e-6)
+    assert host.metrics["reward_std"] == pytest.approx(statistics.stdev(total), abs=1e-6)
 
 
 def test_a_prompt_twice_in_a_batch_is_sampled_anew(tiny_model, tiny_processor, records, mesh):
