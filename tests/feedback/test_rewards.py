@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from mmpo_jax import cli
 from mmpo_jax.errors import DataError
 from mmpo_jax.feedback.rewards import REWARDS
 from mmpo_jax.feedback.rewards.boxes import ious, match, read_predictions, true_boxes
@@ -75,6 +76,19 @@ def test_what_cannot_be_read_is_worth_nothing(text):
 
 def test_every_reward_is_tested():
     assert set(ANSWERS) == set(REWARDS)
+
+
+def test_the_command_lists_every_reward(capsys):
+    cli.main(["objectives"])
+    printed = capsys.readouterr().out
+    blocks = {block.partition("\n")[0]: " ".join(block.split()) for block in printed.split("\n\n")}
+    assert "grpo" in blocks
+    for name, reward in REWARDS.items():
+        assert reward.formula
+        assert "arXiv" in reward.source or name == "shapes_caption"
+        for part in (reward.formula, reward.source, reward.answer, *reward.options):
+            assert part in blocks[name], name
+    assert "options: found=0.5, low=0.5, high=0.75" in blocks["box_recall"]
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,9 @@ from mmpo_jax.objectives.registry import Share
 
 BOX_KEYS = ("Position", "bbox_2d", "bbox", "box", "position")
 CONFIDENCE_KEYS = ("Confidence", "confidence", "score")
+TRUTH = (
+    "boxes [left, top, right, bottom]: a list, an object with one as `boxes`, or a text with them"
+)
 
 MAX_BOXES = 500
 """More in one text are worth 0: matching them would take long."""
@@ -169,9 +172,12 @@ def match(predictions: Sequence[Prediction], truth: np.ndarray) -> dict[int, flo
     }
 
 
-@reward
+@reward(TRUTH)
 def iou(text: str, answer: Any) -> float:
-    """Sum of the matches' IoU / max(boxes said, boxes true), as in Visual-RFT."""
+    """Sum of the IoU of boxes said with the true ones they match / max(boxes said, boxes true).
+
+    Visual-RFT (arXiv 2503.01785). Matched one to one, with the largest sum.
+    """
     truth, predictions = true_boxes(answer), read_predictions(text)
     if predictions is None:
         return 0.0
@@ -179,11 +185,11 @@ def iou(text: str, answer: Any) -> float:
     return sum(match(predictions, truth).values()) / most if most else 1.0
 
 
-@reward
+@reward(TRUTH)
 def confidence(text: str, answer: Any) -> float:
     """Mean over the boxes said of c where one overlaps its match, else 1 - c; c its confidence.
 
-    Visual-RFT. A broken box, or one without a confidence, gets nothing.
+    Visual-RFT (arXiv 2503.01785). A broken box, or one without a confidence, gets nothing.
     """
     truth, predictions = true_boxes(answer), read_predictions(text)
     if not predictions:
@@ -197,21 +203,25 @@ def confidence(text: str, answer: Any) -> float:
     return total / len(predictions)
 
 
-@reward
+@reward(TRUTH)
 def box_format(text: str, answer: Any) -> float:
-    """1 where the text has boxes and every one is whole; else 0: Vision-R1's dual format reward."""
+    """1 where the text has boxes and every one is whole; else 0.
+
+    Vision-R1 (arXiv 2503.18013): its dual format reward.
+    """
     true_boxes(answer)
     predictions = read_predictions(text)
     return float(bool(predictions) and all(p.box is not None for p in predictions or ()))
 
 
-@reward
+@reward(TRUTH)
 def box_recall(
     text: str, answer: Any, *, found: Share = 0.5, low: Share = 0.5, high: Share = 0.75
 ) -> float:
-    """f(true boxes that are matched with an IoU of `found` / true boxes), f as in `differentiate`.
+    """f(true boxes that are matched with an IoU of `found` / true boxes); f(x) is 1 from `high` on,
+    0 below `low`, else x.
 
-    Vision-R1, eq. 5; its second stage has 0.75, 0.75 and 0.9.
+    Vision-R1 (arXiv 2503.18013), eq. 5; its second stage has 0.75, 0.75 and 0.9.
     """
     truth, predictions = true_boxes(answer), read_predictions(text)
     if predictions is None or not len(truth):
@@ -220,13 +230,14 @@ def box_recall(
     return differentiate(hits / len(truth), low, high)
 
 
-@reward
+@reward(TRUTH)
 def box_precision(
     text: str, answer: Any, *, found: Share = 0.5, low: Share = 0.5, high: Share = 0.75
 ) -> float:
-    """Mean over the matches of f(IoU) where that is `found` at least, f as in `differentiate`.
+    """Mean over the matches of f(IoU) where that is `found` at least, else 0; f(x) is 1 from `high`
+    on, 0 below `low`, else x.
 
-    Vision-R1, eq. 6; its second stage has 0.75, 0.75 and 0.9.
+    Vision-R1 (arXiv 2503.18013), eq. 6; its second stage has 0.75, 0.75 and 0.9.
     """
     truth, predictions = true_boxes(answer), read_predictions(text)
     matched = match(predictions or [], truth)
