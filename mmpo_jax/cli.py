@@ -79,10 +79,11 @@ def convert(source: str, target: str, dtype: str | None) -> None:
 
 
 def objectives() -> None:
-    """List the objectives with formula, source, options and what they need."""
+    """List the objectives and rewards with formula, source, options and what they need."""
+    from mmpo_jax.feedback.rewards.listing import render_rewards
     from mmpo_jax.objectives.listing import render_objectives
 
-    print(render_objectives())
+    print(render_objectives(), render_rewards(), sep="\n\n")
 
 
 def data_check(options: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from mmpo_jax.data.formats import FORMATS
 from mmpo_jax.data.formats.writing import STRIP
 from mmpo_jax.data.readers import iter_records
 from mmpo_jax.data.records import Record
+from mmpo_jax.feedback.rewards import REWARDS
 from mmpo_jax.models.families import FAMILIES
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +44,13 @@ def test_every_family_is_in_the_table():
         assert says["images"] == says["several images"] == (family.images is not None)
         assert says["video"] == (family.videos is not None)
         assert "tests/parity/" in list(table[name].values())[-1]
+
+
+def test_every_reward_is_in_the_table():
+    page = (ROOT / "docs" / "training.md").read_text()
+    table = page.partition("| reward |")[2].partition("\n\n")[0]
+    named = [name for row in table.splitlines()[2:] for name in row.split("|")[1].split(",")]
+    assert {name.strip(" `") for name in named} == REWARDS.keys()
 
 
 def test_every_format_has_an_example_row_that_is_read(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import jax
@@ -97,7 +98,8 @@ def sample_tokens(
 ) -> list[np.ndarray]:
     """Samples `decoding.num_samples` responses to every record's prompt.
 
-    A response depends on the seed, the round, the prompt's id and the sample's number only.
+    A response depends on the seed, the round, the prompt's id and the sample's number only. Where
+    an id comes again, the numbers go on, so all its samples are drawn independently.
 
     Args:
       model, params, processor: the checkpoint, its parameters on the mesh.
@@ -125,6 +127,7 @@ def sample_tokens(
             f"{limit} positions of {processor.folder}; lower max_new_tokens"
         )
     sampled: list[np.ndarray] = []
+    seen: Counter[str] = Counter()
     for start in range(0, len(records), rows):
         chosen = [
             dataclasses.replace(record, responses=()) for record in records[start : start + rows]
@@ -132,10 +135,12 @@ def sample_tokens(
         batch = pad_batch(
             chosen, processor, rows=rows, prompt_sizes=lengths.prompt, response_sizes=()
         )
-        numbers = np.zeros(rows, np.uint32)
-        numbers[: len(chosen)] = [prompt_number(record.id) for record in chosen]
+        numbers, repeats = np.zeros((2, rows), np.uint32)
+        for row, record in enumerate(chosen):
+            numbers[row], repeats[row] = prompt_number(record.id), seen[record.id]
+            seen[record.id] += 1
         with jax.set_mesh(mesh):
-            keys = sample_keys(seed, round_index, numbers, decoding.num_samples)
+            keys = sample_keys(seed, round_index, numbers, decoding.num_samples, repeats)
             tokens = sample(
                 model,
                 params,

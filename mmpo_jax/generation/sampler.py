@@ -235,19 +235,23 @@ def truncate(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
     return logits
 
 
-def sample_keys(seed: int, round_index: int, prompt_numbers: Any, num_samples: int) -> jax.Array:
-    """PRNG keys [B, n] folded from (seed, round, prompt, sample).
+def sample_keys(
+    seed: int, round_index: int, prompt_numbers: Any, num_samples: int, repeats: Any = 0
+) -> jax.Array:
+    """PRNG keys [B, n] folded from (seed, round, prompt, sample); where a prompt comes again, the
+    numbers of its samples go on.
 
     Args:
       seed: of the run.
       round_index: which round samples.
       prompt_numbers: uint32[B], a number for each prompt id (see `prompt_number`).
       num_samples: n.
+      repeats: uint32[B], how often the prompt has come before.
     """
     base = jax.random.fold_in(jax.random.key(seed), round_index)
     per_prompt = jax.vmap(lambda number: jax.random.fold_in(base, number))(
         jnp.asarray(prompt_numbers, jnp.uint32)
     )
-    numbers = jnp.arange(num_samples, dtype=jnp.uint32)
-    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-    return jax.vmap(lambda key: fold(key, numbers))(per_prompt)
+    first = num_samples * jnp.broadcast_to(jnp.asarray(repeats, jnp.uint32), per_prompt.shape)
+    numbers = first[:, None] + jnp.arange(num_samples, dtype=jnp.uint32)
+    return jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))(per_prompt, numbers)

@@ -1,9 +1,11 @@
-"""`mmpo objectives`: every objective with its formula, options and needs."""
+"""`mmpo objectives`: every objective with its formula, options and needs; the rewards come after,
+from `feedback/rewards/listing.py`."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from mmpo_jax.objectives.catalog import OBJECTIVES
 from mmpo_jax.objectives.registry import FIELDS, HEADS, REFERENCES, STATISTICS, VIEWS, Objective
@@ -25,22 +27,29 @@ def render_objectives() -> str:
     return "\n\n".join([*blocks, f"What objectives need:\n{needs}"])
 
 
+def render_entry(
+    name: str, formula: str, source: str, options: Mapping[str, tuple[Any, Any]], more: str
+) -> str:
+    """The block of one name of a registry: what is computed, the source, the options, and more."""
+    given = ", ".join(f"{option}={default}" for option, (_, default) in options.items())
+    parts = [formula, source, f"options: {given or 'none'}", more]
+    return "\n".join([name, *(_wrap(part) for part in parts if part)])
+
+
 def _render(objective: Objective) -> str:
-    options = ", ".join(f"{name}={default}" for name, (_, default) in objective.options.items())
     needs = _names(objective.needs) or "nothing"
     conditional = [
         f"{_names(more)} with {option}"
         for option, more in objective.option_needs.items()
         if _names(more)
     ]
-    lines = [
-        f"{objective.name}",
-        _wrap(objective.formula),
-        _wrap(objective.source),
-        _wrap(f"options: {options or 'none'}"),
-        _wrap("needs: " + "; ".join([needs, *conditional])),
-    ]
-    return "\n".join(line for line in lines if line.strip())
+    return render_entry(
+        objective.name,
+        objective.formula,
+        objective.source,
+        objective.options,
+        "needs: " + "; ".join([needs, *conditional]),
+    )
 
 
 def _names(needs: Collection[str]) -> str:

@@ -90,7 +90,9 @@ def grpo(
     e_high are DAPO's (arXiv 2503.14476). The paper has no w before the KL term: with it
     (`bias_corrected_kl`, as TRL has it) the gradient is that of the KL divergence (DeepSeek-V3.2,
     arXiv 2512.02556). Vision-R1 (arXiv 2503.18013) is `clip: false, bias_corrected_kl: false,
-    normalization: grpo, beta: 0.2`.
+    normalization: grpo, beta: 0.2`. How rewards become A is said by the `rollout`: its `scale` is
+    `group`, `batch` or `none` (Dr. GRPO, arXiv 2503.20783), its `aggregation` of several rewards
+    `sum_then_normalize` or `normalize_then_sum` (GDPO, arXiv 2601.05242), see `advantages`.
 
     A is the field `advantages`; log pi_old the field `old_log_probs`, and without it the policy
     itself, as in the first update with a rollout.

@@ -70,7 +70,7 @@ REFERENCES = {
 
 VIEWS = {
     "other_image": "the responses after another image: made by the option `image`, or the data's",
-    "mismatched": "the responses of the record before after this record's prompt",
+    "mismatched": "the responses of a record before, to another prompt or image, after this prompt",
 }
 """The same texts after another prompt, or others after the same."""
 

@@ -105,8 +105,9 @@ def kto(
 
     Ethayarajh et al. 2024 (arXiv 2402.01306), eq. 7 and 8. z estimates KL(policy || reference) as
     the mean log-ratio of mismatched responses, at least 0, over the global batch; each record has
-    those of the record before it in the data. TRL rotates them within the batch of a device. The
-    weights are to make up for unequal numbers: n_D w_D / (n_U w_U) between 1 and 4/3.
+    those of one before it in the data, to the nearest other prompt or image. TRL rotates them
+    within the batch of a device. The weights are to make up for unequal numbers: n_D w_D / (n_U
+    w_U) between 1 and 4/3.
     """
     desirable = responses.fields["desirable"]
     gain = beta * (responses.ratio - mismatched_kl(responses, weights))

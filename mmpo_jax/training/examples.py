@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -81,10 +82,9 @@ def prepare_examples(
 
 
 def with_mismatched(records: Sequence[TokenizedRecord]) -> list[TokenizedRecord]:
-    """Records with the responses of the record before after their own; the first has the last's.
+    """Records with the responses of others to other prompts or images after their own.
 
-    So they are scored in the same pass, by the reference too, and all responses of the data serve
-    once as mismatched ones.
+    So they are scored in the same pass, by the reference too. See `_mismatched_places`.
 
     Raises:
       DataError: there is only one record.
@@ -93,17 +93,49 @@ def with_mismatched(records: Sequence[TokenizedRecord]) -> list[TokenizedRecord]
         raise DataError(
             f"the objective compares with {VIEWS['mismatched']}, and there is only one record"
         )
-    others = [records[-1], *records[:-1]]
     return [
         dataclasses.replace(
             record,
             responses=(
                 *record.responses,
-                *(dataclasses.replace(r, mismatched=True) for r in other.responses),
+                *(dataclasses.replace(r, mismatched=True) for r in records[place].responses),
             ),
         )
-        for record, other in zip(records, others, strict=True)
+        for record, place in zip(records, _mismatched_places(records), strict=True)
     ]
+
+
+def _mismatched_places(records: Sequence[TokenizedRecord]) -> list[int]:
+    """Of every record the place of the one whose responses are its mismatched ones.
+
+    The records stand in a circle, cut into runs of one prompt with one set of images. A record
+    takes one of the run before its own: in runs of one length the first takes the first, and so on,
+    so all responses of the data serve once, and not the last of every prompt alone, which in pairs
+    that were exported one by one is always the rejected one. Of a longer run before, the last ones
+    are taken; of a shorter one all, in turn. Where there is only one run, the record before.
+    """
+    count = len(records)
+    starts = [i for i in range(count) if not _same_question(records[i - 1], records[i])]
+    if not starts:
+        return [(i - 1) % count for i in range(count)]
+    places = [0] * count
+    before = range(starts[-1] - count, starts[0])
+    for start, end in zip(starts, [*starts[1:], starts[0] + count], strict=True):
+        run = range(start, end)
+        for number, place in enumerate(run):
+            places[place % count] = before[(number - len(run)) % len(before)] % count
+        before = run
+    return places
+
+
+def _same_question(first: TokenizedRecord, second: TokenizedRecord) -> bool:
+    """Whether two records have the same prompt, images and videos, whatever these are called."""
+
+    def shown(record: TokenizedRecord) -> list[Any]:
+        frames = [video.frames for video in record.videos]
+        return [[(i.data, i.path, i.edit) for i in row] for row in (record.images, *frames)]
+
+    return np.array_equal(first.prompt_ids, second.prompt_ids) and shown(first) == shown(second)
 
 
 def unfit(

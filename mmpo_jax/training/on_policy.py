@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grain
@@ -44,8 +44,8 @@ class Sampled:
 class Rollouts:
     """An endless source of batches for the train loop, like `data.pipeline.training_batches`.
 
-    What is sampled depends on the seed, the parameters, the step and the prompt's id only, so a
-    resumed run samples what the run that was stopped would have.
+    What is sampled depends on the seed, the parameters, the step, the prompt's id and how often it
+    has come in the batch only, so a resumed run samples what the run that was stopped would have.
     """
 
     def __init__(
@@ -178,20 +178,42 @@ class Rollouts:
         return np.stack([np.asarray(each) for each in found])
 
     def _metrics(self, sampled: Sequence[Sampled], rewards: np.ndarray) -> dict[str, float]:
-        """TRL's names."""
-        weights = [section.weight for section in self.rollout.rewards]
-        total = rewards @ np.array(weights, np.float32)
+        """By TRL's names."""
+        weights = {section.type: section.weight for section in self.rollout.rewards}
         finished = [r.source.finished for each in sampled for r in each.record.responses]
-        metrics = {
-            "reward": total.mean(),
-            "reward_std": total.std(),
-            "frac_reward_zero_std": np.mean(total.std(axis=1) < STD_FLOOR),
-            "completions/clipped_ratio": 1 - np.mean(finished),
+        return {
+            **reward_metrics(rewards, weights),
+            "completions/clipped_ratio": float(1 - np.mean(finished)),
         }
-        for place, section in enumerate(self.rollout.rewards):
-            metrics[f"rewards/{section.type}/mean"] = rewards[..., place].mean()
-            metrics[f"rewards/{section.type}/std"] = rewards[..., place].std()
-        return {name: float(value) for name, value in metrics.items()}
+
+
+def reward_metrics(rewards: np.ndarray, weights: Mapping[str, float]) -> dict[str, float]:
+    """What is logged of a rollout's rewards, by TRL's names.
+
+    `reward` and `reward_std` are the mean and the standard deviation, with n - 1 below, of the
+    weighted sums of the rewards, over all samples to all prompts; `rewards/NAME/...` are those of
+    one reward, before its weight. `frac_reward_zero_std` is the share of prompts whose samples are
+    all worth the same, whatever the advantages are divided by.
+
+    Args:
+      rewards: float32[N, S, K], before weights.
+      weights: of the K rewards, by name.
+    """
+    total = rewards @ np.array(list(weights.values()), np.float32)
+    values = {
+        "reward": total.mean(),
+        "reward_std": _std(total),
+        "frac_reward_zero_std": np.mean(total.std(axis=1) < STD_FLOOR),
+    }
+    for place, name in enumerate(weights):
+        values[f"rewards/{name}/mean"] = rewards[..., place].mean()
+        values[f"rewards/{name}/std"] = _std(rewards[..., place])
+    return {name: float(value) for name, value in values.items()}
+
+
+def _std(values: np.ndarray) -> float:
+    """Of all values, with n - 1 below; 0 of a single one."""
+    return float(values.std(ddof=1)) if values.size > 1 else 0.0
 
 
 def prompt_examples(records: Sequence[TokenizedRecord]) -> list[Example]:

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from mmpo_jax import cli
 from mmpo_jax.errors import DataError
 from mmpo_jax.feedback.rewards import REWARDS
 from mmpo_jax.feedback.rewards.boxes import ious, match, read_predictions, true_boxes
@@ -77,6 +78,19 @@ def test_every_reward_is_tested():
     assert set(ANSWERS) == set(REWARDS)
 
 
+def test_the_command_lists_every_reward(capsys):
+    cli.main(["objectives"])
+    printed = capsys.readouterr().out
+    blocks = {block.partition("\n")[0]: " ".join(block.split()) for block in printed.split("\n\n")}
+    assert "grpo" in blocks
+    for name, reward in REWARDS.items():
+        assert reward.formula
+        assert "arXiv" in reward.source or name == "shapes_caption"
+        for part in (reward.formula, reward.source, reward.answer, *reward.options):
+            assert part in blocks[name], name
+    assert "options: found=0.5, low=0.5, high=0.75" in blocks["box_recall"]
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -86,11 +100,44 @@ def test_every_reward_is_tested():
         '[{"bbox_2d": [0, 0, 10, 10], "label": "cat"}, {"bbox_2d": [20, 20, 30, 30]}]',
         "cat-[0, 0, 10, 10], dog-[ 20,20.0 , 30, 30 ]",
         "<answer>[(0, 0, 10, 10), (20, 20, 30, 30)]</answer> and [1, 1, 2, 2]",
+        "[0, 0, 10, 10], [20, 20, 30, 30]",
+        "[0, 0, 10, 10] and [20, 20, 30, 30]",
+        "[0, 0, 10, 10]\n[20, 20, 30, 30]",
+        '{"bbox_2d": [0, 0, 10, 10]}, {"bbox_2d": [20, 20, 30, 30]}',
+        '{"boxes": [[0, 0, 10, 10], [20, 20, 30, 30]]}',
+        '{"boxes": [{"bbox": [0, 0, 10, 10]}, {"bbox": [20, 20, 30, 30]}]}',
+        '{"cat": [0, 0, 10, 10], "dog": [20, 20, 30, 30]}',
+        "[[[0, 0, 10, 10]], [[20, 20, 30, 30]]]",
     ],
 )
 def test_forms_of_boxes(text):
+    """As a model writes them, and as what is right."""
     found = [prediction.box for prediction in read_predictions(text)]
     assert found == [(0, 0, 10, 10), (20, 20, 30, 30)]
+    assert true_boxes(text).tolist() == [[0, 0, 10, 10], [20, 20, 30, 30]]
+    for name in set(BOXES) - {"confidence"}:
+        assert score(name, text, [[0, 0, 10, 10], [20, 20, 30, 30]]) == 1, name
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[[0, 0, 10, 10], [1, 2, 3]]",
+        "[0, 0, 10, 10], [1, 2, 3]",
+        "[0, 0, 10, 10], [30, 30, 20, 20]",
+        '{"bbox_2d": [0, 0, 10, 10]}, {"bbox_2d": [20, 20]}',
+        '{"bbox_2d": [20, 20]}, {"note": [0, 0, 10, 10]}',
+        '{"boxes": [[0, 0, 10, 10], [1, 2, 3]]}',
+        '{"cat": [0, 0, 10, 10], "dog": [30, 30, 20, 20]}',
+    ],
+)
+def test_a_broken_box_beside_a_whole_one_is_of_no_format(text):
+    """It is among those that the text says, and no pattern overlooks it."""
+    assert len(read_predictions(text)) == 2
+    assert score("box_format", text, [[0, 0, 10, 10]]) == 0
+    assert score("iou", text, [[0, 0, 10, 10]]) in (0, 0.5)
+    with pytest.raises(DataError, match="boxes"):
+        true_boxes(text)
 
 
 def test_a_single_box():
@@ -169,6 +216,8 @@ def test_box_precision_counts_every_match():
         "[[0, 0, 10, 10]]",
         {"boxes": "[0, 0, 10, 10]"},
         [{"bbox_2d": [0, 0, 10, 10], "label": "cat"}],
+        {"bbox_2d": [0, 0, 10, 10], "label": "cat"},
+        [0, 0, 10, 10],
     ],
 )
 def test_right_boxes_in_the_forms_of_models(solution):
@@ -195,6 +244,22 @@ def test_texts_without_boxes_are_no_right_ones(answer):
 def test_exact_match(text, value):
     assert score("exact_match", text, "the cat") == value
     assert score("exact_match", text, "<answer> the cat </answer>") == value
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [("-5", "5"), ("50%", "50"), ("$5", "5"), ("C#", "C"), ("C++", "C"), (".5", "5"), ("#", "*")],
+)
+def test_signs_are_part_of_an_answer(text, answer):
+    for first, second in ((text, answer), (answer, text)):
+        assert score("exact_match", first, second) == 0
+    assert score("exact_match", f"({text}).", text) == 1
+
+
+@pytest.mark.parametrize("text", ["5.", '"5"', "\u201c5!\u201d", "[5]", " ( 5 ) ", "5;", "`5`"])
+def test_punctuation_quotes_and_brackets_around_an_answer(text):
+    assert score("exact_match", text, "5") == 1
+    assert score("exact_match", text.replace("5", "Cat"), "cat") == 1
 
 
 @pytest.mark.parametrize(

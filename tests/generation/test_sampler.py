@@ -87,6 +87,12 @@ def test_keys_differ_by_seed_round_prompt_and_sample():
     )
 
 
+def test_the_samples_of_a_prompt_that_comes_again_are_numbered_on():
+    once = jax.random.key_data(sample_keys(0, 1, NUMBERS[:1], 9))
+    again = jax.random.key_data(sample_keys(0, 1, np.repeat(NUMBERS[:1], 3), 3, np.arange(3)))
+    np.testing.assert_array_equal(again.reshape(1, 9, -1), once)
+
+
 def test_greedy_is_the_argmax_of_teacher_forced_log_probs(tiny_model, batch):
     tokens = draw(tiny_model, batch, NUMBERS, temperature=0, eos_ids=())
     # Every continuation of the greedy prefix by one other token, as responses to the same prompt.

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 from objectives import (
@@ -17,6 +18,7 @@ from objectives import (
 
 from mmpo_jax.objectives.catalog import OBJECTIVES
 from mmpo_jax.objectives.listing import render_objectives
+from mmpo_jax.objectives.on_policy import Aggregation, Scale
 from mmpo_jax.objectives.registry import FIELDS, HEADS, REFERENCES, VIEWS
 from mmpo_jax.objectives.terms import make_term
 
@@ -94,6 +96,8 @@ def test_the_listing_says_what_is_needed_and_what_that_means():
     assert "needs: turn; reference_model with kl_weight" in blocks["nsft"]
     assert "needs: rank, reference; reference_tokens with ld_alpha" in blocks["dpo"]
     assert blocks["simpo"].endswith("needs: rank")
+    for option in ("scale", "aggregation", *get_args(Scale), *get_args(Aggregation)):
+        assert f"`{option}`" in blocks["grpo"]
     legend = blocks["What objectives need:"]
     for name, meaning in {**FIELDS, **REFERENCES, **VIEWS, **HEADS}.items():
         assert f"\n  {name}: {meaning}" in legend

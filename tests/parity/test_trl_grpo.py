@@ -19,6 +19,7 @@ from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.shapes.language import CAPTION_PROMPTS
 from mmpo_jax.shapes.render import render
 from mmpo_jax.shapes.world import sample_scene
+from mmpo_jax.training.on_policy import reward_metrics
 from mmpo_jax.training.reference import score_batch
 
 torch = pytest.importorskip("torch")
@@ -197,3 +198,15 @@ def test_grpo_equals_trl(options, term, folders, make_trainer, monkeypatch):
     metrics.pop("completions/mean_length")  # theirs is that of the completions before the cut
     for name, value in metrics.items():
         assert float(value) == pytest.approx(logged[name], rel=1e-4, abs=1e-6), name
+
+
+def test_metrics_of_rewards_equal_trl(make_trainer):
+    """Of two rewards with weights, over all samples."""
+    trainer, _, rewards = make_trainer()
+    logged = trainer._metrics["train"]
+    ours = reward_metrics(
+        rewards.reshape(PROMPTS, SAMPLES, 2), dict(zip(("draw", "count"), WEIGHTS, strict=True))
+    )
+    assert len(ours) == 7
+    for name, value in ours.items():
+        assert value == pytest.approx(logged[name][-1], rel=1e-5), name

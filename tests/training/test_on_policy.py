@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import statistics
 
 import jax
 import numpy as np
@@ -192,7 +193,41 @@ def test_a_rollout(tiny_model, tiny_processor, records, mesh, temperature):
     np.testing.assert_allclose(
         arrays.fields["advantages"], advantages(rewards, [1.0, 0.5]), atol=1e-5
     )
-    assert host.metrics["reward"] == pytest.approx((rewards @ [1.0, 0.5]).mean(), abs=1e-6)
+    total = (rewards @ [1.0, 0.5]).ravel().tolist()
+    assert host.metrics["reward"] == pytest.approx(statistics.mean(total), abs=1e-6)
+    assert host.metrics["reward_std"] == pytest.approx(statistics.stdev(total), abs=1e-6)
+
+
+def test_a_prompt_twice_in_a_batch_is_sampled_anew(tiny_model, tiny_processor, records, mesh):
+    """Batches of four from two prompts; each one's first samples are those of a batch without the
+    second."""
+    model, params = tiny_model
+
+    def responses(parts, given):
+        rollouts = Rollouts(
+            model,
+            tiny_processor,
+            given,
+            CONFIG,
+            ROLLOUT,
+            LENGTHS,
+            mesh,
+            parts,
+            micro_batch_size=2,
+            seed=3,
+        )
+        host = rollouts.draw(State(params))
+        prompts = host.arrays.prompts
+        ids = (prompts.response_ids * prompts.loss_mask).reshape(4, 4, -1)
+        return [(id_, row.tolist()) for id_, row in zip(host.ids, ids, strict=True)]
+
+    twice = responses([Part(2)], records[:2])
+    alone = dict(responses([Part(4)], records[:4]))
+    assert len({id_ for id_, _ in twice}) == 2
+    samples = [tuple(sample) for _, row in twice for sample in row]
+    assert len(set(samples)) == len(samples) == 16
+    first = dict(reversed(twice))
+    assert all(first[id_] == alone[id_] for id_ in first)
 
 
 def test_the_loss_has_the_temperature_of_the_samples(run, tmp_path):

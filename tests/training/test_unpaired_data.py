@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 
 from mmpo_jax.data.pipeline import training_batches
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
-from mmpo_jax.data.tokenization import tokenize_records
+from mmpo_jax.data.tokenization import TokenizedRecord, TokenizedResponse, tokenize_records
 from mmpo_jax.errors import DataError
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import AXES, put_batch, put_params
@@ -114,6 +114,51 @@ def test_each_record_has_the_responses_of_the_one_before(records, tiny_processor
         with_mismatched(records[:1])
 
 
+def questions(letters):
+    """A record with one response, its number, to the prompt and image of every letter: of small and
+    capital ones the image is another, of equal ones only its name."""
+    learned = np.ones(1, bool)
+    return [
+        TokenizedRecord(
+            id=str(number),
+            prompt_ids=np.array([ord(letter.lower())], np.int32),
+            responses=(
+                TokenizedResponse(np.array([number], np.int32), learned, 0, Response.of("")),
+            ),
+            images=(ImageRef(f"image {number}", b"big" if letter.isupper() else b"small"),),
+            layouts=(),
+        )
+        for number, letter in enumerate(letters)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("letters", "wanted"),
+    [
+        ("abcd", [3, 0, 1, 2]),
+        ("aAbB", [3, 0, 1, 2]),
+        ("aabbcc", [4, 5, 0, 1, 2, 3]),
+        ("aabba", [2, 3, 0, 1, 3]),
+        ("abbbc", [4, 0, 0, 0, 3]),
+        ("aaabc", [4, 4, 4, 2, 3]),
+        ("aab", [2, 2, 1]),
+        ("aaa", [2, 0, 1]),
+        ("aA" * 3, [5, 0, 1, 2, 3, 4]),
+    ],
+)
+def test_mismatched_responses_are_to_another_prompt_or_image(letters, wanted):
+    """The nearest before that is another; pairs, exported one by one, keep their two kinds."""
+    mixed = with_mismatched(questions(letters))
+    assert [int(record.responses[1].ids[0]) for record in mixed] == wanted
+    for record in mixed if len(set(letters)) > 1 else ():
+        assert letters[int(record.responses[1].ids[0])] != letters[int(record.id)]
+
+
+def test_long_runs_of_one_prompt_are_no_search():
+    mixed = with_mismatched(questions("a" * 30_000 + "b"))
+    assert {int(record.responses[1].ids[0]) for record in mixed} == {29_999, 30_000}
+
+
 def test_what_is_said_of_a_record_does_not_depend_on_the_one_before(tokenized):
     """Ranks, labels and scores of other records' responses say nothing of its own."""
     (label,) = tokenized([(labelled("no", True),)])
@@ -205,7 +250,7 @@ def test_devices_and_micro_batches_change_nothing(name, tiny_model, tiny_process
 
 
 def test_given_log_probs_are_of_other_prompts():
-    with pytest.raises(ValueError, match="kto needs the responses of the record before"):
+    with pytest.raises(ValueError, match="kto needs the responses of a record before"):
         Training(objective={"type": "kto"}, reference={"type": "given"})
 
 

@@ -1,9 +1,11 @@
 """Rewards of detected boxes, as in Visual-RFT (arXiv 2503.01785) and Vision-R1 (arXiv 2503.18013).
 
 Boxes are corners [left, top, right, bottom], in the units that the data's answers have. A model may
-write them as JSON or as Python literals: a list of boxes, or of objects with the box under one of
-`BOX_KEYS` and perhaps a confidence; in other text, every `[a, b, c, d]` of four numbers is a box.
-The data may write the right ones in the same forms.
+write them as JSON or as Python literals: one or several, in a list, with commas between or under
+`boxes` of an object; each as four numbers, or as an object with them under one of `BOX_KEYS` and
+perhaps a confidence. What is written so and is not four numbers in order is a broken box. In other
+text, literals of other forms included, every `[a, b, c, d]` of four numbers is a box. The data may
+write the right ones in the same forms.
 """
 
 from __future__ import annotations
@@ -25,6 +27,9 @@ from mmpo_jax.objectives.registry import Share
 
 BOX_KEYS = ("Position", "bbox_2d", "bbox", "box", "position")
 CONFIDENCE_KEYS = ("Confidence", "confidence", "score")
+TRUTH = (
+    "boxes [left, top, right, bottom]: a list, an object with one as `boxes`, or a text with them"
+)
 
 MAX_BOXES = 500
 """More in one text are worth 0: matching them would take long."""
@@ -52,15 +57,22 @@ def read_predictions(text: str) -> list[Prediction] | None:
     if not places:
         return None
     inside = text[min(places) : max(text.rfind("]"), text.rfind("}")) + 1]
-    value = _literal(inside)
-    if value is None:
+    entries = _entries(_literal(inside))
+    if entries is None or not any(map(_says_a_box, entries)):
         found = [[float(number) for number in match] for match in _QUADRUPLE.findall(inside)]
-        value = found or None
-    if isinstance(value, Mapping) or (isinstance(value, list) and _is_quadruple(value)):
-        value = [value]
-    if not isinstance(value, list) or len(value) > MAX_BOXES:
+        entries = found or entries
+    if entries is None or len(entries) > MAX_BOXES:
         return None
-    return [_prediction(entry) for entry in value]
+    return [_prediction(entry) for entry in entries]
+
+
+def _entries(value: Any) -> Sequence[Any] | None:
+    """What is listed in a value, each to be a box; None where it is no list, and no single box."""
+    if isinstance(value, Mapping) and isinstance(value.get("boxes"), list | tuple):
+        value = value["boxes"]
+    if isinstance(value, Mapping) or (isinstance(value, list | tuple) and _is_quadruple(value)):
+        return [value]
+    return value if isinstance(value, list | tuple) else None
 
 
 def _literal(text: str) -> Any:
@@ -77,6 +89,14 @@ def _literal(text: str) -> Any:
 
 def _is_quadruple(value: Sequence[Any]) -> bool:
     return len(value) == 4 and not any(isinstance(x, Mapping | Sequence) for x in value)
+
+
+def _says_a_box(entry: Any) -> bool:
+    """Whether an entry is in a form of boxes, be it a whole or a broken one."""
+    if isinstance(entry, Mapping):
+        return any(key in entry for key in BOX_KEYS)
+    nested = Mapping | list | tuple
+    return isinstance(entry, list | tuple) and not any(isinstance(x, nested) for x in entry)
 
 
 def _prediction(entry: Any) -> Prediction:
@@ -108,18 +128,18 @@ def _number(value: Any) -> float | None:
 
 
 def true_boxes(answer: Any) -> np.ndarray:
-    """float64[G, 4] of a list of boxes, of an object that holds one as `boxes`, or of a text that
-    says one as models do.
+    """float64[G, 4] of boxes in one of the forms that models write, as a value or as a text, or of
+    an object that holds either as `boxes`.
 
     Raises:
       DataError: it is none of them, or some box is broken.
     """
-    boxes = answer.get("boxes") if isinstance(answer, Mapping) else answer
+    boxes = answer.get("boxes", answer) if isinstance(answer, Mapping) else answer
     predictions: list[Prediction] | None = None
     if isinstance(boxes, str):
         predictions = read_predictions(boxes)
-    elif isinstance(boxes, list | tuple):
-        predictions = [_prediction(entry) for entry in boxes]
+    elif (entries := _entries(boxes)) is not None:
+        predictions = [_prediction(entry) for entry in entries]
     read = [None] if predictions is None else [prediction.box for prediction in predictions]
     if None in read:
         raise DataError(f"rewards of boxes compare with a list of boxes, not {answer!r:.80}")
@@ -152,9 +172,12 @@ def match(predictions: Sequence[Prediction], truth: np.ndarray) -> dict[int, flo
     }
 
 
-@reward
+@reward(TRUTH)
 def iou(text: str, answer: Any) -> float:
-    """Sum of the matches' IoU / max(boxes said, boxes true), as in Visual-RFT."""
+    """Sum of the IoU of boxes said with the true ones they match / max(boxes said, boxes true).
+
+    Visual-RFT (arXiv 2503.01785). Matched one to one, with the largest sum.
+    """
     truth, predictions = true_boxes(answer), read_predictions(text)
     if predictions is None:
         return 0.0
@@ -162,11 +185,11 @@ def iou(text: str, answer: Any) -> float:
     return sum(match(predictions, truth).values()) / most if most else 1.0
 
 
-@reward
+@reward(TRUTH)
 def confidence(text: str, answer: Any) -> float:
     """Mean over the boxes said of c where one overlaps its match, else 1 - c; c its confidence.
 
-    Visual-RFT. A broken box, or one without a confidence, gets nothing.
+    Visual-RFT (arXiv 2503.01785). A broken box, or one without a confidence, gets nothing.
     """
     truth, predictions = true_boxes(answer), read_predictions(text)
     if not predictions:
@@ -180,21 +203,25 @@ def confidence(text: str, answer: Any) -> float:
     return total / len(predictions)
 
 
-@reward
+@reward(TRUTH)
 def box_format(text: str, answer: Any) -> float:
-    """1 where the text has boxes and every one is whole; else 0: Vision-R1's dual format reward."""
+    """1 where the text has boxes and every one is whole; else 0.
+
+    Vision-R1 (arXiv 2503.18013): its dual format reward.
+    """
     true_boxes(answer)
     predictions = read_predictions(text)
     return float(bool(predictions) and all(p.box is not None for p in predictions or ()))
 
 
-@reward
+@reward(TRUTH)
 def box_recall(
     text: str, answer: Any, *, found: Share = 0.5, low: Share = 0.5, high: Share = 0.75
 ) -> float:
-    """f(true boxes that are matched with an IoU of `found` / true boxes), f as in `differentiate`.
+    """f(true boxes that are matched with an IoU of `found` / true boxes); f(x) is 1 from `high` on,
+    0 below `low`, else x.
 
-    Vision-R1, eq. 5; its second stage has 0.75, 0.75 and 0.9.
+    Vision-R1 (arXiv 2503.18013), eq. 5; its second stage has 0.75, 0.75 and 0.9.
     """
     truth, predictions = true_boxes(answer), read_predictions(text)
     if predictions is None or not len(truth):
@@ -203,13 +230,14 @@ def box_recall(
     return differentiate(hits / len(truth), low, high)
 
 
-@reward
+@reward(TRUTH)
 def box_precision(
     text: str, answer: Any, *, found: Share = 0.5, low: Share = 0.5, high: Share = 0.75
 ) -> float:
-    """Mean over the matches of f(IoU) where that is `found` at least, f as in `differentiate`.
+    """Mean over the matches of f(IoU) where that is `found` at least, else 0; f(x) is 1 from `high`
+    on, 0 below `low`, else x.
 
-    Vision-R1, eq. 6; its second stage has 0.75, 0.75 and 0.9.
+    Vision-R1 (arXiv 2503.18013), eq. 6; its second stage has 0.75, 0.75 and 0.9.
     """
     truth, predictions = true_boxes(answer), read_predictions(text)
     matched = match(predictions or [], truth)

@@ -2,7 +2,8 @@
 
 A reward is a function (text, answer, **options) -> float, most of them from 0 to 1. `text` is what
 the model said and may be anything: what cannot be read is worth 0 and raises nothing. `answer` is
-what the record says is right; one that a reward cannot use is a `DataError`.
+what the record says is right; one that a reward cannot use is a `DataError`. The docstring begins
+with what a text is worth and goes on with the source; `mmpo objectives` prints both.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ class Reward:
 
     name: str
     function: Callable[..., float]
+    answer: str
+    """What a record's answer has to be, in words."""
 
     @property
     def options(self) -> dict[str, tuple[Any, Any]]:
@@ -32,7 +35,15 @@ class Reward:
 
     @property
     def formula(self) -> str:
-        return (inspect.getdoc(self.function) or "").split("\n\n")[0].replace("\n", " ")
+        return self._paragraph(0)
+
+    @property
+    def source(self) -> str:
+        return self._paragraph(1)
+
+    def _paragraph(self, number: int) -> str:
+        paragraphs = (inspect.getdoc(self.function) or "").split("\n\n")
+        return paragraphs[number].replace("\n", " ") if number < len(paragraphs) else ""
 
     def score(self, text: str, answer: Any, **options: Any) -> float:
         """What a text is worth.
@@ -46,10 +57,14 @@ class Reward:
 REWARDS: dict[str, Reward] = {}
 
 
-def reward(function: Callable[..., float]) -> Callable[..., float]:
-    """Registers a reward under its function's name."""
-    REWARDS[function.__name__] = Reward(function.__name__, function)
-    return function
+def reward(answer: str) -> Callable[[Callable[..., float]], Callable[..., float]]:
+    """Registers a reward under its function's name; `answer` as in `Reward`."""
+
+    def add(function: Callable[..., float]) -> Callable[..., float]:
+        REWARDS[function.__name__] = Reward(function.__name__, function, answer)
+        return function
+
+    return add
 
 
 def between(text: str, start: str, end: str) -> str | None:

@@ -11,13 +11,13 @@ from mmpo_jax.shapes.claims import is_true, parse
 from mmpo_jax.shapes.world import Scene
 
 
-@reward
+@reward("a scene of the picture world, as its own records have it")
 def shapes_caption(
     text: str, answer: Any, *, invented: NonNegative = 1.0, recall: NonNegative = 1.0
 ) -> float:
     """`recall` * kinds named / kinds there - `invented` * mentions that are wrong / mentions.
 
-    What cannot be read counts as a wrong mention.
+    The picture world's own. What cannot be read counts as a wrong mention.
     """
     try:
         scene = Scene.from_dict(answer)
