@@ -190,6 +190,8 @@ def test_batches_of_any_size_measure_the_same(tiny_model, tiny_processor, names)
             measured.append(validator.measure(0, state))
     for other in measured[:2]:
         assert other == pytest.approx(measured[2], rel=1e-5)
+    margin = measured[0]["eval_rewards/chosen"] - measured[0]["eval_rewards/rejected"]
+    assert measured[0]["eval_rewards/margins"] == pytest.approx(margin, rel=1e-4)
     if len(names) > 1:
         parts = measured[0]["eval_loss/dpo"] + 0.5 * measured[0]["eval_loss/sft"]
         assert measured[0]["eval_loss"] == pytest.approx(parts, rel=1e-6)
