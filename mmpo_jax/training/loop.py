@@ -145,15 +145,16 @@ def train(
                 if step % config.log_every and step != steps:
                     continue
                 values, count = window.close()
-                if validation is not None and validation.is_due(step, steps):
-                    values |= validation.measure(step, state)
-                    if validation.is_best(step):
-                        checkpoints.save_best(step, state)
-                writer.report(step, values, count / (time.perf_counter() - started))
-                started = time.perf_counter()
-                over = validation is not None and validation.is_over()
-                if step % config.save_every == 0 or step == steps or over:
-                    checkpoints.save(step, state, position)
+                with waiting.paused():
+                    if validation is not None and validation.is_due(step, steps):
+                        values |= validation.measure(step, state)
+                        if validation.is_best(step):
+                            checkpoints.save_best(step, state)
+                    writer.report(step, values, count / (time.perf_counter() - started))
+                    started = time.perf_counter()
+                    over = validation is not None and validation.is_over()
+                    if step % config.save_every == 0 or step == steps or over:
+                        checkpoints.save(step, state, position)
             if isinstance(source, Rollouts):
                 waiting.report_rollouts(source.seconds)
             else:
