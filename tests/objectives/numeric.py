@@ -33,14 +33,14 @@ def loss_of(name, responses, weights=None, state=None, **options):
     term = make_term(name, **options)
     weights = np.ones(responses.mask.shape[0]) if weights is None else np.asarray(weights)
     state = dict(term.objective.state) if state is None else state
-    return _evaluate(responses, weights, state, _Term(name, tuple(sorted(options.items()))))[0]
+    return evaluate(responses, weights, state, _Term(name, tuple(sorted(options.items()))))[0]
 
 
 def gradient_of(name, responses, **options):
     """By the log-prob of every token."""
     term = make_term(name, **options)
     weights, state = np.ones(responses.mask.shape[0]), dict(term.objective.state)
-    _, slope = _evaluate(responses, weights, state, _Term(name, tuple(sorted(options.items()))))
+    _, slope = evaluate(responses, weights, state, _Term(name, tuple(sorted(options.items()))))
     return np.asarray(slope)
 
 
@@ -53,7 +53,7 @@ class _Term:
 
 
 @functools.partial(jax.jit, static_argnames="made")
-def _evaluate(responses, weights, state, made):
+def evaluate(responses, weights, state, made):
     term = make_term(made.name, **dict(made.options))
 
     def value(log_probs):

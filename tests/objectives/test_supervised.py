@@ -12,13 +12,14 @@ from mmpo_jax.objectives.sums import mean, weighted
 from mmpo_jax.objectives.terms import combine, evaluate, first_state, make_term, report
 from mmpo_jax.training.metrics import means
 
+RANKS = [[1, 2, 3], [2, 1, 1], [1, 2, 3], [3, 3, 0]]
 WEIGHTS = np.array([1.0, 1.0, 0.0, 1.0])
 
 
 @pytest.fixture(scope="module")
 def responses():
     with jax.enable_x64(True):
-        return ranked([[1, 2, 3], [2, 1, 1], [1, 2, 3], [3, 3, 0]])
+        return ranked(RANKS)
 
 
 def expected_nll(responses, counts):
