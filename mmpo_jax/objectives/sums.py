@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,15 @@ class Sums:
     """As `loss`: how much they count; the loss of a batch is the sum over L of loss / weight."""
     metrics: dict[str, tuple[jax.Array, jax.Array]]
     """name -> (sum, weight), float32[] each."""
+
+
+class WeightedSum(NamedTuple):
+    """A mean before its division, so that those of several batches add up."""
+
+    total: jax.Array
+    """float32[]"""
+    weight: jax.Array
+    """float32[]: how much it counts; the mean of several is the sum of one by that of the other."""
 
 
 def weighted(values: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:

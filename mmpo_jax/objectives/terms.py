@@ -13,7 +13,10 @@ import jax.numpy as jnp
 from mmpo_jax.objectives.catalog import OBJECTIVES
 from mmpo_jax.objectives.registry import Objective, State
 from mmpo_jax.objectives.responses import Responses
-from mmpo_jax.objectives.sums import Sums, mean
+from mmpo_jax.objectives.sums import Sums, WeightedSum, mean
+
+Metrics = dict[str, Any]
+"""name -> float32[], a number of the batch, or a `WeightedSum` over what it counts of the batch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,13 +113,13 @@ def combine(terms: Sequence[Term], sums: Sequence[Sums]) -> jax.Array:
     return jnp.sum(jnp.stack(parts))
 
 
-def report(terms: Sequence[Term], sums: Sequence[Sums]) -> dict[str, jax.Array]:
+def report(terms: Sequence[Term], sums: Sequence[Sums]) -> Metrics:
     """Metrics by TRL's names, the first term's where several have one; of several terms also the
     loss of each as `loss/name`, and `loss/name_2` of the second of a name."""
-    metrics: dict[str, jax.Array] = {}
+    metrics: Metrics = {}
     seen: Counter[str] = Counter()
     for term, part in zip(terms, sums, strict=True):
-        values = {name: mean(*pair) for name, pair in part.metrics.items()}
+        values: Metrics = {name: WeightedSum(*pair) for name, pair in part.metrics.items()}
         if len(terms) > 1:
             name = term.objective.name
             seen[name] += 1

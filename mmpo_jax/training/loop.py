@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import grain
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from mmpo_jax.data.pipeline import (
@@ -35,7 +34,7 @@ from mmpo_jax.recipe import Lengths
 from mmpo_jax.recipe_training import MovingReference, NoReference, Rollout, Training
 from mmpo_jax.training.checkpoints import Checkpoints, save_base
 from mmpo_jax.training.losses import Loss, make_loss, needs_reference, recipe_terms
-from mmpo_jax.training.metrics import MetricsWriter
+from mmpo_jax.training.metrics import MetricsWriter, means
 from mmpo_jax.training.on_policy import Rollouts
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
 from mmpo_jax.training.step import (
@@ -146,15 +145,16 @@ def train(
                 if step % config.log_every and step != steps:
                     continue
                 values, count = window.close()
-                if validation is not None and validation.is_due(step, steps):
-                    values |= validation.measure(step, state)
-                    if validation.is_best(step):
-                        checkpoints.save_best(step, state)
-                writer.report(step, values, count / (time.perf_counter() - started))
-                started = time.perf_counter()
-                over = validation is not None and validation.is_over()
-                if step % config.save_every == 0 or step == steps or over:
-                    checkpoints.save(step, state, position)
+                with waiting.paused():
+                    if validation is not None and validation.is_due(step, steps):
+                        values |= validation.measure(step, state)
+                        if validation.is_best(step):
+                            checkpoints.save_best(step, state)
+                    writer.report(step, values, count / (time.perf_counter() - started))
+                    started = time.perf_counter()
+                    over = validation is not None and validation.is_over()
+                    if step % config.save_every == 0 or step == steps or over:
+                        checkpoints.save(step, state, position)
             if isinstance(source, Rollouts):
                 waiting.report_rollouts(source.seconds)
             else:
@@ -325,7 +325,7 @@ class Window:
         self.steps.append((step, ids, metrics))
 
     def close(self) -> tuple[dict[str, float], int]:
-        """(means of the metrics, over how many steps), and begins anew.
+        """(the metrics, see `means`; of how many steps), and begins anew.
 
         Raises:
           TrainingError: naming the first step that was not finite.
@@ -339,5 +339,6 @@ class Window:
                     f"{row['grad_norm']}; rows of this batch: {', '.join(ids)}; "
                     f"last good checkpoint: {self.checkpoints.describe_latest()}"
                 )
-        names = [name for name in rows[0] if name != "finite"]
-        return {name: float(np.mean([row[name] for row in rows])) for name in names}, len(rows)
+        together = means(rows)
+        del together["finite"]
+        return together, len(rows)

@@ -19,7 +19,7 @@ from mmpo_jax.objectives import terms as objectives
 from mmpo_jax.objectives.registry import REFERENCES, STATISTICS, State
 from mmpo_jax.objectives.responses import Responses
 from mmpo_jax.objectives.sums import Sums
-from mmpo_jax.objectives.terms import Term
+from mmpo_jax.objectives.terms import Metrics, Term
 from mmpo_jax.recipe_training import Training
 
 Outputs = dict[str, jax.Array]
@@ -36,7 +36,7 @@ class Loss:
     """(outputs, batch, state) -> (sums of every term, new state); see `terms.evaluate`."""
     combine: Callable[[Sequence[Sums]], jax.Array]
     """Sums of every term -> the loss."""
-    report: Callable[[Sequence[Sums]], dict[str, jax.Array]]
+    report: Callable[[Sequence[Sums]], Metrics]
     """Sums of every term -> metrics."""
     coupled: bool = False
     """Whether the loss of a row depends on the others of the batch."""

@@ -1,16 +1,42 @@
-"""Where training metrics go: a JSON line per report, TensorBoard, and a progress bar."""
+"""Metrics of steps put together, and where they go: JSON lines, TensorBoard, a progress bar."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import tensorboardX
 import tqdm
 
+from mmpo_jax.objectives.sums import WeightedSum
+
 FILE = "metrics.jsonl"
+
+
+def means(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What the metrics of steps say together, by name.
+
+    Numbers are averaged over the steps, weighted sums over all that they count in any step; where
+    they count nothing, the name is left out. As in TRL's trainer of single responses, the margin of
+    rewards is the difference of their means where no pairs give one.
+
+    Args:
+      steps: `terms.Metrics` each, on the host, all with the same names.
+    """
+    found = {}
+    for name in steps[0]:
+        values = [step[name] for step in steps]
+        pairs = np.array([x if isinstance(x, WeightedSum) else (x, 1) for x in values], np.float64)
+        total, weight = pairs[pairs[:, 1] > 0].sum(axis=0)
+        if weight:
+            found[name] = float(total / weight)
+    if {"rewards/chosen", "rewards/rejected"} <= found.keys():
+        found.setdefault("rewards/margins", found["rewards/chosen"] - found["rewards/rejected"])
+    return found
 
 
 class MetricsWriter:

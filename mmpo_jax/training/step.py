@@ -17,6 +17,7 @@ from mmpo_jax.models.lora import cast_params, is_adapter, with_dropout
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.objectives.registry import State
 from mmpo_jax.objectives.sums import Sums
+from mmpo_jax.objectives.terms import Metrics
 from mmpo_jax.parallel.mesh import param_shardings
 from mmpo_jax.recipe_training import MovingReference
 from mmpo_jax.training.losses import Loss
@@ -41,7 +42,7 @@ class TrainState:
     """What objectives keep from step to step, float32[] each."""
 
 
-Update = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+Update = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 """(state, micro-batches) -> (state, metrics)."""
 
 
@@ -189,7 +190,7 @@ def make_step(
         accumulate = _accumulate_coupled if loss.coupled else _accumulate
         return accumulate(loss, forward, state, batches, keys)
 
-    def update(state: TrainState, frozen: dict, batches: Any) -> tuple[TrainState, dict]:
+    def update(state: TrainState, frozen: dict, batches: Any) -> tuple[TrainState, Metrics]:
         state = dataclasses.replace(state, frozen=frozen)
         slopes, sums, kept = gradients(state, batches)
         slopes = jax.lax.with_sharding_constraint(slopes, shardings.params)
@@ -216,7 +217,7 @@ def make_step(
     changing = dataclasses.replace(shardings, frozen={})
     compiled = jax.jit(update, donate_argnums=0, out_shardings=(changing, None))
 
-    def step(state: TrainState, batches: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(state: TrainState, batches: Any) -> tuple[TrainState, Metrics]:
         updated, metrics = compiled(dataclasses.replace(state, frozen={}), state.frozen, batches)
         return dataclasses.replace(updated, frozen=state.frozen), metrics
 

@@ -22,6 +22,7 @@ from mmpo_jax.parallel.mesh import put_batch
 from mmpo_jax.recipe import Validation
 from mmpo_jax.recipe_training import Training
 from mmpo_jax.training.losses import Loss
+from mmpo_jax.training.metrics import means
 from mmpo_jax.training.step import TrainState
 
 PREFIX = "eval_"
@@ -78,7 +79,7 @@ class Validator:
         # Of all rows at once: some losses compare rows with each other.
         total, _ = self.evaluate(outputs, batch, state.kept)
         values = jax.device_get({**self.loss.report(total), "loss": self.loss.combine(total)})
-        named = {PREFIX + name: float(value) for name, value in values.items()}
+        named = {PREFIX + name: value for name, value in means([values]).items()}
         if self.config.metric not in named:
             raise MmpoError(
                 f"validation.metric: {self.config.metric!r} is none of {', '.join(named)}"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import jax
@@ -23,6 +24,7 @@ class Waiting:
     def __init__(self) -> None:
         self.begun = time.perf_counter()
         self.seconds = 0.0
+        self.left_out = 0.0
         self.running: jax.Array | None = None
         self.started: float | None = None
 
@@ -43,11 +45,19 @@ class Waiting:
             self.running.block_until_ready()  # so that one step at most is ahead of the data
         self.running = output
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out what takes place within: neither data nor a step, once the one that runs is
+        done."""
+        begun = self._now()
+        yield
+        self.left_out += time.perf_counter() - begun
+
     def report(self) -> None:
         """Says in the log what share of the time was waiting."""
         if self.started is None:
             return
-        elapsed = self._now() - self.started
+        elapsed = self._now() - self.started - self.left_out
         share = self.seconds / elapsed if elapsed else 0.0
         log.info("waited for data %.1f %% of %.0f s", 100 * share, elapsed)
 
@@ -56,7 +66,7 @@ class Waiting:
         is running in any; compiling counts on both sides."""
         if self.started is None:
             return
-        elapsed = self._now() - self.begun
+        elapsed = self._now() - self.begun - self.left_out
         share = 100 * seconds / elapsed if elapsed else 0.0
         log.info(
             "rollouts %.1f %%, steps and the rest %.1f %% of %.0f s", share, 100 - share, elapsed

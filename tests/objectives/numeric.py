@@ -2,9 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mmpo_jax.objectives.responses import Responses
@@ -33,14 +33,14 @@ def loss_of(name, responses, weights=None, state=None, **options):
     term = make_term(name, **options)
     weights = np.ones(responses.mask.shape[0]) if weights is None else np.asarray(weights)
     state = dict(term.objective.state) if state is None else state
-    return _evaluate(responses, weights, state, _Term(name, tuple(sorted(options.items()))))[0]
+    return evaluate(responses, weights, state, _Term(name, tuple(sorted(options.items()))))[0]
 
 
 def gradient_of(name, responses, **options):
     """By the log-prob of every token."""
     term = make_term(name, **options)
     weights, state = np.ones(responses.mask.shape[0]), dict(term.objective.state)
-    _, slope = _evaluate(responses, weights, state, _Term(name, tuple(sorted(options.items()))))
+    _, slope = evaluate(responses, weights, state, _Term(name, tuple(sorted(options.items()))))
     return np.asarray(slope)
 
 
@@ -53,13 +53,13 @@ class _Term:
 
 
 @functools.partial(jax.jit, static_argnames="made")
-def _evaluate(responses, weights, state, made):
+def evaluate(responses, weights, state, made):
     term = make_term(made.name, **dict(made.options))
 
     def value(log_probs):
         changed = dataclasses.replace(responses, log_probs=log_probs)
         sums, kept = term.objective.apply(changed, weights, state, term.options)
-        loss = mean(sums.loss, sums.weight)
+        loss = mean(sums.loss, sums.weight).sum()
         metrics = {key: mean(*pair) for key, pair in sums.metrics.items()}
         return loss, (loss, metrics, kept)
 
@@ -87,15 +87,31 @@ def sigmoid(x):
 
 
 def check_extremes(name, make, **options):
-    """Loss and gradients are finite in float32 wherever log-probs lie."""
-    for policy in (-1000.0, -1e-3, 0.0):
-        for reference in (-1000.0, 0.0, 1000.0):
-            responses = make()
-            changed = dataclasses.replace(
-                responses,
-                log_probs=jnp.where(responses.mask, jnp.float32(policy), 0),
-                reference=jnp.full(responses.mask.shape[:2], jnp.float32(reference)),
-                reference_log_probs=jnp.where(responses.mask, jnp.float32(reference), 0),
-            )
-            assert np.isfinite(loss_of(name, changed, **options)[0])
-            assert np.isfinite(gradient_of(name, changed, **options)).all()
+    """Loss and gradients are finite in float32 wherever log-probs lie: all at one end, or those of
+    every other response at the opposite one, either way."""
+    responses = make()
+    for policy, reference in itertools.product(POLICIES, REFERENCES):
+        changed = dataclasses.replace(
+            _at_ends(responses, policy, reference),
+            views={
+                key: _at_ends(view, policy[1:] * 2, reference[1:] * 2)
+                for key, view in responses.views.items()
+            },
+        )
+        assert np.isfinite(loss_of(name, changed, **options)[0])
+        assert np.isfinite(gradient_of(name, changed, **options)).all()
+
+
+POLICIES = [(-1000, -1000), (-1e-3, -1e-3), (0, 0), (-1000, 0), (0, -1000)]
+REFERENCES = [(-1000, -1000), (0, 0), (1000, 1000), (-1000, 1000), (1000, -1000)]
+"""Log-probs by turns: of every token; under the reference also of the whole response."""
+
+
+def _at_ends(responses, policy, reference):
+    turn = np.indices(responses.mask.shape[:2]).sum(axis=0) % 2
+    policy, reference = (np.float32(ends)[turn] for ends in (policy, reference))
+    changed = dataclasses.replace(responses, log_probs=policy[..., None] * responses.mask)
+    if responses.reference is None:
+        return changed
+    per_token = reference[..., None] * responses.mask
+    return dataclasses.replace(changed, reference=reference, reference_log_probs=per_token)

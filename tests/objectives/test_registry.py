@@ -1,11 +1,15 @@
 """What holds for every objective in the registry: a test of its formula, and what it needs."""
 
-import inspect
+import dataclasses
+import functools
 from collections.abc import Callable
-from typing import get_args
+from typing import Any, get_args
 
+import jax
 import pytest
+import rankings
 from objectives import (
+    numeric,
     test_image_aware,
     test_on_policy,
     test_pairwise_formulas,
@@ -29,27 +33,52 @@ TABLES = {
 }
 """Objectives that stand beside their formula in a table whose every entry is tested."""
 
-TESTS: dict[str, Callable[..., None]] = {
-    "anchored_sft": test_token_level.test_anchored_sft_weighs_tokens_by_their_probability,
+
+def only_good_samples(name: str) -> None:
+    """The test of several objectives, on the first case of this one."""
+    (mark,) = test_unpaired.test_only_good_samples_are_learned.pytestmark
+    case = next(case for case in mark.args[1] if case[0] == name)
+    test_unpaired.test_only_good_samples_are_learned(*case)
+
+
+def on_rankings(test: Callable[..., None], ranks: Any, *args: Any) -> None:
+    """A test whose responses are a fixture."""
+    with jax.enable_x64(True):
+        test(rankings.ranked(ranks), *args)
+
+
+TESTS: dict[str, Callable[[], None]] = {
+    "anchored_sft": functools.partial(
+        test_token_level.test_anchored_sft_weighs_tokens_by_their_probability, 0.3
+    ),
     "apo_zero_unpaired": test_unpaired.test_apo_zero,
     "bco": test_unpaired.test_bco_has_no_gradient_through_its_shift,
-    "bradley_terry": test_reward_model.test_bradley_terry,
-    "critique": test_reward_model.test_critique_is_learned_token_by_token,
-    "grpo": test_on_policy.test_grpo,
-    "jpo": test_token_level.test_joint_preferences_are_dpo_of_longer_texts,
-    "kto": test_unpaired.test_kto,
-    "nsft": test_token_level.TestNsft.test_value_and_gradient,
-    "plackett_luce": test_rankings.test_rankings_without_ties,
-    "poft": test_unpaired.test_poft,
-    "rejection_sampling": test_unpaired.test_only_good_samples_are_learned,
-    "selm": test_pairwise_formulas.test_selm_is_dpo_of_the_others_and_an_extra_response,
-    "sft": test_supervised.test_sft_is_the_mean_over_the_tokens_of_all_responses,
-    "triple_po": (
-        test_pairwise_formulas.test_triple_po_learns_the_gold_response_and_pairs_the_others
+    "bradley_terry": lambda: test_reward_model.test_bradley_terry(
+        {"margin": 0.7, "tie_weight": 0.3, "centring": 0.01}
     ),
-    "verified_sft": test_unpaired.test_only_good_samples_are_learned,
+    "critique": test_reward_model.test_critique_is_learned_token_by_token,
+    "grpo": lambda: test_on_policy.test_grpo("dapo", "token", True, 0.3, True),
+    "kto": lambda: test_unpaired.test_kto(0),
+    "nsft": lambda: test_token_level.TestNsft().test_value_and_gradient(0.3),
+    "plackett_luce": lambda: test_rankings.test_rankings_without_ties(0.7),
+    "poft": test_unpaired.test_poft,
+    "rejection_sampling": lambda: only_good_samples("rejection_sampling"),
+    "selm": lambda: on_rankings(
+        test_pairwise_formulas.test_selm_is_dpo_of_the_others_and_an_extra_response,
+        test_pairwise_formulas.RANKS,
+    ),
+    "sft": lambda: on_rankings(
+        test_supervised.test_sft_is_the_mean_over_the_tokens_of_all_responses,
+        test_supervised.RANKS,
+    ),
+    "triple_po": lambda: on_rankings(
+        test_pairwise_formulas.test_triple_po_learns_the_gold_response_and_pairs_the_others,
+        test_pairwise_formulas.RANKS,
+        {},
+    ),
+    "verified_sft": lambda: only_good_samples("verified_sft"),
 }
-"""The others, and the test that works out the formula."""
+"""The others, and a test that works out the formula, with arguments of its own."""
 
 
 def test_every_objective_has_a_test_of_its_formula():
@@ -57,9 +86,32 @@ def test_every_objective_has_a_test_of_its_formula():
     assert not TABLES & TESTS.keys()
 
 
+@pytest.fixture
+def compiled_anew(monkeypatch):
+    """Losses that are compiled by an objective's name are compiled here, and forgotten after it."""
+    monkeypatch.setattr(rankings, "COMPILED", {})
+    numeric.evaluate.clear_cache()
+    yield
+    numeric.evaluate.clear_cache()
+
+
 @pytest.mark.parametrize("name", TESTS)
-def test_a_test_of_a_formula_asks_for_the_objective(name):
-    assert f'"{name}"' in inspect.getsource(TESTS[name])
+def test_a_test_of_a_formula_sees_another_loss(monkeypatch, compiled_anew, name):
+    """A loss that is wrong by a thousandth."""
+    objective = OBJECTIVES[name]
+
+    def wrong(*args):
+        sums, state = objective.apply(*args)
+        return dataclasses.replace(sums, loss=1.001 * sums.loss), state
+
+    monkeypatch.setitem(OBJECTIVES, name, dataclasses.replace(objective, apply=wrong))
+    with pytest.raises(AssertionError):
+        TESTS[name]()
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_a_test_of_a_formula_sees_the_loss(name):
+    TESTS[name]()
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,16 @@ from rankings import loss_of, ranked
 
 from mmpo_jax.objectives.sums import mean, weighted
 from mmpo_jax.objectives.terms import combine, evaluate, first_state, make_term, report
+from mmpo_jax.training.metrics import means
 
+RANKS = [[1, 2, 3], [2, 1, 1], [1, 2, 3], [3, 3, 0]]
 WEIGHTS = np.array([1.0, 1.0, 0.0, 1.0])
 
 
 @pytest.fixture(scope="module")
 def responses():
     with jax.enable_x64(True):
-        return ranked([[1, 2, 3], [2, 1, 1], [1, 2, 3], [3, 3, 0]])
+        return ranked(RANKS)
 
 
 def expected_nll(responses, counts):
@@ -74,7 +76,7 @@ def test_a_list_adds_up_weighted_means(responses):
     with jax.enable_x64(True):
         sums, state = evaluate(terms, responses, WEIGHTS, first_state(terms))
         alone = [float(loss_of(term, responses, WEIGHTS)) for term in terms]
-        metrics = {name: float(value) for name, value in report(terms, sums).items()}
+        metrics = means([report(terms, sums)])
         value = float(combine(terms, sums))
     assert state == {}
     assert value == pytest.approx(0.8 * alone[0] + 0.2 * alone[1] + 1.5 * alone[2], rel=1e-6)
@@ -86,7 +88,7 @@ def test_losses_of_one_name_are_numbered(responses):
     terms = [make_term("dpo", beta=0.1), make_term("sft"), make_term("dpo", beta=0.5)]
     with jax.enable_x64(True):
         sums, _ = evaluate(terms, responses, WEIGHTS, {})
-        metrics = {name: float(value) for name, value in report(terms, sums).items()}
+        metrics = means([report(terms, sums)])
         alone = [float(loss_of(term, responses, WEIGHTS)) for term in terms]
     found = [metrics[f"loss/{name}"] for name in ("dpo", "sft", "dpo_2")]
     assert found == pytest.approx(alone, rel=1e-6)

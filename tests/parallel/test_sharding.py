@@ -18,6 +18,7 @@ from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import AXES, make_mesh, param_shardings, put_batch, put_params
 from mmpo_jax.recipe_training import Optimizer
 from mmpo_jax.training.losses import make_loss
+from mmpo_jax.training.metrics import means
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
 from mmpo_jax.training.reference import score_batch
 from mmpo_jax.training.step import create_state, make_step, merge
@@ -61,7 +62,7 @@ def run(mesh, model, params) -> Outcome:
         metrics = []
         for _ in range(2):
             state, values = step(state, inputs)
-            metrics.append({name: float(value) for name, value in values.items()})
+            metrics.append(means([values]))
         after = jax.tree.map(lambda leaf: leaf.sharding, (state.params, state.optimizer))
         assert jax.tree.all(jax.tree.map(lambda a, b: a == b, start, after))
         keys = sample_keys(0, 0, np.arange(8), 2)

@@ -10,6 +10,7 @@ from mmpo_jax.data.pipeline import TrainBatch
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.huggingface import to_huggingface
 from mmpo_jax.training.losses import make_loss
+from mmpo_jax.training.metrics import means
 
 
 def make_batch(prompts, responses, pixel_values) -> Batch:
@@ -35,8 +36,10 @@ def make_batch(prompts, responses, pixel_values) -> Batch:
 
 
 def loss_and_gradient(model, params, batch: TrainBatch, term, reference=None, temperature=1.0):
-    """(loss, metrics, gradient) as a train step has them."""
-    return _compiled(params, batch, reference, _Fixed((model, term, temperature)))
+    """(loss, metrics, gradient) as a step of training has them."""
+    fixed = _Fixed((model, term, temperature))
+    loss, metrics, gradient = _compiled(params, batch, reference, fixed)
+    return loss, means([metrics]), gradient
 
 
 class _Fixed(tuple):

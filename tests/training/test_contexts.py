@@ -29,6 +29,7 @@ from mmpo_jax.shapes.render import png_bytes
 from mmpo_jax.shapes.world import sample_scene
 from mmpo_jax.training.examples import make_examples, tokenizer_for
 from mmpo_jax.training.losses import gather, make_loss
+from mmpo_jax.training.metrics import means
 from mmpo_jax.training.reference import score_records
 from mmpo_jax.training.step import create_state, make_step
 
@@ -127,7 +128,7 @@ class Setup:
             arrays = put_batch(self.batch(micro).arrays, mesh, leading=1)
             state, metrics = step(state, arrays)
         params = {path: np.asarray(leaf) for path, leaf in state.params.items()}
-        return {name: float(value) for name, value in metrics.items()}, params
+        return means([metrics]), params
 
 
 @pytest.fixture(scope="module")

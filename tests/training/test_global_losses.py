@@ -14,6 +14,7 @@ from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import AXES, put_batch
 from mmpo_jax.recipe_training import MovingReference
 from mmpo_jax.training.losses import make_loss
+from mmpo_jax.training.metrics import means
 from mmpo_jax.training.reference import score_batch
 from mmpo_jax.training.step import create_state, make_step
 
@@ -80,7 +81,7 @@ def two_steps(model, params, name, batch, micro_batches, shape=(1, 1, 1)):
         cut = put_batch(cut, mesh, leading=1)
         for _ in range(2):
             state, values = step(state, cut)
-            metrics.append({name: float(value) for name, value in values.items()})
+            metrics.append(means([values]))
     kept = {name: float(value) for name, value in state.kept.items()}
     weights = {path: np.asarray(x) for path, x in state.params.items()}
     weights |= {f"reference/{path}": np.asarray(x) for path, x in state.reference.items()}

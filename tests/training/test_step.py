@@ -17,6 +17,7 @@ from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.recipe_training import MovingReference, Optimizer
 from mmpo_jax.training.losses import make_loss
+from mmpo_jax.training.metrics import means
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
 from mmpo_jax.training.step import create_state, make_step, merge, trainable_paths
 
@@ -102,7 +103,7 @@ class TestAccumulation:
         )
         with jax.set_mesh(mesh):
             state, metrics = step(state, stacked)
-        return host(state), {name: float(value) for name, value in metrics.items()}
+        return host(state), means([metrics])
 
     @pytest.fixture(scope="class")
     @classmethod

@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -22,11 +23,13 @@ from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.recipe import Lengths, Validation
 from mmpo_jax.recipe_training import Training
-from mmpo_jax.training import loop
+from mmpo_jax.training import loop, waiting
+from mmpo_jax.training.checkpoints import Checkpoints
 from mmpo_jax.training.losses import make_loss
 from mmpo_jax.training.run import MODEL
 from mmpo_jax.training.step import TrainState
 from mmpo_jax.training.validation import Validator, best_row, hold_out
+from mmpo_jax.training.waiting import Waiting
 
 QUESTION = "is there a red star ?"
 ROWS = [
@@ -90,6 +93,26 @@ def test_the_model_of_the_best_step_is_kept(train, tmp_path, tiny_model):
         np.testing.assert_array_equal(leaf, flatten(tiny_model[1])[path])
     card = (tmp_path / "run" / MODEL / "README.md").read_text()
     assert f"| eval_loss | {losses[0]:.6g} |" in card
+
+
+def test_measuring_and_saving_are_no_time_of_training(train, monkeypatch):
+    """By a clock that only they move."""
+    clock, reported = types.SimpleNamespace(now=0.0), []
+    monkeypatch.setattr(waiting, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
+    for owner, name in ((Validator, "measure"), (Checkpoints, "save"), (Checkpoints, "save_best")):
+        original = getattr(owner, name)
+
+        def slow(*args, original=original):
+            clock.now += 100.0
+            return original(*args)
+
+        monkeypatch.setattr(owner, name, slow)
+    report = Waiting.report
+    monkeypatch.setattr(Waiting, "report", lambda self: (reported.append(self), report(self)))
+    train(epochs=2)
+    (measured,) = reported
+    assert clock.now == 600  # three measurements, of which the first is best, and two checkpoints
+    assert measured.left_out == clock.now - measured.started
 
 
 def test_greater_may_be_better(train, tmp_path, tiny_model):
@@ -190,6 +213,8 @@ def test_batches_of_any_size_measure_the_same(tiny_model, tiny_processor, names)
             measured.append(validator.measure(0, state))
     for other in measured[:2]:
         assert other == pytest.approx(measured[2], rel=1e-5)
+    margin = measured[0]["eval_rewards/chosen"] - measured[0]["eval_rewards/rejected"]
+    assert measured[0]["eval_rewards/margins"] == pytest.approx(margin, rel=1e-4)
     if len(names) > 1:
         parts = measured[0]["eval_loss/dpo"] + 0.5 * measured[0]["eval_loss/sft"]
         assert measured[0]["eval_loss"] == pytest.approx(parts, rel=1e-6)

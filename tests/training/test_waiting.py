@@ -79,6 +79,27 @@ def test_time_of_rollouts(clock, caplog):
     assert caplog.messages == ["rollouts 71.4 %, steps and the rest 28.6 % of 70 s"]
 
 
+@pytest.mark.parametrize(
+    ("report", "line"),
+    [
+        (Waiting.report, "waited for data 75.0 % of 40 s"),
+        (
+            lambda measured: measured.report_rollouts(35.0),
+            "rollouts 50.0 %, steps and the rest 50.0 % of 70 s",
+        ),
+    ],
+)
+def test_validation_and_checkpoints_do_not_count(clock, caplog, report, line):
+    """The step before them does, to its end: 10 s of it were left."""
+    measured = train(clock, [30.0], step=10.0)
+    with measured.paused():
+        assert clock.now == 140.0
+        clock.now += 1000.0
+    measured.fetch(lambda: setattr(clock, "now", clock.now + 30.0))
+    report(measured)
+    assert caplog.messages == [line]
+
+
 def test_nothing_was_trained(clock, caplog):
     Waiting().report()
     Waiting().report_rollouts(0.0)

@@ -1,0 +1,99 @@
+"""Metrics of several steps: means over all that counts in any of them."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from jax.sharding import AxisType
+
+from mmpo_jax import cli
+from mmpo_jax.objectives.sums import WeightedSum
+from mmpo_jax.parallel.mesh import AXES
+from mmpo_jax.training import run as training_run
+from mmpo_jax.training.metrics import means, read_metrics
+
+LABELS = [True, False, False, False, False, True, False, False]
+
+
+def step(loss, chosen, rejected):
+    """Metrics of a step with such (sum, weight) of rewards."""
+    return {
+        "loss": np.float32(loss),
+        "rewards/chosen": WeightedSum(*np.float32(chosen)),
+        "rewards/rejected": WeightedSum(*np.float32(rejected)),
+    }
+
+
+def test_steps_count_by_what_they_hold():
+    """One desirable row in four steps of one row; the loss is a mean over steps."""
+    steps = [step(0.5, (0, 0), (-1, 1)), step(1.5, (2, 1), (0, 0)), step(1, (0, 0), (-2, 1))]
+    steps.append(step(1, (0, 0), (-3, 1)))
+    assert means(steps) == {
+        "loss": 1,
+        "rewards/chosen": 2,
+        "rewards/rejected": -2,
+        "rewards/margins": 4,
+    }
+
+
+def test_what_counts_nothing_is_left_out():
+    """Whatever its sum; there is no margin either."""
+    steps = [step(1, (np.nan, 0), (-1, 1)), step(2, (0, 0), (-3, 3))]
+    assert means(steps) == {"loss": 1.5, "rewards/rejected": -1}
+
+
+def test_margins_of_pairs_are_their_own():
+    """Their mean is of other pairs where sides have no pair."""
+    pairs = step(1, (2, 1), (1, 1)) | {"rewards/margins": WeightedSum(np.float32(3), np.float32(2))}
+    assert means([pairs])["rewards/margins"] == 1.5
+
+
+def test_reports_of_single_responses(tiny_folder, tmp_path, monkeypatch):
+    """`mmpo train` on one row at a time says the same of four steps as of each of them."""
+    monkeypatch.setattr(cli, "_start_jax", lambda: None)
+    one = jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    monkeypatch.setattr(training_run, "make_mesh", lambda **_: one)
+    data = tmp_path / "data.jsonl"
+    texts = ["yes", "a red star", "two rings .", "no"]
+    rows = [
+        {"id": str(n), "prompt": "a ring ?", "completion": texts[n % 4], "label": label}
+        for n, label in enumerate(LABELS)
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def train(name, log_every):
+        recipe = {
+            "model": str(tiny_folder),
+            "output": str(tmp_path / name),
+            "data": {"source": "file", "path": str(data)},
+            "lengths": {"prompt": [16], "response": [8]},
+            "training": {
+                "objective": {"type": "apo_zero_unpaired"},
+                "optimizer": {"learning_rate": 1e-3, "warmup_ratio": 0},
+                "batch_size": 1,
+                "log_every": log_every,
+            },
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        assert cli.main(["train", str(path)]) == 0
+        return read_metrics(tmp_path / name / "metrics.jsonl")
+
+    every, rows = train("every", 1), train("fourth", 4)
+    chosen = [{"rewards/chosen", "logps/chosen"} <= row.keys() for row in every]
+    assert sum(chosen) == 2
+    assert [{"rewards/rejected", "logps/rejected"} <= row.keys() for row in every] == [
+        not has for has in chosen
+    ]
+    assert not any("rewards/margins" in row for row in every)
+    for row, steps in zip(rows, (every[:4], every[4:]), strict=True):
+        for name in row.keys() - {"step", "rewards/margins"}:
+            values = [one[name] for one in steps if name in one]
+            assert row[name] == pytest.approx(np.mean(values), rel=1e-5, abs=1e-6), name
+        assert len({name for one in steps for name in one}) == len(row.keys() - {"rewards/margins"})
+        if "rewards/margins" in row:
+            margin = row["rewards/chosen"] - row["rewards/rejected"]
+            assert row["rewards/margins"] == pytest.approx(margin)
+    assert any("rewards/margins" in row for row in rows)
