@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import json
 import logging
@@ -78,12 +79,18 @@ def convert(source: str, target: str, dtype: str | None) -> None:
     print(convert(source, target, dtype))
 
 
-def objectives() -> None:
+def objectives(names: Sequence[str] = ()) -> None:
     """List the objectives and rewards with formula, source, options and what they need."""
     from mmpo_jax.feedback.rewards.listing import render_rewards
+    from mmpo_jax.objectives.catalog import OBJECTIVES
     from mmpo_jax.objectives.listing import render_objectives
 
-    print(render_objectives(), render_rewards(), sep="\n\n")
+    unknown = sorted(set(names) - OBJECTIVES.keys())
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], OBJECTIVES, n=3)
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise MmpoError(f"there is no objective {unknown[0]!r}{hint}")
+    print(render_objectives(names), *([] if names else [render_rewards()]), sep="\n\n")
 
 
 def data_check(options: argparse.Namespace) -> None:
@@ -187,7 +194,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("source", help="run, one step of it, Hugging Face folder or hub id")
     command.add_argument("target", help="new folder")
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
-    subparsers.add_parser("objectives", help=objectives.__doc__, description=objectives.__doc__)
+    command = subparsers.add_parser(
+        "objectives", help=objectives.__doc__, description=objectives.__doc__
+    )
+    command.add_argument("names", nargs="*", help="all by default")
     _add_data_commands(subparsers)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -200,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "convert":
             convert(options.source, options.target, options.dtype)
         elif options.command == "objectives":
-            objectives()
+            objectives(options.names)
         elif options.command == "data":
             DATA_COMMANDS[options.data_command](options)
         elif options.command in FLAGS:

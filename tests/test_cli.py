@@ -409,3 +409,10 @@ def test_ctrl_c_is_no_traceback(generation, mmpo, monkeypatch):
     status, _, told = mmpo("generate", generation)
     assert status == 130
     assert told == "mmpo generate: stopped; the same command goes on from what is finished\n"
+
+
+def test_objectives_by_name(capsys):
+    assert cli.main(["objectives", "mdpo"]) == 0
+    assert "\nmdpo\n  mDPO: " in capsys.readouterr().out
+    assert cli.main(["objectives", "dppo"]) == 1
+    assert "there is no objective 'dppo'; did you mean dpo" in capsys.readouterr().err

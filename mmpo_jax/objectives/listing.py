@@ -8,36 +8,55 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from mmpo_jax.objectives.catalog import OBJECTIVES
-from mmpo_jax.objectives.registry import FIELDS, HEADS, REFERENCES, STATISTICS, VIEWS, Objective
+from mmpo_jax.objectives.registry import (
+    FIELDS,
+    HEADS,
+    REFERENCES,
+    SHARED,
+    STATISTICS,
+    VIEWS,
+    Objective,
+)
 
 MEANINGS = {**FIELDS, **REFERENCES, **VIEWS, **HEADS}
 WIDTH = 100
 
 
-def render_objectives() -> str:
-    """The registry as text, by what the objectives compare."""
+def render_objectives(names: Collection[str] = ()) -> str:
+    """The registry, or those of these names, as text by what the objectives compare."""
     kinds: dict[str, list[Objective]] = {}
     for objective in OBJECTIVES.values():
+        if names and objective.name not in names:
+            continue
         kinds.setdefault(objective.kind, []).append(objective)
     blocks = []
     for kind, members in kinds.items():
         blocks.append(f"## of {kind}")
         blocks += [_render(member) for member in members]
-    needs = "\n".join(f"  {name}: {meaning}" for name, meaning in MEANINGS.items())
-    return "\n\n".join([*blocks, f"What objectives need:\n{needs}"])
+    options, needs = (
+        "\n".join(_wrap(f"{name}: {meaning}") for name, meaning in legend.items())
+        for legend in (SHARED, MEANINGS)
+    )
+    legends = [f"Options of many objectives:\n{options}", f"What objectives need:\n{needs}"]
+    return "\n\n".join([*blocks, *legends])
 
 
 def render_entry(
     name: str, formula: str, source: str, options: Mapping[str, tuple[Any, Any]], more: str
 ) -> str:
     """The block of one name of a registry: what is computed, the source, the options, and more."""
-    given = ", ".join(f"{option}={default}" for option, (_, default) in options.items())
+    given = ", ".join(
+        f"{option} (required)" if default is ... else f"{option}={default}"
+        for option, (_, default) in options.items()
+    )
     parts = [formula, source, f"options: {given or 'none'}", more]
     return "\n".join([name, *(_wrap(part) for part in parts if part)])
 
 
 def _render(objective: Objective) -> str:
     needs = _names(objective.needs) or "nothing"
+    if objective.needs & HEADS.keys():
+        needs += " (which no model has yet: a recipe with it is refused)"
     conditional = [
         f"{_names(more)} with {option}"
         for option, more in objective.option_needs.items()

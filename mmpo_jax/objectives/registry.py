@@ -53,6 +53,15 @@ def is_field(need: str) -> bool:
     return need.partition("/")[0] in FIELDS
 
 
+SHARED = {
+    "ld_alpha": "LD-DPO (arXiv 2409.06411), 0 to 1: the weight of tokens beyond the shorter length",
+    "wpo": "WPO (arXiv 2406.11827): whether pairs are weighed by how likely the policy says them",
+    "divergence": "reverse_kl, forward_kl, js or alpha (arXiv 2309.16240); see divergence_alpha",
+    "image": "the other image: crop, rotate, black, blank, noise (of noise_step of 1000), data",
+    "joint": "whether prompts count too, where the two sides have prompts of their own",
+}
+"""Options that many objectives have."""
+
 STATISTICS = {
     "collision": "log of the probability that two draws of a token agree, log sum p^2",
     "logit": "the logit of the token",
@@ -118,7 +127,8 @@ class Objective:
     @property
     def source(self) -> str:
         paragraphs = (inspect.getdoc(self.function) or "").split("\n\n")
-        return " ".join(paragraphs[1:]).replace("\n", " ")
+        said = itertools.takewhile(lambda text: not text.startswith("Args:"), paragraphs[1:])
+        return " ".join(said).replace("\n", " ")
 
 
 OBJECTIVES: dict[str, Objective] = {}

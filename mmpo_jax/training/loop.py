@@ -160,6 +160,7 @@ def train(
             else:
                 waiting.report()
         if validation is not None:
+            validation.report(step, steps)
             state = checkpoints.restore_best(state)
         return merge(state)
 

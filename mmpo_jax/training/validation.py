@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ from mmpo_jax.recipe_training import Training
 from mmpo_jax.training.losses import Loss
 from mmpo_jax.training.metrics import means
 from mmpo_jax.training.step import TrainState
+
+log = logging.getLogger(__name__)
 
 PREFIX = "eval_"
 
@@ -85,6 +88,7 @@ class Validator:
                 f"validation.metric: {self.config.metric!r} is none of {', '.join(named)}"
             )
         self.history.append({"step": step, **named})
+        log.info("step %d  %s %.4g", step, self.config.metric, named[self.config.metric])
         return named
 
     def is_due(self, step: int, steps: int) -> bool:
@@ -101,6 +105,18 @@ class Validator:
             return False
         best = best_row(self.history, self.config).get("step", 0)
         return sum(row["step"] > best for row in self.history) >= self.config.patience
+
+    def report(self, step: int, steps: int) -> None:
+        """Says in the log which step is the result, and why training ended before the last one."""
+        best = best_row(self.history, self.config)
+        if step < steps:
+            measured = f"{self.config.patience} measurements without a better one"
+            log.info("stopped after step %d of %d: %s", step, steps, measured)
+        if best:
+            metric = self.config.metric
+            log.info(
+                "the result is the model of step %d: %s %.4g", best["step"], metric, best[metric]
+            )
 
 
 def best_row(rows: Sequence[Mapping[str, float]], config: Validation) -> Mapping[str, float]:

@@ -150,6 +150,18 @@ def test_the_listing_says_what_is_needed_and_what_that_means():
     assert blocks["simpo"].endswith("needs: rank")
     for option in ("scale", "aggregation", *get_args(Scale), *get_args(Aggregation)):
         assert f"`{option}`" in blocks["grpo"]
+    assert "options: beta=0.1, dimensions (required), ld_alpha=None" in blocks["modpo"]
+    assert "SPIN" in blocks["dpo"]
+    assert "Args:" not in text
+    assert "a recipe with it is refused" in blocks["bradley_terry"]
+    shared = blocks["Options of many objectives:"]
+    for name in ("ld_alpha", "wpo", "divergence", "image", "joint"):
+        assert f"\n  {name}: " in shared
     legend = blocks["What objectives need:"]
     for name, meaning in {**FIELDS, **REFERENCES, **VIEWS, **HEADS}.items():
         assert f"\n  {name}: {meaning}" in legend
+
+
+def test_the_listing_of_some():
+    text = render_objectives(["mdpo", "kto"])
+    assert [line for line in text.splitlines() if line in OBJECTIVES] == ["mdpo", "kto"]

@@ -308,8 +308,8 @@ def test_rows_without_an_answer_are_left_out(tiny_folder, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rollout": None}, "rollout: objectives of sampled responses need it"),
-        ({"training": {"objective": {"type": "sft"}}}, "rollout: objectives of sampled"),
+        ({"rollout": None}, "rollout says how responses are sampled"),
+        ({"training": {"objective": {"type": "sft"}}}, "rollout says how responses are sampled"),
         (
             {"training": {"objective": [{"type": "grpo"}, {"type": "sft"}]}},
             "some learn from samples",

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import logging
 import shutil
 import types
 
@@ -123,9 +124,15 @@ def test_greater_may_be_better(train, tmp_path, tiny_model):
     assert np.abs(trained - flatten(tiny_model[1])[kernel]).max() > 1e-4
 
 
-def test_patience_ends_a_run_for_good(train):
-    rows = train(validation={"patience": 2})
+def test_patience_ends_a_run_for_good(train, caplog):
+    with caplog.at_level(logging.INFO):
+        rows = train(validation={"patience": 2})
     assert [row["step"] for row in rows] == [0, 1, 2]
+    for row in rows:
+        assert f"step {row['step']}  eval_loss {row['eval_loss']:.4g}" in caplog.messages
+    told = f"the result is the model of step 0: eval_loss {rows[0]['eval_loss']:.4g}"
+    assert told in caplog.messages
+    assert sum("2 measurements without a better one" in line for line in caplog.messages) == 1
     assert train(validation={"patience": 2}) == rows
 
 
