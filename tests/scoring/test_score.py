@@ -430,7 +430,7 @@ class TestErrors:
         write_rows(tmp_path / "rows.jsonl", [PAIRS[1], {"id": "x", "responses": ["yes", "no"]}])
         message = self.run(refused, command, flags)
         assert "1 of 2 rows cannot be used, more than the allowed 10.0%: no_prompt 1" in message
-        assert f"{tmp_path / 'rows.jsonl'} row 2 (id 'x'): no_prompt: " in message
+        assert f"{tmp_path / 'rows.jsonl'}: row 2, id 'x': no_prompt: " in message
 
     @pytest.mark.parametrize("command", ["score", "generate"])
     def test_a_full_disk(self, command, flags, refused, monkeypatch, tmp_path):
@@ -455,6 +455,10 @@ class TestErrors:
         assert "/nowhere/key" in message
 
 
+class Killed(Exception):
+    """What nothing expects."""
+
+
 def test_a_run_that_was_killed_goes_on(mmpo, tiny_folder, pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "ROWS_PER_PART", 1)
     data = write_rows(pictures / "rows.jsonl", PAIRS)
@@ -464,11 +468,11 @@ def test_a_run_that_was_killed_goes_on(mmpo, tiny_folder, pictures, tmp_path, mo
     def count(model, params, processor, records, *args):
         scored.extend(record.id for record in records)
         if len(scored) == 3:
-            raise KeyboardInterrupt
+            raise Killed
         return score(model, params, processor, records, *args)
 
     monkeypatch.setattr(reference, "score_records", count)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         mmpo("score", tiny_folder, data)
     assert os.listdir(tmp_path / "out.parts")
     assert mmpo("score", tiny_folder, data) == whole
@@ -477,7 +481,7 @@ def test_a_run_that_was_killed_goes_on(mmpo, tiny_folder, pictures, tmp_path, mo
     other = shutil.copytree(tiny_folder, tmp_path / "other")
     (other / "chat_template.jinja").write_text(tiny.HUB_TEMPLATE)
     scored.clear()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         mmpo("score", tiny_folder, data)
     scored.append("more than three")
     mmpo("score", other, data)
