@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from mmpo_jax.objectives.registry import Count, NonNegative, Objective, Share, State, register
 from mmpo_jax.objectives.responses import Responses
-from mmpo_jax.objectives.sums import Sums, weighted
+from mmpo_jax.objectives.sums import Sums, WeightedSum, weighted
 
 Scale = Literal["group", "batch", "none"]
 Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
@@ -154,7 +154,7 @@ def kl_estimate(responses: Responses, ratio: Ratio, bias_corrected: bool) -> jax
 
 def _metrics(
     responses: Responses, weights: jax.Array, options: Mapping[str, Any]
-) -> dict[str, tuple[jax.Array, jax.Array]]:
+) -> dict[str, WeightedSum]:
     """By TRL's names: `clip_ratio/...` is the share of tokens that the clipping holds back, or of
     responses where they have one ratio each."""
     counted = weights[:, None, None] * responses.mask

@@ -25,7 +25,7 @@ from mmpo_jax.objectives.registry import (
     register,
 )
 from mmpo_jax.objectives.responses import Responses
-from mmpo_jax.objectives.sums import Sums, weighted
+from mmpo_jax.objectives.sums import Sums, WeightedSum, weighted
 
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 
@@ -251,7 +251,7 @@ def confidence(responses: Responses) -> jax.Array:
 
 def pair_metrics(
     chosen: Side, rejected: Side, beta: float, weights: jax.Array, averages: bool = False
-) -> dict[str, tuple[jax.Array, jax.Array]]:
+) -> dict[str, WeightedSum]:
     """TRL's names: rewards are beta times the plain log-ratio whatever the loss, per token
     with `averages`; log-probs are sums."""
     rewards = [

@@ -9,19 +9,6 @@ import jax
 import jax.numpy as jnp
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Sums:
-    """A loss before its division: adding the parts of a batch gives the whole batch's."""
-
-    loss: jax.Array
-    """float32[], or [L] of a loss with L parts: sum of the terms."""
-    weight: jax.Array
-    """As `loss`: how much they count; the loss of a batch is the sum over L of loss / weight."""
-    metrics: dict[str, tuple[jax.Array, jax.Array]]
-    """name -> (sum, weight), float32[] each."""
-
-
 class WeightedSum(NamedTuple):
     """A mean before its division, so that those of several batches add up."""
 
@@ -31,9 +18,21 @@ class WeightedSum(NamedTuple):
     """float32[]: how much it counts; the mean of several is the sum of one by that of the other."""
 
 
-def weighted(values: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(sum of weighted values, sum of weights)."""
-    return jnp.sum(values * weights), jnp.sum(weights)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """A loss before its division: adding the parts of a batch gives the whole batch's."""
+
+    loss: jax.Array
+    """float32[], or [L] of a loss with L parts: sum of the terms."""
+    weight: jax.Array
+    """As `loss`: how much they count; the loss of a batch is the sum over L of loss / weight."""
+    metrics: dict[str, WeightedSum]
+
+
+def weighted(values: jax.Array, weights: jax.Array) -> WeightedSum:
+    """The mean of values before its division, of any shape."""
+    return WeightedSum(jnp.sum(values * weights), jnp.sum(weights))
 
 
 def mean(total: jax.Array, weight: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from mmpo_jax.objectives.catalog import OBJECTIVES
 from mmpo_jax.objectives.registry import Objective, State
 from mmpo_jax.objectives.responses import Responses
-from mmpo_jax.objectives.sums import Sums, WeightedSum, mean
+from mmpo_jax.objectives.sums import Sums, mean
 
 Metrics = dict[str, Any]
 """name -> float32[], a number of the batch, or a `WeightedSum` over what it counts of the batch."""
@@ -119,7 +119,7 @@ def report(terms: Sequence[Term], sums: Sequence[Sums]) -> Metrics:
     metrics: Metrics = {}
     seen: Counter[str] = Counter()
     for term, part in zip(terms, sums, strict=True):
-        values: Metrics = {name: WeightedSum(*pair) for name, pair in part.metrics.items()}
+        values: Metrics = dict(part.metrics)
         if len(terms) > 1:
             name = term.objective.name
             seen[name] += 1

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from mmpo_jax.objectives.registry import NonNegative, Objective, Positive, State, call, register
 from mmpo_jax.objectives.responses import Responses
-from mmpo_jax.objectives.sums import Sums, mean, weighted
+from mmpo_jax.objectives.sums import Sums, WeightedSum, mean, weighted
 from mmpo_jax.objectives.supervised import tokenwise
 
 
@@ -68,7 +68,7 @@ def pointwise(
 
 def unpaired_metrics(
     responses: Responses, beta: float, weights: jax.Array
-) -> dict[str, tuple[jax.Array, jax.Array]]:
+) -> dict[str, WeightedSum]:
     """TRL's names: what is desirable is chosen, the rest rejected."""
     metrics = {}
     desirable = responses.fields["desirable"]
