@@ -115,16 +115,16 @@ def _row(record: Record, format: Format, writer: Writer) -> Row:
     try:
         lacking = sorted(fields_of(record) - format.holds)
         if lacking:
-            raise CannotHold(",".join(lacking))
+            raise CannotHold(*lacking)
         row = format.write(record, writer)
         if record.extra and choose_format(row) is not format:
             plain = format.write(dataclasses.replace(record, extra={}), writer)
             if choose_format(plain) is format:
                 detail = f"with {', '.join(record.extra)} it would look like another format"
-                raise CannotHold("extra", detail)
+                raise CannotHold("extra", detail=detail)
     except CannotHold as error:
-        known = set(error.field.split(",")) <= STRIP.keys()
-        hint = f"; --drop {error.field} leaves it out" if known else ""
+        known = STRIP.keys() >= set(error.fields)
+        hint = f"; --drop {','.join(error.fields)} leaves it out" if known else ""
         where = f"row {record.row} (id {record.id!r})"
         raise MmpoError(f"{where} as {format.name}: {error}{hint}") from error
     return row

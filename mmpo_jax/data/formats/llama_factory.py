@@ -90,7 +90,7 @@ def _write(record: Record, writer: Writer) -> dict[str, Any]:
         if responses[0].desirable is not None:
             row["kto_tag"] = responses[0].desirable
     elif responses:
-        raise CannotHold("responses", f"{len(responses)} of them without ranks")
+        raise CannotHold("responses", detail=f"{len(responses)} of them without ranks")
     row["conversations"] = _conversation(turns, image_tags(record))
     return with_extra(row, record.extra)
 
@@ -104,7 +104,9 @@ def _conversation(turns: tuple[Turn, ...], tags: str) -> list[dict[str, str]]:
 
 def _one(turns: tuple[Turn, ...]) -> dict[str, str]:
     if len(turns) != 1:
-        raise CannotHold("responses", f"{len(turns)} turns; chosen and rejected are one message")
+        raise CannotHold(
+            "responses", detail=f"{len(turns)} turns; chosen and rejected are one message"
+        )
     return _conversation(turns, "")[0]
 
 

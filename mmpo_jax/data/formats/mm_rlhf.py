@@ -47,7 +47,7 @@ def _media(row: Row, media: MediaFolder) -> tuple[tuple[ImageRef, ...], tuple[Vi
 
 def _write_media(record: Record, writer: Writer) -> dict[str, Any]:
     if len(record.images) + len(record.videos) > 1:
-        raise CannotHold("images", "a row holds one image or one video")
+        raise CannotHold("images", detail="a row holds one image or one video")
     if record.videos:
         return {"video": writer.video_folder(record.videos[0])}
     return {"image": writer.image(record.images[0])} if record.images else {}
@@ -113,7 +113,7 @@ def _write_ranking(record: Record, writer: Writer) -> dict[str, Any]:
     named = {name for response in responses for name in response.scores}
     if named - set(DIMENSIONS):
         detail = f"{', '.join(sorted(named - set(DIMENSIONS)))}; known: {', '.join(DIMENSIONS)}"
-        raise CannotHold("scores", detail)
+        raise CannotHold("scores", detail=detail)
     for name in DIMENSIONS:
         if name in named:
             row[name] = [response.scores.get(name) for response in responses]
@@ -194,7 +194,7 @@ def _write_pair(record: Record, writer: Writer) -> dict[str, Any]:
     ranks = [response.rank for response in responses]
     if ranks not in ([1, 2], [1, 1]):
         detail = f"{len(ranks)} with the ranks {ranks}; a row holds a pair, the better one first"
-        raise CannotHold("responses", detail)
+        raise CannotHold("responses", detail=detail)
     chosen, rejected = responses
     row = {"id": record.id, **_write_media(record, writer), "prompt": question_of(record)}
     row |= {"chosen": answer_of(chosen), "rejected": answer_of(rejected)}
@@ -209,7 +209,7 @@ def _write_pair(record: Record, writer: Writer) -> dict[str, Any]:
         row["is_tie"] = True
     if chosen.scores or rejected.scores:
         if not chosen.scores.keys() == rejected.scores.keys() == {SCORE}:
-            raise CannotHold("scores", f"a row holds one of each response, called {SCORE}")
+            raise CannotHold("scores", detail=f"a row holds one of each response, called {SCORE}")
         better, worse = chosen.scores[SCORE], rejected.scores[SCORE]
         if worse:
             row |= {"score_chosen": better, "score_rejected": worse}
@@ -217,7 +217,7 @@ def _write_pair(record: Record, writer: Writer) -> dict[str, Any]:
             row["ls_factor"] = -math.expm1(-FACTOR_RATE * better)
     if record.other_images is not None:
         if len(record.other_images) != 1:
-            raise CannotHold("other_images", f"{len(record.other_images)}; a row holds one")
+            raise CannotHold("other_images", detail=f"{len(record.other_images)}; a row holds one")
         row["mixed_up_image"] = writer.image(record.other_images[0])
     if not _claims_pair(row):  # or it would be taken for a TRL row, whose ids may not repeat
         row["is_tie"] = False

@@ -82,9 +82,11 @@ def _write(record: Record, writer: Writer) -> dict[str, Any]:
             row["label"] = chosen.desirable
     else:
         detail = f"{len(record.responses)} without ranks; a row holds one, or a pair"
-        raise CannotHold("responses", detail)
+        raise CannotHold("responses", detail=detail)
     if chosen.images is not None or chosen.prompt is not None:
-        raise CannotHold("response.images", "the chosen response has its own images or prompt")
+        raise CannotHold(
+            "response.images", detail="the chosen response has its own images or prompt"
+        )
     row["messages"] = messages((*record.prompt, *chosen.turns), image_tags(record))
     return with_extra(row, record.extra)
 

@@ -130,7 +130,7 @@ def _write(record: Record, writer: Writer) -> dict[str, Any]:
         try:
             text = json.dumps(record.extra, ensure_ascii=False)
         except TypeError as error:
-            raise CannotHold("extra", f"{', '.join(record.extra)}: {error}") from error
+            raise CannotHold("extra", detail=f"{', '.join(record.extra)}: {error}") from error
         row["extra"] = text if writer.embed == "bytes" else record.extra
     return row
 

@@ -129,7 +129,7 @@ def _write_rlhf_v(record: Record, writer: Writer) -> dict[str, Any]:
 
 def _columns(record: Record, writer: Writer) -> dict[str, Any]:
     if len(record.images) != 1:
-        raise CannotHold("images", f"{len(record.images)} of them; a row holds one")
+        raise CannotHold("images", detail=f"{len(record.images)} of them; a row holds one")
     chosen, rejected = chosen_and_rejected(record)
     extra = {n: value for n, value in record.extra.items() if n not in ("logps", "text")}
     row = {
@@ -148,7 +148,7 @@ def _write_log_probs(record: Record) -> list[Any] | None:
     if chosen.log_prob is None and rejected.log_prob is None:
         return None
     if chosen.log_prob is None or rejected.log_prob is None:
-        raise CannotHold("log_prob", "of one response only")
+        raise CannotHold("log_prob", detail="of one response only")
     kept = _six(record.extra.get("logps"))
     if isinstance(kept, list) and [kept[i] for i in _SUMS] == [chosen.log_prob, rejected.log_prob]:
         return kept

@@ -34,7 +34,7 @@ def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
 
 
 def _write(record: Record, writer: Writer) -> dict[str, Any]:
-    raise CannotHold("responses", "rows of the picture world come from its builder")
+    raise CannotHold("responses", detail="rows of the picture world come from its builder")
 
 
 FORMAT = Format("shapes", _claims, _read, _write, frozenset())

@@ -170,16 +170,16 @@ def _write(record: Record, writer: Writer) -> dict[str, Any]:
         row["responses"] = [messages(response.turns) for response in responses]
         row["finished"] = [response.finished for response in responses]
         if any(response.desirable is not None for response in responses):
-            raise CannotHold("desirable", "a row with a label holds one finished completion")
+            raise CannotHold("desirable", detail="a row with a label holds one finished completion")
     if "responses" not in row and not all(response.finished for response in responses):
-        raise CannotHold("finished", "of a chosen and a rejected response")
+        raise CannotHold("finished", detail="of a chosen and a rejected response")
     return with_extra(row, record.extra)
 
 
 def _written_scores(record: Record) -> dict[str, float]:
     """Columns with the scores of a pair, and their difference for TRL's reward trainer."""
     if not record.ranked or any(r.scores.keys() != {SCORE} for r in record.responses):
-        raise CannotHold("scores", f"a row holds those of a pair, one each, called {SCORE}")
+        raise CannotHold("scores", detail=f"a row holds those of a pair, one each, called {SCORE}")
     chosen, rejected = (response.scores[SCORE] for response in chosen_and_rejected(record))
     return dict(zip(SCORES, (chosen, rejected, chosen - rejected), strict=True))
 

@@ -18,11 +18,11 @@ Embed = Literal["no", "bytes", "base64"]
 
 
 class CannotHold(MmpoError):
-    """A format has no place for a field of a record."""
+    """A format has no place for fields of a record."""
 
-    def __init__(self, field: str, detail: str = "the format has no place for it"):
-        super().__init__(f"{field}: {detail}")
-        self.field = field
+    def __init__(self, *fields: str, detail: str = "the format has no place for it"):
+        super().__init__(f"{','.join(fields)}: {detail}")
+        self.fields = fields
 
 
 def _record(**fields: Any) -> Callable[[Record], Record]:
@@ -121,7 +121,7 @@ class Writer:
           CannotHold: rows are to hold images themselves.
         """
         if self.embed != "no":
-            raise CannotHold("videos", "this format names a folder of frames; write JSONL")
+            raise CannotHold("videos", detail="this format names a folder of frames; write JSONL")
         parents = {os.path.dirname(frame.path) for frame in video.frames if frame.path is not None}
         if len(parents) == 1 and all(frame.path is not None for frame in video.frames):
             (parent,) = parents
@@ -183,7 +183,7 @@ def with_extra(row: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
     """
     taken = ", ".join(sorted({*row, "id"} & extra.keys()))
     if taken:
-        raise CannotHold("extra", f"{taken}: the column means something else here")
+        raise CannotHold("extra", detail=f"{taken}: the column means something else here")
     return {**row, **extra}
 
 
@@ -200,11 +200,11 @@ def chosen_and_rejected(record: Record) -> tuple[Response, Response]:
     """
     if not record.ranked or len(record.responses) != 2:
         detail = f"{len(record.responses)} responses; a row holds a chosen and a rejected one"
-        raise CannotHold("responses", detail)
+        raise CannotHold("responses", detail=detail)
     first, second = record.responses
     assert first.rank is not None and second.rank is not None
     if first.rank == second.rank:
-        raise CannotHold("rank", "a tie; a row holds a chosen and a rejected response")
+        raise CannotHold("rank", detail="a tie; a row holds a chosen and a rejected response")
     return (first, second) if first.rank < second.rank else (second, first)
 
 
@@ -215,7 +215,7 @@ def question_of(record: Record) -> str:
       CannotHold: the prompt has other turns.
     """
     if [turn.role for turn in record.prompt] != ["user"]:
-        raise CannotHold("prompt", f"{len(record.prompt)} turns; a row holds one question")
+        raise CannotHold("prompt", detail=f"{len(record.prompt)} turns; a row holds one question")
     return record.prompt[0].text
 
 
@@ -226,5 +226,5 @@ def answer_of(response: Response) -> str:
       CannotHold: it has other turns.
     """
     if [turn.role for turn in response.turns] != ["assistant"]:
-        raise CannotHold("responses", f"{len(response.turns)} turns; a row holds one answer")
+        raise CannotHold("responses", detail=f"{len(response.turns)} turns; a row holds one answer")
     return response.text
