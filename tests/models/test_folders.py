@@ -197,7 +197,9 @@ def test_no_folder(name, monkeypatch):
 HARM = """
 import pathlib
 pathlib.Path({!r}).touch()
-from transformers import LlamaConfig as EvilConfig, PreTrainedTokenizerFast as EvilTokenizer
+from transformers import LlamaConfig, PreTrainedTokenizerFast as EvilTokenizer
+class EvilConfig(LlamaConfig):  # transformers marks the class, which others must not see
+    pass
 """
 AUTO_MAP = {"AutoConfig": "evil.EvilConfig", "AutoTokenizer": ["evil.EvilTokenizer", None]}
 
