@@ -114,8 +114,8 @@ def test_what_cannot_be_converted(source, target, told, tiny_folder, tmp_path, c
 
 
 def test_no_training_goes_on_from_a_converted_folder(run_folder):
-    checkpoints = Checkpoints(run_folder, "this run", 1)
-    with pytest.raises(CheckpointError, match="of a run with another model, data or recipe"):
+    checkpoints = Checkpoints(run_folder, {"seed": 0}, 1)
+    with pytest.raises(CheckpointError, match=r"recipe: seed \(null there, 0 here\), converted"):
         checkpoints.restore(None)
     checkpoints.close()
 

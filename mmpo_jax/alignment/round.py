@@ -316,7 +316,7 @@ def train_stage(work: Round, pairs: pa.Table) -> str:
         recipe.lengths,
         work.mesh,
         folder=folder,
-        identity=identity,
+        identity=inputs,
         seed=recipe.seed + work.index,
         card=make_card(recipe, start.model, {}, from_hub=is_on_hub(recipe.model)),
     )

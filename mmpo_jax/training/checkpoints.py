@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import json
 import logging
 import os
 import shutil
@@ -39,11 +40,12 @@ class CheckpointError(MmpoError):
 class Checkpoints:
     """Saves a run's state as it goes and finds the last one again."""
 
-    def __init__(self, folder: str | os.PathLike[str], identity: str, keep: int):
+    def __init__(self, folder: str | os.PathLike[str], identity: Mapping[str, Any], keep: int):
         """
         Args:
           folder: of the run; checkpoints go to `checkpoints/`.
-          identity: fingerprint of everything the run is made of; another run's are refused.
+          identity: everything the run is made of, as JSON: options, and fingerprints of what is
+            large. Checkpoints of another run are refused.
           keep: how many to keep.
         """
         self.identity = identity
@@ -96,10 +98,12 @@ class Checkpoints:
         if step is None:
             return None
         saved = self.manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))
-        if saved["run"]["identity"] != self.identity:
+        changed = list(_changes(saved["run"]["identity"], self.identity))
+        if changed:
+            more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
             raise CheckpointError(
                 f"{self.folder}: these checkpoints are of a run with another model, data or "
-                "recipe; give another output folder or remove them"
+                f"recipe: {', '.join(changed[:5])}{more}; give another output folder or remove them"
             )
         restored = self.manager.restore(
             step,
@@ -182,6 +186,20 @@ class Checkpoints:
             ) from error
 
 
+def _changes(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """What differs between two JSON values, for messages: dotted names, short values with them."""
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        before, now = dict(enumerate(before)), dict(enumerate(now))
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in {**now, **before}:
+            inner = f"{name}.{key}" if name else str(key)
+            yield from _changes(before.get(key), now.get(key), inner)
+    elif before != now:
+        texts = [json.dumps(value) for value in (before, now)]
+        short = max(map(len, texts)) < 40  # no fingerprints
+        yield f"{name} ({texts[0]} there, {texts[1]} here)" if short else name
+
+
 def save_base(
     folder: str | os.PathLike[str],
     source: str | os.PathLike[str],
@@ -230,7 +248,7 @@ def save_start(folder: str | os.PathLike[str], params: Params) -> None:
     """
     manager = ocp.CheckpointManager(os.path.abspath(os.path.join(folder, "checkpoints")))
     with contextlib.closing(manager):
-        run = {"identity": "converted", "position": {}}
+        run = {"identity": {"converted": True}, "position": {}}
         saved = ocp.args.Composite(
             params=ocp.args.StandardSave(flatten(params)), run=ocp.args.JsonSave(run)
         )

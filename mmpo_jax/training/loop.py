@@ -63,7 +63,7 @@ def train(
     mesh: Mesh,
     *,
     folder: str,
-    identity: str,
+    identity: Mapping[str, Any],
     seed: int,
     parts: Sequence[Part] = (),
     held: Held | None = None,
@@ -81,7 +81,7 @@ def train(
       lengths: bucket sizes.
       mesh: the devices.
       folder: checkpoints, `metrics.jsonl` and TensorBoard events go here.
-      identity: fingerprint of model, data and recipe; checkpoints of another one are refused.
+      identity: model, data and recipe, as JSON; checkpoints of another run are refused.
       seed: order of the data, first values and dropout of adapters.
       parts: the data sets that stand one after another in `examples`, if there are several.
       held: rows that are measured, if any are held out.

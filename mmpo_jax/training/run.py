@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmpo_jax.checkpoint import Checkpoint, load_start
@@ -21,7 +21,7 @@ from mmpo_jax.objectives.registry import is_field
 from mmpo_jax.objectives.terms import needs
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipe import LearnedFile, ShapesData, TrainRecipe
-from mmpo_jax.recipe_training import Lora
+from mmpo_jax.recipe_training import Lora, Training
 from mmpo_jax.training.examples import fingerprint_fields, prepare_examples, tokenizer_for, unfit
 from mmpo_jax.training.loop import TrainingError, check_training, train
 from mmpo_jax.training.losses import recipe_terms
@@ -73,22 +73,19 @@ def run_training(recipe: TrainRecipe) -> str:
         for name, records in (("", data.records), (VALIDATION, data.held))
         if records
     }
-    identity = fingerprint_json(
-        [
-            start.fingerprint,
-            processor.fingerprints(),
-            fingerprint_records(data.records),
-            [fingerprint_fields(examples) for examples in prepared.values()],
-            training.reference.type == "given" and _given_sums(prepared.values()),
-            [(part.size, part.weight) for part in data.parts],
-            fingerprint_records(data.held),
-            recipe.validation and recipe.validation.model_dump(mode="json", exclude={"data"}),
-            training.identity(),
-            rollout and [rollout.model_dump(mode="json"), [row.answer for row in data.records]],
-            recipe.lengths.model_dump(mode="json"),
-            recipe.seed,
-        ]
-    )
+    identity: dict[str, Any] = {
+        "model": start.fingerprint,
+        **processor.fingerprints(),
+        "data": _data_identity(data, prepared, training),
+        "training": training.identity(),
+        "lengths": recipe.lengths.model_dump(mode="json"),
+        "seed": recipe.seed,
+    }
+    if recipe.validation is not None:
+        identity["validation"] = recipe.validation.model_dump(mode="json", exclude={"data"})
+    if rollout is not None:
+        identity["rollout"] = rollout.model_dump(mode="json")
+        identity["answers"] = fingerprint_json([row.answer for row in data.records])
     held = None
     if recipe.validation is not None:
         held = Held(prepared[VALIDATION], recipe.validation)
@@ -115,12 +112,24 @@ def run_training(recipe: TrainRecipe) -> str:
     return save_result(recipe.output, start, trained, recipe.training.lora, card)
 
 
-def _given_sums(prepared: Iterable[Sequence[Example]]) -> list[Any]:
-    """A reference that comes with the data, and not from the model."""
-    return [
-        [{name: sums.tolist() for name, sums in example.reference.items()} for example in examples]
-        for examples in prepared
-    ]
+def _data_identity(
+    data: TrainingData, prepared: Mapping[str, Sequence[Example]], training: Training
+) -> dict[str, Any]:
+    """Fingerprints of the rows and of what the objectives read of them."""
+    identity: dict[str, Any] = {
+        "rows": fingerprint_records(data.records),
+        "held-out rows": fingerprint_records(data.held),
+        "fields": [fingerprint_fields(examples) for examples in prepared.values()],
+        "parts": [[part.size, part.weight] for part in data.parts],
+    }
+    if training.reference.type == "given":  # with the data, and not from the model
+        sums = [
+            {name: value.tolist() for name, value in example.reference.items()}
+            for examples in prepared.values()
+            for example in examples
+        ]
+        identity["log-probs"] = fingerprint_json(sums)
+    return identity
 
 
 def save_result(

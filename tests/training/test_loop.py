@@ -50,6 +50,11 @@ CONFIG = Training(
     save_every=2,
     keep_checkpoints=3,
 )
+IDENTITY = {
+    "model": "a" * 64,
+    "rows": "b" * 64,
+    "training": {"objective": [{"type": "dpo", "beta": 0.1}]},
+}
 TRL_NAMES = {
     "loss",
     "grad_norm",
@@ -101,7 +106,7 @@ def run(tiny_model, tiny_processor, examples, mesh):
     steps = {}
     make_step = loop.make_step
 
-    def run(folder, examples=examples, config=CONFIG, identity="this run", mesh=mesh):
+    def run(folder, examples=examples, config=CONFIG, identity=IDENTITY, mesh=mesh):
         def make_once(*args):
             key = config.model_dump_json(), mesh
             if key not in steps:
@@ -273,8 +278,11 @@ def test_checkpoints_of_another_run_are_refused(run, undisturbed, tmp_path):
     copy = shutil.copytree(undisturbed[0], tmp_path / "run")
     (copy / "base" / "generation_config.json").write_text("{}")
     before = files(copy)
-    with pytest.raises(CheckpointError, match="another model, data or recipe"):
-        run(copy, identity="another run")
+    objective = [{"type": "dpo", "beta": 0.2}]
+    identity = IDENTITY | {"rows": "c" * 64, "training": {"objective": objective}}
+    changed = r"recipe: rows, training\.objective\.0\.beta \(0\.1 there, 0\.2 here\); give"
+    with pytest.raises(CheckpointError, match=changed):
+        run(copy, identity=identity)
     assert files(copy) == before
 
 

@@ -97,7 +97,7 @@ def run(tiny_model, tiny_processor, examples, mesh):
                 LENGTHS,
                 mesh,
                 folder=str(folder),
-                identity="this run",
+                identity={},
                 seed=seed,
             )
         arrays = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}

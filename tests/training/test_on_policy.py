@@ -97,7 +97,7 @@ def run(tiny_model, tiny_processor, records, mesh):
             LENGTHS,
             mesh,
             folder=str(folder),
-            identity="this run",
+            identity={},
             seed=0,
             rollout=rollout,
         )
@@ -288,7 +288,7 @@ def test_a_recipe_trains(tiny_folder, tmp_path, caplog):
     assert 0 < float(line.split()[1]) < 100
     assert (tmp_path / "model" / "config.json").is_file()
     rewards = {"num_samples": 2, "max_new_tokens": 4, "rewards": [{"type": "think_format"}]}
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match=r"recipe: rollout\.rewards"):
         run_training(recipe(tiny_folder, tmp_path, rollout=rewards))
 
 

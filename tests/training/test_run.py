@@ -187,10 +187,11 @@ def test_what_makes_it_another_run(make_recipe, tmp_path):
     for path, leaf in flatten(load_model(run_training(again))[1]).items():
         np.testing.assert_array_equal(leaf, first[path])
 
-    with pytest.raises(CheckpointError, match="another model, data or recipe"):
+    told = r"another model, data or recipe: training\.max_steps \(2 there, 1 here\); give"
+    with pytest.raises(CheckpointError, match=told):
         run_training(make_recipe(rows, DPO, max_steps=1, save_every=10))
     (tmp_path / "picture.png").write_bytes(png(121))  # the rows' file is as it was
-    with pytest.raises(CheckpointError, match="another model, data or recipe"):
+    with pytest.raises(CheckpointError, match=r"or recipe: data\.rows; give"):
         run_training(recipe)
 
 
@@ -211,7 +212,7 @@ def test_given_log_probs_are_the_reference_and_make_the_run(make_recipe, tmp_pat
     expected = 0.1 * ((row["logps/chosen"] + 5) - (row["logps/rejected"] + 9))
     assert row["rewards/margins"] == pytest.approx(expected, abs=1e-5)
     run_training(make_recipe([given(-5.0)] * 8, DPO, **options))
-    with pytest.raises(CheckpointError, match="another model, data or recipe"):
+    with pytest.raises(CheckpointError, match=r"or recipe: data\.log-probs; give"):
         run_training(make_recipe([given(-6.0)] * 8, DPO, **options))
 
 
