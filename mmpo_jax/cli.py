@@ -309,13 +309,18 @@ def _flags_as_overrides(options: argparse.Namespace) -> tuple[str | None, list[s
 
 
 def _start_jax() -> None:
-    """Compiled programs are kept between runs: a restart begins at once."""
+    """Compiled programs are kept between runs: a restart begins at once.
+
+    Not those of several CPU devices: XLA does not keep the order of their collectives (jaxlib
+    0.10), and two devices that meet in different ones wait for each other for ever.
+    """
     import jax
 
     from mmpo_jax.files import cache_folder
 
-    jax.config.update("jax_compilation_cache_dir", os.path.join(cache_folder(), "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    if jax.default_backend() != "cpu" or jax.device_count() == 1:
+        jax.config.update("jax_compilation_cache_dir", os.path.join(cache_folder(), "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     if jax.process_count() > 1:
         raise MmpoError(
             f"this is one of {jax.process_count()} processes, and commands run in one so far; "

@@ -16,6 +16,7 @@ from mmpo_jax.parallel.mesh import AXES, make_mesh
 from mmpo_jax.shapes.render import png_bytes
 from mmpo_jax.shapes.world import sample_scene
 
+START_JAX = cli._start_jax
 MESH_USERS = ("alignment.align", "evaluation.run", "generation.run", "scoring.run", "training.run")
 
 
@@ -127,6 +128,16 @@ def test_a_misspelt_key_before_anything_starts(command, refused, tmp_path, monke
     assert "sead: unknown key; did you mean seed?" in message
     assert "lengths.promt: unknown key; did you mean prompt?" in message
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("backend", "devices"), [("cpu", 1), ("cpu", 8), ("tpu", 8)])
+def test_where_compiled_programs_are_kept(backend, devices, monkeypatch):
+    set_to = {}
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    monkeypatch.setattr(jax.config, "update", set_to.__setitem__)
+    START_JAX()
+    assert ("jax_compilation_cache_dir" in set_to) == ((backend, devices) != ("cpu", 8))
 
 
 def test_no_recipe(capsys, tmp_path):
