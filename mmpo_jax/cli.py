@@ -318,7 +318,9 @@ def _start_jax() -> None:
 
     from mmpo_jax.files import cache_folder
 
-    if jax.default_backend() != "cpu" or jax.device_count() == 1:
+    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+        jax.config.update("jax_enable_compilation_cache", False)
+    else:
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache_folder(), "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     if jax.process_count() > 1:

@@ -29,8 +29,9 @@ _CHUNK_BYTES = 1 << 22
 
 
 def cache_folder() -> str:
-    """Where things are kept that can be made again; `MMPO_CACHE` moves it."""
-    return os.environ.get("MMPO_CACHE", os.path.expanduser("~/.cache/mmpo_jax"))
+    """Where things are kept that can be made again; `MMPO_CACHE` or `XDG_CACHE_HOME` moves it."""
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.environ.get("MMPO_CACHE") or os.path.join(caches, "mmpo_jax")
 
 
 def is_local(path: epath.PathLike) -> bool:

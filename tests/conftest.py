@@ -22,12 +22,12 @@ import jax
 import pytest
 from jax._src import compilation_cache
 
-CACHE = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+from mmpo_jax.files import cache_folder
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update(
     "jax_compilation_cache_dir",
-    os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(Path(CACHE) / "mmpo_jax" / "tests"),
+    os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.path.join(cache_folder(), "tests"),
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

@@ -137,7 +137,10 @@ def test_where_compiled_programs_are_kept(backend, devices, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: devices)
     monkeypatch.setattr(jax.config, "update", set_to.__setitem__)
     START_JAX()
-    assert ("jax_compilation_cache_dir" in set_to) == ((backend, devices) != ("cpu", 8))
+    if (backend, devices) == ("cpu", 8):  # not in a folder that the environment names, either
+        assert set_to == {"jax_enable_compilation_cache": False}
+    else:
+        assert "jax_compilation_cache_dir" in set_to
 
 
 def test_no_recipe(capsys, tmp_path):
