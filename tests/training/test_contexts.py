@@ -230,20 +230,21 @@ TERMS = {
 
 
 @pytest.mark.parametrize("name", TERMS)
-def test_a_mesh_and_micro_batches(setup, name):
+def test_any_mesh_and_any_micro_batches(setup, name):
     terms = [make_term(kind, **options) for kind, options in TERMS[name]]
     cached, dialogue = "reference_model" not in needs(terms), name == "dialogues"
     made = setup(*terms, own=() if dialogue else (1, 4), cached=cached, dialogue=dialogue)
     first, params = made.step(one_device())
     assert first["finite"] == 1
     assert first["grad_norm"] > 0.1
-    ours, others = made.step(make_mesh(2, 2, 2), micro=4)
-    assert ours.keys() == first.keys()
-    for key in first:
-        if key != "rewards/accuracies":  # margins may be 0 up to rounding
-            assert ours[key] == pytest.approx(first[key], rel=2e-5, abs=2e-5), key
-    for path, leaf in params.items():
-        np.testing.assert_allclose(others[path], leaf, rtol=0, atol=2e-5, err_msg=path)
+    for mesh, micro in ((make_mesh(2, 2, 2), 8), (one_device(), 2)):
+        ours, others = made.step(mesh, micro)
+        assert ours.keys() == first.keys()
+        for key in first:
+            if key != "rewards/accuracies":  # margins may be 0 up to rounding
+                assert ours[key] == pytest.approx(first[key], rel=2e-5, abs=2e-5), key
+        for path, leaf in params.items():
+            np.testing.assert_allclose(others[path], leaf, rtol=0, atol=2e-5, err_msg=path)
 
 
 def test_a_reference_that_runs_is_the_one_that_was_stored(setup):

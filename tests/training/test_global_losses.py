@@ -97,8 +97,8 @@ def whole(tiny_model, batch):
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize(
     ("micro_batches", "shape"),
-    [(8, (1, 1, 1)), (1, (4, 2, 1))],
-    ids=["rows alone", "8 devices"],
+    [(8, (1, 1, 1)), (4, (1, 1, 1)), (1, (4, 2, 1))],
+    ids=["rows alone", "rows in twos", "8 devices"],
 )
 def test_the_cut_does_not_matter(tiny_model, batch, whole, name, micro_batches, shape):
     metrics, params, kept = two_steps(*tiny_model, name, batch, micro_batches, shape)
