@@ -10,8 +10,8 @@ import numpy as np
 
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.tokenization import TokenizedRecord
-from mmpo_jax.models.batch import Batch
-from mmpo_jax.models.layout import pad_size, place
+from mmpo_jax.models.batch import Batch, Shown
+from mmpo_jax.models.layout import Placement, pad_size, place
 from mmpo_jax.recipe import Lengths
 
 SMALLEST = 16
@@ -63,6 +63,7 @@ def pad_batch(
     response_sizes: Sequence[int],
     num_responses: int | None = None,
     num_slots: int | None = None,
+    shown: bool | None = None,
 ) -> Batch:
     """A batch of NumPy arrays; rows that only fill it have weight 0 and a one-token prompt.
 
@@ -74,6 +75,7 @@ def pad_batch(
       response_sizes: ascending bucket sizes of T.
       num_responses: R; None takes the most that a record has.
       num_slots: at least so many rows of pixels, I; None takes the most that a record has.
+      shown: whether responses may show images; None for whether those of the records do.
 
     Returns:
       A `Batch` whose P and T are the smallest buckets that hold every record.
@@ -117,7 +119,50 @@ def pad_batch(
         "loss_mask": loss_mask,
         "weights": weights,
     }
+    if any(record.shows_later for record in real) if shown is None else shown:
+        arrays["shown"] = _pad_shown(records, processor, r, t)
     return Batch(**arrays, **vision)
+
+
+def _pad_shown(
+    records: Sequence[TokenizedRecord | None], processor: Processor, responses: int, length: int
+) -> Shown:
+    """What the tokens of responses read and where they stand; at padding, anything.
+
+    Args:
+      records: B of them; None for a row that only fills the batch.
+      processor: of the checkpoint.
+      responses, length: R and T.
+    """
+    images, axes = processor.images, processor.config.decoder.rope.axes
+    width = images.vectors if images else 1
+    shape = len(records), responses, length
+    positions: Any = np.zeros((shape[0], axes, *shape[1:]), np.int32)
+    index = np.full((*shape, width), -1, np.int32)
+    weight = np.zeros((*shape, width), np.float32)
+    for row, record in enumerate(records):
+        for column, response in enumerate(record.responses if record else ()):
+            assert record is not None
+            start, size = len(record.prompt_ids), len(response.ids)
+            whole = np.concatenate([record.prompt_ids, response.ids])
+            placed = _place(whole, record, processor)
+            index[row, column, :size] = placed.index[start:]
+            weight[row, column, :size] = placed.weight[start:]
+            positions[row, :, column, :size] = placed.positions[:, start:]
+    arrays: dict[str, Any] = {"feature_index": index, "feature_weight": weight}
+    return Shown(positions=positions, **arrays)
+
+
+def _place(ids: np.ndarray, record: TokenizedRecord, processor: Processor) -> Placement:
+    images = processor.images
+    return place(
+        ids,
+        record.layouts,
+        processor.placeholders,
+        extras=images.extras if images else 0,
+        width=images.vectors if images else 1,
+        axes=processor.config.decoder.rope.axes,
+    )
 
 
 def _pad_images(
@@ -142,19 +187,12 @@ def _pad_images(
         if record is None:
             continue
         size = len(record.prompt_ids)
-        placed = place(
-            record.prompt_ids,
-            record.layouts,
-            processor.placeholders,
-            extras=images.extras if images else 0,
-            width=width,
-            axes=axes,
-        )
+        placed = _place(record.prompt_ids, record, processor)
         index[row, :size], weight[row, :size] = placed.index, placed.weight
         positions[row, :, :size], following[row] = placed.positions, placed.next_position
         made = processor.pixels(record.images, record.videos)
         if made:
-            own = np.concatenate(made)
+            own = np.concatenate([made[place] for place in record.order or range(len(made))])
             pixels[row, : len(own)] = own
     described = [
         images.describe(processor.config, record.layouts if record else (), slots) if images else {}

@@ -158,6 +158,7 @@ def batch_maker(
     records = [record for example in examples for record in example.rows]
     num_responses = max(len(record.responses) for record in records)
     contexts = len(examples[0].contexts)
+    shown = any(record.shows_later for record in records)
 
     def make(indices: list[int]) -> HostBatch:
         chosen = [examples[int(index)] for index in indices]
@@ -177,6 +178,7 @@ def batch_maker(
                 response_sizes=[size for size in lengths.response if size >= response][:1],
                 num_responses=num_responses,
                 num_slots=max(record.num_slots for record in records),
+                shown=shown,
             )
             size = prompts.response_ids.shape[1:]
             reference = {

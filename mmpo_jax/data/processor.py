@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import functools
+import itertools
 import json
 import os
+import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jinja2
 import numpy as np
 from PIL import Image
 
+from mmpo_jax.data.control_tokens import ControlTokens, has_stand_ins
 from mmpo_jax.data.edits import edit_pixels
 from mmpo_jax.data.images import image_size, open_image
 from mmpo_jax.data.processor_files import (
@@ -30,7 +34,7 @@ from mmpo_jax.data.processor_files import (
     load_video_settings,
     processor_template,
 )
-from mmpo_jax.data.records import Edit, ImageRef, Turn, VideoRef
+from mmpo_jax.data.records import Edit, ImageRef, Medium, Piece, Turn, VideoRef
 from mmpo_jax.data.templates import TEMPLATES
 from mmpo_jax.errors import DataError
 from mmpo_jax.files import fingerprint_json
@@ -39,6 +43,8 @@ from mmpo_jax.models.families import FAMILIES
 from mmpo_jax.models.layout import Layout
 
 PIXEL_CACHE_BYTES = 512 * 2**20
+PROBE = "is there a star ?"
+"""What a chat template is tried with."""
 
 
 class TemplateRefusal(DataError):
@@ -95,13 +101,33 @@ class Processor:
         return TEMPLATES.get(self.template)
 
     @functools.cached_property
+    def answer_ending(self) -> str:
+        """What the chat template writes behind the last answer of a dialogue.
+
+        Raises:
+          ProcessorError: it does not write an answer as it is.
+        """
+        question, answer = Turn("user", "a"), Turn("assistant", PROBE)
+        _, written, ending = self.render([question, answer], False).rpartition(PROBE)
+        if not written:
+            raise ProcessorError(f"{self.folder}: the chat template does not write an answer")
+        return ending
+
+    @property
     def ends_answers(self) -> bool:
         """Whether the chat template itself writes EOS after an answer."""
-        question, answer = Turn("user", "a"), Turn("assistant", "a")
-        images = 0 if self.images is None else 1
-        before = self.render([question], images, True)
-        after = self.render([question, answer], images, False)
-        return self.eos_id in self.encode(after[len(before) :])
+        return self.tokenizer.eos_token in self.answer_ending
+
+    @functools.cached_property
+    def control(self) -> ControlTokens:
+        """The tokenizer's control tokens, as they may be typed in texts.
+
+        Raises:
+          ProcessorError: the tokenizer cannot tell them from text.
+        """
+        if not self.tokenizer.is_fast:
+            raise ProcessorError(f"{self.folder}: control tokens in texts need a tokenizer.json")
+        return ControlTokens(self.tokenizer, self.placeholders)
 
     @property
     def eos_id(self) -> int:
@@ -128,44 +154,88 @@ class Processor:
         return self.eos_id if pad is None else pad
 
     def render(
-        self, turns: Sequence[Turn], num_images: int, for_answer: bool, num_videos: int = 0
+        self,
+        turns: Sequence[Turn],
+        for_answer: bool,
+        arguments: Mapping[str, Any] | None = None,
+        plain_text: bool = False,
     ) -> str:
-        """The chat template's text; images, then videos, precede the first user turn's text.
+        """The chat template's text of a dialogue.
+
+        Media are where the turns have them, and the template's placeholder is written for each.
+        The same placeholder typed in a text is none: a character stands for it, see
+        `control_tokens`, and `encode` makes text of it.
 
         Args:
           turns: the dialogue so far.
-          num_images: images of the record.
           for_answer: end with the header of the assistant's next turn.
-          num_videos: videos of the record.
+          arguments: of the template beside the messages, such as `tools`.
+          plain_text: whether all control tokens in texts are text.
 
         Raises:
           TemplateRefusal: it does not take such a dialogue.
         """
-        media = [{"type": "image"}] * num_images + [{"type": "video"}] * num_videos
-        return self._apply_template(turns, media, for_answer, self._takes_parts)
+        turns = [self._as_text(turn, plain_text) for turn in turns]
+        return self._apply_template(turns, for_answer, self._takes_parts, arguments or {})
+
+    def _as_text(self, turn: Turn, plain_text: bool) -> Turn:
+        """A turn whose typed placeholders, or control tokens of all kinds, stay text."""
+        if not plain_text and not (self.placeholders and self.tokenizer.is_fast):
+            return turn
+        names = None if plain_text else self.control.placeholders
+
+        def stand_in(piece: Piece) -> Piece:
+            return self.control.stand_in(piece, names) if isinstance(piece, str) else piece
+
+        content = turn.content
+        content = (
+            self.control.stand_in(content, names)
+            if isinstance(content, str)
+            else tuple(map(stand_in, content))
+        )
+        return turn if content == turn.content else dataclasses.replace(turn, content=content)
 
     def _apply_template(
-        self, turns: Sequence[Turn], media: list[dict[str, str]], for_answer: bool, in_parts: bool
+        self,
+        turns: Sequence[Turn],
+        for_answer: bool,
+        in_parts: bool,
+        arguments: Mapping[str, Any],
     ) -> str:
-        messages: list[dict[str, Any]] = []
-        for turn in turns:
-            if not in_parts:
-                messages.append({"role": turn.role, "content": turn.text})
-                continue
-            content: list[dict[str, str]] = []
-            if turn.role == "user":
-                content, media = media, []
-            content = [*content, {"type": "text", "text": turn.text}]
-            messages.append({"role": turn.role, "content": content})
+        messages = [self._message(turn, in_parts) for turn in turns]
         try:
             return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=for_answer
+                messages, tokenize=False, add_generation_prompt=for_answer, **arguments
             )
-        except (jinja2.TemplateError, TypeError) as error:
-            roles = ", ".join(turn.role for turn in turns)
+        except (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
+            roles = ", ".join(turn.role for turn in turns) or "nobody"
             raise TemplateRefusal(
                 f"{self.folder}: the chat template refuses turns of {roles}: {error}"
             ) from error
+
+    def _message(self, turn: Turn, in_parts: bool) -> dict[str, Any]:
+        if not in_parts:
+            return {"role": turn.role, "content": turn.text, **turn.keys}
+        pieces = [turn.content] if isinstance(turn.content, str) else turn.content
+        parts: list[dict[str, str]] = []
+        for place, piece in enumerate(pieces):
+            if isinstance(piece, Medium):
+                parts.append({"type": piece.value})
+                continue
+            behind = place > 0 and isinstance(pieces[place - 1], Medium)
+            if turn.tagged and behind and self._breaks_behind_images:
+                piece = piece.removeprefix("\n")
+            parts.append({"type": "text", "text": piece})
+        return {"role": turn.role, "content": parts, **turn.keys}
+
+    @functools.cached_property
+    def _breaks_behind_images(self) -> bool:
+        """Whether the template itself begins a new line behind an image."""
+        shown, said = (
+            self._apply_template([Turn("user", content)], True, True, {}).partition(PROBE)[0]
+            for content in ((Medium.IMAGE, PROBE), (PROBE,))
+        )
+        return shown.removeprefix(common_start(shown, said)).endswith("\n")
 
     @functools.cached_property
     def _takes_parts(self) -> bool:
@@ -175,21 +245,31 @@ class Processor:
         Raises:
           ProcessorError: it writes neither as it is.
         """
-        probe = Turn("user", "is there a star ?")
         choices = (False, True) if self.images is None else (True, False)
         refusal = "it does not write a user's text"
         for in_parts in choices:
             try:
-                written = self._apply_template([probe], [], True, in_parts)
+                written = self._apply_template([Turn("user", PROBE)], True, in_parts, {})
             except TemplateRefusal as error:
                 refusal = str(error)
                 continue
-            if probe.text in written and "'type'" not in written:
+            if PROBE in written and "'type'" not in written:
                 return in_parts
         raise ProcessorError(f"{self.folder}: the chat template cannot be used: {refusal}")
 
+    def reads_key(self, key: str) -> bool:
+        """Whether the chat template may read a key of messages, or an argument, of this name."""
+        return key in self._template_names
+
+    @functools.cached_property
+    def _template_names(self) -> frozenset[str]:
+        """All names and texts in the chat template."""
+        return frozenset(re.findall(r"\w+", self.tokenizer.chat_template))
+
     def encode(self, text: str) -> list[int]:
         """Token ids of rendered text, each image placeholder once; adds no special tokens."""
+        if has_stand_ins(text):
+            return self.control.encode(text)[0]
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -200,6 +280,8 @@ class Processor:
         """
         if not self.tokenizer.is_fast:
             raise ProcessorError(f"{self.folder}: spans of a text need a tokenizer.json")
+        if has_stand_ins(text):
+            return self.control.encode(text)
         made = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return made["input_ids"], made["offset_mapping"]
 
@@ -227,21 +309,39 @@ class Processor:
             made += [self.videos.frame(self.tokenizer, layout) for layout in plain]
         return made
 
-    def expand_images(self, ids: Sequence[int], layouts: Sequence[Layout]) -> list[int]:
-        """Image placeholders, one per image, replaced by their layouts' tokens in order.
+    def expand_media(
+        self, ids: Sequence[int], layouts: Sequence[Layout], images: int, order: list[int]
+    ) -> list[int]:
+        """Placeholders, one per medium, replaced by their layouts' tokens.
 
-        Placeholders beyond the layouts stay as they are; the caller counts them.
+        Args:
+          ids: as `encode` gives them; those of a later piece of the same dialogue go on.
+          layouts: of the images, then of the videos.
+          images: how many of them are images'.
+          order: places in `layouts` of the media so far; grows.
+
+        Raises:
+          TemplateRefusal: there are more placeholders than media.
         """
         expanded: list[int] = []
-        left = iter(layouts)
         for token in ids:
-            layout = next(left, None) if token in self.placeholders else None
-            expanded += [token] if layout is None else layout.ids.tolist()
+            if token not in self.placeholders:
+                expanded.append(token)
+                continue
+            video = self.videos is not None and token == self.placeholders[-1]
+            left = range(images, len(layouts)) if video else range(images)
+            place = next((place for place in left if place not in order), None)
+            if place is None:
+                raise TemplateRefusal(
+                    f"{self.folder}: the chat template writes more media than the dialogue has"
+                )
+            order.append(place)
+            expanded += layouts[place].ids.tolist()
         return expanded
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a response, without special tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def pixels(
         self, images: Sequence[ImageRef], videos: Sequence[VideoRef] = ()
@@ -317,7 +417,8 @@ class Processor:
             )
         if not self.tokenizer.chat_template:
             raise ProcessorError(f"{self.folder}: no chat template (chat_template.jinja)")
-        rendered = self.encode(self.render([Turn("user", "?")], self.images is not None, True))
+        shown = "?" if self.images is None else (Medium.IMAGE, "?")
+        rendered = self.encode(self.render([Turn("user", shown)], True))
         if self.images is None:
             return
         written = sum(rendered.count(token) for token in self.placeholders)
@@ -334,6 +435,12 @@ class Processor:
                 f"{self.folder}: the image processor makes images of shape {made.shape[1:]}, "
                 f"config.json says {self.slot_shape}"
             )
+
+
+def common_start(first: str, second: str) -> str:
+    """What two texts begin with."""
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
+    return "".join(character for character, _ in same)
 
 
 @contextlib.contextmanager

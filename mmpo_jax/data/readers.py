@@ -111,7 +111,8 @@ def iter_records(
             if id_ in first_row:
                 detail = f"row {first_row[id_]} has the id {id_!r} too"
                 raise UnusableRow("duplicate_id", detail)
-            record = finish(convention.read(present, media, messages_as), id_, number)
+            draft = convention.read(present, media, messages_as)
+            record = finish(draft, id_, number, media)
         except UnusableRow as unusable:
             yield SkippedRow(os.fspath(path), number, id_, unusable.reason, unusable.detail)
         else:

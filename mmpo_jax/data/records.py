@@ -1,8 +1,9 @@
 """The records every method works on: one prompt about some images, and R responses to it."""
 
+import enum
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from etils import epath
@@ -10,15 +11,50 @@ from etils import epath
 from mmpo_jax.errors import DataError
 from mmpo_jax.files import fingerprint_bytes, fingerprint_json
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+
+
+class Medium(enum.Enum):
+    """The place of an image or a video in what somebody says."""
+
+    IMAGE = "image"
+    VIDEO = "video"
+
+
+IMAGE, VIDEO = Medium.IMAGE, Medium.VIDEO
+
+Piece = str | Medium
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What one speaker says."""
+    """What one speaker says.
+
+    Attributes:
+      content: a text; or texts and places of media, in order. Texts are kept to the letter.
+      keys: what else the message has that a chat template may read, such as ``tool_calls``.
+      learned: False for an answer that is not to be learned.
+      tagged: whether the places were written as tags in a text, where a line break behind the tag
+        is one with that which a template writes behind an image.
+    """
 
     role: Role
-    text: str
+    content: str | tuple[Piece, ...]
+    keys: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    learned: bool = True
+    tagged: bool = field(default=False, compare=False)
+
+    @property
+    def text(self) -> str:
+        """The texts without the media."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(piece for piece in self.content if isinstance(piece, str))
+
+    @property
+    def media(self) -> tuple[Medium, ...]:
+        """The media in it, in order."""
+        return tuple(piece for piece in self.content if isinstance(piece, Medium))
 
 
 EditKind = Literal["crop", "rotate", "black", "blank", "noise"]
@@ -152,6 +188,7 @@ class Response:
       images: what it is an answer to in place of the record's images; None for those.
       prompt: the same of the prompt.
       log_prob: the reference's sum over its tokens, as the data give it.
+      token_ids: the tokens that were sampled, EOS included, where they are known.
     """
 
     turns: tuple[Turn, ...]
@@ -164,11 +201,12 @@ class Response:
     images: tuple[ImageRef, ...] | None = None
     prompt: tuple[Turn, ...] | None = None
     log_prob: float | None = None
+    token_ids: tuple[int, ...] | None = None
 
     @classmethod
-    def of(cls, text: str, rank: int | None = None) -> "Response":
+    def of(cls, text: str, rank: int | None = None, **fields: Any) -> "Response":
         """The response that is one assistant turn."""
-        return cls((Turn("assistant", text),), rank=rank)
+        return cls((Turn("assistant", text),), rank=rank, **fields)
 
     @property
     def text(self) -> str:
@@ -183,9 +221,11 @@ class Response:
 class Record:
     """One prompt and R responses to it.
 
-    The images, then the videos, belong before the text of the first user turn of prompt +
-    response. The prompt may be empty: then every response is a whole dialogue about the same
-    images, as in supervised data or in k yes/no questions about one image.
+    Images and videos stand where the turns of prompt + response have their places, each kind in
+    order; where no turn has any, before the text of the first user turn, see `placed`. The prompt
+    may be empty: then every response is a whole dialogue about the same images, as in supervised
+    data or in k yes/no questions about one image. It may end with the beginning of an answer,
+    which the responses go on from.
 
     Attributes:
       id: unique in its file.
@@ -196,6 +236,9 @@ class Record:
       source: what the data say of where the row comes from, such as a data set's name.
       row: number in its file from 1; None where it is from no file.
       extra: columns of the row that nothing here stands for; kept where a file is converted.
+      template: arguments of the chat template beside the messages, such as ``tools``.
+      plain_text: whether control tokens that are typed in the texts are text like any other.
+      left_out: (place in the row from 0, reason, detail) of responses that could not be used.
     """
 
     id: str
@@ -207,6 +250,9 @@ class Record:
     source: str | None = None
     row: int | None = None
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    template: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    plain_text: bool = False
+    left_out: tuple[tuple[int, str, str], ...] = ()
 
     @property
     def answer(self) -> Any:
@@ -221,3 +267,20 @@ class Record:
         """
         ranks = [response.rank for response in self.responses]
         return len(ranks) > 1 and None not in ranks
+
+
+def placed(turns: Sequence[Turn], images: int, videos: int) -> tuple[Turn, ...]:
+    """A dialogue with its media in the turns.
+
+    Args:
+      turns: the dialogue; where no turn has a place, images, then videos go before the text of the
+        first user turn, which is where TRL puts them.
+      images, videos: how many there are.
+    """
+    first = next((place for place, turn in enumerate(turns) if turn.role == "user"), None)
+    if first is None or not (images or videos) or any(turn.media for turn in turns):
+        return tuple(turns)
+    said = turns[first].content
+    texts = (said,) if isinstance(said, str) else said
+    content = (*[IMAGE] * images, *[VIDEO] * videos, *texts)
+    return (*turns[:first], replace(turns[first], content=content), *turns[first + 1 :])

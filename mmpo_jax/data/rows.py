@@ -13,6 +13,7 @@ SkipReason = Literal[
     "bad_rank",  # no whole number from 1 on
     "bad_score",  # no finite number
     "bad_span",  # no range of characters of the response's last answer
+    "bad_token",  # ids of sampled tokens that are no list of whole numbers
     "bad_text",  # text that is no valid Unicode
     "bad_video_entry",  # no list of frames of one size, or a rate that is no positive number
     "duplicate_id",  # of an earlier row
@@ -20,14 +21,15 @@ SkipReason = Literal[
     "empty_response",
     "dialogues_differ",  # responses that do not go on from one rendered prompt
     "image_broken",  # empty, truncated, not an image, too narrow
-    "image_count",  # the prompt all responses share does not hold every image
+    "image_count",  # the chat template does not show every image
     "image_missing",
     "image_outside_folder",
-    "image_position",  # an image or video anywhere but around the text of the first user turn
+    "image_position",  # an image in an answer
     "image_too_large",  # more pixels than it is safe to decode
     "incomplete_pair",  # chosen without rejected, or the other way round
     "own_images",  # of a response: not taken where the row is used
     "own_prompt",  # the same of the prompt
+    "own_videos",  # responses that show different videos
     "no_dialogue",  # nothing after the first answer, where corrections are learned from
     "no_answer",  # nothing that the rewards could compare responses with
     "no_label",  # a response without a verdict, where they are learned from
@@ -35,15 +37,17 @@ SkipReason = Literal[
     "no_reference",  # a response without a reference's log-prob, where the data are to give it
     "no_score",  # a response without a score, where they are learned from
     "no_prompt",  # neither a prompt nor messages
-    "placeholder_count",  # as many placeholders as images, or none
+    "placeholder_count",  # more or fewer places for images than images
     "prompt_too_long",  # over the largest bucket; its image tokens are never cut
+    "prompt_differs",  # from the beginning of the dialogues in chosen and rejected
     "question_too_long",
+    "response_too_long",  # over the largest bucket, with images beyond it
     "no_spans",  # no part of a response is marked, where these are learned from
     "span_not_found",  # the chat template changes the text that spans are of
     "template_refuses",  # the chat template does not take such a dialogue
     "rank_count",  # ranks and responses differ in number
     "score_count",  # scores and responses differ in number
-    "turn_order",  # turns that do not alternate between user and assistant
+    "turn_order",  # a prompt in which nobody asks anything
     "undesirable",  # a response that sft would learn
     "unsupported_image",  # the model takes none
     "unsupported_video",  # the model, or an alignment's labeler, takes no videos

@@ -1,21 +1,22 @@
 """The tokenisation contract: a record's prompt, shared once, and its responses.
 
-BOS once, at the start. EOS exactly once, at the end of a response, unless generation had cut it.
-Image tokens are never cut: too long a prompt drops the row; an over-long response loses its tail.
+BOS once, at the start. EOS at the end of a response, unless generation had cut it; one that is
+typed in a text is whatever the tokenizer makes of it. Image tokens are never cut: too long a prompt
+drops the row; an over-long response loses its tail.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from mmpo_jax.data.dialogues import Segment, dialogue_of, segments
 from mmpo_jax.data.processor import MediaError, Processor, TemplateRefusal
-from mmpo_jax.data.processor_files import ProcessorError
 from mmpo_jax.data.readers import SkippedRow
-from mmpo_jax.data.records import ImageRef, Record, Response, Turn, VideoRef
+from mmpo_jax.data.records import ImageRef, Record, Response, VideoRef
 from mmpo_jax.data.rows import SkipReason
 from mmpo_jax.data.segments import covered_tokens
 from mmpo_jax.files import fingerprint_json
@@ -54,7 +55,7 @@ class TokenizedRecord:
     responses: tuple[TokenizedResponse, ...]
     images: tuple[ImageRef, ...]
     layouts: tuple[Layout, ...]
-    """One for each image, then one for each video."""
+    """One for each image and video, in the order of the dialogue."""
     ranked: bool = False
     """As in `Record`."""
     videos: tuple[VideoRef, ...] = ()
@@ -62,6 +63,12 @@ class TokenizedRecord:
     """The same responses in other contexts, by name; see `data.contexts`."""
     answer: Any = dataclasses.field(default=None, hash=False)
     """As in `Record`."""
+    order: tuple[int, ...] = ()
+    """Places of the layouts' media among the images, then the videos; () for this very order."""
+    shows_later: bool = False
+    """Whether images stand in its responses and not only in its prompt."""
+    typed: tuple[str, ...] = ()
+    """Control tokens that are typed in its texts."""
 
     @property
     def num_slots(self) -> int:
@@ -89,8 +96,9 @@ def tokenize(
 
     With a prompt in the record, that is the rendered prompt up to the assistant's header. Without
     (dialogues about the same images), it is the longest common start of the dialogues' prompts:
-    the images and whatever text precedes the first difference. A response without an assistant
-    turn is a question to be answered: it ends with the assistant's header and has no loss.
+    the images and whatever text precedes the first difference. Images of later turns are in the
+    responses. A response without an assistant turn is a question to be answered: it ends with the
+    assistant's header and has no loss.
 
     Args:
       record: with or without responses.
@@ -109,56 +117,56 @@ def tokenize(
     if any(response.prompt is not None for response in record.responses):
         raise RowRejected("own_prompt", "a response has a prompt of its own")
     try:
-        layouts = tuple(processor.layouts(record.images, record.videos))
+        layouts = processor.layouts(record.images, record.videos)
     except MediaError as error:
         raise RowRejected("image_broken", str(error)) from error
     try:
-        dialogues = [
-            _segments(
-                (*record.prompt, *response.turns), record, layouts, processor, response.finished
-            )
-            for response in record.responses
-        ]
-        if not dialogues:
-            dialogues = [_segments(record.prompt, record, layouts, processor)]
+        made = [_encoded(record, response, layouts, processor) for response in record.responses]
+        if not made:
+            made = [_encoded(record, None, layouts, processor)]
     except TemplateRefusal as error:
         raise RowRejected("template_refuses", str(error)) from error
-    starts = [segments[0][0] for segments in dialogues]
+    orders = {tuple(encoded.order) for encoded in made}
+    if len(orders) > 1:
+        raise RowRejected("dialogues_differ", "the responses show the media in different orders")
+    (order,) = orders
+    if len(order) < len(layouts):
+        detail = f"the chat template shows {len(order)} of {len(layouts)} images and videos"
+        raise RowRejected("image_count", detail)
+    starts = [encoded.pieces[0].ids for encoded in made]
     shared = max_prompt if share_text else 0
     prompt = starts[0] if record.prompt else _common_start(starts, shared, processor)
     if any(start[: len(prompt)] != prompt for start in starts):
         raise RowRejected("dialogues_differ", "the responses do not share the rendered prompt")
-    features = sum(token in processor.placeholders for token in prompt)
-    if features != sum(len(layout.index) for layout in layouts):
-        raise RowRejected("image_count", "the shared prompt does not hold every image of the row")
     if len(prompt) > max_prompt:
         raise RowRejected(
             "prompt_too_long", f"the prompt has {len(prompt)} tokens, the limit is {max_prompt}"
         )
     limit = processor.config.decoder.rope.limit
-    longest = max(sum(len(ids) for ids, _ in segments) for segments in dialogues)
+    longest = max(sum(len(piece.ids) for piece in encoded.pieces) for encoded in made)
     if limit is not None and min(longest, len(prompt) + max_response) > limit:
         raise RowRejected(
             "prompt_too_long", f"{longest} tokens, the model's positions end at {limit}"
         )
     responses = []
-    for response, segments in zip(record.responses, dialogues, strict=False):
-        made = _response(response, segments, len(prompt), max_response)
+    for response, encoded in zip(record.responses, made, strict=False):
+        one = _response(response, encoded.pieces, len(prompt), max_response, processor)
         if response.spans:
-            spans = _span_tokens(response, record, segments, len(prompt), processor)
-            made = dataclasses.replace(made, span_tokens=spans)
-        responses.append(made)
-        if np.isin(responses[-1].ids, processor.placeholders).any():
-            raise RowRejected("image_position", "a response holds the image placeholder")
+            spans = _span_tokens(response, encoded, len(prompt), processor)
+            one = dataclasses.replace(one, span_tokens=spans)
+        responses.append(one)
     return TokenizedRecord(
         id=record.id,
         prompt_ids=np.array(prompt, np.int32),
         responses=tuple(responses),
         images=record.images,
-        layouts=layouts,
+        layouts=tuple(layouts[place] for place in order),
         ranked=record.ranked,
         videos=record.videos,
         answer=record.answer,
+        order=order,
+        shows_later=any(np.isin(r.ids, processor.placeholders).any() for r in responses),
+        typed=typed_control_tokens(record, processor),
     )
 
 
@@ -202,50 +210,79 @@ def _seen(record: TokenizedRecord) -> list[Any]:
     ]
 
 
-Segment = tuple[list[int], bool]
-"""(token ids, spoken by the assistant)."""
+class Piece(NamedTuple):
+    """A segment of a dialogue as tokens."""
+
+    ids: list[int]
+    answer: bool
+    learned: bool
 
 
-def _segments(
-    turns: Sequence[Turn],
-    record: Record,
-    layouts: Sequence[Layout],
-    processor: Processor,
-    finished: bool = True,
-) -> list[Segment]:
-    """A dialogue's tokens: the record's prompt whole, then cut where the assistant begins and ends.
+@dataclasses.dataclass(frozen=True)
+class _Encoded:
+    """A dialogue as tokens."""
+
+    segments: list[Segment]
+    pieces: list[Piece]
+    order: list[int]
+    """Places of the media in the layouts, as they come."""
+
+
+def _encoded(
+    record: Record, response: Response | None, layouts: Sequence[Layout], processor: Processor
+) -> _Encoded:
+    """The tokens of a record's prompt and one of its responses.
 
     No token reaches over a cut (see `_continued`), so that a prompt's ids are the same in training
     as in generation.
+
+    Raises:
+      TemplateRefusal: see `segments`.
+      RowRejected: an answer shows something.
     """
-    segments: list[Segment] = []
-    done = ""
+    finished = response is None or response.finished
+    found = segments(dialogue_of(record, response), processor, finished)
+    order: list[int] = []
+    pieces = []
+    for place, segment in enumerate(found):
+        ids = _continued(segment.start, segment.start + segment.text, processor)
+        if not segment.answer:
+            ids = ids if place else _begun(ids, processor)
+            ids = processor.expand_media(ids, layouts, len(record.images), order)
+        elif place == len(found) - 1:
+            assert response is not None
+            ids = _answer_ids(ids, response, finished, processor)
+        if segment.answer and any(token in processor.placeholders for token in ids):
+            raise RowRejected("image_position", "an answer holds the image placeholder")
+        pieces.append(Piece(ids, segment.answer, segment.learned))
+    return _Encoded(found, pieces, order)
 
-    def render(turns: Sequence[Turn], for_answer: bool) -> str:
-        return processor.render(turns, len(record.images), for_answer, len(record.videos))
 
-    for index, turn in enumerate(turns):
-        if turn.role != "assistant" or index < len(record.prompt):
-            continue
-        before = render(turns[:index], True)
-        after = render(turns[: index + 1], False)
-        if not (after.startswith(before) and before.startswith(done)):
-            raise ProcessorError(
-                f"{processor.folder}: the chat template rewrites earlier turns, so a response "
-                "cannot be told from its prompt"
-            )
-        last = index == len(turns) - 1
-        if last and not processor.ends_answers:
-            after = after.rstrip()  # what such a template puts between answers, before EOS
-        answer = _continued(before, after, processor)
-        segments.append((_continued(done, before, processor), False))
-        segments.append((_ended(answer, processor, finished) if last else answer, True))
-        done = after
-    if not turns or turns[-1].role != "assistant":
-        rest = render(turns, True)
-        segments.append((_continued(done, rest, processor), False))
-    first = processor.expand_images(_begun(segments[0][0], processor), layouts)
-    return [(first, False), *segments[1:]]
+def _answer_ids(
+    ids: list[int], response: Response, finished: bool, processor: Processor
+) -> list[int]:
+    """The tokens of the last answer: those that were sampled where they are of this tokenizer and
+    say the response's text, else those of the text, with EOS at the end if it is finished."""
+    sampled = response.token_ids
+    if sampled and len(response.turns) == 1 and not response.spans:
+        ended = sampled[-1] in processor.eos_ids
+        known = min(sampled) >= 0 and max(sampled) < len(processor.tokenizer)
+        if known and ended == finished and processor.decode(sampled) == response.text:
+            return list(sampled)
+    if finished and not processor.ends_answers:
+        return [*ids, processor.eos_id]
+    if finished and ids[-1:] != [processor.eos_id]:  # EOS grew together with the text before it
+        return [*ids, processor.eos_id]
+    return ids
+
+
+def typed_control_tokens(record: Record, processor: Processor) -> tuple[str, ...]:
+    """The control tokens that are typed in a record's texts, each once."""
+    if not processor.tokenizer.is_fast:
+        return ()
+    turns = [*record.prompt, *(turn for r in record.responses for turn in r.turns)]
+    found = (name for turn in turns for name in processor.control.found_in(turn.text))
+    return tuple(dict.fromkeys(found))
 
 
 def _continued(start: str, text: str, processor: Processor) -> list[int]:
@@ -272,13 +309,6 @@ def _begun(ids: list[int], processor: Processor) -> list[int]:
     return [bos, *ids]
 
 
-def _ended(ids: list[int], processor: Processor, finished: bool) -> list[int]:
-    """EOS once, at the end, whatever the template writes after an answer; none if it was cut."""
-    if processor.eos_id in ids:
-        ids = ids[: ids.index(processor.eos_id)]
-    return [*ids, processor.eos_id] if finished else ids
-
-
 def _common_start(rows: Sequence[list[int]], limit: int, processor: Processor) -> list[int]:
     """What the dialogues begin with; text beyond `limit` tokens is left to the responses."""
     length = 0
@@ -294,30 +324,24 @@ def _common_start(rows: Sequence[list[int]], limit: int, processor: Processor) -
 
 
 def _response(
-    source: Response, segments: list[Segment], start: int, max_response: int
+    source: Response, pieces: Sequence[Piece], start: int, max_response: int, processor: Processor
 ) -> TokenizedResponse:
-    ids = [token for segment, _ in segments for token in segment][start:]
-    mask = [spoken for segment, spoken in segments for _ in segment][start:]
+    ids = np.array([token for piece in pieces for token in piece.ids][start:], np.int32)
+    mask = np.array([piece.learned for piece in pieces for _ in piece.ids][start:], bool)
     kept = slice(0, max_response)
-    asks = not any(spoken for _, spoken in segments)
+    asks = not any(piece.answer for piece in pieces)
     if asks and len(ids) > max_response:
         raise RowRejected("question_too_long", f"{len(ids)} tokens, the limit is {max_response}")
-    if not asks and not any(mask[kept]):
+    if not asks and not mask[kept].any():
         raise RowRejected("empty_response", "no token of the assistant is left to learn")
-    return TokenizedResponse(
-        np.array(ids[kept], np.int32),
-        np.array(mask[kept], bool),
-        max(0, len(ids) - max_response),
-        source,
-    )
+    if np.isin(ids[max_response:], processor.placeholders).any():
+        detail = f"images end beyond token {max_response} of a response, and are never cut"
+        raise RowRejected("response_too_long", detail)
+    return TokenizedResponse(ids[kept], mask[kept], max(0, len(ids) - max_response), source)
 
 
 def _span_tokens(
-    response: Response,
-    record: Record,
-    segments: Sequence[Segment],
-    start: int,
-    processor: Processor,
+    response: Response, encoded: _Encoded, start: int, processor: Processor
 ) -> tuple[tuple[int, int], ...]:
     """[start, end) of the tokens of each span, counted from the response's first; where a span is
     in no token, an empty range.
@@ -325,32 +349,30 @@ def _span_tokens(
     Raises:
       RowRejected: the chat template changes the text that the spans are of.
     """
-    turns = (*record.prompt, *response.turns)
-    last = max(place for place, turn in enumerate(turns) if turn.role == "assistant")
-
-    def render(turns: Sequence[Turn], for_answer: bool) -> str:
-        return processor.render(turns, len(record.images), for_answer, len(record.videos))
-
-    before, after = render(turns[:last], True), render(turns[: last + 1], False)
-    spoken = response.text.strip()
-    place = after.find(spoken, len(before))
+    answer = max(place for place, piece in enumerate(encoded.pieces) if piece.answer)
+    segment = encoded.segments[answer]
+    before = processor.control.written(segment.start)
+    said = processor.control.written(segment.text)
+    spoken = response.text.strip()  # templates may trim
+    place = said.find(spoken)
     if place < 0:
         raise RowRejected("span_not_found", "the chat template changes the text of the response")
-    place -= len(response.text) - len(response.text.lstrip())
-    offsets = _offsets(before, after, processor)
-    answer = max(index for index, (_, assistant) in enumerate(segments) if assistant)
-    shift = sum(len(ids) for ids, _ in segments[:answer]) - start
+    place += len(before) - (len(response.text) - len(response.text.lstrip()))
+    offsets = _offsets(segment.start, segment.start + segment.text, processor)
+    shift = sum(len(piece.ids) for piece in encoded.pieces[:answer]) - start
     found = []
     for span in response.spans:
-        first, end = covered_tokens(after, offsets, place + span.start, place + span.end)
+        first, end = covered_tokens(before + said, offsets, place + span.start, place + span.end)
         found.append((first + shift, end + shift))
     return tuple(found)
 
 
 def _offsets(start: str, text: str, processor: Processor) -> list[tuple[int, int]]:
-    """Characters of `text` that each of the tokens `_continued` gives stands for."""
+    """Characters of `text`, with control tokens written out, that each of the tokens `_continued`
+    gives stands for."""
     begun, (whole, places) = processor.encode(start), processor.encode_with_offsets(text)
     if whole[: len(begun)] == begun:
         return places[len(begun) :]
     _, places = processor.encode_with_offsets(text[len(start) :])
-    return [(first + len(start), last + len(start)) for first, last in places]
+    shift = len(processor.control.written(start))
+    return [(first + shift, last + shift) for first, last in places]

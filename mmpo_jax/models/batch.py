@@ -40,3 +40,18 @@ class Batch:
     """bool[B, R, T]; True at the tokens a loss counts: the assistant's, with the final EOS."""
     weights: jax.Array
     """float32[B]; 1 for a real row, 0 for one that only fills the batch."""
+    shown: Shown | None = None
+    """What responses show that go on with turns of the user; None where none shows anything."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """Images in responses: the same fields of their tokens as `Batch` has of the prompt's."""
+
+    positions: jax.Array
+    """int32[B, A, R, T]."""
+    feature_index: jax.Array
+    """int32[B, R, T, K]."""
+    feature_weight: jax.Array
+    """float32[B, R, T, K]."""

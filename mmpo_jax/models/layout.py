@@ -71,19 +71,17 @@ def place(
 
     Args:
       prompt_ids: int32[p], media expanded to their layouts' ids.
-      layouts: the media in prompt order.
+      layouts: the media in order; those behind the prompt's end are not read.
       placeholders: ids of the tokens that take features.
       extras: how many learned vectors lie before the pool's features.
       width: K, vectors per token.
       axes: A, position axes of the decoder.
 
     Raises:
-      ValueError: the prompt has more or fewer placeholders than the layouts have features.
+      ValueError: the prompt's placeholders are not those of the first of the layouts.
     """
     at = np.flatnonzero(np.isin(prompt_ids, placeholders))
-    count = sum(len(layout.index) for layout in layouts)
-    if len(at) != count:
-        raise ValueError(f"{len(at)} places for {count} image features")
+    layouts = layouts[: media_in(len(at), layouts)]
     index = np.full((len(prompt_ids), width), -1, np.int32)
     weight = np.zeros((len(prompt_ids), width), np.float32)
     done, offset = 0, extras
@@ -97,6 +95,19 @@ def place(
         offset += layout.features
     positions, following = _positions(len(prompt_ids), layouts, at, axes)
     return Placement(index, weight, positions, following)
+
+
+def media_in(places: int, layouts: Sequence[Layout]) -> int:
+    """How many of the layouts, from the first on, have so many places for features together.
+
+    Raises:
+      ValueError: no number of them has.
+    """
+    ends = np.cumsum([0, *(len(layout.index) for layout in layouts)])
+    count = int(np.searchsorted(ends, places))
+    if count == len(ends) or ends[count] != places:
+        raise ValueError(f"{places} places for {ends[-1]} image features")
+    return count
 
 
 def _positions(

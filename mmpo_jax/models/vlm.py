@@ -35,17 +35,46 @@ class VisionLanguageModel(nnx.Module):
 
     def embed_prompt(self, batch: Batch, remat: str = "none") -> jax.Array:
         """Prompt embeddings [B, P, D], image features in the places of the placeholders."""
-        is_image = batch.feature_index[..., :1] >= 0
-        text = self.language_model.embed_tokens(jnp.where(is_image[..., 0], 0, batch.prompt_ids))
-        if batch.pixel_values.shape[1] == 0:
+        index, weight = batch.feature_index, batch.feature_weight
+        return self.embed(batch.prompt_ids, index, weight, self.pool(batch, remat))
+
+    def pool(self, batch: Batch, remat: str) -> jax.Array | None:
+        """`image_features` [B, F, D]; None where the batch has no images."""
+        return self.image_features(batch, remat) if batch.pixel_values.shape[1] else None
+
+    def embed(
+        self, ids: jax.Array, index: jax.Array, weight: jax.Array, pool: jax.Array | None
+    ) -> jax.Array:
+        """Embeddings [B, S, D] of tokens.
+
+        Args:
+          ids: int32[B, S].
+          index, weight: [B, S, K], see `Batch.feature_index`.
+          pool: [B, F, D], what they choose from.
+        """
+        is_image = index[..., :1] >= 0
+        text = self.language_model.embed_tokens(jnp.where(is_image[..., 0], 0, ids))
+        if pool is None:
             return text
-        features = self.image_features(batch, remat)
         image = jnp.zeros_like(text)
-        for k in range(batch.feature_index.shape[-1]):
-            index = jnp.maximum(batch.feature_index[..., k], 0)
-            chosen = jax.vmap(lambda rows, at: rows[at])(features, index)
-            image += chosen * batch.feature_weight[..., k : k + 1].astype(chosen.dtype)
+        for k in range(index.shape[-1]):
+            chosen = jax.vmap(lambda rows, at: rows[at])(pool, jnp.maximum(index[..., k], 0))
+            image += chosen * weight[..., k : k + 1].astype(chosen.dtype)
         return jnp.where(is_image, image, text)
+
+    def embed_responses(self, batch: Batch, pool: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """(embeddings [B, R * T, D], positions int32[B, A, R * T]) of the responses."""
+        b, r, t = batch.response_ids.shape
+        ids = batch.response_ids.reshape(b, r * t)
+        if batch.shown is None:
+            positions = response_positions(batch, jnp.tile(jnp.arange(t), r))
+            return self.language_model.embed_tokens(ids), positions
+        index, weight = (
+            field.reshape(b, r * t, -1)
+            for field in (batch.shown.feature_index, batch.shown.feature_weight)
+        )
+        positions = batch.shown.positions.reshape(b, -1, r * t)
+        return self.embed(ids, index, weight, pool), positions
 
     def hidden_states(self, batch: Batch, remat: str = "none") -> tuple[jax.Array, jax.Array]:
         """The decoder's final hidden states of a batch, each prompt run once.
@@ -55,9 +84,10 @@ class VisionLanguageModel(nnx.Module):
         """
         b, r, t = batch.response_ids.shape
         p = batch.prompt_ids.shape[1]
-        responses = self.language_model.embed_tokens(batch.response_ids.reshape(b, r * t))
-        x = jnp.concatenate([self.embed_prompt(batch, remat), responses], axis=1)
-        own = response_positions(batch, jnp.tile(jnp.arange(t), r))
+        pool = self.pool(batch, remat)
+        prompts = self.embed(batch.prompt_ids, batch.feature_index, batch.feature_weight, pool)
+        responses, own = self.embed_responses(batch, pool)
+        x = jnp.concatenate([prompts, responses], axis=1)
         positions = jnp.concatenate([batch.positions, own], axis=2)
 
         def attend(query, key, value, window, carry, inputs):

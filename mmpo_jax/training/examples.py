@@ -93,6 +93,12 @@ def with_mismatched(records: Sequence[TokenizedRecord]) -> list[TokenizedRecord]
         raise DataError(
             f"the objective compares with {VIEWS['mismatched']}, and there is only one record"
         )
+    for record in records:
+        if record.shows_later:
+            raise DataError(
+                f"the objective compares with {VIEWS['mismatched']}, and those of {record.id!r} "
+                "show images of their own: leave such rows out"
+            )
     return [
         dataclasses.replace(
             record,

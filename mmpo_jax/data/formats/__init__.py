@@ -2,7 +2,16 @@
 
 from collections.abc import Mapping
 
-from mmpo_jax.data.formats import llama_factory, mm_rlhf, ms_swift, record, rlaif_v, shapes, trl
+from mmpo_jax.data.formats import (
+    alpaca,
+    llama_factory,
+    mm_rlhf,
+    ms_swift,
+    record,
+    rlaif_v,
+    shapes,
+    trl,
+)
 from mmpo_jax.data.formats.format import Format
 from mmpo_jax.data.rows import Row
 
@@ -17,6 +26,7 @@ FORMATS: Mapping[str, Format] = {
         llama_factory.FORMAT,
         ms_swift.FORMAT,
         shapes.FORMAT,
+        alpaca.FORMAT,
         trl.FORMAT,
     )
 }

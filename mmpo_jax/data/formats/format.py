@@ -6,14 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mmpo_jax.data.formats.media import MediaFolder
-from mmpo_jax.data.formats.turns import (
-    IMAGE,
-    VIDEO,
-    Turns,
-    check_dialogue,
-    check_prompt,
-    check_response,
-)
+from mmpo_jax.data.formats.places import Placed, place_media
+from mmpo_jax.data.formats.turns import Turns, check_dialogue, check_prompt
 from mmpo_jax.data.formats.writing import Writer
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn, VideoRef
 from mmpo_jax.data.rows import MessagesAs, Row, SkipReason, UnusableRow
@@ -26,11 +20,13 @@ class Answer:
     Attributes:
       prompt: in place of the row's.
       fields: of `Response`, beside turns and prompt.
+      problem: why it alone cannot be used.
     """
 
     turns: Turns
     prompt: Turns | None = None
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    problem: UnusableRow | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +35,8 @@ class Draft:
 
     Attributes:
       extra: columns that the record has no place for.
+      template: arguments of the chat template.
+      samples: whether the answers were sampled, where an empty one is an answer.
     """
 
     prompt: Turns
@@ -48,6 +46,8 @@ class Draft:
     other_images: tuple[ImageRef, ...] | None = None
     source: str | None = None
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    template: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    samples: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,62 +70,125 @@ class Format:
     repeats_ids: bool = False
 
 
-def finish(draft: Draft, id_: str, number: int) -> Record:
+def finish(draft: Draft, id_: str, number: int, folder: MediaFolder) -> Record:
     """The record of a draft.
+
+    Of several responses one that cannot be used is left out alone.
 
     Args:
       number: of the row.
+      folder: finds the media that messages name.
 
     Raises:
-      UnusableRow: something in it cannot be meant.
+      UnusableRow: something in it cannot be meant, or too few responses are left.
     """
-    videos = (VIDEO,) * len(draft.videos)
-    others = [] if draft.other_images is None else [draft.other_images]
-    for place, answer in enumerate(draft.answers, start=1):
-        # Each response is checked with its prompt, as the model will see it.
-        prompt = draft.prompt if answer.prompt is None else answer.prompt
-        own = answer.fields.get("images")
-        try:
-            check_response(prompt, answer.turns)
-            for images in [draft.images, *others] if own is None else [own]:
-                check_dialogue(prompt + answer.turns, (*(IMAGE,) * len(images), *videos))
-        except UnusableRow as error:
-            if len(draft.answers) == 1:
-                raise
-            raise UnusableRow(error.reason, f"response {place}: {error.detail}") from error
     if not draft.answers:
         check_prompt(draft.prompt)
-        check_dialogue(draft.prompt, ((IMAGE,) * len(draft.images)) + videos)
-    responses = tuple(_response(answer) for answer in draft.answers)
-    ranked = [response.rank is not None for response in responses]
-    if any(ranked) and not all(ranked):
-        detail = f"{sum(ranked)} of {len(ranked)} responses have a rank"
-        raise UnusableRow("rank_count", detail)
-    return Record(
-        id=id_,
-        images=draft.images,
-        prompt=_spoken(draft.prompt),
-        responses=responses,
-        videos=draft.videos,
-        other_images=draft.other_images,
-        source=draft.source,
-        row=number,
-        extra=draft.extra,
-    )
+        check_dialogue(draft.prompt)
+        shown = place_media(draft.prompt, draft.images, draft.videos, folder)
+        return _record(draft, shown, shown.turns, (), id_, number, ())
+    finished: list[tuple[Placed, int, Response]] = []
+    left_out = []
+    for place, answer in enumerate(draft.answers):
+        try:
+            finished.append(_finished(draft, answer, folder))
+        except UnusableRow as problem:
+            left_out.append((place, problem))
+    ranked = any("rank" in answer.fields for answer in draft.answers)
+    if len(finished) < (2 if ranked and len(draft.answers) > 1 else 1):
+        place, error = left_out[0]
+        if len(draft.answers) == 1:
+            raise error
+        raise UnusableRow(error.reason, f"response {place + 1}: {error.detail}") from error
+    given = [response.rank is not None for *_, response in finished]
+    if any(given) and not all(given):
+        raise UnusableRow("rank_count", f"{sum(given)} of {len(given)} responses have a rank")
+    shown, prompt = _shared(draft, finished, folder)
+    responses = tuple(_own(*one, shown, prompt) for one in finished)
+    told = tuple((place, error.reason, error.detail) for place, error in left_out)
+    return _record(draft, shown, prompt, responses, id_, number, told)
 
 
-def _response(answer: Answer) -> Response:
-    prompt = None if answer.prompt is None else _spoken(answer.prompt)
-    response = Response(_spoken(answer.turns), prompt=prompt, **answer.fields)
+def _finished(draft: Draft, answer: Answer, folder: MediaFolder) -> tuple[Placed, int, Response]:
+    """A response checked with its prompt, as the model will see it, and where it begins."""
+    if answer.problem is not None:
+        raise answer.problem
+    prompt = draft.prompt if answer.prompt is None else answer.prompt
+    dialogue = prompt + answer.turns
+    if not answer.turns or answer.turns[-1].role != "assistant":
+        raise UnusableRow("empty_response", "a response does not end with an assistant turn")
+    if prompt:
+        check_prompt(prompt)
+    check_dialogue(dialogue, draft.samples)
+    images = answer.fields.get("images", draft.images)
+    shown = place_media(dialogue, images, draft.videos, folder)
+    placed_others = any(turn.media for turn in shown.turns) and draft.other_images is not None
+    if placed_others and len(draft.other_images or ()) != len(shown.images):
+        count = len(draft.other_images or ())
+        detail = f"{count} other images for {len(shown.images)} places of images"
+        raise UnusableRow("placeholder_count", detail)
+    fields = {name: value for name, value in answer.fields.items() if name != "images"}
+    response = Response(shown.turns[len(prompt) :], **fields)
     for span in response.spans:
         if not 0 <= span.start < span.end <= len(response.text):
             detail = f"characters {span.start} to {span.end} of {len(response.text)}"
             raise UnusableRow("bad_span", detail)
+    own = answer.prompt is not None, "images" in answer.fields
+    # Which of them are its own even where they say the same is up to the format.
+    response = dataclasses.replace(
+        response,
+        prompt=shown.turns[: len(prompt)] if own[0] else None,
+        images=shown.images if own[1] else None,
+    )
+    return shown, len(prompt), response
+
+
+def _shared(
+    draft: Draft, finished: Sequence[tuple[Placed, int, Response]], folder: MediaFolder
+) -> tuple[Placed, tuple[Turn, ...]]:
+    """(the row's media in place, its prompt): as the first response has them that has no others."""
+    for shown, cut, response in finished:
+        if response.prompt is None and response.images is None:
+            return shown, shown.turns[:cut]
+    shown = place_media(draft.prompt, draft.images, draft.videos, folder)
+    return shown, shown.turns
+
+
+def _own(
+    shown: Placed, cut: int, response: Response, first: Placed, prompt: tuple[Turn, ...]
+) -> Response:
+    """A response with a prompt and images of its own where the first one's are others."""
+    if response.prompt is None and shown.turns[:cut] != prompt:
+        response = dataclasses.replace(response, prompt=shown.turns[:cut])
+    if response.images is None and shown.images != first.images:
+        response = dataclasses.replace(response, images=shown.images)
+    if shown.videos != first.videos:
+        raise UnusableRow("own_videos", "the responses show different videos")
     return response
 
 
-def _spoken(turns: Turns) -> tuple[Turn, ...]:
-    return tuple(turn for turn, _ in turns)
+def _record(
+    draft: Draft,
+    shown: Placed,
+    prompt: tuple[Turn, ...],
+    responses: tuple[Response, ...],
+    id_: str,
+    number: int,
+    left_out: tuple[tuple[int, str, str], ...],
+) -> Record:
+    return Record(
+        id=id_,
+        images=shown.images,
+        prompt=prompt,
+        responses=responses,
+        videos=shown.videos,
+        other_images=draft.other_images,
+        source=draft.source,
+        row=number,
+        extra=draft.extra,
+        template=draft.template,
+        left_out=left_out,
+    )
 
 
 def rest(row: Row, *columns: str, source: str = "source") -> dict[str, Any]:

@@ -7,11 +7,10 @@ import math
 import os
 import posixpath
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from etils import epath
 
-from mmpo_jax.data.formats.turns import Medium
 from mmpo_jax.data.images import resolve_image
 from mmpo_jax.data.records import ImageRef, VideoRef
 from mmpo_jax.data.rows import Row, UnusableRow
@@ -92,6 +91,14 @@ class MediaFolder:
         found = tuple(self.image(frame) for frame in frames)
         return VideoRef(f"video {number} (from {found[0].name} on)", found, fps)
 
+    def part(self, part: Mapping[str, Any]) -> ImageRef | VideoRef:
+        """What a part of a message names.
+
+        Raises:
+          UnusableRow: as `image` and `video`.
+        """
+        raise UnusableRow("bad_image_entry", "to come")
+
     def indexed_image(self, entry: Any) -> ImageRef:
         """As `image`; a path may lie deeper than it says, as archives add folders on top.
 
@@ -154,7 +161,7 @@ class MediaFolder:
         return index
 
 
-def entries(row: Row, medium: Medium) -> list[Any]:
+def entries(row: Row, medium: Literal["image", "video"]) -> list[Any]:
     """What the row's column of several, else that of one, holds."""
     several = row.get(f"{medium}s")
     if several is not None:

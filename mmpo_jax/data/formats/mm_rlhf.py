@@ -4,6 +4,7 @@
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from mmpo_jax.data.formats.format import (
@@ -82,15 +83,20 @@ def _read_ranking(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draf
     images, videos = _media(row, media)
     return Draft(
         prompt=parse_turns(read_text(row.get("question"), "question"), "user"),
-        answers=tuple(
-            Answer(parse_turns(read_text(text, "models_output"), "assistant"), fields=given)
-            for text, given in zip(outputs, fields, strict=True)
-        ),
+        answers=tuple(_answer(text, given) for text, given in zip(outputs, fields, strict=True)),
         images=images,
         videos=videos,
         source=source_of(row),
         extra=rest(row, *used),
     )
+
+
+def _answer(text: Any, fields: Mapping[str, Any]) -> Answer:
+    try:
+        turns = parse_turns(read_text(text, "models_output"), "assistant")
+    except UnusableRow as problem:
+        return Answer((), fields=fields, problem=problem)
+    return Answer(turns, fields=fields)
 
 
 def _is_critiques(reasons: Any, count: int) -> bool:

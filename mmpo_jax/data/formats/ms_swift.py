@@ -6,17 +6,25 @@ dialogue; ``rejected_images``, the rejected side's own images, whose answer is t
 nothing else is said. ``label`` is KTO's verdict.
 """
 
+import dataclasses
 from typing import Any
 
 from mmpo_jax.data.formats.format import Answer, Draft, Format, read_flag, rest, source_of
 from mmpo_jax.data.formats.media import MediaFolder
 from mmpo_jax.data.formats.trl import supervised
-from mmpo_jax.data.formats.turns import Turns, parse_turns, split_last_answer
+from mmpo_jax.data.formats.turns import (
+    ARGUMENTS,
+    Turns,
+    parse_turns,
+    split_last_answer,
+    template_arguments,
+    with_system,
+)
 from mmpo_jax.data.formats.writing import (
+    MESSAGES,
     CannotHold,
     Writer,
     chosen_and_rejected,
-    image_tags,
     messages,
     with_extra,
 )
@@ -31,7 +39,7 @@ def _claims(row: Row) -> bool:
 
 
 def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
-    turns = parse_turns(row.get("messages"), "user")
+    turns = with_system(row, parse_turns(row.get("messages"), "user"))
     images = media.images(row)
     if any(name in row for name in _REJECTED):
         prompt, chosen = split_last_answer(turns)
@@ -48,14 +56,16 @@ def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
         images=images,
         videos=media.videos(row),
         source=source_of(row),
-        extra=rest(row, "messages", "label", *_REJECTED),
+        extra=rest(row, "messages", "label", "system", *_REJECTED, *ARGUMENTS),
+        template=template_arguments(row),
     )
 
 
 def _rejected(row: Row, media: MediaFolder, prompt: Turns, chosen: Turns) -> Answer:
     answer, own_prompt = chosen, None
     if "rejected_messages" in row:
-        theirs, answer = split_last_answer(parse_turns(row["rejected_messages"], "user"))
+        turns = with_system(row, parse_turns(row["rejected_messages"], "user"))
+        theirs, answer = split_last_answer(turns)
         own_prompt = None if _texts(theirs) == _texts(prompt) else theirs
     elif "rejected_response" in row:
         answer = parse_turns(row["rejected_response"], "assistant")
@@ -66,11 +76,12 @@ def _rejected(row: Row, media: MediaFolder, prompt: Turns, chosen: Turns) -> Ans
 
 
 def _texts(turns: Turns) -> list[tuple[str, str]]:
-    return [(turn.role, turn.text) for turn, _ in turns]
+    return [(turn.role, turn.text) for turn in turns]
 
 
 def _write(record: Record, writer: Writer) -> dict[str, Any]:
     row: dict[str, Any] = {"id": record.id, **writer.media(record, rates=False)}
+    row |= record.template
     if record.source is not None:
         row["source"] = record.source
     if record.ranked:
@@ -87,7 +98,8 @@ def _write(record: Record, writer: Writer) -> dict[str, Any]:
         raise CannotHold(
             "response.images", detail="the chosen response has its own images or prompt"
         )
-    row["messages"] = messages((*record.prompt, *chosen.turns), image_tags(record))
+    said = (*record.prompt, *chosen.turns)
+    row["messages"] = messages(said, record, tags=True, front=True)
     return with_extra(row, record.extra)
 
 
@@ -99,8 +111,9 @@ def _write_rejected(record: Record, rejected: Response, writer: Writer) -> dict[
     if rejected.prompt is None and len(rejected.turns) == 1:
         return row | {"rejected_response": rejected.text}
     prompt = record.prompt if rejected.prompt is None else rejected.prompt
-    tags = "<image>" * len(shown) + "<video>" * len(record.videos)
-    return row | {"rejected_messages": messages((*prompt, *rejected.turns), tags)}
+    theirs = dataclasses.replace(record, images=shown)
+    said = messages((*prompt, *rejected.turns), theirs, tags=True, front=True)
+    return row | {"rejected_messages": said}
 
 
 FORMAT = Format(
@@ -108,16 +121,6 @@ FORMAT = Format(
     claims=_claims,
     read=_read,
     write=_write,
-    holds=frozenset(
-        {
-            "source",
-            "videos",
-            "system",
-            "extra",
-            "rank",
-            "desirable",
-            "response.images",
-            "response.prompt",
-        }
-    ),
+    holds=MESSAGES
+    | {"source", "videos", "extra", "rank", "desirable", "response.images", "response.prompt"},
 )

@@ -6,6 +6,7 @@ its values may be of any type.
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -22,7 +23,14 @@ from mmpo_jax.data.formats.format import (
     source_of,
 )
 from mmpo_jax.data.formats.media import MediaFolder
-from mmpo_jax.data.formats.turns import parse_turns, split_last_answer
+from mmpo_jax.data.formats.trl import read_tokens
+from mmpo_jax.data.formats.turns import (
+    ARGUMENTS,
+    parse_turns,
+    split_last_answer,
+    template_arguments,
+    with_system,
+)
 from mmpo_jax.data.formats.writing import STRIP, CannotHold, Writer, messages
 from mmpo_jax.data.records import Record, Response, Span
 from mmpo_jax.data.rows import MessagesAs, Row, UnusableRow
@@ -41,8 +49,8 @@ def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
     responses = row.get("responses")
     if not isinstance(responses, list):
         raise UnusableRow("bad_message", "responses is not a list")
-    prompt = parse_turns(row.get("prompt"), "user")
-    answers = tuple(_answer(response, media) for response in responses)
+    prompt = with_system(row, parse_turns(row.get("prompt"), "user"))
+    answers = tuple(_usable(response, media) for response in responses)
     if not prompt and len(answers) == 1 and messages_as == "last_turn":
         prompt, last = split_last_answer(answers[0].turns)
         answers = (dataclasses.replace(answers[0], turns=last),)
@@ -54,7 +62,10 @@ def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
         videos=media.videos(row),
         other_images=media.images({"images": others}) if others is not None else None,
         source=source_of(row),
-        extra=rest(row, "prompt", "responses", "other_images", "extra") | _extra(row.get("extra")),
+        extra=rest(row, "prompt", "responses", "other_images", "extra", *ARGUMENTS, "system")
+        | _extra(row.get("extra")),
+        template=template_arguments(row),
+        samples=any(answer.fields.get("token_ids") for answer in answers),
     )
 
 
@@ -67,6 +78,13 @@ def _extra(value: Any) -> dict[str, Any]:
     if value is not None and not isinstance(value, dict):
         raise UnusableRow("bad_json", f"extra is a {type(value).__name__} and not an object")
     return value or {}
+
+
+def _usable(response: Any, media: MediaFolder) -> Answer:
+    try:
+        return _answer(response, media)
+    except UnusableRow as problem:
+        return Answer((), problem=problem)
 
 
 def _answer(response: Any, media: MediaFolder) -> Answer:
@@ -90,6 +108,8 @@ def _answer(response: Any, media: MediaFolder) -> Answer:
             fields[name] = read_flag(given[name], name)
     if "log_prob" in given:
         fields["log_prob"] = read_number(given["log_prob"], "log_prob", "bad_log_prob")
+    if "token_ids" in given:
+        fields["token_ids"] = read_tokens(given["token_ids"])
     if "images" in given:
         fields["images"] = media.images({"images": given["images"]})
     prompt = parse_turns(given["prompt"], "user") if "prompt" in given else None
@@ -122,8 +142,9 @@ def _write(record: Record, writer: Writer) -> dict[str, Any]:
     row: dict[str, Any] = {"id": record.id, **writer.media(record)}
     if record.other_images is not None:
         row["other_images"] = [writer.image(image) for image in record.other_images]
-    row["prompt"] = messages(record.prompt)
-    row["responses"] = [_write_response(response, writer) for response in record.responses]
+    row |= record.template
+    row["prompt"] = messages(record.prompt, record, tags=writer.embed == "bytes")
+    row["responses"] = [_write_response(one, record, writer) for one in record.responses]
     if record.source is not None:
         row["source"] = record.source
     if record.extra:
@@ -135,13 +156,18 @@ def _write(record: Record, writer: Writer) -> dict[str, Any]:
     return row
 
 
-def _write_response(response: Response, writer: Writer) -> dict[str, Any]:
-    written: dict[str, Any] = {"turns": messages(response.turns)}
+def _write_response(response: Response, record: Record, writer: Writer) -> dict[str, Any]:
+    if response.images is not None:
+        record = dataclasses.replace(record, images=response.images)
+    said = functools.partial(messages, record=record, tags=writer.embed == "bytes")
+    written: dict[str, Any] = {"turns": said(response.turns)}
     if not response.finished:
         written["finished"] = False
     for name in ("rank", "critique", "desirable", "log_prob"):
         if getattr(response, name) is not None:
             written[name] = getattr(response, name)
+    if response.token_ids is not None:
+        written["token_ids"] = list(response.token_ids)
     if response.scores:
         written["scores"] = dict(response.scores)
     if response.spans:
@@ -149,7 +175,7 @@ def _write_response(response: Response, writer: Writer) -> dict[str, Any]:
     if response.images is not None:
         written["images"] = [writer.image(image) for image in response.images]
     if response.prompt is not None:
-        written["prompt"] = messages(response.prompt)
+        written["prompt"] = said(response.prompt)
     return written
 
 

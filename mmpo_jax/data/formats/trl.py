@@ -1,16 +1,21 @@
 """TRL's rows, conversational and plain, with explicit and implicit prompts.
 
-* the prompt: ``prompt`` or ``question``, text or messages;
-* the responses: ``chosen`` and ``rejected``; or ``completion``, with ``label`` for KTO; or
-  ``responses`` with any number of them, each text or messages; none of these in a row whose
-  responses are still to be generated. ``finished`` beside ``responses``, as `mmpo generate` writes
-  it, says which of them end by themselves;
+* the prompt: ``prompt`` or ``question``, text or messages; ``system`` goes in front of it;
+* the responses: ``chosen`` and ``rejected``, which may be whole dialogues; or ``completion``, with
+  ``label`` for KTO; or ``responses`` with any number of them, each text or messages; none of these
+  in a row whose responses are still to be generated. ``finished`` and ``response_ids`` beside
+  ``responses``, as `mmpo generate` writes them, say which of them end by themselves, and the tokens
+  of each;
 * or ``messages``, a dialogue to learn from.
+
+``tools``, ``documents`` and ``chat_template_kwargs`` go to the chat template.
 
 Pairs may have scores: ``score_chosen`` and ``score_rejected``, or ``margin``, their difference.
 """
 
 import dataclasses
+import functools
+import re
 from typing import Any
 
 from mmpo_jax.data.formats.format import (
@@ -25,13 +30,17 @@ from mmpo_jax.data.formats.format import (
 )
 from mmpo_jax.data.formats.media import MediaFolder
 from mmpo_jax.data.formats.turns import (
+    ARGUMENTS,
+    Message,
     Turns,
-    check_prompt,
     parse_turns,
     split_common_prompt,
     split_last_answer,
+    template_arguments,
+    with_system,
 )
 from mmpo_jax.data.formats.writing import (
+    MESSAGES,
     CannotHold,
     Writer,
     chosen_and_rejected,
@@ -44,6 +53,8 @@ from mmpo_jax.data.rows import MessagesAs, Row, UnusableRow
 SCORES = ("score_chosen", "score_rejected", "margin")
 """Columns with the scores of a pair."""
 _COLUMNS = ("prompt", "question", "chosen", "rejected", "completion", "label", "responses")
+_SAMPLED = ("finished", "response_ids")
+"""Columns beside ``responses``."""
 
 
 def _claims(row: Row) -> bool:
@@ -52,11 +63,14 @@ def _claims(row: Row) -> bool:
 
 def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
     prompt, answers = _prompt_and_answers(row, messages_as)
-    used = [name for name in (*_COLUMNS, "finished") if name in row]
+    used = [name for name in (*_COLUMNS, *_SAMPLED, *ARGUMENTS, "system") if name in row]
     if not any(name in row for name in _COLUMNS):
         used.append("messages")
     if "chosen" in row:
         used += SCORES
+        # UltraFeedback's rows repeat their chosen dialogue here.
+        if row.get("messages") == row["chosen"]:
+            used.append("messages")
     if "prompt" in row and "question" in row:
         used.remove("question")
     return Draft(
@@ -66,6 +80,8 @@ def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
         videos=media.videos(row),
         source=source_of(row),
         extra=rest(row, *used),
+        template=template_arguments(row),
+        samples="responses" in row,
     )
 
 
@@ -74,31 +90,80 @@ def _prompt_and_answers(row: Row, messages_as: MessagesAs) -> tuple[Turns, tuple
         raise UnusableRow("incomplete_pair", "chosen and rejected belong together")
     prompt = parse_turns(row.get("prompt", row.get("question", [])), "user")
     if "chosen" in row:
-        chosen, rejected = (parse_turns(row[key], "assistant") for key in ("chosen", "rejected"))
-        if not prompt:
-            prompt, chosen, rejected = split_common_prompt(chosen, rejected)
-        scores = pair_scores(row)
-        return prompt, tuple(
-            dataclasses.replace(answer, fields={**answer.fields, "scores": score})
-            for answer, score in zip(pair(chosen, rejected), scores, strict=True)
-        )
+        prompt, chosen, rejected = _pair(row, prompt)
+        return with_system(row, prompt), scored_pair(row, chosen, rejected)
     if "completion" in row:
         fields = {"desirable": read_flag(row["label"], "label")} if "label" in row else {}
-        return prompt, (Answer(parse_turns(row["completion"], "assistant"), fields=fields),)
+        answers = (Answer(parse_turns(row["completion"], "assistant"), fields=fields),)
+        return with_system(row, prompt), answers
     if "responses" in row:
-        return prompt, _several(row)
+        return with_system(row, prompt), _several(row)
     if prompt:
-        check_prompt(prompt)
-        return prompt, ()
+        return with_system(row, prompt), ()
     if "messages" not in row:
         columns = ", ".join(sorted(row)) or "none"
         raise UnusableRow("no_prompt", f"neither a prompt nor messages; columns: {columns}")
-    return supervised(parse_turns(row["messages"], "user"), messages_as)
+    return supervised(with_system(row, parse_turns(row["messages"], "user")), messages_as)
+
+
+def _pair(row: Row, prompt: Turns) -> tuple[Turns, Turns, Turns]:
+    """(prompt, chosen, rejected) of a pair, whose responses may be whole dialogues.
+
+    Raises:
+      UnusableRow: the prompt is not what the dialogues begin with.
+    """
+    texts = row["chosen"], row["rejected"]
+    if not prompt and all(isinstance(text, str) and HUMAN in text for text in texts):
+        chosen, rejected = (_transcript(text) for text in texts)
+    else:
+        chosen, rejected = (parse_turns(text, "assistant") for text in texts)
+    whole = [turns for turns in (chosen, rejected) if turns and turns[0].role != "assistant"]
+    if not whole:
+        return prompt, chosen, rejected
+    if len(whole) == 1:
+        raise UnusableRow("bad_message", "one of chosen and rejected is a whole dialogue")
+    common, chosen, rejected = split_common_prompt(chosen, rejected)
+    said = [turn.text.strip() for turn in common if turn.role != "system"]
+    asked = [turn.text.strip() for turn in prompt if turn.role != "system"]
+    # Of a longer dialogue the prompt may be what was asked last, or first.
+    if asked and asked not in (said[: len(asked)], said[-len(asked) :]):
+        detail = "the prompt is not what the dialogues in chosen and rejected begin with"
+        raise UnusableRow("prompt_differs", detail)
+    if prompt and prompt[0].role == "system" and (not common or common[0].role != "system"):
+        common = (prompt[0], *common)
+    return common, chosen, rejected
+
+
+HUMAN = "\n\nHuman:"
+"""Speaks first in the transcripts of Anthropic's HH-RLHF."""
+
+
+def _transcript(text: str) -> Turns:
+    """The turns of a dialogue that is written as one text, "Human:" and "Assistant:" by turns."""
+    pieces = re.split(r"\n\n(Human|Assistant):", text)
+    if pieces[0].strip():
+        raise UnusableRow("bad_message", f"a transcript that begins with {pieces[0][:80]!r}")
+    return tuple(
+        Message("user" if speaker == "Human" else "assistant", said.strip())
+        for speaker, said in zip(pieces[1::2], pieces[2::2], strict=True)
+    )
 
 
 def pair(chosen: Turns, rejected: Turns) -> tuple[Answer, Answer]:
     """The better response and the worse one."""
     return Answer(chosen, fields={"rank": 1}), Answer(rejected, fields={"rank": 2})
+
+
+def scored_pair(row: Row, chosen: Turns, rejected: Turns) -> tuple[Answer, ...]:
+    """`pair` with the row's scores.
+
+    Raises:
+      UnusableRow: see `pair_scores`.
+    """
+    return tuple(
+        dataclasses.replace(answer, fields={**answer.fields, "scores": score})
+        for answer, score in zip(pair(chosen, rejected), pair_scores(row), strict=True)
+    )
 
 
 def pair_scores(row: Row) -> tuple[dict[str, float], dict[str, float]]:
@@ -136,43 +201,68 @@ def _several(row: Row) -> tuple[Answer, ...]:
     responses = row["responses"]
     if not isinstance(responses, list):
         raise UnusableRow("bad_message", "responses is not a list")
-    flags = row.get("finished")
-    if flags is None:
-        flags = [True] * len(responses)
-    flags = read_list(flags, "finished", len(responses), "bad_message")
+    count = len(responses)
+    flags = read_list(row.get("finished", [True] * count), "finished", count, "bad_message")
     if not all(isinstance(flag, bool) for flag in flags):
         raise UnusableRow("bad_message", f"finished {str(flags)[:80]} is no list of true and false")
-    return tuple(
-        Answer(parse_turns(turns, "assistant"), fields={"finished": flag})
-        for turns, flag in zip(responses, flags, strict=True)
-    )
+    sampled = read_list(row.get("response_ids", [None] * count), "response_ids", count, "bad_token")
+    return tuple(map(_sample, responses, flags, sampled))
+
+
+def _sample(value: Any, finished: bool, ids: Any) -> Answer:
+    try:
+        fields = {"finished": finished, "token_ids": read_tokens(ids)}
+        return Answer(parse_turns(value, "assistant"), fields=fields)
+    except UnusableRow as problem:
+        return Answer((), problem=problem)
+
+
+def read_tokens(value: Any) -> tuple[int, ...] | None:
+    """The ids of a response's tokens; None where there are none.
+
+    Raises:
+      UnusableRow: they are no list of whole numbers.
+    """
+    if value is None:
+        return None
+    whole = isinstance(value, list) and all(type(number) is int for number in value)
+    if not whole or not value or min(value) < 0:
+        raise UnusableRow("bad_token", f"response_ids {str(value)[:80]} are no list of token ids")
+    return tuple(value)
 
 
 def _write(record: Record, writer: Writer) -> dict[str, Any]:
-    row: dict[str, Any] = {"id": record.id, **writer.media(record)}
+    row: dict[str, Any] = {"id": record.id, **writer.media(record), **record.template}
     if record.source is not None:
         row["source"] = record.source
     responses = record.responses
+    # A column of Parquet cannot hold texts in one row and parts in another.
+    said = functools.partial(messages, record=record, tags=writer.embed == "bytes")
     if not record.prompt and len(responses) == 1:
-        return with_extra(row | {"messages": messages(responses[0].turns)}, record.extra)
+        return with_extra(row | {"messages": said(responses[0].turns)}, record.extra)
     if record.prompt:
-        row["prompt"] = messages(record.prompt)
+        row["prompt"] = said(record.prompt)
     if any(response.scores for response in responses):
         row |= _written_scores(record)
     if record.ranked:
         chosen, rejected = chosen_and_rejected(record)
-        row |= {"chosen": messages(chosen.turns), "rejected": messages(rejected.turns)}
-    elif len(responses) == 1 and responses[0].finished:
-        row["completion"] = messages(responses[0].turns)
+        row |= {"chosen": said(chosen.turns), "rejected": said(rejected.turns)}
+    elif len(responses) == 1 and responses[0].finished and responses[0].token_ids is None:
+        row["completion"] = said(responses[0].turns)
         if responses[0].desirable is not None:
             row["label"] = responses[0].desirable
     elif responses:
-        row["responses"] = [messages(response.turns) for response in responses]
+        row["responses"] = [said(response.turns) for response in responses]
         row["finished"] = [response.finished for response in responses]
+        if any(response.token_ids is not None for response in responses):
+            row["response_ids"] = [r.token_ids and list(r.token_ids) for r in responses]
         if any(response.desirable is not None for response in responses):
             raise CannotHold("desirable", detail="a row with a label holds one finished completion")
-    if "responses" not in row and not all(response.finished for response in responses):
-        raise CannotHold("finished", detail="of a chosen and a rejected response")
+    if "responses" not in row:
+        if not all(response.finished for response in responses):
+            raise CannotHold("finished", detail="of a chosen and a rejected response")
+        if any(response.token_ids is not None for response in responses):
+            raise CannotHold("token_ids", detail="of a chosen and a rejected response")
     return with_extra(row, record.extra)
 
 
@@ -189,7 +279,6 @@ FORMAT = Format(
     claims=_claims,
     read=_read,
     write=_write,
-    holds=frozenset(
-        {"source", "videos", "fps", "system", "extra", "finished", "rank", "scores", "desirable"}
-    ),
+    holds=MESSAGES
+    | {"source", "videos", "fps", "extra", "finished", "rank", "scores", "desirable", "token_ids"},
 )

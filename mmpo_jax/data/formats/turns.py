@@ -1,92 +1,243 @@
-"""Messages and texts as turns, and what dialogues must be like.
+"""Messages and texts as a row has them, and what dialogues must be like.
 
-Messages follow TRL's format: content is text or a list of text, image and video parts. Images,
-then videos stand before the text of the first user turn, which is where TRL puts them when nothing
-is said; parts, and ``<image>`` and ``<video>`` in a text, may say it again, and then there must be
-as many as images and videos.
+A message is ``{"role": ..., "content": ...}`` or ``{"from": ..., "value": ...}``. Content is a text
+or a list of text, image and video parts; a part may name its picture. Other keys of a message are
+the chat template's, but for those that say whether it is learned. Where media stand is settled in
+`formats.places`, once a row's media are known.
 """
 
-import re
-from typing import Any, Literal, cast
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from mmpo_jax.data.records import Role, Turn
+from mmpo_jax.data.records import IMAGE, VIDEO, Medium, Role
 from mmpo_jax.data.rows import UnusableRow
 
-Medium = Literal["image", "video"]
-IMAGE: Medium = "image"
-VIDEO: Medium = "video"
-PLACEHOLDERS = {"<image>": IMAGE, "<video>": VIDEO}
-"""What stands in a text for a medium."""
+ROLES: Mapping[str, Role] = {
+    "system": "system",
+    "developer": "developer",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "tool_response": "tool",
+}
+"""What rows call the speakers."""
+LEARNED = ("loss", "weight", "train", "training", "trainable", "learn")
+"""Keys of a message that say whether it is learned: true or 1, false or 0."""
+KINDS: Mapping[str, Medium] = {
+    "image": IMAGE,
+    "image_url": IMAGE,
+    "input_image": IMAGE,
+    "video": VIDEO,
+    "video_url": VIDEO,
+}
+"""Types of content parts that show something."""
 
-ParsedTurn = tuple[Turn, tuple[Medium, ...]]
-"""A turn and the media that stand in it, in order."""
-Turns = tuple[ParsedTurn, ...]
+
+@dataclasses.dataclass(frozen=True)
+class MediaPart:
+    """A part of a message that shows something.
+
+    Attributes:
+      part: as the row has it, where it names what it shows; None for the next of the row's columns.
+    """
+
+    medium: Medium
+    part: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """A message before the places of media in its texts are known; see `records.Turn`."""
+
+    role: Role
+    content: str | tuple[str | MediaPart, ...]
+    keys: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    learned: bool = True
+
+    @property
+    def pieces(self) -> tuple[str | MediaPart, ...]:
+        """The content as a list of parts."""
+        return (self.content,) if isinstance(self.content, str) else self.content
+
+    @property
+    def parts(self) -> tuple[MediaPart, ...]:
+        """The parts that show something."""
+        return tuple(piece for piece in self.pieces if isinstance(piece, MediaPart))
+
+    @property
+    def text(self) -> str:
+        """The texts without the media."""
+        return "".join(piece for piece in self.pieces if isinstance(piece, str))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it says and shows nothing and calls no tool."""
+        return not (self.text.strip() or self.parts or self.keys)
+
+
+Turns = tuple[Message, ...]
 
 
 def parse_turns(value: Any, role_of_text: Role) -> Turns:
-    """A text, which is one turn, or messages with role and content.
+    """A text, which is one turn, or messages: a list, a single one, or lists by column.
 
     Raises:
-      UnusableRow: it is neither.
+      UnusableRow: it is none of these.
     """
     if isinstance(value, str):
         value = [{"role": role_of_text, "content": value}]
-    if not isinstance(value, list):
+    elif isinstance(value, Mapping):
+        value = _rows_of_columns(value)
+    if not isinstance(value, Sequence) or isinstance(value, bytes):
         raise UnusableRow("bad_message", f"{type(value).__name__} is neither text nor messages")
     return tuple(parse_turn(message) for message in value)
 
 
-def parse_turn(message: Any) -> ParsedTurn:
+def _rows_of_columns(value: Mapping[str, Any]) -> list[Any]:
+    """Messages by column, ``{"role": [...], "content": [...]}``; one message is a list of one."""
+    roles = value.get("role", value.get("from"))
+    if not isinstance(roles, list):
+        return [value]
+    columns = {name: column for name, column in value.items() if isinstance(column, list)}
+    if any(len(column) != len(roles) for column in columns.values()):
+        raise UnusableRow("bad_message", "messages by column, of different lengths")
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def parse_turn(message: Any) -> Message:
     """One message.
 
     Raises:
-      UnusableRow: its role or content is unknown, or a medium stands between two texts.
+      UnusableRow: its role or content is unknown.
     """
-    role = message.get("role") if isinstance(message, dict) else None
-    if role not in ("system", "user", "assistant"):
-        raise UnusableRow("bad_message", f"a message of role {role!r}")
-    segments = _segments(message.get("content"))
-    texts = [text for text, _ in segments]
-    written = [place for place, text in enumerate(texts) if text is not None and text.strip()]
-    if written and None in texts[written[0] : written[-1]]:
-        raise UnusableRow("image_position", "an image or video between two texts")
-    text = "".join(text for text in texts if text is not None)
+    if not isinstance(message, Mapping):
+        raise UnusableRow("bad_message", f"{str(message)[:80]!r} is no message with a role")
+    given = {name: value for name, value in message.items() if value is not None}
+    speaker = given.pop("role", None) or given.pop("from", None)
+    role = ROLES.get(speaker) if isinstance(speaker, str) else None
+    if role is None:
+        raise UnusableRow("bad_message", f"a message of role {str(speaker)[:80]!r}")
+    content = given.pop("content", None)
+    if content is None:
+        content = given.pop("value", None)
+    flags = [given.pop(name) for name in LEARNED if name in given]
+    if speaker == "function_call":
+        content, given["tool_calls"] = "", _calls(content)
+    if content is None and given:
+        content = ""  # a mere call of tools
+    return Message(role, _pieces(content), given, all(map(_is_learned, flags)))
+
+
+def _is_learned(value: Any) -> bool:
+    if value not in (True, False, 0, 1):
+        raise UnusableRow("bad_message", f"a message of weight {str(value)[:80]!r}, not 0 or 1")
+    return bool(value)
+
+
+def _calls(content: Any) -> list[dict[str, Any]]:
+    """LLaMA-Factory's calls, JSON text of a name and arguments, as a template reads them."""
+    try:
+        calls = json.loads(content) if isinstance(content, str) else content
+        calls = calls if isinstance(calls, list) else [calls]
+        return [{"type": "function", "function": {**call}} for call in calls]
+    except (ValueError, TypeError) as error:
+        raise UnusableRow("bad_message", f"a function_call that is no JSON: {error}") from error
+
+
+def _pieces(content: Any) -> str | tuple[str | MediaPart, ...]:
+    """The texts and media of a message in order."""
+    if isinstance(content, str):
+        return _valid(content)
+    if isinstance(content, Mapping):
+        content = [content]
+    if not isinstance(content, Sequence) or isinstance(content, bytes):
+        raise UnusableRow("bad_message", f"content of type {type(content).__name__}")
+    return tuple(map(_piece, content))
+
+
+def _piece(part: Any) -> str | MediaPart:
+    if isinstance(part, str):
+        return _valid(part)
+    given = part if isinstance(part, Mapping) else {}
+    given = {name: value for name, value in given.items() if value is not None}
+    kind = given.get("type")
+    if kind is None:
+        kind = next((name for name in ("text", *KINDS) if name in given), None)
+    if kind in ("text", "input_text") and isinstance(given.get("text"), str):
+        return _valid(given["text"])
+    if isinstance(kind, str) and kind in KINDS:
+        # Columns of Parquet give every part the keys of all: an empty text says nothing.
+        names = any(value for name, value in given.items() if name not in ("type", "text"))
+        return MediaPart(KINDS[kind], given if names else None)
+    raise UnusableRow("bad_message", f"a content part of type {str(kind)[:80]!r}")
+
+
+def _valid(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise UnusableRow("bad_text", str(error)) from error
-    return Turn(cast(Role, role), text), tuple(m for _, m in segments if m is not None)
+    return text
 
 
-_Segment = tuple[str, None] | tuple[None, Medium]
+def with_system(row: Mapping[str, Any], turns: Turns) -> Turns:
+    """A dialogue with the row's column ``system`` in front; an empty one is none.
+
+    Raises:
+      UnusableRow: it is no text, or the dialogue has another system prompt.
+    """
+    system = row.get("system")
+    if system is None or system == "":
+        return turns
+    if not isinstance(system, str):
+        raise UnusableRow("bad_message", f"system {str(system)[:80]!r} is no text")
+    if turns and turns[0].role == "system":
+        if turns[0].text == system:
+            return turns
+        raise UnusableRow("bad_message", "the column system beside another system message")
+    return (Message("system", _valid(system)), *turns)
 
 
-def _segments(content: Any) -> list[_Segment]:
-    """The texts and media of a message in order."""
-    if isinstance(content, str):
-        return _split_placeholders(content)
-    if not isinstance(content, list):
-        raise UnusableRow("bad_message", f"content of type {type(content).__name__}")
-    segments: list[_Segment] = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind in ("image", "video"):
-            segments.append((None, cast(Medium, kind)))
-        elif kind == "text" and isinstance(part.get("text"), str):
-            segments.extend(_split_placeholders(part["text"]))
+def template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row gives the chat template beside messages: the columns ``tools`` and ``documents``,
+    lists or JSON, and the entries of ``chat_template_kwargs``.
+
+    Raises:
+      UnusableRow: one of them is something else.
+    """
+    found: dict[str, Any] = {}
+    for name in ARGUMENTS:
+        value = row.get(name)
+        if isinstance(value, str):
+            try:
+                value = json.loads(value) if value.strip() else None
+            except ValueError as error:
+                raise UnusableRow("bad_json", f"{name}: {error}") from error
+        if value is None or value == []:
+            continue
+        if name == "chat_template_kwargs":
+            if not isinstance(value, Mapping):
+                raise UnusableRow("bad_json", f"{name} is a {type(value).__name__}, no object")
+            found |= {key: entry for key, entry in value.items() if entry is not None}
+        elif isinstance(value, list):
+            found[name] = value
         else:
-            raise UnusableRow("bad_message", f"a content part of type {kind!r}")
-    return segments
+            raise UnusableRow("bad_json", f"{name} is a {type(value).__name__} and not a list")
+    return found
 
 
-def _split_placeholders(text: str) -> list[_Segment]:
-    pieces = re.split(f"({'|'.join(PLACEHOLDERS)})", text)
-    if len(pieces) == 1:
-        return [(text, None)]  # Verbatim; beside a placeholder, white space is only its separator.
-    return [
-        (None, PLACEHOLDERS[piece]) if piece in PLACEHOLDERS else (piece.strip(), None)
-        for piece in pieces
-    ]
+ARGUMENTS = ("tools", "documents", "chat_template_kwargs")
+"""Columns of `template_arguments`."""
 
 
 def split_last_answer(turns: Turns) -> tuple[Turns, Turns]:
@@ -95,13 +246,13 @@ def split_last_answer(turns: Turns) -> tuple[Turns, Turns]:
     Raises:
       UnusableRow: it does not end with one.
     """
-    if not turns or turns[-1][0].role != "assistant":
+    if not turns or turns[-1].role != "assistant":
         raise UnusableRow("empty_response", "messages do not end with an assistant turn")
     return turns[:-1], turns[-1:]
 
 
 def split_common_prompt(chosen: Turns, rejected: Turns) -> tuple[Turns, Turns, Turns]:
-    """TRL's implicit prompt: the turns, up to a user's, with which two conversations begin.
+    """TRL's implicit prompt: the turns, up to a user's or a tool's, that begin two conversations.
 
     Returns:
       (prompt, rest of the chosen conversation, rest of the rejected one).
@@ -110,7 +261,7 @@ def split_common_prompt(chosen: Turns, rejected: Turns) -> tuple[Turns, Turns, T
     for place, (ours, theirs) in enumerate(zip(chosen[:-1], rejected[:-1], strict=False)):
         if ours != theirs:
             break
-        if ours[0].role == "user":
+        if ours.role in ("user", "tool"):
             common = place + 1
     return chosen[:common], chosen[common:], rejected[common:]
 
@@ -120,46 +271,24 @@ def check_prompt(prompt: Turns) -> None:
     Raises:
       UnusableRow: nobody asks anything in the prompt of a row without responses.
     """
-    if prompt and prompt[-1][0].role != "user":
-        raise UnusableRow("turn_order", "the prompt does not end with a user turn")
+    if prompt and prompt[-1].role in ("system", "developer"):
+        raise UnusableRow("turn_order", "the prompt ends with a system turn: nobody asks anything")
 
 
-def check_response(prompt: Turns, response: Turns) -> None:
+def check_dialogue(dialogue: Turns, samples: bool = False) -> None:
     """
+    Args:
+      dialogue: prompt and response; the chat template says whether it takes their order.
+      samples: whether the last turn was sampled, and may be empty.
+
     Raises:
-      UnusableRow: the turns are no response to the prompt.
+      UnusableRow: nobody asks anything, or somebody says nothing.
     """
-    if not prompt and (not response or response[0][0].role == "assistant"):
-        raise UnusableRow("no_prompt", "a response without a prompt")
-    if prompt and prompt[-1][0].role != "user":
-        raise UnusableRow("turn_order", "the prompt does not end with a user turn")
-    if not response or response[-1][0].role != "assistant":
-        raise UnusableRow("empty_response", "a response does not end with an assistant turn")
-
-
-def check_dialogue(dialogue: Turns, media: tuple[Medium, ...]) -> None:
-    """
-    Raises:
-      UnusableRow: speakers do not take turns, somebody says nothing, or media are misplaced.
-    """
-    roles = [turn.role for turn, _ in dialogue]
+    roles = [turn.role for turn in dialogue]
     if "user" not in roles:
         raise UnusableRow("no_prompt", "no turn of a user")
-    spoken = roles[1:] if roles[0] == "system" else roles
-    if any(role != ("user", "assistant")[place % 2] for place, role in enumerate(spoken)):
-        raise UnusableRow("turn_order", f"turns {', '.join(roles)} do not alternate from user on")
-    first_user = roles.index("user")
-    if any(found for place, (_, found) in enumerate(dialogue) if place != first_user):
-        raise UnusableRow("image_position", "an image or video outside the first user turn")
-    _, found = dialogue[first_user]
-    for medium in PLACEHOLDERS.values():
-        if found and found.count(medium) != media.count(medium):
-            counts = f"{found.count(medium)} {medium} placeholders for {media.count(medium)}"
-            raise UnusableRow("placeholder_count", f"{counts} {medium}s")
-    if found and found != media:
-        raise UnusableRow("image_position", "a video before an image")
-    for place, (turn, _) in enumerate(dialogue):
-        if turn.text.strip() or (place == first_user and media):
+    for place, turn in enumerate(dialogue):
+        if not turn.is_empty or (samples and place == len(dialogue) - 1):
             continue
         if turn.role == "assistant":
             raise UnusableRow("empty_response", f"turn {place + 1} of the assistant is empty")

@@ -3,14 +3,26 @@
 import base64
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from etils import epath
 
 from mmpo_jax.data.formats.media import IN_THE_ROW
+from mmpo_jax.data.formats.places import TAGS
 from mmpo_jax.data.images import image_format, name_below
-from mmpo_jax.data.records import ImageRef, Record, Response, Turn, VideoRef
+from mmpo_jax.data.records import (
+    IMAGE,
+    VIDEO,
+    ImageRef,
+    Medium,
+    Record,
+    Response,
+    Turn,
+    VideoRef,
+    placed,
+)
 from mmpo_jax.errors import MmpoError
 from mmpo_jax.files import fingerprint_bytes, write_atomic
 
@@ -40,12 +52,19 @@ def _without_fps(record: Record) -> Record:
     return dataclasses.replace(record, videos=videos)
 
 
-def _without_system(record: Record) -> Record:
-    def spoken(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
-        return tuple(turn for turn in turns if turn.role != "system")
+def _turns(change: Callable[[Turn], Turn | None]) -> Callable[[Record], Record]:
+    """Of a change of turns (None leaves one out), that of records."""
 
-    responses = (dataclasses.replace(r, turns=spoken(r.turns)) for r in record.responses)
-    return dataclasses.replace(record, prompt=spoken(record.prompt), responses=tuple(responses))
+    def changed(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+        return tuple(turn for turn in map(change, turns) if turn is not None)
+
+    def strip(record: Record) -> Record:
+        responses = (dataclasses.replace(r, turns=changed(r.turns)) for r in record.responses)
+        return dataclasses.replace(
+            record, prompt=changed(record.prompt), responses=tuple(responses)
+        )
+
+    return strip
 
 
 STRIP: Mapping[str, Callable[[Record], Record]] = {
@@ -53,7 +72,11 @@ STRIP: Mapping[str, Callable[[Record], Record]] = {
     "videos": _record(videos=()),
     "other_images": _record(other_images=None),
     "fps": _without_fps,
-    "system": _without_system,
+    "system": _turns(lambda turn: None if turn.role in ("system", "developer") else turn),
+    "places": _turns(lambda turn: dataclasses.replace(turn, content=turn.text)),
+    "message keys": _turns(lambda turn: dataclasses.replace(turn, keys={})),
+    "learned": _turns(lambda turn: dataclasses.replace(turn, learned=True)),
+    "template": _record(template={}),
     "extra": _record(extra={}),
     "finished": _responses(finished=True),
     "rank": _responses(rank=None),
@@ -64,6 +87,7 @@ STRIP: Mapping[str, Callable[[Record], Record]] = {
     "response.images": _responses(images=None),
     "response.prompt": _responses(prompt=None),
     "log_prob": _responses(log_prob=None),
+    "token_ids": _responses(token_ids=None),
 }
 """Fields that not every format has -> the record without them."""
 
@@ -164,15 +188,59 @@ def place_image(image: ImageRef, root: str, copies: str) -> str:
     return name
 
 
-def messages(turns: Sequence[Turn], tags: str = "") -> list[dict[str, str]]:
-    """Turns as role and content; `tags` stand before the text of the first user."""
+MESSAGES = frozenset({"system", "places", "message keys", "learned", "template"})
+"""What formats of messages have a place for."""
+
+
+def messages(
+    turns: Sequence[Turn], record: Record, *, tags: bool = False, front: bool = False
+) -> list[dict[str, Any]]:
+    """Turns as role and content, with the other keys of each message.
+
+    Args:
+      turns: of the record.
+      record: whose media stand in them.
+      tags: whether places of media are written as tags in texts, and not as parts.
+      front: of tags, whether media whose places no turn has are written before the first user.
+    """
+    kinds = {medium for medium, media in _media(record).items() if media}
     written = []
+    if front:
+        turns = placed(turns, len(record.images), len(record.videos))
     for turn in turns:
-        text = turn.text
-        if tags and turn.role == "user":
-            text, tags = tags + text, ""
-        written.append({"role": turn.role, "content": text})
+        behind = zip(turn.content, turn.content[1:], strict=False) if turn.media else ()
+        # A line break behind a tag means less than one behind a part, see `Turn.tagged`.
+        breaks = turn.tagged and any(
+            isinstance(a, Medium) and str(b).startswith("\n") for a, b in behind
+        )
+        as_text = tags or breaks or not turn.media
+        content = _tagged(turn, kinds) if as_text else _parts(turn)
+        message = {"role": turn.role, "content": content, **turn.keys}
+        written.append(message if turn.learned else message | {"loss": False})
     return written
+
+
+def _media(record: Record) -> dict[Medium, Sequence[Any]]:
+    return {IMAGE: record.images, VIDEO: record.videos}
+
+
+def _parts(turn: Turn) -> list[dict[str, str]]:
+    return [
+        {"type": piece.value} if isinstance(piece, Medium) else {"type": "text", "text": piece}
+        for piece in turn.content
+    ]
+
+
+def _tagged(turn: Turn, kinds: Collection[Medium]) -> str:
+    """A turn's text with tags for media, and a backslash before what only looks like one."""
+    pieces = (turn.content,) if isinstance(turn.content, str) else turn.content
+    literal = "|".join(TAGS[kind] for kind in kinds) if turn.role == "user" else ""
+    return "".join(
+        TAGS[piece]
+        if isinstance(piece, Medium)
+        else (re.sub(rf"({literal})", r"\\\1", piece) if literal else piece)
+        for piece in pieces
+    )
 
 
 def with_extra(row: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,11 +253,6 @@ def with_extra(row: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
     if taken:
         raise CannotHold("extra", detail=f"{taken}: the column means something else here")
     return {**row, **extra}
-
-
-def image_tags(record: Record) -> str:
-    """``<image>`` and ``<video>`` for everything a record shows."""
-    return "<image>" * len(record.images) + "<video>" * len(record.videos)
 
 
 def chosen_and_rejected(record: Record) -> tuple[Response, Response]:
