@@ -23,7 +23,7 @@ from transformers.image_utils import load_image
 from mmpo_jax.data.batching import pad_batch
 from mmpo_jax.data.images import image_size
 from mmpo_jax.data.processor import Processor
-from mmpo_jax.data.records import ImageRef, Record, Response, Turn
+from mmpo_jax.data.records import ImageRef, Record, Response, Turn, placed
 from mmpo_jax.data.tokenization import tokenize
 from mmpo_jax.generation.sampler import Decoding, sample, sample_keys
 from mmpo_jax.models.huggingface import flatten, load_model, load_params, save_model
@@ -283,7 +283,9 @@ def load(images: Sequence[ImageRef]) -> list[Any]:
 
 def rendered(case: Case, record: Record) -> str:
     """The text that transformers' processor would be given."""
-    return case.processor.render(record.prompt, len(record.images), True, len(record.videos))
+    return case.processor.render(
+        placed(record.prompt, len(record.images), len(record.videos)), True
+    )
 
 
 def check_tokens(case: Case, record: Record, text: str) -> None:

@@ -169,7 +169,7 @@ def _ended(said: str, processor: Processor, finished: bool) -> str:
     An EOS that somebody typed in the answer is part of it.
     """
     ending, eos = processor.answer_ending, processor.tokenizer.eos_token
-    if said.endswith(ending):
+    if ending is not None and said.endswith(ending):
         text = said[: len(said) - len(ending)]
         kept = ending[: ending.index(eos) + len(eos)] if eos in ending else ""
     else:  # the ending depends on the answer

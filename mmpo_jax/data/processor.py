@@ -101,22 +101,17 @@ class Processor:
         return TEMPLATES.get(self.template)
 
     @functools.cached_property
-    def answer_ending(self) -> str:
-        """What the chat template writes behind the last answer of a dialogue.
-
-        Raises:
-          ProcessorError: it does not write an answer as it is.
-        """
+    def answer_ending(self) -> str | None:
+        """What the chat template writes behind the last answer of a dialogue; None where it does
+        not write the answer as it is."""
         question, answer = Turn("user", "a"), Turn("assistant", PROBE)
         _, written, ending = self.render([question, answer], False).rpartition(PROBE)
-        if not written:
-            raise ProcessorError(f"{self.folder}: the chat template does not write an answer")
-        return ending
+        return ending if written else None
 
     @property
     def ends_answers(self) -> bool:
         """Whether the chat template itself writes EOS after an answer."""
-        return self.tokenizer.eos_token in self.answer_ending
+        return self.tokenizer.eos_token in (self.answer_ending or "")
 
     @functools.cached_property
     def control(self) -> ControlTokens:

@@ -426,14 +426,14 @@ def test_the_model_loads_in_transformers(finished):
     from transformers import LlavaForConditionalGeneration
 
     from mmpo_jax.data.processor import Processor
-    from mmpo_jax.data.records import Turn
+    from mmpo_jax.data.records import IMAGE, Turn
     from mmpo_jax.models.batch import Batch
     from mmpo_jax.models.log_probs import next_token_logits
 
     folder = finished[0] / "model"
     model, params = load_model(folder)
     processor = Processor(folder, model.config)
-    text = processor.render([Turn("user", "what is in the picture ?")], 1, True)
+    text = processor.render([Turn("user", (IMAGE, "what is in the picture ?"))], True)
     picture = ImageRef("picture", png_bytes(sample_scene("test", 0, 0)))
     ids = processor.expand_images(processor.encode(text), processor.layouts([picture]))
     ids = np.array([ids], np.int32)

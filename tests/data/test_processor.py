@@ -9,7 +9,7 @@ import tiny
 
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.processor_files import ProcessorError
-from mmpo_jax.data.records import ImageRef, Turn
+from mmpo_jax.data.records import IMAGE, ImageRef, Turn
 from mmpo_jax.errors import DataError
 from mmpo_jax.models.model import load_config
 from mmpo_jax.shapes.processor import TOKENS
@@ -128,7 +128,7 @@ def test_fingerprints_change_with_what_they_name(folder, config):
 
 
 def test_text_there_and_back(tiny_processor):
-    text = tiny_processor.render([Turn("user", "is there a star ?")], 2, True)
+    text = tiny_processor.render([Turn("user", (IMAGE, IMAGE, "is there a star ?"))], True)
     assert text == "<s> USER: <image> <image> is there a star ? ASSISTANT:"
     ids = tiny_processor.encode(text)
     assert ids.count(tiny.IMAGE_ID) == 2

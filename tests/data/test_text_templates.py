@@ -10,7 +10,7 @@ import transformers
 
 from mmpo_jax.data.processor import Processor, TemplateRefusal
 from mmpo_jax.data.processor_files import ProcessorError
-from mmpo_jax.data.records import Record, Response, Turn
+from mmpo_jax.data.records import Record, Response, Turn, placed
 from mmpo_jax.data.tokenization import tokenize_records
 from mmpo_jax.models.model import load_config
 from mmpo_jax.recipe import Lengths
@@ -74,12 +74,12 @@ def test_text_models_write_what_transformers_writes(text_folder, template):
         tokenize=False,
         add_generation_prompt=True,
     )
-    assert processor.render(DIALOGUE, 0, True) == theirs
+    assert processor.render(DIALOGUE, True) == theirs
     assert all(turn.text in theirs for turn in DIALOGUE)
 
 
 def test_a_text_model_whose_template_reads_parts(text_folder):
-    written = with_template(text_folder, PARTS).render(DIALOGUE, 0, True)
+    written = with_template(text_folder, PARTS).render(DIALOGUE, True)
     assert written == "user: is this a star ? assistant: a star user: what ? "
 
 
@@ -94,7 +94,7 @@ def test_a_dialogue_that_the_template_refuses_is_left_out(text_folder):
     processor = with_template(text_folder, LLAMA_2)
     system = Turn("system", "be brief")
     with pytest.raises(TemplateRefusal, match="roles must alternate"):
-        processor.render((system, DIALOGUE[0]), 0, True)
+        processor.render((system, DIALOGUE[0]), True)
     answer = (Response((Turn("assistant", "a star"),)),)
     prompts = {"good": DIALOGUE[:1], "bad": (system, DIALOGUE[0])}
     rows = [Record(name, (), prompt, answer) for name, prompt in prompts.items()]
@@ -111,9 +111,11 @@ def test_the_template_of_older_processors(image_folder):
     older = image_folder / "chat_template.json"
     older.write_text(json.dumps({"chat_template": PARTS}))
     processor = Processor(image_folder, load_config(image_folder))
-    assert processor.render(DIALOGUE[:1], 1, True) == "user: <image> is this a star ? "
+    assert processor.render(placed(DIALOGUE[:1], 1, 0), True) == "user: <image> is this a star ? "
     jinja = PARTS.replace("': '", "'; '")
-    assert with_template(image_folder, jinja).render(DIALOGUE[:1], 1, True)[:5] == "user;"
+    assert (
+        with_template(image_folder, jinja).render(placed(DIALOGUE[:1], 1, 0), True)[:5] == "user;"
+    )
     (image_folder / "chat_template.jinja").unlink()
     older.write_text("{}")
     with pytest.raises(ProcessorError, match=r"chat_template\.json: not a chat template"):

@@ -8,7 +8,6 @@ import pytest
 import tiny
 
 from mmpo_jax.data.processor import Processor
-from mmpo_jax.data.processor_files import ProcessorError
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
 from mmpo_jax.data.tokenization import RowRejected, tokenize
 from mmpo_jax.models.model import load_config
@@ -194,21 +193,27 @@ def test_nothing_to_learn_is_refused(tiny_processor):
     assert caught.value.reason == "empty_response"
 
 
-def test_an_image_outside_the_shared_prompt_is_refused(tiny_processor):
+def test_images_that_no_prompt_shares_stand_in_the_responses(tiny_processor):
     system = [Turn("system", "a red star"), Turn("system", "the ring")]
-    row = record(
-        *(Response((turn, Turn("user", "yes ?"), Turn("assistant", "no"))) for turn in system),
-        prompt=None,
+    row = tokenize(
+        record(
+            *(Response((turn, Turn("user", "yes ?"), Turn("assistant", "no"))) for turn in system),
+            prompt=None,
+        ),
+        tiny_processor,
+        **LIMITS,
     )
-    with pytest.raises(RowRejected) as caught:
-        tokenize(row, tiny_processor, **LIMITS)
-    assert caught.value.reason == "image_count"
+    assert row.shows_later
+    assert tiny.IMAGE_ID not in row.prompt_ids
+    for response in row.responses:
+        assert (response.ids == tiny.IMAGE_ID).sum() == len(row.layouts[0].ids)
 
 
 def test_an_image_token_written_by_the_user_is_refused(tiny_processor):
+    """Of words, where the text itself is the token."""
     with pytest.raises(RowRejected) as caught:
         tokenize(record("yes", prompt="what is <image> ?"), tiny_processor, **LIMITS)
-    assert caught.value.reason == "image_count"
+    assert caught.value.reason == "template_refuses"
 
 
 WITHOUT_BOS = CHAT_TEMPLATE.replace("{{- '<s>' -}}", "")
@@ -246,5 +251,6 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(make_processor):
     )
     processor = make_processor(template)
     tokenize(record("yes"), processor, **LIMITS)
-    with pytest.raises(ProcessorError, match="rewrites earlier turns"):
+    with pytest.raises(RowRejected, match="rewrites what stands before") as caught:
         tokenize(record(turns("yes", "a star ?", "no")), processor, **LIMITS)
+    assert caught.value.reason == "template_refuses"

@@ -13,7 +13,7 @@ from jax.sharding import AxisType
 
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.processor_files import ProcessorError
-from mmpo_jax.data.records import ImageRef, Turn
+from mmpo_jax.data.records import IMAGE, ImageRef, Turn
 from mmpo_jax.errors import DataError
 from mmpo_jax.feedback import labeler as labeler_module
 from mmpo_jax.feedback.labeler import CheckpointLabeler, answer_tokens
@@ -97,7 +97,7 @@ def next_token(model, params, batch):
 
 def plain_answer(model, params, processor, picture, question, lead=()):
     """One row, teacher forced: the whole dialogue is the prompt, and no response is seen."""
-    text = processor.render([Turn("user", question)], 1, True)
+    text = processor.render([Turn("user", (IMAGE, question))], True)
     layouts = processor.layouts([picture])
     ids = [*processor.expand_images(processor.encode(text), layouts), *lead]
     size = 32

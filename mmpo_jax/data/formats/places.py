@@ -46,6 +46,8 @@ def place_media(
       UnusableRow: there are more or fewer places than media, or a part's picture cannot be found.
     """
     media: dict[Medium, Sequence[Any]] = {IMAGE: images, VIDEO: videos}
+    if any(turn.parts for turn in dialogue if turn.role == "assistant"):
+        raise UnusableRow("image_position", "the assistant shows an image or a video")
     if any(turn.parts for turn in dialogue):
         found = {m: _of_parts(dialogue, m, media[m], folder) for m in media}
         turns = tuple(_turn(turn, _kinds(turn.pieces)) for turn in dialogue)
