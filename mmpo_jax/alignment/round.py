@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -106,7 +106,7 @@ def run_round(
     divided = divide_stage(work, generated, splitter)
     judged = conquer_stage(work, divided, labeler, labeler_key)
     pairs = combine_stage(work, divided, judged)
-    return train_stage(work, pairs)
+    return train_stage(work, generated, pairs)
 
 
 def generated_responses(work: Round) -> pa.Table:
@@ -248,20 +248,33 @@ def scored_responses(divided: pa.Table, judged: pa.Table) -> list[ScoredResponse
     return scored
 
 
-def pair_records(records: Sequence[Record], pairs: pa.Table) -> list[Record]:
-    """Every pair as a record with the chosen response first."""
+def pair_records(records: Sequence[Record], generated: pa.Table, pairs: pa.Table) -> list[Record]:
+    """Every pair as a record with the chosen response first, of the tokens that were sampled."""
     by_id = {record.id: record for record in records}
+    columns = ["prompt_id", "sample", "finished", "token_ids"]
+    sampled = {
+        (row["prompt_id"], row["sample"]): row for row in generated.select(columns).to_pylist()
+    }
     return [
         dataclasses.replace(
             by_id[row["prompt_id"]],
             id=f"{row['prompt_id']}/{row['chosen_sample']}-{row['rejected_sample']}",
-            responses=(Response.of(row["chosen"], rank=1), Response.of(row["rejected"], rank=2)),
+            responses=tuple(
+                _sampled(row[side], rank, sampled[row["prompt_id"], row[f"{side}_sample"]])
+                for side, rank in (("chosen", 1), ("rejected", 2))
+            ),
         )
         for row in pairs.to_pylist()
     ]
 
 
-def train_stage(work: Round, pairs: pa.Table) -> str:
+def _sampled(text: str, rank: int, row: Mapping[str, Any]) -> Response:
+    """A response that is trained as the very tokens that were sampled, cut or not."""
+    ids = tuple(row["token_ids"])
+    return Response.of(text, rank=rank, finished=row["finished"], token_ids=ids)
+
+
+def train_stage(work: Round, generated: pa.Table, pairs: pa.Table) -> str:
     """DPO from the round's start model, which is also the reference, on the round's own pairs."""
     recipe, start = work.recipe, work.start
     target = os.path.join(work.folder, MODEL)
@@ -269,6 +282,7 @@ def train_stage(work: Round, pairs: pa.Table) -> str:
     inputs = {
         "model": start.fingerprint,
         "pairs": _output(work, "combine"),
+        "tokens": _output(work, "generate"),
         "training": recipe.training.identity(),
         "lengths": recipe.lengths.model_dump(mode="json"),
         "seed": recipe.seed,
@@ -286,7 +300,7 @@ def train_stage(work: Round, pairs: pa.Table) -> str:
     name = f"round {work.index}: pairs"
     terms = [section.term() for section in recipe.training.objective]
     records, skipped = tokenize_records(
-        pair_records(work.records, pairs),
+        pair_records(work.records, generated, pairs),
         start.processor,
         recipe.lengths,
         name,

@@ -69,6 +69,8 @@ class TokenizedRecord:
     """Whether images stand in its responses and not only in its prompt."""
     typed: tuple[str, ...] = ()
     """Control tokens that are typed in its texts."""
+    left_out: tuple[int, ...] = ()
+    """Places of the row's responses that could not be used."""
 
     @property
     def num_slots(self) -> int:
@@ -167,6 +169,7 @@ def tokenize(
         order=order,
         shows_later=any(np.isin(r.ids, processor.placeholders).any() for r in responses),
         typed=typed_control_tokens(record, processor),
+        left_out=tuple(place for place, *_ in record.left_out),
     )
 
 

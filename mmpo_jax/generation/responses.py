@@ -33,6 +33,7 @@ GENERATED = pa.schema(
         ("text", pa.string()),
         ("num_tokens", pa.int32()),
         ("finished", pa.bool_()),
+        ("token_ids", pa.list_(pa.int32())),
     ]
 )
 
@@ -48,6 +49,8 @@ class Generated:
     """EOS included."""
     finished: bool
     """Whether it ended by itself and not by the length limit."""
+    token_ids: list[int]
+    """What was sampled, EOS included."""
 
 
 def generate_responses(
@@ -77,10 +80,15 @@ def generate_responses(
         round_index=round_index,
     )
     return [
-        Generated(record.id, number, *read_response(processor, row))
+        _generated(processor, record.id, number, row)
         for record, samples in zip(records, sampled, strict=True)
         for number, row in enumerate(samples)
     ]
+
+
+def _generated(processor: Processor, prompt_id: str, number: int, row: np.ndarray) -> Generated:
+    text, length, finished = read_response(processor, row)
+    return Generated(prompt_id, number, text, length, finished, row[:length].tolist())
 
 
 def sample_tokens(

@@ -7,6 +7,7 @@ from typing import Any
 
 from mmpo_jax.checkpoint import load_checkpoint
 from mmpo_jax.data.batching import fitting_lengths
+from mmpo_jax.data.formats.writing import messages
 from mmpo_jax.data.records import Record
 from mmpo_jax.data.results import Results, tell_progress
 from mmpo_jax.data.sources import load_source, usable_records
@@ -23,7 +24,8 @@ def run_generation(recipe: GenerateRecipe) -> str:
 
     Returns:
       The file, one line per row: `id`, `images`, `videos`, `prompt`, `responses`, and for every
-      response whether it `finished` by itself and was not cut at `max_new_tokens`.
+      response whether it `finished` by itself and was not cut at `max_new_tokens`, and the ids of
+      its tokens.
     """
     results = Results.at(recipe.output, "responses", recipe.data)
     source = load_source(recipe.data, supervised=False)
@@ -47,7 +49,8 @@ def run_generation(recipe: GenerateRecipe) -> str:
         progress=tell_progress,
     )
     responses: dict[str, list[dict[str, Any]]] = {record.id: [] for record in source.records}
-    for response in generated.select(["prompt_id", "text", "finished"]).to_pylist():
+    columns = ["prompt_id", "text", "finished", "token_ids"]
+    for response in generated.select(columns).to_pylist():
         responses[response["prompt_id"]].append(response)
     cut = generated.num_rows - sum(generated["finished"].to_pylist())
     log.info(
@@ -69,9 +72,10 @@ def _line(record: Record, responses: list[dict[str, Any]], results: Results) -> 
             {"frames": [results.name_image(frame) for frame in video.frames], "fps": video.fps}
             for video in record.videos
         ]
-    line["prompt"] = record.prompt[-1].text
-    if len(record.prompt) > 1:
-        line["prompt"] = [{"role": turn.role, "content": turn.text} for turn in record.prompt]
+    said = messages(record.prompt, record)
+    plain = len(said) == 1 and isinstance(said[0]["content"], str) and said[0]["role"] == "user"
+    line |= {**record.template, "prompt": said[0]["content"] if plain else said}
     line["responses"] = [response["text"] for response in responses]
     line["finished"] = [response["finished"] for response in responses]
+    line["response_ids"] = [response["token_ids"] for response in responses]
     return line

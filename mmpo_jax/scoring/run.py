@@ -23,6 +23,7 @@ def run_scoring(recipe: ScoreRecipe) -> str:
       The file, one line per row: `id`, `logps`, `num_tokens`, and with `tokens` also `prompt_ids`
       and `response_ids`. A response's log-prob is the sum over the assistant's tokens, EOS
       included; where its turns go on with the user's, these are in its ids but not in the sum.
+      A response that could not be used has null.
     """
     results = Results.at(recipe.output, "scores", recipe.data)
     source = load_source(recipe.data, supervised=True)
@@ -59,9 +60,14 @@ def run_scoring(recipe: ScoreRecipe) -> str:
 
 def _line(row: dict[str, Any], record: TokenizedRecord, tokens: bool) -> dict[str, Any]:
     line = {"id": record.id, "logps": row["log_probs"], "num_tokens": row["num_tokens"]}
+    for place in record.left_out:  # in order
+        line["logps"].insert(place, None)
+        line["num_tokens"].insert(place, 0)
     if tokens:
         line["prompt_ids"] = record.prompt_ids.tolist()
         line["response_ids"] = [response.ids.tolist() for response in record.responses]
+        for place in record.left_out:
+            line["response_ids"].insert(place, [])
     return line
 
 

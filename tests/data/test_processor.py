@@ -133,8 +133,11 @@ def test_text_there_and_back(tiny_processor):
     ids = tiny_processor.encode(text)
     assert ids.count(tiny.IMAGE_ID) == 2
     image = ImageRef("scene", png_bytes(sample_scene("train", 0, 0)))
-    expanded = tiny_processor.expand_images(ids, tiny_processor.layouts([image, image]))
+    order: list[int] = []
+    layouts = tiny_processor.layouts([image, image])
+    expanded = tiny_processor.expand_media(ids, layouts, 2, order)
     assert len(expanded) == len(ids) + 2 * 3
+    assert order == [0, 1]
     assert tiny_processor.decode([*tiny_processor.encode("a red star"), tiny.EOS_ID, 0, 0]) == (
         "a red star"
     )

@@ -98,7 +98,7 @@ def marked(processor, text, *places, before=(), max_response=200):
 def said(processor, ids):
     """The text of tokens, where the tokenizer has no decoder too."""
     if not processor.tokenizer.backend_tokenizer.normalizer:
-        return processor.decode(ids)
+        return processor.decode(ids).strip()
     return "".join(processor.tokenizer.convert_ids_to_tokens(ids)).replace("▁", " ").strip()
 
 
