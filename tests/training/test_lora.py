@@ -27,7 +27,8 @@ from mmpo_jax.training.loop import TrainingError, check_training, train
 from mmpo_jax.training.metrics import read_metrics
 from mmpo_jax.training.optimizer import make_optimizer
 from mmpo_jax.training.reference import score_records
-from mmpo_jax.training.run import run_training, save_result
+from mmpo_jax.training.run import run_training
+from mmpo_jax.training.saving import save_result
 from mmpo_jax.training.step import create_state
 
 LENGTHS = Lengths(prompt=(24,), response=(8,))
