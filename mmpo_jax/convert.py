@@ -63,7 +63,9 @@ def convert(source: str, target: str, dtype: str | None = None) -> str:
     return f"Orbax checkpoint: {target}"
 
 
-def _save_run(target: str, model: Model, params: Params, location: Location, dtype: str | None) -> None:
+def _save_run(
+    target: str, model: Model, params: Params, location: Location, dtype: str | None
+) -> None:
     """Writes a run's weights, and says in log and card what its dtype keeps of the update."""
     card = _card(location)
     before = None

@@ -20,7 +20,7 @@ from mmpo_jax.models.model import Params
 from mmpo_jax.models.peft import save_adapter
 from mmpo_jax.parallel.mesh import param_shardings
 from mmpo_jax.recipe import Lengths
-from mmpo_jax.recipe_training import NoReference, SaveDtype, Training
+from mmpo_jax.recipe_training import Lora, NoReference, SaveDtype, Training
 from mmpo_jax.training.loop import micro_batch_size
 from mmpo_jax.training.losses import make_loss, needs_reference, recipe_terms
 from mmpo_jax.training.step import TrainState
@@ -64,13 +64,18 @@ def save_result(
       The Hugging Face folder.
     """
     if training.lora is not None:
-        folder = os.path.join(output, ADAPTER)
-        base = start.hub_id or start.folder
-        save_adapter(folder, start.model, trained, base=base, dropout=training.lora.dropout)
+        save_adapters(output, start, trained, training.lora)
     target = os.path.join(output, MODEL)
     dtype = training.save_dtype
     save_weights(target, start, start.params, trained, dtype, card, mesh, measure)
     return target
+
+
+def save_adapters(output: str, start: Checkpoint, trained: Params, lora: Lora) -> None:
+    """Writes `adapter/` in PEFT's format, of the model that training began with."""
+    base = start.hub_id or start.folder
+    folder = os.path.join(output, ADAPTER)
+    save_adapter(folder, start.model, trained, base=base, dropout=lora.dropout)
 
 
 def save_weights(
