@@ -9,6 +9,7 @@ import os
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from mmpo_jax.data.processor import Processor
@@ -28,6 +29,9 @@ from mmpo_jax.training.checkpoints import (
 )
 
 log = logging.getLogger(__name__)
+
+MERGED = "merged in float32"
+"""Part of the fingerprint of what adapters are merged into: once sums had the dtype of the base."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +106,9 @@ def fingerprint_location(location: Location) -> str:
     else:
         model = fingerprint_model(location.weights)
     adapters = [fingerprint_adapter(folder) for folder in location.adapters]
-    return fingerprint_json([model, *adapters]) if adapters else model
+    if not adapters and not (location.is_orbax and _has_adapters(location.weights)):
+        return model
+    return fingerprint_json([model, *adapters, MERGED])
 
 
 def load_weights(
@@ -110,13 +116,14 @@ def load_weights(
 ) -> Params:
     """The parameters of a checkpoint, straight onto the mesh or as NumPy arrays on the host.
 
-    Adapters are merged into them: those of the location, and those that a run trained.
+    Adapters are merged into them: those of the location, and those that a run trained. All is
+    float32 then, as what an adapter adds is mostly below the steps of a narrower kernel.
 
     Args:
       location: of the files.
       model: the architecture.
       mesh: its devices get the parameters, sharded by the model's rules; None for the host.
-      dtype: to cast to; None for that of the files.
+      dtype: to cast to; None for that of the files, or float32 where adapters are merged.
 
     Raises:
       ModelError, CheckpointError: naming the file that is missing or wrong.
@@ -128,7 +135,8 @@ def load_weights(
     if not location.adapters and not adapted_layers(shapes):
         return _read_weights(location, model, shapes, mesh, dtype)
     # The sum is rounded once: it is cast, and not what is summed.
-    params = merge_adapters(_read_weights(location, model, shapes, mesh, None), in_place=True)
+    params = _read_weights(location, model, shapes, mesh, np.float32)
+    params = merge_adapters(params, in_place=True)
     for folder in location.adapters:
         params = merge_adapters(with_adapter(params, folder, model), in_place=True)
     if dtype is None:
@@ -153,6 +161,10 @@ def _read_weights(
         for path, leaf in flatten(shapes).items()
     }
     return load_checkpoint_params(location.weights, wanted)
+
+
+def _has_adapters(step: str) -> bool:
+    return bool(adapted_layers(unflatten(checkpoint_shapes(step))))
 
 
 def load_processor(name: str, template: str = "auto") -> Processor:

@@ -16,6 +16,7 @@ from typing import Any, get_args
 from mmpo_jax import recipe as recipes
 from mmpo_jax.errors import MmpoError
 from mmpo_jax.recipe_files import load_recipe
+from mmpo_jax.recipe_training import SaveDtype
 
 
 def align(path: str, overrides: Sequence[str]) -> None:
@@ -193,7 +194,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = subparsers.add_parser("convert", help=convert.__doc__, description=convert.__doc__)
     command.add_argument("source", help="run, one step of it, Hugging Face folder or hub id")
     command.add_argument("target", help="new folder")
-    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    help = "of the weights; theirs by default, of a run the widest, so nothing is lost"
+    command.add_argument("--dtype", choices=get_args(SaveDtype), help=help)
     command = subparsers.add_parser(
         "objectives", help=objectives.__doc__, description=objectives.__doc__
     )

@@ -14,6 +14,10 @@ from mmpo_jax.recipe_objectives import SECTIONS, Objectives
 from mmpo_jax.recipe_rewards import Rewards
 from mmpo_jax.section import PositiveInt, Section
 
+SaveDtype = Literal["float32", "bfloat16", "bfloat16_stochastic", "float16"]
+"""How weights are written. `bfloat16_stochastic` rounds up or down at random, the nearer of both
+the more often, so that the mean over many weights is what they were."""
+
 
 class CachedReference(Section):
     """The start model's log-probs, computed once before training and stored."""
@@ -118,6 +122,9 @@ class Training(Section):
     log_every: PositiveInt = 10
     save_every: PositiveInt = 100
     keep_checkpoints: PositiveInt = 2
+    save_dtype: SaveDtype = "float32"
+    """Of the result's weights. Training keeps float32, whatever the start has, and so nothing of it
+    is lost; others round (docs/training.md). Rounds of an alignment go on from float32."""
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> Training:
@@ -187,7 +194,7 @@ class Training(Section):
 
     def identity(self) -> dict[str, Any]:
         """The options the trained weights depend on."""
-        without = {"log_every", "save_every", "keep_checkpoints", "workers", "remat"}
+        without = {"log_every", "save_every", "keep_checkpoints", "save_dtype", "workers", "remat"}
         if self.lora is None or not self.lora.dropout:  # whose masks follow the micro-batches
             without.add("micro_batch_size")
         return self.model_dump(mode="json", exclude=without)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import logging
 import os
@@ -12,12 +14,13 @@ from collections.abc import Callable
 from jax.sharding import Mesh
 
 from mmpo_jax.alignment.report import RoundReport, read_report, write_report
-from mmpo_jax.alignment.round import Round, run_round
+from mmpo_jax.alignment.round import Round, pair_examples, run_round
 from mmpo_jax.checkpoint import (
     Checkpoint,
     fingerprint_location,
     load_checkpoint,
     load_processor,
+    load_weights,
     locate,
 )
 from mmpo_jax.data.records import Record
@@ -31,14 +34,16 @@ from mmpo_jax.feedback.labeler import CheckpointLabeler, Labeler, answer_tokens
 from mmpo_jax.files import (
     fingerprint_json,
     read_json,
+    read_table,
     replace_folder,
     write_atomic,
 )
-from mmpo_jax.models.card import make_card, write_card
-from mmpo_jax.models.fingerprints import has_fingerprint
+from mmpo_jax.models.card import ModelCard, SavedWeights, make_card, write_card
+from mmpo_jax.models.fingerprints import fingerprint_model, has_fingerprint
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipe import AlignRecipe
 from mmpo_jax.training.loop import check_training
+from mmpo_jax.training.saving import MODEL, measure_weights, save_weights
 
 log = logging.getLogger(__name__)
 
@@ -96,12 +101,55 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
         metrics = evaluate_round(index, start, recipe, mesh)
         reports.append(read_report(index, folder, metrics))
         write_report(recipe.output, reports)
-        write_card(trained, make_card(recipe, start.model, reports[-1].values(), from_hub=from_hub))
-    result = os.path.join(recipe.output, "model")
-    if not has_fingerprint(result, start.fingerprint):
-        replace_folder(result, lambda staging: shutil.copytree(start.folder, staging))
-    write_card(result, make_card(recipe, start.model, reports[-1].values(), from_hub=from_hub))
+        card = make_card(recipe, start.model, reports[-1].values(), from_hub=from_hub)
+        write_card(trained, dataclasses.replace(card, saved=SavedWeights("float32")))
+    save_last(recipe, work, start, card)
     return reports
+
+
+def save_last(recipe: AlignRecipe, work: Round, trained: Checkpoint, card: ModelCard) -> None:
+    """Writes the model of the last round as the alignment's, in the recipe's dtype.
+
+    What a narrower dtype keeps is measured on that round's pairs, and of the update of all rounds.
+
+    Args:
+      recipe: of the alignment.
+      work: the last round.
+      trained: its model, as its folder has it.
+      card: of the model.
+    """
+    result, dtype = os.path.join(recipe.output, MODEL), recipe.training.save_dtype
+    manifest = os.path.join(recipe.output, "model.json")
+    done = read_json(manifest)
+    if done.get("of") == [trained.fingerprint, dtype] and has_fingerprint(result, done["model"]):
+        saved = SavedWeights(**done["saved"])
+        write_card(result, dataclasses.replace(card, saved=saved))
+        return
+    if dtype == "float32":
+        saved = SavedWeights(dtype)
+        if not has_fingerprint(result, trained.fingerprint):
+            replace_folder(result, lambda staging: shutil.copytree(trained.folder, staging))
+        write_card(result, dataclasses.replace(card, saved=saved))
+    else:
+        pairs = read_table(os.path.join(work.folder, "combine.parquet"))
+        measure = functools.partial(
+            measure_weights,
+            work.start,
+            pair_examples(work, pairs),
+            recipe.training,
+            recipe.lengths,
+            work.mesh,
+        )
+        first = load_weights(locate(recipe.model), work.start.model, work.mesh)
+        saved = save_weights(
+            result, trained, first, trained.params, dtype, card, work.mesh, measure
+        )
+    done = {
+        "of": [trained.fingerprint, dtype],
+        "model": fingerprint_model(result),
+        "saved": dataclasses.asdict(saved),
+    }
+    write_atomic(manifest, json.dumps(done, indent=1).encode())
 
 
 def _unfit(record: TokenizedRecord) -> tuple[SkipReason, str] | None:

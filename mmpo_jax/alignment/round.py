@@ -22,6 +22,7 @@ import pyarrow as pa
 from jax.sharding import Mesh
 
 from mmpo_jax.checkpoint import Checkpoint
+from mmpo_jax.data.pipeline import Example
 from mmpo_jax.data.records import Record, Response
 from mmpo_jax.data.sources import warn_of_cuts
 from mmpo_jax.data.tokenization import TokenizedRecord, tokenize_records
@@ -46,7 +47,7 @@ from mmpo_jax.recipe import AlignRecipe
 from mmpo_jax.stage import Stage, run_stage
 from mmpo_jax.training.examples import prepare_examples, tokenizer_for
 from mmpo_jax.training.loop import train
-from mmpo_jax.training.run import MODEL, save_result
+from mmpo_jax.training.saving import MODEL, save_result
 
 log = logging.getLogger(__name__)
 
@@ -297,6 +298,35 @@ def train_stage(work: Round, generated: pa.Table, pairs: pa.Table) -> str:
             f"round {work.index}: no preference pair is left; what became of the responses: "
             f"{pairs.schema.metadata[b'counts'].decode()}"
         )
+    examples = pair_examples(work, pairs)
+    work.progress("train", 0, 1)
+    folder = os.path.join(work.folder, "train")
+    _discard_other_run(folder, identity)
+    card = make_card(recipe, start.model, {}, from_hub=is_on_hub(recipe.model))
+    params = train(
+        start.model,
+        start.params,
+        start.processor,
+        examples,
+        recipe.training,
+        recipe.lengths,
+        work.mesh,
+        folder=folder,
+        identity=inputs,
+        seed=recipe.seed + work.index,
+        card=card,
+    )
+    # Whatever the result is saved in: the next round goes on from what was trained.
+    exact = recipe.training.model_copy(update={"save_dtype": "float32"})
+    save_result(work.folder, start, params, exact, card, work.mesh, lambda params: (0, {}))
+    done = {"identity": identity, "inputs": inputs, "model": fingerprint_model(target)}
+    write_atomic(manifest, json.dumps(done, indent=1).encode())
+    return target
+
+
+def pair_examples(work: Round, pairs: pa.Table) -> list[Example]:
+    """The round's pairs as training takes them, with the reference's log-probs."""
+    recipe, start = work.recipe, work.start
     name = f"round {work.index}: pairs"
     terms = [section.term() for section in recipe.training.objective]
     records, skipped = tokenize_records(
@@ -309,7 +339,7 @@ def train_stage(work: Round, generated: pa.Table, pairs: pa.Table) -> str:
     for row in skipped:
         log.warning("%s: skipped %s", name, row)
     warn_of_cuts(name, records, recipe.lengths)
-    examples = prepare_examples(
+    return prepare_examples(
         start,
         records,
         recipe.training,
@@ -318,26 +348,6 @@ def train_stage(work: Round, generated: pa.Table, pairs: pa.Table) -> str:
         folder=work.folder,
         progress=work.progress,
     )
-    work.progress("train", 0, 1)
-    folder = os.path.join(work.folder, "train")
-    _discard_other_run(folder, identity)
-    params = train(
-        start.model,
-        start.params,
-        start.processor,
-        examples,
-        recipe.training,
-        recipe.lengths,
-        work.mesh,
-        folder=folder,
-        identity=inputs,
-        seed=recipe.seed + work.index,
-        card=make_card(recipe, start.model, {}, from_hub=is_on_hub(recipe.model)),
-    )
-    save_result(work.folder, start, params, recipe.training.lora)
-    done = {"identity": identity, "inputs": inputs, "model": fingerprint_model(target)}
-    write_atomic(manifest, json.dumps(done, indent=1).encode())
-    return target
 
 
 def _is_trained(manifest: str, target: str, identity: str) -> bool:

@@ -19,6 +19,47 @@ FILE = "README.md"
 SAVED = "card.json"
 """Beside a run's checkpoints: the card of what is converted from them, without metrics."""
 
+MARGIN = "rewards/margins"
+ENOUGH = 0.9
+"""Share of an update or of a margin; what keeps less is warned of."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedWeights:
+    """In what dtype weights were saved and what that left of the training."""
+
+    dtype: str
+    """A `SaveDtype`."""
+    survived: float | None = None
+    """Share of the update that is in the files; None where it was not compared."""
+    metric: str = ""
+    """What was measured with the run's weights and with the saved ones, if anything was."""
+    rows: int = 0
+    """Of how many rows."""
+    of_run: float = 0.0
+    as_saved: float = 0.0
+
+    def lines(self) -> list[str]:
+        """What there is to say, a sentence each."""
+        if self.dtype == "float32":
+            return ["Saved in float32: the weights of the run, nothing rounded."]
+        how = "at random, up or down" if self.dtype.endswith("_stochastic") else "to the nearest"
+        told = [f"Saved in {self.dtype.partition('_')[0]}, rounded {how}."]
+        if self.survived is not None:
+            told.append(f"{self.survived:.1%} of the update is in the saved weights.")
+        if self.metric:
+            told.append(
+                f"{self.metric} of {self.rows} rows: {self.of_run:.4g} of the run, "
+                f"{self.as_saved:.4g} as saved."
+            )
+        return told
+
+    def is_lossy(self) -> bool:
+        """Whether less than `ENOUGH` of what was trained is left."""
+        if self.survived is not None and self.survived < ENOUGH:
+            return True
+        return self.metric == MARGIN and self.as_saved < ENOUGH * self.of_run
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelCard:
@@ -37,6 +78,8 @@ class ModelCard:
     recipe: Mapping[str, Any]
     """All of it that the weights depend on."""
     metrics: Mapping[str, float]
+    saved: SavedWeights | None = None
+    """None where that is not known yet."""
 
 
 def make_card(
@@ -98,11 +141,13 @@ def render_card(card: ModelCard) -> str:
         front["base_model"], _ = split_hub_id(card.base_model)
     metrics = [f"| {name} | {value:.6g} |" for name, value in card.metrics.items()]
     table = ["| metric | value |", "|---|---|", *metrics] if metrics else ["None were measured."]
+    saved = [] if card.saved is None else ["## Weights\n\n" + "\n".join(card.saved.lines())]
     parts = [
         f"---\n{_yaml(front)}---",
         f"`{card.base_model}` after {card.method.upper()} with mmpo_jax.",
         f"## Data\n\n```yaml\n{_yaml(card.data)}```",
         "## Metrics\n\n" + "\n".join(table),
+        *saved,
         f"## Recipe\n\n```yaml\n{_yaml(card.recipe)}```",
     ]
     return "\n\n".join(parts) + "\n"

@@ -10,7 +10,6 @@ import functools
 import math
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,8 +24,9 @@ from mmpo_jax.models.config import ModelError
 from mmpo_jax.models.family import Renaming
 from mmpo_jax.models.folders import copy_base, write_dtype
 from mmpo_jax.models.loading import COPY_ROWS, Source, load_arrays
-from mmpo_jax.models.merging import SCALE, A, B, merge, parts_of
+from mmpo_jax.models.merging import SCALE, A, B, merge, parts_of, wide
 from mmpo_jax.models.model import Model, Params, load_config
+from mmpo_jax.models.rounding import Survival, rounded, stored_dtype
 from mmpo_jax.models.safetensors_files import (
     INDEX_FILE,
     MAX_SHARD_BYTES,
@@ -38,6 +38,9 @@ from mmpo_jax.models.safetensors_files import (
     weight_files,
     write_files,
 )
+
+MATRICES = ("/kernel", "/embedding", f"/{A}")
+"""Ends of the paths of parameters that are products' factors or tables."""
 
 
 def load_model(folder: str | os.PathLike[str]) -> tuple[Model, Params]:
@@ -168,10 +171,11 @@ def save_model(
     source: str | os.PathLike[str],
     *,
     dtype: Any = None,
+    before: Params | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     card: ModelCard | None = None,
     chat_template: str | None = None,
-) -> None:
+) -> float | None:
     """Writes a checkpoint folder that transformers loads.
 
     Weights go to the disk tensor by tensor. Of several processes all have to call this, since
@@ -180,16 +184,27 @@ def save_model(
     Args:
       folder: written whole, by rename: it is complete whenever it exists.
       model: the architecture.
-      params: its parameters, on any device; adapters among them are merged.
+      params: its parameters, on any device; adapters among them are merged, in float32.
       source: the folder the config, tokenizer and processor files are copied from.
-      dtype: to cast to; None keeps the parameters'.
+      dtype: a `SaveDtype`, or a dtype; None keeps the parameters'.
+      before: what training began with, to compare with where weights are rounded.
       max_shard_bytes: larger weights are split over several files.
       card: written to README.md.
       chat_template: written in place of the source's.
 
+    Returns:
+      The share of the update since `before` that is in the folder, see `rounding.Survival`; None
+      where that is not given, or nothing differs from it.
+
     Raises:
-      ModelError: the weights cannot be written, the disk being full for instance.
+      ModelError: the weights cannot be written, the disk being full for instance, or do not fit
+        the dtype.
     """
+    survival = Survival()
+    tensors = new_tensors(params, model)
+    if dtype is not None:
+        others = {} if before is None else {t.name: t for t in new_tensors(before, model)}
+        tensors = [rounded(tensor, dtype, others, survival) for tensor in tensors]
 
     def write_others(staging: str) -> None:
         copy_base(source, staging, chat_template)
@@ -197,8 +212,8 @@ def save_model(
         if card is not None:
             write_card(staging, card)
 
-    files = split_into_files(new_tensors(params, model, dtype), max_shard_bytes)
-    write_folder(folder, files, write_others)
+    write_folder(folder, split_into_files(tensors, max_shard_bytes), write_others)
+    return survival.share
 
 
 def write_folder(
@@ -232,13 +247,18 @@ def write_folder(
 
 
 def weights_dtype(params: Params, dtype: Any = None) -> np.dtype:
-    """The dtype of a checkpoint: the given one, or that of most of its numbers."""
+    """The dtype of a checkpoint: the given one, or the narrowest that holds all of its matrices.
+
+    Vectors do not count: norms are often float32 beside bfloat16. Of a run that froze most of a
+    bfloat16 model it is float32, in which the rest was trained.
+    """
     if dtype is not None:
-        return np.dtype(dtype)
-    sizes: Counter[np.dtype] = Counter()
-    for leaf in flatten(params).values():
-        sizes[np.dtype(leaf.dtype)] += math.prod(leaf.shape)
-    return sizes.most_common(1)[0][0]
+        return stored_dtype(dtype)
+    flat = flatten(params)
+    matrices = [leaf for path, leaf in flat.items() if path.endswith(MATRICES)]
+    return functools.reduce(
+        jnp.promote_types, (np.dtype(leaf.dtype) for leaf in matrices or flat.values())
+    )
 
 
 def to_huggingface(params: Params, model: Model) -> Iterator[tuple[str, np.ndarray]]:
@@ -247,43 +267,41 @@ def to_huggingface(params: Params, model: Model) -> Iterator[tuple[str, np.ndarr
         yield tensor.name, tensor.fetch()
 
 
-def new_tensors(params: Params, model: Model, dtype: Any = None) -> list[NewTensor]:
+def new_tensors(params: Params, model: Model) -> list[NewTensor]:
     """What is written of parameters, in the layout of the model's family.
 
     Args:
       params: arrays; only their shapes are looked at until a tensor is fetched. Adapters among them
-        are merged then, one layer at a time.
+        are merged then, one layer at a time, into kernels of float32.
       model: the architecture.
-      dtype: to cast to; None keeps the parameters'.
     """
     flat = flatten(params)
     tensors = []
     for path, leaf in flat.items():
         if path.endswith((f"/{A}", f"/{B}", f"/{SCALE}")):
             continue
-        wanted = np.dtype(leaf.dtype if dtype is None else dtype)
+        parts = parts_of(flat, path)
+        dtype = np.dtype(leaf.dtype if len(parts) == 1 else wide(leaf.dtype))
         stacked = _is_stacked(path)
         shape = leaf.shape[1:] if stacked else leaf.shape
         for layer in range(leaf.shape[0]) if stacked else (None,):
             key = key_of(path, layer, model.family.write_keys)
             theirs = _their_shape(path, layer, shape, model)
-            fetch = functools.partial(_fetch, path, parts_of(flat, path), layer, wanted, theirs)
-            tensors.append(NewTensor(key, wanted, theirs, fetch))
+            fetch = functools.partial(_fetch, path, parts, layer, theirs)
+            tensors.append(NewTensor(key, dtype, theirs, fetch))
     return tensors
 
 
 def _fetch(
-    path: str, parts: Sequence[Any], layer: int | None, dtype: np.dtype, shape: tuple[int, ...]
+    path: str, parts: Sequence[Any], layer: int | None, shape: tuple[int, ...]
 ) -> np.ndarray:
     """A layer of a parameter, or all of one that is not stacked, as it is written."""
     leaf, *adapter = parts if layer is None else [part[layer] for part in parts]
     if adapter:
         leaf = merge(leaf, *adapter)
-    if isinstance(leaf, np.ndarray):
-        array = leaf.astype(dtype, copy=False)
-    else:
-        # Of a copy, because arrays keep on the host what was fetched of them.
-        array = to_host((jnp.copy(leaf) if layer is None else leaf).astype(dtype))
+    if isinstance(leaf, jax.Array) and layer is None and not adapter:
+        leaf = jnp.copy(leaf)  # because arrays keep on the host what was fetched of them
+    array = to_host(leaf)
     return (_transpose(array) if _is_transposed(path) else array).reshape(shape)
 
 

@@ -133,7 +133,8 @@ def without_adapters(params: Params) -> Params:
 
 
 def merge_adapters(params: Params, *, in_place: bool = False) -> Params:
-    """Parameters without adapters that compute the same: W + scale A B, in W's dtype and place.
+    """Parameters without adapters that compute the same: W + scale A B, in W's place and in
+    float32, see `merging.merge`.
 
     Args:
       params: with adapters.

@@ -23,19 +23,22 @@ def parts_of(flat: Mapping[str, Any], path: str) -> tuple[Any, ...]:
 
 
 def merge(kernel: Any, a: Any, b: Any, scale: Any, *, in_place: bool = False) -> Any:
-    """The sum in the kernel's dtype and place, layer by layer, as what lies between is in float32.
+    """The sum in the kernel's place, in float32 whatever the kernel has: an update is small beside
+    a weight, and of its sum in bfloat16 little would be left. Layer by layer.
 
     Args:
       kernel: [inputs, outputs] or [L, inputs, outputs], of NumPy or on devices.
       a: [(L,) inputs, r].
       b: [(L,) r, outputs].
       scale: float32[] or float32[L].
-      in_place: uses the memory of the kernel, which is gone then.
+      in_place: uses the memory of the kernel, which is gone then, if that is as wide.
     """
+    dtype = wide(kernel.dtype)
+    in_place = in_place and kernel.dtype == dtype
     if isinstance(kernel, jax.Array):
         return _on_devices(kernel.sharding, in_place)(kernel, a, b, scale)
     if not in_place or not kernel.flags.writeable:
-        kernel = kernel.copy()
+        kernel = kernel.astype(dtype)
     layers = zip(kernel, a, b, scale, strict=True) if kernel.ndim == 3 else [(kernel, a, b, scale)]
     for layer, *adapter in layers:
         layer[...] = _sum(layer, *adapter)
@@ -54,12 +57,17 @@ def _on_devices(sharding: jax.sharding.Sharding, in_place: bool) -> Any:
                 0,
                 kernel.shape[0],
                 lambda i, stack: stack.at[i].set(_sum(stack[i], a[i], b[i], scale[i])),
-                kernel,
+                kernel.astype(wide(kernel.dtype)),
             )
 
     return jax.jit(run, out_shardings=sharding, donate_argnums=(0,) if in_place else ())
 
 
+def wide(dtype: Any) -> Any:
+    """What sums of kernels of this dtype are made in: float32, or float64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 def _sum(kernel: Any, a: Any, b: Any, scale: Any) -> Any:
-    wide = jnp.promote_types(kernel.dtype, jnp.float32)
-    return (kernel.astype(wide) + scale * (a @ b)).astype(kernel.dtype)
+    dtype = wide(kernel.dtype)
+    return (kernel.astype(dtype) + scale * (a @ b)).astype(dtype)

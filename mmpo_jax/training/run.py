@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -13,26 +14,21 @@ from mmpo_jax.data.pipeline import Example, Part
 from mmpo_jax.data.sources import SKIPPED, load_source, scored_by, usable_records
 from mmpo_jax.data.tokenization import TokenizedRecord, fingerprint_records
 from mmpo_jax.files import fingerprint_json
-from mmpo_jax.models.card import ModelCard, make_card
-from mmpo_jax.models.huggingface import save_model, weights_dtype
-from mmpo_jax.models.model import Params
-from mmpo_jax.models.peft import save_adapter
+from mmpo_jax.models.card import make_card
 from mmpo_jax.objectives.registry import is_field
 from mmpo_jax.objectives.terms import needs
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipe import LearnedFile, ShapesData, TrainRecipe
-from mmpo_jax.recipe_training import Lora, Training
+from mmpo_jax.recipe_training import Training
 from mmpo_jax.training.examples import fingerprint_fields, prepare_examples, tokenizer_for, unfit
 from mmpo_jax.training.loop import TrainingError, check_training, train
 from mmpo_jax.training.losses import recipe_terms
 from mmpo_jax.training.metrics import FILE, read_metrics
 from mmpo_jax.training.on_policy import prompt_examples, unrewardable, with_token_limit
+from mmpo_jax.training.saving import measure_weights, save_result
 from mmpo_jax.training.validation import Held, best_row, hold_out
 
 log = logging.getLogger(__name__)
-
-MODEL, ADAPTER = "model", "adapter"
-"""Where a run's result lies in its output folder."""
 
 VALIDATION = "validation"
 """Folder of what belongs to held-out rows."""
@@ -109,7 +105,11 @@ def run_training(recipe: TrainRecipe) -> str:
     rows = read_metrics(os.path.join(recipe.output, FILE)) or [{}]
     measured = rows[-1] if recipe.validation is None else best_row(rows, recipe.validation)
     card = dataclasses.replace(card, metrics=measured)
-    return save_result(recipe.output, start, trained, recipe.training.lora, card)
+    rows_to_measure = prepared.get(VALIDATION, prepared[""]) if rollout is None else []
+    measure = functools.partial(
+        measure_weights, start, rows_to_measure, training, recipe.lengths, mesh
+    )
+    return save_result(recipe.output, start, trained, training, card, mesh, measure)
 
 
 def _data_identity(
@@ -130,43 +130,6 @@ def _data_identity(
         ]
         identity["log-probs"] = fingerprint_json(sums)
     return identity
-
-
-def save_result(
-    output: str,
-    start: Checkpoint,
-    trained: Params,
-    lora: Lora | None,
-    card: ModelCard | None = None,
-) -> str:
-    """Writes the trained model, and of adapters also themselves.
-
-    Args:
-      output: gets `model/`, a Hugging Face folder with adapters merged, and `adapter/` in PEFT's
-        format if there are any.
-      start: what the training began with: adapters belong to it, and the model has its dtype.
-      trained: parameters, with adapters beside kernels if `lora` is given.
-      lora: the recipe's section.
-      card: of the model; None where it is written later.
-
-    Returns:
-      The Hugging Face folder.
-    """
-    if lora is not None:
-        folder = os.path.join(output, ADAPTER)
-        base = start.hub_id or start.folder
-        save_adapter(folder, start.model, trained, base=base, dropout=lora.dropout)
-    target = os.path.join(output, MODEL)
-    save_model(
-        target,
-        start.model,
-        trained,
-        start.processor.folder,
-        dtype=weights_dtype(start.params),
-        card=card,
-        chat_template=start.processor.chat_template,
-    )
-    return target
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,15 +74,10 @@ class Validator:
         Raises:
           MmpoError: the metric that the recipe names is none of them.
         """
-        found = []
-        for batch in self.batches():
-            outputs = self.forward(state, put_batch(batch, self.mesh))
-            found.append((jax.device_get(outputs), _without_prompts(batch)))
-        outputs, batch = jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
-        # Of all rows at once: some losses compare rows with each other.
-        total, _ = self.evaluate(outputs, batch, state.kept)
-        values = jax.device_get({**self.loss.report(total), "loss": self.loss.combine(total)})
-        named = {PREFIX + name: value for name, value in means([values]).items()}
+        values = measure_batches(
+            self.forward, self.evaluate, self.loss, self.batches(), state, self.mesh
+        )
+        named = {PREFIX + name: value for name, value in values.items()}
         if self.config.metric not in named:
             raise MmpoError(
                 f"validation.metric: {self.config.metric!r} is none of {', '.join(named)}"
@@ -124,6 +119,35 @@ def best_row(rows: Sequence[Mapping[str, float]], config: Validation) -> Mapping
     sign = -1 if config.greater_is_better else 1
     measured = [row for row in rows if np.isfinite(row.get(config.metric, np.nan))]
     return min(measured, key=lambda row: sign * row[config.metric], default={})
+
+
+def measure_batches(
+    forward: Callable[[TrainState, TrainBatch], Any],
+    evaluate: Callable[..., Any],
+    loss: Loss,
+    batches: Iterable[TrainBatch],
+    state: TrainState,
+    mesh: Mesh,
+) -> dict[str, float]:
+    """The metrics of all rows of some batches, named as those of training.
+
+    Args:
+      forward: see `make_forward`.
+      evaluate: that of the loss, compiled.
+      loss: of the recipe's objectives.
+      batches: on the host, all with one T.
+      state: the parameters, and the reference where one runs.
+      mesh: the devices.
+    """
+    found = []
+    for batch in batches:
+        outputs = forward(state, put_batch(batch, mesh))
+        found.append((jax.device_get(outputs), _without_prompts(batch)))
+    outputs, batch = jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
+    # Of all rows at once: some losses compare rows with each other.
+    total, _ = evaluate(outputs, batch, state.kept)
+    values = jax.device_get({**loss.report(total), "loss": loss.combine(total)})
+    return means([values])
 
 
 def make_forward(loss: Loss, compute_dtype: Any) -> Callable[[TrainState, TrainBatch], Any]:

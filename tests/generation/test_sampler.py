@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -128,17 +129,18 @@ def test_eos_ends_a_sample_and_padding_follows(tiny_model, batch, whole):
 
 
 @pytest.mark.parametrize(
-    ("most", "others"), [(jnp.bfloat16, jnp.float32), (jnp.float32, jnp.bfloat16)]
+    ("few", "cast"),
+    [
+        (r".*/scale", jnp.bfloat16),  # norms are kept in float32 beside bfloat16
+        (r".*/scale|multi_modal_projector/.*", jnp.float32),  # a run that froze the others
+    ],
 )
-def test_parameters_of_mixed_dtype_are_cast_to_that_of_most(tiny_model, batch, most, others):
-    """Norms are kept in float32 beside bfloat16; what a run froze, in the dtype of its start."""
+def test_parameters_of_mixed_dtype_are_cast_to_that_of_matrices(tiny_model, batch, few, cast):
     model, params = tiny_model
-
-    def few(path):
-        return path.endswith("/scale") or path.startswith("multi_modal_projector")
-
-    mixed = map_with_path(lambda path, leaf: leaf.astype(others if few(path) else most), params)
-    uniform = jax.tree.map(lambda leaf: leaf.astype(most), mixed)
+    mixed = map_with_path(
+        lambda path, leaf: leaf if re.fullmatch(few, path) else leaf.astype(jnp.bfloat16), params
+    )
+    uniform = jax.tree.map(lambda leaf: leaf.astype(cast), mixed)
     ours, expected = (
         draw((model, tree), batch, NUMBERS, temperature=0.0) for tree in (mixed, uniform)
     )

@@ -103,10 +103,15 @@ def test_cast_while_saving(tiny_folder, tiny_model, placed, tmp_path):
     assert "bfloat16" in (config.get("dtype"), config.get("torch_dtype"))
 
 
-def test_the_dtype_of_most_numbers():
-    small, large = np.zeros(3, np.float32), np.zeros(4, ml_dtypes.bfloat16)
-    assert weights_dtype({"a": small, "b": {"c": large}}).name == "bfloat16"
-    assert weights_dtype({"a": small, "b": {"c": large}}, "float16").name == "float16"
+def test_the_dtype_that_holds_all_matrices():
+    """Norms are kept in float32 beside bfloat16; of a run, what was trained is float32."""
+    trained, frozen = np.zeros((1, 3), np.float32), np.zeros((9, 9), ml_dtypes.bfloat16)
+    norms = {"a": {"scale": np.zeros(99, np.float32)}, "b": {"kernel": frozen}}
+    assert weights_dtype(norms).name == "bfloat16"
+    assert weights_dtype({**norms, "c": {"kernel": trained}}).name == "float32"
+    assert weights_dtype({**norms, "b": {"kernel": frozen, "lora_a": trained}}).name == "float32"
+    assert weights_dtype(norms, "float16").name == "float16"
+    assert weights_dtype(norms, "bfloat16_stochastic").name == "bfloat16"
 
 
 def test_one_tensor_in_memory_at_a_time(tiny_model, placed, tmp_path):

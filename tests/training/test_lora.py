@@ -27,7 +27,8 @@ from mmpo_jax.training.loop import TrainingError, check_training, train
 from mmpo_jax.training.metrics import read_metrics
 from mmpo_jax.training.optimizer import make_optimizer
 from mmpo_jax.training.reference import score_records
-from mmpo_jax.training.run import run_training, save_result
+from mmpo_jax.training.run import run_training
+from mmpo_jax.training.saving import save_adapters
 from mmpo_jax.training.step import create_state
 
 LENGTHS = Lengths(prompt=(24,), response=(8,))
@@ -282,7 +283,7 @@ def test_what_a_result_says_it_was_made_from(
     lora = Lora(rank=2)
     name = "org/name" if revision is None else f"org/name@{revision}"
     start = load_start(name)
-    save_result(str(tmp_path / "out"), start, add_adapters(params, model, lora, (), 0), lora)
+    save_adapters(str(tmp_path / "out"), start, add_adapters(params, model, lora, (), 0), lora)
     config = read_adapter_config(tmp_path / "out" / "adapter")
     assert config["base_model_name_or_path"] == "org/name"
     assert config.get("revision") == revision
@@ -295,6 +296,6 @@ def test_what_a_result_says_it_was_made_from(
     monkeypatch.chdir(tmp_path)
     start = load_start("runs/model")
     assert start.hub_id is None
-    save_result("out", start, add_adapters(params, model, lora, (), 0), lora)
+    save_adapters("out", start, add_adapters(params, model, lora, (), 0), lora)
     config = read_adapter_config(tmp_path / "out" / "adapter")
     assert config["base_model_name_or_path"] == str(tmp_path / "runs" / "model")

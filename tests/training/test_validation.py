@@ -27,7 +27,7 @@ from mmpo_jax.recipe_training import Training
 from mmpo_jax.training import loop, waiting
 from mmpo_jax.training.checkpoints import Checkpoints
 from mmpo_jax.training.losses import make_loss
-from mmpo_jax.training.run import MODEL
+from mmpo_jax.training.saving import MODEL
 from mmpo_jax.training.step import TrainState
 from mmpo_jax.training.validation import Validator, best_row, hold_out
 from mmpo_jax.training.waiting import Waiting

@@ -1,0 +1,198 @@
+"""A run's result as a Hugging Face folder, and how much of the training its dtype keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from mmpo_jax.checkpoint import Checkpoint
+from mmpo_jax.data.pipeline import Example, held_out_batches
+from mmpo_jax.models.card import MARGIN, ModelCard, SavedWeights, write_card
+from mmpo_jax.models.huggingface import flatten, load_params, save_model
+from mmpo_jax.models.model import Params
+from mmpo_jax.models.peft import save_adapter
+from mmpo_jax.parallel.mesh import param_shardings
+from mmpo_jax.recipe import Lengths
+from mmpo_jax.recipe_training import Lora, NoReference, SaveDtype, Training
+from mmpo_jax.training.loop import micro_batch_size
+from mmpo_jax.training.losses import make_loss, needs_reference, recipe_terms
+from mmpo_jax.training.step import TrainState
+from mmpo_jax.training.validation import make_forward, measure_batches
+
+log = logging.getLogger(__name__)
+
+MODEL, ADAPTER = "model", "adapter"
+"""Where a run's result lies in its output folder."""
+
+MEASURED_ROWS = 64
+"""At most so many are run through the saved weights."""
+
+Measure = Callable[[Params], tuple[int, Mapping[str, float]]]
+"""parameters -> (rows, metrics of them), see `measure_weights`; no row where there is nothing to
+measure."""
+
+
+def save_result(
+    output: str,
+    start: Checkpoint,
+    trained: Params,
+    training: Training,
+    card: ModelCard,
+    mesh: Mesh,
+    measure: Measure,
+) -> str:
+    """Writes the trained model, and of adapters also themselves.
+
+    Args:
+      output: gets `model/`, a Hugging Face folder with adapters merged, and `adapter/` in PEFT's
+        format if there are any.
+      start: what the training began with; adapters belong to it.
+      trained: parameters, with adapters beside kernels if the recipe has `lora`.
+      training: the recipe's section.
+      card: of the model; what is measured of the saved weights is added.
+      mesh: the devices.
+      measure: see `save_weights`.
+
+    Returns:
+      The Hugging Face folder.
+    """
+    if training.lora is not None:
+        save_adapters(output, start, trained, training.lora)
+    target = os.path.join(output, MODEL)
+    dtype = training.save_dtype
+    save_weights(target, start, start.params, trained, dtype, card, mesh, measure)
+    return target
+
+
+def save_adapters(output: str, start: Checkpoint, trained: Params, lora: Lora) -> None:
+    """Writes `adapter/` in PEFT's format, of the model that training began with."""
+    base = start.hub_id or start.folder
+    folder = os.path.join(output, ADAPTER)
+    save_adapter(folder, start.model, trained, base=base, dropout=lora.dropout)
+
+
+def save_weights(
+    target: str,
+    start: Checkpoint,
+    before: Params,
+    trained: Params,
+    dtype: SaveDtype,
+    card: ModelCard,
+    mesh: Mesh,
+    measure: Measure,
+) -> SavedWeights:
+    """Writes a Hugging Face folder, and says in log and card what its dtype keeps.
+
+    Nothing is measured where nothing is rounded.
+
+    Args:
+      target: the folder.
+      start: of this architecture and with this processor.
+      before: what the update is counted from.
+      trained: float32 where trained; adapters are merged.
+      dtype: of the files.
+      card: of the model.
+      mesh: the devices.
+      measure: run with the trained and then with the saved parameters.
+
+    Returns:
+      What the dtype keeps.
+    """
+    share = save_model(
+        target,
+        start.model,
+        trained,
+        start.processor.folder,
+        dtype=dtype,
+        before=None if dtype == "float32" else before,
+        card=dataclasses.replace(card, saved=SavedWeights(dtype)),
+        chat_template=start.processor.chat_template,
+    )
+    saved = SavedWeights(dtype, share)
+    if dtype != "float32":
+        shardings = param_shardings(start.model.abstract_params(), start.model.rules, mesh)
+        read = load_params(target, start.model, shardings)  # as whoever loads it has it
+        saved = _compare(saved, measure(trained), measure(read))
+        write_card(target, dataclasses.replace(card, saved=saved))
+    tell_saved(target, saved)
+    return saved
+
+
+def tell_saved(folder: str, saved: SavedWeights) -> None:
+    """Says in the log what is left of the training in a folder."""
+    log.info("%s: %s", folder, " ".join(saved.lines()))
+    if saved.is_lossy():
+        log.warning(
+            "%s: much of the training is lost in %s: `save_dtype: float32` keeps all of it, and so "
+            "does `mmpo convert --dtype float32` of the run's folder",
+            folder,
+            saved.dtype.partition("_")[0],
+        )
+
+
+def _compare(
+    saved: SavedWeights,
+    of_run: tuple[int, Mapping[str, float]],
+    as_saved: tuple[int, Mapping[str, float]],
+) -> SavedWeights:
+    """With the margin of both, or the loss where there is no margin."""
+    rows, values = of_run
+    if not rows:
+        return saved
+    metric = MARGIN if MARGIN in values else "loss"
+    return dataclasses.replace(
+        saved, metric=metric, rows=rows, of_run=values[metric], as_saved=as_saved[1][metric]
+    )
+
+
+def measure_weights(
+    start: Checkpoint,
+    examples: Sequence[Example],
+    training: Training,
+    lengths: Lengths,
+    mesh: Mesh,
+    params: Params,
+) -> tuple[int, dict[str, float]]:
+    """The metrics of training of some rows under given weights, in the run's compute dtype.
+
+    Args:
+      start: what the training began with: the reference where one runs along.
+      examples: as they were trained on, with cached or given log-probs; `MEASURED_ROWS` evenly
+        spread ones are taken. None where responses are sampled.
+      training: the recipe's section.
+      lengths: bucket sizes.
+      mesh: the devices.
+      params: on the mesh, with adapters or without.
+
+    Returns:
+      (rows, metrics).
+    """
+    if not examples:
+        return 0, {}
+    places = np.linspace(0, len(examples) - 1, min(len(examples), MEASURED_ROWS)).astype(int)
+    chosen = [examples[place] for place in places]
+    terms = recipe_terms(training)
+    loss = make_loss(start.model, terms, examples[0].names)
+    reference = training.reference if needs_reference(terms) else NoReference()
+    runs = reference.type in ("online", "ema")
+    state = TrainState(
+        jnp.int32(0),
+        flatten(params),
+        {},
+        None,
+        flatten(start.params) if runs else {},
+        loss.state,
+    )
+    micro = micro_batch_size(training, mesh)
+    with jax.set_mesh(mesh):
+        forward = make_forward(loss, jnp.dtype(training.compute_dtype))
+        batches = held_out_batches(chosen, start.processor, lengths, micro)
+        values = measure_batches(forward, jax.jit(loss.evaluate), loss, batches, state, mesh)
+    return len(chosen), values
