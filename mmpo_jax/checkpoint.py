@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.files import fingerprint_json, is_local
-from mmpo_jax.models.config import ModelError
+from mmpo_jax.models.config import ModelConfig, ModelError
 from mmpo_jax.models.fingerprints import fingerprint_adapter, fingerprint_model, fingerprint_step
 from mmpo_jax.models.folders import is_on_hub, resolve_folder, side_files
 from mmpo_jax.models.huggingface import check_params, flatten, load_params, unflatten
@@ -28,6 +28,9 @@ from mmpo_jax.training.checkpoints import (
 )
 
 log = logging.getLogger(__name__)
+
+HEAD = "language_model/lm_head/kernel"
+"""What the parameters have where the head is not the token embedding."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +158,20 @@ def _read_weights(
     return load_checkpoint_params(location.weights, wanted)
 
 
+def load_model_config(location: Location) -> ModelConfig:
+    """The configuration of a checkpoint: its `config.json`, and whether its weights tie the head.
+
+    Raises:
+      ModelError, CheckpointError: naming the file that is missing or wrong.
+    """
+    if not location.is_orbax:
+        return load_config(location.base, location.weights)
+    config = load_config(location.base)
+    tied = HEAD not in checkpoint_shapes(location.weights)
+    decoder = dataclasses.replace(config.decoder, tie_word_embeddings=tied)
+    return dataclasses.replace(config, decoder=decoder)
+
+
 def load_processor(name: str, template: str = "auto") -> Processor:
     """The processor of a checkpoint.
 
@@ -187,7 +204,7 @@ def load_start(
     """
     hub_id = name if is_on_hub(name) else None
     location = locate(name)
-    model = Model.create(load_config(location.base), attention)
+    model = Model.create(load_model_config(location), attention)
     processor = Processor(location.base, model.config, template)
     _tell_template(processor)
     if random_seed is None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 
-from mmpo_jax.checkpoint import Location, load_weights, locate
+from mmpo_jax.checkpoint import Location, load_model_config, load_weights, locate
 from mmpo_jax.errors import MmpoError
 from mmpo_jax.files import is_local, replace_folder
 from mmpo_jax.models.card import ModelCard, read_card
 from mmpo_jax.models.huggingface import save_model
-from mmpo_jax.models.model import Model, load_config
+from mmpo_jax.models.model import Model
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.training.checkpoints import save_base, save_start
 from mmpo_jax.training.metrics import FILE, read_metrics
@@ -35,7 +35,7 @@ def convert(source: str, target: str, dtype: str | None = None) -> str:
     if os.path.exists(target):
         raise MmpoError(f"{target}: is there already; convert writes new folders only")
     location = locate(source)
-    model = Model.create(load_config(location.base))
+    model = Model.create(load_model_config(location))
     params = load_weights(location, model, make_mesh(), dtype)
     if location.is_orbax:
         save_model(target, model, params, location.base, card=_card(location))
