@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.files import fingerprint_json, is_local
-from mmpo_jax.models.config import ModelError
+from mmpo_jax.models.config import ModelConfig, ModelError
 from mmpo_jax.models.fingerprints import fingerprint_adapter, fingerprint_model, fingerprint_step
 from mmpo_jax.models.folders import is_on_hub, resolve_folder, side_files
 from mmpo_jax.models.huggingface import check_params, flatten, load_params, unflatten
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 MERGED = "merged in float32"
 """Part of the fingerprint of what adapters are merged into: once sums had the dtype of the base."""
+HEAD = "language_model/lm_head/kernel"
+"""What the parameters have where the head is not the token embedding."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +169,20 @@ def _has_adapters(step: str) -> bool:
     return bool(adapted_layers(unflatten(checkpoint_shapes(step))))
 
 
+def load_model_config(location: Location) -> ModelConfig:
+    """The configuration of a checkpoint: its `config.json`, and whether its weights tie the head.
+
+    Raises:
+      ModelError, CheckpointError: naming the file that is missing or wrong.
+    """
+    if not location.is_orbax:
+        return load_config(location.base, location.weights)
+    config = load_config(location.base)
+    tied = HEAD not in checkpoint_shapes(location.weights)
+    decoder = dataclasses.replace(config.decoder, tie_word_embeddings=tied)
+    return dataclasses.replace(config, decoder=decoder)
+
+
 def load_processor(name: str, template: str = "auto") -> Processor:
     """The processor of a checkpoint.
 
@@ -199,7 +215,7 @@ def load_start(
     """
     hub_id = name if is_on_hub(name) else None
     location = locate(name)
-    model = Model.create(load_config(location.base), attention)
+    model = Model.create(load_model_config(location), attention)
     processor = Processor(location.base, model.config, template)
     _tell_template(processor)
     if random_seed is None:

@@ -8,12 +8,12 @@ import os
 
 import numpy as np
 
-from mmpo_jax.checkpoint import Location, load_weights, locate
+from mmpo_jax.checkpoint import Location, load_model_config, load_weights, locate
 from mmpo_jax.errors import MmpoError
 from mmpo_jax.files import is_local, replace_folder
 from mmpo_jax.models.card import ModelCard, SavedWeights, read_card, write_card
 from mmpo_jax.models.huggingface import save_model, weights_dtype
-from mmpo_jax.models.model import Model, Params, load_config
+from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.rounding import stored_dtype
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.training.checkpoints import save_base, save_start
@@ -44,7 +44,7 @@ def convert(source: str, target: str, dtype: str | None = None) -> str:
     if os.path.exists(target):
         raise MmpoError(f"{target}: is there already; convert writes new folders only")
     location = locate(source)
-    model = Model.create(load_config(location.base))
+    model = Model.create(load_model_config(location))
     if location.is_orbax:
         params = load_weights(location, model, make_mesh())
         if dtype is None and weights_dtype(params) == np.float32:  # else tensors keep theirs

@@ -24,10 +24,10 @@ from mmpo_jax.data.tokenization import (
 )
 from mmpo_jax.errors import DataError
 from mmpo_jax.models.batch import Batch
-from mmpo_jax.models.huggingface import weights_dtype
 from mmpo_jax.models.log_probs import next_token_logits
 from mmpo_jax.models.lora import cast_params
 from mmpo_jax.models.model import Model, Params
+from mmpo_jax.models.precision import inference_dtype
 from mmpo_jax.parallel.mesh import batch_shards, put_batch
 from mmpo_jax.recipe import Lengths
 
@@ -151,9 +151,9 @@ def answer_probabilities(
 ) -> jax.Array:
     """Probabilities of yes and no after every response (a question), float32[B, R, 2].
 
-    Computed in the dtype of most parameters, to which the others are cast.
+    Computed in the parameters' `inference_dtype`.
     """
-    module = model.bind(cast_params(params, weights_dtype(params)))
+    module = model.bind(cast_params(params, inference_dtype(params)))
     last, responses = module.hidden_states(batch)
     lengths = batch.response_mask.sum(axis=-1)
     at_end = jax.vmap(jax.vmap(lambda rows, at: rows[at]))(responses, jnp.maximum(lengths - 1, 0))

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 
 from mmpo_jax.models.attention import attend, in_window, shared_prompt_attention
 from mmpo_jax.models.batch import Batch
-from mmpo_jax.models.huggingface import weights_dtype
 from mmpo_jax.models.log_probs import next_token_logits
 from mmpo_jax.models.lora import cast_params
 from mmpo_jax.models.model import Model, Params
+from mmpo_jax.models.precision import inference_dtype
 from mmpo_jax.models.vlm import VisionLanguageModel, prompt_lengths, response_positions
 
 VOCABULARY_BLOCK = 256
@@ -69,7 +69,7 @@ def sample(
 
     Args:
       model: the architecture.
-      params: its parameters, cast to the dtype of most of them.
+      params: its parameters, cast to their `inference_dtype`.
       batch: the prompts; its responses are not read.
       keys: PRNG keys [B, n].
       decoding: temperature, truncation and length.
@@ -80,7 +80,7 @@ def sample(
       int32[B, n, max_new_tokens], EOS included where it was sampled.
     """
     # All of one dtype, as what loops over layers and tokens carries has to be.
-    module = model.bind(cast_params(params, weights_dtype(params)))
+    module = model.bind(cast_params(params, inference_dtype(params)))
     prompt_cache, last = prefill(module, batch)
     b, n = batch.prompt_ids.shape[0], decoding.num_samples
     depth, _, k, _, d = prompt_cache[0].shape

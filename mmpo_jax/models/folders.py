@@ -176,6 +176,18 @@ def _replace_template(folder: epath.Path, chat_template: str) -> None:
         write_atomic(path, text.encode())
 
 
+def write_untied(folder: str | os.PathLike[str]) -> None:
+    """Makes `config.json` not call a head tied that has weights of its own."""
+    path = epath.Path(folder) / "config.json"
+    config = read_json(path)
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    if not any(part.get("tie_word_embeddings") for part in parts):
+        return
+    for part in parts:
+        part["tie_word_embeddings"] = False
+    write_atomic(path, (json.dumps(config, indent=2) + "\n").encode())
+
+
 def write_dtype(folder: str | os.PathLike[str], name: str) -> None:
     """Makes `config.json` say what dtype the weights have, under the key it has for that."""
     path = epath.Path(folder) / "config.json"

@@ -22,7 +22,8 @@ from mmpo_jax.files import replace_folder
 from mmpo_jax.models.card import ModelCard, write_card
 from mmpo_jax.models.config import ModelError
 from mmpo_jax.models.family import Renaming
-from mmpo_jax.models.folders import copy_base, write_dtype
+from mmpo_jax.models.folders import copy_base, write_dtype, write_untied
+from mmpo_jax.models.foreign_tensors import explain
 from mmpo_jax.models.loading import COPY_ROWS, Source, load_arrays
 from mmpo_jax.models.merging import SCALE, A, B, merge, parts_of, wide
 from mmpo_jax.models.model import Model, Params, load_config
@@ -41,6 +42,9 @@ from mmpo_jax.models.safetensors_files import (
 
 MATRICES = ("/kernel", "/embedding", f"/{A}")
 """Ends of the paths of parameters that are products' factors or tables."""
+
+
+EMBEDDING = "language_model/embed_tokens/embedding"
 
 
 def load_model(folder: str | os.PathLike[str]) -> tuple[Model, Params]:
@@ -86,18 +90,26 @@ def match_tensors(folder: str | os.PathLike[str], model: Model) -> dict[str, Sou
     expected = flatten(model.abstract_params())
     found: dict[str, dict[int | None, StoredTensor]] = {path: {} for path in expected}
     files = weight_files(folder)
+    tied_head = None
     for tensor in (tensor for file in files for tensor in read_header(file)):
         path, layer = path_of(tensor.name, model)
         if path is None:
+            if tensor.name.endswith("lm_head.weight"):
+                tied_head = tensor
             continue
         if path not in expected:
-            raise ModelError(f"{tensor.file}: unexpected tensor {tensor.name}")
+            raise ModelError(
+                f"{tensor.file}: unexpected tensor {tensor.name}{explain(tensor.name)}"
+            )
         _check_tensor(tensor, path, layer, expected[path].shape, model)
         twin = found[path].setdefault(layer, tensor)
         if twin is not tensor:
             raise ModelError(
                 f"{tensor.file}: {tensor.name} is there again; {twin.file} has {twin.name}"
             )
+    if tied_head is not None and not found[EMBEDDING]:  # the one of the two that some tools keep
+        _check_tensor(tied_head, EMBEDDING, None, expected[EMBEDDING].shape, model)
+        found[EMBEDDING][None] = tied_head
     where = files[0] if len(files) == 1 else os.path.join(folder, INDEX_FILE)
     missing = [path for path, tensors in found.items() if not tensors]
     if missing:
@@ -209,6 +221,8 @@ def save_model(
     def write_others(staging: str) -> None:
         copy_base(source, staging, chat_template)
         write_dtype(staging, weights_dtype(params, dtype).name)
+        if not model.config.decoder.tie_word_embeddings:
+            write_untied(staging)
         if card is not None:
             write_card(staging, card)
 

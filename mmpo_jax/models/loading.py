@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mmpo_jax.models.safetensors_files import DTYPES, StoredTensor, read_rows
+from mmpo_jax.models.safetensors_files import DTYPES, StoredTensor, check_range, read_rows
 
 READERS = 8
 """Rows are read and copied by so many threads: buckets answer slowly, but many at a time."""
@@ -80,7 +80,7 @@ def load_arrays(
       dtype: to cast to; None for that of the files.
 
     Raises:
-      ModelError: a file cannot be read.
+      ModelError: a file cannot be read, a number is not finite, or `dtype` does not hold it.
     """
     loaded: dict[str, Any] = {}
     with ThreadPoolExecutor(READERS) as pool:
@@ -168,7 +168,12 @@ def _copy_rows(
             continue
         held = rows[(slice(None), *(slice(*other) for other in inner[1:]))]
         for at in range(0, len(held), COPY_ROWS):
-            block = held[at : at + COPY_ROWS].astype(buffer.dtype, copy=False)
+            block = held[at : at + COPY_ROWS]
+            if not np.can_cast(block.dtype, buffer.dtype):
+                with np.errstate(over="ignore"):  # told by name
+                    block = block.astype(buffer.dtype)
+                tensor = source.tensors[layer]
+                check_range(block, f"{tensor.file}: {tensor.name}")
             buffer[start - first + at :][: len(block)] = block
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 import os
 from typing import Any
 
@@ -17,8 +18,10 @@ from mmpo_jax.models.config import ModelConfig, ModelError
 from mmpo_jax.models.families import FAMILIES
 from mmpo_jax.models.family import Family
 from mmpo_jax.models.layers import Linear
-from mmpo_jax.models.safetensors_files import read_header, weight_files
+from mmpo_jax.models.safetensors_files import equal_tensors, read_header, weight_files
 from mmpo_jax.models.vlm import VisionLanguageModel
+
+log = logging.getLogger(__name__)
 
 Params = Any
 """A nested dict of arrays, as `nnx.to_pure_dict` gives it."""
@@ -75,8 +78,17 @@ class Model:
         return jax.eval_shape(lambda: self.init(0))
 
 
-def load_config(folder: str | os.PathLike[str]) -> ModelConfig:
+def load_config(
+    folder: str | os.PathLike[str], weights: str | os.PathLike[str] | None = None
+) -> ModelConfig:
     """Reads `config.json` of a checkpoint folder.
+
+    As in transformers the config's own `tie_word_embeddings` counts and not that of `text_config`,
+    and a head that is stored beside an embedding with other values is not tied whatever it says.
+
+    Args:
+      folder: with the config.
+      weights: where the safetensors files lie, if elsewhere.
 
     Raises:
       ModelError: the folder has no readable config, or one of an architecture or with a switch
@@ -96,23 +108,36 @@ def load_config(folder: str | os.PathLike[str]) -> ModelConfig:
     except Exception as error:  # transformers raises many types, its own validators bare ones
         told = f"{type(error).__name__}: {error}"
         raise ModelError(f"{path}: transformers cannot read it as a {kind}: {told}") from error
-    text = getattr(config, "text_config", None)
-    # Where the two switches differ transformers ties a head that is not stored.
-    if text and config.tie_word_embeddings and getattr(text, "tie_word_embeddings", None) is False:
-        text.tie_word_embeddings = not _stores_head(folder)
+    if config.tie_word_embeddings and has_own_head(folder if weights is None else weights):
+        log.warning(
+            "%s: tie_word_embeddings is true, but a head with other values than the embedding is "
+            "stored: it is used, and not tied, as transformers has it",
+            path,
+        )
+        config.tie_word_embeddings = False
     try:
         return read_config(config)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
 
 
-def _stores_head(folder: str | os.PathLike[str]) -> bool:
-    """False only where all weights lie in the folder, without a head."""
+def has_own_head(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder's weights have a head and an embedding of other values.
+
+    Both are read for that if there are both; else only headers are.
+
+    Raises:
+      ModelError: one of the two cannot be read.
+    """
     try:
         tensors = [tensor for file in weight_files(folder) for tensor in read_header(file)]
     except ModelError:  # told where the weights are read
-        return True
-    return any(tensor.name.endswith("lm_head.weight") for tensor in tensors)
+        return False
+    heads, embeddings = (
+        [tensor for tensor in tensors if tensor.name.endswith(f"{name}.weight")]
+        for name in ("lm_head", "embed_tokens")
+    )
+    return bool(heads and embeddings) and not equal_tensors(heads[0], embeddings[0])
 
 
 def read_config(config: Any) -> ModelConfig:

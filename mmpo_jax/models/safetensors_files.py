@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from mmpo_jax.files import read_json
 from mmpo_jax.models.config import ModelError
 
 SINGLE_FILE = "model.safetensors"
@@ -35,6 +36,10 @@ DTYPES = {
 """The dtypes of weights, by the names that headers give them."""
 
 _MAX_HEADER_BYTES = 100_000_000
+_COMPARED = 1 << 22
+"""Numbers that are read and compared at once."""
+_FINITE_BLOCK = 1 << 16
+"""Numbers looked at together: few enough to lie in the processor's cache."""
 _BITS = {
     **{"BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8},
     **{"U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32},
@@ -72,20 +77,24 @@ class NewTensor:
 
 
 def weight_files(folder: str | os.PathLike[str]) -> list[str]:
-    """The safetensors files of a checkpoint folder: those that its index names, or the only one.
+    """The safetensors files of a checkpoint folder, of several sets those that transformers reads:
+    what `transformers_weights` in the config names, else `model.safetensors`, else the files of
+    the index.
 
     Raises:
-      ModelError: there are none, or the index names one that is not there.
+      ModelError: there are none, or the index or the config names one that is not there.
     """
     root = epath.Path(folder)
-    index = root / INDEX_FILE
-    names = _indexed_files(index) if index.exists() else [SINGLE_FILE]
+    chosen, named_by = _chosen_file(root)
+    names = [chosen]
+    if chosen.endswith(".index.json"):
+        names, named_by = _indexed_files(root / chosen), chosen
     for name in names:
         if (root / name).exists():
             continue
         told = f"{root / name}: not found"
-        if index.exists():
-            raise ModelError(f"{told}; {INDEX_FILE} names it")
+        if named_by:
+            raise ModelError(f"{told}; {named_by} names it")
         pickles = sorted(file.name for what in PICKLE_FILES for file in root.glob(what))
         if pickles:
             raise ModelError(
@@ -94,6 +103,24 @@ def weight_files(folder: str | os.PathLike[str]) -> list[str]:
             )
         raise ModelError(f"{told}; weights are read from safetensors files only")
     return [os.fspath(root / name) for name in names]
+
+
+def _chosen_file(root: epath.Path) -> tuple[str, str | None]:
+    """(the file or index to read, what names it if not custom).
+
+    Raises:
+      ModelError: the config names something else than a file beside it.
+    """
+    named = read_json(root / "config.json").get("transformers_weights")
+    if named:
+        if not isinstance(named, str) or os.path.basename(named) != named:
+            raise ModelError(
+                f"{root / 'config.json'}: transformers_weights {named!r} is not the name of a file "
+                "beside it"
+            )
+        return named, "transformers_weights in config.json"
+    has_index = (root / INDEX_FILE).exists() and not (root / SINGLE_FILE).exists()
+    return INDEX_FILE if has_index else SINGLE_FILE, None
 
 
 def _indexed_files(index: epath.Path) -> list[str]:
@@ -192,7 +219,8 @@ def read_rows(tensor: StoredTensor, start: int, stop: int, columns: int) -> np.n
     """Rows of a tensor seen as a matrix: [stop - start, columns].
 
     Raises:
-      ModelError: the file cannot be read, or became shorter since its header was.
+      ModelError: the file cannot be read, or became shorter since its header was, or a number is
+        not finite.
     """
     dtype = DTYPES[tensor.dtype]
     row_bytes = columns * dtype.itemsize
@@ -204,7 +232,66 @@ def read_rows(tensor: StoredTensor, start: int, stop: int, columns: int) -> np.n
         raise ModelError(f"{tensor.file}: tensor {tensor.name}: {error}") from error
     if len(data) != (stop - start) * row_bytes:
         raise ModelError(f"{tensor.file}: truncated while tensor {tensor.name} was read")
-    return np.frombuffer(data, dtype).reshape(stop - start, columns)
+    rows = np.frombuffer(data, dtype).reshape(stop - start, columns)
+    if not all_finite(rows):
+        raise ModelError(
+            f"{tensor.file}: tensor {tensor.name} has numbers that are not finite (NaN or "
+            "infinity): the file is damaged, or training diverged before it was written"
+        )
+    return rows
+
+
+def equal_tensors(a: StoredTensor, b: StoredTensor) -> bool:
+    """Whether two tensors hold the same numbers; read in parts, up to the first difference.
+
+    Raises:
+      ModelError: see `read_tensor`.
+    """
+    check_dtype(a)
+    check_dtype(b)
+    if a.shape != b.shape:
+        return False
+    rows, *others = a.shape or (1,)
+    columns = math.prod(others)
+    step = max(1, _COMPARED // max(1, columns))
+    return all(
+        np.array_equal(
+            read_rows(a, start, min(start + step, rows), columns),
+            read_rows(b, start, min(start + step, rows), columns),
+        )
+        for start in range(0, rows, step)
+    )
+
+
+def all_finite(array: np.ndarray) -> bool:
+    """Whether no number is NaN or infinite.
+
+    Of 16-bit floats, which NumPy converts for that one by one, the bits are looked at.
+    """
+    if array.dtype.itemsize != 2:
+        return bool(np.isfinite(array).all())
+    if not array.size:
+        return True
+    infinity = np.array(np.inf, array.dtype).view(np.uint16)
+    blocks = np.ascontiguousarray(array).reshape(-1).view(np.uint16)
+    return all(
+        (blocks[start : start + _FINITE_BLOCK] & 0x7FFF).max() < infinity
+        for start in range(0, len(blocks), _FINITE_BLOCK)
+    )
+
+
+def check_range(array: np.ndarray, name: str) -> None:
+    """
+    Raises:
+      ModelError: a tensor that was cast has numbers that its dtype does not hold.
+    """
+    if not all_finite(array):
+        largest = float(ml_dtypes.finfo(array.dtype).max)
+        other = "; bfloat16 and float32 hold larger ones" if array.dtype == np.float16 else ""
+        raise ModelError(
+            f"{name} is not finite as {array.dtype.name}, whose largest number is {largest:g}"
+            f"{other}"
+        )
 
 
 def split_into_files(
@@ -289,4 +376,5 @@ def _write_file(path: str, tensors: Sequence[NewTensor]) -> None:
 def _bytes(tensor: NewTensor) -> memoryview:
     array = np.ascontiguousarray(tensor.fetch())
     assert (array.dtype, array.shape) == (tensor.dtype, tensor.shape), tensor.name
+    check_range(array, tensor.name)
     return array.reshape(-1).view(np.uint8).data

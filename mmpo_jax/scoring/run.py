@@ -10,7 +10,7 @@ from mmpo_jax.data.results import Results, tell_progress
 from mmpo_jax.data.rows import SkipReason
 from mmpo_jax.data.sources import load_source, usable_records
 from mmpo_jax.data.tokenization import TokenizedRecord
-from mmpo_jax.models.huggingface import weights_dtype
+from mmpo_jax.models.precision import inference_dtype
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipe import ScoreRecipe
 from mmpo_jax.training.reference import score_stage
@@ -35,8 +35,7 @@ def run_scoring(recipe: ScoreRecipe) -> str:
     scoring = recipe.scoring
     dtype: str = scoring.compute_dtype
     if dtype == "auto":
-        stored = weights_dtype(checkpoint.params).name
-        dtype = "float32" if stored == "float16" else stored
+        dtype = inference_dtype(checkpoint.params).name
     scores = score_stage(
         checkpoint.model,
         checkpoint.params,

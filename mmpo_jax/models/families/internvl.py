@@ -60,12 +60,9 @@ def read_config(config: Any) -> InternVLConfig:
         raise ModelError(f"vision_feature_layer is {layer!r}, of {tower.num_layers} layers")
     if layer != -1 and tower.post_norm == "applied":  # the norm is not part of the last layer
         tower = dataclasses.replace(tower, post_norm="stored")
-    # The outer switch is true by default, also where files from before it existed are not tied;
-    # `load_config` sets the inner one where the files have no head.
-    tied = config.tie_word_embeddings and config.text_config.tie_word_embeddings
     return InternVLConfig(
         family=config.model_type,
-        decoder=read_decoder(config.text_config, tied),
+        decoder=read_decoder(config.text_config, config.tie_word_embeddings),
         vision=tower,
         image_token_id=config.image_token_id,
         feature_layer=layer % (tower.num_layers + 1),
