@@ -152,7 +152,7 @@ FILES = {
 FLAGS = {
     "generate": FILES
     | {
-        "--num-samples": ("sampling.num_samples", "responses per prompt"),
+        "--num-samples": ("sampling.num_samples", "responses per prompt: 10, and 1 if greedy"),
         "--temperature": ("sampling.temperature", "0 is greedy"),
         "--top-p": ("sampling.top_p", "of the probability, what is kept"),
         "--top-k": ("sampling.top_k", "tokens that are kept; 0 is all"),
