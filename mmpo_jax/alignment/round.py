@@ -44,7 +44,7 @@ from mmpo_jax.models.fingerprints import fingerprint_model, has_fingerprint
 from mmpo_jax.models.folders import is_on_hub
 from mmpo_jax.recipe import AlignRecipe
 from mmpo_jax.stage import Stage, run_stage
-from mmpo_jax.training.examples import prepare_examples, tokenizer_for
+from mmpo_jax.training.examples import prepare_examples, tokenizer_for, unfit
 from mmpo_jax.training.loop import train
 from mmpo_jax.training.run import MODEL, save_result
 
@@ -294,6 +294,14 @@ def train_stage(work: Round, pairs: pa.Table) -> str:
     )
     for row in skipped:
         log.warning("%s: skipped %s", name, row)
+    usable = []
+    for record in records:
+        problem = unfit(record, terms, recipe.training.reference)
+        if problem is None:
+            usable.append(record)
+        else:
+            log.warning("%s: skipped id %r: %s: %s", name, record.id, *problem)
+    records = usable
     warn_of_cuts(name, records, recipe.lengths)
     examples = prepare_examples(
         start,

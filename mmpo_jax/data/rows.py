@@ -42,6 +42,7 @@ SkipReason = Literal[
     "span_not_found",  # the chat template changes the text that spans are of
     "template_refuses",  # the chat template does not take such a dialogue
     "rank_count",  # ranks and responses differ in number
+    "same_responses",  # chosen equals rejected as training sees them, maybe where they were cut
     "score_count",  # scores and responses differ in number
     "turn_order",  # turns that do not alternate between user and assistant
     "undesirable",  # a response that sft would learn

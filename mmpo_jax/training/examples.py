@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from mmpo_jax.checkpoint import Checkpoint
 from mmpo_jax.data.contexts import (
     OtherImage,
     all_contexts,
+    answers,
     arranged,
     context_names,
     tokenize_contexts,
@@ -154,6 +156,10 @@ def unfit(
             if problem is not None:
                 reason, detail = problem
                 return reason, f"{term.objective.name} needs the field {field!r}: {detail}"
+    if _compares_texts(terms) and not _differs(record):
+        cut = any(response.truncated for response in answers(record))
+        where = " as far as the largest bucket keeps them" if cut else ""
+        return "same_responses", f"better and worse responses are the same tokens{where}"
     if reference.type != "given" or not needs_reference(terms):
         return None
     if any(response.source.log_prob is None for response in record.responses):
@@ -161,6 +167,30 @@ def unfit(
     if any(response.truncated for response in record.responses):
         return "no_reference", "a response lost its tail, and the data's log-prob is of all of it"
     return None
+
+
+def _compares_texts(terms: Sequence[Term]) -> bool:
+    """Whether the objectives that compare responses do so by their texts alone: after another image
+    a text compares with itself."""
+    compared = [term for term in terms if term.objective.kind in ("pairs", "rankings")]
+    return bool(compared) and not any("other_image" in term.needs for term in compared)
+
+
+def _differs(record: TokenizedRecord) -> bool:
+    """Whether some response differs from one of another rank: in its tokens, or in the prompt or
+    images that it answers."""
+    tokens: list[list[Any]] = [[] for _ in record.responses]
+    for name, context in all_contexts(record):
+        for seen, response in zip(tokens, context.responses, strict=True):
+            seen.append((name, response.ids.tobytes(), response.loss_mask.tobytes()))
+    ranked = [
+        (seen, response.source.rank)
+        for seen, response in zip(tokens, record.responses, strict=True)
+    ]
+    return any(
+        seen != other and rank != its_rank
+        for (seen, rank), (other, its_rank) in itertools.combinations(ranked, 2)
+    )
 
 
 def _given(records: Sequence[TokenizedRecord]) -> dict[str, np.ndarray]:

@@ -121,6 +121,44 @@ def test_dpo_takes_preferences_only(make_recipe, tmp_path):
         learned(make_recipe([DIALOGUE, ALTERNATIVES], DPO))
 
 
+SAME = PREFERENCE | {"rejected": PREFERENCE["chosen"]}
+LONG = {"prompt": QUESTION, "chosen": "red " * 30 + "circle .", "rejected": "red " * 30 + "star ."}
+
+
+def ranked(texts, ranks):
+    responses = [
+        {"turns": [{"role": "assistant", "content": text}], "rank": rank}
+        for text, rank in zip(texts, ranks, strict=True)
+    ]
+    return {"prompt": [{"role": "user", "content": QUESTION}], "responses": responses}
+
+
+def test_pairs_without_a_difference_are_left_out(make_recipe, tmp_path):
+    """As they are, and as far as the bucket keeps them; a ranking needs one pair that differs."""
+    same = ranked(["no", "no", "no"], [1, 2, 3])
+    tied = ranked(["no", "no", "a red circle ."], [1, 2, 2])
+    one_rank_differs = ranked(["no", "a red circle .", "no"], [1, 1, 2])
+    rows = [PREFERENCE, SAME, LONG, same, tied, one_rank_differs]
+    for objective, kept in ((DPO, 3), ({"type": "plackett_luce"}, 3), ([DPO, SFT], 3), (SFT, 6)):
+        assert len(learned(make_recipe(rows, objective))) == kept
+    learned(make_recipe(rows, DPO))
+    found = [json.loads(line) for line in (tmp_path / "out" / SKIPPED).read_text().splitlines()]
+    assert [(row["id"], row["reason"]) for row in found] == [
+        (id_, "same_responses") for id_ in ("1", "2", "3")
+    ]
+    assert ["largest bucket" in row["detail"] for row in found] == [False, True, False]
+    with pytest.raises(DataError, match="2 of 2 rows cannot be used.*same_responses 2"):
+        learned(make_recipe([SAME, LONG], DPO))
+
+
+def test_equal_texts_are_learned_from_after_different_images(make_recipe, tmp_path):
+    (tmp_path / "other.png").write_bytes(png(10))
+    own = ranked(["a red circle .", "a red circle ."], [1, 2])
+    own["responses"][1]["images"] = ["other.png"]
+    assert len(learned(make_recipe([own, SAME], DPO))) == 1
+    assert len(learned(make_recipe([SAME], {"type": "mdpo"}))) == 1  # its image is changed
+
+
 def test_a_share_has_to_leave_rows_to_train_on(make_recipe):
     recipe = make_recipe([PREFERENCE] * 3, DPO)
     for share, told in ((0.99, "all rows are held out"), (1e-6, "no row is held out")):
