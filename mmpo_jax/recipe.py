@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
+from mmpo_jax.data.rows import Format
 from mmpo_jax.objectives.catalog import OBJECTIVES
 from mmpo_jax.objectives.registry import FIELDS
 from mmpo_jax.recipe_training import Rollout, Training
@@ -50,20 +51,6 @@ class ShapesData(Section):
     """Yes/no questions per scene in supervised data and in evaluation."""
     hallucination_rate: float = Field(0.5, ge=0, le=1)
     """Share of supervised captions with one invented thing."""
-
-
-Format = Literal[
-    "auto",
-    "record",
-    "trl",
-    "llama_factory",
-    "ms_swift",
-    "rlaif_v",
-    "rlhf_v",
-    "mm_rlhf",
-    "mm_rlhf_pairs",
-    "shapes",
-]
 
 
 class FileData(Section):

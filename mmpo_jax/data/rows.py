@@ -49,6 +49,20 @@ SkipReason = Literal[
     "unsupported_image",  # the model takes none
     "unsupported_video",  # the model, or an alignment's labeler, takes no videos
 ]
+Format = Literal[
+    "auto",
+    "record",
+    "trl",
+    "llama_factory",
+    "ms_swift",
+    "rlaif_v",
+    "rlhf_v",
+    "mm_rlhf",
+    "mm_rlhf_pairs",
+    "shapes",
+]
+"""Conventions of rows, as recipes and flags name them; `auto` goes by the columns."""
+
 MessagesAs = Literal["last_turn", "dialogue"]
 """What a row of whole dialogues supervises, see `mmpo_jax.data.readers.iter_records`."""
 

@@ -147,7 +147,7 @@ def test_pairs_without_a_difference_are_left_out(make_recipe, tmp_path):
         (id_, "same_responses") for id_ in ("1", "2", "3")
     ]
     assert ["largest bucket" in row["detail"] for row in found] == [False, True, False]
-    with pytest.raises(DataError, match="2 of 2 rows cannot be used.*same_responses 2"):
+    with pytest.raises(DataError, match=r"2 of 2 rows cannot be used.*same_responses 2"):
         learned(make_recipe([SAME, LONG], DPO))
 
 
