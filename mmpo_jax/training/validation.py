@@ -150,17 +150,52 @@ def _without_prompts(batch: TrainBatch) -> TrainBatch:
 def hold_out(
     records: Sequence[TokenizedRecord], share: float
 ) -> tuple[list[TokenizedRecord], list[TokenizedRecord]]:
-    """(rows to train on, rows held out), the same for the same rows.
+    """(rows to train on, rows held out), the same for the same rows in any order.
 
     Rows with one prompt about the same images fall on the same side, so that nothing is validated
-    on what was trained.
+    on what was trained. Prompts are gone through in the order of their digests, and one is held out
+    where that brings the number of held-out rows closer to the share; at least one is held out, and
+    at least one left.
+
+    Raises:
+      MmpoError: all rows have the same prompt.
     """
+    prompts: dict[str, list[int]] = {}
+    for place, record in enumerate(records):
+        prompts.setdefault(_prompt_digest(record), []).append(place)
+    if len(prompts) < 2:
+        raise MmpoError(
+            f"validation.share: all {len(records)} rows have one prompt, which stays on one side; "
+            "give `validation.data` instead"
+        )
+    wanted, count, chosen = share * len(records), 0, []
+    for digest in sorted(prompts):
+        more = count + len(prompts[digest])
+        if abs(more - wanted) < abs(count - wanted):
+            chosen.append(digest)
+            count = more
+    by_size = sorted(prompts, key=lambda digest: (len(prompts[digest]), digest))
+    if not chosen:
+        chosen = by_size[:1]
+    elif len(chosen) == len(prompts):
+        chosen.remove(by_size[0])
+    held = {place for digest in chosen for place in prompts[digest]}
+    log.info(
+        "held out: %d of %d rows, which is %d of %d prompts",
+        len(held),
+        len(records),
+        len(chosen),
+        len(prompts),
+    )
     sides: tuple[list[TokenizedRecord], list[TokenizedRecord]] = ([], [])
-    for record in records:
-        digest = hashlib.sha256(record.prompt_ids.tobytes())
-        digests = [image.fingerprint() for image in record.images]
-        digests += [video.fingerprint() for video in record.videos]
-        digest.update("".join(digests).encode())
-        drawn = int.from_bytes(digest.digest()[:8], "big") / 2**64
-        sides[drawn < share].append(record)
+    for place, record in enumerate(records):
+        sides[place in held].append(record)
     return sides
+
+
+def _prompt_digest(record: TokenizedRecord) -> str:
+    digest = hashlib.sha256(record.prompt_ids.tobytes())
+    digests = [image.fingerprint() for image in record.images]
+    digests += [video.fingerprint() for video in record.videos]
+    digest.update("".join(digests).encode())
+    return digest.hexdigest()
