@@ -38,6 +38,11 @@ class Activity:
     counted_from: tuple[int, float] | None = None
     """(how many were done, when) at the first count: a rate that leaves out compiling."""
 
+    def start_at(self, done: int) -> None:
+        """So many were done before; they say nothing of how fast it goes."""
+        self.done = done
+        self.counted_from = (done, time.monotonic()) if done else None
+
     def advance(self, count: int = 1) -> None:
         """So many more are done."""
         self.done += count
@@ -60,14 +65,15 @@ class Activity:
         return f"{line}, {rate:.3g} {self.unit}/s{left}"
 
     def rate(self, now: float) -> float:
-        """How many a second, the first left out where there are more; 0 where nobody knows."""
+        """How many a second since the first, which may have waited for a compiler; 0 where nobody
+        knows."""
         done, begun = self.counted_from or (0, self.begun)
-        if done == self.done:
-            done, begun = 0, self.begun
         return (self.done - done) / (now - begun) if now > begun else 0.0
 
 
 _activities: list[Activity] = []
+_between = "working"
+"""What is said outside of any."""
 _last_word = time.monotonic()
 
 
@@ -76,7 +82,9 @@ def doing(
     name: str, total: int | None = None, unit: str = "rows", first: str = ""
 ) -> Iterator[Activity]:
     """What is done within, for who waits; see `Activity`."""
+    global _between
     activity = Activity(name, total, unit, first)
+    _between = "working"
     _activities.append(activity)
     try:
         yield activity
@@ -91,6 +99,17 @@ def counted(items: Iterable[Item], name: str, unit: str = "rows") -> Iterator[It
         for item in items:
             yield item
             activity.advance()
+
+
+def advance(count: int = 1) -> None:
+    """So many more of the innermost activity are done."""
+    if _activities:
+        _activities[-1].advance(count)
+
+
+def tell() -> None:
+    """Logs what is being done, as it is worth a line whatever time has passed."""
+    log.info("%s", describe())
 
 
 def duration(seconds: float) -> str:
@@ -110,6 +129,8 @@ def spoken() -> None:
 @contextlib.contextmanager
 def told() -> Iterator[None]:
     """Logs what is being done whenever nothing was said for `SILENCE` seconds."""
+    global _between
+    _between = "starting, loading libraries"
     spoken()
     over = threading.Event()
     thread = threading.Thread(target=_tell_until, args=(over,), name="progress", daemon=True)
@@ -133,14 +154,14 @@ class _Listener(logging.Handler):
 def _tell_until(over: threading.Event) -> None:
     while not over.wait(max(0.05, _last_word + SILENCE - time.monotonic())):
         if time.monotonic() - _last_word >= SILENCE:
-            log.info("%s", describe())
-            spoken()
+            tell()
+            spoken()  # whatever the log leaves out
 
 
 def describe() -> str:
     """What is being done now: the innermost activity, with the names of those it stands in."""
     activities = list(_activities)
     if not activities:
-        return "working"
+        return _between
     *outer, last = activities
     return "".join(f"{activity.name}, " for activity in outer) + last.describe()

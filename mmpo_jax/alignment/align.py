@@ -6,11 +6,11 @@ import json
 import logging
 import os
 import shutil
-import sys
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from jax.sharding import Mesh
 
+from mmpo_jax import progress
 from mmpo_jax.alignment.report import RoundReport, read_report, write_report
 from mmpo_jax.alignment.round import Round, run_round
 from mmpo_jax.checkpoint import (
@@ -76,7 +76,8 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
         labeler_key = fingerprint_json([labeler_key, labeler_template(recipe)])
     splitter = make_splitter(recipe.feedback.splitter)
 
-    reports = [RoundReport(0, evaluate_round(0, start, recipe, mesh))]
+    with _telling(0, recipe):
+        reports = [RoundReport(0, evaluate_round(0, start, recipe, mesh))]
     for index, records in enumerate(shares, start=1):
         folder = round_folder(recipe, index)
         work = Round(
@@ -87,13 +88,13 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
             tokenized=[by_id[record.id] for record in records],
             recipe=recipe,
             mesh=mesh,
-            progress=progress_printer(index, recipe.rounds),
         )
-        trained = run_round(
-            work, splitter, lambda: make_labeler(labeler_name, recipe, mesh), labeler_key
-        )
-        start = load_checkpoint(trained, mesh, recipe.attention)
-        metrics = evaluate_round(index, start, recipe, mesh)
+        with _telling(index, recipe):
+            trained = run_round(
+                work, splitter, lambda: make_labeler(labeler_name, recipe, mesh), labeler_key
+            )
+            start = load_checkpoint(trained, mesh, recipe.attention)
+            metrics = evaluate_round(index, start, recipe, mesh)
         reports.append(read_report(index, folder, metrics))
         write_report(recipe.output, reports)
         write_card(trained, make_card(recipe, start.model, reports[-1].values(), from_hub=from_hub))
@@ -163,15 +164,16 @@ def evaluate_round(
     saved = read_json(path)
     if saved.get("key") == key:
         return saved["metrics"]
-    progress_printer(index, recipe.rounds)("evaluate", 0, 1)
-    metrics = evaluate_shapes(
-        checkpoint.model,
-        checkpoint.params,
-        checkpoint.processor,
-        recipe.evaluation,
-        recipe.lengths,
-        mesh,
-    )
+    with progress.doing("evaluate"):
+        progress.tell()
+        metrics = evaluate_shapes(
+            checkpoint.model,
+            checkpoint.params,
+            checkpoint.processor,
+            recipe.evaluation,
+            recipe.lengths,
+            mesh,
+        )
     write_atomic(path, json.dumps({"key": key, "metrics": metrics}, indent=1).encode())
     return metrics
 
@@ -181,11 +183,5 @@ def round_folder(recipe: AlignRecipe, index: int) -> str:
     return os.path.join(recipe.output, f"round-{index}")
 
 
-def progress_printer(index: int, rounds: int) -> Callable[[str, int, int], None]:
-    """Prints what is being done, a line when a part of a stage begins."""
-
-    def show(stage: str, part: int, parts: int) -> None:
-        count = f" {part + 1}/{parts}" if parts > 1 else ""
-        print(f"round {index}/{rounds}  {stage}{count}", file=sys.stderr, flush=True)
-
-    return show
+def _telling(index: int, recipe: AlignRecipe) -> AbstractContextManager:
+    return progress.doing(f"round {index}/{recipe.rounds}")

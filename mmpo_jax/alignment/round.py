@@ -21,6 +21,7 @@ from typing import Any
 import pyarrow as pa
 from jax.sharding import Mesh
 
+from mmpo_jax import progress
 from mmpo_jax.checkpoint import Checkpoint
 from mmpo_jax.data.records import Record, Response
 from mmpo_jax.data.sources import warn_of_cuts
@@ -53,9 +54,6 @@ log = logging.getLogger(__name__)
 COMBINE_RULES = 2
 """Part of the key of pairs: changes with what makes them."""
 
-Progress = Callable[[str, int, int], None]
-"""progress(stage, index of the part that begins, parts in all)."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Round:
@@ -71,17 +69,18 @@ class Round:
     tokenized: list[TokenizedRecord]
     recipe: AlignRecipe
     mesh: Mesh
-    progress: Progress
 
     def stage(self, name: str, inputs: dict[str, str], settings: Any, num_parts: int = 1) -> Stage:
         return Stage(self.folder, name, inputs, settings, num_parts)
 
     def run(self, stage: Stage, make_part: Callable[[int], pa.Table]) -> pa.Table:
         def make(part: int) -> pa.Table:
-            self.progress(stage.name, part, stage.num_parts)
+            activity.start_at(part)
+            progress.tell()
             return make_part(part)
 
-        return run_stage(stage, make)
+        with progress.doing(stage.name, stage.num_parts, "parts") as activity:
+            return run_stage(stage, make)
 
     @property
     def num_parts(self) -> int:
@@ -125,7 +124,6 @@ def generated_responses(work: Round) -> pa.Table:
         batch_size=sampling.batch_size,
         seed=work.recipe.seed,
         round_index=work.index,
-        progress=work.progress,
     )
 
 
@@ -310,25 +308,26 @@ def train_stage(work: Round, pairs: pa.Table) -> str:
         recipe.lengths,
         work.mesh,
         folder=work.folder,
-        progress=work.progress,
     )
-    work.progress("train", 0, 1)
     folder = os.path.join(work.folder, "train")
     _discard_other_run(folder, identity)
-    params = train(
-        start.model,
-        start.params,
-        start.processor,
-        examples,
-        recipe.training,
-        recipe.lengths,
-        work.mesh,
-        folder=folder,
-        identity=inputs,
-        seed=recipe.seed + work.index,
-        card=make_card(recipe, start.model, {}, from_hub=is_on_hub(recipe.model)),
-    )
-    save_result(work.folder, start, params, recipe.training.lora)
+    with progress.doing("train"):
+        progress.tell()
+        params = train(
+            start.model,
+            start.params,
+            start.processor,
+            examples,
+            recipe.training,
+            recipe.lengths,
+            work.mesh,
+            folder=folder,
+            identity=inputs,
+            seed=recipe.seed + work.index,
+            card=make_card(recipe, start.model, {}, from_hub=is_on_hub(recipe.model)),
+        )
+    with progress.doing("saving the model"):
+        save_result(work.folder, start, params, recipe.training.lora)
     done = {"identity": identity, "inputs": inputs, "model": fingerprint_model(target)}
     write_atomic(manifest, json.dumps(done, indent=1).encode())
     return target

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,6 @@ def prepare_examples(
     mesh: Mesh,
     *,
     folder: str,
-    progress: Callable[[str, int, int], None] = lambda stage, part, parts: None,
 ) -> list[Example]:
     """Examples of records, with the reference's log-probs where they are computed before training.
 
@@ -53,7 +52,6 @@ def prepare_examples(
       lengths: bucket sizes.
       mesh: the devices.
       folder: of the reference's cache.
-      progress: see `reference.score_stage`.
 
     Raises:
       DataError: the data lack a field that an objective needs.
@@ -78,7 +76,6 @@ def prepare_examples(
             model_fingerprint=start.fingerprint,
             batch_size=config.batch_size,
             compute_dtype=config.compute_dtype,
-            progress=progress,
         )
     return make_examples(records, needed, reference)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from jax.sharding import Mesh
 
+from mmpo_jax import progress
 from mmpo_jax.data.batching import bucket, pad_batch
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.tokenization import TokenizedRecord, fingerprint_records
@@ -97,7 +98,6 @@ def score_stage(
     batch_size: int,
     compute_dtype: str,
     per_token: bool = False,
-    progress: Callable[[str, int, int], None] = lambda stage, part, parts: None,
 ) -> pa.Table:
     """Log-probs of every response, from the cache if it is valid, part by part.
 
@@ -115,7 +115,6 @@ def score_stage(
       batch_size: rows at a time, over all devices.
       compute_dtype: the parameters are cast to it; sums are float32.
       per_token: keeps the log-probs of the tokens and not their sums.
-      progress: called with (stage, index of the part that begins, parts in all).
 
     Returns:
       A row per record, in order: id, log_probs, num_tokens, one of each for every response.
@@ -134,7 +133,8 @@ def score_stage(
     placed = functools.cache(lambda: put_params(params, model.rules, mesh))
 
     def make_part(part: int) -> pa.Table:
-        progress(stage.name, part, stage.num_parts)
+        activity.start_at(part * ROWS_PER_PART)
+        progress.tell()
         rows = records[part * ROWS_PER_PART : (part + 1) * ROWS_PER_PART]
         sums = score_records(
             model, placed(), processor, rows, lengths, mesh, batch_size, compute_dtype, per_token
@@ -151,7 +151,8 @@ def score_stage(
             }
         )
 
-    return run_stage(stage, make_part)
+    with progress.doing(name, len(records), first="compiling") as activity:
+        return run_stage(stage, make_part)
 
 
 def score_records(
@@ -203,7 +204,9 @@ def _fetch(
         return {}
     indices, sums = running
     found = {}
-    for index, row in zip(indices, np.asarray(sums), strict=False):
+    values = np.asarray(sums)  # which waits for the device
+    progress.advance(len(indices))
+    for index, row in zip(indices, values, strict=False):
         responses = records[index].responses
         found[index] = row[: len(responses)].tolist()
         if row.ndim == 2:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mmpo_jax import progress
 from mmpo_jax.checkpoint import Checkpoint, load_start
 from mmpo_jax.data.pipeline import Example, Part
 from mmpo_jax.data.sources import SKIPPED, load_source, scored_by, usable_records
@@ -69,10 +70,12 @@ def run_training(recipe: TrainRecipe) -> str:
         for name, records in (("", data.records), (VALIDATION, data.held))
         if records
     }
+    with progress.doing("checksums of the data"):
+        of_data = _data_identity(data, prepared, training)
     identity: dict[str, Any] = {
         "model": start.fingerprint,
         **processor.fingerprints(),
-        "data": _data_identity(data, prepared, training),
+        "data": of_data,
         "training": training.identity(),
         "lengths": recipe.lengths.model_dump(mode="json"),
         "seed": recipe.seed,
@@ -105,7 +108,8 @@ def run_training(recipe: TrainRecipe) -> str:
     rows = read_metrics(os.path.join(recipe.output, FILE)) or [{}]
     measured = rows[-1] if recipe.validation is None else best_row(rows, recipe.validation)
     card = dataclasses.replace(card, metrics=measured)
-    return save_result(recipe.output, start, trained, recipe.training.lora, card)
+    with progress.doing("saving the model"):
+        return save_result(recipe.output, start, trained, recipe.training.lora, card)
 
 
 def _data_identity(

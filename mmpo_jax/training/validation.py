@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from mmpo_jax import progress
 from mmpo_jax.data.pipeline import Example, TrainBatch
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.errors import MmpoError
@@ -53,6 +54,7 @@ class Validator:
         training: Training,
         mesh: Mesh,
         rows: Sequence[Mapping[str, float]],
+        count: int | None = None,
     ):
         """
         Args:
@@ -62,8 +64,10 @@ class Validator:
           training: the recipe's section.
           mesh: the devices.
           rows: of `metrics.jsonl` so far.
+          count: how many batches are held out, to say how far a measurement is.
         """
         self.config, self.batches, self.loss, self.mesh = config, batches, loss, mesh
+        self.count = count
         self.forward = make_forward(loss, jnp.dtype(training.compute_dtype))
         self.evaluate = jax.jit(loss.evaluate)
         self.history = [row for row in rows if config.metric in row]
@@ -75,9 +79,11 @@ class Validator:
           MmpoError: the metric that the recipe names is none of them.
         """
         found = []
-        for batch in self.batches():
-            outputs = self.forward(state, put_batch(batch, self.mesh))
-            found.append((jax.device_get(outputs), _without_prompts(batch)))
+        with progress.doing("validation", self.count, "batches", "compiling") as activity:
+            for batch in self.batches():
+                outputs = self.forward(state, put_batch(batch, self.mesh))
+                found.append((jax.device_get(outputs), _without_prompts(batch)))
+                activity.advance()
         outputs, batch = jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
         # Of all rows at once: some losses compare rows with each other.
         total, _ = self.evaluate(outputs, batch, state.kept)
