@@ -34,7 +34,7 @@ class Activity:
     first: str = ""
     """What happens before the first is done, such as compiling."""
     done: int = 0
-    begun: float = dataclasses.field(default_factory=time.monotonic)
+    begun: float = dataclasses.field(default_factory=lambda: time.monotonic())
     counted_from: tuple[int, float] | None = None
     """(how many were done, when) at the first count: a rate that leaves out compiling."""
 
@@ -42,6 +42,11 @@ class Activity:
         """So many were done before; they say nothing of how fast it goes."""
         self.done = done
         self.counted_from = (done, time.monotonic()) if done else None
+
+    def reach(self, done: int) -> None:
+        """So many are done."""
+        if done > self.done:
+            self.advance(done - self.done)
 
     def advance(self, count: int = 1) -> None:
         """So many more are done."""

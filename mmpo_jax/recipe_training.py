@@ -25,6 +25,9 @@ class GivenReference(Section):
     """Log-probs that the data hold."""
 
     type: Literal["given"] = "given"
+    check: bool = True
+    """Stops before training where those of the first batch cannot be the start model's; `false`
+    for those of another model."""
 
 
 class OnlineReference(Section):

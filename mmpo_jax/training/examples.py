@@ -31,7 +31,7 @@ from mmpo_jax.recipe import Lengths
 from mmpo_jax.recipe_training import Reference, Training
 from mmpo_jax.training.fields import lacks, maker_of, score_names
 from mmpo_jax.training.losses import needs_reference, recipe_terms
-from mmpo_jax.training.reference import reference_stage
+from mmpo_jax.training.reference import check_given, reference_stage
 
 
 def prepare_examples(
@@ -54,7 +54,8 @@ def prepare_examples(
       folder: of the reference's cache.
 
     Raises:
-      DataError: the data lack a field that an objective needs.
+      DataError: the data lack a field that an objective needs, or hold log-probs of a reference
+        that is another model.
     """
     terms = recipe_terms(config)
     needed = needs(terms)
@@ -63,6 +64,9 @@ def prepare_examples(
     reference = None
     if needs_reference(terms) and config.reference.type == "given":
         reference = _given(records)
+        if config.reference.check:
+            first = [c for record in records[: config.batch_size] for _, c in all_contexts(record)]
+            check_given(start, first, reference, config, lengths, mesh)
     elif needs_reference(terms) and config.reference.type == "cached":
         reference = reference_stage(
             start.model,

@@ -155,10 +155,11 @@ def train(
                 step += 1
                 waiting.dispatched(metrics["loss"])
                 window.add(step, host.ids, metrics | dict(host.metrics))
-                activity.advance()
+                activity.reach(step - 1)  # the one before is done
                 if step % config.log_every and step != steps:
                     continue
                 values, count = window.close()
+                activity.reach(step)
                 with waiting.paused():
                     if validation is not None and validation.is_due(step, steps):
                         values |= validation.measure(step, state)

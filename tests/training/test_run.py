@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -231,9 +232,9 @@ def test_what_makes_it_another_run(make_recipe, tmp_path):
         run_training(recipe)
 
 
-def given(chosen):
-    """A row with the reference's log-probs, this of the chosen response."""
-    texts = (PREFERENCE["chosen"], chosen), (PREFERENCE["rejected"], -9.0)
+def given(chosen, rejected=-9.0):
+    """A row with these log-probs of the reference."""
+    texts = (PREFERENCE["chosen"], chosen), (PREFERENCE["rejected"], rejected)
     responses = [
         {"turns": [{"role": "assistant", "content": text}], "rank": rank, "log_prob": log_prob}
         for rank, (text, log_prob) in enumerate(texts, start=1)
@@ -242,7 +243,8 @@ def given(chosen):
 
 
 def test_given_log_probs_are_the_reference_and_make_the_run(make_recipe, tmp_path):
-    options = {"max_steps": 1, "log_every": 1, "save_every": 1, "reference": {"type": "given"}}
+    reference = {"type": "given", "check": False}  # another model's
+    options = {"max_steps": 1, "log_every": 1, "save_every": 1, "reference": reference}
     run_training(make_recipe([given(-5.0)] * 8, DPO, **options))
     (row,) = read_metrics(tmp_path / "out" / "metrics.jsonl")
     expected = 0.1 * ((row["logps/chosen"] + 5) - (row["logps/rejected"] + 9))
@@ -250,6 +252,23 @@ def test_given_log_probs_are_the_reference_and_make_the_run(make_recipe, tmp_pat
     run_training(make_recipe([given(-5.0)] * 8, DPO, **options))
     with pytest.raises(CheckpointError, match=r"or recipe: data\.log-probs; give"):
         run_training(make_recipe([given(-6.0)] * 8, DPO, **options))
+
+
+def test_given_log_probs_of_another_model_stop_the_run(make_recipe, tmp_path):
+    options = {"max_steps": 1, "log_every": 1, "save_every": 1, "reference": {"type": "given"}}
+    with pytest.raises(DataError, match="cannot be those of") as caught:
+        run_training(make_recipe([given(-5.0)] * 8, DPO, **options))
+    found = re.search(r"row '0': -5.00, -9.00 in the data, (.*?), (.*?) of the", str(caught.value))
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+    chosen, rejected = map(float, found.groups())
+    for noise, told in ((0.3, None), (-0.3, None), (10.0, "cannot be those of")):
+        row = given(chosen + noise, rejected - noise)
+        recipe = make_recipe([row] * 8, DPO, output=f"noise{noise}", **options)
+        if told is None:
+            run_training(recipe)
+            continue
+        with pytest.raises(DataError, match=told):
+            run_training(recipe)
 
 
 def test_sft_needs_no_reference_that_moves(make_recipe):
