@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from mmpo_jax import progress
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.files import fingerprint_json, is_local
 from mmpo_jax.models.config import ModelConfig, ModelError
@@ -103,11 +104,12 @@ def fingerprint_location(location: Location) -> str:
     Raises:
       ModelError, DataError: naming the file that is missing or cannot be read.
     """
-    if location.is_orbax:
-        model = fingerprint_step(location.weights, location.base)
-    else:
-        model = fingerprint_model(location.weights)
-    adapters = [fingerprint_adapter(folder) for folder in location.adapters]
+    with progress.doing(f"checksum of {location.weights}"):
+        if location.is_orbax:
+            model = fingerprint_step(location.weights, location.base)
+        else:
+            model = fingerprint_model(location.weights)
+        adapters = [fingerprint_adapter(folder) for folder in location.adapters]
     if not adapters and not (location.is_orbax and _has_adapters(location.weights)):
         return model
     return fingerprint_json([model, *adapters, MERGED])
@@ -219,13 +221,15 @@ def load_start(
     processor = Processor(location.base, model.config, template)
     _tell_template(processor)
     if random_seed is None:
-        params = load_weights(location, model, mesh)
+        with progress.doing(f"loading {location.weights}"):
+            params = load_weights(location, model, mesh)
         folder = (location.weights, *location.adapters)[-1]
         fingerprint = fingerprint_location(location)
         return Checkpoint(folder, hub_id, model, processor, params, fingerprint)
     # The weights that lie in the folder do not matter.
     fingerprint = fingerprint_json(["random", random_seed, dataclasses.asdict(model.config)])
-    params = model.init(random_seed)
+    with progress.doing("making random weights"):
+        params = model.init(random_seed)
     if mesh is not None:
         params = put_params(params, model.rules, mesh)
     return Checkpoint(location.weights, hub_id, model, processor, params, fingerprint)

@@ -1,8 +1,12 @@
-"""The `mmpo` command: one short function per subcommand, no logic."""
+"""The `mmpo` command: one short function per subcommand, no logic.
+
+Nothing heavy is imported before a command runs, so that `-h` answers at once.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import errno
 import json
@@ -10,23 +14,26 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_args
 
-from mmpo_jax import recipe as recipes
+from mmpo_jax import progress
+from mmpo_jax.data.rows import Format
+from mmpo_jax.dtypes import SaveDtype
 from mmpo_jax.errors import MmpoError
-from mmpo_jax.recipe_files import load_recipe
-from mmpo_jax.recipe_training import SaveDtype
 
 
 def align(path: str, overrides: Sequence[str]) -> None:
     """Run the rounds: generate, check, pair, train, repeat."""
-    recipe = load_recipe(recipes.AlignRecipe, path, overrides)
-    _start_jax()
-    from mmpo_jax.alignment.align import run_alignment
-    from mmpo_jax.alignment.report import render_table, warnings
+    from mmpo_jax.recipe import AlignRecipe
+    from mmpo_jax.recipe_files import load_recipe
 
-    reports = run_alignment(recipe)
+    recipe = load_recipe(AlignRecipe, path, overrides)
+    with _running(recipe.output):
+        from mmpo_jax.alignment.align import run_alignment
+        from mmpo_jax.alignment.report import render_table, warnings
+
+        reports = run_alignment(recipe)
     print(render_table(reports))
     for warning in warnings(reports):
         print(f"warning: {warning}")
@@ -37,43 +44,68 @@ def align(path: str, overrides: Sequence[str]) -> None:
 
 def train(path: str, overrides: Sequence[str]) -> None:
     """Run one training stage on data that is there."""
-    recipe = load_recipe(recipes.TrainRecipe, path, overrides)
-    _start_jax()
-    from mmpo_jax.training.run import run_training
+    from mmpo_jax.recipe import TrainRecipe
+    from mmpo_jax.recipe_files import load_recipe
 
-    print(f"model: {run_training(recipe)}")
+    recipe = load_recipe(TrainRecipe, path, overrides)
+    with _running(recipe.output):
+        from mmpo_jax.training.run import run_training
+
+        print(f"model: {run_training(recipe)}")
 
 
 def generate(path: str | None, overrides: Sequence[str]) -> None:
     """Sample responses to prompts."""
-    recipe = load_recipe(recipes.GenerateRecipe, path, overrides)
-    _start_jax()
-    from mmpo_jax.generation.run import run_generation
+    from mmpo_jax.recipe import GenerateRecipe
+    from mmpo_jax.recipe_files import load_recipe
 
-    print(f"responses: {run_generation(recipe)}")
+    recipe = load_recipe(GenerateRecipe, path, overrides)
+    with _running(recipe.output, recipe.output.endswith(".jsonl")):
+        from mmpo_jax.generation.run import run_generation
+
+        print(f"responses: {run_generation(recipe)}")
 
 
 def score(path: str | None, overrides: Sequence[str]) -> None:
     """Compute the log-probs of responses."""
-    recipe = load_recipe(recipes.ScoreRecipe, path, overrides)
-    _start_jax()
-    from mmpo_jax.scoring.run import run_scoring
+    from mmpo_jax.recipe import ScoreRecipe
+    from mmpo_jax.recipe_files import load_recipe
 
-    print(f"scores: {run_scoring(recipe)}")
+    recipe = load_recipe(ScoreRecipe, path, overrides)
+    with _running(recipe.output, recipe.output.endswith(".jsonl")):
+        from mmpo_jax.scoring.run import run_scoring
+
+        print(f"scores: {run_scoring(recipe)}")
 
 
 def evaluate(path: str, overrides: Sequence[str]) -> None:
     """Measure hallucination of a checkpoint."""
-    recipe = load_recipe(recipes.EvaluateRecipe, path, overrides)
-    _start_jax()
-    from mmpo_jax.evaluation.run import run_evaluation
+    from mmpo_jax.recipe import EvaluateRecipe
+    from mmpo_jax.recipe_files import load_recipe
 
-    for name, value in run_evaluation(recipe).items():
-        print(f"{name:24s} {value:.4f}")
+    recipe = load_recipe(EvaluateRecipe, path, overrides)
+    with _running(recipe.output):
+        from mmpo_jax.evaluation.run import run_evaluation
+
+        for name, value in run_evaluation(recipe).items():
+            print(f"{name:24s} {value:.4f}")
+
+
+@contextlib.contextmanager
+def _running(output: str, is_file: bool = False) -> Iterator[None]:
+    from mmpo_jax.output import claimed
+
+    with claimed(output, is_file):
+        with progress.doing("starting JAX"):
+            _start_jax()
+        yield
 
 
 def convert(source: str, target: str, dtype: str | None) -> None:
     """Turn a run's Orbax checkpoint into a Hugging Face folder, or a folder into a checkpoint."""
+    from mmpo_jax.output import check_writable
+
+    check_writable(target)
     _start_jax()
     from mmpo_jax.convert import convert
 
@@ -114,7 +146,9 @@ def data_check(options: argparse.Namespace) -> None:
 def data_convert(options: argparse.Namespace) -> None:
     """Write the rows of a data file in another format."""
     from mmpo_jax.data.conversion import convert_data
+    from mmpo_jax.output import check_writable
 
+    check_writable(options.target, is_file=True)
     done = convert_data(
         options.source,
         options.target,
@@ -153,7 +187,7 @@ FILES = {
 FLAGS = {
     "generate": FILES
     | {
-        "--num-samples": ("sampling.num_samples", "responses per prompt"),
+        "--num-samples": ("sampling.num_samples", "responses per prompt: 10, and 1 if greedy"),
         "--temperature": ("sampling.temperature", "0 is greedy"),
         "--top-p": ("sampling.top_p", "of the probability, what is kept"),
         "--top-k": ("sampling.top_k", "tokens that are kept; 0 is all"),
@@ -209,16 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", ".*decompression bomb")  # images over the limit are skipped
     try:
-        if options.command == "convert":
-            convert(options.source, options.target, options.dtype)
-        elif options.command == "objectives":
-            objectives(options.names)
-        elif options.command == "data":
-            DATA_COMMANDS[options.data_command](options)
-        elif options.command in FLAGS:
-            COMMANDS[options.command](*_flags_as_overrides(options))
-        else:
-            COMMANDS[options.command](options.recipe, options.overrides)
+        with progress.told():
+            _run(options)
     except MmpoError as error:
         print(f"mmpo {options.command}: {error}", file=sys.stderr)
         return 1
@@ -240,6 +266,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 1
     return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.command == "convert":
+        convert(options.source, options.target, options.dtype)
+    elif options.command == "objectives":
+        objectives(options.names)
+    elif options.command == "data":
+        DATA_COMMANDS[options.data_command](options)
+    elif options.command in FLAGS:
+        COMMANDS[options.command](*_flags_as_overrides(options))
+    else:
+        COMMANDS[options.command](options.recipe, options.overrides)
 
 
 def _add_flags(command: argparse.ArgumentParser, name: str) -> None:
@@ -266,7 +305,7 @@ def _add_data_commands(subparsers: Any) -> None:
         )
         for name, function in DATA_COMMANDS.items()
     }
-    formats = get_args(recipes.Format)
+    formats = get_args(Format)
     root = "folder of the images; the data file's by default"
     check, convert = parsers["check"], parsers["convert"]
     check.add_argument("file", help="file, folder or tfds:NAME#SPLIT")
@@ -290,7 +329,9 @@ def _add_data_commands(subparsers: Any) -> None:
 
 
 def _sizes(text: str) -> tuple[int, ...]:
-    return recipes.Lengths(prompt=tuple(int(size) for size in text.split(","))).prompt
+    from mmpo_jax.recipe import Lengths
+
+    return Lengths(prompt=tuple(int(size) for size in text.split(","))).prompt
 
 
 def _flags_as_overrides(options: argparse.Namespace) -> tuple[str | None, list[str]]:

@@ -5,11 +5,12 @@ Everything is checked when a recipe is loaded, before anything heavy starts; see
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field
 
+from mmpo_jax.data.rows import Format
 from mmpo_jax.objectives.catalog import OBJECTIVES
 from mmpo_jax.objectives.registry import FIELDS
 from mmpo_jax.recipe_training import Rollout, Training
@@ -50,20 +51,6 @@ class ShapesData(Section):
     """Yes/no questions per scene in supervised data and in evaluation."""
     hallucination_rate: float = Field(0.5, ge=0, le=1)
     """Share of supervised captions with one invented thing."""
-
-
-Format = Literal[
-    "auto",
-    "record",
-    "trl",
-    "llama_factory",
-    "ms_swift",
-    "rlaif_v",
-    "rlhf_v",
-    "mm_rlhf",
-    "mm_rlhf_pairs",
-    "shapes",
-]
 
 
 class FileData(Section):
@@ -115,12 +102,20 @@ class Sampling(Section):
     """How responses are drawn."""
 
     num_samples: PositiveInt = 10
+    """Of every prompt; 1 by default where `temperature` is 0, as all would be the same."""
     temperature: float = Field(0.7, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)
     max_new_tokens: PositiveInt = 64
     batch_size: PositiveInt = 16
     """Prompts at a time."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _greedy(cls, options: Any) -> Any:
+        if isinstance(options, dict) and options.get("temperature") == 0:
+            return {"num_samples": 1, **options}
+        return options
 
 
 class LongSampling(Sampling):
@@ -307,6 +302,15 @@ class AlignRecipe(Base):
     pairing: Pairing = Pairing()
     training: PreferenceTraining = PreferenceTraining()
     evaluation: Evaluation | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _responses_differ(self) -> AlignRecipe:
+        if self.sampling.temperature == 0 or self.sampling.num_samples == 1:
+            raise ValueError(
+                "sampling: pairs are made of different responses to a prompt; give a temperature "
+                "over 0 and num_samples over 1"
+            )
+        return self
 
     @pydantic.model_validator(mode="after")
     def _responses_fit(self) -> AlignRecipe:

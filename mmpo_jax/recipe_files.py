@@ -54,7 +54,7 @@ def load_recipe(
 def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:  # so that PyYAML decodes it, and says so if it cannot
-            values = yaml.safe_load(file) or {}
+            values = _parse(file, f"{path}") or {}
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror}") from error
     except yaml.YAMLError as error:
@@ -64,12 +64,54 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     return values
 
 
+def _parse(text: Any, name: str) -> Any:
+    """The values of one YAML document, which PyYAML alone would read with the last of equal keys.
+
+    Raises:
+      RecipeError: a group has a key twice.
+      yaml.YAMLError: it is no YAML.
+    """
+    loader = yaml.SafeLoader(text)
+    try:
+        document = loader.get_single_node()
+        if document is None:
+            return None
+        _refuse_repeated(document, name)
+        return loader.construct_document(document)
+    finally:
+        loader.dispose()
+
+
+def _refuse_repeated(document: yaml.Node, name: str) -> None:
+    waiting: list[tuple[yaml.Node, str]] = [(document, "")]
+    seen: set[int] = set()  # an alias is the node it stands for, and may stand in itself
+    while waiting:
+        node, path = waiting.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += [(entry, f"{path}{place}.") for place, entry in enumerate(node.value)]
+        if not isinstance(node, yaml.MappingNode):
+            continue
+        lines: dict[tuple[str, str], int] = {}
+        for key, value in node.value:
+            known, line = (key.tag, str(key.value)), key.start_mark.line + 1
+            if known in lines:
+                raise RecipeError(
+                    f"{name}, line {line}: {path}{key.value} stands a second time, first in line "
+                    f"{lines[known]}, and only one could count; make them one"
+                )
+            lines[known] = line
+            waiting.append((value, f"{path}{key.value}."))
+
+
 def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RecipeError(f"override {override!r}: write key=value")
     try:
-        value = yaml.safe_load(text)
+        value = _parse(text, f"override {override!r}")
     except yaml.YAMLError as error:
         raise RecipeError(f"override {override!r}: {error}") from error
     *parents, name = key.split(".")

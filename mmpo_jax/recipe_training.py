@@ -8,15 +8,12 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
+from mmpo_jax.dtypes import SaveDtype
 from mmpo_jax.objectives.on_policy import Aggregation, Scale
 from mmpo_jax.objectives.registry import HEADS, REFERENCES, VIEWS
 from mmpo_jax.recipe_objectives import SECTIONS, Objectives
 from mmpo_jax.recipe_rewards import Rewards
 from mmpo_jax.section import PositiveInt, Section
-
-SaveDtype = Literal["float32", "bfloat16", "bfloat16_stochastic", "float16"]
-"""How weights are written. `bfloat16_stochastic` rounds up or down at random, the nearer of both
-the more often, so that the mean over many weights is what they were."""
 
 
 class CachedReference(Section):
@@ -29,6 +26,9 @@ class GivenReference(Section):
     """Log-probs that the data hold."""
 
     type: Literal["given"] = "given"
+    check: bool = True
+    """Stops before training where those of the first batch cannot be the start model's; `false`
+    for those of another model."""
 
 
 class OnlineReference(Section):

@@ -214,6 +214,50 @@ def test_generate_leaves_room_for_long_responses(load):
     assert load("sampling.num_samples=2", kind=AlignRecipe).sampling.max_new_tokens == 64
 
 
+@pytest.mark.parametrize("kind", [GenerateRecipe, AlignRecipe])
+def test_greedy_decoding_writes_one_response_unless_asked_for_more(load, kind):
+    assert Sampling(temperature=0.1).num_samples == 10
+    assert Sampling(temperature=0, num_samples=3).num_samples == 3
+    if kind is AlignRecipe:  # whose pairs would be of equal responses
+        for override in ("sampling.temperature=0", "sampling.num_samples=1"):
+            with pytest.raises(RecipeError, match="pairs are made of different responses"):
+                load(override, kind=kind)
+    else:
+        assert load("sampling.temperature=0.0", kind=kind).sampling.num_samples == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "training: {epochs: 2}\nseed: 1\ntraining:\n  batch_size: 2\n",
+            "recipe.yaml, line 3: training stands a second time, first in line 1",
+        ),
+        (
+            "training:\n  optimizer:\n    beta1: 0\n    'beta1': 0.1\n",
+            "line 4: training.optimizer.",
+        ),
+        ("data:\n- {path: a}\n- {path: a, path: b}\n", "line 3: data.1.path stands a second time"),
+    ],
+)
+def test_a_key_that_stands_twice(problem, text, told):
+    assert told in problem(text=text)
+
+
+def test_a_key_that_stands_twice_in_an_override(problem):
+    told = problem("devices={data: 1, data: 2}")
+    assert "override 'devices={data: 1, data: 2}', line 1: data stands a second time" in told
+
+
+def test_merged_and_repeated_groups_are_no_repeated_keys(load):
+    """YAML's own ways to say things once; a merge is overridden by what stands beside it."""
+    text = yaml.safe_dump(GOOD) + "lengths: &sizes {prompt: &few [8], response: *few}\n"
+    text += "training: {optimizer: &rates {beta1: 0.5, beta2: 0.5}}\n"
+    assert load(text=text).lengths.response == (8,)
+    text = yaml.safe_dump(GOOD) + "devices: {<<: {data: 1, tensor: 2}, data: 4}\n"
+    assert (load(text=text).devices.data, load(text=text).devices.tensor) == (4, 2)
+
+
 def test_recipes_are_frozen(load):
     with pytest.raises(pydantic.ValidationError):
         load().seed = 3

@@ -8,11 +8,11 @@ import json
 import logging
 import os
 import shutil
-import sys
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from jax.sharding import Mesh
 
+from mmpo_jax import progress
 from mmpo_jax.alignment.report import RoundReport, read_report, write_report
 from mmpo_jax.alignment.round import Round, pair_examples, run_round
 from mmpo_jax.checkpoint import (
@@ -81,7 +81,8 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
         labeler_key = fingerprint_json([labeler_key, labeler_template(recipe)])
     splitter = make_splitter(recipe.feedback.splitter)
 
-    reports = [RoundReport(0, evaluate_round(0, start, recipe, mesh))]
+    with _telling(0, recipe):
+        reports = [RoundReport(0, evaluate_round(0, start, recipe, mesh))]
     for index, records in enumerate(shares, start=1):
         folder = round_folder(recipe, index)
         work = Round(
@@ -92,13 +93,13 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
             tokenized=[by_id[record.id] for record in records],
             recipe=recipe,
             mesh=mesh,
-            progress=progress_printer(index, recipe.rounds),
         )
-        trained = run_round(
-            work, splitter, lambda: make_labeler(labeler_name, recipe, mesh), labeler_key
-        )
-        start = load_checkpoint(trained, mesh, recipe.attention)
-        metrics = evaluate_round(index, start, recipe, mesh)
+        with _telling(index, recipe):
+            trained = run_round(
+                work, splitter, lambda: make_labeler(labeler_name, recipe, mesh), labeler_key
+            )
+            start = load_checkpoint(trained, mesh, recipe.attention)
+            metrics = evaluate_round(index, start, recipe, mesh)
         reports.append(read_report(index, folder, metrics))
         write_report(recipe.output, reports)
         card = make_card(recipe, start.model, reports[-1].values(), from_hub=from_hub)
@@ -131,11 +132,14 @@ def save_last(recipe: AlignRecipe, work: Round, trained: Checkpoint, card: Model
             replace_folder(result, lambda staging: shutil.copytree(trained.folder, staging))
         write_card(result, dataclasses.replace(card, saved=saved))
     else:
-        pairs = read_table(os.path.join(work.folder, "combine.parquet"))
+        generated, pairs = (
+            read_table(os.path.join(work.folder, f"{name}.parquet"))
+            for name in ("generate", "combine")
+        )
         measure = functools.partial(
             measure_weights,
             work.start,
-            pair_examples(work, pairs),
+            pair_examples(work, generated, pairs),
             recipe.training,
             recipe.lengths,
             work.mesh,
@@ -211,15 +215,16 @@ def evaluate_round(
     saved = read_json(path)
     if saved.get("key") == key:
         return saved["metrics"]
-    progress_printer(index, recipe.rounds)("evaluate", 0, 1)
-    metrics = evaluate_shapes(
-        checkpoint.model,
-        checkpoint.params,
-        checkpoint.processor,
-        recipe.evaluation,
-        recipe.lengths,
-        mesh,
-    )
+    with progress.doing("evaluate"):
+        progress.tell()
+        metrics = evaluate_shapes(
+            checkpoint.model,
+            checkpoint.params,
+            checkpoint.processor,
+            recipe.evaluation,
+            recipe.lengths,
+            mesh,
+        )
     write_atomic(path, json.dumps({"key": key, "metrics": metrics}, indent=1).encode())
     return metrics
 
@@ -229,11 +234,5 @@ def round_folder(recipe: AlignRecipe, index: int) -> str:
     return os.path.join(recipe.output, f"round-{index}")
 
 
-def progress_printer(index: int, rounds: int) -> Callable[[str, int, int], None]:
-    """Prints what is being done, a line when a part of a stage begins."""
-
-    def show(stage: str, part: int, parts: int) -> None:
-        count = f" {part + 1}/{parts}" if parts > 1 else ""
-        print(f"round {index}/{rounds}  {stage}{count}", file=sys.stderr, flush=True)
-
-    return show
+def _telling(index: int, recipe: AlignRecipe) -> AbstractContextManager:
+    return progress.doing(f"round {index}/{recipe.rounds}")

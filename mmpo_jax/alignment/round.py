@@ -21,6 +21,7 @@ from typing import Any
 import pyarrow as pa
 from jax.sharding import Mesh
 
+from mmpo_jax import progress
 from mmpo_jax.checkpoint import Checkpoint
 from mmpo_jax.data.pipeline import Example
 from mmpo_jax.data.records import Record, Response
@@ -45,7 +46,7 @@ from mmpo_jax.models.fingerprints import fingerprint_model, has_fingerprint
 from mmpo_jax.models.folders import is_on_hub
 from mmpo_jax.recipe import AlignRecipe
 from mmpo_jax.stage import Stage, run_stage
-from mmpo_jax.training.examples import prepare_examples, tokenizer_for
+from mmpo_jax.training.examples import prepare_examples, tokenizer_for, unfit
 from mmpo_jax.training.loop import train
 from mmpo_jax.training.saving import MODEL, save_result
 
@@ -53,9 +54,6 @@ log = logging.getLogger(__name__)
 
 COMBINE_RULES = 2
 """Part of the key of pairs: changes with what makes them."""
-
-Progress = Callable[[str, int, int], None]
-"""progress(stage, index of the part that begins, parts in all)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,17 +70,18 @@ class Round:
     tokenized: list[TokenizedRecord]
     recipe: AlignRecipe
     mesh: Mesh
-    progress: Progress
 
     def stage(self, name: str, inputs: dict[str, str], settings: Any, num_parts: int = 1) -> Stage:
         return Stage(self.folder, name, inputs, settings, num_parts)
 
     def run(self, stage: Stage, make_part: Callable[[int], pa.Table]) -> pa.Table:
         def make(part: int) -> pa.Table:
-            self.progress(stage.name, part, stage.num_parts)
+            activity.start_at(part)
+            progress.tell()
             return make_part(part)
 
-        return run_stage(stage, make)
+        with progress.doing(stage.name, stage.num_parts, "parts") as activity:
+            return run_stage(stage, make)
 
     @property
     def num_parts(self) -> int:
@@ -126,7 +125,6 @@ def generated_responses(work: Round) -> pa.Table:
         batch_size=sampling.batch_size,
         seed=work.recipe.seed,
         round_index=work.index,
-        progress=work.progress,
     )
 
 
@@ -298,33 +296,35 @@ def train_stage(work: Round, generated: pa.Table, pairs: pa.Table) -> str:
             f"round {work.index}: no preference pair is left; what became of the responses: "
             f"{pairs.schema.metadata[b'counts'].decode()}"
         )
-    examples = pair_examples(work, pairs)
-    work.progress("train", 0, 1)
+    examples = pair_examples(work, generated, pairs)
     folder = os.path.join(work.folder, "train")
     _discard_other_run(folder, identity)
     card = make_card(recipe, start.model, {}, from_hub=is_on_hub(recipe.model))
-    params = train(
-        start.model,
-        start.params,
-        start.processor,
-        examples,
-        recipe.training,
-        recipe.lengths,
-        work.mesh,
-        folder=folder,
-        identity=inputs,
-        seed=recipe.seed + work.index,
-        card=card,
-    )
+    with progress.doing("train"):
+        progress.tell()
+        params = train(
+            start.model,
+            start.params,
+            start.processor,
+            examples,
+            recipe.training,
+            recipe.lengths,
+            work.mesh,
+            folder=folder,
+            identity=inputs,
+            seed=recipe.seed + work.index,
+            card=card,
+        )
     # Whatever the result is saved in: the next round goes on from what was trained.
     exact = recipe.training.model_copy(update={"save_dtype": "float32"})
-    save_result(work.folder, start, params, exact, card, work.mesh, lambda params: (0, {}))
+    with progress.doing("saving the model"):
+        save_result(work.folder, start, params, exact, card, work.mesh, lambda params: (0, {}))
     done = {"identity": identity, "inputs": inputs, "model": fingerprint_model(target)}
     write_atomic(manifest, json.dumps(done, indent=1).encode())
     return target
 
 
-def pair_examples(work: Round, pairs: pa.Table) -> list[Example]:
+def pair_examples(work: Round, generated: pa.Table, pairs: pa.Table) -> list[Example]:
     """The round's pairs as training takes them, with the reference's log-probs."""
     recipe, start = work.recipe, work.start
     name = f"round {work.index}: pairs"
@@ -338,15 +338,16 @@ def pair_examples(work: Round, pairs: pa.Table) -> list[Example]:
     )
     for row in skipped:
         log.warning("%s: skipped %s", name, row)
-    warn_of_cuts(name, records, recipe.lengths)
+    usable = []
+    for record in records:
+        problem = unfit(record, terms, recipe.training.reference)
+        if problem is None:
+            usable.append(record)
+        else:
+            log.warning("%s: skipped id %r: %s: %s", name, record.id, *problem)
+    warn_of_cuts(name, usable, recipe.lengths)
     return prepare_examples(
-        start,
-        records,
-        recipe.training,
-        recipe.lengths,
-        work.mesh,
-        folder=work.folder,
-        progress=work.progress,
+        start, usable, recipe.training, recipe.lengths, work.mesh, folder=work.folder
     )
 
 

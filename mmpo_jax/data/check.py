@@ -17,6 +17,7 @@ from mmpo_jax.data.records import ANSWERS, ImageRef, Record, Response
 from mmpo_jax.data.sources import unsupported
 from mmpo_jax.data.tokenization import UNLIMITED, RowRejected
 from mmpo_jax.files import fingerprint_bytes
+from mmpo_jax.progress import counted
 from mmpo_jax.recipe import Lengths
 
 _SHOWN = 3
@@ -74,7 +75,8 @@ def check_data(
     opened: dict[str, Problem | None] = {}
     limits = _limit(prompt_sizes), _limit(response_sizes)
     cut = 0
-    for item in iter_records(path, image_root, format=format, formats=found.formats):
+    rows = iter_records(path, image_root, format=format, formats=found.formats)
+    for item in counted(rows, f"checking {path}"):
         if isinstance(item, SkippedRow):
             found.dropped.append(item)
             continue

@@ -17,6 +17,7 @@ from mmpo_jax.data.rows import Row
 from mmpo_jax.data.sources import SKIPPED
 from mmpo_jax.data.tables import TFDS, write_rows
 from mmpo_jax.errors import DataError, MmpoError
+from mmpo_jax.progress import counted
 
 _EMBED: Mapping[str, Embed] = {
     ".parquet": "bytes",
@@ -82,7 +83,7 @@ def convert_data(
 
     def rows() -> Iterator[Row]:
         nonlocal written
-        for item in iter_records(source, image_root, "dialogue", read_as):
+        for item in counted(iter_records(source, image_root, "dialogue", read_as), "converting"):
             if isinstance(item, SkippedRow):
                 skipped.append(item)
                 continue

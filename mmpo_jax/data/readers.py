@@ -22,6 +22,7 @@ from mmpo_jax.data.rows import MessagesAs, SkipReason, UnusableRow, row_id
 from mmpo_jax.data.tables import folder_of, numbered_rows
 from mmpo_jax.errors import DataError
 from mmpo_jax.files import write_atomic
+from mmpo_jax.progress import counted
 
 Problem = tuple[SkipReason, str]
 """Why a row is left out: a word to count by, and what exactly is wrong, for a person."""
@@ -62,7 +63,8 @@ def read_records(
     """
     records: list[Record] = []
     skipped: list[SkippedRow] = []
-    for item in iter_records(path, image_root, messages_as, format):
+    rows = iter_records(path, image_root, messages_as, format)
+    for item in counted(rows, f"reading {os.fspath(path)}"):
         if isinstance(item, Record):
             kept = {name: item.extra[name] for name in ANSWERS if name in item.extra}
             records.append(dataclasses.replace(item, extra=kept))
@@ -130,7 +132,7 @@ def check_images(
     good: list[Record] = []
     skipped: list[SkippedRow] = []
     seen: dict[str, Problem | None] = {}
-    for record in records:
+    for record in counted(records, "checking images"):
         problem = media_problem(record, seen)
         if problem is None:
             good.append(record)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,8 +16,6 @@ from mmpo_jax.data.sources import SKIPPED
 from mmpo_jax.errors import MmpoError
 from mmpo_jax.files import write_atomic
 from mmpo_jax.recipe import Data, FileData
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,8 +73,3 @@ class Results:
         if parts.exists():
             parts.rmtree()
         return self.rows
-
-
-def tell_progress(stage: str, part: int, parts: int) -> None:
-    """Says in the log that a part of a stage begins."""
-    log.info("%s %d/%d", stage, part + 1, parts)

@@ -46,12 +46,27 @@ SkipReason = Literal[
     "span_not_found",  # the chat template changes the text that spans are of
     "template_refuses",  # the chat template does not take such a dialogue
     "rank_count",  # ranks and responses differ in number
+    "same_responses",  # chosen equals rejected as training sees them, maybe where they were cut
     "score_count",  # scores and responses differ in number
     "turn_order",  # a prompt in which nobody asks anything
     "undesirable",  # a response that sft would learn
     "unsupported_image",  # the model takes none
     "unsupported_video",  # the model, or an alignment's labeler, takes no videos
 ]
+Format = Literal[
+    "auto",
+    "record",
+    "trl",
+    "llama_factory",
+    "ms_swift",
+    "rlaif_v",
+    "rlhf_v",
+    "mm_rlhf",
+    "mm_rlhf_pairs",
+    "shapes",
+]
+"""Conventions of rows, as recipes and flags name them; `auto` goes by the columns."""
+
 MessagesAs = Literal["last_turn", "dialogue"]
 """What a row of whole dialogues supervises, see `mmpo_jax.data.readers.iter_records`."""
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from etils import epath
 
+from mmpo_jax import progress
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.readers import (
     Problem,
@@ -140,9 +142,15 @@ def usable_records(
     ids = {row.id for row in refused}
     source = source.skip([record for record in source.records if record.id not in ids], refused)
     numbers = {record.id: record.row for record in source.records}
-    tokenized, too_long = tokenize_records(
-        source.records, processor, lengths, source.name, function
-    )
+    with progress.doing(f"tokenising {source.name}", len(source.records)) as activity:
+
+        def counting(record: Record, *arguments: Any) -> TokenizedRecord:
+            activity.advance()
+            return function(record, *arguments)
+
+        tokenized, too_long = tokenize_records(
+            source.records, processor, lengths, source.name, counting
+        )
     for row in tokenized:
         problem = unfit(row)
         if problem is None:

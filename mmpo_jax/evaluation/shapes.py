@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from jax.sharding import Mesh
 
+from mmpo_jax import progress
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.tokenization import tokenize_records
 from mmpo_jax.errors import DataError
@@ -60,17 +61,18 @@ def evaluate_shapes(
 
     def captions(temperature: float, seed: int) -> Mapping[str, float]:
         decoding = Decoding(temperature=temperature, max_new_tokens=config.max_new_tokens)
-        generated = generate_responses(
-            model,
-            params,
-            processor,
-            records,
-            decoding,
-            lengths,
-            mesh,
-            batch_size=config.batch_size,
-            seed=seed,
-        )
+        with progress.doing("captions", len(records), "scenes", "compiling"):
+            generated = generate_responses(
+                model,
+                params,
+                processor,
+                records,
+                decoding,
+                lengths,
+                mesh,
+                batch_size=config.batch_size,
+                seed=seed,
+            )
         return caption_metrics([response.text for response in generated], scenes)
 
     sampled = [captions(SAMPLED, seed) for seed in config.seeds]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from mmpo_jax import progress
 from mmpo_jax.data.batching import pad_batch
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.processor_files import ProcessorError
@@ -29,6 +30,7 @@ from mmpo_jax.models.lora import cast_params
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.precision import inference_dtype
 from mmpo_jax.parallel.mesh import batch_shards, put_batch
+from mmpo_jax.progress import counted
 from mmpo_jax.recipe import Lengths
 
 YES, NO = ("yes", "Yes"), ("no", "No")
@@ -88,17 +90,19 @@ class CheckpointLabeler:
           DataError: a question does not fit the bucket sizes, or an image cannot be read.
         """
         rows: list[tuple[int, TokenizedRecord]] = []
-        for index, (name, images, questions) in enumerate(items):
+        for index, (name, images, questions) in enumerate(counted(items, "tokenising questions")):
             for start in range(0, len(questions), self.questions_at_once):
                 chunk = questions[start : start + self.questions_at_once]
                 rows.append((index, self._tokenize(name, images, chunk)))
         answers: list[list[tuple[float, float]]] = [[] for _ in items]
-        for start in range(0, len(rows), self.rows):
-            chosen = rows[start : start + self.rows]
-            probabilities = self._probabilities([record for _, record in chosen])
-            for row, (index, record) in enumerate(chosen):
-                for pair in probabilities[row, : len(record.responses)].tolist():
-                    answers[index].append((pair[0], pair[1]))
+        with progress.doing("asking the labeler", len(rows), first="compiling") as activity:
+            for start in range(0, len(rows), self.rows):
+                chosen = rows[start : start + self.rows]
+                probabilities = self._probabilities([record for _, record in chosen])
+                for row, (index, record) in enumerate(chosen):
+                    for pair in probabilities[row, : len(record.responses)].tolist():
+                        answers[index].append((pair[0], pair[1]))
+                activity.advance(len(chosen))
         return answers
 
     def _tokenize(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 import pyarrow as pa
 from jax.sharding import Mesh
 
+from mmpo_jax import progress
 from mmpo_jax.data.batching import pad_batch
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.tokenization import TokenizedRecord
@@ -159,6 +160,7 @@ def sample_tokens(
                 pad_id=processor.pad_id,
             )
         sampled += list(np.asarray(tokens)[: len(chosen)])
+        progress.advance(len(chosen))
     return sampled
 
 
@@ -176,7 +178,6 @@ def generate_stage(
     batch_size: int,
     seed: int,
     round_index: int = 0,
-    progress: Callable[[str, int, int], None] = lambda stage, part, parts: None,
 ) -> pa.Table:
     """`generate_responses` part by part, as the stage `generate` of a folder.
 
@@ -210,7 +211,8 @@ def generate_stage(
     )
 
     def make_part(part: int) -> pa.Table:
-        progress(stage.name, part, stage.num_parts)
+        activity.start_at(part * PROMPTS_PER_PART)
+        progress.tell()
         responses = generate_responses(
             model,
             params,
@@ -227,7 +229,8 @@ def generate_stage(
             [dataclasses.asdict(response) for response in responses], schema=GENERATED
         )
 
-    return run_stage(stage, make_part)
+    with progress.doing(stage.name, len(records), "prompts", "compiling") as activity:
+        return run_stage(stage, make_part)
 
 
 def prompt_number(prompt_id: str) -> int:

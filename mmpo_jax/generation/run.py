@@ -9,7 +9,7 @@ from mmpo_jax.checkpoint import load_checkpoint
 from mmpo_jax.data.batching import fitting_lengths
 from mmpo_jax.data.formats.writing import messages
 from mmpo_jax.data.records import Record
-from mmpo_jax.data.results import Results, tell_progress
+from mmpo_jax.data.results import Results
 from mmpo_jax.data.sources import load_source, usable_records
 from mmpo_jax.generation.responses import generate_stage
 from mmpo_jax.generation.sampler import Decoding
@@ -46,7 +46,6 @@ def run_generation(recipe: GenerateRecipe) -> str:
         model_fingerprint=checkpoint.fingerprint,
         batch_size=recipe.sampling.batch_size,
         seed=recipe.seed,
-        progress=tell_progress,
     )
     responses: dict[str, list[dict[str, Any]]] = {record.id: [] for record in source.records}
     columns = ["prompt_id", "text", "finished", "token_ids"]

@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mmpo_jax.models.safetensors_files import DTYPES, StoredTensor, check_range, read_rows
+from mmpo_jax.progress import counted
 
 READERS = 8
 """Rows are read and copied by so many threads: buckets answer slowly, but many at a time."""
@@ -84,7 +85,7 @@ def load_arrays(
     """
     loaded: dict[str, Any] = {}
     with ThreadPoolExecutor(READERS) as pool:
-        for path, source in sources.items():
+        for path, source in counted(sources.items(), "reading weights", "parameters"):
             wanted = source.dtype if dtype is None else np.dtype(dtype)
             if shardings is None:
                 loaded[path] = _read(source, [_whole(source)], wanted, pool)[_whole(source)]

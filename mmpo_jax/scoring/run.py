@@ -6,7 +6,7 @@ from typing import Any
 
 from mmpo_jax.checkpoint import load_checkpoint
 from mmpo_jax.data.batching import fitting_lengths
-from mmpo_jax.data.results import Results, tell_progress
+from mmpo_jax.data.results import Results
 from mmpo_jax.data.rows import SkipReason
 from mmpo_jax.data.sources import load_source, usable_records
 from mmpo_jax.data.tokenization import TokenizedRecord
@@ -48,7 +48,6 @@ def run_scoring(recipe: ScoreRecipe) -> str:
         model_fingerprint=checkpoint.fingerprint,
         batch_size=scoring.batch_size,
         compute_dtype=dtype,
-        progress=tell_progress,
     )
     lines = [
         _line(row, record, scoring.tokens)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+import itertools
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from mmpo_jax.checkpoint import Checkpoint
 from mmpo_jax.data.contexts import (
     OtherImage,
     all_contexts,
+    answers,
     arranged,
     context_names,
     tokenize_contexts,
@@ -29,7 +31,7 @@ from mmpo_jax.recipe import Lengths
 from mmpo_jax.recipe_training import Reference, Training
 from mmpo_jax.training.fields import lacks, maker_of, score_names
 from mmpo_jax.training.losses import needs_reference, recipe_terms
-from mmpo_jax.training.reference import reference_stage
+from mmpo_jax.training.reference import check_given, reference_stage
 
 
 def prepare_examples(
@@ -40,7 +42,6 @@ def prepare_examples(
     mesh: Mesh,
     *,
     folder: str,
-    progress: Callable[[str, int, int], None] = lambda stage, part, parts: None,
 ) -> list[Example]:
     """Examples of records, with the reference's log-probs where they are computed before training.
 
@@ -51,10 +52,10 @@ def prepare_examples(
       lengths: bucket sizes.
       mesh: the devices.
       folder: of the reference's cache.
-      progress: see `reference.score_stage`.
 
     Raises:
-      DataError: the data lack a field that an objective needs.
+      DataError: the data lack a field that an objective needs, or hold log-probs of a reference
+        that is another model.
     """
     terms = recipe_terms(config)
     needed = needs(terms)
@@ -63,6 +64,9 @@ def prepare_examples(
     reference = None
     if needs_reference(terms) and config.reference.type == "given":
         reference = _given(records)
+        if config.reference.check:
+            first = [c for record in records[: config.batch_size] for _, c in all_contexts(record)]
+            check_given(start, first, reference, config, lengths, mesh)
     elif needs_reference(terms) and config.reference.type == "cached":
         reference = reference_stage(
             start.model,
@@ -76,7 +80,6 @@ def prepare_examples(
             model_fingerprint=start.fingerprint,
             batch_size=config.batch_size,
             compute_dtype=config.compute_dtype,
-            progress=progress,
         )
     return make_examples(records, needed, reference)
 
@@ -160,6 +163,10 @@ def unfit(
             if problem is not None:
                 reason, detail = problem
                 return reason, f"{term.objective.name} needs the field {field!r}: {detail}"
+    if _compares_texts(terms) and not _differs(record):
+        cut = any(response.truncated for response in answers(record))
+        where = " as far as the largest bucket keeps them" if cut else ""
+        return "same_responses", f"better and worse responses are the same tokens{where}"
     if reference.type != "given" or not needs_reference(terms):
         return None
     if any(response.source.log_prob is None for response in record.responses):
@@ -167,6 +174,30 @@ def unfit(
     if any(response.truncated for response in record.responses):
         return "no_reference", "a response lost its tail, and the data's log-prob is of all of it"
     return None
+
+
+def _compares_texts(terms: Sequence[Term]) -> bool:
+    """Whether the objectives that compare responses do so by their texts alone: after another image
+    a text compares with itself."""
+    compared = [term for term in terms if term.objective.kind in ("pairs", "rankings")]
+    return bool(compared) and not any("other_image" in term.needs for term in compared)
+
+
+def _differs(record: TokenizedRecord) -> bool:
+    """Whether some response differs from one of another rank: in its tokens, or in the prompt or
+    images that it answers."""
+    tokens: list[list[Any]] = [[] for _ in record.responses]
+    for name, context in all_contexts(record):
+        for seen, response in zip(tokens, context.responses, strict=True):
+            seen.append((name, response.ids.tobytes(), response.loss_mask.tobytes()))
+    ranked = [
+        (seen, response.source.rank)
+        for seen, response in zip(tokens, record.responses, strict=True)
+    ]
+    return any(
+        seen != other and rank != its_rank
+        for (seen, rank), (other, its_rank) in itertools.combinations(ranked, 2)
+    )
 
 
 def _given(records: Sequence[TokenizedRecord]) -> dict[str, np.ndarray]:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import grain
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from mmpo_jax import progress
 from mmpo_jax.data.pipeline import (
     Example,
     HostBatch,
@@ -107,11 +108,12 @@ def train(
         model, processor, examples, config, lengths, mesh, parts, micro, seed, rollout
     )
     # Closed whatever happens: a checkpoint that is being written is finished first.
-    with jax.set_mesh(mesh), contextlib.closing(checkpoints):
+    with jax.set_mesh(mesh), _closing(checkpoints):
         temperature = 1.0 if rollout is None else rollout.temperature
         loss = make_loss(model, recipe_terms(config), examples[0].names, config.remat, temperature)
-        state, update = prepare(model, params, loss, config, mesh, steps, seed)
-        restored = checkpoints.restore(state)
+        with progress.doing("placing parameters, reading the last checkpoint"):
+            state, update = prepare(model, params, loss, config, mesh, steps, seed)
+            restored = checkpoints.restore(state)
         if restored is not None:
             state, position = restored
             source.set_state(position)
@@ -120,13 +122,25 @@ def train(
         step = int(state.step)
 
         kept = -1 if restored is None else step
-        with contextlib.closing(MetricsWriter(folder, kept, steps)) as writer:
+        with (
+            contextlib.closing(MetricsWriter(folder, kept, steps)) as writer,
+            progress.doing("training", steps, "steps", "compiling") as activity,
+        ):
+            activity.start_at(step)
             validation = None
             if held is not None:
                 make = functools.partial(held_out_batches, held.examples, processor, lengths, micro)
                 # In its own contexts: some row may have more than any that is trained on.
                 measured = make_loss(model, recipe_terms(config), held.examples[0].names)
-                validation = Validator(held.config, make, measured, config, mesh, writer.rows)
+                validation = Validator(
+                    held.config,
+                    make,
+                    measured,
+                    config,
+                    mesh,
+                    writer.rows,
+                    -(-len(held.examples) // micro),
+                )
             if restored is None:
                 checkpoints.discard_best()  # of a run that ended before its first checkpoint
                 if validation is not None:
@@ -141,28 +155,41 @@ def train(
                 step += 1
                 waiting.dispatched(metrics["loss"])
                 window.add(step, host.ids, metrics | dict(host.metrics))
-                writer.advance()
+                activity.reach(step - 1)  # the one before is done
                 if step % config.log_every and step != steps:
                     continue
                 values, count = window.close()
+                activity.reach(step)
                 with waiting.paused():
                     if validation is not None and validation.is_due(step, steps):
                         values |= validation.measure(step, state)
                         if validation.is_best(step):
-                            checkpoints.save_best(step, state)
+                            with progress.doing("saving the best step"):
+                                checkpoints.save_best(step, state)
                     writer.report(step, values, count / (time.perf_counter() - started))
                     started = time.perf_counter()
                     over = validation is not None and validation.is_over()
                     if step % config.save_every == 0 or step == steps or over:
-                        checkpoints.save(step, state, position)
+                        with progress.doing("saving a checkpoint"):
+                            checkpoints.save(step, state, position)
             if isinstance(source, Rollouts):
                 waiting.report_rollouts(source.seconds)
             else:
                 waiting.report()
         if validation is not None:
             validation.report(step, steps)
-            state = checkpoints.restore_best(state)
+            with progress.doing("reading the best step"):
+                state = checkpoints.restore_best(state)
         return merge(state)
+
+
+@contextlib.contextmanager
+def _closing(checkpoints: Checkpoints) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        with progress.doing("finishing checkpoints"):
+            checkpoints.close()
 
 
 def make_source(

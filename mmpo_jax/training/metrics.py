@@ -1,17 +1,16 @@
-"""Metrics of steps put together, and where they go: JSON lines, TensorBoard, a progress bar."""
+"""Metrics of steps put together, and where they go: JSON lines, TensorBoard, the console."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorboardX
-import tqdm
 
+from mmpo_jax import progress
 from mmpo_jax.objectives.sums import WeightedSum
 
 FILE = "metrics.jsonl"
@@ -54,18 +53,7 @@ class MetricsWriter:
         self.events = tensorboardX.SummaryWriter(
             os.path.join(folder, "tensorboard"), purge_step=resumed_step + 1
         )
-        self.bar = tqdm.tqdm(
-            total=total_steps,
-            initial=max(0, resumed_step),
-            unit="step",
-            disable=not sys.stderr.isatty(),
-            dynamic_ncols=True,
-        )
         self.total = total_steps
-
-    def advance(self) -> None:
-        """One more step is done."""
-        self.bar.update()
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes a line, and says nothing on the terminal."""
@@ -88,17 +76,11 @@ class MetricsWriter:
             "reward": "reward",
         }
         text = "  ".join(f"{s} {metrics[n]:.4g}" for n, s in shown.items() if n in metrics)
-        if self.bar.disable:
-            left = (self.total - step) / rate if rate else 0.0
-            print(
-                f"step {step}/{self.total}  {text}  {rate:.2f} steps/s  {left:.0f}s left",
-                flush=True,
-            )
-        else:
-            self.bar.set_postfix_str(text)
+        left = progress.duration((self.total - step) / rate if rate else 0.0)
+        print(f"step {step}/{self.total}  {text}  {rate:.3g} steps/s  {left} left", flush=True)
+        progress.spoken()
 
     def close(self) -> None:
-        self.bar.close()
         self.events.close()
         self.file.close()
 

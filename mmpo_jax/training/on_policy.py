@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from mmpo_jax import progress
 from mmpo_jax.data.pipeline import Example, HostBatch, Part, TrainBatch, batch_maker, batch_order
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import Response, Turn
@@ -131,18 +132,19 @@ class Rollouts:
     ) -> list[Sampled]:
         """Samples and rewards them; of the ids that were sampled, not of their text."""
         options = self.rollout.model_dump(include=set(Decoding.__annotations__))
-        tokens = sample_tokens(
-            self.model,
-            params,
-            self.processor,
-            records,
-            Decoding(**options),
-            self.lengths,
-            self.mesh,
-            batch_size=self.config.batch_size,
-            seed=self.seed,
-            round_index=step,
-        )
+        with progress.doing("sampling", len(records), "prompts"):
+            tokens = sample_tokens(
+                self.model,
+                params,
+                self.processor,
+                records,
+                Decoding(**options),
+                self.lengths,
+                self.mesh,
+                batch_size=self.config.batch_size,
+                seed=self.seed,
+                round_index=step,
+            )
         return [self._read(*pair) for pair in zip(records, tokens, strict=True)]
 
     def _read(self, record: TokenizedRecord, samples: np.ndarray) -> Sampled:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,19 +11,25 @@ import numpy as np
 import pyarrow as pa
 from jax.sharding import Mesh
 
+from mmpo_jax import progress
+from mmpo_jax.checkpoint import Checkpoint
 from mmpo_jax.data.batching import bucket, pad_batch
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.tokenization import TokenizedRecord, fingerprint_records
+from mmpo_jax.errors import DataError
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.log_probs import response_log_probs
 from mmpo_jax.models.lora import cast_params
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.parallel.mesh import batch_shards, put_batch, put_params
 from mmpo_jax.recipe import Lengths
+from mmpo_jax.recipe_training import Training
 from mmpo_jax.stage import Stage, run_stage
 from mmpo_jax.training.losses import sum_log_probs
 
 ROWS_PER_PART = 256
+NATS, NATS_PER_TOKEN = 0.5, 0.1
+"""How far a given log-prob may be from the model's."""
 STATIC = ("model", "compute_dtype", "per_token", "temperature")
 
 
@@ -97,7 +103,6 @@ def score_stage(
     batch_size: int,
     compute_dtype: str,
     per_token: bool = False,
-    progress: Callable[[str, int, int], None] = lambda stage, part, parts: None,
 ) -> pa.Table:
     """Log-probs of every response, from the cache if it is valid, part by part.
 
@@ -115,7 +120,6 @@ def score_stage(
       batch_size: rows at a time, over all devices.
       compute_dtype: the parameters are cast to it; sums are float32.
       per_token: keeps the log-probs of the tokens and not their sums.
-      progress: called with (stage, index of the part that begins, parts in all).
 
     Returns:
       A row per record, in order: id, log_probs, num_tokens, one of each for every response.
@@ -134,7 +138,8 @@ def score_stage(
     placed = functools.cache(lambda: put_params(params, model.rules, mesh))
 
     def make_part(part: int) -> pa.Table:
-        progress(stage.name, part, stage.num_parts)
+        activity.start_at(part * ROWS_PER_PART)
+        progress.tell()
         rows = records[part * ROWS_PER_PART : (part + 1) * ROWS_PER_PART]
         sums = score_records(
             model, placed(), processor, rows, lengths, mesh, batch_size, compute_dtype, per_token
@@ -151,7 +156,59 @@ def score_stage(
             }
         )
 
-    return run_stage(stage, make_part)
+    with progress.doing(name, len(records), first="compiling") as activity:
+        return run_stage(stage, make_part)
+
+
+def check_given(
+    start: Checkpoint,
+    records: Sequence[TokenizedRecord],
+    given: Mapping[str, np.ndarray],
+    config: Training,
+    lengths: Lengths,
+    mesh: Mesh,
+) -> None:
+    """Compares log-probs that the data give with those of the model that training starts from.
+
+    Half of the responses have to agree within `NATS` and `NATS_PER_TOKEN`: what bfloat16 and
+    other kernels change is a tenth of that, means in place of sums or another model's are far more.
+
+    Args:
+      start: of the training.
+      records: the first ones, with responses.
+      given: id -> float32[R] summed log-probs.
+      config, lengths, mesh: of the training.
+
+    Raises:
+      DataError: they cannot be this model's; with the first rows and both numbers.
+    """
+    with progress.doing("comparing the data's reference with the model", len(records)):
+        params = put_params(start.params, start.model.rules, mesh)
+        computed = score_records(
+            start.model,
+            params,
+            start.processor,
+            records,
+            lengths,
+            mesh,
+            config.batch_size,
+            config.compute_dtype,
+        )
+    apart, told = [], []
+    for record, sums in zip(records, computed, strict=True):
+        for response, ours, theirs in zip(record.responses, sums, given[record.id], strict=True):
+            count = int(response.loss_mask.sum())
+            if count:
+                apart.append(abs(ours - theirs) / (NATS + NATS_PER_TOKEN * count))
+        texts = [", ".join(f"{value:.2f}" for value in row) for row in (given[record.id], sums)]
+        told.append(f"row {record.id!r}: {texts[0]} in the data, {texts[1]} of the model")
+    if np.median(apart) <= 1:
+        return
+    raise DataError(
+        f"the data's reference log-probs cannot be those of {start.folder}: "
+        f"{'; '.join(told[:3])}. They are sums over a response's tokens, EOS included; take "
+        "`reference: {type: cached}`, or `check: false` where another model is meant"
+    )
 
 
 def score_records(
@@ -203,7 +260,9 @@ def _fetch(
         return {}
     indices, sums = running
     found = {}
-    for index, row in zip(indices, np.asarray(sums), strict=False):
+    values = np.asarray(sums)  # which waits for the device
+    progress.advance(len(indices))
+    for index, row in zip(indices, values, strict=False):
         responses = records[index].responses
         found[index] = row[: len(responses)].tolist()
         if row.ndim == 2:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mmpo_jax import progress
 from mmpo_jax.checkpoint import Checkpoint, load_start
 from mmpo_jax.data.pipeline import Example, Part
 from mmpo_jax.data.sources import SKIPPED, load_source, scored_by, usable_records
@@ -21,7 +22,7 @@ from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipe import LearnedFile, ShapesData, TrainRecipe
 from mmpo_jax.recipe_training import Training
 from mmpo_jax.training.examples import fingerprint_fields, prepare_examples, tokenizer_for, unfit
-from mmpo_jax.training.loop import TrainingError, check_training, train
+from mmpo_jax.training.loop import check_training, train
 from mmpo_jax.training.losses import recipe_terms
 from mmpo_jax.training.metrics import FILE, read_metrics
 from mmpo_jax.training.on_policy import prompt_examples, unrewardable, with_token_limit
@@ -48,10 +49,6 @@ def run_training(recipe: TrainRecipe) -> str:
         training = with_token_limit(training, rollout)
     check_training(training, model, mesh)
     data = training_data(recipe, start)
-    if recipe.validation is not None and not data.held:
-        raise TrainingError("validation: no row is held out")
-    if not data.records:
-        raise TrainingError("validation.share: all rows are held out, none is left to train on")
     if len(data.records) < training.batch_size:
         count = len(data.records)
         log.warning("training.batch_size is %d, of %d rows in all", training.batch_size, count)
@@ -69,10 +66,12 @@ def run_training(recipe: TrainRecipe) -> str:
         for name, records in (("", data.records), (VALIDATION, data.held))
         if records
     }
+    with progress.doing("checksums of the data"):
+        of_data = _data_identity(data, prepared, training)
     identity: dict[str, Any] = {
         "model": start.fingerprint,
         **processor.fingerprints(),
-        "data": _data_identity(data, prepared, training),
+        "data": of_data,
         "training": training.identity(),
         "lengths": recipe.lengths.model_dump(mode="json"),
         "seed": recipe.seed,
@@ -109,7 +108,8 @@ def run_training(recipe: TrainRecipe) -> str:
     measure = functools.partial(
         measure_weights, start, rows_to_measure, training, recipe.lengths, mesh
     )
-    return save_result(recipe.output, start, trained, training, card, mesh, measure)
+    with progress.doing("saving the model"):
+        return save_result(recipe.output, start, trained, training, card, mesh, measure)
 
 
 def _data_identity(
@@ -147,6 +147,7 @@ def training_data(recipe: TrainRecipe, start: Checkpoint) -> TrainingData:
 
     Raises:
       DataError: too many rows of one of them cannot be used.
+      MmpoError: a share cannot be held out, as there is only one prompt.
     """
     records: list[TokenizedRecord] = []
     held: list[TokenizedRecord] = []
@@ -164,6 +165,7 @@ def training_data(recipe: TrainRecipe, start: Checkpoint) -> TrainingData:
         records += rows
     if recipe.validation is not None and recipe.validation.data is not None:
         held = usable_rows(recipe, recipe.validation.data, start, f"{VALIDATION}.{SKIPPED}")
+        log.info("held out: %d rows of other data", len(held))
     return TrainingData(records, parts, held)
 
 

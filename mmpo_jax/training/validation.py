@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from mmpo_jax import progress
 from mmpo_jax.data.pipeline import Example, TrainBatch
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.errors import MmpoError
@@ -53,6 +54,7 @@ class Validator:
         training: Training,
         mesh: Mesh,
         rows: Sequence[Mapping[str, float]],
+        count: int | None = None,
     ):
         """
         Args:
@@ -62,8 +64,10 @@ class Validator:
           training: the recipe's section.
           mesh: the devices.
           rows: of `metrics.jsonl` so far.
+          count: how many batches are held out, to say how far a measurement is.
         """
         self.config, self.batches, self.loss, self.mesh = config, batches, loss, mesh
+        self.count = count
         self.forward = make_forward(loss, jnp.dtype(training.compute_dtype))
         self.evaluate = jax.jit(loss.evaluate)
         self.history = [row for row in rows if config.metric in row]
@@ -74,9 +78,11 @@ class Validator:
         Raises:
           MmpoError: the metric that the recipe names is none of them.
         """
-        values = measure_batches(
-            self.forward, self.evaluate, self.loss, self.batches(), state, self.mesh
-        )
+        with progress.doing("validation", self.count, "batches", "compiling") as activity:
+            batches = activity.each(self.batches())
+            values = measure_batches(
+                self.forward, self.evaluate, self.loss, batches, state, self.mesh
+            )
         named = {PREFIX + name: value for name, value in values.items()}
         if self.config.metric not in named:
             raise MmpoError(
@@ -174,17 +180,52 @@ def _without_prompts(batch: TrainBatch) -> TrainBatch:
 def hold_out(
     records: Sequence[TokenizedRecord], share: float
 ) -> tuple[list[TokenizedRecord], list[TokenizedRecord]]:
-    """(rows to train on, rows held out), the same for the same rows.
+    """(rows to train on, rows held out), the same for the same rows in any order.
 
     Rows with one prompt about the same images fall on the same side, so that nothing is validated
-    on what was trained.
+    on what was trained. Prompts are gone through in the order of their digests, and one is held out
+    where that brings the number of held-out rows closer to the share; at least one is held out, and
+    at least one left.
+
+    Raises:
+      MmpoError: all rows have the same prompt.
     """
+    prompts: dict[str, list[int]] = {}
+    for place, record in enumerate(records):
+        prompts.setdefault(_prompt_digest(record), []).append(place)
+    if len(prompts) < 2:
+        raise MmpoError(
+            f"validation.share: all {len(records)} rows have one prompt, which stays on one side; "
+            "give `validation.data` instead"
+        )
+    wanted, count, chosen = share * len(records), 0, []
+    for digest in sorted(prompts):
+        more = count + len(prompts[digest])
+        if abs(more - wanted) < abs(count - wanted):
+            chosen.append(digest)
+            count = more
+    by_size = sorted(prompts, key=lambda digest: (len(prompts[digest]), digest))
+    if not chosen:
+        chosen = by_size[:1]
+    elif len(chosen) == len(prompts):
+        chosen.remove(by_size[0])
+    held = {place for digest in chosen for place in prompts[digest]}
+    log.info(
+        "held out: %d of %d rows, which is %d of %d prompts",
+        len(held),
+        len(records),
+        len(chosen),
+        len(prompts),
+    )
     sides: tuple[list[TokenizedRecord], list[TokenizedRecord]] = ([], [])
-    for record in records:
-        digest = hashlib.sha256(record.prompt_ids.tobytes())
-        digests = [image.fingerprint() for image in record.images]
-        digests += [video.fingerprint() for video in record.videos]
-        digest.update("".join(digests).encode())
-        drawn = int.from_bytes(digest.digest()[:8], "big") / 2**64
-        sides[drawn < share].append(record)
+    for place, record in enumerate(records):
+        sides[place in held].append(record)
     return sides
+
+
+def _prompt_digest(record: TokenizedRecord) -> str:
+    digest = hashlib.sha256(record.prompt_ids.tobytes())
+    digests = [image.fingerprint() for image in record.images]
+    digests += [video.fingerprint() for video in record.videos]
+    digest.update("".join(digests).encode())
+    return digest.hexdigest()

@@ -13,6 +13,7 @@ import pytest
 import tiny
 from jax.sharding import AxisType
 
+from mmpo_jax import progress
 from mmpo_jax.alignment import align
 from mmpo_jax.alignment import round as round_module
 from mmpo_jax.alignment.align import run_alignment, split_prompts
@@ -308,15 +309,13 @@ def test_it_goes_on_after_an_interruption_anywhere(finished, tiny_folder, tmp_pa
     class Stop(BaseException):
         pass
 
-    def stop_once(index, rounds):
-        def show(stage, part, parts):
-            if (index, stage, part) not in seen:
-                seen.add((index, stage, part))
-                raise Stop
+    def stop_once():
+        doing = tuple((activity.name, activity.done) for activity in progress._activities)
+        if doing not in seen:
+            seen.add(doing)
+            raise Stop
 
-        return show
-
-    monkeypatch.setattr(align, "progress_printer", stop_once)
+    monkeypatch.setattr(progress, "tell", stop_once)
     stops = 0
     while True:
         try:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,14 +11,13 @@ from PIL import Image
 
 from mmpo_jax.checkpoint import load_start
 from mmpo_jax.data.sources import SKIPPED
-from mmpo_jax.errors import DataError
+from mmpo_jax.errors import DataError, MmpoError
 from mmpo_jax.models.huggingface import flatten, load_model
 from mmpo_jax.objectives.responses import Responses
 from mmpo_jax.objectives.terms import needs
 from mmpo_jax.recipe import TrainRecipe, Validation
 from mmpo_jax.training.checkpoints import CheckpointError
 from mmpo_jax.training.examples import make_examples
-from mmpo_jax.training.loop import TrainingError
 from mmpo_jax.training.losses import recipe_terms
 from mmpo_jax.training.metrics import read_metrics
 from mmpo_jax.training.run import run_training, training_data
@@ -121,11 +121,48 @@ def test_dpo_takes_preferences_only(make_recipe, tmp_path):
         learned(make_recipe([DIALOGUE, ALTERNATIVES], DPO))
 
 
+SAME = PREFERENCE | {"rejected": PREFERENCE["chosen"]}
+LONG = {"prompt": QUESTION, "chosen": "red " * 30 + "circle .", "rejected": "red " * 30 + "star ."}
+
+
+def ranked(texts, ranks):
+    responses = [
+        {"turns": [{"role": "assistant", "content": text}], "rank": rank}
+        for text, rank in zip(texts, ranks, strict=True)
+    ]
+    return {"prompt": [{"role": "user", "content": QUESTION}], "responses": responses}
+
+
+def test_pairs_without_a_difference_are_left_out(make_recipe, tmp_path):
+    """As they are, and as far as the bucket keeps them; a ranking needs one pair that differs."""
+    same = ranked(["no", "no", "no"], [1, 2, 3])
+    tied = ranked(["no", "no", "a red circle ."], [1, 2, 2])
+    one_rank_differs = ranked(["no", "a red circle .", "no"], [1, 1, 2])
+    rows = [PREFERENCE, SAME, LONG, same, tied, one_rank_differs]
+    for objective, kept in ((DPO, 3), ({"type": "plackett_luce"}, 3), ([DPO, SFT], 3), (SFT, 6)):
+        assert len(learned(make_recipe(rows, objective))) == kept
+    learned(make_recipe(rows, DPO))
+    found = [json.loads(line) for line in (tmp_path / "out" / SKIPPED).read_text().splitlines()]
+    assert [(row["id"], row["reason"]) for row in found] == [
+        (id_, "same_responses") for id_ in ("1", "2", "3")
+    ]
+    assert ["largest bucket" in row["detail"] for row in found] == [False, True, False]
+    with pytest.raises(DataError, match=r"2 of 2 rows cannot be used.*same_responses 2"):
+        learned(make_recipe([SAME, LONG], DPO))
+
+
+def test_equal_texts_are_learned_from_after_different_images(make_recipe, tmp_path):
+    (tmp_path / "other.png").write_bytes(png(10))
+    own = ranked(["a red circle .", "a red circle ."], [1, 2])
+    own["responses"][1]["images"] = ["other.png"]
+    assert len(learned(make_recipe([own, SAME], DPO))) == 1
+    assert len(learned(make_recipe([SAME], {"type": "mdpo"}))) == 1  # its image is changed
+
+
 def test_a_share_has_to_leave_rows_to_train_on(make_recipe):
     recipe = make_recipe([PREFERENCE] * 3, DPO)
-    for share, told in ((0.99, "all rows are held out"), (1e-6, "no row is held out")):
-        with pytest.raises(TrainingError, match=told):
-            run_training(recipe.model_copy(update={"validation": Validation(share=share)}))
+    with pytest.raises(MmpoError, match="all 3 rows have one prompt"):
+        run_training(recipe.model_copy(update={"validation": Validation(share=0.5)}))
 
 
 def test_a_data_set_says_which_score_it_is(make_recipe):
@@ -195,9 +232,9 @@ def test_what_makes_it_another_run(make_recipe, tmp_path):
         run_training(recipe)
 
 
-def given(chosen):
-    """A row with the reference's log-probs, this of the chosen response."""
-    texts = (PREFERENCE["chosen"], chosen), (PREFERENCE["rejected"], -9.0)
+def given(chosen, rejected=-9.0):
+    """A row with these log-probs of the reference."""
+    texts = (PREFERENCE["chosen"], chosen), (PREFERENCE["rejected"], rejected)
     responses = [
         {"turns": [{"role": "assistant", "content": text}], "rank": rank, "log_prob": log_prob}
         for rank, (text, log_prob) in enumerate(texts, start=1)
@@ -206,7 +243,8 @@ def given(chosen):
 
 
 def test_given_log_probs_are_the_reference_and_make_the_run(make_recipe, tmp_path):
-    options = {"max_steps": 1, "log_every": 1, "save_every": 1, "reference": {"type": "given"}}
+    reference = {"type": "given", "check": False}  # another model's
+    options = {"max_steps": 1, "log_every": 1, "save_every": 1, "reference": reference}
     run_training(make_recipe([given(-5.0)] * 8, DPO, **options))
     (row,) = read_metrics(tmp_path / "out" / "metrics.jsonl")
     expected = 0.1 * ((row["logps/chosen"] + 5) - (row["logps/rejected"] + 9))
@@ -214,6 +252,23 @@ def test_given_log_probs_are_the_reference_and_make_the_run(make_recipe, tmp_pat
     run_training(make_recipe([given(-5.0)] * 8, DPO, **options))
     with pytest.raises(CheckpointError, match=r"or recipe: data\.log-probs; give"):
         run_training(make_recipe([given(-6.0)] * 8, DPO, **options))
+
+
+def test_given_log_probs_of_another_model_stop_the_run(make_recipe, tmp_path):
+    options = {"max_steps": 1, "log_every": 1, "save_every": 1, "reference": {"type": "given"}}
+    with pytest.raises(DataError, match="cannot be those of") as caught:
+        run_training(make_recipe([given(-5.0)] * 8, DPO, **options))
+    found = re.search(r"row '0': -5.00, -9.00 in the data, (.*?), (.*?) of the", str(caught.value))
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+    chosen, rejected = map(float, found.groups())
+    for noise, told in ((0.3, None), (-0.3, None), (10.0, "cannot be those of")):
+        row = given(chosen + noise, rejected - noise)
+        recipe = make_recipe([row] * 8, DPO, output=f"noise{noise}", **options)
+        if told is None:
+            run_training(recipe)
+            continue
+        with pytest.raises(DataError, match=told):
+            run_training(recipe)
 
 
 def test_sft_needs_no_reference_that_moves(make_recipe):

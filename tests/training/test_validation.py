@@ -19,6 +19,7 @@ from mmpo_jax import cli
 from mmpo_jax.data.pipeline import held_out_batches
 from mmpo_jax.data.records import Record, Response, Turn
 from mmpo_jax.data.tokenization import TokenizedRecord, tokenize_records
+from mmpo_jax.errors import MmpoError
 from mmpo_jax.models.huggingface import flatten, load_model
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import AXES
@@ -173,6 +174,39 @@ def test_a_share_of_the_training_data():
     assert 0.2 < len(held) / 2000 < 0.3
     assert not {int(r.prompt_ids[1]) for r in kept} & {int(r.prompt_ids[1]) for r in held}
     assert hold_out(with_prompts[::-1], 0.25)[1] == held[::-1]
+
+
+def rows_of_prompts(sizes):
+    """Records without responses, so many of every prompt."""
+    return [
+        TokenizedRecord(f"{prompt}-{n}", np.int32([1, prompt, 5]), (), (), ())
+        for prompt, size in enumerate(sizes)
+        for n in range(size)
+    ]
+
+
+@pytest.mark.parametrize("share", [1e-6, 0.05, 0.2, 0.25, 0.5, 0.9, 1 - 1e-6])
+@pytest.mark.parametrize("sizes", [[1] * 12, [2] * 6, [1, 11], [5, 1, 3, 1, 2], [4, 4]], ids=str)
+def test_a_share_is_met_within_one_prompt(sizes, share, caplog):
+    caplog.set_level(logging.INFO)
+    records = rows_of_prompts(sizes)
+    kept, held = hold_out(records, share)
+    assert kept and held
+    assert len(held) + len(kept) == len(records)
+    assert abs(len(held) - share * len(records)) <= max(sizes)
+    if sizes == [1] * 12:
+        assert len(held) == min(max(round(share * 12), 1), 11)
+    prompts = {int(record.prompt_ids[1]) for record in held}
+    assert not prompts & {int(record.prompt_ids[1]) for record in kept}
+    (told,) = caplog.messages
+    assert told.startswith(
+        f"held out: {len(held)} of {len(records)} rows, which is {len(prompts)} "
+    )
+
+
+def test_one_prompt_has_no_share():
+    with pytest.raises(MmpoError, match="all 3 rows have one prompt"):
+        hold_out(rows_of_prompts([3]), 0.5)
 
 
 def test_the_first_of_several_best_rows():

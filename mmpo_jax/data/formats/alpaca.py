@@ -1,10 +1,10 @@
 """Alpaca's rows, as LLaMA-Factory reads them, and ms-swift's older rows of query and response.
 
-``instruction`` and ``input``, joined by a line break, are what is asked; so is ``query``.
-``output`` or ``response`` is the answer; ``chosen`` and ``rejected``, or ``rejected_response``, make
-a pair; ``kto_tag`` or ``label`` is the verdict on the answer. ``history`` has earlier turns, pairs of
-what the user and the assistant said, and ``system`` goes in front. Without an answer the row is a
-prompt.
+``instruction`` and ``input``, joined by a line break, are what is asked; so is ``query``. The
+answer is ``output`` or ``response``; ``chosen`` and ``rejected``, or ``rejected_response``, make a
+pair, and ``kto_tag`` or ``label`` is the verdict on an answer. ``history`` has earlier turns, pairs
+of what the user and the assistant said, and ``system`` goes in front. Without an answer the row is
+a prompt.
 """
 
 from typing import Any
