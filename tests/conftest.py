@@ -8,14 +8,12 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Here compiling takes far longer than running: these make it about ten times faster.
-os.environ["XLA_FLAGS"] = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_use_fusion_emitters=false "
-    # Eight devices wait for each other on as many threads: on a busy machine for long.
-    "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120 "
-    "--xla_cpu_collective_call_terminate_timeout_seconds=600 "
-    "--xla_cpu_collective_timeout_seconds=600 " + os.environ.get("XLA_FLAGS", "")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import xla_flags  # noqa: E402
+
+os.environ["XLA_FLAGS"] = " ".join(
+    [*xla_flags.known(xla_flags.FLAGS), os.environ.get("XLA_FLAGS", "")]
 )
 
 import jax
@@ -42,8 +40,6 @@ def key_of_one_device(module, devices, *args, **options):
 
 
 compilation_cache.get_cache_key = key_of_one_device
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny  # noqa: E402
 

@@ -1,0 +1,52 @@
+"""Real weights, and the commands on one device."""
+
+import json
+
+import jax
+import pytest
+import smollm2
+from jax.sharding import AxisType
+
+from mmpo_jax import cli
+from mmpo_jax.parallel.mesh import AXES
+
+SHORT = 6
+"""Layers where speed matters."""
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Eight simulated devices would compute every row eight times as slowly."""
+    monkeypatch.setattr(cli, "_start_jax", lambda: None)
+    mesh = jax.make_mesh(
+        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
+    )
+    for module in ("scoring", "generation", "training"):
+        monkeypatch.setattr(f"mmpo_jax.{module}.run.make_mesh", lambda **sizes: mesh)
+
+
+@pytest.fixture(scope="session")
+def short_folder():
+    """SmolLM2 cut to its first layers."""
+    return smollm2.make_folder(SHORT)
+
+
+@pytest.fixture(scope="session")
+def short_theirs(short_folder):
+    """It in transformers, for tests that change nothing of it."""
+    return smollm2.load_theirs(short_folder)
+
+
+@pytest.fixture
+def mmpo(tmp_path, capsys):
+    """Runs `score` or `generate` on rows; the rows it writes."""
+
+    def mmpo(command, model, rows, *more):
+        data, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        flags = ["--model", str(model), "--data", str(data), "--output", str(out), *more]
+        status = cli.main([command, *flags])
+        assert status == 0, capsys.readouterr().err
+        return [json.loads(line) for line in out.read_text().splitlines()]
+
+    return mmpo
