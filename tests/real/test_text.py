@@ -25,7 +25,10 @@ DIALOGUES = {  # prompt, responses
         ],
         ["The Mur", "Danube (Donau)", "Inn, which begins in Switzerland"],
     ),
-    "code": ([(USER, f"What is wrong here?\n```python\n{CODE}\n```")], [CODE, f"Nothing:\n\n{CODE}"]),
+    "code": (
+        [(USER, f"What is wrong here?\n```python\n{CODE}\n```")],
+        [CODE, f"Nothing:\n\n{CODE}"],
+    ),
     "scripts": (
         [(USER, "Übersetze: «Καλημέρα κόσμε», 你好，世界! 🙂👩‍🚀 naïve café")],
         ["Guten Morgen, Welt! 🙂", "早上好，世界 — x² ≥ 10⁻³ €"],

@@ -97,7 +97,7 @@ class MediaFolder:
         Raises:
           UnusableRow: as `image` and `video`.
         """
-        raise UnusableRow("bad_image_entry", "to come")
+        return self.image(part["image"])
 
     def indexed_image(self, entry: Any) -> ImageRef:
         """As `image`; a path may lie deeper than it says, as archives add folders on top.
