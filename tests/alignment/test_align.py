@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import ml_dtypes
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -259,6 +260,24 @@ def test_a_second_call_does_nothing_again(finished, copy, tiny_folder, work_done
     assert run_alignment(make_recipe(copy, tiny_folder)) == finished[1]
     assert work_done == []
     assert files(copy) == before
+
+
+def test_the_last_folder_alone_is_rounded(finished, copy, tiny_folder, work_done):
+    """Rounds go on from float32, so another dtype makes nothing again."""
+    recipe = make_recipe(copy, tiny_folder)
+    training = recipe.training.model_copy(update={"save_dtype": "bfloat16"})
+    for _ in range(2):  # the second time it is there
+        run_alignment(recipe.model_copy(update={"training": training}))
+        saved, last = (flatten(load_model(copy / at)[1]) for at in ("model", "round-2/model"))
+        assert {leaf.dtype.name for leaf in last.values()} == {"float32"}
+        for path, leaf in last.items():
+            np.testing.assert_array_equal(saved[path], leaf.astype(ml_dtypes.bfloat16))
+        card = (copy / "model" / "README.md").read_text()
+        assert "of the update is in the saved weights." in card
+        assert "rewards/margins of " in card
+    assert not work_done
+    run_alignment(recipe)
+    assert files(copy) == files(finished[0])
 
 
 @pytest.mark.parametrize("stage", STAGES[:-1])

@@ -136,8 +136,11 @@ def test_what_rounding_leaves_is_measured_and_told(trained, caplog, dtype):
     assert f"{share:.1%} of the update is in the saved weights." in card
     assert f"{share:.1%} of the update is in the saved weights." in caplog.text
     assert "rewards/margins of 4 rows: " in card
-    assert (share < 0.5) == (dtype == "bfloat16")
-    assert "much of the training is lost in bfloat16" in caplog.text or dtype != "bfloat16"
+    if dtype == "bfloat16_stochastic":
+        assert share == pytest.approx(1, abs=0.3)
+    if dtype == "bfloat16":
+        assert share < 0.5
+        assert "much of the training is lost in bfloat16" in caplog.text
 
 
 def test_convert_rounds_last_and_tells_what_is_left(trained, tmp_path, caplog):
