@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from mmpo_jax.data.batching import bucket, pad_batch
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.tokenization import TokenizedRecord, fingerprint_records
+from mmpo_jax.errors import DataError
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.log_probs import response_log_probs
 from mmpo_jax.models.lora import cast_params
@@ -119,6 +120,9 @@ def score_stage(
 
     Returns:
       A row per record, in order: id, log_probs, num_tokens, one of each for every response.
+
+    Raises:
+      DataError: naming rows whose log-probs are not finite; parts finished before are kept.
     """
     stage = Stage(
         folder=folder,
@@ -139,6 +143,7 @@ def score_stage(
         sums = score_records(
             model, placed(), processor, rows, lengths, mesh, batch_size, compute_dtype, per_token
         )
+        check_scores(rows, sums, compute_dtype)
         number = pa.list_(pa.float32()) if per_token else pa.float32()
         return pa.table(
             {
@@ -152,6 +157,26 @@ def score_stage(
         )
 
     return run_stage(stage, make_part)
+
+
+def check_scores(
+    records: Sequence[TokenizedRecord], scores: Sequence[list[Any]], compute_dtype: str
+) -> None:
+    """
+    Raises:
+      DataError: naming the rows whose log-probs are not finite.
+    """
+    bad = [
+        record.id
+        for record, row in zip(records, scores, strict=True)
+        if not all(np.isfinite(response).all() for response in row)
+    ]
+    if bad:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise DataError(
+            f"the log-probs of rows {', '.join(bad[:5])}{more} are not finite in {compute_dtype}: "
+            "the model's activations overflow; compute in float32, or look at the weights"
+        )
 
 
 def score_records(
