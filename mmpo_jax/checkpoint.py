@@ -9,6 +9,7 @@ import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -22,6 +23,7 @@ from mmpo_jax.models.huggingface import check_params, flatten, load_params, unfl
 from mmpo_jax.models.lora import adapted_layers, merge_adapters, without_adapters
 from mmpo_jax.models.model import Model, Params, load_config
 from mmpo_jax.models.peft import base_model, is_adapter_folder, with_adapter
+from mmpo_jax.models.safetensors_files import all_finite, has_weights
 from mmpo_jax.parallel.mesh import param_shardings, put_params
 from mmpo_jax.training.checkpoints import (
     checkpoint_shapes,
@@ -83,13 +85,19 @@ def checkpoint_folders(name: str) -> list[str]:
     """The folders a checkpoint is made of: the model's, then those of adapters, in the order in
     which they are merged.
 
+    As in transformers with PEFT, a folder with a whole model and an adapter is that model with that
+    adapter; of a repository of the hub the model is the one that the adapter names.
+
     Raises:
       ModelError: one of them is not there, or an adapter is its own base.
     """
     folders = [resolve_folder(name)]
     while is_adapter_folder(folders[0]):
+        if not is_on_hub(name) and has_weights(folders[0]):
+            return [folders[0], *folders]
         try:
-            folder = resolve_folder(base_model(folders[0]))
+            name = base_model(folders[0])
+            folder = resolve_folder(name)
         except ModelError as error:
             raise ModelError(f"{folders[0]}: the model of this adapter: {error}") from error
         if folder in folders:
@@ -137,19 +145,43 @@ def load_weights(
         shapes = unflatten(checkpoint_shapes(location.weights))
         check_params(location.weights, without_adapters(shapes), model)
     if not location.adapters and not adapted_layers(shapes):
-        return _read_weights(location, model, shapes, mesh, dtype)
+        params = _read_weights(location, model, shapes, mesh, dtype)
+        # Of safetensors files that is known since they were read.
+        return check_finite(location.weights, params) if location.is_orbax else params
     # The sum is rounded once: it is cast, and not what is summed.
     params = _read_weights(location, model, shapes, mesh, np.float32)
     params = merge_adapters(params, in_place=True)
     for folder in location.adapters:
         params = merge_adapters(with_adapter(params, folder, model), in_place=True)
+    check_finite(location.weights, params)
     if dtype is None:
         return params
     flat = flatten(params)
     del params  # so that every parameter goes when it is cast
     for path in flat:
         flat[path] = flat[path].astype(dtype)
-    return unflatten(flat)
+    return check_finite(location.weights, unflatten(flat), dtype)
+
+
+def check_finite(folder: str, params: Params, dtype: Any = None) -> Params:
+    """Parameters, if all of their numbers are finite.
+
+    Args:
+      folder: where they are from, for the message.
+      params: arrays.
+      dtype: that they were cast to, if they were.
+
+    Raises:
+      ModelError: naming the folder and the first parameter with another number.
+    """
+    for path, leaf in flatten(params).items():
+        finite = all_finite(leaf) if isinstance(leaf, np.ndarray) else jnp.isfinite(leaf).all()
+        if not finite:
+            told = "in the weights" if dtype is None else f"as {np.dtype(dtype).name}"
+            raise ModelError(
+                f"{folder}: {path} has numbers that are not finite (NaN or infinity) {told}"
+            )
+    return params
 
 
 def _read_weights(

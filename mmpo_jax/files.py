@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import time
@@ -18,13 +19,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
-from mmpo_jax.errors import DataError
+from mmpo_jax.errors import DataError, MmpoError
 
 HASHING_THREADS = 8
 MIN_KEPT_BYTES = 1 << 24
 """Of a file whose digest is kept."""
 SETTLED_NS = 2_000_000_000
 """Age of a file whose digest is kept; the coarsest clock of a file system ticks every 2 seconds."""
+STORAGE = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}
+"""Schemes of paths that are not on this machine -> the package that knows them."""
 _CHUNK_BYTES = 1 << 22
 
 
@@ -37,6 +40,35 @@ def cache_folder() -> str:
 def is_local(path: epath.PathLike) -> bool:
     """Whether `path` lies on a file system of this machine and not in a bucket."""
     return "://" not in os.fspath(path)
+
+
+def check_reachable(path: epath.PathLike) -> None:
+    """
+    Raises:
+      MmpoError: a path by URL whose scheme is not read, whose library is not installed, or whose
+        storage does not answer.
+    """
+    name = os.fspath(path)
+    if is_local(name):
+        return
+    scheme = name.partition("://")[0]
+    if scheme not in STORAGE:
+        told = "give the path alone" if scheme == "file" else "download it and give its path"
+        repository = re.match(r"https?://(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)/?$", name)
+        if repository:
+            told = f"a model of the hub is called {repository[1]}"
+        raise MmpoError(f"{name}: nothing is read or written by {scheme}://; {told}")
+    try:
+        epath.Path(name).exists()
+    except ImportError as error:
+        raise MmpoError(
+            f"{name}: {scheme}:// needs the package {STORAGE[scheme]}, which is not installed"
+        ) from error
+    except Exception as error:  # every storage client raises types of its own
+        told = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise MmpoError(
+            f"{name}: cannot be reached: {told}; {scheme}:// needs credentials, and the network"
+        ) from error
 
 
 def write_atomic(path: epath.PathLike, data: bytes) -> None:

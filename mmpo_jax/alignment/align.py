@@ -32,6 +32,7 @@ from mmpo_jax.evaluation.shapes import VERSION, evaluate_shapes
 from mmpo_jax.feedback.claims import make_splitter
 from mmpo_jax.feedback.labeler import CheckpointLabeler, Labeler, answer_tokens
 from mmpo_jax.files import (
+    check_reachable,
     fingerprint_json,
     read_json,
     read_table,
@@ -61,6 +62,7 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
     Raises:
       MmpoError: whatever the user can mend, naming it.
     """
+    check_reachable(recipe.output)
     mesh = make_mesh(**recipe.devices.model_dump())
     start = load_checkpoint(recipe.model, mesh, recipe.attention, recipe.template)
     from_hub = start.hub_id is not None

@@ -17,6 +17,7 @@ from mmpo_jax.data.rows import Row
 from mmpo_jax.data.sources import SKIPPED
 from mmpo_jax.data.tables import TFDS, write_rows
 from mmpo_jax.errors import DataError, MmpoError
+from mmpo_jax.files import check_reachable
 from mmpo_jax.progress import counted
 
 _EMBED: Mapping[str, Embed] = {
@@ -72,6 +73,7 @@ def convert_data(
         raise MmpoError(f"--drop {', '.join(unknown)}: no such field; known: {', '.join(STRIP)}")
     if os.path.realpath(source) == os.path.realpath(target):
         raise MmpoError(f"{target} is the source; give another file")
+    check_reachable(target)
     stem, ending = os.path.splitext(target)
     root = os.path.dirname(target) or "."
     if image_root is not None and not source.startswith(TFDS):

@@ -21,7 +21,7 @@ from mmpo_jax.data.records import ANSWERS, ImageRef, Record, VideoRef
 from mmpo_jax.data.rows import MessagesAs, SkipReason, UnusableRow, row_id
 from mmpo_jax.data.tables import folder_of, numbered_rows
 from mmpo_jax.errors import DataError
-from mmpo_jax.files import write_atomic
+from mmpo_jax.files import check_reachable, write_atomic
 from mmpo_jax.progress import counted
 
 Problem = tuple[SkipReason, str]
@@ -94,6 +94,9 @@ def iter_records(
     Raises:
       DataError: the file is missing, unreadable or of an unknown kind.
     """
+    for place in (path, image_root):
+        if place is not None:
+            check_reachable(place)
     media = MediaFolder(folder_of(path) if image_root is None else image_root)
     first_row: dict[str, int] = {}
     pairs: Counter[str] = Counter()

@@ -13,8 +13,8 @@ from etils import epath
 from mmpo_jax.data.formats.writing import place_image
 from mmpo_jax.data.records import ImageRef
 from mmpo_jax.data.sources import SKIPPED
-from mmpo_jax.errors import MmpoError
-from mmpo_jax.files import write_atomic
+from mmpo_jax.errors import DataError, MmpoError
+from mmpo_jax.files import check_reachable, write_atomic
 from mmpo_jax.recipe import Data, FileData
 
 
@@ -36,8 +36,9 @@ class Results:
         """The files of a recipe's `output`: a file `*.jsonl`, or a folder, which gets `name`.
 
         Raises:
-          MmpoError: the result would replace the data it is made of.
+          MmpoError: the result would replace the data it is made of, or cannot be written there.
         """
+        check_reachable(output)
         stem, extension = os.path.splitext(output)
         if extension == ".jsonl":
             results = cls(output, f"{stem}.{SKIPPED}", f"{stem}.parts", f"{stem}.images")
@@ -66,10 +67,20 @@ class Results:
 
         Returns:
           The result's file.
+
+        Raises:
+          DataError: a row holds NaN or an infinity, which JSON has not.
         """
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        lines = [_json(row) + "\n" for row in rows]
         write_atomic(self.rows, "".join(lines).encode())
         parts = epath.Path(self.parts)
         if parts.exists():
             parts.rmtree()
         return self.rows
+
+
+def _json(row: dict[str, Any]) -> str:
+    try:
+        return json.dumps(row, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise DataError(f"row {row.get('id')}: a number of its result is not finite") from error

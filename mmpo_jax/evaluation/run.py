@@ -7,7 +7,7 @@ import os
 
 from mmpo_jax.checkpoint import load_checkpoint
 from mmpo_jax.evaluation.shapes import evaluate_shapes
-from mmpo_jax.files import write_atomic
+from mmpo_jax.files import check_reachable, write_atomic
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipe import EvaluateRecipe
 
@@ -18,6 +18,7 @@ def run_evaluation(recipe: EvaluateRecipe) -> dict[str, float]:
     Returns:
       The metrics, also written to `evaluation.json` in the output folder.
     """
+    check_reachable(recipe.output)
     mesh = make_mesh(**recipe.devices.model_dump())
     checkpoint = load_checkpoint(recipe.model, mesh, recipe.attention, recipe.template)
     metrics = evaluate_shapes(

@@ -10,7 +10,15 @@ from pathlib import Path
 import huggingface_hub
 from etils import epath
 
-from mmpo_jax.files import cache_folder, fingerprint_bytes, is_local, read_json, write_atomic
+from mmpo_jax.errors import MmpoError
+from mmpo_jax.files import (
+    cache_folder,
+    check_reachable,
+    fingerprint_bytes,
+    is_local,
+    read_json,
+    write_atomic,
+)
 from mmpo_jax.models.config import ModelError
 
 BUILTIN = {"builtin:shapes": Path(__file__).parent.parent / "shapes" / "checkpoint"}
@@ -82,13 +90,10 @@ def split_hub_id(name: str) -> tuple[str, str | None]:
 
 def _bucket_folder(name: str) -> str:
     try:
-        found = any((epath.Path(name) / file).exists() for file in ("config.json", ADAPTER_CONFIG))
-    except Exception as error:  # every storage client raises types of its own
-        raise ModelError(
-            f"{name}: cannot be reached: {error or type(error).__name__}; gs:// needs the package "
-            "gcsfs and credentials"
-        ) from error
-    if not found:
+        check_reachable(name)
+    except MmpoError as error:
+        raise ModelError(str(error)) from error
+    if not any((epath.Path(name) / file).exists() for file in ("config.json", ADAPTER_CONFIG)):
         raise ModelError(f"{name}/config.json: not found; in buckets, models are such folders")
     return name
 

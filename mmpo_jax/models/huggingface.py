@@ -7,6 +7,7 @@ Reads every layout that transformers has written for a family; writes the oldest
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import os
 import re
@@ -16,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 
 from mmpo_jax.files import replace_folder
@@ -31,6 +33,7 @@ from mmpo_jax.models.rounding import Survival, rounded, stored_dtype
 from mmpo_jax.models.safetensors_files import (
     INDEX_FILE,
     MAX_SHARD_BYTES,
+    SINGLE_FILE,
     NewTensor,
     StoredTensor,
     check_dtype,
@@ -40,9 +43,10 @@ from mmpo_jax.models.safetensors_files import (
     write_files,
 )
 
+log = logging.getLogger(__name__)
+
 MATRICES = ("/kernel", "/embedding", f"/{A}")
 """Ends of the paths of parameters that are products' factors or tables."""
-
 
 EMBEDDING = "language_model/embed_tokens/embedding"
 
@@ -90,6 +94,8 @@ def match_tensors(folder: str | os.PathLike[str], model: Model) -> dict[str, Sou
     expected = flatten(model.abstract_params())
     found: dict[str, dict[int | None, StoredTensor]] = {path: {} for path in expected}
     files = weight_files(folder)
+    if os.path.join(folder, SINGLE_FILE) in files and (epath.Path(folder) / INDEX_FILE).exists():
+        log.warning("%s is read and not what %s names, as in transformers", files[0], INDEX_FILE)
     tied_head = None
     for tensor in (tensor for file in files for tensor in read_header(file)):
         path, layer = path_of(tensor.name, model)

@@ -31,7 +31,12 @@ from mmpo_jax.models.huggingface import (
 )
 from mmpo_jax.models.lora import SCALE, A, B, adapted_layers, dense_layers
 from mmpo_jax.models.model import Model, Params
-from mmpo_jax.models.safetensors_files import NewTensor, read_header, read_tensor
+from mmpo_jax.models.safetensors_files import (
+    NewTensor,
+    has_weights,
+    read_header,
+    read_tensor,
+)
 
 TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 
@@ -118,7 +123,10 @@ def load_adapter(folder: str | os.PathLike[str], model: Model) -> dict[str, np.n
     config = read_adapter_config(folder)
     file = os.path.join(folder, WEIGHTS_FILE)
     if not epath.Path(file).exists():
-        raise ModelError(f"{file}: not found; adapters are read from safetensors files only")
+        told = f"{file}: not found; adapters are read from safetensors files only"
+        if has_weights(folder):
+            told += f". If the model beside it has the adapter merged into it, remove {CONFIG_FILE}"
+        raise ModelError(told)
     shapes = dense_layers(model)
     factors: dict[str, dict[str, np.ndarray]] = collections.defaultdict(dict)
     modules: dict[str, dict[int, str]] = collections.defaultdict(dict)

@@ -123,6 +123,9 @@ def score_stage(
 
     Returns:
       A row per record, in order: id, log_probs, num_tokens, one of each for every response.
+
+    Raises:
+      DataError: naming rows whose log-probs are not finite; parts finished before are kept.
     """
     stage = Stage(
         folder=folder,
@@ -144,6 +147,7 @@ def score_stage(
         sums = score_records(
             model, placed(), processor, rows, lengths, mesh, batch_size, compute_dtype, per_token
         )
+        check_scores(rows, sums, compute_dtype)
         number = pa.list_(pa.float32()) if per_token else pa.float32()
         return pa.table(
             {
@@ -209,6 +213,26 @@ def check_given(
         f"{'; '.join(told[:3])}. They are sums over a response's tokens, EOS included; take "
         "`reference: {type: cached}`, or `check: false` where another model is meant"
     )
+
+
+def check_scores(
+    records: Sequence[TokenizedRecord], scores: Sequence[list[Any]], compute_dtype: str
+) -> None:
+    """
+    Raises:
+      DataError: naming the rows whose log-probs are not finite.
+    """
+    bad = [
+        record.id
+        for record, row in zip(records, scores, strict=True)
+        if not all(np.isfinite(response).all() for response in row)
+    ]
+    if bad:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise DataError(
+            f"the log-probs of rows {', '.join(bad[:5])}{more} are not finite in {compute_dtype}: "
+            "the model's activations overflow; compute in float32, or look at the weights"
+        )
 
 
 def score_records(

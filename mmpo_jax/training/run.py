@@ -14,7 +14,7 @@ from mmpo_jax.checkpoint import Checkpoint, load_start
 from mmpo_jax.data.pipeline import Example, Part
 from mmpo_jax.data.sources import SKIPPED, load_source, scored_by, usable_records
 from mmpo_jax.data.tokenization import TokenizedRecord, fingerprint_records
-from mmpo_jax.files import fingerprint_json
+from mmpo_jax.files import check_reachable, fingerprint_json
 from mmpo_jax.models.card import make_card
 from mmpo_jax.objectives.registry import is_field
 from mmpo_jax.objectives.terms import needs
@@ -41,6 +41,7 @@ def run_training(recipe: TrainRecipe) -> str:
     Returns:
       The Hugging Face folder of the result.
     """
+    check_reachable(recipe.output)
     mesh = make_mesh(**recipe.devices.model_dump())
     start = load_start(recipe.model, _random_seed(recipe), mesh, recipe.attention, recipe.template)
     model, processor = start.model, start.processor
