@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 
 from mmpo_jax import progress
 from mmpo_jax.checkpoint import Checkpoint
+from mmpo_jax.data.pipeline import Part
 from mmpo_jax.data.records import Record, Response
 from mmpo_jax.data.sources import warn_of_cuts
 from mmpo_jax.data.tokenization import TokenizedRecord, tokenize_records
@@ -46,7 +47,7 @@ from mmpo_jax.models.folders import is_on_hub
 from mmpo_jax.recipe import AlignRecipe
 from mmpo_jax.stage import Stage, run_stage
 from mmpo_jax.training.examples import prepare_examples, tokenizer_for, unfit
-from mmpo_jax.training.loop import train
+from mmpo_jax.training.loop import rows_to_see, train
 from mmpo_jax.training.run import MODEL, save_result
 
 log = logging.getLogger(__name__)
@@ -308,6 +309,7 @@ def train_stage(work: Round, pairs: pa.Table) -> str:
         recipe.lengths,
         work.mesh,
         folder=work.folder,
+        seen=rows_to_see(recipe.training, [Part(len(records))], recipe.seed + work.index),
     )
     folder = os.path.join(work.folder, "train")
     _discard_other_run(folder, identity)
