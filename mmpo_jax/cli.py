@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import difflib
 import errno
+import importlib
 import json
 import logging
 import os
@@ -29,7 +30,7 @@ def align(path: str, overrides: Sequence[str]) -> None:
     from mmpo_jax.recipe_files import load_recipe
 
     recipe = load_recipe(AlignRecipe, path, overrides)
-    with _running(recipe.output):
+    with _running("alignment.align", recipe.output):
         from mmpo_jax.alignment.align import run_alignment
         from mmpo_jax.alignment.report import render_table, warnings
 
@@ -48,7 +49,7 @@ def train(path: str, overrides: Sequence[str]) -> None:
     from mmpo_jax.recipe_files import load_recipe
 
     recipe = load_recipe(TrainRecipe, path, overrides)
-    with _running(recipe.output):
+    with _running("training.run", recipe.output):
         from mmpo_jax.training.run import run_training
 
         print(f"model: {run_training(recipe)}")
@@ -60,7 +61,7 @@ def generate(path: str | None, overrides: Sequence[str]) -> None:
     from mmpo_jax.recipe_files import load_recipe
 
     recipe = load_recipe(GenerateRecipe, path, overrides)
-    with _running(recipe.output, recipe.output.endswith(".jsonl")):
+    with _running("generation.run", recipe.output, recipe.output.endswith(".jsonl")):
         from mmpo_jax.generation.run import run_generation
 
         print(f"responses: {run_generation(recipe)}")
@@ -72,7 +73,7 @@ def score(path: str | None, overrides: Sequence[str]) -> None:
     from mmpo_jax.recipe_files import load_recipe
 
     recipe = load_recipe(ScoreRecipe, path, overrides)
-    with _running(recipe.output, recipe.output.endswith(".jsonl")):
+    with _running("scoring.run", recipe.output, recipe.output.endswith(".jsonl")):
         from mmpo_jax.scoring.run import run_scoring
 
         print(f"scores: {run_scoring(recipe)}")
@@ -84,7 +85,7 @@ def evaluate(path: str, overrides: Sequence[str]) -> None:
     from mmpo_jax.recipe_files import load_recipe
 
     recipe = load_recipe(EvaluateRecipe, path, overrides)
-    with _running(recipe.output):
+    with _running("evaluation.run", recipe.output):
         from mmpo_jax.evaluation.run import run_evaluation
 
         for name, value in run_evaluation(recipe).items():
@@ -92,12 +93,14 @@ def evaluate(path: str, overrides: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def _running(output: str, is_file: bool = False) -> Iterator[None]:
+def _running(module: str, output: str, is_file: bool = False) -> Iterator[None]:
+    """Claims the output, starts JAX and imports what the command runs, which takes seconds."""
     from mmpo_jax.output import claimed
 
     with claimed(output, is_file):
-        with progress.doing("starting JAX"):
+        with progress.doing("starting JAX, loading libraries"):
             _start_jax()
+            importlib.import_module(f"mmpo_jax.{module}")
         yield
 
 

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from mmpo_jax import progress
 from mmpo_jax.checkpoint import Checkpoint
-from mmpo_jax.data.pipeline import Example
+from mmpo_jax.data.pipeline import Example, Part
 from mmpo_jax.data.records import Record, Response
 from mmpo_jax.data.sources import warn_of_cuts
 from mmpo_jax.data.tokenization import TokenizedRecord, tokenize_records
@@ -47,7 +47,7 @@ from mmpo_jax.models.folders import is_on_hub
 from mmpo_jax.recipe import AlignRecipe
 from mmpo_jax.stage import Stage, run_stage
 from mmpo_jax.training.examples import prepare_examples, tokenizer_for, unfit
-from mmpo_jax.training.loop import train
+from mmpo_jax.training.loop import rows_to_see, train
 from mmpo_jax.training.saving import MODEL, save_result
 
 log = logging.getLogger(__name__)
@@ -347,7 +347,13 @@ def pair_examples(work: Round, generated: pa.Table, pairs: pa.Table) -> list[Exa
             log.warning("%s: skipped id %r: %s: %s", name, record.id, *problem)
     warn_of_cuts(name, usable, recipe.lengths)
     return prepare_examples(
-        start, usable, recipe.training, recipe.lengths, work.mesh, folder=work.folder
+        start,
+        usable,
+        recipe.training,
+        recipe.lengths,
+        work.mesh,
+        folder=work.folder,
+        seen=rows_to_see(recipe.training, [Part(len(usable))], recipe.seed + work.index),
     )
 
 

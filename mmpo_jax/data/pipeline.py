@@ -141,6 +141,14 @@ def batch_order(parts: Sequence[Part], seed: int, epochs: int, batch_size: int) 
     return order.batch(batch_size, drop_remainder=False, batch_fn=list)
 
 
+def seen_rows(
+    parts: Sequence[Part], seed: int, epochs: int, batch_size: int, steps: int
+) -> set[int]:
+    """Indices of the examples that the first `steps` batches hold."""
+    order = batch_order(parts, seed, epochs, batch_size)
+    return {int(row) for step in range(min(steps, len(order))) for row in order[step]}
+
+
 def num_batches(num_examples: int, epochs: int, batch_size: int) -> int:
     """How many batches `training_batches` gives."""
     return -(-num_examples * epochs // batch_size)

@@ -42,6 +42,7 @@ def prepare_examples(
     mesh: Mesh,
     *,
     folder: str,
+    seen: Collection[int] | None = None,
 ) -> list[Example]:
     """Examples of records, with the reference's log-probs where they are computed before training.
 
@@ -52,6 +53,8 @@ def prepare_examples(
       lengths: bucket sizes.
       mesh: the devices.
       folder: of the reference's cache.
+      seen: indices of the records that the run will read; the reference of the others is not
+        computed, and is not a number. None for all.
 
     Raises:
       DataError: the data lack a field that an objective needs, or hold log-probs of a reference
@@ -68,11 +71,12 @@ def prepare_examples(
             first = [c for record in records[: config.batch_size] for _, c in all_contexts(record)]
             check_given(start, first, reference, config, lengths, mesh)
     elif needs_reference(terms) and config.reference.type == "cached":
+        read = [r for i, r in enumerate(records) if seen is None or i in seen]
         reference = reference_stage(
             start.model,
             start.params,
             start.processor,
-            [context for record in records for _, context in all_contexts(record)],
+            [context for record in read for _, context in all_contexts(record)],
             lengths,
             mesh,
             folder=folder,
@@ -81,6 +85,9 @@ def prepare_examples(
             batch_size=config.batch_size,
             compute_dtype=config.compute_dtype,
         )
+        for record in records:
+            for _, context in all_contexts(record):
+                reference.setdefault(context.id, _unknown(context, "reference_tokens" in needed))
     return make_examples(records, needed, reference)
 
 
@@ -174,6 +181,13 @@ def unfit(
     if any(response.truncated for response in record.responses):
         return "no_reference", "a response lost its tail, and the data's log-prob is of all of it"
     return None
+
+
+def _unknown(record: TokenizedRecord, per_token: bool) -> np.ndarray:
+    """NaN in the shape of the reference's log-probs: float32[R], or [R, t] per token."""
+    longest = max(len(response.ids) for response in record.responses)
+    shape = (len(record.responses), longest) if per_token else (len(record.responses),)
+    return np.full(shape, np.nan, np.float32)
 
 
 def _compares_texts(terms: Sequence[Term]) -> bool:

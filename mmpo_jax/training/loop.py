@@ -22,6 +22,7 @@ from mmpo_jax.data.pipeline import (
     TrainBatch,
     held_out_batches,
     num_batches,
+    seen_rows,
     training_batches,
 )
 from mmpo_jax.data.processor import Processor
@@ -158,7 +159,7 @@ def train(
                 activity.reach(step - 1)  # the one before is done
                 if step % config.log_every and step != steps:
                     continue
-                values, count = window.close()
+                values, count = window.close(state)
                 activity.reach(step)
                 with waiting.paused():
                     if validation is not None and validation.is_due(step, steps):
@@ -325,6 +326,20 @@ def total_steps(config: Training, parts: Sequence[Part], updates: int = 1) -> in
     return min(steps, config.max_steps or steps)
 
 
+def rows_to_see(config: Training, parts: Sequence[Part], seed: int) -> set[int] | None:
+    """Indices of the rows that a run which `max_steps` ends early reads; None for all.
+
+    Args:
+      config: the recipe's training section.
+      parts: the data sets that stand one after another.
+      seed: of the order, as `train` has it.
+    """
+    if config.max_steps is None:
+        return None
+    steps = total_steps(config, parts)
+    return seen_rows(parts, seed, config.epochs, config.batch_size, steps)
+
+
 def micro_batch_size(config: Training, mesh: Mesh) -> int:
     """Rows at a time over all devices.
 
@@ -352,8 +367,11 @@ class Window:
         """A step was started on the rows of these ids."""
         self.steps.append((step, ids, metrics))
 
-    def close(self) -> tuple[dict[str, float], int]:
+    def close(self, state: TrainState) -> tuple[dict[str, float], int]:
         """(the metrics, see `means`; of how many steps), and begins anew.
+
+        Args:
+          state: after the steps; one that was not finite has not changed it.
 
         Raises:
           TrainingError: naming the first step that was not finite.
@@ -362,6 +380,12 @@ class Window:
         rows = jax.device_get([metrics for _, _, metrics in steps])
         for (step, ids, _), row in zip(steps, rows, strict=True):
             if not row["finite"]:
+                broken = _not_finite({**state.params, **state.frozen})
+                if broken is not None:
+                    raise TrainingError(
+                        f"step {step}: the weights themselves are not finite, whatever the rows: "
+                        f"{broken}; last good checkpoint: {self.checkpoints.describe_latest()}"
+                    )
                 raise TrainingError(
                     f"step {step}: the loss is {row['loss']} and the gradient norm "
                     f"{row['grad_norm']}; rows of this batch: {', '.join(ids)}; "
@@ -370,3 +394,8 @@ class Window:
         together = means(rows)
         del together["finite"]
         return together, len(rows)
+
+
+def _not_finite(params: Mapping[str, jax.Array]) -> str | None:
+    """The path of a parameter with an infinity or NaN; None where all are finite."""
+    return next((path for path, leaf in params.items() if not jnp.isfinite(leaf).all()), None)

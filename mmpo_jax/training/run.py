@@ -22,7 +22,7 @@ from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipe import LearnedFile, ShapesData, TrainRecipe
 from mmpo_jax.recipe_training import Training
 from mmpo_jax.training.examples import fingerprint_fields, prepare_examples, tokenizer_for, unfit
-from mmpo_jax.training.loop import check_training, train
+from mmpo_jax.training.loop import check_training, rows_to_see, train
 from mmpo_jax.training.losses import recipe_terms
 from mmpo_jax.training.metrics import FILE, read_metrics
 from mmpo_jax.training.on_policy import prompt_examples, unrewardable, with_token_limit
@@ -61,6 +61,7 @@ def run_training(recipe: TrainRecipe) -> str:
             recipe.lengths,
             mesh,
             folder=os.path.join(recipe.output, name),
+            seen=None if name else rows_to_see(training, data.parts, recipe.seed),
         )
         if rollout is None
         else prompt_examples(records)
@@ -110,7 +111,22 @@ def run_training(recipe: TrainRecipe) -> str:
         measure_weights, start, rows_to_measure, training, recipe.lengths, mesh
     )
     with progress.doing("saving the model"):
-        return save_result(recipe.output, start, trained, training, card, mesh, measure)
+        folder = save_result(recipe.output, start, trained, training, card, mesh, measure)
+    if rollout is None:
+        _tell_cuts(data.records, recipe.lengths.response[-1])
+    return folder
+
+
+def _tell_cuts(records: Sequence[TokenizedRecord], limit: int) -> None:
+    """The run's last word on what it did not see of the data."""
+    responses = [response for record in records for response in record.responses]
+    cut = sum(response.truncated > 0 for response in responses)
+    log.info(
+        "%d of %d responses trained on lost their tail to the largest bucket, %d tokens",
+        cut,
+        len(responses),
+        limit,
+    )
 
 
 def _data_identity(

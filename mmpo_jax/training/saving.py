@@ -174,6 +174,12 @@ def measure_weights(
     Returns:
       (rows, metrics).
     """
+    # Of rows that `max_steps` keeps the run from there is no reference.
+    examples = [
+        example
+        for example in examples
+        if all(np.isfinite(values).all() for values in example.reference.values())
+    ]
     if not examples:
         return 0, {}
     places = np.linspace(0, len(examples) - 1, min(len(examples), MEASURED_ROWS)).astype(int)

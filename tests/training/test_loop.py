@@ -219,9 +219,9 @@ def test_the_data_position_is_restored(run, monkeypatch, tmp_path):
         close = loop.Window.close
         with monkeypatch.context() as patch:
 
-            def record(window):
+            def record(window, state):
                 seen.extend((step, ids) for step, ids, _ in window.steps)
-                return close(window)
+                return close(window, state)
 
             patch.setattr(loop.Window, "close", record)
             with contextlib.suppress(Killed):

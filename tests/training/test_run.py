@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import re
 
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from PIL import Image
 from mmpo_jax.checkpoint import load_start
 from mmpo_jax.data.sources import SKIPPED
 from mmpo_jax.errors import DataError, MmpoError
+from mmpo_jax.files import read_table
 from mmpo_jax.models.huggingface import flatten, load_model
 from mmpo_jax.objectives.responses import Responses
 from mmpo_jax.objectives.terms import needs
@@ -240,6 +242,23 @@ def given(chosen, rejected=-9.0):
         for rank, (text, log_prob) in enumerate(texts, start=1)
     ]
     return {"prompt": [{"role": "user", "content": QUESTION}], "responses": responses}
+
+
+def test_the_reference_is_of_the_rows_that_the_run_will_see(make_recipe, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    rows = [{**PREFERENCE, "chosen": f"{name} circle ."} for name in ("red", "blue", "green")] * 8
+    rows[0] = LONG | {"rejected": "no"}
+    for steps, seen in ((1, 8), (2, 16)):
+        options = {"max_steps": steps, "log_every": 1, "save_every": 1}
+        run_training(make_recipe(rows, DPO, output=f"out{steps}", **options))
+        table = read_table(tmp_path / f"out{steps}" / "reference.parquet")
+        assert table.num_rows == seen
+        first, *_ = read_metrics(tmp_path / f"out{steps}" / "metrics.jsonl")
+        assert first["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    told = "1 of 48 responses trained on lost their tail to the largest bucket, 24 tokens"
+    assert caplog.messages[-1] == told
+    fewer = read_table(tmp_path / "out1" / "reference.parquet")["id"].to_pylist()
+    assert set(fewer) < set(table["id"].to_pylist())
 
 
 def test_given_log_probs_are_the_reference_and_make_the_run(make_recipe, tmp_path):
