@@ -10,7 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent))
 
-import xla_flags  # noqa: E402
+import xla_flags
 
 os.environ["XLA_FLAGS"] = " ".join(
     [*xla_flags.known(xla_flags.FLAGS), os.environ.get("XLA_FLAGS", "")]

@@ -9,13 +9,13 @@ import pytest
 pytest.importorskip("torch")
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
-import smollm2
-import torch
-import transformers
+import smollm2  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
 
-from mmpo_jax.recipe import TrainRecipe
-from mmpo_jax.training.metrics import FILE, read_metrics
-from mmpo_jax.training.run import run_training
+from mmpo_jax.recipe import TrainRecipe  # noqa: E402
+from mmpo_jax.training.metrics import FILE, read_metrics  # noqa: E402
+from mmpo_jax.training.run import run_training  # noqa: E402
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
@@ -121,4 +121,4 @@ def check_weights(ours, theirs, start):
     for name, tensor in ours.state_dict().items():
         moved = (after[name] - before[name]).numpy()
         distance = np.linalg.norm((tensor - after[name]).numpy())
-        assert 0 < np.linalg.norm(moved) and distance < 0.02 * np.linalg.norm(moved), name
+        assert np.linalg.norm(moved) > 0 and distance < 0.02 * np.linalg.norm(moved), name

@@ -3,10 +3,10 @@
 import pytest
 
 torch = pytest.importorskip("torch")
-import pictures
-import smollm2
-import transformers
-from PIL import Image
+import pictures  # noqa: E402
+import smollm2  # noqa: E402
+import transformers  # noqa: E402
+from PIL import Image  # noqa: E402
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
 

@@ -6,11 +6,11 @@ import pytest
 
 pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
-import smollm2
-import torch
+import smollm2  # noqa: E402
+import torch  # noqa: E402
 
-from mmpo_jax.recipe import TrainRecipe
-from mmpo_jax.training.run import run_training
+from mmpo_jax.recipe import TrainRecipe  # noqa: E402
+from mmpo_jax.training.run import run_training  # noqa: E402
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
