@@ -147,7 +147,7 @@ def load_weights(
     if not location.adapters and not adapted_layers(shapes):
         params = _read_weights(location, model, shapes, mesh, dtype)
         # Of safetensors files that is known since they were read.
-        return check_finite(location.weights, params) if location.is_orbax else params
+        return check_finite(location.weights, params, dtype) if location.is_orbax else params
     # The sum is rounded once: it is cast, and not what is summed.
     params = _read_weights(location, model, shapes, mesh, np.float32)
     params = merge_adapters(params, in_place=True)
@@ -177,9 +177,9 @@ def check_finite(folder: str, params: Params, dtype: Any = None) -> Params:
     for path, leaf in flatten(params).items():
         finite = all_finite(leaf) if isinstance(leaf, np.ndarray) else jnp.isfinite(leaf).all()
         if not finite:
-            told = "in the weights" if dtype is None else f"as {np.dtype(dtype).name}"
+            told = "" if dtype is None else f" as {np.dtype(dtype).name}"
             raise ModelError(
-                f"{folder}: {path} has numbers that are not finite (NaN or infinity) {told}"
+                f"{folder}: {path} has numbers that are not finite (NaN or infinity){told}"
             )
     return params
 

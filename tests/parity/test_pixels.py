@@ -1,5 +1,7 @@
 """The pixels a model sees: equal to transformers' processor and to a sum done by hand."""
 
+import json
+
 import numpy as np
 import pictures
 import pytest
@@ -11,7 +13,12 @@ from mmpo_jax.data.records import ImageRef
 from mmpo_jax.models.model import load_config
 
 pytest.importorskip("torch")
-from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaProcessor
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    LlavaImageProcessorPil,
+    LlavaProcessor,
+)
 from transformers.image_utils import load_image
 
 pytestmark = pytest.mark.parity
@@ -62,3 +69,45 @@ def by_hand(image):
     mean = np.array([0.48145466, 0.4578275, 0.40821073])
     deviation = np.array([0.26862954, 0.26130258, 0.27577711])
     return ((cut - mean) / deviation).transpose(2, 0, 1)
+
+
+SQUARES = IMAGES | {
+    name: pictures.encode(pictures.noise("RGB", *size))
+    for name, size in {"a-row": (60, 1), "a-column": (1, 47), "large": (2400, 1801)}.items()
+}
+
+
+@pytest.fixture(scope="module")
+def padding(tmp_path_factory):
+    """(our processor, transformers') of a folder whose pictures are padded to squares."""
+    folder = tmp_path_factory.mktemp("padding") / "llava"
+    tiny.make_folder(folder, tiny.make_config({"image_size": SIZE}))
+    size = {"size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}}
+    theirs = LlavaImageProcessorPil(do_pad=True, **size)
+    for file in ("processor_config.json", "preprocessor_config.json"):
+        (folder / file).unlink(missing_ok=True)
+    theirs.save_pretrained(folder)
+    path = folder / "preprocessor_config.json"
+    settings = json.loads(path.read_text()) | {"image_processor_type": "LlavaImageProcessor"}
+    path.write_text(json.dumps(settings))
+    return Processor(folder, load_config(folder)), theirs
+
+
+@pytest.mark.parametrize("name", SQUARES)
+def test_pixels_of_padded_squares(padding, tmp_path, name):
+    ours, theirs = padding
+    path = tmp_path / name
+    path.write_bytes(SQUARES[name])
+    image = load_image(str(path))
+    ((actual,),) = ours.pixels([ImageRef(name, SQUARES[name])])
+    expected = theirs(images=image, return_tensors="np")["pixel_values"][0]
+    np.testing.assert_array_equal(actual, expected)
+    np.testing.assert_allclose(actual, by_hand(square(image)), rtol=0, atol=1e-5)
+
+
+def square(image):
+    """In the middle of a square of CLIP's mean colour, as LLaVA's own code has it."""
+    edge = max(image.size)
+    around = Image.new("RGB", (edge, edge), (122, 116, 104))
+    around.paste(image, tuple((edge - length) // 2 for length in image.size))
+    return around
