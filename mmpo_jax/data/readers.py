@@ -14,17 +14,23 @@ from collections.abc import Iterable, Iterator, Sequence
 from etils import epath
 
 from mmpo_jax.data.formats import FORMATS, choose_format
+from mmpo_jax.data.formats.columns import with_pictures
 from mmpo_jax.data.formats.format import finish
 from mmpo_jax.data.formats.media import MediaFolder
+from mmpo_jax.data.ids import RowIds, own_id
 from mmpo_jax.data.images import ImageTooLarge, image_size, open_image
+from mmpo_jax.data.notes import ID, Notes
 from mmpo_jax.data.records import ANSWERS, ImageRef, Record, VideoRef
-from mmpo_jax.data.rows import MessagesAs, SkipReason, UnusableRow, row_id
+from mmpo_jax.data.rows import MessagesAs, SkipReason, UnusableRow
 from mmpo_jax.data.tables import folder_of, numbered_rows
 from mmpo_jax.errors import DataError
 from mmpo_jax.files import write_atomic
 
 Problem = tuple[SkipReason, str]
 """Why a row is left out: a word to count by, and what exactly is wrong, for a person."""
+
+_LONGEST_DETAIL = 500
+"""Characters of what is wrong; a row may hold a picture where nobody expects one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +61,7 @@ def read_records(
     image_root: epath.PathLike | None = None,
     messages_as: MessagesAs = "last_turn",
     format: str = "auto",
+    notes: Notes | None = None,
 ) -> tuple[list[Record], list[SkippedRow]]:
     """All usable records of a file, in order, and the rows left out.
 
@@ -62,7 +69,7 @@ def read_records(
     """
     records: list[Record] = []
     skipped: list[SkippedRow] = []
-    for item in iter_records(path, image_root, messages_as, format):
+    for item in iter_records(path, image_root, messages_as, format, notes):
         if isinstance(item, Record):
             kept = {name: item.extra[name] for name in ANSWERS if name in item.extra}
             records.append(dataclasses.replace(item, extra=kept))
@@ -76,7 +83,7 @@ def iter_records(
     image_root: epath.PathLike | None = None,
     messages_as: MessagesAs = "last_turn",
     format: str = "auto",
-    formats: Counter[str] | None = None,
+    notes: Notes | None = None,
 ) -> Iterator[Record | SkippedRow]:
     """Read data row by row; images are found but not decoded.
 
@@ -87,14 +94,14 @@ def iter_records(
       messages_as: what a row supervises that is a dialogue. "last_turn": the last assistant turn,
         the turns before it being the prompt. "dialogue": every assistant turn; the prompt is empty.
       format: one of `FORMATS`, or "auto" for each row's own.
-      formats: counts the rows of each, where given.
+      notes: counts what rows hold, where given.
 
     Raises:
       DataError: the file is missing, unreadable or of an unknown kind.
     """
     media = MediaFolder(folder_of(path) if image_root is None else image_root)
-    first_row: dict[str, int] = {}
-    pairs: Counter[str] = Counter()
+    notes = Notes() if notes is None else notes
+    ids = RowIds()
     for number, row in numbered_rows(path, image_root):
         id_ = ""
         try:
@@ -102,20 +109,20 @@ def iter_records(
                 raise row
             present = {name: value for name, value in row.items() if value is not None}
             convention = choose_format(present) if format == "auto" else FORMATS[format]
-            if formats is not None:
-                formats[convention.name] += 1
-            id_ = row_id(present, number)
-            if convention.repeats_ids:
-                pairs[id_] += 1
-                id_ = f"{id_}/{pairs[id_]}"
-            if id_ in first_row:
-                detail = f"row {first_row[id_]} has the id {id_!r} too"
-                raise UnusableRow("duplicate_id", detail)
-            record = finish(convention.read(present, media, messages_as), id_, number)
+            notes.formats[convention.name] += 1
+            own = own_id(present)
+            id_ = ids.name(own, number)
+            shown, column = with_pictures(present)
+            record = finish(convention.read(shown, media, messages_as), id_, number)
         except UnusableRow as unusable:
-            yield SkippedRow(os.fspath(path), number, id_, unusable.reason, unusable.detail)
+            detail = unusable.detail[:_LONGEST_DETAIL]
+            yield SkippedRow(os.fspath(path), number, id_, unusable.reason, detail)
         else:
-            first_row[id_] = number
+            if own is not None and own != id_:
+                record = dataclasses.replace(record, extra={**record.extra, ID: own})
+            if column is not None:
+                notes.pictures_in[column] += 1
+            notes.add(record)
             yield record
 
 
