@@ -2,13 +2,13 @@
 
 import ast
 import re
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from mmpo_jax.data.formats import FORMATS
 from mmpo_jax.data.formats.writing import STRIP
+from mmpo_jax.data.notes import Notes
 from mmpo_jax.data.readers import iter_records
 from mmpo_jax.data.records import Record
 from mmpo_jax.feedback.rewards import REWARDS
@@ -62,8 +62,8 @@ def test_every_format_has_an_example_row_that_is_read(tmp_path):
         (tmp_path / file).write_bytes(b"not decoded")
     for name, rows in sections:
         (tmp_path / "rows.jsonl").write_text(rows)
-        found: Counter[str] = Counter()
-        items = list(iter_records(tmp_path / "rows.jsonl", formats=found))
-        assert found == {name: len(items)}
+        found = Notes()
+        items = list(iter_records(tmp_path / "rows.jsonl", notes=found))
+        assert found.formats == {name: len(items)}
         assert all(isinstance(item, Record) for item in items), items
     assert all(f"`{field}`" in page for field in STRIP)

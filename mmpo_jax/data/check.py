@@ -11,9 +11,10 @@ from itertools import pairwise
 from mmpo_jax.data.batching import fitting_sizes
 from mmpo_jax.data.contexts import all_contexts, answers, tokenize_contexts
 from mmpo_jax.data.images import image_size
+from mmpo_jax.data.notes import Notes, shows_something
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.readers import Problem, SkippedRow, iter_records, media_problem
-from mmpo_jax.data.records import ANSWERS, ImageRef, Record, Response
+from mmpo_jax.data.records import ImageRef, Record, Response
 from mmpo_jax.data.sources import unsupported
 from mmpo_jax.data.tokenization import UNLIMITED, RowRejected
 from mmpo_jax.files import fingerprint_bytes
@@ -30,7 +31,7 @@ _BAR = 40
 class Findings:
     """What reading the rows brings up."""
 
-    formats: Counter[str] = dataclasses.field(default_factory=Counter)
+    notes: Notes = dataclasses.field(default_factory=Notes)
     kinds: Counter[str] = dataclasses.field(default_factory=Counter)
     """Pairs, rankings and so on."""
     dropped: list[SkippedRow] = dataclasses.field(default_factory=list)
@@ -43,8 +44,6 @@ class Findings:
     """(row, the earlier row that says the same)."""
     without_media: int = 0
     """Usable rows that show nothing."""
-    ignored: Counter[str] = dataclasses.field(default_factory=Counter)
-    """Columns that mean nothing to us, with the number of their rows."""
     same_answers: list[int | None] = dataclasses.field(default_factory=list)
     """Rows whose better response is the worse one."""
 
@@ -75,7 +74,7 @@ def check_data(
     opened: dict[str, Problem | None] = {}
     limits = _limit(prompt_sizes), _limit(response_sizes)
     cut = 0
-    rows = iter_records(path, image_root, format=format, formats=found.formats)
+    rows = iter_records(path, image_root, format=format, notes=found.notes)
     for item in counted(rows, f"checking {path}"):
         if isinstance(item, SkippedRow):
             found.dropped.append(item)
@@ -95,8 +94,7 @@ def check_data(
         found.responses += responses
         cut += sum(length > limits[1] for length in responses)
         found.kinds[_kind(item)] += 1
-        found.without_media += not any(_images(item))
-        found.ignored.update(sorted(item.extra.keys() - set(ANSWERS)))
+        found.without_media += not shows_something(item)
         found.sizes.update(image_size(image)[::-1] for image in _images(item))
         _compare(item, rows_of, found)
     lengths = Lengths(
@@ -170,13 +168,12 @@ def _content(response: Response) -> tuple:
 def _report(path: str, found: Findings, lengths: Lengths, unit: str, cut: int) -> Iterator[str]:
     usable = len(found.prompts)
     yield f"{os.fspath(path)}: {usable + len(found.dropped)} rows, {usable} can be used"
-    for name, counts in (("formats", found.formats), ("usable rows", found.kinds)):
+    for name, counts in (("formats", found.notes.formats), ("usable rows", found.kinds)):
         yield f"{name}: " + (", ".join(f"{n} {c}" for n, c in counts.most_common()) or "none")
     if found.without_media:
         yield f"usable rows without an image or video: {found.without_media}"
-    if found.ignored:
-        columns = ", ".join(f"{name} {count}" for name, count in found.ignored.most_common())
-        yield f"columns that mean nothing here: {columns}"
+    yield from found.notes.lines()
+    yield from found.notes.warnings()
     yield f"rows that would be dropped: {len(found.dropped)}"
     for reason, count in Counter(row.reason for row in found.dropped).most_common():
         yield f"  {reason}: {count}"

@@ -11,6 +11,7 @@ from etils import epath
 from mmpo_jax.data.formats import FORMATS, choose_format
 from mmpo_jax.data.formats.format import Format
 from mmpo_jax.data.formats.writing import STRIP, CannotHold, Embed, Writer, fields_of, without
+from mmpo_jax.data.notes import ID
 from mmpo_jax.data.readers import SkippedRow, check_skipped, iter_records, write_skipped
 from mmpo_jax.data.records import Record
 from mmpo_jax.data.rows import Row
@@ -90,7 +91,7 @@ def convert_data(
                 skipped.append(item)
                 continue
             try:
-                row = _row(without(item, drop), FORMATS[format], writer)
+                row = _row(without(_by_own_id(item), drop), FORMATS[format], writer)
             except DataError as error:
                 broken = SkippedRow(source, item.row, item.id, "image_broken", str(error))
                 skipped.append(broken)
@@ -107,6 +108,12 @@ def convert_data(
     check_skipped(skipped, written + len(skipped), max_skipped)
     write_rows(target, made)
     return Converted(written, skipped, skipped_file)
+
+
+def _by_own_id(record: Record) -> Record:
+    """With the id that the row has, also where an earlier row has it too."""
+    extra = {name: value for name, value in record.extra.items() if name != ID}
+    return dataclasses.replace(record, id=record.extra.get(ID, record.id), extra=extra)
 
 
 def _row(record: Record, format: Format, writer: Writer) -> Row:

@@ -11,6 +11,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from mmpo_jax.data.edits import edit_image
 from mmpo_jax.data.records import ImageRef
+from mmpo_jax.data.rows import brief
 from mmpo_jax.errors import DataError
 from mmpo_jax.files import is_local
 
@@ -101,15 +102,18 @@ def resolve_image(root: epath.PathLike, relative: str) -> epath.Path:
       DataError: the path is empty or leaves `root`.
     """
     if not relative or "\0" in relative:
-        raise DataError(f"image path {relative!r} is not a path")
+        raise DataError(f"image path {brief(relative)} is not a path")
     try:
         folder = _resolved(epath.Path(root))
         in_bucket = not is_local(root) and not is_local(relative)
         path = _resolved(epath.Path(relative) if in_bucket else epath.Path(root) / relative)
     except (OSError, ValueError) as error:
-        raise DataError(f"image path {relative!r} cannot be followed: {error}") from error
+        raise DataError(f"image path {brief(relative)} cannot be followed: {error}") from error
     if is_local(folder) != is_local(path) or not path.is_relative_to(folder):
-        raise DataError(f"image path {relative!r} leaves the image folder {os.fspath(root)}")
+        raise DataError(
+            f"image path {brief(relative)} leaves the image folder {os.fspath(root)}; "
+            "image_root may name a folder above it"
+        )
     return path
 
 

@@ -14,11 +14,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from etils import epath
 
 from mmpo_jax.data.formats import FORMATS, choose_format
+from mmpo_jax.data.formats.columns import with_pictures
 from mmpo_jax.data.formats.format import finish
 from mmpo_jax.data.formats.media import MediaFolder
+from mmpo_jax.data.ids import RowIds, own_id
 from mmpo_jax.data.images import ImageTooLarge, image_size, open_image
+from mmpo_jax.data.notes import ID, Notes
 from mmpo_jax.data.records import ANSWERS, ImageRef, Record, VideoRef
-from mmpo_jax.data.rows import MessagesAs, SkipReason, UnusableRow, row_id
+from mmpo_jax.data.rows import MessagesAs, SkipReason, UnusableRow
 from mmpo_jax.data.tables import folder_of, numbered_rows
 from mmpo_jax.errors import DataError
 from mmpo_jax.files import check_reachable, write_atomic
@@ -26,6 +29,9 @@ from mmpo_jax.progress import counted
 
 Problem = tuple[SkipReason, str]
 """Why a row is left out: a word to count by, and what exactly is wrong, for a person."""
+
+_LONGEST_DETAIL = 500
+"""Characters of what is wrong; a row may hold a picture where nobody expects one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +62,7 @@ def read_records(
     image_root: epath.PathLike | None = None,
     messages_as: MessagesAs = "last_turn",
     format: str = "auto",
+    notes: Notes | None = None,
 ) -> tuple[list[Record], list[SkippedRow]]:
     """All usable records of a file, in order, and the rows left out.
 
@@ -63,7 +70,7 @@ def read_records(
     """
     records: list[Record] = []
     skipped: list[SkippedRow] = []
-    rows = iter_records(path, image_root, messages_as, format)
+    rows = iter_records(path, image_root, messages_as, format, notes)
     for item in counted(rows, f"reading {os.fspath(path)}"):
         if isinstance(item, Record):
             kept = {name: item.extra[name] for name in ANSWERS if name in item.extra}
@@ -78,7 +85,7 @@ def iter_records(
     image_root: epath.PathLike | None = None,
     messages_as: MessagesAs = "last_turn",
     format: str = "auto",
-    formats: Counter[str] | None = None,
+    notes: Notes | None = None,
 ) -> Iterator[Record | SkippedRow]:
     """Read data row by row; images are found but not decoded.
 
@@ -89,7 +96,7 @@ def iter_records(
       messages_as: what a row supervises that is a dialogue. "last_turn": the last assistant turn,
         the turns before it being the prompt. "dialogue": every assistant turn; the prompt is empty.
       format: one of `FORMATS`, or "auto" for each row's own.
-      formats: counts the rows of each, where given.
+      notes: counts what rows hold, where given.
 
     Raises:
       DataError: the file is missing, unreadable or of an unknown kind.
@@ -98,8 +105,8 @@ def iter_records(
         if place is not None:
             check_reachable(place)
     media = MediaFolder(folder_of(path) if image_root is None else image_root)
-    first_row: dict[str, int] = {}
-    pairs: Counter[str] = Counter()
+    notes = Notes() if notes is None else notes
+    ids = RowIds()
     for number, row in numbered_rows(path, image_root):
         id_ = ""
         try:
@@ -107,21 +114,21 @@ def iter_records(
                 raise row
             present = {name: value for name, value in row.items() if value is not None}
             convention = choose_format(present) if format == "auto" else FORMATS[format]
-            if formats is not None:
-                formats[convention.name] += 1
-            id_ = row_id(present, number)
-            if convention.repeats_ids:
-                pairs[id_] += 1
-                id_ = f"{id_}/{pairs[id_]}"
-            if id_ in first_row:
-                detail = f"row {first_row[id_]} has the id {id_!r} too"
-                raise UnusableRow("duplicate_id", detail)
-            draft = convention.read(present, media, messages_as)
+            notes.formats[convention.name] += 1
+            own = own_id(present)
+            id_ = ids.name(own, number)
+            shown, column = with_pictures(present)
+            draft = convention.read(shown, media, messages_as)
             record = finish(draft, id_, number, media)
         except UnusableRow as unusable:
-            yield SkippedRow(os.fspath(path), number, id_, unusable.reason, unusable.detail)
+            detail = unusable.detail[:_LONGEST_DETAIL]
+            yield SkippedRow(os.fspath(path), number, id_, unusable.reason, detail)
         else:
-            first_row[id_] = number
+            if own is not None and own != id_:
+                record = dataclasses.replace(record, extra={**record.extra, ID: own})
+            if column is not None:
+                notes.pictures_in[column] += 1
+            notes.add(record)
             yield record
 
 

@@ -16,7 +16,6 @@ SkipReason = Literal[
     "bad_token",  # ids of sampled tokens that are no list of whole numbers
     "bad_text",  # text that is no valid Unicode
     "bad_video_entry",  # no list of frames of one size, or a rate that is no positive number
-    "duplicate_id",  # of an earlier row
     "empty_prompt",  # a user turn that says nothing and shows nothing
     "empty_response",
     "dialogues_differ",  # responses that do not go on from one rendered prompt
@@ -25,6 +24,7 @@ SkipReason = Literal[
     "image_missing",
     "image_outside_folder",
     "image_position",  # an image in an answer
+    "image_url",  # a picture in the web; nothing is downloaded
     "image_too_large",  # more pixels than it is safe to decode
     "incomplete_pair",  # chosen without rejected, or the other way round
     "own_images",  # of a response: not taken where the row is used
@@ -70,6 +70,9 @@ Format = Literal[
 MessagesAs = Literal["last_turn", "dialogue"]
 """What a row of whole dialogues supervises, see `mmpo_jax.data.readers.iter_records`."""
 
+_BRIEF = 80
+"""Characters of a value that a message may repeat."""
+
 Row = Mapping[str, Any]
 """Columns -> values, without those that are null: Parquet has all columns in all rows."""
 
@@ -82,13 +85,17 @@ class UnusableRow(Exception):
         self.reason, self.detail = reason, detail
 
 
-def row_id(row: Mapping[str, Any], number: int) -> str:
-    """The id of a row: its ``id``, else its ``idx``, else its `number` in the file.
-
-    Raises:
-      UnusableRow: the id is neither a text nor a whole number.
-    """
-    value = next((row[key] for key in ("id", "idx") if row.get(key) is not None), number)
-    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-        raise UnusableRow("bad_id", f"id {value!r} is neither a text nor a whole number")
-    return str(value)
+def brief(value: Any) -> str:
+    """How messages call a value of a row: never with a picture's bytes or all of a long text."""
+    if isinstance(value, str):
+        head = value.partition(",")[0] + "," if value[:5].lower() == "data:" else value
+        if len(value) <= _BRIEF:
+            return repr(value)
+        return f"{head[: _BRIEF // 2]!r}... ({len(value)} characters)"
+    if isinstance(value, bytes | bytearray):
+        return f"{len(value)} bytes"
+    if isinstance(value, Mapping):
+        return f"an object of {', '.join(map(str, value))[:_BRIEF] or 'nothing'}"
+    if isinstance(value, list | tuple):
+        return f"a list of {len(value)}"
+    return repr(value)[:_BRIEF]

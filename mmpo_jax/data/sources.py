@@ -10,6 +10,7 @@ from typing import Any
 from etils import epath
 
 from mmpo_jax import progress
+from mmpo_jax.data.notes import Notes, shows_something
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.readers import (
     Problem,
@@ -84,7 +85,12 @@ def load_source(
         else:
             records = shapes.prompt_records(*world)
         return Source(f"shapes/{data.split}", records, [], 0.0)
-    records, skipped = read_records(data.path, data.image_root, messages_as, data.format)
+    notes = Notes()
+    records, skipped = read_records(data.path, data.image_root, messages_as, data.format, notes)
+    for line in notes.lines():
+        log.info("%s: %s", data.path, line)
+    for line in notes.warnings():
+        log.warning("%s: %s", data.path, line)
     records, broken = check_images(records, data.path)
     skipped = [*skipped, *broken]
     if not supervised:
@@ -164,9 +170,19 @@ def usable_records(
     else:  # of an earlier run, before the data were mended
         epath.Path(skipped_file).unlink(missing_ok=True)
     source.check()
+    if processor.images is not None:
+        _warn_of_blind_rows(source)
     if lengths is not None:
         warn_of_cuts(source.name, kept, lengths)
     return source, kept
+
+
+def _warn_of_blind_rows(source: Source) -> None:
+    """Says how many rows show a vision model nothing."""
+    blind = sum(not shows_something(record) for record in source.records)
+    if blind:
+        total = len(source.records)
+        log.warning("%s: %d of %d rows have no image or video", source.name, blind, total)
 
 
 def warn_of_cuts(name: str, records: Sequence[TokenizedRecord], lengths: Lengths) -> None:

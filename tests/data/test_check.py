@@ -76,7 +76,7 @@ def test_a_hundred_megapixels_are_not_decoded(file, tmp_path):
     (huge,) = [record for record in records if "huge" in repr(record.images)]
     assert huge.row == 9
     assert (
-        "image_too_large: 1\n    row 9 (id '9'): image "
+        "image_too_large: 1\n    row 9 (id 'row 9'): image "
         f"{tmp_path}/huge.png is too large to decode safely (10000 x 10000 pixels"
     ) in check_data(file)
 
@@ -85,13 +85,13 @@ def test_check(file, capsys):
     assert main(["data", "check", file]) == 0
     report = capsys.readouterr().out
     for line in (
-        "rows.jsonl: 14 rows, 7 can be used",
+        "rows.jsonl: 14 rows, 8 can be used",
         "formats: trl 10, mm_rlhf 3",
         "usable rows without an image or video: 4",
-        "usable rows: pairs 4, rankings of 3 1, prompts without responses 1, "
+        "usable rows: pairs 5, rankings of 3 1, prompts without responses 1, "
         "responses with a verdict 1",
-        "rows that would be dropped: 7",
-        "  duplicate_id: 1\n    row 2 (id '1'): row 1 has the id '1' too",
+        "rows that would be dropped: 6",
+        "rows that repeat an earlier row's id: 1; their ids here are 'ID (row N)'",
         "  rank_count: 1\n    row 6 ",
         "  bad_score: 1\n    row 7 ",
         "  image_broken: 1\n    row 8 ",
@@ -99,20 +99,20 @@ def test_check(file, capsys):
         "  bad_json: 1\n    row 14: Expecting property name enclosed",
         "duplicate rows: 1\n  row 3 says what row 1 does",
         "chosen equals rejected: 1\n  rows 4",
-        "prompts, characters: shortest 8, median 8, longest 47; buckets:\n      ≤ 16        6 ###",
+        "prompts, characters: shortest 8, median 8, longest 47; buckets:\n      ≤ 16        7 ###",
         "      ≤ 48        1 #",
         "responses, characters: shortest 1, median 9, longest 10",
-        "images: 3 of 2 sizes, 20 x 30 to 40 x 30\n  40 x 30: 2\n  20 x 30: 1",
+        "images: 4 of 2 sizes, 20 x 30 to 40 x 30\n  40 x 30: 2\n  20 x 30: 2",
     ):
         assert line in report
 
 
 def test_check_against_given_buckets(file):
     report = check_data(file, prompt_sizes=(8, 32), response_sizes=(2, 9))
-    assert "prompt_too_long: 1\n    row 11 (id '11'): 47 characters, the limit is 32" in report
-    assert "≤ 8        6" in report
-    assert "> 9        2" in report
-    assert "2 responses would lose their tail" in report
+    assert "prompt_too_long: 1\n    row 11 (id 'row 11'): 47 characters, the limit is 32" in report
+    assert "≤ 8        7" in report
+    assert "> 9        3" in report
+    assert "3 responses would lose their tail" in report
 
 
 def test_check_with_tokens(file, tiny_folder, capsys):
@@ -120,7 +120,7 @@ def test_check_with_tokens(file, tiny_folder, capsys):
     assert main(["data", "check", file, *arguments]) == 0
     report = capsys.readouterr().out
     assert "formats: trl 13" in report
-    assert "9 can be used" in report
+    assert "10 can be used" in report
     # <s> USER: a ring ? ASSISTANT: and, of the longest, twelve words and four of the image.
     assert "prompts, tokens: shortest 6, median 6, longest 19; buckets:" in report
     assert "≤ 64" in report
@@ -170,17 +170,17 @@ def test_check_of_nothing_usable(tmp_path, capsys):
 def test_convert(file, tmp_path, capsys):
     out = tmp_path / "out" / "rows.parquet"
     assert main(["data", "convert", file, str(out)]) == 1
-    message = "5 of 14 rows cannot be used, more than the allowed 10.0%"
+    message = "4 of 14 rows cannot be used, more than the allowed 10.0%"
     assert message in capsys.readouterr().err
     assert main(["data", "convert", file, str(out), "--max-skipped", "0.5"]) == 0
     said = capsys.readouterr().out
-    assert f"{out}: 9 rows" in said
-    assert "rows.rejected_rows.jsonl: 5 rows that cannot be used" in said
-    assert len(read_records(out)[0]) == 9
+    assert f"{out}: 10 rows" in said
+    assert "rows.rejected_rows.jsonl: 4 rows that cannot be used" in said
+    assert len(read_records(out)[0]) == 10
     target = str(tmp_path / "trl.jsonl")
     assert main(["data", "convert", str(out), target, "--format", "trl"]) == 1
     said = capsys.readouterr().err
-    assert "row 4 (id '5') as trl: responses: 3 responses; a row holds a chosen and a" in said
+    assert "row 5 (id 'row 5') as trl: responses: 3 responses; a row holds a chosen and a" in said
     drop = ["--drop", "rank,desirable", "--max-skipped", "0.3"]  # now that images are copied
     assert main(["data", "convert", str(out), target, "--format", "trl", *drop]) == 0
     assert "label" not in (tmp_path / "trl.jsonl").read_text()

@@ -31,6 +31,7 @@ from format_rows import (
 
 from mmpo_jax.data.conversion import convert_data
 from mmpo_jax.data.formats import FORMATS, choose_format
+from mmpo_jax.data.notes import Notes
 from mmpo_jax.data.readers import iter_records, read_records
 from mmpo_jax.data.records import Turn
 
@@ -149,7 +150,7 @@ def test_mm_rlhf_pairs(folder):
     path = write_jsonl(folder / "rows.jsonl", MM_RLHF_PAIRS)
     (pair, tie, mixed, video), skipped = read_records(path)
     assert skipped == []
-    assert [record.id for record in (pair, tie, mixed, video)] == ["p/1", "p/2", "q/1", "v/1"]
+    assert [record.id for record in (pair, tie, mixed, video)] == ["p", "p (row 2)", "q", "v"]
     assert pair.responses == answers("a", "b", rank=[1, 2], critique=["right", "wrong"])
     assert [response.rank for response in tie.responses] == [1, 1]
     assert [response.log_prob for response in tie.responses] == [-1.5, -2.5]
@@ -178,8 +179,10 @@ def test_mm_rlhf_factor_is_of_the_score_difference(folder, difference):
 def test_a_format_that_is_given_is_used(folder):
     row = {"id": "p", "prompt": QUESTION, "chosen": "a", "rejected": "b"}
     path = write_jsonl(folder / "rows.jsonl", [row, row | {"rejected": "c"}])
-    assert [skipped.reason for skipped in read_records(path)[1]] == ["duplicate_id"]
-    assert len(read_records(path, format="mm_rlhf_pairs")[0]) == 2
+    for name, claimed in (("auto", "trl"), ("mm_rlhf_pairs", "mm_rlhf_pairs")):
+        notes = Notes()
+        assert len(read_records(path, format=name, notes=notes)[0]) == 2
+        assert notes.formats == {claimed: 2}
     for name in FORMATS:  # And no format breaks on the columns of another.
         assert all(iter_records(path, format=name))
 
@@ -200,7 +203,7 @@ def test_the_published_reward_bench(tmp_path):
     assert (len(records), skipped) == (170, [])
     assert len({(record.prompt, record.images, record.videos) for record in records}) == 46
     for record, row in zip(records, rows, strict=True):
-        assert record.id.rsplit("/", 1)[0] == row["id"]
+        assert record.id.partition(" (row ")[0] == row["id"]
         assert record.responses == answers(
             row["chosen"],
             row["rejected"],

@@ -165,7 +165,7 @@ def test_common_prompt_ends_with_a_user(folder):
 def test_ids(folder):
     rows = [{"id": "x"}, {"idx": 7}, {}, {"id": None, "idx": "y"}]
     path = write_jsonl(folder, *(row | PAIR for row in rows))
-    assert [record.id for record in read_records(path)[0]] == ["x", "7", "3", "y"]
+    assert [record.id for record in read_records(path)[0]] == ["x", "7", "row 3", "y"]
 
 
 def test_image_root(folder, tmp_path):
@@ -263,10 +263,10 @@ def test_check_frames(folder):
     records, skipped = read_records(write_jsonl(folder, *(PAIR | {"video": c} for c in clips)))
     assert skipped == []
     good, bad = check_images(records)
-    assert [record.id for record in good] == ["1"]
+    assert [record.id for record in good] == ["row 1"]
     assert [(row.id, row.reason) for row in bad] == [
-        ("2", "image_broken"),
-        ("3", "bad_video_entry"),
+        ("row 2", "image_broken"),
+        ("row 3", "bad_video_entry"),
     ]
     assert "frames of sizes [(2, 2), (2, 3)]" in bad[1].detail
 
@@ -277,7 +277,6 @@ TWO_IMAGES = {"images": ["a.png", "b.png"]}
 @pytest.mark.parametrize(
     ("reason", "row"),
     [
-        ("bad_id", PAIR | {"id": ""}),
         ("bad_id", PAIR | {"id": True}),
         ("bad_id", PAIR | {"id": [1]}),
         ("bad_image_entry", PAIR | {"image": 3}),
@@ -311,7 +310,7 @@ TWO_IMAGES = {"images": ["a.png", "b.png"]}
         ("empty_response", {"messages": [user(), assistant(""), user(), assistant("x")]}),
         ("image_missing", PAIR | {"image": "gone.png"}),
         ("image_missing", PAIR | {"image": "."}),
-        ("image_missing", PAIR | {"image": "https://example.com/a.png"}),
+        ("image_url", PAIR | {"image": "https://example.com/a.png"}),
         ("image_missing", PAIR | {"image": "x" * 5000}),
         ("image_missing", PAIR | {"video": ["a.png", "gone.png"]}),
         ("image_outside_folder", PAIR | {"image": "../outside.png"}),
@@ -357,7 +356,7 @@ def test_broken_lines_do_not_stop_reading(folder):
     lines = [b"\xef\xbb\xbf" + good, b"", b"{", b"\xff\xff", b"[" * 100_000, good, b'{"id": "x']
     path.write_bytes(b"\n".join(lines))
     records, skipped = read_records(path)
-    assert [record.id for record in records] == ["1", "6"]
+    assert [record.id for record in records] == ["row 1", "row 6"]
     assert [row.row for row in skipped] == [3, 4, 5, 7]
     assert {row.reason for row in skipped} == {"bad_json"}
 
@@ -369,18 +368,7 @@ def test_empty_file(folder):
 def test_rows_are_read_one_by_one(folder):
     path = write_jsonl(folder, *[PAIR] * 3)
     iterator = iter_records(path)
-    assert next(iterator).id == "1"
-
-
-def test_duplicate_ids(folder):
-    rows = [{"id": 5}, {"id": "2"}, {"id": "5"}, {"id": "2"}, {"id": "3"}]
-    records, skipped = read_records(write_jsonl(folder, *(row | PAIR for row in rows)))
-    assert [(record.id, record.row) for record in records] == [("5", 1), ("2", 2), ("3", 5)]
-    assert [(row.row, row.id, row.reason) for row in skipped] == [
-        (3, "5", "duplicate_id"),
-        (4, "2", "duplicate_id"),
-    ]
-    assert skipped[0].detail == "row 1 has the id '5' too"
+    assert next(iterator).id == "row 1"
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
@@ -417,11 +405,11 @@ def test_check_images(folder):
     records, skipped = read_records(path)
     assert skipped == []
     good, broken = check_images(records, str(path))
-    assert [record.id for record in good] == ["1", "5"]
+    assert [record.id for record in good] == ["row 1", "row 5"]
     assert [(row.id, row.reason, row.row) for row in broken] == [
-        ("2", "image_broken", 2),
-        ("3", "image_broken", 3),
-        ("4", "image_broken", 4),
+        ("row 2", "image_broken", 2),
+        ("row 3", "image_broken", 3),
+        ("row 4", "image_broken", 4),
     ]
     assert "broken.png" in broken[0].detail
     assert broken[0].detail == broken[1].detail

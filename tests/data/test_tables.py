@@ -233,7 +233,7 @@ class TestTfds:
     def test_mm_rlhf_pairs(self, prepared):
         records, skipped = read_records("tfds:mm_rlhf/pairs", prepared)
         assert skipped == []
-        assert {record.id for record in records} == {"p/1", "p/2"}
+        assert {record.id for record in records} == {"p", "p (row 2)"}
         assert {record.responses[1].text for record in records} == {"b", "c"}
         assert {record.responses[0].critique for record in records} == {"good", None}
         assert records[0].images[0].read() == png()

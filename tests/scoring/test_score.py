@@ -318,7 +318,7 @@ def test_a_text_model(mmpo, tmp_path):
     checks.make_case(folder, theirs)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     lines = mmpo("score", folder, write_rows(tmp_path / "rows.jsonl", WORDS), "--tokens")
-    assert [line["id"] for line in lines] == ["1", "2"]
+    assert [line["id"] for line in lines] == ["row 1", "row 2"]
     for row, line in zip(WORDS, lines, strict=True):
         answers = row.get("responses") or [row["chosen"], row["rejected"]]
         user = {"role": "user", "content": [{"type": "text", "text": row["prompt"]}]}

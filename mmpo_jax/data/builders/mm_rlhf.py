@@ -21,6 +21,7 @@ import tensorflow_datasets as tfds
 
 from mmpo_jax.data.builders.published import IMAGE, TEXT, PublishedBuilder
 from mmpo_jax.data.formats.mm_rlhf import DIMENSIONS
+from mmpo_jax.data.notes import ID
 from mmpo_jax.data.records import Record
 
 _FILES = {"rankings": ("data.jsonl", "mm_rlhf"), "pairs": ("dpo_pairs.jsonl", "mm_rlhf_pairs")}
@@ -92,7 +93,7 @@ def _ranking(record: Record) -> dict[str, Any]:
 def _pair(record: Record) -> dict[str, Any]:
     chosen, rejected = record.responses
     return {
-        "id": str(record.extra.get("id", record.id)),
+        "id": str(record.extra.get(ID, record.id)),
         **_media(record),
         "prompt": record.prompt[0].text,
         "chosen": chosen.text,

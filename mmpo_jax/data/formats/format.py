@@ -2,15 +2,17 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from mmpo_jax.data.formats.entries import read_column
 from mmpo_jax.data.formats.media import MediaFolder
 from mmpo_jax.data.formats.places import Placed, place_media
 from mmpo_jax.data.formats.turns import Turns, check_dialogue, check_prompt
 from mmpo_jax.data.formats.writing import Writer
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn, VideoRef
-from mmpo_jax.data.rows import MessagesAs, Row, SkipReason, UnusableRow
+from mmpo_jax.data.rows import MessagesAs, Row, SkipReason, UnusableRow, brief
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +61,6 @@ class Format:
       read: what a row says; raises `UnusableRow`.
       write: a row of a record whose fields it can hold; raises `CannotHold`.
       holds: of `writing.fields_of`, what its rows have a place for.
-      repeats_ids: rows are pairs of a prompt and carry the prompt's id.
     """
 
     name: str
@@ -67,7 +68,6 @@ class Format:
     read: Callable[[Row, MediaFolder, MessagesAs], Draft]
     write: Callable[[Record, Writer], dict[str, Any]]
     holds: frozenset[str]
-    repeats_ids: bool = False
 
 
 def finish(draft: Draft, id_: str, number: int, folder: MediaFolder) -> Record:
@@ -197,14 +197,12 @@ def rest(row: Row, *columns: str, source: str = "source") -> dict[str, Any]:
     Args:
       source: the column that `source_of` reads.
     """
-    read = {*columns, "id", "idx", "image", "images", "video", "videos"}
+    read = {*columns, "id", "idx", read_column(row, "image"), read_column(row, "video")}
+    read |= {f"{medium}s" for medium in ("image", "video") if row.get(f"{medium}s") == []}
     if source_of(row, source) is not None:
         read.add(source)
     if row.get("id") is not None:
         read.remove("idx")
-    for medium in ("image", "video"):
-        if row.get(f"{medium}s") is not None:
-            read.discard(medium)
     return {name: value for name, value in row.items() if name not in read}
 
 
@@ -230,14 +228,28 @@ def read_number(value: Any, name: str, reason: SkipReason = "bad_score") -> floa
     return float(value)
 
 
+_FLAGS = {
+    True: "true yes y t 1 1.0 good better desirable chosen accepted positive like up 👍",
+    False: "false no n f 0 0.0 -1 -1.0 bad worse undesirable rejected negative dislike down 👎",
+}
+FLAGS = {spelling: value for value, spellings in _FLAGS.items() for spelling in spellings.split()}
+"""What a verdict may be written as, in small letters; "thumbs up" and "thumbs_up" are "up"."""
+
+
 def read_flag(value: Any, name: str) -> bool:
-    """
+    """True or false in any spelling of `FLAGS`, numbers too.
+
     Raises:
-      UnusableRow: the value is neither true nor false.
+      UnusableRow: the value is neither.
     """
-    if not isinstance(value, bool):
-        raise UnusableRow("bad_label", f"{name} {str(value)[:80]!r} is neither true nor false")
-    return value
+    if isinstance(value, bool):
+        return value
+    spelling = re.sub(r"^thumbs?[\s_-]*", "", str(value).strip().lower()).lstrip("+")
+    found = FLAGS.get(spelling) if isinstance(value, str | int | float) else None
+    if found is None:
+        known = ", ".join(FLAGS)
+        raise UnusableRow("bad_label", f"{name} {brief(value)} is none of {known}")
+    return found
 
 
 def read_text(value: Any, name: str) -> str:
@@ -246,7 +258,7 @@ def read_text(value: Any, name: str) -> str:
       UnusableRow: the value is no text, or no valid one.
     """
     if not isinstance(value, str):
-        raise UnusableRow("bad_message", f"{name} {str(value)[:80]!r} is no text")
+        raise UnusableRow("bad_message", f"{name} {brief(value)} is no text")
     try:
         value.encode()
     except UnicodeEncodeError as error:

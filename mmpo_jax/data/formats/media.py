@@ -1,25 +1,23 @@
 """The images and videos that a row names or holds."""
 
-import base64
-import binascii
 import functools
 import math
 import os
 import posixpath
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from etils import epath
 
+from mmpo_jax.data.formats.entries import IMAGE_ENDINGS, entries, read_image, read_part
 from mmpo_jax.data.images import resolve_image
 from mmpo_jax.data.records import ImageRef, VideoRef
-from mmpo_jax.data.rows import Row, UnusableRow
+from mmpo_jax.data.rows import Row, UnusableRow, brief
 from mmpo_jax.errors import DataError
 from mmpo_jax.files import is_local
 
 IN_THE_ROW = "(bytes in the row)"
 """Name of an image that has none."""
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 class MediaFolder:
@@ -33,7 +31,7 @@ class MediaFolder:
         self.root = epath.Path(root)
 
     def images(self, row: Row) -> tuple[ImageRef, ...]:
-        """Those of the columns ``images`` (a list) or ``image``.
+        """Those of the columns ``images`` or ``image``, in the order of `entries`.
 
         Raises:
           UnusableRow: as `image`.
@@ -41,7 +39,7 @@ class MediaFolder:
         return tuple(self.image(entry) for entry in entries(row, "image"))
 
     def videos(self, row: Row) -> tuple[VideoRef, ...]:
-        """Those of the columns ``videos`` (a list) or ``video``.
+        """Those of the columns ``videos`` or ``video``, in the order of `entries`.
 
         Raises:
           UnusableRow: as `video`.
@@ -49,31 +47,61 @@ class MediaFolder:
         found = enumerate(entries(row, "video"), start=1)
         return tuple(self.video(entry, number) for number, entry in found)
 
-    def image(self, entry: Any) -> ImageRef:
-        """An image given by its path, its encoded bytes, or ``{"bytes": ..., "path": ...}`` as
-        `datasets` stores it; ``base64`` stands for bytes where there is only text.
+    def part(self, part: Mapping[str, Any], number: int = 1) -> ImageRef | VideoRef | None:
+        """What a content part of a message names (its type one of `PART_KINDS`); None where it
+        names nothing and so means the next entry of the columns.
+
+        Args:
+          number: of a video among those of the row.
+
+        Raises:
+          UnusableRow: as `image` and `video`.
+        """
+        named = read_part(part)
+        if named is None:
+            if part.get("file_id") is not None:
+                detail = (
+                    f"file_id {brief(part['file_id'])} is another service's; give a path or data"
+                )
+                raise UnusableRow("bad_image_entry", detail)
+            return None
+        medium, entry = named
+        return self.image(entry) if medium == "image" else self.video(entry, number)
+
+    def image(self, entry: Any, *, deeper: bool = False) -> ImageRef:
+        """An image as `read_image` takes it, such as its path, its encoded bytes or
+        ``{"bytes": ..., "path": ...}``, as `datasets` stores it.
+
+        Args:
+          deeper: a path may lie deeper than it says, as archives add folders on top.
 
         Raises:
           UnusableRow: it is none of these, or there is no such file.
         """
-        fields = entry if isinstance(entry, Mapping) else {}
-        data = entry if isinstance(entry, bytes) else fields.get("bytes", _from_base64(fields))
-        path = entry if isinstance(entry, str) else fields.get("path")
-        if isinstance(data, bytes):
-            name = path if isinstance(path, str) and path else IN_THE_ROW
-            if not data:
-                raise UnusableRow("image_broken", f"image {name} is empty (0 bytes)")
-            return ImageRef(name, data=data)
-        if data is not None or not isinstance(path, str) or not path:
-            raise UnusableRow("bad_image_entry", f"{str(entry)[:80]!r} is neither a path nor bytes")
+        data, path = read_image(entry)
+        if data is None:
+            assert path is not None
+            return ImageRef(path, path=self._file(path, deeper))
+        name = path or IN_THE_ROW
+        if not data:
+            raise UnusableRow("image_broken", f"image {name} is empty (0 bytes)")
+        return ImageRef(name, data=data)
+
+    def _file(self, path: str, deeper: bool) -> epath.Path:
+        """The file of a path; back slashes part folders where no name has them."""
         file = self._resolve(path)
-        if not _exists(file, folder=False):
+        if _exists(file, folder=False):
+            return file
+        if "\\" in path:
+            return self._file(path.replace("\\", "/"), deeper)
+        found = self._find(path) if deeper else None
+        if found is None or not _exists(found, folder=False):
             raise _missing("file", path, self.root)
-        return ImageRef(path, path=file)
+        return found
 
     def video(self, entry: Any, number: int = 1) -> VideoRef:
-        """A video given by the list of its frames, each as an image is, or as
-        ``{"frames": [...], "fps": ...}``; video files are not decoded.
+        """A video given by its frames: their list, each as an image is, or the folder they lie in,
+        or ``{"frames": ..., "fps": ...}``. Video files are not decoded.
 
         Raises:
           UnusableRow: it is none of these, or as `image`.
@@ -81,36 +109,20 @@ class MediaFolder:
         frames, fps = entry, None
         if isinstance(entry, Mapping):
             frames, fps = entry.get("frames"), entry.get("fps")
+        if isinstance(frames, str) and frames and self._is_folder(frames):
+            found = self.folder_video(frames).frames
+            return VideoRef(f"video {number} ({frames})", found, _rate(fps))
         if not isinstance(frames, list) or not frames:
-            detail = f"{str(entry)[:80]!r} is no list of frames; video files are not decoded"
+            detail = (
+                f"{brief(entry)} is no list of frames; video files are not decoded: give the "
+                "frames as images, or the folder they lie in"
+            )
             raise UnusableRow("bad_video_entry", detail)
-        if fps is not None:
-            known = isinstance(fps, int | float) and not isinstance(fps, bool)
-            if not (known and fps > 0 and math.isfinite(fps)):
-                raise UnusableRow("bad_video_entry", f"fps {fps!r} is no positive number")
         found = tuple(self.image(frame) for frame in frames)
-        return VideoRef(f"video {number} (from {found[0].name} on)", found, fps)
+        return VideoRef(f"video {number} (from {found[0].name} on)", found, _rate(fps))
 
-    def part(self, part: Mapping[str, Any]) -> ImageRef | VideoRef:
-        """What a part of a message names.
-
-        Raises:
-          UnusableRow: as `image` and `video`.
-        """
-        return self.image(part["image"])
-
-    def indexed_image(self, entry: Any) -> ImageRef:
-        """As `image`; a path may lie deeper than it says, as archives add folders on top.
-
-        Raises:
-          UnusableRow: as `image`.
-        """
-        if not isinstance(entry, str) or _exists(self._resolve(entry), folder=False):
-            return self.image(entry)
-        found = self._find(entry)
-        if found is None or not _exists(found, folder=False):
-            raise _missing("file", entry, self.root)
-        return ImageRef(entry, path=found)
+    def _is_folder(self, path: str) -> bool:
+        return "://" not in path and _exists(self._resolve(path), folder=True)
 
     def folder_video(self, entry: Any) -> VideoRef:
         """The images in a folder, in the order of the numbers in their names, as a video.
@@ -119,7 +131,7 @@ class MediaFolder:
           UnusableRow: there is no such folder or no image in it.
         """
         if not isinstance(entry, str) or not entry:
-            raise UnusableRow("bad_video_entry", f"{str(entry)[:80]!r} is no folder of frames")
+            raise UnusableRow("bad_video_entry", f"{brief(entry)} is no folder of frames")
         folder: epath.Path | None = self._resolve(entry)
         if folder is None or not _exists(folder, folder=True):
             folder = self._find(entry)
@@ -127,7 +139,7 @@ class MediaFolder:
             raise _missing("folder", entry, self.root)
         names = [p.name for p in folder.iterdir() if p.suffix.lower() in IMAGE_ENDINGS]
         if not names:
-            raise UnusableRow("bad_video_entry", f"no image in the folder {entry!r}")
+            raise UnusableRow("bad_video_entry", f"no image in the folder {brief(entry)}")
         frames = [
             ImageRef(f"{entry.rstrip('/')}/{name}", path=self._resolve_below(folder, name))
             for name in sorted(names, key=_numbers)
@@ -161,14 +173,6 @@ class MediaFolder:
         return index
 
 
-def entries(row: Row, medium: Literal["image", "video"]) -> list[Any]:
-    """What the row's column of several, else that of one, holds."""
-    several = row.get(f"{medium}s")
-    if several is not None:
-        return several if isinstance(several, list) else [several]
-    return [] if row.get(medium) is None else [row[medium]]
-
-
 def _walk(root: epath.Path) -> list[tuple[str, list[str], list[str]]]:
     """(path below the root, folders, files), as `os.walk` gives them."""
     if is_local(root):
@@ -193,14 +197,13 @@ def _numbers(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in parts if part]
 
 
-def _from_base64(fields: Mapping[str, Any]) -> bytes | None:
-    text = fields.get("base64")
-    if text is None:
+def _rate(fps: Any) -> float | None:
+    if fps is None:
         return None
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError, TypeError) as error:
-        raise UnusableRow("bad_image_entry", f"base64: {error}") from error
+    known = isinstance(fps, int | float) and not isinstance(fps, bool)
+    if not (known and fps > 0 and math.isfinite(fps)):
+        raise UnusableRow("bad_video_entry", f"fps {brief(fps)} is no positive number")
+    return fps
 
 
 def _exists(path: epath.Path, *, folder: bool) -> bool:
@@ -211,4 +214,7 @@ def _exists(path: epath.Path, *, folder: bool) -> bool:
 
 
 def _missing(kind: str, path: str, root: epath.Path) -> UnusableRow:
-    return UnusableRow("image_missing", f"there is no {kind} {path!r} in {os.fspath(root)}")
+    detail = f"there is no {kind} {brief(path)} in {os.fspath(root)}"
+    return UnusableRow(
+        "image_missing", f"{detail}; is it elsewhere, name that folder as image_root"
+    )

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from mmpo_jax.data.formats.entries import entries
 from mmpo_jax.data.formats.format import (
     Answer,
     Draft,
@@ -19,7 +20,7 @@ from mmpo_jax.data.formats.format import (
     rest,
     source_of,
 )
-from mmpo_jax.data.formats.media import MediaFolder, entries
+from mmpo_jax.data.formats.media import MediaFolder
 from mmpo_jax.data.formats.trl import SCORES, pair_scores
 from mmpo_jax.data.formats.turns import parse_turns
 from mmpo_jax.data.formats.writing import (
@@ -38,7 +39,7 @@ FACTOR_RATE = 0.5
 
 
 def _media(row: Row, media: MediaFolder) -> tuple[tuple[ImageRef, ...], tuple[VideoRef, ...]]:
-    images = tuple(media.indexed_image(entry) for entry in entries(row, "image"))
+    images = tuple(media.image(entry, deeper=True) for entry in entries(row, "image"))
     videos = tuple(
         media.folder_video(entry) if isinstance(entry, str) else media.video(entry)
         for entry in entries(row, "video")
@@ -165,9 +166,7 @@ def _read_pair(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
         fields |= _log_prob(row, f"reference_{side}_logp")
         answers.append(Answer(parse_turns(read_text(row[side], side), "assistant"), fields=fields))
     images, videos = _media(row, media)
-    other = (media.indexed_image(row["mixed_up_image"]),) if "mixed_up_image" in row else None
-    # The published id is the prompt's; the pair's own is made by the reader.
-    shared = {"id": row["id"]} if "id" in row else {}
+    other = (media.image(row["mixed_up_image"], deeper=True),) if "mixed_up_image" in row else None
     return Draft(
         prompt=parse_turns(read_text(row["prompt"], "prompt"), "user"),
         answers=tuple(answers),
@@ -175,7 +174,7 @@ def _read_pair(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
         videos=videos,
         other_images=other,
         source=source_of(row),
-        extra=rest(row, "prompt", "chosen", "rejected", *used) | shared,
+        extra=rest(row, "prompt", "chosen", "rejected", *used),
     )
 
 
@@ -225,11 +224,9 @@ def _write_pair(record: Record, writer: Writer) -> dict[str, Any]:
         if len(record.other_images) != 1:
             raise CannotHold("other_images", detail=f"{len(record.other_images)}; a row holds one")
         row["mixed_up_image"] = writer.image(record.other_images[0])
-    if not _claims_pair(row):  # or it would be taken for a TRL row, whose ids may not repeat
+    if not _claims_pair(row):  # or it would be taken for a TRL row, whose media are found otherwise
         row["is_tie"] = False
-    shared = record.extra.get("id", record.id)
-    extra = {name: value for name, value in record.extra.items() if name != "id"}
-    return with_extra(row | {"id": shared}, extra)
+    return with_extra(row, record.extra)
 
 
 _SHARED = frozenset({"source", "videos", "extra", "rank", "scores", "critique"})
@@ -240,5 +237,4 @@ PAIRS = Format(
     _read_pair,
     _write_pair,
     _SHARED | {"log_prob", "other_images"},
-    repeats_ids=True,
 )

@@ -11,7 +11,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmpo_jax.data.records import IMAGE, VIDEO, Medium, Role
+from mmpo_jax.data.formats.entries import PART_KINDS
+from mmpo_jax.data.records import Medium, Role
 from mmpo_jax.data.rows import UnusableRow
 
 ROLES: Mapping[str, Role] = {
@@ -33,13 +34,7 @@ ROLES: Mapping[str, Role] = {
 """What rows call the speakers."""
 LEARNED = ("loss", "weight", "train", "training", "trainable", "learn")
 """Keys of a message that say whether it is learned: true or 1, false or 0."""
-KINDS: Mapping[str, Medium] = {
-    "image": IMAGE,
-    "image_url": IMAGE,
-    "input_image": IMAGE,
-    "video": VIDEO,
-    "video_url": VIDEO,
-}
+KINDS: Mapping[str, Medium] = {name: Medium(kind) for name, kind in PART_KINDS.items()}
 """Types of content parts that show something."""
 
 

@@ -1,0 +1,190 @@
+"""What a row's entries for images and videos say: encoded bytes, or a path."""
+
+import base64
+import binascii
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
+
+from mmpo_jax.data.rows import Row, UnusableRow, brief
+
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+Kind = Literal["image", "video"]
+
+PART_KINDS: Mapping[str, Kind] = {
+    "image": "image",
+    "image_url": "image",
+    "input_image": "image",
+    "video": "video",
+    "video_url": "video",
+    "input_video": "video",
+}
+"""Types of a message's content parts that are media."""
+
+_DATA = ("bytes", "base64", "data")
+"""Keys of an entry that hold the encoded image, as bytes or as base64."""
+_NESTED = ("image", "image_url", "url", "source", "input_image")
+"""Keys of an entry that hold another."""
+_VIDEO = ("frames", "video", "video_url", "url", "path", "input_video")
+"""Keys of a part that hold a video."""
+_MAX_DEPTH = 4
+_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*", b"RIFF", b"BM")
+_ENCODED_MAGIC = ("iVBORw0KGgo", "/9j/", "R0lGOD", "SUkqA", "TU0AK", "UklGR")
+"""What base64 of images begins with."""
+_MIN_ENCODED = 64
+"""Characters from which on a text of that beginning is base64 and no path."""
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]+={0,2}\s*")
+
+
+def entries(row: Row, medium: Kind) -> list[Any]:
+    """What the row's column of several, else that of one, holds; one list per video, and images
+    without the lists they may stand in.
+
+    An empty list says nothing: files of columns have one in every row that uses the other column.
+    """
+    column = read_column(row, medium)
+    found = [] if column is None else row[column]
+    if medium == "image":
+        flat: list[Any] = []
+        for entry in found if isinstance(found, list) else [found]:
+            flat.extend(entry if isinstance(entry, list) else [entry])
+        return flat
+    if column == "video" and not (isinstance(found, list) and found and all(map(_is_video, found))):
+        return [found]
+    return found if isinstance(found, list) else [found]
+
+
+def read_column(row: Row, medium: Kind) -> str | None:
+    """The name of the column that `entries` reads."""
+    several = row.get(f"{medium}s")
+    if several is not None and several != []:
+        return f"{medium}s"
+    return medium if row.get(medium) is not None else None
+
+
+def _is_video(entry: Any) -> bool:
+    return isinstance(entry, list) or (isinstance(entry, Mapping) and "frames" in entry)
+
+
+def read_image(entry: Any, depth: int = 0) -> tuple[bytes | None, str | None]:
+    """(encoded image or None, path or None) of an entry, one of which is there.
+
+    An entry is a path, a ``file://`` URL, a data URL, base64 by itself, bytes, or an object with
+    bytes or base64 (and a path, which is then a name), a path, or an entry under ``image_url``,
+    ``url``, ``image`` or ``source``.
+
+    Raises:
+      UnusableRow: it is none of these, or a URL that would have to be downloaded.
+    """
+    if isinstance(entry, bytes | bytearray):
+        return bytes(entry), None
+    if isinstance(entry, str) and entry:
+        return _read_text(entry)
+    if isinstance(entry, Mapping) and depth < _MAX_DEPTH:
+        path = entry.get("path")
+        path = path if isinstance(path, str) and path else None
+        for key in _DATA:
+            value = entry.get(key)
+            if isinstance(value, bytes | bytearray):
+                return bytes(value), path
+            if isinstance(value, str):
+                return _decoded(value, key), path
+            if value is not None:
+                detail = f"{key}: {brief(value)} is neither bytes nor base64"
+                raise UnusableRow("bad_image_entry", detail)
+        for key in _NESTED:
+            if entry.get(key) is not None:
+                return read_image(entry[key], depth + 1)
+        if path is not None:
+            return _read_text(path)
+    raise UnusableRow("bad_image_entry", f"{brief(entry)} is neither a path nor bytes")
+
+
+def read_part(part: Mapping[str, Any]) -> tuple[Kind, Any] | None:
+    """The medium that a message's content part names, and the entry for it; None where it names
+    nothing, as parts do that stand for the next entry of the columns."""
+    medium = PART_KINDS.get(str(part.get("type")))
+    keys = {"image": (*_DATA, *_NESTED, "path"), "video": _VIDEO, None: ()}[medium]
+    given = {key: part[key] for key in keys if part.get(key) is not None}
+    if medium is None or not given:
+        return None
+    if medium == "image":
+        return medium, given
+    value = given[next(iter(given))]
+    if isinstance(value, Mapping):
+        return medium, value.get("url", value)
+    return medium, value if part.get("fps") is None else {"frames": value, "fps": part["fps"]}
+
+
+def looks_like_picture(value: Any) -> bool:
+    """Whether a value is plainly an image on this machine: encoded bytes, base64, or the name of a
+    file with an ending of images."""
+    if isinstance(value, bytes | bytearray):
+        return _is_encoded(value)
+    if isinstance(value, str):
+        name = value.lower()
+        if name.startswith("data:image/") or _is_base64(value):
+            return True
+        return len(name) < 1024 and name.endswith(IMAGE_ENDINGS) and not is_web(name)
+    if isinstance(value, Mapping):
+        return any(looks_like_picture(value.get(key)) for key in (*_DATA, *_NESTED, "path"))
+    return isinstance(value, list) and bool(value) and all(map(looks_like_picture, value))
+
+
+def is_web(text: str) -> bool:
+    """Whether a text is a URL of something to download."""
+    return text[:8].lower().startswith(("http://", "https://"))
+
+
+def _read_text(text: str) -> tuple[bytes | None, str | None]:
+    if text[:5].lower() == "data:":
+        return _from_data_url(text), None
+    if is_web(text):
+        detail = f"{brief(text)} is not downloaded; save the image and give the file's path"
+        raise UnusableRow("image_url", detail)
+    if text[:7].lower() == "file://":
+        return None, unquote(urlsplit(text).path)
+    if _is_base64(text):
+        return _decoded(text, "image"), None
+    return None, text
+
+
+def _from_data_url(url: str) -> bytes:
+    header, comma, body = url.partition(",")
+    if not comma:
+        raise UnusableRow("bad_image_entry", f"{brief(url)} is a data URL without data")
+    if header.lower().rstrip().endswith(";base64"):
+        return _decoded(unquote(body) if "%" in body else body, "data URL")
+    return unquote_to_bytes(body)
+
+
+def _decoded(text: str, name: str) -> bytes:
+    """The bytes of base64 with or without line breaks, padding and a data URL's beginning, in
+    either alphabet.
+
+    Raises:
+      UnusableRow: it is no base64, or under ``bytes`` that of no image.
+    """
+    if text[:5].lower() == "data:":
+        return _from_data_url(text)
+    plain = "".join(text.split()).translate(str.maketrans("-_", "+/")).rstrip("=")
+    try:
+        data = base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise UnusableRow("bad_image_entry", f"{name} is no base64: {error}") from error
+    if name == "bytes" and not _is_encoded(data):
+        raise UnusableRow("bad_image_entry", f"bytes: {brief(text)} is a text and no image")
+    return data
+
+
+def _is_base64(text: str) -> bool:
+    """Whether a text is base64 of an image: by its beginning, and it has no path's characters."""
+    begins = text.lstrip()[:16].translate(str.maketrans("-_", "+/")).startswith(_ENCODED_MAGIC)
+    return begins and len(text) >= _MIN_ENCODED and _BASE64.fullmatch(text) is not None
+
+
+def _is_encoded(data: bytes | bytearray) -> bool:
+    if data.startswith(b"RIFF"):
+        return data[8:12] == b"WEBP"
+    return data.startswith(_MAGIC)

@@ -1,0 +1,73 @@
+"""What reading a file brings up beside its records: counts, for the log and for `data check`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+
+from mmpo_jax.data.formats.columns import may_hold_pictures
+from mmpo_jax.data.records import ANSWERS, Record
+
+ID = "id"
+"""In `Record.extra`: the row's own id, where the record has another since that one is taken."""
+_LONGEST = 12
+"""Columns that one line names."""
+
+
+@dataclasses.dataclass
+class Notes:
+    """Counts of rows."""
+
+    formats: Counter[str] = dataclasses.field(default_factory=Counter)
+    """By format, usable or not."""
+    ignored: Counter[str] = dataclasses.field(default_factory=Counter)
+    """By column that means nothing here; of usable rows, as all that follow."""
+    pictures_in: Counter[str] = dataclasses.field(default_factory=Counter)
+    """By column of another name that was read as the images."""
+    unread_pictures: Counter[str] = dataclasses.field(default_factory=Counter)
+    """By column that looks like one of pictures, in rows that show nothing."""
+    repeated_ids: int = 0
+    """Rows with an id that an earlier row has."""
+
+    def add(self, record: Record) -> None:
+        """Counts a usable row."""
+        columns = [name for name in record.extra if name not in (*ANSWERS, ID)]
+        self.ignored.update(columns)
+        self.repeated_ids += ID in record.extra
+        if not shows_something(record):
+            self.unread_pictures.update(
+                name for name in columns if may_hold_pictures(name, record.extra[name])
+            )
+
+    def lines(self) -> Iterator[str]:
+        """What the notes say, for a person."""
+        if self.pictures_in:
+            yield f"pictures are read from columns of other names: {_counts(self.pictures_in)}"
+        if self.repeated_ids:
+            yield (
+                f"rows that repeat an earlier row's id: {self.repeated_ids}; their ids here are "
+                "'ID (row N)'"
+            )
+        if self.ignored:
+            yield f"columns that mean nothing here: {_counts(self.ignored)}"
+
+    def warnings(self) -> Iterator[str]:
+        """What is likely to be a mistake."""
+        if self.unread_pictures:
+            yield (
+                "columns that look like pictures and are NOT read, in rows that show nothing: "
+                f"{_counts(self.unread_pictures)}; give the pictures as files in a column 'images'"
+            )
+
+
+def shows_something(record: Record) -> bool:
+    """Whether a record has an image or a video."""
+    own = any(response.images for response in record.responses)
+    return bool(record.images or record.videos or own)
+
+
+def _counts(counts: Counter[str]) -> str:
+    named = [f"{name} {count}" for name, count in counts.most_common(_LONGEST)]
+    more = len(counts) - len(named)
+    return ", ".join(named) + (f" and {more} more" if more else "")
