@@ -182,6 +182,7 @@ def test_files_of_the_stages(finished, tiny_folder):
         "round-1",
         "round-2",
         "model",
+        "model.json",
         "rounds.json",
         "rounds.txt",
         "curves.png",
