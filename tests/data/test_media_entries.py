@@ -1,4 +1,4 @@
-"""Images and videos in every spelling that rows have for them, in columns and in messages' parts."""
+"""Images and videos in every spelling that rows have for them, in columns and in parts."""
 
 import base64
 import json
