@@ -20,7 +20,7 @@ class Joined:
       contradicting: rows that stay since others of their prompt say the reverse, in a circle too.
       incomparable: rows that stay since for two responses of their prompt no row says, directly or
         through others, which is better.
-      without_scores: rankings without some score, as rows give one response several of that name.
+      differing: rankings that lack scores, a critique or a log-prob, as rows give several of it.
     """
 
     records: list[Record]
@@ -28,7 +28,7 @@ class Joined:
     rows: int = 0
     contradicting: int = 0
     incomparable: int = 0
-    without_scores: int = 0
+    differing: int = 0
 
     @property
     def merged(self) -> int:
@@ -38,9 +38,9 @@ class Joined:
     def __str__(self) -> str:
         return (
             f"{self.rows} rows of {self.rankings} prompts joined into rankings "
-            f"({self.without_scores} without scores, as their rows give different ones); rows left "
-            f"as they are: {self.contradicting} that contradict others of their prompt, "
-            f"{self.incomparable} of prompts with responses that nothing compares"
+            f"({self.differing} without scores, critiques or log-probs of which their rows give "
+            f"different ones); rows left as they are: {self.contradicting} that contradict others "
+            f"of their prompt, {self.incomparable} of prompts with responses that nothing compares"
         )
 
 
@@ -64,9 +64,7 @@ def join_pairs(records: Iterable[Record]) -> Joined:
         groups.setdefault(key, []).append(record)
     joined: dict[str, Record] = {}
     gone: set[str] = set()
-    counts = dict.fromkeys(
-        ("rankings", "rows", "contradicting", "incomparable", "without_scores"), 0
-    )
+    counts = dict.fromkeys(("rankings", "rows", "contradicting", "incomparable", "differing"), 0)
     for group in groups.values():
         if len(group) == 1:
             continue
@@ -74,10 +72,10 @@ def join_pairs(records: Iterable[Record]) -> Joined:
         if isinstance(ranks, str):
             counts[ranks] += len(group)
             continue
-        made, all_scores = _join(group, ranks)
+        made, agreed = _join(group, ranks)
         counts["rankings"] += 1
         counts["rows"] += len(group)
-        counts["without_scores"] += not all_scores
+        counts["differing"] += not agreed
         joined[made.id] = made
         gone.update(record.id for record in group[1:])
     kept = [joined.get(record.id, record) for record in records if record.id not in gone]
@@ -150,45 +148,37 @@ def _ranks(rows: Sequence[Sequence[tuple[Any, int]]]) -> dict[Any, int] | str:
 
 
 def _join(group: Sequence[Record], ranks: Mapping[Any, int]) -> tuple[Record, bool]:
-    """The ranking of a group, and whether it has all scores of its rows."""
+    """The ranking of a group, and whether its rows agree on all that they say of responses."""
     same: dict[Any, list[Response]] = {key: [] for key in ranks}
     for record in group:
         for response in record.responses:
             same[_response_key(response)].append(response)
-    given = {name for found in same.values() for response in found for name in response.scores}
-    kept = {name for name in given if all(_agreed_score(f, name)[0] for f in same.values())}
-    responses = tuple(
-        dataclasses.replace(
+    names = sorted({name for found in same.values() for r in found for name in r.scores})
+    scores = {name: {key: _scores(found, name) for key, found in same.items()} for name in names}
+    kept = {n: given for n, given in scores.items() if all(len(v) < 2 for v in given.values())}
+    agreed = len(kept) == len(scores)
+    responses = []
+    for key, found in same.items():
+        critiques = {response.critique for response in found} - {None}
+        log_probs = {response.log_prob for response in found} - {None}
+        agreed &= len(critiques) < 2 and len(log_probs) < 2
+        response = dataclasses.replace(
             found[0],
             rank=ranks[key],
-            scores={
-                name: _agreed_score(found, name)[1] for name in sorted(kept) if _has(found, name)
-            },
-            critique=_agreed([response.critique for response in found]),
-            log_prob=_agreed([response.log_prob for response in found]),
+            scores={name: next(iter(given[key])) for name, given in kept.items() if given[key]},
+            critique=critiques.pop() if len(critiques) == 1 else None,
+            log_prob=log_probs.pop() if len(log_probs) == 1 else None,
         )
-        for key, found in same.items()
-    )
+        responses.append(response)
     first = group[0]
     extra = {
         name: value
         for name, value in first.extra.items()
         if name == ID or all(repr(record.extra.get(name)) == repr(value) for record in group)
     }
-    return dataclasses.replace(first, responses=responses, extra=extra), kept == given
+    return dataclasses.replace(first, responses=tuple(responses), extra=extra), agreed
 
 
-def _has(responses: Sequence[Response], name: str) -> bool:
-    return any(name in response.scores for response in responses)
-
-
-def _agreed_score(responses: Sequence[Response], name: str) -> tuple[bool, Any]:
-    """Whether those that have a score of a name have the same, and that."""
-    scores = {response.scores[name] for response in responses if name in response.scores}
-    return len(scores) < 2, next(iter(scores), None)
-
-
-def _agreed(values: Sequence[Any]) -> Any:
-    """The one value of all that have one; None where they differ."""
-    found = {value for value in values if value is not None}
-    return found.pop() if len(found) == 1 else None
+def _scores(responses: Sequence[Response], name: str) -> set[float]:
+    """What rows give a response as its score of a name."""
+    return {response.scores[name] for response in responses if name in response.scores}

@@ -89,7 +89,7 @@ def test_splits(tmp_path, names, read):
 
 def test_a_split_that_cannot_be_chosen(tmp_path):
     write(tmp_path, *(f"{s}-00000-of-00001.parquet" for s in ("train_sft", "train_prefs", "test")))
-    with pytest.raises(DataError, match="test, train_prefs, train_sft; give one as .*#test"):
+    with pytest.raises(DataError, match=r"test, train_prefs, train_sft; give one as .*#test"):
         ids(tmp_path)
     assert ids(f"{tmp_path}#train_sft") == ["train_sft-00000-of-00001.parquet"]
     write(tmp_path / "plain", "a.jsonl")
