@@ -160,8 +160,11 @@ def data_convert(options: argparse.Namespace) -> None:
         image_root=options.image_root,
         drop=options.drop,
         max_skipped=options.max_skipped,
+        join=options.join_pairs,
     )
     print(f"{options.target}: {done.written} rows")
+    if done.joined is not None:
+        print(done.joined)
     if done.skipped:
         print(f"{done.skipped_file}: {len(done.skipped)} rows that cannot be used")
 
@@ -327,6 +330,8 @@ def _add_data_commands(subparsers: Any) -> None:
     convert.add_argument("--image-root", help=root)
     help = "fields to leave out, as scores,critique"
     convert.add_argument("--drop", type=lambda text: text.split(","), default=(), help=help)
+    help = "join the pairs of one prompt into a ranking, where they agree"
+    convert.add_argument("--join-pairs", action="store_true", help=help)
     help = "share of unusable rows above which nothing is written"
     convert.add_argument("--max-skipped", type=float, default=0.1, help=help)
 

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import posixpath
 import re
 import secrets
 import shutil
@@ -284,3 +285,20 @@ def read_bytes(path: epath.PathLike) -> bytes:
         return epath.Path(path).read_bytes()
     except OSError as error:
         raise DataError(f"cannot read {os.fspath(path)}: {error.strerror or error}") from error
+
+
+def walk(root: epath.PathLike) -> list[tuple[str, list[str], list[str]]]:
+    """(path below the root, folders in it, files in it) of every folder, as `os.walk` has them."""
+    root = epath.Path(root)
+    if is_local(root):
+        top = os.fspath(root)
+        places = ((os.path.relpath(folder, top), *rest) for folder, *rest in os.walk(top))
+        return [("" if place == "." else place, *rest) for place, *rest in places]
+    found, waiting = [], [""]
+    while waiting:
+        place = waiting.pop()
+        inside = list((root / place).iterdir())
+        folders = [path.name for path in inside if path.is_dir()]
+        found.append((place, folders, [path.name for path in inside if path.name not in folders]))
+        waiting += [posixpath.join(place, name) for name in folders]
+    return found

@@ -81,6 +81,8 @@ class LearnedFile(FileData):
 
     score: str | None = None
     """Which of several scores is `score`, by its name; responses without it have none then."""
+    join_pairs: bool = False
+    """Join the pairs of one prompt into a ranking, where they agree (docs/data.md)."""
 
 
 class FilePart(LearnedFile):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from etils import epath
 
 from mmpo_jax.data.formats import FORMATS, choose_format
 from mmpo_jax.data.formats.format import Format
 from mmpo_jax.data.formats.writing import STRIP, CannotHold, Embed, Writer, fields_of, without
+from mmpo_jax.data.joining import Joined, join_pairs
 from mmpo_jax.data.notes import ID
 from mmpo_jax.data.readers import SkippedRow, check_skipped, iter_records, write_skipped
 from mmpo_jax.data.records import Record
@@ -37,6 +38,8 @@ class Converted:
     skipped: list[SkippedRow]
     skipped_file: str
     """Where those are, with reasons; not written where there are none."""
+    joined: Joined | None
+    """What joining pairs did, where it was asked for."""
 
 
 def convert_data(
@@ -48,6 +51,7 @@ def convert_data(
     image_root: str | None = None,
     drop: Collection[str] = (),
     max_skipped: float = 0.1,
+    join: bool = False,
 ) -> Converted:
     """Writes the usable rows of `source` to the file `target`.
 
@@ -63,6 +67,7 @@ def convert_data(
       image_root: of both; of TFDS names its data folder.
       drop: fields, of `STRIP`, that are left out.
       max_skipped: share of unusable rows above which nothing is written.
+      join: the pairs of one prompt into a ranking, see `join_pairs`.
 
     Raises:
       MmpoError: an unknown field, or the target is the source.
@@ -82,32 +87,33 @@ def convert_data(
     copies = os.path.join(root, f"{os.path.basename(stem)}.images")
     writer = Writer(root, copies, _EMBED.get(ending.lower(), "no"))
     skipped: list[SkippedRow] = []
-    written = 0
 
-    def rows() -> Iterator[Row]:
-        nonlocal written
+    def records() -> Iterator[Record]:
         for item in counted(iter_records(source, image_root, "dialogue", read_as), "converting"):
             if isinstance(item, SkippedRow):
                 skipped.append(item)
-                continue
-            try:
-                row = _row(without(_by_own_id(item), drop), FORMATS[format], writer)
-            except DataError as error:
-                broken = SkippedRow(source, item.row, item.id, "image_broken", str(error))
-                skipped.append(broken)
-                continue
-            written += 1
-            yield row
+            else:
+                yield item
 
-    made = list(rows())
+    def rows(records: Iterable[Record]) -> Iterator[Row]:
+        for record in records:
+            try:
+                yield _row(without(_by_own_id(record), drop), FORMATS[format], writer)
+            except DataError as error:
+                broken = SkippedRow(source, record.row, record.id, "image_broken", str(error))
+                skipped.append(broken)
+
+    joined = join_pairs(records()) if join else None
+    made = list(rows(records() if joined is None else joined.records))
     skipped_file = f"{stem}.{SKIPPED}"
     if skipped:
         write_skipped(skipped_file, skipped)
     else:
         epath.Path(skipped_file).unlink(missing_ok=True)
-    check_skipped(skipped, written + len(skipped), max_skipped)
+    merged = 0 if joined is None else joined.merged
+    check_skipped(skipped, len(made) + merged + len(skipped), max_skipped)
     write_rows(target, made)
-    return Converted(written, skipped, skipped_file)
+    return Converted(len(made), skipped, skipped_file, joined)
 
 
 def _by_own_id(record: Record) -> Record:

@@ -10,6 +10,7 @@ from typing import Any
 from etils import epath
 
 from mmpo_jax import progress
+from mmpo_jax.data.joining import join_pairs
 from mmpo_jax.data.notes import Notes, shows_something
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.readers import (
@@ -29,7 +30,7 @@ from mmpo_jax.data.tokenization import (
     tokenize_records,
 )
 from mmpo_jax.errors import DataError
-from mmpo_jax.recipe import FileData, Lengths, ShapesData
+from mmpo_jax.recipe import FileData, LearnedFile, Lengths, ShapesData
 from mmpo_jax.shapes import records as shapes
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,8 @@ class Source:
     records: list[Record]
     skipped: list[SkippedRow]
     max_skipped: float
+    joined: int = 0
+    """Rows that went into others' rankings."""
 
     def skip(self, kept: list[Record], skipped: list[SkippedRow]) -> Source:
         """The source with more rows left out."""
@@ -57,7 +60,7 @@ class Source:
         Raises:
           DataError: more rows were skipped than the recipe allows, or none is left.
         """
-        total = len(self.records) + len(self.skipped)
+        total = len(self.records) + len(self.skipped) + self.joined
         for row in self.skipped[:10]:
             log.warning("%s: skipped %s", row.file, row)
         check_skipped(self.skipped, total, self.max_skipped)
@@ -96,7 +99,12 @@ def load_source(
     if not supervised:
         skipped += [_without_prompt(data.path, record) for record in records if not record.prompt]
         records = [dataclasses.replace(r, responses=()) for r in records if r.prompt]
-    return Source(data.path, records, skipped, data.max_skipped)
+    joined = 0
+    if supervised and isinstance(data, LearnedFile) and data.join_pairs:
+        done = join_pairs(records)
+        log.info("%s: %s", data.path, done)
+        records, joined = done.records, done.merged
+    return Source(data.path, records, skipped, data.max_skipped, joined)
 
 
 def scored_by(source: Source, name: str) -> Source:

@@ -1,20 +1,24 @@
 """Rows of files, and files of rows: JSONL, JSON, Parquet, ArrayRecord, Arrow folders, TFDS.
 
-* ``.jsonl``, ``.ndjson``: an object a line; ``.json``: one list of objects;
+* ``.jsonl``, ``.ndjson``, ``.json``: an object a line, or one list of objects, whatever the ending
+  says; ``.gz`` behind it is unpacked;
 * ``.parquet``: images inside rows as bytes;
 * ``.array_record``, ``.arrayrecord``: a JSON object a record;
-* a folder: what `datasets` saved to disk, or files of the kinds above, in the order of their names;
+* a folder: what `datasets` saved to disk, or files of one of the kinds above, in the order of their
+  paths, of the split ``train`` or of ``FOLDER#SPLIT``, see `mmpo_jax.data.snapshots`;
 * ``tfds:NAME#SPLIT``: a data set that TFDS prepared, by its name (``shapes/tiny``) or its folder,
   split ``train`` where none is given; the image root is then TFDS's data folder.
 """
 
+import codecs
+import gzip
 import json
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import IO, Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +26,7 @@ from array_record.python import array_record_module
 from etils import epath
 
 from mmpo_jax.data.rows import UnusableRow
+from mmpo_jax.data.snapshots import choose_split, data_files, split_path
 from mmpo_jax.errors import DataError
 from mmpo_jax.files import encode_table, is_local, read_bytes, write_atomic
 
@@ -30,13 +35,17 @@ _BATCH_ROWS = 64  # Rows hold whole images: this is memory, not speed.
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 """As JSON writes it: half of a character, or an error."""
 
+_JSON = (".jsonl", ".ndjson", ".json")
+_SNIFFED = 1 << 16
+"""Bytes of a JSON file that may be white space before it begins."""
+
 Item = dict[str, Any] | UnusableRow
 """A row, or what is wrong with it."""
 
 
 def folder_of(path: epath.PathLike) -> epath.Path:
     """The folder that paths in the rows are relative to, where nothing else is said."""
-    path = epath.Path(path)
+    path, _ = split_path(path)
     return path if path.is_dir() else path.parent
 
 
@@ -59,9 +68,9 @@ def numbered_rows(
             yield from enumerate(tfds_rows(name.removeprefix(TFDS), data_folder), start=1)
             return
         done = 0
-        for file in _files(epath.Path(path)):
+        for file in _files(*split_path(path)):
             number = 0
-            for number, row in _READERS[file.suffix.lower()](file):
+            for number, row in _READERS[_ending(file.name)](file):
                 yield done + number, row
             done += number
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
@@ -69,37 +78,78 @@ def numbered_rows(
         raise DataError(f"cannot read {name}: {reason}") from error
 
 
-def _files(path: epath.Path) -> list[epath.Path]:
+def _files(path: epath.Path, split: str | None) -> list[epath.Path]:
     """The files of a data set: the path itself, or what lies in that folder."""
-    if path.suffix.lower() in _READERS and path.suffix != ".arrow":
+    if _ending(path.name) not in ("", ".arrow") and not (path.is_dir() and split is not None):
         return [path]
     if not path.is_dir():
         kinds = ", ".join(kind for kind in _READERS if kind != ".arrow")
         raise DataError(f"{os.fspath(path)}: data files end in {kinds}; or give a folder")
     if (path / "dataset_dict.json").exists():
-        splits = ", ".join(sorted(entry.name for entry in path.iterdir() if entry.is_dir()))
-        raise DataError(f"{os.fspath(path)} holds several splits; give the folder of one: {splits}")
+        splits = [entry.name for entry in path.iterdir() if (entry / "state.json").exists()]
+        path, split = path / choose_split(path, splits, split), None
     if (path / "state.json").exists():
         state = json.loads(read_bytes(path / "state.json"))
         return [path / entry["filename"] for entry in state["_data_files"]]
-    kinds_found = {entry.suffix.lower() for entry in path.iterdir()} & _READERS.keys()
-    if len(kinds_found) != 1:
-        found = ", ".join(sorted(kinds_found)) or "none"
-        raise DataError(f"{os.fspath(path)}: data files of one kind are wanted, found: {found}")
-    (kind,) = kinds_found
-    return sorted(entry for entry in path.iterdir() if entry.suffix.lower() == kind)
+    return data_files(path, split, lambda name: _KINDS.get(_ending(name)))
 
 
-def _json_lines(path: epath.Path) -> Iterator[tuple[int, Item]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, _parse(line)
+def _ending(name: str) -> str:
+    """The ending that says how a file is read; empty where none does."""
+    ending = os.path.splitext(name.lower().removesuffix(".gz"))[1]
+    packed = name.lower().endswith(".gz")
+    return ending if ending in _READERS and (not packed or ending in _JSON) else ""
 
 
-def _json_list(path: epath.Path) -> Iterator[tuple[int, Item]]:
+def _json_rows(path: epath.Path) -> Iterator[tuple[int, Item]]:
+    """Of a list, or of lines with an object each: by what the file begins with."""
+    with _opened(path) as file:
+        start = file.read(_SNIFFED).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+        file.seek(0)
+        lines = start != b"[" and _is_lines(file)
+        if lines or (_ending(path.name) != ".json" and not (start == b"[" and _is_list(file))):
+            yield from _json_lines(file)
+        else:
+            yield from _json_list(path, file.read())
+
+
+def _opened(path: epath.Path) -> IO[bytes]:
+    file = path.open("rb")
+    if path.name.lower().endswith(".gz"):
+        return cast(IO[bytes], gzip.GzipFile(fileobj=file))
+    return file
+
+
+def _is_lines(file: IO[bytes]) -> bool:
+    """Whether the first line that is not empty is an object by itself; goes back to the start."""
+    line = next((line for line in file if line.strip()), b"")
+    file.seek(0)
+    return isinstance(_parse_any(line), dict)
+
+
+def _is_list(file: IO[bytes]) -> bool:
+    """Whether the whole is one list, and not lines the first of which is one; goes back too."""
+    whole = _parse_any(file.read())
+    file.seek(0)
+    return isinstance(whole, list) and any(isinstance(row, dict) for row in whole)
+
+
+def _parse_any(content: bytes) -> Any:
     try:
-        rows = json.loads(path.read_bytes().decode("utf-8-sig"))
+        return json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _json_lines(file: IO[bytes]) -> Iterator[tuple[int, Item]]:
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            yield number, _parse(line)
+
+
+def _json_list(path: epath.Path, content: bytes) -> Iterator[tuple[int, Item]]:
+    try:
+        rows = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"cannot read {os.fspath(path)}: {error}") from error
     if not isinstance(rows, list):
@@ -166,14 +216,18 @@ def _array_record_rows(path: epath.Path) -> Iterator[tuple[int, Item]]:
 
 
 _READERS: Mapping[str, Callable[[epath.Path], Iterator[tuple[int, Item]]]] = {
-    ".jsonl": _json_lines,
-    ".ndjson": _json_lines,
-    ".json": _json_list,
+    ".jsonl": _json_rows,
+    ".ndjson": _json_rows,
+    ".json": _json_rows,
     ".parquet": _parquet_rows,
     ".array_record": _array_record_rows,
     ".arrayrecord": _array_record_rows,
     ".arrow": _arrow_rows,
 }
+
+
+_KINDS = {kind: ".jsonl" if kind in _JSON else kind for kind in _READERS}
+"""Endings -> the one that stands for all that are read alike."""
 
 
 def write_rows(path: epath.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:

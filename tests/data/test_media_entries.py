@@ -1,4 +1,4 @@
-"""Images in every spelling that rows have for them, and columns that hold them unsaid."""
+"""Images and videos in every spelling that rows have for them, in columns and in parts."""
 
 import base64
 import json

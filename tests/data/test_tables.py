@@ -121,8 +121,9 @@ def test_what_datasets_saves(tmp_path):
     (record,), skipped = read_records(tmp_path / "both" / "test")
     assert skipped == []
     assert Image.open(io.BytesIO(record.images[0].read())).size == (3, 2)
-    with pytest.raises(DataError, match="give the folder of one: test, train"):
-        read_records(tmp_path / "both")
+    assert len(read_records(tmp_path / "both")[0]) == 1  # of train
+    with pytest.raises(DataError, match="has the splits test, train; there is no dev"):
+        read_records(f"{tmp_path}/both#dev")
 
 
 def test_bad_lines_of_array_records(tmp_path):
@@ -137,7 +138,7 @@ def test_bad_lines_of_array_records(tmp_path):
     ("name", "content", "message"),
     [
         ("rows.array_record", b"no such file", "cannot read"),
-        ("rows.json", b'{"a": 1}', "a dict and not a list"),
+        ("rows.json", b'{\n"a": 1}', "a dict and not a list"),
         ("rows.json", b"[1", "cannot read"),
         ("rows.csv", b"", r"data files end in \.jsonl"),
     ],

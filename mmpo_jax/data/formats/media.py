@@ -14,7 +14,7 @@ from mmpo_jax.data.images import resolve_image
 from mmpo_jax.data.records import ImageRef, VideoRef
 from mmpo_jax.data.rows import Row, UnusableRow, brief
 from mmpo_jax.errors import DataError
-from mmpo_jax.files import is_local
+from mmpo_jax.files import walk
 
 IN_THE_ROW = "(bytes in the row)"
 """Name of an image that has none."""
@@ -167,28 +167,10 @@ class MediaFolder:
     def _index(self) -> dict[str, list[str]]:
         """Name of a file or folder -> paths below the root."""
         index: dict[str, list[str]] = {}
-        for folder, folders, files in _walk(self.root):
+        for folder, folders, files in walk(self.root):
             for name in (*folders, *files):
                 index.setdefault(name, []).append(posixpath.join(folder, name))
         return index
-
-
-def _walk(root: epath.Path) -> list[tuple[str, list[str], list[str]]]:
-    """(path below the root, folders, files), as `os.walk` gives them."""
-    if is_local(root):
-        top = os.fspath(root)
-        return [
-            (os.path.relpath(folder, top).removeprefix("."), folders, files)
-            for folder, folders, files in os.walk(top)
-        ]
-    found, waiting = [], [""]
-    while waiting:
-        place = waiting.pop()
-        inside = list((root / place).iterdir())
-        folders = [path.name for path in inside if path.is_dir()]
-        found.append((place, folders, [path.name for path in inside if path.name not in folders]))
-        waiting += [posixpath.join(place, name) for name in folders]
-    return found
 
 
 def _numbers(name: str) -> list[tuple[int, str]]:

@@ -1,0 +1,184 @@
+"""Rankings out of the pairs of a prompt, where what they say fits together."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from mmpo_jax.data.notes import ID
+from mmpo_jax.data.records import ANSWERS, ImageRef, Record, Response
+from mmpo_jax.files import fingerprint_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """What `join_pairs` made.
+
+    Attributes:
+      records: in the order of the data; a ranking stands where the first of its rows stood.
+      rankings: how many were made.
+      rows: of how many rows.
+      contradicting: rows that stay since others of their prompt say the reverse, in a circle too.
+      incomparable: rows that stay since for two responses of their prompt no row says, directly or
+        through others, which is better.
+      differing: rankings that lack scores, a critique or a log-prob, as rows give several of it.
+    """
+
+    records: list[Record]
+    rankings: int = 0
+    rows: int = 0
+    contradicting: int = 0
+    incomparable: int = 0
+    differing: int = 0
+
+    @property
+    def merged(self) -> int:
+        """By how many rows the data are fewer."""
+        return self.rows - self.rankings
+
+    def __str__(self) -> str:
+        return (
+            f"{self.rows} rows of {self.rankings} prompts joined into rankings "
+            f"({self.differing} without scores, critiques or log-probs of which their rows give "
+            f"different ones); rows left as they are: {self.contradicting} that contradict others "
+            f"of their prompt, {self.incomparable} of prompts with responses that nothing compares"
+        )
+
+
+def join_pairs(records: Iterable[Record]) -> Joined:
+    """Joins ranked rows about one prompt into one ranking each.
+
+    Rows belong together that have the same prompt (system included), images, videos, other images,
+    source and answer. Equal responses are one. A row's ranks say which of two is better and which
+    are tied; better carries over from row to row. Where every two responses are then either tied,
+    or one is better and nothing says the reverse, the ranks are the places in that order; if not,
+    the rows of that prompt stay as they are. Rows whose responses have images, prompts or marked
+    spans of their own always do, as do those with one response.
+
+    Fields of a response are kept where all its rows agree; a score is kept if it does for all
+    responses. Other columns are kept where they agree. The ranking has the first row's id.
+    """
+    records = list(records)
+    groups: dict[Any, list[Record]] = {}
+    for place, record in enumerate(records):
+        key = _prompt_key(record) if _can_join(record) else place
+        groups.setdefault(key, []).append(record)
+    joined: dict[str, Record] = {}
+    gone: set[str] = set()
+    counts = dict.fromkeys(("rankings", "rows", "contradicting", "incomparable", "differing"), 0)
+    for group in groups.values():
+        if len(group) == 1:
+            continue
+        ranks = _ranks([_statements(record) for record in group])
+        if isinstance(ranks, str):
+            counts[ranks] += len(group)
+            continue
+        made, agreed = _join(group, ranks)
+        counts["rankings"] += 1
+        counts["rows"] += len(group)
+        counts["differing"] += not agreed
+        joined[made.id] = made
+        gone.update(record.id for record in group[1:])
+    kept = [joined.get(record.id, record) for record in records if record.id not in gone]
+    return Joined(kept, **counts)
+
+
+def _can_join(record: Record) -> bool:
+    plain = all(
+        response.images is None and response.prompt is None and not response.spans
+        for response in record.responses
+    )
+    return record.ranked and plain
+
+
+def _prompt_key(record: Record) -> Any:
+    others = record.other_images
+    return (
+        record.prompt,
+        tuple(map(_image_key, record.images)),
+        tuple((tuple(map(_image_key, video.frames)), video.fps) for video in record.videos),
+        None if others is None else tuple(map(_image_key, others)),
+        record.source,
+        repr([record.extra.get(name) for name in ANSWERS]),
+    )
+
+
+def _image_key(image: ImageRef) -> Any:
+    content = str(image.path) if image.data is None else fingerprint_bytes(image.data)
+    return content, image.edit
+
+
+def _response_key(response: Response) -> Any:
+    return response.turns, response.finished, response.desirable
+
+
+def _statements(record: Record) -> list[tuple[Any, int]]:
+    """(response, rank) of a row."""
+    return [(_response_key(response), response.rank or 0) for response in record.responses]
+
+
+def _ranks(rows: Sequence[Sequence[tuple[Any, int]]]) -> dict[Any, int] | str:
+    """Response -> rank, from 1, by what all rows say; else why there is no such order."""
+    places: dict[Any, int] = {}
+    for row in rows:
+        for response, _ in row:
+            places.setdefault(response, len(places))
+    count = len(places)
+    # at_least[a][b]: a is as good as b or better; strictly[a][b]: better.
+    at_least = [[a == b for b in range(count)] for a in range(count)]
+    better = [[False] * count for _ in range(count)]
+    for row in rows:
+        for one, rank in row:
+            for other, lower in row:
+                a, b = places[one], places[other]
+                at_least[a][b] |= rank <= lower
+                better[a][b] |= rank < lower
+    for middle in range(count):
+        for a in range(count):
+            if at_least[a][middle]:
+                for b in range(count):
+                    at_least[a][b] |= at_least[middle][b]
+    if any(better[a][b] and at_least[b][a] for a in range(count) for b in range(count)):
+        return "contradicting"
+    if not all(at_least[a][b] or at_least[b][a] for a in range(count) for b in range(count)):
+        return "incomparable"
+    # With all comparable, those that are strictly above stand in as many classes of ties.
+    above = [sum(at_least[b][a] and not at_least[a][b] for b in range(count)) for a in range(count)]
+    levels = {size: level for level, size in enumerate(sorted(set(above)), start=1)}
+    return {response: levels[above[place]] for response, place in places.items()}
+
+
+def _join(group: Sequence[Record], ranks: Mapping[Any, int]) -> tuple[Record, bool]:
+    """The ranking of a group, and whether its rows agree on all that they say of responses."""
+    same: dict[Any, list[Response]] = {key: [] for key in ranks}
+    for record in group:
+        for response in record.responses:
+            same[_response_key(response)].append(response)
+    names = sorted({name for found in same.values() for r in found for name in r.scores})
+    scores = {name: {key: _scores(found, name) for key, found in same.items()} for name in names}
+    kept = {n: given for n, given in scores.items() if all(len(v) < 2 for v in given.values())}
+    agreed = len(kept) == len(scores)
+    responses = []
+    for key, found in same.items():
+        critiques = {response.critique for response in found} - {None}
+        log_probs = {response.log_prob for response in found} - {None}
+        agreed &= len(critiques) < 2 and len(log_probs) < 2
+        response = dataclasses.replace(
+            found[0],
+            rank=ranks[key],
+            scores={name: next(iter(given[key])) for name, given in kept.items() if given[key]},
+            critique=critiques.pop() if len(critiques) == 1 else None,
+            log_prob=log_probs.pop() if len(log_probs) == 1 else None,
+        )
+        responses.append(response)
+    first = group[0]
+    extra = {
+        name: value
+        for name, value in first.extra.items()
+        if name == ID or all(repr(record.extra.get(name)) == repr(value) for record in group)
+    }
+    return dataclasses.replace(first, responses=tuple(responses), extra=extra), agreed
+
+
+def _scores(responses: Sequence[Response], name: str) -> set[float]:
+    """What rows give a response as its score of a name."""
+    return {response.scores[name] for response in responses if name in response.scores}
