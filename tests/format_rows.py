@@ -100,7 +100,7 @@ LLAMA_FACTORY = [
         "chosen": gpt("a"),
         "rejected": gpt("b"),
         "images": ["a.png", "b.png"],
-        "tools": "",
+        "note": "",
     },
     {"conversations": [human("1"), gpt("2"), human("3"), gpt("4")], "kto_tag": True},
     {"conversations": [human("1"), gpt("2"), human("3"), gpt("4")]},

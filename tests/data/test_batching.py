@@ -74,6 +74,7 @@ def test_a_batch(tiny_processor):
     assert not batch.pixel_values[2].any()
     fields = dict(vars(batch))
     assert fields.pop("patches") == {}
+    assert fields.pop("shown") is None
     dtypes = {name: leaf.dtype.name for name, leaf in fields.items()}
     assert dtypes == {
         "prompt_ids": "int32",

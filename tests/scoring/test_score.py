@@ -199,7 +199,7 @@ class TestLlava:
         bad = {
             "broken": {"images": ["broken.png"], "prompt": ASK, "chosen": "a", "rejected": "yes"},
             "silent": {"prompt": ASK},
-            "empty": {"prompt": ASK, "responses": ["yes", " "]},
+            "empty": {"prompt": ASK, "responses": []},
             "one": {"prompt": ASK, "chosen": "yes"},
         }
         rows = [{"id": name} | row for name, row in bad.items()]

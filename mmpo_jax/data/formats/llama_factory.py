@@ -44,6 +44,8 @@ def _claims(row: Row) -> bool:
 
 
 def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
+    if isinstance(row.get("conversations"), str):
+        raise UnusableRow("bad_message", "conversations is a text and not a list of messages")
     turns = parse_turns(row.get("conversations"), "user")
     if turns and turns[0].role == "system" and not turns[0].text:
         turns = turns[1:]  # as an empty column: the template's default

@@ -70,7 +70,7 @@ def _usual(shown: Placed) -> Placed:
     """Without places that say what holds where nothing is said."""
     media = tuple(medium for turn in shown.turns for medium in turn.media)
     first = next((n for n, turn in enumerate(shown.turns) if turn.role == "user"), None)
-    if first is None or not media:
+    if first is None or not media or isinstance(shown.turns[first].content, str):
         return shown
     turn = shown.turns[first]
     texts = tuple(piece for piece in turn.content if not isinstance(piece, Medium))
@@ -134,6 +134,6 @@ def _kinds(pieces: Sequence[str | MediaPart]) -> tuple[Piece, ...]:
 def _turn(message: Message, content: tuple[Piece, ...]) -> Turn:
     said: str | tuple[Piece, ...] = content
     shows = any(isinstance(piece, Medium) for piece in content)
-    if not shows and (isinstance(message.content, str) or len(content) == 1):
+    if not shows and (isinstance(message.content, str) or len(content) <= 1):
         said = "".join(map(str, content))
     return Turn(message.role, said, message.keys, message.learned)

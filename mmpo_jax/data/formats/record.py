@@ -65,7 +65,7 @@ def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
         extra=rest(row, "prompt", "responses", "other_images", "extra", *ARGUMENTS, "system")
         | _extra(row.get("extra")),
         template=template_arguments(row),
-        samples=any(answer.fields.get("token_ids") for answer in answers),
+        samples=len(answers) > 1 and not any("rank" in answer.fields for answer in answers),
     )
 
 

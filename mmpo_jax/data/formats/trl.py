@@ -205,7 +205,9 @@ def _several(row: Row) -> tuple[Answer, ...]:
     flags = read_list(row.get("finished", [True] * count), "finished", count, "bad_message")
     if not all(isinstance(flag, bool) for flag in flags):
         raise UnusableRow("bad_message", f"finished {str(flags)[:80]} is no list of true and false")
-    sampled = read_list(row.get("response_ids", [None] * count), "response_ids", count, "bad_token")
+    sampled = row.get("response_ids")
+    if not isinstance(sampled, list) or len(sampled) != count:
+        sampled = [None] * count  # of responses that are no longer those that were sampled
     return tuple(map(_sample, responses, flags, sampled))
 
 

@@ -213,7 +213,7 @@ def messages(
         breaks = turn.tagged and any(
             isinstance(a, Medium) and str(b).startswith("\n") for a, b in behind
         )
-        as_text = tags or breaks or not turn.media
+        as_text = tags or breaks or isinstance(turn.content, str)
         content = _tagged(turn, kinds) if as_text else _parts(turn)
         message = {"role": turn.role, "content": content, **turn.keys}
         written.append(message if turn.learned else message | {"loss": False})
