@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from etils import epath
 
 from mmpo_jax.errors import MmpoError
-from mmpo_jax.files import is_local
+from mmpo_jax.files import check_reachable, is_local
 
 LOCK = ".mmpo.lock"
 """In an output folder while a command writes there; beside an output file `.<its name>.lock`."""
@@ -178,6 +178,7 @@ def _describe(descriptor: int) -> str:
 
 
 def _try_bucket(output: str) -> None:
+    check_reachable(output)
     folder = epath.Path(output)
     probe = folder / f".mmpo.{secrets.token_hex(4)}"
     try:
