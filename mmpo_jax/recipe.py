@@ -64,6 +64,9 @@ class FileData(Section):
     """Folder the image paths are relative to and must stay in; the file's own by default."""
     max_skipped: float = Field(0.1, ge=0, le=1)
     """Share of unusable rows above which the run stops."""
+    control_tokens: Literal["tokens", "text"] = "tokens"
+    """What control tokens are that are typed in texts, such as `<|im_end|>` in an answer about chat
+    templates: what the tokenizer makes of them, or text like any other."""
 
 
 Data = Annotated[ShapesData | FileData, Field(discriminator="source")]

@@ -11,7 +11,7 @@ from itertools import pairwise
 from mmpo_jax.data.batching import fitting_sizes
 from mmpo_jax.data.contexts import all_contexts, answers, tokenize_contexts
 from mmpo_jax.data.images import image_size
-from mmpo_jax.data.notes import Notes, shows_something
+from mmpo_jax.data.notes import Notes, TextNotes, shows_something
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.readers import Problem, SkippedRow, iter_records, media_problem
 from mmpo_jax.data.records import ImageRef, Record, Response
@@ -32,6 +32,7 @@ class Findings:
     """What reading the rows brings up."""
 
     notes: Notes = dataclasses.field(default_factory=Notes)
+    texts: TextNotes = dataclasses.field(default_factory=TextNotes)
     kinds: Counter[str] = dataclasses.field(default_factory=Counter)
     """Pairs, rankings and so on."""
     dropped: list[SkippedRow] = dataclasses.field(default_factory=list)
@@ -94,6 +95,8 @@ def check_data(
         found.responses += responses
         cut += sum(length > limits[1] for length in responses)
         found.kinds[_kind(item)] += 1
+        if processor is not None:
+            found.texts.add(item, processor)
         found.without_media += not shows_something(item)
         found.sizes.update(image_size(image)[::-1] for image in _images(item))
         _compare(item, rows_of, found)
@@ -174,6 +177,7 @@ def _report(path: str, found: Findings, lengths: Lengths, unit: str, cut: int) -
         yield f"usable rows without an image or video: {found.without_media}"
     yield from found.notes.lines()
     yield from found.notes.warnings()
+    yield from found.texts.lines()
     yield f"rows that would be dropped: {len(found.dropped)}"
     for reason, count in Counter(row.reason for row in found.dropped).most_common():
         yield f"  {reason}: {count}"

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from mmpo_jax.data.formats.columns import may_hold_pictures
+from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import ANSWERS, Record
 
 ID = "id"
@@ -27,6 +28,8 @@ class Notes:
     """By column of another name that was read as the images."""
     unread_pictures: Counter[str] = dataclasses.field(default_factory=Counter)
     """By column that looks like one of pictures, in rows that show nothing."""
+    left_out: Counter[str] = dataclasses.field(default_factory=Counter)
+    """By reason: responses that alone could not be used."""
     repeated_ids: int = 0
     """Rows with an id that an earlier row has."""
 
@@ -35,6 +38,7 @@ class Notes:
         columns = [name for name in record.extra if name not in (*ANSWERS, ID)]
         self.ignored.update(columns)
         self.repeated_ids += ID in record.extra
+        self.left_out.update(reason for _, reason, _ in record.left_out)
         if not shows_something(record):
             self.unread_pictures.update(
                 name for name in columns if may_hold_pictures(name, record.extra[name])
@@ -49,6 +53,8 @@ class Notes:
                 f"rows that repeat an earlier row's id: {self.repeated_ids}; their ids here are "
                 "'ID (row N)'"
             )
+        if self.left_out:
+            yield f"responses left out of rows that are used: {_counts(self.left_out)}"
         if self.ignored:
             yield f"columns that mean nothing here: {_counts(self.ignored)}"
 
@@ -59,6 +65,34 @@ class Notes:
                 "columns that look like pictures and are NOT read, in rows that show nothing: "
                 f"{_counts(self.unread_pictures)}; give the pictures as files in a column 'images'"
             )
+
+
+@dataclasses.dataclass
+class TextNotes:
+    """What tokenizer and chat template make of texts that their writers may not have meant."""
+
+    typed: Counter[str] = dataclasses.field(default_factory=Counter)
+    """Rows by control token that is typed in a text."""
+    unread: Counter[str] = dataclasses.field(default_factory=Counter)
+    """Rows by key of messages, or argument, that the chat template does not read."""
+
+    def add(self, record: Record, processor: Processor) -> None:
+        """Counts a row."""
+        turns = [*record.prompt, *(turn for r in record.responses for turn in r.turns)]
+        keys = {key for turn in turns for key in turn.keys} | record.template.keys()
+        self.unread.update(sorted(key for key in keys if not processor.reads_key(key)))
+        if processor.tokenizer.is_fast and not record.plain_text:
+            self.typed.update({name for t in turns for name in processor.control.found_in(t.text)})
+
+    def lines(self) -> Iterator[str]:
+        """What the notes say, for a person."""
+        if self.typed:
+            yield (
+                f"rows whose texts type control tokens: {_counts(self.typed)}; they are read as "
+                "such, but for those of images (data.control_tokens: text makes them plain text)"
+            )
+        if self.unread:
+            yield f"rows with what the chat template does not read: {_counts(self.unread)}"
 
 
 def shows_something(record: Record) -> bool:

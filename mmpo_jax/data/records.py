@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from etils import epath
 
+from mmpo_jax.data.rows import SkipReason
 from mmpo_jax.errors import DataError
 from mmpo_jax.files import fingerprint_bytes, fingerprint_json
 
@@ -252,7 +253,7 @@ class Record:
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
     template: Mapping[str, Any] = field(default_factory=dict, hash=False)
     plain_text: bool = False
-    left_out: tuple[tuple[int, str, str], ...] = ()
+    left_out: tuple[tuple[int, SkipReason, str], ...] = ()
 
     @property
     def answer(self) -> Any:

@@ -11,7 +11,7 @@ from etils import epath
 
 from mmpo_jax import progress
 from mmpo_jax.data.joining import join_pairs
-from mmpo_jax.data.notes import Notes, shows_something
+from mmpo_jax.data.notes import Notes, TextNotes, shows_something
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.readers import (
     Problem,
@@ -94,6 +94,8 @@ def load_source(
         log.info("%s: %s", data.path, line)
     for line in notes.warnings():
         log.warning("%s: %s", data.path, line)
+    if data.control_tokens == "text":
+        records = [dataclasses.replace(record, plain_text=True) for record in records]
     records, broken = check_images(records, data.path)
     skipped = [*skipped, *broken]
     if not supervised:
@@ -173,16 +175,31 @@ def usable_records(
             skipped.append(SkippedRow(source.name, numbers[row.id], row.id, *problem))
     ids = {row.id for row in kept}
     source = source.skip([r for r in source.records if r.id in ids], [*too_long, *skipped])
-    if source.skipped:
-        write_skipped(skipped_file, source.skipped)
+    partly = _left_out(source)
+    if source.skipped or partly:
+        write_skipped(skipped_file, [*source.skipped, *partly])
     else:  # of an earlier run, before the data were mended
         epath.Path(skipped_file).unlink(missing_ok=True)
     source.check()
     if processor.images is not None:
         _warn_of_blind_rows(source)
+    texts = TextNotes()
+    for record in source.records:
+        texts.add(record, processor)
+    for line in texts.lines():
+        log.warning("%s: %s", source.name, line)
     if lengths is not None:
         warn_of_cuts(source.name, kept, lengths)
     return source, kept
+
+
+def _left_out(source: Source) -> list[SkippedRow]:
+    """The responses that alone were left out, as rows that say which."""
+    return [
+        SkippedRow(source.name, record.row, record.id, reason, f"response {place + 1}: {detail}")
+        for record in source.records
+        for place, reason, detail in record.left_out
+    ]
 
 
 def _warn_of_blind_rows(source: Source) -> None:

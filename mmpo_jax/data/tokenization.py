@@ -67,8 +67,6 @@ class TokenizedRecord:
     """Places of the layouts' media among the images, then the videos; () for this very order."""
     shows_later: bool = False
     """Whether images stand in its responses and not only in its prompt."""
-    typed: tuple[str, ...] = ()
-    """Control tokens that are typed in its texts."""
     left_out: tuple[int, ...] = ()
     """Places of the row's responses that could not be used."""
 
@@ -168,7 +166,6 @@ def tokenize(
         answer=record.answer,
         order=order,
         shows_later=any(np.isin(r.ids, processor.placeholders).any() for r in responses),
-        typed=typed_control_tokens(record, processor),
         left_out=tuple(place for place, *_ in record.left_out),
     )
 
@@ -277,15 +274,6 @@ def _answer_ids(
     if finished and ids[-1:] != [processor.eos_id]:  # EOS grew together with the text before it
         return [*ids, processor.eos_id]
     return ids
-
-
-def typed_control_tokens(record: Record, processor: Processor) -> tuple[str, ...]:
-    """The control tokens that are typed in a record's texts, each once."""
-    if not processor.tokenizer.is_fast:
-        return ()
-    turns = [*record.prompt, *(turn for r in record.responses for turn in r.turns)]
-    found = (name for turn in turns for name in processor.control.found_in(turn.text))
-    return tuple(dict.fromkeys(found))
 
 
 def _continued(start: str, text: str, processor: Processor) -> list[int]:

@@ -3,11 +3,9 @@ log-probs as its models do, on every family, with a real tokenizer and published
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,13 +16,12 @@ pytest.importorskip("torch")
 pytest.importorskip("trl")
 import checks
 import families
-import layouts_of_rows as rows
-import smollm2
+import row_cases as rows
 import tiny
 import torch
 import transformers
-import trl
 from jax.sharding import AxisType
+from kinds import KINDS, Kind, make_checkpoint, published
 from PIL import Image
 
 from mmpo_jax.data.batching import fitting_lengths
@@ -35,62 +32,6 @@ from mmpo_jax.training.reference import score_records
 
 pytestmark = pytest.mark.parity
 
-TEMPLATES = Path(trl.__file__).parent / "chat_templates"
-PARTS = """\
-{%- for message in messages -%}
-{{- '<|im_start|>' + message['role'] + '\n' -}}
-{%- for part in message['content'] -%}
-{{- part['text'] if part['type'] == 'text' else '<' + part['type'] + '>' -}}
-{%- endfor -%}
-{{- '<|im_end|>\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%} {{- '<|im_start|>assistant\n' -}} {%- endif -%}
-"""
-"""ChatML that keeps the order of parts."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """A checkpoint: its family, its template, and the control tokens of both."""
-
-    family: str
-    template: str | None
-    eos: str = "<|im_end|>"
-    special: tuple[str, ...] = ()
-    image: str = ""
-    cases: tuple[str, ...] = ()
-    """Those with what only some templates know."""
-
-
-def published(name: str) -> str:
-    return (TEMPLATES / f"{name}.jinja").read_text()
-
-
-LLAMA3 = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-SYSTEM = tuple(rows.SYSTEMS)
-KINDS = {
-    "smollm2": Kind("llama", None, cases=SYSTEM[:2]),
-    "llama3": Kind("llama", published("llama3"), "<|eot_id|>", LLAMA3, cases=SYSTEM[:2]),
-    "qwen3": Kind("qwen3", published("qwen3"), cases=(*SYSTEM[:2], *rows.KEYS)),
-    "llava": Kind("llava", tiny.HUB_TEMPLATE, "</s>", ("</s>", "<image>"), "<image>"),
-    "llava_next": Kind(
-        "llava_next", published("llava_next"), "</s>", ("</s>", "<image>"), "<image>", SYSTEM
-    ),
-    "llava_onevision": Kind(
-        "llava_onevision", PARTS, special=("<image>", "<video>"), image="<image>", cases=SYSTEM
-    ),
-    "internvl": Kind(
-        "internvl",
-        PARTS,
-        special=("<image>", "<img>", "</img>", "<video>"),
-        image="<image>",
-        cases=SYSTEM,
-    ),
-    "qwen2_5_vl": Kind(
-        "qwen2_5_vl", published("qwen2_5_vl"), special=VISION, image="<|image_pad|>", cases=SYSTEM
-    ),
-}
 CASES = rows.TEXTS | rows.IMAGES | rows.SYSTEMS | rows.KEYS
 
 
@@ -99,56 +40,13 @@ def cases_of(kind: Kind) -> dict[str, rows.Case]:
     return {name: CASES[name] for name in names}
 
 
-def save_tokenizer(folder: Path, kind: Kind) -> Any:
-    """SmolLM2's, with the kind's control tokens and template."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2.make_folder(6))
-    tokenizer.add_special_tokens({"additional_special_tokens": list(kind.special)})
-    tokenizer.eos_token = kind.eos
-    if "<|begin_of_text|>" in kind.special:
-        tokenizer.bos_token = "<|begin_of_text|>"
-    if kind.template is not None:
-        tokenizer.chat_template = kind.template
-    if kind.family in families.NAMED:
-        named = families.NAMED[kind.family]
-        if kind.family == "qwen2_5_vl":
-            named = {"image_token": VISION[2], "video_token": VISION[3]}
-        tokenizer.save_pretrained(folder)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, extra_special_tokens=named)
-    tokenizer.save_pretrained(folder)
-    return tokenizer
-
-
-def make_model(kind: Kind, tokenizer: Any) -> Any:
-    config = families.FAMILIES[kind.family].config(False)
-    config.get_text_config().vocab_size = len(tokenizer)
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in kind.special}
-    names = {
-        "image_token_index": kind.image,
-        "image_token_id": kind.image,
-        "video_token_index": "<video>",
-        "video_token_id": "<video>" if "<video>" in ids else VISION[3],
-        "vision_start_token_id": VISION[0],
-        "vision_end_token_id": VISION[1],
-    }
-    for name, token in names.items():
-        if hasattr(config, name) and token in ids:
-            setattr(config, name, ids[token])
-    auto = "AutoModelForImageTextToText" if kind.image else "AutoModelForCausalLM"
-    return getattr(transformers, auto).from_config(config, attn_implementation="eager")
-
-
 @pytest.fixture(scope="module", params=list(KINDS))
 def checkpoint(request, tmp_path_factory):
     """(kind, its checkpoint, its tokenizer in transformers)."""
     kind = KINDS[request.param]
     folder = tmp_path_factory.mktemp("kinds") / request.param
-    tokenizer = save_tokenizer(folder, kind)
-    if kind.family in families.VIDEO_SETTINGS:
-        settings = families.VIDEO_SETTINGS[kind.family]
-        checks.write_json(folder / "video_preprocessor_config.json", settings)
-    theirs = make_model(kind, tokenizer)
-    tiny_family = families.FAMILIES[kind.family]
-    return kind, checks.make_case(folder, theirs, tiny_family.image_processor), tokenizer
+    case = make_checkpoint(folder, kind)
+    return kind, case, transformers.AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

@@ -174,7 +174,7 @@ def _record(
     responses: tuple[Response, ...],
     id_: str,
     number: int,
-    left_out: tuple[tuple[int, str, str], ...],
+    left_out: tuple[tuple[int, SkipReason, str], ...],
 ) -> Record:
     return Record(
         id=id_,
