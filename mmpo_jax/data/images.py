@@ -106,7 +106,9 @@ def resolve_image(root: epath.PathLike, relative: str) -> epath.Path:
     try:
         folder = _resolved(epath.Path(root))
         in_bucket = not is_local(root) and not is_local(relative)
-        path = _resolved(epath.Path(relative) if in_bucket else epath.Path(root) / relative)
+        # Of a folder in a bucket and "/a", `/` makes one or the other: it depends on the Python.
+        whole = in_bucket or os.path.isabs(relative)
+        path = _resolved(epath.Path(relative) if whole else epath.Path(root) / relative)
     except (OSError, ValueError) as error:
         raise DataError(f"image path {brief(relative)} cannot be followed: {error}") from error
     if is_local(folder) != is_local(path) or not path.is_relative_to(folder):

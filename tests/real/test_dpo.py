@@ -45,8 +45,12 @@ def theirs(short_folder, tmp_path_factory):
         return tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
 
     rows = [{"prompt": rendered(p), "chosen": c, "rejected": r} for p, c, r in PAIRS]
+    model = smollm2.load_theirs(short_folder)
+    # Torch keeps the gradient of inputs from the padding token, which here is EOS, and prompts have
+    # it: a gradient that is the loss's has it too.
+    model.get_input_embeddings().padding_idx = None
     trainer = trl.DPOTrainer(
-        model=smollm2.load_theirs(short_folder),
+        model=model,
         args=trl.DPOConfig(
             output_dir=str(tmp_path_factory.mktemp("trl")),
             per_device_train_batch_size=len(PAIRS),
