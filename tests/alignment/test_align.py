@@ -222,7 +222,12 @@ def test_tables_belong_together(finished):
             assert generated[pair["prompt_id"], pair["chosen_sample"]] == pair["chosen"]
             assert generated[pair["prompt_id"], pair["rejected_sample"]] == pair["rejected"]
             assert pair["chosen_score"] > pair["rejected_score"]
-        assert len(tables["reference"]) == len(tables["combine"])
+        pairs = {
+            f"{pair['prompt_id']}/{pair['chosen_sample']}-{pair['rejected_sample']}"
+            for pair in tables["combine"]
+        }
+        scored = [row["id"] for row in tables["reference"]]  # of those within `max_steps`
+        assert scored and len(set(scored)) == len(scored) and pairs >= set(scored)
 
 
 def test_prompts_of_the_rounds_are_disjoint(finished):
@@ -454,7 +459,8 @@ def test_the_model_loads_in_transformers(finished):
     processor = Processor(folder, model.config)
     text = processor.render([Turn("user", (IMAGE, "what is in the picture ?"))], True)
     picture = ImageRef("picture", png_bytes(sample_scene("test", 0, 0)))
-    ids = processor.expand_images(processor.encode(text), processor.layouts([picture]))
+    layouts = processor.layouts([picture])
+    ids = processor.expand_media(processor.encode(text), layouts, 1, [])
     ids = np.array([ids], np.int32)
     rng = np.random.default_rng(0)
     pixels = rng.standard_normal((1, *processor.slot_shape)).astype(np.float32)

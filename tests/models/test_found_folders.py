@@ -80,7 +80,7 @@ def test_float16_does_not_hold_all(folder, tensors, tmp_path):
     save_model(tmp_path / "half", model, params, folder, dtype=np.float16)
     assert load_params(folder, model, dtype=np.float16)
     params["language_model"]["layers"]["self_attn"]["k_proj"]["kernel"][1, 1, 0] = -65_520
-    told = rf"{KEY} is not finite as float16, whose largest number is 65504; bfloat16 and float32"
+    told = rf"{KEY}: -65520 is beyond the range of float16; save as float32 or bfloat16"
     with pytest.raises(ModelError, match=told):
         save_model(tmp_path / "out", model, params, folder, dtype=np.float16)
     assert not (tmp_path / "out").exists()

@@ -181,7 +181,7 @@ def test_a_rollout(tiny_model, tiny_processor, records, mesh, temperature):
     arrays = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), host.arrays)
     log_probs = response_log_probs(model, params, arrays.prompts, temperature=temperature)
     log_probs *= arrays.prompts.loss_mask
-    np.testing.assert_allclose(arrays.fields["old_log_probs"], log_probs, atol=1e-5)
+    np.testing.assert_allclose(arrays.fields["old_log_probs"], log_probs, rtol=1e-5, atol=1e-5)
     rewards = np.zeros((4, 4, 2), np.float32)
     by_id = {record.id: record for record in records}
     for row, column in np.ndindex(4, 4):
