@@ -93,7 +93,7 @@ def test_ids_are_those_of_transformers(checkpoint, records):
             tags = [tag for tag in ("<image>", "<video>") if tag in kind.special]
             typed = sum(map(texts[-1].count, tags)) - tags.count(kind.image) * len(record.images)
             if typed:
-                check_literal(case, record, ids, texts[-1], typed)
+                check_literal(case, record, ids, texts[-1], tags, typed)
             else:
                 assert ids == their_ids(case, record, texts), name
 
@@ -139,12 +139,14 @@ def their_ids(case: checks.Case, record: Any, texts: list[str]) -> list[int]:
     return expanded
 
 
-def check_literal(case: checks.Case, record: Any, ids: list[int], text: str, typed: int) -> None:
+def check_literal(
+    case: checks.Case, record: Any, ids: list[int], text: str, tags: list[str], typed: int
+) -> None:
     """What only looks like an image is text; transformers would look for an image for it."""
     features = sum(len(layout.index) for layout in case.processor.layouts(record.images))
     assert sum(token in case.processor.placeholders for token in ids) == features
     written = case.processor.tokenizer.decode(ids)
-    assert sum(map(written.count, ("<image>", "<video>"))) == features + typed
+    assert sum(map(written.count, tags)) == features + typed
     assert without_tags(written) == without_tags(text)
 
 
