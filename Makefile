@@ -7,11 +7,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RECIPE ?= configs/shapes_align.yaml
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
-QUICK := $(addprefix tests/, test_xla_flags.py test_cli.py test_recipe.py test_stage.py test_convert.py \
-	data feedback generation parallel alignment/test_align.py alignment/test_report.py \
-	models/test_huggingface.py models/test_loading.py models/test_log_probs.py models/test_saving.py \
+QUICK := $(addprefix tests/, test_xla_flags.py test_cli.py test_stage.py test_convert.py data feedback \
+	models/test_huggingface.py models/test_log_probs.py models/test_saving.py parallel \
 	objectives/test_preference.py objectives/test_registry.py shapes/test_tfds_builder.py \
-	training/test_loop.py training/test_lora.py training/test_run.py training/test_step.py)
+	training/test_loop.py training/test_lora.py training/test_step.py generation alignment/test_align.py)
 
 .PHONY: align test test-quick check clean
 
