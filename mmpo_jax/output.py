@@ -47,6 +47,7 @@ def claimed(output: str, is_file: bool = False) -> Iterator[None]:
       MmpoError: it cannot be written, something else is in the way, or another command writes it.
     """
     if not is_local(output):
+        check_reachable(output)
         _try_bucket(os.path.dirname(output) if is_file else output)
         yield
         return
@@ -178,7 +179,6 @@ def _describe(descriptor: int) -> str:
 
 
 def _try_bucket(output: str) -> None:
-    check_reachable(output)
     folder = epath.Path(output)
     probe = folder / f".mmpo.{secrets.token_hex(4)}"
     try:

@@ -41,23 +41,23 @@ OVERRIDES = (
     "evaluation.data.size=32",
 )
 MOMENTS = (
-    "round 0/2  evaluate",
-    "round 1/2  generate 2/2",
-    "round 1/2  divide",
-    "round 1/2  conquer 2/2",
-    "round 1/2  combine",
-    "round 1/2  reference",
+    "round 0/2, evaluate",
+    "round 1/2, generate: 1 of 2",
+    "round 1/2, divide",
+    "round 1/2, conquer: 1 of 2",
+    "round 1/2, combine",
+    "round 1/2, reference",
     "step 10/",
     "step 30/",  # the last one: the model is being saved
-    "round 2/2  conquer",
-    "round 2/2  train",
-    "round 1/2  train",
-    "round 1/2  evaluate",
-    "round 2/2  generate",
-    "round 2/2  divide",
-    "round 2/2  combine",
-    "round 2/2  reference",
-    "round 2/2  evaluate",
+    "round 2/2, conquer",
+    "round 2/2, train",
+    "round 1/2, train",
+    "round 1/2, evaluate",
+    "round 2/2, generate",
+    "round 2/2, divide",
+    "round 2/2, combine",
+    "round 2/2, reference",
+    "round 2/2, evaluate",
 )
 """What a kill waits for, the most telling first: with k kills the first k, in the run's order."""
 SHORT = ("divide", "combine")
@@ -169,7 +169,8 @@ def in_order_of_the_run(moments: tuple[str, ...]) -> list[str]:
         if words[0] == "step":
             return 1, stages.index("step"), int(words[1].rstrip("/"))
         # A round is evaluated after its training, the start model (round 0) before everything.
-        at = len(stages) if words[2] == "evaluate" else stages.index(words[2])
+        stage = words[2].rstrip(":")
+        at = len(stages) if stage == "evaluate" else stages.index(stage)
         return int(words[1].split("/")[0]), at, 0
 
     return sorted(moments, key=place)

@@ -22,7 +22,7 @@ SMALL = (
 def test_killed_while_it_trains_and_while_it_saves(tmp_path, monkeypatch):
     if not os.path.isfile(BUILTIN["builtin:shapes"] / "model.safetensors"):
         pytest.skip("the built-in checkpoint has no weights yet")
-    monkeypatch.setattr(kill_and_resume, "MOMENTS", ("step 5/", "round 1/1  reference"))
+    monkeypatch.setattr(kill_and_resume, "MOMENTS", ("step 5/", "round 1/1, reference"))
     killed, expected, different = kill_and_resume.kill_and_resume(
         tmp_path, 2, 0, "builtin:shapes", SMALL
     )
@@ -45,10 +45,10 @@ def test_differences_are_noticed():
 
 def test_the_moments_come_in_the_order_of_the_run():
     order = kill_and_resume.in_order_of_the_run(kill_and_resume.MOMENTS)
-    assert order[0] == "round 0/2  evaluate"
+    assert order[0] == "round 0/2, evaluate"
     assert order[1:6] == [
-        f"round 1/2  {stage}"
-        for stage in ("generate 2/2", "divide", "conquer 2/2", "combine", "reference")
+        f"round 1/2, {stage}"
+        for stage in ("generate: 1 of 2", "divide", "conquer: 1 of 2", "combine", "reference")
     ]
-    assert order[6:10] == ["round 1/2  train", "step 10/", "step 30/", "round 1/2  evaluate"]
-    assert order[-1] == "round 2/2  evaluate"
+    assert order[6:10] == ["round 1/2, train", "step 10/", "step 30/", "round 1/2, evaluate"]
+    assert order[-1] == "round 2/2, evaluate"

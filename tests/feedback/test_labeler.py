@@ -99,7 +99,7 @@ def plain_answer(model, params, processor, picture, question, lead=()):
     """One row, teacher forced: the whole dialogue is the prompt, and no response is seen."""
     text = processor.render([Turn("user", (IMAGE, question))], True)
     layouts = processor.layouts([picture])
-    ids = [*processor.expand_images(processor.encode(text), layouts), *lead]
+    ids = [*processor.expand_media(processor.encode(text), layouts, 1, []), *lead]
     size = 32
     absent = np.zeros((1, 1, 1), bool)
     prompt_ids = np.array([ids + [tiny.PAD_ID] * (size - len(ids))], np.int32)
