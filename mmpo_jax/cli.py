@@ -6,6 +6,7 @@ Nothing heavy is imported before a command runs, so that `-h` answers at once.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import difflib
 import errno
@@ -14,9 +15,10 @@ import json
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 from mmpo_jax import progress
 from mmpo_jax.data.rows import Format
@@ -381,5 +383,18 @@ def _start_jax() -> None:
         )
 
 
+def run() -> NoReturn:
+    """The process of `main`, over when that is: taking compiled programs and arrays down one by one
+    can be half a minute of silence after the last line."""
+    status = main()
+    if any(not thread.daemon for thread in threading.enumerate()[1:]):
+        sys.exit(status)  # which waits for them
+    atexit._run_exitfuncs()
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()
