@@ -18,7 +18,6 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 import jax
 import pytest
-from jax._src import compilation_cache
 
 from mmpo_jax.files import cache_folder
 
@@ -30,18 +29,10 @@ jax.config.update(
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
-make_key = compilation_cache.get_cache_key
-
-
-def key_of_one_device(module, devices, *args, **options):
-    """None, for which nothing is cached: programs of several CPU devices that were read from a
-    cache have lost the order of their collectives, and can wait for each other for ever."""
-    return make_key(module, devices, *args, **options) if devices.size == 1 else None
-
-
-compilation_cache.get_cache_key = key_of_one_device
-
+import compiled  # noqa: E402
 import tiny  # noqa: E402
+
+compiled.share()
 
 MEMORY_LIMIT = 3 * 2**30
 """Of a test process, in bytes: compiled programs are let go of when it is reached."""
@@ -52,6 +43,7 @@ def bounded_memory():
     """Thousands of tests compile more programs than a small machine can hold at once."""
     yield
     if tiny.memory_in_use() > MEMORY_LIMIT:
+        compiled.programs.clear()
         jax.clear_caches()
         gc.collect()
 
