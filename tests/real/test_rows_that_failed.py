@@ -1,0 +1,71 @@
+"""Rows that once went wrong, through `mmpo score`: ids and log-probs are transformers'."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("trl")
+import failed_rows
+import row_cases as rows
+from their_rows import ids_of, is_learned, once, their_cuts, their_sum
+
+from mmpo_jax import cli
+
+pytestmark = pytest.mark.parity
+
+CASES = [(folder, name) for folder, cases in failed_rows.FOLDERS.items() for name in cases]
+
+
+@pytest.fixture(scope="module")
+def scored(kind_case, picture_folder):
+    """folder -> what `mmpo score` writes of its rows, by name; of a kind's all at once."""
+    made: dict[str, dict[str, Any]] = {}
+
+    def scored(folder):
+        if folder not in made:
+            made[folder] = {}
+            cases = failed_rows.FOLDERS[folder]
+            for kind in sorted({kind for kind, _ in cases.values()}):
+                written = [
+                    json.dumps({"id": name, **case.row})
+                    for name, (own, case) in cases.items()
+                    if own == kind
+                ]
+                data, out = picture_folder / "rows.jsonl", picture_folder / "scores.jsonl"
+                data.write_text("\n".join(written))
+                model = kind_case(kind)[1].folder
+                flags = ["--model", str(model), "--data", str(data), "--output", str(out)]
+                flags += ["--tokens", "lengths={prompt: [160], response: [96]}"]
+                assert cli.main(["score", *flags]) == 0
+                lines = map(json.loads, out.read_text().splitlines())
+                made[folder] |= {line["id"]: line for line in lines}
+        return made[folder]
+
+    return scored
+
+
+@pytest.mark.parametrize(("folder", "name"), CASES)
+def test_ids_and_log_probs(folder, name, scored, kind_case, picture_folder):
+    kind, case = failed_rows.FOLDERS[folder][name]
+    kind, checkpoint, tokenizer = kind_case(kind)
+    found = scored(folder)[name]
+    prompt = found["prompt_ids"]
+    for place, response in enumerate(case.responses):
+        texts = their_cuts(kind, tokenizer, case, response)
+        if not case.row.get("finished", [True] * (place + 1))[place]:
+            texts[-1] = texts[-1].removesuffix(kind.eos)
+        cuts = [ids_of(kind, tokenizer, text) for text in texts]
+        ids = found["response_ids"][place]
+        assert once(kind, tokenizer, prompt) == cuts[0]
+        assert once(kind, tokenizer, [*prompt, *ids]) == cuts[-1]
+        learned = is_learned(response, [len(cut) - len(cuts[0]) for cut in cuts])
+        assert found["num_tokens"][place] == learned.sum()
+        parts = [part for said in (*case.prompt, *response) for part in said["content"]]
+        shown = [picture_folder / f"{number}.png" for number in range(parts.count(rows.IMAGE))]
+        expected = their_sum(kind, checkpoint, prompt, ids, learned, shown)
+        assert found["logps"][place] == pytest.approx(expected, rel=1e-4, abs=1e-3)
+    assert len(found["logps"]) == len(case.responses)
