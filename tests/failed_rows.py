@@ -25,6 +25,8 @@ from row_cases import (
     user,
 )
 
+LENGTHS = {"prompt": [160], "response": [96]}
+LIMITS = f"lengths={json.dumps(LENGTHS)}"
 TEXT, LLAVA, QWEN = "qwen3", "llava", "qwen2_5_vl"
 ROLES = "user", "assistant"
 PICTURE = {"type": "image"}

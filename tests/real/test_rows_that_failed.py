@@ -39,7 +39,7 @@ def scored(kind_case, picture_folder):
                 data.write_text("\n".join(written))
                 model = kind_case(kind)[1].folder
                 flags = ["--model", str(model), "--data", str(data), "--output", str(out)]
-                flags += ["--tokens", "lengths={prompt: [160], response: [96]}"]
+                flags += ["--tokens", failed_rows.LIMITS]
                 assert cli.main(["score", *flags]) == 0
                 lines = map(json.loads, out.read_text().splitlines())
                 made[folder] |= {line["id"]: line for line in lines}
