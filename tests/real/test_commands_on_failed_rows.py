@@ -258,6 +258,7 @@ TYPED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(TYPED))
 def test_pairs_that_differ_behind_eos_train(name, train, write, mmpo, kind_case, capsys):
     kind, pairs = TYPED[name]
@@ -307,6 +308,7 @@ def brief(kind_case, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_what_is_generated_is_read_back(brief, kind_case, train, mmpo, tmp_path):
     """An empty sample is EOS alone, and the others stay what was sampled."""
     tokenizer = kind_case(failed_rows.TEXT)[2]

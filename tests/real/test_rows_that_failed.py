@@ -22,37 +22,34 @@ CASES = [(folder, name) for folder, cases in failed_rows.FOLDERS.items() for nam
 
 @pytest.fixture(scope="module")
 def scored(kind_case, picture_folder):
-    """folder -> what `mmpo score` writes of its rows, by name; of a kind's all at once."""
-    made: dict[str, dict[str, Any]] = {}
+    """name of a kind -> what `mmpo score` writes of all its rows, by folder and name."""
+    made: dict[str, dict[tuple[str, str], Any]] = {}
 
-    def scored(folder):
-        if folder not in made:
-            made[folder] = {}
-            cases = failed_rows.FOLDERS[folder]
-            for kind in sorted({kind for kind, _ in cases.values()}):
-                written = [
-                    json.dumps({"id": name, **case.row})
-                    for name, (own, case) in cases.items()
-                    if own == kind
-                ]
-                data, out = picture_folder / "rows.jsonl", picture_folder / "scores.jsonl"
-                data.write_text("\n".join(written))
-                model = kind_case(kind)[1].folder
-                flags = ["--model", str(model), "--data", str(data), "--output", str(out)]
-                flags += ["--tokens", failed_rows.LIMITS]
-                assert cli.main(["score", *flags]) == 0
-                lines = map(json.loads, out.read_text().splitlines())
-                made[folder] |= {line["id"]: line for line in lines}
-        return made[folder]
+    def scored(kind):
+        if kind not in made:
+            cases = {
+                (folder, name): failed_rows.FOLDERS[folder][name][1]
+                for folder, name in CASES
+                if failed_rows.FOLDERS[folder][name][0] == kind
+            }
+            written = [json.dumps({"id": " ".join(key), **case.row}) for key, case in cases.items()]
+            data, out = picture_folder / "rows.jsonl", picture_folder / "scores.jsonl"
+            data.write_text("\n".join(written))
+            model = kind_case(kind)[1].folder
+            flags = ["--model", str(model), "--data", str(data), "--output", str(out)]
+            assert cli.main(["score", *flags, "--tokens", failed_rows.LIMITS]) == 0
+            scores = map(json.loads, out.read_text().splitlines())
+            made[kind] = dict(zip(cases, scores, strict=True))
+        return made[kind]
 
     return scored
 
 
 @pytest.mark.parametrize(("folder", "name"), CASES)
 def test_ids_and_log_probs(folder, name, scored, kind_case, picture_folder):
-    kind, case = failed_rows.FOLDERS[folder][name]
-    kind, checkpoint, tokenizer = kind_case(kind)
-    found = scored(folder)[name]
+    name_of_kind, case = failed_rows.FOLDERS[folder][name]
+    kind, checkpoint, tokenizer = kind_case(name_of_kind)
+    found = scored(name_of_kind)[folder, name]
     prompt = found["prompt_ids"]
     for place, response in enumerate(case.responses):
         texts = their_cuts(kind, tokenizer, case, response)
