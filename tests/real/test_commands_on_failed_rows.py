@@ -34,7 +34,7 @@ pytestmark = pytest.mark.parity
 
 PAIR = {"prompt": Q, "chosen": GOOD, "rejected": BAD}
 LEFT_OUT = ("03", "04", "05", "06", "07", "13")
-"""Of which rows were left out, or pictures not seen, when they were read."""
+"""Folders of which rows were left out, or pictures not seen, when they were read."""
 SFT, DPO = {"type": "sft"}, {"type": "dpo"}
 
 
@@ -105,7 +105,11 @@ def test_check_takes_them_all(folder, write, picture_folder):
 
 
 @pytest.mark.parametrize("images", [pa.binary(), pa.string(), pa.struct({"bytes": pa.binary()})])
-@pytest.mark.parametrize("wrap", [lambda png: png, lambda png: {"bytes": png}, lambda png: [png]])
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda png: png, lambda png: {"bytes": png}, lambda png: [png]],
+    ids=["bytes", "object", "list"],
+)
 def test_images_beside_empty_lists_of_parquet(wrap, images, picture_folder, tmp_path):
     row = {"prompt": Q, "chosen": GOOD, "rejected": BAD}
     pictures = [wrap((picture_folder / f"{number}.png").read_bytes()) for number in range(2)]
