@@ -88,12 +88,14 @@ def load_theirs(folder: str | os.PathLike[str], auto: str = "AutoModelForCausalL
     return model.eval()
 
 
-def log_prob(theirs: Any, prompt: list[int], response: list[int], **inputs: Any) -> float:
-    """The sum over the response's tokens in transformers, in float64."""
+def log_prob(
+    theirs: Any, prompt: list[int], response: list[int], learned: Any = slice(None), **inputs: Any
+) -> float:
+    """The sum over the response's tokens that are `learned` in transformers, in float64."""
     import torch
 
     ids = torch.tensor([[*prompt, *response]])
     with torch.no_grad():
         logits = theirs(input_ids=ids, **inputs).logits[0, len(prompt) - 1 : -1].double()
     chosen = torch.tensor(response)[:, None]
-    return float(logits.log_softmax(-1).gather(1, chosen).sum())
+    return float(logits.log_softmax(-1).gather(1, chosen)[learned].sum())

@@ -50,3 +50,35 @@ def mmpo(tmp_path, capsys):
         return [json.loads(line) for line in out.read_text().splitlines()]
 
     return mmpo
+
+
+@pytest.fixture(scope="session")
+def kind_case(tmp_path_factory):
+    """name of a kind -> (the kind, a `checks.Case` of it, its tokenizer), made once."""
+    pytest.importorskip("trl")
+    import transformers
+    from kinds import KINDS, make_checkpoint
+
+    made = {}
+
+    def kind_case(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp("kinds") / name
+            case = make_checkpoint(folder, KINDS[name])
+            made[name] = KINDS[name], case, transformers.AutoTokenizer.from_pretrained(folder)
+        return made[name]
+
+    return kind_case
+
+
+@pytest.fixture(scope="session")
+def picture_folder(tmp_path_factory):
+    """A folder with the pictures 0.png and 1.png."""
+    import numpy as np
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("rows")
+    for number, size in enumerate([(40, 30), (25, 60)]):
+        pixels = np.random.default_rng(number).integers(0, 256, (*size, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder

@@ -15,14 +15,13 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("trl")
 import checks
-import families
 import row_cases as rows
-import tiny
 import torch
 import transformers
 from jax.sharding import AxisType
 from kinds import KINDS, Kind, make_checkpoint, published
 from PIL import Image
+from their_rows import their_inputs, their_texts
 
 from mmpo_jax.data.batching import fitting_lengths
 from mmpo_jax.data.contexts import tokenize_contexts
@@ -66,17 +65,6 @@ def records(checkpoint, tmp_path_factory):
     return {record.id: record for record in found}
 
 
-def their_text(kind: Kind, tokenizer: Any, case: rows.Case, messages: list[Any], ask: bool) -> str:
-    """What transformers' template makes of messages."""
-    messages = json.loads(json.dumps(messages).replace("{EOS}", kind.eos))
-    if not kind.image:  # text templates take texts
-        messages = [m | {"content": "".join(p["text"] for p in m["content"])} for m in messages]
-    arguments = case.arguments or {}
-    return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=ask, **arguments
-    )
-
-
 def test_ids_are_those_of_transformers(checkpoint, records):
     kind, case, tokenizer = checkpoint
     training = transformers.AutoTokenizer.from_pretrained(case.folder)
@@ -96,21 +84,6 @@ def test_ids_are_those_of_transformers(checkpoint, records):
                 check_literal(case, record, ids, texts[-1], tags, typed)
             else:
                 assert ids == their_ids(case, record, texts), name
-
-
-def their_texts(kind: Kind, tokenizer: Any, case: rows.Case, response: list[Any]) -> list[str]:
-    """The dialogue up to every answer, and with it, the last one up to its EOS."""
-    texts = []
-    for place, message in enumerate(response):
-        if message["role"] == "assistant":
-            before = [*case.prompt, *response[:place]]
-            texts.append(their_text(kind, tokenizer, case, before, True))
-            texts.append(their_text(kind, tokenizer, case, [*before, message], False))
-    if kind.template == tiny.HUB_TEMPLATE:  # it ends no answer with EOS: ours is
-        texts[-1] = texts[-1].removesuffix(" ") + kind.eos
-    else:
-        texts[-1] = texts[-1][: texts[-1].rindex(kind.eos) + len(kind.eos)]
-    return texts
 
 
 def their_ids(case: checks.Case, record: Any, texts: list[str]) -> list[int]:
@@ -152,19 +125,6 @@ def check_literal(
 
 def without_tags(text: str) -> str:
     return re.sub(r"<image>|<video>|</?img>", "", text)
-
-
-def their_inputs(kind: Kind, case: checks.Case, record: Any, ids: np.ndarray) -> dict[str, Any]:
-    if not record.images:
-        return {}
-    loaded = checks.load(record.images)
-    prepared = families.FAMILIES[kind.family].prepare(case.processor.image_processor, loaded)
-    made = dict(prepared)
-    if kind.family == "qwen2_5_vl":
-        made["mm_token_type_ids"] = torch.tensor(
-            np.isin(ids, case.processor.placeholders)[None]
-        ).long()
-    return made
 
 
 @pytest.mark.slow
