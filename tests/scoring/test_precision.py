@@ -58,8 +58,11 @@ def test_float16_activations_that_pass_its_largest_number(run, tmp_path):
     assert found[0] == found[1]
 
 
-def test_scores_that_are_not_finite(tiny_folder, tmp_path, capsys):
-    """They are told by their rows, and no line is written."""
+@pytest.mark.parametrize(
+    ("command", "what"), [("score", "log-probs of rows a"), ("generate", "logits of rows a")]
+)
+def test_what_is_not_finite(tiny_folder, tmp_path, capsys, command, what):
+    """It is told by its rows, and no line is written."""
     folder = tmp_path / "large"
     shutil.copytree(tiny_folder, folder)
     file = folder / "model.safetensors"
@@ -69,7 +72,8 @@ def test_scores_that_are_not_finite(tiny_folder, tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text(json.dumps(PAIR))
     out = tmp_path / "out.jsonl"
     files = "--data", str(tmp_path / "rows.jsonl"), "--output", str(out)
-    assert cli.main(["score", "--model", str(folder), *files]) == 1
+    assert cli.main([command, "--model", str(folder), *files]) == 1
     told = capsys.readouterr().err
-    assert "the log-probs of rows a are not finite in float32: the model's activations" in told
+    assert f"the {what} are not finite in float32: the model's activations" in told
+    assert told.rstrip().endswith("overflow; look at the weights")
     assert not out.exists()
