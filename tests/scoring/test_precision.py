@@ -3,26 +3,13 @@
 import json
 import shutil
 
-import jax
 import pytest
 import safetensors.numpy
 import tiny
-from jax.sharding import AxisType
 
 from mmpo_jax import cli
-from mmpo_jax.parallel.mesh import AXES
 
 PAIR = {"id": "a", "prompt": "is there a star ?", "chosen": "yes", "rejected": "a red star"}
-
-
-@pytest.fixture(autouse=True)
-def surroundings(monkeypatch):
-    monkeypatch.setattr(cli, "_start_jax", lambda: None)
-    mesh = jax.make_mesh(
-        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
-    )
-    for module in ("scoring", "generation"):
-        monkeypatch.setattr(f"mmpo_jax.{module}.run.make_mesh", lambda **sizes: mesh)
 
 
 @pytest.fixture
