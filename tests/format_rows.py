@@ -20,6 +20,24 @@ PROMPT = (Turn("user", QUESTION),)
 ALL_SIX = [-3.5, -0.7, [-1.0, -2.5], -9.0, -1.8, [-4.0, -5.0]]
 
 
+PAIR = {"prompt": QUESTION, "chosen": "A cat.", "rejected": "A dog."}
+IMAGE_PART = {"type": "image", "text": None}
+
+
+def text_part(text):
+    return {"type": "text", "text": text, "image": None}
+
+
+def inner_folder(parent):
+    """`data` with two images; a third lies outside of it."""
+    folder = parent / "data"
+    folder.mkdir()
+    for path, color in ((folder / "a.png", "red"), (folder / "b.png", "blue")):
+        path.write_bytes(png(color))
+    (parent / "outside.png").write_bytes(png())
+    return folder
+
+
 def user(content=QUESTION):
     return {"role": "user", "content": content}
 

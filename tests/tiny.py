@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Sequence
@@ -12,13 +13,19 @@ import numpy as np
 import transformers
 from tokenizers import Tokenizer, models, normalizers, processors, trainers
 
+from mmpo_jax.data.batching import pad_batch
 from mmpo_jax.data.pipeline import Example, TrainBatch
+from mmpo_jax.data.processor import Processor
+from mmpo_jax.data.records import IMAGE, ImageRef, Record, Response, Turn
+from mmpo_jax.data.tokenization import tokenize
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.families.llava import LlavaConfig
 from mmpo_jax.models.huggingface import flatten, save_model, unflatten
 from mmpo_jax.models.model import Model, Params, load_config
 from mmpo_jax.objectives.sums import mean
 from mmpo_jax.shapes.processor import IMAGE_TOKEN, TOKENS, save_processor
+from mmpo_jax.shapes.render import png_bytes
+from mmpo_jax.shapes.world import sample_scene
 from mmpo_jax.training.losses import Loss
 
 IMAGE_ID = TOKENS.index(IMAGE_TOKEN)
@@ -169,6 +176,44 @@ def reading_order(prompt_ids: np.ndarray, lengths: Sequence[int]) -> dict[str, A
         "feature_index": index[..., None].astype(np.int32),
         "feature_weight": is_image[..., None].astype(np.float32),
     }
+
+
+def batch_with_later_images(processor: Processor, rows: int) -> Batch:
+    """Three responses a row, by turns of rows: images in later turns of all three, at different
+    places; one image in the prompt and one later in two of the three; none but in the prompt."""
+    images = [ImageRef(str(i), png_bytes(sample_scene("test", 0, i), 24)) for i in range(2 * rows)]
+    dialogues = (
+        ("no", "is there a ring ?", "yes"),
+        ("a red star", "what is in the picture ?", "no"),
+        ("yes", "the ring ?", "a ring"),
+    )
+
+    def record(number: int) -> Record:
+        first, later = (((), (IMAGE,)), ((IMAGE,), (IMAGE,)), ((IMAGE,), ()))[number % 3]
+        responses = tuple(
+            Response(
+                (
+                    Turn("assistant", said),
+                    Turn("user", (*later, asked)),
+                    Turn("assistant", answer),
+                )
+            )
+            for said, asked, answer in dialogues
+        )
+        shown = tuple(images[2 * number :][: len(first) + len(later)])
+        return Record(str(number), shown, (Turn("user", (*first, "a red star")),), responses)
+
+    made = [tokenize(record(number), processor, 64, 64) for number in range(rows)]
+    batch = pad_batch(made, processor, rows=rows, prompt_sizes=(16,), response_sizes=(32,))
+    assert batch.shown is not None
+    # Dialogues of a record show the same images: a model also takes one without.
+    ids, index = batch.response_ids.copy(), batch.shown.feature_index.copy()
+    weight = batch.shown.feature_weight.copy()
+    cleared = (np.arange(rows) % 3 == 1)[:, None, None] & (ids == IMAGE_ID)
+    cleared &= (np.arange(3) == 1)[:, None]
+    ids[cleared], index[cleared], weight[cleared] = FIRST_WORD, -1, 0
+    shown = dataclasses.replace(batch.shown, feature_index=index, feature_weight=weight)
+    return dataclasses.replace(batch, response_ids=ids, shown=shown)
 
 
 def make_sentencepiece_folder(folder: str | os.PathLike[str]) -> Path:

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from mmpo_jax.data.batching import fitting_sizes
-from mmpo_jax.data.contexts import all_contexts, answers, tokenize_contexts
+from mmpo_jax.data.contexts import all_contexts, answers, differ, differs, tokenize_contexts
 from mmpo_jax.data.images import image_size
 from mmpo_jax.data.notes import Notes, TextNotes, shows_something
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.readers import Problem, SkippedRow, iter_records, media_problem
-from mmpo_jax.data.records import ImageRef, Record, Response
+from mmpo_jax.data.records import ImageRef, Record
 from mmpo_jax.data.sources import unsupported
 from mmpo_jax.data.tokenization import UNLIMITED, RowRejected
 from mmpo_jax.files import fingerprint_bytes
@@ -45,8 +45,8 @@ class Findings:
     """(row, the earlier row that says the same)."""
     without_media: int = 0
     """Usable rows that show nothing."""
-    same_answers: list[int | None] = dataclasses.field(default_factory=list)
-    """Rows whose better response is the worse one."""
+    same_responses: list[int | None] = dataclasses.field(default_factory=list)
+    """Rows that training leaves out where it compares responses, as none is another one."""
 
 
 def check_data(
@@ -85,7 +85,7 @@ def check_data(
             problem = unsupported(item, processor)
         if problem is None:
             try:
-                prompt, responses = _lengths(item, processor, limits[0])
+                prompt, responses, same = _measure(item, processor, *limits)
             except RowRejected as error:
                 problem = error.reason, error.detail
         if problem is not None:
@@ -99,7 +99,9 @@ def check_data(
             found.texts.add(item, processor)
         found.without_media += not shows_something(item)
         found.sizes.update(image_size(image)[::-1] for image in _images(item))
-        _compare(item, rows_of, found)
+        if same:
+            found.same_responses.append(item.row)
+        _note_duplicate(item, rows_of, found)
     lengths = Lengths(
         prompt=tuple(prompt_sizes) or fitting_sizes(found.prompts or [1], 4),
         response=tuple(response_sizes) or fitting_sizes(found.responses or [1], 2),
@@ -112,21 +114,30 @@ def _limit(sizes: Sequence[int]) -> int:
     return sizes[-1] if sizes else UNLIMITED
 
 
-def _lengths(record: Record, processor: Processor | None, limit: int) -> tuple[int, list[int]]:
-    """Of the prompt, the longest one where responses have their own, and of the responses.
+def _measure(
+    record: Record, processor: Processor | None, max_prompt: int, max_response: int
+) -> tuple[int, list[int], bool]:
+    """(length of the prompt, the longest one where responses have their own; lengths of the
+    responses; whether responses of different ranks are all the same, as far as they are kept).
 
     Raises:
       RowRejected: training could not use the row.
     """
+    compared = record.ranked and len({response.rank for response in record.responses}) > 1
     if processor is not None:
-        row = tokenize_contexts(record, processor, limit, UNLIMITED)
+        row = tokenize_contexts(record, processor, max_prompt, UNLIMITED)
         longest = max(len(context.prompt_ids) for _, context in all_contexts(row))
-        return longest, [len(response.ids) for response in answers(row)]
+        lengths = [len(response.ids) for response in answers(row)]
+        if max(lengths, default=0) > max_response:
+            row = tokenize_contexts(record, processor, max_prompt, max_response)
+        return longest, lengths, compared and not differs(row)
     prompts = [record.prompt, *(r.prompt for r in record.responses if r.prompt is not None)]
     prompt = max(sum(len(turn.text) for turn in turns) for turns in prompts)
-    if prompt > limit:
-        raise RowRejected("prompt_too_long", f"{prompt} characters, the limit is {limit}")
-    return prompt, [sum(len(turn.text) for turn in r.turns) for r in record.responses]
+    if prompt > max_prompt:
+        raise RowRejected("prompt_too_long", f"{prompt} characters, the limit is {max_prompt}")
+    lengths = [sum(len(turn.text) for turn in r.turns) for r in record.responses]
+    contents = [(r.rank, (r.turns, r.prompt, r.images)) for r in record.responses]
+    return prompt, lengths, compared and not differ(contents)
 
 
 def _kind(record: Record) -> str:
@@ -149,23 +160,14 @@ def _images(record: Record) -> Iterator[ImageRef]:
         yield from response.images or ()
 
 
-def _compare(record: Record, rows_of: dict[str, int | None], found: Findings) -> None:
-    """Notes a row that says what an earlier one does, and one whose responses are the same."""
+def _note_duplicate(record: Record, rows_of: dict[str, int | None], found: Findings) -> None:
+    """Notes a row that says what an earlier one does."""
     shown = [image.fingerprint() for image in _images(record)]
     said = [(r.turns, r.prompt, r.rank, r.desirable) for r in record.responses]
     key = fingerprint_bytes(repr((shown, record.prompt, said)).encode())
     if key in rows_of:
         found.duplicates.append((record.row, rows_of[key]))
     rows_of.setdefault(key, record.row)
-    ranks: dict[tuple, set[int | None]] = {}
-    for response in record.responses:
-        ranks.setdefault(_content(response), set()).add(response.rank)
-    if record.ranked and any(len(given) > 1 for given in ranks.values()):
-        found.same_answers.append(record.row)
-
-
-def _content(response: Response) -> tuple:
-    return response.turns, response.prompt, response.images
 
 
 def _report(path: str, found: Findings, lengths: Lengths, unit: str, cut: int) -> Iterator[str]:
@@ -188,9 +190,10 @@ def _report(path: str, found: Findings, lengths: Lengths, unit: str, cut: int) -
     yield f"duplicate rows: {len(found.duplicates)}"
     for row, earlier in found.duplicates[:_SHOWN]:
         yield f"  row {row} says what row {earlier} does"
-    yield f"chosen equals rejected: {len(found.same_answers)}"
-    if found.same_answers:
-        yield f"  rows {', '.join(map(str, found.same_answers[:_SHOWN]))}"
+    same = found.same_responses
+    yield f"left out where responses are compared, as these are the same: {len(same)}"
+    if same:
+        yield f"  same_responses: rows {', '.join(map(str, same[:_SHOWN]))}"
     yield from _histogram(f"prompts, {unit}", found.prompts, lengths.prompt)
     yield from _histogram(f"responses, {unit}", found.responses, lengths.response)
     if cut:

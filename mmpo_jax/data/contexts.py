@@ -8,7 +8,9 @@ has the same texts again, after other images.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -95,6 +97,24 @@ def tokenize_contexts(
 def all_contexts(record: TokenizedRecord) -> list[tuple[str, TokenizedRecord]]:
     """(name, record) of every context, the first one included."""
     return [(MAIN, record), *record.others]
+
+
+def differs(record: TokenizedRecord) -> bool:
+    """Whether some response differs from one of another rank: in its tokens, or in the prompt or
+    images that it answers. Where none does, nothing is to be learned from comparing them."""
+    tokens: list[list[Any]] = [[] for _ in record.responses]
+    for name, context in all_contexts(record):
+        for seen, response in zip(tokens, context.responses, strict=True):
+            seen.append((name, response.ids.tobytes(), response.loss_mask.tobytes()))
+    return differ([(r.source.rank, seen) for r, seen in zip(record.responses, tokens, strict=True)])
+
+
+def differ(responses: Sequence[tuple[int | None, Any]]) -> bool:
+    """Whether two of these (rank, content) differ in both."""
+    return any(
+        rank != other_rank and content != other
+        for (rank, content), (other_rank, other) in itertools.combinations(responses, 2)
+    )
 
 
 def context_names(records: Sequence[TokenizedRecord]) -> tuple[str, ...]:

@@ -13,7 +13,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mmpo_jax.data.processor import PROBE, Processor, TemplateRefusal, common_start
+from mmpo_jax.data.chat_template import PROBE, TemplateRefusal, common_start
+from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import Record, Response, Turn, placed
 
 

@@ -51,8 +51,9 @@ def join_pairs(records: Iterable[Record]) -> Joined:
     source and answer. Equal responses are one. A row's ranks say which of two is better and which
     are tied; better carries over from row to row. Where every two responses are then either tied,
     or one is better and nothing says the reverse, the ranks are the places in that order; if not,
-    the rows of that prompt stay as they are. Rows whose responses have images, prompts or marked
-    spans of their own always do, as do those with one response.
+    the rows of that prompt stay as they are: equal ranks are a statement, which some objectives
+    learn from, and no word for responses that nothing compares. Rows whose responses have images,
+    prompts or marked spans of their own always do, as do those with one response.
 
     Fields of a response are kept where all its rows agree; a score is kept if it does for all
     responses. Other columns are kept where they agree. The ranking has the first row's id.

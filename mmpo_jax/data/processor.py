@@ -10,18 +10,16 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import os
-import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jinja2
 import numpy as np
 from PIL import Image
 
+from mmpo_jax.data.chat_template import ChatTemplate, TemplateRefusal
 from mmpo_jax.data.control_tokens import ControlTokens, has_stand_ins
 from mmpo_jax.data.edits import edit_pixels
 from mmpo_jax.data.images import image_size, open_image
@@ -43,12 +41,6 @@ from mmpo_jax.models.families import FAMILIES
 from mmpo_jax.models.layout import Layout
 
 PIXEL_CACHE_BYTES = 512 * 2**20
-PROBE = "is there a star ?"
-"""What a chat template is tried with."""
-
-
-class TemplateRefusal(DataError):
-    """A dialogue that the chat template does not take, such as one of two user turns in a row."""
 
 
 class MediaError(DataError):
@@ -77,6 +69,7 @@ class Processor:
         self.tokenizer.chat_template = (
             self.chat_template or processor_template(self.folder) or self.tokenizer.chat_template
         )
+        self._chat = ChatTemplate(self.folder, self.tokenizer, self.images is not None)
         self.placeholders: tuple[int, ...] = ()
         self.slot_shape: tuple[int, ...] = ()
         if self.images is not None:
@@ -100,13 +93,11 @@ class Processor:
         """
         return TEMPLATES.get(self.template)
 
-    @functools.cached_property
+    @property
     def answer_ending(self) -> str | None:
         """What the chat template writes behind the last answer of a dialogue; None where it does
         not write the answer as it is."""
-        question, answer = Turn("user", "a"), Turn("assistant", PROBE)
-        _, written, ending = self.render([question, answer], False).rpartition(PROBE)
-        return ending if written else None
+        return self._chat.ending
 
     @property
     def ends_answers(self) -> bool:
@@ -171,7 +162,7 @@ class Processor:
           TemplateRefusal: it does not take such a dialogue.
         """
         turns = [self._as_text(turn, plain_text) for turn in turns]
-        return self._apply_template(turns, for_answer, self._takes_parts, arguments or {})
+        return self._chat.render(turns, for_answer, arguments)
 
     def _as_text(self, turn: Turn, plain_text: bool) -> Turn:
         """A turn whose typed placeholders, or control tokens of all kinds, stay text."""
@@ -190,76 +181,9 @@ class Processor:
         )
         return turn if content == turn.content else dataclasses.replace(turn, content=content)
 
-    def _apply_template(
-        self,
-        turns: Sequence[Turn],
-        for_answer: bool,
-        in_parts: bool,
-        arguments: Mapping[str, Any],
-    ) -> str:
-        messages = [self._message(turn, in_parts) for turn in turns]
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=for_answer, **arguments
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
-            roles = ", ".join(turn.role for turn in turns) or "nobody"
-            raise TemplateRefusal(
-                f"{self.folder}: the chat template refuses turns of {roles}: {error}"
-            ) from error
-
-    def _message(self, turn: Turn, in_parts: bool) -> dict[str, Any]:
-        if not in_parts:
-            return {"role": turn.role, "content": turn.text, **turn.keys}
-        pieces = [turn.content] if isinstance(turn.content, str) else turn.content
-        parts: list[dict[str, str]] = []
-        for place, piece in enumerate(pieces):
-            if isinstance(piece, Medium):
-                parts.append({"type": piece.value})
-                continue
-            behind = place > 0 and isinstance(pieces[place - 1], Medium)
-            if turn.tagged and behind and self._breaks_behind_images:
-                piece = piece.removeprefix("\n")
-            parts.append({"type": "text", "text": piece})
-        return {"role": turn.role, "content": parts, **turn.keys}
-
-    @functools.cached_property
-    def _breaks_behind_images(self) -> bool:
-        """Whether the template itself begins a new line behind an image."""
-        shown, said = (
-            self._apply_template([Turn("user", content)], True, True, {}).partition(PROBE)[0]
-            for content in ((Medium.IMAGE, PROBE), (PROBE,))
-        )
-        return shown.removeprefix(common_start(shown, said)).endswith("\n")
-
-    @functools.cached_property
-    def _takes_parts(self) -> bool:
-        """Whether the template reads a turn as a list of parts, as those with images have to, or
-        as plain text, as most of text models do.
-
-        Raises:
-          ProcessorError: it writes neither as it is.
-        """
-        choices = (False, True) if self.images is None else (True, False)
-        refusal = "it does not write a user's text"
-        for in_parts in choices:
-            try:
-                written = self._apply_template([Turn("user", PROBE)], True, in_parts, {})
-            except TemplateRefusal as error:
-                refusal = str(error)
-                continue
-            if PROBE in written and "'type'" not in written:
-                return in_parts
-        raise ProcessorError(f"{self.folder}: the chat template cannot be used: {refusal}")
-
     def reads_key(self, key: str) -> bool:
         """Whether the chat template may read a key of messages, or an argument, of this name."""
-        return key in self._template_names
-
-    @functools.cached_property
-    def _template_names(self) -> frozenset[str]:
-        """All names and texts in the chat template."""
-        return frozenset(re.findall(r"\w+", self.tokenizer.chat_template))
+        return self._chat.reads_key(key)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of rendered text, each image placeholder once; adds no special tokens."""
@@ -430,12 +354,6 @@ class Processor:
                 f"{self.folder}: the image processor makes images of shape {made.shape[1:]}, "
                 f"config.json says {self.slot_shape}"
             )
-
-
-def common_start(first: str, second: str) -> str:
-    """What two texts begin with."""
-    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
-    return "".join(character for character, _ in same)
 
 
 @contextlib.contextmanager

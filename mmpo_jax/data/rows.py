@@ -64,6 +64,7 @@ Format = Literal[
     "mm_rlhf",
     "mm_rlhf_pairs",
     "shapes",
+    "alpaca",
 ]
 """Conventions of rows, as recipes and flags name them; `auto` goes by the columns."""
 

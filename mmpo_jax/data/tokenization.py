@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mmpo_jax.data.chat_template import TemplateRefusal
 from mmpo_jax.data.dialogues import Segment, dialogue_of, segments
-from mmpo_jax.data.processor import MediaError, Processor, TemplateRefusal
+from mmpo_jax.data.processor import MediaError, Processor
 from mmpo_jax.data.readers import SkippedRow
 from mmpo_jax.data.records import ImageRef, Record, Response, VideoRef
 from mmpo_jax.data.rows import SkipReason

@@ -28,7 +28,7 @@ from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.log_probs import next_token_logits
 from mmpo_jax.models.lora import cast_params
 from mmpo_jax.models.model import Model, Params
-from mmpo_jax.models.precision import inference_dtype
+from mmpo_jax.models.precision import check_finite, inference_dtype
 from mmpo_jax.parallel.mesh import batch_shards, put_batch
 from mmpo_jax.progress import counted
 from mmpo_jax.recipe import Lengths
@@ -87,7 +87,8 @@ class CheckpointLabeler:
         """See `Labeler`.
 
         Raises:
-          DataError: a question does not fit the bucket sizes, or an image cannot be read.
+          DataError: a question does not fit the bucket sizes, an image cannot be read, or a
+            probability is not finite.
         """
         rows: list[tuple[int, TokenizedRecord]] = []
         for index, (name, images, questions) in enumerate(counted(items, "tokenising questions")):
@@ -140,9 +141,15 @@ class CheckpointLabeler:
         )
         with jax.set_mesh(self.mesh):
             placed = put_batch(batch, self.mesh)
-            return np.asarray(
+            probabilities = np.asarray(
                 answer_probabilities(self.model, self.params, placed, self.yes_ids, self.no_ids)
             )
+        found = (
+            (record.id, bool(np.isfinite(row[: len(record.responses)]).all()))
+            for record, row in zip(records, probabilities, strict=False)
+        )
+        check_finite("labeler's probabilities", found, inference_dtype(self.params).name)
+        return probabilities
 
 
 @functools.partial(jax.jit, static_argnames=("model", "yes_ids", "no_ids"))

@@ -18,8 +18,9 @@ from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.errors import DataError
 from mmpo_jax.files import fingerprint_json
-from mmpo_jax.generation.sampler import Decoding, sample, sample_keys
+from mmpo_jax.generation.sampler import NOT_FINITE, Decoding, sample, sample_keys
 from mmpo_jax.models.model import Model, Params
+from mmpo_jax.models.precision import check_finite, inference_dtype
 from mmpo_jax.parallel.mesh import batch_shards, put_batch
 from mmpo_jax.recipe import Lengths
 from mmpo_jax.stage import Stage, run_stage
@@ -124,7 +125,8 @@ def sample_tokens(
       int32[n, max_new_tokens] for every record, see `read_response`.
 
     Raises:
-      DataError: an image cannot be read, or the model's positions end before a response may.
+      DataError: an image cannot be read, the model's positions end before a response may, or it
+        computes logits that are not finite.
     """
     shards = batch_shards(mesh)
     rows = -(-batch_size // shards) * shards
@@ -159,7 +161,11 @@ def sample_tokens(
                 eos_ids=processor.eos_ids,
                 pad_id=processor.pad_id,
             )
-        sampled += list(np.asarray(tokens)[: len(chosen)])
+        rows_of_tokens = np.asarray(tokens)[: len(chosen)]
+        finite = (rows_of_tokens != NOT_FINITE).all(axis=(1, 2))
+        ids = (record.id for record in chosen)
+        check_finite("logits", zip(ids, finite, strict=True), inference_dtype(params).name)
+        sampled += list(rows_of_tokens)
         progress.advance(len(chosen))
     return sampled
 

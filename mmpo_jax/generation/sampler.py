@@ -19,6 +19,8 @@ from mmpo_jax.models.vlm import VisionLanguageModel, prompt_lengths, response_po
 
 VOCABULARY_BLOCK = 256
 """Tokens that `draw_token` takes together."""
+NOT_FINITE = -1
+"""In place of a token that no distribution was there for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,7 @@ class SamplingState:
     tokens: jax.Array
     """int32[B, n, T]; what is sampled so far, `pad_id` after the end."""
     done: jax.Array
-    """bool[B, n]; True once EOS is sampled."""
+    """bool[B, n]; True once EOS is sampled, or nothing can be."""
     cache: tuple[jax.Array, jax.Array]
     """Keys and values of the sampled tokens, [L, B, n, K, T, d] each."""
 
@@ -77,7 +79,8 @@ def sample(
       pad_id: what follows the end.
 
     Returns:
-      int32[B, n, max_new_tokens], EOS included where it was sampled.
+      int32[B, n, max_new_tokens], EOS included where it was sampled. A sample whose logits are NaN
+      or infinite ends with `NOT_FINITE`.
     """
     # All of one dtype, as what loops over layers and tokens carries has to be.
     module = model.bind(cast_params(params, inference_dtype(params)))
@@ -99,8 +102,9 @@ def sample(
 
     def step(state: SamplingState) -> SamplingState:
         token = choose_token(state.logits, keys, state.position, decoding)
-        token = jnp.where(state.done, pad_id, token)
-        done = state.done | jnp.isin(token, jnp.array(eos_ids))
+        finite = jnp.isfinite(state.logits).all(axis=-1)
+        token = jnp.where(state.done, pad_id, jnp.where(finite, token, NOT_FINITE))
+        done = state.done | ~finite | jnp.isin(token, jnp.array(eos_ids))
         logits, cache = decode_token(module, batch, prompt_cache, state, token)
         return SamplingState(
             position=state.position + 1,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from mmpo_jax.data.contexts import (
     answers,
     arranged,
     context_names,
+    differs,
     tokenize_contexts,
 )
 from mmpo_jax.data.pipeline import Example
@@ -170,7 +170,7 @@ def unfit(
             if problem is not None:
                 reason, detail = problem
                 return reason, f"{term.objective.name} needs the field {field!r}: {detail}"
-    if _compares_texts(terms) and not _differs(record):
+    if _compares_texts(terms) and not differs(record):
         cut = any(response.truncated for response in answers(record))
         where = " as far as the largest bucket keeps them" if cut else ""
         return "same_responses", f"better and worse responses are the same tokens{where}"
@@ -195,23 +195,6 @@ def _compares_texts(terms: Sequence[Term]) -> bool:
     a text compares with itself."""
     compared = [term for term in terms if term.objective.kind in ("pairs", "rankings")]
     return bool(compared) and not any("other_image" in term.needs for term in compared)
-
-
-def _differs(record: TokenizedRecord) -> bool:
-    """Whether some response differs from one of another rank: in its tokens, or in the prompt or
-    images that it answers."""
-    tokens: list[list[Any]] = [[] for _ in record.responses]
-    for name, context in all_contexts(record):
-        for seen, response in zip(tokens, context.responses, strict=True):
-            seen.append((name, response.ids.tobytes(), response.loss_mask.tobytes()))
-    ranked = [
-        (seen, response.source.rank)
-        for seen, response in zip(tokens, record.responses, strict=True)
-    ]
-    return any(
-        seen != other and rank != its_rank
-        for (seen, rank), (other, its_rank) in itertools.combinations(ranked, 2)
-    )
 
 
 def _given(records: Sequence[TokenizedRecord]) -> dict[str, np.ndarray]:

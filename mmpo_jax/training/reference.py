@@ -21,6 +21,7 @@ from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.log_probs import response_log_probs
 from mmpo_jax.models.lora import cast_params
 from mmpo_jax.models.model import Model, Params
+from mmpo_jax.models.precision import check_finite
 from mmpo_jax.parallel.mesh import batch_shards, put_batch, put_params
 from mmpo_jax.recipe import Lengths
 from mmpo_jax.recipe_training import Training
@@ -147,7 +148,9 @@ def score_stage(
         sums = score_records(
             model, placed(), processor, rows, lengths, mesh, batch_size, compute_dtype, per_token
         )
-        check_scores(rows, sums, compute_dtype)
+        finite = (all(np.isfinite(response).all() for response in row) for row in sums)
+        ids = (record.id for record in rows)
+        check_finite("log-probs", zip(ids, finite, strict=True), compute_dtype)
         number = pa.list_(pa.float32()) if per_token else pa.float32()
         return pa.table(
             {
@@ -213,26 +216,6 @@ def check_given(
         f"{'; '.join(told[:3])}. They are sums over a response's tokens, EOS included; take "
         "`reference: {type: cached}`, or `check: false` where another model is meant"
     )
-
-
-def check_scores(
-    records: Sequence[TokenizedRecord], scores: Sequence[list[Any]], compute_dtype: str
-) -> None:
-    """
-    Raises:
-      DataError: naming the rows whose log-probs are not finite.
-    """
-    bad = [
-        record.id
-        for record, row in zip(records, scores, strict=True)
-        if not all(np.isfinite(response).all() for response in row)
-    ]
-    if bad:
-        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        raise DataError(
-            f"the log-probs of rows {', '.join(bad[:5])}{more} are not finite in {compute_dtype}: "
-            "the model's activations overflow; compute in float32, or look at the weights"
-        )
 
 
 def score_records(

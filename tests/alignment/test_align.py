@@ -9,121 +9,24 @@ from pathlib import Path
 import jax
 import ml_dtypes
 import numpy as np
-import pyarrow as pa
 import pytest
 import tiny
-from jax.sharding import AxisType
+from alignment.small_rounds import PROMPTS, ROUNDS, SAMPLES, STAGES, make_recipe
 
 from mmpo_jax import progress
 from mmpo_jax.alignment import align
 from mmpo_jax.alignment import round as round_module
-from mmpo_jax.alignment.align import run_alignment, split_prompts
-from mmpo_jax.checkpoint import load_start
+from mmpo_jax.alignment.align import run_alignment
 from mmpo_jax.data.records import ImageRef
-from mmpo_jax.errors import DataError, MmpoError
-from mmpo_jax.feedback.claims import Claim, Division
-from mmpo_jax.feedback.scores import count_score
-from mmpo_jax.files import fingerprint_bytes, fingerprint_file, read_table
-from mmpo_jax.generation import responses as responses_module
+from mmpo_jax.errors import MmpoError
+from mmpo_jax.files import fingerprint_file, read_table
 from mmpo_jax.models.fingerprints import fingerprint_model
-from mmpo_jax.models.huggingface import flatten, load_model, unflatten
-from mmpo_jax.models.lora import add_adapters
-from mmpo_jax.models.peft import base_model, save_adapter
-from mmpo_jax.parallel.mesh import AXES
-from mmpo_jax.recipe import AlignRecipe
-from mmpo_jax.recipe_training import Lora
+from mmpo_jax.models.huggingface import flatten, load_model
 from mmpo_jax.shapes.render import png_bytes
 from mmpo_jax.shapes.world import sample_scene
 from mmpo_jax.training.metrics import read_metrics
 
-PROMPTS, SAMPLES, ROUNDS = 12, 3, 2
-STAGES = ("generate", "divide", "conquer", "combine", "reference")
-
-
-class WordSplitter:
-    """A random model makes no captions: every different word it says is a claim."""
-
-    name = "words"
-
-    def divide(self, question, response):
-        words = dict.fromkeys(response.split())
-        return Division(tuple(Claim(word, f"is there {word} ?") for word in words))
-
-
-class CoinLabeler:
-    """Answers by the hash of the question and the image."""
-
-    fingerprint = "coin"
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def answer(self, items):
-        def coin(question, images):
-            digest = fingerprint_bytes(question.encode() + images[0].read())
-            return int(digest[:2], 16) / 255
-
-        return [
-            [(p := coin(q, images), 1 - p) for q in questions] for _, images, questions in items
-        ]
-
-
-def make_recipe(output, model, **changes) -> AlignRecipe:
-    return AlignRecipe.model_validate(
-        {
-            "output": str(output),
-            "model": str(model),
-            "data": {"source": "shapes", "split": "align", "size": 30, "image_size": 24},
-            "rounds": ROUNDS,
-            "prompts_per_round": PROMPTS,
-            "lengths": {"prompt": [16], "response": [16]},
-            "sampling": {
-                "num_samples": SAMPLES,
-                "temperature": 1.0,
-                "max_new_tokens": 6,
-                "batch_size": 12,
-            },
-            "pairing": {"length_balance": "none"},
-            "training": {
-                "optimizer": {"learning_rate": 1e-3},
-                "batch_size": 4,
-                "max_steps": 3,
-                "log_every": 1,
-                "save_every": 2,
-            },
-            "evaluation": {
-                "data": {"split": "test", "size": 8, "questions": 2, "image_size": 24},
-                "batch_size": 8,
-                "max_new_tokens": 6,
-            },
-            **changes,
-        }
-    )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def stubs():
-    """One device, and feedback that a random model can earn."""
-    mesh = jax.make_mesh(
-        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(align, "make_mesh", lambda **sizes: mesh)
-        patch.setattr(align, "make_splitter", lambda name: WordSplitter())
-        patch.setattr(align, "make_labeler", CoinLabeler)
-        yield
-
-
-@pytest.fixture(scope="module")
-def finished(tiny_folder, tmp_path_factory):
-    """(output folder, its reports); do not write there."""
-    output = tmp_path_factory.mktemp("align") / "run"
-    return output, run_alignment(make_recipe(output, tiny_folder))
-
-
-@pytest.fixture
-def copy(finished, tmp_path):
-    return shutil.copytree(finished[0], tmp_path / "run")
+pytestmark = pytest.mark.usefixtures("stubs")
 
 
 @pytest.fixture
@@ -353,43 +256,6 @@ def test_it_goes_on_after_an_interruption_anywhere(finished, tiny_folder, tmp_pa
     assert files(output) == files(finished[0])
 
 
-def test_what_cannot_be_read_is_a_rejected_claim():
-    divided = pa.table(
-        {
-            "prompt_id": ["a"],
-            "sample": [3],
-            "text": ["a red circle and a ."],
-            "claims": [["there is a red circle ."]],
-            "questions": [["is there a red circle in the picture ?"]],
-            "unparsed": [["a"]],
-        }
-    )
-    judged = pa.table(
-        {
-            "prompt_id": ["a"],
-            "question": ["is there a red circle in the picture ?"],
-            "p_yes": [0.9],
-            "p_no": [0.1],
-        }
-    )
-    (scored,) = round_module.scored_responses(divided, judged)
-    assert scored.claims == ("there is a red circle .", "a")
-    assert scored.verdicts == (True, False)
-    assert count_score(scored.verdicts) == -1
-
-
-def test_too_few_prompts(tiny_folder, tmp_path):
-    recipe = make_recipe(tmp_path, tiny_folder, prompts_per_round=20)
-    with pytest.raises(MmpoError, match="2 rounds of 20 prompts need 40, the data has 30 usable"):
-        run_alignment(recipe)
-    assert not (tmp_path / "round-1").exists()
-
-
-def test_all_prompts_in_every_round(tiny_folder, tmp_path):
-    recipe = make_recipe(tmp_path, tiny_folder, prompts_per_round=None)
-    assert split_prompts(["a", "b"], recipe) == [["a", "b"], ["a", "b"]]
-
-
 def test_no_pairs_says_what_became_of_them(copy, tiny_folder):
     recipe = make_recipe(copy, tiny_folder, pairing={"min_difference": 1000})
     with pytest.raises(MmpoError, match="round 1: no preference pair is left") as caught:
@@ -398,50 +264,6 @@ def test_no_pairs_says_what_became_of_them(copy, tiny_folder):
     assert counts["responses"] == PROMPTS * SAMPLES
     assert counts["pairs"] == 0
     assert counts["pairs_small_difference"] > 0
-
-
-def test_prompts_that_do_not_fit(tiny_folder, tmp_path):
-    recipe = make_recipe(tmp_path, tiny_folder, lengths={"prompt": [8], "response": [16]})
-    with pytest.raises(DataError, match="prompt_too_long 30"):
-        run_alignment(recipe)
-
-
-def test_the_true_feedback_of_the_picture_world(tiny_folder, tmp_path, monkeypatch):
-    """The recipe's own splitter and labeler run too; a random model just earns no pairs by them."""
-    monkeypatch.undo()
-    text = "there is a red star and two blue rings ."
-
-    def speak(*args, **options):
-        return [dataclasses.replace(g, text=text) for g in generate(*args, **options)]
-
-    generate = responses_module.generate_responses
-    monkeypatch.setattr(responses_module, "generate_responses", speak)
-    mesh = jax.make_mesh(
-        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
-    )
-    monkeypatch.setattr(align, "make_mesh", lambda **sizes: mesh)
-    from mmpo_jax.feedback.claims import make_splitter
-
-    monkeypatch.setattr(align, "make_splitter", make_splitter)
-    monkeypatch.setattr(align, "make_labeler", MAKE_LABELER)
-    recipe = make_recipe(
-        tmp_path,
-        tiny_folder,
-        evaluation=None,
-        rounds=1,
-        lengths={"prompt": [16], "response": [24]},
-    )
-    with pytest.raises(MmpoError, match="no preference pair is left"):
-        run_alignment(recipe)
-    judged = read_table(tmp_path / "round-1" / "conquer.parquet").to_pylist()
-    assert len(judged) == 2 * PROMPTS
-    assert all(0 < row["p_yes"] < 1 and 0 < row["p_no"] < 1 for row in judged)
-    assert len({row["p_yes"] for row in judged}) > PROMPTS  # the images are seen
-    manifest = json.loads((tmp_path / "round-1" / "conquer.json").read_text())
-    assert manifest["inputs"]["labeler"] == fingerprint_model(tiny_folder)
-
-
-MAKE_LABELER = align.make_labeler
 
 
 @pytest.mark.parity
@@ -496,38 +318,3 @@ def test_stage_files_are_what_their_manifests_say(finished):
         for stage in STAGES:
             manifest = json.loads((folder / f"{stage}.json").read_text())
             assert manifest["sha256"] == fingerprint_file(folder / f"{stage}.parquet")
-
-
-def test_rounds_with_adapters_from_an_adapter(tiny_folder, tiny_model, tmp_path):
-    """Each round starts from the merged model of the last, the first from a named adapter."""
-    model, params = tiny_model
-    adapted = add_adapters(params, model, Lora(target=".*/v_proj", rank=2), (), 0)
-    adapted = {
-        path: leaf + 0.1 if path.endswith("lora_b") else leaf
-        for path, leaf in flatten(adapted).items()
-    }
-    first = tmp_path / "adapter"
-    save_adapter(first, model, unflatten(adapted), base=str(tiny_folder), dropout=0.0)
-    output = tmp_path / "run"
-    training = {
-        "optimizer": {"learning_rate": 1e-2},
-        "batch_size": 4,
-        "max_steps": 2,
-        "log_every": 1,
-        "save_every": 2,
-        "lora": {"target": "language_model/.*/q_proj", "rank": 2, "dropout": 0.1},
-    }
-    run_alignment(make_recipe(output, first, training=training, evaluation=None))
-    for index, base in ((1, first), (2, output / "round-1" / "model")):
-        folder = output / f"round-{index}"
-        assert base_model(folder / "adapter") == str(base)
-        merged = flatten(load_model(folder / "model")[1])
-        before = flatten(load_start(str(base)).params)
-        moved = [path for path in merged if not np.array_equal(merged[path], before[path])]
-        assert moved == ["language_model/layers/self_attn/q_proj/kernel"]
-        for path, leaf in flatten(load_start(str(folder / "adapter")).params).items():
-            np.testing.assert_allclose(leaf, merged[path], rtol=0, atol=1e-6, err_msg=path)
-        assert read_metrics(folder / "train" / "metrics.jsonl")[0]["loss"] == pytest.approx(
-            np.log(2), abs=1e-5
-        )
-    assert fingerprint_model(output / "model") == fingerprint_model(output / "round-2" / "model")

@@ -98,13 +98,44 @@ def test_check(file, capsys):
         "  image_missing: 1\n    row 10 ",
         "  bad_json: 1\n    row 14: Expecting property name enclosed",
         "duplicate rows: 1\n  row 3 says what row 1 does",
-        "chosen equals rejected: 1\n  rows 4",
+        "left out where responses are compared, as these are the same: 1\n  same_responses: rows 4",
         "prompts, characters: shortest 8, median 8, longest 47; buckets:\n      ≤ 16        7 ###",
         "      ≤ 48        1 #",
         "responses, characters: shortest 1, median 9, longest 10",
         "images: 4 of 2 sizes, 20 x 30 to 40 x 30\n  40 x 30: 2\n  20 x 30: 2",
     ):
         assert line in report
+
+
+def test_rows_that_are_left_out_where_responses_are_compared(tmp_path, tiny_processor):
+    """Those that training leaves out: a ranking only where no response is another one, a pair also
+    where it differs behind the largest bucket."""
+
+    def ranking(texts, ranks):
+        return {"question": "a ring ?", "models_output": texts, "final_ranking": ranks}
+
+    long = {side: "red " * 9 + word for side, word in (("chosen", "star"), ("rejected", "ring"))}
+    rows = [
+        pair("a ring ?"),
+        pair("a ring ?", chosen="no", rejected="no"),
+        pair("a ring ?", **long),
+        ranking(["no", "no", "no"], [1, 2, 3]),
+        ranking(["no", "no", "a ring"], [1, 2, 3]),
+        ranking(["no", "no"], [1, 1]),
+        {"prompt": "a ring ?", "completion": "no"},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for options, expected in (
+        ({}, "2, 4"),
+        ({"processor": tiny_processor}, "2, 4"),
+        ({"processor": tiny_processor, "response_sizes": (9,)}, "2, 3, 4"),
+        ({"processor": tiny_processor, "response_sizes": (10,)}, "2, 4"),
+    ):
+        report = check_data(str(path), **options)
+        count = len(expected.split())
+        assert f"as these are the same: {count}\n  same_responses: rows {expected}\n" in report
+        assert "7 rows, 7 can be used" in report
 
 
 def test_check_against_given_buckets(file):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -34,12 +35,17 @@ from mmpo_jax.data.formats import FORMATS, choose_format
 from mmpo_jax.data.notes import Notes
 from mmpo_jax.data.readers import iter_records, read_records
 from mmpo_jax.data.records import Turn
+from mmpo_jax.data.rows import Format
 
 
 @pytest.mark.parametrize("name", [*sorted(ROWS), "rlaif_v", "rlhf_v"])
 def test_formats_are_told_apart(name):
     rows = ROWS | {"rlaif_v": RLAIF_V, "rlhf_v": RLHF_V}
     assert {choose_format(row).name for row in rows[name]} == {name}
+
+
+def test_every_format_can_be_named():
+    assert set(get_args(Format)) == {"auto", *FORMATS}
 
 
 def test_llama_factory(folder):

@@ -45,6 +45,8 @@ def ranks(record):
         ("a>b b=c", {"a": 1, "b": 2, "c": 2}),
         ("a=b b>c", {"a": 1, "b": 1, "c": 2}),
         ("a>b a>b", {"a": 1, "b": 2}),
+        ("a>b a>c b=c", {"a": 1, "b": 2, "c": 2}),
+        ("a>b b>c a>b a>c", {"a": 1, "b": 2, "c": 3}),
     ],
 )
 def test_orders(text, expected):
@@ -63,7 +65,10 @@ def test_orders(text, expected):
         ("a=b a>b", "contradicting"),
         ("a=b b=c a>c", "contradicting"),
         ("a>a a>b", "contradicting"),
+        ("a>b b>c c>d d>b", "contradicting"),
         ("a>b a>c", "incomparable"),
+        ("a>b c>b", "incomparable"),
+        ("a>b a>c a>b", "incomparable"),
         ("a>c b>c", "incomparable"),
         ("a>b c>d", "incomparable"),
         ("a>b b>c a>d", "incomparable"),

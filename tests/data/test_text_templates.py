@@ -8,7 +8,8 @@ import pytest
 import tiny
 import transformers
 
-from mmpo_jax.data.processor import Processor, TemplateRefusal
+from mmpo_jax.data.chat_template import TemplateRefusal
+from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.processor_files import ProcessorError
 from mmpo_jax.data.records import Record, Response, Turn, placed
 from mmpo_jax.data.tokenization import tokenize_records

@@ -200,6 +200,16 @@ def test_parameters_of_mixed_dtype(make_labeler, tiny_model):
     assert answers[0] == answers[1]
 
 
+def test_probabilities_that_are_not_finite_are_no_answers(make_labeler, tiny_model):
+    labeler = make_labeler()
+    labeler.params = map_with_path(
+        lambda path, leaf: leaf * np.float32(1e38 if "lm_head" in path else 100), tiny_model[1]
+    )
+    items = [(name, (image(),), QUESTIONS[:1]) for name in ("scene-1", "scene-2")]
+    with pytest.raises(DataError, match="probabilities of rows scene-1, scene-2 are not finite in"):
+        labeler.answer(items)
+
+
 def test_no_item_runs_nothing(make_labeler, monkeypatch):
     monkeypatch.setattr(labeler_module, "answer_probabilities", None)
     assert make_labeler().answer([]) == []

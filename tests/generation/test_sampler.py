@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 from mmpo_jax.generation.sampler import (
+    NOT_FINITE,
     Decoding,
     choose_token,
     prefill,
@@ -152,6 +153,38 @@ def test_rows_that_fill_the_batch_are_not_sampled(tiny_model, batch, whole):
     tokens = draw(tiny_model, filled, NUMBERS, num_samples=3)
     np.testing.assert_array_equal(tokens[::2], whole[::2])
     assert np.all(tokens[1::2] == tiny.PAD_ID)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_samples_end_where_logits_are_not_finite(tiny_model, batch, whole, temperature):
+    """From the token on that has no embedding; other samples go on as without it."""
+    model, params = tiny_model
+    plain = draw(tiny_model, batch, NUMBERS, num_samples=3, temperature=temperature, eos_ids=())
+    word = plain[1, 0, 3]
+    broken = map_with_path(
+        lambda path, leaf: (
+            np.where(np.arange(len(leaf))[:, None] == word, np.float32(np.nan), leaf)
+            if path.endswith("embed_tokens/embedding")
+            else leaf
+        ),
+        params,
+    )
+    clear = dataclasses.replace(
+        batch,
+        prompt_ids=np.where(batch.prompt_ids == word, tiny.FIRST_WORD, batch.prompt_ids),
+    )
+    options = {"num_samples": 3, "temperature": temperature, "eos_ids": ()}
+    expected = draw(tiny_model, clear, NUMBERS, **options)
+    found = draw((model, broken), clear, NUMBERS, **options)
+    ended = 0
+    for row, plain in zip(found.reshape(-1, LENGTH), expected.reshape(-1, LENGTH), strict=True):
+        said = np.flatnonzero(plain[:-1] == word)
+        length = said[0] + 1 if len(said) else LENGTH
+        np.testing.assert_array_equal(row[:length], plain[:length])
+        assert np.all(row[length : length + 1] == NOT_FINITE)
+        assert np.all(row[length + 1 :] == tiny.PAD_ID)
+        ended += length < LENGTH
+    assert 0 < ended < found.size // LENGTH
 
 
 def test_a_shorter_limit_only_cuts(tiny_model, batch, whole):

@@ -13,7 +13,7 @@ import tiny
 
 from mmpo_jax.data.pipeline import TrainBatch
 from mmpo_jax.models import log_probs
-from mmpo_jax.models.batch import Batch
+from mmpo_jax.models.batch import Batch, Shown
 from mmpo_jax.models.huggingface import flatten
 from mmpo_jax.models.log_probs import head_chunk, response_log_probs, token_log_probs
 from mmpo_jax.models.model import Model, read_config
@@ -52,6 +52,12 @@ def first_responses(batch: Batch, count: int) -> Batch:
         response_ids=batch.response_ids[:, :count],
         response_mask=batch.response_mask[:, :count],
         loss_mask=batch.loss_mask[:, :count],
+        shown=batch.shown
+        and Shown(
+            positions=batch.shown.positions[:, :, :count],
+            feature_index=batch.shown.feature_index[:, :count],
+            feature_weight=batch.shown.feature_weight[:, :count],
+        ),
     )
 
 
@@ -157,6 +163,18 @@ def test_long_prompts_equal_separate_rows(tiny_model, params):
     # Long enough that attention is taken in several blocks of queries, the last one cut short.
     long = tiny.random_batch(tiny_model[0].config, (40, 333, 130), ((3, 2), (1, 3), (2, 2)))
     assert_equal_to_separate_rows(tiny_model[0], params, long, 2)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_images_in_responses_equal_separate_rows(tiny_model, tiny_processor, params, count):
+    """In all responses at different places, in two of three beside one in the prompt, in none."""
+    batch = tiny.batch_with_later_images(tiny_processor, 3)
+    images = (batch.response_ids == tiny.IMAGE_ID).sum(axis=2)
+    assert images.tolist() == [[4, 4, 4], [4, 0, 4], [0, 0, 0]]
+    assert (batch.prompt_ids == tiny.IMAGE_ID).sum(axis=1).tolist() == [0, 4, 4]
+    starts = (batch.response_ids == tiny.IMAGE_ID).argmax(axis=2)
+    assert len(set(starts[0])) > 1
+    assert_equal_to_separate_rows(tiny_model[0], params, batch, count)
 
 
 def gradient_of_what_matters(gradient):

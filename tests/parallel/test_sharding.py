@@ -1,6 +1,7 @@
 """What eight devices compute is what one computes, however they are laid out."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -13,7 +14,7 @@ from jax.sharding import AxisType, PartitionSpec
 from mmpo_jax.errors import MmpoError
 from mmpo_jax.generation.sampler import Decoding, sample, sample_keys
 from mmpo_jax.models.huggingface import flatten
-from mmpo_jax.models.log_probs import token_log_probs
+from mmpo_jax.models.log_probs import response_log_probs, token_log_probs
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import AXES, make_mesh, param_shardings, put_batch, put_params
 from mmpo_jax.recipe_training import Optimizer
@@ -80,9 +81,15 @@ def run(mesh, model, params) -> Outcome:
 
 
 @pytest.fixture(scope="module")
-def unsharded(tiny_model):
-    one = jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
-    return run(one, *tiny_model)
+def one_device():
+    return jax.make_mesh(
+        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
+    )
+
+
+@pytest.fixture(scope="module")
+def unsharded(tiny_model, one_device):
+    return run(one_device, *tiny_model)
 
 
 @pytest.fixture(scope="module", params=MESHES)
@@ -123,6 +130,43 @@ def test_step_0_is_exact(unsharded, outcome):
         assert metrics[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
         assert metrics[0]["finite"] == 1
         assert metrics[1]["loss"] < math.log(2) - 1e-3
+
+
+@pytest.fixture(scope="module")
+def with_later_images(tiny_model, tiny_processor):
+    """(mesh) -> log-probs of a batch with images in responses, and the gradient of all of them."""
+    model, params = tiny_model
+    batch = tiny.batch_with_later_images(tiny_processor, 8)
+    weights = np.random.default_rng(0).standard_normal(batch.response_ids.shape)
+
+    def compute(mesh):
+        @jax.jit
+        @functools.partial(jax.grad, has_aux=True)
+        def gradient(params, batch, weights):
+            found = response_log_probs(model, params, batch)
+            return (found * weights).sum(), found
+
+        with jax.set_mesh(mesh):
+            placed = put_batch((batch, np.float32(weights)), mesh)
+            found, log_probs = gradient(put_params(params, model.rules, mesh), *placed)
+        return np.asarray(log_probs), flatten(jax.tree.map(np.asarray, found))
+
+    return compute
+
+
+@pytest.fixture(scope="module")
+def expected_with_later_images(with_later_images, one_device):
+    return with_later_images(one_device)
+
+
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+def test_images_in_responses(with_later_images, expected_with_later_images, sizes):
+    log_probs, gradient = with_later_images(make_mesh(*sizes))
+    expected, expected_gradient = expected_with_later_images
+    assert expected.std() > 0.5
+    np.testing.assert_allclose(log_probs, expected, rtol=1e-6, atol=TOLERANCE)
+    for path, leaf in expected_gradient.items():
+        np.testing.assert_allclose(gradient[path], leaf, rtol=1e-4, atol=1e-4, err_msg=path)
 
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])

@@ -3,26 +3,13 @@
 import json
 import shutil
 
-import jax
 import pytest
 import safetensors.numpy
 import tiny
-from jax.sharding import AxisType
 
 from mmpo_jax import cli
-from mmpo_jax.parallel.mesh import AXES
 
 PAIR = {"id": "a", "prompt": "is there a star ?", "chosen": "yes", "rejected": "a red star"}
-
-
-@pytest.fixture(autouse=True)
-def surroundings(monkeypatch):
-    monkeypatch.setattr(cli, "_start_jax", lambda: None)
-    mesh = jax.make_mesh(
-        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
-    )
-    for module in ("scoring", "generation"):
-        monkeypatch.setattr(f"mmpo_jax.{module}.run.make_mesh", lambda **sizes: mesh)
 
 
 @pytest.fixture
@@ -58,8 +45,11 @@ def test_float16_activations_that_pass_its_largest_number(run, tmp_path):
     assert found[0] == found[1]
 
 
-def test_scores_that_are_not_finite(tiny_folder, tmp_path, capsys):
-    """They are told by their rows, and no line is written."""
+@pytest.mark.parametrize(
+    ("command", "what"), [("score", "log-probs of rows a"), ("generate", "logits of rows a")]
+)
+def test_what_is_not_finite(tiny_folder, tmp_path, capsys, command, what):
+    """It is told by its rows, and no line is written."""
     folder = tmp_path / "large"
     shutil.copytree(tiny_folder, folder)
     file = folder / "model.safetensors"
@@ -69,7 +59,8 @@ def test_scores_that_are_not_finite(tiny_folder, tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text(json.dumps(PAIR))
     out = tmp_path / "out.jsonl"
     files = "--data", str(tmp_path / "rows.jsonl"), "--output", str(out)
-    assert cli.main(["score", "--model", str(folder), *files]) == 1
+    assert cli.main([command, "--model", str(folder), *files]) == 1
     told = capsys.readouterr().err
-    assert "the log-probs of rows a are not finite in float32: the model's activations" in told
+    assert f"the {what} are not finite in float32: the model's activations" in told
+    assert told.rstrip().endswith("overflow; look at the weights")
     assert not out.exists()

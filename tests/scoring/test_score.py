@@ -1,24 +1,15 @@
 """`mmpo score` and `mmpo generate` from the command line, against transformers."""
 
-import errno
-import json
-import os
 import shutil
 
-import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
-from jax.sharding import AxisType
+from scoring.score_rows import ASK, LONG, PAIRS, SHORT, read_rows, write_rows
 
-from mmpo_jax import cli, files
 from mmpo_jax.models.huggingface import save_model
-from mmpo_jax.parallel.mesh import AXES
-from mmpo_jax.shapes.render import png_bytes
-from mmpo_jax.shapes.world import sample_scene
-from mmpo_jax.training import reference
 
 torch = pytest.importorskip("torch")
 import checks  # noqa: E402
@@ -29,23 +20,6 @@ from PIL import Image  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
-ASK = "what is in the picture ?"
-SHORT, LONG = "a red star", "a green ring and two blue rings and a red star and a white circle ."
-PAIRS = [
-    {"id": "a", "images": ["0.png"], "prompt": ASK, "chosen": LONG, "rejected": "a ring"},
-    {"id": "b", "prompt": "is there a star ? " * 6, "chosen": "yes", "rejected": SHORT},
-    {
-        "id": "c",
-        "images": ["1.png"],
-        "prompt": [
-            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ASK}]},
-            {"role": "assistant", "content": SHORT},
-            {"role": "user", "content": "is the star blue ?"},
-        ],
-        "chosen": [{"role": "assistant", "content": [{"type": "text", "text": "no"}]}],
-        "rejected": [{"role": "assistant", "content": "yes"}],
-    },
-]
 RANKING = {
     "id": "d",
     "images": ["1.png"],
@@ -56,63 +30,6 @@ WORDS = [
     {"prompt": "what is this ?", "chosen": "a red star", "rejected": "two blue ring and a star"},
     {"prompt": "red green blue " * 7, "responses": ["a", "a red red ring", "this is two", "and"]},
 ]
-
-
-@pytest.fixture(autouse=True)
-def surroundings(monkeypatch):
-    monkeypatch.setattr(cli, "_start_jax", lambda: None)
-    mesh = jax.make_mesh(
-        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
-    )
-    for module in ("scoring", "generation"):
-        monkeypatch.setattr(f"mmpo_jax.{module}.run.make_mesh", lambda **sizes: mesh)
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    for number in range(2):
-        (folder / f"{number}.png").write_bytes(png_bytes(sample_scene("test", 0, number)))
-    return folder
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def read_rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-@pytest.fixture
-def mmpo(tmp_path, capsys):
-    """Runs a command whose flags are given; the rows it writes."""
-
-    def mmpo(command, model, data, *more):
-        out = tmp_path / "out.jsonl"
-        flags = ["--model", str(model), "--data", str(data), "--output", str(out), *more]
-        status = cli.main([command, *flags])
-        captured = capsys.readouterr()
-        assert status == 0, captured.err
-        assert str(out) in captured.out
-        assert not (tmp_path / "out.parts").exists()
-        return read_rows(out)
-
-    return mmpo
-
-
-@pytest.fixture
-def refused(tmp_path, capsys):
-    """The message of a command that must fail."""
-
-    def refused(*arguments):
-        assert cli.main([str(argument) for argument in arguments]) == 1
-        err = capsys.readouterr().err
-        assert "Traceback" not in err
-        return err
-
-    return refused
 
 
 @torch.no_grad()
@@ -347,17 +264,6 @@ def test_images_for_a_text_model(refused, pictures, tmp_path):
     assert "unsupported_image: this model takes no images" in message
 
 
-def test_cut_responses_have_no_eos(mmpo, tiny_folder, tmp_path):
-    row = {"prompt": "what is this ?", "responses": ["a red star", "a red star"]}
-    rows = [{**row, "finished": [True, False]}, row]
-    cut, whole = mmpo("score", tiny_folder, write_rows(tmp_path / "rows.jsonl", rows), "--tokens")
-    ended, unended = cut["response_ids"]
-    assert whole["response_ids"] == [ended, ended]
-    assert unended == ended[:-1]
-    assert cut["num_tokens"] == [len(ended), len(ended) - 1]
-    assert cut["logps"][1] > cut["logps"][0]
-
-
 def test_videos(mmpo, refused, tiny_folder, tmp_path):
     """They change the score, at their rate; a family without videos takes none."""
     folder = tmp_path / "qwen"
@@ -384,106 +290,3 @@ def test_videos(mmpo, refused, tiny_folder, tmp_path):
     message = refused("score", "--model", tiny_folder, *files)
     assert "unsupported_video 3" in message
     assert "this model takes no videos" in message
-
-
-def test_vicuna_by_a_flag(mmpo, tmp_path):
-    folder = tiny.make_sentencepiece_folder(tmp_path / "vicuna")
-    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "what is this?", "responses": ["a"]}])
-    (own,) = mmpo("score", folder, data, "--tokens")
-    (vicuna,) = mmpo("score", folder, data, "--tokens", "--template", "vicuna_v1")
-    assert len(vicuna["prompt_ids"]) > len(own["prompt_ids"]) + 10
-    assert vicuna["logps"] != own["logps"]
-
-
-class TestErrors:
-    @pytest.fixture
-    def flags(self, tiny_folder, tmp_path):
-        data = write_rows(tmp_path / "rows.jsonl", PAIRS[1:2])
-        return {"--model": tiny_folder, "--data": data, "--output": tmp_path / "out.jsonl"}
-
-    def run(self, refused, command, flags, *more):
-        return refused(command, *(word for pair in flags.items() for word in pair), *more)
-
-    @pytest.mark.parametrize("command", ["score", "generate"])
-    def test_whatever_is_missing(self, command, flags, refused, tmp_path):
-        message = refused(command, "--model", "m")
-        assert f"mmpo {command}: the options: this recipe cannot be run:" in message
-        assert "output: Field required" in message
-        assert "data: Field required" in message
-        nothing = self.run(refused, command, flags | {"--data": tmp_path / "none.jsonl"})
-        assert "none.jsonl: No such file or directory" in nothing
-        nowhere = self.run(refused, command, flags | {"--model": "/nowhere/llava"})
-        assert "/nowhere/llava: there is no such checkpoint folder" in nowhere
-        assert not (tmp_path / "out.jsonl").exists()
-
-    def test_unknown_keys(self, flags, refused):
-        message = self.run(refused, "score", flags, "scoring.token=true", "sead=1")
-        assert "scoring.token: unknown key; did you mean tokens?" in message
-        assert "sead: unknown key; did you mean seed?" in message
-        message = self.run(refused, "score", flags | {"--template": "vicuna"})
-        assert "template: Input should be 'auto' or 'vicuna_v1' (got 'vicuna')" in message
-        message = self.run(refused, "generate", flags, "--num-samples", "0")
-        assert "sampling.num_samples: Input should be greater than 0 (got 0)" in message
-
-    @pytest.mark.parametrize("command", ["score", "generate"])
-    def test_a_row_without_a_prompt(self, command, flags, refused, tmp_path):
-        write_rows(tmp_path / "rows.jsonl", [PAIRS[1], {"id": "x", "responses": ["yes", "no"]}])
-        message = self.run(refused, command, flags)
-        assert "1 of 2 rows cannot be used, more than the allowed 10.0%: no_prompt 1" in message
-        assert f"{tmp_path / 'rows.jsonl'}: row 2, id 'x': no_prompt: " in message
-
-    @pytest.mark.parametrize("command", ["score", "generate"])
-    def test_a_full_disk(self, command, flags, refused, monkeypatch, tmp_path):
-        def fail(descriptor):
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        monkeypatch.setattr(files.os, "fsync", fail)
-        short = ("--max-new-tokens", "4") if command == "generate" else ()
-        message = self.run(refused, command, flags, *short)
-        assert f"stage {command}: cannot write" in message
-        assert "No space left on device" in message
-        assert not (tmp_path / "out.jsonl").exists()
-
-    def test_a_flag_of_the_same_name_as_a_recipe(self, flags, refused, tmp_path):
-        """Flags come after the recipe, and `key=value` after flags."""
-        recipe = tmp_path / "recipe.yaml"
-        recipe.write_text("{model: builtin:circles, output: out, data: {source: shapes, size: 3}}")
-        message = refused("score", recipe)
-        assert "builtin:circles" in message
-        message = refused("score", recipe, "--model", "/nowhere/flag")
-        assert "/nowhere/flag" in message
-        message = refused("score", recipe, "model=/nowhere/key", "--model", "/nowhere/flag")
-        assert "/nowhere/key" in message
-
-
-class Killed(Exception):
-    """What nothing expects."""
-
-
-def test_a_run_that_was_killed_goes_on(mmpo, tiny_folder, pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(reference, "ROWS_PER_PART", 1)
-    data = write_rows(pictures / "rows.jsonl", PAIRS)
-    whole = mmpo("score", tiny_folder, data)
-    score, scored = reference.score_records, []
-
-    def count(model, params, processor, records, *args):
-        scored.extend(record.id for record in records)
-        if len(scored) == 3:
-            raise Killed
-        return score(model, params, processor, records, *args)
-
-    monkeypatch.setattr(reference, "score_records", count)
-    with pytest.raises(Killed):
-        mmpo("score", tiny_folder, data)
-    assert os.listdir(tmp_path / "out.parts")
-    assert mmpo("score", tiny_folder, data) == whole
-    assert scored == ["a", "b", "c", "c"]
-    # Nothing of another model's or of other rows'.
-    other = shutil.copytree(tiny_folder, tmp_path / "other")
-    (other / "chat_template.jinja").write_text(tiny.HUB_TEMPLATE)
-    scored.clear()
-    with pytest.raises(Killed):
-        mmpo("score", tiny_folder, data)
-    scored.append("more than three")
-    mmpo("score", other, data)
-    assert scored == ["a", "b", "c", "more than three", "a", "b", "c"]

@@ -13,19 +13,16 @@ from mmpo_jax.data.formats.format import (
     Answer,
     Draft,
     Format,
+    draft_of,
     read_flag,
     read_text,
-    rest,
-    source_of,
 )
 from mmpo_jax.data.formats.media import MediaFolder
 from mmpo_jax.data.formats.trl import SCORES, scored_pair, supervised
 from mmpo_jax.data.formats.turns import (
-    ARGUMENTS,
     Message,
     Turns,
     parse_turns,
-    template_arguments,
     with_system,
 )
 from mmpo_jax.data.formats.writing import (
@@ -43,7 +40,7 @@ _ANSWERS = ("output", "response")
 _LABELS = ("kto_tag", "label")
 _COLUMNS = (
     *("instruction", "input", "query", "history", "system"),
-    *(*_ANSWERS, *_LABELS, "chosen", "rejected", "rejected_response", *ARGUMENTS),
+    *(*_ANSWERS, *_LABELS, "chosen", "rejected", "rejected_response"),
 )
 
 
@@ -73,15 +70,7 @@ def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
             answers = (Answer(answer, fields=verdict),)
         else:
             prompt, answers = supervised(prompt + answer, messages_as)
-    return Draft(
-        prompt=prompt,
-        answers=answers,
-        images=media.images(row),
-        videos=media.videos(row),
-        source=source_of(row),
-        extra=rest(row, *used),
-        template=template_arguments(row),
-    )
+    return draft_of(row, media, prompt, answers, used)
 
 
 def _asked(row: Row) -> str:

@@ -3,13 +3,19 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from mmpo_jax.data.formats.entries import read_column
 from mmpo_jax.data.formats.media import MediaFolder
 from mmpo_jax.data.formats.places import Placed, place_media
-from mmpo_jax.data.formats.turns import Turns, check_dialogue, check_prompt
+from mmpo_jax.data.formats.turns import (
+    ARGUMENTS,
+    Turns,
+    check_dialogue,
+    check_prompt,
+    template_arguments,
+)
 from mmpo_jax.data.formats.writing import Writer
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn, VideoRef
 from mmpo_jax.data.rows import MessagesAs, Row, SkipReason, UnusableRow, brief
@@ -188,6 +194,36 @@ def _record(
         extra=draft.extra,
         template=draft.template,
         left_out=left_out,
+    )
+
+
+def draft_of(
+    row: Row,
+    media: MediaFolder,
+    prompt: Turns,
+    answers: tuple[Answer, ...],
+    used: Iterable[str],
+    samples: bool = False,
+) -> Draft:
+    """What a row says beside its media, source and template's arguments, in the columns that most
+    formats have these in.
+
+    Args:
+      used: the columns that prompt and answers come from.
+      samples: see `Draft`.
+
+    Raises:
+      UnusableRow: those columns say something else.
+    """
+    return Draft(
+        prompt=prompt,
+        answers=answers,
+        images=media.images(row),
+        videos=media.videos(row),
+        source=source_of(row),
+        extra=rest(row, *used, *ARGUMENTS),
+        template=template_arguments(row),
+        samples=samples,
     )
 
 

@@ -11,17 +11,14 @@ from mmpo_jax.data.formats.format import (
     Answer,
     Draft,
     Format,
+    draft_of,
     read_flag,
-    rest,
-    source_of,
 )
 from mmpo_jax.data.formats.media import MediaFolder
 from mmpo_jax.data.formats.trl import SCORES, scored_pair, supervised
 from mmpo_jax.data.formats.turns import (
-    ARGUMENTS,
     parse_turns,
     split_last_answer,
-    template_arguments,
     with_system,
 )
 from mmpo_jax.data.formats.writing import (
@@ -61,16 +58,9 @@ def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
         answers = (Answer(answer, fields={"desirable": read_flag(row["kto_tag"], "kto_tag")}),)
     elif turns and turns[-1].role == "assistant":
         prompt, answers = supervised(turns, messages_as)
-    used = ["conversations", "system", "chosen", "rejected", "kto_tag", *ARGUMENTS]
-    return Draft(
-        prompt=prompt,
-        answers=answers,
-        images=media.images(row),
-        videos=media.videos(row),
-        source=source_of(row),
-        extra=rest(row, *used, *(SCORES if "chosen" in row else ())),
-        template=template_arguments(row),
-    )
+    scores = SCORES if "chosen" in row else ()
+    used = ["conversations", "system", "chosen", "rejected", "kto_tag", *scores]
+    return draft_of(row, media, prompt, answers, used)
 
 
 def _write(record: Record, writer: Writer) -> dict[str, Any]:

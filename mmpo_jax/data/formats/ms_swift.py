@@ -9,15 +9,13 @@ nothing else is said. ``label`` is KTO's verdict.
 import dataclasses
 from typing import Any
 
-from mmpo_jax.data.formats.format import Answer, Draft, Format, read_flag, rest, source_of
+from mmpo_jax.data.formats.format import Answer, Draft, Format, draft_of, read_flag
 from mmpo_jax.data.formats.media import MediaFolder
 from mmpo_jax.data.formats.trl import supervised
 from mmpo_jax.data.formats.turns import (
-    ARGUMENTS,
     Turns,
     parse_turns,
     split_last_answer,
-    template_arguments,
     with_system,
 )
 from mmpo_jax.data.formats.writing import (
@@ -40,7 +38,6 @@ def _claims(row: Row) -> bool:
 
 def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
     turns = with_system(row, parse_turns(row.get("messages"), "user"))
-    images = media.images(row)
     if any(name in row for name in _REJECTED):
         prompt, chosen = split_last_answer(turns)
         rejected = _rejected(row, media, prompt, chosen)
@@ -50,15 +47,8 @@ def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
         answers = (Answer(chosen, fields={"desirable": read_flag(row["label"], "label")}),)
     else:
         prompt, answers = supervised(turns, messages_as)
-    return Draft(
-        prompt=prompt,
-        answers=answers,
-        images=images,
-        videos=media.videos(row),
-        source=source_of(row),
-        extra=rest(row, "messages", "label", "system", *_REJECTED, *ARGUMENTS),
-        template=template_arguments(row),
-    )
+    used = ["messages", "label", "system", *_REJECTED]
+    return draft_of(row, media, prompt, answers, used)
 
 
 def _rejected(row: Row, media: MediaFolder, prompt: Turns, chosen: Turns) -> Answer:

@@ -22,21 +22,18 @@ from mmpo_jax.data.formats.format import (
     Answer,
     Draft,
     Format,
+    draft_of,
     read_flag,
     read_list,
     read_number,
-    rest,
-    source_of,
 )
 from mmpo_jax.data.formats.media import MediaFolder
 from mmpo_jax.data.formats.turns import (
-    ARGUMENTS,
     Message,
     Turns,
     parse_turns,
     split_common_prompt,
     split_last_answer,
-    template_arguments,
     with_system,
 )
 from mmpo_jax.data.formats.writing import (
@@ -63,7 +60,7 @@ def _claims(row: Row) -> bool:
 
 def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
     prompt, answers = _prompt_and_answers(row, messages_as)
-    used = [name for name in (*_COLUMNS, *_SAMPLED, *ARGUMENTS, "system") if name in row]
+    used = [name for name in (*_COLUMNS, *_SAMPLED, "system") if name in row]
     if not any(name in row for name in _COLUMNS):
         used.append("messages")
     if "chosen" in row:
@@ -73,16 +70,7 @@ def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
             used.append("messages")
     if "prompt" in row and "question" in row:
         used.remove("question")
-    return Draft(
-        prompt=prompt,
-        answers=answers,
-        images=media.images(row),
-        videos=media.videos(row),
-        source=source_of(row),
-        extra=rest(row, *used),
-        template=template_arguments(row),
-        samples="responses" in row,
-    )
+    return draft_of(row, media, prompt, answers, used, samples="responses" in row)
 
 
 def _prompt_and_answers(row: Row, messages_as: MessagesAs) -> tuple[Turns, tuple[Answer, ...]]:

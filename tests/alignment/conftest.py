@@ -1,0 +1,37 @@
+"""What tests of alignment share."""
+
+import shutil
+
+import jax
+import pytest
+from alignment.small_rounds import CoinLabeler, WordSplitter, make_recipe
+from jax.sharding import AxisType
+
+from mmpo_jax.alignment import align
+from mmpo_jax.alignment.align import run_alignment
+from mmpo_jax.parallel.mesh import AXES
+
+
+@pytest.fixture(scope="module")
+def stubs():
+    """One device, and feedback that a random model can earn."""
+    mesh = jax.make_mesh(
+        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(align, "make_mesh", lambda **sizes: mesh)
+        patch.setattr(align, "make_splitter", lambda name: WordSplitter())
+        patch.setattr(align, "make_labeler", CoinLabeler)
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(stubs, tiny_folder, tmp_path_factory):
+    """(output folder, its reports); do not write there."""
+    output = tmp_path_factory.mktemp("align") / "run"
+    return output, run_alignment(make_recipe(output, tiny_folder))
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return shutil.copytree(finished[0], tmp_path / "run")

@@ -1,0 +1,71 @@
+"""Two small rounds of alignment, with feedback that a random model can earn."""
+
+from mmpo_jax.feedback.claims import Claim, Division
+from mmpo_jax.files import fingerprint_bytes
+from mmpo_jax.recipe import AlignRecipe
+
+PROMPTS, SAMPLES, ROUNDS = 12, 3, 2
+
+
+STAGES = ("generate", "divide", "conquer", "combine", "reference")
+
+
+class WordSplitter:
+    """A random model makes no captions: every different word it says is a claim."""
+
+    name = "words"
+
+    def divide(self, question, response):
+        words = dict.fromkeys(response.split())
+        return Division(tuple(Claim(word, f"is there {word} ?") for word in words))
+
+
+class CoinLabeler:
+    """Answers by the hash of the question and the image."""
+
+    fingerprint = "coin"
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def answer(self, items):
+        def coin(question, images):
+            digest = fingerprint_bytes(question.encode() + images[0].read())
+            return int(digest[:2], 16) / 255
+
+        return [
+            [(p := coin(q, images), 1 - p) for q in questions] for _, images, questions in items
+        ]
+
+
+def make_recipe(output, model, **changes) -> AlignRecipe:
+    return AlignRecipe.model_validate(
+        {
+            "output": str(output),
+            "model": str(model),
+            "data": {"source": "shapes", "split": "align", "size": 30, "image_size": 24},
+            "rounds": ROUNDS,
+            "prompts_per_round": PROMPTS,
+            "lengths": {"prompt": [16], "response": [16]},
+            "sampling": {
+                "num_samples": SAMPLES,
+                "temperature": 1.0,
+                "max_new_tokens": 6,
+                "batch_size": 12,
+            },
+            "pairing": {"length_balance": "none"},
+            "training": {
+                "optimizer": {"learning_rate": 1e-3},
+                "batch_size": 4,
+                "max_steps": 3,
+                "log_every": 1,
+                "save_every": 2,
+            },
+            "evaluation": {
+                "data": {"split": "test", "size": 8, "questions": 2, "image_size": 24},
+                "batch_size": 8,
+                "max_new_tokens": 6,
+            },
+            **changes,
+        }
+    )
