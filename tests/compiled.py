@@ -1,4 +1,4 @@
-"""Compiled programs, shared by tests: those of one device on the disk, others within the process."""
+"""Compiled programs that tests share: those of one device on the disk, others in the process."""
 
 from jax._src import compilation_cache
 

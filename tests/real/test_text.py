@@ -45,7 +45,7 @@ DIALOGUES = {  # prompt, responses
 
 
 LENGTHS = "lengths={prompt: [160], response: [64]}"
-NEW_TOKENS = 24
+NEW_TOKENS = 16
 
 
 def rows(dialogues=DIALOGUES):
@@ -115,7 +115,8 @@ def test_greedy_text_of_the_whole_model(tokenizer, tmp_path):
     """All layers, word for word; in a process of its own, as the flags with which tests compile
     fast make programs that run slowly."""
     folder, data, out = smollm2.make_folder(), tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows()))
+    some = {name: DIALOGUES[name] for name in ("short", "several turns", "code", "scripts")}
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows(some)))
     flags = ["--model", folder, "--data", data, "--output", out, LENGTHS]
     flags += ["--temperature", "0", "--num-samples", "1", "--max-new-tokens", str(NEW_TOKENS)]
     subprocess.run(
@@ -126,7 +127,7 @@ def test_greedy_text_of_the_whole_model(tokenizer, tmp_path):
     )
     written = [json.loads(line) for line in out.read_text().splitlines()]
     theirs = smollm2.load_theirs(folder)
-    for row, (prompt, _) in zip(written, DIALOGUES.values(), strict=True):
+    for row, (prompt, _) in zip(written, some.values(), strict=True):
         text, finished = greedy(theirs, tokenizer, prompt)
         assert [found.strip() for found in row["responses"]] == [text.strip()]
         assert row["finished"] == [finished]
