@@ -1,5 +1,6 @@
-# make align: the main job.  make test: the tests.  make check: lint, format, types.
-# make test-quick: some tests of every part, in ten minutes, without torch.
+# make align: the main job.  make check: lint, format, types.
+# make test: the tests, but for those marked slow, of over five seconds.  make test-all: those too.
+# make test-quick: some of every part, in ten minutes, without torch.
 # Each sets up what it needs in .venv; a second run starts at once.
 
 PYTHON ?= python3
@@ -13,16 +14,19 @@ QUICK := $(addprefix tests/, test_xla_flags.py cli test_stage.py test_files.py t
 	training/test_loop.py training/test_checkpoints.py training/test_lora.py training/test_step.py generation \
 	alignment/test_align.py alignment/test_align_recipes.py)
 
-.PHONY: align test test-quick check clean
+.PHONY: align test test-all test-quick check clean
 
 align: $(VENV)/.installed
 	$(BIN)/mmpo align $(RECIPE)
 
 test: $(VENV)/.installed-test
+	$(PYTEST) -m 'not slow'
+
+test-all: $(VENV)/.installed-test
 	$(PYTEST)
 
 test-quick: $(VENV)/.installed-quick
-	$(PYTEST) $(QUICK)
+	$(PYTEST) -m 'not slow' $(QUICK)
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -40,6 +40,7 @@ def same(actual, expected):
         np.testing.assert_array_equal(np.asarray(actual[path]), leaf, err_msg=path)
 
 
+@pytest.mark.slow
 def test_there_and_back(run_folder, tiny_folder, tmp_path, capsys):
     assert find_checkpoint(run_folder) == (
         str(run_folder / "checkpoints" / "0"),
@@ -72,6 +73,7 @@ def test_the_card_of_a_run(run_folder, tiny_model, tmp_path):
     assert "| loss | 0.25 |" in card
 
 
+@pytest.mark.slow
 def test_dtypes(run_folder, tiny_folder, tiny_model, tmp_path, mesh):
     half = jax.tree.map(lambda leaf: leaf.astype(ml_dtypes.bfloat16), tiny_model[1])
     for source, target in ((tiny_folder, "run"), (run_folder, "folder")):
@@ -83,6 +85,7 @@ def test_dtypes(run_folder, tiny_folder, tiny_model, tmp_path, mesh):
     assert "bfloat16" in (config.get("dtype"), config.get("torch_dtype"))
 
 
+@pytest.mark.slow
 def test_a_model_without_a_tokenizer(tiny_folder, tmp_path, capsys):
     """Weights need none."""
     source = tmp_path / "source"

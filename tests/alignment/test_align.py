@@ -171,6 +171,7 @@ def test_a_second_call_does_nothing_again(finished, copy, tiny_folder, work_done
     assert files(copy) == before
 
 
+@pytest.mark.slow
 def test_the_last_folder_alone_is_rounded(finished, copy, tiny_folder, work_done):
     """Rounds go on from float32, so another dtype makes nothing again."""
     recipe = make_recipe(copy, tiny_folder)
@@ -190,6 +191,7 @@ def test_the_last_folder_alone_is_rounded(finished, copy, tiny_folder, work_done
 
 
 @pytest.mark.parametrize("stage", STAGES[:-1])
+@pytest.mark.slow
 def test_a_deleted_file_is_made_again_alone(copy, tiny_folder, work_done, stage):
     """It comes out the same, so nothing that was made from it is touched."""
     before = files(copy)
@@ -199,6 +201,7 @@ def test_a_deleted_file_is_made_again_alone(copy, tiny_folder, work_done, stage)
     assert files(copy) == before
 
 
+@pytest.mark.slow
 def test_a_deleted_model_is_made_again_from_its_checkpoints(copy, tiny_folder, work_done):
     before = files(copy)
     shutil.rmtree(copy / "round-1" / "model")
@@ -207,6 +210,7 @@ def test_a_deleted_model_is_made_again_from_its_checkpoints(copy, tiny_folder, w
     assert files(copy) == before
 
 
+@pytest.mark.slow
 def test_removed_checkpoints_are_not_missed(finished, copy, tiny_folder, work_done):
     """They are large; a finished round needs only its model."""
     for index in (1, 2):
@@ -216,6 +220,7 @@ def test_removed_checkpoints_are_not_missed(finished, copy, tiny_folder, work_do
     assert [report.pairs for report in reports] == [report.pairs for report in finished[1]]
 
 
+@pytest.mark.slow
 def test_a_changed_setting_makes_again_what_depends_on_it(finished, copy, tiny_folder, work_done):
     recipe = make_recipe(
         copy, tiny_folder, pairing={"length_balance": "none", "max_pairs_per_prompt": 1}
@@ -229,6 +234,7 @@ def test_a_changed_setting_makes_again_what_depends_on_it(finished, copy, tiny_f
     assert reports[0] == finished[1][0]
 
 
+@pytest.mark.slow
 def test_it_goes_on_after_an_interruption_anywhere(finished, tiny_folder, tmp_path, monkeypatch):
     """Stopped at the start of every piece of work in turn, the result is the same."""
     output = tmp_path / "run"

@@ -73,6 +73,7 @@ def test_prompts_that_do_not_fit(tiny_folder, tmp_path):
         run_alignment(recipe)
 
 
+@pytest.mark.slow
 def test_the_true_feedback_of_the_picture_world(tiny_folder, tmp_path, monkeypatch):
     """The recipe's own splitter and labeler run too; a random model just earns no pairs by them."""
     monkeypatch.undo()
@@ -108,6 +109,7 @@ def test_the_true_feedback_of_the_picture_world(tiny_folder, tmp_path, monkeypat
     assert manifest["inputs"]["labeler"] == fingerprint_model(tiny_folder)
 
 
+@pytest.mark.slow
 def test_rounds_with_adapters_from_an_adapter(tiny_folder, tiny_model, tmp_path):
     """Each round starts from the merged model of the last, the first from a named adapter."""
     model, params = tiny_model

@@ -164,6 +164,7 @@ class TestGenerate:
         assert written.read_text().splitlines() == among_others[1:2]
 
 
+@pytest.mark.slow
 def test_train_and_evaluate(mmpo, tiny_folder, tmp_path):
     """The commands end with what they made."""
     values = recipe(tmp_path, tiny_folder) | {

@@ -135,6 +135,7 @@ class TestFullDisk:
 
         monkeypatch.setattr(files.os, "fsync", fail)
 
+    @pytest.mark.slow
     def test_evaluate(self, tiny_folder, refused, tmp_path):
         values = recipe(tmp_path, tiny_folder)
         del values["data"]

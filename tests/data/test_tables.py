@@ -256,6 +256,7 @@ class TestTfds:
         with pytest.raises(DataError, match="cannot read tfds:rlaif_v: "):
             read_records("tfds:rlaif_v#validation", prepared)
 
+    @pytest.mark.slow
     def test_without_tensorflow(self, prepared):
         script = (
             "import sys; from mmpo_jax.data.readers import read_records; "

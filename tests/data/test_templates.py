@@ -136,6 +136,7 @@ def test_another_template_is_another_result(folder, vicuna):
     assert own["tokenizer"] == vicuna.fingerprints()["tokenizer"]
 
 
+@pytest.mark.slow
 def test_results_carry_the_template(folder, tokenizer, tmp_path):
     """Adapters and weights, from the folder and from the run: transformers renders with it."""
     (tmp_path / "0.png").write_bytes(png_bytes(sample_scene("test", 0, 0)))

@@ -186,6 +186,7 @@ def test_what_does_not_fit_is_an_error_for_people(make_labeler, question, length
         make_labeler(lengths=lengths).answer([("scene-9", (image(),), (question, "red ?"))])
 
 
+@pytest.mark.slow
 def test_parameters_of_mixed_dtype(make_labeler, tiny_model):
     params = map_with_path(
         lambda path, leaf: leaf if path.endswith("/scale") else leaf.astype(jnp.bfloat16),

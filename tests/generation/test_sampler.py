@@ -95,6 +95,7 @@ def test_the_samples_of_a_prompt_that_comes_again_are_numbered_on():
     np.testing.assert_array_equal(again.reshape(1, 9, -1), once)
 
 
+@pytest.mark.slow
 def test_greedy_is_the_argmax_of_teacher_forced_log_probs(tiny_model, batch):
     tokens = draw(tiny_model, batch, NUMBERS, temperature=0, eos_ids=())
     # Every continuation of the greedy prefix by one other token, as responses to the same prompt.

@@ -286,6 +286,7 @@ def score(model, params, batch, remat):
     return jax.grad(loss, has_aux=True)(params)
 
 
+@pytest.mark.slow
 def test_a_model_with_splash_is_the_same_model(tiny_model):
     model, params = tiny_model
     with_splash = dataclasses.replace(model, attention="splash")
@@ -304,6 +305,7 @@ def test_a_model_with_splash_is_the_same_model(tiny_model):
         )
 
 
+@pytest.mark.slow
 def test_prefill_with_splash_samples_the_same(tiny_model):
     model, params = tiny_model
     batch = tiny.random_batch(model.config, [7, 10], [(1,)] * 2)

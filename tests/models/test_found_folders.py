@@ -72,6 +72,7 @@ def test_runs_that_are_not_finite(tiny_folder, tiny_model, tmp_path):
         load_start(str(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_float16_does_not_hold_all(folder, tensors, tmp_path):
     """65,519 rounds to its largest number, 65,520 does not."""
     tensors[KEY][0, 1] = 65_519
@@ -168,6 +169,7 @@ def test_a_run_keeps_its_own_head(folder, tensors, tmp_path, caplog):
     np.testing.assert_array_equal(again, head)
 
 
+@pytest.mark.slow
 def test_random_weights_of_a_tied_config_without_files(tmp_path):
     tied = tiny.make_folder(tmp_path / "tied", tiny.make_config(tie_word_embeddings=True))
     (tied / SINGLE_FILE).unlink()

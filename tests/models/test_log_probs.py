@@ -155,10 +155,12 @@ def assert_equal_to_separate_rows(model, params, whole, count):
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.slow
 def test_shared_prompt_equals_separate_rows(tiny_model, params, batch, count):
     assert_equal_to_separate_rows(tiny_model[0], params, batch, count)
 
 
+@pytest.mark.slow
 def test_long_prompts_equal_separate_rows(tiny_model, params):
     # Long enough that attention is taken in several blocks of queries, the last one cut short.
     long = tiny.random_batch(tiny_model[0].config, (40, 333, 130), ((3, 2), (1, 3), (2, 2)))
@@ -166,6 +168,7 @@ def test_long_prompts_equal_separate_rows(tiny_model, params):
 
 
 @pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.slow
 def test_images_in_responses_equal_separate_rows(tiny_model, tiny_processor, params, count):
     """In all responses at different places, in two of three beside one in the prompt, in none."""
     batch = tiny.batch_with_later_images(tiny_processor, 3)
@@ -234,6 +237,7 @@ def test_images_matter_and_stay_with_their_prompt(tiny_model, params, batch):
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.slow
 def test_rematerialisation_changes_nothing(tiny_model, params, batch, remat):
     part = first_responses(batch, 2)
     cotangent = np.random.default_rng(1).standard_normal(part.response_ids.shape)
@@ -344,12 +348,14 @@ def largest_array(program):
     return max(math.prod(int(n) for n in shape.split(",")) for shape in shapes)
 
 
+@pytest.mark.slow
 def test_logits_are_never_stored():
     program = compile_large_step()
     assert largest_array(program) < LOGITS / 2
     assert program.memory_analysis().temp_size_in_bytes < LOGITS * 4 / 2
 
 
+@pytest.mark.slow
 def test_the_check_above_finds_stored_logits(monkeypatch):
     monkeypatch.setattr(log_probs, "HEAD_BYTES", LOGITS * 4)
     program = compile_large_step()

@@ -88,6 +88,7 @@ def test_targets_that_are_not_there(tiny_model):
         targeted_layers(model, Q, ("language_model/.*",))
 
 
+@pytest.mark.slow
 def test_a_fresh_adapter_changes_nothing(tiny_model, log_probs):
     model, params = tiny_model
     fresh = add_adapters(params, model, EVERYWHERE, (), 0)
@@ -231,6 +232,7 @@ def test_layers_without_and_smaller_ranks_get_no_gradient(tiny_model, adapted, b
     assert np.abs(b[1, :2]).min() > 0
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_no_gradient(tiny_model, adapted, batch):
     flat = flatten(adapted)
     trained = {f"{Q}/{name}": flat[f"{Q}/{name}"] for name in (A, B)}
@@ -247,6 +249,7 @@ def test_rematerialisation_changes_no_gradient(tiny_model, adapted, batch):
         np.testing.assert_allclose(leaf, expected[path], rtol=1e-4, atol=1e-4, err_msg=path)
 
 
+@pytest.mark.slow
 def test_dropout(tiny_model, adapted):
     """On one layer's own function: unbiased, by its key, another mask in every layer."""
     rate, size = 0.25, 400

@@ -160,6 +160,7 @@ def expected_with_later_images(with_later_images, one_device):
 
 
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+@pytest.mark.slow
 def test_images_in_responses(with_later_images, expected_with_later_images, sizes):
     log_probs, gradient = with_later_images(make_mesh(*sizes))
     expected, expected_gradient = expected_with_later_images

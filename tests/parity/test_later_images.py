@@ -18,6 +18,7 @@ ANSWERS = (("a red star", "what is this ?", "two"), ("a ring", "and a blue ring 
     "name", [name for name in families.FAMILIES if families.FAMILIES[name].media]
 )
 @pytest.mark.parametrize("first", [(), (IMAGE,)], ids=["text-first", "image-first"])
+@pytest.mark.slow
 def test_logits(family_case, name, first):
     """The image stands at another place in each response; a row beside has none in its own."""
     case = family_case(name)

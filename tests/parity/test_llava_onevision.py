@@ -181,6 +181,7 @@ def test_logits(case, inputs):
     checks.check_logits(case, RECORDS, inputs)
 
 
+@pytest.mark.slow
 def test_greedy_decoding(case, inputs):
     checks.check_greedy(case, RECORDS, inputs)
 

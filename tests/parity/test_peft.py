@@ -164,6 +164,7 @@ def their_logits(case, theirs, record, tokens, response):
     return made.logits[0, len(tokens.prompt_ids) - 1 : -1]
 
 
+@pytest.mark.slow
 def test_logits_of_an_adapter_trained_elsewhere(trained_elsewhere):
     case, theirs, folder = trained_elsewhere
     params = with_adapter(case.params, folder, case.model)
@@ -204,6 +205,7 @@ def test_a_recipe_can_name_an_adapter(trained_elsewhere):
     ["llava-everything", "qwen2-ranks-by-layer", "qwen2_5_vl-everything"],
     indirect=True,
 )
+@pytest.mark.slow
 def test_gradients(trained_elsewhere):
     """Of the summed log-probs of all responses."""
     case, theirs, folder = trained_elsewhere

@@ -212,6 +212,7 @@ def test_text_only(published):
     checks.check_logits(published, [RECORDS[2]], their_inputs(published))
 
 
+@pytest.mark.slow
 def test_greedy_decoding(case):
     checks.check_greedy(case, [*RECORDS, *VIDEOS], their_inputs(case))
 

@@ -229,6 +229,7 @@ for divergence, their_options in DIVERGENCES.items():
 
 
 @pytest.mark.parametrize("case", LOSSES)
+@pytest.mark.slow
 def test_loss_equals_trl(theirs, batch, ours, case, monkeypatch):
     options, terms = LOSSES[case]
     policy, make_trainer = theirs

@@ -133,6 +133,7 @@ def per_token(values, batch):
         ({"loss_type": "grpo", "multi_objective_aggregation": "normalize_then_sum"}, {}),
     ],
 )
+@pytest.mark.slow
 def test_grpo_equals_trl(options, term, folders, make_trainer, monkeypatch):
     trainer, inputs, rewards = make_trainer(**options)
     monkeypatch.setattr(LlamaRMSNorm, "forward", rms_norm)

@@ -113,6 +113,7 @@ def to_ours(theirs):
         ("apo_zero_unpaired", (0, 1), {"beta": 0.1}),
     ],
 )
+@pytest.mark.slow
 def test_kto_equals_trl(name, order, options, folders, make_trainer, monkeypatch):
     """In float64: log-ratios are small differences of sums near -100, which float32 rounds."""
     monkeypatch.setattr(LlamaRMSNorm, "forward", rms_norm)

@@ -186,6 +186,7 @@ DIALOGUES = {
 
 
 @pytest.mark.parametrize("name", list(DIALOGUES))
+@pytest.mark.slow
 def test_all_answers_are_learned_as_they_were_given(name, train, kind_case):
     kind, checkpoint, tokenizer = kind_case(failed_rows.TEXT)
     step, left_out = train(checkpoint.folder, SFT, *({"messages": d} for d in DIALOGUES[name]))
@@ -198,6 +199,7 @@ UNLEARNED = {"as brought": [{"loss": False}], "varied": [{"weight": 0}, {"train"
 
 
 @pytest.mark.parametrize("name", list(UNLEARNED))
+@pytest.mark.slow
 def test_what_is_not_to_be_learned(name, train, kind_case, chatml):
     kind, checkpoint, _ = kind_case(failed_rows.TEXT)
     tokenizer = transformers.AutoTokenizer.from_pretrained(chatml)
@@ -232,6 +234,7 @@ REWRITING = {
 
 
 @pytest.mark.parametrize("name", list(REWRITING))
+@pytest.mark.slow
 def test_a_row_that_cannot_be_told_apart_is_left_out_alone(
     name, train, write, mmpo, with_template, chatml, tmp_path, capsys
 ):

@@ -65,6 +65,7 @@ def records(checkpoint, tmp_path_factory):
     return {record.id: record for record in found}
 
 
+@pytest.mark.slow
 def test_ids_are_those_of_transformers(checkpoint, records):
     kind, case, tokenizer = checkpoint
     training = transformers.AutoTokenizer.from_pretrained(case.folder)

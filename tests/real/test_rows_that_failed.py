@@ -46,6 +46,7 @@ def scored(kind_case, picture_folder):
 
 
 @pytest.mark.parametrize(("folder", "name"), CASES)
+@pytest.mark.slow
 def test_ids_and_log_probs(folder, name, scored, kind_case, picture_folder):
     name_of_kind, case = failed_rows.FOLDERS[folder][name]
     kind, checkpoint, tokenizer = kind_case(name_of_kind)

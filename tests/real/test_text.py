@@ -93,6 +93,7 @@ def check_log_probs(theirs, scores):
             )
 
 
+@pytest.mark.slow
 def test_ids_and_log_probs(mmpo, tokenizer, short_folder, short_theirs):
     scores = mmpo("score", short_folder, rows(), "--tokens", LENGTHS)
     check_ids(tokenizer, scores)

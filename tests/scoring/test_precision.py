@@ -26,6 +26,7 @@ def run(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_float16_activations_that_pass_its_largest_number(run, tmp_path):
     """Generation and scoring hold them, as from the same weights in float32."""
     config = tiny.make_config(text={"max_position_embeddings": 512})

@@ -97,6 +97,7 @@ class Killed(Exception):
     """What nothing expects."""
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on(mmpo, tiny_folder, pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "ROWS_PER_PART", 1)
     data = write_rows(pictures / "rows.jsonl", PAIRS)

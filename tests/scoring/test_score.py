@@ -87,6 +87,7 @@ class TestLlava:
             np.testing.assert_allclose(line["logps"], expected, rtol=1e-5, atol=2e-4)
             assert len(set(expected)) == len(answers)
 
+    @pytest.mark.slow
     def test_options_change_how_and_not_what(self, scored, caplog):
         first = scored(PAIRS)
         assert set(first[0]) == {"id", "logps", "num_tokens"}
@@ -102,6 +103,7 @@ class TestLlava:
         assert cut[0]["num_tokens"] == [3, 3]
         assert "2 responses were cut to 3 tokens" in caplog.text
 
+    @pytest.mark.slow
     def test_float16_files_are_computed_in_float32(
         self, mmpo, tiny_folder, tiny_model, pictures, tmp_path
     ):
@@ -132,6 +134,7 @@ class TestLlava:
         scored(PAIRS)
         assert not (tmp_path / "out.rejected_rows.jsonl").exists()
 
+    @pytest.mark.slow
     def test_greedy_generation_is_theirs(self, mmpo, theirs, tiny_folder, pictures, tmp_path):
         """And of rows with responses the prompt is read only; what comes out is scored again."""
         model, processor = theirs
@@ -154,6 +157,7 @@ class TestLlava:
         assert [line["prompt_ids"] for line in again] == [line["prompt_ids"] for line in before]
 
     @pytest.mark.parametrize("held_as", ["bytes", "files-elsewhere", "files-below"])
+    @pytest.mark.slow
     def test_what_is_generated_is_scored_with_its_images(
         self, mmpo, tiny_folder, pictures, tmp_path, held_as
     ):
@@ -183,6 +187,7 @@ class TestLlava:
             "score", tiny_folder, write_rows(folder / "same.jsonl", lines), "--tokens"
         )
 
+    @pytest.mark.slow
     def test_responses_that_are_cut_are_told(self, mmpo, tiny_folder, pictures, caplog):
         caplog.set_level("INFO")
         data = write_rows(pictures / "prompts.jsonl", PAIRS[1:2])
@@ -197,6 +202,7 @@ class TestLlava:
         texts = zip(whole["responses"], some["responses"], some["finished"], strict=True)
         assert all(ours == long if done else long.startswith(ours) for long, ours, done in texts)
 
+    @pytest.mark.slow
     def test_sampling_flags(self, mmpo, tiny_folder, pictures):
         data = write_rows(pictures / "prompts.jsonl", PAIRS[:1])
         flags = ["--num-samples", "3", "--temperature", "1.5", "--max-new-tokens", "6"]
@@ -264,6 +270,7 @@ def test_images_for_a_text_model(refused, pictures, tmp_path):
     assert "unsupported_image: this model takes no images" in message
 
 
+@pytest.mark.slow
 def test_videos(mmpo, refused, tiny_folder, tmp_path):
     """They change the score, at their rate; a family without videos takes none."""
     folder = tmp_path / "qwen"

@@ -59,6 +59,7 @@ def test_old_checkpoints_are_removed(undisturbed):
     assert kept == {"4", "6", "8"}
 
 
+@pytest.mark.slow
 def test_every_spelling_of_a_checkpoint(
     undisturbed, tiny_model, tiny_processor, tmp_path, mesh, monkeypatch
 ):
@@ -114,6 +115,7 @@ def test_a_broken_checkpoint(undisturbed, tmp_path, mesh):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_written(run, undisturbed, tmp_path, monkeypatch):
     """A disk that is full after step 6, in the shape of files that may not grow."""
     put_batch, taken = loop.put_batch, itertools.count(1)

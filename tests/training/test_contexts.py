@@ -137,6 +137,7 @@ def setup(tiny_model, tiny_processor):
 
 
 @pytest.mark.parametrize("own", [(), (1, 4)], ids=["one image", "per-side images"])
+@pytest.mark.slow
 def test_every_context_is_a_row_of_its_own(setup, own):
     """Log-probs of both contexts, and their gradient, are those of separate rows."""
     with jax.enable_x64(True):
@@ -188,6 +189,7 @@ def test_every_context_is_a_row_of_its_own(setup, own):
         np.testing.assert_allclose(flatten(slopes)[path], leaf, rtol=0, atol=1e-7, err_msg=path)
 
 
+@pytest.mark.slow
 def test_what_is_most_probable_after_the_other_image(setup):
     """From whole logits, which are not stored otherwise; in any chunks, and under a reference."""
     made = setup(make_term("povid"), cached=False)
@@ -230,6 +232,7 @@ TERMS = {
 
 
 @pytest.mark.parametrize("name", TERMS)
+@pytest.mark.slow
 def test_any_mesh_and_any_micro_batches(setup, name):
     terms = [make_term(kind, **options) for kind, options in TERMS[name]]
     cached, dialogue = "reference_model" not in needs(terms), name == "dialogues"
@@ -247,6 +250,7 @@ def test_any_mesh_and_any_micro_batches(setup, name):
             np.testing.assert_allclose(others[path], leaf, rtol=0, atol=2e-5, err_msg=path)
 
 
+@pytest.mark.slow
 def test_a_reference_that_runs_is_the_one_that_was_stored(setup):
     """At step 0 the start model is the policy, whichever way the reference is computed."""
     term = make_term("mdpo")

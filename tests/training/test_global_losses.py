@@ -100,6 +100,7 @@ def whole(tiny_model, batch):
     [(8, (1, 1, 1)), (4, (1, 1, 1)), (1, (4, 2, 1))],
     ids=["rows alone", "rows in twos", "8 devices"],
 )
+@pytest.mark.slow
 def test_the_cut_does_not_matter(tiny_model, batch, whole, name, micro_batches, shape):
     metrics, params, kept = two_steps(*tiny_model, name, batch, micro_batches, shape)
     expected, trained, state = whole[name]

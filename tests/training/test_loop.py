@@ -80,6 +80,7 @@ def test_a_finished_run_does_no_step(run, undisturbed, monkeypatch, tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_data_position_is_restored(run, monkeypatch, tmp_path):
     """After a restart the rows go on where they were, and none is repeated or left out."""
 
@@ -107,6 +108,7 @@ def test_the_data_position_is_restored(run, monkeypatch, tmp_path):
     assert (before, after) == (expected[:5], expected[4:])
 
 
+@pytest.mark.slow
 def test_not_finite(run, examples, tmp_path):
     with pytest.raises(TrainingError) as caught:
         run(tmp_path / "all", [e for x in examples for e in poison([x], x.id)])
@@ -161,6 +163,7 @@ def test_step_0_is_exact(undisturbed):
         assert first[name] == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_reports_are_means_of_their_steps(run, undisturbed, tmp_path):
     config = CONFIG.model_copy(update={"log_every": 3, "save_every": 3})
     run(tmp_path, config=config)
@@ -173,6 +176,7 @@ def test_reports_are_means_of_their_steps(run, undisturbed, tmp_path):
             assert row[name] == pytest.approx(mean, rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_progress_lines(run, tmp_path, capsys):
     run(tmp_path, config=CONFIG.model_copy(update={"max_steps": 2}))
     lines = capsys.readouterr().out.splitlines()
@@ -199,6 +203,7 @@ def test_impossible_freezing_is_an_error_for_people(run, tmp_path, freeze, told)
         run(tmp_path, config=CONFIG.model_copy(update={"freeze": freeze}))
 
 
+@pytest.mark.slow
 def test_frozen_parameters_stay_and_are_saved(run, tiny_model, tmp_path, mesh):
     config = CONFIG.model_copy(
         update={"max_steps": 2, "freeze": ("vision_tower/.*",), "objective": (SECTIONS["sft"](),)}

@@ -166,6 +166,7 @@ def test_an_orbax_run_is_loaded_merged(undisturbed, tiny_model):
     assert start.keys() == flatten(tiny_model[1]).keys()
 
 
+@pytest.mark.slow
 def test_dropout_depends_on_seed_and_step(run, undisturbed, tmp_path):
     _, params, metrics = undisturbed
     without = CONFIG.model_copy(update={"lora": CONFIG.lora.model_copy(update={"dropout": 0.0})})
@@ -179,6 +180,7 @@ def test_dropout_depends_on_seed_and_step(run, undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
+@pytest.mark.slow
 def test_eight_devices_do_what_one_does(run, undisturbed, tmp_path, sizes):
     """The same dropout masks included."""
     _, params, metrics = undisturbed
@@ -234,6 +236,7 @@ def test_impossible_targets_are_errors_for_people(tiny_model, mesh, changes, tol
         check_training(CONFIG.model_copy(update=changes), tiny_model[0], mesh)
 
 
+@pytest.mark.slow
 def test_a_recipe_ends_with_the_merged_model_and_the_adapter(tiny_folder, tmp_path):
     rows = [
         {"id": str(i), "images": [], "prompt": "a ring ?", "chosen": "yes", "rejected": "no"}

@@ -106,6 +106,7 @@ def train(tmp_path, tiny_folder, monkeypatch):
 
 
 @pytest.mark.parametrize("name", MECHANISMS)
+@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(train, tmp_path, name):
     params, metrics = train(*MECHANISMS[name])
     assert [row["step"] for row in metrics] == [1, 2]
@@ -120,6 +121,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(train, tmp_path, name):
         np.testing.assert_array_equal(again[path], leaf, err_msg=path)
 
 
+@pytest.mark.slow
 def test_what_the_data_say_makes_it_another_run(train):
     """Tokens are the same; spans are not."""
     train(*MECHANISMS["ddpo"])

@@ -50,6 +50,7 @@ def test_margins_of_pairs_are_their_own():
     assert means([pairs])["rewards/margins"] == 1.5
 
 
+@pytest.mark.slow
 def test_reports_of_single_responses(tiny_folder, tmp_path, monkeypatch):
     """`mmpo train` on one row at a time says the same of four steps as of each of them."""
     monkeypatch.setattr(cli, "_start_jax", lambda: None)

@@ -47,6 +47,7 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.slow
 def test_recipe_trains(path, data, tiny_folder, tiny_model, tmp_path):
     written = load_recipe(TrainRecipe, path)
     recipe = load_recipe(

@@ -138,6 +138,7 @@ def test_metrics(undisturbed):
 
 
 @pytest.mark.parametrize("before_step", [4, 7])
+@pytest.mark.slow
 def test_a_killed_run_ends_as_an_undisturbed_one(before_step, run, undisturbed, tmp_path):
     """Killed before the second step with a rollout, and before the first one."""
     put, taken = loop.put_batch, iter(range(1, 100))
@@ -158,6 +159,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(before_step, run, undisturbed, 
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.slow
 def test_a_rollout(tiny_model, tiny_processor, records, mesh, temperature):
     """Samples with their rewards against each other, and log-probs under what sampled them."""
     model, params = tiny_model
@@ -230,6 +232,7 @@ def test_a_prompt_twice_in_a_batch_is_sampled_anew(tiny_model, tiny_processor, r
     assert all(first[id_] == alone[id_] for id_ in first)
 
 
+@pytest.mark.slow
 def test_the_loss_has_the_temperature_of_the_samples(run, tmp_path):
     """So that what sampled them and what learns from them first are one distribution."""
     rollout = ROLLOUT.model_copy(update={"temperature": 0.2})
@@ -251,6 +254,7 @@ class State:
         return flatten(self.tree)
 
 
+@pytest.mark.slow
 def test_devices_change_nothing(run, undisturbed, tmp_path):
     """The samples of the first rollout, and what two steps make of them."""
     mesh = jax.make_mesh(
@@ -279,6 +283,7 @@ def recipe(folder, output, **changes):
     return TrainRecipe.model_validate(values | changes)
 
 
+@pytest.mark.slow
 def test_a_recipe_trains(tiny_folder, tmp_path, caplog):
     """From prompts to a Hugging Face folder; other rewards make another run."""
     caplog.set_level(logging.INFO)
@@ -292,6 +297,7 @@ def test_a_recipe_trains(tiny_folder, tmp_path, caplog):
         run_training(recipe(tiny_folder, tmp_path, rollout=rewards))
 
 
+@pytest.mark.slow
 def test_rows_without_an_answer_are_left_out(tiny_folder, tmp_path):
     rows = [{"prompt": "a ring ?", "answer": "yes"}, {"prompt": "a star ?"}]
     path = tmp_path / "rows.jsonl"

@@ -167,6 +167,7 @@ def test_a_damaged_cache_is_made_again(cache):
     assert cache.calls == calls + 1
 
 
+@pytest.mark.slow
 def test_rows_in_any_order_and_of_any_shape(tiny_model, tiny_processor, mesh):
     """A row's score depends neither on its neighbours nor on its place."""
     records = [

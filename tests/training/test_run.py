@@ -135,6 +135,7 @@ def ranked(texts, ranks):
     return {"prompt": [{"role": "user", "content": QUESTION}], "responses": responses}
 
 
+@pytest.mark.slow
 def test_pairs_without_a_difference_are_left_out(make_recipe, tmp_path):
     """As they are, and as far as the bucket keeps them; a ranking needs one pair that differs."""
     same = ranked(["no", "no", "no"], [1, 2, 3])
@@ -180,6 +181,7 @@ def test_a_data_set_says_which_score_it_is(make_recipe):
     assert scores == [[4, 1]] * 2
 
 
+@pytest.mark.slow
 def test_a_mixed_up_image_is_in_no_pair(make_recipe):
     """Of MM-RLHF's pairs: another image for objectives that ask for one, nothing for others."""
     row = {"prompt": QUESTION, "chosen": "a red circle .", "rejected": "two blue stars ."}
@@ -216,6 +218,7 @@ def test_no_row_skipped_any_more(make_recipe, tmp_path):
     assert not (tmp_path / "out" / SKIPPED).exists()
 
 
+@pytest.mark.slow
 def test_what_makes_it_another_run(make_recipe, tmp_path):
     rows = [PREFERENCE] * 8
     recipe = make_recipe(rows, DPO, max_steps=2, save_every=10)
@@ -244,6 +247,7 @@ def given(chosen, rejected=-9.0):
     return {"prompt": [{"role": "user", "content": QUESTION}], "responses": responses}
 
 
+@pytest.mark.slow
 def test_the_reference_is_of_the_rows_that_the_run_will_see(make_recipe, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     rows = [{**PREFERENCE, "chosen": f"{name} circle ."} for name in ("red", "blue", "green")] * 8
@@ -261,6 +265,7 @@ def test_the_reference_is_of_the_rows_that_the_run_will_see(make_recipe, tmp_pat
     assert set(fewer) < set(table["id"].to_pylist())
 
 
+@pytest.mark.slow
 def test_given_log_probs_are_the_reference_and_make_the_run(make_recipe, tmp_path):
     reference = {"type": "given", "check": False}  # another model's
     options = {"max_steps": 1, "log_every": 1, "save_every": 1, "reference": reference}
@@ -273,6 +278,7 @@ def test_given_log_probs_are_the_reference_and_make_the_run(make_recipe, tmp_pat
         run_training(make_recipe([given(-6.0)] * 8, DPO, **options))
 
 
+@pytest.mark.slow
 def test_given_log_probs_of_another_model_stop_the_run(make_recipe, tmp_path):
     options = {"max_steps": 1, "log_every": 1, "save_every": 1, "reference": {"type": "given"}}
     with pytest.raises(DataError, match="cannot be those of") as caught:
@@ -290,11 +296,13 @@ def test_given_log_probs_of_another_model_stop_the_run(make_recipe, tmp_path):
             run_training(recipe)
 
 
+@pytest.mark.slow
 def test_sft_needs_no_reference_that_moves(make_recipe):
     options = {"max_steps": 1, "reference": {"type": "ema", "every": 1}}
     run_training(make_recipe([PREFERENCE] * 8, SFT, **options))
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_run(make_recipe, tmp_path):
     run_training(make_recipe([PREFERENCE] * 8, SFT, output="first"))
     from_orbax = run_training(make_recipe([PREFERENCE] * 8, DPO, tmp_path / "first", "second"))

@@ -95,6 +95,7 @@ def same(actual, expected):
         np.testing.assert_allclose(actual[path], wanted, rtol=0, atol=1e-7, err_msg=path)
 
 
+@pytest.mark.slow
 def test_by_default_nothing_is_lost(trained):
     recipe, start = trained
     folder, card = saved_again(recipe, "float32")
@@ -107,6 +108,7 @@ def test_by_default_nothing_is_lost(trained):
     assert "Saved in float32: the weights of the run, nothing rounded." in card
 
 
+@pytest.mark.slow
 def test_a_run_or_an_adapter_named_as_a_model_is_not_rounded(trained):
     recipe, start = trained
     names = [recipe.output]
@@ -119,6 +121,7 @@ def test_a_run_or_an_adapter_named_as_a_model_is_not_rounded(trained):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "bfloat16_stochastic", "float16"])
+@pytest.mark.slow
 def test_what_rounding_leaves_is_measured_and_told(trained, caplog, dtype):
     recipe, start = trained
     with caplog.at_level(logging.INFO):
@@ -143,6 +146,7 @@ def test_what_rounding_leaves_is_measured_and_told(trained, caplog, dtype):
         assert "much of the training is lost in bfloat16" in caplog.text
 
 
+@pytest.mark.slow
 def test_convert_rounds_last_and_tells_what_is_left(trained, tmp_path, caplog):
     recipe, start = trained
     for dtype in ("float32", "bfloat16"):

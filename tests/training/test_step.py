@@ -110,6 +110,7 @@ class TestAccumulation:
     def whole(cls, mesh, tiny_model):
         return cls().run(mesh, tiny_model, 1)
 
+    @pytest.mark.slow
     def test_uneven_micro_batches_add_up_to_the_whole(self, mesh, tiny_model, whole):
         state, metrics = self.run(mesh, tiny_model, 4)
         expected_state, expected = whole
@@ -143,6 +144,7 @@ class TestAccumulation:
             np.testing.assert_array_equal(merged[path], before[path])
 
 
+@pytest.mark.slow
 def test_micro_batches_of_a_line(mesh):
     batch = line_batch(3, 4)
     batch[2][1, 1:] = 0

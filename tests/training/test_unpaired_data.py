@@ -212,6 +212,7 @@ def batches(examples, processor, micro, epochs=2):
 
 
 @pytest.mark.parametrize("name", ["kto", "bco"])
+@pytest.mark.slow
 def test_devices_and_micro_batches_change_nothing(name, tiny_model, tiny_processor, records):
     """Fourteen rows in two steps of eight: the shift of the first moves the second."""
     model, params = tiny_model

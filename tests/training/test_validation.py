@@ -81,6 +81,7 @@ def train(tiny_folder, tmp_path, monkeypatch):
     return train
 
 
+@pytest.mark.slow
 def test_the_model_of_the_best_step_is_kept(train, tmp_path, tiny_model):
     """What is held out is the other way round, so every step makes it worse."""
     rows = train()
@@ -97,6 +98,7 @@ def test_the_model_of_the_best_step_is_kept(train, tmp_path, tiny_model):
     assert f"| eval_loss | {losses[0]:.6g} |" in card
 
 
+@pytest.mark.slow
 def test_measuring_and_saving_are_no_time_of_training(train, monkeypatch):
     """By a clock that only they move."""
     clock, reported = types.SimpleNamespace(now=0.0), []
@@ -117,6 +119,7 @@ def test_measuring_and_saving_are_no_time_of_training(train, monkeypatch):
     assert measured.left_out == clock.now - measured.started
 
 
+@pytest.mark.slow
 def test_greater_may_be_better(train, tmp_path, tiny_model):
     rows = train(validation={"greater_is_better": True})
     assert max(rows, key=lambda row: row["eval_loss"])["step"] == 6
@@ -125,6 +128,7 @@ def test_greater_may_be_better(train, tmp_path, tiny_model):
     assert np.abs(trained - flatten(tiny_model[1])[kernel]).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_patience_ends_a_run_for_good(train, caplog):
     with caplog.at_level(logging.INFO):
         rows = train(validation={"patience": 2})
@@ -137,6 +141,7 @@ def test_patience_ends_a_run_for_good(train, caplog):
     assert train(validation={"patience": 2}) == rows
 
 
+@pytest.mark.slow
 def test_a_killed_run_measures_the_same(train, tmp_path, monkeypatch):
     expected = train("whole", validation={"greater_is_better": True})
     update, taken = loop.put_batch, iter(range(100))
@@ -261,6 +266,7 @@ def test_batches_of_any_size_measure_the_same(tiny_model, tiny_processor, names)
         assert measured[0]["eval_loss"] == pytest.approx(parts, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_what_was_best_in_an_attempt_without_checkpoints_is_forgotten(train, tmp_path, tiny_model):
     """Another start may follow in the same folder before anything was saved."""
     train("run")
