@@ -12,7 +12,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -203,6 +203,15 @@ def canonical_json(value: Any) -> str:
 def fingerprint_json(value: Any) -> str:
     """SHA-256 of `canonical_json(value)`; equal for equal values whatever the order of keys."""
     return fingerprint_bytes(canonical_json(value).encode())
+
+
+def fingerprint_items(items: Iterable[Any]) -> str:
+    """SHA-256 of `canonical_json` of a list, of which one item at a time is a text."""
+    digest = hashlib.sha256(b"[")
+    for number, item in enumerate(items):
+        digest.update(f"{',' if number else ''}{canonical_json(item)}".encode())
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 def read_json(path: epath.PathLike) -> dict[str, Any]:

@@ -162,3 +162,8 @@ def test_fingerprint_of_json():
         fingerprint_json({"a": object()})
     with pytest.raises(ValueError, match="JSON"):
         fingerprint_json({"a": float("nan")})
+
+
+@pytest.mark.parametrize("items", [[], ["ü"], [{"b": 1, "a": [0.1, None]}, [], "x" * 100]])
+def test_a_list_has_one_fingerprint_however_it_is_fed(items):
+    assert files.fingerprint_items(iter(items)) == fingerprint_json(items)

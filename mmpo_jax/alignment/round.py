@@ -35,6 +35,7 @@ from mmpo_jax.feedback.scores import ScoredResponse
 from mmpo_jax.files import (
     canonical_json,
     fingerprint_file,
+    fingerprint_items,
     fingerprint_json,
     read_json,
     write_atomic,
@@ -181,7 +182,7 @@ def conquer_stage(
     inputs = {
         "claims": _output(work, "divide"),
         "labeler": labeler_key,
-        "images": fingerprint_json([[i.fingerprint() for i in r.images] for r in work.records]),
+        "images": fingerprint_items([i.fingerprint() for i in r.images] for r in work.records),
     }
     settings = {"suffix": feedback.suffix}
     return work.run(work.stage("conquer", inputs, settings, work.num_parts), make_part)

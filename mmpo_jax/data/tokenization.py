@@ -20,7 +20,7 @@ from mmpo_jax.data.readers import SkippedRow
 from mmpo_jax.data.records import ImageRef, Record, Response, VideoRef
 from mmpo_jax.data.rows import SkipReason
 from mmpo_jax.data.segments import covered_tokens
-from mmpo_jax.files import fingerprint_json
+from mmpo_jax.files import fingerprint_items
 from mmpo_jax.models.layout import Layout
 from mmpo_jax.recipe import Lengths
 
@@ -197,7 +197,7 @@ def tokenize_records(
 
 def fingerprint_records(records: Sequence[TokenizedRecord]) -> str:
     """SHA-256 of what a model sees of the records: tokens, loss masks and encoded images."""
-    return fingerprint_json([_seen(record) for record in records])
+    return fingerprint_items(_seen(record) for record in records)
 
 
 def _seen(record: TokenizedRecord) -> list[Any]:

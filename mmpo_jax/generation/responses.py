@@ -17,7 +17,7 @@ from mmpo_jax.data.batching import pad_batch
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.errors import DataError
-from mmpo_jax.files import fingerprint_json
+from mmpo_jax.files import fingerprint_items
 from mmpo_jax.generation.sampler import NOT_FINITE, Decoding, sample, sample_keys
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.precision import check_finite, inference_dtype
@@ -195,16 +195,14 @@ def generate_stage(
         name="generate",
         inputs={
             "model": model_fingerprint,
-            "prompts": fingerprint_json(
+            "prompts": fingerprint_items(
                 [
-                    [
-                        r.id,
-                        r.prompt_ids.tolist(),
-                        [image.fingerprint() for image in r.images],
-                        [video.fingerprint() for video in r.videos],
-                    ]
-                    for r in records
+                    r.id,
+                    r.prompt_ids.tolist(),
+                    [image.fingerprint() for image in r.images],
+                    [video.fingerprint() for video in r.videos],
                 ]
+                for r in records
             ),
             **processor.fingerprints(),
         },

@@ -24,7 +24,7 @@ from mmpo_jax.data.pipeline import Example
 from mmpo_jax.data.rows import SkipReason
 from mmpo_jax.data.tokenization import Tokenize, TokenizedRecord
 from mmpo_jax.errors import DataError
-from mmpo_jax.files import fingerprint_json
+from mmpo_jax.files import fingerprint_items
 from mmpo_jax.objectives.registry import FIELDS, VIEWS, is_field
 from mmpo_jax.objectives.terms import Term, needs
 from mmpo_jax.recipe import Lengths
@@ -298,6 +298,6 @@ def _stacked(rows: Sequence[np.ndarray | None]) -> np.ndarray:
 
 def fingerprint_fields(examples: Sequence[Example]) -> str:
     """SHA-256 of what the data say of the responses."""
-    return fingerprint_json(
-        [{name: value.tolist() for name, value in example.fields.items()} for example in examples]
+    return fingerprint_items(
+        {name: value.tolist() for name, value in example.fields.items()} for example in examples
     )

@@ -14,7 +14,7 @@ from mmpo_jax.checkpoint import Checkpoint, load_start
 from mmpo_jax.data.pipeline import Example, Part
 from mmpo_jax.data.sources import SKIPPED, load_source, scored_by, usable_records
 from mmpo_jax.data.tokenization import TokenizedRecord, fingerprint_records
-from mmpo_jax.files import check_reachable, fingerprint_json
+from mmpo_jax.files import check_reachable, fingerprint_items
 from mmpo_jax.models.card import make_card
 from mmpo_jax.objectives.registry import is_field
 from mmpo_jax.objectives.terms import needs
@@ -82,7 +82,7 @@ def run_training(recipe: TrainRecipe) -> str:
         identity["validation"] = recipe.validation.model_dump(mode="json", exclude={"data"})
     if rollout is not None:
         identity["rollout"] = rollout.model_dump(mode="json")
-        identity["answers"] = fingerprint_json([row.answer for row in data.records])
+        identity["answers"] = fingerprint_items(row.answer for row in data.records)
     held = None
     if recipe.validation is not None:
         held = Held(prepared[VALIDATION], recipe.validation)
@@ -140,12 +140,11 @@ def _data_identity(
         "parts": [[part.size, part.weight] for part in data.parts],
     }
     if training.reference.type == "given":  # with the data, and not from the model
-        sums = [
+        identity["log-probs"] = fingerprint_items(
             {name: value.tolist() for name, value in example.reference.items()}
             for examples in prepared.values()
             for example in examples
-        ]
-        identity["log-probs"] = fingerprint_json(sums)
+        )
     return identity
 
 
