@@ -304,3 +304,24 @@ def test_training_goes_on_from_a_run(make_recipe, tmp_path):
     theirs = flatten(load_model(from_folder)[1])
     for path, leaf in flatten(load_model(from_orbax)[1]).items():
         np.testing.assert_array_equal(leaf, theirs[path])
+
+
+def test_no_prompt_of_a_mixture_is_trained_on_and_held_out(make_recipe, tmp_path, caplog):
+    """Nor does a set with a single prompt end the run; it is on one side."""
+    colours = ("red", "blue", "green", "yellow")
+    rows = [{**PREFERENCE, "prompt": f"a {a} star {b} ?"} for a in colours for b in colours]
+    values = make_recipe(rows, DPO).model_dump(mode="json")
+    data = []
+    for number, some in enumerate([rows, rows[5:15] * 2, *([row] for row in rows[:8])]):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in some))
+        data.append({"source": "file", "path": str(path)})
+    recipe = TrainRecipe.model_validate(values | {"data": data, "validation": {"share": 0.5}})
+    found = training_data(recipe, load_start(recipe.model))
+    kept, held = ({r.prompt_ids.tobytes() for r in rows} for rows in (found.records, found.held))
+    assert kept and held and not kept & held
+    assert sum(part.size for part in found.parts) == len(found.records)
+    told = [f"data.{n}: all of its rows are held out, and none is trained on" for n in range(2, 10)]
+    gone = [message for message in told if message in caplog.messages]
+    assert 0 < len(gone) < 8
+    assert len(found.parts) == len(data) - len(gone)
