@@ -130,7 +130,7 @@ def tell_saved(folder: str, saved: SavedWeights) -> None:
     log.info("%s: %s", folder, " ".join(saved.lines()))
     if saved.is_lossy():
         log.warning(
-            "%s: much of the training is lost in %s: `save_dtype: float32` keeps all of it, and so "
+            "%s: much of the training is lost or changed in %s: `save_dtype: float32` keeps all of it, and so "
             "does `mmpo convert --dtype float32` of the run's folder",
             folder,
             saved.dtype.partition("_")[0],
