@@ -285,6 +285,9 @@ def test_given_log_probs_of_another_model_stop_the_run(make_recipe, tmp_path):
         recipe = make_recipe([row] * 8, DPO, output=f"noise{noise}", **options)
         if told is None:
             run_training(recipe)
+            options["reference"] = {"type": "given", "check": False}  # the same run
+            run_training(make_recipe([row] * 8, DPO, output=f"noise{noise}", **options))
+            options["reference"] = {"type": "given"}
             continue
         with pytest.raises(DataError, match=told):
             run_training(recipe)
