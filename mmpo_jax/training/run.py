@@ -53,6 +53,7 @@ def run_training(recipe: TrainRecipe) -> str:
     if len(data.records) < training.batch_size:
         count = len(data.records)
         log.warning("training.batch_size is %d, of %d rows in all", training.batch_size, count)
+    seen = rows_to_see(training, data.parts, recipe.seed)
     prepared = {
         name: prepare_examples(
             start,
@@ -61,7 +62,7 @@ def run_training(recipe: TrainRecipe) -> str:
             recipe.lengths,
             mesh,
             folder=os.path.join(recipe.output, name),
-            seen=None if name else rows_to_see(training, data.parts, recipe.seed),
+            seen=None if name else seen,
         )
         if rollout is None
         else prompt_examples(records)
@@ -113,7 +114,8 @@ def run_training(recipe: TrainRecipe) -> str:
     with progress.doing("saving the model"):
         folder = save_result(recipe.output, start, trained, training, card, mesh, measure)
     if rollout is None:
-        _tell_cuts(data.records, recipe.lengths.response[-1])
+        read = data.records if seen is None else [data.records[place] for place in seen]
+        _tell_cuts(read, recipe.lengths.response[-1])
     return folder
 
 

@@ -143,6 +143,7 @@ def test_what_rounding_leaves_is_measured_and_told(trained, caplog, dtype):
     if dtype == "bfloat16":
         assert share < 0.5
         assert "much of the training is lost or changed in bfloat16" in caplog.text
+        assert f"`mmpo convert {recipe.output} TARGET --dtype float32`" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -160,7 +161,7 @@ def test_what_rounding_leaves_is_measured_and_told(trained, caplog, dtype):
 def test_what_is_warned_of(survived, of_run, as_saved, lossy, caplog):
     saved = SavedWeights("bfloat16", survived, MARGIN, 4, of_run, as_saved)
     assert saved.is_lossy() is lossy
-    tell_saved("out/model", saved)
+    tell_saved("out/model", saved, "out")
     assert ("much of the training is lost or changed in bfloat16" in caplog.text) is lossy
 
 
