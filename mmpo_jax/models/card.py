@@ -55,8 +55,8 @@ class SavedWeights:
         return told
 
     def is_lossy(self) -> bool:
-        """Whether less than `ENOUGH` of the update is left, or the margin is off, up or down, by more
-        than the rest of it."""
+        """Whether less than `ENOUGH` of the update is left, or the margin is off, up or down, by
+        more than the rest of it."""
         if self.survived is not None and self.survived < ENOUGH:
             return True
         off = abs(self.as_saved - self.of_run)

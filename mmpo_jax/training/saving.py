@@ -132,8 +132,8 @@ def tell_saved(folder: str, saved: SavedWeights, run: str) -> None:
     log.info("%s: %s", folder, " ".join(saved.lines()))
     if saved.is_lossy():
         log.warning(
-            "%s: much of the training is lost or changed in %s: `save_dtype: float32` keeps all of it, and so "
-            "does `mmpo convert %s TARGET --dtype float32`",
+            "%s: much of the training is lost or changed in %s: `save_dtype: float32` keeps "
+            "all of it, and so does `mmpo convert %s TARGET --dtype float32`",
             folder,
             saved.dtype.partition("_")[0],
             run,
