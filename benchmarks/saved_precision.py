@@ -95,7 +95,9 @@ def convert(run: str, folder: str, dtype: str) -> str:
             file.write(told)
     with open(f"{folder}.log") as file:
         found = SURVIVED.search(file.read())
-    return found[1] if found else "100%"
+    if found:
+        return found[1]
+    return "100%" if dtype == "float32" else "?"  # where its start was not found
 
 
 def log_probs(options: argparse.Namespace, model: str, name: str) -> dict[str, list[float]]:

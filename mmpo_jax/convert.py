@@ -49,7 +49,7 @@ def convert(source: str, target: str, dtype: str | None = None) -> str:
         params = load_weights(location, model, make_mesh())
         if dtype is None and weights_dtype(params) == np.float32:  # else tensors keep theirs
             dtype = "float32"
-        _save_run(target, model, params, location, dtype)
+        _save_run(target, model, params, location, dtype, source)
         return f"Hugging Face folder: {target}"
     if dtype is not None and dtype != stored_dtype(dtype).name:
         raise MmpoError(f"--dtype {dtype}: only a run's weights are rounded at random, on saving")
@@ -64,7 +64,7 @@ def convert(source: str, target: str, dtype: str | None = None) -> str:
 
 
 def _save_run(
-    target: str, model: Model, params: Params, location: Location, dtype: str | None
+    target: str, model: Model, params: Params, location: Location, dtype: str | None, source: str
 ) -> None:
     """Writes a run's weights, and says in log and card what its dtype keeps of the update."""
     card = _card(location)
@@ -75,7 +75,7 @@ def _save_run(
     if dtype is None:
         return
     saved = SavedWeights(dtype, share)
-    tell_saved(target, saved)
+    tell_saved(target, saved, source)
     if card is not None:
         write_card(target, dataclasses.replace(card, saved=saved))
 

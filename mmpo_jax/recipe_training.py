@@ -197,7 +197,9 @@ class Training(Section):
         without = {"log_every", "save_every", "keep_checkpoints", "save_dtype", "workers", "remat"}
         if self.lora is None or not self.lora.dropout:  # whose masks follow the micro-batches
             without.add("micro_batch_size")
-        return self.model_dump(mode="json", exclude=without)
+        return self.model_dump(
+            mode="json", exclude={**dict.fromkeys(without, True), "reference": {"check"}}
+        )
 
 
 class Rollout(Section):

@@ -147,8 +147,9 @@ def save_last(recipe: AlignRecipe, work: Round, trained: Checkpoint, card: Model
             work.mesh,
         )
         first = load_weights(locate(recipe.model), work.start.model, work.mesh)
+        run = os.path.join(work.folder, "train")
         saved = save_weights(
-            result, trained, first, trained.params, dtype, card, work.mesh, measure
+            result, trained, first, trained.params, dtype, card, work.mesh, measure, run
         )
     done = {
         "of": [trained.fingerprint, dtype],

@@ -55,10 +55,12 @@ class SavedWeights:
         return told
 
     def is_lossy(self) -> bool:
-        """Whether less than `ENOUGH` of what was trained is left."""
+        """Whether less than `ENOUGH` of the update is left, or the margin is off, up or down, by
+        more than the rest of it."""
         if self.survived is not None and self.survived < ENOUGH:
             return True
-        return self.metric == MARGIN and self.as_saved < ENOUGH * self.of_run
+        off = abs(self.as_saved - self.of_run)
+        return self.metric == MARGIN and off > (1 - ENOUGH) * abs(self.of_run)
 
 
 @dataclasses.dataclass(frozen=True)

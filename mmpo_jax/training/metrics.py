@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import tensorboardX
@@ -47,7 +48,8 @@ class MetricsWriter:
         self.path = os.path.join(folder, FILE)
         self.rows = [row for row in read_metrics(self.path) if row["step"] <= resumed_step]
         with open(self.path + ".new", "w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in self.rows)
+            for row in self.rows:
+                self._write(file, row)
         os.replace(self.path + ".new", self.path)
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed by close())
         self.events = tensorboardX.SummaryWriter(
@@ -55,9 +57,15 @@ class MetricsWriter:
         )
         self.total = total_steps
 
+    @staticmethod
+    def _write(file: TextIO, row: Mapping[str, float]) -> None:
+        """A line of JSON, which has no NaN and no infinity: they are null."""
+        row = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        file.write(json.dumps(row, allow_nan=False) + "\n")
+
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes a line, and says nothing on the terminal."""
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._write(self.file, {"step": step, **metrics})
         for name, value in metrics.items():
             self.events.add_scalar(name, value, step)
 
@@ -86,13 +94,14 @@ class MetricsWriter:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
-    """The rows of a `metrics.jsonl`; a line cut off by a kill is left out."""
+    """The rows of a `metrics.jsonl`, with NaN for null; a line cut off by a kill is left out."""
     rows = []
     if os.path.isfile(path):
         with open(path) as file:
             for line in file:
                 try:
-                    rows.append(json.loads(line))
+                    row = json.loads(line)
                 except ValueError:
                     continue
+                rows.append({k: math.nan if v is None else v for k, v in row.items()})
     return rows

@@ -67,7 +67,7 @@ def save_result(
         save_adapters(output, start, trained, training.lora)
     target = os.path.join(output, MODEL)
     dtype = training.save_dtype
-    save_weights(target, start, start.params, trained, dtype, card, mesh, measure)
+    save_weights(target, start, start.params, trained, dtype, card, mesh, measure, output)
     return target
 
 
@@ -87,6 +87,7 @@ def save_weights(
     card: ModelCard,
     mesh: Mesh,
     measure: Measure,
+    run: str,
 ) -> SavedWeights:
     """Writes a Hugging Face folder, and says in log and card what its dtype keeps.
 
@@ -101,6 +102,7 @@ def save_weights(
       card: of the model.
       mesh: the devices.
       measure: run with the trained and then with the saved parameters.
+      run: folder of the run that has the weights unrounded, for whoever wants them.
 
     Returns:
       What the dtype keeps.
@@ -121,19 +123,20 @@ def save_weights(
         read = load_params(target, start.model, shardings)  # as whoever loads it has it
         saved = _compare(saved, measure(trained), measure(read))
         write_card(target, dataclasses.replace(card, saved=saved))
-    tell_saved(target, saved)
+    tell_saved(target, saved, run)
     return saved
 
 
-def tell_saved(folder: str, saved: SavedWeights) -> None:
-    """Says in the log what is left of the training in a folder."""
+def tell_saved(folder: str, saved: SavedWeights, run: str) -> None:
+    """Says in the log what is left of the training in a folder, and which run has all of it."""
     log.info("%s: %s", folder, " ".join(saved.lines()))
     if saved.is_lossy():
         log.warning(
-            "%s: much of the training is lost in %s: `save_dtype: float32` keeps all of it, and so "
-            "does `mmpo convert --dtype float32` of the run's folder",
+            "%s: much of the training is lost or changed in %s: `save_dtype: float32` keeps "
+            "all of it, and so does `mmpo convert %s TARGET --dtype float32`",
             folder,
             saved.dtype.partition("_")[0],
+            run,
         )
 
 

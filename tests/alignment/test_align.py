@@ -17,6 +17,7 @@ from mmpo_jax import progress
 from mmpo_jax.alignment import align
 from mmpo_jax.alignment import round as round_module
 from mmpo_jax.alignment.align import run_alignment
+from mmpo_jax.checkpoint import load_start
 from mmpo_jax.data.records import ImageRef
 from mmpo_jax.errors import MmpoError
 from mmpo_jax.files import fingerprint_file, read_table
@@ -172,8 +173,10 @@ def test_a_second_call_does_nothing_again(finished, copy, tiny_folder, work_done
 
 
 @pytest.mark.slow
-def test_the_last_folder_alone_is_rounded(finished, copy, tiny_folder, work_done):
+def test_the_last_folder_alone_is_rounded(finished, copy, tiny_folder, work_done, monkeypatch):
     """Rounds go on from float32, so another dtype makes nothing again."""
+    save, told = align.save_weights, []
+    monkeypatch.setattr(align, "save_weights", lambda *a: (told.append(a[-1]), save(*a))[1])
     recipe = make_recipe(copy, tiny_folder)
     training = recipe.training.model_copy(update={"save_dtype": "bfloat16"})
     for _ in range(2):  # the second time it is there
@@ -185,6 +188,9 @@ def test_the_last_folder_alone_is_rounded(finished, copy, tiny_folder, work_done
         card = (copy / "model" / "README.md").read_text()
         assert "of the update is in the saved weights." in card
         assert "rewards/margins of " in card
+    (run,) = told  # which has it all, should much be lost
+    assert run == str(copy / "round-2" / "train")
+    load_start(run)
     assert not work_done
     run_alignment(recipe)
     assert files(copy) == files(finished[0])

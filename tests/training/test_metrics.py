@@ -1,6 +1,7 @@
 """Metrics of several steps: means over all that counts in any of them."""
 
 import json
+import math
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from mmpo_jax import cli
 from mmpo_jax.objectives.sums import WeightedSum
 from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.training import run as training_run
-from mmpo_jax.training.metrics import means, read_metrics
+from mmpo_jax.training.metrics import MetricsWriter, means, read_metrics
 
 LABELS = [True, False, False, False, False, True, False, False]
 
@@ -48,6 +49,19 @@ def test_margins_of_pairs_are_their_own():
     """Their mean is of other pairs where sides have no pair."""
     pairs = step(1, (2, 1), (1, 1)) | {"rewards/margins": WeightedSum(np.float32(3), np.float32(2))}
     assert means([pairs])["rewards/margins"] == 1.5
+
+
+def test_what_is_not_finite_is_null(tmp_path):
+    """Also after a restart, which writes the lines anew."""
+    for step in range(2):
+        writer = MetricsWriter(tmp_path, step - 1, 2)
+        writer.record(step, {"eval_loss": math.nan, "eval_kl": math.inf, "loss": 0.5})
+        writer.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    line = '"eval_loss": null, "eval_kl": null, "loss": 0.5}'
+    assert lines == [f'{{"step": {step}, {line}' for step in range(2)]
+    for row in read_metrics(tmp_path / "metrics.jsonl"):
+        assert math.isnan(row["eval_loss"]) and row["loss"] == 0.5
 
 
 @pytest.mark.slow

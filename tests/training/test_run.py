@@ -257,10 +257,11 @@ def test_the_reference_is_of_the_rows_that_the_run_will_see(make_recipe, tmp_pat
         run_training(make_recipe(rows, DPO, output=f"out{steps}", **options))
         table = read_table(tmp_path / f"out{steps}" / "reference.parquet")
         assert table.num_rows == seen
+        cut = int("0" in table["id"].to_pylist())
+        told = f"{cut} of {2 * seen} responses trained on lost their tail to the largest bucket"
+        assert caplog.messages[-1] == f"{told}, 24 tokens"
         first, *_ = read_metrics(tmp_path / f"out{steps}" / "metrics.jsonl")
         assert first["loss"] == pytest.approx(np.log(2), abs=1e-6)
-    told = "1 of 48 responses trained on lost their tail to the largest bucket, 24 tokens"
-    assert caplog.messages[-1] == told
     fewer = read_table(tmp_path / "out1" / "reference.parquet")["id"].to_pylist()
     assert set(fewer) < set(table["id"].to_pylist())
 
@@ -291,6 +292,9 @@ def test_given_log_probs_of_another_model_stop_the_run(make_recipe, tmp_path):
         recipe = make_recipe([row] * 8, DPO, output=f"noise{noise}", **options)
         if told is None:
             run_training(recipe)
+            options["reference"] = {"type": "given", "check": False}  # the same run
+            run_training(make_recipe([row] * 8, DPO, output=f"noise{noise}", **options))
+            options["reference"] = {"type": "given"}
             continue
         with pytest.raises(DataError, match=told):
             run_training(recipe)
@@ -312,3 +316,24 @@ def test_training_goes_on_from_a_run(make_recipe, tmp_path):
     theirs = flatten(load_model(from_folder)[1])
     for path, leaf in flatten(load_model(from_orbax)[1]).items():
         np.testing.assert_array_equal(leaf, theirs[path])
+
+
+def test_no_prompt_of_a_mixture_is_trained_on_and_held_out(make_recipe, tmp_path, caplog):
+    """Nor does a set with a single prompt end the run; it is on one side."""
+    colours = ("red", "blue", "green", "yellow")
+    rows = [{**PREFERENCE, "prompt": f"a {a} star {b} ?"} for a in colours for b in colours]
+    values = make_recipe(rows, DPO).model_dump(mode="json")
+    data = []
+    for number, some in enumerate([rows, rows[5:15] * 2, *([row] for row in rows[:8])]):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in some))
+        data.append({"source": "file", "path": str(path)})
+    recipe = TrainRecipe.model_validate(values | {"data": data, "validation": {"share": 0.5}})
+    found = training_data(recipe, load_start(recipe.model))
+    kept, held = ({r.prompt_ids.tobytes() for r in rows} for rows in (found.records, found.held))
+    assert kept and held and not kept & held
+    assert sum(part.size for part in found.parts) == len(found.records)
+    told = [f"data.{n}: all of its rows are held out, and none is trained on" for n in range(2, 10)]
+    gone = [message for message in told if message in caplog.messages]
+    assert 0 < len(gone) < 8
+    assert len(found.parts) == len(data) - len(gone)

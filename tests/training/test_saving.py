@@ -11,6 +11,7 @@ from jax.sharding import AxisType
 
 from mmpo_jax import cli
 from mmpo_jax.checkpoint import load_start
+from mmpo_jax.models.card import MARGIN, SavedWeights
 from mmpo_jax.models.huggingface import flatten, load_model, save_model
 from mmpo_jax.models.lora import merge_adapters
 from mmpo_jax.models.peft import with_adapter
@@ -18,6 +19,7 @@ from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.recipe import TrainRecipe
 from mmpo_jax.training import run as training_run
 from mmpo_jax.training.run import run_training
+from mmpo_jax.training.saving import tell_saved
 
 Q = "language_model/layers/self_attn/q_proj/kernel"
 ROWS = [
@@ -143,7 +145,27 @@ def test_what_rounding_leaves_is_measured_and_told(trained, caplog, dtype):
         assert share == pytest.approx(1, abs=0.3)
     if dtype == "bfloat16":
         assert share < 0.5
-        assert "much of the training is lost in bfloat16" in caplog.text
+        assert "much of the training is lost or changed in bfloat16" in caplog.text
+        assert f"`mmpo convert {recipe.output} TARGET --dtype float32`" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("survived", "of_run", "as_saved", "lossy"),
+    [
+        (1.0, -0.02, -0.02, False),
+        (1.0, -0.02, -0.001, True),
+        (1.0, -0.02, -0.03, True),
+        (1.0, 0.02, 0.0201, False),
+        (1.0, 0.02, 0.001, True),
+        (1.0, 0.0, 0.0, False),
+        (0.5, 0.02, 0.02, True),
+    ],
+)
+def test_what_is_warned_of(survived, of_run, as_saved, lossy, caplog):
+    saved = SavedWeights("bfloat16", survived, MARGIN, 4, of_run, as_saved)
+    assert saved.is_lossy() is lossy
+    tell_saved("out/model", saved, "out")
+    assert ("much of the training is lost or changed in bfloat16" in caplog.text) is lossy
 
 
 @pytest.mark.slow
@@ -162,4 +184,4 @@ def test_convert_rounds_last_and_tells_what_is_left(trained, tmp_path, caplog):
     assert {leaf.dtype for leaf in half.values()} == {np.dtype(ml_dtypes.bfloat16)}
     card = (tmp_path / "bfloat16" / "README.md").read_text()
     assert "of the update is in the saved weights." in card
-    assert "much of the training is lost in bfloat16" in caplog.text
+    assert "much of the training is lost or changed in bfloat16" in caplog.text
