@@ -86,7 +86,8 @@ def checkpoint_folders(name: str) -> list[str]:
     which they are merged.
 
     As in transformers with PEFT, a folder with a `config.json` and an adapter is the model in that
-    folder with that adapter, also where its weights are missing or cannot be read; of a repository of the hub the model is the one that the adapter names.
+    folder with that adapter, also where its weights are missing or cannot be read; of a
+    repository of the hub the model is the one that the adapter names.
 
     Raises:
       ModelError: one of them is not there, or an adapter is its own base.
