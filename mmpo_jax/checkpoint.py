@@ -22,8 +22,8 @@ from mmpo_jax.models.folders import is_on_hub, resolve_folder, side_files
 from mmpo_jax.models.huggingface import check_params, flatten, load_params, unflatten
 from mmpo_jax.models.lora import adapted_layers, merge_adapters, without_adapters
 from mmpo_jax.models.model import Model, Params, load_config
-from mmpo_jax.models.peft import base_model, is_adapter_folder, with_adapter
-from mmpo_jax.models.safetensors_files import all_finite, has_weights
+from mmpo_jax.models.peft import base_model, has_model, is_adapter_folder, with_adapter
+from mmpo_jax.models.safetensors_files import all_finite
 from mmpo_jax.parallel.mesh import param_shardings, put_params
 from mmpo_jax.training.checkpoints import (
     checkpoint_shapes,
@@ -85,15 +85,16 @@ def checkpoint_folders(name: str) -> list[str]:
     """The folders a checkpoint is made of: the model's, then those of adapters, in the order in
     which they are merged.
 
-    As in transformers with PEFT, a folder with a whole model and an adapter is that model with that
-    adapter; of a repository of the hub the model is the one that the adapter names.
+    As in transformers with PEFT, a folder with a `config.json` and an adapter is the model in that
+    folder with that adapter, also where its weights are missing or cannot be read; of a
+    repository of the hub the model is the one that the adapter names.
 
     Raises:
       ModelError: one of them is not there, or an adapter is its own base.
     """
     folders = [resolve_folder(name)]
     while is_adapter_folder(folders[0]):
-        if not is_on_hub(name) and has_weights(folders[0]):
+        if not is_on_hub(name) and has_model(folders[0]):
             return [folders[0], *folders]
         try:
             name = base_model(folders[0])

@@ -53,6 +53,8 @@ from mmpo_jax.training.saving import MODEL, save_result
 
 log = logging.getLogger(__name__)
 
+CONQUER_RULES = 2
+"""Part of the key of verdicts: changes with how the labeler is asked."""
 COMBINE_RULES = 2
 """Part of the key of pairs: changes with what makes them."""
 
@@ -184,7 +186,7 @@ def conquer_stage(
         "labeler": labeler_key,
         "images": fingerprint_items([i.fingerprint() for i in r.images] for r in work.records),
     }
-    settings = {"suffix": feedback.suffix}
+    settings = {"rules": CONQUER_RULES, "suffix": feedback.suffix}
     return work.run(work.stage("conquer", inputs, settings, work.num_parts), make_part)
 
 

@@ -23,8 +23,8 @@ from mmpo_jax.shapes.metrics import caption_metrics
 GREEDY, SAMPLED = 0.0, 1.0
 """Temperatures of the two decodings."""
 
-VERSION = 2
-"""Of what the metrics mean: part of the key of saved ones."""
+VERSION = 3
+"""Of what the metrics mean and how they are computed: part of the key of saved ones."""
 
 
 def evaluate_shapes(

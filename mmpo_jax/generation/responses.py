@@ -28,6 +28,9 @@ from mmpo_jax.stage import Stage, run_stage
 PROMPTS_PER_PART = 256
 """A kill loses at most this many prompts' worth of a stage."""
 
+GENERATE_RULES = 2
+"""Part of the key of responses: changes with what makes them or what is written of them."""
+
 GENERATED = pa.schema(
     [
         ("prompt_id", pa.string()),
@@ -207,6 +210,7 @@ def generate_stage(
             **processor.fingerprints(),
         },
         settings={
+            "rules": GENERATE_RULES,
             "decoding": dataclasses.asdict(decoding),
             "seed": seed,
             "round": round_index,

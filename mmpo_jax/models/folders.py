@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import glob
 import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from etils import epath
@@ -99,15 +102,19 @@ def _bucket_folder(name: str) -> str:
 
 
 def _download(name: str, repository: str, revision: str | None) -> str:
-    """Config, processor and safetensors files of a repository; never pickles or code."""
+    """Config, processor and safetensors files of a repository, also those that its config names;
+    never pickles or code."""
     weights = "model*.safetensors*", ADAPTER_CONFIG, ADAPTER_WEIGHTS
+    fetch = functools.partial(
+        huggingface_hub.snapshot_download,
+        repository,
+        revision=revision,
+        ignore_patterns=["*/*"],
+    )
     try:
-        return huggingface_hub.snapshot_download(
-            repository,
-            revision=revision,
-            allow_patterns=["config.json", *PROCESSOR_FILES, *weights],
-            ignore_patterns=["*/*"],
-        )
+        config = read_json(os.path.join(fetch(allow_patterns=["config.json"]), "config.json"))
+        named = _named_weights(config.get("transformers_weights"))
+        return fetch(allow_patterns=["config.json", *PROCESSOR_FILES, *weights, *named])
     except (
         huggingface_hub.errors.RepositoryNotFoundError,
         huggingface_hub.errors.RevisionNotFoundError,
@@ -128,6 +135,19 @@ def _download(name: str, repository: str, revision: str | None) -> str:
             f"{name}: no such folder here, nothing of that name in the hub's cache, and the hub "
             f"cannot be reached: {first_line}"
         ) from error
+
+
+def _named_weights(named: Any) -> list[str]:
+    """Patterns of the safetensors files that a config names as `transformers_weights`: the file,
+    or an index and what it may name."""
+    if not isinstance(named, str):
+        return []
+    stem, ending, _ = named.partition(".safetensors")
+    if named == stem + ".safetensors.index.json":
+        ending = "*.safetensors*"
+    elif named != stem + ".safetensors":
+        return []  # a pickle for instance, which is never loaded
+    return [glob.escape(stem) + ending]
 
 
 def side_files(folder: str) -> str:

@@ -33,7 +33,6 @@ from mmpo_jax.models.lora import SCALE, A, B, adapted_layers, dense_layers
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.safetensors_files import (
     NewTensor,
-    has_weights,
     read_header,
     read_tensor,
 )
@@ -58,6 +57,12 @@ INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 def is_adapter_folder(folder: str | os.PathLike[str]) -> bool:
     return (epath.Path(folder) / CONFIG_FILE).exists()
+
+
+def has_model(folder: str | os.PathLike[str]) -> bool:
+    """Whether an adapter's folder is a model's too, by its `config.json`, as transformers decides;
+    whether there are weights that can be read is not asked."""
+    return (epath.Path(folder) / "config.json").exists()
 
 
 def read_adapter_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -124,7 +129,7 @@ def load_adapter(folder: str | os.PathLike[str], model: Model) -> dict[str, np.n
     file = os.path.join(folder, WEIGHTS_FILE)
     if not epath.Path(file).exists():
         told = f"{file}: not found; adapters are read from safetensors files only"
-        if has_weights(folder):
+        if has_model(folder):
             told += f". If the model beside it has the adapter merged into it, remove {CONFIG_FILE}"
         raise ModelError(told)
     shapes = dense_layers(model)

@@ -105,12 +105,6 @@ def weight_files(folder: str | os.PathLike[str]) -> list[str]:
     return [os.fspath(root / name) for name in names]
 
 
-def has_weights(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder holds a whole model's config and safetensors files."""
-    root = epath.Path(folder)
-    return (root / "config.json").exists() and (root / _chosen_file(root)[0]).exists()
-
-
 def _chosen_file(root: epath.Path) -> tuple[str, str | None]:
     """(the file or index to read, what names it if not custom).
 

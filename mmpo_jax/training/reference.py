@@ -29,6 +29,8 @@ from mmpo_jax.stage import Stage, run_stage
 from mmpo_jax.training.losses import sum_log_probs
 
 ROWS_PER_PART = 256
+SCORE_RULES = 2
+"""Part of the key of log-probs: changes with how they are computed of the same rows."""
 NATS, NATS_PER_TOKEN = 0.5, 0.1
 """How far a given log-prob may be from the model's."""
 STATIC = ("model", "compute_dtype", "per_token", "temperature")
@@ -136,7 +138,11 @@ def score_stage(
             "rows": fingerprint_records(records),
             **processor.fingerprints(),
         },
-        settings={"compute_dtype": compute_dtype, "per_token": per_token},
+        settings={
+            "rules": SCORE_RULES,
+            "compute_dtype": compute_dtype,
+            "per_token": per_token,
+        },
         num_parts=max(1, -(-len(records) // ROWS_PER_PART)),
     )
     placed = functools.cache(lambda: put_params(params, model.rules, mesh))

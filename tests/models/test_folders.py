@@ -143,6 +143,42 @@ def test_a_hub_id(name, repository, revision, tiny_folder, tiny_model, mesh, mon
     ]
 
 
+@pytest.mark.parametrize(
+    ("named", "kept"),
+    [
+        ("consolidated.safetensors", ["consolidated.safetensors"]),
+        (
+            "other.safetensors.index.json",
+            ["other.safetensors.index.json", "other-00001-of-00001.safetensors"],
+        ),
+        ("pytorch_model.bin", []),
+        ("*.safetensors", []),
+        (["consolidated.safetensors"], []),
+    ],
+)
+def test_weights_that_a_repository_names(named, kept, tmp_path, monkeypatch):
+    """Its config comes first; what that names as `transformers_weights` is downloaded too."""
+    asked = []
+
+    def snapshot_download(repo_id, **options):
+        asked.append(options)
+        (tmp_path / "config.json").write_text(json.dumps({"transformers_weights": named}))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    resolve_folder("org/name")
+    assert asked[0]["allow_patterns"] == ["config.json"]
+    files = [
+        "consolidated.safetensors",
+        "other.safetensors.index.json",
+        "other-00001-of-00001.safetensors",
+        "pytorch_model.bin",
+        "deep/consolidated.safetensors",
+    ]
+    options = {key: asked[-1][key] for key in ("allow_patterns", "ignore_patterns")}
+    assert list(huggingface_hub.utils.filter_repo_objects(files, **options)) == kept
+
+
 def test_a_folder_comes_before_the_hub(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
     shutil.copytree(tiny_folder, tmp_path / "org" / "name")

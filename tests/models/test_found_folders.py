@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 import tiny
 
-from mmpo_jax.checkpoint import load_start
+from mmpo_jax.checkpoint import checkpoint_folders, load_start
 from mmpo_jax.convert import convert
 from mmpo_jax.models.config import ModelError
 from mmpo_jax.models.fingerprints import fingerprint_model
@@ -174,3 +174,24 @@ def test_random_weights_of_a_tied_config_without_files(tmp_path):
     tied = tiny.make_folder(tmp_path / "tied", tiny.make_config(tie_word_embeddings=True))
     (tied / SINGLE_FILE).unlink()
     assert load_start(str(tied), random_seed=0).model.config.decoder.tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    ("left", "changes", "told"),
+    [
+        ("pytorch_model.bin", {}, r"there is pytorch_model\.bin, a pickle"),
+        (None, {}, r"model\.safetensors: not found; weights are read from safetensors files only"),
+        (None, {"transformers_weights": "other.safetensors"}, r"other\.safetensors: not found"),
+    ],
+)
+def test_a_model_beside_an_adapter_is_never_another(folder, tiny_folder, left, changes, told):
+    """Where its weights cannot be read, the base that the adapter names does not stand in."""
+    base = {"base_model_name_or_path": str(tiny_folder), "peft_type": "LORA"}
+    (folder / "adapter_config.json").write_text(json.dumps(base))
+    (folder / SINGLE_FILE).unlink()
+    if left:
+        (folder / left).write_bytes(b"")
+    change_config(folder, **changes)
+    assert checkpoint_folders(str(folder)) == [str(folder)] * 2
+    with pytest.raises(ModelError, match=told):
+        load_start(str(folder))
