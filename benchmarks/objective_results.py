@@ -85,7 +85,7 @@ class Bench:
         )
         rows, _ = tokenize_records(source.records, self.start.processor, self.evaluation.lengths)
         # As the recipes hold out: by the picture and the prompt, hence the same in all files.
-        self.held = hold_out(rows, 0.1)[1]
+        self.held = hold_out([rows], 0.1)[0][1]
         self.reference = self.score(self.start)
 
     def run(self, path: str | None, overrides: Sequence[str] = ()) -> tuple[str, Result]:

@@ -155,7 +155,7 @@ class TrainingData:
 
     records: list[TokenizedRecord]
     parts: list[Part]
-    """The data sets that stand one after another in `records`."""
+    """The data sets that stand one after another in `records`, but for those wholly held out."""
     held: list[TokenizedRecord]
 
 
@@ -166,20 +166,26 @@ def training_data(recipe: TrainRecipe, start: Checkpoint) -> TrainingData:
       DataError: too many rows of one of them cannot be used.
       MmpoError: a share cannot be held out, as there is only one prompt.
     """
-    records: list[TokenizedRecord] = []
-    held: list[TokenizedRecord] = []
-    parts = []
+    several = len(recipe.data) > 1
+    sets = []
     for number, data in enumerate(recipe.data):
-        several = len(recipe.data) > 1
         name = f"{number}." if several else ""
         rows = usable_rows(recipe, data, start, name + SKIPPED)
         if several:  # ids are unique in one file
             rows = [_prefixed(row, number) for row in rows]
-        if recipe.validation is not None and recipe.validation.share is not None:
-            rows, others = hold_out(rows, recipe.validation.share)
-            held += others
-        parts.append(Part(len(rows), data.weight))
-        records += rows
+        sets.append(rows)
+    held: list[TokenizedRecord] = []
+    if recipe.validation is not None and recipe.validation.share is not None:
+        sides = hold_out(sets, recipe.validation.share)
+        sets = [rows for rows, _ in sides]
+        held = [row for _, others in sides for row in others]
+    parts = []
+    for number, (rows, data) in enumerate(zip(sets, recipe.data, strict=True)):
+        if rows:
+            parts.append(Part(len(rows), data.weight))
+        else:
+            log.warning("data.%d: all of its rows are held out, and none is trained on", number)
+    records = [row for rows in sets for row in rows]
     if recipe.validation is not None and recipe.validation.data is not None:
         held = usable_rows(recipe, recipe.validation.data, start, f"{VALIDATION}.{SKIPPED}")
         log.info("held out: %d rows of other data", len(held))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -178,48 +180,46 @@ def _without_prompts(batch: TrainBatch) -> TrainBatch:
 
 
 def hold_out(
-    records: Sequence[TokenizedRecord], share: float
-) -> tuple[list[TokenizedRecord], list[TokenizedRecord]]:
-    """(rows to train on, rows held out), the same for the same rows in any order.
+    sets: Sequence[Sequence[TokenizedRecord]], share: float
+) -> list[tuple[list[TokenizedRecord], list[TokenizedRecord]]]:
+    """(rows to train on, rows held out) of every data set, whatever the order of rows and sets.
 
-    Rows with one prompt about the same images fall on the same side, so that nothing is validated
-    on what was trained. Prompts are gone through in the order of their digests, and one is held out
-    where that brings the number of held-out rows closer to the share; at least one is held out, and
-    at least one left.
+    Rows with one prompt about the same images fall on the same side, in whichever sets they are, so
+    that nothing is validated on what was trained. Prompts are gone through in the order of their
+    digests, and one is held out where that brings the number of held-out rows closer to the share
+    of all rows; at least one is held out, and at least one left. Of a small set all rows may be on
+    one side.
 
     Raises:
       MmpoError: all rows have the same prompt.
     """
-    prompts: dict[str, list[int]] = {}
-    for place, record in enumerate(records):
-        prompts.setdefault(_prompt_digest(record), []).append(place)
-    if len(prompts) < 2:
+    digests = [[_prompt_digest(record) for record in records] for records in sets]
+    sizes = collections.Counter(itertools.chain.from_iterable(digests))
+    total = sizes.total()
+    if len(sizes) < 2:
         raise MmpoError(
-            f"validation.share: all {len(records)} rows have one prompt, which stays on one side; "
+            f"validation.share: all {total} rows have one prompt, which stays on one side; "
             "give `validation.data` instead"
         )
-    wanted, count, chosen = share * len(records), 0, []
-    for digest in sorted(prompts):
-        more = count + len(prompts[digest])
+    wanted, count, chosen = share * total, 0, set()
+    for digest in sorted(sizes):
+        more = count + sizes[digest]
         if abs(more - wanted) < abs(count - wanted):
-            chosen.append(digest)
+            chosen.add(digest)
             count = more
-    by_size = sorted(prompts, key=lambda digest: (len(prompts[digest]), digest))
+    smallest = min(sizes, key=lambda digest: (sizes[digest], digest))
     if not chosen:
-        chosen = by_size[:1]
-    elif len(chosen) == len(prompts):
-        chosen.remove(by_size[0])
-    held = {place for digest in chosen for place in prompts[digest]}
+        chosen.add(smallest)
+    elif len(chosen) == len(sizes):
+        chosen.remove(smallest)
+    held = sum(sizes[digest] for digest in chosen)
     log.info(
-        "held out: %d of %d rows, which is %d of %d prompts",
-        len(held),
-        len(records),
-        len(chosen),
-        len(prompts),
+        "held out: %d of %d rows, which is %d of %d prompts", held, total, len(chosen), len(sizes)
     )
-    sides: tuple[list[TokenizedRecord], list[TokenizedRecord]] = ([], [])
-    for place, record in enumerate(records):
-        sides[place in held].append(record)
+    sides: list[tuple[list[TokenizedRecord], list[TokenizedRecord]]] = [([], []) for _ in sets]
+    for side, records, of_set in zip(sides, sets, digests, strict=True):
+        for record, digest in zip(records, of_set, strict=True):
+            side[digest in chosen].append(record)
     return sides
 
 

@@ -165,15 +165,15 @@ def test_an_unknown_metric(train, capsys):
 
 
 def test_a_share_of_the_training_data():
-    """Rows of one prompt fall on one side; which, depends on nothing else."""
+    """Rows of one prompt fall on one side, the same one whatever the order of the rows."""
     with_prompts = [
         TokenizedRecord(str(n), np.int32([1, n // 2, 5]), (), (), ()) for n in range(2000)
     ]
-    kept, held = hold_out(with_prompts, 0.25)
+    [(kept, held)] = hold_out([with_prompts], 0.25)
     assert len(kept) + len(held) == 2000
     assert 0.2 < len(held) / 2000 < 0.3
     assert not {int(r.prompt_ids[1]) for r in kept} & {int(r.prompt_ids[1]) for r in held}
-    assert hold_out(with_prompts[::-1], 0.25)[1] == held[::-1]
+    assert hold_out([with_prompts[::-1]], 0.25)[0][1] == held[::-1]
 
 
 def rows_of_prompts(sizes):
@@ -190,7 +190,7 @@ def rows_of_prompts(sizes):
 def test_a_share_is_met_within_one_prompt(sizes, share, caplog):
     caplog.set_level(logging.INFO)
     records = rows_of_prompts(sizes)
-    kept, held = hold_out(records, share)
+    [(kept, held)] = hold_out([records], share)
     assert kept and held
     assert len(held) + len(kept) == len(records)
     assert abs(len(held) - share * len(records)) <= max(sizes)
@@ -204,9 +204,24 @@ def test_a_share_is_met_within_one_prompt(sizes, share, caplog):
     )
 
 
+@pytest.mark.parametrize("share", [0.05, 0.25, 0.5])
+def test_no_prompt_is_on_both_sides_of_a_mixture(share):
+    """Sets that share prompts, of other sizes, and one that has a single prompt."""
+    sets = [rows_of_prompts([1] * 40), rows_of_prompts([3] * 15), rows_of_prompts([2])]
+    sides = hold_out(sets, share)
+    kept, held = (
+        {int(record.prompt_ids[1]) for side in sides for record in side[place]} for place in (0, 1)
+    )
+    assert kept and held and not kept & held
+    assert [len(kept) + len(held) for kept, held in sides] == [40, 45, 2]
+    assert abs(sum(len(held) for _, held in sides) - share * 87) <= 6
+    swapped = hold_out([rows[::-1] for rows in sets[::-1]], share)
+    assert [(k[::-1], h[::-1]) for k, h in swapped[::-1]] == sides
+
+
 def test_one_prompt_has_no_share():
     with pytest.raises(MmpoError, match="all 3 rows have one prompt"):
-        hold_out(rows_of_prompts([3]), 0.5)
+        hold_out([rows_of_prompts([1]), rows_of_prompts([2])], 0.5)
 
 
 def test_the_first_of_several_best_rows():

@@ -27,6 +27,7 @@ from mmpo_jax.data.formats.writing import (
     Writer,
     chosen_and_rejected,
     messages,
+    template_columns,
     with_extra,
 )
 from mmpo_jax.data.records import Record, Response, Turn
@@ -65,7 +66,7 @@ def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
 
 def _write(record: Record, writer: Writer) -> dict[str, Any]:
     row: dict[str, Any] = {"id": record.id, **writer.media(record, rates=False)}
-    row |= record.template
+    row |= template_columns(record, as_text=writer.embed == "bytes")
     if record.source is not None:
         row["source"] = record.source
     turns, responses = record.prompt, record.responses

@@ -24,6 +24,7 @@ from mmpo_jax.data.formats.writing import (
     Writer,
     chosen_and_rejected,
     messages,
+    template_columns,
     with_extra,
 )
 from mmpo_jax.data.records import Record, Response
@@ -71,7 +72,7 @@ def _texts(turns: Turns) -> list[tuple[str, str]]:
 
 def _write(record: Record, writer: Writer) -> dict[str, Any]:
     row: dict[str, Any] = {"id": record.id, **writer.media(record, rates=False)}
-    row |= record.template
+    row |= template_columns(record, as_text=writer.embed == "bytes")
     if record.source is not None:
         row["source"] = record.source
     if record.ranked:

@@ -42,6 +42,7 @@ from mmpo_jax.data.formats.writing import (
     Writer,
     chosen_and_rejected,
     messages,
+    template_columns,
     with_extra,
 )
 from mmpo_jax.data.records import SCORE, Record
@@ -222,7 +223,8 @@ def read_tokens(value: Any) -> tuple[int, ...] | None:
 
 
 def _write(record: Record, writer: Writer) -> dict[str, Any]:
-    row: dict[str, Any] = {"id": record.id, **writer.media(record), **record.template}
+    row: dict[str, Any] = {"id": record.id, **writer.media(record)}
+    row |= template_columns(record, as_text=writer.embed == "bytes")
     if record.source is not None:
         row["source"] = record.source
     responses = record.responses

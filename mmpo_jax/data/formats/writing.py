@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import json
 import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -241,6 +242,25 @@ def _tagged(turn: Turn, kinds: Collection[Medium]) -> str:
         else (re.sub(rf"({literal})", r"\\\1", piece) if literal else piece)
         for piece in pieces
     )
+
+
+def template_columns(record: Record, *, as_text: bool = False) -> dict[str, Any]:
+    """The columns of a record's arguments of the chat template, as `template_arguments` reads them.
+
+    Args:
+      record: with the arguments.
+      as_text: as JSON text; columns of Parquet give every object the keys of all.
+    """
+    lists = {
+        name: value
+        for name, value in record.template.items()
+        if name in ("tools", "documents") and isinstance(value, list) and value
+    }
+    others = {name: value for name, value in record.template.items() if name not in lists}
+    columns: dict[str, Any] = {**lists, "chat_template_kwargs": others} if others else lists
+    if not as_text:
+        return columns
+    return {name: json.dumps(value, ensure_ascii=False) for name, value in columns.items()}
 
 
 def with_extra(row: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
