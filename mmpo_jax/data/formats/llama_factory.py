@@ -81,13 +81,15 @@ def _write(record: Record, writer: Writer) -> dict[str, Any]:
             row["kto_tag"] = responses[0].desirable
     elif responses:
         raise CannotHold("responses", detail=f"{len(responses)} of them without ranks")
-    row["conversations"] = _conversation(record, turns, front=True)
+    row["conversations"] = _conversation(record, turns)
     return with_extra(row, record.extra)
 
 
-def _conversation(record: Record, turns: tuple[Turn, ...], front: bool) -> list[dict[str, Any]]:
+def _conversation(
+    record: Record, turns: tuple[Turn, ...], behind: tuple[Turn, ...] = ()
+) -> list[dict[str, Any]]:
     written = []
-    for message in messages(turns, record, tags=True, front=front):
+    for message in messages(turns, record, behind=behind, tags=True, front=True):
         role, text = message.pop("role"), message.pop("content")
         written.append({"from": _SPEAKERS.get(role, role), "value": text, **message})
     return written
@@ -97,7 +99,7 @@ def _one(record: Record, response: Response) -> dict[str, Any]:
     if len(response.turns) != 1:
         detail = f"{len(response.turns)} turns; chosen and rejected are one message"
         raise CannotHold("responses", detail=detail)
-    return _conversation(record, response.turns, front=False)[0]
+    return _conversation(record, response.turns, record.prompt)[0]
 
 
 FORMAT = Format(

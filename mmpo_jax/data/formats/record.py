@@ -160,7 +160,8 @@ def _write_response(response: Response, record: Record, writer: Writer) -> dict[
     if response.images is not None:
         record = dataclasses.replace(record, images=response.images)
     said = functools.partial(messages, record=record, tags=writer.embed == "bytes")
-    written: dict[str, Any] = {"turns": said(response.turns)}
+    before = record.prompt if response.prompt is None else response.prompt
+    written: dict[str, Any] = {"turns": said(response.turns, behind=before)}
     if not response.finished:
         written["finished"] = False
     for name in ("rank", "critique", "desirable", "log_prob"):

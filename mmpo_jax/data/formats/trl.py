@@ -231,20 +231,25 @@ def _write(record: Record, writer: Writer) -> dict[str, Any]:
     # A column of Parquet cannot hold texts in one row and parts in another.
     said = functools.partial(messages, record=record, tags=writer.embed == "bytes")
     if not record.prompt and len(responses) == 1:
-        return with_extra(row | {"messages": said(responses[0].turns)}, record.extra)
+        return with_extra(
+            row | {"messages": said(responses[0].turns, behind=record.prompt)}, record.extra
+        )
     if record.prompt:
         row["prompt"] = said(record.prompt)
     if any(response.scores for response in responses):
         row |= _written_scores(record)
     if record.ranked:
         chosen, rejected = chosen_and_rejected(record)
-        row |= {"chosen": said(chosen.turns), "rejected": said(rejected.turns)}
+        row |= {
+            "chosen": said(chosen.turns, behind=record.prompt),
+            "rejected": said(rejected.turns, behind=record.prompt),
+        }
     elif len(responses) == 1 and responses[0].finished and responses[0].token_ids is None:
-        row["completion"] = said(responses[0].turns)
+        row["completion"] = said(responses[0].turns, behind=record.prompt)
         if responses[0].desirable is not None:
             row["label"] = responses[0].desirable
     elif responses:
-        row["responses"] = [said(response.turns) for response in responses]
+        row["responses"] = [said(response.turns, behind=record.prompt) for response in responses]
         row["finished"] = [response.finished for response in responses]
         if any(response.token_ids is not None for response in responses):
             row["response_ids"] = [r.token_ids and list(r.token_ids) for r in responses]
