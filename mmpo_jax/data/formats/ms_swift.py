@@ -57,7 +57,7 @@ def _rejected(row: Row, media: MediaFolder, prompt: Turns, chosen: Turns) -> Ans
     if "rejected_messages" in row:
         turns = with_system(row, parse_turns(row["rejected_messages"], "user"))
         theirs, answer = split_last_answer(turns)
-        own_prompt = None if _texts(theirs) == _texts(prompt) else theirs
+        own_prompt = None if _said(theirs) == _said(prompt) else theirs
     elif "rejected_response" in row:
         answer = parse_turns(row["rejected_response"], "assistant")
     fields: dict[str, Any] = {"rank": 2}
@@ -66,8 +66,9 @@ def _rejected(row: Row, media: MediaFolder, prompt: Turns, chosen: Turns) -> Ans
     return Answer(answer, own_prompt, fields)
 
 
-def _texts(turns: Turns) -> list[tuple[str, str]]:
-    return [(turn.role, turn.text) for turn in turns]
+def _said(turns: Turns) -> list[Any]:
+    """What turns say and show; a text alone is what it is as a part."""
+    return [(turn.role, turn.pieces, turn.keys) for turn in turns]
 
 
 def _write(record: Record, writer: Writer) -> dict[str, Any]:

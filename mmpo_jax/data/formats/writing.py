@@ -244,14 +244,13 @@ def _dialogues(record: Record) -> list[tuple[Turn, ...]]:
     """The turns that are read together: a prompt and a response, and the prompt by itself."""
     found = [record.prompt]
     for response in record.responses:
-        found.append(
-            (*(record.prompt if response.prompt is None else response.prompt), *response.turns)
-        )
+        prompt = record.prompt if response.prompt is None else response.prompt
+        found.append((*prompt, *response.turns))
     return found
 
 
 def _breaks(turns: Sequence[Turn], *, tagged: bool) -> bool:
-    """Whether a line break stands behind some medium, of turns that are `tagged` or that are not."""
+    """Whether a line break is behind some medium in turns that are `tagged`, or that are not."""
     return any(
         isinstance(first, Medium) and isinstance(second, str) and second.startswith("\n")
         for turn in turns
