@@ -1,6 +1,9 @@
 """Rankings out of the pairs of a prompt, where what they say fits together."""
 
 import dataclasses
+import graphlib
+import itertools
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -47,13 +50,14 @@ class Joined:
 def join_pairs(records: Iterable[Record]) -> Joined:
     """Joins ranked rows about one prompt into one ranking each.
 
-    Rows belong together that have the same prompt (system included), images, videos, other images,
-    source and answer. Equal responses are one. A row's ranks say which of two is better and which
-    are tied; better carries over from row to row. Where every two responses are then either tied,
-    or one is better and nothing says the reverse, the ranks are the places in that order; if not,
-    the rows of that prompt stay as they are: equal ranks are a statement, which some objectives
-    learn from, and no word for responses that nothing compares. Rows whose responses have images,
-    prompts or marked spans of their own always do, as do those with one response.
+    Rows belong together that have the same prompt (system included), arguments of the chat
+    template, images, videos, other images, source and answer. Equal responses are one. A row's
+    ranks say which of two is better and which are tied; better carries over from row to row. Where
+    every two responses are then either tied, or one is better and nothing says the reverse, the
+    ranks are the places in that order; if not, the rows of that prompt stay as they are: equal
+    ranks are a statement, which some objectives learn from, and no word for responses that nothing
+    compares. Rows whose responses have images, prompts or marked spans of their own always do, as
+    do those with one response.
 
     Fields of a response are kept where all its rows agree; a score is kept if it does for all
     responses. Other columns are kept where they agree. The ranking has the first row's id.
@@ -99,6 +103,7 @@ def _prompt_key(record: Record) -> Any:
         tuple((tuple(map(_image_key, video.frames)), video.fps) for video in record.videos),
         None if others is None else tuple(map(_image_key, others)),
         record.source,
+        json.dumps(record.template, sort_keys=True, default=repr),
         repr([record.extra.get(name) for name in ANSWERS]),
     )
 
@@ -119,33 +124,50 @@ def _statements(record: Record) -> list[tuple[Any, int]]:
 
 def _ranks(rows: Sequence[Sequence[tuple[Any, int]]]) -> dict[Any, int] | str:
     """Response -> rank, from 1, by what all rows say; else why there is no such order."""
-    places: dict[Any, int] = {}
-    for row in rows:
-        for response, _ in row:
-            places.setdefault(response, len(places))
-    count = len(places)
-    # at_least[a][b]: a is as good as b or better; strictly[a][b]: better.
-    at_least = [[a == b for b in range(count)] for a in range(count)]
-    better = [[False] * count for _ in range(count)]
-    for row in rows:
-        for one, rank in row:
-            for other, lower in row:
-                a, b = places[one], places[other]
-                at_least[a][b] |= rank <= lower
-                better[a][b] |= rank < lower
-    for middle in range(count):
-        for a in range(count):
-            if at_least[a][middle]:
-                for b in range(count):
-                    at_least[a][b] |= at_least[middle][b]
-    if any(better[a][b] and at_least[b][a] for a in range(count) for b in range(count)):
+    ordered = [sorted(row, key=lambda entry: entry[1]) for row in rows]
+    neighbours = [both for row in ordered for both in itertools.pairwise(row)]
+    ties = _Ties(response for row in rows for response, _ in row)
+    for (one, rank), (other, lower) in neighbours:
+        if rank == lower:
+            ties.join(one, other)
+    order: graphlib.TopologicalSorter[Any] = graphlib.TopologicalSorter()
+    for response in ties.above:
+        order.add(ties.of(response))
+    for (one, rank), (other, lower) in neighbours:
+        if rank == lower:
+            continue
+        if ties.of(one) == ties.of(other):
+            return "contradicting"
+        order.add(ties.of(other), ties.of(one))
+    try:
+        order.prepare()
+    except graphlib.CycleError:
         return "contradicting"
-    if not all(at_least[a][b] or at_least[b][a] for a in range(count) for b in range(count)):
-        return "incomparable"
-    # With all comparable, those that are strictly above stand in as many classes of ties.
-    above = [sum(at_least[b][a] and not at_least[a][b] for b in range(count)) for a in range(count)]
-    levels = {size: level for level, size in enumerate(sorted(set(above)), start=1)}
-    return {response: levels[above[place]] for response, place in places.items()}
+    levels: dict[Any, int] = {}
+    while order.is_active():
+        best = order.get_ready()
+        if len(best) > 1:  # nothing says which of them is better
+            return "incomparable"
+        levels[best[0]] = len(levels) + 1
+        order.done(*best)
+    return {response: levels[ties.of(response)] for response in ties.above}
+
+
+class _Ties:
+    """Classes of responses that are tied, each with one of them as its name (union-find)."""
+
+    def __init__(self, responses: Iterable[Any]):
+        self.above = {response: response for response in responses}
+
+    def of(self, response: Any) -> Any:
+        """The name of a response's class."""
+        while self.above[response] != response:
+            self.above[response] = response = self.above[self.above[response]]
+        return response
+
+    def join(self, one: Any, other: Any) -> None:
+        """Makes one class of two."""
+        self.above[self.of(other)] = self.of(one)
 
 
 def _join(group: Sequence[Record], ranks: Mapping[Any, int]) -> tuple[Record, bool]:
@@ -177,7 +199,9 @@ def _join(group: Sequence[Record], ranks: Mapping[Any, int]) -> tuple[Record, bo
         for name, value in first.extra.items()
         if name == ID or all(repr(record.extra.get(name)) == repr(value) for record in group)
     }
-    return dataclasses.replace(first, responses=tuple(responses), extra=extra), agreed
+    left_out = tuple(one for record in group for one in record.left_out)
+    joined = dataclasses.replace(first, responses=tuple(responses), extra=extra, left_out=left_out)
+    return joined, agreed
 
 
 def _scores(responses: Sequence[Response], name: str) -> set[float]:

@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import IO, Any, cast
 
@@ -73,7 +74,7 @@ def numbered_rows(
             for number, row in _READERS[_ending(file.name)](file):
                 yield done + number, row
             done += number
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"cannot read {name}: {reason}") from error
 

@@ -8,12 +8,14 @@ drops the row; an over-long response loses its tail.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mmpo_jax.data.chat_template import TemplateRefusal
+from mmpo_jax.data.control_tokens import has_stand_ins
 from mmpo_jax.data.dialogues import Segment, dialogue_of, segments
 from mmpo_jax.data.processor import MediaError, Processor
 from mmpo_jax.data.readers import SkippedRow
@@ -110,9 +112,13 @@ def tokenize(
         what stands up to the images does.
 
     Raises:
-      RowRejected: the prompt is longer than `max_prompt`, the model cannot take an image, or a
-        response has nothing to learn.
+      RowRejected: the prompt is longer than `max_prompt`, the model cannot take an image, a
+        response has nothing to learn, or a text has characters that stand for control tokens.
     """
+    if _has_stand_ins(record):
+        raise RowRejected(
+            "bad_text", "a character from U+10F000 to U+10FFFD, which stand for control tokens"
+        )
     if any(response.images is not None for response in record.responses):
         raise RowRejected("own_images", "a response has images of its own")
     if any(response.prompt is not None for response in record.responses):
@@ -169,6 +175,14 @@ def tokenize(
         shows_later=any(np.isin(r.ids, processor.placeholders).any() for r in responses),
         left_out=tuple(place for place, *_ in record.left_out),
     )
+
+
+def _has_stand_ins(record: Record) -> bool:
+    """Whether anything that is rendered has the characters of `control_tokens`."""
+    turns = [*record.prompt, *(turn for response in record.responses for turn in response.turns)]
+    said = [record.template, *(turn.keys for turn in turns)]
+    others = (json.dumps(value, ensure_ascii=False, default=str) for value in said if value)
+    return any(map(has_stand_ins, (*(turn.text for turn in turns), *others)))
 
 
 Tokenize = Callable[[Record, Processor, int, int], TokenizedRecord]

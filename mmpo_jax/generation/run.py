@@ -7,7 +7,7 @@ from typing import Any
 
 from mmpo_jax.checkpoint import load_checkpoint
 from mmpo_jax.data.batching import fitting_lengths
-from mmpo_jax.data.formats.writing import messages
+from mmpo_jax.data.formats.writing import messages, template_columns
 from mmpo_jax.data.records import Record
 from mmpo_jax.data.results import Results
 from mmpo_jax.data.sources import load_source, usable_records
@@ -73,7 +73,7 @@ def _line(record: Record, responses: list[dict[str, Any]], results: Results) -> 
         ]
     said = messages(record.prompt, record)
     plain = len(said) == 1 and isinstance(said[0]["content"], str) and said[0]["role"] == "user"
-    line |= {**record.template, "prompt": said[0]["content"] if plain else said}
+    line |= {**template_columns(record), "prompt": said[0]["content"] if plain else said}
     line["responses"] = [response["text"] for response in responses]
     line["finished"] = [response["finished"] for response in responses]
     line["response_ids"] = [response["token_ids"] for response in responses]

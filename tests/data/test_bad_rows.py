@@ -1,5 +1,6 @@
 """Every bad row is skipped for its reason; only a file that cannot be read stops reading."""
 
+import gzip
 import json
 
 import pyarrow as pa
@@ -205,3 +206,11 @@ def test_write_skipped(tmp_path):
     write_skipped(tmp_path / "new" / "rejected_rows.jsonl", SKIPPED)
     lines = (tmp_path / "new" / "rejected_rows.jsonl").read_text().splitlines()
     assert [SkippedRow(**json.loads(line)) for line in lines] == SKIPPED
+
+
+@pytest.mark.parametrize("spoil", [lambda data: data[:-30], lambda data: data[:12] + b"\xff" * 40])
+def test_a_packed_file_that_is_broken(tmp_path, spoil):
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(spoil(gzip.compress(b'{"prompt": "a"}\n' * 999)))
+    with pytest.raises(DataError, match=r"cannot read .*rows\.jsonl\.gz: "):
+        read_records(path)

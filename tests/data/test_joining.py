@@ -127,6 +127,8 @@ def test_rankings_agree_with_every_row_and_nothing_is_made_up():
         {"prompt": (Turn("system", "x"), *PROMPT)},
         {"images": (ImageRef("a", data=png()),)},
         {"source": "else"},
+        {"template": {"tools": [{"name": "f"}]}},
+        {"template": {"enable_thinking": False}},
         {"extra": {"answer": 3}},
         {"responses": (Response((Turn("assistant", "b"),), rank=1, prompt=PROMPT),) * 2},
         {"responses": (Response.of("b"), Response.of("c"))},
@@ -181,6 +183,29 @@ def test_what_is_said_of_responses_is_kept_where_rows_agree():
     assert [r.log_prob for r in record.responses] == [None, -2.0, None]
     assert record.extra == {"id": "7", "lang": "en"}
     assert done.differing == 1
+
+
+def test_arguments_are_the_same_in_any_order_and_what_was_left_out_is_known():
+    first, second = pairs("a>b b>c")
+    first = dataclasses.replace(
+        first, template={"x": 1, "y": [2]}, left_out=((1, "bad_rank", "x"),)
+    )
+    second = dataclasses.replace(
+        second, template={"y": [2], "x": 1}, left_out=((0, "no_score", ""),)
+    )
+    (record,) = join_pairs([first, second]).records
+    assert record.left_out == (*first.left_out, *second.left_out)
+
+
+def test_many_pairs_of_a_prompt_take_no_matrix():
+    """As many responses as no matrix of all of them would hold."""
+    count = 4_000
+    records = [row(n, (f"{n}", 1), (f"{n + 1}", 2)) for n in range(count)]
+    random.Random(0).shuffle(records)
+    (record,) = join_pairs(records).records
+    assert ranks(record) == {f"{n}": n + 1 for n in range(count + 1)}
+    apart = [row(n, (f"{2 * n}", 1), (f"{2 * n + 1}", 1 + n % 2)) for n in range(count)]
+    assert join_pairs(apart).incomparable == count
 
 
 ROWS = [

@@ -132,3 +132,22 @@ def test_every_command_says_it(folder, supervised, caplog, tiny_processor):
     for line in said[:2]:
         assert line in report
     assert "usable rows without an image or video: 2" in report
+
+
+@pytest.mark.parametrize("opening", ["[", '{"image": '])
+def test_a_column_that_is_nested_deep_ends_nothing(folder, opening):
+    nested = 3
+    for _ in range(900):
+        nested = [nested] if opening == "[" else {"image": nested}
+    (record,), notes = read(folder, PAIR | {"more": nested})
+    assert record.images == ()
+    assert notes.ignored == {"more": 1}
+    assert skip_one(folder, PAIR | {"prompt": nested}).reason == "bad_message"
+
+
+@pytest.mark.parametrize(
+    ("name", "warned"), [("topic", 0), ("topics", 0), ("my_pics", 1), ("pic", 1)]
+)
+def test_a_topic_is_no_picture(folder, name, warned):
+    _, notes = read(folder, PAIR | {name: "x"})
+    assert sum(notes.unread_pictures.values()) == warned

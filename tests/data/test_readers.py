@@ -14,6 +14,7 @@ from format_rows import (
     inner_folder,
     png,
     read_one,
+    skip_one,
     text_part,
     user,
     write_jsonl,
@@ -25,7 +26,7 @@ from mmpo_jax.data.readers import (
     iter_records,
     read_records,
 )
-from mmpo_jax.data.records import Response, Turn
+from mmpo_jax.data.records import Medium, Response, Turn
 
 GOOD, BAD = Response.of("A cat."), Response.of("A dog.")
 PAIRED = (Response.of("A cat.", rank=1), Response.of("A dog.", rank=2))
@@ -232,3 +233,34 @@ def test_rows_are_read_one_by_one(folder):
     path = write_jsonl(folder / "rows.jsonl", [PAIR] * 3)
     iterator = iter_records(path)
     assert next(iterator).id == "row 1"
+
+
+@pytest.mark.parametrize("inside", [[user("1"), assistant("2"), user()], [user()]])
+def test_a_picture_that_only_the_prompt_names(folder, inside):
+    """The dialogues are plain texts."""
+    shown = user([{"type": "image", "image": "b.png"}, {"type": "text", "text": QUESTION}])
+    sides = {side: [*inside, assistant(side)] for side in ("chosen", "rejected")}
+    record = read_one(folder, {"prompt": [shown | {"name": "x"}], **sides})
+    assert [image.path for image in record.images] == [folder / "b.png"]
+    assert record.prompt[-1].keys == {"name": "x"}
+    placed_last = (Medium.IMAGE, QUESTION) if len(inside) > 1 else QUESTION
+    assert record.prompt[-1].content == placed_last
+    assert len(record.prompt) == len(inside)
+
+
+def test_another_number_of_pictures_than_the_prompt(folder):
+    part, text = {"type": "image", "image": "b.png"}, {"type": "text", "text": QUESTION}
+    sides = {s: [user([part, part, text]), assistant(s)] for s in ("chosen", "rejected")}
+    skipped = skip_one(folder, {"prompt": [user([part, text])], **sides})
+    assert skipped.reason == "prompt_differs"
+
+
+def test_a_rejected_dialogue_that_shows_another_picture(folder):
+    def shown(name, answer):
+        return [user([{"type": "image", "image": name}, text_part(QUESTION)]), assistant(answer)]
+
+    row = {"messages": shown("a.png", "a"), "rejected_messages": shown("b.png", "b")}
+    chosen, rejected = read_one(folder, row).responses
+    assert chosen.images is None
+    assert rejected.prompt is not None
+    assert [image.path for image in rejected.images] == [folder / "b.png"]

@@ -1,5 +1,6 @@
 """The tokenisation contract: one BOS, one EOS, whole images, one prompt for all responses."""
 
+import dataclasses
 import json
 import shutil
 
@@ -9,7 +10,7 @@ import tiny
 
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
-from mmpo_jax.data.tokenization import RowRejected, tokenize
+from mmpo_jax.data.tokenization import RowRejected, tokenize, tokenize_records
 from mmpo_jax.models.model import load_config
 from mmpo_jax.shapes.processor import CHAT_TEMPLATE, TOKENS
 
@@ -254,3 +255,21 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(make_processor):
     with pytest.raises(RowRejected, match="rewrites what stands before") as caught:
         tokenize(record(turns("yes", "a star ?", "no")), processor, **LIMITS)
     assert caught.value.reason == "template_refuses"
+
+
+@pytest.mark.parametrize("code", [0x10F000, 0x10F001, 0x10F200, 0x10FFFD])
+@pytest.mark.parametrize("place", ["prompt", "response", "key", "argument"])
+def test_characters_that_stand_for_control_tokens_are_refused(tiny_processor, code, place):
+    text = f"a {chr(code)} star"
+    row = record("yes", "no", "a star")
+    if place == "prompt":
+        row = dataclasses.replace(row, prompt=(Turn("user", text),))
+    elif place == "response":
+        row = dataclasses.replace(row, responses=(Response.of("yes"), Response.of(text)))
+    elif place == "key":
+        row = dataclasses.replace(row, prompt=(Turn("user", "a star", {"name": text}),))
+    else:
+        row = dataclasses.replace(row, template={"tools": [{"name": text}]})
+    kept, skipped = tokenize_records([row], tiny_processor, None)
+    assert kept == []
+    assert [one.reason for one in skipped] == ["bad_text"]

@@ -38,8 +38,12 @@ PICTURE_COLUMNS = (
 """Names, in small letters, of columns that are read as the images where a row has none under the
 names that are ours; the first of them that holds any."""
 
-_SUGGESTS_PICTURES = re.compile(r"image|img|pic(ture|s?$)|photo|pixel|jpe?g|png|webp", re.I)
+_SUGGESTS_PICTURES = re.compile(
+    r"image|img|(?<![a-z])pic(ture|s?$)|photo|pixel|jpe?g|png|webp", re.I
+)
 _DIALOGUES = ("prompt", "question", "chosen", "rejected", "completion", "messages", "responses")
+_MAX_DEPTH = 8
+"""Of lists and messages in each other, of which parts are four deep."""
 
 
 def with_pictures(row: Row) -> tuple[Row, str | None]:
@@ -77,11 +81,13 @@ def _named_in(value: Any) -> bool:
     return any(read_part(part) is not None for part in _parts(value))
 
 
-def _parts(value: Any) -> Iterator[dict[str, Any]]:
+def _parts(value: Any, depth: int = 0) -> Iterator[dict[str, Any]]:
+    if depth >= _MAX_DEPTH:
+        return
     if isinstance(value, dict):
         if "type" in value:
             yield value
-        yield from _parts(value.get("content"))
+        yield from _parts(value.get("content"), depth + 1)
     elif isinstance(value, list):
         for entry in value:
-            yield from _parts(entry)
+            yield from _parts(entry, depth + 1)

@@ -117,7 +117,7 @@ def read_part(part: Mapping[str, Any]) -> tuple[Kind, Any] | None:
     return medium, value if part.get("fps") is None else {"frames": value, "fps": part["fps"]}
 
 
-def looks_like_picture(value: Any) -> bool:
+def looks_like_picture(value: Any, depth: int = 0) -> bool:
     """Whether a value is plainly an image on this machine: encoded bytes, base64, or the name of a
     file with an ending of images."""
     if isinstance(value, bytes | bytearray):
@@ -127,9 +127,16 @@ def looks_like_picture(value: Any) -> bool:
         if name.startswith("data:image/") or _is_base64(value):
             return True
         return len(name) < 1024 and name.endswith(IMAGE_ENDINGS) and not is_web(name)
+    if depth >= _MAX_DEPTH:
+        return False
     if isinstance(value, Mapping):
-        return any(looks_like_picture(value.get(key)) for key in (*_DATA, *_NESTED, "path"))
-    return isinstance(value, list) and bool(value) and all(map(looks_like_picture, value))
+        keys = (*_DATA, *_NESTED, "path")
+        return any(looks_like_picture(value.get(key), depth + 1) for key in keys)
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(looks_like_picture(entry, depth + 1) for entry in value)
+    )
 
 
 def is_web(text: str) -> bool:

@@ -27,6 +27,7 @@ from mmpo_jax.data.formats.writing import (
     Writer,
     chosen_and_rejected,
     messages,
+    template_columns,
     with_extra,
 )
 from mmpo_jax.data.records import Record, Response, Turn
@@ -65,7 +66,7 @@ def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
 
 def _write(record: Record, writer: Writer) -> dict[str, Any]:
     row: dict[str, Any] = {"id": record.id, **writer.media(record, rates=False)}
-    row |= record.template
+    row |= template_columns(record, as_text=writer.embed == "bytes")
     if record.source is not None:
         row["source"] = record.source
     turns, responses = record.prompt, record.responses
@@ -80,13 +81,15 @@ def _write(record: Record, writer: Writer) -> dict[str, Any]:
             row["kto_tag"] = responses[0].desirable
     elif responses:
         raise CannotHold("responses", detail=f"{len(responses)} of them without ranks")
-    row["conversations"] = _conversation(record, turns, front=True)
+    row["conversations"] = _conversation(record, turns)
     return with_extra(row, record.extra)
 
 
-def _conversation(record: Record, turns: tuple[Turn, ...], front: bool) -> list[dict[str, Any]]:
+def _conversation(
+    record: Record, turns: tuple[Turn, ...], behind: tuple[Turn, ...] = ()
+) -> list[dict[str, Any]]:
     written = []
-    for message in messages(turns, record, tags=True, front=front):
+    for message in messages(turns, record, behind=behind, tags=True, front=True):
         role, text = message.pop("role"), message.pop("content")
         written.append({"from": _SPEAKERS.get(role, role), "value": text, **message})
     return written
@@ -96,7 +99,7 @@ def _one(record: Record, response: Response) -> dict[str, Any]:
     if len(response.turns) != 1:
         detail = f"{len(response.turns)} turns; chosen and rejected are one message"
         raise CannotHold("responses", detail=detail)
-    return _conversation(record, response.turns, front=False)[0]
+    return _conversation(record, response.turns, record.prompt)[0]
 
 
 FORMAT = Format(

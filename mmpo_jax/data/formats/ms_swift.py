@@ -24,6 +24,7 @@ from mmpo_jax.data.formats.writing import (
     Writer,
     chosen_and_rejected,
     messages,
+    template_columns,
     with_extra,
 )
 from mmpo_jax.data.records import Record, Response
@@ -56,7 +57,7 @@ def _rejected(row: Row, media: MediaFolder, prompt: Turns, chosen: Turns) -> Ans
     if "rejected_messages" in row:
         turns = with_system(row, parse_turns(row["rejected_messages"], "user"))
         theirs, answer = split_last_answer(turns)
-        own_prompt = None if _texts(theirs) == _texts(prompt) else theirs
+        own_prompt = None if _said(theirs) == _said(prompt) else theirs
     elif "rejected_response" in row:
         answer = parse_turns(row["rejected_response"], "assistant")
     fields: dict[str, Any] = {"rank": 2}
@@ -65,13 +66,14 @@ def _rejected(row: Row, media: MediaFolder, prompt: Turns, chosen: Turns) -> Ans
     return Answer(answer, own_prompt, fields)
 
 
-def _texts(turns: Turns) -> list[tuple[str, str]]:
-    return [(turn.role, turn.text) for turn in turns]
+def _said(turns: Turns) -> list[Any]:
+    """What turns say and show; a text alone is what it is as a part."""
+    return [(turn.role, turn.pieces, turn.keys) for turn in turns]
 
 
 def _write(record: Record, writer: Writer) -> dict[str, Any]:
     row: dict[str, Any] = {"id": record.id, **writer.media(record, rates=False)}
-    row |= record.template
+    row |= template_columns(record, as_text=writer.embed == "bytes")
     if record.source is not None:
         row["source"] = record.source
     if record.ranked:

@@ -31,7 +31,7 @@ from mmpo_jax.data.formats.turns import (
     template_arguments,
     with_system,
 )
-from mmpo_jax.data.formats.writing import STRIP, CannotHold, Writer, messages
+from mmpo_jax.data.formats.writing import STRIP, CannotHold, Writer, messages, template_columns
 from mmpo_jax.data.records import Record, Response, Span
 from mmpo_jax.data.rows import MessagesAs, Row, UnusableRow
 
@@ -142,7 +142,7 @@ def _write(record: Record, writer: Writer) -> dict[str, Any]:
     row: dict[str, Any] = {"id": record.id, **writer.media(record)}
     if record.other_images is not None:
         row["other_images"] = [writer.image(image) for image in record.other_images]
-    row |= record.template
+    row |= template_columns(record, as_text=writer.embed == "bytes")
     row["prompt"] = messages(record.prompt, record, tags=writer.embed == "bytes")
     row["responses"] = [_write_response(one, record, writer) for one in record.responses]
     if record.source is not None:
@@ -160,7 +160,8 @@ def _write_response(response: Response, record: Record, writer: Writer) -> dict[
     if response.images is not None:
         record = dataclasses.replace(record, images=response.images)
     said = functools.partial(messages, record=record, tags=writer.embed == "bytes")
-    written: dict[str, Any] = {"turns": said(response.turns)}
+    before = record.prompt if response.prompt is None else response.prompt
+    written: dict[str, Any] = {"turns": said(response.turns, behind=before)}
     if not response.finished:
         written["finished"] = False
     for name in ("rank", "critique", "desirable", "log_prob"):

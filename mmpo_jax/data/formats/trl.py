@@ -42,6 +42,7 @@ from mmpo_jax.data.formats.writing import (
     Writer,
     chosen_and_rejected,
     messages,
+    template_columns,
     with_extra,
 )
 from mmpo_jax.data.records import SCORE, Record
@@ -111,15 +112,44 @@ def _pair(row: Row, prompt: Turns) -> tuple[Turns, Turns, Turns]:
     if len(whole) == 1:
         raise UnusableRow("bad_message", "one of chosen and rejected is a whole dialogue")
     common, chosen, rejected = split_common_prompt(chosen, rejected)
-    said = [turn.text.strip() for turn in common if turn.role != "system"]
-    asked = [turn.text.strip() for turn in prompt if turn.role != "system"]
-    # Of a longer dialogue the prompt may be what was asked last, or first.
-    if asked and asked not in (said[: len(asked)], said[-len(asked) :]):
-        detail = "the prompt is not what the dialogues in chosen and rejected begin with"
-        raise UnusableRow("prompt_differs", detail)
+    common = _with_parts(common, tuple(turn for turn in prompt if turn.role != "system"))
     if prompt and prompt[0].role == "system" and (not common or common[0].role != "system"):
         common = (prompt[0], *common)
     return common, chosen, rejected
+
+
+def _with_parts(common: Turns, asked: Turns) -> Turns:
+    """What two dialogues begin with, and what only the row's prompt shows of it or says beside it.
+
+    Args:
+      common: of the dialogues.
+      asked: the prompt; of a longer dialogue it may be what was asked last, or first.
+
+    Raises:
+      UnusableRow: the prompt is not what the dialogues begin with.
+    """
+    places = [place for place, turn in enumerate(common) if turn.role != "system"]
+    texts = [turn.text.strip() for turn in asked]
+    for meant in (places[: len(asked)], places[-len(asked) :]):
+        if [common[place].text.strip() for place in meant] == texts:
+            break
+    else:
+        detail = "the prompt is not what the dialogues in chosen and rejected begin with"
+        raise UnusableRow("prompt_differs", detail)
+    turns = list(common)
+    for place, ours in zip(meant, asked, strict=True):
+        theirs = common[place]
+        if ours.parts and theirs.parts and len(ours.parts) != len(theirs.parts):
+            detail = "the prompt shows another number of pictures than the dialogues"
+            raise UnusableRow("prompt_differs", detail)
+        lacks = not any(part.part for part in theirs.parts) and any(
+            part.part for part in ours.parts
+        )
+        lacks |= bool(ours.parts) and not theirs.parts
+        content = ours.content if lacks else theirs.content
+        keys = {**ours.keys, **theirs.keys}
+        turns[place] = dataclasses.replace(theirs, content=content, keys=keys)
+    return tuple(turns)
 
 
 HUMAN = "\n\nHuman:"
@@ -222,7 +252,8 @@ def read_tokens(value: Any) -> tuple[int, ...] | None:
 
 
 def _write(record: Record, writer: Writer) -> dict[str, Any]:
-    row: dict[str, Any] = {"id": record.id, **writer.media(record), **record.template}
+    row: dict[str, Any] = {"id": record.id, **writer.media(record)}
+    row |= template_columns(record, as_text=writer.embed == "bytes")
     if record.source is not None:
         row["source"] = record.source
     responses = record.responses
@@ -232,17 +263,21 @@ def _write(record: Record, writer: Writer) -> dict[str, Any]:
         return with_extra(row | {"messages": said(responses[0].turns)}, record.extra)
     if record.prompt:
         row["prompt"] = said(record.prompt)
+    answer = functools.partial(said, behind=record.prompt)
     if any(response.scores for response in responses):
         row |= _written_scores(record)
     if record.ranked:
         chosen, rejected = chosen_and_rejected(record)
-        row |= {"chosen": said(chosen.turns), "rejected": said(rejected.turns)}
+        row |= {
+            "chosen": answer(chosen.turns),
+            "rejected": answer(rejected.turns),
+        }
     elif len(responses) == 1 and responses[0].finished and responses[0].token_ids is None:
-        row["completion"] = said(responses[0].turns)
+        row["completion"] = answer(responses[0].turns)
         if responses[0].desirable is not None:
             row["label"] = responses[0].desirable
     elif responses:
-        row["responses"] = [said(response.turns) for response in responses]
+        row["responses"] = [answer(response.turns) for response in responses]
         row["finished"] = [response.finished for response in responses]
         if any(response.token_ids is not None for response in responses):
             row["response_ids"] = [r.token_ids and list(r.token_ids) for r in responses]

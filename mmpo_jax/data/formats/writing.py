@@ -2,6 +2,8 @@
 
 import base64
 import dataclasses
+import itertools
+import json
 import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -193,31 +195,68 @@ MESSAGES = frozenset({"system", "places", "message keys", "learned", "template"}
 
 
 def messages(
-    turns: Sequence[Turn], record: Record, *, tags: bool = False, front: bool = False
+    turns: Sequence[Turn],
+    record: Record,
+    *,
+    behind: Sequence[Turn] = (),
+    tags: bool = False,
+    front: bool = False,
 ) -> list[dict[str, Any]]:
     """Turns as role and content, with the other keys of each message.
+
+    Media are written as parts, or as tags in all turns of a record: a line break behind a tag means
+    less than one behind a part, see `Turn.tagged`, and beside parts no tag is read.
 
     Args:
       turns: of the record.
       record: whose media stand in them.
+      behind: the turns that they go on from, which are written elsewhere.
       tags: whether places of media are written as tags in texts, and not as parts.
       front: of tags, whether media whose places no turn has are written before the first user.
+
+    Raises:
+      CannotHold: a line break behind a part, where tags are written.
     """
     kinds = {medium for medium, media in _media(record).items() if media}
-    written = []
+    counts = len(record.images), len(record.videos)
+    dialogues = _dialogues(record)
+    if any(_breaks(placed(dialogue, *counts), tagged=True) for dialogue in dialogues):
+        tags = front = True
+    shown = [placed(dialogue, *counts) if front else dialogue for dialogue in dialogues]
+    if tags and any(_breaks(dialogue, tagged=False) for dialogue in shown):
+        detail = "a line break begins the text behind an image, and would be lost behind a tag"
+        raise CannotHold("prompt", detail=detail)
     if front:
-        turns = placed(turns, len(record.images), len(record.videos))
+        turns = placed((*behind, *turns), *counts)[len(behind) :]
+    in_parts = not tags and any(turn.media for dialogue in dialogues for turn in dialogue)
+    literal = "" if in_parts else "|".join(TAGS[kind] for kind in kinds)
+    written = []
     for turn in turns:
-        behind = zip(turn.content, turn.content[1:], strict=False) if turn.media else ()
-        # A line break behind a tag means less than one behind a part, see `Turn.tagged`.
-        breaks = turn.tagged and any(
-            isinstance(a, Medium) and str(b).startswith("\n") for a, b in behind
-        )
-        as_text = tags or breaks or isinstance(turn.content, str)
-        content = _tagged(turn, kinds) if as_text else _parts(turn)
-        message = {"role": turn.role, "content": content, **turn.keys}
+        said = _escaped(turn, literal) if literal and turn.role == "user" else turn
+        as_text = tags or isinstance(turn.content, str)
+        message = {"role": turn.role, "content": _text(said) if as_text else _parts(said)}
+        message |= turn.keys
         written.append(message if turn.learned else message | {"loss": False})
     return written
+
+
+def _dialogues(record: Record) -> list[tuple[Turn, ...]]:
+    """The turns that are read together: a prompt and a response, and the prompt by itself."""
+    found = [record.prompt]
+    for response in record.responses:
+        prompt = record.prompt if response.prompt is None else response.prompt
+        found.append((*prompt, *response.turns))
+    return found
+
+
+def _breaks(turns: Sequence[Turn], *, tagged: bool) -> bool:
+    """Whether a line break is behind some medium in turns that are `tagged`, or that are not."""
+    return any(
+        isinstance(first, Medium) and isinstance(second, str) and second.startswith("\n")
+        for turn in turns
+        if turn.media and turn.tagged is tagged
+        for first, second in itertools.pairwise(turn.content)
+    )
 
 
 def _media(record: Record) -> dict[Medium, Sequence[Any]]:
@@ -231,16 +270,42 @@ def _parts(turn: Turn) -> list[dict[str, str]]:
     ]
 
 
-def _tagged(turn: Turn, kinds: Collection[Medium]) -> str:
-    """A turn's text with tags for media, and a backslash before what only looks like one."""
-    pieces = (turn.content,) if isinstance(turn.content, str) else turn.content
-    literal = "|".join(TAGS[kind] for kind in kinds) if turn.role == "user" else ""
-    return "".join(
-        TAGS[piece]
-        if isinstance(piece, Medium)
-        else (re.sub(rf"({literal})", r"\\\1", piece) if literal else piece)
-        for piece in pieces
-    )
+def _text(turn: Turn) -> str:
+    """A turn's text with tags for media."""
+    if isinstance(turn.content, str):
+        return turn.content
+    return "".join(TAGS[one] if isinstance(one, Medium) else one for one in turn.content)
+
+
+def _escaped(turn: Turn, literal: str) -> Turn:
+    """A turn with a backslash before what only looks like one of the tags `literal`."""
+
+    def escaped(text: str) -> str:
+        return re.sub(f"({literal})", r"\\\1", text)
+
+    if isinstance(turn.content, str):
+        return dataclasses.replace(turn, content=escaped(turn.content))
+    pieces = tuple(one if isinstance(one, Medium) else escaped(one) for one in turn.content)
+    return dataclasses.replace(turn, content=pieces)
+
+
+def template_columns(record: Record, *, as_text: bool = False) -> dict[str, Any]:
+    """The columns of a record's arguments of the chat template, as `template_arguments` reads them.
+
+    Args:
+      record: with the arguments.
+      as_text: as JSON text; columns of Parquet give every object the keys of all.
+    """
+    lists = {
+        name: value
+        for name, value in record.template.items()
+        if name in ("tools", "documents") and isinstance(value, list) and value
+    }
+    others = {name: value for name, value in record.template.items() if name not in lists}
+    columns: dict[str, Any] = {**lists, "chat_template_kwargs": others} if others else lists
+    if not as_text:
+        return columns
+    return {name: json.dumps(value, ensure_ascii=False) for name, value in columns.items()}
 
 
 def with_extra(row: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,125 @@
+"""What is written is read back as it was: arguments of templates, and places of media."""
+
+import dataclasses
+
+import pytest
+from format_rows import QUESTION, assistant, read_one, text_part, user, write_jsonl
+
+from mmpo_jax.data.conversion import convert_data
+from mmpo_jax.data.readers import read_records
+from mmpo_jax.data.records import Medium, Response, placed
+from mmpo_jax.data.results import Results
+from mmpo_jax.errors import MmpoError
+from mmpo_jax.generation.run import _line
+
+WRITERS = ["record", "trl", "llama_factory", "ms_swift"]
+
+
+def kept(folder, row, via):
+    """(a row's record, the same once it was written and read again)."""
+    format, _, ending = via.partition(".")
+    before = read_one(folder, {"id": "r"} | row)
+    if format == "generate":
+        before = dataclasses.replace(before, responses=())
+        line = _line(before, [sampled("a"), sampled("b")], results(folder))
+        return before, dataclasses.replace(read_one(folder, line), responses=())
+    source = write_jsonl(folder / "rows.jsonl", [{"id": "r"} | row])
+    target = folder / f"written.{ending}"
+    convert_data(str(source), str(target), format=format)
+    (after,), _ = read_records(target)
+    return before, after
+
+
+def sampled(text):
+    return {"text": text, "finished": True, "token_ids": [5]}
+
+
+def results(folder):
+    return Results(*(str(folder / name) for name in ("made.jsonl", "s", "p", "images")))
+
+
+VIA = [f"{format}.{ending}" for format in WRITERS for ending in ("jsonl", "parquet")]
+VIA.append("generate")
+PAIR = {"prompt": [user()], "chosen": [assistant("a")], "rejected": [assistant("b")]}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"x": {"type": "string"}}}}
+OTHER = {"type": "function", "function": {"name": "g", "parameters": {"y": {"enum": [1]}}}}
+
+
+@pytest.mark.parametrize("via", VIA)
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"tools": [TOOL, OTHER], "documents": [{"title": QUESTION}]},
+        {
+            "tools": [TOOL],
+            "chat_template_kwargs": {"a": 0, "documents": "none", "b": [TOOL, OTHER]},
+        },
+    ],
+)
+def test_arguments_of_the_template(folder, columns, via):
+    before, after = kept(folder, PAIR | columns, via)
+    assert len(before.template) >= 1
+    assert after.template == before.template
+    assert after.extra == {}
+
+
+def image(text):
+    return [{"type": "image"}, {"type": "text", "text": text}]
+
+
+def shown(record):
+    """What a template is given of each dialogue; a line break behind a tag is another one."""
+    made = []
+    for response in record.responses or (Response(()),):
+        turns = placed((*record.prompt, *response.turns), len(record.images), len(record.videos))
+        made.append([(turn.role, list(pieces(turn))) for turn in turns])
+    return made
+
+
+def pieces(turn):
+    behind = False
+    for piece in (turn.content,) if isinstance(turn.content, str) else turn.content:
+        broken = turn.tagged and behind and isinstance(piece, str) and piece.startswith("\n")
+        yield ("break", piece[1:]) if broken else piece
+        behind = isinstance(piece, Medium)
+
+
+LITERAL = "Is <image> a tag, and \\<image>?"
+DIALOGUES = {
+    "a line break behind a tag": [user("<image>\n" + QUESTION)],
+    "behind two": [user("<image><image>\n" + QUESTION)],
+    "in a later turn": [user("1"), assistant("2"), user("<image>\n3")],
+    "in one of two": [user("<image>1"), assistant("2"), user("<image>\n3")],
+    "beside a literal": [user("<image>\n1"), assistant("2"), user("Is \\<image> a tag?")],
+    "no line break": [user("1 <image> 2"), assistant("2"), user("Is \\<image> a tag?")],
+    "a literal beside parts": [user([*image("1"), *image("2")]), assistant("3"), user(LITERAL)],
+    "a literal behind parts": [user(image(LITERAL))],
+    "parts behind text": [user(image("1")[::-1]), assistant("2"), user([text_part(LITERAL)])],
+}
+BROKEN = [user(image("\n" + QUESTION))]
+
+
+COUNTS = {"behind two": 2, "in one of two": 2, "a literal beside parts": 2}
+ANSWERS = {"chosen": [assistant("a")], "rejected": [assistant("b <image>")]}
+
+
+@pytest.mark.parametrize("via", VIA)
+@pytest.mark.parametrize("name", DIALOGUES)
+def test_places_and_line_breaks(folder, name, via):
+    row = {"images": ["a.png", "b.png"][: COUNTS.get(name, 1)], "prompt": DIALOGUES[name]}
+    before, after = kept(folder, row | ANSWERS, via)
+    assert shown(after) == shown(before)
+    assert len(after.images) == len(before.images)
+
+
+@pytest.mark.parametrize("via", VIA)
+def test_a_line_break_behind_a_part(folder, via):
+    """Is kept, or the row is refused."""
+    row = {"images": ["a.png"], "prompt": BROKEN, **ANSWERS}
+    if via in ("generate", "record.jsonl", "trl.jsonl", "record.parquet", "trl.parquet"):
+        before, after = kept(folder, row, via)
+        assert shown(after) == shown(before)
+    else:
+        with pytest.raises(MmpoError, match="a line break begins the text behind an image"):
+            kept(folder, row, via)
