@@ -60,8 +60,8 @@ class MetricsWriter:
     @staticmethod
     def _write(file: TextIO, row: Mapping[str, float]) -> None:
         """A line of JSON, which has no NaN and no infinity: they are null."""
-        row = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        file.write(json.dumps(row, allow_nan=False) + "\n")
+        line = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes a line, and says nothing on the terminal."""
