@@ -14,9 +14,9 @@ import time
 
 from mmpo_jax.alignment.align import run_alignment
 from mmpo_jax.alignment.report import RoundReport
-from mmpo_jax.recipe import AlignRecipe
-from mmpo_jax.recipe_files import load_recipe
-from mmpo_jax.shapes.language import QUESTION_KINDS
+from mmpo_jax.picture_world.language import QUESTION_KINDS
+from mmpo_jax.recipes.files import load_recipe
+from mmpo_jax.recipes.recipe import AlignRecipe
 
 ROWS = (
     ("sampled/chair_s", "CHAIR_s, sampled"),

@@ -143,17 +143,19 @@ def run_ours(folder: str, settings: Settings) -> dict:
     import numpy as np
     import optax
 
-    from mmpo_jax import recipe, recipe_training
+    from mmpo_jax.checkpoints.configs import load_config
+    from mmpo_jax.checkpoints.huggingface import load_params
     from mmpo_jax.data.pipeline import Example, training_batches
     from mmpo_jax.data.processor import Processor
     from mmpo_jax.data.readers import read_records
     from mmpo_jax.data.tokenization import tokenize_records
-    from mmpo_jax.models.huggingface import load_params
-    from mmpo_jax.models.model import Model, load_config
+    from mmpo_jax.models.model import Model
     from mmpo_jax.parallel.mesh import make_mesh, put_batch, put_params
+    from mmpo_jax.recipes import recipe
+    from mmpo_jax.recipes import training as recipe_training
+    from mmpo_jax.scoring.log_probs import score_records
     from mmpo_jax.training.losses import make_loss
     from mmpo_jax.training.optimizer import make_optimizer
-    from mmpo_jax.training.reference import score_records
     from mmpo_jax.training.step import create_state, make_step
 
     config = recipe_training.Training(

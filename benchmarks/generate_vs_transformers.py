@@ -89,13 +89,14 @@ def run_ours(folder: str, settings: Settings) -> dict:
     """`sample` on one batch of all images."""
     import jax
 
+    from mmpo_jax.checkpoints.configs import load_config
+    from mmpo_jax.checkpoints.huggingface import load_params
     from mmpo_jax.data.batching import pad_batch
     from mmpo_jax.data.processor import Processor
     from mmpo_jax.data.readers import read_records
     from mmpo_jax.data.tokenization import tokenize
     from mmpo_jax.generation.sampler import Decoding, sample, sample_keys
-    from mmpo_jax.models.huggingface import load_params
-    from mmpo_jax.models.model import Model, load_config
+    from mmpo_jax.models.model import Model
 
     model = Model.create(load_config(folder))
     params = jax.device_put(load_params(folder, model))

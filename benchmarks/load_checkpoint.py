@@ -29,9 +29,10 @@ def make_checkpoint(folder: str, layers: int, max_shard_bytes: int) -> int:
     import numpy as np
     from compile_for_tpu import VICUNA_7B, llava
 
-    from mmpo_jax.models.huggingface import new_tensors
-    from mmpo_jax.models.model import Model, load_config
-    from mmpo_jax.models.safetensors_files import split_into_files, write_files
+    from mmpo_jax.checkpoints.configs import load_config
+    from mmpo_jax.checkpoints.huggingface import new_tensors
+    from mmpo_jax.checkpoints.safetensors_files import split_into_files, write_files
+    from mmpo_jax.models.model import Model
 
     config = llava({**VICUNA_7B, "num_hidden_layers": layers})
     config.save_pretrained(folder)
@@ -52,8 +53,10 @@ def make_checkpoint(folder: str, layers: int, max_shard_bytes: int) -> int:
 
 def mmpo_loader(folder: str) -> Callable[[], int]:
     """Onto the devices; returns the bytes loaded."""
-    from mmpo_jax.models.huggingface import flatten, load_params
-    from mmpo_jax.models.model import Model, load_config
+    from mmpo_jax.checkpoints.configs import load_config
+    from mmpo_jax.checkpoints.huggingface import load_params
+    from mmpo_jax.core.trees import flatten
+    from mmpo_jax.models.model import Model
     from mmpo_jax.parallel.mesh import make_mesh, param_shardings
 
     model = Model.create(load_config(folder))
@@ -65,7 +68,7 @@ def safetensors_loader(folder: str) -> Callable[[], int]:
     """Into NumPy arrays, one file after another; returns the bytes loaded."""
     import safetensors.numpy
 
-    from mmpo_jax.models.safetensors_files import weight_files
+    from mmpo_jax.checkpoints.safetensors_files import weight_files
 
     def load() -> int:
         tensors: dict = {}

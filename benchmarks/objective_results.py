@@ -20,16 +20,17 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from shapes_preferences import make_preferences
 
-from mmpo_jax.checkpoint import Checkpoint, load_checkpoint
+from mmpo_jax.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from mmpo_jax.commands.train import run_training
+from mmpo_jax.core.files import write_atomic
+from mmpo_jax.data.settings import FileData
 from mmpo_jax.data.sources import load_source
 from mmpo_jax.data.tokenization import TokenizedRecord, tokenize_records
-from mmpo_jax.evaluation.shapes import evaluate_shapes
-from mmpo_jax.files import write_atomic
+from mmpo_jax.evaluation.picture_world import evaluate_shapes
 from mmpo_jax.parallel.mesh import make_mesh
-from mmpo_jax.recipe import EvaluateRecipe, FileData, TrainRecipe
-from mmpo_jax.recipe_files import load_recipe
-from mmpo_jax.training.reference import score_records
-from mmpo_jax.training.run import run_training
+from mmpo_jax.recipes.files import load_recipe
+from mmpo_jax.recipes.recipe import EvaluateRecipe, TrainRecipe
+from mmpo_jax.scoring.log_probs import score_records
 from mmpo_jax.training.validation import hold_out
 
 CONFIGS = os.path.join(os.path.dirname(__file__), os.pardir, "configs")

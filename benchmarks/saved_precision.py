@@ -21,7 +21,7 @@ from typing import get_args
 
 import yaml
 
-from mmpo_jax.recipe_training import SaveDtype
+from mmpo_jax.recipes.training import SaveDtype
 
 BETA = 0.1
 SURVIVED = re.compile(r"([\d.]+%) of the update is in the saved weights")

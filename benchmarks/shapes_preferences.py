@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 import os
 
+from mmpo_jax.commands.generate import run_generation
 from mmpo_jax.data.readers import read_records
-from mmpo_jax.generation.run import run_generation
-from mmpo_jax.recipe import GenerateRecipe
-from mmpo_jax.shapes import records as shapes
-from mmpo_jax.shapes.preferences import write_preferences
+from mmpo_jax.picture_world import records as shapes
+from mmpo_jax.picture_world.preferences import write_preferences
+from mmpo_jax.recipes.recipe import GenerateRecipe
 
 SPLIT = "align"
 

@@ -20,16 +20,16 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, get_args
 
-from mmpo_jax import progress
+from mmpo_jax.core import progress
+from mmpo_jax.core.dtypes import SaveDtype
+from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.data.rows import Format
-from mmpo_jax.dtypes import SaveDtype
-from mmpo_jax.errors import MmpoError
 
 
 def align(path: str, overrides: Sequence[str]) -> None:
     """Run the rounds: generate, check, pair, train, repeat."""
-    from mmpo_jax.recipe import AlignRecipe
-    from mmpo_jax.recipe_files import load_recipe
+    from mmpo_jax.recipes.files import load_recipe
+    from mmpo_jax.recipes.recipe import AlignRecipe
 
     recipe = load_recipe(AlignRecipe, path, overrides)
     with _running("alignment.align", recipe.output):
@@ -47,48 +47,48 @@ def align(path: str, overrides: Sequence[str]) -> None:
 
 def train(path: str, overrides: Sequence[str]) -> None:
     """Run one training stage on data that is there."""
-    from mmpo_jax.recipe import TrainRecipe
-    from mmpo_jax.recipe_files import load_recipe
+    from mmpo_jax.recipes.files import load_recipe
+    from mmpo_jax.recipes.recipe import TrainRecipe
 
     recipe = load_recipe(TrainRecipe, path, overrides)
     with _running("training.run", recipe.output):
-        from mmpo_jax.training.run import run_training
+        from mmpo_jax.commands.train import run_training
 
         print(f"model: {run_training(recipe)}")
 
 
 def generate(path: str | None, overrides: Sequence[str]) -> None:
     """Sample responses to prompts."""
-    from mmpo_jax.recipe import GenerateRecipe
-    from mmpo_jax.recipe_files import load_recipe
+    from mmpo_jax.recipes.files import load_recipe
+    from mmpo_jax.recipes.recipe import GenerateRecipe
 
     recipe = load_recipe(GenerateRecipe, path, overrides)
     with _running("generation.run", recipe.output, recipe.output.endswith(".jsonl")):
-        from mmpo_jax.generation.run import run_generation
+        from mmpo_jax.commands.generate import run_generation
 
         print(f"responses: {run_generation(recipe)}")
 
 
 def score(path: str | None, overrides: Sequence[str]) -> None:
     """Compute the log-probs of responses."""
-    from mmpo_jax.recipe import ScoreRecipe
-    from mmpo_jax.recipe_files import load_recipe
+    from mmpo_jax.recipes.files import load_recipe
+    from mmpo_jax.recipes.recipe import ScoreRecipe
 
     recipe = load_recipe(ScoreRecipe, path, overrides)
     with _running("scoring.run", recipe.output, recipe.output.endswith(".jsonl")):
-        from mmpo_jax.scoring.run import run_scoring
+        from mmpo_jax.commands.score import run_scoring
 
         print(f"scores: {run_scoring(recipe)}")
 
 
 def evaluate(path: str, overrides: Sequence[str]) -> None:
     """Measure hallucination of a checkpoint."""
-    from mmpo_jax.recipe import EvaluateRecipe
-    from mmpo_jax.recipe_files import load_recipe
+    from mmpo_jax.recipes.files import load_recipe
+    from mmpo_jax.recipes.recipe import EvaluateRecipe
 
     recipe = load_recipe(EvaluateRecipe, path, overrides)
     with _running("evaluation.run", recipe.output):
-        from mmpo_jax.evaluation.run import run_evaluation
+        from mmpo_jax.commands.evaluate import run_evaluation
 
         for name, value in run_evaluation(recipe).items():
             print(f"{name:24s} {value:.4f}")
@@ -97,7 +97,7 @@ def evaluate(path: str, overrides: Sequence[str]) -> None:
 @contextlib.contextmanager
 def _running(module: str, output: str, is_file: bool = False) -> Iterator[None]:
     """Claims the output, starts JAX and imports what the command runs, which takes seconds."""
-    from mmpo_jax.output import claimed
+    from mmpo_jax.core.output import claimed
 
     with claimed(output, is_file):
         with progress.doing("starting JAX, loading libraries"):
@@ -108,20 +108,20 @@ def _running(module: str, output: str, is_file: bool = False) -> Iterator[None]:
 
 def convert(source: str, target: str, dtype: str | None) -> None:
     """Turn a run's Orbax checkpoint into a Hugging Face folder, or a folder into a checkpoint."""
-    from mmpo_jax.output import check_writable
+    from mmpo_jax.core.output import check_writable
 
     check_writable(target)
     _start_jax()
-    from mmpo_jax.convert import convert
+    from mmpo_jax.commands.convert import convert
 
     print(convert(source, target, dtype))
 
 
 def objectives(names: Sequence[str] = ()) -> None:
     """List the objectives and rewards with formula, source, options and what they need."""
-    from mmpo_jax.feedback.rewards.listing import render_rewards
     from mmpo_jax.objectives.catalog import OBJECTIVES
     from mmpo_jax.objectives.listing import render_objectives
+    from mmpo_jax.rewards.listing import render_rewards
 
     unknown = sorted(set(names) - OBJECTIVES.keys())
     if unknown:
@@ -133,8 +133,8 @@ def objectives(names: Sequence[str] = ()) -> None:
 
 def data_check(options: argparse.Namespace) -> None:
     """Say what is in a data file, and which rows cannot be used and why."""
-    from mmpo_jax.checkpoint import load_processor
-    from mmpo_jax.data.check import check_data
+    from mmpo_jax.checkpoints.checkpoint import load_processor
+    from mmpo_jax.commands.data_check import check_data
 
     processor = load_processor(options.model, options.template) if options.model else None
     report = check_data(
@@ -150,8 +150,8 @@ def data_check(options: argparse.Namespace) -> None:
 
 def data_convert(options: argparse.Namespace) -> None:
     """Write the rows of a data file in another format."""
-    from mmpo_jax.data.conversion import convert_data
-    from mmpo_jax.output import check_writable
+    from mmpo_jax.commands.data_convert import convert_data
+    from mmpo_jax.core.output import check_writable
 
     check_writable(options.target, is_file=True)
     done = convert_data(
@@ -339,7 +339,7 @@ def _add_data_commands(subparsers: Any) -> None:
 
 
 def _sizes(text: str) -> tuple[int, ...]:
-    from mmpo_jax.recipe import Lengths
+    from mmpo_jax.data.settings import Lengths
 
     return Lengths(prompt=tuple(int(size) for size in text.split(","))).prompt
 
@@ -369,7 +369,7 @@ def _start_jax() -> None:
     """
     import jax
 
-    from mmpo_jax.files import cache_folder
+    from mmpo_jax.core.files import cache_folder
 
     if jax.default_backend() == "cpu" and jax.device_count() > 1:
         jax.config.update("jax_enable_compilation_cache", False)

@@ -20,13 +20,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.image_utils import load_image
 
+from mmpo_jax.checkpoints.huggingface import load_model, load_params, save_model
+from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.batching import pad_batch
 from mmpo_jax.data.images import image_size
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn, placed
 from mmpo_jax.data.tokenization import tokenize
 from mmpo_jax.generation.sampler import Decoding, sample, sample_keys
-from mmpo_jax.models.huggingface import flatten, load_model, load_params, save_model
 from mmpo_jax.models.log_probs import next_token_logits, shift_right
 from mmpo_jax.parallel.mesh import make_mesh, param_shardings
 

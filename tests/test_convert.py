@@ -10,13 +10,15 @@ import pytest
 from jax.sharding import AxisType
 
 from mmpo_jax import cli
-from mmpo_jax.checkpoint import load_checkpoint
-from mmpo_jax.models.card import make_card, save_card
-from mmpo_jax.models.huggingface import flatten, load_model, load_params
-from mmpo_jax.models.model import Model, load_config
+from mmpo_jax.checkpoints.cards import make_card, save_card
+from mmpo_jax.checkpoints.checkpoint import load_checkpoint
+from mmpo_jax.checkpoints.configs import load_config
+from mmpo_jax.checkpoints.huggingface import load_model, load_params
+from mmpo_jax.checkpoints.orbax import CheckpointError, Checkpoints, find_checkpoint
+from mmpo_jax.core.trees import flatten
+from mmpo_jax.models.model import Model
 from mmpo_jax.parallel.mesh import AXES
-from mmpo_jax.recipe import TrainRecipe
-from mmpo_jax.training.checkpoints import CheckpointError, Checkpoints, find_checkpoint
+from mmpo_jax.recipes.recipe import TrainRecipe
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from mmpo_jax.data.formats.writing import STRIP
 from mmpo_jax.data.notes import Notes
 from mmpo_jax.data.readers import iter_records
 from mmpo_jax.data.records import Record
-from mmpo_jax.feedback.rewards import REWARDS
 from mmpo_jax.models.families import FAMILIES
+from mmpo_jax.rewards import REWARDS
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))

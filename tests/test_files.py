@@ -8,9 +8,9 @@ import random
 import pyarrow as pa
 import pytest
 
-from mmpo_jax import files
-from mmpo_jax.errors import DataError
-from mmpo_jax.files import (
+from mmpo_jax.core import files
+from mmpo_jax.core.errors import DataError
+from mmpo_jax.core.files import (
     decode_table,
     encode_table,
     fingerprint_file,

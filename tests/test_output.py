@@ -10,9 +10,10 @@ import buckets
 import pytest
 import yaml
 
-from mmpo_jax import cli, output
-from mmpo_jax.errors import MmpoError
-from mmpo_jax.output import LOCK, check_writable, claimed
+from mmpo_jax import cli
+from mmpo_jax.core import output
+from mmpo_jax.core.errors import MmpoError
+from mmpo_jax.core.output import LOCK, check_writable, claimed
 
 COMMANDS = {
     "train": {"training": {"objective": {"type": "sft"}}, "data": {"source": "shapes"}},

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from mmpo_jax import progress
-from mmpo_jax.progress import Activity, counted, doing, duration, told
+from mmpo_jax.core import progress
+from mmpo_jax.core.progress import Activity, counted, doing, duration, told
 
 
 class Clock:

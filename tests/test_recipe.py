@@ -10,11 +10,13 @@ import pytest
 import yaml
 
 import mmpo_jax
-from mmpo_jax.feedback.rewards import REWARDS
 from mmpo_jax.generation.sampler import Decoding
 from mmpo_jax.objectives.catalog import OBJECTIVES
 from mmpo_jax.parallel.mesh import make_mesh
-from mmpo_jax.recipe import (
+from mmpo_jax.picture_world.render import MIN_IMAGE_SIZE
+from mmpo_jax.recipes.files import RecipeError, load_recipe
+from mmpo_jax.recipes.objectives import ObjectiveSection
+from mmpo_jax.recipes.recipe import (
     AlignRecipe,
     Base,
     Devices,
@@ -25,11 +27,9 @@ from mmpo_jax.recipe import (
     Section,
     TrainRecipe,
 )
-from mmpo_jax.recipe_files import RecipeError, load_recipe
-from mmpo_jax.recipe_objectives import ObjectiveSection
-from mmpo_jax.recipe_rewards import RewardSection
-from mmpo_jax.recipe_training import Rollout
-from mmpo_jax.shapes.render import MIN_IMAGE_SIZE
+from mmpo_jax.recipes.rewards import RewardSection
+from mmpo_jax.recipes.training import Rollout
+from mmpo_jax.rewards import REWARDS
 
 PACKAGE = Path(mmpo_jax.__file__).parent
 CONFIGS = sorted((PACKAGE.parent / "configs").rglob("*.yaml"))

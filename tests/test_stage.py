@@ -10,13 +10,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from mmpo_jax import stage as stage_module
-from mmpo_jax.files import (
-    fingerprint_file,
-    write_atomic,
-    write_table,
-)
-from mmpo_jax.stage import Stage, StageError, read_finished, run_stage
+from mmpo_jax.core import stages as stage_module
+from mmpo_jax.core.files import fingerprint_file, write_atomic, write_table
+from mmpo_jax.core.stages import Stage, StageError, read_finished, run_stage
 
 ROOT = Path(__file__).parents[2]
 

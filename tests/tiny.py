@@ -13,6 +13,9 @@ import numpy as np
 import transformers
 from tokenizers import Tokenizer, models, normalizers, processors, trainers
 
+from mmpo_jax.checkpoints.configs import load_config
+from mmpo_jax.checkpoints.huggingface import save_model
+from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.data.batching import pad_batch
 from mmpo_jax.data.pipeline import Example, TrainBatch
 from mmpo_jax.data.processor import Processor
@@ -20,12 +23,11 @@ from mmpo_jax.data.records import IMAGE, ImageRef, Record, Response, Turn
 from mmpo_jax.data.tokenization import tokenize
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.families.llava import LlavaConfig
-from mmpo_jax.models.huggingface import flatten, save_model, unflatten
-from mmpo_jax.models.model import Model, Params, load_config
+from mmpo_jax.models.model import Model, Params
 from mmpo_jax.objectives.sums import mean
-from mmpo_jax.shapes.processor import IMAGE_TOKEN, TOKENS, save_processor
-from mmpo_jax.shapes.render import png_bytes
-from mmpo_jax.shapes.world import sample_scene
+from mmpo_jax.picture_world.processor import IMAGE_TOKEN, TOKENS, save_processor
+from mmpo_jax.picture_world.render import png_bytes
+from mmpo_jax.picture_world.world import sample_scene
 from mmpo_jax.training.losses import Loss
 
 IMAGE_ID = TOKENS.index(IMAGE_TOKEN)

@@ -12,10 +12,10 @@ from contextlib import AbstractContextManager
 
 from jax.sharding import Mesh
 
-from mmpo_jax import progress
 from mmpo_jax.alignment.report import RoundReport, read_report, write_report
 from mmpo_jax.alignment.round import Round, pair_examples, run_round
-from mmpo_jax.checkpoint import (
+from mmpo_jax.checkpoints.cards import ModelCard, SavedWeights, make_card, write_card
+from mmpo_jax.checkpoints.checkpoint import (
     Checkpoint,
     fingerprint_location,
     load_checkpoint,
@@ -23,15 +23,10 @@ from mmpo_jax.checkpoint import (
     load_weights,
     locate,
 )
-from mmpo_jax.data.records import Record
-from mmpo_jax.data.rows import SkipReason
-from mmpo_jax.data.sources import SKIPPED, load_source, usable_records
-from mmpo_jax.data.tokenization import TokenizedRecord
-from mmpo_jax.errors import MmpoError
-from mmpo_jax.evaluation.shapes import VERSION, evaluate_shapes
-from mmpo_jax.feedback.claims import make_splitter
-from mmpo_jax.feedback.labeler import CheckpointLabeler, Labeler, answer_tokens
-from mmpo_jax.files import (
+from mmpo_jax.checkpoints.fingerprints import fingerprint_model, has_fingerprint
+from mmpo_jax.core import progress
+from mmpo_jax.core.errors import MmpoError
+from mmpo_jax.core.files import (
     check_reachable,
     fingerprint_json,
     read_json,
@@ -39,10 +34,15 @@ from mmpo_jax.files import (
     replace_folder,
     write_atomic,
 )
-from mmpo_jax.models.card import ModelCard, SavedWeights, make_card, write_card
-from mmpo_jax.models.fingerprints import fingerprint_model, has_fingerprint
+from mmpo_jax.data.records import Record
+from mmpo_jax.data.rows import SkipReason
+from mmpo_jax.data.sources import SKIPPED, load_source, usable_records
+from mmpo_jax.data.tokenization import TokenizedRecord
+from mmpo_jax.evaluation.picture_world import VERSION, evaluate_shapes
+from mmpo_jax.feedback.claims import make_splitter
+from mmpo_jax.feedback.labeler import CheckpointLabeler, Labeler, answer_tokens
 from mmpo_jax.parallel.mesh import make_mesh
-from mmpo_jax.recipe import AlignRecipe
+from mmpo_jax.recipes.recipe import AlignRecipe
 from mmpo_jax.training.loop import check_training
 from mmpo_jax.training.saving import MODEL, measure_weights, save_weights
 

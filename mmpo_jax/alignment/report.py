@@ -7,7 +7,7 @@ import json
 import os
 
 from mmpo_jax.alignment.round import scored_responses
-from mmpo_jax.files import read_table, write_atomic
+from mmpo_jax.core.files import read_table, write_atomic
 from mmpo_jax.training.metrics import FILE, read_metrics
 
 RECALL_LOSS = 0.03

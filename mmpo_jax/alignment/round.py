@@ -21,18 +21,13 @@ from typing import Any
 import pyarrow as pa
 from jax.sharding import Mesh
 
-from mmpo_jax import progress
-from mmpo_jax.checkpoint import Checkpoint
-from mmpo_jax.data.pipeline import Example, Part
-from mmpo_jax.data.records import Record, Response
-from mmpo_jax.data.sources import warn_of_cuts
-from mmpo_jax.data.tokenization import TokenizedRecord, tokenize_records
-from mmpo_jax.errors import MmpoError
-from mmpo_jax.feedback.claims import Splitter
-from mmpo_jax.feedback.labeler import Labeler
-from mmpo_jax.feedback.pairing import combine
-from mmpo_jax.feedback.scores import ScoredResponse
-from mmpo_jax.files import (
+from mmpo_jax.checkpoints.cards import make_card
+from mmpo_jax.checkpoints.checkpoint import Checkpoint
+from mmpo_jax.checkpoints.fingerprints import fingerprint_model, has_fingerprint
+from mmpo_jax.checkpoints.folders import is_on_hub
+from mmpo_jax.core import progress
+from mmpo_jax.core.errors import MmpoError
+from mmpo_jax.core.files import (
     canonical_json,
     fingerprint_file,
     fingerprint_items,
@@ -40,13 +35,18 @@ from mmpo_jax.files import (
     read_json,
     write_atomic,
 )
+from mmpo_jax.core.stages import Stage, run_stage
+from mmpo_jax.data.pipeline import Example, Part
+from mmpo_jax.data.records import Record, Response
+from mmpo_jax.data.sources import warn_of_cuts
+from mmpo_jax.data.tokenization import TokenizedRecord, tokenize_records
+from mmpo_jax.feedback.claims import Splitter
+from mmpo_jax.feedback.labeler import Labeler
+from mmpo_jax.feedback.pairing import combine
+from mmpo_jax.feedback.scores import ScoredResponse
 from mmpo_jax.generation.responses import GENERATED, PROMPTS_PER_PART, generate_stage
 from mmpo_jax.generation.sampler import Decoding
-from mmpo_jax.models.card import make_card
-from mmpo_jax.models.fingerprints import fingerprint_model, has_fingerprint
-from mmpo_jax.models.folders import is_on_hub
-from mmpo_jax.recipe import AlignRecipe
-from mmpo_jax.stage import Stage, run_stage
+from mmpo_jax.recipes.recipe import AlignRecipe
 from mmpo_jax.training.examples import prepare_examples, tokenizer_for, unfit
 from mmpo_jax.training.loop import rows_to_see, train
 from mmpo_jax.training.saving import MODEL, save_result

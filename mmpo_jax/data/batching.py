@@ -9,10 +9,10 @@ import jax
 import numpy as np
 
 from mmpo_jax.data.processor import Processor
+from mmpo_jax.data.settings import Lengths
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.models.batch import Batch, Shown
 from mmpo_jax.models.layout import Placement, pad_size, place
-from mmpo_jax.recipe import Lengths
 
 SMALLEST = 16
 """Of the bucket sizes that are chosen from the data."""

@@ -10,9 +10,9 @@ from typing import Any
 
 import jinja2
 
+from mmpo_jax.core.errors import DataError
 from mmpo_jax.data.processor_files import ProcessorError
 from mmpo_jax.data.records import Medium, Turn
-from mmpo_jax.errors import DataError
 
 PROBE = "is there a star ?"
 """What a chat template is tried with."""

@@ -14,15 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from mmpo_jax.core.files import fingerprint_json
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import Edit, EditKind, ImageRef, Record, VideoRef
-from mmpo_jax.data.tokenization import (
-    RowRejected,
-    TokenizedRecord,
-    TokenizedResponse,
-    tokenize,
-)
-from mmpo_jax.files import fingerprint_json
+from mmpo_jax.data.tokenization import RowRejected, TokenizedRecord, TokenizedResponse, tokenize
 
 MAIN = "main"
 OTHER_IMAGE = "other_image"

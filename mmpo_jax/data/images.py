@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from etils import epath
 from PIL import ExifTags, Image, ImageOps
 
+from mmpo_jax.core.errors import DataError
+from mmpo_jax.core.files import is_local
 from mmpo_jax.data.edits import edit_image
 from mmpo_jax.data.records import ImageRef
 from mmpo_jax.data.rows import brief
-from mmpo_jax.errors import DataError
-from mmpo_jax.files import is_local
 
 # Where Pillow begins to warn of decompression bombs; 256 MiB in RGB. Stated here because Pillow's
 # limit is a global that other libraries switch off.

@@ -7,9 +7,9 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from mmpo_jax.core.files import fingerprint_bytes
 from mmpo_jax.data.notes import ID
 from mmpo_jax.data.records import ANSWERS, ImageRef, Record, Response
-from mmpo_jax.files import fingerprint_bytes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mmpo_jax.core.errors import DataError
+from mmpo_jax.core.files import fingerprint_json
 from mmpo_jax.data.chat_template import ChatTemplate, TemplateRefusal
 from mmpo_jax.data.control_tokens import ControlTokens, has_stand_ins
 from mmpo_jax.data.edits import edit_pixels
@@ -34,8 +36,6 @@ from mmpo_jax.data.processor_files import (
 )
 from mmpo_jax.data.records import Edit, ImageRef, Medium, Piece, Turn, VideoRef
 from mmpo_jax.data.templates import TEMPLATES
-from mmpo_jax.errors import DataError
-from mmpo_jax.files import fingerprint_json
 from mmpo_jax.models.config import ModelConfig
 from mmpo_jax.models.families import FAMILIES
 from mmpo_jax.models.layout import Layout

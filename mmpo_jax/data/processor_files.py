@@ -13,7 +13,7 @@ from typing import Any
 
 import transformers
 
-from mmpo_jax.errors import MmpoError
+from mmpo_jax.core.errors import MmpoError
 
 TOKENIZERS = ("tokenizer.model", "vocab.json", "merges.txt")
 """Files that tokenizers are made of where there is no tokenizer.json."""

@@ -13,6 +13,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from etils import epath
 
+from mmpo_jax.core.errors import DataError
+from mmpo_jax.core.files import check_reachable, write_atomic
+from mmpo_jax.core.progress import counted
 from mmpo_jax.data.formats import FORMATS, choose_format
 from mmpo_jax.data.formats.columns import with_pictures
 from mmpo_jax.data.formats.format import finish
@@ -23,9 +26,6 @@ from mmpo_jax.data.notes import ID, Notes
 from mmpo_jax.data.records import ANSWERS, ImageRef, Record, VideoRef
 from mmpo_jax.data.rows import MessagesAs, SkipReason, UnusableRow
 from mmpo_jax.data.tables import folder_of, numbered_rows
-from mmpo_jax.errors import DataError
-from mmpo_jax.files import check_reachable, write_atomic
-from mmpo_jax.progress import counted
 
 Problem = tuple[SkipReason, str]
 """Why a row is left out: a word to count by, and what exactly is wrong, for a person."""

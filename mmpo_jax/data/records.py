@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from etils import epath
 
+from mmpo_jax.core.errors import DataError
+from mmpo_jax.core.files import fingerprint_bytes, fingerprint_json
 from mmpo_jax.data.rows import SkipReason
-from mmpo_jax.errors import DataError
-from mmpo_jax.files import fingerprint_bytes, fingerprint_json
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 

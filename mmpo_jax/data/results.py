@@ -10,12 +10,13 @@ from typing import Any
 
 from etils import epath
 
+from mmpo_jax.core.errors import DataError, MmpoError
+from mmpo_jax.core.files import check_reachable, write_atomic
 from mmpo_jax.data.formats.writing import place_image
 from mmpo_jax.data.records import ImageRef
+from mmpo_jax.data.settings import FileData
 from mmpo_jax.data.sources import SKIPPED
-from mmpo_jax.errors import DataError, MmpoError
-from mmpo_jax.files import check_reachable, write_atomic
-from mmpo_jax.recipe import Data, FileData
+from mmpo_jax.recipes.data import Data
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection
 
 from etils import epath
 
-from mmpo_jax.errors import DataError
-from mmpo_jax.files import walk
+from mmpo_jax.core.errors import DataError
+from mmpo_jax.core.files import walk
 
 log = logging.getLogger(__name__)
 

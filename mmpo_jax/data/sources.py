@@ -9,7 +9,8 @@ from typing import Any
 
 from etils import epath
 
-from mmpo_jax import progress
+from mmpo_jax.core import progress
+from mmpo_jax.core.errors import DataError
 from mmpo_jax.data.joining import join_pairs
 from mmpo_jax.data.notes import Notes, TextNotes, shows_something
 from mmpo_jax.data.processor import Processor
@@ -23,15 +24,10 @@ from mmpo_jax.data.readers import (
 )
 from mmpo_jax.data.records import SCORE, Record, Response
 from mmpo_jax.data.rows import MessagesAs
-from mmpo_jax.data.tokenization import (
-    Tokenize,
-    TokenizedRecord,
-    tokenize,
-    tokenize_records,
-)
-from mmpo_jax.errors import DataError
-from mmpo_jax.recipe import FileData, LearnedFile, Lengths, ShapesData
-from mmpo_jax.shapes import records as shapes
+from mmpo_jax.data.settings import FileData, LearnedFile, Lengths
+from mmpo_jax.data.tokenization import Tokenize, TokenizedRecord, tokenize, tokenize_records
+from mmpo_jax.picture_world import records as shapes
+from mmpo_jax.picture_world.source import ShapesData
 
 log = logging.getLogger(__name__)
 

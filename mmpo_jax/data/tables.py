@@ -26,10 +26,10 @@ import pyarrow.parquet as pq
 from array_record.python import array_record_module
 from etils import epath
 
+from mmpo_jax.core.errors import DataError
+from mmpo_jax.core.files import encode_table, is_local, read_bytes, write_atomic
 from mmpo_jax.data.rows import UnusableRow
 from mmpo_jax.data.snapshots import choose_split, data_files, split_path
-from mmpo_jax.errors import DataError
-from mmpo_jax.files import encode_table, is_local, read_bytes, write_atomic
 
 TFDS = "tfds:"
 _BATCH_ROWS = 64  # Rows hold whole images: this is memory, not speed.

@@ -8,9 +8,9 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 import mmpo_jax.data.builders
-import mmpo_jax.shapes.tfds_builder  # noqa: F401 -- registers its builder
-from mmpo_jax.errors import DataError
-from mmpo_jax.files import is_local
+import mmpo_jax.picture_world.tfds_builder  # noqa: F401 -- registers its builder
+from mmpo_jax.core.errors import DataError
+from mmpo_jax.core.files import is_local
 
 
 class _Encoded(tfds.decode.SkipDecoding):

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mmpo_jax.core.files import fingerprint_items
 from mmpo_jax.data.chat_template import TemplateRefusal
 from mmpo_jax.data.control_tokens import has_stand_ins
 from mmpo_jax.data.dialogues import Segment, dialogue_of, segments
@@ -22,9 +23,8 @@ from mmpo_jax.data.readers import SkippedRow
 from mmpo_jax.data.records import ImageRef, Record, Response, VideoRef
 from mmpo_jax.data.rows import SkipReason
 from mmpo_jax.data.segments import covered_tokens
-from mmpo_jax.files import fingerprint_items
+from mmpo_jax.data.settings import Lengths
 from mmpo_jax.models.layout import Layout
-from mmpo_jax.recipe import Lengths
 
 UNLIMITED = 2**30
 """As the limit of a length."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Protocol
 
-from mmpo_jax.shapes import claims as shapes
+from mmpo_jax.picture_world import claims as shapes
 
 
 @dataclasses.dataclass(frozen=True)

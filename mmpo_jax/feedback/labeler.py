@@ -13,25 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mmpo_jax import progress
+from mmpo_jax.core import progress
+from mmpo_jax.core.errors import DataError
+from mmpo_jax.core.progress import counted
 from mmpo_jax.data.batching import pad_batch
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.processor_files import ProcessorError
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
-from mmpo_jax.data.tokenization import (
-    RowRejected,
-    TokenizedRecord,
-    tokenize,
-)
-from mmpo_jax.errors import DataError
+from mmpo_jax.data.settings import Lengths
+from mmpo_jax.data.tokenization import RowRejected, TokenizedRecord, tokenize
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.log_probs import next_token_logits
 from mmpo_jax.models.lora import cast_params
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.precision import check_finite, inference_dtype
 from mmpo_jax.parallel.mesh import batch_shards, put_batch
-from mmpo_jax.progress import counted
-from mmpo_jax.recipe import Lengths
 
 YES, NO = ("yes", "Yes"), ("no", "No")
 

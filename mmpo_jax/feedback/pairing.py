@@ -18,9 +18,9 @@ from fractions import Fraction
 from itertools import combinations
 from typing import Literal
 
-from mmpo_jax.errors import DataError, MmpoError
+from mmpo_jax.core.errors import DataError, MmpoError
+from mmpo_jax.core.files import canonical_json
 from mmpo_jax.feedback.scores import SCORES, ScoredResponse
-from mmpo_jax.files import canonical_json
 
 Balance = Literal["rlaif_v", "symmetric", "none"]
 DuplicateClaims = Literal["keep", "drop_response"]

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from mmpo_jax.errors import DataError
+from mmpo_jax.core.errors import DataError
 
 # log_odds stays finite when a labeler's probability underflows to 0.
 _PROBABILITY_FLOOR = 1e-9

@@ -12,18 +12,18 @@ import numpy as np
 import pyarrow as pa
 from jax.sharding import Mesh
 
-from mmpo_jax import progress
+from mmpo_jax.core import progress
+from mmpo_jax.core.errors import DataError
+from mmpo_jax.core.files import fingerprint_items
+from mmpo_jax.core.stages import Stage, run_stage
 from mmpo_jax.data.batching import pad_batch
 from mmpo_jax.data.processor import Processor
+from mmpo_jax.data.settings import Lengths
 from mmpo_jax.data.tokenization import TokenizedRecord
-from mmpo_jax.errors import DataError
-from mmpo_jax.files import fingerprint_items
 from mmpo_jax.generation.sampler import NOT_FINITE, Decoding, sample, sample_keys
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.precision import check_finite, inference_dtype
 from mmpo_jax.parallel.mesh import batch_shards, put_batch
-from mmpo_jax.recipe import Lengths
-from mmpo_jax.stage import Stage, run_stage
 
 PROMPTS_PER_PART = 256
 """A kill loses at most this many prompts' worth of a stage."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from mmpo_jax.errors import MmpoError
+from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.models.layers import ACTIVATIONS
 from mmpo_jax.models.rope import Rope, read_rope
 

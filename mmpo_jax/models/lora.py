@@ -23,12 +23,37 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pydantic
 from jax.sharding import PartitionSpec
+from pydantic import Field
 
-from mmpo_jax.models.huggingface import flatten, unflatten
+from mmpo_jax.core.sections import PositiveInt, Section
+from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.models.merging import SCALE, A, B, merge, parts_of
 from mmpo_jax.models.model import Model, Params
-from mmpo_jax.recipe_training import Lora
+
+
+class Lora(Section):
+    """Low-rank adapters, trained beside frozen weights."""
+
+    target: str = "language_model/layers/.*"
+    """Regular expression over whole paths of dense layers, such as
+    `language_model/layers/self_attn/q_proj`; what `freeze` matches gets no adapter."""
+    rank: PositiveInt = 16
+    alpha: float = Field(32.0, gt=0)
+    """Adapters count alpha / rank times."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of an adapter's inputs that training zeroes."""
+
+    @pydantic.field_validator("target")
+    @classmethod
+    def _compiles(cls, target: str) -> str:
+        try:
+            re.compile(target)
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from error
+        return target
+
 
 KEY, RATE = "lora_key", "lora_rate"
 

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
+import jax.numpy as jnp
 import numpy as np
 
-from mmpo_jax.errors import DataError
-from mmpo_jax.models.huggingface import weights_dtype
+from mmpo_jax.core.errors import DataError
+from mmpo_jax.core.trees import flatten
+from mmpo_jax.models.merging import A
 from mmpo_jax.models.model import Params
+
+MATRICES = ("/kernel", "/embedding", f"/{A}")
+"""Ends of the paths of parameters that are products' factors or tables."""
+
+
+def weights_dtype(params: Params) -> np.dtype:
+    """The dtype of a checkpoint: the narrowest that holds all of its matrices.
+
+    Vectors do not count: norms are often float32 beside bfloat16. Of a run that froze most of a
+    bfloat16 model it is float32, in which the rest was trained.
+    """
+    flat = flatten(params)
+    matrices = [leaf for path, leaf in flat.items() if path.endswith(MATRICES)]
+    return functools.reduce(
+        jnp.promote_types, (np.dtype(leaf.dtype) for leaf in matrices or flat.values())
+    )
 
 
 def inference_dtype(params: Params) -> np.dtype:

@@ -1,5 +1,5 @@
 """`mmpo objectives`: every objective with its formula, options and needs; the rewards come after,
-from `feedback/rewards/listing.py`."""
+from `rewards/listing.py`."""
 
 from __future__ import annotations
 

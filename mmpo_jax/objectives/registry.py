@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal
 import jax
 from pydantic import Field
 
+from mmpo_jax.core.sections import keyword_options
 from mmpo_jax.objectives.responses import Responses
 from mmpo_jax.objectives.sums import Sums
-from mmpo_jax.section import keyword_options
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]

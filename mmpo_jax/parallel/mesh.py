@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mmpo_jax.errors import MmpoError
-from mmpo_jax.models.huggingface import map_with_path
+from mmpo_jax.core.errors import MmpoError
+from mmpo_jax.core.trees import map_with_path
 from mmpo_jax.models.lora import adapter_spec, described_by
 
 AXES = ("data", "fsdp", "tensor")

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from mmpo_jax.checkpoint import Checkpoint
+from mmpo_jax.checkpoints.checkpoint import Checkpoint
+from mmpo_jax.core.errors import DataError
+from mmpo_jax.core.files import fingerprint_items
 from mmpo_jax.data.contexts import (
     OtherImage,
     all_contexts,
@@ -22,13 +24,11 @@ from mmpo_jax.data.contexts import (
 )
 from mmpo_jax.data.pipeline import Example
 from mmpo_jax.data.rows import SkipReason
+from mmpo_jax.data.settings import Lengths
 from mmpo_jax.data.tokenization import Tokenize, TokenizedRecord
-from mmpo_jax.errors import DataError
-from mmpo_jax.files import fingerprint_items
 from mmpo_jax.objectives.registry import FIELDS, VIEWS, is_field
 from mmpo_jax.objectives.terms import Term, needs
-from mmpo_jax.recipe import Lengths
-from mmpo_jax.recipe_training import Reference, Training
+from mmpo_jax.recipes.training import Reference, Training
 from mmpo_jax.training.fields import lacks, maker_of, score_names
 from mmpo_jax.training.losses import needs_reference, recipe_terms
 from mmpo_jax.training.reference import check_given, reference_stage

@@ -14,7 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mmpo_jax import progress
+from mmpo_jax.checkpoints.cards import ModelCard
+from mmpo_jax.checkpoints.orbax import Checkpoints, save_base
+from mmpo_jax.checkpoints.train_state import TrainState
+from mmpo_jax.core import progress
+from mmpo_jax.core.errors import MmpoError
+from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.pipeline import (
     Example,
     HostBatch,
@@ -26,27 +31,16 @@ from mmpo_jax.data.pipeline import (
     training_batches,
 )
 from mmpo_jax.data.processor import Processor
-from mmpo_jax.errors import MmpoError
-from mmpo_jax.models.card import ModelCard
-from mmpo_jax.models.huggingface import flatten
+from mmpo_jax.data.settings import Lengths
 from mmpo_jax.models.lora import add_adapters, targeted_layers
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.parallel.mesh import batch_shards, put_batch
-from mmpo_jax.recipe import Lengths
-from mmpo_jax.recipe_training import MovingReference, NoReference, Rollout, Training
-from mmpo_jax.training.checkpoints import Checkpoints, save_base
+from mmpo_jax.recipes.training import MovingReference, NoReference, Rollout, Training
 from mmpo_jax.training.losses import Loss, make_loss, needs_reference, recipe_terms
 from mmpo_jax.training.metrics import MetricsWriter, means
 from mmpo_jax.training.on_policy import Rollouts
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
-from mmpo_jax.training.step import (
-    TrainState,
-    Update,
-    create_state,
-    make_step,
-    merge,
-    trainable_paths,
-)
+from mmpo_jax.training.step import Update, create_state, make_step, merge, trainable_paths
 from mmpo_jax.training.validation import Held, Validator
 from mmpo_jax.training.waiting import Waiting
 

@@ -12,7 +12,6 @@ import numpy as np
 
 from mmpo_jax.data.contexts import MAIN, OTHER_IMAGE
 from mmpo_jax.data.pipeline import TrainBatch
-from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.log_probs import response_statistics
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.objectives import terms as objectives
@@ -20,7 +19,7 @@ from mmpo_jax.objectives.registry import REFERENCES, STATISTICS, State
 from mmpo_jax.objectives.responses import Responses
 from mmpo_jax.objectives.sums import Sums
 from mmpo_jax.objectives.terms import Metrics, Term
-from mmpo_jax.recipe_training import Training
+from mmpo_jax.recipes.training import Training
 
 Outputs = dict[str, jax.Array]
 """name -> float32[B, S, T], as `response_statistics` gives it."""
@@ -139,11 +138,6 @@ def gather(outputs: Outputs, batch: TrainBatch, contexts: Sequence[str] = (MAIN,
         views["mismatched"] = dataclasses.replace(main, mask=main.mask & other)
         main = dataclasses.replace(main, mask=main.mask & ~other)
     return dataclasses.replace(main, views=views)
-
-
-def sum_log_probs(log_probs: jax.Array, batch: Batch) -> jax.Array:
-    """float32[B, R]: log-prob of every response, over the tokens its loss counts."""
-    return (log_probs * batch.loss_mask).sum(axis=-1)
 
 
 def needs_reference(terms: Sequence[Term]) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 import numpy as np
 import tensorboardX
 
-from mmpo_jax import progress
+from mmpo_jax.core import progress
 from mmpo_jax.objectives.sums import WeightedSum
 
 FILE = "metrics.jsonl"

@@ -13,23 +13,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mmpo_jax import progress
+from mmpo_jax.checkpoints.train_state import TrainState
+from mmpo_jax.core import progress
+from mmpo_jax.core.errors import DataError
 from mmpo_jax.data.pipeline import Example, HostBatch, Part, TrainBatch, batch_maker, batch_order
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import Response, Turn
 from mmpo_jax.data.rows import SkipReason
+from mmpo_jax.data.settings import Lengths
 from mmpo_jax.data.tokenization import TokenizedRecord, TokenizedResponse
-from mmpo_jax.errors import DataError
 from mmpo_jax.generation.responses import read_response, sample_tokens
 from mmpo_jax.generation.sampler import Decoding
 from mmpo_jax.models.lora import cast_params
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.objectives.on_policy import STD_FLOOR, advantages
 from mmpo_jax.parallel.mesh import put_batch
-from mmpo_jax.recipe import Lengths
-from mmpo_jax.recipe_training import Rollout, Training
-from mmpo_jax.training.reference import score_batch
-from mmpo_jax.training.step import TrainState, merge
+from mmpo_jax.recipes.training import Rollout, Training
+from mmpo_jax.scoring.log_probs import score_batch
+from mmpo_jax.training.step import merge
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mmpo_jax.recipe_training import Optimizer
+from mmpo_jax.recipes.training import Optimizer
 
 
 def make_schedule(config: Optimizer, steps: int) -> optax.Schedule:

@@ -12,18 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mmpo_jax.checkpoint import Checkpoint
+from mmpo_jax.checkpoints.cards import MARGIN, ModelCard, SavedWeights, write_card
+from mmpo_jax.checkpoints.checkpoint import Checkpoint
+from mmpo_jax.checkpoints.huggingface import load_params, save_model
+from mmpo_jax.checkpoints.peft import save_adapter
+from mmpo_jax.checkpoints.train_state import TrainState
+from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.pipeline import Example, held_out_batches
-from mmpo_jax.models.card import MARGIN, ModelCard, SavedWeights, write_card
-from mmpo_jax.models.huggingface import flatten, load_params, save_model
+from mmpo_jax.data.settings import Lengths
+from mmpo_jax.models.lora import Lora
 from mmpo_jax.models.model import Params
-from mmpo_jax.models.peft import save_adapter
 from mmpo_jax.parallel.mesh import param_shardings
-from mmpo_jax.recipe import Lengths
-from mmpo_jax.recipe_training import Lora, NoReference, SaveDtype, Training
+from mmpo_jax.recipes.training import NoReference, SaveDtype, Training
 from mmpo_jax.training.loop import micro_batch_size
 from mmpo_jax.training.losses import make_loss, needs_reference, recipe_terms
-from mmpo_jax.training.step import TrainState
 from mmpo_jax.training.validation import make_forward, measure_batches
 
 log = logging.getLogger(__name__)

@@ -12,35 +12,16 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mmpo_jax.models.huggingface import flatten, unflatten
+from mmpo_jax.checkpoints.train_state import TrainState
+from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.models.lora import cast_params, is_adapter, with_dropout
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.objectives.registry import State
 from mmpo_jax.objectives.sums import Sums
 from mmpo_jax.objectives.terms import Metrics
 from mmpo_jax.parallel.mesh import param_shardings
-from mmpo_jax.recipe_training import MovingReference
+from mmpo_jax.recipes.training import MovingReference
 from mmpo_jax.training.losses import Loss
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """What a step reads and replaces; donated to it, but for what is frozen."""
-
-    step: jax.Array
-    """int32[]: updates done."""
-    params: dict[str, jax.Array]
-    """float32, path -> array: what is trained."""
-    frozen: dict[str, jax.Array]
-    """path -> array: what is not."""
-    optimizer: Any
-    """optax state of `params`."""
-    reference: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
-    """Of a reference that runs in the step, what is not in `frozen`; else empty."""
-    kept: State = dataclasses.field(default_factory=dict)
-    """What objectives keep from step to step, float32[] each."""
-
 
 Update = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 """(state, micro-batches) -> (state, metrics)."""

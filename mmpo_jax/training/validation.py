@@ -15,19 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mmpo_jax import progress
+from mmpo_jax.checkpoints.train_state import TrainState
+from mmpo_jax.core import progress
+from mmpo_jax.core.errors import MmpoError
+from mmpo_jax.core.trees import unflatten
 from mmpo_jax.data.pipeline import Example, TrainBatch
 from mmpo_jax.data.tokenization import TokenizedRecord
-from mmpo_jax.errors import MmpoError
 from mmpo_jax.models.batch import Batch
-from mmpo_jax.models.huggingface import unflatten
 from mmpo_jax.models.lora import cast_params
 from mmpo_jax.parallel.mesh import put_batch
-from mmpo_jax.recipe import Validation
-from mmpo_jax.recipe_training import Training
+from mmpo_jax.recipes.recipe import Validation
+from mmpo_jax.recipes.training import Training
 from mmpo_jax.training.losses import Loss
 from mmpo_jax.training.metrics import means
-from mmpo_jax.training.step import TrainState
 
 log = logging.getLogger(__name__)
 

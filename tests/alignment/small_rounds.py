@@ -1,8 +1,8 @@
 """Two small rounds of alignment, with feedback that a random model can earn."""
 
+from mmpo_jax.core.files import fingerprint_bytes
 from mmpo_jax.feedback.claims import Claim, Division
-from mmpo_jax.files import fingerprint_bytes
-from mmpo_jax.recipe import AlignRecipe
+from mmpo_jax.recipes.recipe import AlignRecipe
 
 PROMPTS, SAMPLES, ROUNDS = 12, 3, 2
 

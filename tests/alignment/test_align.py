@@ -13,18 +13,19 @@ import pytest
 import tiny
 from alignment.small_rounds import PROMPTS, ROUNDS, SAMPLES, STAGES, make_recipe
 
-from mmpo_jax import progress
 from mmpo_jax.alignment import align
 from mmpo_jax.alignment import round as round_module
 from mmpo_jax.alignment.align import run_alignment
-from mmpo_jax.checkpoint import load_start
+from mmpo_jax.checkpoints.checkpoint import load_start
+from mmpo_jax.checkpoints.fingerprints import fingerprint_model
+from mmpo_jax.checkpoints.huggingface import load_model
+from mmpo_jax.core import progress
+from mmpo_jax.core.errors import MmpoError
+from mmpo_jax.core.files import fingerprint_file, read_table
+from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.records import ImageRef
-from mmpo_jax.errors import MmpoError
-from mmpo_jax.files import fingerprint_file, read_table
-from mmpo_jax.models.fingerprints import fingerprint_model
-from mmpo_jax.models.huggingface import flatten, load_model
-from mmpo_jax.shapes.render import png_bytes
-from mmpo_jax.shapes.world import sample_scene
+from mmpo_jax.picture_world.render import png_bytes
+from mmpo_jax.picture_world.world import sample_scene
 from mmpo_jax.training.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("stubs")
@@ -44,7 +45,7 @@ def work_done(monkeypatch):
 
     original = round_module.run_stage
     monkeypatch.setattr(round_module, "run_stage", count)
-    monkeypatch.setattr("mmpo_jax.training.reference.run_stage", count)
+    monkeypatch.setattr("mmpo_jax.scoring.log_probs.run_stage", count)
     monkeypatch.setattr("mmpo_jax.generation.responses.run_stage", count)
     for module, name in ((round_module, "train"), (align, "evaluate_shapes")):
         function = getattr(module, name)

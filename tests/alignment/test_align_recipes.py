@@ -13,17 +13,17 @@ from jax.sharding import AxisType
 from mmpo_jax.alignment import align
 from mmpo_jax.alignment import round as round_module
 from mmpo_jax.alignment.align import run_alignment, split_prompts
-from mmpo_jax.checkpoint import load_start
-from mmpo_jax.errors import DataError, MmpoError
+from mmpo_jax.checkpoints.checkpoint import load_start
+from mmpo_jax.checkpoints.fingerprints import fingerprint_model
+from mmpo_jax.checkpoints.huggingface import load_model
+from mmpo_jax.checkpoints.peft import base_model, save_adapter
+from mmpo_jax.core.errors import DataError, MmpoError
+from mmpo_jax.core.files import read_table
+from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.feedback.scores import count_score
-from mmpo_jax.files import read_table
 from mmpo_jax.generation import responses as responses_module
-from mmpo_jax.models.fingerprints import fingerprint_model
-from mmpo_jax.models.huggingface import flatten, load_model, unflatten
-from mmpo_jax.models.lora import add_adapters
-from mmpo_jax.models.peft import base_model, save_adapter
+from mmpo_jax.models.lora import Lora, add_adapters
 from mmpo_jax.parallel.mesh import AXES
-from mmpo_jax.recipe_training import Lora
 from mmpo_jax.training.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("stubs")

@@ -5,7 +5,7 @@ import os
 import pytest
 from alignment import kill_and_resume
 
-from mmpo_jax.models.folders import BUILTIN
+from mmpo_jax.checkpoints.folders import BUILTIN
 
 SMALL = (
     *kill_and_resume.OVERRIDES,

@@ -6,7 +6,7 @@ from alignment.small_rounds import make_recipe
 
 from mmpo_jax.alignment import align
 from mmpo_jax.alignment.align import run_alignment
-from mmpo_jax.files import encode_table, fingerprint_file, fingerprint_json, read_table
+from mmpo_jax.core.files import encode_table, fingerprint_file, fingerprint_json, read_table
 
 KEYED = "generate", "conquer", "reference"
 

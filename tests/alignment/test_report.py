@@ -15,7 +15,7 @@ from mmpo_jax.alignment.report import (
     warnings,
     write_report,
 )
-from mmpo_jax.files import write_table
+from mmpo_jax.core.files import write_table
 
 
 def metrics(recall=0.8, length=20.0, greedy_recall=0.8, unparsed=0.01):

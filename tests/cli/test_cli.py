@@ -6,10 +6,11 @@ import jax
 import pytest
 from cli.recipes import POSSIBLE, recipe, write_rows
 
-from mmpo_jax import cli, files
+from mmpo_jax import cli
+from mmpo_jax.core import files
 from mmpo_jax.parallel.mesh import make_mesh
-from mmpo_jax.shapes.render import png_bytes
-from mmpo_jax.shapes.world import sample_scene
+from mmpo_jax.picture_world.render import png_bytes
+from mmpo_jax.picture_world.world import sample_scene
 
 START_JAX = cli._start_jax
 
@@ -51,7 +52,7 @@ def test_no_recipe(capsys, tmp_path):
 
 
 def test_devices_that_are_not_there(generation, mmpo, monkeypatch):
-    monkeypatch.setattr("mmpo_jax.generation.run.make_mesh", make_mesh)
+    monkeypatch.setattr("mmpo_jax.commands.generate.make_mesh", make_mesh)
     status, _, err = mmpo("generate", generation, "devices.fsdp=3")
     assert status == 1
     assert "mesh {'data': 1, 'fsdp': 3, 'tensor': 1} does not fit 8 devices" in err

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from cli.recipes import POSSIBLE, recipe, write_rows
 
-from mmpo_jax import files
+from mmpo_jax.core import files
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from format_rows import (
     write_jsonl,
 )
 
+from mmpo_jax.core.errors import DataError
 from mmpo_jax.data.readers import (
     SkippedRow,
     check_images,
@@ -26,7 +27,6 @@ from mmpo_jax.data.readers import (
     read_records,
     write_skipped,
 )
-from mmpo_jax.errors import DataError
 
 
 @pytest.fixture

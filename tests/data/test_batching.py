@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import tiny
 
+from mmpo_jax.core.errors import DataError
 from mmpo_jax.data.batching import bucket, pad_batch
 from mmpo_jax.data.records import ImageRef, Response
 from mmpo_jax.data.tokenization import TokenizedRecord, TokenizedResponse
-from mmpo_jax.errors import DataError
 from mmpo_jax.models.layout import Layout
-from mmpo_jax.shapes.render import png_bytes
-from mmpo_jax.shapes.world import sample_scene
+from mmpo_jax.picture_world.render import png_bytes
+from mmpo_jax.picture_world.world import sample_scene
 
 IMAGES = tuple(ImageRef(str(i), png_bytes(sample_scene("train", 0, i))) for i in range(3))
 

@@ -9,9 +9,9 @@ import pytest
 from buckets import empty_bucket
 from PIL import Image
 
-from mmpo_jax.data.conversion import convert_data
+from mmpo_jax.commands.data_convert import convert_data
+from mmpo_jax.core.errors import DataError
 from mmpo_jax.data.readers import check_images, read_records
-from mmpo_jax.errors import DataError
 
 FOLDER = "gs://bucket/data"
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from mmpo_jax.cli import main
-from mmpo_jax.data.check import check_data
+from mmpo_jax.commands.data_check import check_data
 from mmpo_jax.data.images import image_size
 from mmpo_jax.data.readers import read_records
 from mmpo_jax.data.records import ImageRef

@@ -20,7 +20,7 @@ from format_rows import (
     write_jsonl,
 )
 
-from mmpo_jax.data.conversion import convert_data
+from mmpo_jax.commands.data_convert import convert_data
 from mmpo_jax.data.formats import FORMATS
 from mmpo_jax.data.formats.writing import Writer
 from mmpo_jax.data.readers import read_records

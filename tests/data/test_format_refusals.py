@@ -28,14 +28,14 @@ from format_rows import (
     write_jsonl,
 )
 
-from mmpo_jax.data.conversion import convert_data
+from mmpo_jax.commands.data_convert import convert_data
+from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.data.formats import FORMATS
 from mmpo_jax.data.formats.format import finish
 from mmpo_jax.data.formats.media import MediaFolder
 from mmpo_jax.data.formats.writing import STRIP, CannotHold, Writer, fields_of
 from mmpo_jax.data.readers import iter_records
 from mmpo_jax.data.records import Record, Response
-from mmpo_jax.errors import MmpoError
 
 
 @pytest.mark.parametrize(

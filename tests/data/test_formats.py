@@ -30,7 +30,7 @@ from format_rows import (
     write_jsonl,
 )
 
-from mmpo_jax.data.conversion import convert_data
+from mmpo_jax.commands.data_convert import convert_data
 from mmpo_jax.data.formats import FORMATS, choose_format
 from mmpo_jax.data.notes import Notes
 from mmpo_jax.data.readers import iter_records, read_records

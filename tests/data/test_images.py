@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 from transformers.image_utils import load_image
 
+from mmpo_jax.core.errors import DataError
 from mmpo_jax.data import images
 from mmpo_jax.data.images import open_image, resolve_image
 from mmpo_jax.data.records import ImageRef
-from mmpo_jax.errors import DataError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 4), dtype=np.uint8)
 

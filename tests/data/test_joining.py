@@ -11,8 +11,8 @@ from format_rows import QUESTION, png, read_jsonl, write_jsonl
 from mmpo_jax.cli import main
 from mmpo_jax.data.joining import Joined, join_pairs
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
+from mmpo_jax.data.settings import LearnedFile
 from mmpo_jax.data.sources import load_source
-from mmpo_jax.recipe import LearnedFile
 
 PROMPT = (Turn("user", QUESTION),)
 

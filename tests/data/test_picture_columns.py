@@ -8,12 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 from format_rows import QUESTION, png, skip_one, user, write_jsonl
 
-from mmpo_jax.data.check import check_data
+from mmpo_jax.commands.data_check import check_data
 from mmpo_jax.data.formats.columns import PICTURE_COLUMNS, with_pictures
 from mmpo_jax.data.notes import Notes
 from mmpo_jax.data.readers import read_records
+from mmpo_jax.data.settings import FileData
 from mmpo_jax.data.sources import load_source, usable_records
-from mmpo_jax.recipe import FileData
 
 PNG = png()
 PAIR = {"prompt": QUESTION, "chosen": "A cat.", "rejected": "Two cats."}

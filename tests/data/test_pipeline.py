@@ -7,10 +7,10 @@ import tiny
 
 from mmpo_jax.data.pipeline import Example, Part, mixed_order, num_batches, training_batches
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
+from mmpo_jax.data.settings import Lengths
 from mmpo_jax.data.tokenization import tokenize_records
-from mmpo_jax.recipe import Lengths
-from mmpo_jax.shapes.render import png_bytes
-from mmpo_jax.shapes.world import sample_scene
+from mmpo_jax.picture_world.render import png_bytes
+from mmpo_jax.picture_world.world import sample_scene
 
 LENGTHS = Lengths(prompt=(16, 24), response=(4, 8))
 ROWS, EPOCHS, BATCH, MICRO = 7, 2, 4, 2

@@ -7,14 +7,14 @@ import shutil
 import pytest
 import tiny
 
+from mmpo_jax.checkpoints.configs import load_config
+from mmpo_jax.core.errors import DataError
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.processor_files import ProcessorError
 from mmpo_jax.data.records import IMAGE, ImageRef, Turn
-from mmpo_jax.errors import DataError
-from mmpo_jax.models.model import load_config
-from mmpo_jax.shapes.processor import TOKENS
-from mmpo_jax.shapes.render import png_bytes
-from mmpo_jax.shapes.world import sample_scene
+from mmpo_jax.picture_world.processor import TOKENS
+from mmpo_jax.picture_world.render import png_bytes
+from mmpo_jax.picture_world.world import sample_scene
 
 
 @pytest.fixture

@@ -21,11 +21,7 @@ from format_rows import (
 )
 from PIL import Image
 
-from mmpo_jax.data.readers import (
-    check_images,
-    iter_records,
-    read_records,
-)
+from mmpo_jax.data.readers import check_images, iter_records, read_records
 from mmpo_jax.data.records import Medium, Response, Turn
 
 GOOD, BAD = Response.of("A cat."), Response.of("A dog.")

@@ -6,12 +6,12 @@ import tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from mmpo_jax.checkpoints.configs import load_config
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import ImageRef, Record, Response, Span, Turn
 from mmpo_jax.data.segments import changed_segments, changed_spans
 from mmpo_jax.data.tokenization import RowRejected, tokenize
-from mmpo_jax.models.model import load_config
-from mmpo_jax.shapes.processor import CHAT_TEMPLATE
+from mmpo_jax.picture_world.processor import CHAT_TEMPLATE
 
 IMAGE = ImageRef("image", b"never decoded here")
 TEXT = "a red star and a green ring"

@@ -8,10 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mmpo_jax.core.errors import DataError
 from mmpo_jax.data.readers import read_records
 from mmpo_jax.data.snapshots import split_of
 from mmpo_jax.data.tables import numbered_rows
-from mmpo_jax.errors import DataError
 
 ROWS = [{"id": str(n), "prompt": f"{n}?", "chosen": "a", "rejected": "b"} for n in range(3)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)

@@ -13,14 +13,14 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from PIL import Image
 
+from mmpo_jax.commands.data_convert import convert_data
+from mmpo_jax.core.errors import DataError
 from mmpo_jax.data.builders import MmRlhf, RlaifV
-from mmpo_jax.data.conversion import convert_data
 from mmpo_jax.data.readers import read_records
 from mmpo_jax.data.records import Response, Turn
 from mmpo_jax.data.tables import numbered_rows
-from mmpo_jax.errors import DataError
-from mmpo_jax.shapes.records import supervised_records
-from mmpo_jax.shapes.tfds_builder import Shapes, ShapesConfig
+from mmpo_jax.picture_world.records import supervised_records
+from mmpo_jax.picture_world.tfds_builder import Shapes, ShapesConfig
 
 
 def png(color="red") -> bytes:

@@ -7,15 +7,15 @@ import pytest
 import tiny
 from transformers import AutoProcessor, AutoTokenizer
 
-from mmpo_jax.checkpoint import load_processor, load_start
+from mmpo_jax.checkpoints.checkpoint import load_processor, load_start
+from mmpo_jax.checkpoints.configs import load_config
+from mmpo_jax.commands.train import run_training
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
 from mmpo_jax.data.tokenization import tokenize
-from mmpo_jax.models.model import load_config
-from mmpo_jax.recipe import TrainRecipe
-from mmpo_jax.shapes.render import png_bytes
-from mmpo_jax.shapes.world import sample_scene
-from mmpo_jax.training.run import run_training
+from mmpo_jax.picture_world.render import png_bytes
+from mmpo_jax.picture_world.world import sample_scene
+from mmpo_jax.recipes.recipe import TrainRecipe
 
 N = 4  # image tokens
 SYSTEM = (

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import tiny
 
+from mmpo_jax.checkpoints.configs import load_config
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
 from mmpo_jax.data.tokenization import RowRejected, tokenize, tokenize_records
-from mmpo_jax.models.model import load_config
-from mmpo_jax.shapes.processor import CHAT_TEMPLATE, TOKENS
+from mmpo_jax.picture_world.processor import CHAT_TEMPLATE, TOKENS
 
 IMAGE = ImageRef("image", b"never decoded here")
 N = 4  # image tokens

@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 from format_rows import QUESTION, assistant, read_one, text_part, user, write_jsonl
 
-from mmpo_jax.data.conversion import convert_data
+from mmpo_jax.commands.data_convert import convert_data
+from mmpo_jax.commands.generate import _line
+from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.data.readers import read_records
 from mmpo_jax.data.records import Medium, Response, placed
 from mmpo_jax.data.results import Results
-from mmpo_jax.errors import MmpoError
-from mmpo_jax.generation.run import _line
 
 WRITERS = ["record", "trl", "llama_factory", "ms_swift"]
 

@@ -3,8 +3,8 @@
 import pytest
 
 from mmpo_jax.feedback.claims import Claim, make_splitter
-from mmpo_jax.shapes import claims as shapes
-from mmpo_jax.shapes.language import VOCABULARY
+from mmpo_jax.picture_world import claims as shapes
+from mmpo_jax.picture_world.language import VOCABULARY
 
 SPLITTER = make_splitter("shapes")
 

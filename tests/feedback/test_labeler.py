@@ -11,21 +11,21 @@ import pytest
 import tiny
 from jax.sharding import AxisType
 
+from mmpo_jax.checkpoints.configs import load_config
+from mmpo_jax.core.errors import DataError
+from mmpo_jax.core.trees import map_with_path
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.processor_files import ProcessorError
 from mmpo_jax.data.records import IMAGE, ImageRef, Turn
-from mmpo_jax.errors import DataError
+from mmpo_jax.data.settings import Lengths
 from mmpo_jax.feedback import labeler as labeler_module
 from mmpo_jax.feedback.labeler import CheckpointLabeler, answer_tokens
 from mmpo_jax.models.batch import Batch
-from mmpo_jax.models.huggingface import map_with_path
 from mmpo_jax.models.log_probs import next_token_logits
-from mmpo_jax.models.model import load_config
 from mmpo_jax.parallel.mesh import AXES
-from mmpo_jax.recipe import Lengths
-from mmpo_jax.shapes.processor import CHAT_TEMPLATE, TOKENS
-from mmpo_jax.shapes.render import png_bytes
-from mmpo_jax.shapes.world import sample_scene
+from mmpo_jax.picture_world.processor import CHAT_TEMPLATE, TOKENS
+from mmpo_jax.picture_world.render import png_bytes
+from mmpo_jax.picture_world.world import sample_scene
 
 LENGTHS = Lengths(prompt=(24,), response=(16,))
 QUESTIONS = (

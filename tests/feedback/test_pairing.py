@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from mmpo_jax.errors import DataError, MmpoError
+from mmpo_jax.core.errors import DataError, MmpoError
 from mmpo_jax.feedback.pairing import CombineResult, Pair, combine, length_balance
 from mmpo_jax.feedback.scores import ScoredResponse, count_score, fraction_score, log_odds_score
 

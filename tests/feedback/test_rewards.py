@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from mmpo_jax import cli
-from mmpo_jax.errors import DataError
-from mmpo_jax.feedback.rewards import REWARDS
-from mmpo_jax.feedback.rewards.boxes import ious, match, read_predictions, true_boxes
-from mmpo_jax.feedback.rewards.registry import MAX_LENGTH
-from mmpo_jax.shapes.metrics import caption_metrics
-from mmpo_jax.shapes.world import Scene, Thing
+from mmpo_jax.core.errors import DataError
+from mmpo_jax.picture_world.metrics import caption_metrics
+from mmpo_jax.picture_world.world import Scene, Thing
+from mmpo_jax.rewards import REWARDS
+from mmpo_jax.rewards.boxes import ious, match, read_predictions, true_boxes
+from mmpo_jax.rewards.registry import MAX_LENGTH
 
 BOXES = ("iou", "confidence", "box_format", "box_recall", "box_precision")
 SCENE = Scene((Thing(0, 0, "star", "red"), Thing(1, 1, "ring", "blue"), Thing(2, 2, "star", "red")))

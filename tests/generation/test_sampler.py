@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
+from mmpo_jax.core.trees import map_with_path
 from mmpo_jax.generation.sampler import (
     NOT_FINITE,
     Decoding,
@@ -20,7 +21,6 @@ from mmpo_jax.generation.sampler import (
     truncate,
 )
 from mmpo_jax.models.batch import Batch
-from mmpo_jax.models.huggingface import map_with_path
 from mmpo_jax.models.log_probs import next_token_logits, response_log_probs
 
 LENGTH = 8

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import tiny
 
+from mmpo_jax.core.trees import flatten
 from mmpo_jax.generation.sampler import Decoding, sample, sample_keys
 from mmpo_jax.models import attention, cudnn, splash
 from mmpo_jax.models.attention import choose_backend, shared_prompt_attention
-from mmpo_jax.models.huggingface import flatten
 from mmpo_jax.models.layers import rematerialise
 from mmpo_jax.models.log_probs import response_log_probs
 from mmpo_jax.parallel.mesh import make_mesh, put_batch, put_params

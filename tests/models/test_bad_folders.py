@@ -11,11 +11,11 @@ import pytest
 pytest.importorskip("torch")
 import safetensors.numpy
 
-from mmpo_jax.checkpoint import load_start
+from mmpo_jax.checkpoints.checkpoint import load_start
+from mmpo_jax.checkpoints.huggingface import load_params, save_model
+from mmpo_jax.checkpoints.safetensors_files import INDEX_FILE
 from mmpo_jax.models.config import ModelError
 from mmpo_jax.models.families import FAMILIES
-from mmpo_jax.models.huggingface import load_params, save_model
-from mmpo_jax.models.safetensors_files import INDEX_FILE
 
 
 @pytest.fixture(params=FAMILIES)

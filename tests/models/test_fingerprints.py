@@ -5,13 +5,12 @@ import shutil
 
 import pytest
 
-from mmpo_jax import files
-from mmpo_jax.checkpoint import fingerprint_location, load_start, locate
-from mmpo_jax.convert import convert
-from mmpo_jax.models.fingerprints import fingerprint_model, fingerprint_step, has_fingerprint
-from mmpo_jax.models.lora import add_adapters
-from mmpo_jax.models.peft import save_adapter
-from mmpo_jax.recipe_training import Lora
+from mmpo_jax.checkpoints.checkpoint import fingerprint_location, load_start, locate
+from mmpo_jax.checkpoints.fingerprints import fingerprint_model, fingerprint_step, has_fingerprint
+from mmpo_jax.checkpoints.peft import save_adapter
+from mmpo_jax.commands.convert import convert
+from mmpo_jax.core import files
+from mmpo_jax.models.lora import Lora, add_adapters
 
 
 @pytest.fixture

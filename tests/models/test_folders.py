@@ -12,11 +12,12 @@ import transformers
 from buckets import Bucket, empty_bucket
 from jax.sharding import AxisType
 
-from mmpo_jax.checkpoint import load_checkpoint, load_processor
+from mmpo_jax.checkpoints.checkpoint import load_checkpoint, load_processor
+from mmpo_jax.checkpoints.fingerprints import fingerprint_model
+from mmpo_jax.checkpoints.folders import copy_base, resolve_folder, write_dtype
+from mmpo_jax.checkpoints.huggingface import save_model
+from mmpo_jax.core.trees import flatten
 from mmpo_jax.models.config import ModelError
-from mmpo_jax.models.fingerprints import fingerprint_model
-from mmpo_jax.models.folders import copy_base, resolve_folder, write_dtype
-from mmpo_jax.models.huggingface import flatten, save_model
 from mmpo_jax.parallel.mesh import AXES
 
 SHA = "0123456789abcdef0123456789abcdef01234567"

@@ -11,13 +11,14 @@ import pytest
 import safetensors.numpy
 import tiny
 
-from mmpo_jax.checkpoint import checkpoint_folders, load_start
-from mmpo_jax.convert import convert
+from mmpo_jax.checkpoints.checkpoint import checkpoint_folders, load_start
+from mmpo_jax.checkpoints.fingerprints import fingerprint_model
+from mmpo_jax.checkpoints.huggingface import load_model, load_params, save_model
+from mmpo_jax.checkpoints.orbax import save_base, save_start
+from mmpo_jax.checkpoints.safetensors_files import INDEX_FILE, SINGLE_FILE, all_finite
+from mmpo_jax.commands.convert import convert
+from mmpo_jax.core.trees import flatten
 from mmpo_jax.models.config import ModelError
-from mmpo_jax.models.fingerprints import fingerprint_model
-from mmpo_jax.models.huggingface import flatten, load_model, load_params, save_model
-from mmpo_jax.models.safetensors_files import INDEX_FILE, SINGLE_FILE, all_finite
-from mmpo_jax.training.checkpoints import save_base, save_start
 
 KEY = "language_model.model.layers.1.self_attn.k_proj.weight"
 PATH = "language_model/layers/self_attn/k_proj/kernel"

@@ -8,9 +8,10 @@ import pytest
 import safetensors.numpy
 import tiny
 
+from mmpo_jax.checkpoints.configs import load_config
+from mmpo_jax.checkpoints.huggingface import load_model, to_huggingface
+from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.models.config import ModelError
-from mmpo_jax.models.huggingface import flatten, load_model, to_huggingface, unflatten
-from mmpo_jax.models.model import load_config
 
 
 @pytest.fixture

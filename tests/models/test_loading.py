@@ -16,11 +16,18 @@ import safetensors.numpy
 import tiny
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from mmpo_jax.models import loading
+from mmpo_jax.checkpoints import loading
+from mmpo_jax.checkpoints.configs import load_config
+from mmpo_jax.checkpoints.huggingface import load_params, save_model
+from mmpo_jax.checkpoints.safetensors_files import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    read_header,
+    weight_files,
+)
+from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.models.config import ModelError
-from mmpo_jax.models.huggingface import flatten, load_params, save_model, unflatten
-from mmpo_jax.models.model import Model, load_config
-from mmpo_jax.models.safetensors_files import INDEX_FILE, SINGLE_FILE, read_header, weight_files
+from mmpo_jax.models.model import Model
 from mmpo_jax.parallel.mesh import AXES, param_shardings
 
 ROOT = Path(__file__).parents[2]
@@ -200,7 +207,8 @@ process, port, folder, target = sys.argv[1:]
 jax.distributed.initialize(f"localhost:{port}", 2, int(process))
 from mmpo_jax.models import loading
 from mmpo_jax.models.huggingface import load_params, save_model
-from mmpo_jax.models.model import Model, load_config
+from mmpo_jax.checkpoints.configs import load_config
+from mmpo_jax.models.model import Model
 from mmpo_jax.parallel.mesh import make_mesh, param_shardings
 read, real = [], loading.read_rows
 def count(tensor, start, stop, columns):

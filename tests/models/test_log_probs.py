@@ -11,18 +11,19 @@ import numpy as np
 import pytest
 import tiny
 
+from mmpo_jax.checkpoints.train_state import TrainState
+from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.pipeline import TrainBatch
 from mmpo_jax.models import log_probs
 from mmpo_jax.models.batch import Batch, Shown
-from mmpo_jax.models.huggingface import flatten
 from mmpo_jax.models.log_probs import head_chunk, response_log_probs, token_log_probs
 from mmpo_jax.models.model import Model, read_config
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import make_mesh
-from mmpo_jax.recipe_training import Optimizer
+from mmpo_jax.recipes.training import Optimizer
 from mmpo_jax.training.losses import make_loss
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
-from mmpo_jax.training.step import TrainState, make_step
+from mmpo_jax.training.step import make_step
 
 PROMPTS = (6, 9, 14)
 RESPONSES = ((5, 2, 7, 1, 4), (1, 7, 3, 6, 2), (4, 4, 1, 7, 5))

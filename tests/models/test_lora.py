@@ -10,13 +10,15 @@ import pytest
 import tiny
 from jax.sharding import PartitionSpec
 
-from mmpo_jax.models import huggingface
-from mmpo_jax.models.huggingface import flatten, new_tensors, to_huggingface, unflatten
+from mmpo_jax.checkpoints import huggingface
+from mmpo_jax.checkpoints.huggingface import new_tensors, to_huggingface
+from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.models.log_probs import response_log_probs
 from mmpo_jax.models.lora import (
     SCALE,
     A,
     B,
+    Lora,
     adapted_layers,
     add_adapters,
     cast_params,
@@ -28,7 +30,6 @@ from mmpo_jax.models.lora import (
 )
 from mmpo_jax.models.merging import merge
 from mmpo_jax.parallel.mesh import make_mesh, put_params
-from mmpo_jax.recipe_training import Lora
 
 EVERYWHERE = Lora(target=".*", rank=3, alpha=5)
 Q = "language_model/layers/self_attn/q_proj"

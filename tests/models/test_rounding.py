@@ -4,8 +4,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from mmpo_jax.checkpoints.rounding import Survival, round_tensor
 from mmpo_jax.models.config import ModelError
-from mmpo_jax.models.rounding import Survival, round_tensor
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 

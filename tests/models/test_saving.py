@@ -13,18 +13,11 @@ import safetensors.numpy
 import yaml
 from jax.sharding import AxisType
 
-from mmpo_jax.models import safetensors_files
-from mmpo_jax.models.card import make_card, render_card
-from mmpo_jax.models.config import ModelError
-from mmpo_jax.models.huggingface import (
-    flatten,
-    load_model,
-    new_tensors,
-    save_model,
-    unflatten,
-    weights_dtype,
-)
-from mmpo_jax.models.safetensors_files import (
+from mmpo_jax.checkpoints import safetensors_files
+from mmpo_jax.checkpoints.cards import make_card, render_card
+from mmpo_jax.checkpoints.huggingface import load_model, new_tensors, save_model
+from mmpo_jax.checkpoints.rounding import stored_dtype
+from mmpo_jax.checkpoints.safetensors_files import (
     INDEX_FILE,
     SINGLE_FILE,
     NewTensor,
@@ -32,8 +25,11 @@ from mmpo_jax.models.safetensors_files import (
     split_into_files,
     write_files,
 )
+from mmpo_jax.core.trees import flatten, unflatten
+from mmpo_jax.models.config import ModelError
+from mmpo_jax.models.precision import weights_dtype
 from mmpo_jax.parallel.mesh import AXES, put_params
-from mmpo_jax.recipe import TrainRecipe
+from mmpo_jax.recipes.recipe import TrainRecipe
 
 SIZE = 20_000
 PAIR = {"source": "file", "path": "pairs.jsonl"}
@@ -110,8 +106,8 @@ def test_the_dtype_that_holds_all_matrices():
     assert weights_dtype(norms).name == "bfloat16"
     assert weights_dtype({**norms, "c": {"kernel": trained}}).name == "float32"
     assert weights_dtype({**norms, "b": {"kernel": frozen, "lora_a": trained}}).name == "float32"
-    assert weights_dtype(norms, "float16").name == "float16"
-    assert weights_dtype(norms, "bfloat16_stochastic").name == "bfloat16"
+    assert stored_dtype("float16").name == "float16"
+    assert stored_dtype("bfloat16_stochastic").name == "bfloat16"
 
 
 def test_one_tensor_in_memory_at_a_time(tiny_model, placed, tmp_path):

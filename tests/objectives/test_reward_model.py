@@ -9,7 +9,7 @@ from objectives.numeric import log_sigmoid, loss_of, random_responses, slopes
 from pydantic import ValidationError
 
 from mmpo_jax.objectives.reward_model import bradley_terry
-from mmpo_jax.recipe_training import Training
+from mmpo_jax.recipes.training import Training
 
 RANK = np.array([[1, 2, 2], [3, 1, 2]])
 SCORE = np.array([[3.0, 1.0, 1.0], [0.0, 2.0, 1.5]])

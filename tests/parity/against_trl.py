@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import tiny
 
+from mmpo_jax.checkpoints.huggingface import to_huggingface
 from mmpo_jax.data.pipeline import TrainBatch
 from mmpo_jax.models.batch import Batch
-from mmpo_jax.models.huggingface import to_huggingface
 from mmpo_jax.training.losses import make_loss
 from mmpo_jax.training.metrics import means
 

@@ -11,9 +11,9 @@ import checks  # noqa: E402
 import families  # noqa: E402
 import safetensors.torch  # noqa: E402
 
-from mmpo_jax.checkpoint import load_start  # noqa: E402
+from mmpo_jax.checkpoints.checkpoint import load_start  # noqa: E402
+from mmpo_jax.checkpoints.huggingface import load_model, save_model  # noqa: E402
 from mmpo_jax.models.families import FAMILIES  # noqa: E402
-from mmpo_jax.models.huggingface import load_model, save_model  # noqa: E402
 
 pytestmark = pytest.mark.parity
 

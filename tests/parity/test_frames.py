@@ -13,7 +13,7 @@ from PIL import Image  # noqa: E402
 
 from mmpo_jax.data.records import ImageRef, VideoRef  # noqa: E402
 from mmpo_jax.models.config import ModelError  # noqa: E402
-from mmpo_jax.models.frames import frame_pixels, resize  # noqa: E402
+from mmpo_jax.models.torch_resize import frame_pixels, resize  # noqa: E402
 
 pytestmark = pytest.mark.parity
 

@@ -16,9 +16,9 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
+from mmpo_jax.checkpoints.huggingface import load_model, save_model
 from mmpo_jax.models.config import ModelError
 from mmpo_jax.models.families import internvl
-from mmpo_jax.models.huggingface import load_model, save_model
 from mmpo_jax.models.layout import Layout
 from mmpo_jax.models.model import read_config
 

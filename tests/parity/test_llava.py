@@ -13,16 +13,17 @@ import pytest
 import tiny
 import transformers
 
+from mmpo_jax.checkpoints.folders import BUILTIN
+from mmpo_jax.checkpoints.huggingface import load_model, save_model
+from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.batching import pad_batch
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import ImageRef, Record, Turn
 from mmpo_jax.data.tokenization import tokenize
 from mmpo_jax.generation.sampler import Decoding, sample, sample_keys
-from mmpo_jax.models.folders import BUILTIN
-from mmpo_jax.models.huggingface import flatten, load_model, save_model
-from mmpo_jax.shapes.language import CAPTION_PROMPTS
-from mmpo_jax.shapes.render import png_bytes
-from mmpo_jax.shapes.world import sample_scene
+from mmpo_jax.picture_world.language import CAPTION_PROMPTS
+from mmpo_jax.picture_world.render import png_bytes
+from mmpo_jax.picture_world.world import sample_scene
 
 torch = pytest.importorskip("torch")
 import checks  # noqa: E402

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from mmpo_jax.objectives.sums import Sums
 from mmpo_jax.parallel.mesh import AXES
-from mmpo_jax.recipe_training import Optimizer
+from mmpo_jax.recipes.training import Optimizer
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
 from mmpo_jax.training.step import create_state, make_step
 

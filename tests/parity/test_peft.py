@@ -14,27 +14,27 @@ import checks  # noqa: E402
 import families  # noqa: E402
 import safetensors.torch  # noqa: E402
 
-from mmpo_jax.checkpoint import load_start  # noqa: E402
-from mmpo_jax.models.config import ModelError  # noqa: E402
-from mmpo_jax.models.families import FAMILIES  # noqa: E402
-from mmpo_jax.models.huggingface import flatten, unflatten  # noqa: E402
-from mmpo_jax.models.log_probs import response_log_probs  # noqa: E402
-from mmpo_jax.models.lora import (  # noqa: E402
-    A,
-    B,
-    adapted_layers,
-    add_adapters,
-    merge_adapters,
-    without_adapters,
-)
-from mmpo_jax.models.peft import (  # noqa: E402
+from mmpo_jax.checkpoints.checkpoint import load_start  # noqa: E402
+from mmpo_jax.checkpoints.peft import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     load_adapter,
     save_adapter,
     with_adapter,
 )
-from mmpo_jax.recipe_training import Lora  # noqa: E402
+from mmpo_jax.core.trees import flatten, unflatten  # noqa: E402
+from mmpo_jax.models.config import ModelError  # noqa: E402
+from mmpo_jax.models.families import FAMILIES  # noqa: E402
+from mmpo_jax.models.log_probs import response_log_probs  # noqa: E402
+from mmpo_jax.models.lora import (
+    A,
+    B,
+    Lora,
+    adapted_layers,
+    add_adapters,
+    merge_adapters,
+    without_adapters,
+)
 
 pytestmark = pytest.mark.parity
 
@@ -245,7 +245,7 @@ def test_gradients(trained_elsewhere):
 
 def our_path(model, name):
     """(path, layer) of a parameter of PEFT's model."""
-    from mmpo_jax.models.huggingface import path_of
+    from mmpo_jax.checkpoints.huggingface import path_of
 
     module, factor = name.removesuffix(".default.weight").rsplit(".lora_", 1)
     path, layer = path_of(module.removeprefix("base_model.model.") + ".weight", model)

@@ -8,9 +8,9 @@ import pytest
 import tiny
 from PIL import Image
 
+from mmpo_jax.checkpoints.configs import load_config
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import ImageRef
-from mmpo_jax.models.model import load_config
 
 pytest.importorskip("torch")
 from transformers import (

@@ -15,11 +15,12 @@ import checks  # noqa: E402
 import safetensors.torch  # noqa: E402
 import transformers  # noqa: E402
 
+from mmpo_jax.checkpoints.huggingface import load_model, save_model
+from mmpo_jax.core.trees import flatten  # noqa: E402
 from mmpo_jax.data.processor import MediaError, Processor  # noqa: E402
 from mmpo_jax.data.records import ImageRef, VideoRef  # noqa: E402
 from mmpo_jax.data.tokenization import RowRejected, tokenize  # noqa: E402
 from mmpo_jax.models.config import ModelError  # noqa: E402
-from mmpo_jax.models.huggingface import flatten, load_model, save_model  # noqa: E402
 from mmpo_jax.models.layout import place  # noqa: E402
 from mmpo_jax.models.model import read_config  # noqa: E402
 

@@ -12,12 +12,13 @@ import checks  # noqa: E402
 import families  # noqa: E402
 import transformers  # noqa: E402
 
+from mmpo_jax.checkpoints.cards import ModelCard  # noqa: E402
+from mmpo_jax.checkpoints.huggingface import load_params, save_model
+from mmpo_jax.checkpoints.safetensors_files import SINGLE_FILE  # noqa: E402
+from mmpo_jax.core.trees import flatten  # noqa: E402
 from mmpo_jax.data.processor import Processor  # noqa: E402
 from mmpo_jax.data.tokenization import tokenize  # noqa: E402
-from mmpo_jax.models.card import ModelCard  # noqa: E402
 from mmpo_jax.models.families import FAMILIES  # noqa: E402
-from mmpo_jax.models.huggingface import flatten, load_params, save_model  # noqa: E402
-from mmpo_jax.models.safetensors_files import SINGLE_FILE  # noqa: E402
 
 pytestmark = pytest.mark.parity
 

@@ -14,13 +14,13 @@ from parity.against_trl import (
     rms_norm,
 )
 
+from mmpo_jax.checkpoints.huggingface import load_model
 from mmpo_jax.data.pipeline import TrainBatch
-from mmpo_jax.models.huggingface import load_model
 from mmpo_jax.objectives.terms import make_term
-from mmpo_jax.shapes.language import CAPTION_PROMPTS
-from mmpo_jax.shapes.render import render
-from mmpo_jax.shapes.world import sample_scene
-from mmpo_jax.training.reference import score_batch
+from mmpo_jax.picture_world.language import CAPTION_PROMPTS
+from mmpo_jax.picture_world.render import render
+from mmpo_jax.picture_world.world import sample_scene
+from mmpo_jax.scoring.log_probs import score_batch
 
 torch = pytest.importorskip("torch")
 trl = pytest.importorskip("trl")

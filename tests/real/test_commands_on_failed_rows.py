@@ -27,7 +27,7 @@ from row_cases import BAD, GOOD, Q, plain
 from their_rows import ids_of, is_learned, their_cuts
 
 from mmpo_jax import cli
-from mmpo_jax.data.check import check_data
+from mmpo_jax.commands.data_check import check_data
 from mmpo_jax.data.readers import read_records
 
 pytestmark = pytest.mark.parity

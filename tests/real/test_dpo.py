@@ -13,9 +13,9 @@ import smollm2  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from mmpo_jax.recipe import TrainRecipe  # noqa: E402
+from mmpo_jax.commands.train import run_training  # noqa: E402
+from mmpo_jax.recipes.recipe import TrainRecipe  # noqa: E402
 from mmpo_jax.training.metrics import FILE, read_metrics  # noqa: E402
-from mmpo_jax.training.run import run_training  # noqa: E402
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
 

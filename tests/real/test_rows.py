@@ -27,7 +27,7 @@ from mmpo_jax.data.batching import fitting_lengths
 from mmpo_jax.data.contexts import tokenize_contexts
 from mmpo_jax.data.readers import read_records
 from mmpo_jax.parallel.mesh import AXES
-from mmpo_jax.training.reference import score_records
+from mmpo_jax.scoring.log_probs import score_records
 
 pytestmark = pytest.mark.parity
 

@@ -7,8 +7,8 @@ from scoring.score_rows import read_rows
 
 from mmpo_jax import cli
 from mmpo_jax.parallel.mesh import AXES
-from mmpo_jax.shapes.render import png_bytes
-from mmpo_jax.shapes.world import sample_scene
+from mmpo_jax.picture_world.render import png_bytes
+from mmpo_jax.picture_world.world import sample_scene
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ import pytest
 import tiny
 from scoring.score_rows import PAIRS, write_rows
 
-from mmpo_jax import files
-from mmpo_jax.training import reference
+from mmpo_jax.core import files
+from mmpo_jax.scoring import log_probs as reference
 
 
 def test_cut_responses_have_no_eos(mmpo, tiny_folder, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from scoring.score_rows import ASK, LONG, PAIRS, SHORT, read_rows, write_rows
 
-from mmpo_jax.models.huggingface import save_model
+from mmpo_jax.checkpoints.huggingface import save_model
 
 torch = pytest.importorskip("torch")
 import checks  # noqa: E402

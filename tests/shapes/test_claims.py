@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from mmpo_jax.shapes.claims import Claim, is_true, make_claim, parse, question, split
-from mmpo_jax.shapes.language import hallucinated_caption, questions, statement, true_caption
-from mmpo_jax.shapes.world import KINDS, Kind, Scene, Thing, sample_scene
+from mmpo_jax.picture_world.claims import Claim, is_true, make_claim, parse, question, split
+from mmpo_jax.picture_world.language import hallucinated_caption, questions, statement, true_caption
+from mmpo_jax.picture_world.world import KINDS, Kind, Scene, Thing, sample_scene
 
 SCENES = [sample_scene("align", 0, i) for i in range(500)]
 

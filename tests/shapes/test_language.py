@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from mmpo_jax.shapes.language import (
+from mmpo_jax.picture_world.language import (
     ANSWERS,
     CAPTION_PROMPTS,
     QUESTION_KINDS,
@@ -18,7 +18,7 @@ from mmpo_jax.shapes.language import (
     tempts,
     true_caption,
 )
-from mmpo_jax.shapes.world import FRIENDS, Kind, Scene, Thing, sample_scene
+from mmpo_jax.picture_world.world import FRIENDS, Kind, Scene, Thing, sample_scene
 
 SCENES = [sample_scene("train", 0, i) for i in range(500)]
 NUMBERS = {"a": 1, "one": 1, "two": 2, "three": 3, "four": 4}

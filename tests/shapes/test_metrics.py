@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from mmpo_jax.shapes.claims import split
-from mmpo_jax.shapes.language import hallucinated_caption, true_caption
-from mmpo_jax.shapes.metrics import caption_metrics, error_type
-from mmpo_jax.shapes.world import Scene, Thing, sample_scene
+from mmpo_jax.picture_world.claims import split
+from mmpo_jax.picture_world.language import hallucinated_caption, true_caption
+from mmpo_jax.picture_world.metrics import caption_metrics, error_type
+from mmpo_jax.picture_world.world import Scene, Thing, sample_scene
 
 # Two red stars and a blue ring.
 PAIR = Scene((Thing(0, 0, "star", "red"), Thing(1, 1, "star", "red"), Thing(2, 2, "ring", "blue")))

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from mmpo_jax.data.readers import read_records
-from mmpo_jax.shapes.claims import is_true, make_claim, question
-from mmpo_jax.shapes.language import hallucinated_caption, true_caption
-from mmpo_jax.shapes.preferences import (
+from mmpo_jax.picture_world.claims import is_true, make_claim, question
+from mmpo_jax.picture_world.language import hallucinated_caption, true_caption
+from mmpo_jax.picture_world.preferences import (
     MAX_CORRECTIONS,
     MAX_RESPONSES,
     corrections,
@@ -16,8 +16,8 @@ from mmpo_jax.shapes.preferences import (
     preferences,
     write_preferences,
 )
-from mmpo_jax.shapes.records import prompt_records
-from mmpo_jax.shapes.world import KINDS, Kind, Scene, Thing, sample_scene
+from mmpo_jax.picture_world.records import prompt_records
+from mmpo_jax.picture_world.world import KINDS, Kind, Scene, Thing, sample_scene
 
 SCENE = Scene((Thing(0, 0, "star", "red"), Thing(1, 1, "star", "red"), Thing(2, 0, "ring", "blue")))
 RIGHT = "there are two red stars and a blue ring ."

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from mmpo_jax.shapes.language import (
+from mmpo_jax.picture_world.language import (
     ANSWERS,
     CAPTION_PROMPTS,
     VOCABULARY,
     hallucinated_caption,
     questions,
 )
-from mmpo_jax.shapes.processor import TOKENS, save_processor
-from mmpo_jax.shapes.render import render
-from mmpo_jax.shapes.world import sample_scene
+from mmpo_jax.picture_world.processor import TOKENS, save_processor
+from mmpo_jax.picture_world.render import render
+from mmpo_jax.picture_world.world import sample_scene
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmpo_jax.shapes.render import MIN_IMAGE_SIZE, png_bytes, render
-from mmpo_jax.shapes.world import KINDS, Scene, Thing, sample_scene
+from mmpo_jax.picture_world.render import MIN_IMAGE_SIZE, png_bytes, render
+from mmpo_jax.picture_world.world import KINDS, Scene, Thing, sample_scene
 
 
 def pixels(scene, size=48):

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import mmpo_jax.shapes
-from mmpo_jax.shapes.metrics import caption_metrics
-from mmpo_jax.shapes.render import png_bytes, render
-from mmpo_jax.shapes.tfds_builder import Shapes, ShapesConfig, make_example
-from mmpo_jax.shapes.world import Scene, sample_scene
+import mmpo_jax.picture_world
+from mmpo_jax.picture_world.metrics import caption_metrics
+from mmpo_jax.picture_world.render import png_bytes, render
+from mmpo_jax.picture_world.tfds_builder import Shapes, ShapesConfig, make_example
+from mmpo_jax.picture_world.world import Scene, sample_scene
 
 ROOT = Path(mmpo_jax.shapes.__file__).parents[2]
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from mmpo_jax.shapes.world import (
+from mmpo_jax.picture_world.world import (
     FRIENDS,
     KINDS,
     SPLITS,

@@ -7,12 +7,12 @@ import tiny
 from jax.sharding import AxisType
 from training.loop_runs import CONFIG, IDENTITY, LENGTHS, ROWS, make_record
 
+from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.tokenization import tokenize_records
-from mmpo_jax.models.huggingface import flatten
 from mmpo_jax.parallel.mesh import AXES
+from mmpo_jax.scoring.log_probs import score_records
 from mmpo_jax.training import loop
 from mmpo_jax.training.loop import train
-from mmpo_jax.training.reference import score_records
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
-from mmpo_jax.recipe import Lengths
-from mmpo_jax.recipe_training import Optimizer, Training
-from mmpo_jax.shapes.render import png_bytes
-from mmpo_jax.shapes.world import sample_scene
+from mmpo_jax.data.settings import Lengths
+from mmpo_jax.picture_world.render import png_bytes
+from mmpo_jax.picture_world.world import sample_scene
+from mmpo_jax.recipes.training import Optimizer, Training
 from mmpo_jax.training import loop
 
 LENGTHS = Lengths(prompt=(16, 24), response=(8,))

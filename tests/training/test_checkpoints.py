@@ -15,11 +15,12 @@ import pytest
 from jax.sharding import AxisType
 from training.loop_runs import CONFIG, IDENTITY, STEPS, files, poison, same
 
-from mmpo_jax.checkpoint import load_checkpoint
-from mmpo_jax.models.huggingface import flatten, load_params, save_model, unflatten
+from mmpo_jax.checkpoints.checkpoint import load_checkpoint
+from mmpo_jax.checkpoints.huggingface import load_params, save_model
+from mmpo_jax.checkpoints.orbax import CheckpointError, find_checkpoint
+from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.training import loop
-from mmpo_jax.training.checkpoints import CheckpointError, find_checkpoint
 from mmpo_jax.training.loop import TrainingError
 
 ROOT = Path(__file__).parents[2]

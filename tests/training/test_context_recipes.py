@@ -5,8 +5,8 @@ import pytest
 
 from mmpo_jax.objectives.catalog import OBJECTIVES
 from mmpo_jax.objectives.terms import make_term
-from mmpo_jax.recipe import PreferenceTraining
-from mmpo_jax.recipe_training import Training
+from mmpo_jax.recipes.recipe import PreferenceTraining
+from mmpo_jax.recipes.training import Training
 from mmpo_jax.training.examples import tokenizer_for
 
 

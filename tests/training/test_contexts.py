@@ -10,12 +10,13 @@ import optax
 import pytest
 from jax.sharding import AxisType
 
+from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.batching import pad_batch
 from mmpo_jax.data.contexts import MAIN, OTHER_IMAGE, all_contexts
 from mmpo_jax.data.pipeline import training_batches
 from mmpo_jax.data.records import ImageRef, Record, Response, Span, Turn
+from mmpo_jax.data.settings import Lengths
 from mmpo_jax.data.tokenization import tokenize_records
-from mmpo_jax.models.huggingface import flatten
 from mmpo_jax.models.log_probs import (
     next_token_logits,
     response_log_probs,
@@ -24,13 +25,12 @@ from mmpo_jax.models.log_probs import (
 )
 from mmpo_jax.objectives.terms import make_term, needs
 from mmpo_jax.parallel.mesh import AXES, make_mesh, put_batch
-from mmpo_jax.recipe import Lengths
-from mmpo_jax.shapes.render import png_bytes
-from mmpo_jax.shapes.world import sample_scene
+from mmpo_jax.picture_world.render import png_bytes
+from mmpo_jax.picture_world.world import sample_scene
+from mmpo_jax.scoring.log_probs import score_records
 from mmpo_jax.training.examples import make_examples, tokenizer_for
 from mmpo_jax.training.losses import gather, make_loss
 from mmpo_jax.training.metrics import means
-from mmpo_jax.training.reference import score_records
 from mmpo_jax.training.step import create_state, make_step
 
 LENGTHS = Lengths(prompt=(24,), response=(16,))

@@ -13,8 +13,8 @@ import checks
 import families
 from jax.sharding import AxisType
 
+from mmpo_jax.core.trees import flatten
 from mmpo_jax.models.families import FAMILIES
-from mmpo_jax.models.huggingface import flatten
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.training.losses import make_loss

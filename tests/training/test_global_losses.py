@@ -12,10 +12,10 @@ from jax.sharding import AxisType
 from mmpo_jax.data.pipeline import TrainBatch
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import AXES, put_batch
-from mmpo_jax.recipe_training import MovingReference
+from mmpo_jax.recipes.training import MovingReference
+from mmpo_jax.scoring.log_probs import score_batch
 from mmpo_jax.training.losses import make_loss
 from mmpo_jax.training.metrics import means
-from mmpo_jax.training.reference import score_batch
 from mmpo_jax.training.step import create_state, make_step
 
 OBJECTIVES = {

@@ -21,10 +21,10 @@ from training.loop_runs import (
     same,
 )
 
-from mmpo_jax.checkpoint import load_checkpoint
-from mmpo_jax.models.huggingface import flatten
+from mmpo_jax.checkpoints.checkpoint import load_checkpoint
+from mmpo_jax.core.trees import flatten
 from mmpo_jax.parallel.mesh import AXES
-from mmpo_jax.recipe_objectives import SECTIONS
+from mmpo_jax.recipes.objectives import SECTIONS
 from mmpo_jax.training import loop
 from mmpo_jax.training.loop import TrainingError
 from mmpo_jax.training.metrics import read_metrics

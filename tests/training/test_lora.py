@@ -11,23 +11,25 @@ import pytest
 import tiny
 from jax.sharding import AxisType
 
-from mmpo_jax.checkpoint import load_start
+from mmpo_jax.checkpoints.checkpoint import load_start
+from mmpo_jax.checkpoints.huggingface import load_model
+from mmpo_jax.checkpoints.peft import load_adapter, read_adapter_config
+from mmpo_jax.commands.train import run_training
+from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
+from mmpo_jax.data.settings import Lengths
 from mmpo_jax.data.tokenization import tokenize_records
-from mmpo_jax.models.huggingface import flatten, load_model, unflatten
-from mmpo_jax.models.lora import SCALE, A, B, add_adapters, is_adapter, merge_adapters
-from mmpo_jax.models.peft import load_adapter, read_adapter_config
+from mmpo_jax.models.lora import SCALE, A, B, Lora, add_adapters, is_adapter, merge_adapters
 from mmpo_jax.parallel.mesh import AXES, make_mesh, put_params
-from mmpo_jax.recipe import Lengths, TrainRecipe
-from mmpo_jax.recipe_training import Lora, Optimizer, Training
-from mmpo_jax.shapes.render import png_bytes
-from mmpo_jax.shapes.world import sample_scene
+from mmpo_jax.picture_world.render import png_bytes
+from mmpo_jax.picture_world.world import sample_scene
+from mmpo_jax.recipes.recipe import TrainRecipe
+from mmpo_jax.recipes.training import Optimizer, Training
+from mmpo_jax.scoring.log_probs import score_records
 from mmpo_jax.training import loop
 from mmpo_jax.training.loop import TrainingError, check_training, train
 from mmpo_jax.training.metrics import read_metrics
 from mmpo_jax.training.optimizer import make_optimizer
-from mmpo_jax.training.reference import score_records
-from mmpo_jax.training.run import run_training
 from mmpo_jax.training.saving import save_adapters
 from mmpo_jax.training.step import create_state
 

@@ -10,15 +10,16 @@ import pytest
 from jax.sharding import AxisType
 from PIL import Image
 
+from mmpo_jax.checkpoints.huggingface import load_model
+from mmpo_jax.checkpoints.orbax import CheckpointError
+from mmpo_jax.commands import train as run
+from mmpo_jax.commands.train import run_training
+from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.records import ImageRef, Record, Response, Span, Turn
 from mmpo_jax.data.sources import Source
-from mmpo_jax.models.huggingface import flatten, load_model
 from mmpo_jax.parallel.mesh import AXES
-from mmpo_jax.recipe import TrainRecipe
-from mmpo_jax.training import run
-from mmpo_jax.training.checkpoints import CheckpointError
+from mmpo_jax.recipes.recipe import TrainRecipe
 from mmpo_jax.training.metrics import read_metrics
-from mmpo_jax.training.run import run_training
 
 QUESTION = (Turn("user", "what is in the picture ?"),)
 CORRECTIONS = (Turn("user", "is there a star ?"), Turn("assistant", "no"))

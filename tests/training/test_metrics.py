@@ -10,9 +10,9 @@ import yaml
 from jax.sharding import AxisType
 
 from mmpo_jax import cli
+from mmpo_jax.commands import train as training_run
 from mmpo_jax.objectives.sums import WeightedSum
 from mmpo_jax.parallel.mesh import AXES
-from mmpo_jax.training import run as training_run
 from mmpo_jax.training.metrics import MetricsWriter, means, read_metrics
 
 LABELS = [True, False, False, False, False, True, False, False]

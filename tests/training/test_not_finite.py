@@ -5,9 +5,9 @@ import types
 import jax.numpy as jnp
 import pytest
 
+from mmpo_jax.checkpoints.train_state import TrainState
 from mmpo_jax.training import loop
 from mmpo_jax.training.loop import TrainingError
-from mmpo_jax.training.step import TrainState
 
 
 def test_weights_that_are_not_finite_are_not_blamed_on_rows():

@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 
 import mmpo_jax
-from mmpo_jax.models.huggingface import flatten, load_model
+from mmpo_jax.checkpoints.huggingface import load_model
+from mmpo_jax.commands.train import run_training
+from mmpo_jax.core.trees import flatten
 from mmpo_jax.objectives.catalog import OBJECTIVES
 from mmpo_jax.objectives.registry import REFERENCES
-from mmpo_jax.recipe import TrainRecipe
-from mmpo_jax.recipe_files import load_recipe
-from mmpo_jax.shapes.language import hallucinated_caption, true_caption
-from mmpo_jax.shapes.preferences import write_preferences
-from mmpo_jax.shapes.records import prompt_records, scenes
+from mmpo_jax.picture_world.language import hallucinated_caption, true_caption
+from mmpo_jax.picture_world.preferences import write_preferences
+from mmpo_jax.picture_world.records import prompt_records, scenes
+from mmpo_jax.recipes.files import load_recipe
+from mmpo_jax.recipes.recipe import TrainRecipe
 from mmpo_jax.training.metrics import FILE, read_metrics
-from mmpo_jax.training.run import run_training
 
 RECIPES = sorted((Path(mmpo_jax.__file__).parent.parent / "configs/objectives").glob("*.yaml"))
 SCENES = 12

@@ -11,23 +11,24 @@ import pytest
 from jax.sharding import AxisType
 from pydantic import ValidationError
 
+from mmpo_jax.checkpoints.orbax import CheckpointError
+from mmpo_jax.commands.train import run_training
+from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.pipeline import Example, Part
+from mmpo_jax.data.settings import Lengths
 from mmpo_jax.data.sources import SKIPPED
 from mmpo_jax.data.tokenization import tokenize_records
-from mmpo_jax.models.huggingface import flatten
 from mmpo_jax.models.log_probs import response_log_probs
 from mmpo_jax.objectives.on_policy import advantages
 from mmpo_jax.parallel.mesh import AXES
-from mmpo_jax.recipe import Lengths, TrainRecipe
-from mmpo_jax.recipe_rewards import RewardSection
-from mmpo_jax.recipe_training import Optimizer, Rollout, Training
-from mmpo_jax.shapes.records import prompt_records
+from mmpo_jax.picture_world.records import prompt_records
+from mmpo_jax.recipes.recipe import TrainRecipe
+from mmpo_jax.recipes.rewards import RewardSection
+from mmpo_jax.recipes.training import Optimizer, Rollout, Training
 from mmpo_jax.training import loop
-from mmpo_jax.training.checkpoints import CheckpointError
 from mmpo_jax.training.loop import train
 from mmpo_jax.training.metrics import read_metrics
 from mmpo_jax.training.on_policy import Rollouts, with_token_limit
-from mmpo_jax.training.run import run_training
 
 LENGTHS = Lengths(prompt=(24,), response=(4, 8))
 PROMPTS = 6

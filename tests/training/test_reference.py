@@ -9,19 +9,20 @@ import pytest
 import tiny
 from jax.sharding import AxisType
 
+from mmpo_jax.checkpoints.configs import load_config
+from mmpo_jax.checkpoints.fingerprints import fingerprint_model
+from mmpo_jax.checkpoints.huggingface import load_model
+from mmpo_jax.core.files import read_table
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
+from mmpo_jax.data.settings import Lengths
 from mmpo_jax.data.tokenization import tokenize_records
-from mmpo_jax.files import read_table
-from mmpo_jax.models.fingerprints import fingerprint_model
-from mmpo_jax.models.huggingface import load_model
-from mmpo_jax.models.model import load_config
 from mmpo_jax.parallel.mesh import AXES
-from mmpo_jax.recipe import Lengths
-from mmpo_jax.shapes.render import png_bytes
-from mmpo_jax.shapes.world import sample_scene
-from mmpo_jax.training import reference
-from mmpo_jax.training.reference import reference_stage, score_records
+from mmpo_jax.picture_world.render import png_bytes
+from mmpo_jax.picture_world.world import sample_scene
+from mmpo_jax.scoring import log_probs as reference
+from mmpo_jax.scoring.log_probs import score_records
+from mmpo_jax.training.reference import reference_stage
 
 LENGTHS = Lengths(prompt=(12, 24), response=(4, 8))
 

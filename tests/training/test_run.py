@@ -10,19 +10,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmpo_jax.checkpoint import load_start
+from mmpo_jax.checkpoints.checkpoint import load_start
+from mmpo_jax.checkpoints.huggingface import load_model
+from mmpo_jax.checkpoints.orbax import CheckpointError
+from mmpo_jax.commands.train import run_training, training_data
+from mmpo_jax.core.errors import DataError, MmpoError
+from mmpo_jax.core.files import read_table
+from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.sources import SKIPPED
-from mmpo_jax.errors import DataError, MmpoError
-from mmpo_jax.files import read_table
-from mmpo_jax.models.huggingface import flatten, load_model
 from mmpo_jax.objectives.responses import Responses
 from mmpo_jax.objectives.terms import needs
-from mmpo_jax.recipe import TrainRecipe, Validation
-from mmpo_jax.training.checkpoints import CheckpointError
+from mmpo_jax.recipes.recipe import TrainRecipe, Validation
 from mmpo_jax.training.examples import make_examples
 from mmpo_jax.training.losses import recipe_terms
 from mmpo_jax.training.metrics import read_metrics
-from mmpo_jax.training.run import run_training, training_data
 
 DPO, SFT = {"type": "dpo"}, {"type": "sft"}
 QUESTION = "what is in the picture ?"

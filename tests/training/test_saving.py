@@ -10,15 +10,16 @@ import pytest
 from jax.sharding import AxisType
 
 from mmpo_jax import cli
-from mmpo_jax.checkpoint import load_start
-from mmpo_jax.models.card import MARGIN, SavedWeights
-from mmpo_jax.models.huggingface import flatten, load_model, save_model
+from mmpo_jax.checkpoints.cards import MARGIN, SavedWeights
+from mmpo_jax.checkpoints.checkpoint import load_start
+from mmpo_jax.checkpoints.huggingface import load_model, save_model
+from mmpo_jax.checkpoints.peft import with_adapter
+from mmpo_jax.commands import train as training_run
+from mmpo_jax.commands.train import run_training
+from mmpo_jax.core.trees import flatten
 from mmpo_jax.models.lora import merge_adapters
-from mmpo_jax.models.peft import with_adapter
 from mmpo_jax.parallel.mesh import AXES
-from mmpo_jax.recipe import TrainRecipe
-from mmpo_jax.training import run as training_run
-from mmpo_jax.training.run import run_training
+from mmpo_jax.recipes.recipe import TrainRecipe
 from mmpo_jax.training.saving import tell_saved
 
 Q = "language_model/layers/self_attn/q_proj/kernel"

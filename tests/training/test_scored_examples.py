@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from mmpo_jax.core.errors import DataError
 from mmpo_jax.data.records import SCORE, Record, Response, Turn
 from mmpo_jax.data.sources import Source, scored_by
 from mmpo_jax.data.tokenization import TokenizedRecord, TokenizedResponse
-from mmpo_jax.errors import DataError
 from mmpo_jax.objectives.terms import make_term, needs
 from mmpo_jax.training.examples import make_examples
 from mmpo_jax.training.fields import lacks

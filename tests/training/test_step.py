@@ -11,11 +11,11 @@ import pytest
 import tiny
 from jax.sharding import AxisType, PartitionSpec
 
-from mmpo_jax.models.huggingface import flatten
+from mmpo_jax.core.trees import flatten
 from mmpo_jax.objectives.sums import Sums
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import AXES
-from mmpo_jax.recipe_training import MovingReference, Optimizer
+from mmpo_jax.recipes.training import MovingReference, Optimizer
 from mmpo_jax.training.losses import make_loss
 from mmpo_jax.training.metrics import means
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule

@@ -8,16 +8,16 @@ import optax
 import pytest
 from jax.sharding import AxisType
 
+from mmpo_jax.core.errors import DataError
 from mmpo_jax.data.pipeline import training_batches
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
+from mmpo_jax.data.settings import Lengths
 from mmpo_jax.data.tokenization import TokenizedRecord, TokenizedResponse, tokenize_records
-from mmpo_jax.errors import DataError
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import AXES, put_batch, put_params
-from mmpo_jax.recipe import Lengths
-from mmpo_jax.recipe_training import CachedReference, GivenReference, Training
-from mmpo_jax.shapes.render import png_bytes
-from mmpo_jax.shapes.world import sample_scene
+from mmpo_jax.picture_world.render import png_bytes
+from mmpo_jax.picture_world.world import sample_scene
+from mmpo_jax.recipes.training import CachedReference, GivenReference, Training
 from mmpo_jax.training.examples import make_examples, unfit, with_mismatched
 from mmpo_jax.training.fields import lacks
 from mmpo_jax.training.losses import gather, make_loss

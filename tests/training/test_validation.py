@@ -16,20 +16,22 @@ import yaml
 from jax.sharding import AxisType
 
 from mmpo_jax import cli
+from mmpo_jax.checkpoints.huggingface import load_model
+from mmpo_jax.checkpoints.orbax import Checkpoints
+from mmpo_jax.checkpoints.train_state import TrainState
+from mmpo_jax.core.errors import MmpoError
+from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.pipeline import held_out_batches
 from mmpo_jax.data.records import Record, Response, Turn
+from mmpo_jax.data.settings import Lengths
 from mmpo_jax.data.tokenization import TokenizedRecord, tokenize_records
-from mmpo_jax.errors import MmpoError
-from mmpo_jax.models.huggingface import flatten, load_model
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import AXES
-from mmpo_jax.recipe import Lengths, Validation
-from mmpo_jax.recipe_training import Training
+from mmpo_jax.recipes.recipe import Validation
+from mmpo_jax.recipes.training import Training
 from mmpo_jax.training import loop, waiting
-from mmpo_jax.training.checkpoints import Checkpoints
 from mmpo_jax.training.losses import make_loss
 from mmpo_jax.training.saving import MODEL
-from mmpo_jax.training.step import TrainState
 from mmpo_jax.training.validation import Validator, best_row, hold_out
 from mmpo_jax.training.waiting import Waiting
 

@@ -2,18 +2,10 @@
 
 from collections.abc import Mapping
 
-from mmpo_jax.data.formats import (
-    alpaca,
-    llama_factory,
-    mm_rlhf,
-    ms_swift,
-    record,
-    rlaif_v,
-    shapes,
-    trl,
-)
+from mmpo_jax.data.formats import alpaca, llama_factory, mm_rlhf, ms_swift, record, rlaif_v, trl
 from mmpo_jax.data.formats.format import Format
 from mmpo_jax.data.rows import Row
+from mmpo_jax.picture_world import format as shapes
 
 FORMATS: Mapping[str, Format] = {
     format.name: format

@@ -9,22 +9,10 @@ a prompt.
 
 from typing import Any
 
-from mmpo_jax.data.formats.format import (
-    Answer,
-    Draft,
-    Format,
-    draft_of,
-    read_flag,
-    read_text,
-)
+from mmpo_jax.data.formats.format import Answer, Draft, Format, draft_of, read_flag, read_text
 from mmpo_jax.data.formats.media import MediaFolder
 from mmpo_jax.data.formats.trl import SCORES, scored_pair, supervised
-from mmpo_jax.data.formats.turns import (
-    Message,
-    Turns,
-    parse_turns,
-    with_system,
-)
+from mmpo_jax.data.formats.turns import Message, Turns, parse_turns, with_system
 from mmpo_jax.data.formats.writing import (
     CannotHold,
     Writer,

@@ -7,20 +7,10 @@ that ends with the human; ``kto_tag`` is the verdict on a conversation that ends
 
 from typing import Any, cast
 
-from mmpo_jax.data.formats.format import (
-    Answer,
-    Draft,
-    Format,
-    draft_of,
-    read_flag,
-)
+from mmpo_jax.data.formats.format import Answer, Draft, Format, draft_of, read_flag
 from mmpo_jax.data.formats.media import MediaFolder
 from mmpo_jax.data.formats.trl import SCORES, scored_pair, supervised
-from mmpo_jax.data.formats.turns import (
-    parse_turns,
-    split_last_answer,
-    with_system,
-)
+from mmpo_jax.data.formats.turns import parse_turns, split_last_answer, with_system
 from mmpo_jax.data.formats.writing import (
     MESSAGES,
     CannotHold,

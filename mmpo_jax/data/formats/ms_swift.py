@@ -12,12 +12,7 @@ from typing import Any
 from mmpo_jax.data.formats.format import Answer, Draft, Format, draft_of, read_flag
 from mmpo_jax.data.formats.media import MediaFolder
 from mmpo_jax.data.formats.trl import supervised
-from mmpo_jax.data.formats.turns import (
-    Turns,
-    parse_turns,
-    split_last_answer,
-    with_system,
-)
+from mmpo_jax.data.formats.turns import Turns, parse_turns, split_last_answer, with_system
 from mmpo_jax.data.formats.writing import (
     MESSAGES,
     CannotHold,

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from etils import epath
 
+from mmpo_jax.core.errors import MmpoError
+from mmpo_jax.core.files import fingerprint_bytes, write_atomic
 from mmpo_jax.data.formats.media import IN_THE_ROW
 from mmpo_jax.data.formats.places import TAGS
 from mmpo_jax.data.images import image_format, name_below
@@ -25,8 +27,6 @@ from mmpo_jax.data.records import (
     VideoRef,
     placed,
 )
-from mmpo_jax.errors import MmpoError
-from mmpo_jax.files import fingerprint_bytes, write_atomic
 
 Embed = Literal["no", "bytes", "base64"]
 

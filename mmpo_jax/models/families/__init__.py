@@ -1,13 +1,6 @@
 """The architectures that are implemented, a file for each."""
 
-from mmpo_jax.models.families import (
-    internvl,
-    llava,
-    llava_next,
-    llava_onevision,
-    qwen2_5_vl,
-    text,
-)
+from mmpo_jax.models.families import internvl, llava, llava_next, llava_onevision, qwen2_5_vl, text
 from mmpo_jax.models.family import Family
 
 FAMILIES: dict[str, Family] = {

@@ -15,9 +15,9 @@ from mmpo_jax.models import decoder, projector, vision
 from mmpo_jax.models.config import ModelConfig, ModelError, expect, read_decoder
 from mmpo_jax.models.families import llava
 from mmpo_jax.models.family import Clip, Family, Images, Size, Videos
-from mmpo_jax.models.frames import frame_pixels
 from mmpo_jax.models.layers import ACTIVATIONS, layer_norm
 from mmpo_jax.models.layout import Layout
+from mmpo_jax.models.torch_resize import frame_pixels
 from mmpo_jax.models.vision import VisionConfig, read_vision
 from mmpo_jax.models.vlm import VisionLanguageModel
 

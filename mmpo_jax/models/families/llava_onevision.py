@@ -14,8 +14,8 @@ from mmpo_jax.models.config import ModelError
 from mmpo_jax.models.families import llava, llava_next
 from mmpo_jax.models.families.llava import LlavaConfig
 from mmpo_jax.models.family import Clip, Family, Images, Size, Videos
-from mmpo_jax.models.frames import frame_pixels
 from mmpo_jax.models.layout import Layout
+from mmpo_jax.models.torch_resize import frame_pixels
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,12 +17,12 @@ import transformers
 from flax import nnx
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from mmpo_jax.errors import DataError
+from mmpo_jax.core.errors import DataError
 from mmpo_jax.models import decoder, vision_qwen
 from mmpo_jax.models.config import DecoderConfig, ModelConfig, ModelError, read_decoder
 from mmpo_jax.models.family import Clip, Family, Images, Size, Videos
-from mmpo_jax.models.frames import FrameBackend
 from mmpo_jax.models.layout import Layout
+from mmpo_jax.models.torch_resize import FrameBackend
 from mmpo_jax.models.vision_qwen import QwenVisionConfig, read_vision
 from mmpo_jax.models.vlm import VisionLanguageModel
 

@@ -1,0 +1,1 @@
+"""Checkpoints in and out: names, Hugging Face, safetensors, PEFT, Orbax, cards, fingerprints."""

@@ -1,0 +1,291 @@
+"""Checkpoints by the names that recipes give them: Hugging Face folder, Orbax run, adapter, or
+built-in."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from mmpo_jax.checkpoints.configs import load_config
+from mmpo_jax.checkpoints.fingerprints import (
+    fingerprint_adapter,
+    fingerprint_model,
+    fingerprint_step,
+)
+from mmpo_jax.checkpoints.folders import is_on_hub, resolve_folder, side_files
+from mmpo_jax.checkpoints.huggingface import check_params, load_params
+from mmpo_jax.checkpoints.orbax import checkpoint_shapes, find_checkpoint, load_checkpoint_params
+from mmpo_jax.checkpoints.peft import base_model, has_model, is_adapter_folder, with_adapter
+from mmpo_jax.checkpoints.safetensors_files import all_finite
+from mmpo_jax.core import progress
+from mmpo_jax.core.files import fingerprint_json, is_local
+from mmpo_jax.core.trees import flatten, unflatten
+from mmpo_jax.data.processor import Processor
+from mmpo_jax.models.config import ModelConfig, ModelError
+from mmpo_jax.models.lora import adapted_layers, merge_adapters, without_adapters
+from mmpo_jax.models.model import Model, Params
+from mmpo_jax.parallel.mesh import param_shardings, put_params
+
+log = logging.getLogger(__name__)
+
+MERGED = "merged in float32"
+"""Part of the fingerprint of what adapters are merged into: once sums had the dtype of the base."""
+HEAD = "language_model/lm_head/kernel"
+"""What the parameters have where the head is not the token embedding."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A model with its processor and parameters."""
+
+    folder: str
+    hub_id: str | None
+    """The name that a recipe gave it, if that is one of the hub's."""
+    model: Model
+    processor: Processor
+    params: Params
+    fingerprint: str
+    """Of weights, config, tokenizer and processor; of seed and config where weights are random."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Location:
+    """Where the files of a checkpoint lie."""
+
+    weights: str
+    """A folder of safetensors files, maybe in a bucket, or one step of a run."""
+    base: str
+    """A folder of this machine with config, tokenizer and processor."""
+    is_orbax: bool
+    adapters: tuple[str, ...] = ()
+    """Folders of what is merged into the weights, in this order."""
+
+
+def locate(name: str) -> Location:
+    """Finds a checkpoint by its name in a recipe; of a training run the last step.
+
+    Raises:
+      ModelError: there is none, or an adapter's base is not there.
+    """
+    folder, *adapters = checkpoint_folders(name)
+    if not is_local(folder) or os.path.isfile(os.path.join(folder, "config.json")):
+        return Location(folder, side_files(folder), False, tuple(adapters))
+    orbax = find_checkpoint(folder)
+    if orbax is None:
+        return Location(folder, folder, False, tuple(adapters))
+    return Location(*orbax, True, tuple(adapters))
+
+
+def checkpoint_folders(name: str) -> list[str]:
+    """The folders a checkpoint is made of: the model's, then those of adapters, in the order in
+    which they are merged.
+
+    As in transformers with PEFT, a folder with a `config.json` and an adapter is the model in that
+    folder with that adapter, also where its weights are missing or cannot be read; of a
+    repository of the hub the model is the one that the adapter names.
+
+    Raises:
+      ModelError: one of them is not there, or an adapter is its own base.
+    """
+    folders = [resolve_folder(name)]
+    while is_adapter_folder(folders[0]):
+        if not is_on_hub(name) and has_model(folders[0]):
+            return [folders[0], *folders]
+        try:
+            name = base_model(folders[0])
+            folder = resolve_folder(name)
+        except ModelError as error:
+            raise ModelError(f"{folders[0]}: the model of this adapter: {error}") from error
+        if folder in folders:
+            raise ModelError(f"{folder}: this adapter is named as its own base model")
+        folders.insert(0, folder)
+    return folders
+
+
+def fingerprint_location(location: Location) -> str:
+    """Of all files that make up a checkpoint.
+
+    Raises:
+      ModelError, DataError: naming the file that is missing or cannot be read.
+    """
+    with progress.doing(f"checksum of {location.weights}"):
+        if location.is_orbax:
+            model = fingerprint_step(location.weights, location.base)
+        else:
+            model = fingerprint_model(location.weights)
+        adapters = [fingerprint_adapter(folder) for folder in location.adapters]
+    if not adapters and not (location.is_orbax and _has_adapters(location.weights)):
+        return model
+    return fingerprint_json([model, *adapters, MERGED])
+
+
+def load_weights(
+    location: Location, model: Model, mesh: Mesh | None = None, dtype: Any = None
+) -> Params:
+    """The parameters of a checkpoint, straight onto the mesh or as NumPy arrays on the host.
+
+    Adapters are merged into them: those of the location, and those that a run trained. All is
+    float32 then, as what an adapter adds is mostly below the steps of a narrower kernel.
+
+    Args:
+      location: of the files.
+      model: the architecture.
+      mesh: its devices get the parameters, sharded by the model's rules; None for the host.
+      dtype: to cast to; None for that of the files, or float32 where adapters are merged.
+
+    Raises:
+      ModelError, CheckpointError: naming the file that is missing or wrong.
+    """
+    shapes = model.abstract_params()
+    if location.is_orbax:
+        shapes = unflatten(checkpoint_shapes(location.weights))
+        check_params(location.weights, without_adapters(shapes), model)
+    if not location.adapters and not adapted_layers(shapes):
+        params = _read_weights(location, model, shapes, mesh, dtype)
+        # Of safetensors files that is known since they were read.
+        return check_finite(location.weights, params, dtype) if location.is_orbax else params
+    # The sum is rounded once: it is cast, and not what is summed.
+    params = _read_weights(location, model, shapes, mesh, np.float32)
+    params = merge_adapters(params, in_place=True)
+    for folder in location.adapters:
+        params = merge_adapters(with_adapter(params, folder, model), in_place=True)
+    check_finite(location.weights, params)
+    if dtype is None:
+        return params
+    flat = flatten(params)
+    del params  # so that every parameter goes when it is cast
+    for path in flat:
+        flat[path] = flat[path].astype(dtype)
+    return check_finite(location.weights, unflatten(flat), dtype)
+
+
+def check_finite(folder: str, params: Params, dtype: Any = None) -> Params:
+    """Parameters, if all of their numbers are finite.
+
+    Args:
+      folder: where they are from, for the message.
+      params: arrays.
+      dtype: that they were cast to, if they were.
+
+    Raises:
+      ModelError: naming the folder and the first parameter with another number.
+    """
+    for path, leaf in flatten(params).items():
+        finite = all_finite(leaf) if isinstance(leaf, np.ndarray) else jnp.isfinite(leaf).all()
+        if not finite:
+            told = "" if dtype is None else f" as {np.dtype(dtype).name}"
+            raise ModelError(
+                f"{folder}: {path} has numbers that are not finite (NaN or infinity){told}"
+            )
+    return params
+
+
+def _read_weights(
+    location: Location, model: Model, shapes: Params, mesh: Mesh | None, dtype: Any
+) -> Params:
+    """What the files at `location.weights` hold, which is of these shapes."""
+    shardings = None if mesh is None else param_shardings(shapes, model.rules, mesh)
+    if not location.is_orbax:
+        return load_params(location.weights, model, shardings, dtype)
+    places = {} if shardings is None else flatten(shardings)
+    wanted = {
+        path: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=places.get(path))
+        for path, leaf in flatten(shapes).items()
+    }
+    return load_checkpoint_params(location.weights, wanted)
+
+
+def _has_adapters(step: str) -> bool:
+    return bool(adapted_layers(unflatten(checkpoint_shapes(step))))
+
+
+def load_model_config(location: Location) -> ModelConfig:
+    """The configuration of a checkpoint: its `config.json`, and whether its weights tie the head.
+
+    Raises:
+      ModelError, CheckpointError: naming the file that is missing or wrong.
+    """
+    if not location.is_orbax:
+        return load_config(location.base, location.weights)
+    config = load_config(location.base)
+    tied = HEAD not in checkpoint_shapes(location.weights)
+    decoder = dataclasses.replace(config.decoder, tie_word_embeddings=tied)
+    return dataclasses.replace(config, decoder=decoder)
+
+
+def load_processor(name: str, template: str = "auto") -> Processor:
+    """The processor of a checkpoint.
+
+    Raises:
+      ModelError, ProcessorError: naming the file that is missing or wrong.
+    """
+    base = locate(name).base
+    return Processor(base, load_config(base), template)
+
+
+def load_start(
+    name: str,
+    random_seed: int | None = None,
+    mesh: Mesh | None = None,
+    attention: str = "auto",
+    template: str = "auto",
+) -> Checkpoint:
+    """Loads a Hugging Face folder, an Orbax checkpoint, an adapter's folder, or a built-in model.
+
+    Args:
+      name: as a recipe's `model` has it. Of a training run's folder the last checkpoint is taken;
+        an adapter is merged into the model that it names, which may have one itself.
+      random_seed: makes new weights for the config and the processor of the folder.
+      mesh: see `load_weights`.
+      attention: of the model, see `attention.BACKENDS`.
+      template: of the dialogues, see `Processor`.
+
+    Raises:
+      ModelError, ProcessorError, CheckpointError: naming the file that is missing or wrong.
+    """
+    hub_id = name if is_on_hub(name) else None
+    location = locate(name)
+    model = Model.create(load_model_config(location), attention)
+    processor = Processor(location.base, model.config, template)
+    _tell_template(processor)
+    if random_seed is None:
+        with progress.doing(f"loading {location.weights}"):
+            params = load_weights(location, model, mesh)
+        folder = (location.weights, *location.adapters)[-1]
+        fingerprint = fingerprint_location(location)
+        return Checkpoint(folder, hub_id, model, processor, params, fingerprint)
+    # The weights that lie in the folder do not matter.
+    fingerprint = fingerprint_json(["random", random_seed, dataclasses.asdict(model.config)])
+    with progress.doing("making random weights"):
+        params = model.init(random_seed)
+    if mesh is not None:
+        params = put_params(params, model.rules, mesh)
+    return Checkpoint(location.weights, hub_id, model, processor, params, fingerprint)
+
+
+def load_checkpoint(
+    name: str, mesh: Mesh, attention: str = "auto", template: str = "auto"
+) -> Checkpoint:
+    """`load_start` with the parameters on the mesh."""
+    return load_start(name, mesh=mesh, attention=attention, template=template)
+
+
+def _tell_template(processor: Processor) -> None:
+    """Says in the log how dialogues become text, which a result depends on."""
+    own = "its own" if processor.chat_template is None else processor.template
+    log.info("%s: chat template: %s", processor.folder, own)
+    if not processor.ends_answers:
+        log.warning(
+            "%s: its chat template ends no answer with %s. Responses get it at their end, earlier "
+            "answers of a dialogue do not. If this is a LLaVA-1.5, it was trained with "
+            "`template: vicuna_v1`",
+            processor.folder,
+            processor.tokenizer.eos_token,
+        )

@@ -1,0 +1,383 @@
+"""Hugging Face checkpoint folders in and out: safetensors to and from the parameter tree.
+
+Reads every layout that transformers has written for a family; writes the oldest one
+(transformers 4.x), which all of them read. The names are in the files under `families/`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from mmpo_jax.checkpoints.cards import ModelCard, write_card
+from mmpo_jax.checkpoints.configs import load_config
+from mmpo_jax.checkpoints.folders import copy_base, write_dtype, write_untied
+from mmpo_jax.checkpoints.foreign_tensors import explain
+from mmpo_jax.checkpoints.loading import COPY_ROWS, Source, load_arrays
+from mmpo_jax.checkpoints.rounding import Survival, rounded, stored_dtype
+from mmpo_jax.checkpoints.safetensors_files import (
+    INDEX_FILE,
+    MAX_SHARD_BYTES,
+    SINGLE_FILE,
+    NewTensor,
+    StoredTensor,
+    check_dtype,
+    read_header,
+    split_into_files,
+    weight_files,
+    write_files,
+)
+from mmpo_jax.core.files import replace_folder
+from mmpo_jax.core.trees import flatten, to_host, unflatten
+from mmpo_jax.models.config import ModelError
+from mmpo_jax.models.family import Renaming
+from mmpo_jax.models.merging import SCALE, A, B, merge, parts_of, wide
+from mmpo_jax.models.model import Model, Params
+from mmpo_jax.models.precision import weights_dtype
+
+log = logging.getLogger(__name__)
+
+
+EMBEDDING = "language_model/embed_tokens/embedding"
+
+
+def load_model(folder: str | os.PathLike[str]) -> tuple[Model, Params]:
+    """The model of a checkpoint folder and its parameters as NumPy arrays.
+
+    Raises:
+      ModelError: no config, an unknown architecture, or weights that do not fit the config.
+    """
+    model = Model.create(load_config(folder))
+    return model, load_params(folder, model)
+
+
+def load_params(
+    folder: str | os.PathLike[str], model: Model, shardings: Params | None = None, dtype: Any = None
+) -> Params:
+    """Reads the weights of a checkpoint folder into the model's parameter tree.
+
+    Args:
+      folder: on this machine or in a bucket.
+      model: the architecture.
+      shardings: a tree of `NamedSharding`s; every process reads what its devices hold.
+      dtype: to cast to; None for that of the files.
+
+    Returns:
+      A nested dict of arrays: on devices where shardings are given, else NumPy's.
+
+    Raises:
+      ModelError: naming the file and the tensor that is missing, unexpected or of another shape.
+        That is known before any weight is read.
+    """
+    sources = match_tensors(folder, model)
+    places = None if shardings is None else flatten(shardings)
+    return unflatten(load_arrays(sources, places, dtype))
+
+
+def match_tensors(folder: str | os.PathLike[str], model: Model) -> dict[str, Source]:
+    """Which tensors of a folder's files make up which parameter.
+
+    Raises:
+      ModelError: naming the file and the tensor that is missing, unexpected or of another shape
+        or dtype.
+    """
+    expected = flatten(model.abstract_params())
+    found: dict[str, dict[int | None, StoredTensor]] = {path: {} for path in expected}
+    files = weight_files(folder)
+    if os.path.join(folder, SINGLE_FILE) in files and (epath.Path(folder) / INDEX_FILE).exists():
+        log.warning("%s is read and not what %s names, as in transformers", files[0], INDEX_FILE)
+    tied_head = None
+    for tensor in (tensor for file in files for tensor in read_header(file)):
+        path, layer = path_of(tensor.name, model)
+        if path is None:
+            if tensor.name.endswith("lm_head.weight"):
+                tied_head = tensor
+            continue
+        if path not in expected:
+            raise ModelError(
+                f"{tensor.file}: unexpected tensor {tensor.name}{explain(tensor.name)}"
+            )
+        _check_tensor(tensor, path, layer, expected[path].shape, model)
+        twin = found[path].setdefault(layer, tensor)
+        if twin is not tensor:
+            raise ModelError(
+                f"{tensor.file}: {tensor.name} is there again; {twin.file} has {twin.name}"
+            )
+    if tied_head is not None and not found[EMBEDDING]:  # the one of the two that some tools keep
+        _check_tensor(tied_head, EMBEDDING, None, expected[EMBEDDING].shape, model)
+        found[EMBEDDING][None] = tied_head
+    where = files[0] if len(files) == 1 else os.path.join(folder, INDEX_FILE)
+    missing = [path for path, tensors in found.items() if not tensors]
+    if missing:
+        names = ", ".join(_first_key(path, model) for path in missing[:5])
+        raise ModelError(f"{where}: no weights for {', '.join(missing[:5])} ({names})")
+    return {
+        path: Source(
+            _in_order(found[path], path, leaf.shape, where),
+            leaf.shape,
+            stacked=_is_stacked(path),
+            transposed=_is_transposed(path),
+        )
+        for path, leaf in expected.items()
+    }
+
+
+def _check_tensor(
+    tensor: StoredTensor, path: str, layer: int | None, shape: tuple[int, ...], model: Model
+) -> None:
+    """
+    Raises:
+      ModelError: the tensor is not of the parameter's shape, or of no dtype for weights.
+    """
+    check_dtype(tensor)
+    shape = shape if layer is None else shape[1:]
+    if _our_shape(path, tensor.shape, len(shape)) != shape:
+        theirs = _their_shape(path, layer, shape, model)
+        raise ModelError(
+            f"{tensor.file}: {tensor.name} has shape {tensor.shape}, the config gives {theirs}"
+        )
+
+
+def _in_order(
+    layers: Mapping[int | None, StoredTensor], path: str, shape: tuple[int, ...], where: str
+) -> tuple[StoredTensor, ...]:
+    """
+    Raises:
+      ModelError: a layer is missing, or there is one too many.
+    """
+    if not _is_stacked(path):
+        return (layers[None],)
+    numbers = {layer for layer in layers if layer is not None}
+    missing = sorted(set(range(shape[0])) - numbers)
+    extra = sorted(numbers - set(range(shape[0])))
+    if missing or extra:
+        what = f"no layer {missing[0]}" if missing else f"a layer {extra[0]}"
+        raise ModelError(f"{where}: {path} has {what}; the config has {shape[0]} layers")
+    return tuple(layers[number] for number in range(shape[0]))
+
+
+def check_params(folder: str, params: Params, model: Model) -> Params:
+    """Parameters read from elsewhere than safetensors, if they fit the model.
+
+    Raises:
+      ModelError: naming the folder and the first parameter that is missing or of another shape.
+    """
+    expected, found = flatten(model.abstract_params()), flatten(params)
+    for path in sorted(set(expected) | set(found)):
+        shapes = [tree[path].shape if path in tree else None for tree in (found, expected)]
+        if shapes[0] != shapes[1]:
+            raise ModelError(
+                f"{folder}: {path} has shape {shapes[0]}, the config gives {shapes[1]}"
+            )
+    return params
+
+
+def save_model(
+    folder: str | os.PathLike[str],
+    model: Model,
+    params: Params,
+    source: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    before: Params | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    card: ModelCard | None = None,
+    chat_template: str | None = None,
+) -> float | None:
+    """Writes a checkpoint folder that transformers loads.
+
+    Weights go to the disk tensor by tensor. Of several processes all have to call this, since
+    they gather every tensor together; the first one writes.
+
+    Args:
+      folder: written whole, by rename: it is complete whenever it exists.
+      model: the architecture.
+      params: its parameters, on any device; adapters among them are merged, in float32.
+      source: the folder the config, tokenizer and processor files are copied from.
+      dtype: a `SaveDtype`, or a dtype; None keeps the parameters'.
+      before: what training began with, to compare with where weights are rounded.
+      max_shard_bytes: larger weights are split over several files.
+      card: written to README.md.
+      chat_template: written in place of the source's.
+
+    Returns:
+      The share of the update since `before` that is in the folder, see `rounding.Survival`; None
+      where that is not given, or nothing differs from it.
+
+    Raises:
+      ModelError: the weights cannot be written, the disk being full for instance, or do not fit
+        the dtype.
+    """
+    survival = Survival()
+    tensors = new_tensors(params, model)
+    if dtype is not None:
+        others = {} if before is None else {t.name: t for t in new_tensors(before, model)}
+        tensors = [rounded(tensor, dtype, others, survival) for tensor in tensors]
+
+    def write_others(staging: str) -> None:
+        copy_base(source, staging, chat_template)
+        stored = weights_dtype(params) if dtype is None else stored_dtype(dtype)
+        write_dtype(staging, stored.name)
+        if not model.config.decoder.tie_word_embeddings:
+            write_untied(staging)
+        if card is not None:
+            write_card(staging, card)
+
+    write_folder(folder, split_into_files(tensors, max_shard_bytes), write_others)
+    return survival.share
+
+
+def write_folder(
+    folder: str | os.PathLike[str],
+    files: Mapping[str, Sequence[NewTensor]],
+    write_others: Callable[[str], None],
+) -> None:
+    """Writes safetensors files, and what lies beside them, as a folder that appears whole.
+
+    Args:
+      folder: written by the first process; all gather every tensor together.
+      files: name -> tensors.
+      write_others: is given the folder as it is being made.
+
+    Raises:
+      ModelError: the weights cannot be written, the disk being full for instance.
+    """
+
+    def write(staging: str) -> None:
+        os.makedirs(staging)
+        write_files(staging, files)
+        write_others(staging)
+
+    if jax.process_index() == 0:
+        replace_folder(os.fspath(folder), write)
+    else:
+        for tensor in (tensor for tensors in files.values() for tensor in tensors):
+            tensor.fetch()
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"saved {folder}")
+
+
+def to_huggingface(params: Params, model: Model) -> Iterator[tuple[str, np.ndarray]]:
+    """(key, tensor) of the layout that the model's family writes, sorted by key."""
+    for tensor in sorted(new_tensors(params, model), key=lambda tensor: tensor.name):
+        yield tensor.name, tensor.fetch()
+
+
+def new_tensors(params: Params, model: Model) -> list[NewTensor]:
+    """What is written of parameters, in the layout of the model's family.
+
+    Args:
+      params: arrays; only their shapes are looked at until a tensor is fetched. Adapters among them
+        are merged then, one layer at a time, into kernels of float32.
+      model: the architecture.
+    """
+    flat = flatten(params)
+    tensors = []
+    for path, leaf in flat.items():
+        if path.endswith((f"/{A}", f"/{B}", f"/{SCALE}")):
+            continue
+        parts = parts_of(flat, path)
+        dtype = np.dtype(leaf.dtype if len(parts) == 1 else wide(leaf.dtype))
+        stacked = _is_stacked(path)
+        shape = leaf.shape[1:] if stacked else leaf.shape
+        for layer in range(leaf.shape[0]) if stacked else (None,):
+            key = key_of(path, layer, model.family.write_keys)
+            theirs = _their_shape(path, layer, shape, model)
+            fetch = functools.partial(_fetch, path, parts, layer, theirs)
+            tensors.append(NewTensor(key, dtype, theirs, fetch))
+    return tensors
+
+
+def _fetch(
+    path: str, parts: Sequence[Any], layer: int | None, shape: tuple[int, ...]
+) -> np.ndarray:
+    """A layer of a parameter, or all of one that is not stacked, as it is written."""
+    leaf, *adapter = parts if layer is None else [part[layer] for part in parts]
+    if adapter:
+        leaf = merge(leaf, *adapter)
+    if isinstance(leaf, jax.Array) and layer is None and not adapter:
+        leaf = jnp.copy(leaf)  # because arrays keep on the host what was fetched of them
+    array = to_host(leaf)
+    return (_transpose(array) if _is_transposed(path) else array).reshape(shape)
+
+
+def path_of(key: str, model: Model) -> tuple[str | None, int | None]:
+    """The parameter path and layer index of a Hugging Face key; None for what is not stored."""
+    for pattern, replacement in model.family.read_keys:
+        key = re.sub(pattern, replacement, key)
+    if key == "language_model.lm_head.weight" and model.config.decoder.tie_word_embeddings:
+        return None, None  # the same tensor as the embedding, written by some versions
+    if key.endswith(("position_ids", "rotary_emb.inv_freq")):
+        return None, None  # buffers that old versions stored
+    layer = re.search(r"\.layers\.(\d+)\.", key)
+    path = re.sub(r"\.layers\.\d+\.", ".layers.", key).replace(".", "/")
+    stem, _, name = path.rpartition("/")
+    if name == "weight":
+        if re.search(r"norm\d?$", stem):
+            name = "scale"
+        elif stem.endswith(("embed_tokens", "position_embedding")):
+            name = "embedding"
+        else:
+            name = "kernel"
+    return f"{stem}/{name}" if stem else name, int(layer.group(1)) if layer else None
+
+
+def key_of(path: str, layer: int | None, names: Renaming) -> str:
+    """The Hugging Face key of a parameter path."""
+    key = re.sub(r"/(kernel|scale|embedding)$", "/weight", path).replace("/", ".")
+    if layer is not None:
+        key = key.replace(".layers.", f".layers.{layer}.")
+    for pattern, replacement in names:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def _first_key(path: str, model: Model) -> str:
+    return key_of(path, 0 if _is_stacked(path) else None, model.family.write_keys)
+
+
+def _is_stacked(path: str) -> bool:
+    """Whether a parameter holds all layers, and files have a tensor for each."""
+    return "/layers/" in path
+
+
+def _is_transposed(path: str) -> bool:
+    """torch stores a dense layer as [out, in]."""
+    return path.endswith("/kernel")
+
+
+def _our_shape(path: str, shape: tuple[int, ...], ndim: int) -> tuple[int, ...]:
+    """A patch embedding is a convolution in files, which is a dense layer over flat patches;
+    single vectors may have axes of one in front."""
+    if _is_transposed(path):
+        return (math.prod(shape[1:]), *shape[:1])
+    while len(shape) > ndim and shape[0] == 1:
+        shape = shape[1:]
+    return shape
+
+
+def _their_shape(
+    path: str, layer: int | None, shape: tuple[int, ...], model: Model
+) -> tuple[int, ...]:
+    key = key_of(path, layer, model.family.write_keys)
+    other = model.family.tensor_shapes(model.config).get(key)
+    return other or (shape[::-1] if _is_transposed(path) else shape)
+
+
+def _transpose(array: np.ndarray) -> np.ndarray:
+    """array.T in its own memory, made in strips that fit the processor's cache."""
+    transposed = np.empty(array.shape[::-1], array.dtype)
+    for start in range(0, len(array), COPY_ROWS):
+        transposed[:, start : start + COPY_ROWS] = array[start : start + COPY_ROWS].T
+    return transposed

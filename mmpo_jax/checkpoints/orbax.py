@@ -1,0 +1,324 @@
+"""Orbax checkpoints of training: state, data position, and the base folder they belong to."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import functools
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from mmpo_jax.checkpoints.cards import ModelCard, save_card
+from mmpo_jax.checkpoints.folders import copy_base
+from mmpo_jax.checkpoints.train_state import TrainState
+from mmpo_jax.core.errors import MmpoError
+from mmpo_jax.core.trees import flatten, unflatten
+from mmpo_jax.models.model import Params
+
+log = logging.getLogger(__name__)
+
+BEST = "best"
+"""Beside `checkpoints/`: the parameters of the step where held-out rows were best."""
+
+BASE = "base"
+"""Beside the checkpoints: config, tokenizer and processor of the model they are of."""
+
+
+class CheckpointError(MmpoError):
+    """A checkpoint that does not belong to this run or cannot be read."""
+
+
+class Checkpoints:
+    """Saves a run's state as it goes and finds the last one again."""
+
+    def __init__(self, folder: str | os.PathLike[str], identity: Mapping[str, Any], keep: int):
+        """
+        Args:
+          folder: of the run; checkpoints go to `checkpoints/`.
+          identity: everything the run is made of, as JSON: options, and fingerprints of what is
+            large. Checkpoints of another run are refused.
+          keep: how many to keep.
+        """
+        self.identity = identity
+        self.folder = os.path.abspath(os.path.join(folder, "checkpoints"))
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self.manager = ocp.CheckpointManager(self.folder, options=options)
+        self._best_folder = os.path.join(os.path.dirname(self.folder), BEST)
+
+    def latest(self) -> int | None:
+        """The last saved step."""
+        return self.manager.latest_step()
+
+    def describe_latest(self) -> str:
+        """For messages: the last good checkpoint's folder."""
+        with self._writing():
+            self.manager.wait_until_finished()
+        return _newest(self.folder)
+
+    def save(self, step: int, state: TrainState, position: dict[str, Any]) -> None:
+        """Writes a checkpoint in the background.
+
+        Args:
+          step: updates done.
+          state: all of it, copied before this returns.
+          position: the data iterator's state.
+
+        Raises:
+          CheckpointError: this one, or the one before, cannot be written.
+        """
+        run = {"identity": self.identity, "position": position}
+        args = ocp.args.Composite(
+            params=ocp.args.StandardSave({**state.params, **state.frozen}),
+            optimizer=ocp.args.StandardSave(state.optimizer),
+            run=ocp.args.JsonSave(run),
+            **{name: ocp.args.StandardSave(tree) for name, tree in _others(state).items()},
+        )
+        with self._writing():
+            self.manager.save(step, args=args)
+
+    def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """The last checkpoint in the given state's shapes and shardings, and the data position.
+
+        Returns:
+          None where nothing was saved.
+
+        Raises:
+          CheckpointError: it is of another run.
+        """
+        step = self.latest()
+        if step is None:
+            return None
+        saved = self.manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))
+        changed = list(_changes(saved["run"]["identity"], self.identity))
+        if changed:
+            more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+            raise CheckpointError(
+                f"{self.folder}: these checkpoints are of a run with another model, data or "
+                f"recipe: {', '.join(changed[:5])}{more}; give another output folder or remove them"
+            )
+        restored = self.manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(_abstract({**state.params, **state.frozen})),
+                optimizer=ocp.args.StandardRestore(_abstract(state.optimizer)),
+                **{
+                    name: ocp.args.StandardRestore(_abstract(tree))
+                    for name, tree in _others(state).items()
+                },
+            ),
+        )
+        params = restored["params"]
+        log.info("continuing from step %d", step)
+        number = jax.device_put(jax.numpy.int32(step), state.step.sharding)
+        resumed = TrainState(
+            number,
+            {path: params[path] for path in state.params},
+            {path: params[path] for path in state.frozen},
+            restored["optimizer"],
+            **{name: restored[name] for name in _others(state)},
+        )
+        return resumed, saved["run"]["position"]
+
+    def save_best(self, step: int, state: TrainState) -> None:
+        """Writes the parameters as the best so far, in place of those before.
+
+        Raises:
+          CheckpointError: they cannot be written.
+        """
+        params = ocp.args.StandardSave({**state.params, **state.frozen})
+        with self._writing():
+            if self.best.latest_step() != step:  # of before a kill, then the same
+                self.best.save(step, args=ocp.args.Composite(params=params), force=True)
+                self.best.wait_until_finished()
+
+    def discard_best(self) -> None:
+        """Removes what was best in an attempt of which no checkpoint is left."""
+        shutil.rmtree(self._best_folder, ignore_errors=True)
+
+    def restore_best(self, state: TrainState) -> TrainState:
+        """The state with the best parameters."""
+        abstract = _abstract({**state.params, **state.frozen})
+        args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
+        params = self.best.restore(self.best.latest_step(), args=args)["params"]
+        return dataclasses.replace(
+            state,
+            params={path: params[path] for path in state.params},
+            frozen={path: params[path] for path in state.frozen},
+        )
+
+    @functools.cached_property
+    def best(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(max_to_keep=1, cleanup_tmp_directories=True)
+        return ocp.CheckpointManager(self._best_folder, options=options)
+
+    def close(self) -> None:
+        """Waits until all is written.
+
+        Raises:
+          CheckpointError: the last one cannot be written.
+        """
+        with self._writing():
+            self.manager.wait_until_finished()
+            self.manager.close()
+            if "best" in vars(self):
+                self.best.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Orbax tells of a full disk in whichever call comes next, as one of several types."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            full = os.strerror(errno.ENOSPC)
+            reason = "the disk is full" if full in str(error) else str(error).splitlines()[-1]
+            raise CheckpointError(
+                f"{self.folder}: a checkpoint cannot be written: {reason}; "
+                f"last good checkpoint: {_newest(self.folder)}; the same command goes on from there"
+            ) from error
+
+
+def _changes(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """What differs between two JSON values, for messages: dotted names, short values with them."""
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        before, now = dict(enumerate(before)), dict(enumerate(now))
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in {**now, **before}:
+            inner = f"{name}.{key}" if name else str(key)
+            yield from _changes(before.get(key), now.get(key), inner)
+    elif before != now:
+        texts = [json.dumps(value) for value in (before, now)]
+        short = max(map(len, texts)) < 40  # no fingerprints
+        yield f"{name} ({texts[0]} there, {texts[1]} here)" if short else name
+
+
+def save_base(
+    folder: str | os.PathLike[str],
+    source: str | os.PathLike[str],
+    chat_template: str | None = None,
+    card: ModelCard | None = None,
+) -> str:
+    """Copies what a checkpoint needs to be run beside it: config, tokenizer, processor.
+
+    Args:
+      folder: of the run.
+      source: a checkpoint folder.
+      chat_template: in place of the source's.
+      card: of what will be converted from the run.
+
+    Returns:
+      The folder.
+    """
+    base = os.path.join(folder, BASE)
+    copy_base(source, base, chat_template)
+    if card is not None:
+        save_card(base, card)
+    return base
+
+
+def find_checkpoint(path: str | os.PathLike[str]) -> tuple[str, str] | None:
+    """(step folder, base folder) where `path` is a run, its `checkpoints/` or one step of it.
+
+    Of a run that held rows out, the best step, else the last one.
+    """
+    path = os.path.abspath(path)
+    for folder in (os.path.join(path, BEST), os.path.join(path, "checkpoints"), path):
+        steps = [name for name in _entries(folder) if name.isdigit() and _is_step(folder, name)]
+        if steps and os.path.isdir(os.path.join(os.path.dirname(folder), BASE)):
+            step = os.path.join(folder, max(steps, key=int))
+            return step, os.path.join(os.path.dirname(folder), BASE)
+    base = os.path.join(os.path.dirname(os.path.dirname(path)), BASE)
+    if os.path.basename(path).isdigit() and os.path.isdir(base):
+        return path, base
+    return None
+
+
+def save_start(folder: str | os.PathLike[str], params: Params) -> None:
+    """Writes parameters as the step 0 of a run that nobody trained.
+
+    Recipes can start from it, but no training goes on with it: it has no optimizer.
+    """
+    manager = ocp.CheckpointManager(os.path.abspath(os.path.join(folder, "checkpoints")))
+    with contextlib.closing(manager):
+        run = {"identity": {"converted": True}, "position": {}}
+        saved = ocp.args.Composite(
+            params=ocp.args.StandardSave(flatten(params)), run=ocp.args.JsonSave(run)
+        )
+        manager.save(0, args=saved)
+        manager.wait_until_finished()
+
+
+def checkpoint_shapes(step_folder: str) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the parameters in one checkpoint, by path.
+
+    Raises:
+      CheckpointError: the folder is not a whole checkpoint.
+    """
+    with _whole_checkpoint(step_folder) as (checkpointer, path):
+        saved = checkpointer.metadata(path).item_metadata.tree
+        return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in saved.items()}
+
+
+def load_checkpoint_params(
+    step_folder: str, wanted: Mapping[str, jax.ShapeDtypeStruct] | None = None
+) -> Params:
+    """The parameters of one checkpoint.
+
+    Args:
+      step_folder: of the checkpoint.
+      wanted: shapes, dtypes to cast to and shardings, by path; without a sharding a parameter
+        becomes a NumPy array. None for NumPy arrays in the dtypes that were saved.
+
+    Raises:
+      CheckpointError: the folder is not a whole checkpoint.
+    """
+    wanted = checkpoint_shapes(step_folder) if wanted is None else wanted
+    targets = {
+        # Asked for NumPy arrays, Orbax does not look for the devices they were saved from.
+        name: np.empty(leaf.shape, leaf.dtype) if leaf.sharding is None else leaf
+        for name, leaf in wanted.items()
+    }
+    with _whole_checkpoint(step_folder) as (checkpointer, path):
+        return unflatten(checkpointer.restore(path, targets))
+
+
+@contextlib.contextmanager
+def _whole_checkpoint(step_folder: str) -> Iterator[tuple[ocp.StandardCheckpointer, str]]:
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            yield checkpointer, os.path.join(step_folder, "params")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{step_folder}: not a whole checkpoint: {error}") from error
+
+
+def _others(state: TrainState) -> dict[str, Any]:
+    """What only some objectives and references have."""
+    return {name: tree for name in ("reference", "kept") if (tree := getattr(state, name))}
+
+
+def _newest(folder: str) -> str:
+    """For messages: the last whole checkpoint in a folder of them."""
+    steps = [name for name in _entries(folder) if name.isdigit()]
+    return os.path.join(folder, max(steps, key=int)) if steps else "none was saved yet"
+
+
+def _entries(folder: str) -> list[str]:
+    return os.listdir(folder) if os.path.isdir(folder) else []
+
+
+def _is_step(folder: str, name: str) -> bool:
+    return os.path.isdir(os.path.join(folder, name, "params"))
+
+
+def _abstract(tree: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree
+    )

@@ -1,0 +1,326 @@
+"""Adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
+
+PEFT calls tensors after transformers' modules: `base_model.model.<module>.lora_A.weight` is
+[r, inputs], `lora_B` [outputs, r]. What modules are called has changed with transformers' versions;
+all of their names are read, those of transformers 5 are written.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import json
+import os
+import re
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from mmpo_jax.checkpoints.folders import ADAPTER_CONFIG as CONFIG_FILE
+from mmpo_jax.checkpoints.folders import ADAPTER_WEIGHTS as WEIGHTS_FILE
+from mmpo_jax.checkpoints.folders import is_on_hub, split_hub_id
+from mmpo_jax.checkpoints.huggingface import key_of, path_of, write_folder
+from mmpo_jax.checkpoints.safetensors_files import NewTensor, read_header, read_tensor
+from mmpo_jax.core.trees import flatten, to_host, unflatten
+from mmpo_jax.models.config import ModelError
+from mmpo_jax.models.lora import SCALE, A, B, adapted_layers, dense_layers
+from mmpo_jax.models.model import Model, Params
+
+TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+
+UNSUPPORTED = (
+    "alora_invocation_tokens",
+    "layer_replication",
+    "modules_to_save",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+)
+"""Options of `LoraConfig` that change what is computed, beyond the product of two factors."""
+
+INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+"""`init_lora_weights` that leave the base weights alone."""
+
+
+def is_adapter_folder(folder: str | os.PathLike[str]) -> bool:
+    return (epath.Path(folder) / CONFIG_FILE).exists()
+
+
+def has_model(folder: str | os.PathLike[str]) -> bool:
+    """Whether an adapter's folder is a model's too, by its `config.json`, as transformers decides;
+    whether there are weights that can be read is not asked."""
+    return (epath.Path(folder) / "config.json").exists()
+
+
+def read_adapter_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """`adapter_config.json`, with PEFT's defaults for what it leaves out.
+
+    Raises:
+      ModelError: it cannot be read, or asks for what is not implemented.
+    """
+    path = os.path.join(folder, CONFIG_FILE)
+    try:
+        given = json.loads(epath.Path(path).read_bytes())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read as an adapter's config: {error}") from error
+    if not isinstance(given, dict) or given.get("peft_type") != "LORA":
+        kind = given.get("peft_type") if isinstance(given, dict) else given
+        raise ModelError(f"{path}: peft_type is {kind!r}; this version implements LORA")
+    for key in UNSUPPORTED:
+        if given.get(key):
+            raise ModelError(
+                f"{path}: {key} is {given[key]!r}, which this version does not implement; "
+                "merge the adapter with PEFT and load the whole model"
+            )
+    if given.get("init_lora_weights", True) not in INITS:
+        raise ModelError(
+            f"{path}: init_lora_weights {given['init_lora_weights']!r} changes the base weights; "
+            "merge the adapter with PEFT and load the whole model"
+        )
+    defaults = {"r": 8, "lora_alpha": 8, "use_rslora": False, "target_modules": []}
+    return defaults | {key: value for key, value in given.items() if value is not None}
+
+
+def base_model(folder: str | os.PathLike[str]) -> str:
+    """The checkpoint an adapter belongs to, as its config names it: `organisation/name@revision`
+    where it names the revision of a repository.
+
+    Raises:
+      ModelError: it names none.
+    """
+    config = read_adapter_config(folder)
+    name, revision = (config.get(key) for key in ("base_model_name_or_path", "revision"))
+    if not name:
+        path = os.path.join(folder, CONFIG_FILE)
+        raise ModelError(f"{path}: base_model_name_or_path is missing; write there what it adapts")
+    return f"{name}@{revision}" if revision and is_on_hub(f"{name}@{revision}") else str(name)
+
+
+def load_adapter(folder: str | os.PathLike[str], model: Model) -> dict[str, np.ndarray]:
+    """Reads an adapter for a model.
+
+    Layers of one stack may differ in rank: smaller factors are filled up with zeros, which change
+    nothing and get no gradient.
+
+    Args:
+      folder: PEFT's.
+      model: the architecture of the base.
+
+    Returns:
+      Leaves by path, float32, as `lora` puts them beside the kernels.
+
+    Raises:
+      ModelError: naming the file and the module that is unknown, missing or of another shape.
+    """
+    config = read_adapter_config(folder)
+    file = os.path.join(folder, WEIGHTS_FILE)
+    if not epath.Path(file).exists():
+        told = f"{file}: not found; adapters are read from safetensors files only"
+        if has_model(folder):
+            told += f". If the model beside it has the adapter merged into it, remove {CONFIG_FILE}"
+        raise ModelError(told)
+    shapes = dense_layers(model)
+    factors: dict[str, dict[str, np.ndarray]] = collections.defaultdict(dict)
+    modules: dict[str, dict[int, str]] = collections.defaultdict(dict)
+    for tensor in read_header(file):
+        match = TENSOR.fullmatch(tensor.name)
+        if match is None:
+            raise ModelError(
+                f"{file}: unexpected tensor {tensor.name}; only lora_A and lora_B are read"
+            )
+        module = match["module"]
+        path, layer = path_of(f"{module}.weight", model)
+        path = (path or "").removesuffix("/kernel")
+        if path not in shapes:
+            raise ModelError(
+                f"{file}: {module} is no layer of this {model.config.family} that can be adapted"
+            )
+        factors[module][match["factor"]] = read_tensor(tensor).astype(np.float32)
+        modules[path][layer or 0] = module
+    if not modules:
+        raise ModelError(f"{file}: there is no adapter in it")
+    leaves: dict[str, np.ndarray] = {}
+    for path, named in modules.items():
+        is_stack = len(shapes[path]) == 3
+        depth = shapes[path][0] if is_stack else 1
+        _check_layers(file, named, depth, is_stack, config)
+        pairs = {
+            layer: _read_factors(file, module, factors[module], shapes[path], config)
+            for layer, module in named.items()
+        }
+        stacked = _stack(pairs, depth, {i: _scale(config, named[i], pairs[i]) for i in named})
+        for name, leaf in zip((A, B, SCALE), stacked, strict=True):
+            leaves[f"{path}/{name}"] = leaf if is_stack else leaf[0]
+    return leaves
+
+
+def with_adapter(params: Params, folder: str | os.PathLike[str], model: Model) -> Params:
+    """A model's parameters with the adapter of a folder beside them; see `load_adapter`."""
+    return unflatten({**flatten(params), **load_adapter(folder, model)})
+
+
+def save_adapter(
+    folder: str | os.PathLike[str], model: Model, params: Params, *, base: str, dropout: float
+) -> None:
+    """Writes the adapters among the parameters in PEFT's format.
+
+    Args:
+      folder: written whole, by rename.
+      model: the architecture.
+      params: the parameters, on any device; only the adapters are written.
+      base: the checkpoint that they belong to, an absolute path or a hub id.
+      dropout: what they were trained with, for whom it interests.
+
+    Raises:
+      ModelError: the weights cannot be written, the disk being full for instance.
+    """
+    tensors, ranks, alphas = _tensors(model, params)
+    rank, alpha = (
+        collections.Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas)
+    )
+    name, revision = split_hub_id(base) if is_on_hub(base) else (base, None)
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": name,
+        "revision": revision,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
+        "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
+        "target_modules": sorted(ranks),
+        "use_rslora": False,
+        "bias": "none",
+        "inference_mode": True,
+    }
+
+    def write_config(staging: str) -> None:
+        with open(os.path.join(staging, CONFIG_FILE), "w", encoding="utf-8") as file:
+            json.dump(config, file, indent=2, sort_keys=True)
+
+    write_folder(folder, {WEIGHTS_FILE: tensors}, write_config)
+
+
+def _tensors(
+    model: Model, params: Params
+) -> tuple[list[NewTensor], dict[str, int], dict[str, float]]:
+    """(tensors with PEFT's names, rank of every module, alpha of every module)."""
+    flat = flatten(params)
+    tensors: list[NewTensor] = []
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for path in adapted_layers(params):
+        parts = [to_host(flat[f"{path}/{name}"]) for name in (A, B, SCALE)]
+        is_stack = parts[-1].ndim == 1
+        layers = zip(*parts, strict=True) if is_stack else [tuple(parts)]
+        for layer, (a, b, scale) in enumerate(layers):
+            if not scale:  # a layer without an adapter
+                continue
+            name = _module_name(path, layer if is_stack else None, model)
+            for factor, array in (("A", a.T), ("B", b.T)):
+                key = f"base_model.model.{name}.lora_{factor}.weight"
+                fetch = functools.partial(np.asarray, array)
+                tensors.append(NewTensor(key, array.dtype, array.shape, fetch))
+            ranks[name] = a.shape[1]
+            alpha = float(f"{float(scale) * a.shape[1]:.7g}")  # as it was before the division
+            alphas[name] = int(alpha) if alpha.is_integer() else alpha
+    return tensors, ranks, alphas
+
+
+def _module_name(path: str, layer: int | None, model: Model) -> str:
+    """What transformers calls a dense layer."""
+    renaming = (*model.family.write_keys, *model.family.module_keys)
+    return key_of(f"{path}/kernel", layer, renaming).removesuffix(".weight")
+
+
+def _check_layers(
+    file: str, named: dict[int, str], depth: int, is_stack: bool, config: dict[str, Any]
+) -> None:
+    """
+    Raises:
+      ModelError: a layer of a stack is beyond it, lacks its adapter, or has one that the config
+        does not name.
+    """
+    example = next(iter(named.values()))
+    for layer in sorted({*range(depth), *named}):
+        module = named.get(layer, re.sub(r"\.\d+\.", f".{layer}.", example, count=1))
+        if layer >= depth:
+            raise ModelError(f"{file}: {module}: the model has {depth} layers")
+        if (layer in named) != _is_target(config, module, layer if is_stack else None):
+            has = "has an adapter" if layer in named else "has none"
+            raise ModelError(f"{file}: {module} {has}, against target_modules in {CONFIG_FILE}")
+
+
+def _is_target(config: dict[str, Any], module: str, layer: int | None) -> bool:
+    """Whether the config names a module, by PEFT's rules."""
+
+    def among(names: Any) -> bool:
+        if isinstance(names, str):
+            return names == "all-linear" or re.fullmatch(names, module) is not None
+        return any(module == name or module.endswith(f".{name}") for name in names)
+
+    if among(config.get("exclude_modules") or ()) or not among(config["target_modules"]):
+        return False
+    chosen = config.get("layers_to_transform")
+    if chosen is None or chosen == []:
+        return True
+    return layer in (chosen if isinstance(chosen, list) else [chosen])
+
+
+def _read_factors(
+    file: str,
+    module: str,
+    found: dict[str, np.ndarray],
+    kernel: tuple[int, ...],
+    config: dict[str, Any],
+) -> tuple[np.ndarray, np.ndarray]:
+    """(A [inputs, r], B [r, outputs]) of one module.
+
+    Raises:
+      ModelError: one of them is missing or does not fit.
+    """
+    inputs, outputs = kernel[-2:]
+    rank = _by_pattern(config.get("rank_pattern"), module, config["r"])
+    for factor, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
+        if factor not in found:
+            raise ModelError(f"{file}: {module} has no lora_{factor}")
+        if found[factor].shape != shape:
+            raise ModelError(
+                f"{file}: {module}: lora_{factor} has shape {found[factor].shape}, the model and "
+                f"{CONFIG_FILE} give {shape}"
+            )
+    return found["A"].T, found["B"].T
+
+
+def _scale(config: dict[str, Any], module: str, pair: tuple[np.ndarray, np.ndarray]) -> float:
+    """alpha / r, or with rank stabilisation alpha / sqrt(r) (Kalajdzievski 2023)."""
+    alpha = _by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
+    rank = pair[0].shape[1]
+    return alpha / (rank**0.5 if config["use_rslora"] else rank)
+
+
+def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+    """The value of the first pattern that matches the end of a module's name."""
+    for pattern, value in (patterns or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            return value
+    return default
+
+
+def _stack(
+    pairs: dict[int, tuple[np.ndarray, np.ndarray]], depth: int, scales: dict[int, float]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """([L, inputs, r], [L, r, outputs], [L]), zero where nothing is."""
+    rank = max(a.shape[1] for a, _ in pairs.values())
+    inputs, outputs = next((len(a), b.shape[1]) for a, b in pairs.values())
+    stacked_a = np.zeros((depth, inputs, rank), np.float32)
+    stacked_b = np.zeros((depth, rank, outputs), np.float32)
+    scale = np.zeros(depth, np.float32)
+    for layer, (a, b) in pairs.items():
+        stacked_a[layer, :, : a.shape[1]] = a
+        stacked_b[layer, : len(b)] = b
+        scale[layer] = scales[layer]
+    return stacked_a, stacked_b, scale

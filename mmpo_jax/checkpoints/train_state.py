@@ -1,0 +1,29 @@
+"""The state of a training: what a step reads and replaces, and checkpoints keep."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from mmpo_jax.objectives.registry import State
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a step reads and replaces; donated to it, but for what is frozen."""
+
+    step: jax.Array
+    """int32[]: updates done."""
+    params: dict[str, jax.Array]
+    """float32, path -> array: what is trained."""
+    frozen: dict[str, jax.Array]
+    """path -> array: what is not."""
+    optimizer: Any
+    """optax state of `params`."""
+    reference: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    """Of a reference that runs in the step, what is not in `frozen`; else empty."""
+    kept: State = dataclasses.field(default_factory=dict)
+    """What objectives keep from step to step, float32[] each."""

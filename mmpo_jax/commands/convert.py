@@ -1,0 +1,98 @@
+"""`mmpo convert`: a training run's checkpoint to a Hugging Face folder, and the way back."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+
+import numpy as np
+
+from mmpo_jax.checkpoints.cards import ModelCard, SavedWeights, read_card, write_card
+from mmpo_jax.checkpoints.checkpoint import Location, load_model_config, load_weights, locate
+from mmpo_jax.checkpoints.huggingface import save_model
+from mmpo_jax.checkpoints.orbax import save_base, save_start
+from mmpo_jax.checkpoints.rounding import stored_dtype
+from mmpo_jax.core.errors import MmpoError
+from mmpo_jax.core.files import is_local, replace_folder
+from mmpo_jax.models.model import Model, Params
+from mmpo_jax.models.precision import weights_dtype
+from mmpo_jax.parallel.mesh import make_mesh
+from mmpo_jax.training.metrics import FILE, read_metrics
+from mmpo_jax.training.saving import tell_saved
+
+log = logging.getLogger(__name__)
+
+
+def convert(source: str, target: str, dtype: str | None = None) -> str:
+    """Writes a checkpoint anew in the other format.
+
+    Args:
+      source: a run, one step of it, or whatever else a recipe's `model` may name.
+      target: a folder that is not there yet. Of a run it becomes a Hugging Face folder, of
+        everything else a folder that recipes can start from as from a run's.
+      dtype: a `SaveDtype` that the weights are rounded to; None keeps theirs, of a run the widest,
+        which is float32 wherever matrices were trained.
+
+    Returns:
+      What was written, for people.
+
+    Raises:
+      MmpoError: there is something at the target, or the source cannot be read.
+    """
+    if not is_local(target):
+        raise MmpoError(f"{target}: is in a bucket; convert writes folders of this machine")
+    if os.path.exists(target):
+        raise MmpoError(f"{target}: is there already; convert writes new folders only")
+    location = locate(source)
+    model = Model.create(load_model_config(location))
+    if location.is_orbax:
+        params = load_weights(location, model, make_mesh())
+        if dtype is None and weights_dtype(params) == np.float32:  # else tensors keep theirs
+            dtype = "float32"
+        _save_run(target, model, params, location, dtype, source)
+        return f"Hugging Face folder: {target}"
+    if dtype is not None and dtype != stored_dtype(dtype).name:
+        raise MmpoError(f"--dtype {dtype}: only a run's weights are rounded at random, on saving")
+    params = load_weights(location, model, make_mesh(), dtype)
+
+    def write(staging: str) -> None:
+        save_base(staging, location.base)
+        save_start(staging, params)
+
+    replace_folder(target, write)
+    return f"Orbax checkpoint: {target}"
+
+
+def _save_run(
+    target: str, model: Model, params: Params, location: Location, dtype: str | None, source: str
+) -> None:
+    """Writes a run's weights, and says in log and card what its dtype keeps of the update."""
+    card = _card(location)
+    before = None
+    if dtype not in (None, "float32") and card is not None:
+        before = _load_start(card.base_model, model)
+    share = save_model(target, model, params, location.base, dtype=dtype, before=before, card=card)
+    if dtype is None:
+        return
+    saved = SavedWeights(dtype, share)
+    tell_saved(target, saved, source)
+    if card is not None:
+        write_card(target, dataclasses.replace(card, saved=saved))
+
+
+def _load_start(name: str, model: Model) -> Params | None:
+    """What a run started from, if it is still where its recipe found it."""
+    try:
+        return load_weights(locate(name), model, make_mesh())
+    except MmpoError as error:
+        log.warning("what is left of the update is not measured: its start: %s", error)
+        return None
+
+
+def _card(location: Location) -> ModelCard | None:
+    """Of a run, with what it measured last before the step."""
+    step = int(os.path.basename(location.weights))
+    rows = read_metrics(os.path.join(os.path.dirname(location.base), FILE))
+    measured = [row for row in rows if row["step"] <= step]
+    return read_card(location.base, measured[-1] if measured else {})

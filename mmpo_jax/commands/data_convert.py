@@ -1,0 +1,146 @@
+"""`mmpo data convert`: the rows of one format as rows of another."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping
+
+from etils import epath
+
+from mmpo_jax.core.errors import DataError, MmpoError
+from mmpo_jax.core.files import check_reachable
+from mmpo_jax.core.progress import counted
+from mmpo_jax.data.formats import FORMATS, choose_format
+from mmpo_jax.data.formats.format import Format
+from mmpo_jax.data.formats.writing import STRIP, CannotHold, Embed, Writer, fields_of, without
+from mmpo_jax.data.joining import Joined, join_pairs
+from mmpo_jax.data.notes import ID
+from mmpo_jax.data.readers import SkippedRow, check_skipped, iter_records, write_skipped
+from mmpo_jax.data.records import Record
+from mmpo_jax.data.rows import Row
+from mmpo_jax.data.sources import SKIPPED
+from mmpo_jax.data.tables import TFDS, write_rows
+
+_EMBED: Mapping[str, Embed] = {
+    ".parquet": "bytes",
+    ".array_record": "base64",
+    ".arrayrecord": "base64",
+}
+"""How the rows of a kind of file hold images; those of others name them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """What became of the rows."""
+
+    written: int
+    skipped: list[SkippedRow]
+    skipped_file: str
+    """Where those are, with reasons; not written where there are none."""
+    joined: Joined | None
+    """What joining pairs did, where it was asked for."""
+
+
+def convert_data(
+    source: str,
+    target: str,
+    *,
+    format: str = "record",
+    read_as: str = "auto",
+    image_root: str | None = None,
+    drop: Collection[str] = (),
+    max_skipped: float = 0.1,
+    join: bool = False,
+) -> Converted:
+    """Writes the usable rows of `source` to the file `target`.
+
+    Paths of images are written relative to `image_root`, or to the target's folder; what does not
+    lie there is copied to a folder beside the target. Parquet and ArrayRecord hold the images.
+    Images are not decoded.
+
+    Args:
+      source: see `mmpo_jax.data.tables`.
+      target: its ending says what kind of file.
+      format: of the target, one of `FORMATS`.
+      read_as: the same of the source, or "auto".
+      image_root: of both; of TFDS names its data folder.
+      drop: fields, of `STRIP`, that are left out.
+      max_skipped: share of unusable rows above which nothing is written.
+      join: the pairs of one prompt into a ranking, see `join_pairs`.
+
+    Raises:
+      MmpoError: an unknown field, or the target is the source.
+      CannotHold: the format has no place for a field of a row.
+      DataError: the source cannot be read, or too many rows cannot be used.
+    """
+    unknown = sorted(set(drop) - STRIP.keys())
+    if unknown:
+        raise MmpoError(f"--drop {', '.join(unknown)}: no such field; known: {', '.join(STRIP)}")
+    if os.path.realpath(source) == os.path.realpath(target):
+        raise MmpoError(f"{target} is the source; give another file")
+    check_reachable(target)
+    stem, ending = os.path.splitext(target)
+    root = os.path.dirname(target) or "."
+    if image_root is not None and not source.startswith(TFDS):
+        root = image_root
+    copies = os.path.join(root, f"{os.path.basename(stem)}.images")
+    writer = Writer(root, copies, _EMBED.get(ending.lower(), "no"))
+    skipped: list[SkippedRow] = []
+
+    def records() -> Iterator[Record]:
+        for item in counted(iter_records(source, image_root, "dialogue", read_as), "converting"):
+            if isinstance(item, SkippedRow):
+                skipped.append(item)
+            else:
+                yield item
+
+    def rows(records: Iterable[Record]) -> Iterator[Row]:
+        for record in records:
+            try:
+                yield _row(without(_by_own_id(record), drop), FORMATS[format], writer)
+            except DataError as error:
+                broken = SkippedRow(source, record.row, record.id, "image_broken", str(error))
+                skipped.append(broken)
+
+    joined = join_pairs(records()) if join else None
+    made = list(rows(records() if joined is None else joined.records))
+    skipped_file = f"{stem}.{SKIPPED}"
+    if skipped:
+        write_skipped(skipped_file, skipped)
+    else:
+        epath.Path(skipped_file).unlink(missing_ok=True)
+    merged = 0 if joined is None else joined.merged
+    check_skipped(skipped, len(made) + merged + len(skipped), max_skipped)
+    write_rows(target, made)
+    return Converted(len(made), skipped, skipped_file, joined)
+
+
+def _by_own_id(record: Record) -> Record:
+    """With the id that the row has, also where an earlier row has it too."""
+    extra = {name: value for name, value in record.extra.items() if name != ID}
+    return dataclasses.replace(record, id=record.extra.get(ID, record.id), extra=extra)
+
+
+def _row(record: Record, format: Format, writer: Writer) -> Row:
+    """One record in a format.
+
+    Raises:
+      CannotHold: naming the row, the field and what leaves it out.
+    """
+    try:
+        lacking = sorted(fields_of(record) - format.holds)
+        if lacking:
+            raise CannotHold(*lacking)
+        row = format.write(record, writer)
+        if record.extra and choose_format(row) is not format:
+            plain = format.write(dataclasses.replace(record, extra={}), writer)
+            if choose_format(plain) is format:
+                detail = f"with {', '.join(record.extra)} it would look like another format"
+                raise CannotHold("extra", detail=detail)
+    except CannotHold as error:
+        known = STRIP.keys() >= set(error.fields)
+        hint = f"; --drop {','.join(error.fields)} leaves it out" if known else ""
+        where = f"row {record.row} (id {record.id!r})"
+        raise MmpoError(f"{where} as {format.name}: {error}{hint}") from error
+    return row

@@ -1,0 +1,80 @@
+"""`mmpo generate`: responses to prompts, as JSONL."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from mmpo_jax.checkpoints.checkpoint import load_checkpoint
+from mmpo_jax.data.batching import fitting_lengths
+from mmpo_jax.data.formats.writing import messages, template_columns
+from mmpo_jax.data.records import Record
+from mmpo_jax.data.results import Results
+from mmpo_jax.data.sources import load_source, usable_records
+from mmpo_jax.generation.responses import generate_stage
+from mmpo_jax.generation.sampler import Decoding
+from mmpo_jax.parallel.mesh import make_mesh
+from mmpo_jax.recipes.recipe import GenerateRecipe
+
+log = logging.getLogger(__name__)
+
+
+def run_generation(recipe: GenerateRecipe) -> str:
+    """Samples responses to the prompt of every usable row; responses it has are not read.
+
+    Returns:
+      The file, one line per row: `id`, `images`, `videos`, `prompt`, `responses`, and for every
+      response whether it `finished` by itself and was not cut at `max_new_tokens`, and the ids of
+      its tokens.
+    """
+    results = Results.at(recipe.output, "responses", recipe.data)
+    source = load_source(recipe.data, supervised=False)
+    mesh = make_mesh(**recipe.devices.model_dump())
+    checkpoint = load_checkpoint(recipe.model, mesh, recipe.attention, recipe.template)
+    source, tokenized = usable_records(
+        source, checkpoint.processor, recipe.lengths, results.skipped
+    )
+    generated = generate_stage(
+        checkpoint.model,
+        checkpoint.params,
+        checkpoint.processor,
+        tokenized,
+        Decoding(**recipe.sampling.model_dump(exclude={"batch_size"})),
+        recipe.lengths or fitting_lengths(tokenized),
+        mesh,
+        folder=results.parts,
+        model_fingerprint=checkpoint.fingerprint,
+        batch_size=recipe.sampling.batch_size,
+        seed=recipe.seed,
+    )
+    responses: dict[str, list[dict[str, Any]]] = {record.id: [] for record in source.records}
+    columns = ["prompt_id", "text", "finished", "token_ids"]
+    for response in generated.select(columns).to_pylist():
+        responses[response["prompt_id"]].append(response)
+    cut = generated.num_rows - sum(generated["finished"].to_pylist())
+    log.info(
+        "%d of %d responses were cut at max_new_tokens (%d)",
+        cut,
+        generated.num_rows,
+        recipe.sampling.max_new_tokens,
+    )
+    return results.write(_line(record, responses[record.id], results) for record in source.records)
+
+
+def _line(record: Record, responses: list[dict[str, Any]], results: Results) -> dict[str, Any]:
+    """A row that `mmpo score` and `mmpo train` read again."""
+    line: dict[str, Any] = {"id": record.id}
+    if record.images:
+        line["images"] = [results.name_image(image) for image in record.images]
+    if record.videos:
+        line["videos"] = [
+            {"frames": [results.name_image(frame) for frame in video.frames], "fps": video.fps}
+            for video in record.videos
+        ]
+    said = messages(record.prompt, record)
+    plain = len(said) == 1 and isinstance(said[0]["content"], str) and said[0]["role"] == "user"
+    line |= {**template_columns(record), "prompt": said[0]["content"] if plain else said}
+    line["responses"] = [response["text"] for response in responses]
+    line["finished"] = [response["finished"] for response in responses]
+    line["response_ids"] = [response["token_ids"] for response in responses]
+    return line

@@ -1,0 +1,73 @@
+"""`mmpo score`: the log-prob of every response of every row, as JSONL."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmpo_jax.checkpoints.checkpoint import load_checkpoint
+from mmpo_jax.data.batching import fitting_lengths
+from mmpo_jax.data.results import Results
+from mmpo_jax.data.rows import SkipReason
+from mmpo_jax.data.sources import load_source, usable_records
+from mmpo_jax.data.tokenization import TokenizedRecord
+from mmpo_jax.models.precision import inference_dtype
+from mmpo_jax.parallel.mesh import make_mesh
+from mmpo_jax.recipes.recipe import ScoreRecipe
+from mmpo_jax.scoring.log_probs import score_stage
+
+
+def run_scoring(recipe: ScoreRecipe) -> str:
+    """Scores the responses of every usable row, as the reference of training is scored.
+
+    Returns:
+      The file, one line per row: `id`, `logps`, `num_tokens`, and with `tokens` also `prompt_ids`
+      and `response_ids`. A response's log-prob is the sum over the assistant's tokens, EOS
+      included; where its turns go on with the user's, these are in its ids but not in the sum.
+      A response that could not be used has null.
+    """
+    results = Results.at(recipe.output, "scores", recipe.data)
+    source = load_source(recipe.data, supervised=True)
+    mesh = make_mesh(**recipe.devices.model_dump())
+    checkpoint = load_checkpoint(recipe.model, mesh, recipe.attention, recipe.template)
+    _, records = usable_records(
+        source, checkpoint.processor, recipe.lengths, results.skipped, _unfit
+    )
+    scoring = recipe.scoring
+    dtype: str = scoring.compute_dtype
+    if dtype == "auto":
+        dtype = inference_dtype(checkpoint.params).name
+    scores = score_stage(
+        checkpoint.model,
+        checkpoint.params,
+        checkpoint.processor,
+        records,
+        recipe.lengths or fitting_lengths(records),
+        mesh,
+        name="score",
+        folder=results.parts,
+        model_fingerprint=checkpoint.fingerprint,
+        batch_size=scoring.batch_size,
+        compute_dtype=dtype,
+    )
+    lines = [
+        _line(row, record, scoring.tokens)
+        for row, record in zip(scores.to_pylist(), records, strict=True)
+    ]
+    return results.write(lines)
+
+
+def _line(row: dict[str, Any], record: TokenizedRecord, tokens: bool) -> dict[str, Any]:
+    line = {"id": record.id, "logps": row["log_probs"], "num_tokens": row["num_tokens"]}
+    for place in record.left_out:  # in order
+        line["logps"].insert(place, None)
+        line["num_tokens"].insert(place, 0)
+    if tokens:
+        line["prompt_ids"] = record.prompt_ids.tolist()
+        line["response_ids"] = [response.ids.tolist() for response in record.responses]
+        for place in record.left_out:
+            line["response_ids"].insert(place, [])
+    return line
+
+
+def _unfit(record: TokenizedRecord) -> tuple[SkipReason, str] | None:
+    return None if record.responses else ("empty_response", "no response to score")

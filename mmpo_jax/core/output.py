@@ -1,0 +1,189 @@
+"""A command's output: known to be writable before anything is computed, and written by one command
+at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+
+from etils import epath
+
+from mmpo_jax.core.errors import MmpoError
+from mmpo_jax.core.files import check_reachable, is_local
+
+LOCK = ".mmpo.lock"
+"""In an output folder while a command writes there; beside an output file `.<its name>.lock`."""
+
+FOLDERS = re.compile(
+    r"adapter|base|best|checkpoints|model|tensorboard|validation|round-\d+|.*\.(parts|images)"
+)
+FILES = re.compile(
+    r"evaluation\.json|metrics\.jsonl|rounds\.(txt|json)|curves\.png|(responses|scores)\.jsonl"
+    r"|(.*\.)?rejected_rows\.jsonl"
+)
+"""What commands write into an output folder, as a folder or as a file."""
+
+
+@contextlib.contextmanager
+def claimed(output: str, is_file: bool = False) -> Iterator[None]:
+    """Holds an output for one command; makes its folder, which goes again if nothing is in it.
+
+    The claim is a lock of the operating system, which ends with the process, however that ends. In
+    a bucket there are no locks; there a file is written and removed, so that it is known to work.
+
+    Args:
+      output: of a recipe: a folder, or a file.
+      is_file: which of the two.
+
+    Raises:
+      MmpoError: it cannot be written, something else is in the way, or another command writes it.
+    """
+    if not is_local(output):
+        check_reachable(output)
+        _try_bucket(os.path.dirname(output) if is_file else output)
+        yield
+        return
+    check_writable(output, is_file)
+    folder, name = os.path.split(os.path.abspath(output))
+    if not is_file:
+        folder, name = os.path.join(folder, name), ""
+    made = _make(folder)
+    try:
+        _check_names(folder, os.path.splitext(name)[0] if is_file else None)
+        with _locked(os.path.join(folder, f".{name}.lock" if is_file else LOCK), output):
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # not empty, as it should be
+            for path in made:
+                os.rmdir(path)
+
+
+def check_writable(path: str, is_file: bool = False) -> None:
+    """
+    Args:
+      path: of a new folder or file.
+      is_file: which of the two.
+
+    Raises:
+      MmpoError: nothing of that name could be written: what is above it is a file, or may not be
+        written to; or it is of the wrong kind.
+    """
+    if not is_local(path):
+        return
+    path = os.path.abspath(path)
+    if os.path.isdir(path) and is_file:
+        raise MmpoError(f"output: {path} is a folder; a file is to be written there")
+    if os.path.lexists(path) and not os.path.isdir(path) and not is_file:
+        raise MmpoError(f"output: {path} is a file; a folder is to be written there")
+    there = os.path.dirname(path) if is_file else path
+    while not os.path.lexists(there):
+        there = os.path.dirname(there)
+    if not os.path.isdir(there):
+        raise MmpoError(f"output: {there} is a file, so {path} cannot be written")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise MmpoError(f"output: {there} may not be written to, so {path} cannot be made")
+
+
+def _make(folder: str) -> list[str]:
+    """Makes a folder and those above it; those that were not there, the innermost first."""
+    missing = []
+    path = folder
+    while not os.path.lexists(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise MmpoError(f"output: {folder} cannot be made: {error.strerror}") from error
+    return missing
+
+
+def _check_names(folder: str, stem: str | None) -> None:
+    """
+    Args:
+      folder: whose entries are looked at.
+      stem: of an output file; only what belongs to it counts then.
+    """
+    for entry in os.scandir(folder):
+        if stem is not None and not entry.name.startswith(f"{stem}."):
+            continue
+        if FOLDERS.fullmatch(entry.name):
+            if not entry.is_dir():
+                raise MmpoError(f"output: {entry.path} is a file; a folder is to be written there")
+            if not os.access(entry.path, os.W_OK | os.X_OK):
+                raise MmpoError(f"output: {entry.path} may not be written to")
+        elif FILES.fullmatch(entry.name) and entry.is_dir():
+            raise MmpoError(f"output: {entry.path} is a folder; a file is to be written there")
+
+
+@contextlib.contextmanager
+def _locked(path: str, output: str) -> Iterator[None]:
+    descriptor = _take(path, output)
+    try:
+        run = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
+        os.truncate(descriptor, 0)
+        os.write(descriptor, json.dumps(run).encode())
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # While it is still held: nobody else's is removed.
+            os.unlink(path)
+        os.close(descriptor)
+
+
+def _take(path: str, output: str) -> int:
+    """The descriptor of a lock file that is this process's."""
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise MmpoError(f"output: {output} cannot be written: {error.strerror}") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(descriptor, path):
+                return descriptor
+        except BlockingIOError as error:
+            told = _describe(descriptor)
+            os.close(descriptor)
+            raise MmpoError(
+                f"output: another command writes to {output}: {told}; wait for it, or give "
+                "another output"
+            ) from error
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                return descriptor  # a file system without locks
+            raise
+        os.close(descriptor)  # The one before removed it between our opening and locking it.
+
+
+def _is_at(descriptor: int, path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _describe(descriptor: int) -> str:
+    try:
+        run = json.loads(os.pread(descriptor, 4096, 0))
+        return f"process {run['pid']} on {run['host']}, since {run['since']}"
+    except (ValueError, KeyError, TypeError):  # it has only just begun
+        return "one that has just started"
+
+
+def _try_bucket(output: str) -> None:
+    folder = epath.Path(output)
+    probe = folder / f".mmpo.{secrets.token_hex(4)}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except Exception as error:  # whatever the bucket's library raises
+        raise MmpoError(f"output: {output} cannot be written: {error}") from error

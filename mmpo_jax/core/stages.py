@@ -1,0 +1,219 @@
+"""Stages that write whole files: skipped when done, resumed part by part when killed.
+
+A stage called ``label`` in a folder leaves two files behind:
+
+    label.parquet                     the result
+    label.json                        its manifest: inputs, settings, SHA-256 of the result
+    label.parts-<key>/00003.parquet   while it runs: the parts made so far
+
+The manifest is written last, so it never speaks of a result that is not there. The key of the
+parts is a hash of everything they depend on, so parts of other settings are never mixed in. No
+file holds a time or a path: the same inputs give the same bytes.
+"""
+
+import errno
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+from etils import epath
+
+from mmpo_jax.core.errors import DataError, MmpoError
+from mmpo_jax.core.files import (
+    decode_table,
+    encode_table,
+    fingerprint_bytes,
+    fingerprint_json,
+    read_bytes,
+    read_table,
+    write_atomic,
+)
+
+_logger = logging.getLogger(__name__)
+_MANIFEST_VERSION = 1
+_KEY_CHARACTERS = 16
+
+
+class StageError(MmpoError):
+    """A stage could not write a file. What was finished before is kept."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a round: what it is called and everything its result depends on.
+
+    Attributes:
+      folder: where its files go.
+      name: lower-case letters, digits, ``-`` and ``_``.
+      inputs: name -> fingerprint of each input, such as the table of the stage before.
+      settings: whatever else changes the result; has to be JSON.
+      num_parts: in how many parts the result is made. At most one part is lost by a kill. The
+        result should not depend on it, so a finished stage stays finished when it changes.
+    """
+
+    folder: epath.PathLike
+    name: str
+    inputs: Mapping[str, str]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    num_parts: int = 1
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z0-9_-]+", self.name):
+            raise ValueError(f"a stage cannot be called {self.name!r}")
+        if self.num_parts < 1:
+            raise ValueError(f"stage {self.name} cannot have {self.num_parts} parts")
+
+    @property
+    def output_path(self) -> epath.Path:
+        """The result."""
+        return epath.Path(self.folder) / f"{self.name}.parquet"
+
+    @property
+    def manifest_path(self) -> epath.Path:
+        """What the result was made of."""
+        return epath.Path(self.folder) / f"{self.name}.json"
+
+    @property
+    def parts_folder(self) -> epath.Path:
+        """Where the parts wait for each other."""
+        key = fingerprint_json([dict(self.inputs), dict(self.settings), self.num_parts])
+        return epath.Path(self.folder) / f"{self.name}.parts-{key[:_KEY_CHARACTERS]}"
+
+    def part_path(self, part: int) -> epath.Path:
+        """The file of one part, counted from 0."""
+        return self.parts_folder / f"{part:05d}.parquet"
+
+
+def run_stage(
+    stage: Stage,
+    make_part: Callable[[int], pa.Table],
+) -> pa.Table:
+    """The result of a stage, made now as far as it does not exist.
+
+    A finished stage is read, and `make_part` not called. Otherwise the parts that are missing are
+    made in order and the result is their concatenation. All parts need the same columns; a
+    column that is empty or all null in one part takes its type from the others.
+
+    Args:
+      make_part: makes part i of `stage.num_parts`. What it raises passes through.
+
+    Raises:
+      StageError: a file could not be written, for instance because the disk is full. Finished
+        parts are kept and the next run goes on from them.
+    """
+    result = read_finished(stage)
+    if result is not None:
+        _clean_up(stage, [stage.parts_folder])
+        return result
+    parts = _read_parts(stage)
+    for part in range(stage.num_parts):
+        if part in parts:
+            continue
+        data = encode_table(make_part(part))
+        _write(stage, stage.part_path(part), data, len(parts))
+        # Used as read back, so that the result is the same with and without a restart.
+        parts[part] = decode_table(data, f"part {part} of stage {stage.name}")
+    data = encode_table(_concatenate(stage, [parts[part] for part in range(stage.num_parts)]))
+    _write(stage, stage.output_path, data, stage.num_parts)
+    manifest = json.dumps(_manifest(stage, data), indent=2, sort_keys=True) + "\n"
+    _write(stage, stage.manifest_path, manifest.encode(), stage.num_parts)
+    _clean_up(stage, epath.Path(stage.folder).glob(f"{stage.name}.parts-*"))
+    return decode_table(data, os.fspath(stage.output_path))
+
+
+def read_finished(stage: Stage) -> pa.Table | None:
+    """The result of a stage if it is there, whole, and made of the same inputs and settings."""
+    manifest = _read_manifest(stage)
+    if manifest.get("made_of") != fingerprint_json(_made_of(stage)):
+        return None
+    try:
+        data = read_bytes(stage.output_path)
+        if fingerprint_bytes(data) != manifest.get("sha256"):
+            raise DataError(f"{os.fspath(stage.output_path)} is not what its manifest says")
+        return decode_table(data, os.fspath(stage.output_path))
+    except DataError as error:
+        _logger.warning("stage %s is made again: %s", stage.name, error)
+        return None
+
+
+def _made_of(stage: Stage) -> dict[str, Any]:
+    return {
+        "version": _MANIFEST_VERSION,
+        "stage": stage.name,
+        "inputs": dict(stage.inputs),
+        "settings": dict(stage.settings),
+    }
+
+
+def _manifest(stage: Stage, data: bytes) -> dict[str, Any]:
+    made_of = _made_of(stage)
+    return made_of | {"made_of": fingerprint_json(made_of), "sha256": fingerprint_bytes(data)}
+
+
+def _read_manifest(stage: Stage) -> dict[str, Any]:
+    """The manifest; empty where there is none or a damaged one."""
+    if not stage.manifest_path.exists():
+        return {}
+    try:
+        manifest = json.loads(read_bytes(stage.manifest_path))
+    except (DataError, ValueError, RecursionError):
+        manifest = None
+    if isinstance(manifest, dict):
+        return manifest
+    name = os.fspath(stage.manifest_path)
+    _logger.warning("stage %s is made again: %s is damaged", stage.name, name)
+    return {}
+
+
+def _read_parts(stage: Stage) -> dict[int, pa.Table]:
+    """The finished parts by number; damaged ones count as missing."""
+    parts: dict[int, pa.Table] = {}
+    for part in range(stage.num_parts):
+        path = stage.part_path(part)
+        if not path.exists():
+            continue
+        try:
+            parts[part] = read_table(path)
+        except DataError as error:
+            _logger.warning("part %d of stage %s is made again: %s", part, stage.name, error)
+    return parts
+
+
+def _concatenate(stage: Stage, parts: list[pa.Table]) -> pa.Table:
+    for number, part in enumerate(parts):
+        if part.column_names != parts[0].column_names:
+            raise ValueError(
+                f"stage {stage.name}: part {number} has columns {part.column_names}, "
+                f"part 0 has {parts[0].column_names}"
+            )
+    return pa.concat_tables(parts, promote_options="permissive")
+
+
+def _write(stage: Stage, path: epath.Path, data: bytes, finished: int) -> None:
+    try:
+        write_atomic(path, data)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space" if full else "mend that"
+        raise StageError(
+            f"stage {stage.name}: cannot write {os.fspath(path)}: {error.strerror or error}. "
+            f"{finished} of {stage.num_parts} parts are finished and kept: {remedy} and run the "
+            "same command again, it goes on from there."
+        ) from error
+
+
+def _clean_up(stage: Stage, parts_folders: Iterable[epath.Path]) -> None:
+    """Remove parts that are no longer needed and what killed processes left half written."""
+    try:
+        for folder in parts_folders:
+            if folder.exists():
+                folder.rmtree()
+        for temporary in epath.Path(stage.folder).glob(f".{stage.name}.*.tmp"):
+            temporary.unlink()
+    except OSError as error:  # The result is there: rubbish beside it is no reason to fail.
+        _logger.warning("stage %s: cannot clean up: %s", stage.name, error)

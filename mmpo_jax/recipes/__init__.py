@@ -1,0 +1,1 @@
+"""Recipes: an experiment as typed data, checked when it is loaded."""

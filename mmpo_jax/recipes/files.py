@@ -1,0 +1,199 @@
+"""Recipes from YAML files and `key=value` overrides, and what is wrong with them for people."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import pydantic
+import yaml
+
+from mmpo_jax.core.errors import MmpoError
+from mmpo_jax.recipes.recipe import Base
+
+RecipeType = TypeVar("RecipeType", bound=Base)
+
+
+MESSAGES = {
+    "tuple_type": "a list is wanted",
+    "too_short": "must not be empty",
+    "model_attributes_type": "a group of keys is wanted",
+    "model_type": "a group of keys is wanted",
+    "union_tag_not_found": "`type` is missing, or `source` in data",
+}
+"""For people; pydantic speaks of Python where nothing is said here."""
+
+
+class RecipeError(MmpoError):
+    """A recipe that cannot be read or holds an unknown key or an impossible value."""
+
+
+def load_recipe(
+    kind: type[RecipeType],
+    path: str | os.PathLike[str] | None,
+    overrides: Sequence[str] = (),
+) -> RecipeType:
+    """Reads a YAML file if there is one, applies `a.b=value` overrides, checks everything.
+
+    Raises:
+      RecipeError: naming the file and every key at fault.
+    """
+    values = {} if path is None else _read(path)
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return kind.model_validate(values)
+    except pydantic.ValidationError as error:
+        lines = "\n".join(f"  {_explain(kind, problem, values)}" for problem in error.errors())
+        name = "the options" if path is None else path
+        raise RecipeError(f"{name}: this recipe cannot be run:\n{lines}") from error
+
+
+def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:  # so that PyYAML decodes it, and says so if it cannot
+            values = _parse(file, f"{path}") or {}
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys to values")
+    return values
+
+
+def _parse(text: Any, name: str) -> Any:
+    """The values of one YAML document, which PyYAML alone would read with the last of equal keys.
+
+    Raises:
+      RecipeError: a group has a key twice.
+      yaml.YAMLError: it is no YAML.
+    """
+    loader = yaml.SafeLoader(text)
+    try:
+        document = loader.get_single_node()
+        if document is None:
+            return None
+        _refuse_repeated(document, name)
+        return loader.construct_document(document)
+    finally:
+        loader.dispose()
+
+
+def _refuse_repeated(document: yaml.Node, name: str) -> None:
+    waiting: list[tuple[yaml.Node, str]] = [(document, "")]
+    seen: set[int] = set()  # an alias is the node it stands for, and may stand in itself
+    while waiting:
+        node, path = waiting.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += [(entry, f"{path}{place}.") for place, entry in enumerate(node.value)]
+        if not isinstance(node, yaml.MappingNode):
+            continue
+        lines: dict[tuple[str, str], int] = {}
+        for key, value in node.value:
+            known, line = (key.tag, str(key.value)), key.start_mark.line + 1
+            if known in lines:
+                raise RecipeError(
+                    f"{name}, line {line}: {path}{key.value} stands a second time, first in line "
+                    f"{lines[known]}, and only one could count; make them one"
+                )
+            lines[known] = line
+            waiting.append((value, f"{path}{key.value}."))
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"override {override!r}: write key=value")
+    try:
+        value = _parse(text, f"override {override!r}")
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {override!r}: {error}") from error
+    *parents, name = key.split(".")
+    node = values
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise RecipeError(f"override {override!r}: {parent} is no group of keys")
+        node = child
+    node[name] = value
+
+
+def _explain(kind: type[pydantic.BaseModel], problem: Any, values: Any) -> str:
+    """One line for one problem: the key's path, what is wrong, what would be right."""
+    sections, path = _follow(kind, _as_written(problem["loc"], values))
+    where = ".".join(path) or "the recipe"
+    if problem["type"] == "extra_forbidden":
+        names = [name for section in sections for name in section.model_fields]
+        nearest = difflib.get_close_matches(path[-1], names, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"known here: {', '.join(names)}"
+        return f"{where}: unknown key; {hint}"
+    if problem["type"] == "union_tag_invalid":
+        return f"{where}: {_unknown_tag(problem['ctx'])}"
+    message = MESSAGES.get(problem["type"], problem["msg"].removeprefix("Value error, "))
+    whole = problem["type"] == "missing" or isinstance(problem["input"], dict)
+    given = "" if whole else f" (got {problem['input']!r})"
+    return f"{where}: {message}{given}"
+
+
+def _unknown_tag(context: Mapping[str, Any]) -> str:
+    """What `type` may be, the nearest if there is one: there are dozens of objectives."""
+    given, key = str(context["tag"]), context["discriminator"].strip("'")
+    known = [name.strip(" '") for name in context["expected_tags"].split(",")]
+    nearest = difflib.get_close_matches(given, known, n=3, cutoff=0.5)
+    hint = f"did you mean {', '.join(nearest)}?" if nearest else f"known: {', '.join(known)}"
+    return f"{key}: there is no {given!r}; {hint}"
+
+
+def _as_written(location: tuple[str | int, ...], node: Any) -> tuple[str | int, ...]:
+    """Without the place in a list where the file has no list but its only entry."""
+    kept: list[str | int] = []
+    for part in location:
+        in_file = isinstance(node, list) or (isinstance(node, dict) and part in node)
+        if isinstance(part, int) and not in_file:
+            continue
+        kept.append(part)
+        if isinstance(node, dict):
+            node = node.get(part, node)  # what is no key is the tag of a tagged choice
+        elif isinstance(part, int):
+            node = node[part]
+    return tuple(kept)
+
+
+def _follow(
+    kind: type[pydantic.BaseModel], location: tuple[str | int, ...]
+) -> tuple[list[type[pydantic.BaseModel]], list[str]]:
+    """The section that holds the last key of a pydantic location, and the path as YAML has it.
+
+    pydantic puts the tag of a tagged choice ("file", "dpo") into the location; the file does not.
+    """
+    sections: list[type[pydantic.BaseModel]] = [kind]
+    path: list[str] = []
+    for index, part in enumerate(location):
+        tagged = [s for s in sections if part in _tags(s)]
+        if tagged and index < len(location) - 1:
+            sections = tagged
+            continue
+        path.append(str(part))
+        if index < len(location) - 1:
+            fields = [s.model_fields[part] for s in sections if part in s.model_fields]
+            if fields:
+                sections = [s for field in fields for s in _sections(field.annotation)] or sections
+    return sections, path
+
+
+def _sections(annotation: Any) -> list[type[pydantic.BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+        return [annotation]
+    arguments = getattr(annotation, "__args__", ())
+    return [section for argument in arguments for section in _sections(argument)]
+
+
+def _tags(section: type[pydantic.BaseModel]) -> set[str]:
+    fields = (section.model_fields.get(name) for name in ("source", "type"))
+    return {str(field.default) for field in fields if field is not None}

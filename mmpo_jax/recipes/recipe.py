@@ -1,0 +1,276 @@
+"""Recipes: an experiment as typed data.
+
+Everything is checked when a recipe is loaded, before anything heavy starts; see `recipe_files`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field
+
+from mmpo_jax.core.sections import MeshSize, PositiveInt, Section, Seed
+from mmpo_jax.data.settings import LearnedFile, Lengths
+from mmpo_jax.objectives.catalog import OBJECTIVES
+from mmpo_jax.objectives.registry import FIELDS
+from mmpo_jax.picture_world.source import ShapesData
+from mmpo_jax.recipes.data import Data, Mixture
+from mmpo_jax.recipes.training import Rollout, Training
+
+
+class Devices(Section):
+    """Mesh sizes; -1 takes the devices the others leave."""
+
+    data: MeshSize = 1
+    fsdp: MeshSize = -1
+    tensor: MeshSize = 1
+
+
+class Sampling(Section):
+    """How responses are drawn."""
+
+    num_samples: PositiveInt = 10
+    """Of every prompt; 1 by default where `temperature` is 0, as all would be the same."""
+    temperature: float = Field(0.7, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    max_new_tokens: PositiveInt = 64
+    batch_size: PositiveInt = 16
+    """Prompts at a time."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _greedy(cls, options: Any) -> Any:
+        if isinstance(options, dict) and options.get("temperature") == 0:
+            return {"num_samples": 1, **options}
+        return options
+
+
+class LongSampling(Sampling):
+    """How responses of any kind are drawn: where nothing is known of them, room for a paragraph."""
+
+    max_new_tokens: PositiveInt = 512
+
+
+class Scoring(Section):
+    """How responses are scored."""
+
+    batch_size: PositiveInt = 8
+    """Rows at a time."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`auto` is that of most weights, and float32 where that is float16: activations may pass its
+    range, and bfloat16 would drop digits that the weights have."""
+    tokens: bool = False
+    """Writes the ids of prompts and responses too."""
+
+
+class Feedback(Section):
+    """Divide and conquer: how responses become claims and claims become verdicts."""
+
+    splitter: Literal["shapes"] = "shapes"
+    labeler: str | None = None
+    """Checkpoint folder that answers the questions; the start model by default."""
+    suffix: str = " Please answer yes or no."
+    """Follows every question (RLAIF-V's wording)."""
+    batch_size: PositiveInt = 16
+    """Images at a time."""
+    questions_at_once: PositiveInt = 16
+    """Questions that share one encoding of their image."""
+
+
+class Pairing(Section):
+    """Combine: scored responses to preference pairs."""
+
+    score: Literal["count", "fraction", "log_odds"] = "count"
+    min_difference: float = Field(1.0, gt=0)
+    max_pairs_per_prompt: PositiveInt = 2
+    length_balance: Literal["rlaif_v", "symmetric", "none"] = "rlaif_v"
+    duplicate_claims: Literal["keep", "drop_response"] = "keep"
+    """What becomes of responses that make a claim twice; RLAIF-V's code in effect drops them."""
+
+    @pydantic.model_validator(mode="after")
+    def _possible(self) -> Pairing:
+        if self.score == "fraction" and self.min_difference > 1:
+            raise ValueError("shares of accepted claims never differ by more than 1")
+        return self
+
+
+class PreferenceTraining(Training):
+    """The training stage of an alignment round, which has pairs to learn from."""
+
+    @pydantic.model_validator(mode="after")
+    def _reads_pairs(self) -> PreferenceTraining:
+        for section in self.objective:
+            lacking = OBJECTIVES[section.type].needs & FIELDS.keys() - {
+                "rank",
+                "changed",
+                "desirable",
+            }
+            if lacking:
+                raise ValueError(f"objective: {section.type} needs {min(lacking)}; pairs have none")
+            if getattr(section, "image", None) == "data":
+                raise ValueError(
+                    f"objective: {section.type}: pairs have no other image of the data"
+                )
+        return self
+
+
+class Evaluation(Section):
+    """How the picture world's held-out scenes are captioned and questioned."""
+
+    data: ShapesData = ShapesData(split="test", size=500, questions=8)
+    batch_size: PositiveInt = 50
+    max_new_tokens: PositiveInt = 64
+    seeds: tuple[Seed, ...] = Field((0,), min_length=1)
+    """One sampled caption per scene and seed."""
+
+
+class Base(Section):
+    """What every recipe has."""
+
+    seed: Seed = 0
+    output: str
+    """Folder everything is written to; running again goes on where it stopped. Where the result is
+    one JSONL file, this may be its name."""
+    model: str
+    """Checkpoint folder, or one of an adapter in PEFT's format, which is merged into the model it
+    names; `builtin:shapes` is the checkpoint that ships with the package."""
+    template: Literal["auto", "vicuna_v1"] = "auto"
+    """How dialogues become text; `auto` is the checkpoint's own chat template. The one that
+    LLaVA-1.5 has on the hub is not what it was trained with: `vicuna_v1` is, and RLAIF-V's choice.
+    Results are saved with it."""
+    devices: Devices = Devices()
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    """What computes it; `auto` is splash attention on TPU, cuDNN on GPU, XLA elsewhere."""
+
+
+class Validation(Section):
+    """Rows that are held out of training and measured as it goes on."""
+
+    data: Annotated[ShapesData | LearnedFile, Field(discriminator="source")] | None = None
+    """Other data, or"""
+    share: float | None = Field(None, gt=0, lt=1)
+    """this much of the training data, all rows of one prompt on the same side."""
+    every: PositiveInt = 100
+    """Steps between measurements; one before the first step and one at the end besides."""
+    metric: str = "eval_loss"
+    """The result is the model of the step where it was best."""
+    greater_is_better: bool = False
+    patience: PositiveInt | None = None
+    """Measurements without a better one after which training stops."""
+
+    @pydantic.model_validator(mode="after")
+    def _one_source(self) -> Validation:
+        if (self.data is None) == (self.share is None):
+            raise ValueError("give either data or a share of the training data")
+        return self
+
+
+class TrainRecipe(Base):
+    """`mmpo train`: one training stage on data that is there."""
+
+    weights: Literal["pretrained", "random"] = "pretrained"
+    """`random` takes only the config and the processor from the model folder."""
+    data: Mixture
+    lengths: Lengths = Lengths()
+    rollout: Rollout | None = None
+    """For objectives of sampled responses, such as GRPO, and for these alone."""
+    training: Training = Training()
+    validation: Validation | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _samples(self) -> TrainRecipe:
+        kinds = {OBJECTIVES[section.type].kind == "rollouts" for section in self.training.objective}
+        if len(kinds) > 1:
+            raise ValueError("training.objective: some learn from samples, and some from data")
+        if kinds != {self.rollout is not None}:
+            raise ValueError(
+                "rollout says how responses are sampled: a recipe has it if its objectives are of "
+                "sampled responses (grpo), and only then"
+            )
+        if self.rollout is None:
+            return self
+        if self.rollout.max_new_tokens > self.lengths.response[-1]:
+            raise ValueError(
+                f"rollout.max_new_tokens {self.rollout.max_new_tokens} is more than training keeps "
+                "of a response; give lengths.response a size of as many"
+            )
+        if self.training.save_every % self.rollout.updates_per_rollout:
+            raise ValueError("training.save_every must be a multiple of updates_per_rollout")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> TrainRecipe:
+        if self.validation is not None and self.validation.every % self.training.log_every:
+            raise ValueError("validation.every must be a multiple of training.log_every")
+        if self.validation is not None and self.rollout is not None:
+            raise ValueError(
+                "validation: sampled responses are measured as they come; none held out"
+            )
+        types = {section.type for section in self.training.objective}
+        shapes = any(isinstance(part, ShapesData) for part in self.data)
+        if self.rollout is None and shapes and types != {"sft"}:
+            raise ValueError(
+                "training.objective: the picture world's dialogues hold no preferences; "
+                "train on them with {type: sft}, or align"
+            )
+        return self
+
+
+class AlignRecipe(Base):
+    """`mmpo align`: rounds of generate, divide, conquer, combine, train."""
+
+    data: Data
+    lengths: Lengths = Lengths()
+    rounds: PositiveInt = 4
+    prompts_per_round: PositiveInt | None = None
+    """Each round takes its own next prompts; all of the data by default."""
+    sampling: Sampling = Sampling()
+    feedback: Feedback = Feedback()
+    pairing: Pairing = Pairing()
+    training: PreferenceTraining = PreferenceTraining()
+    evaluation: Evaluation | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _responses_differ(self) -> AlignRecipe:
+        if self.sampling.temperature == 0 or self.sampling.num_samples == 1:
+            raise ValueError(
+                "sampling: pairs are made of different responses to a prompt; give a temperature "
+                "over 0 and num_samples over 1"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _responses_fit(self) -> AlignRecipe:
+        if self.sampling.max_new_tokens > self.lengths.response[-1]:
+            raise ValueError(
+                f"sampling.max_new_tokens {self.sampling.max_new_tokens} is more than training "
+                f"keeps of a response; give lengths.response a size of as many"
+            )
+        return self
+
+
+class GenerateRecipe(Base):
+    """`mmpo generate`: responses to prompts, as JSONL."""
+
+    data: Data
+    lengths: Lengths | None = None
+    """By default as the data need."""
+    sampling: LongSampling = LongSampling()
+
+
+class ScoreRecipe(Base):
+    """`mmpo score`: log-probs of responses, as JSONL."""
+
+    data: Data
+    lengths: Lengths | None = None
+    """By default as the data need, and nothing is cut."""
+    scoring: Scoring = Scoring()
+
+
+class EvaluateRecipe(Base):
+    """`mmpo evaluate`: hallucination and yes/no accuracy of a model."""
+
+    lengths: Lengths = Lengths()
+    evaluation: Evaluation = Evaluation()

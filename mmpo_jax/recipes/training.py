@@ -1,0 +1,219 @@
+"""Sections of a recipe that say how a training stage runs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field
+
+from mmpo_jax.core.dtypes import SaveDtype
+from mmpo_jax.core.sections import PositiveInt, Section
+from mmpo_jax.models.lora import Lora
+from mmpo_jax.objectives.on_policy import Aggregation, Scale
+from mmpo_jax.objectives.registry import HEADS, REFERENCES, VIEWS
+from mmpo_jax.recipes.objectives import SECTIONS, Objectives
+from mmpo_jax.recipes.rewards import Rewards
+
+
+class CachedReference(Section):
+    """The start model's log-probs, computed once before training and stored."""
+
+    type: Literal["cached"] = "cached"
+
+
+class GivenReference(Section):
+    """Log-probs that the data hold."""
+
+    type: Literal["given"] = "given"
+    check: bool = True
+    """Stops before training where those of the first batch cannot be the start model's; `false`
+    for those of another model."""
+
+
+class OnlineReference(Section):
+    """The start model runs in the step. With adapters it shares the weights of the policy and has
+    no adapters; without, it holds a copy of what is trained."""
+
+    type: Literal["online"] = "online"
+
+
+class MovingReference(Section):
+    """A model in the step that follows the policy (TR-DPO, Gorbatovski et al. 2024, arXiv
+    2404.09656, soft updates; `mixup: 1` are hard ones)."""
+
+    type: Literal["ema"] = "ema"
+    every: PositiveInt = 512
+    """Steps between updates."""
+    mixup: float = Field(0.6, gt=0, le=1)
+    """reference <- mixup * policy + (1 - mixup) * reference."""
+
+
+class NoReference(Section):
+    """For objectives that compare with none; others are refused."""
+
+    type: Literal["none"] = "none"
+
+
+Reference = Annotated[
+    CachedReference | GivenReference | OnlineReference | MovingReference | NoReference,
+    Field(discriminator="type"),
+]
+
+
+class Optimizer(Section):
+    """AdamW with warm-up and cosine decay to zero."""
+
+    learning_rate: float = Field(5e-7, gt=0)
+    warmup_ratio: float = Field(0.05, ge=0, le=1)
+    weight_decay: float = Field(0.01, ge=0)
+    """Not applied to biases and norms."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+
+
+class Training(Section):
+    """One training stage."""
+
+    objective: Objectives = (SECTIONS["dpo"](type="dpo"),)
+    """One, or a list whose weighted losses are added up; `mmpo objectives` lists them."""
+    reference: Reference = CachedReference()
+    """What objectives compare the policy with."""
+    optimizer: Optimizer = Optimizer()
+    epochs: PositiveInt = 1
+    max_steps: PositiveInt | None = None
+    """Stops earlier than the epochs would; the schedule ends there too."""
+    batch_size: PositiveInt = 8
+    """Rows (pairs, dialogues groups) per update, over all devices."""
+    micro_batch_size: PositiveInt | None = None
+    """Rows at a time, over all devices; the whole batch by default."""
+    freeze: tuple[str, ...] = ()
+    """Regular expressions over whole parameter paths; what they match is not trained."""
+    lora: Lora | None = None
+    """Trains adapters instead of the weights."""
+    workers: PositiveInt = 2
+    """Threads that make batches ready while a step runs."""
+    remat: Literal["none", "dots", "full"] = "none"
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    log_every: PositiveInt = 10
+    save_every: PositiveInt = 100
+    keep_checkpoints: PositiveInt = 2
+    save_dtype: SaveDtype = "float32"
+    """Of the result's weights. Training keeps float32, whatever the start has, and so nothing of it
+    is lost; others round (docs/training.md). Rounds of an alignment go on from float32."""
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> Training:
+        micro = self.micro_batch_size
+        if micro is not None and self.batch_size % micro:
+            raise ValueError(f"batch_size {self.batch_size} is no multiple of {micro}")
+        self._check_model()
+        self._check_reference()
+        self._check_contexts()
+        if self.save_every % self.log_every:
+            raise ValueError("save_every must be a multiple of log_every")
+        return self
+
+    def _check_contexts(self) -> None:
+        """All objectives see one batch."""
+        needs = {need: section.type for section in self.objective for need in section.term().needs}
+        if {"mismatched", "other_image"} <= needs.keys():
+            raise ValueError(
+                f"objective: {needs['mismatched']} and {needs['other_image']} need different rows; "
+                "train with one of them"
+            )
+        for names in (("image", "noise_step"), ("joint",)):
+            asked = {
+                tuple(getattr(section, name) for name in names)
+                for section in self.objective
+                if hasattr(section, names[0])
+            }
+            if len(asked) > 1:
+                raise ValueError(f"objective: give all of the list the same {' and '.join(names)}")
+        joint = [section for section in self.objective if getattr(section, "joint", False)]
+        if joint and len(joint) < len(self.objective):
+            raise ValueError(f"objective: {joint[0].type} with joint reads rows otherwise")
+
+    def _check_model(self) -> None:
+        for section in self.objective:
+            lacking = section.term().needs & HEADS.keys()
+            if lacking:
+                raise ValueError(
+                    f"objective: {section.type} needs {HEADS[min(lacking)]}, and none has one yet"
+                )
+
+    def _check_reference(self) -> None:
+        enough = {
+            "cached": {"reference", "reference_tokens"},
+            "given": {"reference"},
+            "none": set(),
+        }.get(self.reference.type, REFERENCES.keys())
+        for section in self.objective:
+            needs = section.term().needs
+            if self.reference.type == "given" and needs & VIEWS.keys():
+                raise ValueError(
+                    f"objective: {section.type} needs {VIEWS[min(needs & VIEWS.keys())]}, of which "
+                    "the data give no log-probs; take `reference: {type: cached}`"
+                )
+            if self.reference.type == "given" and getattr(section, "joint", False):
+                raise ValueError(
+                    f"objective: {section.type} with joint counts prompts too, of which the data "
+                    "give no log-probs; take `reference: {type: cached}` or `joint: false`"
+                )
+            lacking = (needs & REFERENCES.keys()) - enough
+            if lacking:
+                need = max(lacking)
+                raise ValueError(
+                    f"objective: {section.type} needs {REFERENCES[need]}, which `reference: "
+                    f"{{type: {self.reference.type}}}` does not give"
+                )
+
+    def identity(self) -> dict[str, Any]:
+        """The options the trained weights depend on."""
+        without = {"log_every", "save_every", "keep_checkpoints", "save_dtype", "workers", "remat"}
+        if self.lora is None or not self.lora.dropout:  # whose masks follow the micro-batches
+            without.add("micro_batch_size")
+        return self.model_dump(
+            mode="json", exclude={**dict.fromkeys(without, True), "reference": {"check"}}
+        )
+
+
+class Rollout(Section):
+    """How an on-policy objective comes by its responses: sampled from the policy and rewarded.
+
+    Samples are of the whole distribution. The loss knows nothing of a cut, so `top_p` and `top_k`
+    would bias it: there are none here.
+    """
+
+    rewards: Rewards
+    """`weight` is how much one counts beside the others."""
+    num_samples: Annotated[int, Field(ge=2, strict=True)] = 8
+    """Responses to every prompt of a batch, which are compared with each other."""
+    temperature: float = Field(1.0, gt=0)
+    """Logits are divided by it in samples and in the loss, as in TRL."""
+    max_new_tokens: PositiveInt = 64
+    updates_per_rollout: PositiveInt = 1
+    """How many steps learn from the same responses."""
+    scale: Scale = "group"
+    """What a response's lead over the others is divided by: the standard deviation of its prompt's
+    rewards, of the batch's, or nothing."""
+    aggregation: Aggregation = "sum_then_normalize"
+    """Of several rewards; `normalize_then_sum` is GDPO."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _whole_distribution(cls, options: Any) -> Any:
+        cut = [name for name in ("top_p", "top_k") if isinstance(options, dict) and name in options]
+        if cut:
+            raise ValueError(f"{cut[0]}: the loss is that of samples of the whole distribution")
+        return options
+
+    @pydantic.field_validator("rewards")
+    @classmethod
+    def _distinct(cls, rewards: Rewards) -> Rewards:
+        types = [section.type for section in rewards]
+        if len(set(types)) < len(types):
+            raise ValueError("give each type once")
+        return rewards

@@ -1,0 +1,22 @@
+"""`mmpo objectives`, second part: every reward with what a text is worth by it, and its options."""
+
+from __future__ import annotations
+
+from mmpo_jax.objectives.listing import render_entry
+from mmpo_jax.rewards import REWARDS
+
+INTRODUCTION = """\
+Of objectives of sampled responses, under `rollout: rewards`; each has a `weight`, too. What is
+right is a row's `answer` or `solution`. Boxes and short answers are read in `<answer>` tags where
+there are any."""
+
+
+def render_rewards() -> str:
+    """The registry as text."""
+    blocks = [
+        render_entry(
+            reward.name, reward.formula, reward.source, reward.options, f"answer: {reward.answer}"
+        )
+        for reward in REWARDS.values()
+    ]
+    return "\n\n".join(["## rewards", INTRODUCTION, *blocks])
