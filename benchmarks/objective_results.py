@@ -24,7 +24,6 @@ from mmpo_jax.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from mmpo_jax.commands.train import run_training
 from mmpo_jax.core.files import write_atomic
 from mmpo_jax.data.settings import FileData
-from mmpo_jax.data.sources import load_source
 from mmpo_jax.data.tokenization import TokenizedRecord, tokenize_records
 from mmpo_jax.evaluation.picture_world import evaluate_shapes
 from mmpo_jax.parallel.mesh import make_mesh
@@ -81,9 +80,7 @@ class Bench:
         self.evaluation = load_recipe(EvaluateRecipe, path, [f"evaluation.seeds=[{seed}]"])
         self.mesh = make_mesh()
         self.start = load_checkpoint(self.evaluation.model, self.mesh)
-        source = load_source(
-            FileData(path=os.path.join(self.data, "rankings.jsonl")), supervised=True
-        )
+        source = FileData(path=os.path.join(self.data, "rankings.jsonl")).load(supervised=True)
         rows, _ = tokenize_records(source.records, self.start.processor, self.evaluation.lengths)
         # As the recipes hold out, by picture and prompt: nearly the same in all files. In one
         # with fewer prompts some at the edge of the share are on the other side.

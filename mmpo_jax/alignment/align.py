@@ -36,7 +36,7 @@ from mmpo_jax.core.files import (
 )
 from mmpo_jax.data.records import Record
 from mmpo_jax.data.rows import SkipReason
-from mmpo_jax.data.sources import SKIPPED, load_source, usable_records
+from mmpo_jax.data.sources import SKIPPED, usable_records
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.evaluation.picture_world import VERSION, evaluate_shapes
 from mmpo_jax.feedback.claims import make_splitter
@@ -70,7 +70,7 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
     labeler_name = recipe.feedback.labeler or recipe.model
     answer_tokens(load_processor(labeler_name, labeler_template(recipe)))
     source, tokenized = usable_records(
-        load_source(recipe.data, supervised=False),
+        recipe.data.load(supervised=False),
         start.processor,
         recipe.lengths,
         os.path.join(recipe.output, SKIPPED),

@@ -24,7 +24,7 @@ from mmpo_jax.core.files import (
 )
 from mmpo_jax.models.config import ModelError
 
-BUILTIN = {"builtin:shapes": Path(__file__).parent.parent / "shapes" / "checkpoint"}
+BUILTIN = {"builtin:shapes": Path(__file__).parent.parent / "picture_world" / "checkpoint"}
 """Checkpoints that ship with the package."""
 
 PROCESSOR_FILES = (

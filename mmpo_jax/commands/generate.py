@@ -10,7 +10,7 @@ from mmpo_jax.data.batching import fitting_lengths
 from mmpo_jax.data.formats.writing import messages, template_columns
 from mmpo_jax.data.records import Record
 from mmpo_jax.data.results import Results
-from mmpo_jax.data.sources import load_source, usable_records
+from mmpo_jax.data.sources import usable_records
 from mmpo_jax.generation.responses import generate_stage
 from mmpo_jax.generation.sampler import Decoding
 from mmpo_jax.parallel.mesh import make_mesh
@@ -28,7 +28,7 @@ def run_generation(recipe: GenerateRecipe) -> str:
       its tokens.
     """
     results = Results.at(recipe.output, "responses", recipe.data)
-    source = load_source(recipe.data, supervised=False)
+    source = recipe.data.load(supervised=False)
     mesh = make_mesh(**recipe.devices.model_dump())
     checkpoint = load_checkpoint(recipe.model, mesh, recipe.attention, recipe.template)
     source, tokenized = usable_records(

@@ -8,7 +8,7 @@ from mmpo_jax.checkpoints.checkpoint import load_checkpoint
 from mmpo_jax.data.batching import fitting_lengths
 from mmpo_jax.data.results import Results
 from mmpo_jax.data.rows import SkipReason
-from mmpo_jax.data.sources import load_source, usable_records
+from mmpo_jax.data.sources import usable_records
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.models.precision import inference_dtype
 from mmpo_jax.parallel.mesh import make_mesh
@@ -26,7 +26,7 @@ def run_scoring(recipe: ScoreRecipe) -> str:
       A response that could not be used has null.
     """
     results = Results.at(recipe.output, "scores", recipe.data)
-    source = load_source(recipe.data, supervised=True)
+    source = recipe.data.load(supervised=True)
     mesh = make_mesh(**recipe.devices.model_dump())
     checkpoint = load_checkpoint(recipe.model, mesh, recipe.attention, recipe.template)
     _, records = usable_records(

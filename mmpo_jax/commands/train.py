@@ -15,7 +15,7 @@ from mmpo_jax.core import progress
 from mmpo_jax.core.files import check_reachable, fingerprint_items
 from mmpo_jax.data.pipeline import Example, Part
 from mmpo_jax.data.settings import LearnedFile
-from mmpo_jax.data.sources import SKIPPED, load_source, scored_by, usable_records
+from mmpo_jax.data.sources import SKIPPED, scored_by, usable_records
 from mmpo_jax.data.tokenization import TokenizedRecord, fingerprint_records
 from mmpo_jax.objectives.registry import is_field
 from mmpo_jax.objectives.terms import needs
@@ -220,7 +220,7 @@ def usable_rows(
     terms, rollout = recipe_terms(recipe.training), recipe.rollout
     skipped = os.path.join(recipe.output, skipped)
     if rollout is not None:
-        source = load_source(data, supervised=False)
+        source = data.load(supervised=False)
         _, records = usable_records(
             source,
             start.processor,
@@ -230,9 +230,7 @@ def usable_rows(
         )
         return records
     supervised = all(term.objective.kind == "tokens" for term in terms)
-    source = load_source(
-        data, supervised=True, messages_as="dialogue" if supervised else "last_turn"
-    )
+    source = data.load(supervised=True, messages_as="dialogue" if supervised else "last_turn")
     if isinstance(data, LearnedFile) and data.score is not None:
         source = scored_by(source, data.score)
     _, records = usable_records(

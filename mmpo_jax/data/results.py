@@ -12,11 +12,11 @@ from etils import epath
 
 from mmpo_jax.core.errors import DataError, MmpoError
 from mmpo_jax.core.files import check_reachable, write_atomic
+from mmpo_jax.core.sections import Section
 from mmpo_jax.data.formats.writing import place_image
 from mmpo_jax.data.records import ImageRef
 from mmpo_jax.data.settings import FileData
 from mmpo_jax.data.sources import SKIPPED
-from mmpo_jax.recipes.data import Data
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Results:
     """Folder of the images that the result names and that lie nowhere else in its folder."""
 
     @classmethod
-    def at(cls, output: str, name: str, data: Data) -> Results:
+    def at(cls, output: str, name: str, data: Section) -> Results:
         """The files of a recipe's `output`: a file `*.jsonl`, or a folder, which gets `name`.
 
         Raises:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import pydantic
 from pydantic import Field
 
 from mmpo_jax.core.sections import PositiveInt, Section
-from mmpo_jax.data.rows import Format
+from mmpo_jax.data.rows import Format, MessagesAs
+
+if TYPE_CHECKING:
+    from mmpo_jax.data.sources import Source
 
 
 class Lengths(Section):
@@ -25,7 +28,25 @@ class Lengths(Section):
         return sizes
 
 
-class FileData(Section):
+class RecordSource(Section):
+    """A source of records, as a recipe names it."""
+
+    source: str
+
+    def load(self, *, supervised: bool, messages_as: MessagesAs = "last_turn") -> Source:
+        """The records, unusable rows set apart.
+
+        Args:
+          supervised: whether responses to learn from are wanted, or prompts only.
+          messages_as: what rows of `messages` supervise, see `readers.iter_records`.
+
+        Raises:
+          DataError: they cannot be read.
+        """
+        raise NotImplementedError
+
+
+class FileData(RecordSource):
     """Rows of a file, a folder or TFDS (docs/data.md)."""
 
     source: Literal["file"] = "file"
@@ -39,6 +60,11 @@ class FileData(Section):
     control_tokens: Literal["tokens", "text"] = "tokens"
     """What control tokens are that are typed in texts, such as `<|im_end|>` in an answer about chat
     templates: what the tokenizer makes of them, or text like any other."""
+
+    def load(self, *, supervised: bool, messages_as: MessagesAs = "last_turn") -> Source:
+        from mmpo_jax.data.sources import load_file  # which loads transformers
+
+        return load_file(self, supervised, messages_as)
 
 
 class LearnedFile(FileData):

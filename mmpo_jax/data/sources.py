@@ -26,8 +26,6 @@ from mmpo_jax.data.records import SCORE, Record, Response
 from mmpo_jax.data.rows import MessagesAs
 from mmpo_jax.data.settings import FileData, LearnedFile, Lengths
 from mmpo_jax.data.tokenization import Tokenize, TokenizedRecord, tokenize, tokenize_records
-from mmpo_jax.picture_world import records as shapes
-from mmpo_jax.picture_world.source import ShapesData
 
 log = logging.getLogger(__name__)
 
@@ -64,10 +62,8 @@ class Source:
             raise DataError(f"{self.name}: no row that can be used")
 
 
-def load_source(
-    data: ShapesData | FileData, *, supervised: bool, messages_as: MessagesAs = "last_turn"
-) -> Source:
-    """Reads the records of a recipe's data section, unusable rows set apart.
+def load_file(data: FileData, supervised: bool, messages_as: MessagesAs) -> Source:
+    """The records of a file that a recipe names, unusable rows set apart.
 
     Args:
       data: where from.
@@ -77,13 +73,6 @@ def load_source(
     Raises:
       DataError: the file cannot be read.
     """
-    if isinstance(data, ShapesData):
-        world = (data.split, data.seed, data.size, data.image_size)
-        if supervised:
-            records = shapes.supervised_records(*world, data.questions, data.hallucination_rate)
-        else:
-            records = shapes.prompt_records(*world)
-        return Source(f"shapes/{data.split}", records, [], 0.0)
     notes = Notes()
     records, skipped = read_records(data.path, data.image_root, messages_as, data.format, notes)
     for line in notes.lines():

@@ -32,6 +32,8 @@ from mmpo_jax.data.rows import UnusableRow
 from mmpo_jax.data.snapshots import choose_split, data_files, split_path
 
 TFDS = "tfds:"
+TFDS_BUILDERS = ["mmpo_jax.data.builders"]
+"""Modules that register builders with TFDS when they are imported."""
 _BATCH_ROWS = 64  # Rows hold whole images: this is memory, not speed.
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 """As JSON writes it: half of a character, or an error."""
@@ -66,7 +68,8 @@ def numbered_rows(
         if name.startswith(TFDS):
             from mmpo_jax.data.tfds_rows import tfds_rows  # imports half a second's worth
 
-            yield from enumerate(tfds_rows(name.removeprefix(TFDS), data_folder), start=1)
+            rows = tfds_rows(name.removeprefix(TFDS), data_folder, TFDS_BUILDERS)
+            yield from enumerate(rows, start=1)
             return
         done = 0
         for file in _files(*split_path(path)):

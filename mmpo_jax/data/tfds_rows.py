@@ -1,14 +1,13 @@
 """Rows of data sets that TFDS prepared, without TensorFlow."""
 
+import importlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import tensorflow_datasets as tfds
 from etils import epath
 
-import mmpo_jax.data.builders
-import mmpo_jax.picture_world.tfds_builder  # noqa: F401 -- registers its builder
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import is_local
 
@@ -20,17 +19,22 @@ class _Encoded(tfds.decode.SkipDecoding):
         return images
 
 
-def tfds_rows(name: str, data_folder: epath.PathLike | None) -> Iterator[dict[str, Any]]:
+def tfds_rows(
+    name: str, data_folder: epath.PathLike | None, builders: Iterable[str] = ()
+) -> Iterator[dict[str, Any]]:
     """The rows of a split, texts decoded and images encoded.
 
     Args:
       name: ``NAME#SPLIT``, a name such as ``shapes/tiny`` or the folder of a data set; split
         ``train`` where none is given.
       data_folder: where TFDS keeps its data; its own default for None.
+      builders: modules that register builders with TFDS when they are imported.
 
     Raises:
       DataError: there is no such data set or split.
     """
+    for module in builders:
+        importlib.import_module(module)
     name, _, split = name.partition("#")
     try:
         if os.path.isabs(name) or not is_local(name):

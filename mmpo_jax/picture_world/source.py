@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from mmpo_jax.core.sections import PositiveInt, Section, Seed
+from mmpo_jax.core.sections import PositiveInt, Seed
+from mmpo_jax.data.rows import MessagesAs
+from mmpo_jax.data.settings import RecordSource
+from mmpo_jax.picture_world.records import prompt_records, supervised_records
+
+if TYPE_CHECKING:
+    from mmpo_jax.data.sources import Source
 
 
-class ShapesData(Section):
+class ShapesData(RecordSource):
     """Scenes of the built-in picture world."""
 
     source: Literal["shapes"] = "shapes"
@@ -21,3 +27,14 @@ class ShapesData(Section):
     """Yes/no questions per scene in supervised data and in evaluation."""
     hallucination_rate: float = Field(0.5, ge=0, le=1)
     """Share of supervised captions with one invented thing."""
+
+    def load(self, *, supervised: bool, messages_as: MessagesAs = "last_turn") -> Source:
+        """Supervised dialogues of scenes, or prompts to caption them."""
+        from mmpo_jax.data.sources import Source  # which loads transformers
+
+        world = (self.split, self.seed, self.size, self.image_size)
+        if supervised:
+            records = supervised_records(*world, self.questions, self.hallucination_rate)
+        else:
+            records = prompt_records(*world)
+        return Source(f"shapes/{self.split}", records, [], 0.0)

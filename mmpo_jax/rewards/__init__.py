@@ -1,6 +1,5 @@
 """Verifiable rewards: what a sampled text is worth, by rules, beside what the data say is right."""
 
-from mmpo_jax.picture_world import rewards as shapes
 from mmpo_jax.rewards import answers, boxes  # noqa: F401 (they register theirs)
 from mmpo_jax.rewards.registry import REWARDS
 

@@ -12,7 +12,6 @@ from mmpo_jax.cli import main
 from mmpo_jax.data.joining import Joined, join_pairs
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
 from mmpo_jax.data.settings import LearnedFile
-from mmpo_jax.data.sources import load_source
 
 PROMPT = (Turn("user", QUESTION),)
 
@@ -218,11 +217,11 @@ ROWS = [
 def test_in_training_and_in_conversion(tmp_path, caplog, capsys):
     path = str(write_jsonl(tmp_path / "rows.jsonl", [*ROWS, {"prompt": "x", "chosen": "y"}]))
     caplog.set_level(logging.INFO)
-    source = load_source(LearnedFile(path=path, join_pairs=True, max_skipped=0.25), supervised=True)
+    source = LearnedFile(path=path, join_pairs=True, max_skipped=0.25).load(supervised=True)
     assert [len(record.responses) for record in source.records] == [3, 2]
     assert "2 rows of 1 prompts joined into rankings" in caplog.text
     source.check()  # one of four rows is left out, not one of three
-    assert len(load_source(LearnedFile(path=path), supervised=True).records) == 3
+    assert len(LearnedFile(path=path).load(supervised=True).records) == 3
     out = tmp_path / "out.jsonl"
     options = ["--join-pairs", "--max-skipped", "0.25"]
     assert main(["data", "convert", path, str(out), *options]) == 0

@@ -13,7 +13,7 @@ from mmpo_jax.data.formats.columns import PICTURE_COLUMNS, with_pictures
 from mmpo_jax.data.notes import Notes
 from mmpo_jax.data.readers import read_records
 from mmpo_jax.data.settings import FileData
-from mmpo_jax.data.sources import load_source, usable_records
+from mmpo_jax.data.sources import usable_records
 
 PNG = png()
 PAIR = {"prompt": QUESTION, "chosen": "A cat.", "rejected": "Two cats."}
@@ -121,7 +121,7 @@ def test_every_command_says_it(folder, supervised, caplog, tiny_processor):
     ]
     path = write_jsonl(folder / "rows.jsonl", rows)
     caplog.set_level(logging.INFO)
-    source = load_source(FileData(path=str(path), max_skipped=1.0), supervised=supervised)
+    source = FileData(path=str(path), max_skipped=1.0).load(supervised=supervised)
     usable_records(source, tiny_processor, None, str(folder / "skipped.jsonl"))
     said = [record.getMessage().removeprefix(f"{path}: ") for record in caplog.records]
     assert "pictures are read from columns of other names: img_path 1" in said

@@ -15,7 +15,7 @@ import families  # noqa: E402
 import safetensors.torch  # noqa: E402
 
 from mmpo_jax.checkpoints.checkpoint import load_start  # noqa: E402
-from mmpo_jax.checkpoints.peft import (
+from mmpo_jax.checkpoints.peft import (  # noqa: E402
     CONFIG_FILE,
     WEIGHTS_FILE,
     load_adapter,
@@ -26,7 +26,7 @@ from mmpo_jax.core.trees import flatten, unflatten  # noqa: E402
 from mmpo_jax.models.config import ModelError  # noqa: E402
 from mmpo_jax.models.families import FAMILIES  # noqa: E402
 from mmpo_jax.models.log_probs import response_log_probs  # noqa: E402
-from mmpo_jax.models.lora import (
+from mmpo_jax.models.lora import (  # noqa: E402
     A,
     B,
     Lora,

@@ -15,7 +15,7 @@ import checks  # noqa: E402
 import safetensors.torch  # noqa: E402
 import transformers  # noqa: E402
 
-from mmpo_jax.checkpoints.huggingface import load_model, save_model
+from mmpo_jax.checkpoints.huggingface import load_model, save_model  # noqa: E402
 from mmpo_jax.core.trees import flatten  # noqa: E402
 from mmpo_jax.data.processor import MediaError, Processor  # noqa: E402
 from mmpo_jax.data.records import ImageRef, VideoRef  # noqa: E402

@@ -13,7 +13,7 @@ import families  # noqa: E402
 import transformers  # noqa: E402
 
 from mmpo_jax.checkpoints.cards import ModelCard  # noqa: E402
-from mmpo_jax.checkpoints.huggingface import load_params, save_model
+from mmpo_jax.checkpoints.huggingface import load_params, save_model  # noqa: E402
 from mmpo_jax.checkpoints.safetensors_files import SINGLE_FILE  # noqa: E402
 from mmpo_jax.core.trees import flatten  # noqa: E402
 from mmpo_jax.data.processor import Processor  # noqa: E402

@@ -81,7 +81,7 @@ def train(tmp_path, tiny_folder, monkeypatch):
 
     def train(objective, reference, change, output="out"):
         made = [change(record, number) for number, record in enumerate(records())]
-        monkeypatch.setattr(run, "load_source", lambda *_, **__: Source("rows", made, [], 0.0))
+        monkeypatch.setattr(FileData, "load", lambda *_, **__: Source("rows", made, [], 0.0))
         monkeypatch.setattr(run, "make_mesh", lambda **_: one_device())
         recipe = TrainRecipe.model_validate(
             {

@@ -1,13 +1,10 @@
 """Conventions for rows, one a file, and the choice between them."""
 
-from collections.abc import Mapping
-
 from mmpo_jax.data.formats import alpaca, llama_factory, mm_rlhf, ms_swift, record, rlaif_v, trl
 from mmpo_jax.data.formats.format import Format
 from mmpo_jax.data.rows import Row
-from mmpo_jax.picture_world import format as shapes
 
-FORMATS: Mapping[str, Format] = {
+FORMATS: dict[str, Format] = {
     format.name: format
     for format in (
         record.FORMAT,
@@ -17,12 +14,18 @@ FORMATS: Mapping[str, Format] = {
         rlaif_v.RLHF_V,
         llama_factory.FORMAT,
         ms_swift.FORMAT,
-        shapes.FORMAT,
         alpaca.FORMAT,
         trl.FORMAT,
     )
 }
 """By name; a row is read by the first that claims its columns."""
+
+
+def register_format(format: Format) -> None:
+    """Adds a convention, which is asked for its columns before the others are."""
+    others = {name: other for name, other in FORMATS.items() if name != format.name}
+    FORMATS.clear()
+    FORMATS.update({format.name: format}, **others)
 
 
 def choose_format(row: Row) -> Format:
