@@ -1,6 +1,7 @@
-"""The `mmpo` command: one short function per subcommand, no logic.
+"""The `mmpo` command: its flags, how its errors are said, and how its process ends.
 
-Nothing heavy is imported before a command runs, so that `-h` answers at once.
+Nothing heavy is imported before a command runs, so that `-h` answers at once. What a subcommand
+does is in `mmpo_jax.commands`, in a module of its name with a function `main`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
-import difflib
 import errno
 import importlib
 import json
@@ -17,7 +17,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn, get_args
 
 from mmpo_jax.core import progress
@@ -25,163 +25,25 @@ from mmpo_jax.core.dtypes import SaveDtype
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.data.rows import Format
 
+RECIPES = {
+    "align": ("AlignRecipe", "Run the rounds: generate, check, pair, train, repeat."),
+    "train": ("TrainRecipe", "Run one training stage on data that is there."),
+    "generate": ("GenerateRecipe", "Sample responses to prompts."),
+    "score": ("ScoreRecipe", "Compute the log-probs of responses."),
+    "evaluate": ("EvaluateRecipe", "Measure hallucination of a checkpoint."),
+}
+"""Commands that run a recipe: name -> (its class, help)."""
 
-def align(path: str, overrides: Sequence[str]) -> None:
-    """Run the rounds: generate, check, pair, train, repeat."""
-    from mmpo_jax.recipes.files import load_recipe
-    from mmpo_jax.recipes.recipe import AlignRecipe
-
-    recipe = load_recipe(AlignRecipe, path, overrides)
-    with _running("alignment.align", recipe.output):
-        from mmpo_jax.alignment.align import run_alignment
-        from mmpo_jax.alignment.report import render_table, warnings
-
-        reports = run_alignment(recipe)
-    print(render_table(reports))
-    for warning in warnings(reports):
-        print(f"warning: {warning}")
-    print(f"model: {os.path.join(recipe.output, 'model')}")
-    if recipe.evaluation is not None:
-        print(f"curves: {os.path.join(recipe.output, 'curves.png')}")
-
-
-def train(path: str, overrides: Sequence[str]) -> None:
-    """Run one training stage on data that is there."""
-    from mmpo_jax.recipes.files import load_recipe
-    from mmpo_jax.recipes.recipe import TrainRecipe
-
-    recipe = load_recipe(TrainRecipe, path, overrides)
-    with _running("training.run", recipe.output):
-        from mmpo_jax.commands.train import run_training
-
-        print(f"model: {run_training(recipe)}")
-
-
-def generate(path: str | None, overrides: Sequence[str]) -> None:
-    """Sample responses to prompts."""
-    from mmpo_jax.recipes.files import load_recipe
-    from mmpo_jax.recipes.recipe import GenerateRecipe
-
-    recipe = load_recipe(GenerateRecipe, path, overrides)
-    with _running("generation.run", recipe.output, recipe.output.endswith(".jsonl")):
-        from mmpo_jax.commands.generate import run_generation
-
-        print(f"responses: {run_generation(recipe)}")
-
-
-def score(path: str | None, overrides: Sequence[str]) -> None:
-    """Compute the log-probs of responses."""
-    from mmpo_jax.recipes.files import load_recipe
-    from mmpo_jax.recipes.recipe import ScoreRecipe
-
-    recipe = load_recipe(ScoreRecipe, path, overrides)
-    with _running("scoring.run", recipe.output, recipe.output.endswith(".jsonl")):
-        from mmpo_jax.commands.score import run_scoring
-
-        print(f"scores: {run_scoring(recipe)}")
-
-
-def evaluate(path: str, overrides: Sequence[str]) -> None:
-    """Measure hallucination of a checkpoint."""
-    from mmpo_jax.recipes.files import load_recipe
-    from mmpo_jax.recipes.recipe import EvaluateRecipe
-
-    recipe = load_recipe(EvaluateRecipe, path, overrides)
-    with _running("evaluation.run", recipe.output):
-        from mmpo_jax.commands.evaluate import run_evaluation
-
-        for name, value in run_evaluation(recipe).items():
-            print(f"{name:24s} {value:.4f}")
-
-
-@contextlib.contextmanager
-def _running(module: str, output: str, is_file: bool = False) -> Iterator[None]:
-    """Claims the output, starts JAX and imports what the command runs, which takes seconds."""
-    from mmpo_jax.core.output import claimed
-
-    with claimed(output, is_file):
-        with progress.doing("starting JAX, loading libraries"):
-            _start_jax()
-            importlib.import_module(f"mmpo_jax.{module}")
-        yield
-
-
-def convert(source: str, target: str, dtype: str | None) -> None:
-    """Turn a run's Orbax checkpoint into a Hugging Face folder, or a folder into a checkpoint."""
-    from mmpo_jax.core.output import check_writable
-
-    check_writable(target)
-    _start_jax()
-    from mmpo_jax.commands.convert import convert
-
-    print(convert(source, target, dtype))
-
-
-def objectives(names: Sequence[str] = ()) -> None:
-    """List the objectives and rewards with formula, source, options and what they need."""
-    from mmpo_jax.objectives.catalog import OBJECTIVES
-    from mmpo_jax.objectives.listing import render_objectives
-    from mmpo_jax.rewards.listing import render_rewards
-
-    unknown = sorted(set(names) - OBJECTIVES.keys())
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], OBJECTIVES, n=3)
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
-        raise MmpoError(f"there is no objective {unknown[0]!r}{hint}")
-    print(render_objectives(names), *([] if names else [render_rewards()]), sep="\n\n")
-
-
-def data_check(options: argparse.Namespace) -> None:
-    """Say what is in a data file, and which rows cannot be used and why."""
-    from mmpo_jax.checkpoints.checkpoint import load_processor
-    from mmpo_jax.commands.data_check import check_data
-
-    processor = load_processor(options.model, options.template) if options.model else None
-    report = check_data(
-        options.file,
-        format=options.format,
-        image_root=options.image_root,
-        processor=processor,
-        prompt_sizes=options.prompt_sizes,
-        response_sizes=options.response_sizes,
-    )
-    print(report)
-
-
-def data_convert(options: argparse.Namespace) -> None:
-    """Write the rows of a data file in another format."""
-    from mmpo_jax.commands.data_convert import convert_data
-    from mmpo_jax.core.output import check_writable
-
-    check_writable(options.target, is_file=True)
-    done = convert_data(
-        options.source,
-        options.target,
-        format=options.format,
-        read_as=options.read_as,
-        image_root=options.image_root,
-        drop=options.drop,
-        max_skipped=options.max_skipped,
-        join=options.join_pairs,
-    )
-    print(f"{options.target}: {done.written} rows")
-    if done.joined is not None:
-        print(done.joined)
-    if done.skipped:
-        print(f"{done.skipped_file}: {len(done.skipped)} rows that cannot be used")
-
-
-COMMANDS: dict[str, Callable[..., None]] = {
-    "align": align,
-    "train": train,
-    "generate": generate,
-    "score": score,
-    "evaluate": evaluate,
+OTHERS = {
+    "convert": "Turn a run's Orbax checkpoint into a Hugging Face folder, or a folder into a "
+    "checkpoint.",
+    "objectives": "List the objectives and rewards with formula, source, options and what they "
+    "need.",
 }
 
-DATA_COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "check": data_check,
-    "convert": data_convert,
+DATA_COMMANDS = {
+    "check": "Say what is in a data file, and which rows cannot be used and why.",
+    "convert": "Write the rows of a data file in another format.",
 }
 
 FILES = {
@@ -224,24 +86,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="mmpo", description="Align vision-language models.")
     subparsers = parser.add_subparsers(dest="command", required=True)
-    for name, function in COMMANDS.items():
-        command = subparsers.add_parser(
-            name, help=function.__doc__, description=function.__doc__, allow_abbrev=False
-        )
+    for name, (_, help) in RECIPES.items():
+        command = subparsers.add_parser(name, help=help, description=help, allow_abbrev=False)
         if name in FLAGS:
             _add_flags(command, name)
             continue
         command.add_argument("recipe", help="YAML file")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="a.b.c=value")
-    command = subparsers.add_parser("convert", help=convert.__doc__, description=convert.__doc__)
+    others = {
+        name: subparsers.add_parser(name, help=help, description=help)
+        for name, help in OTHERS.items()
+    }
+    command = others["convert"]
     command.add_argument("source", help="run, one step of it, Hugging Face folder or hub id")
     command.add_argument("target", help="new folder")
     help = "of the weights; theirs by default, of a run the widest, so nothing is lost"
     command.add_argument("--dtype", choices=get_args(SaveDtype), help=help)
-    command = subparsers.add_parser(
-        "objectives", help=objectives.__doc__, description=objectives.__doc__
-    )
-    command.add_argument("names", nargs="*", help="all by default")
+    others["objectives"].add_argument("names", nargs="*", help="all by default")
     _add_data_commands(subparsers)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -277,16 +138,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    if options.command == "convert":
-        convert(options.source, options.target, options.dtype)
-    elif options.command == "objectives":
-        objectives(options.names)
+    if options.command in RECIPES:
+        _run_recipe(options)
     elif options.command == "data":
-        DATA_COMMANDS[options.data_command](options)
-    elif options.command in FLAGS:
-        COMMANDS[options.command](*_flags_as_overrides(options))
+        _module(f"data_{options.data_command}").main(options)
     else:
-        COMMANDS[options.command](options.recipe, options.overrides)
+        if options.command == "convert":
+            start_jax()
+        _module(options.command).main(options)
+
+
+def _run_recipe(options: argparse.Namespace) -> None:
+    """Checks the recipe, claims the output, starts JAX and imports what the command runs, which
+    takes seconds, and runs it."""
+    from mmpo_jax.core.output import claimed
+    from mmpo_jax.recipes import recipe as recipes
+    from mmpo_jax.recipes.files import load_recipe
+
+    kind, _ = RECIPES[options.command]
+    if options.command in FLAGS:
+        path, overrides = _flags_as_overrides(options)
+    else:
+        path, overrides = options.recipe, options.overrides
+    recipe = load_recipe(getattr(recipes, kind), path, overrides)
+    is_file = options.command in FLAGS and recipe.output.endswith(".jsonl")
+    with claimed(recipe.output, is_file):
+        with progress.doing("starting JAX, loading libraries"):
+            start_jax()
+            module = _module(options.command)
+        module.main(recipe)
+
+
+def _module(command: str) -> Any:
+    return importlib.import_module(f"mmpo_jax.commands.{command}")
 
 
 def _add_flags(command: argparse.ArgumentParser, name: str) -> None:
@@ -308,10 +192,8 @@ def _add_data_commands(subparsers: Any) -> None:
     parser = subparsers.add_parser("data", help=help, description=help)
     commands = parser.add_subparsers(dest="data_command", required=True)
     parsers = {
-        name: commands.add_parser(
-            name, help=function.__doc__, description=function.__doc__, allow_abbrev=False
-        )
-        for name, function in DATA_COMMANDS.items()
+        name: commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        for name, help in DATA_COMMANDS.items()
     }
     formats = get_args(Format)
     root = "folder of the images; the data file's by default"
@@ -361,7 +243,7 @@ def _flags_as_overrides(options: argparse.Namespace) -> tuple[str | None, list[s
     return path, overrides + written
 
 
-def _start_jax() -> None:
+def start_jax() -> None:
     """Compiled programs are kept between runs: a restart begins at once.
 
     Not those of several CPU devices: XLA does not keep the order of their collectives (jaxlib

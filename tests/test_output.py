@@ -39,7 +39,7 @@ def refused(tmp_path, capsys, monkeypatch):
     def start():
         raise AssertionError("JAX is started before the output is looked at")
 
-    monkeypatch.setattr(cli, "_start_jax", start)
+    monkeypatch.setattr(cli, "start_jax", start)
 
     def refused(command, target):
         path = tmp_path / "recipe.yaml"

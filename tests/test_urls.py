@@ -19,7 +19,7 @@ from mmpo_jax import cli
 )
 def test_urls(tmp_path, monkeypatch, capsys, url, told):
     """As model, data or output of every command: one line."""
-    monkeypatch.setattr(cli, "_start_jax", lambda: None)
+    monkeypatch.setattr(cli, "start_jax", lambda: None)
     monkeypatch.setitem(sys.modules, "s3fs", None)
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "?", "chosen": "yes", "rejected": "no"}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import logging
 import os
@@ -15,6 +16,7 @@ from mmpo_jax.checkpoints.orbax import save_base, save_start
 from mmpo_jax.checkpoints.rounding import stored_dtype
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.files import is_local, replace_folder
+from mmpo_jax.core.output import check_writable
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.precision import weights_dtype
 from mmpo_jax.parallel.mesh import make_mesh
@@ -22,6 +24,11 @@ from mmpo_jax.training.metrics import FILE, read_metrics
 from mmpo_jax.training.saving import tell_saved
 
 log = logging.getLogger(__name__)
+
+
+def main(options: argparse.Namespace) -> None:
+    check_writable(options.target)
+    print(convert(options.source, options.target, options.dtype))
 
 
 def convert(source: str, target: str, dtype: str | None = None) -> str:

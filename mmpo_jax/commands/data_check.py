@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
+from mmpo_jax.checkpoints.checkpoint import load_processor
 from mmpo_jax.core.files import fingerprint_bytes
 from mmpo_jax.core.progress import counted
 from mmpo_jax.data.batching import fitting_sizes
@@ -47,6 +49,19 @@ class Findings:
     """Usable rows that show nothing."""
     same_responses: list[int | None] = dataclasses.field(default_factory=list)
     """Rows that training leaves out where it compares responses, as none is another one."""
+
+
+def main(options: argparse.Namespace) -> None:
+    processor = load_processor(options.model, options.template) if options.model else None
+    report = check_data(
+        options.file,
+        format=options.format,
+        image_root=options.image_root,
+        processor=processor,
+        prompt_sizes=options.prompt_sizes,
+        response_sizes=options.response_sizes,
+    )
+    print(report)
 
 
 def check_data(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -11,6 +12,7 @@ from etils import epath
 import mmpo_jax.picture_world.registration  # noqa: F401 (its rows are read, too)
 from mmpo_jax.core.errors import DataError, MmpoError
 from mmpo_jax.core.files import check_reachable
+from mmpo_jax.core.output import check_writable
 from mmpo_jax.core.progress import counted
 from mmpo_jax.data.formats import FORMATS, choose_format
 from mmpo_jax.data.formats.format import Format
@@ -41,6 +43,25 @@ class Converted:
     """Where those are, with reasons; not written where there are none."""
     joined: Joined | None
     """What joining pairs did, where it was asked for."""
+
+
+def main(options: argparse.Namespace) -> None:
+    check_writable(options.target, is_file=True)
+    done = convert_data(
+        options.source,
+        options.target,
+        format=options.format,
+        read_as=options.read_as,
+        image_root=options.image_root,
+        drop=options.drop,
+        max_skipped=options.max_skipped,
+        join=options.join_pairs,
+    )
+    print(f"{options.target}: {done.written} rows")
+    if done.joined is not None:
+        print(done.joined)
+    if done.skipped:
+        print(f"{done.skipped_file}: {len(done.skipped)} rows that cannot be used")
 
 
 def convert_data(

@@ -12,6 +12,11 @@ from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipes.recipe import EvaluateRecipe
 
 
+def main(recipe: EvaluateRecipe) -> None:
+    for name, value in run_evaluation(recipe).items():
+        print(f"{name:24s} {value:.4f}")
+
+
 def run_evaluation(recipe: EvaluateRecipe) -> dict[str, float]:
     """Evaluates a Hugging Face folder, an Orbax checkpoint or a built-in model.
 

@@ -19,6 +19,10 @@ from mmpo_jax.recipes.recipe import GenerateRecipe
 log = logging.getLogger(__name__)
 
 
+def main(recipe: GenerateRecipe) -> None:
+    print(f"responses: {run_generation(recipe)}")
+
+
 def run_generation(recipe: GenerateRecipe) -> str:
     """Samples responses to the prompt of every usable row; responses it has are not read.
 

@@ -16,6 +16,10 @@ from mmpo_jax.recipes.recipe import ScoreRecipe
 from mmpo_jax.scoring.log_probs import score_stage
 
 
+def main(recipe: ScoreRecipe) -> None:
+    print(f"scores: {run_scoring(recipe)}")
+
+
 def run_scoring(recipe: ScoreRecipe) -> str:
     """Scores the responses of every usable row, as the reference of training is scored.
 

@@ -37,6 +37,10 @@ VALIDATION = "validation"
 """Folder of what belongs to held-out rows."""
 
 
+def main(recipe: TrainRecipe) -> None:
+    print(f"model: {run_training(recipe)}")
+
+
 def run_training(recipe: TrainRecipe) -> str:
     """Trains on the recipe's data.
 

@@ -14,8 +14,8 @@ MESH_USERS = ("alignment.align", "evaluation.run", "generation.run", "scoring.ru
 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch):
-    """One device, which is faster; and `_start_jax` would move the tests' compilation cache."""
-    monkeypatch.setattr(cli, "_start_jax", lambda: None)
+    """One device, which is faster; and `start_jax` would move the tests' compilation cache."""
+    monkeypatch.setattr(cli, "start_jax", lambda: None)
     mesh = jax.make_mesh(
         (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
     )

@@ -7,12 +7,13 @@ import pytest
 from cli.recipes import POSSIBLE, recipe, write_rows
 
 from mmpo_jax import cli
+from mmpo_jax.commands import generate
 from mmpo_jax.core import files
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.picture_world.render import png_bytes
 from mmpo_jax.picture_world.world import sample_scene
 
-START_JAX = cli._start_jax
+START_JAX = cli.start_jax
 
 
 def skipped_reasons(folder):
@@ -21,12 +22,12 @@ def skipped_reasons(folder):
     return {row["id"]: row["reason"] for row in rows}
 
 
-@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+@pytest.mark.parametrize("command", sorted(cli.RECIPES))
 def test_a_misspelt_key_before_anything_starts(command, refused, tmp_path, monkeypatch):
     def start():
         raise AssertionError("JAX is started before the recipe is checked")
 
-    monkeypatch.setattr(cli, "_start_jax", start)
+    monkeypatch.setattr(cli, "start_jax", start)
     message = refused(command, recipe(tmp_path, "builtin:shapes"), "sead=3", "lengths.promt=[3]")
     assert "sead: unknown key; did you mean seed?" in message
     assert "lengths.promt: unknown key; did you mean prompt?" in message
@@ -83,7 +84,7 @@ def test_no_model(command, model, told, refused, tmp_path):
 
 def test_other_errors_are_not_swallowed(generation, mmpo, monkeypatch):
     """A defect of the library keeps its traceback."""
-    monkeypatch.setitem(cli.COMMANDS, "generate", lambda path, overrides: {}["no such key"])
+    monkeypatch.setattr(generate, "main", lambda recipe: {}["no such key"])
     with pytest.raises(KeyError):
         mmpo("generate", generation)
 
@@ -190,10 +191,10 @@ def test_train_and_evaluate(mmpo, tiny_folder, tmp_path):
 
 
 def test_ctrl_c_is_no_traceback(generation, mmpo, monkeypatch):
-    def interrupted(path, overrides):
+    def interrupted(recipe):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.COMMANDS, "generate", interrupted)
+    monkeypatch.setattr(generate, "main", interrupted)
     status, _, told = mmpo("generate", generation)
     assert status == 130
     assert told == "mmpo generate: stopped; the same command goes on from what is finished\n"

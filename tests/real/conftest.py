@@ -17,7 +17,7 @@ SHORT = 6
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
     """Eight simulated devices would compute every row eight times as slowly."""
-    monkeypatch.setattr(cli, "_start_jax", lambda: None)
+    monkeypatch.setattr(cli, "start_jax", lambda: None)
     mesh = jax.make_mesh(
         (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
     )

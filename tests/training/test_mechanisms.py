@@ -16,6 +16,7 @@ from mmpo_jax.commands import train as run
 from mmpo_jax.commands.train import run_training
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.records import ImageRef, Record, Response, Span, Turn
+from mmpo_jax.data.settings import FileData
 from mmpo_jax.data.sources import Source
 from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.recipes.recipe import TrainRecipe

@@ -67,7 +67,7 @@ def test_what_is_not_finite_is_null(tmp_path):
 @pytest.mark.slow
 def test_reports_of_single_responses(tiny_folder, tmp_path, monkeypatch):
     """`mmpo train` on one row at a time says the same of four steps as of each of them."""
-    monkeypatch.setattr(cli, "_start_jax", lambda: None)
+    monkeypatch.setattr(cli, "start_jax", lambda: None)
     one = jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
     monkeypatch.setattr(training_run, "make_mesh", lambda **_: one)
     data = tmp_path / "data.jsonl"

@@ -49,7 +49,7 @@ class Killed(Exception):
 @pytest.fixture
 def train(tiny_folder, tmp_path, monkeypatch):
     """`mmpo train` on eight equal pairs, one step an epoch; gives the lines of `metrics.jsonl`."""
-    monkeypatch.setattr(cli, "_start_jax", lambda: None)
+    monkeypatch.setattr(cli, "start_jax", lambda: None)
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     other = tmp_path / "other.jsonl"

@@ -1,0 +1,19 @@
+"""`mmpo align`: the rounds of a recipe, and their table."""
+
+from __future__ import annotations
+
+import os
+
+from mmpo_jax.alignment.align import run_alignment
+from mmpo_jax.alignment.report import render_table, warnings
+from mmpo_jax.recipes.recipe import AlignRecipe
+
+
+def main(recipe: AlignRecipe) -> None:
+    reports = run_alignment(recipe)
+    print(render_table(reports))
+    for warning in warnings(reports):
+        print(f"warning: {warning}")
+    print(f"model: {os.path.join(recipe.output, 'model')}")
+    if recipe.evaluation is not None:
+        print(f"curves: {os.path.join(recipe.output, 'curves.png')}")
