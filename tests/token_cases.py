@@ -82,8 +82,8 @@ def to_responses(case) -> Responses:
 
 def loss_of(name, responses, weights, **options):
     term = objectives.make_term(name, **options)
-    sums, _ = objectives.evaluate([term], responses, jnp.asarray(weights), {})
-    return objectives.combine([term], sums)
+    sums, _ = objectives.loss_sums([term], responses, jnp.asarray(weights), {})
+    return objectives.weighted_loss([term], sums)
 
 
 def one(case, row, place):

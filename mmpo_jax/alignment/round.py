@@ -36,7 +36,7 @@ from mmpo_jax.core.files import (
     write_atomic,
 )
 from mmpo_jax.core.stages import Stage, run_stage
-from mmpo_jax.data.pipeline import Example, Part
+from mmpo_jax.data.pipeline import Example, MixtureEntry
 from mmpo_jax.data.records import Record, Response
 from mmpo_jax.data.sources import warn_of_cuts
 from mmpo_jax.data.tokenization import TokenizedRecord, tokenize_records
@@ -356,7 +356,7 @@ def pair_examples(work: Round, generated: pa.Table, pairs: pa.Table) -> list[Exa
         recipe.lengths,
         work.mesh,
         folder=work.folder,
-        seen=rows_to_see(recipe.training, [Part(len(usable))], recipe.seed + work.index),
+        seen=rows_to_see(recipe.training, [MixtureEntry(len(usable))], recipe.seed + work.index),
     )
 
 

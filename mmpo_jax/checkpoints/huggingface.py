@@ -24,7 +24,7 @@ from mmpo_jax.checkpoints.cards import ModelCard, write_card
 from mmpo_jax.checkpoints.configs import load_config
 from mmpo_jax.checkpoints.folders import copy_base, write_dtype, write_untied
 from mmpo_jax.checkpoints.foreign_tensors import explain
-from mmpo_jax.checkpoints.loading import COPY_ROWS, Source, load_arrays
+from mmpo_jax.checkpoints.loading import COPY_ROWS, StoredParameter, load_arrays
 from mmpo_jax.checkpoints.rounding import Survival, rounded, stored_dtype
 from mmpo_jax.checkpoints.safetensors_files import (
     INDEX_FILE,
@@ -85,7 +85,7 @@ def load_params(
     return unflatten(load_arrays(sources, places, dtype))
 
 
-def match_tensors(folder: str | os.PathLike[str], model: Model) -> dict[str, Source]:
+def match_tensors(folder: str | os.PathLike[str], model: Model) -> dict[str, StoredParameter]:
     """Which tensors of a folder's files make up which parameter.
 
     Raises:
@@ -123,7 +123,7 @@ def match_tensors(folder: str | os.PathLike[str], model: Model) -> dict[str, Sou
         names = ", ".join(_first_key(path, model) for path in missing[:5])
         raise ModelError(f"{where}: no weights for {', '.join(missing[:5])} ({names})")
     return {
-        path: Source(
+        path: StoredParameter(
             _in_order(found[path], path, leaf.shape, where),
             leaf.shape,
             stacked=_is_stacked(path),

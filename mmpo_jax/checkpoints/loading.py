@@ -36,7 +36,7 @@ Bounds = tuple[tuple[int, int], ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class StoredParameter:
     """Where a parameter's values lie."""
 
     tensors: tuple[StoredTensor, ...]
@@ -71,7 +71,9 @@ class Source:
 
 
 def load_arrays(
-    sources: Mapping[str, Source], shardings: Mapping[str, NamedSharding] | None, dtype: Any
+    sources: Mapping[str, StoredParameter],
+    shardings: Mapping[str, NamedSharding] | None,
+    dtype: Any,
 ) -> dict[str, Any]:
     """Reads parameters one after another.
 
@@ -95,7 +97,7 @@ def load_arrays(
 
 
 def _load_sharded(
-    source: Source, sharding: NamedSharding, dtype: np.dtype, pool: ThreadPoolExecutor
+    source: StoredParameter, sharding: NamedSharding, dtype: np.dtype, pool: ThreadPoolExecutor
 ) -> jax.Array:
     """A parameter on its devices, of which this process may have a part only."""
     first = _reading_sharding(source, sharding)
@@ -110,7 +112,7 @@ def _load_sharded(
     return array.block_until_ready()  # the buffers are let go before the next ones are made
 
 
-def _reading_sharding(source: Source, sharding: NamedSharding) -> NamedSharding:
+def _reading_sharding(source: StoredParameter, sharding: NamedSharding) -> NamedSharding:
     """How devices share the reading.
 
     Rows are read whole, but matrices are also split along their rows. With several processes each
@@ -127,7 +129,7 @@ def _reading_sharding(source: Source, sharding: NamedSharding) -> NamedSharding:
 
 
 def _read(
-    source: Source, held: Sequence[Bounds], dtype: np.dtype, pool: ThreadPoolExecutor
+    source: StoredParameter, held: Sequence[Bounds], dtype: np.dtype, pool: ThreadPoolExecutor
 ) -> dict[Bounds, np.ndarray]:
     """New buffers for the given parts of a parameter, filled by the pool's threads."""
     buffers = {bounds: _aligned([stop - start for start, stop in bounds], dtype) for bounds in held}
@@ -135,7 +137,7 @@ def _read(
     return buffers
 
 
-def _tasks(source: Source, held: Sequence[Bounds]) -> Iterator[tuple[int, int, int]]:
+def _tasks(source: StoredParameter, held: Sequence[Bounds]) -> Iterator[tuple[int, int, int]]:
     """(layer, first row, end) of what is read at once; no row that no buffer needs."""
     for layer, tensor in enumerate(source.tensors):
         step = max(1, READ_BYTES // (source.columns * DTYPES[tensor.dtype].itemsize))
@@ -150,7 +152,7 @@ def _tasks(source: Source, held: Sequence[Bounds]) -> Iterator[tuple[int, int, i
 
 
 def _copy_rows(
-    source: Source, buffers: Mapping[Bounds, np.ndarray], layer: int, start: int, stop: int
+    source: StoredParameter, buffers: Mapping[Bounds, np.ndarray], layer: int, start: int, stop: int
 ) -> None:
     """Reads rows of one tensor and copies them to every buffer that holds them."""
     rows = read_rows(source.tensors[layer], start, stop, source.columns)
@@ -178,7 +180,7 @@ def _copy_rows(
             buffer[start - first + at :][: len(block)] = block
 
 
-def _whole(source: Source) -> Bounds:
+def _whole(source: StoredParameter) -> Bounds:
     return tuple((0, size) for size in source.shape)
 
 

@@ -301,7 +301,8 @@ def _whole_checkpoint(step_folder: str) -> Iterator[tuple[ocp.StandardCheckpoint
 
 def _others(state: TrainState) -> dict[str, Any]:
     """What only some objectives and references have."""
-    return {name: tree for name in ("reference", "kept") if (tree := getattr(state, name))}
+    others = {"reference": state.reference, "kept": state.objective_state}
+    return {name: tree for name, tree in others.items() if tree}
 
 
 def _newest(folder: str) -> str:

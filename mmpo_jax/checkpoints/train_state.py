@@ -25,5 +25,5 @@ class TrainState:
     """optax state of `params`."""
     reference: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     """Of a reference that runs in the step, what is not in `frozen`; else empty."""
-    kept: State = dataclasses.field(default_factory=dict)
+    objective_state: State = dataclasses.field(default_factory=dict)
     """What objectives keep from step to step, float32[] each."""

@@ -13,7 +13,7 @@ from mmpo_jax.checkpoints.cards import make_card
 from mmpo_jax.checkpoints.checkpoint import Checkpoint, load_start
 from mmpo_jax.core import progress
 from mmpo_jax.core.files import check_reachable, fingerprint_items
-from mmpo_jax.data.pipeline import Example, Part
+from mmpo_jax.data.pipeline import Example, MixtureEntry
 from mmpo_jax.data.settings import LearnedFile
 from mmpo_jax.data.sources import SKIPPED, scored_by, usable_records
 from mmpo_jax.data.tokenization import TokenizedRecord, fingerprint_records
@@ -161,7 +161,7 @@ class TrainingData:
     """What a recipe trains on and what it holds out."""
 
     records: list[TokenizedRecord]
-    parts: list[Part]
+    parts: list[MixtureEntry]
     """The data sets that stand one after another in `records`, but for those wholly held out."""
     held: list[TokenizedRecord]
 
@@ -189,7 +189,7 @@ def training_data(recipe: TrainRecipe, start: Checkpoint) -> TrainingData:
     parts = []
     for number, (rows, data) in enumerate(zip(sets, recipe.data, strict=True)):
         if rows:
-            parts.append(Part(len(rows), data.weight))
+            parts.append(MixtureEntry(len(rows), data.weight))
         else:
             log.warning("data.%d: all of its rows are held out, and none is trained on", number)
     records = [row for rows in sets for row in rows]

@@ -58,7 +58,7 @@ class TrainBatch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class MixtureEntry:
     """A data set of a mixture."""
 
     size: int
@@ -92,7 +92,7 @@ def training_batches(
     epochs: int,
     batch_size: int,
     micro_batch_size: int,
-    parts: Sequence[Part] = (),
+    parts: Sequence[MixtureEntry] = (),
     workers: int = 1,
 ) -> grain.DatasetIterator:
     """An iterator over `HostBatch`es, shuffled anew in every epoch.
@@ -105,12 +105,12 @@ def training_batches(
     `get_state` and `set_state` hold the position.
     """
     make = batch_maker(examples, processor, lengths, batch_size, micro_batch_size)
-    order = batch_order(parts or [Part(len(examples))], seed, epochs, batch_size)
+    order = batch_order(parts or [MixtureEntry(len(examples))], seed, epochs, batch_size)
     options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=4)
     return iter(order.map(make).to_iter_dataset(options))
 
 
-def mixed_order(parts: Sequence[Part], seed: int, epochs: int) -> grain.MapDataset:
+def mixed_order(parts: Sequence[MixtureEntry], seed: int, epochs: int) -> grain.MapDataset:
     """Indices of examples for all epochs, the examples of the parts standing one after another."""
     orders, first = [], 0
     for part in parts:
@@ -135,14 +135,16 @@ def held_out_batches(
         yield jax.tree.map(lambda leaf: leaf[0], batch.arrays)
 
 
-def batch_order(parts: Sequence[Part], seed: int, epochs: int, batch_size: int) -> grain.MapDataset:
+def batch_order(
+    parts: Sequence[MixtureEntry], seed: int, epochs: int, batch_size: int
+) -> grain.MapDataset:
     """Which examples every batch holds, as lists of their indices."""
     order = mixed_order(parts, seed, epochs)
     return order.batch(batch_size, drop_remainder=False, batch_fn=list)
 
 
 def seen_rows(
-    parts: Sequence[Part], seed: int, epochs: int, batch_size: int, steps: int
+    parts: Sequence[MixtureEntry], seed: int, epochs: int, batch_size: int, steps: int
 ) -> set[int]:
     """Indices of the examples that the first `steps` batches hold."""
     order = batch_order(parts, seed, epochs, batch_size)

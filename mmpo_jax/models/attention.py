@@ -22,14 +22,14 @@ BACKENDS = ("auto", "xla", "splash", "cudnn")
 """What computes `shared_prompt_attention`; "auto" takes the platform's own."""
 PLATFORM_BACKENDS = {"tpu": "splash", "gpu": "cudnn"}
 
-Part = tuple[jax.Array, jax.Array, jax.Array | None]
+KeyValues = tuple[jax.Array, jax.Array, jax.Array | None]
 """(key, value, mask): see `attend`."""
 
 MIN_QUERY_BLOCK = 128
 MAX_QUERY_BLOCKS = 8
 
 
-def attend(query: jax.Array, parts: Sequence[Part], scale: float) -> jax.Array:
+def attend(query: jax.Array, parts: Sequence[KeyValues], scale: float) -> jax.Array:
     """Softmax attention of queries over several key-value parts at once.
 
     Each part is scored by itself and the softmax runs over all of them, so keys shared by many
@@ -50,7 +50,7 @@ def attend(query: jax.Array, parts: Sequence[Part], scale: float) -> jax.Array:
 
 
 @functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
-def _attend(query: jax.Array, parts: Sequence[Part], scale: float) -> jax.Array:
+def _attend(query: jax.Array, parts: Sequence[KeyValues], scale: float) -> jax.Array:
     b, r, t, h, d = query.shape
     k = parts[0][0].shape[-2]
     # Heads in front make every product one of contiguous matrices, in this order of the axes.

@@ -78,7 +78,7 @@ def first_state(terms: Sequence[Term]) -> State:
     }
 
 
-def evaluate(
+def loss_sums(
     terms: Sequence[Term], responses: Responses, weights: jax.Array, state: State
 ) -> tuple[list[Sums], State]:
     """Every term's sums.
@@ -104,7 +104,7 @@ def evaluate(
     return sums, kept
 
 
-def combine(terms: Sequence[Term], sums: Sequence[Sums]) -> jax.Array:
+def weighted_loss(terms: Sequence[Term], sums: Sequence[Sums]) -> jax.Array:
     """The loss: the terms' means, weighted and added up."""
     parts = [
         term.weight * jnp.sum(mean(part.loss, part.weight))
@@ -113,7 +113,7 @@ def combine(terms: Sequence[Term], sums: Sequence[Sums]) -> jax.Array:
     return jnp.sum(jnp.stack(parts))
 
 
-def report(terms: Sequence[Term], sums: Sequence[Sums]) -> Metrics:
+def metrics_of(terms: Sequence[Term], sums: Sequence[Sums]) -> Metrics:
     """Metrics by TRL's names, the first term's where several have one; of several terms also the
     loss of each as `loss/name`, and `loss/name_2` of the second of a name."""
     metrics: Metrics = {}

@@ -23,7 +23,7 @@ from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.pipeline import (
     Example,
     HostBatch,
-    Part,
+    MixtureEntry,
     TrainBatch,
     held_out_batches,
     num_batches,
@@ -40,7 +40,7 @@ from mmpo_jax.training.losses import Loss, make_loss, needs_reference, recipe_te
 from mmpo_jax.training.metrics import MetricsWriter, means
 from mmpo_jax.training.on_policy import Rollouts
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
-from mmpo_jax.training.step import Update, create_state, make_step, merge, trainable_paths
+from mmpo_jax.training.step import Update, create_state, make_step, trainable_paths, whole_params
 from mmpo_jax.training.validation import Held, Validator
 from mmpo_jax.training.waiting import Waiting
 
@@ -61,7 +61,7 @@ def train(
     folder: str,
     identity: Mapping[str, Any],
     seed: int,
-    parts: Sequence[Part] = (),
+    parts: Sequence[MixtureEntry] = (),
     held: Held | None = None,
     card: ModelCard | None = None,
     rollout: Rollout | None = None,
@@ -93,7 +93,7 @@ def train(
         model, or a step was not finite.
     """
     check_training(config, model, mesh)
-    parts = parts or [Part(len(examples))]
+    parts = parts or [MixtureEntry(len(examples))]
     steps = total_steps(config, parts, rollout.updates_per_rollout if rollout else 1)
     if config.lora is not None:
         params = add_adapters(params, model, config.lora, config.freeze, seed)
@@ -116,9 +116,9 @@ def train(
         save_base(folder, processor.folder, processor.chat_template, card)
         step = int(state.step)
 
-        kept = -1 if restored is None else step
+        resumed_step = -1 if restored is None else step
         with (
-            contextlib.closing(MetricsWriter(folder, kept, steps)) as writer,
+            contextlib.closing(MetricsWriter(folder, resumed_step, steps)) as writer,
             progress.doing("training", steps, "steps", "compiling") as activity,
         ):
             activity.start_at(step)
@@ -161,21 +161,21 @@ def train(
                         if validation.is_best(step):
                             with progress.doing("saving the best step"):
                                 checkpoints.save_best(step, state)
-                    writer.report(step, values, count / (time.perf_counter() - started))
+                    writer.write_step(step, values, count / (time.perf_counter() - started))
                     started = time.perf_counter()
                     over = validation is not None and validation.is_over()
                     if step % config.save_every == 0 or step == steps or over:
                         with progress.doing("saving a checkpoint"):
                             checkpoints.save(step, state, position)
             if isinstance(source, Rollouts):
-                waiting.report_rollouts(source.seconds)
+                waiting.log_rollouts(source.seconds)
             else:
-                waiting.report()
+                waiting.log_summary()
         if validation is not None:
-            validation.report(step, steps)
+            validation.log_summary(step, steps)
             with progress.doing("reading the best step"):
                 state = checkpoints.restore_best(state)
-        return merge(state)
+        return whole_params(state)
 
 
 @contextlib.contextmanager
@@ -194,11 +194,11 @@ def make_source(
     config: Training,
     lengths: Lengths,
     mesh: Mesh,
-    parts: Sequence[Part],
+    parts: Sequence[MixtureEntry],
     micro: int,
     seed: int,
     rollout: Rollout | None,
-) -> Source:
+) -> Batches:
     """Batches of the examples, or of what is sampled after their prompts; see `train`."""
     if rollout is not None:
         prompts = [example.rows[0] for example in examples]
@@ -256,7 +256,7 @@ def prepare(
     return state, update
 
 
-class Source(Protocol):
+class Batches(Protocol):
     """Where batches come from."""
 
     def draw(self, state: TrainState) -> HostBatch:
@@ -281,7 +281,7 @@ class FromData:
 
 
 def _next_batch(
-    source: Source, state: TrainState, mesh: Mesh
+    source: Batches, state: TrainState, mesh: Mesh
 ) -> tuple[HostBatch, dict[str, Any], TrainBatch]:
     """(the next batch, where the data stand after it, the batch on the devices)."""
     host = source.draw(state)
@@ -307,7 +307,7 @@ def check_training(config: Training, model: Model, mesh: Mesh) -> None:
             raise TrainingError(f"training.lora.target: {error}") from error
 
 
-def total_steps(config: Training, parts: Sequence[Part], updates: int = 1) -> int:
+def total_steps(config: Training, parts: Sequence[MixtureEntry], updates: int = 1) -> int:
     """How many updates a run takes, so many with every batch.
 
     Raises:
@@ -320,7 +320,7 @@ def total_steps(config: Training, parts: Sequence[Part], updates: int = 1) -> in
     return min(steps, config.max_steps or steps)
 
 
-def rows_to_see(config: Training, parts: Sequence[Part], seed: int) -> set[int] | None:
+def rows_to_see(config: Training, parts: Sequence[MixtureEntry], seed: int) -> set[int] | None:
     """Indices of the rows that a run which `max_steps` ends early reads; None for all.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,11 +15,19 @@ from mmpo_jax.data.contexts import MAIN, OTHER_IMAGE
 from mmpo_jax.data.pipeline import TrainBatch
 from mmpo_jax.models.log_probs import response_statistics
 from mmpo_jax.models.model import Model, Params
-from mmpo_jax.objectives import terms as objectives
 from mmpo_jax.objectives.registry import REFERENCES, STATISTICS, State
 from mmpo_jax.objectives.responses import Responses
 from mmpo_jax.objectives.sums import Sums
-from mmpo_jax.objectives.terms import Metrics, Term
+from mmpo_jax.objectives.terms import (
+    Metrics,
+    Term,
+    coupled,
+    first_state,
+    loss_sums,
+    metrics_of,
+    needs,
+    weighted_loss,
+)
 from mmpo_jax.recipes.training import Training
 
 Outputs = dict[str, jax.Array]
@@ -31,11 +40,11 @@ class Loss:
 
     forward: Callable[[Params, Params | None, Any], Any]
     """(parameters, the reference's, batch) -> outputs, pytree of arrays with leading rows."""
-    evaluate: Callable[[Any, Any, State], tuple[list[Sums], State]]
-    """(outputs, batch, state) -> (sums of every term, new state); see `terms.evaluate`."""
-    combine: Callable[[Sequence[Sums]], jax.Array]
+    sums: Callable[[Any, Any, State], tuple[list[Sums], State]]
+    """(outputs, batch, state) -> (sums of every term, new state); see `terms.loss_sums`."""
+    value: Callable[[Sequence[Sums]], jax.Array]
     """Sums of every term -> the loss."""
-    report: Callable[[Sequence[Sums]], Metrics]
+    metrics: Callable[[Sequence[Sums]], Metrics]
     """Sums of every term -> metrics."""
     coupled: bool = False
     """Whether the loss of a row depends on the others of the batch."""
@@ -58,7 +67,7 @@ def make_loss(
       contexts: of every record, by name.
       remat, temperature: see `response_log_probs`.
     """
-    statistics = objectives.needs(terms) & STATISTICS.keys()
+    statistics = needs(terms) & STATISTICS.keys()
     partners = other_images(contexts)
 
     def forward(params: Params, reference: Params | None, batch: TrainBatch) -> Outputs:
@@ -73,18 +82,18 @@ def make_loss(
             temperature=temperature,
         )
 
-    def evaluate(outputs: Outputs, batch: TrainBatch, state: State) -> tuple[list[Sums], State]:
+    def sums(outputs: Outputs, batch: TrainBatch, state: State) -> tuple[list[Sums], State]:
         responses = gather(outputs, batch, contexts)
         weights = batch.prompts.weights[:: len(contexts)]
-        return objectives.evaluate(terms, responses, weights, state)
+        return loss_sums(terms, responses, weights, state)
 
     return Loss(
         forward,
-        evaluate,
-        lambda sums: objectives.combine(terms, sums),
-        lambda sums: objectives.report(terms, sums),
-        objectives.coupled(terms),
-        objectives.first_state(terms),
+        sums,
+        functools.partial(weighted_loss, terms),
+        functools.partial(metrics_of, terms),
+        coupled(terms),
+        first_state(terms),
     )
 
 
@@ -142,7 +151,7 @@ def gather(outputs: Outputs, batch: TrainBatch, contexts: Sequence[str] = (MAIN,
 
 def needs_reference(terms: Sequence[Term]) -> bool:
     """Whether any of the terms compares with a reference."""
-    return bool(objectives.needs(terms) & REFERENCES.keys())
+    return bool(needs(terms) & REFERENCES.keys())
 
 
 def recipe_terms(config: Training) -> list[Term]:

@@ -69,7 +69,7 @@ class MetricsWriter:
         for name, value in metrics.items():
             self.events.add_scalar(name, value, step)
 
-    def report(self, step: int, metrics: Mapping[str, float], rate: float) -> None:
+    def write_step(self, step: int, metrics: Mapping[str, float], rate: float) -> None:
         """
         Args:
           step: updates done.

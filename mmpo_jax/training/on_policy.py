@@ -16,7 +16,14 @@ from jax.sharding import Mesh
 from mmpo_jax.checkpoints.train_state import TrainState
 from mmpo_jax.core import progress
 from mmpo_jax.core.errors import DataError
-from mmpo_jax.data.pipeline import Example, HostBatch, Part, TrainBatch, batch_maker, batch_order
+from mmpo_jax.data.pipeline import (
+    Example,
+    HostBatch,
+    MixtureEntry,
+    TrainBatch,
+    batch_maker,
+    batch_order,
+)
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import Response, Turn
 from mmpo_jax.data.rows import SkipReason
@@ -30,7 +37,7 @@ from mmpo_jax.objectives.on_policy import STD_FLOOR, advantages
 from mmpo_jax.parallel.mesh import put_batch
 from mmpo_jax.recipes.training import Rollout, Training
 from mmpo_jax.scoring.log_probs import score_batch
-from mmpo_jax.training.step import merge
+from mmpo_jax.training.step import whole_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +66,7 @@ class Rollouts:
         rollout: Rollout,
         lengths: Lengths,
         mesh: Mesh,
-        parts: Sequence[Part],
+        parts: Sequence[MixtureEntry],
         micro_batch_size: int,
         seed: int,
     ):
@@ -103,7 +110,7 @@ class Rollouts:
         step = int(state.step)  # which waits for the step that runs
         begun = time.perf_counter()
         chosen = [self.records[int(index)] for index in next(self.order)]
-        params = cast_params(merge(state), self.config.compute_dtype)
+        params = cast_params(whole_params(state), self.config.compute_dtype)
         sampled = self._sample(params, chosen, step)
         rewards = np.stack([each.rewards for each in sampled])
         weights = [section.weight for section in self.rollout.rewards]

@@ -205,5 +205,5 @@ def measure_weights(
     with jax.set_mesh(mesh):
         forward = make_forward(loss, jnp.dtype(training.compute_dtype))
         batches = held_out_batches(chosen, start.processor, lengths, micro)
-        values = measure_batches(forward, jax.jit(loss.evaluate), loss, batches, state, mesh)
+        values = measure_batches(forward, jax.jit(loss.sums), loss, batches, state, mesh)
     return len(chosen), values

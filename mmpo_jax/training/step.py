@@ -45,7 +45,7 @@ def trainable_paths(paths: list[str], frozen: tuple[str, ...]) -> list[str]:
     return kept
 
 
-def merge(state: TrainState) -> Params:
+def whole_params(state: TrainState) -> Params:
     """The whole parameter tree of a state."""
     return unflatten({**state.params, **state.frozen})
 
@@ -173,21 +173,21 @@ def make_step(
 
     def update(state: TrainState, frozen: dict, batches: Any) -> tuple[TrainState, Metrics]:
         state = dataclasses.replace(state, frozen=frozen)
-        slopes, sums, kept = gradients(state, batches)
-        slopes = jax.lax.with_sharding_constraint(slopes, shardings.params)
-        value, norm = loss.combine(sums), optax.global_norm(slopes)
+        grads, sums, objective_state = gradients(state, batches)
+        grads = jax.lax.with_sharding_constraint(grads, shardings.params)
+        value, norm = loss.value(sums), optax.global_norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
-        updates, moments = optimizer.update(slopes, state.optimizer, state.params)
+        updates, moments = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         step = state.step + 1
         followed = state.reference
         if reference is not None:
             share = jnp.where(step % reference.every == 0, reference.mixup, 0.0)
             followed = jax.tree.map(lambda r, p: r + share * (p - r), followed, params)
-        after = TrainState(step, params, {}, moments, followed, kept)
+        after = TrainState(step, params, {}, moments, followed, objective_state)
         before = dataclasses.replace(state, step=step, frozen={})
         after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
-        metrics = loss.report(sums) | {
+        metrics = loss.metrics(sums) | {
             "loss": value,
             "grad_norm": norm,
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
@@ -211,11 +211,13 @@ def _whole(
     """(gradient, sums, what objectives keep) of a batch that is run at once."""
 
     def value(trained: dict) -> tuple[jax.Array, Any]:
-        sums, kept = loss.evaluate(forward(trained, state, batch, key), batch, state.kept)
-        return loss.combine(sums), (sums, kept)
+        sums, objective_state = loss.sums(
+            forward(trained, state, batch, key), batch, state.objective_state
+        )
+        return loss.value(sums), (sums, objective_state)
 
-    slopes, (sums, kept) = jax.grad(value, has_aux=True)(state.params)
-    return slopes, sums, kept
+    grads, (sums, objective_state) = jax.grad(value, has_aux=True)(state.params)
+    return grads, sums, objective_state
 
 
 def _accumulate(
@@ -229,12 +231,12 @@ def _accumulate(
     weights = _weights(loss, forward, state, batches, keys)
 
     def value(trained: dict, batch: Any, key: Any) -> tuple[jax.Array, list[Sums]]:
-        sums, _ = loss.evaluate(forward(trained, state, batch, key), batch, state.kept)
+        sums, _ = loss.sums(forward(trained, state, batch, key), batch, state.objective_state)
         of_whole = [
             dataclasses.replace(part, weight=weight)
             for part, weight in zip(sums, weights, strict=True)
         ]
-        return loss.combine(of_whole), sums
+        return loss.value(of_whole), sums
 
     gradient = jax.grad(value, has_aux=True)
 
@@ -243,8 +245,8 @@ def _accumulate(
 
     first = jax.tree.map(lambda x: x[0], (batches, keys))
     zeros = _zeros(jax.eval_shape(gradient, state.params, *first))
-    (slopes, sums), _ = jax.lax.scan(add, zeros, (batches, keys))
-    return slopes, sums, state.kept
+    (grads, sums), _ = jax.lax.scan(add, zeros, (batches, keys))
+    return grads, sums, state.objective_state
 
 
 def _accumulate_coupled(
@@ -259,18 +261,18 @@ def _accumulate_coupled(
 
     def value(outputs: Any) -> tuple[jax.Array, Any]:
         outputs, batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (outputs, batches))
-        sums, kept = loss.evaluate(outputs, batch, state.kept)
-        return loss.combine(sums), (sums, kept)
+        sums, objective_state = loss.sums(outputs, batch, state.objective_state)
+        return loss.value(sums), (sums, objective_state)
 
-    by_output, (sums, kept) = jax.grad(value, has_aux=True)(outputs)
+    by_output, (sums, objective_state) = jax.grad(value, has_aux=True)(outputs)
 
     def add(total: Any, inputs: Any) -> tuple[Any, None]:
-        batch, key, slopes = inputs
+        batch, key, grads = inputs
         _, pull_back = jax.vjp(lambda trained: forward(trained, state, batch, key), state.params)
-        return jax.tree.map(jnp.add, total, pull_back(slopes)[0]), None
+        return jax.tree.map(jnp.add, total, pull_back(grads)[0]), None
 
-    slopes, _ = jax.lax.scan(add, _zeros(state.params), (batches, keys, by_output))
-    return slopes, sums, kept
+    grads, _ = jax.lax.scan(add, _zeros(state.params), (batches, keys, by_output))
+    return grads, sums, objective_state
 
 
 def _weights(
@@ -281,7 +283,7 @@ def _weights(
     def of_one(inputs: Any) -> list[jax.Array]:
         batch, key = inputs
         outputs = _zeros(jax.eval_shape(forward, state.params, state, batch, key))
-        return [part.weight for part in loss.evaluate(outputs, batch, state.kept)[0]]
+        return [part.weight for part in loss.sums(outputs, batch, state.objective_state)[0]]
 
     return [weights.sum(axis=0) for weights in jax.lax.map(of_one, (batches, keys))]
 

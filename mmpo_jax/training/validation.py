@@ -71,7 +71,7 @@ class Validator:
         self.config, self.batches, self.loss, self.mesh = config, batches, loss, mesh
         self.count = count
         self.forward = make_forward(loss, jnp.dtype(training.compute_dtype))
-        self.evaluate = jax.jit(loss.evaluate)
+        self.evaluate = jax.jit(loss.sums)
         self.history = [row for row in rows if config.metric in row]
 
     def measure(self, step: int, state: TrainState) -> dict[str, float]:
@@ -109,7 +109,7 @@ class Validator:
         best = best_row(self.history, self.config).get("step", 0)
         return sum(row["step"] > best for row in self.history) >= self.config.patience
 
-    def report(self, step: int, steps: int) -> None:
+    def log_summary(self, step: int, steps: int) -> None:
         """Says in the log which step is the result, and why training ended before the last one."""
         best = best_row(self.history, self.config)
         if step < steps:
@@ -153,8 +153,8 @@ def measure_batches(
         found.append((jax.device_get(outputs), _without_prompts(batch)))
     outputs, batch = jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
     # Of all rows at once: some losses compare rows with each other.
-    total, _ = evaluate(outputs, batch, state.kept)
-    values = jax.device_get({**loss.report(total), "loss": loss.combine(total)})
+    total, _ = evaluate(outputs, batch, state.objective_state)
+    values = jax.device_get({**loss.metrics(total), "loss": loss.value(total)})
     return means([values])
 
 

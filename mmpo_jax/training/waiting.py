@@ -53,7 +53,7 @@ class Waiting:
         yield
         self.left_out += time.perf_counter() - begun
 
-    def report(self) -> None:
+    def log_summary(self) -> None:
         """Says in the log what share of the time was waiting."""
         if self.started is None:
             return
@@ -61,7 +61,7 @@ class Waiting:
         share = self.seconds / elapsed if elapsed else 0.0
         log.info("waited for data %.1f %% of %.0f s", 100 * share, elapsed)
 
-    def report_rollouts(self, seconds: float) -> None:
+    def log_rollouts(self, seconds: float) -> None:
         """Says in the log what share of the time so many seconds of rollouts were, of which no step
         is running in any; compiling counts on both sides."""
         if self.started is None:

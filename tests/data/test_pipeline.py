@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tiny
 
-from mmpo_jax.data.pipeline import Example, Part, mixed_order, num_batches, training_batches
+from mmpo_jax.data.pipeline import Example, MixtureEntry, mixed_order, num_batches, training_batches
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
 from mmpo_jax.data.settings import Lengths
 from mmpo_jax.data.tokenization import tokenize_records
@@ -166,7 +166,7 @@ def test_rows_that_do_not_fit_are_counted_with_a_reason(tiny_processor):
 
 
 def test_a_mixture_is_even_and_every_row_gets_its_turn():
-    parts = [Part(20), Part(8, 0.5), Part(3, 2.0)]
+    parts = [MixtureEntry(20), MixtureEntry(8, 0.5), MixtureEntry(3, 2.0)]
     assert [part.per_epoch for part in parts] == [20, 4, 6]
     order = list(mixed_order(parts, seed=0, epochs=2))
     assert len(order) == 60

@@ -9,7 +9,7 @@ import pytest
 from rankings import loss_of, ranked
 
 from mmpo_jax.objectives.sums import mean, weighted
-from mmpo_jax.objectives.terms import combine, evaluate, first_state, make_term, report
+from mmpo_jax.objectives.terms import first_state, loss_sums, make_term, metrics_of, weighted_loss
 from mmpo_jax.training.metrics import means
 
 RANKS = [[1, 2, 3], [2, 1, 1], [1, 2, 3], [3, 3, 0]]
@@ -37,7 +37,7 @@ def test_sft_is_the_mean_over_the_tokens_of_all_responses(responses):
     fields = {name: x for name, x in responses.fields.items() if name not in told}
     expected, count = expected_nll(responses, lambda row, place: True)
     with jax.enable_x64(True):
-        (sums,), _ = evaluate(
+        (sums,), _ = loss_sums(
             [make_term("sft")], dataclasses.replace(responses, fields=fields), WEIGHTS, {}
         )
         assert float(mean(sums.loss, sums.weight)) == pytest.approx(expected, rel=1e-9)
@@ -64,7 +64,7 @@ def test_what_is_undesirable_is_never_learned(responses, name):
 
         def value(log_probs):
             changed = dataclasses.replace(told, log_probs=log_probs)
-            return combine([term], evaluate([term], changed, WEIGHTS, {})[0])
+            return weighted_loss([term], loss_sums([term], changed, WEIGHTS, {})[0])
 
         gradient = np.asarray(jax.grad(value)(told.log_probs))
     learned = np.abs(gradient).sum(axis=-1) > 0
@@ -74,10 +74,10 @@ def test_what_is_undesirable_is_never_learned(responses, name):
 def test_a_list_adds_up_weighted_means(responses):
     terms = [make_term("dpo", 0.8), make_term("bco_pair", 0.2), make_term("sft", 1.5)]
     with jax.enable_x64(True):
-        sums, state = evaluate(terms, responses, WEIGHTS, first_state(terms))
+        sums, state = loss_sums(terms, responses, WEIGHTS, first_state(terms))
         alone = [float(loss_of(term, responses, WEIGHTS)) for term in terms]
-        metrics = means([report(terms, sums)])
-        value = float(combine(terms, sums))
+        metrics = means([metrics_of(terms, sums)])
+        value = float(weighted_loss(terms, sums))
     assert state == {}
     assert value == pytest.approx(0.8 * alone[0] + 0.2 * alone[1] + 1.5 * alone[2], rel=1e-6)
     for term, expected in zip(terms, alone, strict=True):
@@ -87,8 +87,8 @@ def test_a_list_adds_up_weighted_means(responses):
 def test_losses_of_one_name_are_numbered(responses):
     terms = [make_term("dpo", beta=0.1), make_term("sft"), make_term("dpo", beta=0.5)]
     with jax.enable_x64(True):
-        sums, _ = evaluate(terms, responses, WEIGHTS, {})
-        metrics = means([report(terms, sums)])
+        sums, _ = loss_sums(terms, responses, WEIGHTS, {})
+        metrics = means([metrics_of(terms, sums)])
         alone = [float(loss_of(term, responses, WEIGHTS)) for term in terms]
     found = [metrics[f"loss/{name}"] for name in ("dpo", "sft", "dpo_2")]
     assert found == pytest.approx(alone, rel=1e-6)

@@ -22,7 +22,7 @@ from mmpo_jax.scoring.log_probs import score_batch
 from mmpo_jax.training.losses import make_loss
 from mmpo_jax.training.metrics import means
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
-from mmpo_jax.training.step import create_state, make_step, merge
+from mmpo_jax.training.step import create_state, make_step, whole_params
 
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "all-axes": (2, 2, 2)}
 TOLERANCE = 1e-5
@@ -69,7 +69,7 @@ def run(mesh, model, params) -> Outcome:
         keys = sample_keys(0, 0, np.arange(8), 2)
         tokens = sample(
             model,
-            merge(state),
+            whole_params(state),
             put_batch(batch, mesh),
             keys,
             decoding=decoding,

@@ -55,8 +55,8 @@ def _compiled(params, batch, reference, fixed):
     loss = make_loss(model, [term], temperature=temperature)
 
     def value(params):
-        sums, _ = loss.evaluate(loss.forward(params, reference, batch), batch, loss.state)
-        return loss.combine(sums), loss.report(sums)
+        sums, _ = loss.sums(loss.forward(params, reference, batch), batch, loss.state)
+        return loss.value(sums), loss.metrics(sums)
 
     (result, metrics), gradient = jax.value_and_grad(value, has_aux=True)(params)
     return result, metrics, gradient

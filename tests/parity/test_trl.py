@@ -247,8 +247,8 @@ def test_loss_equals_trl(theirs, batch, ours, case, monkeypatch):
         loss = make_loss(ours.model, terms)
 
         def value(outputs):
-            sums, _ = loss.evaluate(outputs, ours.batch, loss.state)
-            return loss.combine(sums), loss.report(sums)
+            sums, _ = loss.sums(outputs, ours.batch, loss.state)
+            return loss.value(sums), loss.metrics(sums)
 
         (found, metrics), slopes = jax.value_and_grad(value, has_aux=True)(ours.outputs)
         assert float(found) == pytest.approx(expected.item(), rel=1e-6, abs=1e-6)
@@ -272,7 +272,7 @@ def test_sft_equals_the_loss_of_transformers(folders, batch, ours):
     with jax.enable_x64(True):
         loss = make_loss(ours.model, [make_term("sft")])
         unranked = dataclasses.replace(ours.batch, fields={})
-        sums, _ = loss.evaluate(ours.outputs, unranked, {})
+        sums, _ = loss.sums(ours.outputs, unranked, {})
     # Their norms round to float32.
-    assert float(loss.combine(sums)) == pytest.approx(expected.item(), rel=1e-6)
-    assert means([loss.report(sums)])["nll_loss"] == pytest.approx(float(loss.combine(sums)))
+    assert float(loss.value(sums)) == pytest.approx(expected.item(), rel=1e-6)
+    assert means([loss.metrics(sums)])["nll_loss"] == pytest.approx(float(loss.value(sums)))

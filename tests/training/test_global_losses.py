@@ -82,7 +82,7 @@ def two_steps(model, params, name, batch, micro_batches, shape=(1, 1, 1)):
         for _ in range(2):
             state, values = step(state, cut)
             metrics.append(means([values]))
-    kept = {name: float(value) for name, value in state.kept.items()}
+    kept = {name: float(value) for name, value in state.objective_state.items()}
     weights = {path: np.asarray(x) for path, x in state.params.items()}
     weights |= {f"reference/{path}": np.asarray(x) for path, x in state.reference.items()}
     return metrics, weights, kept
@@ -139,7 +139,7 @@ def test_halves_have_another_mean(tiny_model, batch, whole, name):
 
     @jax.jit
     def value(part):
-        return loss.combine(loss.evaluate(loss.forward(params, None, part), part, loss.state)[0])
+        return loss.value(loss.sums(loss.forward(params, None, part), part, loss.state)[0])
 
     halves = jax.tree.map(lambda x: x.reshape(2, 4, *x.shape[1:]), batch)
     first, second = (float(value(jax.tree.map(lambda x, i=i: x[i], halves))) for i in range(2))

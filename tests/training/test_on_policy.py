@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from mmpo_jax.checkpoints.orbax import CheckpointError
 from mmpo_jax.commands.train import run_training
 from mmpo_jax.core.trees import flatten
-from mmpo_jax.data.pipeline import Example, Part
+from mmpo_jax.data.pipeline import Example, MixtureEntry
 from mmpo_jax.data.settings import Lengths
 from mmpo_jax.data.sources import SKIPPED
 from mmpo_jax.data.tokenization import tokenize_records
@@ -172,7 +172,7 @@ def test_a_rollout(tiny_model, tiny_processor, records, mesh, temperature):
         ROLLOUT.model_copy(update={"temperature": temperature}),
         LENGTHS,
         mesh,
-        [Part(len(records))],
+        [MixtureEntry(len(records))],
         micro_batch_size=2,
         seed=3,
     )
@@ -224,8 +224,8 @@ def test_a_prompt_twice_in_a_batch_is_sampled_anew(tiny_model, tiny_processor, r
         ids = (prompts.response_ids * prompts.loss_mask).reshape(4, 4, -1)
         return [(id_, row.tolist()) for id_, row in zip(host.ids, ids, strict=True)]
 
-    twice = responses([Part(2)], records[:2])
-    alone = dict(responses([Part(4)], records[:4]))
+    twice = responses([MixtureEntry(2)], records[:2])
+    alone = dict(responses([MixtureEntry(4)], records[:4]))
     assert len({id_ for id_, _ in twice}) == 2
     samples = [tuple(sample) for _, row in twice for sample in row]
     assert len(set(samples)) == len(samples) == 16

@@ -19,7 +19,7 @@ from mmpo_jax.recipes.training import MovingReference, Optimizer
 from mmpo_jax.training.losses import make_loss
 from mmpo_jax.training.metrics import means
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
-from mmpo_jax.training.step import create_state, make_step, merge, trainable_paths
+from mmpo_jax.training.step import create_state, make_step, trainable_paths, whole_params
 
 LINE = types.SimpleNamespace(rules=((r".*", PartitionSpec()),))  # all of a model a state needs
 CONSTANT = optax.constant_schedule(0.5)
@@ -138,7 +138,7 @@ class TestAccumulation:
             "multi_modal_projector",
             "language_model",
         }
-        merged = flatten(merge(state))
+        merged = flatten(whole_params(state))
         assert merged.keys() == before.keys()
         for path in state.frozen:
             np.testing.assert_array_equal(merged[path], before[path])

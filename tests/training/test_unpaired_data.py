@@ -239,7 +239,7 @@ def test_devices_and_micro_batches_change_nothing(name, tiny_model, tiny_process
             for host in batches(examples, tiny_processor, micro):
                 state, metrics = step(state, put_batch(host.arrays, mesh, leading=1))
                 found.append(jax.device_get(metrics))
-            return found, jax.device_get((state.kept, state.params))
+            return found, jax.device_get((state.objective_state, state.params))
 
     metrics, ended = run(1, 8)
     assert len(metrics) == 2

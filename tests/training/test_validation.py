@@ -263,7 +263,7 @@ def test_batches_of_any_size_measure_the_same(tiny_model, tiny_processor, names)
     model, params = tiny_model
     terms = [make_term(name, weight) for name, weight in zip(names, (1.0, 0.5), strict=False)]
     loss = make_loss(model, terms)
-    state = TrainState(np.int32(0), flatten(params), {}, (), kept=loss.state)
+    state = TrainState(np.int32(0), flatten(params), {}, (), objective_state=loss.state)
     mesh = jax.make_mesh(
         (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
     )

@@ -55,7 +55,7 @@ def train(clock, fetches, step):
 def test_fast_data_are_not_waited_for(clock, caplog):
     measured = train(clock, [50.0, 1.0, 1.0, 1.0], step=10.0)
     assert measured.seconds == 0  # the first fetch fills the pipeline
-    measured.report()
+    measured.log_summary()
     assert caplog.messages == ["waited for data 0.0 % of 40 s"]
 
 
@@ -63,7 +63,7 @@ def test_slow_data_are_waited_for(clock, caplog):
     """Fetches of 30 s beside steps of 10 s: an upper bound, as all of a late fetch counts."""
     measured = train(clock, [50.0, 30.0, 30.0], step=10.0)
     assert measured.seconds == 60
-    measured.report()
+    measured.log_summary()
     assert caplog.messages == ["waited for data 85.7 % of 70 s"]
 
 
@@ -75,7 +75,7 @@ def test_one_step_at_most_is_ahead_of_the_data(clock):
 
 def test_time_of_rollouts(clock, caplog):
     measured = train(clock, [30.0, 30.0], step=10.0)
-    measured.report_rollouts(50.0)
+    measured.log_rollouts(50.0)
     assert caplog.messages == ["rollouts 71.4 %, steps and the rest 28.6 % of 70 s"]
 
 
@@ -84,7 +84,7 @@ def test_time_of_rollouts(clock, caplog):
     [
         (Waiting.report, "waited for data 75.0 % of 40 s"),
         (
-            lambda measured: measured.report_rollouts(35.0),
+            lambda measured: measured.log_rollouts(35.0),
             "rollouts 50.0 %, steps and the rest 50.0 % of 70 s",
         ),
     ],
@@ -101,6 +101,6 @@ def test_validation_and_checkpoints_do_not_count(clock, caplog, report, line):
 
 
 def test_nothing_was_trained(clock, caplog):
-    Waiting().report()
-    Waiting().report_rollouts(0.0)
+    Waiting().log_summary()
+    Waiting().log_rollouts(0.0)
     assert caplog.messages == []
