@@ -10,7 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent))
 
-import xla_flags
+from helpers import xla_flags
 
 os.environ["XLA_FLAGS"] = " ".join(
     [*xla_flags.known(xla_flags.FLAGS), os.environ.get("XLA_FLAGS", "")]
@@ -29,8 +29,7 @@ jax.config.update(
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
-import compiled  # noqa: E402
-import tiny  # noqa: E402
+from helpers import compiled, tiny  # noqa: E402
 
 compiled.share()
 
@@ -77,7 +76,7 @@ def tiny_processor(tiny_folder, tiny_model):
 def family_case(tmp_path_factory):
     """(family, whether its head is tied) -> a `checks.Case` of it, made once."""
     pytest.importorskip("torch")
-    import families
+    from helpers import families
 
     made = {}
 

@@ -1,6 +1,6 @@
 """A flag that XLA does not have would end the whole session without a word."""
 
-import xla_flags
+from helpers import xla_flags
 
 
 def test_what_the_jaxlib_does_not_have_is_not_set():

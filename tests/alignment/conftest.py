@@ -4,7 +4,7 @@ import shutil
 
 import jax
 import pytest
-from alignment.small_rounds import CoinLabeler, WordSplitter, make_recipe
+from helpers.small_rounds import CoinLabeler, WordSplitter, make_recipe
 from jax.sharding import AxisType
 
 from mmpo_jax.alignment import align

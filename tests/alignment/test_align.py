@@ -10,8 +10,8 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-import tiny
-from alignment.small_rounds import PROMPTS, ROUNDS, SAMPLES, STAGES, make_recipe
+from helpers import tiny
+from helpers.small_rounds import PROMPTS, ROUNDS, SAMPLES, STAGES, make_recipe
 
 from mmpo_jax.alignment import align
 from mmpo_jax.alignment import round as round_module

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pyarrow as pa
 import pytest
-from alignment.small_rounds import PROMPTS, make_recipe
+from helpers.small_rounds import PROMPTS, make_recipe
 from jax.sharding import AxisType
 
 from mmpo_jax.alignment import align

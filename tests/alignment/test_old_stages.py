@@ -2,7 +2,7 @@
 
 import json
 
-from alignment.small_rounds import make_recipe
+from helpers.small_rounds import make_recipe
 
 from mmpo_jax.alignment import align
 from mmpo_jax.alignment.align import run_alignment

@@ -3,7 +3,7 @@
 import jax
 import pytest
 import yaml
-from cli.recipes import recipe
+from helpers.cli_recipes import recipe
 from jax.sharding import AxisType
 
 from mmpo_jax import cli

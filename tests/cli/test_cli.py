@@ -4,7 +4,7 @@ import json
 
 import jax
 import pytest
-from cli.recipes import POSSIBLE, recipe, write_rows
+from helpers.cli_recipes import POSSIBLE, recipe, write_rows
 
 from mmpo_jax import cli
 from mmpo_jax.commands import generate

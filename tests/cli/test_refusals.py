@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny
-from cli.recipes import POSSIBLE, recipe, write_rows
+from helpers import tiny
+from helpers.cli_recipes import POSSIBLE, recipe, write_rows
 
 from mmpo_jax.core import files
 

@@ -1,7 +1,7 @@
 """What tests of data share."""
 
 import pytest
-from format_rows import png
+from helpers.format_rows import png
 
 
 @pytest.fixture

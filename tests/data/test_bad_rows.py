@@ -6,7 +6,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from format_rows import (
+from helpers.format_rows import (
     IMAGE_PART,
     PAIR,
     QUESTION,

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-import tiny
+from helpers import tiny
 
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.data.batching import bucket, pad_batch

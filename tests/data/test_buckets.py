@@ -6,7 +6,7 @@ import json
 import os
 
 import pytest
-from buckets import empty_bucket
+from helpers.buckets import empty_bucket
 from PIL import Image
 
 from mmpo_jax.commands.data_convert import convert_data

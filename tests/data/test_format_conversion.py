@@ -6,7 +6,7 @@ import os
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from format_rows import (
+from helpers.format_rows import (
     PROMPT,
     RLAIF_V,
     RLHF_V,

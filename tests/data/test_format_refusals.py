@@ -6,7 +6,7 @@ import json
 import math
 
 import pytest
-from format_rows import (
+from helpers.format_rows import (
     DIALOGUE,
     LLAMA_FACTORY,
     MM_RLHF,

@@ -9,7 +9,7 @@ from typing import get_args
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from format_rows import (
+from helpers.format_rows import (
     ALL_SIX,
     LLAMA_FACTORY,
     MM_RLHF,

@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from format_rows import QUESTION, read_jsonl, write_jsonl
+from helpers.format_rows import QUESTION, read_jsonl, write_jsonl
 
 from mmpo_jax.commands.data_convert import convert_data
 from mmpo_jax.data.ids import RowIds, own_id

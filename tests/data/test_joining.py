@@ -6,7 +6,7 @@ import logging
 import random
 
 import pytest
-from format_rows import QUESTION, png, read_jsonl, write_jsonl
+from helpers.format_rows import QUESTION, png, read_jsonl, write_jsonl
 
 from mmpo_jax.cli import main
 from mmpo_jax.data.joining import Joined, join_pairs

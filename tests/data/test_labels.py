@@ -1,7 +1,7 @@
 """Verdicts in any spelling."""
 
 import pytest
-from format_rows import QUESTION, assistant, gpt, human, read_one, skip_one, user
+from helpers.format_rows import QUESTION, assistant, gpt, human, read_one, skip_one, user
 
 from mmpo_jax.data.formats.format import FLAGS
 

@@ -6,7 +6,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from format_rows import QUESTION, png, read_one, user, write_jsonl
+from helpers.format_rows import QUESTION, png, read_one, user, write_jsonl
 
 from mmpo_jax.data.formats.media import MediaFolder
 from mmpo_jax.data.readers import check_images, read_records, write_skipped

@@ -6,7 +6,7 @@ import logging
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from format_rows import QUESTION, png, skip_one, user, write_jsonl
+from helpers.format_rows import QUESTION, png, skip_one, user, write_jsonl
 
 from mmpo_jax.commands.data_check import check_data
 from mmpo_jax.data.formats.columns import PICTURE_COLUMNS, with_pictures

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-import tiny
+from helpers import tiny
 
 from mmpo_jax.data.pipeline import Example, MixtureEntry, mixed_order, num_batches, training_batches
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn

@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-import tiny
+from helpers import tiny
 
 from mmpo_jax.checkpoints.configs import load_config
 from mmpo_jax.core.errors import DataError

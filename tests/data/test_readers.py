@@ -5,7 +5,7 @@ import dataclasses
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from format_rows import (
+from helpers.format_rows import (
     IMAGE_PART,
     PAIR,
     PROMPT,

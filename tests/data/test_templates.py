@@ -4,7 +4,7 @@ import json
 import logging
 
 import pytest
-import tiny
+from helpers import tiny
 from transformers import AutoProcessor, AutoTokenizer
 
 from mmpo_jax.checkpoints.checkpoint import load_processor, load_start

@@ -5,8 +5,8 @@ import json
 import shutil
 
 import pytest
-import tiny
 import transformers
+from helpers import tiny
 
 from mmpo_jax.checkpoints.configs import load_config
 from mmpo_jax.data.chat_template import TemplateRefusal

@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-import tiny
+from helpers import tiny
 
 from mmpo_jax.checkpoints.configs import load_config
 from mmpo_jax.data.processor import Processor

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from format_rows import QUESTION, assistant, read_one, text_part, user, write_jsonl
+from helpers.format_rows import QUESTION, assistant, read_one, text_part, user, write_jsonl
 
 from mmpo_jax.commands.data_convert import convert_data
 from mmpo_jax.commands.generate import _line

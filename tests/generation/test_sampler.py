@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
+from helpers import tiny
 
 from mmpo_jax.core.trees import map_with_path
 from mmpo_jax.generation.sampler import (

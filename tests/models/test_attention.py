@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
+from helpers import tiny
 
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.generation.sampler import Decoding, sample, sample_keys

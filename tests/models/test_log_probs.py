@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
+from helpers import tiny
 
 from mmpo_jax.checkpoints.train_state import TrainState
 from mmpo_jax.core.trees import flatten

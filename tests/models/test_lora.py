@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
+from helpers import tiny
 from jax.sharding import PartitionSpec
 
 from mmpo_jax.checkpoints import huggingface

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from objectives.numeric import check_extremes, random_responses
+from helpers.numeric import check_extremes, random_responses
 
 from mmpo_jax.objectives.catalog import OBJECTIVES
 from mmpo_jax.objectives.registry import Objective

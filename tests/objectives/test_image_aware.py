@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from token_cases import check_extremes, check_formula, l, make_case, sigmoid
+from helpers.token_cases import check_extremes, check_formula, l, make_case, sigmoid
 
 
 def r(y):

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from objectives.numeric import check_extremes, gradient_of, loss_of, random_responses, slopes
+from helpers.numeric import check_extremes, gradient_of, loss_of, random_responses, slopes
 
 from mmpo_jax.objectives.on_policy import advantages
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rankings import DIMENSIONS, PAIRWISE, loss_of, ranked, term_of, value_and_gradient
+from helpers.rankings import DIMENSIONS, PAIRWISE, loss_of, ranked, term_of, value_and_gradient
 
 from mmpo_jax.objectives.catalog import OBJECTIVES
 from mmpo_jax.objectives.responses import Responses

@@ -5,8 +5,8 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from formulas import BATCHES, PAIRS, One, log_sigmoid
-from rankings import DIMENSIONS, ranked, term_of, value_and_gradient
+from helpers.formulas import BATCHES, PAIRS, One, log_sigmoid
+from helpers.rankings import DIMENSIONS, ranked, term_of, value_and_gradient
 
 from mmpo_jax.objectives.responses import Responses
 

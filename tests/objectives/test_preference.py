@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from rankings import loss_of, ranked, term_of
+from helpers.rankings import loss_of, ranked, term_of
 
 from mmpo_jax.objectives.terms import make_term
 

@@ -6,7 +6,7 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from objectives.numeric import (
+from helpers.numeric import (
     check_extremes,
     gradient_of,
     loss_of,

@@ -7,9 +7,8 @@ from typing import Any, get_args
 
 import jax
 import pytest
-import rankings
+from helpers import numeric, rankings
 from objectives import (
-    numeric,
     test_image_aware,
     test_on_policy,
     test_pairwise_formulas,

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from objectives.numeric import log_sigmoid, loss_of, random_responses, slopes
+from helpers.numeric import log_sigmoid, loss_of, random_responses, slopes
 from pydantic import ValidationError
 
 from mmpo_jax.objectives.reward_model import bradley_terry

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rankings import loss_of, ranked
+from helpers.rankings import loss_of, ranked
 
 from mmpo_jax.objectives.sums import mean, weighted
 from mmpo_jax.objectives.terms import first_state, loss_sums, make_term, metrics_of, weighted_loss

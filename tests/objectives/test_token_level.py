@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from token_cases import check_extremes, check_formula, l, loss_of, make_case, to_responses
+from helpers.token_cases import check_extremes, check_formula, l, loss_of, make_case, to_responses
 
 from mmpo_jax.objectives import terms as objectives
 from mmpo_jax.objectives.responses import Responses

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from objectives.numeric import (
+from helpers.numeric import (
     check_extremes,
     gradient_of,
     log_sigmoid,

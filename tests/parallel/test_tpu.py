@@ -12,7 +12,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 COMPILE = """
 import json, sys
 import compile_for_tpu as script
-import tiny
+from helpers import tiny
 
 script.REMAT = "dots"
 target = script.Target(tiny.make_config, prompt=40, slots=2, train_mesh=(1, 2, 2))

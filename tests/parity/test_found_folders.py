@@ -7,9 +7,8 @@ import shutil
 import pytest
 
 torch = pytest.importorskip("torch")
-import checks  # noqa: E402
-import families  # noqa: E402
 import safetensors.torch  # noqa: E402
+from helpers import checks, families  # noqa: E402
 
 from mmpo_jax.checkpoints.checkpoint import load_start  # noqa: E402
 from mmpo_jax.checkpoints.huggingface import load_model, save_model  # noqa: E402

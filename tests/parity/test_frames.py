@@ -3,12 +3,11 @@
 import importlib.util
 
 import numpy as np
-import pictures
 import pytest
+from helpers import pictures
 
 torch = pytest.importorskip("torch")
-import checks  # noqa: E402
-import families  # noqa: E402
+from helpers import checks, families  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from mmpo_jax.data.records import ImageRef, VideoRef  # noqa: E402

@@ -7,13 +7,13 @@ import re
 import types
 
 import numpy as np
-import pictures
 import pytest
+from helpers import pictures
 
 pytest.importorskip("torch")
-import checks
 import torch
 import transformers
+from helpers import checks
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from mmpo_jax.checkpoints.huggingface import load_model, save_model

@@ -1,11 +1,10 @@
 """Images in responses against transformers, one dialogue at a time: every family that sees."""
 
-import pictures
 import pytest
+from helpers import pictures
 
 pytest.importorskip("torch")
-import checks
-import families
+from helpers import checks, families
 
 from mmpo_jax.data.records import IMAGE, Record, Response, Turn
 

@@ -8,10 +8,9 @@ import shutil
 import jax
 import ml_dtypes
 import numpy as np
-import pictures
 import pytest
-import tiny
 import transformers
+from helpers import pictures, tiny
 
 from mmpo_jax.checkpoints.folders import BUILTIN
 from mmpo_jax.checkpoints.huggingface import load_model, save_model
@@ -26,8 +25,8 @@ from mmpo_jax.picture_world.render import png_bytes
 from mmpo_jax.picture_world.world import sample_scene
 
 torch = pytest.importorskip("torch")
-import checks  # noqa: E402
 import safetensors.torch  # noqa: E402
+from helpers import checks  # noqa: E402
 from transformers import LlavaForConditionalGeneration  # noqa: E402
 
 pytestmark = pytest.mark.parity

@@ -2,12 +2,12 @@
 
 import types
 
-import pictures
 import pytest
+from helpers import pictures
 
 pytest.importorskip("torch")
-import checks
 import transformers
+from helpers import checks
 
 from mmpo_jax.data.tokenization import tokenize
 from mmpo_jax.models.anyres import tile_grid

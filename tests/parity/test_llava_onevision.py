@@ -3,13 +3,13 @@
 import dataclasses
 import itertools
 
-import pictures
 import pytest
+from helpers import pictures
 
 pytest.importorskip("torch")
-import checks
 import torch
 import transformers
+from helpers import checks
 
 from mmpo_jax.models.config import ModelError
 from mmpo_jax.models.model import read_config

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
+from helpers import tiny
 from jax.sharding import AxisType, PartitionSpec
 
 from mmpo_jax.objectives.sums import Sums

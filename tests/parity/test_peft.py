@@ -10,9 +10,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
-import checks  # noqa: E402
-import families  # noqa: E402
 import safetensors.torch  # noqa: E402
+from helpers import checks, families  # noqa: E402
 
 from mmpo_jax.checkpoints.checkpoint import load_start  # noqa: E402
 from mmpo_jax.checkpoints.peft import (  # noqa: E402

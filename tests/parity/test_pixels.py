@@ -3,9 +3,8 @@
 import json
 
 import numpy as np
-import pictures
 import pytest
-import tiny
+from helpers import pictures, tiny
 from PIL import Image
 
 from mmpo_jax.checkpoints.configs import load_config

@@ -5,15 +5,15 @@ import functools
 import json
 
 import numpy as np
-import pictures
 import pytest
-from pictures import encode, noise, refs
+from helpers import pictures
+from helpers.pictures import encode, noise, refs
 from PIL import Image
 
 torch = pytest.importorskip("torch")
-import checks  # noqa: E402
 import safetensors.torch  # noqa: E402
 import transformers  # noqa: E402
+from helpers import checks  # noqa: E402
 
 from mmpo_jax.checkpoints.huggingface import load_model, save_model  # noqa: E402
 from mmpo_jax.core.trees import flatten  # noqa: E402

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-import checks  # noqa: E402
-import families  # noqa: E402
 import transformers  # noqa: E402
+from helpers import checks, families  # noqa: E402
 
 from mmpo_jax.checkpoints.cards import ModelCard  # noqa: E402
 from mmpo_jax.checkpoints.huggingface import load_params, save_model  # noqa: E402

@@ -3,8 +3,8 @@
 import pytest
 
 pytest.importorskip("torch")
-import checks
 import transformers
+from helpers import checks
 
 pytestmark = pytest.mark.parity
 

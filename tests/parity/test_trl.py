@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-import tiny
-from parity.against_trl import assert_same_gradients, make_batch
+from helpers import tiny
+from helpers.against_trl import assert_same_gradients, make_batch
 
 from mmpo_jax.checkpoints.huggingface import load_model, save_model
 from mmpo_jax.data.pipeline import TrainBatch

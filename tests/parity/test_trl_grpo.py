@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 import pytest
-import tiny
-from parity.against_trl import (
+from helpers import tiny
+from helpers.against_trl import (
     as_float64,
     assert_same_gradients,
     loss_and_gradient,

@@ -4,7 +4,7 @@ import json
 
 import jax
 import pytest
-import smollm2
+from helpers import smollm2
 from jax.sharding import AxisType
 
 from mmpo_jax import cli
@@ -57,7 +57,7 @@ def kind_case(tmp_path_factory):
     """name of a kind -> (the kind, a `checks.Case` of it, its tokenizer), made once."""
     pytest.importorskip("trl")
     import transformers
-    from kinds import KINDS, make_checkpoint
+    from helpers.kinds import KINDS, make_checkpoint
 
     made = {}
 

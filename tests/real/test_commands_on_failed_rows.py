@@ -12,19 +12,18 @@ import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("trl")
-import failed_rows
 import pyarrow as pa
 import pyarrow.parquet as pq
-import row_cases as rows
 import safetensors.torch
-import smollm2
 import torch
 import transformers
 import yaml
-from failed_rows import CHOSEN, LIMITS, REJECTED, talk
-from kinds import KINDS
-from row_cases import BAD, GOOD, Q, plain
-from their_rows import ids_of, is_learned, their_cuts
+from helpers import failed_rows, smollm2
+from helpers import row_cases as rows
+from helpers.failed_rows import CHOSEN, LIMITS, REJECTED, talk
+from helpers.kinds import KINDS
+from helpers.row_cases import BAD, GOOD, Q, plain
+from helpers.their_rows import ids_of, is_learned, their_cuts
 
 from mmpo_jax import cli
 from mmpo_jax.commands.data_check import check_data

@@ -9,9 +9,9 @@ import pytest
 pytest.importorskip("torch")
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
-import smollm2  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from helpers import smollm2  # noqa: E402
 
 from mmpo_jax.commands.train import run_training  # noqa: E402
 from mmpo_jax.recipes.recipe import TrainRecipe  # noqa: E402

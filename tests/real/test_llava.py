@@ -3,9 +3,8 @@
 import pytest
 
 torch = pytest.importorskip("torch")
-import pictures  # noqa: E402
-import smollm2  # noqa: E402
 import transformers  # noqa: E402
+from helpers import pictures, smollm2  # noqa: E402
 from PIL import Image  # noqa: E402
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
@@ -32,7 +31,7 @@ ROWS = {  # pictures, prompt, responses
 @pytest.fixture(scope="module")
 def folder(short_folder, tmp_path_factory):
     """The real tokenizer with one token more, for which the vocabulary is resized."""
-    import checks
+    from helpers import checks
 
     folder = tmp_path_factory.mktemp("llava") / "smollm2"
     tokenizer = transformers.AutoTokenizer.from_pretrained(short_folder)

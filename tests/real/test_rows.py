@@ -14,14 +14,14 @@ import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("trl")
-import checks
-import row_cases as rows
 import torch
 import transformers
+from helpers import checks
+from helpers import row_cases as rows
+from helpers.kinds import KINDS, Kind, make_checkpoint, published
+from helpers.their_rows import their_inputs, their_texts
 from jax.sharding import AxisType
-from kinds import KINDS, Kind, make_checkpoint, published
 from PIL import Image
-from their_rows import their_inputs, their_texts
 
 from mmpo_jax.data.batching import fitting_lengths
 from mmpo_jax.data.contexts import tokenize_contexts

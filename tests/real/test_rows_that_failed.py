@@ -9,9 +9,9 @@ import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("trl")
-import failed_rows
-import row_cases as rows
-from their_rows import ids_of, is_learned, once, their_cuts, their_sum
+from helpers import failed_rows
+from helpers import row_cases as rows
+from helpers.their_rows import ids_of, is_learned, once, their_cuts, their_sum
 
 from mmpo_jax import cli
 

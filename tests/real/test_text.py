@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("torch")
-import smollm2
 import torch
 import transformers
+from helpers import smollm2
 
 pytestmark = pytest.mark.parity
 

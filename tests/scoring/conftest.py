@@ -2,8 +2,8 @@
 
 import jax
 import pytest
+from helpers.score_rows import read_rows
 from jax.sharding import AxisType
-from scoring.score_rows import read_rows
 
 from mmpo_jax import cli
 from mmpo_jax.parallel.mesh import AXES

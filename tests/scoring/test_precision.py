@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import safetensors.numpy
-import tiny
+from helpers import tiny
 
 from mmpo_jax import cli
 

@@ -5,8 +5,8 @@ import os
 import shutil
 
 import pytest
-import tiny
-from scoring.score_rows import PAIRS, write_rows
+from helpers import tiny
+from helpers.score_rows import PAIRS, write_rows
 
 from mmpo_jax.core import files
 from mmpo_jax.scoring import log_probs as reference

@@ -6,16 +6,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tiny
-from scoring.score_rows import ASK, LONG, PAIRS, SHORT, read_rows, write_rows
+from helpers import tiny
+from helpers.score_rows import ASK, LONG, PAIRS, SHORT, read_rows, write_rows
 
 from mmpo_jax.checkpoints.huggingface import save_model
 
 torch = pytest.importorskip("torch")
-import checks  # noqa: E402
-import families  # noqa: E402
-import pictures as pictures_of_tests  # noqa: E402
 import transformers  # noqa: E402
+from helpers import checks, families  # noqa: E402
+from helpers import pictures as pictures_of_tests  # noqa: E402
 from PIL import Image  # noqa: E402
 
 pytestmark = pytest.mark.parity

@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 import pytest
-import tiny
+from helpers import tiny
+from helpers.loop_runs import CONFIG, IDENTITY, LENGTHS, ROWS, make_record
 from jax.sharding import AxisType
-from training.loop_runs import CONFIG, IDENTITY, LENGTHS, ROWS, make_record
 
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.tokenization import tokenize_records

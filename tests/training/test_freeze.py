@@ -6,11 +6,10 @@ import jax
 import numpy as np
 import optax
 import pytest
-import tiny
+from helpers import tiny
 
 pytest.importorskip("torch")
-import checks
-import families
+from helpers import checks, families
 from jax.sharding import AxisType
 
 from mmpo_jax.core.trees import flatten

@@ -10,8 +10,7 @@ import struct
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType
-from training.loop_runs import (
+from helpers.loop_runs import (
     CONFIG,
     ROWS,
     STEPS,
@@ -20,6 +19,7 @@ from training.loop_runs import (
     poison,
     same,
 )
+from jax.sharding import AxisType
 
 from mmpo_jax.checkpoints.checkpoint import load_checkpoint
 from mmpo_jax.core.trees import flatten

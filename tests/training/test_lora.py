@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-import tiny
+from helpers import tiny
 from jax.sharding import AxisType
 
 from mmpo_jax.checkpoints.checkpoint import load_start

@@ -6,7 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-import tiny
+from helpers import tiny
 from jax.sharding import AxisType
 
 from mmpo_jax.checkpoints.configs import load_config

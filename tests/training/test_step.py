@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny
+from helpers import tiny
 from jax.sharding import AxisType, PartitionSpec
 
 from mmpo_jax.core.trees import flatten

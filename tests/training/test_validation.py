@@ -11,8 +11,8 @@ import types
 import jax
 import numpy as np
 import pytest
-import tiny
 import yaml
+from helpers import tiny
 from jax.sharding import AxisType
 
 from mmpo_jax import cli

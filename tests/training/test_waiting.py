@@ -82,7 +82,7 @@ def test_time_of_rollouts(clock, caplog):
 @pytest.mark.parametrize(
     ("report", "line"),
     [
-        (Waiting.report, "waited for data 75.0 % of 40 s"),
+        (Waiting.log_summary, "waited for data 75.0 % of 40 s"),
         (
             lambda measured: measured.log_rollouts(35.0),
             "rollouts 50.0 %, steps and the rest 50.0 % of 70 s",

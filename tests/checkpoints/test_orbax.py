@@ -12,8 +12,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from helpers.loop_runs import CONFIG, IDENTITY, STEPS, files, poison, same
 from jax.sharding import AxisType
-from training.loop_runs import CONFIG, IDENTITY, STEPS, files, poison, same
 
 from mmpo_jax.checkpoints.checkpoint import load_checkpoint
 from mmpo_jax.checkpoints.huggingface import load_params, save_model

@@ -296,19 +296,19 @@ def example(record, reference=None):
     return Example((record,), {"rank": ranks}, {"sums": reference[None]})
 
 
-def row_loss(forward, *evaluate, coupled=False):
+def row_loss(forward, *terms, coupled=False):
     """The loss of a train step without a model.
 
     Args:
       forward: (params, batch) -> a number for every row.
-      evaluate: of every term (these numbers, batch) -> `Sums`.
+      terms: of every term (these numbers, batch) -> `Sums`.
       coupled: whether rows depend on each other.
     """
     return Loss(
         forward=lambda params, reference, batch: forward(params, batch),
-        evaluate=lambda outputs, batch, state: ([term(outputs, batch) for term in evaluate], state),
-        combine=lambda sums: sum(mean(part.loss, part.weight) for part in sums),
-        report=lambda sums: {},
+        sums=lambda outputs, batch, state: ([term(outputs, batch) for term in terms], state),
+        value=lambda sums: sum(mean(part.loss, part.weight) for part in sums),
+        metrics=lambda sums: {},
         coupled=coupled,
     )
 

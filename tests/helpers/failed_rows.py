@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from row_cases import (
+from helpers.row_cases import (
     BAD,
     GOOD,
     IMAGE,

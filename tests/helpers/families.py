@@ -7,11 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import checks
 import numpy as np
-import pictures
 import torch
 import transformers
+from helpers import checks, pictures
 
 from mmpo_jax.data.records import Record
 

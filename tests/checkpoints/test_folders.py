@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import transformers
-from buckets import Bucket, empty_bucket
+from helpers.buckets import Bucket, empty_bucket
 from jax.sharding import AxisType
 
 from mmpo_jax.checkpoints.checkpoint import load_checkpoint, load_processor

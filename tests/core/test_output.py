@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import buckets
 import pytest
 import yaml
+from helpers import buckets
 
 from mmpo_jax import cli
 from mmpo_jax.core import output

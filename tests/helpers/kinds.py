@@ -6,13 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import checks
-import families
-import row_cases as rows
-import smollm2
-import tiny
 import transformers
 import trl
+from helpers import checks, families, smollm2, tiny
+from helpers import row_cases as rows
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 PARTS = """\

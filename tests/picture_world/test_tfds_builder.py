@@ -14,7 +14,7 @@ from mmpo_jax.picture_world.render import png_bytes, render
 from mmpo_jax.picture_world.tfds_builder import Shapes, ShapesConfig, make_example
 from mmpo_jax.picture_world.world import Scene, sample_scene
 
-ROOT = Path(mmpo_jax.__file__).parent.parents[2]
+ROOT = Path(mmpo_jax.__file__).parents[1]
 
 # Hides TensorFlow from the import system, as where it is not installed.
 WITHOUT_TENSORFLOW = """

@@ -10,15 +10,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-import checks
-import families
 import numpy as np
-import row_cases as rows
-import smollm2
-import tiny
 import torch
 import transformers
-from kinds import Kind, published
+from helpers import checks, families, smollm2, tiny
+from helpers import row_cases as rows
+from helpers.kinds import Kind, published
 
 from mmpo_jax.data.records import ImageRef, Record
 

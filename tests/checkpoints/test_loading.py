@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-import tiny
+from helpers import tiny
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mmpo_jax.checkpoints import loading

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-import tiny
+from helpers import tiny
 
 from mmpo_jax.checkpoints.checkpoint import checkpoint_folders, load_start
 from mmpo_jax.checkpoints.fingerprints import fingerprint_model

@@ -4,7 +4,7 @@ import functools
 
 import jax
 import numpy as np
-import tiny
+from helpers import tiny
 
 from mmpo_jax.checkpoints.huggingface import to_huggingface
 from mmpo_jax.data.pipeline import TrainBatch
