@@ -25,6 +25,7 @@ from mmpo_jax.data.formats.turns import (
     parse_turns,
     with_system,
 )
+from mmpo_jax.data.formats.whole_dialogues import split_answer, split_pair
 from mmpo_jax.data.formats.writing import (
     CannotHold,
     Writer,
@@ -50,7 +51,7 @@ def _claims(row: Row) -> bool:
 
 
 def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
-    prompt = with_system(row, (*_history(row.get("history", [])), Message("user", _asked(row))))
+    prompt: Turns = (*_history(row.get("history", [])), Message("user", _asked(row)))
     used = [name for name in _COLUMNS if name in row]
     said = next((row[name] for name in _ANSWERS if name in row), None)
     better = row.get("chosen", said)
@@ -60,17 +61,19 @@ def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
     answers: tuple[Answer, ...] = ()
     if worse is not None:
         chosen, rejected = (parse_turns(text, "assistant") for text in (better, worse))
+        prompt, chosen, rejected = split_pair(prompt, chosen, rejected)
         answers = scored_pair(row, chosen, rejected)
         used += [name for name in SCORES if name in row]
     elif better is not None:
-        answer = parse_turns(better, "assistant")
+        prompt, answer = split_answer(prompt, parse_turns(better, "assistant"))
         label = next((name for name in _LABELS if name in row), None)
         if label is not None:
             verdict = {"desirable": read_flag(row[label], label)}
             answers = (Answer(answer, fields=verdict),)
         else:
-            prompt, answers = supervised(prompt + answer, messages_as)
-    return draft_of(row, media, prompt, answers, used)
+            turns = with_system(row, prompt) + answer
+            return draft_of(row, media, *supervised(turns, messages_as), used)
+    return draft_of(row, media, with_system(row, prompt), answers, used)
 
 
 def _asked(row: Row) -> str:

@@ -21,6 +21,7 @@ from mmpo_jax.data.formats.turns import (
     split_last_answer,
     with_system,
 )
+from mmpo_jax.data.formats.whole_dialogues import split_pair
 from mmpo_jax.data.formats.writing import (
     MESSAGES,
     CannotHold,
@@ -53,6 +54,7 @@ def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
         raise UnusableRow("incomplete_pair", "chosen and rejected belong together")
     if "chosen" in row:
         chosen, rejected = (parse_turns(row[side], "assistant") for side in ("chosen", "rejected"))
+        prompt, chosen, rejected = split_pair(turns, chosen, rejected)
         answers = scored_pair(row, chosen, rejected)
     elif "kto_tag" in row:
         prompt, answer = split_last_answer(turns)

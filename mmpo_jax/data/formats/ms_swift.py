@@ -55,11 +55,14 @@ def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
 def _rejected(row: Row, media: MediaFolder, prompt: Turns, chosen: Turns) -> Answer:
     answer, own_prompt = chosen, None
     if "rejected_messages" in row:
-        turns = with_system(row, parse_turns(row["rejected_messages"], "user"))
-        theirs, answer = split_last_answer(turns)
+        dialogue = parse_turns(row["rejected_messages"], "user")
+    else:
+        dialogue = parse_turns(row.get("rejected_response", []), "assistant")
+    if "rejected_messages" in row or (dialogue and dialogue[0].role != "assistant"):
+        theirs, answer = split_last_answer(with_system(row, dialogue))
         own_prompt = None if _said(theirs) == _said(prompt) else theirs
     elif "rejected_response" in row:
-        answer = parse_turns(row["rejected_response"], "assistant")
+        answer = dialogue
     fields: dict[str, Any] = {"rank": 2}
     if "rejected_images" in row:
         fields["images"] = media.images({"images": row["rejected_images"]})

@@ -32,10 +32,10 @@ from mmpo_jax.data.formats.turns import (
     Message,
     Turns,
     parse_turns,
-    split_common_prompt,
     split_last_answer,
     with_system,
 )
+from mmpo_jax.data.formats.whole_dialogues import split_answer, split_pair
 from mmpo_jax.data.formats.writing import (
     MESSAGES,
     CannotHold,
@@ -83,10 +83,11 @@ def _prompt_and_answers(row: Row, messages_as: MessagesAs) -> tuple[Turns, tuple
         return with_system(row, prompt), scored_pair(row, chosen, rejected)
     if "completion" in row:
         fields = {"desirable": read_flag(row["label"], "label")} if "label" in row else {}
-        answers = (Answer(parse_turns(row["completion"], "assistant"), fields=fields),)
-        return with_system(row, prompt), answers
+        prompt, answer = split_answer(prompt, parse_turns(row["completion"], "assistant"))
+        return with_system(row, prompt), (Answer(answer, fields=fields),)
     if "responses" in row:
-        return with_system(row, prompt), _several(row)
+        prompt, answers = _behind(prompt, _several(row))
+        return with_system(row, prompt), answers
     if prompt:
         return with_system(row, prompt), ()
     if "messages" not in row:
@@ -106,50 +107,7 @@ def _pair(row: Row, prompt: Turns) -> tuple[Turns, Turns, Turns]:
         chosen, rejected = (_transcript(text) for text in texts)
     else:
         chosen, rejected = (parse_turns(text, "assistant") for text in texts)
-    whole = [turns for turns in (chosen, rejected) if turns and turns[0].role != "assistant"]
-    if not whole:
-        return prompt, chosen, rejected
-    if len(whole) == 1:
-        raise UnusableRow("bad_message", "one of chosen and rejected is a whole dialogue")
-    common, chosen, rejected = split_common_prompt(chosen, rejected)
-    common = _with_parts(common, tuple(turn for turn in prompt if turn.role != "system"))
-    if prompt and prompt[0].role == "system" and (not common or common[0].role != "system"):
-        common = (prompt[0], *common)
-    return common, chosen, rejected
-
-
-def _with_parts(common: Turns, asked: Turns) -> Turns:
-    """What two dialogues begin with, and what only the row's prompt shows of it or says beside it.
-
-    Args:
-      common: of the dialogues.
-      asked: the prompt; of a longer dialogue it may be what was asked last, or first.
-
-    Raises:
-      UnusableRow: the prompt is not what the dialogues begin with.
-    """
-    places = [place for place, turn in enumerate(common) if turn.role != "system"]
-    texts = [turn.text.strip() for turn in asked]
-    for meant in (places[: len(asked)], places[-len(asked) :]):
-        if [common[place].text.strip() for place in meant] == texts:
-            break
-    else:
-        detail = "the prompt is not what the dialogues in chosen and rejected begin with"
-        raise UnusableRow("prompt_differs", detail)
-    turns = list(common)
-    for place, ours in zip(meant, asked, strict=True):
-        theirs = common[place]
-        if ours.parts and theirs.parts and len(ours.parts) != len(theirs.parts):
-            detail = "the prompt shows another number of pictures than the dialogues"
-            raise UnusableRow("prompt_differs", detail)
-        lacks = not any(part.part for part in theirs.parts) and any(
-            part.part for part in ours.parts
-        )
-        lacks |= bool(ours.parts) and not theirs.parts
-        content = ours.content if lacks else theirs.content
-        keys = {**ours.keys, **theirs.keys}
-        turns[place] = dataclasses.replace(theirs, content=content, keys=keys)
-    return tuple(turns)
+    return split_pair(prompt, chosen, rejected)
 
 
 HUMAN = "\n\nHuman:"
@@ -227,6 +185,26 @@ def _several(row: Row) -> tuple[Answer, ...]:
     if not isinstance(sampled, list) or len(sampled) != count:
         sampled = [None] * count  # of responses that are no longer those that were sampled
     return tuple(map(_sample, responses, flags, sampled))
+
+
+def _behind(prompt: Turns, answers: tuple[Answer, ...]) -> tuple[Turns, tuple[Answer, ...]]:
+    """(prompt, answers) where answers may be whole dialogues: the prompt is that of the first one
+    which can be used, and answers behind another are left out."""
+    found: Turns | None = None
+    split = []
+    for answer in answers:
+        try:
+            before, turns = split_answer(prompt, answer.turns)
+            if answer.problem is None and before != (found or before):
+                detail = "a whole dialogue with another prompt than the first response's"
+                raise UnusableRow("prompt_differs", detail)
+        except UnusableRow as problem:
+            split.append(Answer((), problem=problem))
+            continue
+        if answer.problem is None:
+            found = before
+        split.append(dataclasses.replace(answer, turns=turns))
+    return found or prompt, tuple(split)
 
 
 def _sample(value: Any, finished: bool, ids: Any) -> Answer:
