@@ -164,7 +164,7 @@ def data_convert(options: argparse.Namespace) -> None:
         max_skipped=options.max_skipped,
         join=options.join_pairs,
     )
-    print(f"{options.target}: {done.written} rows")
+    print(f"{options.target}: {done.written} rows", *done.told, sep="\n")
     if done.joined is not None:
         print(done.joined)
     if done.skipped:

@@ -132,6 +132,15 @@ def iter_records(
             yield record
 
 
+def left_out_rows(records: Iterable[Record], file: str) -> list[SkippedRow]:
+    """The responses that alone were left out of records, as rows that say which."""
+    return [
+        SkippedRow(file, record.row, record.id, reason, f"response {place + 1}: {detail}")
+        for record in records
+        for place, reason, detail in record.left_out
+    ]
+
+
 def check_images(
     records: Iterable[Record], file: str = ""
 ) -> tuple[list[Record], list[SkippedRow]]:

@@ -18,6 +18,7 @@ from mmpo_jax.data.readers import (
     SkippedRow,
     check_images,
     check_skipped,
+    left_out_rows,
     read_records,
     write_skipped,
 )
@@ -175,7 +176,7 @@ def usable_records(
             skipped.append(SkippedRow(source.name, numbers[row.id], row.id, *problem))
     ids = {row.id for row in kept}
     source = source.skip([r for r in source.records if r.id in ids], [*too_long, *skipped])
-    partly = _left_out(source)
+    partly = left_out_rows(source.records, source.name)
     if source.skipped or partly:
         write_skipped(skipped_file, [*source.skipped, *partly])
     else:  # of an earlier run, before the data were mended
@@ -191,15 +192,6 @@ def usable_records(
     if lengths is not None:
         warn_of_cuts(source.name, kept, lengths)
     return source, kept
-
-
-def _left_out(source: Source) -> list[SkippedRow]:
-    """The responses that alone were left out, as rows that say which."""
-    return [
-        SkippedRow(source.name, record.row, record.id, reason, f"response {place + 1}: {detail}")
-        for record in source.records
-        for place, reason, detail in record.left_out
-    ]
 
 
 def _warn_of_blind_rows(source: Source) -> None:

@@ -195,7 +195,17 @@ def _rows(batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[int, Item]]:
         for start in range(0, batch.num_rows, _BATCH_ROWS):
             for row in batch.slice(start, _BATCH_ROWS).to_pylist():
                 number += 1
-                yield number, row
+                yield number, {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value without the keys of objects that hold null: in columns, every object has the keys of
+    all, and null is how one lacks them."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(one) for name, one in value.items() if one is not None}
+    if isinstance(value, list) and any(isinstance(one, dict | list) for one in value):
+        return [_without_nulls(one) for one in value]
+    return value
 
 
 def _array_record_rows(path: epath.Path) -> Iterator[tuple[int, Item]]:

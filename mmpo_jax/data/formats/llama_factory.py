@@ -68,7 +68,8 @@ def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
 
 def _write(record: Record, writer: Writer) -> dict[str, Any]:
     row: dict[str, Any] = {"id": record.id, **writer.media(record, rates=False)}
-    row |= template_columns(record, as_text=writer.embed == "bytes")
+    columns = writer.embed == "bytes"
+    row |= template_columns(record, as_text=columns)
     if record.source is not None:
         row["source"] = record.source
     turns, responses = record.prompt, record.responses
@@ -76,32 +77,35 @@ def _write(record: Record, writer: Writer) -> dict[str, Any]:
         row["system"], turns = turns[0].text, turns[1:]
     if record.ranked:
         chosen, rejected = chosen_and_rejected(record)
-        row["chosen"], row["rejected"] = (_one(record, side) for side in (chosen, rejected))
+        row["chosen"], row["rejected"] = (
+            _one(record, side, columns) for side in (chosen, rejected)
+        )
     elif len(responses) == 1:
         turns = (*turns, *responses[0].turns)
         if responses[0].desirable is not None:
             row["kto_tag"] = responses[0].desirable
     elif responses:
         raise CannotHold("responses", detail=f"{len(responses)} of them without ranks")
-    row["conversations"] = _conversation(record, turns)
+    row["conversations"] = _conversation(record, turns, by_column=columns)
     return with_extra(row, record.extra)
 
 
 def _conversation(
-    record: Record, turns: tuple[Turn, ...], behind: tuple[Turn, ...] = ()
+    record: Record, turns: tuple[Turn, ...], *, by_column: bool, behind: tuple[Turn, ...] = ()
 ) -> list[dict[str, Any]]:
     written = []
-    for message in messages(turns, record, behind=behind, tags=True, front=True):
+    said = messages(turns, record, behind=behind, tags=True, front=True, by_column=by_column)
+    for message in said:
         role, text = message.pop("role"), message.pop("content")
         written.append({"from": _SPEAKERS.get(role, role), "value": text, **message})
     return written
 
 
-def _one(record: Record, response: Response) -> dict[str, Any]:
+def _one(record: Record, response: Response, by_column: bool) -> dict[str, Any]:
     if len(response.turns) != 1:
         detail = f"{len(response.turns)} turns; chosen and rejected are one message"
         raise CannotHold("responses", detail=detail)
-    return _conversation(record, response.turns, record.prompt)[0]
+    return _conversation(record, response.turns, by_column=by_column, behind=record.prompt)[0]
 
 
 FORMAT = Format(

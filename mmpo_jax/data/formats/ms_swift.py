@@ -94,7 +94,8 @@ def _write(record: Record, writer: Writer) -> dict[str, Any]:
             "response.images", detail="the chosen response has its own images or prompt"
         )
     said = (*record.prompt, *chosen.turns)
-    row["messages"] = messages(said, record, tags=True, front=True)
+    columns = writer.embed == "bytes"
+    row["messages"] = messages(said, record, tags=True, front=True, by_column=columns)
     return with_extra(row, record.extra)
 
 
@@ -107,7 +108,8 @@ def _write_rejected(record: Record, rejected: Response, writer: Writer) -> dict[
         return row | {"rejected_response": rejected.text}
     prompt = record.prompt if rejected.prompt is None else rejected.prompt
     theirs = dataclasses.replace(record, images=shown)
-    said = messages((*prompt, *rejected.turns), theirs, tags=True, front=True)
+    dialogue, columns = (*prompt, *rejected.turns), writer.embed == "bytes"
+    said = messages(dialogue, theirs, tags=True, front=True, by_column=columns)
     return row | {"rejected_messages": said}
 
 

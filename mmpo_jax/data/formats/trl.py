@@ -236,7 +236,8 @@ def _write(record: Record, writer: Writer) -> dict[str, Any]:
         row["source"] = record.source
     responses = record.responses
     # A column of Parquet cannot hold texts in one row and parts in another.
-    said = functools.partial(messages, record=record, tags=writer.embed == "bytes")
+    columns = writer.embed == "bytes"
+    said = functools.partial(messages, record=record, tags=columns, by_column=columns)
     if not record.prompt and len(responses) == 1:
         return with_extra(row | {"messages": said(responses[0].turns)}, record.extra)
     if record.prompt:

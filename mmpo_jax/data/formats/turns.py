@@ -128,6 +128,8 @@ def parse_turn(message: Any) -> Message:
     flags = [given.pop(name) for name in LEARNED if name in given]
     if speaker == "function_call":
         content, given["tool_calls"] = "", _calls(content)
+    if isinstance(given.get("tool_calls"), str):
+        given["tool_calls"] = _from_json(given["tool_calls"], "tool_calls")
     if content is None and given:
         content = ""  # a mere call of tools
     return Message(role, _pieces(content), given, all(map(_is_learned, flags)))
@@ -147,6 +149,13 @@ def _calls(content: Any) -> list[dict[str, Any]]:
         return [{"type": "function", "function": {**call}} for call in calls]
     except (ValueError, TypeError) as error:
         raise UnusableRow("bad_message", f"a function_call that is no JSON: {error}") from error
+
+
+def _from_json(text: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UnusableRow("bad_message", f"{name} that are no JSON: {error}") from error
 
 
 def _pieces(content: Any) -> str | tuple[str | MediaPart, ...]:
