@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from mmpo_jax.data.formats.columns import may_hold_pictures
 from mmpo_jax.data.processor import Processor
-from mmpo_jax.data.records import ANSWERS, Record
+from mmpo_jax.data.records import ANSWERS, Record, Turn
 
 ID = "id"
 """In `Record.extra`: the row's own id, where the record has another since that one is taken."""
@@ -27,7 +27,7 @@ class Notes:
     pictures_in: Counter[str] = dataclasses.field(default_factory=Counter)
     """By column of another name that was read as the images."""
     unread_pictures: Counter[str] = dataclasses.field(default_factory=Counter)
-    """By column that looks like one of pictures, in rows that show nothing."""
+    """By column, or key of messages, that looks like one of pictures, in rows that show nothing."""
     left_out: Counter[str] = dataclasses.field(default_factory=Counter)
     """By reason: responses that alone could not be used."""
     repeated_ids: int = 0
@@ -40,8 +40,10 @@ class Notes:
         self.repeated_ids += ID in record.extra
         self.left_out.update(reason for _, reason, _ in record.left_out)
         if not shows_something(record):
+            keys = {name: value for turn in turns_of(record) for name, value in turn.keys.items()}
+            unread = {**keys, **{name: record.extra[name] for name in columns}}
             self.unread_pictures.update(
-                name for name in columns if may_hold_pictures(name, record.extra[name])
+                name for name, value in unread.items() if may_hold_pictures(name, value)
             )
 
     def lines(self) -> Iterator[str]:
@@ -62,7 +64,8 @@ class Notes:
         """What is likely to be a mistake."""
         if self.unread_pictures:
             yield (
-                "columns that look like pictures and are NOT read, in rows that show nothing: "
+                "columns, or keys of messages, that look like pictures and are NOT read, in rows that "
+                "show nothing: "
                 f"{_counts(self.unread_pictures)}; give the pictures as files in a column 'images'"
             )
 
@@ -78,7 +81,7 @@ class TextNotes:
 
     def add(self, record: Record, processor: Processor) -> None:
         """Counts a row."""
-        turns = [*record.prompt, *(turn for r in record.responses for turn in r.turns)]
+        turns = turns_of(record)
         keys = {key for turn in turns for key in turn.keys} | record.template.keys()
         self.unread.update(sorted(key for key in keys if not processor.reads_key(key)))
         if processor.tokenizer.is_fast and not record.plain_text:
@@ -93,6 +96,12 @@ class TextNotes:
             )
         if self.unread:
             yield f"rows with what the chat template does not read: {_counts(self.unread)}"
+
+
+def turns_of(record: Record) -> list[Turn]:
+    """All turns of a record: its prompt's, and those of its responses and of prompts of theirs."""
+    own = (turn for r in record.responses for turn in (*(r.prompt or ()), *r.turns))
+    return [*record.prompt, *own]
 
 
 def shows_something(record: Record) -> bool:

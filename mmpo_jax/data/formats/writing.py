@@ -12,7 +12,7 @@ from typing import Any, Literal
 from etils import epath
 
 from mmpo_jax.data.formats.media import IN_THE_ROW
-from mmpo_jax.data.formats.places import TAGS
+from mmpo_jax.data.formats.tags import TAGS
 from mmpo_jax.data.images import image_format, name_below
 from mmpo_jax.data.records import (
     IMAGE,
