@@ -15,7 +15,7 @@ from mmpo_jax.data.notes import Notes, TextNotes, shows_something
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.readers import Problem, SkippedRow, iter_records, media_problem
 from mmpo_jax.data.records import ImageRef, Record
-from mmpo_jax.data.sources import unsupported
+from mmpo_jax.data.sources import unsupported, without_shown_media
 from mmpo_jax.data.tokenization import UNLIMITED, RowRejected
 from mmpo_jax.files import fingerprint_bytes
 from mmpo_jax.progress import counted
@@ -82,6 +82,10 @@ def check_data(
             continue
         problem = media_problem(item, opened)
         if problem is None and processor is not None:
+            told = len(item.left_out)
+            item = without_shown_media(item, processor)
+            if len(item.left_out) > told:
+                found.notes.left_out["image_position"] += len(item.left_out) - told
             problem = unsupported(item, processor)
         if problem is None:
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Iterator
 
@@ -64,8 +65,8 @@ class Notes:
         """What is likely to be a mistake."""
         if self.unread_pictures:
             yield (
-                "columns, or keys of messages, that look like pictures and are NOT read, in rows that "
-                "show nothing: "
+                "columns, or keys of messages, that look like pictures and are NOT read, in rows "
+                "that show nothing: "
                 f"{_counts(self.unread_pictures)}; give the pictures as files in a column 'images'"
             )
 
@@ -85,7 +86,10 @@ class TextNotes:
         keys = {key for turn in turns for key in turn.keys} | record.template.keys()
         self.unread.update(sorted(key for key in keys if not processor.reads_key(key)))
         if processor.tokenizer.is_fast and not record.plain_text:
-            self.typed.update({name for t in turns for name in processor.control.found_in(t.text)})
+            said = [record.template, *(turn.keys for turn in turns)]
+            texts = [json.dumps(value, ensure_ascii=False, default=str) for value in said if value]
+            texts += [turn.text for turn in turns]
+            self.typed.update({name for t in texts for name in processor.control.found_in(t)})
 
     def lines(self) -> Iterator[str]:
         """What the notes say, for a person."""

@@ -23,7 +23,7 @@ from mmpo_jax.data.readers import (
     write_skipped,
 )
 from mmpo_jax.data.records import SCORE, Record, Response
-from mmpo_jax.data.rows import MessagesAs
+from mmpo_jax.data.rows import MessagesAs, SkipReason
 from mmpo_jax.data.tokenization import (
     Tokenize,
     TokenizedRecord,
@@ -152,6 +152,12 @@ def usable_records(
       DataError: more rows were skipped than the recipe allows, or none is left.
     """
     kept, skipped, refused = [], [], []
+    told = sum(len(record.left_out) for record in source.records)
+    records = [without_shown_media(record, processor) for record in source.records]
+    source = dataclasses.replace(source, records=records)
+    shown = sum(len(record.left_out) for record in records) - told
+    if shown:
+        log.warning("%s: responses left out of rows: image_position %d", source.name, shown)
     for record in source.records:
         problem = unsupported(record, processor)
         if problem is not None:
@@ -216,6 +222,27 @@ def unsupported(record: Record, processor: Processor) -> Problem | None:
     if record.videos and processor.videos is None:
         return "unsupported_video", "this model takes no videos"
     return None
+
+
+def without_shown_media(record: Record, processor: Processor) -> Record:
+    """A record without the responses whose answers hold a token that stands for media; with all of
+    them where too few others would be left, as then the whole row cannot be used."""
+    gone = {place for place, *_ in record.left_out}
+    total = len(record.responses) + len(gone)
+    places = [place for place in range(total) if place not in gone]
+    shown = [processor.shows_media(response) for response in record.responses]
+    left = shown.count(False)
+    if not any(shown) or left < (2 if record.ranked else 1):
+        return record
+    detail = "an answer holds the image placeholder"
+    told: list[tuple[int, SkipReason, str]] = [
+        (place, "image_position", detail)
+        for place, shows in zip(places, shown, strict=True)
+        if shows
+    ]
+    kept = [one for one, shows in zip(record.responses, shown, strict=True) if not shows]
+    left_out = tuple(sorted((*record.left_out, *told)))
+    return dataclasses.replace(record, responses=tuple(kept), left_out=left_out)
 
 
 def _shows_images(record: Record) -> bool:

@@ -1,9 +1,9 @@
 """Messages and texts as a row has them, and what dialogues must be like.
 
 A message is ``{"role": ..., "content": ...}`` or ``{"from": ..., "value": ...}``. Content is a text
-or a list of text, image and video parts; a part may name its picture, and so may the keys ``image``,
-``images``, ``video`` and ``videos`` of a message. Its other keys are the chat template's, but for
-those that say whether it is learned. Where media stand is settled in
+or a list of text, image and video parts; a part may name its picture, and so may the keys
+``image``, ``images``, ``video`` and ``videos`` of a message. Its other keys are the chat
+template's, but for those that say whether it is learned. Where media stand is settled in
 `formats.places`, once a row's media are known.
 """
 
