@@ -142,6 +142,7 @@ def data_check(options: argparse.Namespace) -> None:
         format=options.format,
         image_root=options.image_root,
         processor=processor,
+        control_tokens=options.control_tokens,
         prompt_sizes=options.prompt_sizes,
         response_sizes=options.response_sizes,
     )
@@ -321,6 +322,9 @@ def _add_data_commands(subparsers: Any) -> None:
     check.add_argument("--template", default="auto", choices=("auto", "vicuna_v1"))
     check.add_argument("--format", default="auto", choices=formats, help="of the rows")
     check.add_argument("--image-root", help=root)
+    help = "what control tokens typed in texts are, as data.control_tokens of a recipe"
+    choices = ("tokens", "text")
+    check.add_argument("--control-tokens", default="tokens", choices=choices, help=help)
     for name in ("prompt", "response"):
         flag, help = f"--{name}-sizes", "buckets, as 64,128; chosen from the data by default"
         check.add_argument(flag, type=_sizes, default=(), help=help)

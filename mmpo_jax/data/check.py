@@ -55,6 +55,7 @@ def check_data(
     format: str = "auto",
     image_root: str | None = None,
     processor: Processor | None = None,
+    control_tokens: str = "tokens",
     prompt_sizes: Sequence[int] = (),
     response_sizes: Sequence[int] = (),
 ) -> str:
@@ -65,6 +66,7 @@ def check_data(
       format: one of `FORMATS`, or "auto".
       image_root: the folder of the images.
       processor: of the checkpoint whose tokens count; characters of the texts without.
+      control_tokens: what typed control tokens are, as in a recipe's `data`: "tokens" or "text".
       prompt_sizes, response_sizes: ascending bucket sizes; chosen from the data where empty.
 
     Raises:
@@ -80,6 +82,7 @@ def check_data(
         if isinstance(item, SkippedRow):
             found.dropped.append(item)
             continue
+        item = dataclasses.replace(item, plain_text=control_tokens == "text")
         problem = media_problem(item, opened)
         if problem is None and processor is not None:
             told = len(item.left_out)

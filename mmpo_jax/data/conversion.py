@@ -13,7 +13,7 @@ from mmpo_jax.data.formats import FORMATS, choose_format
 from mmpo_jax.data.formats.format import Format
 from mmpo_jax.data.formats.writing import STRIP, CannotHold, Embed, Writer, fields_of, without
 from mmpo_jax.data.joining import Joined, join_pairs
-from mmpo_jax.data.notes import ID, Notes
+from mmpo_jax.data.notes import Notes
 from mmpo_jax.data.readers import (
     SkippedRow,
     check_skipped,
@@ -135,8 +135,7 @@ def convert_data(
 
 def _by_own_id(record: Record) -> Record:
     """With the id that the row has, also where an earlier row has it too."""
-    extra = {name: value for name, value in record.extra.items() if name != ID}
-    return dataclasses.replace(record, id=record.extra.get(ID, record.id), extra=extra)
+    return record if record.own_id is None else dataclasses.replace(record, id=record.own_id)
 
 
 def _row(record: Record, format: Format, writer: Writer) -> Row:

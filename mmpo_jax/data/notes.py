@@ -11,8 +11,10 @@ from mmpo_jax.data.formats.columns import may_hold_pictures
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import ANSWERS, Record, Turn
 
-ID = "id"
-"""In `Record.extra`: the row's own id, where the record has another since that one is taken."""
+LOG_PROBS = "logps"
+"""The column of RLAIF-V's with log-probs, of which we read the sums."""
+TOKEN_IDS = "response_ids"
+"""The column with the tokens of responses that were sampled; left where they are of others."""
 _LONGEST = 12
 """Columns that one line names."""
 
@@ -31,14 +33,22 @@ class Notes:
     """By column, or key of messages, that looks like one of pictures, in rows that show nothing."""
     left_out: Counter[str] = dataclasses.field(default_factory=Counter)
     """By reason: responses that alone could not be used."""
+    other_ids: int = 0
+    """Rows whose ids of sampled tokens do not go with their responses."""
     repeated_ids: int = 0
     """Rows with an id that an earlier row has."""
 
     def add(self, record: Record) -> None:
         """Counts a usable row."""
-        columns = [name for name in record.extra if name not in (*ANSWERS, ID)]
+        read = [*ANSWERS]
+        if any(response.log_prob is not None for response in record.responses):
+            read.append(LOG_PROBS)  # and kept, as it says more
+        if isinstance(record.extra.get(TOKEN_IDS), list) and record.responses:
+            read.append(TOKEN_IDS)
+            self.other_ids += 1
+        columns = [name for name in record.extra if name not in read]
         self.ignored.update(columns)
-        self.repeated_ids += ID in record.extra
+        self.repeated_ids += record.own_id is not None
         self.left_out.update(reason for _, reason, _ in record.left_out)
         if not shows_something(record):
             keys = {name: value for turn in turns_of(record) for name, value in turn.keys.items()}
@@ -58,6 +68,11 @@ class Notes:
             )
         if self.left_out:
             yield f"responses left out of rows that are used: {_counts(self.left_out)}"
+        if self.other_ids:
+            yield (
+                f"rows whose {TOKEN_IDS} are not read, as they are of another number of responses: "
+                f"{self.other_ids}; the texts are tokenized"
+            )
         if self.ignored:
             yield f"columns that mean nothing here: {_counts(self.ignored)}"
 

@@ -139,3 +139,14 @@ def test_pieces_of_a_unigram_vocabulary_are_text_too():
     assert 1 not in ids and 0 not in ids
     assert offsets[-1] == (5, 6)
     assert control.encode("a</s>")[0][-1] == 1
+
+
+def test_check_takes_the_option_of_recipes(tiny_folder, tmp_path, capsys):
+    row = {"prompt": "a </s> ?", "chosen": "a", "rejected": "b"}
+    file = write_jsonl(tmp_path / "rows.jsonl", [row])
+    flags = ["data", "check", str(file), "--model", str(tiny_folder)]
+    typed = "rows whose texts type control tokens: </s> 1"
+    assert main(flags) == 0
+    assert typed in capsys.readouterr().out
+    assert main([*flags, "--control-tokens", "text"]) == 0
+    assert typed not in capsys.readouterr().out

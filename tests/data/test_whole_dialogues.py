@@ -108,3 +108,13 @@ def test_what_goes_on_behind_an_answer_is_kept(folder):
     record = read_one(folder, {"prompt": EARLIER, **sides(user("2"))})
     texts = [turn.text for turn in (*record.prompt, *record.responses[0].turns)]
     assert texts == ["Hello", "Hi", "2", "a"]
+
+
+def test_transcripts_are_kept_to_the_letter(folder):
+    """But for a space behind the colon, as HH-RLHF writes it."""
+    row = {side: f"\n\nHuman: 1 \n\nAssistant:  {side}\n" for side in ("chosen", "rejected")}
+    record = read_one(folder, row)
+    assert record.prompt == (Turn("user", "1 "),)
+    assert record.responses == answers(" chosen\n", " rejected\n", rank=[1, 2])
+    bare = {side: f"\n\nHuman:1\n\nAssistant:{side}" for side in ("chosen", "rejected")}
+    assert read_one(folder, bare).responses == answers("chosen", "rejected", rank=[1, 2])

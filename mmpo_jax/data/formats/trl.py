@@ -62,6 +62,8 @@ def _claims(row: Row) -> bool:
 def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
     prompt, answers = _prompt_and_answers(row, messages_as)
     used = [name for name in (*_COLUMNS, *_SAMPLED, "system") if name in row]
+    if _ids_of_others(row):
+        used.remove("response_ids")
     if not any(name in row for name in _COLUMNS):
         used.append("messages")
     if "chosen" in row:
@@ -115,12 +117,13 @@ HUMAN = "\n\nHuman:"
 
 
 def _transcript(text: str) -> Turns:
-    """The turns of a dialogue that is written as one text, "Human:" and "Assistant:" by turns."""
-    pieces = re.split(r"\n\n(Human|Assistant):", text)
+    """The turns of a dialogue that is written as one text, "Human:" and "Assistant:" by turns; a
+    space behind the colon is none of what is said."""
+    pieces = re.split(r"\n\n(Human|Assistant):[ ]?", text)
     if pieces[0].strip():
         raise UnusableRow("bad_message", f"a transcript that begins with {pieces[0][:80]!r}")
     return tuple(
-        Message("user" if speaker == "Human" else "assistant", said.strip())
+        Message("user" if speaker == "Human" else "assistant", said)
         for speaker, said in zip(pieces[1::2], pieces[2::2], strict=True)
     )
 
@@ -181,10 +184,16 @@ def _several(row: Row) -> tuple[Answer, ...]:
     flags = read_list(row.get("finished", [True] * count), "finished", count, "bad_message")
     if not all(isinstance(flag, bool) for flag in flags):
         raise UnusableRow("bad_message", f"finished {str(flags)[:80]} is no list of true and false")
-    sampled = row.get("response_ids")
-    if not isinstance(sampled, list) or len(sampled) != count:
-        sampled = [None] * count  # of responses that are no longer those that were sampled
+    sampled = [None] * count if _ids_of_others(row) else row.get("response_ids", [None] * count)
     return tuple(map(_sample, responses, flags, sampled))
+
+
+def _ids_of_others(row: Row) -> bool:
+    """Whether ``response_ids`` are of responses that are no longer those that were sampled."""
+    ids, responses = row.get("response_ids"), row.get("responses")
+    if ids is None or not isinstance(responses, list):
+        return False
+    return not isinstance(ids, list) or len(ids) != len(responses)
 
 
 def _behind(prompt: Turns, answers: tuple[Answer, ...]) -> tuple[Turns, tuple[Answer, ...]]:
