@@ -79,6 +79,8 @@ def test_system_prompts(folder):
     for begins in ([user()], [system, user()]):
         record = read_one(folder, row | sides(*begins))
         assert record.prompt == turns_of([system, user()])
+    alone = {"prompt": [system], "completion": [user(), assistant("a")]}
+    assert read_one(folder, alone).prompt == turns_of([system, user()])
     llama_factory = {"conversations": [system, user()]}
     other = sides({"role": "system", "content": "Be long."}, user())
     assert skip_one(folder, llama_factory | other).reason == "prompt_differs"

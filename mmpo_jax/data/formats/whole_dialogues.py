@@ -42,7 +42,7 @@ def split_answer(prompt: Turns, answer: Turns) -> tuple[Turns, Turns]:
     asked = [turn for turn in prompt if turn.role != "system"]
     opened = sum(turn.role == "system" for turn in answer[:1])
     cut = opened + len(asked)
-    if not _same(answer[opened:cut], asked) or cut == len(answer):
+    if not asked or not _same(answer[opened:cut], asked) or cut == len(answer):
         cut = len(split_last_answer(answer)[0])
     return _said_once(prompt, answer[:cut]), answer[cut:]
 
