@@ -166,8 +166,6 @@ def data_convert(options: argparse.Namespace) -> None:
         join=options.join_pairs,
     )
     print(f"{options.target}: {done.written} rows", *done.told, sep="\n")
-    if done.joined is not None:
-        print(done.joined)
     if done.skipped:
         print(f"{done.skipped_file}: {len(done.skipped)} rows that cannot be used")
 
@@ -322,9 +320,8 @@ def _add_data_commands(subparsers: Any) -> None:
     check.add_argument("--template", default="auto", choices=("auto", "vicuna_v1"))
     check.add_argument("--format", default="auto", choices=formats, help="of the rows")
     check.add_argument("--image-root", help=root)
-    help = "what control tokens typed in texts are, as data.control_tokens of a recipe"
-    choices = ("tokens", "text")
-    check.add_argument("--control-tokens", default="tokens", choices=choices, help=help)
+    typed = ("tokens", "text")
+    check.add_argument("--control-tokens", default="tokens", choices=typed, help="if typed in rows")
     for name in ("prompt", "response"):
         flag, help = f"--{name}-sizes", "buckets, as 64,128; chosen from the data by default"
         check.add_argument(flag, type=_sizes, default=(), help=help)

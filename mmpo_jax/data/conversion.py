@@ -49,7 +49,7 @@ class Converted:
     joined: Joined | None
     """What joining pairs did, where it was asked for."""
     told: tuple[str, ...] = ()
-    """What reading brought up, for a person, as `data check` says it."""
+    """What reading and joining brought up, for a person, as `data check` says it."""
 
 
 def convert_data(
@@ -129,7 +129,7 @@ def convert_data(
     write_rows(target, made)
     # Ids are written as the rows have them, and so are columns that mean nothing.
     notes = dataclasses.replace(notes, repeated_ids=0, ignored=Counter())
-    told = (*notes.lines(), *notes.warnings())
+    told = (*notes.lines(), *notes.warnings(), *([] if joined is None else [str(joined)]))
     return Converted(len(made), skipped, skipped_file, joined, told)
 
 
