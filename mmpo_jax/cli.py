@@ -203,6 +203,8 @@ def _add_data_commands(subparsers: Any) -> None:
     check.add_argument("--template", default="auto", choices=("auto", "vicuna_v1"))
     check.add_argument("--format", default="auto", choices=formats, help="of the rows")
     check.add_argument("--image-root", help=root)
+    typed = ("tokens", "text")
+    check.add_argument("--control-tokens", default="tokens", choices=typed, help="if typed in rows")
     for name in ("prompt", "response"):
         flag, help = f"--{name}-sizes", "buckets, as 64,128; chosen from the data by default"
         check.add_argument(flag, type=_sizes, default=(), help=help)

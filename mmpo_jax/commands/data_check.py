@@ -20,7 +20,7 @@ from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.readers import Problem, SkippedRow, iter_records, media_problem
 from mmpo_jax.data.records import ImageRef, Record
 from mmpo_jax.data.settings import Lengths
-from mmpo_jax.data.sources import unsupported
+from mmpo_jax.data.sources import unsupported, without_shown_media
 from mmpo_jax.data.tokenization import UNLIMITED, RowRejected
 
 _SHOWN = 3
@@ -58,6 +58,7 @@ def main(options: argparse.Namespace) -> None:
         format=options.format,
         image_root=options.image_root,
         processor=processor,
+        control_tokens=options.control_tokens,
         prompt_sizes=options.prompt_sizes,
         response_sizes=options.response_sizes,
     )
@@ -70,6 +71,7 @@ def check_data(
     format: str = "auto",
     image_root: str | None = None,
     processor: Processor | None = None,
+    control_tokens: str = "tokens",
     prompt_sizes: Sequence[int] = (),
     response_sizes: Sequence[int] = (),
 ) -> str:
@@ -80,6 +82,7 @@ def check_data(
       format: one of `FORMATS`, or "auto".
       image_root: the folder of the images.
       processor: of the checkpoint whose tokens count; characters of the texts without.
+      control_tokens: what typed control tokens are, as in a recipe's `data`: "tokens" or "text".
       prompt_sizes, response_sizes: ascending bucket sizes; chosen from the data where empty.
 
     Raises:
@@ -95,8 +98,13 @@ def check_data(
         if isinstance(item, SkippedRow):
             found.dropped.append(item)
             continue
+        item = dataclasses.replace(item, plain_text=control_tokens == "text")
         problem = media_problem(item, opened)
         if problem is None and processor is not None:
+            told = len(item.left_out)
+            item = without_shown_media(item, processor)
+            if len(item.left_out) > told:
+                found.notes.left_out["image_position"] += len(item.left_out) - told
             problem = unsupported(item, processor)
         if problem is None:
             try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from etils import epath
@@ -18,8 +19,14 @@ from mmpo_jax.data.formats import FORMATS, choose_format
 from mmpo_jax.data.formats.format import Format
 from mmpo_jax.data.formats.writing import STRIP, CannotHold, Embed, Writer, fields_of, without
 from mmpo_jax.data.joining import Joined, join_pairs
-from mmpo_jax.data.notes import ID
-from mmpo_jax.data.readers import SkippedRow, check_skipped, iter_records, write_skipped
+from mmpo_jax.data.notes import Notes
+from mmpo_jax.data.readers import (
+    SkippedRow,
+    check_skipped,
+    iter_records,
+    left_out_rows,
+    write_skipped,
+)
 from mmpo_jax.data.records import Record
 from mmpo_jax.data.rows import Row
 from mmpo_jax.data.sources import SKIPPED
@@ -40,9 +47,12 @@ class Converted:
     written: int
     skipped: list[SkippedRow]
     skipped_file: str
-    """Where those are, with reasons; not written where there are none."""
+    """Where those are, with reasons, and responses that alone were left out; not written where
+    there are none."""
     joined: Joined | None
     """What joining pairs did, where it was asked for."""
+    told: tuple[str, ...] = ()
+    """What reading and joining brought up, for a person, as `data check` says it."""
 
 
 def main(options: argparse.Namespace) -> None:
@@ -57,9 +67,7 @@ def main(options: argparse.Namespace) -> None:
         max_skipped=options.max_skipped,
         join=options.join_pairs,
     )
-    print(f"{options.target}: {done.written} rows")
-    if done.joined is not None:
-        print(done.joined)
+    print(f"{options.target}: {done.written} rows", *done.told, sep="\n")
     if done.skipped:
         print(f"{done.skipped_file}: {len(done.skipped)} rows that cannot be used")
 
@@ -109,12 +117,16 @@ def convert_data(
     copies = os.path.join(root, f"{os.path.basename(stem)}.images")
     writer = Writer(root, copies, _EMBED.get(ending.lower(), "no"))
     skipped: list[SkippedRow] = []
+    partly: list[SkippedRow] = []
+    notes = Notes()
 
     def records() -> Iterator[Record]:
-        for item in counted(iter_records(source, image_root, "dialogue", read_as), "converting"):
+        read = iter_records(source, image_root, "dialogue", read_as, notes)
+        for item in counted(read, "converting"):
             if isinstance(item, SkippedRow):
                 skipped.append(item)
             else:
+                partly.extend(left_out_rows([item], source))
                 yield item
 
     def rows(records: Iterable[Record]) -> Iterator[Row]:
@@ -128,20 +140,22 @@ def convert_data(
     joined = join_pairs(records()) if join else None
     made = list(rows(records() if joined is None else joined.records))
     skipped_file = f"{stem}.{SKIPPED}"
-    if skipped:
-        write_skipped(skipped_file, skipped)
+    if skipped or partly:
+        write_skipped(skipped_file, [*skipped, *partly])
     else:
         epath.Path(skipped_file).unlink(missing_ok=True)
     merged = 0 if joined is None else joined.merged
     check_skipped(skipped, len(made) + merged + len(skipped), max_skipped)
     write_rows(target, made)
-    return Converted(len(made), skipped, skipped_file, joined)
+    # Ids are written as the rows have them, and so are columns that mean nothing.
+    notes = dataclasses.replace(notes, repeated_ids=0, ignored=Counter())
+    told = (*notes.lines(), *notes.warnings(), *([] if joined is None else [str(joined)]))
+    return Converted(len(made), skipped, skipped_file, joined, told)
 
 
 def _by_own_id(record: Record) -> Record:
     """With the id that the row has, also where an earlier row has it too."""
-    extra = {name: value for name, value in record.extra.items() if name != ID}
-    return dataclasses.replace(record, id=record.extra.get(ID, record.id), extra=extra)
+    return record if record.own_id is None else dataclasses.replace(record, id=record.own_id)
 
 
 def _row(record: Record, format: Format, writer: Writer) -> Row:

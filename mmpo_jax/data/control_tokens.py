@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import tokenizers
@@ -18,6 +18,9 @@ FIRST_STAND_IN = 0x10F000
 """First of the private characters that stand for control tokens; the last plane of Unicode has no
 characters of its own."""
 _STAND_IN = re.compile(f"[{chr(FIRST_STAND_IN)}-{chr(0x10FFFD)}]")
+
+_NEVER = -1e6
+"""As the score of a piece: of no text's best pieces."""
 
 Tokens = tuple[list[int], list[tuple[int, int]]]
 """Token ids, and the characters [start, end) that each stands for."""
@@ -107,15 +110,48 @@ class ControlTokens:
             kept = [t for t in settings["added_tokens"] if t["content"] not in self.ids]
             settings |= {"added_tokens": kept, "post_processor": None}
             settings |= {"truncation": None, "padding": None}
+            _unlearn(settings["model"], self.ids)
             if not first:
                 _never_prepend(settings["pre_tokenizer"])
             self._plain[first] = tokenizers.Tokenizer.from_str(json.dumps(settings))
         return self._plain[first]
 
 
+def in_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """A value of JSON with every text in it changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {in_texts(name, change): in_texts(one, change) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [in_texts(one, change) for one in value]
+    return value
+
+
 def has_stand_ins(text: str) -> bool:
     """Whether a text has characters of `ControlTokens.stand_in`."""
     return _STAND_IN.search(text) is not None
+
+
+def _unlearn(model: dict[str, Any], names: Collection[str]) -> None:
+    """A model of words, or one that takes whole words first, knows these as words of its own too;
+    what it takes for unknown words stays."""
+    kind, vocabulary = model.get("type"), model.get("vocab")
+    if kind == "Unigram":
+        unknown = model.get("unk_id")
+        model["vocab"] = [
+            [piece, _NEVER if piece in names and place != unknown else score]
+            for place, (piece, score) in enumerate(vocabulary or [])
+        ]
+    elif kind == "WordLevel" or (kind == "BPE" and model.get("ignore_merges")):
+        merges = model.get("merges", ())
+        made = (pair.split(" ") if isinstance(pair, str) else pair for pair in merges)
+        kept = {"".join(pair) for pair in made} | {model.get("unk_token")}
+        model["vocab"] = {
+            name: number
+            for name, number in (vocabulary or {}).items()
+            if name not in names or name in kept
+        }
 
 
 def _never_prepend(pre_tokenizer: dict[str, Any] | None) -> None:

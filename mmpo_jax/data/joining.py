@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mmpo_jax.core.files import fingerprint_bytes
-from mmpo_jax.data.notes import ID
 from mmpo_jax.data.records import ANSWERS, ImageRef, Record, Response
 
 
@@ -197,7 +196,7 @@ def _join(group: Sequence[Record], ranks: Mapping[Any, int]) -> tuple[Record, bo
     extra = {
         name: value
         for name, value in first.extra.items()
-        if name == ID or all(repr(record.extra.get(name)) == repr(value) for record in group)
+        if all(repr(record.extra.get(name)) == repr(value) for record in group)
     }
     left_out = tuple(one for record in group for one in record.left_out)
     joined = dataclasses.replace(first, responses=tuple(responses), extra=extra, left_out=left_out)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Iterator
 
 from mmpo_jax.data.formats.columns import may_hold_pictures
 from mmpo_jax.data.processor import Processor
-from mmpo_jax.data.records import ANSWERS, Record
+from mmpo_jax.data.records import ANSWERS, Record, Turn
 
-ID = "id"
-"""In `Record.extra`: the row's own id, where the record has another since that one is taken."""
+LOG_PROBS = "logps"
+"""The column of RLAIF-V's with log-probs, of which we read the sums."""
+TOKEN_IDS = "response_ids"
+"""The column with the tokens of responses that were sampled; left where they are of others."""
 _LONGEST = 12
 """Columns that one line names."""
 
@@ -27,21 +30,31 @@ class Notes:
     pictures_in: Counter[str] = dataclasses.field(default_factory=Counter)
     """By column of another name that was read as the images."""
     unread_pictures: Counter[str] = dataclasses.field(default_factory=Counter)
-    """By column that looks like one of pictures, in rows that show nothing."""
+    """By column, or key of messages, that looks like one of pictures, in rows that show nothing."""
     left_out: Counter[str] = dataclasses.field(default_factory=Counter)
     """By reason: responses that alone could not be used."""
+    other_ids: int = 0
+    """Rows whose ids of sampled tokens do not go with their responses."""
     repeated_ids: int = 0
     """Rows with an id that an earlier row has."""
 
     def add(self, record: Record) -> None:
         """Counts a usable row."""
-        columns = [name for name in record.extra if name not in (*ANSWERS, ID)]
+        read = [*ANSWERS]
+        if any(response.log_prob is not None for response in record.responses):
+            read.append(LOG_PROBS)  # and kept, as it says more
+        if isinstance(record.extra.get(TOKEN_IDS), list) and record.responses:
+            read.append(TOKEN_IDS)
+            self.other_ids += 1
+        columns = [name for name in record.extra if name not in read]
         self.ignored.update(columns)
-        self.repeated_ids += ID in record.extra
+        self.repeated_ids += record.own_id is not None
         self.left_out.update(reason for _, reason, _ in record.left_out)
         if not shows_something(record):
+            keys = {name: value for turn in turns_of(record) for name, value in turn.keys.items()}
+            unread = {**keys, **{name: record.extra[name] for name in columns}}
             self.unread_pictures.update(
-                name for name in columns if may_hold_pictures(name, record.extra[name])
+                name for name, value in unread.items() if may_hold_pictures(name, value)
             )
 
     def lines(self) -> Iterator[str]:
@@ -55,6 +68,11 @@ class Notes:
             )
         if self.left_out:
             yield f"responses left out of rows that are used: {_counts(self.left_out)}"
+        if self.other_ids:
+            yield (
+                f"rows whose {TOKEN_IDS} are not read, as they are of another number of responses: "
+                f"{self.other_ids}; the texts are tokenized"
+            )
         if self.ignored:
             yield f"columns that mean nothing here: {_counts(self.ignored)}"
 
@@ -62,7 +80,8 @@ class Notes:
         """What is likely to be a mistake."""
         if self.unread_pictures:
             yield (
-                "columns that look like pictures and are NOT read, in rows that show nothing: "
+                "columns, or keys of messages, that look like pictures and are NOT read, in rows "
+                "that show nothing: "
                 f"{_counts(self.unread_pictures)}; give the pictures as files in a column 'images'"
             )
 
@@ -78,11 +97,14 @@ class TextNotes:
 
     def add(self, record: Record, processor: Processor) -> None:
         """Counts a row."""
-        turns = [*record.prompt, *(turn for r in record.responses for turn in r.turns)]
+        turns = turns_of(record)
         keys = {key for turn in turns for key in turn.keys} | record.template.keys()
         self.unread.update(sorted(key for key in keys if not processor.reads_key(key)))
         if processor.tokenizer.is_fast and not record.plain_text:
-            self.typed.update({name for t in turns for name in processor.control.found_in(t.text)})
+            said = [record.template, *(turn.keys for turn in turns)]
+            texts = [json.dumps(value, ensure_ascii=False, default=str) for value in said if value]
+            texts += [turn.text for turn in turns]
+            self.typed.update({name for t in texts for name in processor.control.found_in(t)})
 
     def lines(self) -> Iterator[str]:
         """What the notes say, for a person."""
@@ -93,6 +115,12 @@ class TextNotes:
             )
         if self.unread:
             yield f"rows with what the chat template does not read: {_counts(self.unread)}"
+
+
+def turns_of(record: Record) -> list[Turn]:
+    """All turns of a record: its prompt's, and those of its responses and of prompts of theirs."""
+    own = (turn for r in record.responses for turn in (*(r.prompt or ()), *r.turns))
+    return [*record.prompt, *own]
 
 
 def shows_something(record: Record) -> bool:

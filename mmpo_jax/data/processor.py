@@ -22,7 +22,7 @@ from PIL import Image
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import fingerprint_json
 from mmpo_jax.data.chat_template import ChatTemplate, TemplateRefusal
-from mmpo_jax.data.control_tokens import ControlTokens, has_stand_ins
+from mmpo_jax.data.control_tokens import ControlTokens, has_stand_ins, in_texts
 from mmpo_jax.data.edits import edit_pixels
 from mmpo_jax.data.images import image_size, open_image
 from mmpo_jax.data.processor_files import (
@@ -34,7 +34,7 @@ from mmpo_jax.data.processor_files import (
     load_video_settings,
     processor_template,
 )
-from mmpo_jax.data.records import Edit, ImageRef, Medium, Piece, Turn, VideoRef
+from mmpo_jax.data.records import Edit, ImageRef, Medium, Response, Turn, VideoRef
 from mmpo_jax.data.templates import TEMPLATES
 from mmpo_jax.models.config import ModelConfig
 from mmpo_jax.models.families import FAMILIES
@@ -156,30 +156,42 @@ class Processor:
           turns: the dialogue so far.
           for_answer: end with the header of the assistant's next turn.
           arguments: of the template beside the messages, such as `tools`.
-          plain_text: whether all control tokens in texts are text.
+          plain_text: whether all control tokens in texts, keys and arguments are text.
 
         Raises:
           TemplateRefusal: it does not take such a dialogue.
         """
-        turns = [self._as_text(turn, plain_text) for turn in turns]
+        stands = bool(self.placeholders and self.tokenizer.is_fast) or plain_text
+        if stands:
+            names = None if plain_text else self.control.placeholders
+            turns = [self._as_text(turn, names) for turn in turns]
+            arguments = in_texts(arguments, lambda text: self.control.stand_in(text, names))
         return self._chat.render(turns, for_answer, arguments)
 
-    def _as_text(self, turn: Turn, plain_text: bool) -> Turn:
-        """A turn whose typed placeholders, or control tokens of all kinds, stay text."""
-        if not plain_text and not (self.placeholders and self.tokenizer.is_fast):
-            return turn
-        names = None if plain_text else self.control.placeholders
+    def _as_text(self, turn: Turn, names: Sequence[str] | None) -> Turn:
+        """A turn in which these control tokens, typed in its texts and keys, stay text."""
 
-        def stand_in(piece: Piece) -> Piece:
-            return self.control.stand_in(piece, names) if isinstance(piece, str) else piece
+        def change(text: str) -> str:
+            return self.control.stand_in(text, names)
 
         content = turn.content
-        content = (
-            self.control.stand_in(content, names)
-            if isinstance(content, str)
-            else tuple(map(stand_in, content))
-        )
-        return turn if content == turn.content else dataclasses.replace(turn, content=content)
+        if isinstance(content, str):
+            content = change(content)
+        else:
+            content = tuple(change(one) if isinstance(one, str) else one for one in content)
+        keys = in_texts(turn.keys, change) if turn.keys else turn.keys
+        return dataclasses.replace(turn, content=content, keys=keys)
+
+    def shows_media(self, response: Response) -> bool:
+        """Whether an answer of a response holds a token that stands for media: among the ids that
+        were sampled, or typed where the tokenizer cannot keep it text."""
+        if any(token in self.placeholders for token in response.token_ids or ()):
+            return True
+        if self.tokenizer.is_fast or not self.placeholders:
+            return False
+        typed = self.tokenizer.convert_ids_to_tokens(list(self.placeholders))
+        said = [turn.text for turn in response.turns if turn.role == "assistant"]
+        return any(name in text for text in said for name in typed)
 
     def reads_key(self, key: str) -> bool:
         """Whether the chat template may read a key of messages, or an argument, of this name."""

@@ -22,7 +22,7 @@ from mmpo_jax.data.formats.format import finish
 from mmpo_jax.data.formats.media import MediaFolder
 from mmpo_jax.data.ids import RowIds, own_id
 from mmpo_jax.data.images import ImageTooLarge, image_size, open_image
-from mmpo_jax.data.notes import ID, Notes
+from mmpo_jax.data.notes import Notes
 from mmpo_jax.data.records import ANSWERS, ImageRef, Record, VideoRef
 from mmpo_jax.data.rows import MessagesAs, SkipReason, UnusableRow
 from mmpo_jax.data.tables import folder_of, numbered_rows
@@ -125,11 +125,20 @@ def iter_records(
             yield SkippedRow(os.fspath(path), number, id_, unusable.reason, detail)
         else:
             if own is not None and own != id_:
-                record = dataclasses.replace(record, extra={**record.extra, ID: own})
+                record = dataclasses.replace(record, own_id=own)
             if column is not None:
                 notes.pictures_in[column] += 1
             notes.add(record)
             yield record
+
+
+def left_out_rows(records: Iterable[Record], file: str) -> list[SkippedRow]:
+    """The responses that alone were left out of records, as rows that say which."""
+    return [
+        SkippedRow(file, record.row, record.id, reason, f"response {place + 1}: {detail}")
+        for record in records
+        for place, reason, detail in record.left_out
+    ]
 
 
 def check_images(

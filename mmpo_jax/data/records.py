@@ -236,6 +236,7 @@ class Record:
         where the data give none, or each response's own.
       source: what the data say of where the row comes from, such as a data set's name.
       row: number in its file from 1; None where it is from no file.
+      own_id: the row's id, where the record has another since that one is taken.
       extra: columns of the row that nothing here stands for; kept where a file is converted.
       template: arguments of the chat template beside the messages, such as ``tools``.
       plain_text: whether control tokens that are typed in the texts are text like any other.
@@ -250,6 +251,7 @@ class Record:
     other_images: tuple[ImageRef, ...] | None = None
     source: str | None = None
     row: int | None = None
+    own_id: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
     template: Mapping[str, Any] = field(default_factory=dict, hash=False)
     plain_text: bool = False

@@ -39,7 +39,7 @@ SkipReason = Literal[
     "no_prompt",  # neither a prompt nor messages
     "placeholder_count",  # more or fewer places for images than images
     "prompt_too_long",  # over the largest bucket; its image tokens are never cut
-    "prompt_differs",  # from the beginning of the dialogues in chosen and rejected
+    "prompt_differs",  # from the beginning of the whole dialogues that are given as answers
     "question_too_long",
     "response_too_long",  # over the largest bucket, with images beyond it
     "no_spans",  # no part of a response is marked, where these are learned from

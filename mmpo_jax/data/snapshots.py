@@ -27,6 +27,8 @@ _SPLITS = {
     "evaluation": "test",
 }
 """Names that stand for splits -> the split."""
+_UNSAID = "train"
+"""The split of files that say none, where others do."""
 _SHARD = re.compile(r"(?P<split>\w[\w.]*?)-\d{5}-of-\d{5}(-[0-9a-f]+)?\.")
 """As `datasets` names the files of a split."""
 
@@ -65,12 +67,16 @@ def data_files(
         found = ", ".join(sorted(kinds)) or "none"
         raise DataError(f"{folder}: data files of one kind are wanted, found: {found}")
     (names,) = kinds.values()
-    splits: dict[str | None, list[str]] = {}
-    for name in sorted(names):
-        splits.setdefault(split_of(name), []).append(name)
-    if split is None and (None in splits or len(splits) == 1):
-        return [folder / name for name in sorted(names)]
-    chosen = choose_split(folder, splits.keys() - {None}, split)
+    said = {name: split_of(name) for name in sorted(names)}
+    silent = sum(one is None for one in said.values())
+    splits: dict[str, list[str]] = {}
+    for name, one in said.items():
+        splits.setdefault(one or _UNSAID, []).append(name)
+    if split is None and len(splits) == 1:
+        return [folder / name for name in said]
+    if 0 < silent < len(said):
+        log.info("%s: %d files that say no split count as %s", folder, silent, _UNSAID)
+    chosen = choose_split(folder, splits.keys() if silent < len(said) else (), split)
     return [folder / name for name in splits[chosen]]
 
 

@@ -19,11 +19,12 @@ from mmpo_jax.data.readers import (
     SkippedRow,
     check_images,
     check_skipped,
+    left_out_rows,
     read_records,
     write_skipped,
 )
 from mmpo_jax.data.records import SCORE, Record, Response
-from mmpo_jax.data.rows import MessagesAs
+from mmpo_jax.data.rows import MessagesAs, SkipReason
 from mmpo_jax.data.settings import FileData, LearnedFile, Lengths
 from mmpo_jax.data.tokenization import Tokenize, TokenizedRecord, tokenize, tokenize_records
 
@@ -136,6 +137,12 @@ def usable_records(
       DataError: more rows were skipped than the recipe allows, or none is left.
     """
     kept, skipped, refused = [], [], []
+    told = sum(len(record.left_out) for record in source.records)
+    records = [without_shown_media(record, processor) for record in source.records]
+    source = dataclasses.replace(source, records=records)
+    shown = sum(len(record.left_out) for record in records) - told
+    if shown:
+        log.warning("%s: responses left out of rows: image_position %d", source.name, shown)
     for record in source.records:
         problem = unsupported(record, processor)
         if problem is not None:
@@ -160,7 +167,7 @@ def usable_records(
             skipped.append(SkippedRow(source.name, numbers[row.id], row.id, *problem))
     ids = {row.id for row in kept}
     source = source.skip([r for r in source.records if r.id in ids], [*too_long, *skipped])
-    partly = _left_out(source)
+    partly = left_out_rows(source.records, source.name)
     if source.skipped or partly:
         write_skipped(skipped_file, [*source.skipped, *partly])
     else:  # of an earlier run, before the data were mended
@@ -176,15 +183,6 @@ def usable_records(
     if lengths is not None:
         warn_of_cuts(source.name, kept, lengths)
     return source, kept
-
-
-def _left_out(source: Source) -> list[SkippedRow]:
-    """The responses that alone were left out, as rows that say which."""
-    return [
-        SkippedRow(source.name, record.row, record.id, reason, f"response {place + 1}: {detail}")
-        for record in source.records
-        for place, reason, detail in record.left_out
-    ]
 
 
 def _warn_of_blind_rows(source: Source) -> None:
@@ -209,6 +207,27 @@ def unsupported(record: Record, processor: Processor) -> Problem | None:
     if record.videos and processor.videos is None:
         return "unsupported_video", "this model takes no videos"
     return None
+
+
+def without_shown_media(record: Record, processor: Processor) -> Record:
+    """A record without the responses whose answers hold a token that stands for media; with all of
+    them where too few others would be left, as then the whole row cannot be used."""
+    gone = {place for place, *_ in record.left_out}
+    total = len(record.responses) + len(gone)
+    places = [place for place in range(total) if place not in gone]
+    shown = [processor.shows_media(response) for response in record.responses]
+    left = shown.count(False)
+    if not any(shown) or left < (2 if record.ranked else 1):
+        return record
+    detail = "an answer holds the image placeholder"
+    told: list[tuple[int, SkipReason, str]] = [
+        (place, "image_position", detail)
+        for place, shows in zip(places, shown, strict=True)
+        if shows
+    ]
+    kept = [one for one, shows in zip(record.responses, shown, strict=True) if not shows]
+    left_out = tuple(sorted((*record.left_out, *told)))
+    return dataclasses.replace(record, responses=tuple(kept), left_out=left_out)
 
 
 def _shows_images(record: Record) -> bool:

@@ -12,6 +12,7 @@
 
 import codecs
 import gzip
+import itertools
 import json
 import os
 import re
@@ -41,6 +42,9 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _JSON = (".jsonl", ".ndjson", ".json")
 _SNIFFED = 1 << 16
 """Bytes of a JSON file that may be white space before it begins."""
+
+_TRIED = 20
+"""Lines that are looked at where the first one is no JSON."""
 
 Item = dict[str, Any] | UnusableRow
 """A row, or what is wrong with it."""
@@ -110,8 +114,10 @@ def _json_rows(path: epath.Path) -> Iterator[tuple[int, Item]]:
     with _opened(path) as file:
         start = file.read(_SNIFFED).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
         file.seek(0)
-        lines = start != b"[" and _is_lines(file)
-        if lines or (_ending(path.name) != ".json" and not (start == b"[" and _is_list(file))):
+        rows = _list_of(file) if start == b"[" else None
+        if rows is not None:
+            yield from enumerate(map(_object, rows), start=1)
+        elif _ending(path.name) != ".json" or _is_lines(file):
             yield from _json_lines(file)
         else:
             yield from _json_list(path, file.read())
@@ -125,17 +131,20 @@ def _opened(path: epath.Path) -> IO[bytes]:
 
 
 def _is_lines(file: IO[bytes]) -> bool:
-    """Whether the first line that is not empty is an object by itself; goes back to the start."""
-    line = next((line for line in file if line.strip()), b"")
+    """Whether the first line that is not empty is an object by itself, or half of the first ones
+    are, as that one may be damaged; goes back to the start."""
+    lines = (isinstance(_parse_any(line), dict) for line in file if line.strip())
+    first = next(lines, False)
+    found = [first, *([] if first else itertools.islice(lines, _TRIED - 1))]
     file.seek(0)
-    return isinstance(_parse_any(line), dict)
+    return 2 * sum(found) >= len(found)
 
 
-def _is_list(file: IO[bytes]) -> bool:
-    """Whether the whole is one list, and not lines the first of which is one; goes back too."""
+def _list_of(file: IO[bytes]) -> list[Any] | None:
+    """The whole as one list, or None where it is lines the first of which is one; goes back too."""
     whole = _parse_any(file.read())
     file.seek(0)
-    return isinstance(whole, list) and any(isinstance(row, dict) for row in whole)
+    return whole if isinstance(whole, list) and any(isinstance(r, dict) for r in whole) else None
 
 
 def _parse_any(content: bytes) -> Any:
@@ -198,7 +207,17 @@ def _rows(batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[int, Item]]:
         for start in range(0, batch.num_rows, _BATCH_ROWS):
             for row in batch.slice(start, _BATCH_ROWS).to_pylist():
                 number += 1
-                yield number, row
+                yield number, {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value without the keys of objects that hold null: in columns, every object has the keys of
+    all, and null is how one lacks them."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(one) for name, one in value.items() if one is not None}
+    if isinstance(value, list) and any(isinstance(one, dict | list) for one in value):
+        return [_without_nulls(one) for one in value]
+    return value
 
 
 def _array_record_rows(path: epath.Path) -> Iterator[tuple[int, Item]]:

@@ -167,7 +167,7 @@ def test_what_is_said_of_responses_is_kept_where_rows_agree():
         first,
         {"scores": {"help": 3.0, "score": 1.0}, "critique": "Good."},
         {"scores": {"help": 2.0, "score": 0.0}, "critique": "Fair.", "log_prob": -2.0},
-        extra={"id": "7", "lang": "en", "annotator": 1},
+        extra={"lang": "en", "annotator": 1},
     )
     two = said(
         second,
@@ -175,12 +175,12 @@ def test_what_is_said_of_responses_is_kept_where_rows_agree():
         {"scores": {"score": 0.0}, "critique": "Bad."},
         extra={"lang": "en", "annotator": 2},
     )
-    done = join_pairs([one, two])
+    done = join_pairs([dataclasses.replace(one, own_id="7"), two])
     (record,) = done.records
     assert [dict(r.scores) for r in record.responses] == [{"help": 3.0}, {"help": 2.0}, {}]
     assert [r.critique for r in record.responses] == ["Good.", "Fair.", "Bad."]
     assert [r.log_prob for r in record.responses] == [None, -2.0, None]
-    assert record.extra == {"id": "7", "lang": "en"}
+    assert (record.own_id, record.extra) == ("7", {"lang": "en"})
     assert done.differing == 1
 
 

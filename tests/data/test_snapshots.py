@@ -46,11 +46,29 @@ def test_lines_and_lists_by_what_they_begin_with(tmp_path, name, packed, text):
     assert ids(path) == ["0", "1", "2"]
 
 
-@pytest.mark.parametrize("bad", ["[1]", "[", "1", "{"])
-def test_a_bad_first_line_is_one_row(tmp_path, bad):
-    (tmp_path / "rows.jsonl").write_text(f"{bad}\n{LINES}")
-    records, skipped = read_records(tmp_path / "rows.jsonl")
+@pytest.mark.parametrize("bad", ["[1]", "[", "1", "{", '{"prompt": "a",', '"b"}', '[{"a": 1}'])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_a_bad_first_line_is_one_row(tmp_path, name, bad):
+    (tmp_path / name).write_text(f"{bad}\n{LINES}")
+    records, skipped = read_records(tmp_path / name)
     assert (len(records), [row.row for row in skipped]) == (3, [1])
+
+
+@pytest.mark.parametrize("text", [json.dumps({"data": ROWS}, indent=1), LIST[:-1], "[\n1\n]"])
+def test_what_is_neither_lines_nor_a_list_of_rows(tmp_path, text):
+    (tmp_path / "rows.json").write_text(text)
+    if text.endswith("]"):
+        _, skipped = read_records(tmp_path / "rows.json")
+        assert [row.reason for row in skipped] == ["bad_json"]
+    else:
+        with pytest.raises(DataError, match=r"cannot read .*rows\.json"):
+            read_records(tmp_path / "rows.json")
+
+
+def test_rows_of_a_list_between_lines_with_commas(tmp_path):
+    text = "[\n" + "\n,\n".join(json.dumps(ROWS[n % 3]) for n in range(30)) + "\n]\n"
+    (tmp_path / "rows.json").write_text(text)
+    assert len(ids(tmp_path / "rows.json")) == 30
 
 
 def test_a_snapshot_of_the_hub(tmp_path, caplog):
@@ -75,6 +93,9 @@ def test_a_snapshot_of_the_hub(tmp_path, caplog):
         (["train/0.jsonl", "train/1.jsonl", "val/0.jsonl"], ["train/0.jsonl", "train/1.jsonl"]),
         (["a/x.jsonl", "b/y.jsonl", "z.jsonl"], ["a/x.jsonl", "b/y.jsonl", "z.jsonl"]),
         (["test.jsonl"], ["test.jsonl"]),
+        (["train.jsonl", "more.jsonl", "test.jsonl"], ["more.jsonl", "train.jsonl"]),
+        (["pairs.jsonl", "val/0.jsonl"], ["pairs.jsonl"]),
+        (["pairs.jsonl", "train.jsonl"], ["pairs.jsonl", "train.jsonl"]),
         (["train_0.jsonl", "train_1.jsonl", "dev.jsonl"], ["train_0.jsonl", "train_1.jsonl"]),
         (
             ["data/train_prefs-00000-of-00001.parquet", "data/test_prefs-00000-of-00001.parquet"],
@@ -123,3 +144,12 @@ def test_a_name_with_a_number_sign(tmp_path):
 )
 def test_names_that_say_a_split(name, split):
     assert split_of(name) == split
+
+
+def test_files_that_say_no_split_beside_others(tmp_path, caplog):
+    caplog.set_level("INFO")
+    write(tmp_path, "pairs.jsonl", "test.jsonl")
+    assert ids(tmp_path) == ["pairs.jsonl"]
+    assert "1 files that say no split count as train" in caplog.text
+    assert "reading the split train and not test" in caplog.text
+    assert ids(f"{tmp_path}#test") == ["test.jsonl"]

@@ -210,11 +210,11 @@ def test_images_that_no_prompt_shares_stand_in_the_responses(tiny_processor):
         assert (response.ids == tiny.IMAGE_ID).sum() == len(row.layouts[0].ids)
 
 
-def test_an_image_token_written_by_the_user_is_refused(tiny_processor):
+def test_an_image_token_written_by_the_user_is_an_unknown_word(tiny_processor):
     """Of words, where the text itself is the token."""
-    with pytest.raises(RowRejected) as caught:
-        tokenize(record("yes", prompt="what is <image> ?"), tiny_processor, **LIMITS)
-    assert caught.value.reason == "template_refuses"
+    row = tokenize(record("yes", prompt="what is <image> ?"), tiny_processor, **LIMITS)
+    other = tokenize(record("yes", prompt="what is grass ?"), tiny_processor, **LIMITS)
+    assert row.prompt_ids.tolist() == other.prompt_ids.tolist()
 
 
 WITHOUT_BOS = CHAT_TEMPLATE.replace("{{- '<s>' -}}", "")

@@ -2,9 +2,20 @@
 
 import dataclasses
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from helpers.format_rows import QUESTION, assistant, read_one, text_part, user, write_jsonl
+from helpers.format_rows import (
+    QUESTION,
+    assistant,
+    read_jsonl,
+    read_one,
+    text_part,
+    user,
+    write_jsonl,
+)
 
+from mmpo_jax.cli import main
 from mmpo_jax.commands.data_convert import convert_data
 from mmpo_jax.commands.generate import _line
 from mmpo_jax.core.errors import MmpoError
@@ -123,3 +134,65 @@ def test_a_line_break_behind_a_part(folder, via):
     else:
         with pytest.raises(MmpoError, match="a line break begins the text behind an image"):
             kept(folder, row, via)
+
+
+def calls(name, **arguments):
+    function = {"name": name, "arguments": arguments}
+    return assistant("") | {"tool_calls": [{"type": "function", "function": function}]}
+
+
+@pytest.mark.parametrize("via", VIA[:-1])
+def test_calls_of_tools(folder, via):
+    """The columns of Parquet give every object the keys of all."""
+    format, _, ending = via.partition(".")
+    several = [calls("f", x=1), calls("g", y="a", z=None), calls("h")]
+    keys = {"name": "Ann", "meta": {"a": 1}}, {"meta": {"b": ["x"]}}, {}
+    rows = [
+        {"id": str(n), "prompt": [user() | more], "chosen": [call], "rejected": [assistant("b")]}
+        for n, (call, more) in enumerate(zip(several, keys, strict=True))
+    ]
+    source = write_jsonl(folder / "rows.jsonl", rows)
+    convert_data(str(source), str(folder / f"out.{ending}"), format=format)
+    (before, _), (after, _) = map(read_records, (source, folder / f"out.{ending}"))
+    assert [shown(record) for record in after] == [shown(record) for record in before]
+    assert [record.prompt[0].keys for record in after] == [*keys]
+    assert [record.responses[0].turns[0].keys for record in after] == [
+        {"tool_calls": call["tool_calls"]} for call in several
+    ]
+
+
+def test_keys_that_columns_cannot_hold(folder):
+    row = PAIR | {"prompt": [user() | {"meta": {"a": None}}]}
+    with pytest.raises(MmpoError, match="message keys: meta holds null"):
+        kept(folder, row, "trl.parquet")
+    before, after = kept(folder, row, "trl.jsonl")
+    assert after.prompt == before.prompt
+
+
+def test_calls_that_other_columns_unified(folder):
+    several = [calls("f", x=1), calls("g", y=2)]
+    rows = [PAIR | {"chosen": [call]} for call in several]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
+    records, _ = read_records(folder / "rows.parquet")
+    assert [record.responses[0].turns[0].keys["tool_calls"] for record in records] == [
+        call["tool_calls"] for call in several
+    ]
+
+
+@pytest.mark.parametrize("format", ["rlaif_v", "rlhf_v", "mm_rlhf", "mm_rlhf_pairs"])
+def test_tags_that_are_text_in_a_question(folder, format):
+    question = r"<image>What is \<image> in SVG, and a\\<image>?"
+    row = {"images": ["a.png"], "prompt": question, **ANSWERS}
+    before, after = kept(folder, row, f"{format}.jsonl")
+    assert after.prompt == before.prompt
+    assert [image.name for image in after.images] == ["a.png"]
+
+
+def test_responses_left_out_of_a_conversion_are_told(folder, capsys):
+    rows = [{"prompt": QUESTION, "responses": ["a", None, "b"]}, PAIR]
+    source = write_jsonl(folder / "rows.jsonl", rows)
+    assert main(["data", "convert", str(source), str(folder / "out.jsonl")]) == 0
+    assert "responses left out of rows that are used: bad_message 1" in capsys.readouterr().out
+    (left_out,) = read_jsonl(folder / "out.rejected_rows.jsonl")
+    assert (left_out["row"], left_out["reason"]) == (1, "bad_message")
+    assert left_out["detail"].startswith("response 2: ")

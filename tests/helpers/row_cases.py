@@ -73,6 +73,16 @@ TEXTS: dict[str, Case] = {
         [user(Q)],
         [[assistant(GOOD)], [assistant(BAD)]],
     ),
+    "whole dialogues of alpaca": Case(
+        {
+            "instruction": Q,
+            "system": "",
+            "chosen": [plain("user", Q), plain("assistant", GOOD)],
+            "rejected": [plain("user", Q), plain("assistant", BAD)],
+        },
+        [user(Q)],
+        [[assistant(GOOD)], [assistant(BAD)]],
+    ),
     "turns after the answer": Case(
         {
             "chosen": [
@@ -118,6 +128,14 @@ TEXTS: dict[str, Case] = {
         },
         [user(Q)],
         [[assistant(GOOD)], [assistant(BAD)]],
+    ),
+    "white space of transcripts": Case(
+        {
+            "chosen": f"\n\nHuman: {Q} \n\nAssistant: {GOOD}\n",
+            "rejected": f"\n\nHuman: {Q} \n\nAssistant:  {BAD}",
+        },
+        [user(f"{Q} ")],
+        [[assistant(f"{GOOD}\n")], [assistant(f" {BAD}")]],
     ),
     "samples": Case(
         {"prompt": Q, "responses": [GOOD, "", " x "]},
@@ -167,6 +185,15 @@ IMAGES: dict[str, Case] = {
         **TWO,
     ),
     "part with its own path": pair([user(Q, {"type": "image", "image": "1.png"})], user(Q, IMAGE)),
+    "key of a message": pair([plain("user", Q, image="1.png")], user(IMAGE, Q)),
+    "keys of messages": pair(
+        [
+            plain("user", "Hello <image>", image="1.png"),
+            plain("assistant", "Hi"),
+            plain("user", Q, images=["0.png"]),
+        ],
+        *(user("Hello ", IMAGE), assistant("Hi"), user(IMAGE, Q)),
+    ),
     "second question": pair(
         [user("Hello"), assistant("Hi"), user(IMAGE, Q)],
         *(user("Hello"), assistant("Hi"), user(IMAGE, Q)),

@@ -21,7 +21,7 @@ import tensorflow_datasets as tfds
 
 from mmpo_jax.data.builders.published import IMAGE, TEXT, PublishedBuilder
 from mmpo_jax.data.formats.mm_rlhf import DIMENSIONS
-from mmpo_jax.data.notes import ID
+from mmpo_jax.data.formats.writing import question_of
 from mmpo_jax.data.records import Record
 
 _FILES = {"rankings": ("data.jsonl", "mm_rlhf"), "pairs": ("dpo_pairs.jsonl", "mm_rlhf_pairs")}
@@ -77,7 +77,7 @@ def _ranking(record: Record) -> dict[str, Any]:
     return {
         "id": record.id,
         **_media(record),
-        "question": record.prompt[0].text,
+        "question": question_of(record),
         "answer": str(record.extra.get("answer") or ""),
         "ranking_reason": str(record.extra.get("ranking_reason") or ""),
         "models_output": [response.text for response in responses],
@@ -93,9 +93,9 @@ def _ranking(record: Record) -> dict[str, Any]:
 def _pair(record: Record) -> dict[str, Any]:
     chosen, rejected = record.responses
     return {
-        "id": str(record.extra.get(ID, record.id)),
+        "id": record.id if record.own_id is None else record.own_id,
         **_media(record),
-        "prompt": record.prompt[0].text,
+        "prompt": question_of(record),
         "chosen": chosen.text,
         "rejected": rejected.text,
         "chosen_reason": chosen.critique or "",

@@ -16,6 +16,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from mmpo_jax.data.builders.published import IMAGE, TEXT, PublishedBuilder
+from mmpo_jax.data.formats.writing import question_of
 from mmpo_jax.data.records import Record
 
 _KEPT = ("origin_dataset", "origin_split", "image_path")
@@ -47,7 +48,7 @@ def _example(record: Record) -> dict[str, Any]:
         "idx": record.id,
         "ds_name": record.source or "",
         "image": record.images[0].read(),
-        "question": record.prompt[0].text,
+        "question": question_of(record),
         "chosen": chosen.text,
         "rejected": rejected.text,
         **{name: str(record.extra.get(name) or "") for name in _KEPT},

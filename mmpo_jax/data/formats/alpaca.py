@@ -12,7 +12,13 @@ from typing import Any
 from mmpo_jax.data.formats.format import Answer, Draft, Format, draft_of, read_flag, read_text
 from mmpo_jax.data.formats.media import MediaFolder
 from mmpo_jax.data.formats.trl import SCORES, scored_pair, supervised
-from mmpo_jax.data.formats.turns import Message, Turns, parse_turns, with_system
+from mmpo_jax.data.formats.turns import (
+    Message,
+    Turns,
+    parse_turns,
+    with_system,
+)
+from mmpo_jax.data.formats.whole_dialogues import split_answer, split_pair
 from mmpo_jax.data.formats.writing import (
     CannotHold,
     Writer,
@@ -38,7 +44,7 @@ def _claims(row: Row) -> bool:
 
 
 def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
-    prompt = with_system(row, (*_history(row.get("history", [])), Message("user", _asked(row))))
+    prompt: Turns = (*_history(row.get("history", [])), Message("user", _asked(row)))
     used = [name for name in _COLUMNS if name in row]
     said = next((row[name] for name in _ANSWERS if name in row), None)
     better = row.get("chosen", said)
@@ -48,17 +54,19 @@ def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
     answers: tuple[Answer, ...] = ()
     if worse is not None:
         chosen, rejected = (parse_turns(text, "assistant") for text in (better, worse))
+        prompt, chosen, rejected = split_pair(prompt, chosen, rejected)
         answers = scored_pair(row, chosen, rejected)
         used += [name for name in SCORES if name in row]
     elif better is not None:
-        answer = parse_turns(better, "assistant")
+        prompt, answer = split_answer(prompt, parse_turns(better, "assistant"))
         label = next((name for name in _LABELS if name in row), None)
         if label is not None:
             verdict = {"desirable": read_flag(row[label], label)}
             answers = (Answer(answer, fields=verdict),)
         else:
-            prompt, answers = supervised(prompt + answer, messages_as)
-    return draft_of(row, media, prompt, answers, used)
+            turns = with_system(row, prompt) + answer
+            return draft_of(row, media, *supervised(turns, messages_as), used)
+    return draft_of(row, media, with_system(row, prompt), answers, used)
 
 
 def _asked(row: Row) -> str:

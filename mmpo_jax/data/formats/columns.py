@@ -41,7 +41,18 @@ names that are ours; the first of them that holds any."""
 _SUGGESTS_PICTURES = re.compile(
     r"image|img|(?<![a-z])pic(ture|s?$)|photo|pixel|jpe?g|png|webp", re.I
 )
-_DIALOGUES = ("prompt", "question", "chosen", "rejected", "completion", "messages", "responses")
+_DIALOGUES = (
+    "prompt",
+    "question",
+    "chosen",
+    "rejected",
+    "completion",
+    "messages",
+    "responses",
+    "conversations",
+)
+_OURS = ("image", "images", "video", "videos")
+"""Columns, and keys of messages, that hold media."""
 _MAX_DEPTH = 8
 """Of lists and messages in each other, of which parts are four deep."""
 
@@ -77,16 +88,18 @@ def _is_known(name: str) -> bool:
 
 
 def _named_in(value: Any) -> bool:
-    """Whether a content part of some message in a value names a medium."""
-    return any(read_part(part) is not None for part in _parts(value))
+    """Whether some message in a value, or a content part of one, names a medium."""
+    return any(
+        read_part(part) is not None or any(part.get(name) for name in _OURS)
+        for part in _parts(value)
+    )
 
 
 def _parts(value: Any, depth: int = 0) -> Iterator[dict[str, Any]]:
     if depth >= _MAX_DEPTH:
         return
     if isinstance(value, dict):
-        if "type" in value:
-            yield value
+        yield value
         yield from _parts(value.get("content"), depth + 1)
     elif isinstance(value, list):
         for entry in value:

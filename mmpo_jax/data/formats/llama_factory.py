@@ -10,7 +10,12 @@ from typing import Any, cast
 from mmpo_jax.data.formats.format import Answer, Draft, Format, draft_of, read_flag
 from mmpo_jax.data.formats.media import MediaFolder
 from mmpo_jax.data.formats.trl import SCORES, scored_pair, supervised
-from mmpo_jax.data.formats.turns import parse_turns, split_last_answer, with_system
+from mmpo_jax.data.formats.turns import (
+    parse_turns,
+    split_last_answer,
+    with_system,
+)
+from mmpo_jax.data.formats.whole_dialogues import split_pair
 from mmpo_jax.data.formats.writing import (
     MESSAGES,
     CannotHold,
@@ -43,6 +48,7 @@ def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
         raise UnusableRow("incomplete_pair", "chosen and rejected belong together")
     if "chosen" in row:
         chosen, rejected = (parse_turns(row[side], "assistant") for side in ("chosen", "rejected"))
+        prompt, chosen, rejected = split_pair(turns, chosen, rejected)
         answers = scored_pair(row, chosen, rejected)
     elif "kto_tag" in row:
         prompt, answer = split_last_answer(turns)
@@ -56,7 +62,8 @@ def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
 
 def _write(record: Record, writer: Writer) -> dict[str, Any]:
     row: dict[str, Any] = {"id": record.id, **writer.media(record, rates=False)}
-    row |= template_columns(record, as_text=writer.embed == "bytes")
+    columns = writer.embed == "bytes"
+    row |= template_columns(record, as_text=columns)
     if record.source is not None:
         row["source"] = record.source
     turns, responses = record.prompt, record.responses
@@ -64,32 +71,35 @@ def _write(record: Record, writer: Writer) -> dict[str, Any]:
         row["system"], turns = turns[0].text, turns[1:]
     if record.ranked:
         chosen, rejected = chosen_and_rejected(record)
-        row["chosen"], row["rejected"] = (_one(record, side) for side in (chosen, rejected))
+        row["chosen"], row["rejected"] = (
+            _one(record, side, columns) for side in (chosen, rejected)
+        )
     elif len(responses) == 1:
         turns = (*turns, *responses[0].turns)
         if responses[0].desirable is not None:
             row["kto_tag"] = responses[0].desirable
     elif responses:
         raise CannotHold("responses", detail=f"{len(responses)} of them without ranks")
-    row["conversations"] = _conversation(record, turns)
+    row["conversations"] = _conversation(record, turns, by_column=columns)
     return with_extra(row, record.extra)
 
 
 def _conversation(
-    record: Record, turns: tuple[Turn, ...], behind: tuple[Turn, ...] = ()
+    record: Record, turns: tuple[Turn, ...], *, by_column: bool, behind: tuple[Turn, ...] = ()
 ) -> list[dict[str, Any]]:
     written = []
-    for message in messages(turns, record, behind=behind, tags=True, front=True):
+    said = messages(turns, record, behind=behind, tags=True, front=True, by_column=by_column)
+    for message in said:
         role, text = message.pop("role"), message.pop("content")
         written.append({"from": _SPEAKERS.get(role, role), "value": text, **message})
     return written
 
 
-def _one(record: Record, response: Response) -> dict[str, Any]:
+def _one(record: Record, response: Response, by_column: bool) -> dict[str, Any]:
     if len(response.turns) != 1:
         detail = f"{len(response.turns)} turns; chosen and rejected are one message"
         raise CannotHold("responses", detail=detail)
-    return _conversation(record, response.turns, record.prompt)[0]
+    return _conversation(record, response.turns, by_column=by_column, behind=record.prompt)[0]
 
 
 FORMAT = Format(

@@ -47,12 +47,9 @@ class MediaFolder:
         found = enumerate(entries(row, "video"), start=1)
         return tuple(self.video(entry, number) for number, entry in found)
 
-    def part(self, part: Mapping[str, Any], number: int = 1) -> ImageRef | VideoRef | None:
+    def part(self, part: Mapping[str, Any]) -> ImageRef | VideoRef | None:
         """What a content part of a message names (its type one of `PART_KINDS`); None where it
         names nothing and so means the next entry of the columns.
-
-        Args:
-          number: of a video among those of the row.
 
         Raises:
           UnusableRow: as `image` and `video`.
@@ -66,7 +63,7 @@ class MediaFolder:
                 raise UnusableRow("bad_image_entry", detail)
             return None
         medium, entry = named
-        return self.image(entry) if medium == "image" else self.video(entry, number)
+        return self.image(entry) if medium == "image" else self.video(entry)
 
     def image(self, entry: Any, *, deeper: bool = False) -> ImageRef:
         """An image as `read_image` takes it, such as its path, its encoded bytes or

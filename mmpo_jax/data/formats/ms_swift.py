@@ -50,11 +50,14 @@ def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
 def _rejected(row: Row, media: MediaFolder, prompt: Turns, chosen: Turns) -> Answer:
     answer, own_prompt = chosen, None
     if "rejected_messages" in row:
-        turns = with_system(row, parse_turns(row["rejected_messages"], "user"))
-        theirs, answer = split_last_answer(turns)
+        dialogue = parse_turns(row["rejected_messages"], "user")
+    else:
+        dialogue = parse_turns(row.get("rejected_response", []), "assistant")
+    if "rejected_messages" in row or (dialogue and dialogue[0].role != "assistant"):
+        theirs, answer = split_last_answer(with_system(row, dialogue))
         own_prompt = None if _said(theirs) == _said(prompt) else theirs
     elif "rejected_response" in row:
-        answer = parse_turns(row["rejected_response"], "assistant")
+        answer = dialogue
     fields: dict[str, Any] = {"rank": 2}
     if "rejected_images" in row:
         fields["images"] = media.images({"images": row["rejected_images"]})
@@ -86,7 +89,8 @@ def _write(record: Record, writer: Writer) -> dict[str, Any]:
             "response.images", detail="the chosen response has its own images or prompt"
         )
     said = (*record.prompt, *chosen.turns)
-    row["messages"] = messages(said, record, tags=True, front=True)
+    columns = writer.embed == "bytes"
+    row["messages"] = messages(said, record, tags=True, front=True, by_column=columns)
     return with_extra(row, record.extra)
 
 
@@ -99,7 +103,8 @@ def _write_rejected(record: Record, rejected: Response, writer: Writer) -> dict[
         return row | {"rejected_response": rejected.text}
     prompt = record.prompt if rejected.prompt is None else rejected.prompt
     theirs = dataclasses.replace(record, images=shown)
-    said = messages((*prompt, *rejected.turns), theirs, tags=True, front=True)
+    dialogue, columns = (*prompt, *rejected.turns), writer.embed == "bytes"
+    said = messages(dialogue, theirs, tags=True, front=True, by_column=columns)
     return row | {"rejected_messages": said}
 
 

@@ -8,16 +8,14 @@ in front, which goes.
 """
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from mmpo_jax.data.formats.media import MediaFolder
+from mmpo_jax.data.formats.tags import TAGS, count_tags, split_tags
 from mmpo_jax.data.formats.turns import MediaPart, Message, Turns
 from mmpo_jax.data.records import IMAGE, VIDEO, ImageRef, Medium, Piece, Turn, VideoRef, placed
 from mmpo_jax.data.rows import UnusableRow
-
-TAGS = {IMAGE: "<image>", VIDEO: "<video>"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +56,8 @@ def place_media(
         for medium, count in counts.items():
             if count != len(media[medium]):
                 raise UnusableRow("placeholder_count", _mismatch(medium, count, media[medium]))
-    tags = "|".join(TAGS[medium] for medium in shown)
     turns = tuple(
-        _tagged(turn, tags) if tags and turn.role == "user" else _turn(turn, _kinds(turn.pieces))
+        _tagged(turn, shown) if shown and turn.role == "user" else _turn(turn, _kinds(turn.pieces))
         for turn in dialogue
     )
     return _usual(Placed(turns, images, videos))
@@ -108,21 +105,15 @@ def _of_parts(
 
 
 def _count(dialogue: Turns, medium: Medium) -> int:
-    tag = re.compile(rf"(?<!\\){TAGS[medium]}")
-    return sum(len(tag.findall(turn.text)) for turn in dialogue if turn.role == "user")
+    return sum(count_tags(turn.text, medium) for turn in dialogue if turn.role == "user")
 
 
-def _tagged(message: Message, tags: str) -> Turn:
+def _tagged(message: Message, media: Sequence[Medium]) -> Turn:
     """A turn with media in place of the tags in its texts."""
-    kinds = {tag: medium for medium, tag in TAGS.items()}
     found: list[Piece] = []
     for text in message.pieces:
         assert isinstance(text, str)
-        pieces = re.split(rf"(?<!\\)({tags})", text)
-        texts = [re.sub(rf"\\({tags})", r"\1", piece) for piece in pieces]
-        found += [
-            kinds.get(piece, text) for piece, text in zip(pieces, texts, strict=True) if piece
-        ]
+        found += split_tags(text, media)
     tagged = any(isinstance(piece, Medium) for piece in found)
     return dataclasses.replace(_turn(message, tuple(found)), tagged=tagged)
 
@@ -136,4 +127,4 @@ def _turn(message: Message, content: tuple[Piece, ...]) -> Turn:
     shows = any(isinstance(piece, Medium) for piece in content)
     if not shows and (isinstance(message.content, str) or len(content) <= 1):
         said = "".join(map(str, content))
-    return Turn(message.role, said, message.keys, message.learned)
+    return Turn(message.role, said, message.keys, message.learned, message.tagged)

@@ -143,7 +143,8 @@ def _write(record: Record, writer: Writer) -> dict[str, Any]:
     if record.other_images is not None:
         row["other_images"] = [writer.image(image) for image in record.other_images]
     row |= template_columns(record, as_text=writer.embed == "bytes")
-    row["prompt"] = messages(record.prompt, record, tags=writer.embed == "bytes")
+    columns = writer.embed == "bytes"
+    row["prompt"] = messages(record.prompt, record, tags=columns, by_column=columns)
     row["responses"] = [_write_response(one, record, writer) for one in record.responses]
     if record.source is not None:
         row["source"] = record.source
@@ -159,7 +160,8 @@ def _write(record: Record, writer: Writer) -> dict[str, Any]:
 def _write_response(response: Response, record: Record, writer: Writer) -> dict[str, Any]:
     if response.images is not None:
         record = dataclasses.replace(record, images=response.images)
-    said = functools.partial(messages, record=record, tags=writer.embed == "bytes")
+    columns = writer.embed == "bytes"
+    said = functools.partial(messages, record=record, tags=columns, by_column=columns)
     before = record.prompt if response.prompt is None else response.prompt
     written: dict[str, Any] = {"turns": said(response.turns, behind=before)}
     if not response.finished:

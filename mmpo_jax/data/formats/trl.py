@@ -32,10 +32,10 @@ from mmpo_jax.data.formats.turns import (
     Message,
     Turns,
     parse_turns,
-    split_common_prompt,
     split_last_answer,
     with_system,
 )
+from mmpo_jax.data.formats.whole_dialogues import split_answer, split_pair
 from mmpo_jax.data.formats.writing import (
     MESSAGES,
     CannotHold,
@@ -62,6 +62,8 @@ def _claims(row: Row) -> bool:
 def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
     prompt, answers = _prompt_and_answers(row, messages_as)
     used = [name for name in (*_COLUMNS, *_SAMPLED, "system") if name in row]
+    if _ids_of_others(row):
+        used.remove("response_ids")
     if not any(name in row for name in _COLUMNS):
         used.append("messages")
     if "chosen" in row:
@@ -83,10 +85,11 @@ def _prompt_and_answers(row: Row, messages_as: MessagesAs) -> tuple[Turns, tuple
         return with_system(row, prompt), scored_pair(row, chosen, rejected)
     if "completion" in row:
         fields = {"desirable": read_flag(row["label"], "label")} if "label" in row else {}
-        answers = (Answer(parse_turns(row["completion"], "assistant"), fields=fields),)
-        return with_system(row, prompt), answers
+        prompt, answer = split_answer(prompt, parse_turns(row["completion"], "assistant"))
+        return with_system(row, prompt), (Answer(answer, fields=fields),)
     if "responses" in row:
-        return with_system(row, prompt), _several(row)
+        prompt, answers = _behind(prompt, _several(row))
+        return with_system(row, prompt), answers
     if prompt:
         return with_system(row, prompt), ()
     if "messages" not in row:
@@ -106,50 +109,7 @@ def _pair(row: Row, prompt: Turns) -> tuple[Turns, Turns, Turns]:
         chosen, rejected = (_transcript(text) for text in texts)
     else:
         chosen, rejected = (parse_turns(text, "assistant") for text in texts)
-    whole = [turns for turns in (chosen, rejected) if turns and turns[0].role != "assistant"]
-    if not whole:
-        return prompt, chosen, rejected
-    if len(whole) == 1:
-        raise UnusableRow("bad_message", "one of chosen and rejected is a whole dialogue")
-    common, chosen, rejected = split_common_prompt(chosen, rejected)
-    common = _with_parts(common, tuple(turn for turn in prompt if turn.role != "system"))
-    if prompt and prompt[0].role == "system" and (not common or common[0].role != "system"):
-        common = (prompt[0], *common)
-    return common, chosen, rejected
-
-
-def _with_parts(common: Turns, asked: Turns) -> Turns:
-    """What two dialogues begin with, and what only the row's prompt shows of it or says beside it.
-
-    Args:
-      common: of the dialogues.
-      asked: the prompt; of a longer dialogue it may be what was asked last, or first.
-
-    Raises:
-      UnusableRow: the prompt is not what the dialogues begin with.
-    """
-    places = [place for place, turn in enumerate(common) if turn.role != "system"]
-    texts = [turn.text.strip() for turn in asked]
-    for meant in (places[: len(asked)], places[-len(asked) :]):
-        if [common[place].text.strip() for place in meant] == texts:
-            break
-    else:
-        detail = "the prompt is not what the dialogues in chosen and rejected begin with"
-        raise UnusableRow("prompt_differs", detail)
-    turns = list(common)
-    for place, ours in zip(meant, asked, strict=True):
-        theirs = common[place]
-        if ours.parts and theirs.parts and len(ours.parts) != len(theirs.parts):
-            detail = "the prompt shows another number of pictures than the dialogues"
-            raise UnusableRow("prompt_differs", detail)
-        lacks = not any(part.part for part in theirs.parts) and any(
-            part.part for part in ours.parts
-        )
-        lacks |= bool(ours.parts) and not theirs.parts
-        content = ours.content if lacks else theirs.content
-        keys = {**ours.keys, **theirs.keys}
-        turns[place] = dataclasses.replace(theirs, content=content, keys=keys)
-    return tuple(turns)
+    return split_pair(prompt, chosen, rejected)
 
 
 HUMAN = "\n\nHuman:"
@@ -157,12 +117,13 @@ HUMAN = "\n\nHuman:"
 
 
 def _transcript(text: str) -> Turns:
-    """The turns of a dialogue that is written as one text, "Human:" and "Assistant:" by turns."""
-    pieces = re.split(r"\n\n(Human|Assistant):", text)
+    """The turns of a dialogue that is written as one text, "Human:" and "Assistant:" by turns; a
+    space behind the colon is none of what is said."""
+    pieces = re.split(r"\n\n(Human|Assistant):[ ]?", text)
     if pieces[0].strip():
         raise UnusableRow("bad_message", f"a transcript that begins with {pieces[0][:80]!r}")
     return tuple(
-        Message("user" if speaker == "Human" else "assistant", said.strip())
+        Message("user" if speaker == "Human" else "assistant", said)
         for speaker, said in zip(pieces[1::2], pieces[2::2], strict=True)
     )
 
@@ -223,10 +184,36 @@ def _several(row: Row) -> tuple[Answer, ...]:
     flags = read_list(row.get("finished", [True] * count), "finished", count, "bad_message")
     if not all(isinstance(flag, bool) for flag in flags):
         raise UnusableRow("bad_message", f"finished {str(flags)[:80]} is no list of true and false")
-    sampled = row.get("response_ids")
-    if not isinstance(sampled, list) or len(sampled) != count:
-        sampled = [None] * count  # of responses that are no longer those that were sampled
+    sampled = [None] * count if _ids_of_others(row) else row.get("response_ids", [None] * count)
     return tuple(map(_sample, responses, flags, sampled))
+
+
+def _ids_of_others(row: Row) -> bool:
+    """Whether ``response_ids`` are of responses that are no longer those that were sampled."""
+    ids, responses = row.get("response_ids"), row.get("responses")
+    if ids is None or not isinstance(responses, list):
+        return False
+    return not isinstance(ids, list) or len(ids) != len(responses)
+
+
+def _behind(prompt: Turns, answers: tuple[Answer, ...]) -> tuple[Turns, tuple[Answer, ...]]:
+    """(prompt, answers) where answers may be whole dialogues: the prompt is that of the first one
+    which can be used, and answers behind another are left out."""
+    found: Turns | None = None
+    split = []
+    for answer in answers:
+        try:
+            before, turns = split_answer(prompt, answer.turns)
+            if answer.problem is None and before != (found or before):
+                detail = "a whole dialogue with another prompt than the first response's"
+                raise UnusableRow("prompt_differs", detail)
+        except UnusableRow as problem:
+            split.append(Answer((), problem=problem))
+            continue
+        if answer.problem is None:
+            found = before
+        split.append(dataclasses.replace(answer, turns=turns))
+    return found or prompt, tuple(split)
 
 
 def _sample(value: Any, finished: bool, ids: Any) -> Answer:
@@ -258,7 +245,8 @@ def _write(record: Record, writer: Writer) -> dict[str, Any]:
         row["source"] = record.source
     responses = record.responses
     # A column of Parquet cannot hold texts in one row and parts in another.
-    said = functools.partial(messages, record=record, tags=writer.embed == "bytes")
+    columns = writer.embed == "bytes"
+    said = functools.partial(messages, record=record, tags=columns, by_column=columns)
     if not record.prompt and len(responses) == 1:
         return with_extra(row | {"messages": said(responses[0].turns)}, record.extra)
     if record.prompt:

@@ -1,18 +1,20 @@
 """Messages and texts as a row has them, and what dialogues must be like.
 
 A message is ``{"role": ..., "content": ...}`` or ``{"from": ..., "value": ...}``. Content is a text
-or a list of text, image and video parts; a part may name its picture. Other keys of a message are
-the chat template's, but for those that say whether it is learned. Where media stand is settled in
+or a list of text, image and video parts; a part may name its picture, and so may the keys
+``image``, ``images``, ``video`` and ``videos`` of a message. Its other keys are the chat
+template's, but for those that say whether it is learned. Where media stand is settled in
 `formats.places`, once a row's media are known.
 """
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from mmpo_jax.data.formats.entries import PART_KINDS
-from mmpo_jax.data.records import Medium, Role
+from mmpo_jax.data.formats.entries import PART_KINDS, entries
+from mmpo_jax.data.formats.tags import count_tags, split_tags
+from mmpo_jax.data.records import IMAGE, VIDEO, Medium, Role
 from mmpo_jax.data.rows import UnusableRow
 
 ROLES: Mapping[str, Role] = {
@@ -34,6 +36,11 @@ ROLES: Mapping[str, Role] = {
 """What rows call the speakers."""
 LEARNED = ("loss", "weight", "train", "training", "trainable", "learn")
 """Keys of a message that say whether it is learned: true or 1, false or 0."""
+SPEAKING = (
+    *("tool_calls", "function_call", "tool_responses"),
+    *("reasoning_content", "reasoning", "thinking"),
+)
+"""Keys of a message that say something beside its content."""
 KINDS: Mapping[str, Medium] = {name: Medium(kind) for name, kind in PART_KINDS.items()}
 """Types of content parts that show something."""
 
@@ -58,6 +65,7 @@ class Message:
     content: str | tuple[str | MediaPart, ...]
     keys: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     learned: bool = True
+    tagged: bool = dataclasses.field(default=False, compare=False)
 
     @property
     def pieces(self) -> tuple[str | MediaPart, ...]:
@@ -77,7 +85,8 @@ class Message:
     @property
     def is_empty(self) -> bool:
         """Whether it says and shows nothing and calls no tool."""
-        return not (self.text.strip() or self.parts or self.keys)
+        speaks = any(self.keys.get(name) for name in SPEAKING)
+        return not (self.text.strip() or self.parts or speaks)
 
 
 Turns = tuple[Message, ...]
@@ -128,9 +137,71 @@ def parse_turn(message: Any) -> Message:
     flags = [given.pop(name) for name in LEARNED if name in given]
     if speaker == "function_call":
         content, given["tool_calls"] = "", _calls(content)
-    if content is None and given:
-        content = ""  # a mere call of tools
-    return Message(role, _pieces(content), given, all(map(_is_learned, flags)))
+    if isinstance(given.get("tool_calls"), str):
+        given["tool_calls"] = _from_json(given["tool_calls"], "tool_calls")
+    shown = _shown_by_keys(given)
+    if content is None and (given or shown):
+        content = ""  # a mere call of tools, or a picture
+    said, learned = _pieces(content), all(map(_is_learned, flags))
+    if not shown:
+        return Message(role, said, given, learned)
+    pieces, tagged = _with_shown(said, shown)
+    return Message(role, pieces, given, learned, tagged)
+
+
+def _shown_by_keys(given: dict[str, Any]) -> list[MediaPart]:
+    """The media under keys of a message that are called as the columns of a row are; the keys go.
+
+    Returns:
+      Images, then videos.
+    """
+    found = []
+    for medium, name in (IMAGE, "image"), (VIDEO, "video"):
+        named = entries(given, medium.value)
+        found += [MediaPart(medium, {"type": name, name: entry}) for entry in named]
+        for key in (name, f"{name}s"):
+            given.pop(key, None)
+    return found
+
+
+def _with_shown(
+    said: str | tuple[str | MediaPart, ...], shown: Sequence[MediaPart]
+) -> tuple[tuple[str | MediaPart, ...], bool]:
+    """(content, whether tags say the places) of a message with the media of its keys: in place of
+    its parts that name nothing, else of its tags, else in front.
+
+    Raises:
+      UnusableRow: there are more or fewer places of a kind than media.
+    """
+    kinds = {part.medium for part in shown}
+    pieces: list[str | MediaPart] = [said] if isinstance(said, str) else list(said)
+    waits = any(isinstance(piece, MediaPart) and piece.part is None for piece in pieces)
+    texts = [piece for piece in pieces if isinstance(piece, str)]
+    tagged = not waits and any(count_tags(text, kind) for text in texts for kind in kinds)
+    if not waits:
+        pieces = [one for piece in pieces for one in _split(piece, kinds)]
+    if not waits and not tagged:
+        return (*shown, *(piece for piece in pieces if piece != "")), False
+    for kind in kinds:
+        left = [part for part in shown if part.medium is kind]
+        places = [
+            place
+            for place, piece in enumerate(pieces)
+            if isinstance(piece, MediaPart) and piece == MediaPart(kind)
+        ]
+        if len(places) != len(left):
+            detail = f"{len(places)} places for {len(left)} {kind.value}s of a message"
+            raise UnusableRow("placeholder_count", detail)
+        for place, part in zip(places, left, strict=True):
+            pieces[place] = part
+    return tuple(pieces), tagged
+
+
+def _split(piece: str | MediaPart, kinds: Collection[Medium]) -> list[str | MediaPart]:
+    if isinstance(piece, MediaPart):
+        return [piece]
+    found = split_tags(piece, kinds)
+    return [MediaPart(one) if isinstance(one, Medium) else one for one in found]
 
 
 def _is_learned(value: Any) -> bool:
@@ -147,6 +218,13 @@ def _calls(content: Any) -> list[dict[str, Any]]:
         return [{"type": "function", "function": {**call}} for call in calls]
     except (ValueError, TypeError) as error:
         raise UnusableRow("bad_message", f"a function_call that is no JSON: {error}") from error
+
+
+def _from_json(text: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UnusableRow("bad_message", f"{name} that are no JSON: {error}") from error
 
 
 def _pieces(content: Any) -> str | tuple[str | MediaPart, ...]:

@@ -14,7 +14,7 @@ from etils import epath
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.files import fingerprint_bytes, write_atomic
 from mmpo_jax.data.formats.media import IN_THE_ROW
-from mmpo_jax.data.formats.places import TAGS
+from mmpo_jax.data.formats.tags import TAGS
 from mmpo_jax.data.images import image_format, name_below
 from mmpo_jax.data.records import (
     IMAGE,
@@ -201,6 +201,7 @@ def messages(
     behind: Sequence[Turn] = (),
     tags: bool = False,
     front: bool = False,
+    by_column: bool = False,
 ) -> list[dict[str, Any]]:
     """Turns as role and content, with the other keys of each message.
 
@@ -213,9 +214,11 @@ def messages(
       behind: the turns that they go on from, which are written elsewhere.
       tags: whether places of media are written as tags in texts, and not as parts.
       front: of tags, whether media whose places no turn has are written before the first user.
+      by_column: whether they go to a file of columns, which gives every object the keys of all.
 
     Raises:
-      CannotHold: a line break behind a part, where tags are written.
+      CannotHold: a line break behind a part, where tags are written; or, for a file of columns, a
+        key of a message that would not come back as it is.
     """
     kinds = {medium for medium, media in _media(record).items() if media}
     counts = len(record.images), len(record.videos)
@@ -235,9 +238,29 @@ def messages(
         said = _escaped(turn, literal) if literal and turn.role == "user" else turn
         as_text = tags or isinstance(turn.content, str)
         message = {"role": turn.role, "content": _text(said) if as_text else _parts(said)}
-        message |= turn.keys
+        message |= _keys_by_column(turn.keys) if by_column else turn.keys
         written.append(message if turn.learned else message | {"loss": False})
     return written
+
+
+def _keys_by_column(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The other keys of a message as a file of columns holds them: calls of tools, whose arguments
+    are of any kind, as JSON text."""
+    written = dict(keys)
+    if "tool_calls" in written:
+        written["tool_calls"] = json.dumps(written["tool_calls"], ensure_ascii=False)
+    for name, value in written.items():
+        if _has_nothing(value):
+            detail = f"{name} holds null or an empty object, which columns do not; write JSONL"
+            raise CannotHold("message keys", detail=detail)
+    return written
+
+
+def _has_nothing(value: Any) -> bool:
+    """Whether some object in a value is empty or has a key with null."""
+    if isinstance(value, Mapping):
+        return not value or any(one is None or _has_nothing(one) for one in value.values())
+    return isinstance(value, list) and any(map(_has_nothing, value))
 
 
 def _dialogues(record: Record) -> list[tuple[Turn, ...]]:
@@ -337,14 +360,16 @@ def chosen_and_rejected(record: Record) -> tuple[Response, Response]:
 
 
 def question_of(record: Record) -> str:
-    """The text of a prompt that is one question.
+    """The text of a prompt that is one question, with what only looks like a tag escaped.
 
     Raises:
       CannotHold: the prompt has other turns.
     """
     if [turn.role for turn in record.prompt] != ["user"]:
         raise CannotHold("prompt", detail=f"{len(record.prompt)} turns; a row holds one question")
-    return record.prompt[0].text
+    literal = "|".join(TAGS[medium] for medium, media in _media(record).items() if media)
+    (asked,) = record.prompt
+    return (_escaped(asked, literal) if literal else asked).text
 
 
 def answer_of(response: Response) -> str:

@@ -1,0 +1,106 @@
+"""Pictures that messages name by keys of their own, and keys that say nothing."""
+
+import pytest
+from helpers.format_rows import QUESTION, assistant, read_one, skip_one, user, write_jsonl
+
+from mmpo_jax.commands.data_convert import convert_data
+from mmpo_jax.data.notes import Notes
+from mmpo_jax.data.readers import read_records
+from mmpo_jax.data.records import IMAGE, VIDEO, placed
+
+PAIR = {"chosen": "a", "rejected": "b"}
+PART = {"type": "image"}
+
+
+def text(said):
+    return {"type": "text", "text": said}
+
+
+def shown(folder, *messages, **columns):
+    """(contents of the prompt's turns with their media, names of the images) of a row."""
+    record = read_one(folder, {"prompt": list(messages), **PAIR, **columns})
+    assert all(not turn.keys for turn in record.prompt)
+    turns = placed(record.prompt, len(record.images), len(record.videos))
+    return [turn.content for turn in turns], [image.name for image in record.images]
+
+
+@pytest.mark.parametrize(
+    ("message", "content", "names"),
+    [
+        (user() | {"image": "a.png"}, (IMAGE, QUESTION), ["a.png"]),
+        (user() | {"images": ["b.png", "a.png"]}, (IMAGE, IMAGE, QUESTION), ["b.png", "a.png"]),
+        (user() | {"image": "a.png", "images": []}, (IMAGE, QUESTION), ["a.png"]),
+        (user() | {"images": [{"path": "a.png"}]}, (IMAGE, QUESTION), ["a.png"]),
+        ({"role": "user", "image": "a.png"}, (IMAGE,), ["a.png"]),
+        (user("Is <image> it?") | {"image": "a.png"}, ("Is ", IMAGE, " it?"), ["a.png"]),
+        (user(r"What is \<image>?") | {"image": "a.png"}, (IMAGE, "What is <image>?"), ["a.png"]),
+        (user([text("Is "), PART]) | {"image": "b.png"}, ("Is ", IMAGE), ["b.png"]),
+        (user([text("Is it?")]) | {"image": "b.png"}, (IMAGE, "Is it?"), ["b.png"]),
+    ],
+)
+def test_pictures_of_a_message(folder, message, content, names):
+    assert shown(folder, message) == ([content], names)
+
+
+def test_pictures_of_a_later_message(folder):
+    messages = [user("1"), assistant("2"), user("3") | {"image": "a.png"}]
+    assert shown(folder, *messages) == (["1", "2", (IMAGE, "3")], ["a.png"])
+    # A column may say the same again.
+    assert shown(folder, *messages, images=["a.png"])[1] == ["a.png"]
+
+
+def test_a_line_break_behind_a_tag_is_one_of_tags(folder):
+    row = {"prompt": [user("<image>\n" + QUESTION) | {"image": "a.png"}], **PAIR}
+    (turn,) = read_one(folder, row).prompt
+    plain = read_one(folder, {"prompt": turn.text.join(["<image>", ""]), "image": "a.png", **PAIR})
+    assert turn.tagged and turn == plain.prompt[0]
+
+
+def test_videos_of_a_message(folder):
+    record = read_one(folder, {"prompt": [user() | {"video": "video/clip"}], **PAIR})
+    assert placed(record.prompt, 0, 1)[0].content == (VIDEO, QUESTION)
+    assert len(record.videos[0].frames) == 2
+
+
+def test_pictures_that_cannot_be_meant(folder):
+    def reason(*messages):
+        return skip_one(folder, {"prompt": list(messages), **PAIR}).reason
+
+    assert reason(user("<image> <image>") | {"image": "a.png"}) == "placeholder_count"
+    assert reason(user([PART, PART]) | {"image": "a.png"}) == "placeholder_count"
+    assert reason(user() | {"image": "gone.png"}) == "image_missing"
+    answer = assistant("2") | {"image": "a.png"}
+    assert reason(user("1"), answer, user("3")) == "image_position"
+
+
+def test_they_are_written_as_pictures_of_the_row(folder):
+    row = {"prompt": [user("1"), assistant("2"), user("3") | {"image": "a.png"}], **PAIR}
+    source = write_jsonl(folder / "rows.jsonl", [row])
+    convert_data(str(source), str(folder / "out.jsonl"), format="trl")
+    (before,), _ = read_records(source)
+    (after,), _ = read_records(folder / "out.jsonl")
+    assert (after.prompt, len(after.images)) == (before.prompt, 1)
+
+
+def test_keys_that_say_nothing(folder):
+    empty = user("") | {"timestamp": 3}
+    assert skip_one(folder, {"prompt": [empty], **PAIR}).reason == "empty_prompt"
+    silent = [assistant("") | {"meta": "x"}]
+    row = {"prompt": QUESTION, "chosen": silent, "rejected": "b"}
+    assert skip_one(folder, row).reason == "empty_response"
+    thought = [assistant("") | {"reasoning_content": "So."}]
+    assert read_one(folder, row | {"chosen": thought}).responses[0].turns[0].keys
+
+
+def test_keys_that_look_like_pictures_are_told(folder):
+    path = write_jsonl(folder / "rows.jsonl", [{"prompt": [user() | {"img": "a.png"}], **PAIR}])
+    notes = Notes()
+    read_records(path, notes=notes)
+    (warning,) = notes.warnings()
+    assert "img 1" in warning
+
+
+def test_a_column_of_another_name_stands_back(folder):
+    """The messages have the row's pictures."""
+    row = {"prompt": [user() | {"image": "a.png"}], "img_path": "b.png", **PAIR}
+    assert [image.name for image in read_one(folder, row).images] == ["a.png"]

@@ -1,0 +1,48 @@
+"""What reading a file says of it, beside its records."""
+
+import pytest
+from helpers.format_rows import ALL_SIX, RLAIF_V, read_one, write_jsonl
+
+from mmpo_jax.commands.data_convert import convert_data
+from mmpo_jax.core.errors import MmpoError
+from mmpo_jax.data.notes import Notes
+from mmpo_jax.data.readers import read_records
+
+SAMPLES = {"prompt": "?", "responses": ["a", "b"]}
+
+
+def lines(folder, *rows):
+    notes = Notes()
+    read_records(write_jsonl(folder / "rows.jsonl", rows), notes=notes)
+    return list(notes.lines())
+
+
+@pytest.mark.parametrize("ids", [[[1]], [[1], [2], [3]], "x"])
+def test_ids_of_another_number_of_responses_are_told(folder, ids):
+    row = SAMPLES | {"response_ids": ids}
+    (line,) = lines(folder, row, SAMPLES, SAMPLES | {"response_ids": [[1], [2]]})
+    assert "response_ids" in line
+    assert line.endswith("1; the texts are tokenized") or line.endswith("response_ids 1")
+    assert [response.token_ids for response in read_one(folder, row).responses] == [None, None]
+
+
+def test_log_probs_of_rlaif_v_mean_something(folder):
+    row = RLAIF_V[0] | {"image": "a.png", "logps": ALL_SIX}
+    assert not any("logps" in line for line in lines(folder, row))
+    (line,) = lines(folder, {"prompt": "?", "chosen": "a", "rejected": "b", "logps": ALL_SIX})
+    assert line == "columns that mean nothing here: logps 1"
+
+
+def test_an_id_among_the_other_columns_of_a_record(folder):
+    """Is none of the row, and no repeated one."""
+    row = {"id": "1", "prompt": [], "responses": [], "extra": {"id": "z", "x": 1}}
+    row |= {"prompt": [{"role": "user", "content": "?"}]}
+    record = read_one(folder, row)
+    assert (record.id, record.own_id, dict(record.extra)) == ("1", None, {"id": "z", "x": 1})
+    assert lines(folder, row) == ["columns that mean nothing here: id 1, x 1"]
+    source = folder / "rows.jsonl"
+    convert_data(str(source), str(folder / "out.jsonl"))
+    (after,), _ = read_records(folder / "out.jsonl")
+    assert after.id == "1"
+    with pytest.raises(MmpoError, match="extra: id: the column means something else here"):
+        convert_data(str(source), str(folder / "trl.jsonl"), format="trl")
