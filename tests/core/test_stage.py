@@ -248,7 +248,7 @@ BIG_STAGE = """
 import random, sys
 import pyarrow as pa
 from mmpo_jax.stage import Stage, run_stage
-from mmpo_jax.errors import MmpoError
+from mmpo_jax.core.errors import MmpoError
 
 def make(part):
     print("made", part, flush=True)

@@ -17,7 +17,7 @@ from mmpo_jax.data.notes import TextNotes
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import Record, Response, Turn
 from mmpo_jax.data.settings import FileData
-from mmpo_jax.data.sources import load_source, usable_records, without_shown_media
+from mmpo_jax.data.sources import usable_records, without_shown_media
 from mmpo_jax.data.tokenization import tokenize
 
 LIMITS = {"max_prompt": 256, "max_response": 64}
@@ -94,7 +94,7 @@ def sampled(tiny_processor, tmp_path):
 
 
 def test_a_sample_with_an_image_token_is_left_out_alone(sampled, tiny_processor, tmp_path, caplog):
-    source = load_source(FileData(source="file", path=str(sampled)), supervised=True)
+    source = FileData(source="file", path=str(sampled)).load(supervised=True)
     skipped = tmp_path / "skipped.jsonl"
     source, (row,) = usable_records(source, tiny_processor, None, str(skipped))
     assert (len(row.responses), row.left_out, source.skipped) == (2, (1,), [])

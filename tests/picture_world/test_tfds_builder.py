@@ -39,9 +39,9 @@ import json
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
-from mmpo_jax.shapes.render import render
-from mmpo_jax.shapes.tfds_builder import Shapes
-from mmpo_jax.shapes.world import Scene
+from mmpo_jax.picture_world.render import render
+from mmpo_jax.picture_world.tfds_builder import Shapes
+from mmpo_jax.picture_world.world import Scene
 
 folder = sys.argv[1]
 Shapes(data_dir=folder, config="tiny").download_and_prepare()
