@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 
 import numpy as np
@@ -18,9 +17,7 @@ from mmpo_jax.models.rounding import stored_dtype
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.training.checkpoints import save_base, save_start
 from mmpo_jax.training.metrics import FILE, read_metrics
-from mmpo_jax.training.saving import tell_saved
-
-log = logging.getLogger(__name__)
+from mmpo_jax.training.saving import Before, load_before, tell_saved
 
 
 def convert(source: str, target: str, dtype: str | None = None) -> str:
@@ -68,25 +65,18 @@ def _save_run(
 ) -> None:
     """Writes a run's weights, and says in log and card what its dtype keeps of the update."""
     card = _card(location)
-    before = None
+    before = Before(None)
     if dtype not in (None, "float32") and card is not None:
-        before = _load_start(card.base_model, model)
-    share = save_model(target, model, params, location.base, dtype=dtype, before=before, card=card)
+        before = load_before(card, model, make_mesh())
+    share = save_model(
+        target, model, params, location.base, dtype=dtype, before=before.params, card=card
+    )
     if dtype is None:
         return
-    saved = SavedWeights(dtype, share)
+    saved = SavedWeights(dtype, share, unknown=before.unknown)
     tell_saved(target, saved, source)
     if card is not None:
         write_card(target, dataclasses.replace(card, saved=saved))
-
-
-def _load_start(name: str, model: Model) -> Params | None:
-    """What a run started from, if it is still where its recipe found it."""
-    try:
-        return load_weights(locate(name), model, make_mesh())
-    except MmpoError as error:
-        log.warning("what is left of the update is not measured: its start: %s", error)
-        return None
 
 
 def _card(location: Location) -> ModelCard | None:

@@ -15,12 +15,13 @@ from jax.sharding import Mesh
 from mmpo_jax import progress
 from mmpo_jax.alignment.report import RoundReport, read_report, write_report
 from mmpo_jax.alignment.round import Round, pair_examples, run_round
+from mmpo_jax.alignment.start import Start
 from mmpo_jax.checkpoint import (
-    Checkpoint,
-    fingerprint_location,
-    load_checkpoint,
+    compute_dtype,
+    fingerprint_to_compute,
+    is_run_in_bfloat16,
     load_processor,
-    load_weights,
+    load_to_compute,
     locate,
 )
 from mmpo_jax.data.records import Record
@@ -34,17 +35,19 @@ from mmpo_jax.feedback.labeler import CheckpointLabeler, Labeler, answer_tokens
 from mmpo_jax.files import (
     check_reachable,
     fingerprint_json,
+    null_if_not_finite,
     read_json,
     read_table,
     replace_folder,
     write_atomic,
 )
-from mmpo_jax.models.card import ModelCard, SavedWeights, make_card, write_card
+from mmpo_jax.models.card import ModelCard, SavedWeights, make_card, read_saved, write_card
 from mmpo_jax.models.fingerprints import fingerprint_model, has_fingerprint
+from mmpo_jax.models.folders import is_on_hub
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipe import AlignRecipe
 from mmpo_jax.training.loop import check_training
-from mmpo_jax.training.saving import MODEL, measure_weights, save_weights
+from mmpo_jax.training.saving import MODEL, load_before, measure_weights, save_weights
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +67,22 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
     """
     check_reachable(recipe.output)
     mesh = make_mesh(**recipe.devices.model_dump())
-    start = load_checkpoint(recipe.model, mesh, recipe.attention, recipe.template)
-    from_hub = start.hub_id is not None
+    start = Start(
+        recipe.model,
+        mesh,
+        recipe.attention,
+        recipe.template,
+        is_run_in_bfloat16(locate(recipe.model)),
+    )
+    dtype = compute_dtype(recipe.model, start.computing())
+    card = make_card(
+        recipe,
+        start.model,
+        {},
+        from_hub=is_on_hub(recipe.model),
+        base_fingerprint=start.fingerprint,
+        base_dtype=dtype,
+    )
     check_training(recipe.training, start.model, mesh)
     labeler_name = recipe.feedback.labeler or recipe.model
     answer_tokens(load_processor(labeler_name, labeler_template(recipe)))
@@ -78,7 +95,7 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
     )
     shares = split_prompts(source.records, recipe)
     by_id = {record.id: record for record in tokenized}
-    labeler_key = fingerprint_location(locate(labeler_name))
+    labeler_key = fingerprint_to_compute(labeler_name)
     if labeler_template(recipe) != "auto":  # else it lies in the folder
         labeler_key = fingerprint_json([labeler_key, labeler_template(recipe)])
     splitter = make_splitter(recipe.feedback.splitter)
@@ -95,22 +112,25 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
             tokenized=[by_id[record.id] for record in records],
             recipe=recipe,
             mesh=mesh,
+            card=card,
         )
         with _telling(index, recipe):
             trained = run_round(
                 work, splitter, lambda: make_labeler(labeler_name, recipe, mesh), labeler_key
             )
-            start = load_checkpoint(trained, mesh, recipe.attention)
+            start.release()
+            # In every round what the first one samples and is evaluated in.
+            start = Start(trained, mesh, recipe.attention, "auto", rounded=dtype == "bfloat16")
             metrics = evaluate_round(index, start, recipe, mesh)
         reports.append(read_report(index, folder, metrics))
         write_report(recipe.output, reports)
-        card = make_card(recipe, start.model, reports[-1].values(), from_hub=from_hub)
-        write_card(trained, dataclasses.replace(card, saved=SavedWeights("float32")))
-    save_last(recipe, work, start, card)
+        last = dataclasses.replace(card, metrics=reports[-1].values())
+        write_card(trained, dataclasses.replace(last, saved=SavedWeights("float32")))
+    save_last(recipe, work, start, last)
     return reports
 
 
-def save_last(recipe: AlignRecipe, work: Round, trained: Checkpoint, card: ModelCard) -> None:
+def save_last(recipe: AlignRecipe, work: Round, start: Start, card: ModelCard) -> None:
     """Writes the model of the last round as the alignment's, in the recipe's dtype.
 
     What a narrower dtype keeps is measured on that round's pairs, and of the update of all rounds.
@@ -118,20 +138,21 @@ def save_last(recipe: AlignRecipe, work: Round, trained: Checkpoint, card: Model
     Args:
       recipe: of the alignment.
       work: the last round.
-      trained: its model, as its folder has it.
+      start: its model, of which another round would start.
       card: of the model.
     """
     result, dtype = os.path.join(recipe.output, MODEL), recipe.training.save_dtype
     manifest = os.path.join(recipe.output, "model.json")
     done = read_json(manifest)
-    if done.get("of") == [trained.fingerprint, dtype] and has_fingerprint(result, done["model"]):
-        saved = SavedWeights(**done["saved"])
+    if done.get("of") == [start.fingerprint, dtype] and has_fingerprint(result, done["model"]):
+        saved = read_saved(done["saved"])
         write_card(result, dataclasses.replace(card, saved=saved))
         return
     if dtype == "float32":
         saved = SavedWeights(dtype)
-        if not has_fingerprint(result, trained.fingerprint):
-            replace_folder(result, lambda staging: shutil.copytree(trained.folder, staging))
+        if not has_fingerprint(result, start.fingerprint):
+            folder = os.path.join(work.folder, MODEL)
+            replace_folder(result, lambda staging: shutil.copytree(folder, staging))
         write_card(result, dataclasses.replace(card, saved=saved))
     else:
         generated, pairs = (
@@ -140,23 +161,24 @@ def save_last(recipe: AlignRecipe, work: Round, trained: Checkpoint, card: Model
         )
         measure = functools.partial(
             measure_weights,
-            work.start,
+            work.start.exact(),
             pair_examples(work, generated, pairs),
             recipe.training,
             recipe.lengths,
             work.mesh,
         )
-        first = load_weights(locate(recipe.model), work.start.model, work.mesh)
+        trained = start.exact()
+        before = load_before(card, start.model, work.mesh)
         run = os.path.join(work.folder, "train")
         saved = save_weights(
-            result, trained, first, trained.params, dtype, card, work.mesh, measure, run
+            result, trained, before, trained.params, dtype, card, work.mesh, measure, run
         )
     done = {
-        "of": [trained.fingerprint, dtype],
+        "of": [start.fingerprint, dtype],
         "model": fingerprint_model(result),
         "saved": dataclasses.asdict(saved),
     }
-    write_atomic(manifest, json.dumps(done, indent=1).encode())
+    write_atomic(manifest, json.dumps(null_if_not_finite(done), indent=1).encode())
 
 
 def _unfit(record: TokenizedRecord) -> tuple[SkipReason, str] | None:
@@ -182,7 +204,7 @@ def split_prompts(records: list[Record], recipe: AlignRecipe) -> list[list[Recor
 
 def make_labeler(name: str, recipe: AlignRecipe, mesh: Mesh) -> Labeler:
     """The recipe's labeler, loaded."""
-    checkpoint = load_checkpoint(name, mesh, recipe.attention, labeler_template(recipe))
+    checkpoint = load_to_compute(name, mesh, recipe.attention, labeler_template(recipe))
     return CheckpointLabeler(
         checkpoint.model,
         checkpoint.params,
@@ -199,17 +221,16 @@ def labeler_template(recipe: AlignRecipe) -> str:
     return recipe.template if recipe.feedback.labeler is None else "auto"
 
 
-def evaluate_round(
-    index: int, checkpoint: Checkpoint, recipe: AlignRecipe, mesh: Mesh
-) -> dict[str, float]:
+def evaluate_round(index: int, start: Start, recipe: AlignRecipe, mesh: Mesh) -> dict[str, float]:
     """The held-out metrics of a round's model, from its file if it is of this model."""
     if recipe.evaluation is None:
         return {}
     path = os.path.join(round_folder(recipe, index), "evaluation.json")
+    checkpoint = start.computing()
     key = fingerprint_json(
         [
             VERSION,
-            checkpoint.fingerprint,
+            checkpoint.key,
             recipe.template,
             recipe.evaluation.model_dump(mode="json"),
             recipe.lengths.model_dump(),

@@ -22,7 +22,7 @@ import pyarrow as pa
 from jax.sharding import Mesh
 
 from mmpo_jax import progress
-from mmpo_jax.checkpoint import Checkpoint
+from mmpo_jax.alignment.start import Start
 from mmpo_jax.data.pipeline import Example, Part
 from mmpo_jax.data.records import Record, Response
 from mmpo_jax.data.sources import warn_of_cuts
@@ -42,9 +42,8 @@ from mmpo_jax.files import (
 )
 from mmpo_jax.generation.responses import GENERATED, PROMPTS_PER_PART, generate_stage
 from mmpo_jax.generation.sampler import Decoding
-from mmpo_jax.models.card import make_card
+from mmpo_jax.models.card import ModelCard
 from mmpo_jax.models.fingerprints import fingerprint_model, has_fingerprint
-from mmpo_jax.models.folders import is_on_hub
 from mmpo_jax.recipe import AlignRecipe
 from mmpo_jax.stage import Stage, run_stage
 from mmpo_jax.training.examples import prepare_examples, tokenizer_for, unfit
@@ -66,13 +65,15 @@ class Round:
     index: int
     """1 for the first."""
     folder: str
-    start: Checkpoint
+    start: Start
     """What generates, and the reference of the training."""
     records: list[Record]
     """This round's prompts."""
     tokenized: list[TokenizedRecord]
     recipe: AlignRecipe
     mesh: Mesh
+    card: ModelCard
+    """Of the alignment's result, without metrics."""
 
     def stage(self, name: str, inputs: dict[str, str], settings: Any, num_parts: int = 1) -> Stage:
         return Stage(self.folder, name, inputs, settings, num_parts)
@@ -114,17 +115,17 @@ def run_round(
 
 def generated_responses(work: Round) -> pa.Table:
     """n responses to every prompt: prompt_id, sample, text, num_tokens, finished."""
-    sampling = work.recipe.sampling
+    sampling, start = work.recipe.sampling, work.start.computing()
     return generate_stage(
-        work.start.model,
-        work.start.params,
-        work.start.processor,
+        start.model,
+        start.params,
+        start.processor,
         work.tokenized,
         Decoding(**sampling.model_dump(exclude={"batch_size"})),
         work.recipe.lengths,
         work.mesh,
         folder=work.folder,
-        model_fingerprint=work.start.fingerprint,
+        model_fingerprint=start.key,
         batch_size=sampling.batch_size,
         seed=work.recipe.seed,
         round_index=work.index,
@@ -278,18 +279,18 @@ def _sampled(text: str, rank: int, row: Mapping[str, Any]) -> Response:
 
 def train_stage(work: Round, generated: pa.Table, pairs: pa.Table) -> str:
     """DPO from the round's start model, which is also the reference, on the round's own pairs."""
-    recipe, start = work.recipe, work.start
+    recipe = work.recipe
     target = os.path.join(work.folder, MODEL)
     manifest = os.path.join(work.folder, "train.json")
     inputs = {
-        "model": start.fingerprint,
+        "model": work.start.fingerprint,
         "pairs": _output(work, "combine"),
         "tokens": _output(work, "generate"),
         "training": recipe.training.identity(),
         "lengths": recipe.lengths.model_dump(mode="json"),
         "seed": recipe.seed,
         "round": work.index,
-        **start.processor.fingerprints(),
+        **work.start.processor.fingerprints(),
     }
     identity = fingerprint_json(inputs)
     if _is_trained(manifest, target, identity):
@@ -299,10 +300,10 @@ def train_stage(work: Round, generated: pa.Table, pairs: pa.Table) -> str:
             f"round {work.index}: no preference pair is left; what became of the responses: "
             f"{pairs.schema.metadata[b'counts'].decode()}"
         )
+    start = work.start.exact()
     examples = pair_examples(work, generated, pairs)
     folder = os.path.join(work.folder, "train")
     _discard_other_run(folder, identity)
-    card = make_card(recipe, start.model, {}, from_hub=is_on_hub(recipe.model))
     with progress.doing("train"):
         progress.tell()
         params = train(
@@ -316,12 +317,12 @@ def train_stage(work: Round, generated: pa.Table, pairs: pa.Table) -> str:
             folder=folder,
             identity=inputs,
             seed=recipe.seed + work.index,
-            card=card,
+            card=work.card,
         )
     # Whatever the result is saved in: the next round goes on from what was trained.
     exact = recipe.training.model_copy(update={"save_dtype": "float32"})
     with progress.doing("saving the model"):
-        save_result(work.folder, start, params, exact, card, work.mesh, lambda params: (0, {}))
+        save_result(work.folder, start, params, exact, work.card, work.mesh, lambda _: (0, {}))
     done = {"identity": identity, "inputs": inputs, "model": fingerprint_model(target)}
     write_atomic(manifest, json.dumps(done, indent=1).encode())
     return target
@@ -329,7 +330,7 @@ def train_stage(work: Round, generated: pa.Table, pairs: pa.Table) -> str:
 
 def pair_examples(work: Round, generated: pa.Table, pairs: pa.Table) -> list[Example]:
     """The round's pairs as training takes them, with the reference's log-probs."""
-    recipe, start = work.recipe, work.start
+    recipe, start = work.recipe, work.start.exact()
     name = f"round {work.index}: pairs"
     terms = [section.term() for section in recipe.training.objective]
     records, skipped = tokenize_records(
