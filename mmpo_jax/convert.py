@@ -9,11 +9,12 @@ import numpy as np
 
 from mmpo_jax.checkpoint import Location, load_model_config, load_weights, locate
 from mmpo_jax.errors import MmpoError
-from mmpo_jax.files import is_local, replace_folder
+from mmpo_jax.files import replace_folder
 from mmpo_jax.models.card import ModelCard, SavedWeights, read_card, write_card
 from mmpo_jax.models.huggingface import save_model, weights_dtype
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.rounding import stored_dtype
+from mmpo_jax.output import is_new
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.training.checkpoints import save_base, save_start
 from mmpo_jax.training.metrics import FILE, read_metrics
@@ -25,8 +26,8 @@ def convert(source: str, target: str, dtype: str | None = None) -> str:
 
     Args:
       source: a run, one step of it, or whatever else a recipe's `model` may name.
-      target: a folder that is not there yet. Of a run it becomes a Hugging Face folder, of
-        everything else a folder that recipes can start from as from a run's.
+      target: a folder that is not there yet, or a claim of it. Of a run it becomes a Hugging Face
+        folder, of everything else a folder that recipes can start from as from a run's.
       dtype: a `SaveDtype` that the weights are rounded to; None keeps theirs, of a run the widest,
         which is float32 wherever matrices were trained.
 
@@ -36,9 +37,7 @@ def convert(source: str, target: str, dtype: str | None = None) -> str:
     Raises:
       MmpoError: there is something at the target, or the source cannot be read.
     """
-    if not is_local(target):
-        raise MmpoError(f"{target}: is in a bucket; convert writes folders of this machine")
-    if os.path.exists(target):
+    if not is_new(target):
         raise MmpoError(f"{target}: is there already; convert writes new folders only")
     location = locate(source)
     model = Model.create(load_model_config(location))
