@@ -7,6 +7,7 @@ import os
 
 import numpy as np
 
+from mmpo_jax import progress
 from mmpo_jax.checkpoint import Location, load_model_config, load_weights, locate
 from mmpo_jax.errors import MmpoError
 from mmpo_jax.files import replace_folder
@@ -42,14 +43,16 @@ def convert(source: str, target: str, dtype: str | None = None) -> str:
     location = locate(source)
     model = Model.create(load_model_config(location))
     if location.is_orbax:
-        params = load_weights(location, model, make_mesh())
+        with progress.doing(f"loading {location.weights}"):
+            params = load_weights(location, model, make_mesh())
         if dtype is None and weights_dtype(params) == np.float32:  # else tensors keep theirs
             dtype = "float32"
         _save_run(target, model, params, location, dtype, source)
         return f"Hugging Face folder: {target}"
     if dtype is not None and dtype != stored_dtype(dtype).name:
         raise MmpoError(f"--dtype {dtype}: only a run's weights are rounded at random, on saving")
-    params = load_weights(location, model, make_mesh(), dtype)
+    with progress.doing(f"loading {location.weights}"):
+        params = load_weights(location, model, make_mesh(), dtype)
 
     def write(staging: str) -> None:
         save_base(staging, location.base)
@@ -67,9 +70,10 @@ def _save_run(
     before = Before(None)
     if dtype not in (None, "float32") and card is not None:
         before = load_before(card, model, make_mesh())
-    share = save_model(
-        target, model, params, location.base, dtype=dtype, before=before.params, card=card
-    )
+    with progress.doing(f"saving {target}"):
+        share = save_model(
+            target, model, params, location.base, dtype=dtype, before=before.params, card=card
+        )
     if dtype is None:
         return
     saved = SavedWeights(dtype, share, unknown=before.unknown)

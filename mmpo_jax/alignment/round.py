@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -137,18 +137,19 @@ def divide_stage(work: Round, generated: pa.Table, splitter: Splitter) -> pa.Tab
     asked = {record.id: record.prompt[-1].text for record in work.records}
 
     def make_part(_: int) -> pa.Table:
-        rows = []
-        for row in generated.to_pylist():
-            division = splitter.divide(asked[row["prompt_id"]], row["text"])
-            rows.append(
-                {
-                    **row,
-                    "claims": [claim.text for claim in division.claims],
-                    "questions": [claim.question for claim in division.claims],
-                    "unparsed": list(division.unparsed),
-                }
-            )
-        return pa.Table.from_pylist(rows, schema=_DIVIDED)
+        divisions = [
+            splitter.divide(asked[prompt_id.as_py()], text.as_py())
+            for prompt_id, text in zip(generated["prompt_id"], generated["text"], strict=True)
+        ]
+        added = [
+            [[claim.text for claim in division.claims] for division in divisions],
+            [[claim.question for claim in division.claims] for division in divisions],
+            [list(division.unparsed) for division in divisions],
+        ]
+        # The other columns as they are: token ids are many, and each would become an object.
+        columns = [generated[name] for name in GENERATED.names]
+        columns += [pa.array(values, pa.list_(pa.string())) for values in added]
+        return pa.table(columns, schema=_DIVIDED)
 
     inputs = {"responses": _output(work, "generate"), "questions": fingerprint_json(asked)}
     return work.run(work.stage("divide", inputs, {"splitter": splitter.name}), make_part)
@@ -235,7 +236,8 @@ def scored_responses(divided: pa.Table, judged: pa.Table) -> list[ScoredResponse
     for row in judged.to_pylist():
         answers[row["prompt_id"]][row["question"]] = (row["p_yes"], row["p_no"])
     scored = []
-    for row in divided.to_pylist():
+    read = ["prompt_id", "sample", "text", "claims", "questions", "unparsed"]
+    for row in divided.select(read).to_pylist():
         given = [answers[row["prompt_id"]][question] for question in row["questions"]]
         given += [(0.0, 1.0)] * len(row["unparsed"])
         scored.append(
@@ -254,16 +256,18 @@ def scored_responses(divided: pa.Table, judged: pa.Table) -> list[ScoredResponse
 def pair_records(records: Sequence[Record], generated: pa.Table, pairs: pa.Table) -> list[Record]:
     """Every pair as a record with the chosen response first, of the tokens that were sampled."""
     by_id = {record.id: record for record in records}
-    columns = ["prompt_id", "sample", "finished", "token_ids"]
+    columns = (generated[name].to_pylist() for name in ("prompt_id", "sample", "finished"))
+    ids = generated["token_ids"].combine_chunks()
     sampled = {
-        (row["prompt_id"], row["sample"]): row for row in generated.select(columns).to_pylist()
+        (prompt_id, sample): (finished, ids[place])
+        for place, (prompt_id, sample, finished) in enumerate(zip(*columns, strict=True))
     }
     return [
         dataclasses.replace(
             by_id[row["prompt_id"]],
             id=f"{row['prompt_id']}/{row['chosen_sample']}-{row['rejected_sample']}",
             responses=tuple(
-                _sampled(row[side], rank, sampled[row["prompt_id"], row[f"{side}_sample"]])
+                _sampled(row[side], rank, *sampled[row["prompt_id"], row[f"{side}_sample"]])
                 for side, rank in (("chosen", 1), ("rejected", 2))
             ),
         )
@@ -271,10 +275,9 @@ def pair_records(records: Sequence[Record], generated: pa.Table, pairs: pa.Table
     ]
 
 
-def _sampled(text: str, rank: int, row: Mapping[str, Any]) -> Response:
+def _sampled(text: str, rank: int, finished: bool, ids: pa.ListScalar) -> Response:
     """A response that is trained as the very tokens that were sampled, cut or not."""
-    ids = tuple(row["token_ids"])
-    return Response.of(text, rank=rank, finished=row["finished"], token_ids=ids)
+    return Response.of(text, rank=rank, finished=finished, token_ids=tuple(ids.as_py()))
 
 
 def train_stage(work: Round, generated: pa.Table, pairs: pa.Table) -> str:

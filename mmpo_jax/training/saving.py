@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from mmpo_jax import progress
 from mmpo_jax.checkpoint import Checkpoint, fingerprint_location, load_weights, locate
 from mmpo_jax.data.pipeline import Example, held_out_batches
 from mmpo_jax.errors import MmpoError
@@ -64,7 +65,8 @@ def load_before(card: ModelCard, model: Model, mesh: Mesh) -> Before:
         location = locate(name)
         if fingerprint_location(location) != card.base_fingerprint:
             return Before(None, f"{name} is not what the run started from")
-        return Before(load_weights(location, model, mesh))
+        with progress.doing(f"loading {name}, to compare with"):
+            return Before(load_weights(location, model, mesh))
     except MmpoError as error:
         return Before(None, f"{name} cannot be read: {error}")
 
