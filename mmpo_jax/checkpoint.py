@@ -197,9 +197,12 @@ def rounded_key(fingerprint: str) -> str:
     return fingerprint_json([fingerprint, "bfloat16_stochastic"])
 
 
-def is_run_in_bfloat16(location: Location) -> bool:
+def is_run_in_bfloat16(name: str) -> bool:
     """Whether a run with wider weights computes in bfloat16 outside of training, as its start
     does, which its card says."""
+    if is_on_hub(name):  # which has no runs, and is not asked again
+        return False
+    location = locate(name)
     if not location.is_orbax:
         return False
     card = read_card(location.base, {})
@@ -210,7 +213,7 @@ def is_run_in_bfloat16(location: Location) -> bool:
 
 def compute_dtype(name: str, start: Checkpoint) -> str:
     """What a checkpoint of this name computes in outside of training."""
-    in_bfloat16 = start.rounded or is_run_in_bfloat16(locate(name))
+    in_bfloat16 = start.rounded or is_run_in_bfloat16(name)
     return "bfloat16" if in_bfloat16 else inference_dtype(start.params).name
 
 
@@ -340,14 +343,13 @@ def load_to_compute(
 ) -> Checkpoint:
     """`load_checkpoint` for what is not training: of a run rounded to bfloat16 where its start
     computes in that."""
-    return load_checkpoint(name, mesh, attention, template, is_run_in_bfloat16(locate(name)))
+    return load_checkpoint(name, mesh, attention, template, is_run_in_bfloat16(name))
 
 
 def fingerprint_to_compute(name: str) -> str:
     """The `key` of what `load_to_compute` loads."""
-    location = locate(name)
-    fingerprint = fingerprint_location(location)
-    return rounded_key(fingerprint) if is_run_in_bfloat16(location) else fingerprint
+    fingerprint = fingerprint_location(locate(name))
+    return rounded_key(fingerprint) if is_run_in_bfloat16(name) else fingerprint
 
 
 def _tell_template(processor: Processor) -> None:

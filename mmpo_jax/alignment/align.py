@@ -22,7 +22,6 @@ from mmpo_jax.checkpoint import (
     is_run_in_bfloat16,
     load_processor,
     load_to_compute,
-    locate,
 )
 from mmpo_jax.data.records import Record
 from mmpo_jax.data.rows import SkipReason
@@ -72,7 +71,7 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
         mesh,
         recipe.attention,
         recipe.template,
-        is_run_in_bfloat16(locate(recipe.model)),
+        is_run_in_bfloat16(recipe.model),
     )
     dtype = compute_dtype(recipe.model, start.computing())
     card = make_card(

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from jax import numpy as jnp
 
-from mmpo_jax.checkpoint import compute_dtype, is_run_in_bfloat16, load_start, locate
+from mmpo_jax.checkpoint import compute_dtype, is_run_in_bfloat16, load_start
 from mmpo_jax.convert import convert
 from mmpo_jax.evaluation import run as evaluation
 from mmpo_jax.generation import run as generation
@@ -31,12 +31,11 @@ def run_folder(tiny_folder, tmp_path_factory):
 
 
 def test_what_a_run_computes_in(run_folder, tmp_path):
-    location = locate(str(run_folder))
-    assert is_run_in_bfloat16(location)
+    assert is_run_in_bfloat16(str(run_folder))
     assert compute_dtype(str(run_folder), load_start(str(run_folder))) == "bfloat16"
     copy = shutil.copytree(run_folder, tmp_path / "run")
     (copy / "base" / "card.json").unlink()  # as in runs of before
-    assert not is_run_in_bfloat16(locate(str(copy)))
+    assert not is_run_in_bfloat16(str(copy))
     assert compute_dtype(str(copy), load_start(str(copy))) == "float32"
 
 
