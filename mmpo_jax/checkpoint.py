@@ -16,22 +16,13 @@ from jax.sharding import Mesh
 from mmpo_jax import progress
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.files import fingerprint_json, is_local
-from mmpo_jax.models.card import read_card
 from mmpo_jax.models.config import ModelConfig, ModelError
 from mmpo_jax.models.fingerprints import fingerprint_adapter, fingerprint_model, fingerprint_step
 from mmpo_jax.models.folders import is_on_hub, resolve_folder, side_files
-from mmpo_jax.models.huggingface import (
-    check_params,
-    flatten,
-    load_params,
-    unflatten,
-    weights_dtype,
-)
+from mmpo_jax.models.huggingface import check_params, flatten, load_params, unflatten
 from mmpo_jax.models.lora import adapted_layers, merge_adapters, without_adapters
 from mmpo_jax.models.model import Model, Params, load_config
 from mmpo_jax.models.peft import base_model, has_model, is_adapter_folder, with_adapter
-from mmpo_jax.models.precision import inference_dtype
-from mmpo_jax.models.rounding import round_on_devices
 from mmpo_jax.models.safetensors_files import all_finite
 from mmpo_jax.parallel.mesh import param_shardings, put_params
 from mmpo_jax.training.checkpoints import (
@@ -60,13 +51,6 @@ class Checkpoint:
     params: Params
     fingerprint: str
     """Of weights, config, tokenizer and processor; of seed and config where weights are random."""
-    rounded: bool = False
-    """Whether the parameters are `load_rounded`'s, which no training goes on from."""
-
-    @property
-    def key(self) -> str:
-        """What its results depend on: the fingerprint, and whether it is rounded."""
-        return rounded_key(self.fingerprint) if self.rounded else self.fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,43 +164,6 @@ def load_weights(
     return check_finite(location.weights, unflatten(flat), dtype)
 
 
-def load_rounded(location: Location, model: Model, mesh: Mesh) -> Params:
-    """`load_weights` in bfloat16, each number rounded up or down at random.
-
-    Rounded to the nearest, most of a small update would be gone (see `rounding`). The parameters
-    go to the mesh as they are; a wide one is let go of when it is rounded.
-    """
-    flat = flatten(load_weights(location, model, mesh))
-    for path in progress.counted(list(flat), "rounding weights", "parameters"):
-        flat[path] = round_on_devices(flat[path], path).block_until_ready()
-    return check_finite(location.weights, unflatten(flat), "bfloat16")
-
-
-def rounded_key(fingerprint: str) -> str:
-    """Of a checkpoint's rounded parameters."""
-    return fingerprint_json([fingerprint, "bfloat16_stochastic"])
-
-
-def is_run_in_bfloat16(name: str) -> bool:
-    """Whether a run with wider weights computes in bfloat16 outside of training, as its start
-    does, which its card says."""
-    if is_on_hub(name):  # which has no runs, and is not asked again
-        return False
-    location = locate(name)
-    if not location.is_orbax:
-        return False
-    card = read_card(location.base, {})
-    if card is None or card.base_dtype != "bfloat16":
-        return False
-    return weights_dtype(unflatten(checkpoint_shapes(location.weights))) != jnp.bfloat16
-
-
-def compute_dtype(name: str, start: Checkpoint) -> str:
-    """What a checkpoint of this name computes in outside of training."""
-    in_bfloat16 = start.rounded or is_run_in_bfloat16(name)
-    return "bfloat16" if in_bfloat16 else inference_dtype(start.params).name
-
-
 def check_finite(folder: str, params: Params, dtype: Any = None) -> Params:
     """Parameters, if all of their numbers are finite.
 
@@ -287,7 +234,6 @@ def load_start(
     mesh: Mesh | None = None,
     attention: str = "auto",
     template: str = "auto",
-    rounded: bool = False,
 ) -> Checkpoint:
     """Loads a Hugging Face folder, an Orbax checkpoint, an adapter's folder, or a built-in model.
 
@@ -298,7 +244,6 @@ def load_start(
       mesh: see `load_weights`.
       attention: of the model, see `attention.BACKENDS`.
       template: of the dialogues, see `Processor`.
-      rounded: gives the parameters as `load_rounded` does, which needs a mesh.
 
     Raises:
       ModelError, ProcessorError, CheckpointError: naming the file that is missing or wrong.
@@ -310,14 +255,10 @@ def load_start(
     _tell_template(processor)
     if random_seed is None:
         with progress.doing(f"loading {location.weights}"):
-            if rounded:
-                assert mesh is not None
-                params = load_rounded(location, model, mesh)
-            else:
-                params = load_weights(location, model, mesh)
+            params = load_weights(location, model, mesh)
         folder = (location.weights, *location.adapters)[-1]
         fingerprint = fingerprint_location(location)
-        return Checkpoint(folder, hub_id, model, processor, params, fingerprint, rounded)
+        return Checkpoint(folder, hub_id, model, processor, params, fingerprint)
     # The weights that lie in the folder do not matter.
     fingerprint = fingerprint_json(["random", random_seed, dataclasses.asdict(model.config)])
     with progress.doing("making random weights"):
@@ -328,28 +269,10 @@ def load_start(
 
 
 def load_checkpoint(
-    name: str,
-    mesh: Mesh,
-    attention: str = "auto",
-    template: str = "auto",
-    rounded: bool = False,
-) -> Checkpoint:
-    """`load_start` with the parameters on the mesh."""
-    return load_start(name, None, mesh, attention, template, rounded)
-
-
-def load_to_compute(
     name: str, mesh: Mesh, attention: str = "auto", template: str = "auto"
 ) -> Checkpoint:
-    """`load_checkpoint` for what is not training: of a run rounded to bfloat16 where its start
-    computes in that."""
-    return load_checkpoint(name, mesh, attention, template, is_run_in_bfloat16(name))
-
-
-def fingerprint_to_compute(name: str) -> str:
-    """The `key` of what `load_to_compute` loads."""
-    fingerprint = fingerprint_location(locate(name))
-    return rounded_key(fingerprint) if is_run_in_bfloat16(name) else fingerprint
+    """`load_start` with the parameters on the mesh."""
+    return load_start(name, mesh=mesh, attention=attention, template=template)
 
 
 def _tell_template(processor: Processor) -> None:

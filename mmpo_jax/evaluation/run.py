@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 
-from mmpo_jax.checkpoint import load_to_compute
+from mmpo_jax.checkpoint import load_checkpoint
 from mmpo_jax.evaluation.shapes import evaluate_shapes
 from mmpo_jax.files import check_reachable, write_atomic
 from mmpo_jax.parallel.mesh import make_mesh
@@ -20,7 +20,7 @@ def run_evaluation(recipe: EvaluateRecipe) -> dict[str, float]:
     """
     check_reachable(recipe.output)
     mesh = make_mesh(**recipe.devices.model_dump())
-    checkpoint = load_to_compute(recipe.model, mesh, recipe.attention, recipe.template)
+    checkpoint = load_checkpoint(recipe.model, mesh, recipe.attention, recipe.template)
     metrics = evaluate_shapes(
         checkpoint.model,
         checkpoint.params,

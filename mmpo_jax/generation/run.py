@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from mmpo_jax.checkpoint import load_to_compute
+from mmpo_jax.checkpoint import load_checkpoint
 from mmpo_jax.data.batching import fitting_lengths
 from mmpo_jax.data.formats.writing import messages, template_columns
 from mmpo_jax.data.records import Record
@@ -30,7 +30,7 @@ def run_generation(recipe: GenerateRecipe) -> str:
     results = Results.at(recipe.output, "responses", recipe.data)
     source = load_source(recipe.data, supervised=False)
     mesh = make_mesh(**recipe.devices.model_dump())
-    checkpoint = load_to_compute(recipe.model, mesh, recipe.attention, recipe.template)
+    checkpoint = load_checkpoint(recipe.model, mesh, recipe.attention, recipe.template)
     source, tokenized = usable_records(
         source, checkpoint.processor, recipe.lengths, results.skipped
     )
@@ -43,7 +43,7 @@ def run_generation(recipe: GenerateRecipe) -> str:
         recipe.lengths or fitting_lengths(tokenized),
         mesh,
         folder=results.parts,
-        model_fingerprint=checkpoint.key,
+        model_fingerprint=checkpoint.fingerprint,
         batch_size=recipe.sampling.batch_size,
         seed=recipe.seed,
     )

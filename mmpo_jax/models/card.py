@@ -89,8 +89,6 @@ class ModelCard:
     """None where that is not known yet."""
     base_fingerprint: str = ""
     """Of what training began with, see `checkpoint.Checkpoint`; empty in cards of before."""
-    base_dtype: str = ""
-    """What that computes in, see `precision.inference_dtype`; empty likewise."""
 
 
 def make_card(
@@ -100,7 +98,6 @@ def make_card(
     *,
     from_hub: bool,
     base_fingerprint: str = "",
-    base_dtype: str = "",
 ) -> ModelCard:
     """The card of a recipe's result.
 
@@ -111,7 +108,7 @@ def make_card(
       model: the architecture.
       metrics: what was measured last.
       from_hub: whether the recipe's model came from the hub.
-      base_fingerprint, base_dtype: of what training began with.
+      base_fingerprint: of what training began with.
     """
     return ModelCard(
         base_model=recipe.model,
@@ -122,7 +119,6 @@ def make_card(
         recipe=recipe.model_dump(mode="json", exclude={"output"}),
         metrics=metrics,
         base_fingerprint=base_fingerprint,
-        base_dtype=base_dtype,
     )
 
 

@@ -6,13 +6,9 @@ its size, and what is less than half a step is gone when it is rounded to the ne
 
 from __future__ import annotations
 
-import functools
 import zlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
-import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -69,31 +65,6 @@ def _round_stochastically(array: np.ndarray, seed: int) -> np.ndarray:
     rounded = bits.astype(np.uint16).view(ml_dtypes.bfloat16)
     # What is no number has no neighbours.
     return np.where(np.isfinite(exact), rounded, exact.astype(ml_dtypes.bfloat16))
-
-
-def round_on_devices(array: jax.Array, key: str) -> jax.Array:
-    """A parameter as stochastically rounded bfloat16, where it lies.
-
-    Args:
-      array: float32 or narrower; what is bfloat16 already stays as it is.
-      key: its path, from which random numbers follow, on any mesh the same.
-    """
-    if array.dtype == jnp.bfloat16:
-        return array
-    return _rounding_on(array.sharding)(array, np.uint32(zlib.crc32(key.encode())))
-
-
-@functools.cache
-def _rounding_on(sharding: jax.sharding.Sharding) -> Callable[[jax.Array, Any], jax.Array]:
-    """`_round_stochastically` as a compiled function of arrays with this sharding."""
-
-    def run(array: jax.Array, seed: jax.Array) -> jax.Array:
-        exact = jax.lax.bitcast_convert_type(array.astype(jnp.float32), jnp.uint32)
-        noise = jax.random.bits(jax.random.key(seed), array.shape, jnp.uint16)
-        cut = ((exact + noise) >> 16).astype(jnp.uint16)
-        return jax.lax.bitcast_convert_type(cut, jnp.bfloat16)
-
-    return jax.jit(run, out_shardings=sharding)
 
 
 class Survival:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmpo_jax import progress
-from mmpo_jax.checkpoint import Checkpoint, compute_dtype, load_start
+from mmpo_jax.checkpoint import Checkpoint, load_start
 from mmpo_jax.data.pipeline import Example, Part
 from mmpo_jax.data.sources import SKIPPED, load_source, scored_by, usable_records
 from mmpo_jax.data.tokenization import TokenizedRecord, fingerprint_records
@@ -93,7 +93,6 @@ def run_training(recipe: TrainRecipe) -> str:
         {},
         from_hub=start.hub_id is not None,
         base_fingerprint=start.fingerprint,
-        base_dtype=compute_dtype(recipe.model, start),
     )
     trained = train(
         model,
