@@ -15,13 +15,12 @@ from jax.sharding import Mesh
 from mmpo_jax import progress
 from mmpo_jax.alignment.report import RoundReport, read_report, write_report
 from mmpo_jax.alignment.round import Round, pair_examples, run_round
-from mmpo_jax.alignment.start import Start
 from mmpo_jax.checkpoint import (
-    compute_dtype,
-    fingerprint_to_compute,
-    is_run_in_bfloat16,
+    Checkpoint,
+    fingerprint_location,
+    load_checkpoint,
     load_processor,
-    load_to_compute,
+    locate,
 )
 from mmpo_jax.data.records import Record
 from mmpo_jax.data.rows import SkipReason
@@ -42,7 +41,6 @@ from mmpo_jax.files import (
 )
 from mmpo_jax.models.card import ModelCard, SavedWeights, make_card, read_saved, write_card
 from mmpo_jax.models.fingerprints import fingerprint_model, has_fingerprint
-from mmpo_jax.models.folders import is_on_hub
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipe import AlignRecipe
 from mmpo_jax.training.loop import check_training
@@ -66,21 +64,13 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
     """
     check_reachable(recipe.output)
     mesh = make_mesh(**recipe.devices.model_dump())
-    start = Start(
-        recipe.model,
-        mesh,
-        recipe.attention,
-        recipe.template,
-        is_run_in_bfloat16(recipe.model),
-    )
-    dtype = compute_dtype(recipe.model, start.computing())
+    start = load_checkpoint(recipe.model, mesh, recipe.attention, recipe.template)
     card = make_card(
         recipe,
         start.model,
         {},
-        from_hub=is_on_hub(recipe.model),
+        from_hub=start.hub_id is not None,
         base_fingerprint=start.fingerprint,
-        base_dtype=dtype,
     )
     check_training(recipe.training, start.model, mesh)
     labeler_name = recipe.feedback.labeler or recipe.model
@@ -94,7 +84,7 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
     )
     shares = split_prompts(source.records, recipe)
     by_id = {record.id: record for record in tokenized}
-    labeler_key = fingerprint_to_compute(labeler_name)
+    labeler_key = fingerprint_location(locate(labeler_name))
     if labeler_template(recipe) != "auto":  # else it lies in the folder
         labeler_key = fingerprint_json([labeler_key, labeler_template(recipe)])
     splitter = make_splitter(recipe.feedback.splitter)
@@ -117,9 +107,7 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
             trained = run_round(
                 work, splitter, lambda: make_labeler(labeler_name, recipe, mesh), labeler_key
             )
-            start.release()
-            # In every round what the first one samples and is evaluated in.
-            start = Start(trained, mesh, recipe.attention, "auto", rounded=dtype == "bfloat16")
+            start = load_checkpoint(trained, mesh, recipe.attention)
             metrics = evaluate_round(index, start, recipe, mesh)
         reports.append(read_report(index, folder, metrics))
         write_report(recipe.output, reports)
@@ -129,7 +117,7 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
     return reports
 
 
-def save_last(recipe: AlignRecipe, work: Round, start: Start, card: ModelCard) -> None:
+def save_last(recipe: AlignRecipe, work: Round, trained: Checkpoint, card: ModelCard) -> None:
     """Writes the model of the last round as the alignment's, in the recipe's dtype.
 
     What a narrower dtype keeps is measured on that round's pairs, and of the update of all rounds.
@@ -137,21 +125,20 @@ def save_last(recipe: AlignRecipe, work: Round, start: Start, card: ModelCard) -
     Args:
       recipe: of the alignment.
       work: the last round.
-      start: its model, of which another round would start.
+      trained: its model, as its folder has it.
       card: of the model.
     """
     result, dtype = os.path.join(recipe.output, MODEL), recipe.training.save_dtype
     manifest = os.path.join(recipe.output, "model.json")
     done = read_json(manifest)
-    if done.get("of") == [start.fingerprint, dtype] and has_fingerprint(result, done["model"]):
+    if done.get("of") == [trained.fingerprint, dtype] and has_fingerprint(result, done["model"]):
         saved = read_saved(done["saved"])
         write_card(result, dataclasses.replace(card, saved=saved))
         return
     if dtype == "float32":
         saved = SavedWeights(dtype)
-        if not has_fingerprint(result, start.fingerprint):
-            folder = os.path.join(work.folder, MODEL)
-            replace_folder(result, lambda staging: shutil.copytree(folder, staging))
+        if not has_fingerprint(result, trained.fingerprint):
+            replace_folder(result, lambda staging: shutil.copytree(trained.folder, staging))
         write_card(result, dataclasses.replace(card, saved=saved))
     else:
         generated, pairs = (
@@ -160,20 +147,19 @@ def save_last(recipe: AlignRecipe, work: Round, start: Start, card: ModelCard) -
         )
         measure = functools.partial(
             measure_weights,
-            work.start.exact(),
+            work.start,
             pair_examples(work, generated, pairs),
             recipe.training,
             recipe.lengths,
             work.mesh,
         )
-        trained = start.exact()
-        before = load_before(card, start.model, work.mesh)
+        before = load_before(card, trained.model, work.mesh)
         run = os.path.join(work.folder, "train")
         saved = save_weights(
             result, trained, before, trained.params, dtype, card, work.mesh, measure, run
         )
     done = {
-        "of": [start.fingerprint, dtype],
+        "of": [trained.fingerprint, dtype],
         "model": fingerprint_model(result),
         "saved": dataclasses.asdict(saved),
     }
@@ -203,7 +189,7 @@ def split_prompts(records: list[Record], recipe: AlignRecipe) -> list[list[Recor
 
 def make_labeler(name: str, recipe: AlignRecipe, mesh: Mesh) -> Labeler:
     """The recipe's labeler, loaded."""
-    checkpoint = load_to_compute(name, mesh, recipe.attention, labeler_template(recipe))
+    checkpoint = load_checkpoint(name, mesh, recipe.attention, labeler_template(recipe))
     return CheckpointLabeler(
         checkpoint.model,
         checkpoint.params,
@@ -220,16 +206,17 @@ def labeler_template(recipe: AlignRecipe) -> str:
     return recipe.template if recipe.feedback.labeler is None else "auto"
 
 
-def evaluate_round(index: int, start: Start, recipe: AlignRecipe, mesh: Mesh) -> dict[str, float]:
+def evaluate_round(
+    index: int, checkpoint: Checkpoint, recipe: AlignRecipe, mesh: Mesh
+) -> dict[str, float]:
     """The held-out metrics of a round's model, from its file if it is of this model."""
     if recipe.evaluation is None:
         return {}
     path = os.path.join(round_folder(recipe, index), "evaluation.json")
-    checkpoint = start.computing()
     key = fingerprint_json(
         [
             VERSION,
-            checkpoint.key,
+            checkpoint.fingerprint,
             recipe.template,
             recipe.evaluation.model_dump(mode="json"),
             recipe.lengths.model_dump(),

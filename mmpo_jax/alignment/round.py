@@ -22,7 +22,7 @@ import pyarrow as pa
 from jax.sharding import Mesh
 
 from mmpo_jax import progress
-from mmpo_jax.alignment.start import Start
+from mmpo_jax.checkpoint import Checkpoint
 from mmpo_jax.data.pipeline import Example, Part
 from mmpo_jax.data.records import Record, Response
 from mmpo_jax.data.sources import warn_of_cuts
@@ -65,7 +65,7 @@ class Round:
     index: int
     """1 for the first."""
     folder: str
-    start: Start
+    start: Checkpoint
     """What generates, and the reference of the training."""
     records: list[Record]
     """This round's prompts."""
@@ -115,7 +115,7 @@ def run_round(
 
 def generated_responses(work: Round) -> pa.Table:
     """n responses to every prompt: prompt_id, sample, text, num_tokens, finished."""
-    sampling, start = work.recipe.sampling, work.start.computing()
+    sampling, start = work.recipe.sampling, work.start
     return generate_stage(
         start.model,
         start.params,
@@ -125,7 +125,7 @@ def generated_responses(work: Round) -> pa.Table:
         work.recipe.lengths,
         work.mesh,
         folder=work.folder,
-        model_fingerprint=start.key,
+        model_fingerprint=start.fingerprint,
         batch_size=sampling.batch_size,
         seed=work.recipe.seed,
         round_index=work.index,
@@ -303,7 +303,7 @@ def train_stage(work: Round, generated: pa.Table, pairs: pa.Table) -> str:
             f"round {work.index}: no preference pair is left; what became of the responses: "
             f"{pairs.schema.metadata[b'counts'].decode()}"
         )
-    start = work.start.exact()
+    start = work.start
     examples = pair_examples(work, generated, pairs)
     folder = os.path.join(work.folder, "train")
     _discard_other_run(folder, identity)
@@ -333,7 +333,7 @@ def train_stage(work: Round, generated: pa.Table, pairs: pa.Table) -> str:
 
 def pair_examples(work: Round, generated: pa.Table, pairs: pa.Table) -> list[Example]:
     """The round's pairs as training takes them, with the reference's log-probs."""
-    recipe, start = work.recipe, work.start.exact()
+    recipe, start = work.recipe, work.start
     name = f"round {work.index}: pairs"
     terms = [section.term() for section in recipe.training.objective]
     records, skipped = tokenize_records(
