@@ -96,25 +96,27 @@ def evaluate(path: str, overrides: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def _running(module: str, output: str, is_file: bool = False) -> Iterator[None]:
-    """Claims the output, starts JAX and imports what the command runs, which takes seconds."""
+    """Claims the output, and loads what the command runs."""
     from mmpo_jax.output import claimed
 
     with claimed(output, is_file):
-        with progress.doing("starting JAX, loading libraries"):
-            _start_jax()
-            importlib.import_module(f"mmpo_jax.{module}")
+        _load(module)
         yield
+
+
+def _load(module: str) -> Any:
+    """Starts JAX and imports what the command runs, which takes seconds."""
+    with progress.doing("starting JAX, loading libraries"):
+        _start_jax()
+        return importlib.import_module(f"mmpo_jax.{module}")
 
 
 def convert(source: str, target: str, dtype: str | None) -> None:
     """Turn a run's Orbax checkpoint into a Hugging Face folder, or a folder into a checkpoint."""
-    from mmpo_jax.output import check_writable
+    from mmpo_jax.output import claimed_new
 
-    check_writable(target)
-    _start_jax()
-    from mmpo_jax.convert import convert
-
-    print(convert(source, target, dtype))
+    with claimed_new(target):
+        print(_load("convert").convert(source, target, dtype))
 
 
 def objectives(names: Sequence[str] = ()) -> None:
@@ -152,19 +154,19 @@ def data_check(options: argparse.Namespace) -> None:
 def data_convert(options: argparse.Namespace) -> None:
     """Write the rows of a data file in another format."""
     from mmpo_jax.data.conversion import convert_data
-    from mmpo_jax.output import check_writable
+    from mmpo_jax.output import claimed
 
-    check_writable(options.target, is_file=True)
-    done = convert_data(
-        options.source,
-        options.target,
-        format=options.format,
-        read_as=options.read_as,
-        image_root=options.image_root,
-        drop=options.drop,
-        max_skipped=options.max_skipped,
-        join=options.join_pairs,
-    )
+    with claimed(options.target, is_file=True):
+        done = convert_data(
+            options.source,
+            options.target,
+            format=options.format,
+            read_as=options.read_as,
+            image_root=options.image_root,
+            drop=options.drop,
+            max_skipped=options.max_skipped,
+            join=options.join_pairs,
+        )
     print(f"{options.target}: {done.written} rows", *done.told, sep="\n")
     if done.skipped:
         print(f"{done.skipped_file}: {len(done.skipped)} rows that cannot be used")
