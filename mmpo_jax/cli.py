@@ -142,9 +142,12 @@ def _run(options: argparse.Namespace) -> None:
         _run_recipe(options)
     elif options.command == "data":
         _module(f"data_{options.data_command}").main(options)
+    elif options.command == "convert":
+        from mmpo_jax.core.output import claimed_new
+
+        with claimed_new(options.target):
+            _module("convert", starts_jax=True).main(options)
     else:
-        if options.command == "convert":
-            start_jax()
         _module(options.command).main(options)
 
 
@@ -163,14 +166,15 @@ def _run_recipe(options: argparse.Namespace) -> None:
     recipe = load_recipe(getattr(recipes, kind), path, overrides)
     is_file = options.command in FLAGS and recipe.output.endswith(".jsonl")
     with claimed(recipe.output, is_file):
-        with progress.doing("starting JAX, loading libraries"):
+        _module(options.command, starts_jax=True).main(recipe)
+
+
+def _module(command: str, starts_jax: bool = False) -> Any:
+    """The module of a command, which takes seconds to import with all that it runs."""
+    with progress.doing("starting JAX, loading libraries"):
+        if starts_jax:
             start_jax()
-            module = _module(options.command)
-        module.main(recipe)
-
-
-def _module(command: str) -> Any:
-    return importlib.import_module(f"mmpo_jax.commands.{command}")
+        return importlib.import_module(f"mmpo_jax.commands.{command}")
 
 
 def _add_flags(command: argparse.ArgumentParser, name: str) -> None:

@@ -14,13 +14,12 @@ from jax.sharding import Mesh
 
 from mmpo_jax.alignment.report import RoundReport, read_report, write_report
 from mmpo_jax.alignment.round import Round, pair_examples, run_round
-from mmpo_jax.checkpoints.cards import ModelCard, SavedWeights, make_card, write_card
+from mmpo_jax.checkpoints.cards import ModelCard, SavedWeights, make_card, read_saved, write_card
 from mmpo_jax.checkpoints.checkpoint import (
     Checkpoint,
     fingerprint_location,
     load_checkpoint,
     load_processor,
-    load_weights,
     locate,
 )
 from mmpo_jax.checkpoints.fingerprints import fingerprint_model, has_fingerprint
@@ -29,6 +28,7 @@ from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.files import (
     check_reachable,
     fingerprint_json,
+    null_if_not_finite,
     read_json,
     read_table,
     replace_folder,
@@ -44,7 +44,7 @@ from mmpo_jax.feedback.labeler import CheckpointLabeler, Labeler, answer_tokens
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipes.recipe import AlignRecipe
 from mmpo_jax.training.loop import check_training
-from mmpo_jax.training.saving import MODEL, measure_weights, save_weights
+from mmpo_jax.training.saving import MODEL, load_before, measure_weights, save_weights
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,13 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
     check_reachable(recipe.output)
     mesh = make_mesh(**recipe.devices.model_dump())
     start = load_checkpoint(recipe.model, mesh, recipe.attention, recipe.template)
-    from_hub = start.hub_id is not None
+    card = make_card(
+        recipe,
+        start.model,
+        {},
+        from_hub=start.hub_id is not None,
+        base_fingerprint=start.fingerprint,
+    )
     check_training(recipe.training, start.model, mesh)
     labeler_name = recipe.feedback.labeler or recipe.model
     answer_tokens(load_processor(labeler_name, labeler_template(recipe)))
@@ -95,6 +101,7 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
             tokenized=[by_id[record.id] for record in records],
             recipe=recipe,
             mesh=mesh,
+            card=card,
         )
         with _telling(index, recipe):
             trained = run_round(
@@ -104,9 +111,9 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
             metrics = evaluate_round(index, start, recipe, mesh)
         reports.append(read_report(index, folder, metrics))
         write_report(recipe.output, reports)
-        card = make_card(recipe, start.model, reports[-1].values(), from_hub=from_hub)
-        write_card(trained, dataclasses.replace(card, saved=SavedWeights("float32")))
-    save_last(recipe, work, start, card)
+        last = dataclasses.replace(card, metrics=reports[-1].values())
+        write_card(trained, dataclasses.replace(last, saved=SavedWeights("float32")))
+    save_last(recipe, work, start, last)
     return reports
 
 
@@ -125,7 +132,7 @@ def save_last(recipe: AlignRecipe, work: Round, trained: Checkpoint, card: Model
     manifest = os.path.join(recipe.output, "model.json")
     done = read_json(manifest)
     if done.get("of") == [trained.fingerprint, dtype] and has_fingerprint(result, done["model"]):
-        saved = SavedWeights(**done["saved"])
+        saved = read_saved(done["saved"])
         write_card(result, dataclasses.replace(card, saved=saved))
         return
     if dtype == "float32":
@@ -146,17 +153,17 @@ def save_last(recipe: AlignRecipe, work: Round, trained: Checkpoint, card: Model
             recipe.lengths,
             work.mesh,
         )
-        first = load_weights(locate(recipe.model), work.start.model, work.mesh)
+        before = load_before(card, trained.model, work.mesh)
         run = os.path.join(work.folder, "train")
         saved = save_weights(
-            result, trained, first, trained.params, dtype, card, work.mesh, measure, run
+            result, trained, before, trained.params, dtype, card, work.mesh, measure, run
         )
     done = {
         "of": [trained.fingerprint, dtype],
         "model": fingerprint_model(result),
         "saved": dataclasses.asdict(saved),
     }
-    write_atomic(manifest, json.dumps(done, indent=1).encode())
+    write_atomic(manifest, json.dumps(null_if_not_finite(done), indent=1).encode())
 
 
 def _unfit(record: TokenizedRecord) -> tuple[SkipReason, str] | None:

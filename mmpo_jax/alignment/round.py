@@ -15,16 +15,15 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyarrow as pa
 from jax.sharding import Mesh
 
-from mmpo_jax.checkpoints.cards import make_card
+from mmpo_jax.checkpoints.cards import ModelCard
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.checkpoints.fingerprints import fingerprint_model, has_fingerprint
-from mmpo_jax.checkpoints.folders import is_on_hub
 from mmpo_jax.core import progress
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.files import (
@@ -73,6 +72,8 @@ class Round:
     tokenized: list[TokenizedRecord]
     recipe: AlignRecipe
     mesh: Mesh
+    card: ModelCard
+    """Of the alignment's result, without metrics."""
 
     def stage(self, name: str, inputs: dict[str, str], settings: Any, num_parts: int = 1) -> Stage:
         return Stage(self.folder, name, inputs, settings, num_parts)
@@ -114,17 +115,17 @@ def run_round(
 
 def generated_responses(work: Round) -> pa.Table:
     """n responses to every prompt: prompt_id, sample, text, num_tokens, finished."""
-    sampling = work.recipe.sampling
+    sampling, start = work.recipe.sampling, work.start
     return generate_stage(
-        work.start.model,
-        work.start.params,
-        work.start.processor,
+        start.model,
+        start.params,
+        start.processor,
         work.tokenized,
         Decoding(**sampling.model_dump(exclude={"batch_size"})),
         work.recipe.lengths,
         work.mesh,
         folder=work.folder,
-        model_fingerprint=work.start.fingerprint,
+        model_fingerprint=start.fingerprint,
         batch_size=sampling.batch_size,
         seed=work.recipe.seed,
         round_index=work.index,
@@ -136,18 +137,19 @@ def divide_stage(work: Round, generated: pa.Table, splitter: Splitter) -> pa.Tab
     asked = {record.id: record.prompt[-1].text for record in work.records}
 
     def make_part(_: int) -> pa.Table:
-        rows = []
-        for row in generated.to_pylist():
-            division = splitter.divide(asked[row["prompt_id"]], row["text"])
-            rows.append(
-                {
-                    **row,
-                    "claims": [claim.text for claim in division.claims],
-                    "questions": [claim.question for claim in division.claims],
-                    "unparsed": list(division.unparsed),
-                }
-            )
-        return pa.Table.from_pylist(rows, schema=_DIVIDED)
+        divisions = [
+            splitter.divide(asked[prompt_id.as_py()], text.as_py())
+            for prompt_id, text in zip(generated["prompt_id"], generated["text"], strict=True)
+        ]
+        added = [
+            [[claim.text for claim in division.claims] for division in divisions],
+            [[claim.question for claim in division.claims] for division in divisions],
+            [list(division.unparsed) for division in divisions],
+        ]
+        # The other columns as they are: token ids are many, and each would become an object.
+        columns = [generated[name] for name in GENERATED.names]
+        columns += [pa.array(values, pa.list_(pa.string())) for values in added]
+        return pa.table(columns, schema=_DIVIDED)
 
     inputs = {"responses": _output(work, "generate"), "questions": fingerprint_json(asked)}
     return work.run(work.stage("divide", inputs, {"splitter": splitter.name}), make_part)
@@ -234,7 +236,8 @@ def scored_responses(divided: pa.Table, judged: pa.Table) -> list[ScoredResponse
     for row in judged.to_pylist():
         answers[row["prompt_id"]][row["question"]] = (row["p_yes"], row["p_no"])
     scored = []
-    for row in divided.to_pylist():
+    read = ["prompt_id", "sample", "text", "claims", "questions", "unparsed"]
+    for row in divided.select(read).to_pylist():
         given = [answers[row["prompt_id"]][question] for question in row["questions"]]
         given += [(0.0, 1.0)] * len(row["unparsed"])
         scored.append(
@@ -253,16 +256,18 @@ def scored_responses(divided: pa.Table, judged: pa.Table) -> list[ScoredResponse
 def pair_records(records: Sequence[Record], generated: pa.Table, pairs: pa.Table) -> list[Record]:
     """Every pair as a record with the chosen response first, of the tokens that were sampled."""
     by_id = {record.id: record for record in records}
-    columns = ["prompt_id", "sample", "finished", "token_ids"]
+    columns = (generated[name].to_pylist() for name in ("prompt_id", "sample", "finished"))
+    ids = generated["token_ids"].combine_chunks()
     sampled = {
-        (row["prompt_id"], row["sample"]): row for row in generated.select(columns).to_pylist()
+        (prompt_id, sample): (finished, ids[place])
+        for place, (prompt_id, sample, finished) in enumerate(zip(*columns, strict=True))
     }
     return [
         dataclasses.replace(
             by_id[row["prompt_id"]],
             id=f"{row['prompt_id']}/{row['chosen_sample']}-{row['rejected_sample']}",
             responses=tuple(
-                _sampled(row[side], rank, sampled[row["prompt_id"], row[f"{side}_sample"]])
+                _sampled(row[side], rank, *sampled[row["prompt_id"], row[f"{side}_sample"]])
                 for side, rank in (("chosen", 1), ("rejected", 2))
             ),
         )
@@ -270,26 +275,25 @@ def pair_records(records: Sequence[Record], generated: pa.Table, pairs: pa.Table
     ]
 
 
-def _sampled(text: str, rank: int, row: Mapping[str, Any]) -> Response:
+def _sampled(text: str, rank: int, finished: bool, ids: pa.ListScalar) -> Response:
     """A response that is trained as the very tokens that were sampled, cut or not."""
-    ids = tuple(row["token_ids"])
-    return Response.of(text, rank=rank, finished=row["finished"], token_ids=ids)
+    return Response.of(text, rank=rank, finished=finished, token_ids=tuple(ids.as_py()))
 
 
 def train_stage(work: Round, generated: pa.Table, pairs: pa.Table) -> str:
     """DPO from the round's start model, which is also the reference, on the round's own pairs."""
-    recipe, start = work.recipe, work.start
+    recipe = work.recipe
     target = os.path.join(work.folder, MODEL)
     manifest = os.path.join(work.folder, "train.json")
     inputs = {
-        "model": start.fingerprint,
+        "model": work.start.fingerprint,
         "pairs": _output(work, "combine"),
         "tokens": _output(work, "generate"),
         "training": recipe.training.identity(),
         "lengths": recipe.lengths.model_dump(mode="json"),
         "seed": recipe.seed,
         "round": work.index,
-        **start.processor.fingerprints(),
+        **work.start.processor.fingerprints(),
     }
     identity = fingerprint_json(inputs)
     if _is_trained(manifest, target, identity):
@@ -299,10 +303,10 @@ def train_stage(work: Round, generated: pa.Table, pairs: pa.Table) -> str:
             f"round {work.index}: no preference pair is left; what became of the responses: "
             f"{pairs.schema.metadata[b'counts'].decode()}"
         )
+    start = work.start
     examples = pair_examples(work, generated, pairs)
     folder = os.path.join(work.folder, "train")
     _discard_other_run(folder, identity)
-    card = make_card(recipe, start.model, {}, from_hub=is_on_hub(recipe.model))
     with progress.doing("train"):
         progress.tell()
         params = train(
@@ -316,12 +320,12 @@ def train_stage(work: Round, generated: pa.Table, pairs: pa.Table) -> str:
             folder=folder,
             identity=inputs,
             seed=recipe.seed + work.index,
-            card=card,
+            card=work.card,
         )
     # Whatever the result is saved in: the next round goes on from what was trained.
     exact = recipe.training.model_copy(update={"save_dtype": "float32"})
     with progress.doing("saving the model"):
-        save_result(work.folder, start, params, exact, card, work.mesh, lambda params: (0, {}))
+        save_result(work.folder, start, params, exact, work.card, work.mesh, lambda _: (0, {}))
     done = {"identity": identity, "inputs": inputs, "model": fingerprint_model(target)}
     write_atomic(manifest, json.dumps(done, indent=1).encode())
     return target

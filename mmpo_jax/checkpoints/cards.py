@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import yaml
 
 from mmpo_jax.checkpoints.folders import split_hub_id
-from mmpo_jax.core.files import read_json, write_atomic
+from mmpo_jax.core.files import null_if_not_finite, read_json, write_atomic
 from mmpo_jax.models.model import Model
 from mmpo_jax.recipes.recipe import AlignRecipe, TrainRecipe
 
@@ -38,6 +39,8 @@ class SavedWeights:
     """Of how many rows."""
     of_run: float = 0.0
     as_saved: float = 0.0
+    unknown: str = ""
+    """Why the update was not compared, if it should have been."""
 
     def lines(self) -> list[str]:
         """What there is to say, a sentence each."""
@@ -47,6 +50,8 @@ class SavedWeights:
         told = [f"Saved in {self.dtype.partition('_')[0]}, rounded {how}."]
         if self.survived is not None:
             told.append(f"{self.survived:.1%} of the update is in the saved weights.")
+        if self.unknown:
+            told.append(f"How much of the update is in them is not known: {self.unknown}.")
         if self.metric:
             told.append(
                 f"{self.metric} of {self.rows} rows: {self.of_run:.4g} of the run, "
@@ -82,6 +87,8 @@ class ModelCard:
     metrics: Mapping[str, float]
     saved: SavedWeights | None = None
     """None where that is not known yet."""
+    base_fingerprint: str = ""
+    """Of what training began with, see `checkpoint.Checkpoint`; empty in cards of before."""
 
 
 def make_card(
@@ -90,6 +97,7 @@ def make_card(
     metrics: Mapping[str, float],
     *,
     from_hub: bool,
+    base_fingerprint: str = "",
 ) -> ModelCard:
     """The card of a recipe's result.
 
@@ -100,6 +108,7 @@ def make_card(
       model: the architecture.
       metrics: what was measured last.
       from_hub: whether the recipe's model came from the hub.
+      base_fingerprint: of what training began with.
     """
     return ModelCard(
         base_model=recipe.model,
@@ -109,6 +118,7 @@ def make_card(
         data=recipe.model_dump(mode="json")["data"],
         recipe=recipe.model_dump(mode="json", exclude={"output"}),
         metrics=metrics,
+        base_fingerprint=base_fingerprint,
     )
 
 
@@ -119,7 +129,8 @@ def write_card(folder: str | os.PathLike[str], card: ModelCard) -> None:
 
 def save_card(folder: str | os.PathLike[str], card: ModelCard) -> None:
     """Writes the card for `read_card`."""
-    text = json.dumps(dataclasses.asdict(card), indent=1, ensure_ascii=False)
+    values = null_if_not_finite(dataclasses.asdict(card))
+    text = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False)
     write_atomic(os.path.join(folder, SAVED), text.encode())
 
 
@@ -127,6 +138,13 @@ def read_card(folder: str | os.PathLike[str], metrics: Mapping[str, float]) -> M
     """The card that `save_card` wrote, with metrics; None where there is none."""
     values = read_json(os.path.join(folder, SAVED))
     return ModelCard(**{**values, "metrics": metrics}) if values else None
+
+
+def read_saved(values: Mapping[str, Any]) -> SavedWeights:
+    """Of JSON, in which numbers that are not finite are null."""
+    margins = {name: values[name] for name in ("of_run", "as_saved")}
+    known = {name: math.nan if value is None else value for name, value in margins.items()}
+    return SavedWeights(**{**values, **known})
 
 
 def render_card(card: ModelCard) -> str:

@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 from mmpo_jax.checkpoints.cards import ModelCard, save_card
 from mmpo_jax.checkpoints.folders import copy_base
 from mmpo_jax.checkpoints.train_state import TrainState
+from mmpo_jax.core import progress
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.models.model import Params
@@ -246,14 +247,27 @@ def save_start(folder: str | os.PathLike[str], params: Params) -> None:
 
     Recipes can start from it, but no training goes on with it: it has no optimizer.
     """
-    manager = ocp.CheckpointManager(os.path.abspath(os.path.join(folder, "checkpoints")))
-    with contextlib.closing(manager):
+    target = os.path.abspath(os.path.join(folder, "checkpoints"))
+    manager, flat = ocp.CheckpointManager(target), flatten(params)
+    total = sum(leaf.nbytes for leaf in flat.values())
+    told = progress.doing(
+        "writing the checkpoint", round(total / 1e6), "MB", measure=lambda: written(target)
+    )
+    with told, contextlib.closing(manager):
         run = {"identity": {"converted": True}, "position": {}}
-        saved = ocp.args.Composite(
-            params=ocp.args.StandardSave(flatten(params)), run=ocp.args.JsonSave(run)
-        )
+        saved = ocp.args.Composite(params=ocp.args.StandardSave(flat), run=ocp.args.JsonSave(run))
         manager.save(0, args=saved)
         manager.wait_until_finished()
+
+
+def written(folder: str) -> int:
+    """MB of a checkpoint that is being written, which Orbax compresses a little."""
+    files = (os.path.join(root, name) for root, _, names in os.walk(folder) for name in names)
+    size = 0
+    for file in files:
+        with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
+            size += os.path.getsize(file)
+    return round(size / 1e6)
 
 
 def checkpoint_shapes(step_folder: str) -> dict[str, jax.ShapeDtypeStruct]:

@@ -12,13 +12,14 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from etils import epath
 
+from mmpo_jax.core import progress
 from mmpo_jax.core.files import read_json
 from mmpo_jax.models.config import ModelError
 
@@ -336,15 +337,19 @@ def write_files(folder: str, files: Mapping[str, Sequence[NewTensor]]) -> None:
       ModelError: a file cannot be written, the disk being full for instance.
     """
     total = sum(tensor.num_bytes for tensors in files.values() for tensor in tensors)
-    for name, tensors in files.items():
-        path = os.path.join(folder, name)
-        try:
-            _write_file(path, tensors)
-        except OSError as error:
-            raise ModelError(
-                f"{path}: cannot be written: {error.strerror or error}; "
-                f"all weights together need {total / 1e9:.2f} GB"
-            ) from error
+    with progress.doing("writing weights", round(total / 1e6), "MB") as activity:
+        written = 0
+        for name, tensors in files.items():
+            path = os.path.join(folder, name)
+            try:
+                for tensor in _write_file(path, tensors):
+                    written += tensor.num_bytes
+                    activity.reach(round(written / 1e6))
+            except OSError as error:
+                raise ModelError(
+                    f"{path}: cannot be written: {error.strerror or error}; "
+                    f"all weights together need {total / 1e9:.2f} GB"
+                ) from error
     if len(files) > 1:
         weight_map = {tensor.name: name for name, tensors in files.items() for tensor in tensors}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -352,7 +357,8 @@ def write_files(folder: str, files: Mapping[str, Sequence[NewTensor]]) -> None:
             file.write(json.dumps(index, indent=2) + "\n")
 
 
-def _write_file(path: str, tensors: Sequence[NewTensor]) -> None:
+def _write_file(path: str, tensors: Sequence[NewTensor]) -> Iterator[NewTensor]:
+    """Writes a file; the tensors as they are in it."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -369,6 +375,7 @@ def _write_file(path: str, tensors: Sequence[NewTensor]) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
             file.write(_bytes(tensor))
+            yield tensor
         file.flush()
         os.fsync(file.fileno())
 

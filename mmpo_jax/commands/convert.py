@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import logging
 import os
 
 import numpy as np
@@ -14,20 +13,18 @@ from mmpo_jax.checkpoints.checkpoint import Location, load_model_config, load_we
 from mmpo_jax.checkpoints.huggingface import save_model
 from mmpo_jax.checkpoints.orbax import save_base, save_start
 from mmpo_jax.checkpoints.rounding import stored_dtype
+from mmpo_jax.core import progress
 from mmpo_jax.core.errors import MmpoError
-from mmpo_jax.core.files import is_local, replace_folder
-from mmpo_jax.core.output import check_writable
+from mmpo_jax.core.files import replace_folder
+from mmpo_jax.core.output import is_new
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.precision import weights_dtype
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.training.metrics import FILE, read_metrics
-from mmpo_jax.training.saving import tell_saved
-
-log = logging.getLogger(__name__)
+from mmpo_jax.training.saving import Before, load_before, tell_saved
 
 
 def main(options: argparse.Namespace) -> None:
-    check_writable(options.target)
     print(convert(options.source, options.target, options.dtype))
 
 
@@ -36,8 +33,8 @@ def convert(source: str, target: str, dtype: str | None = None) -> str:
 
     Args:
       source: a run, one step of it, or whatever else a recipe's `model` may name.
-      target: a folder that is not there yet. Of a run it becomes a Hugging Face folder, of
-        everything else a folder that recipes can start from as from a run's.
+      target: a folder that is not there yet, or a claim of it. Of a run it becomes a Hugging Face
+        folder, of everything else a folder that recipes can start from as from a run's.
       dtype: a `SaveDtype` that the weights are rounded to; None keeps theirs, of a run the widest,
         which is float32 wherever matrices were trained.
 
@@ -47,21 +44,21 @@ def convert(source: str, target: str, dtype: str | None = None) -> str:
     Raises:
       MmpoError: there is something at the target, or the source cannot be read.
     """
-    if not is_local(target):
-        raise MmpoError(f"{target}: is in a bucket; convert writes folders of this machine")
-    if os.path.exists(target):
+    if not is_new(target):
         raise MmpoError(f"{target}: is there already; convert writes new folders only")
     location = locate(source)
     model = Model.create(load_model_config(location))
     if location.is_orbax:
-        params = load_weights(location, model, make_mesh())
+        with progress.doing(f"loading {location.weights}"):
+            params = load_weights(location, model, make_mesh())
         if dtype is None and weights_dtype(params) == np.float32:  # else tensors keep theirs
             dtype = "float32"
         _save_run(target, model, params, location, dtype, source)
         return f"Hugging Face folder: {target}"
     if dtype is not None and dtype != stored_dtype(dtype).name:
         raise MmpoError(f"--dtype {dtype}: only a run's weights are rounded at random, on saving")
-    params = load_weights(location, model, make_mesh(), dtype)
+    with progress.doing(f"loading {location.weights}"):
+        params = load_weights(location, model, make_mesh(), dtype)
 
     def write(staging: str) -> None:
         save_base(staging, location.base)
@@ -76,25 +73,19 @@ def _save_run(
 ) -> None:
     """Writes a run's weights, and says in log and card what its dtype keeps of the update."""
     card = _card(location)
-    before = None
+    before = Before(None)
     if dtype not in (None, "float32") and card is not None:
-        before = _load_start(card.base_model, model)
-    share = save_model(target, model, params, location.base, dtype=dtype, before=before, card=card)
+        before = load_before(card, model, make_mesh())
+    with progress.doing(f"saving {target}"):
+        share = save_model(
+            target, model, params, location.base, dtype=dtype, before=before.params, card=card
+        )
     if dtype is None:
         return
-    saved = SavedWeights(dtype, share)
+    saved = SavedWeights(dtype, share, unknown=before.unknown)
     tell_saved(target, saved, source)
     if card is not None:
         write_card(target, dataclasses.replace(card, saved=saved))
-
-
-def _load_start(name: str, model: Model) -> Params | None:
-    """What a run started from, if it is still where its recipe found it."""
-    try:
-        return load_weights(locate(name), model, make_mesh())
-    except MmpoError as error:
-        log.warning("what is left of the update is not measured: its start: %s", error)
-        return None
 
 
 def _card(location: Location) -> ModelCard | None:

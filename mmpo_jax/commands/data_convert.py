@@ -13,7 +13,7 @@ from etils import epath
 import mmpo_jax.picture_world.registration  # noqa: F401 (its rows are read, too)
 from mmpo_jax.core.errors import DataError, MmpoError
 from mmpo_jax.core.files import check_reachable
-from mmpo_jax.core.output import check_writable
+from mmpo_jax.core.output import claimed
 from mmpo_jax.core.progress import counted
 from mmpo_jax.data.formats import FORMATS, choose_format
 from mmpo_jax.data.formats.format import Format
@@ -56,17 +56,17 @@ class Converted:
 
 
 def main(options: argparse.Namespace) -> None:
-    check_writable(options.target, is_file=True)
-    done = convert_data(
-        options.source,
-        options.target,
-        format=options.format,
-        read_as=options.read_as,
-        image_root=options.image_root,
-        drop=options.drop,
-        max_skipped=options.max_skipped,
-        join=options.join_pairs,
-    )
+    with claimed(options.target, is_file=True):
+        done = convert_data(
+            options.source,
+            options.target,
+            format=options.format,
+            read_as=options.read_as,
+            image_root=options.image_root,
+            drop=options.drop,
+            max_skipped=options.max_skipped,
+            join=options.join_pairs,
+        )
     print(f"{options.target}: {done.written} rows", *done.told, sep="\n")
     if done.skipped:
         print(f"{done.skipped_file}: {len(done.skipped)} rows that cannot be used")

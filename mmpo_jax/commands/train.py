@@ -93,7 +93,13 @@ def run_training(recipe: TrainRecipe) -> str:
     held = None
     if recipe.validation is not None:
         held = Held(prepared[VALIDATION], recipe.validation)
-    card = make_card(recipe, model, {}, from_hub=start.hub_id is not None)
+    card = make_card(
+        recipe,
+        model,
+        {},
+        from_hub=start.hub_id is not None,
+        base_fingerprint=start.fingerprint,
+    )
     trained = train(
         model,
         start.params,

@@ -6,6 +6,7 @@ Paths go through `etils.epath`, so a folder may be local or in a bucket (``gs://
 import contextlib
 import hashlib
 import json
+import math
 import os
 import posixpath
 import re
@@ -198,6 +199,15 @@ def canonical_json(value: Any) -> str:
       ValueError: `value` holds NaN or an infinity.
     """
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def null_if_not_finite(value: Any) -> Any:
+    """A JSON value without NaN and infinity, which JSON does not have: they are null."""
+    if isinstance(value, Mapping):
+        return {name: null_if_not_finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [null_if_not_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def fingerprint_json(value: Any) -> str:

@@ -6,7 +6,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import json
+import logging
 import os
 import re
 import secrets
@@ -19,8 +21,11 @@ from etils import epath
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.files import check_reachable, is_local
 
+log = logging.getLogger(__name__)
+
 LOCK = ".mmpo.lock"
-"""In an output folder while a command writes there; beside an output file `.<its name>.lock`."""
+"""In a folder while a command writes there, for it alone where the folder is its output, shared
+where that is a file in it; the file has a lock of its own, `.<its name>.lock`."""
 
 FOLDERS = re.compile(
     r"adapter|base|best|checkpoints|model|tensorboard|validation|round-\d+|.*\.(parts|images)"
@@ -36,8 +41,9 @@ FILES = re.compile(
 def claimed(output: str, is_file: bool = False) -> Iterator[None]:
     """Holds an output for one command; makes its folder, which goes again if nothing is in it.
 
-    The claim is a lock of the operating system, which ends with the process, however that ends. In
-    a bucket there are no locks; there a file is written and removed, so that it is known to work.
+    The claim is a lock of the operating system, which ends with the process, however that ends. A
+    file's claim keeps others from its folder as an output, but not from other files in it. In a
+    bucket there are no locks; there a file is written and removed, so that it is known to work.
 
     Args:
       output: of a recipe: a folder, or a file.
@@ -58,12 +64,37 @@ def claimed(output: str, is_file: bool = False) -> Iterator[None]:
     made = _make(folder)
     try:
         _check_names(folder, os.path.splitext(name)[0] if is_file else None)
-        with _locked(os.path.join(folder, f".{name}.lock" if is_file else LOCK), output):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_locked(os.path.join(folder, LOCK), output, shared=is_file))
+            if is_file:
+                stack.enter_context(_locked(os.path.join(folder, f".{name}.lock"), output))
             yield
     finally:
         with contextlib.suppress(OSError):  # not empty, as it should be
             for path in made:
                 os.rmdir(path)
+
+
+@contextlib.contextmanager
+def claimed_new(folder: str) -> Iterator[None]:
+    """`claimed` for a folder that is not there yet.
+
+    Raises:
+      MmpoError: as there, or it is there already, or in a bucket.
+    """
+    if not is_local(folder):
+        raise MmpoError(f"{folder}: is in a bucket; convert writes folders of this machine")
+    new = is_new(folder)
+    with claimed(folder):
+        if not new:
+            raise MmpoError(f"{folder}: is there already; convert writes new folders only")
+        yield
+
+
+def is_new(folder: str) -> bool:
+    """Whether nothing is there, or a claim alone: of this command, or what one left that was
+    killed."""
+    return not os.path.lexists(folder) or (os.path.isdir(folder) and os.listdir(folder) == [LOCK])
 
 
 def check_writable(path: str, is_file: bool = False) -> None:
@@ -125,28 +156,33 @@ def _check_names(folder: str, stem: str | None) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: str, output: str) -> Iterator[None]:
-    descriptor = _take(path, output)
+def _locked(path: str, output: str, shared: bool = False) -> Iterator[None]:
+    descriptor = _take(path, output, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
     try:
         run = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
         os.truncate(descriptor, 0)
         os.write(descriptor, json.dumps(run).encode())
         yield
     finally:
-        with contextlib.suppress(OSError):  # While it is still held: nobody else's is removed.
-            os.unlink(path)
+        # While it is held, and by nobody else, and only if it is what lies there: the folder may
+        # have been replaced. So another command's lock is never removed.
+        with contextlib.suppress(OSError):
+            if shared:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(descriptor, path):
+                os.unlink(path)
         os.close(descriptor)
 
 
-def _take(path: str, output: str) -> int:
-    """The descriptor of a lock file that is this process's."""
+def _take(path: str, output: str, kind: int) -> int:
+    """The descriptor of a lock file that is this process's, `LOCK_EX`, or also its, `LOCK_SH`."""
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise MmpoError(f"output: {output} cannot be written: {error.strerror}") from error
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
             if _is_at(descriptor, path):
                 return descriptor
         except BlockingIOError as error:
@@ -158,9 +194,19 @@ def _take(path: str, output: str) -> int:
             ) from error
         except OSError as error:
             if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                return descriptor  # a file system without locks
+                _tell_no_locks(os.path.dirname(path))
+                return descriptor
             raise
         os.close(descriptor)  # The one before removed it between our opening and locking it.
+
+
+@functools.cache
+def _tell_no_locks(folder: str) -> None:
+    """Once: what commands do without locks is up to who starts them."""
+    log.warning(
+        "output: the file system of %s has no locks: see to it that no other command writes there",
+        folder,
+    )
 
 
 def _is_at(descriptor: int, path: str) -> bool:

@@ -12,7 +12,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TypeVar
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,8 @@ class Activity:
     first: str = ""
     """What happens before the first is done, such as compiling."""
     done: int = 0
+    measure: Callable[[], int] | None = None
+    """Says how many are done where nothing counts them as they are."""
     begun: float = dataclasses.field(default_factory=lambda: time.monotonic())
     counted_from: tuple[int, float] | None = None
     """(how many were done, when) at the first count: a rate that leaves out compiling."""
@@ -62,6 +64,8 @@ class Activity:
 
     def describe(self) -> str:
         """One line: what, how far, how fast, how long still, or for how long already."""
+        if self.measure is not None:
+            self.reach(self.measure())
         now = time.monotonic()
         seconds = f"{now - self.begun:.0f} s so far"
         if not self.done:
@@ -90,11 +94,15 @@ _last_word = time.monotonic()
 
 @contextlib.contextmanager
 def doing(
-    name: str, total: int | None = None, unit: str = "rows", first: str = ""
+    name: str,
+    total: int | None = None,
+    unit: str = "rows",
+    first: str = "",
+    measure: Callable[[], int] | None = None,
 ) -> Iterator[Activity]:
     """What is done within, for who waits; see `Activity`."""
     global _between
-    activity = Activity(name, total, unit, first)
+    activity = Activity(name, total, unit, first, measure=measure)
     _between = "working"
     _activities.append(activity)
     try:

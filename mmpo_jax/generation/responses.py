@@ -43,7 +43,7 @@ GENERATED = pa.schema(
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Generated:
     """One sampled response."""
 
@@ -54,8 +54,8 @@ class Generated:
     """EOS included."""
     finished: bool
     """Whether it ended by itself and not by the length limit."""
-    token_ids: list[int]
-    """What was sampled, EOS included."""
+    token_ids: np.ndarray
+    """What was sampled, EOS included, int32[num_tokens]."""
 
 
 def generate_responses(
@@ -93,7 +93,7 @@ def generate_responses(
 
 def _generated(processor: Processor, prompt_id: str, number: int, row: np.ndarray) -> Generated:
     text, length, finished = read_response(processor, row)
-    return Generated(prompt_id, number, text, length, finished, row[:length].tolist())
+    return Generated(prompt_id, number, text, length, finished, row[:length])
 
 
 def sample_tokens(
@@ -233,9 +233,8 @@ def generate_stage(
             seed=seed,
             round_index=round_index,
         )
-        return pa.Table.from_pylist(
-            [dataclasses.asdict(response) for response in responses], schema=GENERATED
-        )
+        columns = [[getattr(row, name) for row in responses] for name in GENERATED.names]
+        return pa.table(columns, schema=GENERATED)
 
     with progress.doing(stage.name, len(records), "prompts", "compiling") as activity:
         return run_stage(stage, make_part)

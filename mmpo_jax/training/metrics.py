@@ -12,6 +12,7 @@ import numpy as np
 import tensorboardX
 
 from mmpo_jax.core import progress
+from mmpo_jax.core.files import null_if_not_finite
 from mmpo_jax.objectives.sums import WeightedSum
 
 FILE = "metrics.jsonl"
@@ -60,8 +61,7 @@ class MetricsWriter:
     @staticmethod
     def _write(file: TextIO, row: Mapping[str, float]) -> None:
         """A line of JSON, which has no NaN and no infinity: they are null."""
-        line = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        file.write(json.dumps(line, allow_nan=False) + "\n")
+        file.write(json.dumps(null_if_not_finite(row), allow_nan=False) + "\n")
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes a line, and says nothing on the terminal."""

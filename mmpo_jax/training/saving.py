@@ -13,15 +13,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mmpo_jax.checkpoints.cards import MARGIN, ModelCard, SavedWeights, write_card
-from mmpo_jax.checkpoints.checkpoint import Checkpoint
+from mmpo_jax.checkpoints.checkpoint import Checkpoint, fingerprint_location, load_weights, locate
 from mmpo_jax.checkpoints.huggingface import load_params, save_model
 from mmpo_jax.checkpoints.peft import save_adapter
 from mmpo_jax.checkpoints.train_state import TrainState
+from mmpo_jax.core import progress
+from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.pipeline import Example, held_out_batches
 from mmpo_jax.data.settings import Lengths
 from mmpo_jax.models.lora import Lora
-from mmpo_jax.models.model import Params
+from mmpo_jax.models.model import Model, Params
 from mmpo_jax.parallel.mesh import param_shardings
 from mmpo_jax.recipes.training import NoReference, SaveDtype, Training
 from mmpo_jax.training.loop import micro_batch_size
@@ -39,6 +41,36 @@ MEASURED_ROWS = 64
 Measure = Callable[[Params], tuple[int, Mapping[str, float]]]
 """parameters -> (rows, metrics of them), see `measure_weights`; no row where there is nothing to
 measure."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Before:
+    """What an update is counted from."""
+
+    params: Params | None
+    unknown: str = ""
+    """Why there are none."""
+
+
+def load_before(card: ModelCard, model: Model, mesh: Mesh) -> Before:
+    """What a run started from, if that is still where its recipe found it.
+
+    Args:
+      card: of the run.
+      model: the architecture.
+      mesh: the devices.
+    """
+    name = card.base_model
+    if not card.base_fingerprint:
+        return Before(None, f"the run does not say what {name} was when it started")
+    try:
+        location = locate(name)
+        if fingerprint_location(location) != card.base_fingerprint:
+            return Before(None, f"{name} is not what the run started from")
+        with progress.doing(f"loading {name}, to compare with"):
+            return Before(load_weights(location, model, mesh))
+    except MmpoError as error:
+        return Before(None, f"{name} cannot be read: {error}")
 
 
 def save_result(
@@ -69,7 +101,8 @@ def save_result(
         save_adapters(output, start, trained, training.lora)
     target = os.path.join(output, MODEL)
     dtype = training.save_dtype
-    save_weights(target, start, start.params, trained, dtype, card, mesh, measure, output)
+    before = Before(start.params)
+    save_weights(target, start, before, trained, dtype, card, mesh, measure, output)
     return target
 
 
@@ -83,7 +116,7 @@ def save_adapters(output: str, start: Checkpoint, trained: Params, lora: Lora) -
 def save_weights(
     target: str,
     start: Checkpoint,
-    before: Params,
+    before: Before,
     trained: Params,
     dtype: SaveDtype,
     card: ModelCard,
@@ -115,11 +148,11 @@ def save_weights(
         trained,
         start.processor.folder,
         dtype=dtype,
-        before=None if dtype == "float32" else before,
+        before=None if dtype == "float32" else before.params,
         card=dataclasses.replace(card, saved=SavedWeights(dtype)),
         chat_template=start.processor.chat_template,
     )
-    saved = SavedWeights(dtype, share)
+    saved = SavedWeights(dtype, share, unknown="" if dtype == "float32" else before.unknown)
     if dtype != "float32":
         shardings = param_shardings(start.model.abstract_params(), start.model.rules, mesh)
         read = load_params(target, start.model, shardings)  # as whoever loads it has it

@@ -25,6 +25,7 @@ from mmpo_jax.checkpoints.safetensors_files import (
     split_into_files,
     write_files,
 )
+from mmpo_jax.core import progress
 from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.models.config import ModelError
 from mmpo_jax.models.precision import weights_dtype
@@ -141,6 +142,25 @@ def test_how_files_are_filled():
     assert names == [["a", "b"], ["c"]]  # one that is too large has a file of its own
     assert list(split_into_files(tensors, 30)) == [SINGLE_FILE]
     assert len(split_into_files(tensors, 29)) == 2
+
+
+def test_how_far_writing_is_can_be_told(tmp_path):
+    told = []
+
+    def telling(name):
+        def fetch():
+            told.append(progress.describe())
+            return np.zeros(500_000, np.float32)
+
+        return NewTensor(name, np.dtype(np.float32), (500_000,), fetch)
+
+    write_files(str(tmp_path), split_into_files(map(telling, "abc"), 4_000_000))
+    assert [line.partition(",")[0] for line in told] == [
+        "writing weights: 0 of 6 MB",
+        "writing weights: 2 of 6 MB",
+        "writing weights: 4 of 6 MB",
+    ]
+    assert told[2].endswith(" left")
 
 
 def test_tensors_begin_where_their_dtype_wants(tmp_path):

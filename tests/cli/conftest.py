@@ -9,7 +9,13 @@ from jax.sharding import AxisType
 from mmpo_jax import cli
 from mmpo_jax.parallel.mesh import AXES
 
-MESH_USERS = ("alignment.align", "evaluation.run", "generation.run", "scoring.run", "training.run")
+MESH_USERS = (
+    "alignment.align",
+    "commands.evaluate",
+    "commands.generate",
+    "commands.score",
+    "commands.train",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,9 @@
 """`mmpo convert`: runs to Hugging Face folders and back, bit for bit."""
 
+import dataclasses
 import json
+import math
+import re
 import shutil
 
 import jax
@@ -10,11 +13,14 @@ import pytest
 from jax.sharding import AxisType
 
 from mmpo_jax import cli
-from mmpo_jax.checkpoints.cards import make_card, save_card
+from mmpo_jax.checkpoints import orbax as checkpoints
+from mmpo_jax.checkpoints.cards import SavedWeights, make_card, read_saved, save_card
 from mmpo_jax.checkpoints.checkpoint import load_checkpoint
 from mmpo_jax.checkpoints.configs import load_config
-from mmpo_jax.checkpoints.huggingface import load_model, load_params
+from mmpo_jax.checkpoints.fingerprints import fingerprint_model
+from mmpo_jax.checkpoints.huggingface import load_model, load_params, save_model
 from mmpo_jax.checkpoints.orbax import CheckpointError, Checkpoints, find_checkpoint
+from mmpo_jax.core import progress
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.models.model import Model
 from mmpo_jax.parallel.mesh import AXES
@@ -75,6 +81,65 @@ def test_the_card_of_a_run(run_folder, tiny_model, tmp_path):
     assert "| loss | 0.25 |" in card
 
 
+@pytest.mark.parametrize("start", ["of the run", "another", "not told", "gone"])
+def test_what_is_left_of_the_update_is_counted_from_the_start_of_the_run(
+    start, run_folder, tiny_folder, tiny_model, tmp_path, caplog
+):
+    """Of another folder under its name there would be a figure that means nothing."""
+    model, params = tiny_model
+    base, run = tmp_path / "base", shutil.copytree(run_folder, tmp_path / "run")
+    save_model(base, model, jax.tree.map(lambda leaf: leaf * np.float32(1.1), params), tiny_folder)
+    known = {"of the run": fingerprint_model(base), "not told": ""}.get(start, "of another")
+    if start == "gone":
+        shutil.rmtree(base)
+    recipe = TrainRecipe(model=str(base), output="out", data={"source": "file", "path": "a.jsonl"})
+    card = make_card(recipe, model, {}, from_hub=False, base_fingerprint=known)
+    save_card(run / "base", card)
+    with caplog.at_level("INFO"):
+        arguments = ["convert", str(run), str(tmp_path / "back"), "--dtype", "bfloat16"]
+        assert cli.main(arguments) == 0
+    told = {
+        "of the run": "100.0% of the update is in the saved weights.",
+        "another": f"is not known: {base} is not what the run started from.",
+        "not told": f"is not known: the run does not say what {base} was when it started.",
+        "gone": f"is not known: {base} cannot be read: ",
+    }
+    for text in ((tmp_path / "back" / "README.md").read_text(), caplog.text):
+        assert told[start] in text
+        assert text.count("of the update") == 1
+
+
+def test_how_far_a_checkpoint_is_can_be_told(tmp_path, monkeypatch):
+    """Orbax waits for a write before it, and then for this one."""
+    told = []
+    wait = checkpoints.ocp.CheckpointManager.wait_until_finished
+
+    def waiting(manager):
+        wait(manager)
+        told.append(progress.describe())
+
+    monkeypatch.setattr(checkpoints.ocp.CheckpointManager, "wait_until_finished", waiting)
+    values = np.random.default_rng(0).standard_normal(1_000_000).astype(np.float32)
+    checkpoints.save_start(tmp_path, {"a": {"b": values}})
+    assert re.match(r"writing the checkpoint: [34] of 4 MB", told[-1])
+
+
+def test_a_card_holds_no_nan(tiny_model, tmp_path):
+    recipe = TrainRecipe(model="org/name", output="out", data={"source": "file", "path": "a.jsonl"})
+    card = make_card(recipe, tiny_model[0], {"loss": math.nan}, from_hub=True)
+    saved = SavedWeights("bfloat16", 0.5, "loss", 4, math.nan, math.inf)
+    save_card(tmp_path, dataclasses.replace(card, saved=saved))
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    values = json.loads((tmp_path / "card.json").read_text(), parse_constant=refuse)
+    assert values["metrics"] == {"loss": None}
+    again = read_saved(values["saved"])
+    assert again.survived == 0.5 and math.isnan(again.of_run)
+    assert "loss of 4 rows: nan of the run" in " ".join(again.lines())
+
+
 @pytest.mark.slow
 def test_dtypes(run_folder, tiny_folder, tiny_model, tmp_path, mesh):
     half = jax.tree.map(lambda leaf: leaf.astype(ml_dtypes.bfloat16), tiny_model[1])
@@ -119,10 +184,10 @@ def test_what_cannot_be_converted(source, target, told, tiny_folder, tmp_path, c
 
 
 def test_no_training_goes_on_from_a_converted_folder(run_folder):
-    checkpoints = Checkpoints(run_folder, {"seed": 0}, 1)
+    other = Checkpoints(run_folder, {"seed": 0}, 1)
     with pytest.raises(CheckpointError, match=r"recipe: seed \(null there, 0 here\), converted"):
-        checkpoints.restore(None)
-    checkpoints.close()
+        other.restore(None)
+    other.close()
 
 
 def test_a_checkpoint_of_another_model(run_folder, tmp_path, mesh):

@@ -1,6 +1,7 @@
 """Outputs: known to be writable before anything is computed, and one command's at a time."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,13 +166,67 @@ def test_other_outputs_are_free(tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["deep", "folder", "kept"]
 
 
-def test_without_locks_a_file_system_still_takes_outputs(tmp_path, monkeypatch):
+def test_a_folder_and_a_file_in_it_are_one_place(other, tmp_path):
+    """`mmpo generate` writes `out/responses.jsonl` for `out` too; other files go on beside it."""
+    inside = str(tmp_path / "out" / "responses.jsonl")
+    with (
+        claimed(str(tmp_path / "out")),
+        pytest.raises(MmpoError, match="another command"),
+        claimed(inside, is_file=True),
+    ):
+        pass
+    process = other(tmp_path / "out" / "a.jsonl")
+    with claimed(str(tmp_path / "out" / "b.jsonl"), is_file=True):
+        pass
+    told = rf"another command writes to {tmp_path}/out: process \d+ on"  # the last to come
+    with pytest.raises(MmpoError, match=told), claimed(str(tmp_path / "out")):
+        pass
+    process.kill()
+    process.wait()
+    with claimed(str(tmp_path / "out")):
+        pass
+    assert not list(tmp_path.glob("out/.mmpo*"))
+
+
+def test_a_converted_folder_is_claimed(other, tmp_path, capsys, monkeypatch):
+    """While it is written it is one command's; a killed one leaves nothing that blocks the next."""
+    monkeypatch.setattr(cli, "_start_jax", lambda: None)
+    target, command = tmp_path / "new", ["convert", "/nowhere", str(tmp_path / "new")]
+    process = other(target)
+    assert cli.main(command) == 1
+    assert f"another command writes to {target}: process {process.pid}" in capsys.readouterr().err
+    process.kill()
+    process.wait()
+    assert os.listdir(target) == [LOCK]
+    assert cli.main(command) == 1
+    assert "/nowhere: there is no such checkpoint folder" in capsys.readouterr().err
+    rows = tmp_path / "rows.jsonl"
+    other(rows)
+    assert cli.main(["data", "convert", str(rows), str(rows)]) == 1
+    assert f"another command writes to {rows}" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_replaced_while_it_is_claimed(tmp_path):
+    """The lock of whoever claims the new one is not removed."""
+    with claimed(str(tmp_path / "out")):
+        shutil.rmtree(tmp_path / "out")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / LOCK).write_text("another's")
+    assert (tmp_path / "out" / LOCK).read_text() == "another's"
+
+
+def test_without_locks_a_file_system_still_takes_outputs(tmp_path, monkeypatch, caplog):
     def none(descriptor, operation):
         raise OSError(output.errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(output.fcntl, "flock", none)
     with claimed(str(tmp_path / "out")):
         assert (tmp_path / "out" / LOCK).exists()
+    with claimed(str(tmp_path / "rows.jsonl"), is_file=True):
+        pass
+    told = [record.getMessage() for record in caplog.records if "has no locks" in record.message]
+    assert [tmp_path.name in line for line in told] == [True, True]
+    assert len(set(told)) == 2  # once for each place
 
 
 def test_a_bucket_is_tried(monkeypatch):

@@ -54,6 +54,16 @@ def test_what_was_done_before_says_nothing_of_the_rate(activity, clock):
     assert activity.describe() == "scoring: 80 of 100 rows, 2 rows/s, 10 s left"
 
 
+def test_what_is_measured_and_not_counted(clock):
+    """When it is told of, and then only."""
+    sizes = iter([10, 30])
+    activity = Activity("writing", 40, "MB", measure=lambda: next(sizes), begun=clock.now)
+    clock.now += 5
+    assert activity.describe() == "writing: 10 of 40 MB, 5 s so far"
+    clock.now += 5
+    assert activity.describe() == "writing: 30 of 40 MB, 4 MB/s, 2 s left"
+
+
 def test_without_a_total(clock):
     activity = Activity("reading", begun=clock.now)
     clock.now += 3

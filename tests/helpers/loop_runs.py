@@ -6,12 +6,15 @@ import itertools
 
 import numpy as np
 import pytest
+from helpers import tiny
 
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
 from mmpo_jax.data.settings import Lengths
+from mmpo_jax.data.tokenization import tokenize_records
 from mmpo_jax.picture_world.render import png_bytes
 from mmpo_jax.picture_world.world import sample_scene
 from mmpo_jax.recipes.training import Optimizer, Training
+from mmpo_jax.scoring.log_probs import score_records
 from mmpo_jax.training import loop
 
 LENGTHS = Lengths(prompt=(16, 24), response=(8,))
@@ -52,6 +55,29 @@ def make_record(number: int) -> Record:
         prompt=(Turn("user", long if number % 3 == 0 else "a ring ?"),),
         responses=(Response.of("a red star" if number % 2 else "yes"), Response.of("two rings")),
     )
+
+
+def with_reference(model, processor, records, lengths, mesh, batch_size):
+    """Examples of records whose reference is the model itself, a `(model, parameters)`."""
+    tokenized, skipped = tokenize_records(records, processor, lengths)
+    assert not skipped
+    sums = score_records(*model, processor, tokenized, lengths, mesh, batch_size)
+    return [tiny.example(record, row) for record, row in zip(tokenized, sums, strict=True)]
+
+
+@contextlib.contextmanager
+def compiled_once(steps, key):
+    """Takes the train step from `steps` where it has one of this key."""
+    make_step = loop.make_step
+
+    def make_once(*args):
+        if key not in steps:
+            steps[key] = make_step(*args)
+        return steps[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_step", make_once)
+        yield
 
 
 @contextlib.contextmanager

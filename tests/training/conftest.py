@@ -3,15 +3,19 @@
 import jax
 import numpy as np
 import pytest
-from helpers import tiny
-from helpers.loop_runs import CONFIG, IDENTITY, LENGTHS, ROWS, make_record
+from helpers.loop_runs import (
+    CONFIG,
+    IDENTITY,
+    LENGTHS,
+    ROWS,
+    compiled_once,
+    make_record,
+    with_reference,
+)
 from jax.sharding import AxisType
 
 from mmpo_jax.core.trees import flatten
-from mmpo_jax.data.tokenization import tokenize_records
 from mmpo_jax.parallel.mesh import AXES
-from mmpo_jax.scoring.log_probs import score_records
-from mmpo_jax.training import loop
 from mmpo_jax.training.loop import train
 
 
@@ -25,29 +29,17 @@ def mesh():
 @pytest.fixture(scope="module")
 def examples(tiny_model, tiny_processor, mesh):
     """Pairs whose reference is the tiny model itself."""
-    records, skipped = tokenize_records(
-        [make_record(number) for number in range(ROWS)], tiny_processor, LENGTHS
-    )
-    assert not skipped
-    sums = score_records(*tiny_model, tiny_processor, records, LENGTHS, mesh, 4)
-    return [tiny.example(record, row) for record, row in zip(records, sums, strict=True)]
+    records = [make_record(number) for number in range(ROWS)]
+    return with_reference(tiny_model, tiny_processor, records, LENGTHS, mesh, 4)
 
 
 @pytest.fixture(scope="module")
 def run(tiny_model, tiny_processor, examples, mesh):
     """Trains into a folder; returns the parameters by path. Equal steps are compiled once."""
     steps = {}
-    make_step = loop.make_step
 
     def run(folder, examples=examples, config=CONFIG, identity=IDENTITY, mesh=mesh):
-        def make_once(*args):
-            key = config.model_dump_json(), mesh
-            if key not in steps:
-                steps[key] = make_step(*args)
-            return steps[key]
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop, "make_step", make_once)
+        with compiled_once(steps, (config.model_dump_json(), mesh)):
             params = train(
                 *tiny_model,
                 tiny_processor,

@@ -1,5 +1,6 @@
 """Training adapters: nothing else moves, resume is exact, eight devices do what one does."""
 
+import dataclasses
 import json
 import math
 
@@ -8,24 +9,19 @@ import jax
 import numpy as np
 import optax
 import pytest
-from helpers import tiny
-from jax.sharding import AxisType
+from helpers.loop_runs import compiled_once, make_record, same, with_reference
 
 from mmpo_jax.checkpoints.checkpoint import load_start
 from mmpo_jax.checkpoints.huggingface import load_model
 from mmpo_jax.checkpoints.peft import load_adapter, read_adapter_config
 from mmpo_jax.commands.train import run_training
 from mmpo_jax.core.trees import flatten, unflatten
-from mmpo_jax.data.records import ImageRef, Record, Response, Turn
+from mmpo_jax.data.records import Response, Turn
 from mmpo_jax.data.settings import Lengths
-from mmpo_jax.data.tokenization import tokenize_records
 from mmpo_jax.models.lora import SCALE, A, B, Lora, add_adapters, is_adapter, merge_adapters
-from mmpo_jax.parallel.mesh import AXES, make_mesh, put_params
-from mmpo_jax.picture_world.render import png_bytes
-from mmpo_jax.picture_world.world import sample_scene
+from mmpo_jax.parallel.mesh import make_mesh, put_params
 from mmpo_jax.recipes.recipe import TrainRecipe
 from mmpo_jax.recipes.training import Optimizer, Training
-from mmpo_jax.scoring.log_probs import score_records
 from mmpo_jax.training import loop
 from mmpo_jax.training.loop import TrainingError, check_training, train
 from mmpo_jax.training.metrics import read_metrics
@@ -51,47 +47,24 @@ CONFIG = Training(
 
 
 @pytest.fixture(scope="module")
-def mesh():
-    return jax.make_mesh(
-        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
-    )
-
-
-@pytest.fixture(scope="module")
 def examples(tiny_model, tiny_processor, mesh):
     """Pairs whose reference is the tiny model itself."""
-    records, _ = tokenize_records(
-        [
-            Record(
-                id=f"row-{number}",
-                images=(ImageRef(f"{number}", png_bytes(sample_scene("train", 0, number), 24)),),
-                prompt=(Turn("user", "a ring ?"),),
-                responses=(Response.of("a red star"), Response.of("two rings")),
-            )
-            for number in range(ROWS)
-        ],
-        tiny_processor,
-        LENGTHS,
-    )
-    sums = score_records(*tiny_model, tiny_processor, records, LENGTHS, mesh, 8)
-    return [tiny.example(record, row) for record, row in zip(records, sums, strict=True)]
+    said = {
+        "prompt": (Turn("user", "a ring ?"),),
+        "responses": (Response.of("a red star"), Response.of("two rings")),
+    }
+    records = [dataclasses.replace(make_record(number), **said) for number in range(ROWS)]
+    return with_reference(tiny_model, tiny_processor, records, LENGTHS, mesh, 8)
 
 
 @pytest.fixture(scope="module")
 def run(tiny_model, tiny_processor, examples, mesh):
     """Trains into a folder; returns (parameters by path, metrics). Equal steps compile once."""
     steps = {}
-    make_step = loop.make_step
 
     def run(folder, config=CONFIG, mesh=mesh, seed=0):
-        def make_once(*args):
-            key = config.model_dump_json(exclude={"max_steps"}), mesh, seed
-            if key not in steps:
-                steps[key] = make_step(*args)
-            return steps[key]
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop, "make_step", make_once)
+        key = config.model_dump_json(exclude={"max_steps"}), mesh, seed
+        with compiled_once(steps, key):
             params = train(
                 *tiny_model,
                 tiny_processor,
@@ -113,12 +86,6 @@ def run(tiny_model, tiny_processor, examples, mesh):
 def undisturbed(run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed") / "train"
     return folder, *run(folder)
-
-
-def same(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    for path in ours:
-        assert ours[path].tobytes() == theirs[path].tobytes(), path
 
 
 def test_only_adapters_change(undisturbed, tiny_model):
