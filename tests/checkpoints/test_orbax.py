@@ -85,8 +85,8 @@ def test_every_spelling_of_a_checkpoint(
 
 ONE_DEVICE = """
 import sys, jax, numpy
-from mmpo_jax.models.huggingface import flatten
-from mmpo_jax.training.checkpoints import load_checkpoint_params
+from mmpo_jax.core.trees import flatten
+from mmpo_jax.checkpoints.orbax import load_checkpoint_params
 assert jax.device_count() == 1
 numpy.savez(sys.argv[2], **flatten(load_checkpoint_params(sys.argv[1])))
 """

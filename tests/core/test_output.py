@@ -26,7 +26,7 @@ COMMANDS = {
 
 HOLDER = """
 import sys, time
-from mmpo_jax.output import claimed
+from mmpo_jax.core.output import claimed
 with claimed(sys.argv[1], sys.argv[1].endswith(".jsonl")):
     print("held", flush=True)
     time.sleep(600)
@@ -190,7 +190,7 @@ def test_a_folder_and_a_file_in_it_are_one_place(other, tmp_path):
 
 def test_a_converted_folder_is_claimed(other, tmp_path, capsys, monkeypatch):
     """While it is written it is one command's; a killed one leaves nothing that blocks the next."""
-    monkeypatch.setattr(cli, "_start_jax", lambda: None)
+    monkeypatch.setattr(cli, "start_jax", lambda: None)
     target, command = tmp_path / "new", ["convert", "/nowhere", str(tmp_path / "new")]
     process = other(target)
     assert cli.main(command) == 1

@@ -247,7 +247,7 @@ def test_full_disk(tmp_path, monkeypatch):
 BIG_STAGE = """
 import random, sys
 import pyarrow as pa
-from mmpo_jax.stage import Stage, run_stage
+from mmpo_jax.core.stages import Stage, run_stage
 from mmpo_jax.core.errors import MmpoError
 
 def make(part):
