@@ -205,7 +205,7 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 process, port, folder, target = sys.argv[1:]
 jax.distributed.initialize(f"localhost:{port}", 2, int(process))
-from mmpo_jax.models import loading
+from mmpo_jax.checkpoints import loading
 from mmpo_jax.checkpoints.huggingface import load_params, save_model
 from mmpo_jax.checkpoints.configs import load_config
 from mmpo_jax.models.model import Model
