@@ -103,9 +103,7 @@ class Bench:
             checkpoint = load_checkpoint(folder, self.mesh)
             result |= reward_accuracies(self.held, self.score(checkpoint), self.reference)
         result |= evaluate_shapes(
-            checkpoint.model,
-            checkpoint.params,
-            checkpoint.processor,
+            checkpoint,
             self.evaluation.evaluation,
             self.evaluation.lengths,
             self.mesh,
@@ -126,9 +124,7 @@ class Bench:
         """Summed log-probs of the held-out captions."""
         lengths = self.evaluation.lengths
         return score_records(
-            checkpoint.model,
-            checkpoint.params,
-            checkpoint.processor,
+            checkpoint,
             self.held,
             lengths,
             self.mesh,

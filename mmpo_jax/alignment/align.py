@@ -191,9 +191,7 @@ def make_labeler(name: str, recipe: AlignRecipe, mesh: Mesh) -> Labeler:
     """The recipe's labeler, loaded."""
     checkpoint = load_checkpoint(name, mesh, recipe.attention, labeler_template(recipe))
     return CheckpointLabeler(
-        checkpoint.model,
-        checkpoint.params,
-        checkpoint.processor,
+        checkpoint,
         mesh,
         recipe.lengths,
         batch_size=recipe.feedback.batch_size,
@@ -228,9 +226,7 @@ def evaluate_round(
     with progress.doing("evaluate"):
         progress.tell()
         metrics = evaluate_shapes(
-            checkpoint.model,
-            checkpoint.params,
-            checkpoint.processor,
+            checkpoint,
             recipe.evaluation,
             recipe.lengths,
             mesh,

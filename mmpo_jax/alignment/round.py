@@ -47,7 +47,7 @@ from mmpo_jax.generation.responses import GENERATED, PROMPTS_PER_PART, generate_
 from mmpo_jax.generation.sampler import Decoding
 from mmpo_jax.recipes.recipe import AlignRecipe
 from mmpo_jax.training.examples import prepare_examples, tokenizer_for, unfit
-from mmpo_jax.training.loop import rows_to_see, train
+from mmpo_jax.training.loop import Run, TrainingData, rows_to_see, train
 from mmpo_jax.training.saving import MODEL, save_result
 
 log = logging.getLogger(__name__)
@@ -117,15 +117,12 @@ def generated_responses(work: Round) -> pa.Table:
     """n responses to every prompt: prompt_id, sample, text, num_tokens, finished."""
     sampling, start = work.recipe.sampling, work.start
     return generate_stage(
-        start.model,
-        start.params,
-        start.processor,
+        start,
         work.tokenized,
         Decoding(**sampling.model_dump(exclude={"batch_size"})),
         work.recipe.lengths,
         work.mesh,
         folder=work.folder,
-        model_fingerprint=start.fingerprint,
         batch_size=sampling.batch_size,
         seed=work.recipe.seed,
         round_index=work.index,
@@ -310,17 +307,12 @@ def train_stage(work: Round, generated: pa.Table, pairs: pa.Table) -> str:
     with progress.doing("train"):
         progress.tell()
         params = train(
-            start.model,
-            start.params,
-            start.processor,
-            examples,
+            start,
+            TrainingData(examples),
             recipe.training,
             recipe.lengths,
             work.mesh,
-            folder=folder,
-            identity=inputs,
-            seed=recipe.seed + work.index,
-            card=work.card,
+            Run(folder, inputs, recipe.seed + work.index, work.card),
         )
     # Whatever the result is saved in: the next round goes on from what was trained.
     exact = recipe.training.model_copy(update={"save_dtype": "float32"})

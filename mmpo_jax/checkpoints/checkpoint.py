@@ -45,14 +45,20 @@ HEAD = "language_model/lm_head/kernel"
 class Checkpoint:
     """A model with its processor and parameters."""
 
-    folder: str
-    hub_id: str | None
-    """The name that a recipe gave it, if that is one of the hub's."""
     model: Model
     processor: Processor
     params: Params
-    fingerprint: str
+    """On a mesh, or NumPy arrays on the host."""
+    fingerprint: str = ""
     """Of weights, config, tokenizer and processor; of seed and config where weights are random."""
+    folder: str = ""
+    hub_id: str | None = None
+    """The name that a recipe gave it, if that is one of the hub's."""
+
+    def placed(self, mesh: Mesh) -> Checkpoint:
+        """The same with its parameters on a mesh, by the model's rules."""
+        params = put_params(self.params, self.model.rules, mesh)
+        return dataclasses.replace(self, params=params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,14 +266,14 @@ def load_start(
             params = load_weights(location, model, mesh)
         folder = (location.weights, *location.adapters)[-1]
         fingerprint = fingerprint_location(location)
-        return Checkpoint(folder, hub_id, model, processor, params, fingerprint)
+        return Checkpoint(model, processor, params, fingerprint, folder, hub_id)
     # The weights that lie in the folder do not matter.
     fingerprint = fingerprint_json(["random", random_seed, dataclasses.asdict(model.config)])
     with progress.doing("making random weights"):
         params = model.init(random_seed)
     if mesh is not None:
         params = put_params(params, model.rules, mesh)
-    return Checkpoint(location.weights, hub_id, model, processor, params, fingerprint)
+    return Checkpoint(model, processor, params, fingerprint, location.weights, hub_id)
 
 
 def load_checkpoint(

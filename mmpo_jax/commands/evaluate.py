@@ -27,9 +27,7 @@ def run_evaluation(recipe: EvaluateRecipe) -> dict[str, float]:
     mesh = make_mesh(**recipe.devices.model_dump())
     checkpoint = load_checkpoint(recipe.model, mesh, recipe.attention, recipe.template)
     metrics = evaluate_shapes(
-        checkpoint.model,
-        checkpoint.params,
-        checkpoint.processor,
+        checkpoint,
         recipe.evaluation,
         recipe.lengths,
         mesh,

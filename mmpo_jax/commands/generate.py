@@ -39,15 +39,12 @@ def run_generation(recipe: GenerateRecipe) -> str:
         source, checkpoint.processor, recipe.lengths, results.skipped
     )
     generated = generate_stage(
-        checkpoint.model,
-        checkpoint.params,
-        checkpoint.processor,
+        checkpoint,
         tokenized,
         Decoding(**recipe.sampling.model_dump(exclude={"batch_size"})),
         recipe.lengths or fitting_lengths(tokenized),
         mesh,
         folder=results.parts,
-        model_fingerprint=checkpoint.fingerprint,
         batch_size=recipe.sampling.batch_size,
         seed=recipe.seed,
     )

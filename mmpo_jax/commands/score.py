@@ -41,15 +41,12 @@ def run_scoring(recipe: ScoreRecipe) -> str:
     if dtype == "auto":
         dtype = inference_dtype(checkpoint.params).name
     scores = score_stage(
-        checkpoint.model,
-        checkpoint.params,
-        checkpoint.processor,
+        checkpoint,
         records,
         recipe.lengths or fitting_lengths(records),
         mesh,
         name="score",
         folder=results.parts,
-        model_fingerprint=checkpoint.fingerprint,
         batch_size=scoring.batch_size,
         compute_dtype=dtype,
     )

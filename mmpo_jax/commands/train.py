@@ -24,7 +24,7 @@ from mmpo_jax.picture_world.source import ShapesData
 from mmpo_jax.recipes.recipe import TrainRecipe
 from mmpo_jax.recipes.training import Training
 from mmpo_jax.training.examples import fingerprint_fields, prepare_examples, tokenizer_for, unfit
-from mmpo_jax.training.loop import check_training, rows_to_see, train
+from mmpo_jax.training.loop import Run, TrainingData, check_training, rows_to_see, train
 from mmpo_jax.training.losses import recipe_terms
 from mmpo_jax.training.metrics import FILE, read_metrics
 from mmpo_jax.training.on_policy import prompt_examples, unrewardable, with_token_limit
@@ -101,20 +101,12 @@ def run_training(recipe: TrainRecipe) -> str:
         base_fingerprint=start.fingerprint,
     )
     trained = train(
-        model,
-        start.params,
-        processor,
-        prepared[""],
+        start,
+        TrainingData(prepared[""], data.parts, held, rollout),
         training,
         recipe.lengths,
         mesh,
-        folder=recipe.output,
-        identity=identity,
-        seed=recipe.seed,
-        parts=data.parts,
-        held=held,
-        card=card,
-        rollout=rollout,
+        Run(recipe.output, identity, recipe.seed, card),
     )
     rows = read_metrics(os.path.join(recipe.output, FILE)) or [{}]
     measured = rows[-1] if recipe.validation is None else best_row(rows, recipe.validation)
@@ -144,7 +136,7 @@ def _tell_cuts(records: Sequence[TokenizedRecord], limit: int) -> None:
 
 
 def _data_identity(
-    data: TrainingData, prepared: Mapping[str, Sequence[Example]], training: Training
+    data: TokenizedData, prepared: Mapping[str, Sequence[Example]], training: Training
 ) -> dict[str, Any]:
     """Fingerprints of the rows and of what the objectives read of them."""
     identity: dict[str, Any] = {
@@ -163,7 +155,7 @@ def _data_identity(
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingData:
+class TokenizedData:
     """What a recipe trains on and what it holds out."""
 
     records: list[TokenizedRecord]
@@ -172,7 +164,7 @@ class TrainingData:
     held: list[TokenizedRecord]
 
 
-def training_data(recipe: TrainRecipe, start: Checkpoint) -> TrainingData:
+def training_data(recipe: TrainRecipe, start: Checkpoint) -> TokenizedData:
     """The rows of all of a recipe's data.
 
     Raises:
@@ -202,7 +194,7 @@ def training_data(recipe: TrainRecipe, start: Checkpoint) -> TrainingData:
     if recipe.validation is not None and recipe.validation.data is not None:
         held = usable_rows(recipe, recipe.validation.data, start, f"{VALIDATION}.{SKIPPED}")
         log.info("held out: %d rows of other data", len(held))
-    return TrainingData(records, parts, held)
+    return TokenizedData(records, parts, held)
 
 
 def _prefixed(record: TokenizedRecord, number: int) -> TokenizedRecord:

@@ -7,16 +7,15 @@ from collections.abc import Mapping
 import numpy as np
 from jax.sharding import Mesh
 
+from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.core import progress
 from mmpo_jax.core.errors import DataError
-from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.settings import Lengths
 from mmpo_jax.data.tokenization import tokenize_records
 from mmpo_jax.feedback.labeler import CheckpointLabeler
 from mmpo_jax.feedback.scores import accepted
 from mmpo_jax.generation.responses import generate_responses
 from mmpo_jax.generation.sampler import Decoding
-from mmpo_jax.models.model import Model, Params
 from mmpo_jax.picture_world import records as shapes
 from mmpo_jax.picture_world.metrics import caption_metrics
 from mmpo_jax.recipes.recipe import Evaluation
@@ -29,9 +28,7 @@ VERSION = 3
 
 
 def evaluate_shapes(
-    model: Model,
-    params: Params,
-    processor: Processor,
+    checkpoint: Checkpoint,
     config: Evaluation,
     lengths: Lengths,
     mesh: Mesh,
@@ -39,7 +36,7 @@ def evaluate_shapes(
     """CHAIR, recall and yes/no accuracy of a model.
 
     Args:
-      model, params, processor: the checkpoint, its parameters on the mesh.
+      checkpoint: its parameters on the mesh.
       config: which scenes, how many seeds.
       lengths: bucket sizes.
       mesh: the devices.
@@ -55,7 +52,7 @@ def evaluate_shapes(
     world = (data.split, data.seed, data.size)
     scenes = shapes.scenes(*world)
     records, skipped = tokenize_records(
-        shapes.prompt_records(*world, data.image_size), processor, lengths
+        shapes.prompt_records(*world, data.image_size), checkpoint.processor, lengths
     )
     if skipped:
         raise DataError(f"evaluation: {skipped[0].detail}; give lengths.prompt a larger size")
@@ -64,9 +61,7 @@ def evaluate_shapes(
         decoding = Decoding(temperature=temperature, max_new_tokens=config.max_new_tokens)
         with progress.doing("captions", len(records), "scenes", "compiling"):
             generated = generate_responses(
-                model,
-                params,
-                processor,
+                checkpoint,
                 records,
                 decoding,
                 lengths,
@@ -80,9 +75,7 @@ def evaluate_shapes(
     metrics = {f"sampled/{n}": float(np.mean([s[n] for s in sampled])) for n in sampled[0]}
     metrics |= {f"greedy/{name}": value for name, value in captions(GREEDY, 0).items()}
     if data.questions:
-        labeler = CheckpointLabeler(
-            model, params, processor, mesh, lengths, batch_size=config.batch_size
-        )
+        labeler = CheckpointLabeler(checkpoint, mesh, lengths, batch_size=config.batch_size)
         metrics |= yes_no_accuracy(labeler, config)
     return metrics
 

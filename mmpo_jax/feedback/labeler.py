@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.core import progress
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.progress import counted
@@ -53,9 +54,7 @@ class CheckpointLabeler:
 
     def __init__(
         self,
-        model: Model,
-        params: Params,
-        processor: Processor,
+        checkpoint: Checkpoint,
         mesh: Mesh,
         lengths: Lengths,
         *,
@@ -64,7 +63,7 @@ class CheckpointLabeler:
     ):
         """
         Args:
-          model, params, processor: the checkpoint, its parameters on the mesh.
+          checkpoint: its parameters on the mesh.
           mesh: the devices.
           lengths: bucket sizes; questions count as responses.
           batch_size: rows at a time.
@@ -73,11 +72,10 @@ class CheckpointLabeler:
         Raises:
           ProcessorError: the tokenizer cannot tell yes from no.
         """
-        self.model, self.params, self.processor = model, params, processor
-        self.mesh, self.lengths = mesh, lengths
+        self.checkpoint, self.mesh, self.lengths = checkpoint, mesh, lengths
         self.rows = -(-batch_size // batch_shards(mesh)) * batch_shards(mesh)
         self.questions_at_once = questions_at_once
-        self.lead, self.yes_ids, self.no_ids = answer_tokens(processor)
+        self.lead, self.yes_ids, self.no_ids = answer_tokens(checkpoint.processor)
 
     def answer(self, items: Sequence[QuestionSet]) -> list[list[tuple[float, float]]]:
         """See `Labeler`.
@@ -108,7 +106,7 @@ class CheckpointLabeler:
         asked = tuple(Response((Turn("user", question),)) for question in questions)
         limits = self.lengths.prompt[-1], self.lengths.response[-1] - len(self.lead)
         try:
-            record = tokenize(Record(name, images, (), asked), self.processor, *limits)
+            record = tokenize(Record(name, images, (), asked), self.checkpoint.processor, *limits)
         except RowRejected as error:
             sizes = "lengths.prompt" if error.reason == "prompt_too_long" else "lengths.response"
             raise DataError(
@@ -129,7 +127,7 @@ class CheckpointLabeler:
         """float32[rows, R, 2]."""
         batch = pad_batch(
             records,
-            self.processor,
+            self.checkpoint.processor,
             rows=self.rows,
             prompt_sizes=self.lengths.prompt,
             response_sizes=self.lengths.response,
@@ -138,13 +136,19 @@ class CheckpointLabeler:
         with jax.set_mesh(self.mesh):
             placed = put_batch(batch, self.mesh)
             probabilities = np.asarray(
-                answer_probabilities(self.model, self.params, placed, self.yes_ids, self.no_ids)
+                answer_probabilities(
+                    self.checkpoint.model,
+                    self.checkpoint.params,
+                    placed,
+                    self.yes_ids,
+                    self.no_ids,
+                )
             )
         found = (
             (record.id, bool(np.isfinite(row[: len(record.responses)]).all()))
             for record, row in zip(records, probabilities, strict=False)
         )
-        check_finite("labeler's probabilities", found, inference_dtype(self.params).name)
+        check_finite("labeler's probabilities", found, inference_dtype(self.checkpoint.params).name)
         return probabilities
 
 

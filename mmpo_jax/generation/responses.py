@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from jax.sharding import Mesh
 
+from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.core import progress
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import fingerprint_items
@@ -21,7 +22,6 @@ from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.settings import Lengths
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.generation.sampler import NOT_FINITE, Decoding, sample, sample_keys
-from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.precision import check_finite, inference_dtype
 from mmpo_jax.parallel.mesh import batch_shards, put_batch
 
@@ -59,9 +59,7 @@ class Generated:
 
 
 def generate_responses(
-    model: Model,
-    params: Params,
-    processor: Processor,
+    checkpoint: Checkpoint,
     records: Sequence[TokenizedRecord],
     decoding: Decoding,
     lengths: Lengths,
@@ -73,9 +71,7 @@ def generate_responses(
 ) -> list[Generated]:
     """`sample_tokens` as texts: sorted as the records are, samples in order."""
     sampled = sample_tokens(
-        model,
-        params,
-        processor,
+        checkpoint,
         records,
         decoding,
         lengths,
@@ -85,7 +81,7 @@ def generate_responses(
         round_index=round_index,
     )
     return [
-        _generated(processor, record.id, number, row)
+        _generated(checkpoint.processor, record.id, number, row)
         for record, samples in zip(records, sampled, strict=True)
         for number, row in enumerate(samples)
     ]
@@ -97,9 +93,7 @@ def _generated(processor: Processor, prompt_id: str, number: int, row: np.ndarra
 
 
 def sample_tokens(
-    model: Model,
-    params: Params,
-    processor: Processor,
+    checkpoint: Checkpoint,
     records: Sequence[TokenizedRecord],
     decoding: Decoding,
     lengths: Lengths,
@@ -115,7 +109,7 @@ def sample_tokens(
     an id comes again, the numbers go on, so all its samples are drawn independently.
 
     Args:
-      model, params, processor: the checkpoint, its parameters on the mesh.
+      checkpoint: its parameters on the mesh.
       records: tokenized; their responses are not read.
       decoding: how tokens are chosen.
       lengths: bucket sizes of the prompts.
@@ -131,6 +125,7 @@ def sample_tokens(
       DataError: an image cannot be read, the model's positions end before a response may, or it
         computes logits that are not finite.
     """
+    model, params, processor = checkpoint.model, checkpoint.params, checkpoint.processor
     shards = batch_shards(mesh)
     rows = -(-batch_size // shards) * shards
     limit = model.config.decoder.rope.limit
@@ -174,16 +169,13 @@ def sample_tokens(
 
 
 def generate_stage(
-    model: Model,
-    params: Params,
-    processor: Processor,
+    checkpoint: Checkpoint,
     records: Sequence[TokenizedRecord],
     decoding: Decoding,
     lengths: Lengths,
     mesh: Mesh,
     *,
     folder: str,
-    model_fingerprint: str,
     batch_size: int,
     seed: int,
     round_index: int = 0,
@@ -197,7 +189,7 @@ def generate_stage(
         folder=folder,
         name="generate",
         inputs={
-            "model": model_fingerprint,
+            "model": checkpoint.fingerprint,
             "prompts": fingerprint_items(
                 [
                     r.id,
@@ -207,7 +199,7 @@ def generate_stage(
                 ]
                 for r in records
             ),
-            **processor.fingerprints(),
+            **checkpoint.processor.fingerprints(),
         },
         settings={
             "rules": GENERATE_RULES,
@@ -222,9 +214,7 @@ def generate_stage(
         activity.start_at(part * PROMPTS_PER_PART)
         progress.tell()
         responses = generate_responses(
-            model,
-            params,
-            processor,
+            checkpoint,
             records[part * PROMPTS_PER_PART : (part + 1) * PROMPTS_PER_PART],
             decoding,
             lengths,

@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 from jax.sharding import Mesh
 
+from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.core import progress
 from mmpo_jax.core.stages import Stage, run_stage
 from mmpo_jax.data.batching import bucket, pad_batch
-from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.settings import Lengths
 from mmpo_jax.data.tokenization import TokenizedRecord, fingerprint_records
 from mmpo_jax.models.batch import Batch
@@ -22,7 +22,7 @@ from mmpo_jax.models.log_probs import response_log_probs, sum_log_probs
 from mmpo_jax.models.lora import cast_params
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.precision import check_finite
-from mmpo_jax.parallel.mesh import batch_shards, put_batch, put_params
+from mmpo_jax.parallel.mesh import batch_shards, put_batch
 
 ROWS_PER_PART = 256
 SCORE_RULES = 2
@@ -50,16 +50,13 @@ def score_batch(
 
 
 def score_stage(
-    model: Model,
-    params: Params,
-    processor: Processor,
+    checkpoint: Checkpoint,
     records: Sequence[TokenizedRecord],
     lengths: Lengths,
     mesh: Mesh,
     *,
     name: str,
     folder: str,
-    model_fingerprint: str,
     batch_size: int,
     compute_dtype: str,
     per_token: bool = False,
@@ -70,13 +67,12 @@ def score_stage(
     template, image preprocessing and of the tokenized rows, and another model's is not used.
 
     Args:
-      model, params, processor: the checkpoint, its parameters on the host or the mesh.
+      checkpoint: its parameters on the host or the mesh.
       records: tokenized, with responses.
       lengths: bucket sizes.
       mesh: the devices.
       name: of the stage.
       folder: of its files.
-      model_fingerprint: of the checkpoint.
       batch_size: rows at a time, over all devices.
       compute_dtype: the parameters are cast to it; sums are float32.
       per_token: keeps the log-probs of the tokens and not their sums.
@@ -91,9 +87,9 @@ def score_stage(
         folder=folder,
         name=name,
         inputs={
-            "model": model_fingerprint,
+            "model": checkpoint.fingerprint,
             "rows": fingerprint_records(records),
-            **processor.fingerprints(),
+            **checkpoint.processor.fingerprints(),
         },
         settings={
             "rules": SCORE_RULES,
@@ -102,15 +98,13 @@ def score_stage(
         },
         num_parts=max(1, -(-len(records) // ROWS_PER_PART)),
     )
-    placed = functools.cache(lambda: put_params(params, model.rules, mesh))
+    placed = functools.cache(lambda: checkpoint.placed(mesh))
 
     def make_part(part: int) -> pa.Table:
         activity.start_at(part * ROWS_PER_PART)
         progress.tell()
         rows = records[part * ROWS_PER_PART : (part + 1) * ROWS_PER_PART]
-        sums = score_records(
-            model, placed(), processor, rows, lengths, mesh, batch_size, compute_dtype, per_token
-        )
+        sums = score_records(placed(), rows, lengths, mesh, batch_size, compute_dtype, per_token)
         finite = (all(np.isfinite(response).all() for response in row) for row in sums)
         ids = (record.id for record in rows)
         check_finite("log-probs", zip(ids, finite, strict=True), compute_dtype)
@@ -131,9 +125,7 @@ def score_stage(
 
 
 def score_records(
-    model: Model,
-    params: Params,
-    processor: Processor,
+    checkpoint: Checkpoint,
     records: Sequence[TokenizedRecord],
     lengths: Lengths,
     mesh: Mesh,
@@ -157,7 +149,7 @@ def score_records(
             chosen = indices[start : start + rows]
             batch = pad_batch(
                 [records[i] for i in chosen],
-                processor,
+                checkpoint.processor,
                 rows=rows,
                 prompt_sizes=(prompt,),
                 response_sizes=(response,),
@@ -165,7 +157,13 @@ def score_records(
             )
             scores |= _fetch(running, records)
             with jax.set_mesh(mesh):
-                sums = score_batch(model, params, put_batch(batch, mesh), compute_dtype, per_token)
+                sums = score_batch(
+                    checkpoint.model,
+                    checkpoint.params,
+                    put_batch(batch, mesh),
+                    compute_dtype,
+                    per_token,
+                )
             running = chosen, sums
     scores |= _fetch(running, records)
     return [scores[index] for index in range(len(records))]

@@ -73,15 +73,12 @@ def prepare_examples(
     elif needs_reference(terms) and config.reference.type == "cached":
         read = [r for i, r in enumerate(records) if seen is None or i in seen]
         reference = reference_stage(
-            start.model,
-            start.params,
-            start.processor,
+            start,
             [context for record in read for _, context in all_contexts(record)],
             lengths,
             mesh,
             folder=folder,
             per_token="reference_tokens" in needed,
-            model_fingerprint=start.fingerprint,
             batch_size=config.batch_size,
             compute_dtype=config.compute_dtype,
         )

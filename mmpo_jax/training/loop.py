@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import re
 import time
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mmpo_jax.checkpoints.cards import ModelCard
+from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.checkpoints.orbax import Checkpoints, save_base
 from mmpo_jax.checkpoints.train_state import TrainState
 from mmpo_jax.core import progress
@@ -30,7 +32,6 @@ from mmpo_jax.data.pipeline import (
     seen_rows,
     training_batches,
 )
-from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.settings import Lengths
 from mmpo_jax.models.lora import add_adapters, targeted_layers
 from mmpo_jax.models.model import Model, Params
@@ -38,7 +39,7 @@ from mmpo_jax.parallel.mesh import batch_shards, put_batch
 from mmpo_jax.recipes.training import MovingReference, NoReference, Rollout, Training
 from mmpo_jax.training.losses import Loss, make_loss, needs_reference, recipe_terms
 from mmpo_jax.training.metrics import MetricsWriter, means
-from mmpo_jax.training.on_policy import Rollouts
+from mmpo_jax.training.on_policy import Prompts, Rollouts
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
 from mmpo_jax.training.step import Update, create_state, make_step, trainable_paths, whole_params
 from mmpo_jax.training.validation import Held, Validator
@@ -49,40 +50,55 @@ class TrainingError(MmpoError):
     """Training cannot start, or had to stop."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A stage of training as its folder knows it."""
+
+    folder: str
+    """Checkpoints, `metrics.jsonl` and TensorBoard events go here."""
+    identity: Mapping[str, Any]
+    """Model, data and recipe, as JSON; checkpoints of another run are refused."""
+    seed: int
+    """Order of the data, first values and dropout of adapters."""
+    card: ModelCard | None = None
+    """Of the result, kept beside the checkpoints."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingData:
+    """What a stage of training learns from, and what is measured as it goes on."""
+
+    examples: Sequence[Example]
+    """Tokenized, with the fields the objective needs."""
+    entries: Sequence[MixtureEntry] = ()
+    """The data sets that stand one after another in `examples`, if there are several."""
+    held: Held | None = None
+    """Rows that are measured, if any are held out."""
+    rollout: Rollout | None = None
+    """How responses are sampled and rewarded, where the examples have none."""
+
+    @property
+    def mixture(self) -> Sequence[MixtureEntry]:
+        return self.entries or [MixtureEntry(len(self.examples))]
+
+
 def train(
-    model: Model,
-    params: Params,
-    processor: Processor,
-    examples: Sequence[Example],
+    start: Checkpoint,
+    data: TrainingData,
     config: Training,
     lengths: Lengths,
     mesh: Mesh,
-    *,
-    folder: str,
-    identity: Mapping[str, Any],
-    seed: int,
-    parts: Sequence[MixtureEntry] = (),
-    held: Held | None = None,
-    card: ModelCard | None = None,
-    rollout: Rollout | None = None,
+    run: Run,
 ) -> Params:
-    """Runs one stage of training, from the last checkpoint in `folder` if there is one.
+    """Runs one stage of training, from the last checkpoint in the run's folder if there is one.
 
     Args:
-      model: the architecture.
-      params: what training starts from; not changed.
-      processor: of the same checkpoint.
-      examples: the data, tokenized, with the fields the objective needs.
+      start: what training starts from; its parameters are not changed.
+      data: what it learns from.
       config: the recipe's training section.
       lengths: bucket sizes.
       mesh: the devices.
-      folder: checkpoints, `metrics.jsonl` and TensorBoard events go here.
-      identity: model, data and recipe, as JSON; checkpoints of another run are refused.
-      seed: order of the data, first values and dropout of adapters.
-      parts: the data sets that stand one after another in `examples`, if there are several.
-      held: rows that are measured, if any are held out.
-      card: of the result, kept beside the checkpoints.
-      rollout: how responses are sampled and rewarded, where the examples have none.
+      run: its folder, its identity and its seed.
 
     Returns:
       The whole parameters, float32 where they were trained, of the step where held-out rows were
@@ -92,33 +108,35 @@ def train(
       TrainingError: there is no data, the batch does not fit the mesh, `freeze` does not fit the
         model, or a step was not finite.
     """
+    model, processor = start.model, start.processor
     check_training(config, model, mesh)
-    parts = parts or [MixtureEntry(len(examples))]
-    steps = total_steps(config, parts, rollout.updates_per_rollout if rollout else 1)
+    rollout, held = data.rollout, data.held
+    steps = total_steps(config, data.mixture, rollout.updates_per_rollout if rollout else 1)
+    params = start.params
     if config.lora is not None:
-        params = add_adapters(params, model, config.lora, config.freeze, seed)
+        params = add_adapters(params, model, config.lora, config.freeze, run.seed)
     micro = micro_batch_size(config, mesh)
-    checkpoints = Checkpoints(folder, identity, config.keep_checkpoints)
-    source = make_source(
-        model, processor, examples, config, lengths, mesh, parts, micro, seed, rollout
-    )
+    checkpoints = Checkpoints(run.folder, run.identity, config.keep_checkpoints)
+    source = make_batches(start, data, config, lengths, mesh, run.seed)
     # Closed whatever happens: a checkpoint that is being written is finished first.
     with jax.set_mesh(mesh), _closing(checkpoints):
         temperature = 1.0 if rollout is None else rollout.temperature
-        loss = make_loss(model, recipe_terms(config), examples[0].names, config.remat, temperature)
+        loss = make_loss(
+            model, recipe_terms(config), data.examples[0].names, config.remat, temperature
+        )
         with progress.doing("placing parameters, reading the last checkpoint"):
-            state, update = prepare(model, params, loss, config, mesh, steps, seed)
+            state, update = prepare(model, params, loss, config, mesh, steps, run.seed)
             restored = checkpoints.restore(state)
         if restored is not None:
             state, position = restored
             source.set_state(position)
         # Not before it is known to be this run's folder.
-        save_base(folder, processor.folder, processor.chat_template, card)
+        save_base(run.folder, processor.folder, processor.chat_template, run.card)
         step = int(state.step)
 
         resumed_step = -1 if restored is None else step
         with (
-            contextlib.closing(MetricsWriter(folder, resumed_step, steps)) as writer,
+            contextlib.closing(MetricsWriter(run.folder, resumed_step, steps)) as writer,
             progress.doing("training", steps, "steps", "compiling") as activity,
         ):
             activity.start_at(step)
@@ -187,33 +205,28 @@ def _closing(checkpoints: Checkpoints) -> Iterator[None]:
             checkpoints.close()
 
 
-def make_source(
-    model: Model,
-    processor: Processor,
-    examples: Sequence[Example],
+def make_batches(
+    start: Checkpoint,
+    data: TrainingData,
     config: Training,
     lengths: Lengths,
     mesh: Mesh,
-    parts: Sequence[MixtureEntry],
-    micro: int,
     seed: int,
-    rollout: Rollout | None,
 ) -> Batches:
     """Batches of the examples, or of what is sampled after their prompts; see `train`."""
-    if rollout is not None:
-        prompts = [example.rows[0] for example in examples]
-        return Rollouts(
-            model, processor, prompts, config, rollout, lengths, mesh, parts, micro, seed
-        )
+    micro = micro_batch_size(config, mesh)
+    if data.rollout is not None:
+        prompts = Prompts([example.rows[0] for example in data.examples], data.mixture, seed)
+        return Rollouts(start, prompts, config, data.rollout, lengths, mesh, micro)
     batches = training_batches(
-        examples,
-        processor,
+        data.examples,
+        start.processor,
         lengths,
         seed=seed,
         epochs=config.epochs,
         batch_size=config.batch_size,
         micro_batch_size=micro,
-        parts=parts,
+        parts=data.mixture,
         workers=config.workers,
     )
     return FromData(batches)

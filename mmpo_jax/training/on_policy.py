@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.checkpoints.train_state import TrainState
 from mmpo_jax.core import progress
 from mmpo_jax.core.errors import DataError
@@ -24,7 +25,6 @@ from mmpo_jax.data.pipeline import (
     batch_maker,
     batch_order,
 )
-from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import Response, Turn
 from mmpo_jax.data.rows import SkipReason
 from mmpo_jax.data.settings import Lengths
@@ -32,7 +32,7 @@ from mmpo_jax.data.tokenization import TokenizedRecord, TokenizedResponse
 from mmpo_jax.generation.responses import read_response, sample_tokens
 from mmpo_jax.generation.sampler import Decoding
 from mmpo_jax.models.lora import cast_params
-from mmpo_jax.models.model import Model, Params
+from mmpo_jax.models.model import Params
 from mmpo_jax.objectives.on_policy import STD_FLOOR, advantages
 from mmpo_jax.parallel.mesh import put_batch
 from mmpo_jax.recipes.training import Rollout, Training
@@ -50,6 +50,18 @@ class Sampled:
     """float32[S, K], before weights."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """What is sampled after, and in which order."""
+
+    records: Sequence[TokenizedRecord]
+    """With what the rewards compare with."""
+    entries: Sequence[MixtureEntry]
+    """The data sets that stand one after another in `records`."""
+    seed: int
+    """Of the order and of the samples."""
+
+
 class Rollouts:
     """An endless source of batches for the train loop, like `data.pipeline.training_batches`.
 
@@ -59,33 +71,29 @@ class Rollouts:
 
     def __init__(
         self,
-        model: Model,
-        processor: Processor,
-        records: Sequence[TokenizedRecord],
+        start: Checkpoint,
+        prompts: Prompts,
         config: Training,
         rollout: Rollout,
         lengths: Lengths,
         mesh: Mesh,
-        parts: Sequence[MixtureEntry],
         micro_batch_size: int,
-        seed: int,
     ):
         """
         Args:
-          model, processor: the architecture and what belongs to it.
-          records: the prompts, with what the rewards compare with.
+          start: the architecture and what belongs to it; its parameters are not read.
+          prompts: what is sampled after.
           config: the recipe's training section.
           rollout: how samples are drawn and rewarded.
           lengths: bucket sizes.
           mesh: the devices.
-          parts: the data sets that stand one after another in `records`.
           micro_batch_size: prompts at a time in an update.
-          seed: of the order of the prompts and of the samples.
         """
-        self.model, self.processor, self.records = model, processor, records
+        self.start = dataclasses.replace(start, params={})
+        self.records, self.seed = prompts.records, prompts.seed
         self.config, self.rollout, self.lengths, self.mesh = config, rollout, lengths, mesh
-        self.micro_batch_size, self.seed = micro_batch_size, seed
-        order = batch_order(parts, seed, config.epochs, config.batch_size)
+        self.micro_batch_size = micro_batch_size
+        order = batch_order(prompts.entries, prompts.seed, config.epochs, config.batch_size)
         self.order = iter(order.to_iter_dataset(grain.ReadOptions(num_threads=0)))
         self.batch: HostBatch | None = None
         self.uses = 0
@@ -125,7 +133,11 @@ class Rollouts:
             for each, row in zip(sampled, np.asarray(better), strict=True)
         ]
         make = batch_maker(
-            examples, self.processor, self.lengths, self.config.batch_size, self.micro_batch_size
+            examples,
+            self.start.processor,
+            self.lengths,
+            self.config.batch_size,
+            self.micro_batch_size,
         )
         host = make(list(range(len(examples))))
         arrays = host.arrays
@@ -142,9 +154,7 @@ class Rollouts:
         options = self.rollout.model_dump(include=set(Decoding.__annotations__))
         with progress.doing("sampling", len(records), "prompts"):
             tokens = sample_tokens(
-                self.model,
-                params,
-                self.processor,
+                dataclasses.replace(self.start, params=params),
                 records,
                 Decoding(**options),
                 self.lengths,
@@ -158,7 +168,7 @@ class Rollouts:
     def _read(self, record: TokenizedRecord, samples: np.ndarray) -> Sampled:
         responses, rewards = [], []
         for row in samples:
-            text, length, finished = read_response(self.processor, row)
+            text, length, finished = read_response(self.start.processor, row)
             source = Response((Turn("assistant", text),), finished)
             responses.append(
                 TokenizedResponse(row[:length].astype(np.int32), np.ones(length, bool), 0, source)
@@ -177,7 +187,7 @@ class Rollouts:
                 placed = put_batch(prompts, self.mesh)
                 found.append(
                     score_batch(
-                        self.model,
+                        self.start.model,
                         params,
                         placed,
                         self.config.compute_dtype,

@@ -11,11 +11,8 @@ from jax.sharding import Mesh
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.core import progress
 from mmpo_jax.core.errors import DataError
-from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.settings import Lengths
 from mmpo_jax.data.tokenization import TokenizedRecord
-from mmpo_jax.models.model import Model, Params
-from mmpo_jax.parallel.mesh import put_params
 from mmpo_jax.recipes.training import Training
 from mmpo_jax.scoring.log_probs import score_records, score_stage
 
@@ -24,9 +21,7 @@ NATS, NATS_PER_TOKEN = 0.5, 0.1
 
 
 def reference_stage(
-    model: Model,
-    params: Params,
-    processor: Processor,
+    start: Checkpoint,
     records: Sequence[TokenizedRecord],
     lengths: Lengths,
     mesh: Mesh,
@@ -39,9 +34,7 @@ def reference_stage(
       record id -> float32[R], or [R, t] per token.
     """
     table = score_stage(
-        model,
-        params,
-        processor,
+        start,
         records,
         lengths,
         mesh,
@@ -83,16 +76,8 @@ def check_given(
       DataError: they cannot be this model's; with the first rows and both numbers.
     """
     with progress.doing("comparing the data's reference with the model", len(records)):
-        params = put_params(start.params, start.model.rules, mesh)
         computed = score_records(
-            start.model,
-            params,
-            start.processor,
-            records,
-            lengths,
-            mesh,
-            config.batch_size,
-            config.compute_dtype,
+            start.placed(mesh), records, lengths, mesh, config.batch_size, config.compute_dtype
         )
     apart, told = [], []
     for record, sums in zip(records, computed, strict=True):
