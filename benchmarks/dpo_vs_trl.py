@@ -143,6 +143,7 @@ def run_ours(folder: str, settings: Settings) -> dict:
     import numpy as np
     import optax
 
+    from mmpo_jax.checkpoints.checkpoint import Checkpoint
     from mmpo_jax.checkpoints.configs import load_config
     from mmpo_jax.checkpoints.huggingface import load_params
     from mmpo_jax.data.pipeline import Example, training_batches
@@ -197,10 +198,9 @@ def run_ours(folder: str, settings: Settings) -> dict:
         started, cpu = time.perf_counter(), time.process_time()
         tokenized, _ = tokenize_records(records, processor, lengths)
         placed = put_params(params, model.rules, mesh)
-        reference = score_records(
-            model, placed, processor, tokenized, lengths, mesh, config.batch_size
-        )
-        del placed
+        start = Checkpoint(model, processor, placed)
+        reference = score_records(start, tokenized, lengths, mesh, config.batch_size)
+        del placed, start
         scored = time.perf_counter()
         examples = [
             Example(

@@ -11,6 +11,7 @@ import pytest
 from helpers import tiny
 from jax.sharding import AxisType
 
+from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.checkpoints.configs import load_config
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.trees import map_with_path
@@ -49,7 +50,7 @@ def make_labeler(tiny_folder, tiny_model, tiny_processor, mesh):
     def make(processor=tiny_processor, lengths=LENGTHS, **options):
         model, params = tiny_model
         options = {"batch_size": 3, "questions_at_once": 16} | options
-        return CheckpointLabeler(model, params, processor, mesh, lengths, **options)
+        return CheckpointLabeler(Checkpoint(model, processor, params), mesh, lengths, **options)
 
     return make
 
@@ -168,7 +169,9 @@ def test_one_question_alone_may_be_longer_than_the_prompt_bucket(make_labeler, t
 def test_all_on_eight_devices(make_labeler, tiny_model, tiny_processor):
     model, params = tiny_model
     mesh = jax.make_mesh((2, 4, 1), AXES, axis_types=(AxisType.Auto,) * 3)
-    labeler = CheckpointLabeler(model, params, tiny_processor, mesh, LENGTHS, batch_size=3)
+    labeler = CheckpointLabeler(
+        Checkpoint(model, tiny_processor, params), mesh, LENGTHS, batch_size=3
+    )
     items = [("a", (image(0),), QUESTIONS), ("b", (image(1),), QUESTIONS[:2])]
     for ours, theirs in zip(labeler.answer(items), make_labeler().answer(items), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=1e-7)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers import tiny
 
+from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
 from mmpo_jax.data.settings import Lengths
 from mmpo_jax.data.tokenization import tokenize_records
@@ -61,7 +62,8 @@ def with_reference(model, processor, records, lengths, mesh, batch_size):
     """Examples of records whose reference is the model itself, a `(model, parameters)`."""
     tokenized, skipped = tokenize_records(records, processor, lengths)
     assert not skipped
-    sums = score_records(*model, processor, tokenized, lengths, mesh, batch_size)
+    start = Checkpoint(model[0], processor, model[1])
+    sums = score_records(start, tokenized, lengths, mesh, batch_size)
     return [tiny.example(record, row) for record, row in zip(tokenized, sums, strict=True)]
 
 

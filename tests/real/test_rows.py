@@ -23,6 +23,7 @@ from helpers.their_rows import their_inputs, their_texts
 from jax.sharding import AxisType
 from PIL import Image
 
+from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.data.batching import fitting_lengths
 from mmpo_jax.data.contexts import tokenize_contexts
 from mmpo_jax.data.readers import read_records
@@ -136,7 +137,8 @@ def test_log_probs_are_those_of_transformers(checkpoint, records):
     )
     made = [tokenize_contexts(r, case.processor, 2**20, 2**20) for r in records.values()]
     lengths = fitting_lengths(made)
-    sums = score_records(case.model, case.params, case.processor, made, lengths, mesh, batch_size=8)
+    start = Checkpoint(case.model, case.processor, case.params)
+    sums = score_records(start, made, lengths, mesh, batch_size=8)
     for record, row, ours in zip(records.values(), made, sums, strict=True):
         for response, found in zip(row.responses, ours, strict=True):
             ids = np.concatenate([row.prompt_ids, response.ids])

@@ -14,9 +14,10 @@ from helpers.loop_runs import (
 )
 from jax.sharding import AxisType
 
+from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.parallel.mesh import AXES
-from mmpo_jax.training.loop import train
+from mmpo_jax.training.loop import Run, TrainingData, train
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +42,12 @@ def run(tiny_model, tiny_processor, examples, mesh):
     def run(folder, examples=examples, config=CONFIG, identity=IDENTITY, mesh=mesh):
         with compiled_once(steps, (config.model_dump_json(), mesh)):
             params = train(
-                *tiny_model,
-                tiny_processor,
-                examples,
+                Checkpoint(tiny_model[0], tiny_processor, tiny_model[1]),
+                TrainingData(examples),
                 config,
                 LENGTHS,
                 mesh,
-                folder=str(folder),
-                identity=identity,
-                seed=0,
+                Run(str(folder), identity, 0),
             )
         return {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
 

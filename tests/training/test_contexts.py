@@ -10,6 +10,7 @@ import optax
 import pytest
 from jax.sharding import AxisType
 
+from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.batching import pad_batch
 from mmpo_jax.data.contexts import MAIN, OTHER_IMAGE, all_contexts
@@ -86,9 +87,7 @@ class Setup:
         moved = jax.tree.map(lambda x: x * 1.02, self.params)
         per_token = "reference_tokens" in needs(self.terms)
         scores = score_records(
-            self.model,
-            moved,
-            self.processor,
+            Checkpoint(self.model, self.processor, moved),
             rows,
             LENGTHS,
             one_device(),
@@ -256,7 +255,9 @@ def test_a_reference_that_runs_is_the_one_that_was_stored(setup):
     term = make_term("mdpo")
     made = setup(term, cached=False)
     rows = [row for record in made.records for _, row in all_contexts(record)]
-    scores = score_records(made.model, made.params, made.processor, rows, LENGTHS, one_device(), 16)
+    scores = score_records(
+        Checkpoint(made.model, made.processor, made.params), rows, LENGTHS, one_device(), 16
+    )
     stored = {row.id: np.float32(x) for row, x in zip(rows, scores, strict=True)}
     made.examples = make_examples(made.records, needs([term]), stored)
     batch = jax.tree.map(lambda x: x[0], made.batch().arrays)

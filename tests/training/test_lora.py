@@ -11,7 +11,7 @@ import optax
 import pytest
 from helpers.loop_runs import compiled_once, make_record, same, with_reference
 
-from mmpo_jax.checkpoints.checkpoint import load_start
+from mmpo_jax.checkpoints.checkpoint import Checkpoint, load_start
 from mmpo_jax.checkpoints.huggingface import load_model
 from mmpo_jax.checkpoints.peft import load_adapter, read_adapter_config
 from mmpo_jax.commands.train import run_training
@@ -23,7 +23,7 @@ from mmpo_jax.parallel.mesh import make_mesh, put_params
 from mmpo_jax.recipes.recipe import TrainRecipe
 from mmpo_jax.recipes.training import Optimizer, Training
 from mmpo_jax.training import loop
-from mmpo_jax.training.loop import TrainingError, check_training, train
+from mmpo_jax.training.loop import Run, TrainingData, TrainingError, check_training, train
 from mmpo_jax.training.metrics import read_metrics
 from mmpo_jax.training.optimizer import make_optimizer
 from mmpo_jax.training.saving import save_adapters
@@ -66,15 +66,12 @@ def run(tiny_model, tiny_processor, examples, mesh):
         key = config.model_dump_json(exclude={"max_steps"}), mesh, seed
         with compiled_once(steps, key):
             params = train(
-                *tiny_model,
-                tiny_processor,
-                examples,
+                Checkpoint(tiny_model[0], tiny_processor, tiny_model[1]),
+                TrainingData(examples),
                 config,
                 LENGTHS,
                 mesh,
-                folder=str(folder),
-                identity={},
-                seed=seed,
+                Run(str(folder), {}, seed),
             )
         arrays = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
         return arrays, read_metrics(folder / "metrics.jsonl")

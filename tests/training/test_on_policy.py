@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import AxisType
 from pydantic import ValidationError
 
+from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.checkpoints.orbax import CheckpointError
 from mmpo_jax.commands.train import run_training
 from mmpo_jax.core.trees import flatten
@@ -26,9 +27,9 @@ from mmpo_jax.recipes.recipe import TrainRecipe
 from mmpo_jax.recipes.rewards import RewardSection
 from mmpo_jax.recipes.training import Optimizer, Rollout, Training
 from mmpo_jax.training import loop
-from mmpo_jax.training.loop import train
+from mmpo_jax.training.loop import Run, TrainingData, train
 from mmpo_jax.training.metrics import read_metrics
-from mmpo_jax.training.on_policy import Rollouts, with_token_limit
+from mmpo_jax.training.on_policy import Prompts, Rollouts, with_token_limit
 
 LENGTHS = Lengths(prompt=(24,), response=(4, 8))
 PROMPTS = 6
@@ -91,16 +92,12 @@ def easy_rewards():
 def run(tiny_model, tiny_processor, records, mesh):
     def run(folder, mesh=mesh, config=CONFIG, rollout=ROLLOUT):
         params = train(
-            *tiny_model,
-            tiny_processor,
-            [Example((record,), {}) for record in records],
+            Checkpoint(tiny_model[0], tiny_processor, tiny_model[1]),
+            TrainingData([Example((record,), {}) for record in records], rollout=rollout),
             with_token_limit(config, rollout),
             LENGTHS,
             mesh,
-            folder=str(folder),
-            identity={},
-            seed=0,
-            rollout=rollout,
+            Run(str(folder), {}, 0),
         )
         return {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
 
@@ -165,16 +162,13 @@ def test_a_rollout(tiny_model, tiny_processor, records, mesh, temperature):
     """Samples with their rewards against each other, and log-probs under what sampled them."""
     model, params = tiny_model
     rollouts = Rollouts(
-        model,
-        tiny_processor,
-        records,
+        Checkpoint(model, tiny_processor, params),
+        Prompts(records, [MixtureEntry(len(records))], seed=3),
         CONFIG,
         ROLLOUT.model_copy(update={"temperature": temperature}),
         LENGTHS,
         mesh,
-        [MixtureEntry(len(records))],
         micro_batch_size=2,
-        seed=3,
     )
     state = State(params)
     host = rollouts.draw(state)
@@ -208,16 +202,13 @@ def test_a_prompt_twice_in_a_batch_is_sampled_anew(tiny_model, tiny_processor, r
 
     def responses(parts, given):
         rollouts = Rollouts(
-            model,
-            tiny_processor,
-            given,
+            Checkpoint(model, tiny_processor, params),
+            Prompts(given, parts, seed=3),
             CONFIG,
             ROLLOUT,
             LENGTHS,
             mesh,
-            parts,
             micro_batch_size=2,
-            seed=3,
         )
         host = rollouts.draw(State(params))
         prompts = host.arrays.prompts

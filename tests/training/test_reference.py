@@ -9,6 +9,7 @@ import pytest
 from helpers import tiny
 from jax.sharding import AxisType
 
+from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.checkpoints.configs import load_config
 from mmpo_jax.checkpoints.fingerprints import fingerprint_model
 from mmpo_jax.checkpoints.huggingface import load_model
@@ -66,14 +67,11 @@ class Cache:
         processor = Processor(checkpoint, load_config(checkpoint))
         tokenized, _ = tokenize_records(make_records(**rows), processor, LENGTHS)
         return reference_stage(
-            model,
-            params,
-            processor,
+            Checkpoint(model, processor, params, fingerprint_model(checkpoint)),
             tokenized,
             lengths,
             self.mesh,
             folder=str(self.folder),
-            model_fingerprint=fingerprint_model(checkpoint),
             batch_size=batch_size,
             compute_dtype=compute_dtype,
         )
@@ -114,7 +112,9 @@ def test_another_compute_dtype(cache):
 
 def test_values_are_the_models(cache, tiny_model, tiny_processor, mesh):
     tokenized, _ = tokenize_records(make_records(), tiny_processor, LENGTHS)
-    expected = score_records(*tiny_model, tiny_processor, tokenized, LENGTHS, mesh, 1)
+    expected = score_records(
+        Checkpoint(tiny_model[0], tiny_processor, tiny_model[1]), tokenized, LENGTHS, mesh, 1
+    )
     for (name, ours), row, theirs in zip(cache.ask().items(), tokenized, expected, strict=True):
         assert name == row.id
         np.testing.assert_allclose(ours, theirs, rtol=1e-4)
@@ -181,7 +181,8 @@ def test_rows_in_any_order_and_of_any_shape(tiny_model, tiny_processor, mesh):
     assert not skipped
 
     def score(rows, batch_size):
-        sums = score_records(*tiny_model, tiny_processor, rows, LENGTHS, mesh, batch_size)
+        start = Checkpoint(tiny_model[0], tiny_processor, tiny_model[1])
+        sums = score_records(start, rows, LENGTHS, mesh, batch_size)
         return {row.id: values for row, values in zip(rows, sums, strict=True)}
 
     forward, backward = score(tokenized, 4), score(tokenized[::-1], 2)
