@@ -21,8 +21,8 @@ def one_device(monkeypatch):
     mesh = jax.make_mesh(
         (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
     )
-    for module in ("scoring", "generation", "training"):
-        monkeypatch.setattr(f"mmpo_jax.{module}.run.make_mesh", lambda **sizes: mesh)
+    for module in ("score", "generate", "train"):
+        monkeypatch.setattr(f"mmpo_jax.commands.{module}.make_mesh", lambda **sizes: mesh)
 
 
 @pytest.fixture(scope="session")

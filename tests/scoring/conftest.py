@@ -17,8 +17,8 @@ def surroundings(monkeypatch):
     mesh = jax.make_mesh(
         (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
     )
-    for module in ("scoring", "generation"):
-        monkeypatch.setattr(f"mmpo_jax.{module}.run.make_mesh", lambda **sizes: mesh)
+    for module in ("score", "generate"):
+        monkeypatch.setattr(f"mmpo_jax.commands.{module}.make_mesh", lambda **sizes: mesh)
 
 
 @pytest.fixture(scope="module")
