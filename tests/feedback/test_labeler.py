@@ -1,5 +1,6 @@
 """Conquer: the answers to k questions about an image equal k separate plain forward passes."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -127,7 +128,7 @@ def check(labeler, items, tiny_model):
     for (_, (picture,), questions), pairs in zip(items, answers, strict=True):
         for question, pair in zip(questions, pairs, strict=True):
             expected = plain_answer(
-                model, params, labeler.processor, picture, question, labeler.lead
+                model, params, labeler.checkpoint.processor, picture, question, labeler.lead
             )
             np.testing.assert_allclose(pair, expected, rtol=2e-4, atol=1e-7)
             seen.append(pair)
@@ -199,16 +200,18 @@ def test_parameters_of_mixed_dtype(make_labeler, tiny_model):
     labeler = make_labeler()
     asked = [("a", (image(),), ("is there a star ?",))]
     answers = []
-    for labeler.params in (params, uniform):
+    for weights in (params, uniform):
+        labeler.checkpoint = dataclasses.replace(labeler.checkpoint, params=weights)
         answers.append(labeler.answer(asked))
     assert answers[0] == answers[1]
 
 
 def test_probabilities_that_are_not_finite_are_no_answers(make_labeler, tiny_model):
     labeler = make_labeler()
-    labeler.params = map_with_path(
+    huge = map_with_path(
         lambda path, leaf: leaf * np.float32(1e38 if "lm_head" in path else 100), tiny_model[1]
     )
+    labeler.checkpoint = dataclasses.replace(labeler.checkpoint, params=huge)
     items = [(name, (image(),), QUESTIONS[:1]) for name in ("scene-1", "scene-2")]
     with pytest.raises(DataError, match="probabilities of rows scene-1, scene-2 are not finite in"):
         labeler.answer(items)
