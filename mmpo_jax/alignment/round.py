@@ -28,13 +28,12 @@ from mmpo_jax.core import progress
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.files import (
     canonical_json,
-    fingerprint_file,
     fingerprint_items,
     fingerprint_json,
     read_json,
     write_atomic,
 )
-from mmpo_jax.core.stages import Stage, run_stage
+from mmpo_jax.core.stages import Stage, StageOutput, run_stage
 from mmpo_jax.data.pipeline import Example, MixtureEntry
 from mmpo_jax.data.records import Record, Response
 from mmpo_jax.data.sources import warn_of_cuts
@@ -78,7 +77,7 @@ class Round:
     def stage(self, name: str, inputs: dict[str, str], settings: Any, num_parts: int = 1) -> Stage:
         return Stage(self.folder, name, inputs, settings, num_parts)
 
-    def run(self, stage: Stage, make_part: Callable[[int], pa.Table]) -> pa.Table:
+    def run(self, stage: Stage, make_part: Callable[[int], pa.Table]) -> StageOutput:
         def make(part: int) -> pa.Table:
             activity.start_at(part)
             progress.tell()
@@ -113,7 +112,7 @@ def run_round(
     return train_stage(work, generated, pairs)
 
 
-def generated_responses(work: Round) -> pa.Table:
+def generated_responses(work: Round) -> StageOutput:
     """n responses to every prompt: prompt_id, sample, text, num_tokens, finished."""
     sampling, start = work.recipe.sampling, work.start
     return generate_stage(
@@ -129,14 +128,16 @@ def generated_responses(work: Round) -> pa.Table:
     )
 
 
-def divide_stage(work: Round, generated: pa.Table, splitter: Splitter) -> pa.Table:
+def divide_stage(work: Round, generated: StageOutput, splitter: Splitter) -> StageOutput:
     """Every response with its claims: ... + claims, questions, unparsed."""
     asked = {record.id: record.prompt[-1].text for record in work.records}
 
     def make_part(_: int) -> pa.Table:
         divisions = [
             splitter.divide(asked[prompt_id.as_py()], text.as_py())
-            for prompt_id, text in zip(generated["prompt_id"], generated["text"], strict=True)
+            for prompt_id, text in zip(
+                generated.table["prompt_id"], generated.table["text"], strict=True
+            )
         ]
         added = [
             [[claim.text for claim in division.claims] for division in divisions],
@@ -144,17 +145,17 @@ def divide_stage(work: Round, generated: pa.Table, splitter: Splitter) -> pa.Tab
             [list(division.unparsed) for division in divisions],
         ]
         # The other columns as they are: token ids are many, and each would become an object.
-        columns = [generated[name] for name in GENERATED.names]
+        columns = [generated.table[name] for name in GENERATED.names]
         columns += [pa.array(values, pa.list_(pa.string())) for values in added]
         return pa.table(columns, schema=_DIVIDED)
 
-    inputs = {"responses": _output(work, "generate"), "questions": fingerprint_json(asked)}
+    inputs = {"responses": generated.fingerprint, "questions": fingerprint_json(asked)}
     return work.run(work.stage("divide", inputs, {"splitter": splitter.name}), make_part)
 
 
 def conquer_stage(
-    work: Round, divided: pa.Table, labeler: Callable[[], Labeler], labeler_key: str
-) -> pa.Table:
+    work: Round, divided: StageOutput, labeler: Callable[[], Labeler], labeler_key: str
+) -> StageOutput:
     """The labeler's answer to every question about every image, each asked once.
 
     Columns: prompt_id, question, p_yes, p_no.
@@ -162,7 +163,7 @@ def conquer_stage(
     feedback = work.recipe.feedback
     loaded = functools.cache(labeler)  # goes away with this stage: training needs the memory
     questions: dict[str, dict[str, None]] = {record.id: {} for record in work.records}
-    for row in divided.select(["prompt_id", "questions"]).to_pylist():
+    for row in divided.table.select(["prompt_id", "questions"]).to_pylist():
         questions[row["prompt_id"]].update(dict.fromkeys(row["questions"]))
 
     def make_part(part: int) -> pa.Table:
@@ -181,7 +182,7 @@ def conquer_stage(
         return pa.Table.from_pylist(rows, schema=_JUDGED)
 
     inputs = {
-        "claims": _output(work, "divide"),
+        "claims": divided.fingerprint,
         "labeler": labeler_key,
         "images": fingerprint_items([i.fingerprint() for i in r.images] for r in work.records),
     }
@@ -189,13 +190,13 @@ def conquer_stage(
     return work.run(work.stage("conquer", inputs, settings, work.num_parts), make_part)
 
 
-def combine_stage(work: Round, divided: pa.Table, judged: pa.Table) -> pa.Table:
+def combine_stage(work: Round, divided: StageOutput, judged: StageOutput) -> StageOutput:
     """Preference pairs; what became of everything else is in the table's metadata."""
     pairing = work.recipe.pairing
 
     def make_part(_: int) -> pa.Table:
         result = combine(
-            scored_responses(divided, judged),
+            scored_responses(divided.table, judged.table),
             seed=work.recipe.seed,
             round_number=work.index,
             score=pairing.score,
@@ -213,7 +214,7 @@ def combine_stage(work: Round, divided: pa.Table, judged: pa.Table) -> pa.Table:
         }
         return table.replace_schema_metadata(metadata)
 
-    inputs = {"claims": _output(work, "divide"), "verdicts": _output(work, "conquer")}
+    inputs = {"claims": divided.fingerprint, "verdicts": judged.fingerprint}
     settings = {
         "rules": COMBINE_RULES,
         **pairing.model_dump(),
@@ -277,15 +278,15 @@ def _sampled(text: str, rank: int, finished: bool, ids: pa.ListScalar) -> Respon
     return Response.of(text, rank=rank, finished=finished, token_ids=tuple(ids.as_py()))
 
 
-def train_stage(work: Round, generated: pa.Table, pairs: pa.Table) -> str:
+def train_stage(work: Round, generated: StageOutput, pairs: StageOutput) -> str:
     """DPO from the round's start model, which is also the reference, on the round's own pairs."""
     recipe = work.recipe
     target = os.path.join(work.folder, MODEL)
     manifest = os.path.join(work.folder, "train.json")
     inputs = {
         "model": work.start.fingerprint,
-        "pairs": _output(work, "combine"),
-        "tokens": _output(work, "generate"),
+        "pairs": pairs.fingerprint,
+        "tokens": generated.fingerprint,
         "training": recipe.training.identity(),
         "lengths": recipe.lengths.model_dump(mode="json"),
         "seed": recipe.seed,
@@ -295,13 +296,13 @@ def train_stage(work: Round, generated: pa.Table, pairs: pa.Table) -> str:
     identity = fingerprint_json(inputs)
     if _is_trained(manifest, target, identity):
         return target
-    if not pairs.num_rows:
+    if not pairs.table.num_rows:
         raise MmpoError(
             f"round {work.index}: no preference pair is left; what became of the responses: "
-            f"{pairs.schema.metadata[b'counts'].decode()}"
+            f"{pairs.table.schema.metadata[b'counts'].decode()}"
         )
     start = work.start
-    examples = pair_examples(work, generated, pairs)
+    examples = pair_examples(work, generated.table, pairs.table)
     folder = os.path.join(work.folder, "train")
     _discard_other_run(folder, identity)
     with progress.doing("train"):
@@ -374,10 +375,6 @@ def _discard_other_run(folder: str, identity: str) -> None:
 
 def _part(items: list[Any], part: int) -> list[Any]:
     return items[part * PROMPTS_PER_PART : (part + 1) * PROMPTS_PER_PART]
-
-
-def _output(work: Round, name: str) -> str:
-    return fingerprint_file(os.path.join(work.folder, f"{name}.parquet"))
 
 
 _DIVIDED = pa.schema(

@@ -47,7 +47,7 @@ def run_generation(recipe: GenerateRecipe) -> str:
         folder=results.parts,
         batch_size=recipe.sampling.batch_size,
         seed=recipe.seed,
-    )
+    ).table
     responses: dict[str, list[dict[str, Any]]] = {record.id: [] for record in source.records}
     columns = ["prompt_id", "text", "finished", "token_ids"]
     for response in generated.select(columns).to_pylist():

@@ -89,10 +89,19 @@ class Stage:
         return self.parts_folder / f"{part:05d}.parquet"
 
 
+@dataclass(frozen=True)
+class StageOutput:
+    """What a stage made."""
+
+    table: pa.Table
+    fingerprint: str
+    """SHA-256 of its file, which is the same however often the stage was interrupted."""
+
+
 def run_stage(
     stage: Stage,
     make_part: Callable[[int], pa.Table],
-) -> pa.Table:
+) -> StageOutput:
     """The result of a stage, made now as far as it does not exist.
 
     A finished stage is read, and `make_part` not called. Otherwise the parts that are missing are
@@ -123,19 +132,20 @@ def run_stage(
     manifest = json.dumps(_manifest(stage, data), indent=2, sort_keys=True) + "\n"
     _write(stage, stage.manifest_path, manifest.encode(), stage.num_parts)
     _clean_up(stage, epath.Path(stage.folder).glob(f"{stage.name}.parts-*"))
-    return decode_table(data, os.fspath(stage.output_path))
+    return StageOutput(decode_table(data, os.fspath(stage.output_path)), fingerprint_bytes(data))
 
 
-def read_finished(stage: Stage) -> pa.Table | None:
+def read_finished(stage: Stage) -> StageOutput | None:
     """The result of a stage if it is there, whole, and made of the same inputs and settings."""
     manifest = _read_manifest(stage)
     if manifest.get("made_of") != fingerprint_json(_made_of(stage)):
         return None
     try:
         data = read_bytes(stage.output_path)
-        if fingerprint_bytes(data) != manifest.get("sha256"):
+        fingerprint = fingerprint_bytes(data)
+        if fingerprint != manifest.get("sha256"):
             raise DataError(f"{os.fspath(stage.output_path)} is not what its manifest says")
-        return decode_table(data, os.fspath(stage.output_path))
+        return StageOutput(decode_table(data, os.fspath(stage.output_path)), fingerprint)
     except DataError as error:
         _logger.warning("stage %s is made again: %s", stage.name, error)
         return None

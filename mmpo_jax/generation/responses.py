@@ -16,7 +16,7 @@ from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.core import progress
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import fingerprint_items
-from mmpo_jax.core.stages import Stage, run_stage
+from mmpo_jax.core.stages import Stage, StageOutput, run_stage
 from mmpo_jax.data.batching import pad_batch
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.settings import Lengths
@@ -179,7 +179,7 @@ def generate_stage(
     batch_size: int,
     seed: int,
     round_index: int = 0,
-) -> pa.Table:
+) -> StageOutput:
     """`generate_responses` part by part, as the stage `generate` of a folder.
 
     Returns:

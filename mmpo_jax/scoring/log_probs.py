@@ -121,7 +121,7 @@ def score_stage(
         )
 
     with progress.doing(name, len(records), first="compiling") as activity:
-        return run_stage(stage, make_part)
+        return run_stage(stage, make_part).table
 
 
 def score_records(
