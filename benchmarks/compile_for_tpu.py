@@ -39,13 +39,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from mmpo_jax.checkpoints.train_state import TrainState
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.pipeline import TrainBatch
-from mmpo_jax.generation.sampler import Decoding, sample
+from mmpo_jax.generation.sampler import sample
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.layout import pad_size
 from mmpo_jax.models.log_probs import response_log_probs
 from mmpo_jax.models.model import Model, read_config
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import AXES, BATCH, param_shardings
+from mmpo_jax.recipes.sampling import Decoding
 from mmpo_jax.recipes.training import Optimizer
 from mmpo_jax.training.losses import make_loss
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule

@@ -95,8 +95,9 @@ def run_ours(folder: str, settings: Settings) -> dict:
     from mmpo_jax.data.processor import Processor
     from mmpo_jax.data.readers import read_records
     from mmpo_jax.data.tokenization import tokenize
-    from mmpo_jax.generation.sampler import Decoding, sample, sample_keys
+    from mmpo_jax.generation.sampler import sample, sample_keys
     from mmpo_jax.models.model import Model
+    from mmpo_jax.recipes.sampling import Decoding
 
     model = Model.create(load_config(folder))
     params = jax.device_put(load_params(folder, model))

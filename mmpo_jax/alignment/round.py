@@ -43,7 +43,6 @@ from mmpo_jax.feedback.labeler import Labeler
 from mmpo_jax.feedback.pairing import combine
 from mmpo_jax.feedback.scores import ScoredResponse
 from mmpo_jax.generation.responses import GENERATED, PROMPTS_PER_PART, generate_stage
-from mmpo_jax.generation.sampler import Decoding
 from mmpo_jax.recipes.recipe import AlignRecipe
 from mmpo_jax.training.examples import prepare_examples, tokenizer_for, unfit
 from mmpo_jax.training.loop import Run, TrainingData, rows_to_see, train
@@ -118,7 +117,7 @@ def generated_responses(work: Round) -> StageOutput:
     return generate_stage(
         start,
         work.tokenized,
-        Decoding(**sampling.model_dump(exclude={"batch_size"})),
+        sampling,
         work.recipe.lengths,
         work.mesh,
         folder=work.folder,

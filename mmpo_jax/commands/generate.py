@@ -12,7 +12,6 @@ from mmpo_jax.data.records import Record
 from mmpo_jax.data.results import Results
 from mmpo_jax.data.sources import usable_records
 from mmpo_jax.generation.responses import generate_stage
-from mmpo_jax.generation.sampler import Decoding
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipes.recipe import GenerateRecipe
 
@@ -41,7 +40,7 @@ def run_generation(recipe: GenerateRecipe) -> str:
     generated = generate_stage(
         checkpoint,
         tokenized,
-        Decoding(**recipe.sampling.model_dump(exclude={"batch_size"})),
+        recipe.sampling,
         recipe.lengths or fitting_lengths(tokenized),
         mesh,
         folder=results.parts,

@@ -15,10 +15,10 @@ from mmpo_jax.data.tokenization import tokenize_records
 from mmpo_jax.feedback.labeler import CheckpointLabeler
 from mmpo_jax.feedback.scores import accepted
 from mmpo_jax.generation.responses import generate_responses
-from mmpo_jax.generation.sampler import Decoding
 from mmpo_jax.picture_world import records as shapes
 from mmpo_jax.picture_world.metrics import caption_metrics
 from mmpo_jax.recipes.recipe import Evaluation
+from mmpo_jax.recipes.sampling import Decoding
 
 GREEDY, SAMPLED = 0.0, 1.0
 """Temperatures of the two decodings."""

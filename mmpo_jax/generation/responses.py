@@ -21,9 +21,10 @@ from mmpo_jax.data.batching import pad_batch
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.settings import Lengths
 from mmpo_jax.data.tokenization import TokenizedRecord
-from mmpo_jax.generation.sampler import NOT_FINITE, Decoding, sample, sample_keys
+from mmpo_jax.generation.sampler import NOT_FINITE, sample, sample_keys
 from mmpo_jax.models.precision import check_finite, inference_dtype
 from mmpo_jax.parallel.mesh import batch_shards, put_batch
+from mmpo_jax.recipes.sampling import Decoding
 
 PROMPTS_PER_PART = 256
 """A kill loses at most this many prompts' worth of a stage."""
@@ -203,7 +204,7 @@ def generate_stage(
         },
         settings={
             "rules": GENERATE_RULES,
-            "decoding": dataclasses.asdict(decoding),
+            "decoding": decoding.model_dump(include=set(Decoding.model_fields)),
             "seed": seed,
             "round": round_index,
         },

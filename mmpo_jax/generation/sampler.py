@@ -16,24 +16,12 @@ from mmpo_jax.models.lora import cast_params
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.precision import inference_dtype
 from mmpo_jax.models.vlm import VisionLanguageModel, prompt_lengths, response_positions
+from mmpo_jax.recipes.sampling import Decoding
 
 VOCABULARY_BLOCK = 256
 """Tokens that `draw_token` takes together."""
 NOT_FINITE = -1
 """In place of a token that no distribution was there for."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Decoding:
-    """How tokens are chosen; hashable, as it is compiled in."""
-
-    num_samples: int = 1
-    temperature: float = 1.0
-    """0 is greedy."""
-    top_p: float = 1.0
-    top_k: int = 0
-    """0 keeps all."""
-    max_new_tokens: int = 64
 
 
 @jax.tree_util.register_dataclass

@@ -5,7 +5,7 @@ Everything is checked when a recipe is loaded, before anything heavy starts; see
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import pydantic
 from pydantic import Field
@@ -16,6 +16,7 @@ from mmpo_jax.objectives.catalog import OBJECTIVES
 from mmpo_jax.objectives.registry import FIELDS
 from mmpo_jax.picture_world.source import ShapesData
 from mmpo_jax.recipes.data import Data, Mixture
+from mmpo_jax.recipes.sampling import LongSampling, Sampling
 from mmpo_jax.recipes.training import Rollout, Training
 
 
@@ -25,32 +26,6 @@ class Devices(Section):
     data: MeshSize = 1
     fsdp: MeshSize = -1
     tensor: MeshSize = 1
-
-
-class Sampling(Section):
-    """How responses are drawn."""
-
-    num_samples: PositiveInt = 10
-    """Of every prompt; 1 by default where `temperature` is 0, as all would be the same."""
-    temperature: float = Field(0.7, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
-    max_new_tokens: PositiveInt = 64
-    batch_size: PositiveInt = 16
-    """Prompts at a time."""
-
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def _greedy(cls, options: Any) -> Any:
-        if isinstance(options, dict) and options.get("temperature") == 0:
-            return {"num_samples": 1, **options}
-        return options
-
-
-class LongSampling(Sampling):
-    """How responses of any kind are drawn: where nothing is known of them, room for a paragraph."""
-
-    max_new_tokens: PositiveInt = 512
 
 
 class Scoring(Section):

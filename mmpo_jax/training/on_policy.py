@@ -30,11 +30,11 @@ from mmpo_jax.data.rows import SkipReason
 from mmpo_jax.data.settings import Lengths
 from mmpo_jax.data.tokenization import TokenizedRecord, TokenizedResponse
 from mmpo_jax.generation.responses import read_response, sample_tokens
-from mmpo_jax.generation.sampler import Decoding
 from mmpo_jax.models.lora import cast_params
 from mmpo_jax.models.model import Params
 from mmpo_jax.objectives.on_policy import STD_FLOOR, advantages
 from mmpo_jax.parallel.mesh import put_batch
+from mmpo_jax.recipes.sampling import Decoding
 from mmpo_jax.recipes.training import Rollout, Training
 from mmpo_jax.scoring.log_probs import score_batch
 from mmpo_jax.training.step import whole_params
@@ -151,7 +151,7 @@ class Rollouts:
         self, params: Params, records: Sequence[TokenizedRecord], step: int
     ) -> list[Sampled]:
         """Samples and rewards them; of the ids that were sampled, not of their text."""
-        options = self.rollout.model_dump(include=set(Decoding.__annotations__))
+        options = self.rollout.model_dump(include=set(Decoding.model_fields))
         with progress.doing("sampling", len(records), "prompts"):
             tokens = sample_tokens(
                 dataclasses.replace(self.start, params=params),

@@ -13,7 +13,6 @@ from helpers import tiny
 from mmpo_jax.core.trees import map_with_path
 from mmpo_jax.generation.sampler import (
     NOT_FINITE,
-    Decoding,
     choose_token,
     prefill,
     sample,
@@ -22,6 +21,7 @@ from mmpo_jax.generation.sampler import (
 )
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.log_probs import next_token_logits, response_log_probs
+from mmpo_jax.recipes.sampling import Decoding
 
 LENGTH = 8
 PROMPTS = (7, 10, 6, 9)
@@ -231,7 +231,7 @@ def test_draws_of_a_large_vocabulary_follow_the_distribution(top_k):
     logits = jnp.float32(2 * np.random.default_rng(0).standard_normal(700))
     keys = jax.random.split(jax.random.key(0), (1, 8000))
     draw = jax.jit(choose_token, static_argnames="decoding")
-    decoding = Decoding(8000, temperature=0.8, top_k=top_k)
+    decoding = Decoding(num_samples=8000, temperature=0.8, top_k=top_k)
     tokens = draw(jnp.broadcast_to(logits, (1, 8000, 700)), keys, jnp.int32(3), decoding=decoding)
     probabilities = jax.nn.softmax(truncate(logits / 0.8, top_k, 1.0))
     assert_follows(np.asarray(tokens), np.asarray(probabilities))
@@ -276,9 +276,13 @@ def test_temperature_sharpens_before_truncation():
     keys = jax.vmap(lambda k: jax.random.split(k, 300))(jax.random.split(jax.random.key(0), 1))
     logits = jnp.broadcast_to(logits, (1, 300, 3))
     # At 0.5 the first token has 0.25 / 0.38 = 0.66 and is alone within 0.6; at 1 it is not.
-    cold = choose_token(logits, keys, jnp.int32(0), Decoding(300, temperature=0.5, top_p=0.6))
-    warm = choose_token(logits, keys, jnp.int32(0), Decoding(300, temperature=1.0, top_p=0.6))
+    cold = choose_token(
+        logits, keys, jnp.int32(0), Decoding(num_samples=300, temperature=0.5, top_p=0.6)
+    )
+    warm = choose_token(
+        logits, keys, jnp.int32(0), Decoding(num_samples=300, temperature=1.0, top_p=0.6)
+    )
     assert set(np.unique(cold)) == {0}
     assert set(np.unique(warm)) == {0, 1}
-    greedy = choose_token(logits, keys, jnp.int32(0), Decoding(300, temperature=0))
+    greedy = choose_token(logits, keys, jnp.int32(0), Decoding(num_samples=300, temperature=0))
     assert set(np.unique(greedy)) == {0}

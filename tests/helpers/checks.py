@@ -27,9 +27,10 @@ from mmpo_jax.data.images import image_size
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn, placed
 from mmpo_jax.data.tokenization import tokenize
-from mmpo_jax.generation.sampler import Decoding, sample, sample_keys
+from mmpo_jax.generation.sampler import sample, sample_keys
 from mmpo_jax.models.log_probs import next_token_logits, shift_right
 from mmpo_jax.parallel.mesh import make_mesh, param_shardings
+from mmpo_jax.recipes.sampling import Decoding
 
 torch.set_num_threads(1)  # for models this small, threads mostly wait for each other
 

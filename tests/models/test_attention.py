@@ -12,12 +12,13 @@ import pytest
 from helpers import tiny
 
 from mmpo_jax.core.trees import flatten
-from mmpo_jax.generation.sampler import Decoding, sample, sample_keys
+from mmpo_jax.generation.sampler import sample, sample_keys
 from mmpo_jax.models import attention, cudnn, splash
 from mmpo_jax.models.attention import choose_backend, shared_prompt_attention
 from mmpo_jax.models.layers import rematerialise
 from mmpo_jax.models.log_probs import response_log_probs
 from mmpo_jax.parallel.mesh import make_mesh, put_batch, put_params
+from mmpo_jax.recipes.sampling import Decoding
 
 TOLERANCE = 2e-5
 
@@ -310,7 +311,11 @@ def test_prefill_with_splash_samples_the_same(tiny_model):
     model, params = tiny_model
     batch = tiny.random_batch(model.config, [7, 10], [(1,)] * 2)
     keys = sample_keys(0, 0, np.uint32([3, 5]), 2)
-    options = {"decoding": Decoding(2, max_new_tokens=6), "eos_ids": (), "pad_id": tiny.PAD_ID}
+    options = {
+        "decoding": Decoding(num_samples=2, max_new_tokens=6),
+        "eos_ids": (),
+        "pad_id": tiny.PAD_ID,
+    }
     expected = sample(model, params, batch, keys, **options)
     with_splash = dataclasses.replace(model, attention="splash")
     actual = sample(with_splash, params, batch, keys, **options)

@@ -13,10 +13,11 @@ from jax.sharding import AxisType, PartitionSpec
 
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.trees import flatten
-from mmpo_jax.generation.sampler import Decoding, sample, sample_keys
+from mmpo_jax.generation.sampler import sample, sample_keys
 from mmpo_jax.models.log_probs import response_log_probs, token_log_probs
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import AXES, make_mesh, param_shardings, put_batch, put_params
+from mmpo_jax.recipes.sampling import Decoding
 from mmpo_jax.recipes.training import Optimizer
 from mmpo_jax.scoring.log_probs import score_batch
 from mmpo_jax.training.losses import make_loss

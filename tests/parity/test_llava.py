@@ -19,10 +19,11 @@ from mmpo_jax.data.batching import pad_batch
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import ImageRef, Record, Turn
 from mmpo_jax.data.tokenization import tokenize
-from mmpo_jax.generation.sampler import Decoding, sample, sample_keys
+from mmpo_jax.generation.sampler import sample, sample_keys
 from mmpo_jax.picture_world.language import CAPTION_PROMPTS
 from mmpo_jax.picture_world.render import png_bytes
 from mmpo_jax.picture_world.world import sample_scene
+from mmpo_jax.recipes.sampling import Decoding
 
 torch = pytest.importorskip("torch")
 import safetensors.torch  # noqa: E402

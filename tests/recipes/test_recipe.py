@@ -10,7 +10,6 @@ import pytest
 import yaml
 
 import mmpo_jax
-from mmpo_jax.generation.sampler import Decoding
 from mmpo_jax.objectives.catalog import OBJECTIVES
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.picture_world.render import MIN_IMAGE_SIZE
@@ -28,6 +27,7 @@ from mmpo_jax.recipes.recipe import (
     TrainRecipe,
 )
 from mmpo_jax.recipes.rewards import RewardSection
+from mmpo_jax.recipes.sampling import Decoding
 from mmpo_jax.recipes.training import Rollout
 from mmpo_jax.rewards import REWARDS
 
@@ -283,7 +283,7 @@ def test_configs_are_there():
 
 # Every option is read somewhere ------------------------------------------------------------------
 
-SPREAD = {Devices: make_mesh, Sampling: Decoding, Rollout: Decoding}
+SPREAD = {Devices: make_mesh, Rollout: Decoding}
 """Sections given as `**section.model_dump(...)`, and what takes their fields as parameters."""
 
 
@@ -318,7 +318,8 @@ def owners(section: type[Section]) -> set[str]:
         for name, field in kind.model_fields.items()
     )
     held = {name for name, annotation in fields if section in leaves(annotation)}
-    return {*held, "config", "recipe"} if held else {"recipe"}
+    passed = {"decoding"} if issubclass(section, Decoding) else set()
+    return passed | ({*held, "config", "recipe"} if held else {"recipe"})
 
 
 def taken_by(section: type[Section]) -> set[str]:
