@@ -1,0 +1,118 @@
+"""The example scripts run as they are, from the library's public names."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+import mmpo_jax as mm
+from mmpo_jax import api
+from mmpo_jax.objectives.registry import OBJECTIVES
+from mmpo_jax.parallel.mesh import AXES
+from mmpo_jax.picture_world.render import png_bytes
+from mmpo_jax.picture_world.world import sample_scene
+
+
+def picture(number):
+    return png_bytes(sample_scene("test", 0, number), 24)
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    mesh = jax.make_mesh(
+        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
+    )
+    monkeypatch.setattr(api, "make_mesh", lambda: mesh)
+
+
+@pytest.fixture
+def example():
+    """The module of a script."""
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    yield load
+    OBJECTIVES.pop("hinge_dpo", None)
+
+
+@pytest.mark.slow
+def test_own_objective_learns(example, tmp_path):
+    """Step 0 is exact, the loss falls, and what is saved scores as what was trained."""
+    folder = tmp_path / "out"
+    losses = example("own_objective").main(
+        ["--pairs", "32", "--batch-size", "8", "--output", str(folder)]
+    )
+    assert losses[0] == pytest.approx(1.0, abs=1e-5) and losses[-1] < 0.9
+    assert mm.load(str(folder)).fingerprint != mm.load("builtin:shapes").fingerprint
+
+
+@pytest.mark.slow
+def test_scores_and_samples(example, capsys):
+    example("score_and_sample").main([])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 and all(float(line.split()[0]) < 0 for line in lines[:2])
+
+
+@pytest.mark.slow
+def test_best_of_n_of_the_start_itself(example, tiny_folder, capsys):
+    """Of a policy that is its reference, every reward is 0; of another, the best is the maximum."""
+    name = str(tiny_folder)
+    example("best_of_n").main(["--model", name, "--reference", name, "--samples", "3"])
+    rewards = [float(line.split()[0]) for line in capsys.readouterr().out.splitlines()]
+    assert rewards == pytest.approx([0.0] * len(rewards), abs=1e-6)
+    best = example("best_of_n").main(["--reference", name, "--samples", "3"])
+    told = capsys.readouterr().out.splitlines()
+    rewards = [float(line.split()[0]) for line in told]
+    assert rewards == sorted(rewards, reverse=True) and told[0].endswith(best)
+
+
+def test_importing_is_light():
+    """Nothing heavy before a name is used, and every public name is there."""
+    code = (
+        "import sys, mmpo_jax as mm\n"
+        "heavy = [n for n in ('jax', 'numpy', 'transformers', 'pydantic') if n in sys.modules]\n"
+        "assert not heavy, heavy\n"
+        "assert sorted(mm.__all__) == mm.__all__ and set(mm.__all__) == set(mm._PUBLIC)\n"
+        "assert all(getattr(mm, name) for name in mm.__all__)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_log_probs_and_batches_of_the_library(tiny_model, tiny_processor, example):
+    """As the functions beneath have them; records without an id get one."""
+    start = mm.Checkpoint(tiny_model[0], tiny_processor, tiny_model[1]).placed(api.make_mesh())
+    made = [
+        mm.record("a ring ?", images=[picture(0)], responses=["yes", "no"]),
+        mm.record("a star ?", images=[picture(1)], responses=["no", "yes"]),
+    ]
+    sums = mm.log_probs(start, made)
+    tokens = mm.log_probs(start, made, per_token=True)
+    for row, parts in zip(sums, tokens, strict=True):
+        np.testing.assert_allclose(row, [sum(part) for part in parts], rtol=1e-5)
+    terms = [mm.make_term("dpo", beta=0.1)]
+    (batch,) = mm.training_batches(start, made, terms, batch_size=2)
+    assert sorted(batch.reference["sums"][0, :, 0].tolist()) == pytest.approx(
+        sorted(row[0] for row in sums)
+    )
+
+
+def test_what_cannot_be_used_is_named(tiny_model, tiny_processor):
+    start = mm.Checkpoint(tiny_model[0], tiny_processor, tiny_model[1]).placed(api.make_mesh())
+    with pytest.raises(mm.MmpoError, match=r"none\.png"):
+        mm.log_probs(start, [mm.record("a ring ?", images=["none.png"], responses=["yes"])])
+    with pytest.raises(mm.MmpoError, match="no multiple"):
+        many = jax.make_mesh((8, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+        wide = mm.Checkpoint(tiny_model[0], tiny_processor, tiny_model[1]).placed(many)
+        mm.training_batches(wide, [], [mm.make_term("dpo")], batch_size=3)
