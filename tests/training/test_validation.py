@@ -113,8 +113,8 @@ def test_measuring_and_saving_are_no_time_of_training(train, monkeypatch):
             return original(*args)
 
         monkeypatch.setattr(owner, name, slow)
-    report = Waiting.report
-    monkeypatch.setattr(Waiting, "report", lambda self: (reported.append(self), report(self)))
+    report = Waiting.log_summary
+    monkeypatch.setattr(Waiting, "log_summary", lambda self: (reported.append(self), report(self)))
     train(epochs=2)
     (measured,) = reported
     assert clock.now == 600  # three measurements, of which the first is best, and two checkpoints
