@@ -1,7 +1,7 @@
 """One round of RLAIF-V: generate, divide, conquer, combine, reference, train.
 
-Every stage reads the table of the one before and writes its own (see `stage.py`), so a round goes
-on where it was stopped, and a changed input runs again what depends on it.
+Every stage reads the table of the one before and writes its own (see `core/stages.py`), so a round
+goes on where it was stopped, and a changed input runs again what depends on it.
 
 Source of the rules: RLAIF-V (Yu et al. 2024, arXiv 2405.17220) and its repository.
 """

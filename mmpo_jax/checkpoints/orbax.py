@@ -251,7 +251,7 @@ def save_start(folder: str | os.PathLike[str], params: Params) -> None:
     manager, flat = ocp.CheckpointManager(target), flatten(params)
     total = sum(leaf.nbytes for leaf in flat.values())
     told = progress.doing(
-        "writing the checkpoint", round(total / 1e6), "MB", measure=lambda: written(target)
+        "writing the checkpoint", max(1, round(total / 1e6)), "MB", measure=lambda: written(target)
     )
     with told, contextlib.closing(manager):
         run = {"identity": {"converted": True}, "position": {}}
@@ -265,7 +265,7 @@ def written(folder: str) -> int:
     files = (os.path.join(root, name) for root, _, names in os.walk(folder) for name in names)
     size = 0
     for file in files:
-        with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
+        with contextlib.suppress(OSError):  # renamed meanwhile
             size += os.path.getsize(file)
     return round(size / 1e6)
 

@@ -45,7 +45,7 @@ def convert(source: str, target: str, dtype: str | None = None) -> str:
       MmpoError: there is something at the target, or the source cannot be read.
     """
     if not is_new(target):
-        raise MmpoError(f"{target}: is there already; convert writes new folders only")
+        raise MmpoError(f"{target}: is there already; give a new folder")
     location = locate(source)
     model = Model.create(load_model_config(location))
     if location.is_orbax:

@@ -36,6 +36,9 @@ FILES = re.compile(
 )
 """What commands write into an output folder, as a folder or as a file."""
 
+TRIES, RETRY_SECONDS = 3, 0.05
+"""How often a shared lock is asked for, as whoever shares it holds it alone when letting go."""
+
 
 @contextlib.contextmanager
 def claimed(output: str, is_file: bool = False) -> Iterator[None]:
@@ -83,11 +86,11 @@ def claimed_new(folder: str) -> Iterator[None]:
       MmpoError: as there, or it is there already, or in a bucket.
     """
     if not is_local(folder):
-        raise MmpoError(f"{folder}: is in a bucket; convert writes folders of this machine")
+        raise MmpoError(f"{folder}: is in a bucket; give a folder of this machine")
     new = is_new(folder)
     with claimed(folder):
         if not new:
-            raise MmpoError(f"{folder}: is there already; convert writes new folders only")
+            raise MmpoError(f"{folder}: is there already; give a new folder")
         yield
 
 
@@ -157,7 +160,7 @@ def _check_names(folder: str, stem: str | None) -> None:
 
 @contextlib.contextmanager
 def _locked(path: str, output: str, shared: bool = False) -> Iterator[None]:
-    descriptor = _take(path, output, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+    descriptor, has_locks = _take(path, output, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
     try:
         run = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
         os.truncate(descriptor, 0)
@@ -167,15 +170,17 @@ def _locked(path: str, output: str, shared: bool = False) -> Iterator[None]:
         # While it is held, and by nobody else, and only if it is what lies there: the folder may
         # have been replaced. So another command's lock is never removed.
         with contextlib.suppress(OSError):
-            if shared:
+            if shared and has_locks:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(descriptor, path):
                 os.unlink(path)
         os.close(descriptor)
 
 
-def _take(path: str, output: str, kind: int) -> int:
-    """The descriptor of a lock file that is this process's, `LOCK_EX`, or also its, `LOCK_SH`."""
+def _take(path: str, output: str, kind: int) -> tuple[int, bool]:
+    """(descriptor of a lock file that is this process's, `LOCK_EX`, or also its, `LOCK_SH`;
+    whether its file system has locks)."""
+    tries = TRIES
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -184,8 +189,13 @@ def _take(path: str, output: str, kind: int) -> int:
         try:
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
             if _is_at(descriptor, path):
-                return descriptor
+                return descriptor, True
         except BlockingIOError as error:
+            tries -= 1
+            if tries and kind == fcntl.LOCK_SH:  # another that shares it may be letting go of it
+                os.close(descriptor)
+                time.sleep(RETRY_SECONDS)
+                continue
             told = _describe(descriptor)
             os.close(descriptor)
             raise MmpoError(
@@ -195,7 +205,7 @@ def _take(path: str, output: str, kind: int) -> int:
         except OSError as error:
             if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 _tell_no_locks(os.path.dirname(path))
-                return descriptor
+                return descriptor, False
             raise
         os.close(descriptor)  # The one before removed it between our opening and locking it.
 

@@ -65,7 +65,8 @@ class Activity:
     def describe(self) -> str:
         """One line: what, how far, how fast, how long still, or for how long already."""
         if self.measure is not None:
-            self.reach(self.measure())
+            done = self.measure()
+            self.reach(done if self.total is None else min(done, self.total))
         now = time.monotonic()
         seconds = f"{now - self.begun:.0f} s so far"
         if not self.done:

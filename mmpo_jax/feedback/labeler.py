@@ -18,6 +18,7 @@ from mmpo_jax.core import progress
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.progress import counted
 from mmpo_jax.data.batching import pad_batch
+from mmpo_jax.data.control_tokens import has_stand_ins
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.processor_files import ProcessorError
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
@@ -43,6 +44,10 @@ class Labeler(Protocol):
 
 QuestionSet = tuple[str, tuple[ImageRef, ...], tuple[str, ...]]
 """(id, images, questions about them)."""
+
+
+REJECTED = (0.0, 1.0)
+"""The answer to a question that no tokenizer takes: what nobody can check must not pay."""
 
 
 class CheckpointLabeler:
@@ -84,19 +89,21 @@ class CheckpointLabeler:
           DataError: a question does not fit the bucket sizes, an image cannot be read, or a
             probability is not finite.
         """
-        rows: list[tuple[int, TokenizedRecord]] = []
+        rows: list[tuple[int, list[int], TokenizedRecord]] = []
+        answers = [[REJECTED] * len(questions) for _, _, questions in items]
         for index, (name, images, questions) in enumerate(counted(items, "tokenising questions")):
-            for start in range(0, len(questions), self.questions_at_once):
-                chunk = questions[start : start + self.questions_at_once]
-                rows.append((index, self._tokenize(name, images, chunk)))
-        answers: list[list[tuple[float, float]]] = [[] for _ in items]
+            askable = [place for place, text in enumerate(questions) if not has_stand_ins(text)]
+            for start in range(0, len(askable), self.questions_at_once):
+                places = askable[start : start + self.questions_at_once]
+                chunk = [questions[place] for place in places]
+                rows.append((index, places, self._tokenize(name, images, chunk)))
         with progress.doing("asking the labeler", len(rows), first="compiling") as activity:
             for start in range(0, len(rows), self.rows):
                 chosen = rows[start : start + self.rows]
-                probabilities = self._probabilities([record for _, record in chosen])
-                for row, (index, record) in enumerate(chosen):
-                    for pair in probabilities[row, : len(record.responses)].tolist():
-                        answers[index].append((pair[0], pair[1]))
+                probabilities = self._probabilities([record for _, _, record in chosen])
+                for row, (index, places, _) in enumerate(chosen):
+                    for place, pair in zip(places, probabilities[row].tolist(), strict=False):
+                        answers[index][place] = (pair[0], pair[1])
                 activity.advance(len(chosen))
         return answers
 
@@ -109,9 +116,9 @@ class CheckpointLabeler:
             record = tokenize(Record(name, images, (), asked), self.checkpoint.processor, *limits)
         except RowRejected as error:
             sizes = "lengths.prompt" if error.reason == "prompt_too_long" else "lengths.response"
-            raise DataError(
-                f"the labeler cannot be asked about {name}: {error}; give {sizes} a larger size"
-            ) from error
+            is_long = error.reason.endswith("_too_long")
+            advice = f"; give {sizes} a larger size" if is_long else ""
+            raise DataError(f"the labeler cannot be asked about {name}: {error}{advice}") from error
         lead = np.array(self.lead, np.int32)
         led = tuple(
             dataclasses.replace(

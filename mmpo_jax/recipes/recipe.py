@@ -1,6 +1,6 @@
 """Recipes: an experiment as typed data.
 
-Everything is checked when a recipe is loaded, before anything heavy starts; see `recipe_files`.
+Everything is checked when a recipe is loaded, before anything heavy starts; see `recipes.files`.
 """
 
 from __future__ import annotations

@@ -61,6 +61,8 @@ def load_before(card: ModelCard, model: Model, mesh: Mesh) -> Before:
       mesh: the devices.
     """
     name = card.base_model
+    if card.recipe.get("weights") == "random":
+        return Before(None, "the run started from random weights")
     if not card.base_fingerprint:
         return Before(None, f"the run does not say what {name} was when it started")
     try:

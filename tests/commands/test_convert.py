@@ -81,7 +81,7 @@ def test_the_card_of_a_run(run_folder, tiny_model, tmp_path):
     assert "| loss | 0.25 |" in card
 
 
-@pytest.mark.parametrize("start", ["of the run", "another", "not told", "gone"])
+@pytest.mark.parametrize("start", ["of the run", "another", "not told", "gone", "random"])
 def test_what_is_left_of_the_update_is_counted_from_the_start_of_the_run(
     start, run_folder, tiny_folder, tiny_model, tmp_path, caplog
 ):
@@ -92,7 +92,12 @@ def test_what_is_left_of_the_update_is_counted_from_the_start_of_the_run(
     known = {"of the run": fingerprint_model(base), "not told": ""}.get(start, "of another")
     if start == "gone":
         shutil.rmtree(base)
-    recipe = TrainRecipe(model=str(base), output="out", data={"source": "file", "path": "a.jsonl"})
+    recipe = TrainRecipe(
+        model=str(base),
+        weights="random" if start == "random" else "pretrained",
+        output="out",
+        data={"source": "file", "path": "a.jsonl"},
+    )
     card = make_card(recipe, model, {}, from_hub=False, base_fingerprint=known)
     save_card(run / "base", card)
     with caplog.at_level("INFO"):
@@ -103,6 +108,7 @@ def test_what_is_left_of_the_update_is_counted_from_the_start_of_the_run(
         "another": f"is not known: {base} is not what the run started from.",
         "not told": f"is not known: the run does not say what {base} was when it started.",
         "gone": f"is not known: {base} cannot be read: ",
+        "random": "is not known: the run started from random weights.",
     }
     for text in ((tmp_path / "back" / "README.md").read_text(), caplog.text):
         assert told[start] in text
@@ -168,8 +174,8 @@ def test_a_model_without_a_tokenizer(tiny_folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("source", "target", "told"),
     [
-        ("{tiny}", "{tmp}", "is there already; convert writes new folders only"),
-        ("{tiny}", "gs://bucket/model", "is in a bucket; convert writes folders of this machine"),
+        ("{tiny}", "{tmp}", "is there already; give a new folder"),
+        ("{tiny}", "gs://bucket/model", "is in a bucket; give a folder of this machine"),
         ("/nowhere", "{tmp}/out", "/nowhere: there is no such checkpoint folder"),
         ("{tmp}", "{tmp}/out", "config.json: not found"),
     ],

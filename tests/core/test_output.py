@@ -227,6 +227,21 @@ def test_without_locks_a_file_system_still_takes_outputs(tmp_path, monkeypatch, 
     told = [record.getMessage() for record in caplog.records if "has no locks" in record.message]
     assert [tmp_path.name in line for line in told] == [True, True]
     assert len(set(told)) == 2  # once for each place
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_is_let_go_of_is_asked_for_again(tmp_path, monkeypatch):
+    """Whoever shares a folder's lock holds it alone for a moment at the end."""
+    flock, refusals = output.fcntl.flock, [BlockingIOError()]
+
+    def busy(descriptor, operation):
+        if refusals and operation & output.fcntl.LOCK_SH:
+            raise refusals.pop()
+        return flock(descriptor, operation)
+
+    monkeypatch.setattr(output.fcntl, "flock", busy)
+    with claimed(str(tmp_path / "rows.jsonl"), is_file=True):
+        assert not refusals
 
 
 def test_a_bucket_is_tried(monkeypatch):

@@ -64,6 +64,13 @@ def test_what_is_measured_and_not_counted(clock):
     assert activity.describe() == "writing: 30 of 40 MB, 4 MB/s, 2 s left"
 
 
+def test_what_is_measured_is_never_more_than_all(clock):
+    """A file's format may add a little to what is written."""
+    activity = Activity("writing", 4, "MB", measure=lambda: 5, begun=clock.now)
+    clock.now += 2
+    assert activity.describe().startswith("writing: 4 of 4 MB")
+
+
 def test_without_a_total(clock):
     activity = Activity("reading", begun=clock.now)
     clock.now += 3

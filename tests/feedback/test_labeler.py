@@ -275,3 +275,14 @@ class TestAnswerTokens:
         processor = make_processor(edit=lambda tokenizer: tokenizer["model"]["vocab"].pop("no"))
         with pytest.raises(ProcessorError, match="cannot tell yes from no"):
             make_labeler(processor)
+
+
+def test_a_question_that_no_tokenizer_takes_is_rejected(make_labeler, tiny_model):
+    """It costs that claim and not the run; the answers to the others are those without it."""
+    strange = "is there a \U0010f000 ?"
+    labeler = make_labeler(questions_at_once=2)
+    (without,) = labeler.answer([("scene", (image(),), QUESTIONS[:3])])
+    asked = (QUESTIONS[0], strange, *QUESTIONS[1:3])
+    (answers,) = labeler.answer([("scene", (image(),), asked)])
+    assert answers[1] == (0.0, 1.0)
+    assert [answers[0], *answers[2:]] == without
