@@ -1,7 +1,9 @@
 """Pictures that messages name by keys of their own, and keys that say nothing."""
 
+import base64
+
 import pytest
-from helpers.format_rows import QUESTION, assistant, read_one, skip_one, user, write_jsonl
+from helpers.format_rows import QUESTION, assistant, png, read_one, skip_one, user, write_jsonl
 
 from mmpo_jax.commands.data_convert import convert_data
 from mmpo_jax.data.notes import Notes
@@ -14,6 +16,10 @@ PART = {"type": "image"}
 
 def text(said):
     return {"type": "text", "text": said}
+
+
+def png_text():
+    return base64.b64encode(png()).decode()
 
 
 def shown(folder, *messages, **columns):
@@ -71,6 +77,22 @@ def test_pictures_that_cannot_be_meant(folder):
     assert reason(user() | {"image": "gone.png"}) == "image_missing"
     answer = assistant("2") | {"image": "a.png"}
     assert reason(user("1"), answer, user("3")) == "image_position"
+
+
+@pytest.mark.parametrize("again", [{"images": ["a.png"]}, {"image": "./a.png"}])
+def test_keys_that_repeat_the_parts(folder, again):
+    named = {"type": "image", "image": "a.png"}
+    assert shown(folder, user([text("Is "), named]) | again) == ([("Is ", IMAGE)], ["a.png"])
+    others = [{"image": "b.png"}, {"images": ["a.png", "a.png"]}, {"image": {"data": png_text()}}]
+    for other in others:
+        row = {"prompt": [user([named, text("?")]) | other], **PAIR}
+        assert skip_one(folder, row).reason == "placeholder_count"
+
+
+def test_videos_that_the_parts_name_beside_an_image_of_a_key(folder):
+    named = {"type": "video", "video": "video/clip"}
+    message = user([named, text("?")]) | {"video": "video/clip", "image": "a.png"}
+    assert shown(folder, message) == ([(IMAGE, VIDEO, "?")], ["a.png"])
 
 
 def test_they_are_written_as_pictures_of_the_row(folder):
