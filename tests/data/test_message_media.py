@@ -37,6 +37,8 @@ def shown(folder, *messages, **columns):
         (user() | {"images": ["b.png", "a.png"]}, (IMAGE, IMAGE, QUESTION), ["b.png", "a.png"]),
         (user() | {"image": "a.png", "images": []}, (IMAGE, QUESTION), ["a.png"]),
         (user() | {"images": [{"path": "a.png"}]}, (IMAGE, QUESTION), ["a.png"]),
+        (user() | {"image": "a.png", "images": ""}, (IMAGE, QUESTION), ["a.png"]),
+        (user() | {"image": "", "images": [], "video": ""}, QUESTION, []),
         ({"role": "user", "image": "a.png"}, (IMAGE,), ["a.png"]),
         (user("Is <image> it?") | {"image": "a.png"}, ("Is ", IMAGE, " it?"), ["a.png"]),
         (user(r"What is \<image>?") | {"image": "a.png"}, (IMAGE, "What is <image>?"), ["a.png"]),
@@ -112,6 +114,14 @@ def test_keys_that_say_nothing(folder):
     assert skip_one(folder, row).reason == "empty_response"
     thought = [assistant("") | {"reasoning_content": "So."}]
     assert read_one(folder, row | {"chosen": thought}).responses[0].turns[0].keys
+
+
+@pytest.mark.parametrize("calls", ["", " ", "null", None])
+def test_calls_that_say_nothing(folder, calls):
+    row = {"prompt": QUESTION, "chosen": [assistant("a") | {"tool_calls": calls}], "rejected": "b"}
+    assert not read_one(folder, row).responses[0].turns[0].keys
+    row["chosen"] = [assistant("") | {"tool_calls": calls}]
+    assert skip_one(folder, row).reason == "empty_response"
 
 
 def test_keys_that_look_like_pictures_are_told(folder):

@@ -140,7 +140,8 @@ def parse_turn(message: Any) -> Message:
     if speaker == "function_call":
         content, given["tool_calls"] = "", _calls(content)
     if isinstance(given.get("tool_calls"), str):
-        given["tool_calls"] = _from_json(given["tool_calls"], "tool_calls")
+        calls = _from_json(given.pop("tool_calls"), "tool_calls")
+        given |= {} if calls is None else {"tool_calls": calls}
     shown = _shown_by_keys(given)
     if content is None and (given or shown):
         content = ""  # a mere call of tools, or a picture
@@ -153,13 +154,15 @@ def parse_turn(message: Any) -> Message:
 
 def _shown_by_keys(given: dict[str, Any]) -> list[MediaPart]:
     """The media under keys of a message that are called as the columns of a row are; the keys go.
+    An empty text says nothing there, as a file of columns may have one in every message.
 
     Returns:
       Images, then videos.
     """
     found = []
     for medium, name in (IMAGE, "image"), (VIDEO, "video"):
-        named = entries(given, medium.value)
+        said = {key: given[key] for key in (name, f"{name}s") if given.get(key, "") != ""}
+        named = entries(said, medium.value)
         found += [MediaPart(medium, {"type": name, name: entry}, keyed=True) for entry in named]
         for key in (name, f"{name}s"):
             given.pop(key, None)
@@ -243,8 +246,9 @@ def _calls(content: Any) -> list[dict[str, Any]]:
 
 
 def _from_json(text: str, name: str) -> Any:
+    """What a text of JSON says; None where it is blank."""
     try:
-        return json.loads(text)
+        return json.loads(text) if text.strip() else None
     except ValueError as error:
         raise UnusableRow("bad_message", f"{name} that are no JSON: {error}") from error
 
