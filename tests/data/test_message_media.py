@@ -18,8 +18,8 @@ def text(said):
     return {"type": "text", "text": said}
 
 
-def png_text():
-    return base64.b64encode(png()).decode()
+def png_text(color="red"):
+    return base64.b64encode(png(color)).decode()
 
 
 def shown(folder, *messages, **columns):
@@ -62,6 +62,56 @@ def test_a_line_break_behind_a_tag_is_one_of_tags(folder):
     (turn,) = read_one(folder, row).prompt
     plain = read_one(folder, {"prompt": turn.text.join(["<image>", ""]), "image": "a.png", **PAIR})
     assert turn.tagged and turn == plain.prompt[0]
+
+
+def test_a_column_beside_what_messages_name(folder):
+    """Says it again, or names what is at the other places; other pictures are not lost."""
+    one, two = user("<image>hi") | {"image": "a.png"}, user("<image>and")
+    asked = [one, assistant("2"), two]
+    for column in (["b.png"], ["a.png", "b.png"]):
+        contents, names = shown(folder, *asked, images=column)
+        assert names == ["a.png", "b.png"]
+        assert [contents[0], contents[2]] == [(IMAGE, "hi"), (IMAGE, "and")]
+    named = user([{"type": "image", "image": "a.png"}, text("hi")])
+    same = {"images": [{"base64": base64.b64encode((folder / "a.png").read_bytes()).decode()}]}
+    assert shown(folder, named, **same)[1] == ["a.png"]
+    for messages, column in [
+        (asked, []),
+        (asked, ["b.png", "a.png"]),
+        ([user() | {"image": "a.png"}], ["b.png"]),
+        ([named], ["b.png"]),
+        ([named], [{"base64": png_text("green")}]),
+    ]:
+        row = {"prompt": messages, "images": column, **PAIR}
+        assert skip_one(folder, row).reason == "placeholder_count"
+
+
+def test_videos_of_a_column_beside_those_of_messages(folder):
+    row = {"prompt": [user([{"type": "video", "video": "video/clip"}, text("?")])], **PAIR}
+    again = {"videos": [{"frames": "video/clip", "fps": 2.0}]}
+    assert read_one(folder, row | again).videos[0].fps == 2
+    other = {"videos": [["video/clip/f2.png", "a.png"]]}
+    assert skip_one(folder, row | other).reason == "placeholder_count"
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_escapes_are_alike_in_all_turns(folder, place):
+    messages = [user(r"1 \<image>"), assistant("2"), user(r"3 \<image>"), assistant("4")]
+    messages.append(user([text(r"5 \<image>")]))
+    messages[2 * place] |= {"image": "a.png"}
+    contents, _ = shown(folder, *messages)
+    said = [content if isinstance(content, str) else content[-1] for content in contents]
+    assert said == ["1 <image>", "2", "3 <image>", "4", "5 <image>"]
+
+
+def test_escapes_beside_a_key_and_parts(folder):
+    """Tags are text there, escaped or not."""
+    named = {"type": "image", "image": "b.png"}
+    keyed = user(r"\<image>?") | {"image": "a.png"}
+    messages = [user([named, text(r"\<image> <image>")]), assistant("2"), keyed]
+    contents, names = shown(folder, *messages)
+    assert contents == [(IMAGE, "<image> <image>"), "2", (IMAGE, "<image>?")]
+    assert names == ["b.png", "a.png"]
 
 
 def test_videos_of_a_message(folder):
