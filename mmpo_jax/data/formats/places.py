@@ -134,7 +134,9 @@ def _of_parts(
     named = [folder.part(part.part) if part.part is not None else None for part in parts]
     kind, waiting = medium.value, named.count(None)
     if len(column) == len(named) and all(map(_agree, named, column)):
-        return list(column)
+        # Of a video the column may know the rate, too.
+        pairs = zip(named, column, strict=True)
+        return [one if isinstance(one, ImageRef) else other for one, other in pairs]
     if waiting != len(column):
         detail = (
             f"{waiting} places of {kind}s that name none, for {len(column)} {kind}s of the columns"
