@@ -172,8 +172,8 @@ class Processor:
         text = self._chat.render(turns, for_answer, arguments)
         if stands and has_written_out(text):
             raise TemplateRefusal(
-                f"{self.folder}: the chat template writes keys of messages, or arguments, as Python "
-                "does, in which typed control tokens cannot stay text"
+                f"{self.folder}: the chat template writes keys of messages, or arguments, as "
+                "Python does, in which typed control tokens cannot stay text"
             )
         return text
 

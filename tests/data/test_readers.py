@@ -268,7 +268,7 @@ def test_a_rejected_dialogue_that_shows_another_picture(folder):
 
 def test_a_format_that_nothing_adds(folder):
     path = write_jsonl(folder / "rows.jsonl", [PAIR])
-    with pytest.raises(DataError, match="format unheard: not known here; known: auto, .*trl"):
+    with pytest.raises(DataError, match=r"format unheard: not known here; known: auto, .*trl"):
         read_records(path, format="unheard")
     with pytest.raises(DataError, match="format unheard"):
         convert_data(str(path), str(folder / "out.jsonl"), format="unheard")

@@ -104,7 +104,7 @@ def _write(record: Record, writer: Writer) -> dict[str, Any]:
     said = (*record.prompt, *chosen.turns)
     columns = writer.embed == "bytes"
     row["messages"] = messages(said, record, tags=True, front=True, by_column=columns)
-    return with_extra(row, record.extra)
+    return with_extra(row, record.extra, writer)
 
 
 def _write_rejected(record: Record, rejected: Response, writer: Writer) -> dict[str, Any]:

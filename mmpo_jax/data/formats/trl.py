@@ -255,7 +255,7 @@ def _write(record: Record, writer: Writer) -> dict[str, Any]:
     columns = writer.embed == "bytes"
     said = functools.partial(messages, record=record, tags=columns, by_column=columns)
     if not record.prompt and len(responses) == 1:
-        return with_extra(row | {"messages": said(responses[0].turns)}, record.extra)
+        return with_extra(row | {"messages": said(responses[0].turns)}, record.extra, writer)
     if record.prompt:
         row["prompt"] = said(record.prompt)
     answer = functools.partial(said, behind=record.prompt)
@@ -283,7 +283,7 @@ def _write(record: Record, writer: Writer) -> dict[str, Any]:
             raise CannotHold("finished", detail="of a chosen and a rejected response")
         if any(response.token_ids is not None for response in responses):
             raise CannotHold("token_ids", detail="of a chosen and a rejected response")
-    return with_extra(row, record.extra)
+    return with_extra(row, record.extra, writer)
 
 
 def _written_scores(record: Record) -> dict[str, float]:
