@@ -15,7 +15,7 @@ from mmpo_jax.core.errors import DataError, MmpoError
 from mmpo_jax.core.files import check_reachable
 from mmpo_jax.core.output import claimed
 from mmpo_jax.core.progress import counted
-from mmpo_jax.data.formats import FORMATS, choose_format
+from mmpo_jax.data.formats import choose_format, format_called
 from mmpo_jax.data.formats.format import Format
 from mmpo_jax.data.formats.writing import STRIP, CannotHold, Embed, Writer, fields_of, without
 from mmpo_jax.data.joining import Joined, join_pairs
@@ -102,13 +102,14 @@ def convert_data(
     Raises:
       MmpoError: an unknown field, or the target is the source.
       CannotHold: the format has no place for a field of a row.
-      DataError: the source cannot be read, or too many rows cannot be used.
+      DataError: the source cannot be read, too many rows cannot be used, or an unknown format.
     """
     unknown = sorted(set(drop) - STRIP.keys())
     if unknown:
         raise MmpoError(f"--drop {', '.join(unknown)}: no such field; known: {', '.join(STRIP)}")
     if os.path.realpath(source) == os.path.realpath(target):
         raise MmpoError(f"{target} is the source; give another file")
+    convention = format_called(format)
     check_reachable(target)
     stem, ending = os.path.splitext(target)
     root = os.path.dirname(target) or "."
@@ -132,7 +133,7 @@ def convert_data(
     def rows(records: Iterable[Record]) -> Iterator[Row]:
         for record in records:
             try:
-                yield _row(without(_by_own_id(record), drop), FORMATS[format], writer)
+                yield _row(without(_by_own_id(record), drop), convention, writer)
             except DataError as error:
                 broken = SkippedRow(source, record.row, record.id, "image_broken", str(error))
                 skipped.append(broken)

@@ -18,6 +18,7 @@ FIRST_STAND_IN = 0x10F000
 """First of the private characters that stand for control tokens; the last plane of Unicode has no
 characters of its own."""
 _STAND_IN = re.compile(f"[{chr(FIRST_STAND_IN)}-{chr(0x10FFFD)}]")
+_ESCAPED = re.compile(r"\\U0010f[0-9a-f]{3}|\\udbf[c-f]\\ud[c-f][0-9a-f]{2}", re.IGNORECASE)
 
 _NEVER = -1e6
 """As the score of a piece: of no text's best pieces."""
@@ -131,6 +132,13 @@ def in_texts(value: Any, change: Callable[[str], str]) -> Any:
 def has_stand_ins(text: str) -> bool:
     """Whether a text has characters of `ControlTokens.stand_in`."""
     return _STAND_IN.search(text) is not None
+
+
+def has_written_out(text: str) -> bool:
+    r"""Whether a text has such a character as Python's or JSON's escape (``\U0010f000``,
+    ``\udbfc\udc00``), which is none any more: what a template makes of an object that it writes as
+    it is."""
+    return _ESCAPED.search(text) is not None
 
 
 def _unlearn(model: dict[str, Any], names: Collection[str]) -> None:

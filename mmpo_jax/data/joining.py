@@ -59,7 +59,8 @@ def join_pairs(records: Iterable[Record]) -> Joined:
     do those with one response.
 
     Fields of a response are kept where all its rows agree; a score is kept if it does for all
-    responses. Other columns are kept where they agree. The ranking has the first row's id.
+    responses. Other columns are kept where they agree. The ranking has the first row's id, and
+    nothing that was left out of a row, as its places are the row's.
     """
     records = list(records)
     groups: dict[Any, list[Record]] = {}
@@ -198,8 +199,7 @@ def _join(group: Sequence[Record], ranks: Mapping[Any, int]) -> tuple[Record, bo
         for name, value in first.extra.items()
         if all(repr(record.extra.get(name)) == repr(value) for record in group)
     }
-    left_out = tuple(one for record in group for one in record.left_out)
-    joined = dataclasses.replace(first, responses=tuple(responses), extra=extra, left_out=left_out)
+    joined = dataclasses.replace(first, responses=tuple(responses), extra=extra, left_out=())
     return joined, agreed
 
 

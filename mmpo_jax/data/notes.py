@@ -33,8 +33,8 @@ class Notes:
     """By column, or key of messages, that looks like one of pictures, in rows that show nothing."""
     left_out: Counter[str] = dataclasses.field(default_factory=Counter)
     """By reason: responses that alone could not be used."""
-    other_ids: int = 0
-    """Rows whose ids of sampled tokens do not go with their responses."""
+    unread_ids: int = 0
+    """Rows whose ids of sampled tokens are not read, as they do not go with the responses."""
     repeated_ids: int = 0
     """Rows with an id that an earlier row has."""
 
@@ -45,7 +45,7 @@ class Notes:
             read.append(LOG_PROBS)  # and kept, as it says more
         if isinstance(record.extra.get(TOKEN_IDS), list) and record.responses:
             read.append(TOKEN_IDS)
-            self.other_ids += 1
+            self.unread_ids += 1
         columns = [name for name in record.extra if name not in read]
         self.ignored.update(columns)
         self.repeated_ids += record.own_id is not None
@@ -68,11 +68,8 @@ class Notes:
             )
         if self.left_out:
             yield f"responses left out of rows that are used: {_counts(self.left_out)}"
-        if self.other_ids:
-            yield (
-                f"rows whose {TOKEN_IDS} are not read, as they are of another number of responses: "
-                f"{self.other_ids}; the texts are tokenized"
-            )
+        if self.unread_ids:
+            yield f"rows whose {TOKEN_IDS} are not read: {self.unread_ids}; the texts are tokenized"
         if self.ignored:
             yield f"columns that mean nothing here: {_counts(self.ignored)}"
 

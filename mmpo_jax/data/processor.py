@@ -22,7 +22,7 @@ from PIL import Image
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import fingerprint_json
 from mmpo_jax.data.chat_template import ChatTemplate, TemplateRefusal
-from mmpo_jax.data.control_tokens import ControlTokens, has_stand_ins, in_texts
+from mmpo_jax.data.control_tokens import ControlTokens, has_stand_ins, has_written_out, in_texts
 from mmpo_jax.data.edits import edit_pixels
 from mmpo_jax.data.images import image_size, open_image
 from mmpo_jax.data.processor_files import (
@@ -159,14 +159,23 @@ class Processor:
           plain_text: whether all control tokens in texts, keys and arguments are text.
 
         Raises:
-          TemplateRefusal: it does not take such a dialogue.
+          TemplateRefusal: it does not take such a dialogue, or writes an object with typed control
+            tokens as it is, where no character stands for them.
         """
         stands = bool(self.placeholders and self.tokenizer.is_fast) or plain_text
         if stands:
             names = None if plain_text else self.control.placeholders
+            given = list(turns), arguments
             turns = [self._as_text(turn, names) for turn in turns]
             arguments = in_texts(arguments, lambda text: self.control.stand_in(text, names))
-        return self._chat.render(turns, for_answer, arguments)
+            stands = (turns, arguments) != given
+        text = self._chat.render(turns, for_answer, arguments)
+        if stands and has_written_out(text):
+            raise TemplateRefusal(
+                f"{self.folder}: the chat template writes keys of messages, or arguments, as "
+                "Python does, in which typed control tokens cannot stay text"
+            )
+        return text
 
     def _as_text(self, turn: Turn, names: Sequence[str] | None) -> Turn:
         """A turn in which these control tokens, typed in its texts and keys, stay text."""

@@ -16,7 +16,7 @@ from etils import epath
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import check_reachable, write_atomic
 from mmpo_jax.core.progress import counted
-from mmpo_jax.data.formats import FORMATS, choose_format
+from mmpo_jax.data.formats import choose_format, format_called
 from mmpo_jax.data.formats.columns import with_pictures
 from mmpo_jax.data.formats.format import finish
 from mmpo_jax.data.formats.media import MediaFolder
@@ -99,8 +99,9 @@ def iter_records(
       notes: counts what rows hold, where given.
 
     Raises:
-      DataError: the file is missing, unreadable or of an unknown kind.
+      DataError: the file is missing, unreadable or of an unknown kind, or the format is unknown.
     """
+    given = None if format == "auto" else format_called(format)
     for place in (path, image_root):
         if place is not None:
             check_reachable(place)
@@ -113,7 +114,7 @@ def iter_records(
             if isinstance(row, UnusableRow):
                 raise row
             present = {name: value for name, value in row.items() if value is not None}
-            convention = choose_format(present) if format == "auto" else FORMATS[format]
+            convention = given or choose_format(present)
             notes.formats[convention.name] += 1
             own = own_id(present)
             id_ = ids.name(own, number)

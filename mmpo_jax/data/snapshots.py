@@ -48,7 +48,8 @@ def data_files(
     """The files of a folder's split in the order of their paths; hidden ones do not count.
 
     Args:
-      split: None for the only one, for ``train``, or for the only one that begins so.
+      split: None for the only one, for ``train``, or for the only one that begins so. Files that
+        say none are ``train``.
       kind_of: the kind of data that a file of a name holds; None where it is no data file.
 
     Raises:
@@ -76,8 +77,11 @@ def data_files(
         return [folder / name for name in said]
     if 0 < silent < len(said):
         log.info("%s: %d files that say no split count as %s", folder, silent, _UNSAID)
-    chosen = choose_split(folder, splits.keys() if silent < len(said) else (), split)
-    return [folder / name for name in splits[chosen]]
+    if silent == len(said):
+        if _SPLITS.get(split or "") != _UNSAID:
+            raise DataError(f"{folder} has files without splits; leave the split {split} out")
+        return [folder / name for name in said]
+    return [folder / name for name in splits[choose_split(folder, splits.keys(), split)]]
 
 
 def split_of(name: str) -> str | None:
@@ -107,8 +111,10 @@ def choose_split(folder: epath.Path, splits: Collection[str | None], split: str 
             others = ", ".join(name for name in names if name != wanted)
             log.info("%s: reading the split %s and not %s", folder, wanted, others)
     if wanted not in names:
-        found = f"has the splits {', '.join(names)}" if names else "has files without splits"
+        if not names:
+            raise DataError(f"{folder} has no folder of a split")
         asked = f"; there is no {split}" if split is not None else ""
-        raise DataError(f"{folder} {found}{asked}; give one as {folder}#{(names or ['train'])[0]}")
+        found = f"has the splits {', '.join(names)}{asked}"
+        raise DataError(f"{folder} {found}; give one as {folder}#{names[0]}")
     assert wanted is not None
     return wanted

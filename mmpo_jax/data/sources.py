@@ -45,6 +45,8 @@ class Source:
     max_skipped: float
     joined: int = 0
     """Rows that went into others' rankings."""
+    partly: tuple[SkippedRow, ...] = ()
+    """Responses that alone were left out of rows that went into rankings."""
 
     def skip(self, kept: list[Record], skipped: list[SkippedRow]) -> Source:
         """The source with more rows left out."""
@@ -87,12 +89,14 @@ def load_file(data: FileData, supervised: bool, messages_as: MessagesAs) -> Sour
     if not supervised:
         skipped += [_without_prompt(data.path, record) for record in records if not record.prompt]
         records = [dataclasses.replace(r, responses=()) for r in records if r.prompt]
-    joined = 0
+    joined, partly = 0, list[SkippedRow]()
     if supervised and isinstance(data, LearnedFile) and data.join_pairs:
         done = join_pairs(records)
         log.info("%s: %s", data.path, done)
+        alone = set(map(id, done.records))
+        partly = left_out_rows((r for r in records if id(r) not in alone), data.path)
         records, joined = done.records, done.merged
-    return Source(data.path, records, skipped, data.max_skipped, joined)
+    return Source(data.path, records, skipped, data.max_skipped, joined, tuple(partly))
 
 
 def scored_by(source: Source, name: str) -> Source:
@@ -167,7 +171,7 @@ def usable_records(
             skipped.append(SkippedRow(source.name, numbers[row.id], row.id, *problem))
     ids = {row.id for row in kept}
     source = source.skip([r for r in source.records if r.id in ids], [*too_long, *skipped])
-    partly = left_out_rows(source.records, source.name)
+    partly = [*source.partly, *left_out_rows(source.records, source.name)]
     if source.skipped or partly:
         write_skipped(skipped_file, [*source.skipped, *partly])
     else:  # of an earlier run, before the data were mended

@@ -80,6 +80,17 @@ def test_ms_swift_rejected_dialogue(folder):
     assert read_one(folder, same).responses == answers("a", "b", rank=[1, 2])
 
 
+@pytest.mark.parametrize("own", [{}, {"rejected_images": ["b.png"]}])
+def test_ms_swift_prompts_that_are_the_same_in_place(folder, own):
+    """A bare part, a tag, and nothing said: the picture is before the text."""
+    part = [{"type": "image"}, {"type": "text", "text": "1"}]
+    for ours, theirs in ((part, "1"), ("1", part), ("<image>1", "1")):
+        row = {"messages": [user(ours), assistant("a")], "images": ["a.png"], **own}
+        record = read_one(folder, row | {"rejected_messages": [user(theirs), assistant("b")]})
+        assert [response.prompt for response in record.responses] == [None, None]
+        assert bool(record.responses[1].images) == bool(own)
+
+
 def test_scores_of_a_pair(folder):
     """As Uni-DPO's MM-RLHF has them, or only their difference, as TRL's reward trainer reads it."""
     row = {"prompt": QUESTION, "chosen": "a", "rejected": "b"}

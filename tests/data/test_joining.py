@@ -12,6 +12,7 @@ from mmpo_jax.cli import main
 from mmpo_jax.data.joining import Joined, join_pairs
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
 from mmpo_jax.data.settings import LearnedFile
+from mmpo_jax.data.sources import usable_records
 
 PROMPT = (Turn("user", QUESTION),)
 
@@ -184,16 +185,37 @@ def test_what_is_said_of_responses_is_kept_where_rows_agree():
     assert done.differing == 1
 
 
-def test_arguments_are_the_same_in_any_order_and_what_was_left_out_is_known():
+def test_arguments_are_the_same_in_any_order():
     first, second = pairs("a>b b>c")
-    first = dataclasses.replace(
-        first, template={"x": 1, "y": [2]}, left_out=((1, "bad_rank", "x"),)
-    )
-    second = dataclasses.replace(
-        second, template={"y": [2], "x": 1}, left_out=((0, "no_score", ""),)
-    )
-    (record,) = join_pairs([first, second]).records
-    assert record.left_out == (*first.left_out, *second.left_out)
+    first = dataclasses.replace(first, template={"x": 1, "y": [2]})
+    second = dataclasses.replace(second, template={"y": [2], "x": 1})
+    assert len(join_pairs([first, second]).records) == 1
+
+
+def test_what_was_left_out_is_told_of_its_own_row(tmp_path, tiny_processor):
+    """And the ranking has none, whose places would be those of several rows."""
+    image = tiny_processor.placeholders[0]
+
+    def response(text, rank, **more):
+        return {"turns": [{"role": "assistant", "content": text}], "rank": rank, **more}
+
+    bad, worst = response("a", "x"), response("star", 3, token_ids=[image])
+    rows = [
+        {"prompt": [{"role": "user", "content": prompt}], "responses": responses}
+        for prompt, responses in [
+            ("a ?", [response("a", 1), bad, response("ring", 2)]),
+            ("a ?", [bad, response("ring", 1), worst, response("yes", 2)]),
+            ("star ?", [response("a", 1), bad, response("ring", 2)]),
+        ]
+    ]
+    path = str(write_jsonl(tmp_path / "rows.jsonl", rows))
+    source = LearnedFile(path=path, join_pairs=True).load(supervised=True)
+    skipped = tmp_path / "skipped.jsonl"
+    usable_records(source, tiny_processor, None, str(skipped))
+    told = [(line["row"], line["detail"].partition(":")[0]) for line in read_jsonl(skipped)]
+    # What tokens show is known of the ranking, as its third one.
+    shown = (1, "response 3")
+    assert told == [(1, "response 2"), (2, "response 1"), shown, (3, "response 2")]
 
 
 def test_many_pairs_of_a_prompt_take_no_matrix():

@@ -1,7 +1,9 @@
 """Pictures that messages name by keys of their own, and keys that say nothing."""
 
+import base64
+
 import pytest
-from helpers.format_rows import QUESTION, assistant, read_one, skip_one, user, write_jsonl
+from helpers.format_rows import QUESTION, assistant, png, read_one, skip_one, user, write_jsonl
 
 from mmpo_jax.commands.data_convert import convert_data
 from mmpo_jax.data.notes import Notes
@@ -14,6 +16,10 @@ PART = {"type": "image"}
 
 def text(said):
     return {"type": "text", "text": said}
+
+
+def png_text(color="red"):
+    return base64.b64encode(png(color)).decode()
 
 
 def shown(folder, *messages, **columns):
@@ -31,6 +37,8 @@ def shown(folder, *messages, **columns):
         (user() | {"images": ["b.png", "a.png"]}, (IMAGE, IMAGE, QUESTION), ["b.png", "a.png"]),
         (user() | {"image": "a.png", "images": []}, (IMAGE, QUESTION), ["a.png"]),
         (user() | {"images": [{"path": "a.png"}]}, (IMAGE, QUESTION), ["a.png"]),
+        (user() | {"image": "a.png", "images": ""}, (IMAGE, QUESTION), ["a.png"]),
+        (user() | {"image": "", "images": [], "video": ""}, QUESTION, []),
         ({"role": "user", "image": "a.png"}, (IMAGE,), ["a.png"]),
         (user("Is <image> it?") | {"image": "a.png"}, ("Is ", IMAGE, " it?"), ["a.png"]),
         (user(r"What is \<image>?") | {"image": "a.png"}, (IMAGE, "What is <image>?"), ["a.png"]),
@@ -56,6 +64,56 @@ def test_a_line_break_behind_a_tag_is_one_of_tags(folder):
     assert turn.tagged and turn == plain.prompt[0]
 
 
+def test_a_column_beside_what_messages_name(folder):
+    """Says it again, or names what is at the other places; other pictures are not lost."""
+    one, two = user("<image>hi") | {"image": "a.png"}, user("<image>and")
+    asked = [one, assistant("2"), two]
+    for column in (["b.png"], ["a.png", "b.png"]):
+        contents, names = shown(folder, *asked, images=column)
+        assert names == ["a.png", "b.png"]
+        assert [contents[0], contents[2]] == [(IMAGE, "hi"), (IMAGE, "and")]
+    named = user([{"type": "image", "image": "a.png"}, text("hi")])
+    same = {"images": [{"base64": base64.b64encode((folder / "a.png").read_bytes()).decode()}]}
+    assert shown(folder, named, **same)[1] == ["a.png"]
+    for messages, column in [
+        (asked, []),
+        (asked, ["b.png", "a.png"]),
+        ([user() | {"image": "a.png"}], ["b.png"]),
+        ([named], ["b.png"]),
+        ([named], [{"base64": png_text("green")}]),
+    ]:
+        row = {"prompt": messages, "images": column, **PAIR}
+        assert skip_one(folder, row).reason == "placeholder_count"
+
+
+def test_videos_of_a_column_beside_those_of_messages(folder):
+    row = {"prompt": [user([{"type": "video", "video": "video/clip"}, text("?")])], **PAIR}
+    again = {"videos": [{"frames": "video/clip", "fps": 2.0}]}
+    assert read_one(folder, row | again).videos[0].fps == 2
+    other = {"videos": [["video/clip/f2.png", "a.png"]]}
+    assert skip_one(folder, row | other).reason == "placeholder_count"
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_escapes_are_alike_in_all_turns(folder, place):
+    messages = [user(r"1 \<image>"), assistant("2"), user(r"3 \<image>"), assistant("4")]
+    messages.append(user([text(r"5 \<image>")]))
+    messages[2 * place] |= {"image": "a.png"}
+    contents, _ = shown(folder, *messages)
+    said = [content if isinstance(content, str) else content[-1] for content in contents]
+    assert said == ["1 <image>", "2", "3 <image>", "4", "5 <image>"]
+
+
+def test_escapes_beside_a_key_and_parts(folder):
+    """Tags are text there, escaped or not."""
+    named = {"type": "image", "image": "b.png"}
+    keyed = user(r"\<image>?") | {"image": "a.png"}
+    messages = [user([named, text(r"\<image> <image>")]), assistant("2"), keyed]
+    contents, names = shown(folder, *messages)
+    assert contents == [(IMAGE, "<image> <image>"), "2", (IMAGE, "<image>?")]
+    assert names == ["b.png", "a.png"]
+
+
 def test_videos_of_a_message(folder):
     record = read_one(folder, {"prompt": [user() | {"video": "video/clip"}], **PAIR})
     assert placed(record.prompt, 0, 1)[0].content == (VIDEO, QUESTION)
@@ -71,6 +129,22 @@ def test_pictures_that_cannot_be_meant(folder):
     assert reason(user() | {"image": "gone.png"}) == "image_missing"
     answer = assistant("2") | {"image": "a.png"}
     assert reason(user("1"), answer, user("3")) == "image_position"
+
+
+@pytest.mark.parametrize("again", [{"images": ["a.png"]}, {"image": "./a.png"}])
+def test_keys_that_repeat_the_parts(folder, again):
+    named = {"type": "image", "image": "a.png"}
+    assert shown(folder, user([text("Is "), named]) | again) == ([("Is ", IMAGE)], ["a.png"])
+    others = [{"image": "b.png"}, {"images": ["a.png", "a.png"]}, {"image": {"data": png_text()}}]
+    for other in others:
+        row = {"prompt": [user([named, text("?")]) | other], **PAIR}
+        assert skip_one(folder, row).reason == "placeholder_count"
+
+
+def test_videos_that_the_parts_name_beside_an_image_of_a_key(folder):
+    named = {"type": "video", "video": "video/clip"}
+    message = user([named, text("?")]) | {"video": "video/clip", "image": "a.png"}
+    assert shown(folder, message) == ([(IMAGE, VIDEO, "?")], ["a.png"])
 
 
 def test_they_are_written_as_pictures_of_the_row(folder):
@@ -90,6 +164,14 @@ def test_keys_that_say_nothing(folder):
     assert skip_one(folder, row).reason == "empty_response"
     thought = [assistant("") | {"reasoning_content": "So."}]
     assert read_one(folder, row | {"chosen": thought}).responses[0].turns[0].keys
+
+
+@pytest.mark.parametrize("calls", ["", " ", "null", None])
+def test_calls_that_say_nothing(folder, calls):
+    row = {"prompt": QUESTION, "chosen": [assistant("a") | {"tool_calls": calls}], "rejected": "b"}
+    assert not read_one(folder, row).responses[0].turns[0].keys
+    row["chosen"] = [assistant("") | {"tool_calls": calls}]
+    assert skip_one(folder, row).reason == "empty_response"
 
 
 def test_keys_that_look_like_pictures_are_told(folder):

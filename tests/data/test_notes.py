@@ -17,13 +17,29 @@ def lines(folder, *rows):
     return list(notes.lines())
 
 
-@pytest.mark.parametrize("ids", [[[1]], [[1], [2], [3]], "x"])
-def test_ids_of_another_number_of_responses_are_told(folder, ids):
-    row = SAMPLES | {"response_ids": ids}
-    (line,) = lines(folder, row, SAMPLES, SAMPLES | {"response_ids": [[1], [2]]})
-    assert "response_ids" in line
-    assert line.endswith("1; the texts are tokenized") or line.endswith("response_ids 1")
-    assert [response.token_ids for response in read_one(folder, row).responses] == [None, None]
+UNREAD = "rows whose response_ids are not read: 1; the texts are tokenized"
+MEANS_NOTHING = "columns that mean nothing here: response_ids 1"
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        (SAMPLES | {"response_ids": [[1]]}, [UNREAD]),
+        (SAMPLES | {"response_ids": [[1], [2], [3]]}, [UNREAD]),
+        (SAMPLES | {"response_ids": "x"}, [MEANS_NOTHING]),
+        ({"prompt": "?", "completion": "a", "response_ids": [[1, 2]]}, [UNREAD]),
+        ({"prompt": "?", "chosen": "a", "rejected": "b", "response_ids": [[1], [2]]}, [UNREAD]),
+        ({"prompt": "?", "response_ids": [[1]]}, [MEANS_NOTHING]),
+        (
+            SAMPLES | {"chosen": "a", "rejected": "b", "finished": [True, False]},
+            ["columns that mean nothing here: responses 1, finished 1"],
+        ),
+    ],
+)
+def test_ids_that_are_not_read_are_told(folder, row, told):
+    assert lines(folder, row, SAMPLES, SAMPLES | {"response_ids": [[1], [2]]}) == told
+    ids = {response.token_ids for response in read_one(folder, row).responses}
+    assert ids <= {None}
 
 
 def test_log_probs_of_rlaif_v_mean_something(folder):

@@ -1,6 +1,8 @@
 """Every accepted form of a row gives the same record; bad ones are in test_bad_rows.py."""
 
 import dataclasses
+import subprocess
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,6 +23,8 @@ from helpers.format_rows import (
 )
 from PIL import Image
 
+from mmpo_jax.commands.data_convert import convert_data
+from mmpo_jax.core.errors import DataError
 from mmpo_jax.data.readers import check_images, iter_records, read_records
 from mmpo_jax.data.records import Medium, Response, Turn
 
@@ -260,3 +264,28 @@ def test_a_rejected_dialogue_that_shows_another_picture(folder):
     assert chosen.images is None
     assert rejected.prompt is not None
     assert [image.path for image in rejected.images] == [folder / "b.png"]
+
+
+def test_a_format_that_nothing_adds(folder):
+    path = write_jsonl(folder / "rows.jsonl", [PAIR])
+    with pytest.raises(DataError, match=r"format unheard: not known here; known: auto, .*trl"):
+        read_records(path, format="unheard")
+    with pytest.raises(DataError, match="format unheard"):
+        convert_data(str(path), str(folder / "out.jsonl"), format="unheard")
+
+
+def test_the_format_of_the_picture_world_is_known_where_its_package_is_imported():
+    """By the commands on data alone; of the library alone the error says what is missing."""
+    code = """
+from mmpo_jax.data.formats import FORMATS, format_called
+try:
+    format_called("shapes")
+except Exception as error:
+    print(type(error).__name__)
+import mmpo_jax.commands.data_check
+print("shapes" in FORMATS)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
+    )
+    assert done.stdout.split() == ["DataError", "True"]

@@ -114,8 +114,14 @@ def test_a_split_that_cannot_be_chosen(tmp_path):
         ids(tmp_path)
     assert ids(f"{tmp_path}#train_sft") == ["train_sft-00000-of-00001.parquet"]
     write(tmp_path / "plain", "a.jsonl")
-    with pytest.raises(DataError, match="has files without splits; there is no test"):
-        ids(f"{tmp_path / 'plain'}#test")
+
+
+def test_files_that_all_say_no_split_are_train(tmp_path):
+    write(tmp_path, "data.jsonl")
+    for split in ("", "#train", "#training"):
+        assert ids(f"{tmp_path}{split}") == ["data.jsonl"]
+    with pytest.raises(DataError, match="files without splits; leave the split test out"):
+        ids(f"{tmp_path}#test")
 
 
 def test_images_of_a_split_are_relative_to_its_folder(tmp_path):

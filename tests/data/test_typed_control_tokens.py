@@ -18,7 +18,7 @@ from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import Record, Response, Turn
 from mmpo_jax.data.settings import FileData
 from mmpo_jax.data.sources import usable_records, without_shown_media
-from mmpo_jax.data.tokenization import tokenize
+from mmpo_jax.data.tokenization import RowRejected, tokenize
 
 LIMITS = {"max_prompt": 256, "max_response": 64}
 TEMPLATE = """\
@@ -36,14 +36,18 @@ TEMPLATE = """\
 """
 
 
-@pytest.fixture(scope="module")
-def processor(tiny_folder, tmp_path_factory):
-    folder = shutil.copytree(tiny_folder, tmp_path_factory.mktemp("keys") / "llava")
+def with_template(tiny_folder, parent, template):
+    folder = shutil.copytree(tiny_folder, parent / "llava")
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings["chat_template"] = TEMPLATE
+    settings["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return Processor(folder, load_config(folder))
+
+
+@pytest.fixture(scope="module")
+def processor(tiny_folder, tmp_path_factory):
+    return with_template(tiny_folder, tmp_path_factory.mktemp("keys"), TEMPLATE)
 
 
 def rows(token):
@@ -80,6 +84,23 @@ def test_keys_and_arguments(processor, place):
 @pytest.mark.parametrize("place", range(4))
 def test_placeholders_are_text_there(processor, place):
     assert count(processor, list(rows("<image>"))[place], "<image>") == 0
+
+
+@pytest.mark.parametrize(
+    "written", ["{{- tools[0] -}}", "{{- tools | string -}}", "{{- tools | tojson(true) -}}"]
+)
+def test_templates_that_write_objects_as_python_does(tiny_folder, tmp_path, written):
+    """No character that stands for a control token comes through."""
+    template = TEMPLATE.replace("{{- tools | tojson + ' ' -}}", written)
+    processor = with_template(tiny_folder, tmp_path, template)
+    *_, typed = rows("</s>")
+    assert count(processor, typed, "</s>") == 2
+    for record in (dataclasses.replace(typed, plain_text=True), list(rows("<image>"))[-1]):
+        with pytest.raises(RowRejected) as refused:
+            tokenize(record, processor, **LIMITS)
+        assert refused.value.reason == "template_refuses"
+    *_, other = rows(r"\U0010f000")
+    assert count(processor, dataclasses.replace(other, plain_text=True), "</s>") == 1
 
 
 @pytest.fixture

@@ -120,3 +120,36 @@ def test_transcripts_are_kept_to_the_letter(folder):
     assert record.responses == answers(" chosen\n", " rejected\n", rank=[1, 2])
     bare = {side: f"\n\nHuman:1\n\nAssistant:{side}" for side in ("chosen", "rejected")}
     assert read_one(folder, bare).responses == answers("chosen", "rejected", rank=[1, 2])
+
+
+def picture(name=None):
+    return {"type": "image"} if name is None else {"type": "image", "image": name}
+
+
+def shown(*pictures):
+    return user([*pictures, {"type": "text", "text": QUESTION}])
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "names"),
+    [
+        ([picture("a.png")], [picture("a.png")], ["a.png"]),
+        ([picture("a.png")], [{"type": "image_url", "image_url": {"url": "a.png"}}], ["a.png"]),
+        ([picture("a.png")], [picture()], ["a.png"]),
+        ([picture()], [picture("b.png")], ["b.png"]),
+        ([picture("a.png"), picture()], [picture(), picture("b.png")], ["a.png", "b.png"]),
+        ([picture("a.png")], [picture("b.png")], None),
+        ([picture("a.png"), picture()], [picture("b.png"), picture()], None),
+        ([picture()], [{"type": "video", "video": "video/clip"}], None),
+    ],
+)
+def test_pictures_that_both_name(folder, ours, theirs, names):
+    rows = [
+        {"prompt": [shown(*ours)], **sides(shown(*theirs))},
+        {"prompt": [shown(*ours)], "completion": [shown(*theirs), assistant("a")]},
+    ]
+    for row in rows:
+        if names is None:
+            assert skip_one(folder, row).reason == "prompt_differs"
+        else:
+            assert [image.name for image in read_one(folder, row).images] == names

@@ -19,7 +19,7 @@ from mmpo_jax.cli import main
 from mmpo_jax.commands.data_convert import convert_data
 from mmpo_jax.commands.generate import _line
 from mmpo_jax.core.errors import MmpoError
-from mmpo_jax.data.readers import read_records
+from mmpo_jax.data.readers import iter_records, read_records
 from mmpo_jax.data.records import Medium, Response, placed
 from mmpo_jax.data.results import Results
 
@@ -167,6 +167,17 @@ def test_keys_that_columns_cannot_hold(folder):
         kept(folder, row, "trl.parquet")
     before, after = kept(folder, row, "trl.jsonl")
     assert after.prompt == before.prompt
+
+
+@pytest.mark.parametrize("meta", [{"u": None, "v": 1}, {"w": {}}, [{"u": None}]])
+def test_other_columns_that_columns_cannot_hold(folder, meta):
+    row = PAIR | {"meta": meta}
+    with pytest.raises(MmpoError, match=r"extra: meta holds null .*--drop extra leaves it out"):
+        kept(folder, row, "trl.parquet")
+    for via in ("trl.jsonl", "record.parquet"):
+        kept(folder, row, via)
+        (after,) = iter_records(folder / f"written.{via.partition('.')[2]}")
+        assert after.extra == {"meta": meta}
 
 
 def test_calls_that_other_columns_unified(folder):

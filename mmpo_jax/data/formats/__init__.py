@@ -1,5 +1,6 @@
 """Conventions for rows, one a file, and the choice between them."""
 
+from mmpo_jax.core.errors import DataError
 from mmpo_jax.data.formats import alpaca, llama_factory, mm_rlhf, ms_swift, record, rlaif_v, trl
 from mmpo_jax.data.formats.format import Format
 from mmpo_jax.data.rows import Row
@@ -26,6 +27,20 @@ def register_format(format: Format) -> None:
     others = {name: other for name, other in FORMATS.items() if name != format.name}
     FORMATS.clear()
     FORMATS.update({format.name: format}, **others)
+
+
+def format_called(name: str) -> Format:
+    """The format of a name.
+
+    Raises:
+      DataError: nothing that is imported adds one of that name.
+    """
+    if name not in FORMATS:
+        raise DataError(
+            f"format {name}: not known here; known: auto, {', '.join(FORMATS)}; others are there "
+            "once what adds them with register_format is imported"
+        )
+    return FORMATS[name]
 
 
 def choose_format(row: Row) -> Format:

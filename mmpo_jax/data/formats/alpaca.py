@@ -115,7 +115,7 @@ def _write(record: Record, writer: Writer) -> dict[str, Any]:
             row["kto_tag"] = responses[0].desirable
     elif responses:
         raise CannotHold("responses", detail=f"{len(responses)} of them without ranks")
-    return with_extra(row, record.extra)
+    return with_extra(row, record.extra, writer)
 
 
 FORMAT = Format(

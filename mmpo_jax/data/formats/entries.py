@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import posixpath
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -115,6 +116,20 @@ def read_part(part: Mapping[str, Any]) -> tuple[Kind, Any] | None:
     if isinstance(value, Mapping):
         return medium, value.get("url", value)
     return medium, value if part.get("fps") is None else {"frames": value, "fps": part["fps"]}
+
+
+def same_part(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
+    """Whether two content parts name the same medium: equal bytes or, as no file is read, equal
+    paths."""
+    return _named(one) == _named(other)
+
+
+def _named(part: Mapping[str, Any] | None) -> Any:
+    found = None if part is None else read_part(part)
+    if found is None or found[0] == "video":
+        return found or part
+    data, path = read_image(found[1])
+    return data or (path and posixpath.normpath(path))
 
 
 def looks_like_picture(value: Any, depth: int = 0) -> bool:

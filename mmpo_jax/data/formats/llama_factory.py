@@ -81,7 +81,7 @@ def _write(record: Record, writer: Writer) -> dict[str, Any]:
     elif responses:
         raise CannotHold("responses", detail=f"{len(responses)} of them without ranks")
     row["conversations"] = _conversation(record, turns, by_column=columns)
-    return with_extra(row, record.extra)
+    return with_extra(row, record.extra, writer)
 
 
 def _conversation(

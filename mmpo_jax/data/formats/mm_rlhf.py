@@ -120,7 +120,7 @@ def _write_ranking(record: Record, writer: Writer) -> dict[str, Any]:
             row[name] = [response.scores.get(name) for response in responses]
     if any(response.critique is not None for response in responses):
         row["score_reasons"] = [response.critique for response in responses]
-    return with_extra(row, record.extra)
+    return with_extra(row, record.extra, writer)
 
 
 _PAIR_COLUMNS = (
@@ -220,7 +220,7 @@ def _write_pair(record: Record, writer: Writer) -> dict[str, Any]:
         row["mixed_up_image"] = writer.image(record.other_images[0])
     if not _claims_pair(row):  # or it would be taken for a TRL row, whose media are found otherwise
         row["is_tie"] = False
-    return with_extra(row, record.extra)
+    return with_extra(row, record.extra, writer)
 
 
 _SHARED = frozenset({"source", "videos", "extra", "rank", "scores", "critique"})

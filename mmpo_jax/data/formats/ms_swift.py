@@ -11,6 +11,7 @@ from typing import Any
 
 from mmpo_jax.data.formats.format import Answer, Draft, Format, draft_of, read_flag
 from mmpo_jax.data.formats.media import MediaFolder
+from mmpo_jax.data.formats.places import place_media
 from mmpo_jax.data.formats.trl import supervised
 from mmpo_jax.data.formats.turns import Turns, parse_turns, split_last_answer, with_system
 from mmpo_jax.data.formats.writing import (
@@ -23,7 +24,7 @@ from mmpo_jax.data.formats.writing import (
     with_extra,
 )
 from mmpo_jax.data.records import Record, Response
-from mmpo_jax.data.rows import MessagesAs, Row
+from mmpo_jax.data.rows import MessagesAs, Row, UnusableRow
 
 _REJECTED = ("rejected_response", "rejected_messages", "rejected_images")
 
@@ -55,13 +56,25 @@ def _rejected(row: Row, media: MediaFolder, prompt: Turns, chosen: Turns) -> Ans
         dialogue = parse_turns(row.get("rejected_response", []), "assistant")
     if "rejected_messages" in row or (dialogue and dialogue[0].role != "assistant"):
         theirs, answer = split_last_answer(with_system(row, dialogue))
-        own_prompt = None if _said(theirs) == _said(prompt) else theirs
+        asked_alike = _said(theirs) == _said(prompt) or _shown_alike(row, media, prompt, theirs)
+        own_prompt = None if asked_alike else theirs
     elif "rejected_response" in row:
         answer = dialogue
     fields: dict[str, Any] = {"rank": 2}
     if "rejected_images" in row:
         fields["images"] = media.images({"images": row["rejected_images"]})
     return Answer(answer, own_prompt, fields)
+
+
+def _shown_alike(row: Row, media: MediaFolder, *prompts: Turns) -> bool:
+    """Whether prompts are the same with their media in place, those of the row's columns."""
+    column = {"images": row["rejected_images"]} if "rejected_images" in row else row
+    shown = media.images(column), media.videos(row)
+    try:
+        one, other = (place_media(prompt, *shown, media) for prompt in prompts)
+    except UnusableRow:  # which the row is left out for
+        return False
+    return one == other
 
 
 def _said(turns: Turns) -> list[Any]:
@@ -91,7 +104,7 @@ def _write(record: Record, writer: Writer) -> dict[str, Any]:
     said = (*record.prompt, *chosen.turns)
     columns = writer.embed == "bytes"
     row["messages"] = messages(said, record, tags=True, front=True, by_column=columns)
-    return with_extra(row, record.extra)
+    return with_extra(row, record.extra, writer)
 
 
 def _write_rejected(record: Record, rejected: Response, writer: Writer) -> dict[str, Any]:

@@ -4,15 +4,16 @@ Parts of messages say it; where there are none, the tags ``<image>`` and ``<vide
 user do, if there are as many as media. Where nothing says it, media stand before the text of the
 first user turn, see `records.placed`. A tag is text wherever no medium can belong to it: in a row
 without such a medium, beside parts, in what the system and the assistant say, and with a backslash
-in front, which goes.
+in front, which goes. Media that keys of messages name leave the tags of other turns to be read.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
+from mmpo_jax.core.errors import DataError
 from mmpo_jax.data.formats.media import MediaFolder
-from mmpo_jax.data.formats.tags import TAGS, count_tags, split_tags
+from mmpo_jax.data.formats.tags import TAGS, count_tags, split_tags, unescaped
 from mmpo_jax.data.formats.turns import MediaPart, Message, Turns
 from mmpo_jax.data.records import IMAGE, VIDEO, ImageRef, Medium, Piece, Turn, VideoRef, placed
 from mmpo_jax.data.rows import UnusableRow
@@ -47,6 +48,7 @@ def place_media(
     if any(turn.parts for turn in dialogue if turn.role == "assistant"):
         raise UnusableRow("image_position", "the assistant shows an image or a video")
     if any(turn.parts for turn in dialogue):
+        dialogue = _beside_keys(dialogue, {medium for medium in media if media[medium]})
         found = {m: _of_parts(dialogue, m, media[m], folder) for m in media}
         turns = tuple(_turn(turn, _kinds(turn.pieces)) for turn in dialogue)
         return _usual(Placed(turns, tuple(found[IMAGE]), tuple(found[VIDEO])))
@@ -87,21 +89,80 @@ def _mismatch(medium: Medium, count: int, media: Sequence[Any]) -> str:
     )
 
 
+def _beside_keys(dialogue: Turns, shown: Collection[Medium]) -> Turns:
+    """A dialogue with the tags of users read where keys of messages name media. Beside parts they
+    are text, and only the backslash in front of one goes.
+
+    Args:
+      shown: the kinds of the row's columns.
+    """
+    parts = [part for turn in dialogue for part in turn.parts]
+    if not any(part.keyed for part in parts):
+        return dialogue
+    kinds = {*shown, *(part.medium for part in parts)}
+    are_places = all(part.keyed for part in parts)
+    return tuple(
+        _with_tags(turn, kinds, are_places) if turn.role == "user" else turn for turn in dialogue
+    )
+
+
+def _with_tags(message: Message, kinds: Collection[Medium], are_places: bool) -> Message:
+    """A message whose tags of kinds that no key of it names, which are read, are places or text."""
+    left = [kind for kind in kinds if not any(p.keyed and p.medium is kind for p in message.parts)]
+    pieces: list[str | MediaPart] = []
+    for piece in message.pieces:
+        if isinstance(piece, MediaPart):
+            pieces.append(piece)
+        elif are_places:
+            found = split_tags(piece, left)
+            pieces += [MediaPart(one) if isinstance(one, Medium) else one for one in found]
+        else:
+            pieces.append(unescaped(piece, left))
+    if pieces == list(message.pieces):
+        return message
+    content = pieces[0] if len(pieces) == 1 and isinstance(pieces[0], str) else tuple(pieces)
+    added = sum(isinstance(piece, MediaPart) for piece in pieces) > len(message.parts)
+    return dataclasses.replace(message, content=content, tagged=message.tagged or added)
+
+
 def _of_parts(
     dialogue: Turns, medium: Medium, column: Sequence[Any], folder: MediaFolder
 ) -> list[Any]:
-    """What the parts of one kind show: what they name, else the column's entries in order."""
+    """What the places of one kind show: what they name, else the column's entries in order. A
+    column of as many entries as places says again what they name."""
     parts = [part for turn in dialogue for part in turn.parts if part.medium is medium]
     named = [folder.part(part.part) if part.part is not None else None for part in parts]
-    waiting = named.count(None)
-    if waiting == 0 and named and len(column) in (0, len(named)):
-        return named  # a column beside them says the same again
+    kind, waiting = medium.value, named.count(None)
+    if len(column) == len(named) and all(map(_agree, named, column)):
+        # Of a video the column may know the rate, too.
+        pairs = zip(named, column, strict=True)
+        return [one if isinstance(one, ImageRef) else other for one, other in pairs]
     if waiting != len(column):
-        kind = medium.value
-        detail = f"{waiting} {kind} parts that name none, for {len(column)} {kind}s of the columns"
+        detail = (
+            f"{waiting} places of {kind}s that name none, for {len(column)} {kind}s of the columns"
+        )
+        if len(column) == len(named):
+            detail += ", which are not those that messages name"
         raise UnusableRow("placeholder_count", detail)
     left = iter(column)
     return [next(left) if one is None else one for one in named]
+
+
+def _agree(named: ImageRef | VideoRef | None, other: ImageRef | VideoRef) -> bool:
+    """Whether a place names nothing, or what the column has there."""
+    if named is None:
+        return True
+    if isinstance(named, VideoRef) and isinstance(other, VideoRef):
+        same = len(named.frames) == len(other.frames) and named.fps in (None, other.fps)
+        return same and all(map(_agree, named.frames, other.frames))
+    if not isinstance(named, ImageRef) or not isinstance(other, ImageRef):
+        return False
+    if named.path is not None and named.path == other.path:
+        return True
+    try:
+        return named.fingerprint() == other.fingerprint()
+    except DataError:  # a file that cannot be read
+        return False
 
 
 def _count(dialogue: Turns, medium: Medium) -> int:

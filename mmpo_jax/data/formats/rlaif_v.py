@@ -140,7 +140,7 @@ def _columns(record: Record, writer: Writer) -> dict[str, Any]:
         "rejected": answer_of(rejected),
         "idx": record.id,
     }
-    return with_extra(row, extra)
+    return with_extra(row, extra, writer)
 
 
 def _write_log_probs(record: Record) -> list[Any] | None:

@@ -24,4 +24,10 @@ def split_tags(text: str, media: Collection[Medium]) -> list[Piece]:
         return [text]
     kinds = {tag: medium for medium, tag in TAGS.items()}
     pieces = filter(None, re.split(rf"(?<!\\)({tags})", text))
-    return [kinds.get(piece) or re.sub(rf"\\({tags})", r"\1", piece) for piece in pieces]
+    return [kinds.get(piece) or unescaped(piece, media) for piece in pieces]
+
+
+def unescaped(text: str, media: Collection[Medium]) -> str:
+    """A text without the backslash in front of the tags of these kinds."""
+    tags = "|".join(TAGS[medium] for medium in media)
+    return re.sub(rf"\\({tags})", r"\1", text) if tags else text

@@ -62,8 +62,10 @@ def _claims(row: Row) -> bool:
 def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
     prompt, answers = _prompt_and_answers(row, messages_as)
     used = [name for name in (*_COLUMNS, *_SAMPLED, "system") if name in row]
+    unread = [] if _reads_responses(row) else ["responses", *_SAMPLED]
     if _ids_of_others(row):
-        used.remove("response_ids")
+        unread.append("response_ids")
+    used = [name for name in used if name not in unread]
     if not any(name in row for name in _COLUMNS):
         used.append("messages")
     if "chosen" in row:
@@ -74,6 +76,11 @@ def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
     if "prompt" in row and "question" in row:
         used.remove("question")
     return draft_of(row, media, prompt, answers, used, samples="responses" in row)
+
+
+def _reads_responses(row: Row) -> bool:
+    """Whether the responses are those of ``responses``, which other columns come before."""
+    return "responses" in row and "chosen" not in row and "completion" not in row
 
 
 def _prompt_and_answers(row: Row, messages_as: MessagesAs) -> tuple[Turns, tuple[Answer, ...]]:
@@ -248,7 +255,7 @@ def _write(record: Record, writer: Writer) -> dict[str, Any]:
     columns = writer.embed == "bytes"
     said = functools.partial(messages, record=record, tags=columns, by_column=columns)
     if not record.prompt and len(responses) == 1:
-        return with_extra(row | {"messages": said(responses[0].turns)}, record.extra)
+        return with_extra(row | {"messages": said(responses[0].turns)}, record.extra, writer)
     if record.prompt:
         row["prompt"] = said(record.prompt)
     answer = functools.partial(said, behind=record.prompt)
@@ -276,7 +283,7 @@ def _write(record: Record, writer: Writer) -> dict[str, Any]:
             raise CannotHold("finished", detail="of a chosen and a rejected response")
         if any(response.token_ids is not None for response in responses):
             raise CannotHold("token_ids", detail="of a chosen and a rejected response")
-    return with_extra(row, record.extra)
+    return with_extra(row, record.extra, writer)
 
 
 def _written_scores(record: Record) -> dict[str, float]:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from mmpo_jax.data.formats.entries import PART_KINDS, entries
+from mmpo_jax.data.formats.entries import PART_KINDS, entries, same_part
 from mmpo_jax.data.formats.tags import count_tags, split_tags
 from mmpo_jax.data.records import IMAGE, VIDEO, Medium, Role
 from mmpo_jax.data.rows import UnusableRow
@@ -51,10 +51,12 @@ class MediaPart:
 
     Attributes:
       part: as the row has it, where it names what it shows; None for the next of the row's columns.
+      keyed: whether a key of the message names it, and no part of its content stands for it.
     """
 
     medium: Medium
     part: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
+    keyed: bool = dataclasses.field(default=False, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +140,8 @@ def parse_turn(message: Any) -> Message:
     if speaker == "function_call":
         content, given["tool_calls"] = "", _calls(content)
     if isinstance(given.get("tool_calls"), str):
-        given["tool_calls"] = _from_json(given["tool_calls"], "tool_calls")
+        calls = _from_json(given.pop("tool_calls"), "tool_calls")
+        given |= {} if calls is None else {"tool_calls": calls}
     shown = _shown_by_keys(given)
     if content is None and (given or shown):
         content = ""  # a mere call of tools, or a picture
@@ -151,14 +154,16 @@ def parse_turn(message: Any) -> Message:
 
 def _shown_by_keys(given: dict[str, Any]) -> list[MediaPart]:
     """The media under keys of a message that are called as the columns of a row are; the keys go.
+    An empty text says nothing there, as a file of columns may have one in every message.
 
     Returns:
       Images, then videos.
     """
     found = []
     for medium, name in (IMAGE, "image"), (VIDEO, "video"):
-        named = entries(given, medium.value)
-        found += [MediaPart(medium, {"type": name, name: entry}) for entry in named]
+        said = {key: given[key] for key in (name, f"{name}s") if given.get(key, "") != ""}
+        named = entries(said, medium.value)
+        found += [MediaPart(medium, {"type": name, name: entry}, keyed=True) for entry in named]
         for key in (name, f"{name}s"):
             given.pop(key, None)
     return found
@@ -168,13 +173,15 @@ def _with_shown(
     said: str | tuple[str | MediaPart, ...], shown: Sequence[MediaPart]
 ) -> tuple[tuple[str | MediaPart, ...], bool]:
     """(content, whether tags say the places) of a message with the media of its keys: in place of
-    its parts that name nothing, else of its tags, else in front.
+    its parts that name nothing, else of its tags, else in front. Where all its parts of a kind name
+    media, the keys say these again.
 
     Raises:
-      UnusableRow: there are more or fewer places of a kind than media.
+      UnusableRow: there are more or fewer places of a kind than media, or other media there.
     """
-    kinds = {part.medium for part in shown}
     pieces: list[str | MediaPart] = [said] if isinstance(said, str) else list(said)
+    shown = [part for part in shown if not _says_again(pieces, shown, part.medium)]
+    kinds = {part.medium for part in shown}
     waits = any(isinstance(piece, MediaPart) and piece.part is None for piece in pieces)
     texts = [piece for piece in pieces if isinstance(piece, str)]
     tagged = not waits and any(count_tags(text, kind) for text in texts for kind in kinds)
@@ -193,8 +200,26 @@ def _with_shown(
             detail = f"{len(places)} places for {len(left)} {kind.value}s of a message"
             raise UnusableRow("placeholder_count", detail)
         for place, part in zip(places, left, strict=True):
-            pieces[place] = part
+            pieces[place] = part if tagged else dataclasses.replace(part, keyed=False)
     return tuple(pieces), tagged
+
+
+def _says_again(
+    pieces: Sequence[str | MediaPart], shown: Sequence[MediaPart], kind: Medium
+) -> bool:
+    """Whether the keys of a message name the media of a kind that its parts name.
+
+    Raises:
+      UnusableRow: all parts of that kind name media, and the keys others.
+    """
+    named = [one.part for one in pieces if isinstance(one, MediaPart) and one.medium is kind]
+    if not named or None in named:
+        return False
+    given = [part.part for part in shown if part.medium is kind]
+    if len(named) != len(given) or not all(map(same_part, named, given)):
+        detail = f"the parts of a message name other {kind.value}s than its keys"
+        raise UnusableRow("placeholder_count", detail)
+    return True
 
 
 def _split(piece: str | MediaPart, kinds: Collection[Medium]) -> list[str | MediaPart]:
@@ -221,8 +246,9 @@ def _calls(content: Any) -> list[dict[str, Any]]:
 
 
 def _from_json(text: str, name: str) -> Any:
+    """What a text of JSON says; None where it is blank."""
     try:
-        return json.loads(text)
+        return json.loads(text) if text.strip() else None
     except ValueError as error:
         raise UnusableRow("bad_message", f"{name} that are no JSON: {error}") from error
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 
+from mmpo_jax.data.formats.entries import same_part
 from mmpo_jax.data.formats.turns import (
+    MediaPart,
     Message,
     Turns,
     split_common_prompt,
@@ -94,11 +96,26 @@ def _said_once(prompt: Turns, common: Turns) -> Turns:
 
 
 def _with_parts(ours: Message, theirs: Message) -> Message:
-    """A turn of a dialogue, with the pictures that only the prompt names in it."""
-    if ours.parts and theirs.parts and len(ours.parts) != len(theirs.parts):
+    """A turn of a dialogue, with the pictures that only the prompt names in it.
+
+    Raises:
+      UnusableRow: both show something there, and not the same.
+    """
+    if not theirs.parts:
+        content = ours.content if ours.parts else theirs.content
+        return dataclasses.replace(theirs, content=content, keys={**ours.keys, **theirs.keys})
+    if ours.parts and [p.medium for p in ours.parts] != [p.medium for p in theirs.parts]:
         detail = "the prompt shows another number of pictures than the dialogues"
         raise UnusableRow("prompt_differs", detail)
-    lacks = not any(part.part for part in theirs.parts) and any(part.part for part in ours.parts)
-    lacks |= bool(ours.parts) and not theirs.parts
-    content = ours.content if lacks else theirs.content
-    return dataclasses.replace(theirs, content=content, keys={**ours.keys, **theirs.keys})
+    named = iter(ours.parts or theirs.parts)
+    pieces = (one if isinstance(one, str) else _one_of(next(named), one) for one in theirs.pieces)
+    return dataclasses.replace(theirs, content=tuple(pieces), keys={**ours.keys, **theirs.keys})
+
+
+def _one_of(ours: MediaPart, theirs: MediaPart) -> MediaPart:
+    """What two parts show, of which one may name nothing."""
+    if ours.part is None or theirs.part is None:
+        return ours if theirs.part is None else theirs
+    if not same_part(ours.part, theirs.part):
+        raise UnusableRow("prompt_differs", "the prompt shows other pictures than the dialogues")
+    return theirs

@@ -249,11 +249,15 @@ def _keys_by_column(keys: Mapping[str, Any]) -> dict[str, Any]:
     written = dict(keys)
     if "tool_calls" in written:
         written["tool_calls"] = json.dumps(written["tool_calls"], ensure_ascii=False)
-    for name, value in written.items():
+    _check_columns(written, "message keys")
+    return written
+
+
+def _check_columns(values: Mapping[str, Any], field: str) -> None:
+    for name, value in values.items():
         if _has_nothing(value):
             detail = f"{name} holds null or an empty object, which columns do not; write JSONL"
-            raise CannotHold("message keys", detail=detail)
-    return written
+            raise CannotHold(field, detail=detail)
 
 
 def _has_nothing(value: Any) -> bool:
@@ -331,12 +335,15 @@ def template_columns(record: Record, *, as_text: bool = False) -> dict[str, Any]
     return {name: json.dumps(value, ensure_ascii=False) for name, value in columns.items()}
 
 
-def with_extra(row: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+def with_extra(row: dict[str, Any], extra: Mapping[str, Any], writer: Writer) -> dict[str, Any]:
     """A row with columns that mean nothing to us.
 
     Raises:
-      CannotHold: one has the name of a column that does.
+      CannotHold: one has the name of a column that does; or, for a file of columns, would not come
+        back as it is.
     """
+    if writer.embed == "bytes":
+        _check_columns(extra, "extra")
     taken = ", ".join(sorted({*row, "id"} & extra.keys()))
     if taken:
         raise CannotHold("extra", detail=f"{taken}: the column means something else here")
