@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         generate,
         load,
         log_probs,
+        make_term,
         record,
         save,
         start_training,
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from mmpo_jax.data.readers import read_records
     from mmpo_jax.data.records import ImageRef, Record, Response, Turn
     from mmpo_jax.objectives.pairs import Side, pairwise
-    from mmpo_jax.objectives.terms import make_term
     from mmpo_jax.parallel.mesh import make_mesh
 
 __version__ = "0.1.0"
@@ -43,7 +43,7 @@ _PUBLIC = {
     "load": "api",
     "log_probs": "api",
     "make_mesh": "parallel.mesh",
-    "make_term": "objectives.terms",
+    "make_term": "api",
     "pairwise": "objectives.pairs",
     "read_records": "data.readers",
     "record": "api",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import PIL.Image
 from jax.sharding import Mesh
 
 from mmpo_jax.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from mmpo_jax.checkpoints.huggingface import save_model
 from mmpo_jax.checkpoints.train_state import TrainState
-from mmpo_jax.core.errors import DataError
+from mmpo_jax.core.errors import DataError, MmpoError
 from mmpo_jax.data import pipeline
 from mmpo_jax.data.batching import fitting_lengths
 from mmpo_jax.data.pipeline import TrainBatch
@@ -25,7 +28,9 @@ from mmpo_jax.data.records import ImageRef, Record, Response, Turn
 from mmpo_jax.data.tokenization import Tokenize, TokenizedRecord, tokenize, tokenize_records
 from mmpo_jax.generation.responses import generate_responses
 from mmpo_jax.models.precision import inference_dtype
+from mmpo_jax.objectives.catalog import OBJECTIVES
 from mmpo_jax.objectives.terms import Metrics, Term, needs
+from mmpo_jax.objectives.terms import make_term as objective_term
 from mmpo_jax.parallel.mesh import batch_shards, make_mesh, put_batch
 from mmpo_jax.recipes.sampling import Decoding
 from mmpo_jax.scoring.log_probs import score_records
@@ -58,7 +63,7 @@ def load(
 def record(
     prompt: str,
     *,
-    images: Sequence[str | os.PathLike[str] | bytes] = (),
+    images: Sequence[str | os.PathLike[str] | bytes | PIL.Image.Image] = (),
     responses: Sequence[str] = (),
     id: str = "",
 ) -> Record:
@@ -66,18 +71,53 @@ def record(
 
     Args:
       prompt: what the user says; images stand before it.
-      images: files, or encoded images (PNG, JPEG, ...).
+      images: files, encoded images (PNG, JPEG, ...), or Pillow's.
       responses: of the assistant; of two the first is chosen and the second rejected.
       id: of the record; samples are drawn by it, so records of one call need different ones.
+
+    Raises:
+      DataError: one text or image stands where a list should, or an image is none of these.
     """
-    refs = tuple(
-        ImageRef(f"image {number}", data=image)
-        if isinstance(image, bytes)
-        else ImageRef(os.fspath(image), path=Path(image))
-        for number, image in enumerate(images, start=1)
-    )
+    for name, several in (("images", images), ("responses", responses)):
+        if isinstance(several, str | bytes | os.PathLike):
+            raise DataError(f"{name}: give a list, also of one")
+    refs = tuple(_image(image, number) for number, image in enumerate(images, start=1))
     ranked = tuple(Response.of(text, rank=rank) for rank, text in enumerate(responses, start=1))
     return Record(id, refs, (Turn("user", prompt),), ranked)
+
+
+def _image(image: Any, number: int) -> ImageRef:
+    if isinstance(image, bytes):
+        return ImageRef(f"image {number}", data=image)
+    if isinstance(image, str | os.PathLike):
+        return ImageRef(os.fspath(image), path=Path(image))
+    if isinstance(image, PIL.Image.Image):
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        return ImageRef(f"image {number}", data=file.getvalue())
+    raise DataError(f"image {number} is a {type(image).__name__}: give a file, bytes or Pillow's")
+
+
+def make_term(name: str, weight: float = 1.0, **options: Any) -> Term:
+    """An objective by its name with its options, the defaults where none is given.
+
+    Args:
+      name: as `mmpo objectives` lists it, or of a function under `pairwise`.
+      weight: how much it counts beside the others.
+      **options: its keyword arguments.
+
+    Raises:
+      MmpoError: there is no such objective or option.
+    """
+    if name not in OBJECTIVES:
+        near = difflib.get_close_matches(name, OBJECTIVES, n=3)
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise MmpoError(f"there is no objective {name!r}{hint}")
+    try:
+        return objective_term(name, weight, **options)
+    except TypeError as error:
+        known = ", ".join(OBJECTIVES[name].options) or "none"
+        raise MmpoError(f"{error}; its options: {known}") from error
 
 
 def generate(
@@ -104,6 +144,8 @@ def generate(
     Raises:
       DataError: a record cannot be tokenized, with the reason.
     """
+    if not records:
+        return []
     tokenized = _tokenized(checkpoint, _with_ids(records))
     generated = generate_responses(
         checkpoint,
@@ -142,6 +184,8 @@ def log_probs(
     Raises:
       DataError: a record cannot be tokenized, with the reason.
     """
+    if not records:
+        return []
     tokenized = _tokenized(checkpoint, _with_ids(records))
     dtype = compute_dtype or inference_dtype(checkpoint.params).name
     mesh, lengths = _mesh(checkpoint), fitting_lengths(tokenized)

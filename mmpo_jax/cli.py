@@ -6,6 +6,7 @@ does is in `mmpo_jax.commands`, in a module of its name with a function `main`.
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import atexit
 import contextlib
@@ -17,7 +18,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, get_args
 
 from mmpo_jax.core import progress
@@ -112,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", ".*decompression bomb")  # images over the limit are skipped
     try:
-        with progress.told():
+        with progress.told(), _interrupts_that_arrive():
             _run(options)
     except MmpoError as error:
         print(f"mmpo {options.command}: {error}", file=sys.stderr)
@@ -135,6 +136,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 1
     return 0
+
+
+@contextlib.contextmanager
+def _interrupts_that_arrive() -> Iterator[None]:
+    """Ctrl-C comes again where Python had to ignore it: in a callback of the garbage collector, of
+    which JAX has one, or in an object's end."""
+    before = sys.unraisablehook
+
+    def hook(ignored: Any) -> None:
+        if ignored.exc_type is KeyboardInterrupt:
+            threading.Timer(0.05, _thread.interrupt_main).start()
+        else:
+            before(ignored)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _run(options: argparse.Namespace) -> None:

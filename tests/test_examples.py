@@ -1,12 +1,14 @@
 """The example scripts run as they are, from the library's public names."""
 
 import importlib.util
+import io
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import numpy as np
+import PIL.Image
 import pytest
 from jax.sharding import AxisType
 
@@ -93,9 +95,10 @@ def test_importing_is_light():
 def test_log_probs_and_batches_of_the_library(tiny_model, tiny_processor, example):
     """As the functions beneath have them; records without an id get one."""
     start = mm.Checkpoint(tiny_model[0], tiny_processor, tiny_model[1]).placed(api.make_mesh())
+    shown = PIL.Image.open(io.BytesIO(picture(1)))
     made = [
         mm.record("a ring ?", images=[picture(0)], responses=["yes", "no"]),
-        mm.record("a star ?", images=[picture(1)], responses=["no", "yes"]),
+        mm.record("a star ?", images=[shown], responses=["no", "yes"]),
     ]
     sums = mm.log_probs(start, made)
     tokens = mm.log_probs(start, made, per_token=True)
@@ -112,6 +115,17 @@ def test_what_cannot_be_used_is_named(tiny_model, tiny_processor):
     start = mm.Checkpoint(tiny_model[0], tiny_processor, tiny_model[1]).placed(api.make_mesh())
     with pytest.raises(mm.MmpoError, match=r"none\.png"):
         mm.log_probs(start, [mm.record("a ring ?", images=["none.png"], responses=["yes"])])
+    with pytest.raises(mm.MmpoError, match="responses: give a list"):
+        mm.record("a ring ?", responses="yes")
+    with pytest.raises(mm.MmpoError, match="images: give a list"):
+        mm.record("a ring ?", images="ring.png")
+    with pytest.raises(mm.MmpoError, match="image 1 is a int"):
+        mm.record("a ring ?", images=[3])
+    with pytest.raises(mm.MmpoError, match="no objective 'dop'; did you mean dp"):
+        mm.make_term("dop")
+    with pytest.raises(mm.MmpoError, match=r"no option 'betta'; its options: .*beta"):
+        mm.make_term("dpo", betta=1)
+    assert mm.log_probs(start, []) == mm.generate(start, []) == []
     with pytest.raises(mm.MmpoError, match="no multiple"):
         many = jax.make_mesh((8, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)
         wide = mm.Checkpoint(tiny_model[0], tiny_processor, tiny_model[1]).placed(many)

@@ -25,6 +25,10 @@ ENOUGH = 0.9
 """Share of an update or of a margin; what keeps less is warned of."""
 
 
+NOISE = 1e-5
+"""Of a margin: what float32 sums of log-probs, of some hundred nats, are off by."""
+
+
 @dataclasses.dataclass(frozen=True)
 class SavedWeights:
     """In what dtype weights were saved and what that left of the training."""
@@ -65,7 +69,7 @@ class SavedWeights:
         if self.survived is not None and self.survived < ENOUGH:
             return True
         off = abs(self.as_saved - self.of_run)
-        return self.metric == MARGIN and off > (1 - ENOUGH) * abs(self.of_run)
+        return self.metric == MARGIN and off > max((1 - ENOUGH) * abs(self.of_run), NOISE)
 
 
 @dataclasses.dataclass(frozen=True)

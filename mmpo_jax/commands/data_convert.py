@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import shutil
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
@@ -116,6 +117,7 @@ def convert_data(
     if image_root is not None and not source.startswith(TFDS):
         root = image_root
     copies = os.path.join(root, f"{os.path.basename(stem)}.images")
+    had_copies = os.path.isdir(copies)
     writer = Writer(root, copies, _EMBED.get(ending.lower(), "no"))
     skipped: list[SkippedRow] = []
     partly: list[SkippedRow] = []
@@ -146,7 +148,12 @@ def convert_data(
     else:
         epath.Path(skipped_file).unlink(missing_ok=True)
     merged = 0 if joined is None else joined.merged
-    check_skipped(skipped, len(made) + merged + len(skipped), max_skipped)
+    try:
+        check_skipped(skipped, len(made) + merged + len(skipped), max_skipped)
+    except DataError as error:
+        if not had_copies:
+            shutil.rmtree(copies, ignore_errors=True)
+        raise DataError(f"{error}\n{skipped_file} has all of them; no row is written") from error
     write_rows(target, made)
     # Ids are written as the rows have them, and so are columns that mean nothing.
     notes = dataclasses.replace(notes, repeated_ids=0, ignored=Counter())

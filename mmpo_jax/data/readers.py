@@ -24,11 +24,19 @@ from mmpo_jax.data.ids import RowIds, own_id
 from mmpo_jax.data.images import ImageTooLarge, image_size, open_image
 from mmpo_jax.data.notes import Notes
 from mmpo_jax.data.records import ANSWERS, ImageRef, Record, VideoRef
-from mmpo_jax.data.rows import MessagesAs, SkipReason, UnusableRow
+from mmpo_jax.data.rows import MessagesAs, Row, SkipReason, UnusableRow
 from mmpo_jax.data.tables import folder_of, numbered_rows
 
 Problem = tuple[SkipReason, str]
 """Why a row is left out: a word to count by, and what exactly is wrong, for a person."""
+
+RESPONSES = frozenset(
+    {
+        *("chosen", "rejected", "rejected_response", "completion", "response", "responses"),
+        *("response_ids", "finished", "label", "kto_tag", "score", "scores", "rank", "ranks"),
+    }
+)
+"""Columns that say nothing of a prompt."""
 
 _LONGEST_DETAIL = 500
 """Characters of what is wrong; a row may hold a picture where nobody expects one."""
@@ -63,6 +71,7 @@ def read_records(
     messages_as: MessagesAs = "last_turn",
     format: str = "auto",
     notes: Notes | None = None,
+    prompts_only: bool = False,
 ) -> tuple[list[Record], list[SkippedRow]]:
     """All usable records of a file, in order, and the rows left out.
 
@@ -70,7 +79,7 @@ def read_records(
     """
     records: list[Record] = []
     skipped: list[SkippedRow] = []
-    rows = iter_records(path, image_root, messages_as, format, notes)
+    rows = iter_records(path, image_root, messages_as, format, notes, prompts_only)
     for item in counted(rows, f"reading {os.fspath(path)}"):
         if isinstance(item, Record):
             kept = {name: item.extra[name] for name in ANSWERS if name in item.extra}
@@ -86,6 +95,7 @@ def iter_records(
     messages_as: MessagesAs = "last_turn",
     format: str = "auto",
     notes: Notes | None = None,
+    prompts_only: bool = False,
 ) -> Iterator[Record | SkippedRow]:
     """Read data row by row; images are found but not decoded.
 
@@ -97,6 +107,8 @@ def iter_records(
         the turns before it being the prompt. "dialogue": every assistant turn; the prompt is empty.
       format: one of `FORMATS`, or "auto" for each row's own.
       notes: counts what rows hold, where given.
+      prompts_only: whether responses will not be read: a row that only they make unusable is read
+        without them.
 
     Raises:
       DataError: the file is missing, unreadable or of an unknown kind, or the format is unknown.
@@ -119,8 +131,16 @@ def iter_records(
             own = own_id(present)
             id_ = ids.name(own, number)
             shown, column = with_pictures(present)
-            draft = convention.read(shown, media, messages_as)
-            record = finish(draft, id_, number, media)
+            try:
+                draft = convention.read(shown, media, messages_as)
+                record = finish(draft, id_, number, media)
+            except UnusableRow as unusable:
+                if not prompts_only:
+                    raise
+                try:
+                    record = _prompt_alone(shown, id_, number, media, format)
+                except UnusableRow:
+                    raise unusable from None
         except UnusableRow as unusable:
             detail = unusable.detail[:_LONGEST_DETAIL]
             yield SkippedRow(os.fspath(path), number, id_, unusable.reason, detail)
@@ -131,6 +151,17 @@ def iter_records(
                 notes.pictures_in[column] += 1
             notes.add(record)
             yield record
+
+
+def _prompt_alone(row: Row, id_: str, number: int, media: MediaFolder, format: str) -> Record:
+    """The record of a row's prompt, whatever is wrong with its responses.
+
+    Raises:
+      UnusableRow: it has none that can be used.
+    """
+    asked = {name: value for name, value in row.items() if name not in RESPONSES}
+    convention = choose_format(asked) if format == "auto" else format_called(format)
+    return finish(convention.read(asked, media, "last_turn"), id_, number, media)
 
 
 def left_out_rows(records: Iterable[Record], file: str) -> list[SkippedRow]:

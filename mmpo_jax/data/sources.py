@@ -77,7 +77,9 @@ def load_file(data: FileData, supervised: bool, messages_as: MessagesAs) -> Sour
       DataError: the file cannot be read.
     """
     notes = Notes()
-    records, skipped = read_records(data.path, data.image_root, messages_as, data.format, notes)
+    records, skipped = read_records(
+        data.path, data.image_root, messages_as, data.format, notes, prompts_only=not supervised
+    )
     for line in notes.lines():
         log.info("%s: %s", data.path, line)
     for line in notes.warnings():

@@ -1,6 +1,8 @@
 """The command line: one clear message and exit status 1 for whatever a person can mend."""
 
 import json
+import signal
+import time
 
 import jax
 import pytest
@@ -94,7 +96,7 @@ BAD_ROWS = {
     "no-bytes": "image_broken",
     "outside": "image_outside_folder",
     "missing": "image_missing",
-    "empty-response": "empty_response",
+    "empty-prompt": "no_prompt",
     "too-long": "prompt_too_long",
 }
 
@@ -119,10 +121,10 @@ class TestGenerate:
             {"id": "no-bytes", "image": "no-bytes.png", "prompt": ask},
             {"id": "outside", "image": "../secret.png", "prompt": ask},
             {"id": "missing", "image": "7.png", "prompt": ask},
-            {"id": "empty-response", "prompt": ask, **pair, "rejected": " "},
+            {"id": "empty-prompt", **pair},
             {"id": "too-long", "image": "0.png", "prompt": "red " * 30},
             {"id": "second", "image": "1.png", "prompt": "describe the picture .", **pair},
-            {"id": "text", "prompt": ask},
+            {"id": "text", "prompt": ask, **pair, "rejected": " "},  # which is not read
         ]
         return folder, rows
 
@@ -205,3 +207,19 @@ def test_objectives_by_name(capsys):
     assert "\nmdpo\n  mDPO: " in capsys.readouterr().out
     assert cli.main(["objectives", "dppo"]) == 1
     assert "there is no objective 'dppo'; did you mean dpo" in capsys.readouterr().err
+
+
+def test_ctrl_c_that_python_ignores_comes_again(generation, mmpo, monkeypatch):
+    """Where an object ends, as in a callback of the garbage collector, nothing can be raised."""
+
+    class Odd:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    def main(recipe):
+        Odd()
+        time.sleep(20)
+
+    monkeypatch.setattr(generate, "main", main)
+    status, _, told = mmpo("generate", generation)
+    assert status == 130 and "goes on from what is finished" in told

@@ -1,5 +1,6 @@
 """Rows converted to records and back: every field is kept, and files are where rows say."""
 
+import base64
 import json
 import os
 
@@ -21,6 +22,7 @@ from helpers.format_rows import (
 )
 
 from mmpo_jax.commands.data_convert import convert_data
+from mmpo_jax.core.errors import DataError
 from mmpo_jax.data.formats import FORMATS
 from mmpo_jax.data.formats.writing import Writer
 from mmpo_jax.data.readers import read_records
@@ -142,3 +144,18 @@ def test_frames_from_anywhere_make_a_folder(folder):
     convert_data(str(source), str(folder / "out.jsonl"), format="mm_rlhf")
     (record,), _ = read_records(folder / "out.jsonl")
     assert [frame.read() for frame in record.videos[0].frames] == [png("blue"), png()]
+
+
+def test_a_refused_conversion_leaves_what_it_says(folder):
+    """Not the images that it had copied."""
+    shown = "data:image/png;base64," + base64.b64encode(png()).decode()
+    row = {"prompt": "What?", "image": shown, "chosen": "A.", "rejected": "B."}
+    rows = [row, row | {"chosen": ""}]
+    source, target = write_jsonl(folder / "rows.jsonl", rows), folder / "out.jsonl"
+    with pytest.raises(
+        DataError, match=r"empty_response 1\n(.*\n)*.*out\.rejected_rows\.jsonl has"
+    ):
+        convert_data(str(source), str(target))
+    assert {path.name for path in folder.glob("out*")} == {"out.rejected_rows.jsonl"}
+    convert_data(str(source), str(target), max_skipped=0.5)
+    assert (folder / "out.images").is_dir()

@@ -289,3 +289,26 @@ print("shapes" in FORMATS)
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
     )
     assert done.stdout.split() == ["DataError", "True"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "What?", "chosen": "A cat.", "rejected": ""},
+        {"prompt": "What?", "completion": "A cat.", "label": "meh"},
+        {"prompt": "What?", "responses": "A cat."},
+    ],
+    ids=["rejected", "label", "responses"],
+)
+def test_prompts_alone_whatever_is_wrong_with_responses(folder, row):
+    path = write_jsonl(folder / "rows.jsonl", [row])
+    (record,), skipped = read_records(path, prompts_only=True)
+    assert not skipped and [turn.text for turn in record.prompt] == ["What?"]
+    assert record.responses == ()
+
+
+def test_a_prompt_that_is_wrong_is_told_of_the_whole_row(folder):
+    row = {"prompt": "", "chosen": "A cat.", "rejected": ""}
+    path = write_jsonl(folder / "rows.jsonl", [row])
+    (_, (alone,)), (_, (whole,)) = read_records(path, prompts_only=True), read_records(path)
+    assert str(alone) == str(whole)

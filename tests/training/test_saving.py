@@ -159,6 +159,7 @@ def test_what_rounding_leaves_is_measured_and_told(trained, caplog, dtype):
         (1.0, 0.02, 0.0201, False),
         (1.0, 0.02, 0.001, True),
         (1.0, 0.0, 0.0, False),
+        (1.0, -4e-9, -3e-8, False),  # numerical noise
         (0.5, 0.02, 0.02, True),
     ],
 )
