@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 QUICK := $(addprefix tests/, test_xla_flags.py cli core/test_stage.py core/test_files.py commands/test_convert.py data feedback \
 	checkpoints/test_huggingface.py models/test_log_probs.py checkpoints/test_saving.py parallel \
 	objectives/test_preference.py objectives/test_registry.py picture_world/test_tfds_builder.py \
-	training/test_loop.py checkpoints/test_orbax.py training/test_lora.py training/test_step.py generation \
+	training/test_loop.py training/test_checkpoints.py training/test_lora.py training/test_step.py generation \
 	alignment/test_align.py alignment/test_align_recipes.py)
 
 .PHONY: align test test-all test-quick check clean
