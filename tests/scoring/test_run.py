@@ -104,11 +104,11 @@ def test_a_run_that_was_killed_goes_on(mmpo, tiny_folder, pictures, tmp_path, mo
     whole = mmpo("score", tiny_folder, data)
     score, scored = reference.score_records, []
 
-    def count(model, params, processor, records, *args):
+    def count(checkpoint, records, *args):
         scored.extend(record.id for record in records)
         if len(scored) == 3:
             raise Killed
-        return score(model, params, processor, records, *args)
+        return score(checkpoint, records, *args)
 
     monkeypatch.setattr(reference, "score_records", count)
     with pytest.raises(Killed):

@@ -219,8 +219,8 @@ def test_a_reference_in_the_step(mesh):
     loss = dataclasses.replace(
         LINE_LOSS,
         forward=lambda params, reference, batch: line(params, batch) - line(reference, batch),
-        evaluate=evaluate,
-        report=lambda sums: {"gap": sums[0].loss},
+        sums=evaluate,
+        metrics=lambda sums: {"gap": sums[0].loss},
     )
     optimizer = optax.sgd(optax.constant_schedule(0.1))
     seen = []
