@@ -191,7 +191,7 @@ def _run_recipe(options: argparse.Namespace) -> None:
 
 def _module(command: str, starts_jax: bool = False) -> Any:
     """The module of a command, which takes seconds to import with all that it runs."""
-    with progress.doing("starting JAX, loading libraries"):
+    with progress.doing("starting JAX, loading libraries" if starts_jax else "loading libraries"):
         if starts_jax:
             start_jax()
         return importlib.import_module(f"mmpo_jax.commands.{command}")

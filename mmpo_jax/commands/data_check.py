@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-import mmpo_jax.picture_world.registration  # noqa: F401 (its rows are read, too)
 from mmpo_jax.checkpoints.checkpoint import load_processor
 from mmpo_jax.core.files import fingerprint_bytes
 from mmpo_jax.core.progress import counted

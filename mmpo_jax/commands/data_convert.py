@@ -11,7 +11,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from etils import epath
 
-import mmpo_jax.picture_world.registration  # noqa: F401 (its rows are read, too)
 from mmpo_jax.core.errors import DataError, MmpoError
 from mmpo_jax.core.files import check_reachable
 from mmpo_jax.core.output import claimed

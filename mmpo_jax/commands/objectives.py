@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import difflib
 
-import mmpo_jax.picture_world.registration  # noqa: F401 (its reward is listed, too)
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.objectives.catalog import OBJECTIVES
 from mmpo_jax.objectives.listing import render_objectives
