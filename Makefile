@@ -6,7 +6,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-RECIPE ?= configs/shapes_align.yaml
+RECIPE ?= configs/picture_world_align.yaml
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 QUICK := $(addprefix tests/, test_xla_flags.py cli core/test_stage.py core/test_files.py commands/test_convert.py data feedback \
 	checkpoints/test_huggingface.py models/test_log_probs.py checkpoints/test_saving.py parallel \

@@ -34,7 +34,7 @@ ROWS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--recipe", default="configs/shapes_align.yaml")
+    parser.add_argument("--recipe", default="configs/picture_world_align.yaml")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", default="runs/results")
     parser.add_argument("overrides", nargs="*", metavar="key=value")

@@ -18,14 +18,14 @@ import time
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from shapes_preferences import make_preferences
+from picture_world_preferences import make_preferences
 
 from mmpo_jax.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from mmpo_jax.commands.train import run_training
 from mmpo_jax.core.files import write_atomic
 from mmpo_jax.data.settings import FileData
 from mmpo_jax.data.tokenization import TokenizedRecord, tokenize_records
-from mmpo_jax.evaluation.picture_world import evaluate_shapes
+from mmpo_jax.evaluation.picture_world import evaluate_picture_world
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipes.files import load_recipe
 from mmpo_jax.recipes.recipe import EvaluateRecipe, TrainRecipe
@@ -76,7 +76,7 @@ class Bench:
         if not os.path.exists(os.path.join(self.data, "rankings.jsonl")):
             make_preferences(self.data, prompts, seed)
         # The seed moves the scenes, their captions, the order of training and what is sampled.
-        path = os.path.join(CONFIGS, "shapes_evaluate.yaml")
+        path = os.path.join(CONFIGS, "picture_world_evaluate.yaml")
         self.evaluation = load_recipe(EvaluateRecipe, path, [f"evaluation.seeds=[{seed}]"])
         self.mesh = make_mesh()
         self.start = load_checkpoint(self.evaluation.model, self.mesh)
@@ -90,7 +90,7 @@ class Bench:
     def run(self, path: str | None, overrides: Sequence[str] = ()) -> tuple[str, Result]:
         """(the name of a recipe, its figures); without a path, those of the start model."""
         name = START if path is None else os.path.splitext(os.path.basename(path))[0]
-        name = name.removeprefix("shapes_")
+        name = name.removeprefix("picture_world_")
         file = os.path.join(self.folder, f"{name}.json")
         if os.path.exists(file):
             with open(file) as text:
@@ -102,7 +102,7 @@ class Bench:
             result["seconds"] = time.perf_counter() - started
             checkpoint = load_checkpoint(folder, self.mesh)
             result |= reward_accuracies(self.held, self.score(checkpoint), self.reference)
-        result |= evaluate_shapes(
+        result |= evaluate_picture_world(
             checkpoint,
             self.evaluation.evaluation,
             self.evaluation.lengths,

@@ -15,8 +15,10 @@ from mmpo_jax.picture_world.world import sample_scene
 
 def main(arguments: list[str] | None = None) -> str:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="builtin:shapes", help="trained; any name of a model")
-    parser.add_argument("--reference", default="builtin:shapes", help="what it started from")
+    parser.add_argument(
+        "--model", default="builtin:picture_world", help="trained; any name of a model"
+    )
+    parser.add_argument("--reference", default="builtin:picture_world", help="what it started from")
     parser.add_argument("--prompt", default="describe the picture .")
     parser.add_argument("--samples", type=int, default=8)
     options = parser.parse_args(arguments)

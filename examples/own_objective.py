@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
     parser.add_argument("--output", help="Hugging Face folder for the result")
     options = parser.parse_args(arguments)
 
-    start = mm.load("builtin:shapes")
+    start = mm.load("builtin:picture_world")
     records = [caption_pair(index) for index in range(options.pairs)]
     terms = [mm.make_term("hinge_dpo", beta=0.5)]
     state, step = mm.start_training(start, terms, optax.adamw(1e-4))

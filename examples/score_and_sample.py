@@ -11,7 +11,7 @@ from mmpo_jax.picture_world.world import sample_scene
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="builtin:shapes", help="folder, hub id, run, ...")
+    parser.add_argument("--model", default="builtin:picture_world", help="folder, hub id, run, ...")
     parser.add_argument("--image", help="a file; a drawn scene by default")
     parser.add_argument("--prompt", default="is there a star ?")
     parser.add_argument("--responses", nargs="*", default=["yes .", "no ."])

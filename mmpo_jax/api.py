@@ -49,7 +49,7 @@ def load(
 
     Args:
       name: a Hugging Face folder, a bucket, a hub id, a run of `mmpo train`, an adapter's
-        folder, or `builtin:shapes`.
+        folder, or `builtin:picture_world`.
       mesh: the devices, see `make_mesh`; all of them, fully sharded, by default.
       attention: what computes it, see `models.attention.BACKENDS`.
       template: how dialogues become text: the checkpoint's own, or `vicuna_v1`.

@@ -234,7 +234,7 @@ def _add_data_commands(subparsers: Any) -> None:
         check.add_argument(flag, type=_sizes, default=(), help=help)
     convert.add_argument("source", help="file, folder or tfds:NAME#SPLIT")
     convert.add_argument("target", help="new file: .jsonl, .parquet or .array_record")
-    written = [name for name in formats if name not in ("auto", "shapes")]
+    written = [name for name in formats if name not in ("auto", "picture_world")]
     convert.add_argument("--format", default="record", choices=written, help="of the target")
     convert.add_argument("--read-as", default="auto", choices=formats, help="format of the source")
     convert.add_argument("--image-root", help=root)

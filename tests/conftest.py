@@ -53,7 +53,7 @@ def bounded_memory():
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
-    """A whole LLaVA checkpoint folder with random weights and the shapes world's processor."""
+    """A whole LLaVA checkpoint folder with random weights and the picture world's processor."""
     return tiny.make_folder(tmp_path_factory.mktemp("tiny") / "llava")
 
 

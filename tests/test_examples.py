@@ -57,7 +57,7 @@ def test_own_objective_learns(example, tmp_path):
         ["--pairs", "32", "--batch-size", "8", "--output", str(folder)]
     )
     assert losses[0] == pytest.approx(1.0, abs=1e-5) and losses[-1] < 0.9
-    assert mm.load(str(folder)).fingerprint != mm.load("builtin:shapes").fingerprint
+    assert mm.load(str(folder)).fingerprint != mm.load("builtin:picture_world").fingerprint
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ from mmpo_jax.data.records import Record
 from mmpo_jax.data.rows import SkipReason
 from mmpo_jax.data.sources import SKIPPED, usable_records
 from mmpo_jax.data.tokenization import TokenizedRecord
-from mmpo_jax.evaluation.picture_world import VERSION, evaluate_shapes
+from mmpo_jax.evaluation.picture_world import VERSION, evaluate_picture_world
 from mmpo_jax.feedback.claims import make_splitter
 from mmpo_jax.feedback.labeler import CheckpointLabeler, Labeler, answer_tokens
 from mmpo_jax.parallel.mesh import make_mesh
@@ -225,7 +225,7 @@ def evaluate_round(
         return saved["metrics"]
     with progress.doing("evaluate"):
         progress.tell()
-        metrics = evaluate_shapes(
+        metrics = evaluate_picture_world(
             checkpoint,
             recipe.evaluation,
             recipe.lengths,

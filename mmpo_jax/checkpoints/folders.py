@@ -24,8 +24,11 @@ from mmpo_jax.core.files import (
 )
 from mmpo_jax.models.config import ModelError
 
-BUILTIN = {"builtin:shapes": Path(__file__).parent.parent / "picture_world" / "checkpoint"}
+BUILTIN = {"builtin:picture_world": Path(__file__).parent.parent / "picture_world" / "checkpoint"}
 """Checkpoints that ship with the package."""
+
+OLD_NAMES = {"builtin:shapes": "builtin:picture_world"}
+"""Names that checkpoints of the package had before; recipes and model cards may hold them."""
 
 PROCESSOR_FILES = (
     "added_tokens.json",
@@ -67,6 +70,7 @@ def resolve_folder(name: str) -> str:
       ModelError: there is no such folder, built-in checkpoint or repository, or it cannot be
         reached.
     """
+    name = OLD_NAMES.get(name, name)
     if name in BUILTIN:
         return str(BUILTIN[name])
     if name.startswith("builtin:"):

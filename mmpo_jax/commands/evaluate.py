@@ -7,7 +7,7 @@ import os
 
 from mmpo_jax.checkpoints.checkpoint import load_checkpoint
 from mmpo_jax.core.files import check_reachable, write_atomic
-from mmpo_jax.evaluation.picture_world import evaluate_shapes
+from mmpo_jax.evaluation.picture_world import evaluate_picture_world
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipes.recipe import EvaluateRecipe
 
@@ -26,7 +26,7 @@ def run_evaluation(recipe: EvaluateRecipe) -> dict[str, float]:
     check_reachable(recipe.output)
     mesh = make_mesh(**recipe.devices.model_dump())
     checkpoint = load_checkpoint(recipe.model, mesh, recipe.attention, recipe.template)
-    metrics = evaluate_shapes(
+    metrics = evaluate_picture_world(
         checkpoint,
         recipe.evaluation,
         recipe.lengths,

@@ -20,7 +20,7 @@ from mmpo_jax.data.tokenization import TokenizedRecord, fingerprint_records
 from mmpo_jax.objectives.registry import is_field
 from mmpo_jax.objectives.terms import needs
 from mmpo_jax.parallel.mesh import make_mesh
-from mmpo_jax.picture_world.source import ShapesData
+from mmpo_jax.picture_world.source import PictureWorldData
 from mmpo_jax.recipes.recipe import TrainRecipe
 from mmpo_jax.recipes.training import Training
 from mmpo_jax.training.examples import fingerprint_fields, prepare_examples, tokenizer_for, unfit
@@ -203,7 +203,7 @@ def _prefixed(record: TokenizedRecord, number: int) -> TokenizedRecord:
 
 
 def usable_rows(
-    recipe: TrainRecipe, data: ShapesData | LearnedFile, start: Checkpoint, skipped: str
+    recipe: TrainRecipe, data: PictureWorldData | LearnedFile, start: Checkpoint, skipped: str
 ) -> list[TokenizedRecord]:
     """The rows the objectives learn from, each with the responses they read.
 

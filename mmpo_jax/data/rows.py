@@ -63,7 +63,7 @@ Format = Literal[
     "rlhf_v",
     "mm_rlhf",
     "mm_rlhf_pairs",
-    "shapes",
+    "picture_world",
     "alpaca",
 ]
 """Conventions of rows, as recipes and flags name them; `auto` goes by the columns."""

@@ -6,8 +6,8 @@
 * ``.array_record``, ``.arrayrecord``: a JSON object a record;
 * a folder: what `datasets` saved to disk, or files of one of the kinds above, in the order of their
   paths, of the split ``train`` or of ``FOLDER#SPLIT``, see `mmpo_jax.data.snapshots`;
-* ``tfds:NAME#SPLIT``: a data set that TFDS prepared, by its name (``shapes/tiny``) or its folder,
-  split ``train`` where none is given; the image root is then TFDS's data folder.
+* ``tfds:NAME#SPLIT``: a data set that TFDS prepared, by its name (``picture_world/tiny``) or its
+  folder, split ``train`` where none is given; the image root is then TFDS's data folder.
 """
 
 import codecs

@@ -25,7 +25,7 @@ def tfds_rows(
     """The rows of a split, texts decoded and images encoded.
 
     Args:
-      name: ``NAME#SPLIT``, a name such as ``shapes/tiny`` or the folder of a data set; split
+      name: ``NAME#SPLIT``, a name such as ``picture_world/tiny`` or the folder of a data set; split
         ``train`` where none is given.
       data_folder: where TFDS keeps its data; its own default for None.
       builders: modules that register builders with TFDS when they are imported.

@@ -15,7 +15,7 @@ from mmpo_jax.data.tokenization import tokenize_records
 from mmpo_jax.feedback.labeler import CheckpointLabeler
 from mmpo_jax.feedback.scores import accepted
 from mmpo_jax.generation.responses import generate_responses
-from mmpo_jax.picture_world import records as shapes
+from mmpo_jax.picture_world import records as world_records
 from mmpo_jax.picture_world.metrics import caption_metrics
 from mmpo_jax.recipes.recipe import Evaluation
 from mmpo_jax.recipes.sampling import Decoding
@@ -27,7 +27,7 @@ VERSION = 3
 """Of what the metrics mean and how they are computed: part of the key of saved ones."""
 
 
-def evaluate_shapes(
+def evaluate_picture_world(
     checkpoint: Checkpoint,
     config: Evaluation,
     lengths: Lengths,
@@ -43,16 +43,16 @@ def evaluate_shapes(
 
     Returns:
       `sampled/...` (temperature 1, mean over the seeds) and `greedy/...` with the names of
-      `shapes.metrics.caption_metrics`, and those of `yes_no_accuracy`.
+      `picture_world.metrics.caption_metrics`, and those of `yes_no_accuracy`.
 
     Raises:
       DataError: a prompt or a question does not fit the bucket sizes.
     """
     data = config.data
     world = (data.split, data.seed, data.size)
-    scenes = shapes.scenes(*world)
+    scenes = world_records.scenes(*world)
     records, skipped = tokenize_records(
-        shapes.prompt_records(*world, data.image_size), checkpoint.processor, lengths
+        world_records.prompt_records(*world, data.image_size), checkpoint.processor, lengths
     )
     if skipped:
         raise DataError(f"evaluation: {skipped[0].detail}; give lengths.prompt a larger size")
@@ -87,9 +87,9 @@ def yes_no_accuracy(labeler: CheckpointLabeler, config: Evaluation) -> dict[str,
       `yes_no_accuracy` over all questions, and `yes_no/...` for each of `language.QUESTION_KINDS`.
     """
     data = config.data
-    records = shapes.prompt_records(data.split, data.seed, data.size, data.image_size)
+    records = world_records.prompt_records(data.split, data.seed, data.size, data.image_size)
     asked = [
-        shapes.held_out_questions(data.split, data.seed, index, data.questions)
+        world_records.held_out_questions(data.split, data.seed, index, data.questions)
         for index in range(data.size)
     ]
     items = [

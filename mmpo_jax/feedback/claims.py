@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Protocol
 
-from mmpo_jax.picture_world import claims as shapes
+from mmpo_jax.picture_world import claims as world_claims
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,18 +36,18 @@ class Splitter(Protocol):
         ...
 
 
-class ShapesSplitter:
+class PictureWorldSplitter:
     """The rule for captions of the picture world: one claim per group that is mentioned."""
 
-    name = "shapes-2"
+    name = "picture_world-2"
 
     def divide(self, question: str, response: str) -> Division:
         del question  # captions of the picture world say all there is
-        parsed = shapes.parse(response)
-        claims = tuple(Claim(claim.text, shapes.question(claim)) for claim in parsed.claims)
+        parsed = world_claims.parse(response)
+        claims = tuple(Claim(claim.text, world_claims.question(claim)) for claim in parsed.claims)
         return Division(claims, parsed.unparsed)
 
 
 def make_splitter(name: str) -> Splitter:
     """The splitter a recipe names."""
-    return {"shapes": ShapesSplitter}[name]()
+    return {"picture_world": PictureWorldSplitter}[name]()

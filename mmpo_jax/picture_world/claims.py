@@ -1,6 +1,6 @@
 """Splits captions into claims, and turns claims into questions, by rules.
 
-This is the "divide" step of RLAIF-V for the shapes world, where grammar makes a language model
+This is the "divide" step of RLAIF-V for the picture world, where grammar makes a language model
 superfluous. A claim is one mentioned group. As in ordinary English, "a red circle" claims that
 there is one at least, and is true of a scene with two, while "two red circles" claims exactly two.
 """

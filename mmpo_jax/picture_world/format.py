@@ -37,4 +37,4 @@ def _write(record: Record, writer: Writer) -> dict[str, Any]:
     raise CannotHold("responses", detail="rows of the picture world come from its builder")
 
 
-FORMAT = Format("shapes", _claims, _read, _write, frozenset())
+FORMAT = Format("picture_world", _claims, _read, _write, frozenset())

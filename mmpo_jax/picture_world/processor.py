@@ -1,4 +1,4 @@
-"""Writes the processor folder of the shapes world: an ordinary Hugging Face LLaVA processor.
+"""Writes the processor folder of the picture world: an ordinary Hugging Face LLaVA processor.
 
 `transformers.AutoProcessor` loads the folder where torch is installed; where it is not,
 `AutoTokenizer` and `CLIPImageProcessorPil` do.

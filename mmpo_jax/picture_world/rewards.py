@@ -12,7 +12,7 @@ from mmpo_jax.rewards.registry import MAX_LENGTH, reward
 
 
 @reward("a scene of the picture world, as its own records have it")
-def shapes_caption(
+def picture_world_caption(
     text: str, answer: Any, *, invented: NonNegative = 1.0, recall: NonNegative = 1.0
 ) -> float:
     """`recall` * kinds named / kinds there - `invented` * mentions that are wrong / mentions.
@@ -22,7 +22,7 @@ def shapes_caption(
     try:
         scene = Scene.from_dict(answer)
     except (ValueError, TypeError) as error:
-        raise DataError(f"shapes_caption compares with the answer: {error}") from error
+        raise DataError(f"picture_world_caption compares with the answer: {error}") from error
     if len(text) > MAX_LENGTH:
         return 0.0
     parsed = parse(text)

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from mmpo_jax.data.sources import Source
 
 
-class ShapesData(RecordSource):
+class PictureWorldData(RecordSource):
     """Scenes of the built-in picture world."""
 
-    source: Literal["shapes"] = "shapes"
+    source: Literal["picture_world"] = "picture_world"
     split: Literal["train", "align", "validation", "test"] = "train"
     size: PositiveInt = 1000
     seed: Seed = 0
@@ -37,4 +37,4 @@ class ShapesData(RecordSource):
             records = supervised_records(*world, self.questions, self.hallucination_rate)
         else:
             records = prompt_records(*world)
-        return Source(f"shapes/{self.split}", records, [], 0.0)
+        return Source(f"picture_world/{self.split}", records, [], 0.0)

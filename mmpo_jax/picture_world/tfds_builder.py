@@ -1,8 +1,8 @@
-"""The shapes world as a TFDS data set, written and read without TensorFlow.
+"""The picture world as a TFDS data set, written and read without TensorFlow.
 
 Write it once, then read it by index, for instance from grain:
 
-    builder = Shapes(data_dir=folder, config=ShapesConfig(name="small", train=100))
+    builder = PictureWorld(data_dir=folder, config=PictureWorldConfig(name="small", train=100))
     builder.download_and_prepare()
     dataset = grain.MapDataset.source(builder.as_data_source(split="train"))
 
@@ -24,7 +24,7 @@ from mmpo_jax.picture_world.world import SPLITS
 
 
 @dataclass(eq=False)
-class ShapesConfig(tfds.core.BuilderConfig):
+class PictureWorldConfig(tfds.core.BuilderConfig):
     """What to generate; two configurations need two names, as the name is the folder on disk.
 
     Attributes:
@@ -46,13 +46,15 @@ class ShapesConfig(tfds.core.BuilderConfig):
     seed: int = 0
 
 
-class Shapes(tfds.core.GeneratorBasedBuilder):
+class PictureWorld(tfds.core.GeneratorBasedBuilder):
     """Coloured shapes on a grid, with captions and yes/no questions."""
 
     VERSION = tfds.core.Version("1.3.0")
     BUILDER_CONFIGS = (
-        ShapesConfig(name="default", description="Scenes in four splits, enough to train on."),
-        ShapesConfig(name="tiny", train=32, align=16, validation=8, test=8),
+        PictureWorldConfig(
+            name="default", description="Scenes in four splits, enough to train on."
+        ),
+        PictureWorldConfig(name="tiny", train=32, align=16, validation=8, test=8),
     )
 
     def __init__(self, **kwargs: Any) -> None:
@@ -88,7 +90,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
             yield index, make_example(split, index, self.builder_config)
 
 
-def make_example(split: str, index: int, config: ShapesConfig) -> dict[str, Any]:
+def make_example(split: str, index: int, config: PictureWorldConfig) -> dict[str, Any]:
     """Example `index` of a split, its image encoded as PNG; all other fields are text.
 
     Raises:

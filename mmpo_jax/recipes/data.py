@@ -9,12 +9,12 @@ from pydantic import Field
 
 from mmpo_jax.core.sections import as_list
 from mmpo_jax.data.settings import FileData, LearnedFile
-from mmpo_jax.picture_world.source import ShapesData
+from mmpo_jax.picture_world.source import PictureWorldData
 
-Data = Annotated[ShapesData | FileData, Field(discriminator="source")]
+Data = Annotated[PictureWorldData | FileData, Field(discriminator="source")]
 
 
-class ShapesPart(ShapesData):
+class PictureWorldPart(PictureWorldData):
     """The picture world in a mixture."""
 
     weight: float = Field(1.0, gt=0)
@@ -29,7 +29,7 @@ class FilePart(LearnedFile):
 
 
 Mixture = Annotated[
-    tuple[Annotated[ShapesPart | FilePart, Field(discriminator="source")], ...],
+    tuple[Annotated[PictureWorldPart | FilePart, Field(discriminator="source")], ...],
     pydantic.BeforeValidator(as_list),
     Field(min_length=1),
 ]

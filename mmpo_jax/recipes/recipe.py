@@ -14,7 +14,7 @@ from mmpo_jax.core.sections import MeshSize, PositiveInt, Section, Seed
 from mmpo_jax.data.settings import LearnedFile, Lengths
 from mmpo_jax.objectives.catalog import OBJECTIVES
 from mmpo_jax.objectives.registry import FIELDS
-from mmpo_jax.picture_world.source import ShapesData
+from mmpo_jax.picture_world.source import PictureWorldData
 from mmpo_jax.recipes.data import Data, Mixture
 from mmpo_jax.recipes.sampling import LongSampling, Sampling
 from mmpo_jax.recipes.training import Rollout, Training
@@ -43,7 +43,7 @@ class Scoring(Section):
 class Feedback(Section):
     """Divide and conquer: how responses become claims and claims become verdicts."""
 
-    splitter: Literal["shapes"] = "shapes"
+    splitter: Literal["picture_world"] = "picture_world"
     labeler: str | None = None
     """Checkpoint folder that answers the questions; the start model by default."""
     suffix: str = " Please answer yes or no."
@@ -94,7 +94,7 @@ class PreferenceTraining(Training):
 class Evaluation(Section):
     """How the picture world's held-out scenes are captioned and questioned."""
 
-    data: ShapesData = ShapesData(split="test", size=500, questions=8)
+    data: PictureWorldData = PictureWorldData(split="test", size=500, questions=8)
     batch_size: PositiveInt = 50
     max_new_tokens: PositiveInt = 64
     seeds: tuple[Seed, ...] = Field((0,), min_length=1)
@@ -110,7 +110,7 @@ class Base(Section):
     one JSONL file, this may be its name."""
     model: str
     """Checkpoint folder, or one of an adapter in PEFT's format, which is merged into the model it
-    names; `builtin:shapes` is the checkpoint that ships with the package."""
+    names; `builtin:picture_world` is the checkpoint that ships with the package."""
     template: Literal["auto", "vicuna_v1"] = "auto"
     """How dialogues become text; `auto` is the checkpoint's own chat template. The one that
     LLaVA-1.5 has on the hub is not what it was trained with: `vicuna_v1` is, and RLAIF-V's choice.
@@ -123,7 +123,7 @@ class Base(Section):
 class Validation(Section):
     """Rows that are held out of training and measured as it goes on."""
 
-    data: Annotated[ShapesData | LearnedFile, Field(discriminator="source")] | None = None
+    data: Annotated[PictureWorldData | LearnedFile, Field(discriminator="source")] | None = None
     """Other data, or"""
     share: float | None = Field(None, gt=0, lt=1)
     """this much of the training data, all rows of one prompt on the same side."""
@@ -184,8 +184,8 @@ class TrainRecipe(Base):
                 "validation: sampled responses are measured as they come; none held out"
             )
         types = {section.type for section in self.training.objective}
-        shapes = any(isinstance(part, ShapesData) for part in self.data)
-        if self.rollout is None and shapes and types != {"sft"}:
+        of_world = any(isinstance(part, PictureWorldData) for part in self.data)
+        if self.rollout is None and of_world and types != {"sft"}:
             raise ValueError(
                 "training.objective: the picture world's dialogues hold no preferences; "
                 "train on them with {type: sft}, or align"

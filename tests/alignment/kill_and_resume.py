@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-RECIPE = Path("configs", "shapes_align.yaml")
+RECIPE = Path("configs", "picture_world_align.yaml")
 OVERRIDES = (
     "rounds=2",
     "prompts_per_round=300",  # more than one part of a stage
@@ -226,7 +226,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="folder to work in, which is not removed")
-    parser.add_argument("--model", default="builtin:shapes")
+    parser.add_argument("--model", default="builtin:picture_world")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe")
     options = parser.parse_args()
     if not 0 < options.kills <= len(MOMENTS):

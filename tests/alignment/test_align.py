@@ -47,7 +47,7 @@ def work_done(monkeypatch):
     monkeypatch.setattr(round_module, "run_stage", count)
     monkeypatch.setattr("mmpo_jax.scoring.log_probs.run_stage", count)
     monkeypatch.setattr("mmpo_jax.generation.responses.run_stage", count)
-    for module, name in ((round_module, "train"), (align, "evaluate_shapes")):
+    for module, name in ((round_module, "train"), (align, "evaluate_picture_world")):
         function = getattr(module, name)
 
         def counted(*args, function=function, name=name, **options):
@@ -236,7 +236,7 @@ def test_a_changed_setting_makes_again_what_depends_on_it(finished, copy, tiny_f
     assert work_done[:3] == [("round-1", stage) for stage in ("combine", "reference", "train")]
     # Another model comes out of round 1: all of round 2 is another.
     rest = [name for _, name in work_done[3:]]
-    assert rest == ["evaluate_shapes", *STAGES, "train", "evaluate_shapes"]
+    assert rest == ["evaluate_picture_world", *STAGES, "train", "evaluate_picture_world"]
     assert reports[1].pairs < finished[1][1].pairs
     assert reports[0] == finished[1][0]
 

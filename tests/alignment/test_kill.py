@@ -20,11 +20,11 @@ SMALL = (
 
 @pytest.mark.slow
 def test_killed_while_it_trains_and_while_it_saves(tmp_path, monkeypatch):
-    if not os.path.isfile(BUILTIN["builtin:shapes"] / "model.safetensors"):
+    if not os.path.isfile(BUILTIN["builtin:picture_world"] / "model.safetensors"):
         pytest.skip("the built-in checkpoint has no weights yet")
     monkeypatch.setattr(kill_and_resume, "MOMENTS", ("step 5/", "round 1/1, reference"))
     killed, expected, different = kill_and_resume.kill_and_resume(
-        tmp_path, 2, 0, "builtin:shapes", SMALL
+        tmp_path, 2, 0, "builtin:picture_world", SMALL
     )
     assert len(killed) == 2
     assert {"round-1/reference.parquet", "round-1/model/model.safetensors"} <= expected.keys()

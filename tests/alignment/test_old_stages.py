@@ -36,9 +36,9 @@ def test_stages_of_other_rules_are_made_again(finished, copy, tiny_folder):
 
 
 def test_metrics_of_other_rules_are_measured_again(copy, tiny_folder, monkeypatch):
-    evaluate, measured = align.evaluate_shapes, []
+    evaluate, measured = align.evaluate_picture_world, []
     monkeypatch.setattr(
-        align, "evaluate_shapes", lambda *args: measured.append(1) or evaluate(*args)
+        align, "evaluate_picture_world", lambda *args: measured.append(1) or evaluate(*args)
     )
     path = copy / "round-0" / "evaluation.json"
     with monkeypatch.context() as patch:

@@ -30,7 +30,9 @@ def test_a_misspelt_key_before_anything_starts(command, refused, tmp_path, monke
         raise AssertionError("JAX is started before the recipe is checked")
 
     monkeypatch.setattr(cli, "start_jax", start)
-    message = refused(command, recipe(tmp_path, "builtin:shapes"), "sead=3", "lengths.promt=[3]")
+    message = refused(
+        command, recipe(tmp_path, "builtin:picture_world"), "sead=3", "lengths.promt=[3]"
+    )
     assert "sead: unknown key; did you mean seed?" in message
     assert "lengths.promt: unknown key; did you mean prompt?" in message
     assert not (tmp_path / "out").exists()
@@ -74,7 +76,7 @@ def test_usage(arguments, capsys):
     ("model", "told"),
     [
         ("/nowhere/llava", "/nowhere/llava: there is no such checkpoint folder"),
-        ("builtin:circles", "builtin:circles: unknown; built in are builtin:shapes"),
+        ("builtin:circles", "builtin:circles: unknown; built in are builtin:picture_world"),
     ],
 )
 def test_no_model(command, model, told, refused, tmp_path):
@@ -174,14 +176,14 @@ def test_train_and_evaluate(mmpo, tiny_folder, tmp_path):
     values = recipe(tmp_path, tiny_folder) | {
         "training": {"objective": {"type": "sft"}, "max_steps": 1, "batch_size": 8}
     }
-    values["data"] = {"source": "shapes", "size": 4, "image_size": 24, "questions": 2}
+    values["data"] = {"source": "picture_world", "size": 4, "image_size": 24, "questions": 2}
     status, out, err = mmpo("train", values, "lengths.response=[32]")
     assert status == 0, err
     model = tmp_path / "out" / "model"
     assert out.splitlines()[-1] == f"model: {model}"
     values = recipe(tmp_path, tmp_path / "out")  # the run's folder: its last checkpoint
     del values["data"]
-    evaluation = {"data": {"source": "shapes", "size": 3, "questions": 2, "image_size": 24}}
+    evaluation = {"data": {"source": "picture_world", "size": 3, "questions": 2, "image_size": 24}}
     evaluation |= {"max_new_tokens": 4, "batch_size": 8}
     status, out, err = mmpo("evaluate", values | {"evaluation": evaluation})
     assert status == 0, err

@@ -94,7 +94,7 @@ class TestBadData:
     def test_prompts_do_not_fit_the_evaluation(self, tiny_folder, refused, tmp_path):
         values = recipe(tmp_path, tiny_folder, lengths={"prompt": [8], "response": [16]})
         del values["data"]
-        message = refused("evaluate", values, "evaluation.data={source: shapes, size: 2}")
+        message = refused("evaluate", values, "evaluation.data={source: picture_world, size: 2}")
         assert "give lengths.prompt a larger size" in message
 
     def test_pairs_without_a_common_prompt(self, generation, refused, tmp_path):
@@ -139,7 +139,7 @@ class TestFullDisk:
     def test_evaluate(self, tiny_folder, refused, tmp_path):
         values = recipe(tmp_path, tiny_folder)
         del values["data"]
-        data = {"source": "shapes", "size": 2, "questions": 2, "image_size": 24}
+        data = {"source": "picture_world", "size": 2, "questions": 2, "image_size": 24}
         values["evaluation"] = {"data": data, "max_new_tokens": 2, "batch_size": 8}
         message = refused("evaluate", values)
         assert "the disk is full while writing /full/disk" in message

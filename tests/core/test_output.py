@@ -17,10 +17,10 @@ from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.output import LOCK, check_writable, claimed
 
 COMMANDS = {
-    "train": {"training": {"objective": {"type": "sft"}}, "data": {"source": "shapes"}},
-    "align": {"data": {"source": "shapes"}},
-    "generate": {"data": {"source": "shapes"}},
-    "score": {"data": {"source": "shapes"}},
+    "train": {"training": {"objective": {"type": "sft"}}, "data": {"source": "picture_world"}},
+    "align": {"data": {"source": "picture_world"}},
+    "generate": {"data": {"source": "picture_world"}},
+    "score": {"data": {"source": "picture_world"}},
     "evaluate": {},
 }
 
@@ -44,7 +44,7 @@ def refused(tmp_path, capsys, monkeypatch):
 
     def refused(command, target):
         path = tmp_path / "recipe.yaml"
-        recipe = {"model": "builtin:shapes", "output": str(target), **COMMANDS[command]}
+        recipe = {"model": "builtin:picture_world", "output": str(target), **COMMANDS[command]}
         path.write_text(yaml.safe_dump(recipe))
         assert cli.main([command, str(path)]) == 1
         told = capsys.readouterr().err
@@ -125,7 +125,7 @@ def test_converted_files(tmp_path, capsys):
     target = tmp_path / "file" / "rows.jsonl"
     assert cli.main(["data", "convert", str(rows), str(target)]) == 1
     assert f"output: {tmp_path}/file is a file" in capsys.readouterr().err
-    assert cli.main(["convert", "builtin:shapes", str(tmp_path / "file" / "new")]) == 1
+    assert cli.main(["convert", "builtin:picture_world", str(tmp_path / "file" / "new")]) == 1
     assert f"output: {tmp_path}/file is a file" in capsys.readouterr().err
 
 

@@ -24,7 +24,7 @@ def test_urls(tmp_path, monkeypatch, capsys, url, told):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "?", "chosen": "yes", "rejected": "no"}))
     out = tmp_path / "out.jsonl"
-    model = "builtin:shapes"
+    model = "builtin:picture_world"
     for arguments in (
         ("score", "--model", url, "--data", rows, "--output", out),
         ("score", "--model", model, "--data", f"{url}.jsonl", "--output", out),

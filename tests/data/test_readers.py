@@ -279,11 +279,11 @@ def test_the_format_of_the_picture_world_is_known_where_its_package_is_imported(
     code = """
 from mmpo_jax.data.formats import FORMATS, format_called
 try:
-    format_called("shapes")
+    format_called("picture_world")
 except Exception as error:
     print(type(error).__name__)
 import mmpo_jax.commands.data_check
-print("shapes" in FORMATS)
+print("picture_world" in FORMATS)
 """
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300

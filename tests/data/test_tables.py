@@ -20,7 +20,7 @@ from mmpo_jax.data.readers import read_records
 from mmpo_jax.data.records import Response, Turn
 from mmpo_jax.data.tables import numbered_rows
 from mmpo_jax.picture_world.records import supervised_records
-from mmpo_jax.picture_world.tfds_builder import Shapes, ShapesConfig
+from mmpo_jax.picture_world.tfds_builder import PictureWorld, PictureWorldConfig
 
 
 def png(color="red") -> bytes:
@@ -175,8 +175,9 @@ class TestTfds:
     def prepared(self, tmp_path_factory):
         """A data folder with the three data sets, from files as they are published."""
         folder = tmp_path_factory.mktemp("tfds")
-        Shapes(
-            data_dir=folder, config=ShapesConfig(name="few", train=3, align=0, validation=0, test=2)
+        PictureWorld(
+            data_dir=folder,
+            config=PictureWorldConfig(name="few", train=3, align=0, validation=0, test=2),
         ).download_and_prepare()
         manual = folder / "manual_rlaif_v"
         manual.mkdir()
@@ -196,7 +197,7 @@ class TestTfds:
 
     @pytest.mark.parametrize("messages_as", ["last_turn", "dialogue"])
     def test_shapes(self, prepared, messages_as):
-        path = f"tfds:{prepared}/shapes/few/1.3.0"
+        path = f"tfds:{prepared}/picture_world/few/1.3.0"
         records, skipped = read_records(path, messages_as=messages_as)
         assert (len(records), skipped) == (3, [])
         world = supervised_records("train", 0, 3, 48, 8, 0.5)

@@ -3,10 +3,10 @@
 import pytest
 
 from mmpo_jax.feedback.claims import Claim, make_splitter
-from mmpo_jax.picture_world import claims as shapes
+from mmpo_jax.picture_world import claims as world_claims
 from mmpo_jax.picture_world.language import VOCABULARY
 
-SPLITTER = make_splitter("shapes")
+SPLITTER = make_splitter("picture_world")
 
 
 def test_a_claim_for_each_group():
@@ -20,8 +20,8 @@ def test_a_claim_for_each_group():
     assert division.unparsed == ()
     for claim in division.claims:
         assert isinstance(claim, Claim)
-        (parsed,) = shapes.split(claim.text)
-        assert claim.question == shapes.question(parsed)
+        (parsed,) = world_claims.split(claim.text)
+        assert claim.question == world_claims.question(parsed)
         assert set(claim.question.split()) <= set(VOCABULARY)
 
 

@@ -8,7 +8,7 @@ def recipe(tmp_path, model, **changes):
         "output": str(tmp_path / "out"),
         "model": str(model),
         "lengths": {"prompt": [24], "response": [16]},
-        "data": {"source": "shapes", "size": 3, "image_size": 24},
+        "data": {"source": "picture_world", "size": 3, "image_size": 24},
         **changes,
     }
 

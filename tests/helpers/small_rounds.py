@@ -43,7 +43,7 @@ def make_recipe(output, model, **changes) -> AlignRecipe:
         {
             "output": str(output),
             "model": str(model),
-            "data": {"source": "shapes", "split": "align", "size": 30, "image_size": 24},
+            "data": {"source": "picture_world", "split": "align", "size": 30, "image_size": 24},
             "rounds": ROUNDS,
             "prompts_per_round": PROMPTS,
             "lengths": {"prompt": [16], "response": [16]},

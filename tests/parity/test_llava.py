@@ -271,7 +271,7 @@ def test_half_precision_files(plain_case, tmp_path, theirs_dtype, ours_dtype):
     assert_same_tensors(tmp_path / "out", tmp_path)
 
 
-SHIPPED = BUILTIN["builtin:shapes"]
+SHIPPED = BUILTIN["builtin:picture_world"]
 
 
 @pytest.mark.slow

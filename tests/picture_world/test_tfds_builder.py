@@ -11,7 +11,7 @@ import pytest
 import mmpo_jax.picture_world
 from mmpo_jax.picture_world.metrics import caption_metrics
 from mmpo_jax.picture_world.render import png_bytes, render
-from mmpo_jax.picture_world.tfds_builder import Shapes, ShapesConfig, make_example
+from mmpo_jax.picture_world.tfds_builder import PictureWorld, PictureWorldConfig, make_example
 from mmpo_jax.picture_world.world import Scene, sample_scene
 
 ROOT = Path(mmpo_jax.__file__).parents[1]
@@ -40,12 +40,12 @@ import grain
 import numpy as np
 import tensorflow_datasets as tfds
 from mmpo_jax.picture_world.render import render
-from mmpo_jax.picture_world.tfds_builder import Shapes
+from mmpo_jax.picture_world.tfds_builder import PictureWorld
 from mmpo_jax.picture_world.world import Scene
 
 folder = sys.argv[1]
-Shapes(data_dir=folder, config="tiny").download_and_prepare()
-source = tfds.data_source("shapes/tiny", split="train", data_dir=folder)
+PictureWorld(data_dir=folder, config="tiny").download_and_prepare()
+source = tfds.data_source("picture_world/tiny", split="train", data_dir=folder)
 dataset = grain.MapDataset.source(source)
 assert len(dataset) == 32
 for example in dataset:
@@ -68,8 +68,8 @@ def test_works_without_tensorflow(tmp_path):
 
 
 def test_splits_have_the_configured_sizes(tmp_path):
-    config = ShapesConfig(name="sizes", train=3, align=2, validation=0, test=1, image_size=32)
-    builder = Shapes(data_dir=tmp_path, config=config)
+    config = PictureWorldConfig(name="sizes", train=3, align=2, validation=0, test=1, image_size=32)
+    builder = PictureWorld(data_dir=tmp_path, config=config)
     builder.download_and_prepare()
     sizes = {name: split.num_examples for name, split in builder.info.splits.items()}
     assert sizes == {"train": 3, "align": 2, "test": 1}
@@ -81,7 +81,7 @@ def test_splits_have_the_configured_sizes(tmp_path):
 
 
 def test_example_fields():
-    config = ShapesConfig(name="fields", questions_per_scene=6, seed=5)
+    config = PictureWorldConfig(name="fields", questions_per_scene=6, seed=5)
     example = make_example("align", 7, config)
     assert example == make_example("align", 7, config)
     scene = sample_scene("align", 5, 7)
@@ -92,7 +92,7 @@ def test_example_fields():
 
 @pytest.mark.parametrize(("split", "rate"), [("train", 1.0), ("test", 0.0)])
 def test_only_training_captions_hallucinate(split, rate):
-    config = ShapesConfig(name="rate", hallucination_rate=1.0)
+    config = PictureWorldConfig(name="rate", hallucination_rate=1.0)
     examples = [make_example(split, i, config) for i in range(20)]
     scenes = [Scene.from_dict(json.loads(example["scene"])) for example in examples]
     metrics = caption_metrics([example["caption"] for example in examples], scenes)

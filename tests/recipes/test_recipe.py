@@ -34,7 +34,7 @@ from mmpo_jax.rewards import REWARDS
 PACKAGE = Path(mmpo_jax.__file__).parent
 CONFIGS = sorted((PACKAGE.parent / "configs").rglob("*.yaml"))
 KINDS = (TrainRecipe, AlignRecipe, GenerateRecipe, ScoreRecipe, EvaluateRecipe)
-GOOD = {"output": "out", "model": "builtin:shapes", "data": {"source": "shapes"}}
+GOOD = {"output": "out", "model": "builtin:picture_world", "data": {"source": "picture_world"}}
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_nearest_name_is_one_of_the_same_section(problem):
         ("output=3", "output: Input should be a valid string"),
         ("lengths.prompt=[a]", "lengths.prompt.0: "),
         ("data.split=trian", "data.split: Input should be 'train', 'align'"),
-        ("data.source=web", "data: source: there is no 'web'; known: shapes, file"),
+        ("data.source=web", "data: source: there is no 'web'; known: picture_world, file"),
         ("training.objective={beta: 1}", "training.objective: "),
         ("seed=", "seed: "),
         (
@@ -278,7 +278,7 @@ def test_every_config_loads_as_its_kind(path):
 
 
 def test_configs_are_there():
-    assert {"shapes_align.yaml", "shapes_sft.yaml"} <= {path.name for path in CONFIGS}
+    assert {"picture_world_align.yaml", "picture_world_sft.yaml"} <= {path.name for path in CONFIGS}
 
 
 # Every option is read somewhere ------------------------------------------------------------------
@@ -375,4 +375,12 @@ def test_an_unread_option_is_noticed():
 
 def test_the_walk_finds_nested_sections():
     names = {section.__name__ for kind in KINDS for section in sections(kind)}
-    assert {"Dpo", "Sft", "FileData", "ShapesData", "Optimizer", "Devices", "Pairing"} <= names
+    assert {
+        "Dpo",
+        "Sft",
+        "FileData",
+        "PictureWorldData",
+        "Optimizer",
+        "Devices",
+        "Pairing",
+    } <= names

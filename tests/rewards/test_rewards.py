@@ -19,7 +19,7 @@ SCENE = Scene((Thing(0, 0, "star", "red"), Thing(1, 1, "ring", "blue"), Thing(2,
 ANSWERS = {name: [[0, 0, 10, 10]] for name in BOXES} | {
     "exact_match": "cat",
     "think_format": None,
-    "shapes_caption": SCENE.to_dict(),
+    "picture_world_caption": SCENE.to_dict(),
 }
 BROKEN = [
     "",
@@ -71,7 +71,7 @@ def test_what_cannot_be_read_is_worth_nothing(text):
         assert score(name, text, ANSWERS[name]) == 0, name
     for name in ("exact_match", "think_format"):
         assert score(name, text, ANSWERS[name]) == 0, name
-    assert -1 <= score("shapes_caption", text, ANSWERS["shapes_caption"]) <= 0
+    assert -1 <= score("picture_world_caption", text, ANSWERS["picture_world_caption"]) <= 0
 
 
 def test_every_reward_is_tested():
@@ -85,7 +85,7 @@ def test_the_command_lists_every_reward(capsys):
     assert "grpo" in blocks
     for name, reward in REWARDS.items():
         assert reward.formula
-        assert "arXiv" in reward.source or name == "shapes_caption"
+        assert "arXiv" in reward.source or name == "picture_world_caption"
         for part in (reward.formula, reward.source, reward.answer, *reward.options):
             assert part in blocks[name], name
     assert "options: found=0.5, low=0.5, high=0.75" in blocks["box_recall"]
@@ -288,12 +288,12 @@ def test_think_format(text, value):
         ("there is a red red star and a fish .", 0.0),
     ],
 )
-def test_shapes_caption(caption, value):
-    assert score("shapes_caption", caption, SCENE.to_dict()) == pytest.approx(value)
+def test_picture_world_caption(caption, value):
+    assert score("picture_world_caption", caption, SCENE.to_dict()) == pytest.approx(value)
     measured = caption_metrics([caption], [SCENE])
     if not measured["unparsed"]:
         assert value == pytest.approx(measured["recall"] - measured["chair_i"])
-    only = score("shapes_caption", caption, SCENE.to_dict(), invented=0.0, recall=3.0)
+    only = score("picture_world_caption", caption, SCENE.to_dict(), invented=0.0, recall=3.0)
     assert only == pytest.approx(3 * measured["recall"])
 
 
@@ -301,7 +301,7 @@ def test_shapes_caption(caption, value):
 @pytest.mark.parametrize("answer", [None, 3, {"boxes": [[0, 0, 0, 0]]}, [[1, 2, 3]], {"things": 1}])
 def test_answers_that_cannot_be_used_are_refused(name, answer):
     with pytest.raises(
-        DataError, match=name if name in ("exact_match", "shapes_caption") else "boxes"
+        DataError, match=name if name in ("exact_match", "picture_world_caption") else "boxes"
     ):
         score(name, "", answer)
 

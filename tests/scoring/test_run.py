@@ -84,7 +84,9 @@ class TestErrors:
     def test_a_flag_of_the_same_name_as_a_recipe(self, flags, refused, tmp_path):
         """Flags come after the recipe, and `key=value` after flags."""
         recipe = tmp_path / "recipe.yaml"
-        recipe.write_text("{model: builtin:circles, output: out, data: {source: shapes, size: 3}}")
+        recipe.write_text(
+            "{model: builtin:circles, output: out, data: {source: picture_world, size: 3}}"
+        )
         message = refused("score", recipe)
         assert "builtin:circles" in message
         message = refused("score", recipe, "--model", "/nowhere/flag")

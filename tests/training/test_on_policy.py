@@ -34,7 +34,7 @@ from mmpo_jax.training.on_policy import Prompts, Rollouts, with_token_limit
 LENGTHS = Lengths(prompt=(24,), response=(4, 8))
 PROMPTS = 6
 ROLLOUT = Rollout(
-    rewards=[{"type": "shapes_caption"}, {"type": "think_format", "weight": 0.5}],
+    rewards=[{"type": "picture_world_caption"}, {"type": "think_format", "weight": 0.5}],
     num_samples=4,
     max_new_tokens=6,
     updates_per_rollout=2,
@@ -77,7 +77,7 @@ def easy_rewards():
     real = RewardSection.score
 
     def score(self, text, answer):
-        if self.type == "shapes_caption" and isinstance(answer, dict):
+        if self.type == "picture_world_caption" and isinstance(answer, dict):
             return text.count("a") - text.count("e")
         if self.type == "think_format":
             return len(text) % 3
@@ -119,7 +119,7 @@ def test_metrics(undisturbed):
         "reward",
         "reward_std",
         "frac_reward_zero_std",
-        "rewards/shapes_caption/mean",
+        "rewards/picture_world_caption/mean",
         "rewards/think_format/mean",
         "completions/mean_length",
         "completions/clipped_ratio",
@@ -130,7 +130,7 @@ def test_metrics(undisturbed):
     assert rows[0]["clip_ratio/region_mean"] == 0 < rows[1]["clip_ratio/region_mean"]
     assert rows[3]["kl"] > 0
     for row in rows:
-        total = row["rewards/shapes_caption/mean"] + 0.5 * row["rewards/think_format/mean"]
+        total = row["rewards/picture_world_caption/mean"] + 0.5 * row["rewards/think_format/mean"]
         assert row["reward"] == pytest.approx(total, abs=1e-6)
     assert rows[-1]["reward"] > rows[0]["reward"]
 
@@ -264,11 +264,11 @@ def recipe(folder, output, **changes):
         "output": str(output),
         "model": str(folder),
         "lengths": {"prompt": [24], "response": [8]},
-        "data": {"source": "shapes", "split": "align", "size": 8, "image_size": 24},
+        "data": {"source": "picture_world", "split": "align", "size": 8, "image_size": 24},
         "rollout": {
             "num_samples": 2,
             "max_new_tokens": 4,
-            "rewards": [{"type": "shapes_caption"}],
+            "rewards": [{"type": "picture_world_caption"}],
         },
         "training": {"objective": {"type": "grpo"}, "batch_size": 8},
     }

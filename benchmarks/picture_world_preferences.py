@@ -1,6 +1,6 @@
 """Preference data of the picture world, which the recipes in configs/objectives learn from.
 
-    python benchmarks/shapes_preferences.py --output runs/shapes_preferences
+    python benchmarks/picture_world_preferences.py --output runs/picture_world_preferences
 
 samples ten captions of each of 1,000 scenes from the checkpoint that ships with the package and
 writes pairs.jsonl, rankings.jsonl, verdicts.jsonl and corrections.jsonl, and the pictures.
@@ -13,7 +13,7 @@ import os
 
 from mmpo_jax.commands.generate import run_generation
 from mmpo_jax.data.readers import read_records
-from mmpo_jax.picture_world import records as shapes
+from mmpo_jax.picture_world import records as world_records
 from mmpo_jax.picture_world.preferences import write_preferences
 from mmpo_jax.recipes.recipe import GenerateRecipe
 
@@ -22,7 +22,7 @@ SPLIT = "align"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", default="runs/shapes_preferences")
+    parser.add_argument("--output", default="runs/picture_world_preferences")
     parser.add_argument("--prompts", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0, help="of the scenes and of the samples")
     options = parser.parse_args()
@@ -39,8 +39,8 @@ def make_preferences(folder: str, prompts: int, seed: int) -> dict[str, int]:
     recipe = {
         "seed": seed,
         "output": os.path.join(folder, "captions"),
-        "model": "builtin:shapes",
-        "data": {"source": "shapes", "split": SPLIT, "size": prompts, "seed": seed},
+        "model": "builtin:picture_world",
+        "data": {"source": "picture_world", "split": SPLIT, "size": prompts, "seed": seed},
         "lengths": {"prompt": [24]},
         "sampling": {
             "num_samples": 10,
@@ -50,7 +50,7 @@ def make_preferences(folder: str, prompts: int, seed: int) -> dict[str, int]:
         },
     }
     sampled, _ = read_records(run_generation(GenerateRecipe.model_validate(recipe)))
-    scenes = shapes.scenes(SPLIT, seed, prompts)
+    scenes = world_records.scenes(SPLIT, seed, prompts)
     files = write_preferences(
         folder,
         (
