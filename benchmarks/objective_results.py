@@ -23,7 +23,7 @@ from picture_world_preferences import make_preferences
 from mmpo_jax.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from mmpo_jax.commands.train import run_training
 from mmpo_jax.core.files import write_atomic
-from mmpo_jax.data.settings import FileData
+from mmpo_jax.data.sources import FileData
 from mmpo_jax.data.tokenization import TokenizedRecord, tokenize_records
 from mmpo_jax.evaluation.picture_world import evaluate_picture_world
 from mmpo_jax.parallel.mesh import make_mesh

@@ -24,7 +24,7 @@ from typing import Any, NoReturn, get_args
 from mmpo_jax.core import progress
 from mmpo_jax.core.dtypes import SaveDtype
 from mmpo_jax.core.errors import MmpoError
-from mmpo_jax.data.rows import Format
+from mmpo_jax.data.rows import FormatName
 
 RECIPES = {
     "align": ("AlignRecipe", "Run the rounds: generate, check, pair, train, repeat."),
@@ -219,7 +219,7 @@ def _add_data_commands(subparsers: Any) -> None:
         name: commands.add_parser(name, help=help, description=help, allow_abbrev=False)
         for name, help in DATA_COMMANDS.items()
     }
-    formats = get_args(Format)
+    formats = get_args(FormatName)
     root = "folder of the images; the data file's by default"
     check, convert = parsers["check"], parsers["convert"]
     check.add_argument("file", help="file, folder or tfds:NAME#SPLIT")
@@ -247,7 +247,7 @@ def _add_data_commands(subparsers: Any) -> None:
 
 
 def _sizes(text: str) -> tuple[int, ...]:
-    from mmpo_jax.data.settings import Lengths
+    from mmpo_jax.data.lengths import Lengths
 
     return Lengths(prompt=tuple(int(size) for size in text.split(","))).prompt
 

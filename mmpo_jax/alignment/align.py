@@ -35,9 +35,9 @@ from mmpo_jax.core.files import (
     write_atomic,
 )
 from mmpo_jax.data.records import Record
-from mmpo_jax.data.rows import SkipReason
-from mmpo_jax.data.sources import SKIPPED, usable_records
+from mmpo_jax.data.skipped import SKIPPED_FILE, SkipReason
 from mmpo_jax.data.tokenization import TokenizedRecord
+from mmpo_jax.data.usable import usable_records
 from mmpo_jax.evaluation.picture_world import VERSION, evaluate_picture_world
 from mmpo_jax.feedback.claims import make_splitter
 from mmpo_jax.feedback.labeler import CheckpointLabeler, Labeler, answer_tokens
@@ -75,14 +75,14 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
     check_training(recipe.training, start.model, mesh)
     labeler_name = recipe.feedback.labeler or recipe.model
     answer_tokens(load_processor(labeler_name, labeler_template(recipe)))
-    source, tokenized = usable_records(
+    record_set, tokenized = usable_records(
         recipe.data.load(supervised=False),
         start.processor,
         recipe.lengths,
-        os.path.join(recipe.output, SKIPPED),
+        os.path.join(recipe.output, SKIPPED_FILE),
         _unfit,
     )
-    shares = split_prompts(source.records, recipe)
+    shares = split_prompts(record_set.records, recipe)
     by_id = {record.id: record for record in tokenized}
     labeler_key = fingerprint_location(locate(labeler_name))
     if labeler_template(recipe) != "auto":  # else it lies in the folder

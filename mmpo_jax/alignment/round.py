@@ -36,8 +36,8 @@ from mmpo_jax.core.files import (
 from mmpo_jax.core.stages import Stage, StageOutput, run_stage
 from mmpo_jax.data.pipeline import Example, MixtureEntry
 from mmpo_jax.data.records import Record, Response
-from mmpo_jax.data.sources import warn_of_cuts
 from mmpo_jax.data.tokenization import TokenizedRecord, tokenize_records
+from mmpo_jax.data.usable import warn_of_cuts
 from mmpo_jax.feedback.claims import Splitter
 from mmpo_jax.feedback.labeler import Labeler
 from mmpo_jax.feedback.pairing import combine

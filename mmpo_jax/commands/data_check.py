@@ -15,13 +15,15 @@ from mmpo_jax.core.progress import counted
 from mmpo_jax.data.batching import fitting_sizes
 from mmpo_jax.data.contexts import all_contexts, answers, differ, differs, tokenize_contexts
 from mmpo_jax.data.images import image_size
-from mmpo_jax.data.notes import Notes, TextNotes, shows_something
+from mmpo_jax.data.lengths import Lengths
+from mmpo_jax.data.media_check import media_problem
+from mmpo_jax.data.notes import Notes, shows_something
 from mmpo_jax.data.processor import Processor
-from mmpo_jax.data.readers import Problem, SkippedRow, iter_records, media_problem
+from mmpo_jax.data.readers import iter_records
 from mmpo_jax.data.records import ImageRef, Record
-from mmpo_jax.data.settings import Lengths
-from mmpo_jax.data.sources import unsupported, without_shown_media
+from mmpo_jax.data.skipped import Problem, SkippedRow
 from mmpo_jax.data.tokenization import UNLIMITED, RowRejected
+from mmpo_jax.data.usable import TextNotes, unsupported, without_shown_media
 
 _SHOWN = 3
 """Examples of each thing that is found."""
@@ -78,7 +80,7 @@ def check_data(
     """A report on a data file; every image is decoded.
 
     Args:
-      path: see `mmpo_jax.data.tables`.
+      path: see `mmpo_jax.data.readers.iter_records`.
       format: one of `FORMATS`, or "auto".
       image_root: the folder of the images.
       processor: of the checkpoint whose tokens count; characters of the texts without.

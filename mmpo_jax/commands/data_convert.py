@@ -15,22 +15,16 @@ from mmpo_jax.core.errors import DataError, MmpoError
 from mmpo_jax.core.files import check_reachable
 from mmpo_jax.core.output import claimed
 from mmpo_jax.core.progress import counted
+from mmpo_jax.data.files import write_rows
 from mmpo_jax.data.formats import choose_format, format_called
 from mmpo_jax.data.formats.format import Format
 from mmpo_jax.data.formats.writing import STRIP, CannotHold, Embed, Writer, fields_of, without
 from mmpo_jax.data.joining import Joined, join_pairs
 from mmpo_jax.data.notes import Notes
-from mmpo_jax.data.readers import (
-    SkippedRow,
-    check_skipped,
-    iter_records,
-    left_out_rows,
-    write_skipped,
-)
+from mmpo_jax.data.readers import TFDS, iter_records, left_out_rows
 from mmpo_jax.data.records import Record
 from mmpo_jax.data.rows import Row
-from mmpo_jax.data.sources import SKIPPED
-from mmpo_jax.data.tables import TFDS, write_rows
+from mmpo_jax.data.skipped import SKIPPED_FILE, SkippedRow, check_skipped, write_skipped
 
 _EMBED: Mapping[str, Embed] = {
     ".parquet": "bytes",
@@ -90,7 +84,7 @@ def convert_data(
     Images are not decoded.
 
     Args:
-      source: see `mmpo_jax.data.tables`.
+      source: see `mmpo_jax.data.readers.iter_records`.
       target: its ending says what kind of file.
       format: of the target, one of `FORMATS`.
       read_as: the same of the source, or "auto".
@@ -141,7 +135,7 @@ def convert_data(
 
     joined = join_pairs(records()) if join else None
     made = list(rows(records() if joined is None else joined.records))
-    skipped_file = f"{stem}.{SKIPPED}"
+    skipped_file = f"{stem}.{SKIPPED_FILE}"
     if skipped or partly:
         write_skipped(skipped_file, [*skipped, *partly])
     else:

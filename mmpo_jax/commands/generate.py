@@ -6,11 +6,11 @@ import logging
 from typing import Any
 
 from mmpo_jax.checkpoints.checkpoint import load_checkpoint
+from mmpo_jax.commands.results import Results
 from mmpo_jax.data.batching import fitting_lengths
 from mmpo_jax.data.formats.writing import messages, template_columns
 from mmpo_jax.data.records import Record
-from mmpo_jax.data.results import Results
-from mmpo_jax.data.sources import usable_records
+from mmpo_jax.data.usable import usable_records
 from mmpo_jax.generation.responses import generate_stage
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipes.recipe import GenerateRecipe
@@ -31,11 +31,11 @@ def run_generation(recipe: GenerateRecipe) -> str:
       its tokens.
     """
     results = Results.at(recipe.output, "responses", recipe.data)
-    source = recipe.data.load(supervised=False)
+    record_set = recipe.data.load(supervised=False)
     mesh = make_mesh(**recipe.devices.model_dump())
     checkpoint = load_checkpoint(recipe.model, mesh, recipe.attention, recipe.template)
-    source, tokenized = usable_records(
-        source, checkpoint.processor, recipe.lengths, results.skipped
+    record_set, tokenized = usable_records(
+        record_set, checkpoint.processor, recipe.lengths, results.skipped
     )
     generated = generate_stage(
         checkpoint,
@@ -47,7 +47,7 @@ def run_generation(recipe: GenerateRecipe) -> str:
         batch_size=recipe.sampling.batch_size,
         seed=recipe.seed,
     ).table
-    responses: dict[str, list[dict[str, Any]]] = {record.id: [] for record in source.records}
+    responses: dict[str, list[dict[str, Any]]] = {record.id: [] for record in record_set.records}
     columns = ["prompt_id", "text", "finished", "token_ids"]
     for response in generated.select(columns).to_pylist():
         responses[response["prompt_id"]].append(response)
@@ -58,7 +58,9 @@ def run_generation(recipe: GenerateRecipe) -> str:
         generated.num_rows,
         recipe.sampling.max_new_tokens,
     )
-    return results.write(_line(record, responses[record.id], results) for record in source.records)
+    return results.write(
+        _line(record, responses[record.id], results) for record in record_set.records
+    )
 
 
 def _line(record: Record, responses: list[dict[str, Any]], results: Results) -> dict[str, Any]:

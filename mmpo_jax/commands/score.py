@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from mmpo_jax.checkpoints.checkpoint import load_checkpoint
+from mmpo_jax.commands.results import Results
 from mmpo_jax.data.batching import fitting_lengths
-from mmpo_jax.data.results import Results
-from mmpo_jax.data.rows import SkipReason
-from mmpo_jax.data.sources import usable_records
+from mmpo_jax.data.skipped import SkipReason
 from mmpo_jax.data.tokenization import TokenizedRecord
+from mmpo_jax.data.usable import usable_records
 from mmpo_jax.models.precision import inference_dtype
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipes.recipe import ScoreRecipe
@@ -30,11 +30,11 @@ def run_scoring(recipe: ScoreRecipe) -> str:
       A response that could not be used has null.
     """
     results = Results.at(recipe.output, "scores", recipe.data)
-    source = recipe.data.load(supervised=True)
+    record_set = recipe.data.load(supervised=True)
     mesh = make_mesh(**recipe.devices.model_dump())
     checkpoint = load_checkpoint(recipe.model, mesh, recipe.attention, recipe.template)
     _, records = usable_records(
-        source, checkpoint.processor, recipe.lengths, results.skipped, _unfit
+        record_set, checkpoint.processor, recipe.lengths, results.skipped, _unfit
     )
     scoring = recipe.scoring
     dtype: str = scoring.compute_dtype

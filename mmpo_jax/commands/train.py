@@ -14,9 +14,10 @@ from mmpo_jax.checkpoints.checkpoint import Checkpoint, load_start
 from mmpo_jax.core import progress
 from mmpo_jax.core.files import check_reachable, fingerprint_items
 from mmpo_jax.data.pipeline import Example, MixtureEntry
-from mmpo_jax.data.settings import LearnedFile
-from mmpo_jax.data.sources import SKIPPED, scored_by, usable_records
+from mmpo_jax.data.skipped import SKIPPED_FILE
+from mmpo_jax.data.sources import LearnedFile, scored_by
 from mmpo_jax.data.tokenization import TokenizedRecord, fingerprint_records
+from mmpo_jax.data.usable import usable_records
 from mmpo_jax.objectives.registry import is_field
 from mmpo_jax.objectives.terms import needs
 from mmpo_jax.parallel.mesh import make_mesh
@@ -175,7 +176,7 @@ def training_data(recipe: TrainRecipe, start: Checkpoint) -> TokenizedData:
     sets = []
     for number, data in enumerate(recipe.data):
         name = f"{number}." if several else ""
-        rows = usable_rows(recipe, data, start, name + SKIPPED)
+        rows = usable_rows(recipe, data, start, name + SKIPPED_FILE)
         if several:  # ids are unique in one file
             rows = [_prefixed(row, number) for row in rows]
         sets.append(rows)
@@ -192,7 +193,7 @@ def training_data(recipe: TrainRecipe, start: Checkpoint) -> TokenizedData:
             log.warning("data.%d: all of its rows are held out, and none is trained on", number)
     records = [row for rows in sets for row in rows]
     if recipe.validation is not None and recipe.validation.data is not None:
-        held = usable_rows(recipe, recipe.validation.data, start, f"{VALIDATION}.{SKIPPED}")
+        held = usable_rows(recipe, recipe.validation.data, start, f"{VALIDATION}.{SKIPPED_FILE}")
         log.info("held out: %d rows of other data", len(held))
     return TokenizedData(records, parts, held)
 
@@ -222,9 +223,9 @@ def usable_rows(
     terms, rollout = recipe_terms(recipe.training), recipe.rollout
     skipped = os.path.join(recipe.output, skipped)
     if rollout is not None:
-        source = data.load(supervised=False)
+        record_set = data.load(supervised=False)
         _, records = usable_records(
-            source,
+            record_set,
             start.processor,
             recipe.lengths,
             skipped,
@@ -232,11 +233,11 @@ def usable_rows(
         )
         return records
     supervised = all(term.objective.kind == "tokens" for term in terms)
-    source = data.load(supervised=True, messages_as="dialogue" if supervised else "last_turn")
+    record_set = data.load(supervised=True, messages_as="dialogue" if supervised else "last_turn")
     if isinstance(data, LearnedFile) and data.score is not None:
-        source = scored_by(source, data.score)
+        record_set = scored_by(record_set, data.score)
     _, records = usable_records(
-        source,
+        record_set,
         start.processor,
         recipe.lengths,
         skipped,

@@ -1,1 +1,1 @@
-"""Records of prompts, images and responses, and the readers of the published formats."""
+"""From files to batches: rows, records, token ids, padded arrays (docs/design.md, section 4)."""

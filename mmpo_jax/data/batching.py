@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.processor import Processor
-from mmpo_jax.data.settings import Lengths
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.models.batch import Batch, Shown
 from mmpo_jax.models.layout import Placement, pad_size, place

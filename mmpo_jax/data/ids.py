@@ -4,7 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from mmpo_jax.data.rows import UnusableRow, brief
+from mmpo_jax.data.rows import brief
+from mmpo_jax.data.skipped import UnusableRow
 
 
 class RowIds:

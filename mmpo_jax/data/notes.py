@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Iterator
 
 from mmpo_jax.data.formats.columns import may_hold_pictures
-from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import ANSWERS, Record, Turn
 
 LOG_PROBS = "logps"
@@ -60,18 +58,18 @@ class Notes:
     def lines(self) -> Iterator[str]:
         """What the notes say, for a person."""
         if self.pictures_in:
-            yield f"pictures are read from columns of other names: {_counts(self.pictures_in)}"
+            yield f"pictures are read from columns of other names: {by_count(self.pictures_in)}"
         if self.repeated_ids:
             yield (
                 f"rows that repeat an earlier row's id: {self.repeated_ids}; their ids here are "
                 "'ID (row N)'"
             )
         if self.left_out:
-            yield f"responses left out of rows that are used: {_counts(self.left_out)}"
+            yield f"responses left out of rows that are used: {by_count(self.left_out)}"
         if self.unread_ids:
             yield f"rows whose {TOKEN_IDS} are not read: {self.unread_ids}; the texts are tokenized"
         if self.ignored:
-            yield f"columns that mean nothing here: {_counts(self.ignored)}"
+            yield f"columns that mean nothing here: {by_count(self.ignored)}"
 
     def warnings(self) -> Iterator[str]:
         """What is likely to be a mistake."""
@@ -79,39 +77,8 @@ class Notes:
             yield (
                 "columns, or keys of messages, that look like pictures and are NOT read, in rows "
                 "that show nothing: "
-                f"{_counts(self.unread_pictures)}; give the pictures as files in a column 'images'"
+                f"{by_count(self.unread_pictures)}; give the pictures as files in a column 'images'"
             )
-
-
-@dataclasses.dataclass
-class TextNotes:
-    """What tokenizer and chat template make of texts that their writers may not have meant."""
-
-    typed: Counter[str] = dataclasses.field(default_factory=Counter)
-    """Rows by control token that is typed in a text."""
-    unread: Counter[str] = dataclasses.field(default_factory=Counter)
-    """Rows by key of messages, or argument, that the chat template does not read."""
-
-    def add(self, record: Record, processor: Processor) -> None:
-        """Counts a row."""
-        turns = turns_of(record)
-        keys = {key for turn in turns for key in turn.keys} | record.template.keys()
-        self.unread.update(sorted(key for key in keys if not processor.reads_key(key)))
-        if processor.tokenizer.is_fast and not record.plain_text:
-            said = [record.template, *(turn.keys for turn in turns)]
-            texts = [json.dumps(value, ensure_ascii=False, default=str) for value in said if value]
-            texts += [turn.text for turn in turns]
-            self.typed.update({name for t in texts for name in processor.control.found_in(t)})
-
-    def lines(self) -> Iterator[str]:
-        """What the notes say, for a person."""
-        if self.typed:
-            yield (
-                f"rows whose texts type control tokens: {_counts(self.typed)}; they are read as "
-                "such, but for those of images (data.control_tokens: text makes them plain text)"
-            )
-        if self.unread:
-            yield f"rows with what the chat template does not read: {_counts(self.unread)}"
 
 
 def turns_of(record: Record) -> list[Turn]:
@@ -126,7 +93,8 @@ def shows_something(record: Record) -> bool:
     return bool(record.images or record.videos or own)
 
 
-def _counts(counts: Counter[str]) -> str:
+def by_count(counts: Counter[str]) -> str:
+    """Names with their counts, the most frequent first, for a person."""
     named = [f"{name} {count}" for name, count in counts.most_common(_LONGEST)]
     more = len(counts) - len(named)
     return ", ".join(named) + (f" and {more} more" if more else "")

@@ -12,8 +12,8 @@ import numpy as np
 
 from mmpo_jax.data.batching import bucket, pad_batch
 from mmpo_jax.data.contexts import MAIN
+from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.processor import Processor
-from mmpo_jax.data.settings import Lengths
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.models.batch import Batch
 

@@ -10,7 +10,7 @@ from etils import epath
 
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import fingerprint_bytes, fingerprint_json
-from mmpo_jax.data.rows import SkipReason
+from mmpo_jax.data.skipped import SkipReason
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 

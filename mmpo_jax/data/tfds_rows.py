@@ -21,8 +21,8 @@ class _Encoded(tfds.decode.SkipDecoding):
 
 def tfds_rows(
     name: str, data_folder: epath.PathLike | None, builders: Iterable[str] = ()
-) -> Iterator[dict[str, Any]]:
-    """The rows of a split, texts decoded and images encoded.
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a split with their numbers from 1, texts decoded and images encoded.
 
     Args:
       name: ``NAME#SPLIT``, a name such as ``picture_world/tiny`` or the folder of a data set; split
@@ -51,8 +51,12 @@ def tfds_rows(
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(f"cannot read tfds:{name}: {reason}") from error
     for number in range(len(source)):
-        row = {name: _plain(value, name in images) for name, value in source[number].items()}
-        yield {name: value for name, value in row.items() if value != []}
+        try:
+            example = source[number]
+            row = {column: _plain(value, column in images) for column, value in example.items()}
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"cannot read tfds:{name}: {error}") from error
+        yield number + 1, {column: value for column, value in row.items() if value != []}
 
 
 def _plain(value: Any, image: bool) -> Any:

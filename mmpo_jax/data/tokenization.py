@@ -18,12 +18,11 @@ from mmpo_jax.core.files import fingerprint_items
 from mmpo_jax.data.chat_template import TemplateRefusal
 from mmpo_jax.data.control_tokens import has_stand_ins
 from mmpo_jax.data.dialogues import Segment, dialogue_of, segments
+from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.processor import MediaError, Processor
-from mmpo_jax.data.readers import SkippedRow
 from mmpo_jax.data.records import ImageRef, Record, Response, VideoRef
-from mmpo_jax.data.rows import SkipReason
 from mmpo_jax.data.segments import covered_tokens
-from mmpo_jax.data.settings import Lengths
+from mmpo_jax.data.skipped import SkippedRow, SkipReason
 from mmpo_jax.models.layout import Layout
 
 UNLIMITED = 2**30

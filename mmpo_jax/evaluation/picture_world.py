@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.core import progress
 from mmpo_jax.core.errors import DataError
-from mmpo_jax.data.settings import Lengths
+from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.tokenization import tokenize_records
 from mmpo_jax.feedback.labeler import CheckpointLabeler
 from mmpo_jax.feedback.scores import accepted

@@ -19,10 +19,10 @@ from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.progress import counted
 from mmpo_jax.data.batching import pad_batch
 from mmpo_jax.data.control_tokens import has_stand_ins
+from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.processor_files import ProcessorError
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
-from mmpo_jax.data.settings import Lengths
 from mmpo_jax.data.tokenization import RowRejected, TokenizedRecord, tokenize
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.log_probs import next_token_logits

@@ -18,8 +18,8 @@ from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import fingerprint_items
 from mmpo_jax.core.stages import Stage, StageOutput, run_stage
 from mmpo_jax.data.batching import pad_batch
+from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.processor import Processor
-from mmpo_jax.data.settings import Lengths
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.generation.sampler import NOT_FINITE, sample, sample_keys
 from mmpo_jax.models.precision import check_finite, inference_dtype

@@ -7,7 +7,8 @@ from mmpo_jax.data.formats.media import MediaFolder
 from mmpo_jax.data.formats.turns import parse_turns
 from mmpo_jax.data.formats.writing import CannotHold, Writer
 from mmpo_jax.data.records import Record
-from mmpo_jax.data.rows import MessagesAs, Row, UnusableRow
+from mmpo_jax.data.rows import MessagesAs, Row
+from mmpo_jax.data.skipped import UnusableRow
 
 
 def _claims(row: Row) -> bool:

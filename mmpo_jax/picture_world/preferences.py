@@ -11,10 +11,10 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from mmpo_jax.data.files import write_rows
 from mmpo_jax.data.formats import FORMATS
 from mmpo_jax.data.formats.writing import Writer
 from mmpo_jax.data.records import SCORE, Record, Response, Span, Turn
-from mmpo_jax.data.tables import write_rows
 from mmpo_jax.picture_world.claims import Claim, is_true, make_claim, parse, question
 from mmpo_jax.picture_world.language import ANSWERS, existence_question, mention
 from mmpo_jax.picture_world.world import Kind, Scene

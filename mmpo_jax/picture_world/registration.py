@@ -2,7 +2,7 @@
 set of TFDS. Recipes import this; nothing below them knows of the picture world."""
 
 from mmpo_jax.data.formats import register_format
-from mmpo_jax.data.tables import TFDS_BUILDERS
+from mmpo_jax.data.readers import TFDS_BUILDERS
 from mmpo_jax.picture_world import rewards  # noqa: F401 (registers itself)
 from mmpo_jax.picture_world.format import FORMAT
 

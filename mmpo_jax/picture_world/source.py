@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from mmpo_jax.core.sections import PositiveInt, Seed
 from mmpo_jax.data.rows import MessagesAs
-from mmpo_jax.data.settings import RecordSource
+from mmpo_jax.data.sources import RecordSet, RecordSource
 from mmpo_jax.picture_world.records import prompt_records, supervised_records
-
-if TYPE_CHECKING:
-    from mmpo_jax.data.sources import Source
 
 
 class PictureWorldData(RecordSource):
@@ -28,13 +25,11 @@ class PictureWorldData(RecordSource):
     hallucination_rate: float = Field(0.5, ge=0, le=1)
     """Share of supervised captions with one invented thing."""
 
-    def load(self, *, supervised: bool, messages_as: MessagesAs = "last_turn") -> Source:
+    def load(self, *, supervised: bool, messages_as: MessagesAs = "last_turn") -> RecordSet:
         """Supervised dialogues of scenes, or prompts to caption them."""
-        from mmpo_jax.data.sources import Source  # which loads transformers
-
         world = (self.split, self.seed, self.size, self.image_size)
         if supervised:
             records = supervised_records(*world, self.questions, self.hallucination_rate)
         else:
             records = prompt_records(*world)
-        return Source(f"picture_world/{self.split}", records, [], 0.0)
+        return RecordSet(f"picture_world/{self.split}", records, [], 0.0)

@@ -8,7 +8,7 @@ import pydantic
 from pydantic import Field
 
 from mmpo_jax.core.sections import as_list
-from mmpo_jax.data.settings import FileData, LearnedFile
+from mmpo_jax.data.sources import FileData, LearnedFile
 from mmpo_jax.picture_world.source import PictureWorldData
 
 Data = Annotated[PictureWorldData | FileData, Field(discriminator="source")]

@@ -11,7 +11,8 @@ import pydantic
 from pydantic import Field
 
 from mmpo_jax.core.sections import MeshSize, PositiveInt, Section, Seed
-from mmpo_jax.data.settings import LearnedFile, Lengths
+from mmpo_jax.data.lengths import Lengths
+from mmpo_jax.data.sources import LearnedFile
 from mmpo_jax.objectives.catalog import OBJECTIVES
 from mmpo_jax.objectives.registry import FIELDS
 from mmpo_jax.picture_world.source import PictureWorldData

@@ -15,7 +15,7 @@ from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.core import progress
 from mmpo_jax.core.stages import Stage, run_stage
 from mmpo_jax.data.batching import bucket, pad_batch
-from mmpo_jax.data.settings import Lengths
+from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.tokenization import TokenizedRecord, fingerprint_records
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.log_probs import response_log_probs, sum_log_probs

@@ -22,9 +22,9 @@ from mmpo_jax.data.contexts import (
     differs,
     tokenize_contexts,
 )
+from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.pipeline import Example
-from mmpo_jax.data.rows import SkipReason
-from mmpo_jax.data.settings import Lengths
+from mmpo_jax.data.skipped import SkipReason
 from mmpo_jax.data.tokenization import Tokenize, TokenizedRecord
 from mmpo_jax.objectives.registry import FIELDS, VIEWS, is_field
 from mmpo_jax.objectives.terms import Term, needs

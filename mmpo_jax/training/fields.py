@@ -8,8 +8,8 @@ import numpy as np
 
 from mmpo_jax.data.contexts import answers
 from mmpo_jax.data.records import LOG_PROB, SCORE, Response, Span
-from mmpo_jax.data.rows import SkipReason
 from mmpo_jax.data.segments import changed_segments
+from mmpo_jax.data.skipped import SkipReason
 from mmpo_jax.data.tokenization import TokenizedRecord, TokenizedResponse
 
 

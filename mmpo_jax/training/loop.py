@@ -22,6 +22,7 @@ from mmpo_jax.checkpoints.train_state import TrainState
 from mmpo_jax.core import progress
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.trees import flatten
+from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.pipeline import (
     Example,
     HostBatch,
@@ -32,7 +33,6 @@ from mmpo_jax.data.pipeline import (
     seen_rows,
     training_batches,
 )
-from mmpo_jax.data.settings import Lengths
 from mmpo_jax.models.lora import add_adapters, targeted_layers
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.parallel.mesh import batch_shards, put_batch

@@ -17,6 +17,7 @@ from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.checkpoints.train_state import TrainState
 from mmpo_jax.core import progress
 from mmpo_jax.core.errors import DataError
+from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.pipeline import (
     Example,
     HostBatch,
@@ -26,8 +27,7 @@ from mmpo_jax.data.pipeline import (
     batch_order,
 )
 from mmpo_jax.data.records import Response, Turn
-from mmpo_jax.data.rows import SkipReason
-from mmpo_jax.data.settings import Lengths
+from mmpo_jax.data.skipped import SkipReason
 from mmpo_jax.data.tokenization import TokenizedRecord, TokenizedResponse
 from mmpo_jax.generation.responses import read_response, sample_tokens
 from mmpo_jax.models.lora import cast_params

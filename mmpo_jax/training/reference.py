@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.core import progress
 from mmpo_jax.core.errors import DataError
-from mmpo_jax.data.settings import Lengths
+from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.recipes.training import Training
 from mmpo_jax.scoring.log_probs import score_records, score_stage

@@ -20,8 +20,8 @@ from mmpo_jax.checkpoints.train_state import TrainState
 from mmpo_jax.core import progress
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.trees import flatten
+from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.pipeline import Example, held_out_batches
-from mmpo_jax.data.settings import Lengths
 from mmpo_jax.models.lora import Lora
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.parallel.mesh import param_shardings

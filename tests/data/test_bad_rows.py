@@ -20,13 +20,9 @@ from helpers.format_rows import (
 )
 
 from mmpo_jax.core.errors import DataError
-from mmpo_jax.data.readers import (
-    SkippedRow,
-    check_images,
-    check_skipped,
-    read_records,
-    write_skipped,
-)
+from mmpo_jax.data.media_check import check_images
+from mmpo_jax.data.readers import read_records
+from mmpo_jax.data.skipped import SkippedRow, check_skipped, write_skipped
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from PIL import Image
 
 from mmpo_jax.commands.data_convert import convert_data
 from mmpo_jax.core.errors import DataError
-from mmpo_jax.data.readers import check_images, read_records
+from mmpo_jax.data.media_check import check_images
+from mmpo_jax.data.readers import read_records
 
 FOLDER = "gs://bucket/data"
 

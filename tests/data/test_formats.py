@@ -35,7 +35,7 @@ from mmpo_jax.data.formats import FORMATS, choose_format
 from mmpo_jax.data.notes import Notes
 from mmpo_jax.data.readers import iter_records, read_records
 from mmpo_jax.data.records import Turn
-from mmpo_jax.data.rows import Format
+from mmpo_jax.data.rows import FormatName
 
 
 @pytest.mark.parametrize("name", [*sorted(ROWS), "rlaif_v", "rlhf_v"])
@@ -45,7 +45,7 @@ def test_formats_are_told_apart(name):
 
 
 def test_every_format_can_be_named():
-    assert set(get_args(Format)) == {"auto", *FORMATS}
+    assert set(get_args(FormatName)) == {"auto", *FORMATS}
 
 
 def test_llama_factory(folder):

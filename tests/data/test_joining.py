@@ -11,8 +11,8 @@ from helpers.format_rows import QUESTION, png, read_jsonl, write_jsonl
 from mmpo_jax.cli import main
 from mmpo_jax.data.joining import Joined, join_pairs
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
-from mmpo_jax.data.settings import LearnedFile
-from mmpo_jax.data.sources import usable_records
+from mmpo_jax.data.sources import LearnedFile
+from mmpo_jax.data.usable import usable_records
 
 PROMPT = (Turn("user", QUESTION),)
 

@@ -9,9 +9,11 @@ import pytest
 from helpers.format_rows import QUESTION, png, read_one, user, write_jsonl
 
 from mmpo_jax.data.formats.media import MediaFolder
-from mmpo_jax.data.readers import check_images, read_records, write_skipped
+from mmpo_jax.data.media_check import check_images
+from mmpo_jax.data.readers import read_records
 from mmpo_jax.data.records import ImageRef, VideoRef
-from mmpo_jax.data.rows import UnusableRow, brief
+from mmpo_jax.data.rows import brief
+from mmpo_jax.data.skipped import UnusableRow, write_skipped
 
 PNG, BLUE = png(), png("blue")
 TEXT = base64.b64encode(PNG).decode()

@@ -12,8 +12,8 @@ from mmpo_jax.commands.data_check import check_data
 from mmpo_jax.data.formats.columns import PICTURE_COLUMNS, with_pictures
 from mmpo_jax.data.notes import Notes
 from mmpo_jax.data.readers import read_records
-from mmpo_jax.data.settings import FileData
-from mmpo_jax.data.sources import usable_records
+from mmpo_jax.data.sources import FileData
+from mmpo_jax.data.usable import usable_records
 
 PNG = png()
 PAIR = {"prompt": QUESTION, "chosen": "A cat.", "rejected": "Two cats."}

@@ -25,7 +25,8 @@ from PIL import Image
 
 from mmpo_jax.commands.data_convert import convert_data
 from mmpo_jax.core.errors import DataError
-from mmpo_jax.data.readers import check_images, iter_records, read_records
+from mmpo_jax.data.media_check import check_images
+from mmpo_jax.data.readers import iter_records, read_records
 from mmpo_jax.data.records import Medium, Response, Turn
 
 GOOD, BAD = Response.of("A cat."), Response.of("A dog.")

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmpo_jax.core.errors import DataError
+from mmpo_jax.data.files import file_rows
 from mmpo_jax.data.readers import read_records
 from mmpo_jax.data.snapshots import split_of
-from mmpo_jax.data.tables import numbered_rows
 
 ROWS = [{"id": str(n), "prompt": f"{n}?", "chosen": "a", "rejected": "b"} for n in range(3)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -19,7 +19,7 @@ LIST = json.dumps(ROWS)
 
 
 def ids(path):
-    return [row["id"] for _, row in numbered_rows(path)]
+    return [row["id"] for _, row in file_rows(path)]
 
 
 def write(folder, *names, rows=ROWS):

@@ -10,10 +10,10 @@ from helpers import tiny
 
 from mmpo_jax.checkpoints.configs import load_config
 from mmpo_jax.data.chat_template import TemplateRefusal
+from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.processor_files import ProcessorError
 from mmpo_jax.data.records import Record, Response, Turn, placed
-from mmpo_jax.data.settings import Lengths
 from mmpo_jax.data.tokenization import tokenize_records
 
 # In the manner of the published ones, which read `message['content']` as text.

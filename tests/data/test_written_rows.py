@@ -18,10 +18,10 @@ from helpers.format_rows import (
 from mmpo_jax.cli import main
 from mmpo_jax.commands.data_convert import convert_data
 from mmpo_jax.commands.generate import _line
+from mmpo_jax.commands.results import Results
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.data.readers import iter_records, read_records
 from mmpo_jax.data.records import Medium, Response, placed
-from mmpo_jax.data.results import Results
 
 WRITERS = ["record", "trl", "llama_factory", "ms_swift"]
 

@@ -16,10 +16,10 @@ from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.checkpoints.configs import load_config
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.trees import map_with_path
+from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.processor_files import ProcessorError
 from mmpo_jax.data.records import IMAGE, ImageRef, Turn
-from mmpo_jax.data.settings import Lengths
 from mmpo_jax.feedback import labeler as labeler_module
 from mmpo_jax.feedback.labeler import CheckpointLabeler, answer_tokens
 from mmpo_jax.models.batch import Batch

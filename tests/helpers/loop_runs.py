@@ -9,8 +9,8 @@ import pytest
 from helpers import tiny
 
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
+from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
-from mmpo_jax.data.settings import Lengths
 from mmpo_jax.data.tokenization import tokenize_records
 from mmpo_jax.picture_world.render import png_bytes
 from mmpo_jax.picture_world.world import sample_scene

@@ -14,9 +14,9 @@ from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.batching import pad_batch
 from mmpo_jax.data.contexts import MAIN, OTHER_IMAGE, all_contexts
+from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.pipeline import training_batches
 from mmpo_jax.data.records import ImageRef, Record, Response, Span, Turn
-from mmpo_jax.data.settings import Lengths
 from mmpo_jax.data.tokenization import tokenize_records
 from mmpo_jax.models.log_probs import (
     next_token_logits,

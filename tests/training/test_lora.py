@@ -16,8 +16,8 @@ from mmpo_jax.checkpoints.huggingface import load_model
 from mmpo_jax.checkpoints.peft import load_adapter, read_adapter_config
 from mmpo_jax.commands.train import run_training
 from mmpo_jax.core.trees import flatten, unflatten
+from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.records import Response, Turn
-from mmpo_jax.data.settings import Lengths
 from mmpo_jax.models.lora import SCALE, A, B, Lora, add_adapters, is_adapter, merge_adapters
 from mmpo_jax.parallel.mesh import make_mesh, put_params
 from mmpo_jax.recipes.recipe import TrainRecipe

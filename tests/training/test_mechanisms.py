@@ -16,8 +16,7 @@ from mmpo_jax.commands import train as run
 from mmpo_jax.commands.train import run_training
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.records import ImageRef, Record, Response, Span, Turn
-from mmpo_jax.data.settings import FileData
-from mmpo_jax.data.sources import Source
+from mmpo_jax.data.sources import FileData, RecordSet
 from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.recipes.recipe import TrainRecipe
 from mmpo_jax.training.metrics import read_metrics
@@ -82,7 +81,7 @@ def train(tmp_path, tiny_folder, monkeypatch):
 
     def train(objective, reference, change, output="out"):
         made = [change(record, number) for number, record in enumerate(records())]
-        monkeypatch.setattr(FileData, "load", lambda *_, **__: Source("rows", made, [], 0.0))
+        monkeypatch.setattr(FileData, "load", lambda *_, **__: RecordSet("rows", made, [], 0.0))
         monkeypatch.setattr(run, "make_mesh", lambda **_: one_device())
         recipe = TrainRecipe.model_validate(
             {

@@ -15,9 +15,9 @@ from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.checkpoints.orbax import CheckpointError
 from mmpo_jax.commands.train import run_training
 from mmpo_jax.core.trees import flatten
+from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.pipeline import Example, MixtureEntry
-from mmpo_jax.data.settings import Lengths
-from mmpo_jax.data.sources import SKIPPED
+from mmpo_jax.data.skipped import SKIPPED_FILE
 from mmpo_jax.data.tokenization import tokenize_records
 from mmpo_jax.models.log_probs import response_log_probs
 from mmpo_jax.objectives.on_policy import advantages
@@ -299,7 +299,7 @@ def test_rows_without_an_answer_are_left_out(tiny_folder, tmp_path):
     training = {"objective": {"type": "grpo"}, "batch_size": 8}
     made = recipe(tiny_folder, tmp_path / "out", rollout=rollout, data=data, training=training)
     run_training(made)
-    (skipped,) = (tmp_path / "out" / SKIPPED).read_text().splitlines()
+    (skipped,) = (tmp_path / "out" / SKIPPED_FILE).read_text().splitlines()
     assert json.loads(skipped)["reason"] == "no_answer"
 
 

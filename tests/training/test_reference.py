@@ -14,9 +14,9 @@ from mmpo_jax.checkpoints.configs import load_config
 from mmpo_jax.checkpoints.fingerprints import fingerprint_model
 from mmpo_jax.checkpoints.huggingface import load_model
 from mmpo_jax.core.files import read_table
+from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
-from mmpo_jax.data.settings import Lengths
 from mmpo_jax.data.tokenization import tokenize_records
 from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.picture_world.render import png_bytes

@@ -17,7 +17,7 @@ from mmpo_jax.commands.train import run_training, training_data
 from mmpo_jax.core.errors import DataError, MmpoError
 from mmpo_jax.core.files import read_table
 from mmpo_jax.core.trees import flatten
-from mmpo_jax.data.sources import SKIPPED
+from mmpo_jax.data.skipped import SKIPPED_FILE
 from mmpo_jax.objectives.responses import Responses
 from mmpo_jax.objectives.terms import needs
 from mmpo_jax.recipes.recipe import TrainRecipe, Validation
@@ -118,7 +118,7 @@ def test_which_ranked_response_is_learned(make_recipe, objectives, expected):
 def test_dpo_takes_preferences_only(make_recipe, tmp_path):
     recipe = make_recipe([PREFERENCE, ALTERNATIVES, PREFERENCE], DPO)
     assert learned(recipe) == [["a red circle .", "two blue stars ."]] * 2
-    (skipped,) = (tmp_path / "out" / SKIPPED).read_text().splitlines()
+    (skipped,) = (tmp_path / "out" / SKIPPED_FILE).read_text().splitlines()
     assert json.loads(skipped)["reason"] == "incomplete_pair"
     with pytest.raises(DataError, match="2 of 2 rows cannot be used"):
         learned(make_recipe([DIALOGUE, ALTERNATIVES], DPO))
@@ -146,7 +146,9 @@ def test_pairs_without_a_difference_are_left_out(make_recipe, tmp_path):
     for objective, kept in ((DPO, 3), ({"type": "plackett_luce"}, 3), ([DPO, SFT], 3), (SFT, 6)):
         assert len(learned(make_recipe(rows, objective))) == kept
     learned(make_recipe(rows, DPO))
-    found = [json.loads(line) for line in (tmp_path / "out" / SKIPPED).read_text().splitlines()]
+    found = [
+        json.loads(line) for line in (tmp_path / "out" / SKIPPED_FILE).read_text().splitlines()
+    ]
     assert [(row["id"], row["reason"]) for row in found] == [
         (id_, "same_responses") for id_ in ("1", "2", "3")
     ]
@@ -203,20 +205,22 @@ def test_ranks_count_and_not_the_order_of_responses(make_recipe, tmp_path):
     liked = disliked | {"completion": "no", "label": True}
     rows = [ranked, ranked, tied, disliked]
     assert learned(make_recipe(rows, DPO)) == [["two blue stars .", "a red circle ."]] * 2
-    found = [json.loads(line) for line in (tmp_path / "out" / SKIPPED).read_text().splitlines()]
+    found = [
+        json.loads(line) for line in (tmp_path / "out" / SKIPPED_FILE).read_text().splitlines()
+    ]
     assert [(row["row"], row["reason"]) for row in found] == [
         (3, "incomplete_pair"),
         (4, "undesirable"),
     ]
     assert learned(make_recipe([ranked, disliked, liked], SFT)) == [["a red circle ."], ["no"]]
-    (found,) = (tmp_path / "out" / SKIPPED).read_text().splitlines()
+    (found,) = (tmp_path / "out" / SKIPPED_FILE).read_text().splitlines()
     assert json.loads(found)["reason"] == "undesirable"
 
 
 def test_no_row_skipped_any_more(make_recipe, tmp_path):
     learned(make_recipe([PREFERENCE, DIALOGUE], DPO))
     learned(make_recipe([PREFERENCE], DPO))
-    assert not (tmp_path / "out" / SKIPPED).exists()
+    assert not (tmp_path / "out" / SKIPPED_FILE).exists()
 
 
 @pytest.mark.slow

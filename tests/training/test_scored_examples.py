@@ -5,7 +5,7 @@ import pytest
 
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.data.records import SCORE, Record, Response, Turn
-from mmpo_jax.data.sources import Source, scored_by
+from mmpo_jax.data.sources import RecordSet, scored_by
 from mmpo_jax.data.tokenization import TokenizedRecord, TokenizedResponse
 from mmpo_jax.objectives.terms import make_term, needs
 from mmpo_jax.training.examples import make_examples
@@ -57,10 +57,10 @@ def test_which_score_is_meant():
     assert lacks(several, "score")[0] == "no_score"
     assert lacks(record([1, 2], [{"a": 1.0}, {"b": 1.0}]), "score")[0] == "no_score"
     responses = tuple(response.source for response in several.responses)
-    source = Source("rows", [Record("r", (), (Turn("user", "?"),), responses)], [], 0.0)
+    record_set = RecordSet("rows", [Record("r", (), (Turn("user", "?"),), responses)], [], 0.0)
 
     def chosen(name):
-        (row,) = scored_by(source, name).records
+        (row,) = scored_by(record_set, name).records
         return record([2, 1], [response.scores for response in row.responses])
 
     for name, expected in (("a", [1, 3]), ("b", [2, 0.5])):

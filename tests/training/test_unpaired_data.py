@@ -9,9 +9,9 @@ import pytest
 from jax.sharding import AxisType
 
 from mmpo_jax.core.errors import DataError
+from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.pipeline import training_batches
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
-from mmpo_jax.data.settings import Lengths
 from mmpo_jax.data.tokenization import TokenizedRecord, TokenizedResponse, tokenize_records
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import AXES, put_batch, put_params

@@ -21,9 +21,9 @@ from mmpo_jax.checkpoints.orbax import Checkpoints
 from mmpo_jax.checkpoints.train_state import TrainState
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.trees import flatten
+from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.pipeline import held_out_batches
 from mmpo_jax.data.records import Record, Response, Turn
-from mmpo_jax.data.settings import Lengths
 from mmpo_jax.data.tokenization import TokenizedRecord, tokenize_records
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import AXES

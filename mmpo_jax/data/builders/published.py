@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow_datasets as tfds
 from etils import epath
 
-from mmpo_jax.data.readers import Problem, SkippedRow, check_skipped, iter_records, media_problem
+from mmpo_jax.core.files import check_reachable
+from mmpo_jax.data.files import file_rows
+from mmpo_jax.data.formats.media import MediaFolder
+from mmpo_jax.data.media_check import media_problem
+from mmpo_jax.data.parsing import parse_rows
 from mmpo_jax.data.records import Record
+from mmpo_jax.data.skipped import Problem, SkippedRow, check_skipped
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +49,14 @@ class PublishedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         skipped: list[SkippedRow] = []
         written = 0
         opened: dict[str, Problem | None] = {}
-        for item in iter_records(path, root, format=format):
+        check_reachable(path)
+        rows = file_rows(path)
+        for item in parse_rows(rows, os.fspath(path), MediaFolder(root), format=format):
             problem = media_problem(item, opened) if isinstance(item, Record) else None
             if isinstance(item, SkippedRow):
                 skipped.append(item)
             elif problem is not None:
-                skipped.append(SkippedRow(str(path), item.row, item.id, *problem))
+                skipped.append(SkippedRow(os.fspath(path), item.row, item.id, *problem))
             else:
                 written += 1
                 yield item.row or 0, make(item)

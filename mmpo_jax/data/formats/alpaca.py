@@ -28,7 +28,8 @@ from mmpo_jax.data.formats.writing import (
     with_extra,
 )
 from mmpo_jax.data.records import Record
-from mmpo_jax.data.rows import MessagesAs, Row, UnusableRow
+from mmpo_jax.data.rows import MessagesAs, Row
+from mmpo_jax.data.skipped import UnusableRow
 
 _ANSWERS = ("output", "response")
 _LABELS = ("kto_tag", "label")

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
-from mmpo_jax.data.rows import Row, UnusableRow, brief
+from mmpo_jax.data.rows import Row, brief
+from mmpo_jax.data.skipped import UnusableRow
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 Kind = Literal["image", "video"]

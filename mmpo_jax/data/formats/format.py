@@ -18,7 +18,8 @@ from mmpo_jax.data.formats.turns import (
 )
 from mmpo_jax.data.formats.writing import Writer
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn, VideoRef
-from mmpo_jax.data.rows import MessagesAs, Row, SkipReason, UnusableRow, brief
+from mmpo_jax.data.rows import MessagesAs, Row, brief
+from mmpo_jax.data.skipped import SkipReason, UnusableRow
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,8 @@ from mmpo_jax.data.formats.writing import (
     with_extra,
 )
 from mmpo_jax.data.records import Record, Response, Turn
-from mmpo_jax.data.rows import MessagesAs, Row, UnusableRow
+from mmpo_jax.data.rows import MessagesAs, Row
+from mmpo_jax.data.skipped import UnusableRow
 
 _SPEAKERS = {"user": "human", "assistant": "gpt", "tool": "observation"}
 """What these rows call the speakers that they do not call as everybody does."""

@@ -14,7 +14,8 @@ from mmpo_jax.core.files import walk
 from mmpo_jax.data.formats.entries import IMAGE_ENDINGS, entries, read_image, read_part
 from mmpo_jax.data.images import resolve_image
 from mmpo_jax.data.records import ImageRef, VideoRef
-from mmpo_jax.data.rows import Row, UnusableRow, brief
+from mmpo_jax.data.rows import Row, brief
+from mmpo_jax.data.skipped import UnusableRow
 
 IN_THE_ROW = "(bytes in the row)"
 """Name of an image that has none."""

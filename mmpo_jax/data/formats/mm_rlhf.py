@@ -25,7 +25,8 @@ from mmpo_jax.data.formats.trl import SCORES, pair_scores
 from mmpo_jax.data.formats.turns import parse_turns
 from mmpo_jax.data.formats.writing import CannotHold, Writer, answer_of, question_of, with_extra
 from mmpo_jax.data.records import SCORE, ImageRef, Record, VideoRef
-from mmpo_jax.data.rows import MessagesAs, Row, UnusableRow
+from mmpo_jax.data.rows import MessagesAs, Row
+from mmpo_jax.data.skipped import UnusableRow
 
 DIMENSIONS = ("helpfulness", "faithfulness", "ethical")
 FACTOR_RATE = 0.5

@@ -24,7 +24,8 @@ from mmpo_jax.data.formats.writing import (
     with_extra,
 )
 from mmpo_jax.data.records import Record, Response
-from mmpo_jax.data.rows import MessagesAs, Row, UnusableRow
+from mmpo_jax.data.rows import MessagesAs, Row
+from mmpo_jax.data.skipped import UnusableRow
 
 _REJECTED = ("rejected_response", "rejected_messages", "rejected_images")
 

@@ -16,7 +16,7 @@ from mmpo_jax.data.formats.media import MediaFolder
 from mmpo_jax.data.formats.tags import TAGS, count_tags, split_tags, unescaped
 from mmpo_jax.data.formats.turns import MediaPart, Message, Turns
 from mmpo_jax.data.records import IMAGE, VIDEO, ImageRef, Medium, Piece, Turn, VideoRef, placed
-from mmpo_jax.data.rows import UnusableRow
+from mmpo_jax.data.skipped import UnusableRow
 
 
 @dataclasses.dataclass(frozen=True)

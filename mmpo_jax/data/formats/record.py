@@ -33,7 +33,8 @@ from mmpo_jax.data.formats.turns import (
 )
 from mmpo_jax.data.formats.writing import STRIP, CannotHold, Writer, messages, template_columns
 from mmpo_jax.data.records import Record, Response, Span
-from mmpo_jax.data.rows import MessagesAs, Row, UnusableRow
+from mmpo_jax.data.rows import MessagesAs, Row
+from mmpo_jax.data.skipped import UnusableRow
 
 
 def _claims(row: Row) -> bool:

@@ -46,7 +46,8 @@ from mmpo_jax.data.formats.writing import (
     with_extra,
 )
 from mmpo_jax.data.records import SCORE, Record
-from mmpo_jax.data.rows import MessagesAs, Row, UnusableRow
+from mmpo_jax.data.rows import MessagesAs, Row
+from mmpo_jax.data.skipped import UnusableRow
 
 SCORES = ("score_chosen", "score_rejected", "margin")
 """Columns with the scores of a pair."""

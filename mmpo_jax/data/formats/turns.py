@@ -15,7 +15,7 @@ from typing import Any
 from mmpo_jax.data.formats.entries import PART_KINDS, entries, same_part
 from mmpo_jax.data.formats.tags import count_tags, split_tags
 from mmpo_jax.data.records import IMAGE, VIDEO, Medium, Role
-from mmpo_jax.data.rows import UnusableRow
+from mmpo_jax.data.skipped import UnusableRow
 
 ROLES: Mapping[str, Role] = {
     "system": "system",

@@ -10,7 +10,7 @@ from mmpo_jax.data.formats.turns import (
     split_common_prompt,
     split_last_answer,
 )
-from mmpo_jax.data.rows import UnusableRow
+from mmpo_jax.data.skipped import UnusableRow
 
 
 def split_pair(prompt: Turns, chosen: Turns, rejected: Turns) -> tuple[Turns, Turns, Turns]:

@@ -15,8 +15,8 @@ from mmpo_jax.core.files import check_reachable, write_atomic
 from mmpo_jax.core.sections import Section
 from mmpo_jax.data.formats.writing import place_image
 from mmpo_jax.data.records import ImageRef
-from mmpo_jax.data.settings import FileData
-from mmpo_jax.data.sources import SKIPPED
+from mmpo_jax.data.skipped import SKIPPED_FILE
+from mmpo_jax.data.sources import FileData
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Results:
         check_reachable(output)
         stem, extension = os.path.splitext(output)
         if extension == ".jsonl":
-            results = cls(output, f"{stem}.{SKIPPED}", f"{stem}.parts", f"{stem}.images")
+            results = cls(output, f"{stem}.{SKIPPED_FILE}", f"{stem}.parts", f"{stem}.images")
         else:
             results = cls(
                 os.path.join(output, f"{name}.jsonl"),
-                os.path.join(output, SKIPPED),
+                os.path.join(output, SKIPPED_FILE),
                 os.path.join(output, f"{name}.parts"),
                 os.path.join(output, f"{name}.images"),
             )

@@ -1,13 +1,11 @@
-"""Rows of files, and files of rows: JSONL, JSON, Parquet, ArrayRecord, Arrow folders, TFDS.
+"""Rows of files, and files of rows: JSONL, JSON, Parquet, ArrayRecord, Arrow folders.
 
 * ``.jsonl``, ``.ndjson``, ``.json``: an object a line, or one list of objects, whatever the ending
   says; ``.gz`` behind it is unpacked;
 * ``.parquet``: images inside rows as bytes;
 * ``.array_record``, ``.arrayrecord``: a JSON object a record;
 * a folder: what `datasets` saved to disk, or files of one of the kinds above, in the order of their
-  paths, of the split ``train`` or of ``FOLDER#SPLIT``, see `mmpo_jax.data.snapshots`;
-* ``tfds:NAME#SPLIT``: a data set that TFDS prepared, by its name (``picture_world/tiny``) or its
-  folder, split ``train`` where none is given; the image root is then TFDS's data folder.
+  paths, of the split ``train`` or of ``FOLDER#SPLIT``, see `mmpo_jax.data.snapshots`.
 """
 
 import codecs
@@ -29,12 +27,9 @@ from etils import epath
 
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import encode_table, is_local, read_bytes, write_atomic
-from mmpo_jax.data.rows import UnusableRow
+from mmpo_jax.data.skipped import MaybeRow, UnusableRow
 from mmpo_jax.data.snapshots import choose_split, data_files, split_path
 
-TFDS = "tfds:"
-TFDS_BUILDERS = ["mmpo_jax.data.builders"]
-"""Modules that register builders with TFDS when they are imported."""
 _BATCH_ROWS = 64  # Rows hold whole images: this is memory, not speed.
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 """As JSON writes it: half of a character, or an error."""
@@ -46,9 +41,6 @@ _SNIFFED = 1 << 16
 _TRIED = 20
 """Lines that are looked at where the first one is no JSON."""
 
-Item = dict[str, Any] | UnusableRow
-"""A row, or what is wrong with it."""
-
 
 def folder_of(path: epath.PathLike) -> epath.Path:
     """The folder that paths in the rows are relative to, where nothing else is said."""
@@ -56,25 +48,13 @@ def folder_of(path: epath.PathLike) -> epath.Path:
     return path if path.is_dir() else path.parent
 
 
-def numbered_rows(
-    path: epath.PathLike, data_folder: epath.PathLike | None = None
-) -> Iterator[tuple[int, Item]]:
+def file_rows(path: epath.PathLike) -> Iterator[tuple[int, MaybeRow]]:
     """Rows with their numbers from 1; in text files, those of lines. A folder's files count on.
-
-    Args:
-      data_folder: of TFDS, for its names.
 
     Raises:
       DataError: the file is missing, unreadable or of an unknown kind.
     """
-    name = os.fspath(path)
     try:
-        if name.startswith(TFDS):
-            from mmpo_jax.data.tfds_rows import tfds_rows  # imports half a second's worth
-
-            rows = tfds_rows(name.removeprefix(TFDS), data_folder, TFDS_BUILDERS)
-            yield from enumerate(rows, start=1)
-            return
         done = 0
         for file in _files(*split_path(path)):
             number = 0
@@ -83,7 +63,7 @@ def numbered_rows(
             done += number
     except (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise DataError(f"cannot read {name}: {reason}") from error
+        raise DataError(f"cannot read {os.fspath(path)}: {reason}") from error
 
 
 def _files(path: epath.Path, split: str | None) -> list[epath.Path]:
@@ -109,7 +89,7 @@ def _ending(name: str) -> str:
     return ending if ending in _READERS and (not packed or ending in _JSON) else ""
 
 
-def _json_rows(path: epath.Path) -> Iterator[tuple[int, Item]]:
+def _json_rows(path: epath.Path) -> Iterator[tuple[int, MaybeRow]]:
     """Of a list, or of lines with an object each: by what the file begins with."""
     with _opened(path) as file:
         start = file.read(_SNIFFED).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
@@ -154,13 +134,13 @@ def _parse_any(content: bytes) -> Any:
         return None
 
 
-def _json_lines(file: IO[bytes]) -> Iterator[tuple[int, Item]]:
+def _json_lines(file: IO[bytes]) -> Iterator[tuple[int, MaybeRow]]:
     for number, line in enumerate(file, start=1):
         if line.strip():
             yield number, _parse(line)
 
 
-def _json_list(path: epath.Path, content: bytes) -> Iterator[tuple[int, Item]]:
+def _json_list(path: epath.Path, content: bytes) -> Iterator[tuple[int, MaybeRow]]:
     try:
         rows = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -171,7 +151,7 @@ def _json_list(path: epath.Path, content: bytes) -> Iterator[tuple[int, Item]]:
         yield number, _object(row)
 
 
-def _parse(line: bytes) -> Item:
+def _parse(line: bytes) -> MaybeRow:
     try:
         return _object(json.loads(line.decode("utf-8-sig")), bool(_SURROGATE.search(line)))
     except json.JSONDecodeError as error:
@@ -180,7 +160,7 @@ def _parse(line: bytes) -> Item:
         return UnusableRow("bad_json", str(error))
 
 
-def _object(value: Any, check_texts: bool = True) -> Item:
+def _object(value: Any, check_texts: bool = True) -> MaybeRow:
     if not isinstance(value, dict):
         return UnusableRow("bad_json", f"a {type(value).__name__} and not an object")
     if check_texts:
@@ -191,17 +171,17 @@ def _object(value: Any, check_texts: bool = True) -> Item:
     return value
 
 
-def _parquet_rows(path: epath.Path) -> Iterator[tuple[int, Item]]:
+def _parquet_rows(path: epath.Path) -> Iterator[tuple[int, MaybeRow]]:
     with path.open("rb") as file:
         yield from _rows(pq.ParquetFile(file).iter_batches(batch_size=_BATCH_ROWS))
 
 
-def _arrow_rows(path: epath.Path) -> Iterator[tuple[int, Item]]:
+def _arrow_rows(path: epath.Path) -> Iterator[tuple[int, MaybeRow]]:
     with path.open("rb") as file:
         yield from _rows(pa.ipc.open_stream(file))
 
 
-def _rows(batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[int, Item]]:
+def _rows(batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[int, MaybeRow]]:
     number = 0
     for batch in batches:
         for start in range(0, batch.num_rows, _BATCH_ROWS):
@@ -220,7 +200,7 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def _array_record_rows(path: epath.Path) -> Iterator[tuple[int, Item]]:
+def _array_record_rows(path: epath.Path) -> Iterator[tuple[int, MaybeRow]]:
     with tempfile.TemporaryDirectory() as folder:
         local = os.fspath(path)
         if not is_local(path):  # its reader knows no buckets
@@ -238,7 +218,7 @@ def _array_record_rows(path: epath.Path) -> Iterator[tuple[int, Item]]:
             raise DataError(f"cannot read {os.fspath(path)}: {error}") from error
 
 
-_READERS: Mapping[str, Callable[[epath.Path], Iterator[tuple[int, Item]]]] = {
+_READERS: Mapping[str, Callable[[epath.Path], Iterator[tuple[int, MaybeRow]]]] = {
     ".jsonl": _json_rows,
     ".ndjson": _json_rows,
     ".json": _json_rows,

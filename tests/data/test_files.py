@@ -16,9 +16,9 @@ from PIL import Image
 from mmpo_jax.commands.data_convert import convert_data
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.data.builders import MmRlhf, RlaifV
+from mmpo_jax.data.files import file_rows
 from mmpo_jax.data.readers import read_records
 from mmpo_jax.data.records import Response, Turn
-from mmpo_jax.data.tables import numbered_rows
 from mmpo_jax.picture_world.records import supervised_records
 from mmpo_jax.picture_world.tfds_builder import PictureWorld, PictureWorldConfig
 
@@ -103,7 +103,7 @@ MAKERS = [
 
 @pytest.mark.parametrize("make", MAKERS)
 def test_every_kind_of_file_has_the_same_rows(tmp_path, make):
-    assert list(numbered_rows(make(tmp_path))) == list(enumerate(ROWS, start=1))
+    assert list(file_rows(make(tmp_path))) == list(enumerate(ROWS, start=1))
 
 
 @pytest.mark.parity
@@ -111,7 +111,7 @@ def test_what_datasets_saves(tmp_path):
     datasets = pytest.importorskip("datasets")
     saved = datasets.Dataset.from_list(ROWS)
     saved.filter(lambda row: row["id"] != "7").save_to_disk(tmp_path / "rows", num_shards=2)
-    found = [row for _, row in numbered_rows(tmp_path / "rows")]
+    found = [row for _, row in file_rows(tmp_path / "rows")]
     assert found == [row for row in ROWS if row["id"] != "7"]
     images = datasets.Dataset.from_dict(
         {"image": [Image.new("RGB", (3, 2))], "prompt": ["?"]},
