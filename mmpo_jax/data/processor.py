@@ -41,6 +41,8 @@ from mmpo_jax.models.families import FAMILIES
 from mmpo_jax.models.layout import Layout
 
 PIXEL_CACHE_BYTES = 512 * 2**20
+ENCODED_TEXTS = 16
+"""Texts whose tokens are remembered."""
 
 
 class MediaError(DataError):
@@ -83,7 +85,12 @@ class Processor:
         self._pixels: collections.OrderedDict[Any, list[np.ndarray]] = collections.OrderedDict()
         self._pixel_bytes = 0
         self._lock = threading.Lock()
+        # Responses go on from one prompt, which would be encoded for each of them again.
+        self._encode_plain = functools.lru_cache(ENCODED_TEXTS)(self._encode_text)
         self._check()
+
+    def _encode_text(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     @property
     def chat_template(self) -> str | None:
@@ -210,7 +217,7 @@ class Processor:
         """Token ids of rendered text, each image placeholder once; adds no special tokens."""
         if has_stand_ins(text):
             return self.control.encode(text)[0]
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return list(self._encode_plain(text))
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """`encode`, and the characters [start, end) of the text that every token stands for.

@@ -55,6 +55,8 @@ class Turn:
     @property
     def media(self) -> tuple[Medium, ...]:
         """The media in it, in order."""
+        if isinstance(self.content, str):  # whose characters are many
+            return ()
         return tuple(piece for piece in self.content if isinstance(piece, Medium))
 
 

@@ -171,7 +171,7 @@ def tokenize(
         videos=record.videos,
         answer=record.answer,
         order=order,
-        shows_later=any(np.isin(r.ids, processor.placeholders).any() for r in responses),
+        shows_later=any(_holds(r.ids, processor.placeholders) for r in responses),
         left_out=tuple(place for place, *_ in record.left_out),
     )
 
@@ -339,10 +339,15 @@ def _response(
         raise RowRejected("question_too_long", f"{len(ids)} tokens, the limit is {max_response}")
     if not asks and not mask[kept].any():
         raise RowRejected("empty_response", "no token of the assistant is left to learn")
-    if np.isin(ids[max_response:], processor.placeholders).any():
+    if _holds(ids[max_response:], processor.placeholders):
         detail = f"images end beyond token {max_response} of a response, and are never cut"
         raise RowRejected("response_too_long", detail)
     return TokenizedResponse(ids[kept], mask[kept], max(0, len(ids) - max_response), source)
+
+
+def _holds(ids: np.ndarray, tokens: Sequence[int]) -> bool:
+    """Whether any of the ids is one of a few tokens."""
+    return any((ids == token).any() for token in tokens)
 
 
 def _span_tokens(
