@@ -21,7 +21,7 @@ from mmpo_jax.data.notes import Notes, shows_something
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.readers import iter_records
 from mmpo_jax.data.records import ImageRef, Record
-from mmpo_jax.data.skipped import Problem, SkippedRow
+from mmpo_jax.data.skipped import SkippedRow
 from mmpo_jax.data.tokenization import UNLIMITED, RowRejected
 from mmpo_jax.data.usable import TextNotes, unsupported, without_shown_media
 
@@ -92,7 +92,6 @@ def check_data(
     """
     found = Findings()
     rows_of: dict[str, int | None] = {}
-    opened: dict[str, Problem | None] = {}
     limits = _limit(prompt_sizes), _limit(response_sizes)
     cut = 0
     rows = iter_records(path, image_root, format=format, notes=found.notes)
@@ -101,7 +100,7 @@ def check_data(
             found.dropped.append(item)
             continue
         item = dataclasses.replace(item, plain_text=control_tokens == "text")
-        problem = media_problem(item, opened)
+        problem = media_problem(item)
         if problem is None and processor is not None:
             told = len(item.left_out)
             item = without_shown_media(item, processor)

@@ -5,15 +5,18 @@ import io
 import os
 import posixpath
 from collections.abc import Iterator
+from typing import Any
 
 from etils import epath
 from PIL import ExifTags, Image, ImageOps
 
 from mmpo_jax.core.errors import DataError
-from mmpo_jax.core.files import is_local
+from mmpo_jax.core.files import fingerprint_bytes, is_local
+from mmpo_jax.core.known_files import recall, remember, state_of
 from mmpo_jax.data.edits import edit_image
 from mmpo_jax.data.records import ImageRef
 from mmpo_jax.data.rows import brief
+from mmpo_jax.data.skipped import Problem
 
 # Where Pillow begins to warn of decompression bombs; 256 MiB in RGB. Stated here because Pillow's
 # limit is a global that other libraries switch off.
@@ -25,14 +28,54 @@ class ImageTooLarge(DataError):
 
 
 def image_size(ref: ImageRef) -> tuple[int, int]:
-    """(height, width) of the upright image, from its header.
+    """(height, width) of the upright image, from its header; a file that is known is not read.
 
     Raises:
       DataError: as `open_image`, as far as the header tells.
     """
+    known = {} if ref.path is None else recall(ref.path)
+    if "size" in known:
+        height, width = known["size"]
+        return height, width
     with _opened(ref) as image:
-        width, height = image.size
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        return _upright_size(image)
+
+
+def image_problem(ref: ImageRef) -> Problem | None:
+    """Why an image does not open; None where it does.
+
+    It is read and decoded once. What is found out about a file, its digest and its size too, is
+    kept while the file stays as it is.
+    """
+    known = {} if ref.path is None else recall(ref.path)
+    if "problem" not in known:
+        before = None if ref.path is None else state_of(ref.path)
+        known = _examine(ref)
+        if ref.path is not None and "sha256" in known:
+            remember(ref.path, before, known)
+    problem = known["problem"]
+    return None if problem is None else (problem[0], problem[1])
+
+
+def _examine(ref: ImageRef) -> dict[str, Any]:
+    """What reading an image once tells: `problem`, and where it has them `sha256` and `size`."""
+    found: dict[str, Any] = {"problem": None}
+    try:
+        data = ref.read()
+        found["sha256"] = fingerprint_bytes(data)
+        with _opened(ref, data) as image:
+            found["size"] = _upright_size(image)
+            ImageOps.exif_transpose(image).convert("RGB")
+    except ImageTooLarge as error:
+        found["problem"] = "image_too_large", str(error)
+    except DataError as error:
+        found["problem"] = "image_broken", str(error)
+    return found
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    width, height = image.size
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
     return (width, height) if turned else (height, width)
 
 
@@ -65,10 +108,14 @@ def open_image(ref: ImageRef) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _opened(ref: ImageRef) -> Iterator[Image.Image]:
-    """The undecoded image; whatever goes wrong with it inside becomes a `DataError`."""
+def _opened(ref: ImageRef, data: bytes | None = None) -> Iterator[Image.Image]:
+    """The undecoded image; whatever goes wrong with it inside becomes a `DataError`.
+
+    Args:
+      data: the encoded image, where it has been read.
+    """
     name = os.fspath(ref.path) if ref.path is not None else ref.name
-    data = ref.read()
+    data = ref.read() if data is None else data
     if not data:
         raise DataError(f"image {name} is empty (0 bytes)")
     try:

@@ -10,6 +10,7 @@ from etils import epath
 
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import fingerprint_bytes, fingerprint_json
+from mmpo_jax.core.known_files import recall, remember, state_of
 from mmpo_jax.data.skipped import SkipReason
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
@@ -119,10 +120,21 @@ class ImageRef:
         Raises:
           DataError: the file is missing or cannot be read.
         """
-        encoded = fingerprint_bytes(self.read())
+        encoded = self._digest()
         if self.edit is None:
             return encoded
         return fingerprint_json([encoded, asdict(self.edit)])
+
+    def _digest(self) -> str:
+        """SHA-256 of the encoded image; a file that is known is not read again."""
+        if self.path is None:
+            return fingerprint_bytes(self.read())
+        known = recall(self.path)
+        if "sha256" not in known:
+            before = state_of(self.path)
+            known = {"sha256": fingerprint_bytes(self.read())}
+            remember(self.path, before, known)
+        return known["sha256"]
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from PIL import Image
 from transformers.image_utils import load_image
 
 from mmpo_jax.core.errors import DataError
+from mmpo_jax.core.files import fingerprint_bytes
 from mmpo_jax.data import images
-from mmpo_jax.data.images import open_image, resolve_image
+from mmpo_jax.data.images import image_problem, image_size, open_image, resolve_image
 from mmpo_jax.data.records import ImageRef
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 4), dtype=np.uint8)
@@ -204,3 +205,20 @@ def test_bucket_paths():
     for path in ("../a.jpg", "gs://b/other/a.jpg", "gs://c/data/a.jpg", "/etc"):
         with pytest.raises(DataError, match="leaves"):
             resolve_image("gs://b/data", path)
+
+
+def test_a_file_is_read_once_for_all_that_is_asked_before_training(tmp_path, monkeypatch):
+    monkeypatch.setenv("MMPO_CACHE", str(tmp_path / "cache"))
+    path = save(tmp_path / "a.png", "RGB")
+    (tmp_path / "b.png").write_bytes(path.read_bytes()[:60])
+    reads = []
+    plain = ImageRef.read
+    monkeypatch.setattr(ImageRef, "read", lambda self: reads.append(self.name) or plain(self))
+    for _ in range(2):
+        assert image_problem(ref(path)) is None
+        assert image_size(ref(path)) == (6, 9)
+        assert ref(path).fingerprint() == fingerprint_bytes(path.read_bytes())
+        reason, detail = image_problem(ref(tmp_path / "b.png"))
+        assert reason == "image_broken"
+        assert "b.png is damaged" in detail
+    assert len(reads) == 2

@@ -16,7 +16,7 @@ from mmpo_jax.data.formats.media import MediaFolder
 from mmpo_jax.data.media_check import media_problem
 from mmpo_jax.data.parsing import parse_rows
 from mmpo_jax.data.records import Record
-from mmpo_jax.data.skipped import Problem, SkippedRow, check_skipped
+from mmpo_jax.data.skipped import SkippedRow, check_skipped
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +48,10 @@ class PublishedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """
         skipped: list[SkippedRow] = []
         written = 0
-        opened: dict[str, Problem | None] = {}
         check_reachable(path)
         rows = file_rows(path)
         for item in parse_rows(rows, os.fspath(path), MediaFolder(root), format=format):
-            problem = media_problem(item, opened) if isinstance(item, Record) else None
+            problem = media_problem(item) if isinstance(item, Record) else None
             if isinstance(item, SkippedRow):
                 skipped.append(item)
             elif problem is not None:
