@@ -42,7 +42,7 @@ from mmpo_jax.core.files import replace_folder
 from mmpo_jax.core.trees import flatten, to_host, unflatten
 from mmpo_jax.models.config import ModelError
 from mmpo_jax.models.family import Renaming
-from mmpo_jax.models.merging import SCALE, A, B, merge, parts_of, wide
+from mmpo_jax.models.merging import SCALE, A, B, kernel_and_adapter, merge, wide
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.precision import weights_dtype
 
@@ -287,7 +287,7 @@ def new_tensors(params: Params, model: Model) -> list[NewTensor]:
     for path, leaf in flat.items():
         if path.endswith((f"/{A}", f"/{B}", f"/{SCALE}")):
             continue
-        parts = parts_of(flat, path)
+        parts = kernel_and_adapter(flat, path)
         dtype = np.dtype(leaf.dtype if len(parts) == 1 else wide(leaf.dtype))
         stacked = _is_stacked(path)
         shape = leaf.shape[1:] if stacked else leaf.shape

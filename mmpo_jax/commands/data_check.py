@@ -13,7 +13,13 @@ from mmpo_jax.checkpoints.checkpoint import load_processor
 from mmpo_jax.core.files import fingerprint_bytes
 from mmpo_jax.core.progress import counted
 from mmpo_jax.data.batching import fitting_sizes
-from mmpo_jax.data.contexts import all_contexts, answers, differ, differs, tokenize_contexts
+from mmpo_jax.data.contexts import (
+    all_contexts,
+    differ,
+    differs,
+    filled_responses,
+    tokenize_contexts,
+)
 from mmpo_jax.data.images import image_size
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.media_check import media_problem
@@ -90,14 +96,14 @@ def check_data(
     Raises:
       DataError: the file cannot be read.
     """
-    found = Findings()
+    findings = Findings()
     rows_of: dict[str, int | None] = {}
     limits = _limit(prompt_sizes), _limit(response_sizes)
     cut = 0
-    rows = iter_records(path, image_root, format=format, notes=found.notes)
+    rows = iter_records(path, image_root, format=format, notes=findings.notes)
     for item in counted(rows, f"checking {path}"):
         if isinstance(item, SkippedRow):
-            found.dropped.append(item)
+            findings.dropped.append(item)
             continue
         item = dataclasses.replace(item, plain_text=control_tokens == "text")
         problem = media_problem(item)
@@ -105,7 +111,7 @@ def check_data(
             told = len(item.left_out)
             item = without_shown_media(item, processor)
             if len(item.left_out) > told:
-                found.notes.left_out["image_position"] += len(item.left_out) - told
+                findings.notes.left_out["image_position"] += len(item.left_out) - told
             problem = unsupported(item, processor)
         if problem is None:
             try:
@@ -113,25 +119,25 @@ def check_data(
             except RowRejected as error:
                 problem = error.reason, error.detail
         if problem is not None:
-            found.dropped.append(SkippedRow(path, item.row, item.id, *problem))
+            findings.dropped.append(SkippedRow(path, item.row, item.id, *problem))
             continue
-        found.prompts.append(prompt)
-        found.responses += responses
+        findings.prompts.append(prompt)
+        findings.responses += responses
         cut += sum(length > limits[1] for length in responses)
-        found.kinds[_kind(item)] += 1
+        findings.kinds[_kind(item)] += 1
         if processor is not None:
-            found.texts.add(item, processor)
-        found.without_media += not shows_something(item)
-        found.sizes.update(image_size(image)[::-1] for image in _images(item))
+            findings.texts.add(item, processor)
+        findings.without_media += not shows_something(item)
+        findings.sizes.update(image_size(image)[::-1] for image in _images(item))
         if same:
-            found.same_responses.append(item.row)
-        _note_duplicate(item, rows_of, found)
+            findings.same_responses.append(item.row)
+        _note_duplicate(item, rows_of, findings)
     lengths = Lengths(
-        prompt=tuple(prompt_sizes) or fitting_sizes(found.prompts or [1], 4),
-        response=tuple(response_sizes) or fitting_sizes(found.responses or [1], 2),
+        prompt=tuple(prompt_sizes) or fitting_sizes(findings.prompts or [1], 4),
+        response=tuple(response_sizes) or fitting_sizes(findings.responses or [1], 2),
     )
     unit = "tokens" if processor is not None else "characters"
-    return "\n".join(_report(path, found, lengths, unit, cut))
+    return "\n".join(_report(path, findings, lengths, unit, cut))
 
 
 def _limit(sizes: Sequence[int]) -> int:
@@ -151,7 +157,7 @@ def _measure(
     if processor is not None:
         row = tokenize_contexts(record, processor, max_prompt, UNLIMITED)
         longest = max(len(context.prompt_ids) for _, context in all_contexts(row))
-        lengths = [len(response.ids) for response in answers(row)]
+        lengths = [len(response.ids) for response in filled_responses(row)]
         if max(lengths, default=0) > max_response:
             row = tokenize_contexts(record, processor, max_prompt, max_response)
         return longest, lengths, compared and not differs(row)
@@ -184,45 +190,45 @@ def _images(record: Record) -> Iterator[ImageRef]:
         yield from response.images or ()
 
 
-def _note_duplicate(record: Record, rows_of: dict[str, int | None], found: Findings) -> None:
+def _note_duplicate(record: Record, rows_of: dict[str, int | None], findings: Findings) -> None:
     """Notes a row that says what an earlier one does."""
     shown = [image.fingerprint() for image in _images(record)]
     said = [(r.turns, r.prompt, r.rank, r.desirable) for r in record.responses]
     key = fingerprint_bytes(repr((shown, record.prompt, said)).encode())
     if key in rows_of:
-        found.duplicates.append((record.row, rows_of[key]))
+        findings.duplicates.append((record.row, rows_of[key]))
     rows_of.setdefault(key, record.row)
 
 
-def _report(path: str, found: Findings, lengths: Lengths, unit: str, cut: int) -> Iterator[str]:
-    usable = len(found.prompts)
-    yield f"{os.fspath(path)}: {usable + len(found.dropped)} rows, {usable} can be used"
-    for name, counts in (("formats", found.notes.formats), ("usable rows", found.kinds)):
+def _report(path: str, findings: Findings, lengths: Lengths, unit: str, cut: int) -> Iterator[str]:
+    usable = len(findings.prompts)
+    yield f"{os.fspath(path)}: {usable + len(findings.dropped)} rows, {usable} can be used"
+    for name, counts in (("formats", findings.notes.formats), ("usable rows", findings.kinds)):
         yield f"{name}: " + (", ".join(f"{n} {c}" for n, c in counts.most_common()) or "none")
-    if found.without_media:
-        yield f"usable rows without an image or video: {found.without_media}"
-    yield from found.notes.lines()
-    yield from found.notes.warnings()
-    yield from found.texts.lines()
-    yield f"rows that would be dropped: {len(found.dropped)}"
-    for reason, count in Counter(row.reason for row in found.dropped).most_common():
+    if findings.without_media:
+        yield f"usable rows without an image or video: {findings.without_media}"
+    yield from findings.notes.lines()
+    yield from findings.notes.warnings()
+    yield from findings.texts.lines()
+    yield f"rows that would be dropped: {len(findings.dropped)}"
+    for reason, count in Counter(row.reason for row in findings.dropped).most_common():
         yield f"  {reason}: {count}"
-        examples = [row for row in found.dropped if row.reason == reason][:_SHOWN]
+        examples = [row for row in findings.dropped if row.reason == reason][:_SHOWN]
         for skipped in examples:
             named = f" (id {skipped.id!r})" if skipped.id else ""
             yield f"    row {skipped.row}{named}: {skipped.detail}"
-    yield f"duplicate rows: {len(found.duplicates)}"
-    for row, earlier in found.duplicates[:_SHOWN]:
+    yield f"duplicate rows: {len(findings.duplicates)}"
+    for row, earlier in findings.duplicates[:_SHOWN]:
         yield f"  row {row} says what row {earlier} does"
-    same = found.same_responses
+    same = findings.same_responses
     yield f"left out where responses are compared, as these are the same: {len(same)}"
     if same:
         yield f"  same_responses: rows {', '.join(map(str, same[:_SHOWN]))}"
-    yield from _histogram(f"prompts, {unit}", found.prompts, lengths.prompt)
-    yield from _histogram(f"responses, {unit}", found.responses, lengths.response)
+    yield from _histogram(f"prompts, {unit}", findings.prompts, lengths.prompt)
+    yield from _histogram(f"responses, {unit}", findings.responses, lengths.response)
     if cut:
         yield f"  {cut} responses would lose their tail"
-    yield from _image_sizes(found.sizes)
+    yield from _image_sizes(findings.sizes)
 
 
 def _histogram(title: str, values: list[int], sizes: Sequence[int]) -> Iterator[str]:

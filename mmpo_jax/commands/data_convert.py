@@ -140,7 +140,7 @@ def convert_data(
         write_skipped(skipped_file, [*skipped, *partly])
     else:
         epath.Path(skipped_file).unlink(missing_ok=True)
-    merged = 0 if joined is None else joined.merged
+    merged = 0 if joined is None else joined.absorbed
     try:
         check_skipped(skipped, len(made) + merged + len(skipped), max_skipped)
     except DataError as error:

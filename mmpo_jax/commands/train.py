@@ -90,7 +90,7 @@ def run_training(recipe: TrainRecipe) -> str:
         identity["validation"] = recipe.validation.model_dump(mode="json", exclude={"data"})
     if rollout is not None:
         identity["rollout"] = rollout.model_dump(mode="json")
-        identity["answers"] = fingerprint_items(row.answer for row in data.records)
+        identity["answers"] = fingerprint_items(row.solution for row in data.records)
     held = None
     if recipe.validation is not None:
         held = Held(prepared[VALIDATION], recipe.validation)

@@ -34,7 +34,7 @@ from mmpo_jax.core.files import (
     write_atomic,
 )
 
-_logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 _MANIFEST_VERSION = 1
 _KEY_CHARACTERS = 16
 
@@ -45,22 +45,19 @@ class StageError(MmpoError):
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of a round: what it is called and everything its result depends on.
-
-    Attributes:
-      folder: where its files go.
-      name: lower-case letters, digits, ``-`` and ``_``.
-      inputs: name -> fingerprint of each input, such as the table of the stage before.
-      settings: whatever else changes the result; has to be JSON.
-      num_parts: in how many parts the result is made. At most one part is lost by a kill. The
-        result should not depend on it, so a finished stage stays finished when it changes.
-    """
+    """One step of a round: what it is called and everything its result depends on."""
 
     folder: epath.PathLike
+    """Where its files go."""
     name: str
+    """Lower-case letters, digits, ``-`` and ``_``."""
     inputs: Mapping[str, str]
+    """Name -> fingerprint of each input, such as the table of the stage before."""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    """Whatever else changes the result; has to be JSON."""
     num_parts: int = 1
+    """In how many parts the result is made. At most one part is lost by a kill. The result should
+    not depend on it, so a finished stage stays finished when it changes."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9_-]+", self.name):
@@ -147,7 +144,7 @@ def read_finished(stage: Stage) -> StageOutput | None:
             raise DataError(f"{os.fspath(stage.output_path)} is not what its manifest says")
         return StageOutput(decode_table(data, os.fspath(stage.output_path)), fingerprint)
     except DataError as error:
-        _logger.warning("stage %s is made again: %s", stage.name, error)
+        log.warning("stage %s is made again: %s", stage.name, error)
         return None
 
 
@@ -176,7 +173,7 @@ def _read_manifest(stage: Stage) -> dict[str, Any]:
     if isinstance(manifest, dict):
         return manifest
     name = os.fspath(stage.manifest_path)
-    _logger.warning("stage %s is made again: %s is damaged", stage.name, name)
+    log.warning("stage %s is made again: %s is damaged", stage.name, name)
     return {}
 
 
@@ -190,7 +187,7 @@ def _read_parts(stage: Stage) -> dict[int, pa.Table]:
         try:
             parts[part] = read_table(path)
         except DataError as error:
-            _logger.warning("part %d of stage %s is made again: %s", part, stage.name, error)
+            log.warning("part %d of stage %s is made again: %s", part, stage.name, error)
     return parts
 
 
@@ -226,4 +223,4 @@ def _clean_up(stage: Stage, parts_folders: Iterable[epath.Path]) -> None:
         for temporary in epath.Path(stage.folder).glob(f".{stage.name}.*.tmp"):
             temporary.unlink()
     except OSError as error:  # The result is there: rubbish beside it is no reason to fail.
-        _logger.warning("stage %s: cannot clean up: %s", stage.name, error)
+        log.warning("stage %s: cannot clean up: %s", stage.name, error)

@@ -129,7 +129,7 @@ def arranged(record: TokenizedRecord, names: Sequence[str]) -> tuple[TokenizedRe
     return tuple(left[name].pop(0) if left.get(name) else None for name in names)
 
 
-def answers(record: TokenizedRecord) -> list[TokenizedResponse]:
+def filled_responses(record: TokenizedRecord) -> list[TokenizedResponse]:
     """Every response where it has its tokens."""
     rows = [context for name, context in all_contexts(record) if name == MAIN]
     columns = zip(*(row.responses for row in rows), strict=True)

@@ -8,33 +8,30 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mmpo_jax.core.files import fingerprint_bytes
-from mmpo_jax.data.records import ANSWERS, ImageRef, Record, Response
+from mmpo_jax.data.records import SOLUTIONS, ImageRef, Record, Response
 
 
 @dataclasses.dataclass(frozen=True)
 class Joined:
-    """What `join_pairs` made.
-
-    Attributes:
-      records: in the order of the data; a ranking stands where the first of its rows stood.
-      rankings: how many were made.
-      rows: of how many rows.
-      contradicting: rows that stay since others of their prompt say the reverse, in a circle too.
-      incomparable: rows that stay since for two responses of their prompt no row says, directly or
-        through others, which is better.
-      differing: rankings that lack scores, a critique or a log-prob, as rows give several of it.
-    """
+    """What `join_pairs` made."""
 
     records: list[Record]
+    """In the order of the data; a ranking stands where the first of its rows stood."""
     rankings: int = 0
+    """How many were made."""
     rows: int = 0
+    """Of how many rows."""
     contradicting: int = 0
+    """Rows that stay since others of their prompt say the reverse, in a circle too."""
     incomparable: int = 0
+    """Rows that stay since for two responses of their prompt no row says, directly or through
+    others, which is better."""
     differing: int = 0
+    """Rankings that lack scores, a critique or a log-prob, as rows give several of it."""
 
     @property
-    def merged(self) -> int:
-        """By how many rows the data are fewer."""
+    def absorbed(self) -> int:
+        """How many rows went into rankings that stand in other rows' places."""
         return self.rows - self.rankings
 
     def __str__(self) -> str:
@@ -104,7 +101,7 @@ def _prompt_key(record: Record) -> Any:
         None if others is None else tuple(map(_image_key, others)),
         record.source,
         json.dumps(record.template, sort_keys=True, default=repr),
-        repr([record.extra.get(name) for name in ANSWERS]),
+        repr([record.extra.get(name) for name in SOLUTIONS]),
     )
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from mmpo_jax.data.formats.columns import may_hold_pictures
-from mmpo_jax.data.records import ANSWERS, Record, Turn
+from mmpo_jax.data.records import SOLUTIONS, Record, Turn
 
 LOG_PROBS = "logps"
 """The column of RLAIF-V's with log-probs, of which we read the sums."""
@@ -38,7 +38,7 @@ class Notes:
 
     def add(self, record: Record) -> None:
         """Counts a usable row."""
-        read = [*ANSWERS]
+        read = [*SOLUTIONS]
         if any(response.log_prob is not None for response in record.responses):
             read.append(LOG_PROBS)  # and kept, as it says more
         if isinstance(record.extra.get(TOKEN_IDS), list) and record.responses:

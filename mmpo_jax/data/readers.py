@@ -17,7 +17,7 @@ from mmpo_jax.data.files import file_rows, folder_of
 from mmpo_jax.data.formats.media import MediaFolder
 from mmpo_jax.data.notes import Notes
 from mmpo_jax.data.parsing import parse_rows
-from mmpo_jax.data.records import ANSWERS, Record
+from mmpo_jax.data.records import SOLUTIONS, Record
 from mmpo_jax.data.rows import MessagesAs
 from mmpo_jax.data.skipped import MaybeRow, SkippedRow
 
@@ -44,7 +44,7 @@ def read_records(
     rows = iter_records(path, image_root, messages_as, format, notes, prompts_only)
     for item in counted(rows, f"reading {os.fspath(path)}"):
         if isinstance(item, Record):
-            kept = {name: item.extra[name] for name in ANSWERS if name in item.extra}
+            kept = {name: item.extra[name] for name in SOLUTIONS if name in item.extra}
             records.append(dataclasses.replace(item, extra=kept))
         else:
             skipped.append(item)

@@ -30,21 +30,18 @@ Piece = str | Medium
 
 @dataclass(frozen=True)
 class Turn:
-    """What one speaker says.
-
-    Attributes:
-      content: a text; or texts and places of media, in order. Texts are kept to the letter.
-      keys: what else the message has that a chat template may read, such as ``tool_calls``.
-      learned: False for an answer that is not to be learned.
-      tagged: whether the places were written as tags in a text, where a line break behind the tag
-        is one with that which a template writes behind an image.
-    """
+    """What one speaker says."""
 
     role: Role
     content: str | tuple[Piece, ...]
+    """A text; or texts and places of media, in order. Texts are kept to the letter."""
     keys: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """What else the message has that a chat template may read, such as ``tool_calls``."""
     learned: bool = True
+    """False for an answer that is not to be learned."""
     tagged: bool = field(default=False, compare=False)
+    """Whether the places were written as tags in a text, where a line break behind the tag is one
+    with that which a template writes behind an image."""
 
     @property
     def text(self) -> str:
@@ -66,34 +63,28 @@ EditKind = Literal["crop", "rotate", "black", "blank", "noise"]
 
 @dataclass(frozen=True)
 class Edit:
-    """A change of an image that is made whenever it is read, see `data.edits`.
-
-    Attributes:
-      kind: what is done.
-      seed: of what is random in it.
-      step: of `noise`, how many steps of diffusion.
-    """
+    """A change of an image that is made whenever it is read, see `data.edits`."""
 
     kind: EditKind
+    """What is done."""
     seed: int = 0
+    """Of what is random in it."""
     step: int = 0
+    """Of `noise`, how many steps of diffusion."""
 
 
 @dataclass(frozen=True)
 class ImageRef:
-    """An image that is not decoded yet: its encoded bytes, or the file that holds them.
-
-    Attributes:
-      name: how messages call the image, such as the path written in the row.
-      data: the encoded image (JPEG, PNG, ...), or None where `path` is given.
-      path: the file, resolved, or None where `data` is given.
-      edit: how it is changed after decoding; None for not at all.
-    """
+    """An image that is not decoded yet: its encoded bytes, or the file that holds them."""
 
     name: str
+    """How messages call the image, such as the path written in the row."""
     data: bytes | None = field(default=None, repr=False)
+    """The encoded image (JPEG, PNG, ...), or None where `path` is given."""
     path: epath.Path | None = None
+    """The file, resolved, or None where `data` is given."""
     edit: Edit | None = None
+    """How it is changed after decoding; None for not at all."""
 
     def __post_init__(self) -> None:
         if (self.data is None) == (self.path is None):
@@ -139,16 +130,13 @@ class ImageRef:
 
 @dataclass(frozen=True)
 class VideoRef:
-    """A video as its frames, in order.
-
-    Attributes:
-      name: how messages call the video.
-      fps: frames per second of these frames, where known.
-    """
+    """A video as its frames, in order."""
 
     name: str
+    """How messages call the video."""
     frames: tuple[ImageRef, ...]
     fps: float | None = None
+    """Frames per second of these frames, where known."""
 
     def __post_init__(self) -> None:
         if not self.frames:
@@ -163,7 +151,7 @@ class VideoRef:
         return fingerprint_json([self.fps, [frame.fingerprint() for frame in self.frames]])
 
 
-ANSWERS = ("answer", "solution")
+SOLUTIONS = ("answer", "solution")
 """Columns with what rewards compare sampled responses with."""
 
 SCORE = "score"
@@ -175,48 +163,42 @@ LOG_PROB = "log_prob/"
 
 @dataclass(frozen=True)
 class Span:
-    """A part of a response that counts otherwise than the rest.
-
-    Attributes:
-      start, end: characters [start, end) of the text of the response's last assistant turn.
-      weight: of its tokens' log-probs, such as RLHF-V's for corrected segments; None for 1.
-      phrase: phrases of this number in the responses of a record belong together, as RRPO's do.
-    """
+    """A part of a response that counts otherwise than the rest."""
 
     start: int
     end: int
+    """Characters [start, end) of the text of the response's last assistant turn."""
     weight: float | None = None
+    """Of its tokens' log-probs, such as RLHF-V's for corrected segments; None for 1."""
     phrase: int | None = None
+    """Phrases of this number in the responses of a record belong together, as RRPO's do."""
 
 
 @dataclass(frozen=True)
 class Response:
-    """Turns that continue a prompt: usually one of the assistant, several in a dialogue.
-
-    Attributes:
-      finished: whether it ends here; one that generation cut at its limit has no EOS.
-      rank: 1 is the best of the record, equal ranks are a tie; None where nothing ranks it.
-      scores: by dimension, such as "helpfulness"; the only one is called `SCORE`. More is better.
-      critique: what a judge wrote about it.
-      spans: parts that count otherwise, in order.
-      desirable: the verdict of unpaired data.
-      images: what it is an answer to in place of the record's images; None for those.
-      prompt: the same of the prompt.
-      log_prob: the reference's sum over its tokens, as the data give it.
-      token_ids: the tokens that were sampled, EOS included, where they are known.
-    """
+    """Turns that continue a prompt: usually one of the assistant, several in a dialogue."""
 
     turns: tuple[Turn, ...]
     finished: bool = True
+    """Whether it ends here; one that generation cut at its limit has no EOS."""
     rank: int | None = None
+    """1 is the best of the record, equal ranks are a tie; None where nothing ranks it."""
     scores: Mapping[str, float] = field(default_factory=dict, hash=False)
+    """By dimension, such as "helpfulness"; the only one is called `SCORE`. More is better."""
     critique: str | None = None
+    """What a judge wrote about it."""
     spans: tuple[Span, ...] = ()
+    """Parts that count otherwise, in order."""
     desirable: bool | None = None
+    """The verdict of unpaired data."""
     images: tuple[ImageRef, ...] | None = None
+    """What it is an answer to in place of the record's images; None for those."""
     prompt: tuple[Turn, ...] | None = None
+    """The same of the prompt."""
     log_prob: float | None = None
+    """The reference's sum over its tokens, as the data give it."""
     token_ids: tuple[int, ...] | None = None
+    """The tokens that were sampled, EOS included, where they are known."""
 
     @classmethod
     def of(cls, text: str, rank: int | None = None, **fields: Any) -> "Response":
@@ -241,40 +223,38 @@ class Record:
     may be empty: then every response is a whole dialogue about the same images, as in supervised
     data or in k yes/no questions about one image. It may end with the beginning of an answer,
     which the responses go on from.
-
-    Attributes:
-      id: unique in its file.
-      responses: in the order of the data, whatever their ranks; empty where they are still to be
-        generated.
-      other_images: what objectives compare the images with where they take those of the data; None
-        where the data give none, or each response's own.
-      source: what the data say of where the row comes from, such as a data set's name.
-      row: number in its file from 1; None where it is from no file.
-      own_id: the row's id, where the record has another since that one is taken.
-      extra: columns of the row that nothing here stands for; kept where a file is converted.
-      template: arguments of the chat template beside the messages, such as ``tools``.
-      plain_text: whether control tokens that are typed in the texts are text like any other.
-      left_out: (place in the row from 0, reason, detail) of responses that could not be used.
     """
 
     id: str
+    """Unique in its file."""
     images: tuple[ImageRef, ...]
     prompt: tuple[Turn, ...]
     responses: tuple[Response, ...]
+    """In the order of the data, whatever their ranks; empty where they are still to be
+    generated."""
     videos: tuple[VideoRef, ...] = ()
     other_images: tuple[ImageRef, ...] | None = None
+    """What objectives compare the images with where they take those of the data; None where the
+    data give none, or each response's own."""
     source: str | None = None
+    """What the data say of where the row comes from, such as a data set's name."""
     row: int | None = None
+    """Number in its file from 1; None where it is from no file."""
     own_id: str | None = None
+    """The row's id, where the record has another since that one is taken."""
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Columns of the row that nothing here stands for; kept where a file is converted."""
     template: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Arguments of the chat template beside the messages, such as ``tools``."""
     plain_text: bool = False
+    """Whether control tokens that are typed in the texts are text like any other."""
     left_out: tuple[tuple[int, SkipReason, str], ...] = ()
+    """(place in the row from 0, reason, detail) of responses that could not be used."""
 
     @property
-    def answer(self) -> Any:
+    def solution(self) -> Any:
         """What rewards compare sampled responses with; None where the data have nothing."""
-        return next((self.extra[name] for name in ANSWERS if name in self.extra), None)
+        return next((self.extra[name] for name in SOLUTIONS if name in self.extra), None)
 
     @property
     def ranked(self) -> bool:

@@ -83,20 +83,17 @@ MaybeRow = dict[str, Any] | UnusableRow
 
 @dataclasses.dataclass(frozen=True)
 class SkippedRow:
-    """A row that is left out.
-
-    Attributes:
-      row: number in its file from 1; the line number in JSONL. None where the row is from no file.
-      id: the row's id, or empty where the row could not be read so far.
-      reason: a stable word to count by.
-      detail: what exactly is wrong, for a person.
-    """
+    """A row that is left out."""
 
     file: str
     row: int | None
+    """Number in its file from 1; the line number in JSONL. None where the row is from no file."""
     id: str
+    """The row's id, or empty where the row could not be read so far."""
     reason: SkipReason
+    """A stable word to count by."""
     detail: str
+    """What exactly is wrong, for a person."""
 
     def __str__(self) -> str:
         names = [f"row {self.row}"] if self.row is not None else []

@@ -130,7 +130,7 @@ def load_file(data: FileData, supervised: bool, messages_as: MessagesAs) -> Reco
         log.info("%s: %s", data.path, done)
         alone = set(map(id, done.records))
         partly = left_out_rows((r for r in records if id(r) not in alone), data.path)
-        records, joined = done.records, done.merged
+        records, joined = done.records, done.absorbed
     return RecordSet(data.path, records, skipped, data.max_skipped, joined, tuple(partly))
 
 

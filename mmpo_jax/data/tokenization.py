@@ -63,7 +63,7 @@ class TokenizedRecord:
     videos: tuple[VideoRef, ...] = ()
     others: tuple[tuple[str, TokenizedRecord], ...] = ()
     """The same responses in other contexts, by name; see `data.contexts`."""
-    answer: Any = dataclasses.field(default=None, hash=False)
+    solution: Any = dataclasses.field(default=None, hash=False)
     """As in `Record`."""
     order: tuple[int, ...] = ()
     """Places of the layouts' media among the images, then the videos; () for this very order."""
@@ -169,7 +169,7 @@ def tokenize(
         layouts=tuple(layouts[place] for place in order),
         ranked=record.ranked,
         videos=record.videos,
-        answer=record.answer,
+        solution=record.solution,
         order=order,
         shows_later=any(_holds(r.ids, processor.placeholders) for r in responses),
         left_out=tuple(place for place, *_ in record.left_out),

@@ -45,17 +45,14 @@ class Pair:
 
 @dataclass(frozen=True)
 class CombineResult:
-    """Pairs in the order of prompt id and sample numbers, and what became of everything else.
-
-    Attributes:
-      counts: how many responses and pairs each step saw, dropped and left.
-      length_threshold: the share of its length by which the shorter text of a pair may fall
-        behind, as chosen by `length_balance`; None where no pair was measured.
-    """
+    """Pairs in the order of prompt id and sample numbers, and what became of everything else."""
 
     pairs: tuple[Pair, ...]
     counts: dict[str, int]
+    """How many responses and pairs each step saw, dropped and left."""
     length_threshold: float | None
+    """The share of its length by which the shorter text of a pair may fall behind, as chosen by
+    `length_balance`; None where no pair was measured."""
 
 
 def combine(

@@ -20,20 +20,18 @@ _ROUNDING = 1e-3
 class ScoredResponse:
     """One sampled response with its claims and what the labeler thought of each.
 
-    Attributes:
-      sample: number of the response among those to its prompt.
-      p_yes, p_no: one probability per claim. They need not add up to 1.
-
     Raises:
       DataError: claims and probabilities differ in number, or a probability is none.
     """
 
     prompt_id: str
     sample: int
+    """Number of the response among those to its prompt."""
     text: str
     claims: tuple[str, ...]
     p_yes: tuple[float, ...]
     p_no: tuple[float, ...]
+    """One probability per claim. They need not add up to 1."""
 
     def __post_init__(self) -> None:
         where = f"response {self.sample} to prompt {self.prompt_id!r}"

@@ -29,7 +29,7 @@ from pydantic import Field
 
 from mmpo_jax.core.sections import PositiveInt, Section
 from mmpo_jax.core.trees import flatten, unflatten
-from mmpo_jax.models.merging import SCALE, A, B, merge, parts_of
+from mmpo_jax.models.merging import SCALE, A, B, kernel_and_adapter, merge
 from mmpo_jax.models.model import Model, Params
 
 
@@ -170,7 +170,7 @@ def merge_adapters(params: Params, *, in_place: bool = False) -> Params:
     merged = flatten(without_adapters(params))
     for layer in adapted_layers(params):
         path = f"{layer}/kernel"
-        merged[path] = merge(*parts_of(flat, path), in_place=in_place)
+        merged[path] = merge(*kernel_and_adapter(flat, path), in_place=in_place)
     return unflatten(merged)
 
 

@@ -13,7 +13,7 @@ A, B, SCALE = "lora_a", "lora_b", "lora_scale"
 """What an adapter's leaves beside a kernel are called."""
 
 
-def parts_of(flat: Mapping[str, Any], path: str) -> tuple[Any, ...]:
+def kernel_and_adapter(flat: Mapping[str, Any], path: str) -> tuple[Any, ...]:
     """(kernel, A, B, scale) of the kernel at `path`; any other parameter, or a kernel without an
     adapter, alone."""
     layer, _, name = path.rpartition("/")

@@ -84,7 +84,7 @@ def beta_dpo(
     chosen: Side,
     rejected: Side,
     weights: jax.Array,
-    kept: State,
+    state: State,
     *,
     beta: Positive = 0.1,
     alpha: NonNegative = 0.6,
@@ -102,8 +102,8 @@ def beta_dpo(
     """
     margin = chosen.ratio - rejected.ratio
     values = jax.lax.stop_gradient(margin)
-    moved = momentum * kept["mean"] + (1 - momentum) * mean(*weighted(values, weights))
-    centre = jnp.where(weights.sum() > 0, moved, kept["mean"])
+    moved = momentum * state["mean"] + (1 - momentum) * mean(*weighted(values, weights))
+    centre = jnp.where(weights.sum() > 0, moved, state["mean"])
     selected = nearest(values, centre, weights, 1 - drop)
     ahead = mean(*weighted(values, weights * selected)) - centre
     loss = logistic(jnp.maximum(SMALLEST_BETA, beta * (1 + alpha * ahead)) * margin)

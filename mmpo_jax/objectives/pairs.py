@@ -108,7 +108,7 @@ def pairwise(
             shared |= {"image": (OtherImageKind, image), "noise_step": (DiffusionStep, 500)}
 
         def apply(
-            responses: Responses, weights: jax.Array, kept: State, given: Mapping[str, Any]
+            responses: Responses, weights: jax.Array, old_state: State, given: Mapping[str, Any]
         ) -> tuple[Sums, State]:
             own = {name: value for name, value in given.items() if name not in shared}
             first, second, counted = all_pairs(responses, weights)
@@ -117,11 +117,11 @@ def pairwise(
             if "gold" in needs:
                 gold, counted = gold_of_pairs(responses, counted)
                 arguments.append(_side(gold, None, reference, given))
-            loss, kept = call(
+            loss, new_state = call(
                 function,
                 arguments,
                 counted,
-                kept,
+                old_state,
                 own,
                 coupled=coupled,
                 stateful=state is not None,
@@ -130,7 +130,7 @@ def pairwise(
                 loss = loss * confidence(first) * confidence(second)
             beta = given.get("beta", 1.0)
             metrics = pair_metrics(chosen, rejected, beta, counted, averages)
-            return Sums(*weighted(loss, counted), metrics), kept
+            return Sums(*weighted(loss, counted), metrics), new_state
 
         register(
             Objective(

@@ -150,7 +150,7 @@ def call(
     function: Callable[..., Any],
     responses: Sequence[Any],
     weights: jax.Array,
-    kept: State,
+    state: State,
     options: Mapping[str, Any],
     *,
     coupled: bool,
@@ -162,6 +162,6 @@ def call(
       function: takes `responses`, the weights of what they are where it is coupled, the state
         where it keeps one, and its options.
     """
-    arguments = [*responses, *([weights] if coupled else []), *([kept] if stateful else [])]
+    arguments = [*responses, *([weights] if coupled else []), *([state] if stateful else [])]
     result = function(*arguments, **options)
-    return result if stateful else (result, kept)
+    return result if stateful else (result, state)

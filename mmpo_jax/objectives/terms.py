@@ -94,14 +94,14 @@ def loss_sums(
       only, never on log-probs.
     """
     sums: list[Sums] = []
-    kept: State = {}
+    new_state: State = {}
     for index, term in enumerate(terms):
         prefix = f"{index}/"
         own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         made, own = term.objective.apply(responses, weights, own, term.options)
         sums.append(made)
-        kept |= {prefix + name: jax.lax.stop_gradient(value) for name, value in own.items()}
-    return sums, kept
+        new_state |= {prefix + name: jax.lax.stop_gradient(value) for name, value in own.items()}
+    return sums, new_state
 
 
 def weighted_loss(terms: Sequence[Term], sums: Sequence[Sums]) -> jax.Array:

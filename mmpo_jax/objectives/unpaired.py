@@ -36,11 +36,17 @@ def pointwise(
         stateful = state is not None
 
         def apply(
-            responses: Responses, weights: jax.Array, kept: State, options: Mapping[str, Any]
+            responses: Responses, weights: jax.Array, old_state: State, options: Mapping[str, Any]
         ) -> tuple[Sums, State]:
             counted = weights[:, None] * responses.present
-            loss, kept = call(
-                function, (responses,), counted, kept, options, coupled=coupled, stateful=stateful
+            loss, new_state = call(
+                function,
+                (responses,),
+                counted,
+                old_state,
+                options,
+                coupled=coupled,
+                stateful=stateful,
             )
             metrics = {}
             if "desirable" in needs:
@@ -48,7 +54,7 @@ def pointwise(
             if "mismatched" in needs:
                 kl = mismatched_kl(responses, counted)
                 metrics["kl"] = weighted(kl, counted.sum())
-            return Sums(*weighted(loss, counted), metrics), kept
+            return Sums(*weighted(loss, counted), metrics), new_state
 
         register(
             Objective(

@@ -28,19 +28,16 @@ _SCAFFOLDING = (["there", "is"], ["there", "are"], ["in", "the", "picture"])
 
 @dataclass(frozen=True)
 class Claim:
-    """That there are `number` things of one kind: at least one, or exactly two, three or four.
-
-    Attributes:
-        text: the claim as a sentence: "there are two blue stars ."
-        number: 1 to 4.
-        colour: one of `world.COLOURS`.
-        shape: one of `world.SHAPES`.
-    """
+    """That there are `number` things of one kind: at least one, or exactly two, three or four."""
 
     text: str
+    """The claim as a sentence, such as `there are two blue stars .`"""
     number: int
+    """1 to 4."""
     colour: str
+    """One of `world.COLOURS`."""
     shape: str
+    """One of `world.SHAPES`."""
 
     @property
     def kind(self) -> Kind:
@@ -49,22 +46,19 @@ class Claim:
 
 @dataclass(frozen=True)
 class ParsedCaption:
-    """What a caption says.
-
-    Attributes:
-        claims: in the order of the caption, without repetitions.
-        unparsed: the pieces that say nothing clear, each as its words joined by spaces.
-    """
+    """What a caption says."""
 
     claims: tuple[Claim, ...]
+    """In the order of the caption, without repetitions."""
     unparsed: tuple[str, ...]
+    """The pieces that say nothing clear, each as its words joined by spaces."""
 
 
 def make_claim(number: int, kind: Kind) -> Claim:
     """The claim that a group of `number` (1..4) things of the kind is mentioned in.
 
     Raises:
-        ValueError: the number has no word.
+      ValueError: the number has no word.
     """
     if not 1 <= number <= len(NUMBERS):
         raise ValueError(f"a claim's number is 1 to {len(NUMBERS)}, not {number}")

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mmpo_jax.data.formats.format import Answer, Draft, Format, read_list, read_text, rest
+from mmpo_jax.data.formats.format import Draft, DraftResponse, Format, read_list, read_text, rest
 from mmpo_jax.data.formats.media import MediaFolder
 from mmpo_jax.data.formats.turns import parse_turns
 from mmpo_jax.data.formats.writing import CannotHold, Writer
@@ -21,7 +21,7 @@ def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
     caption = parse_turns(read_text(row.get("caption"), "caption"), "assistant")
     images, extra = media.images(row), rest(row, "caption_prompt", "caption")
     if messages_as == "last_turn":
-        return Draft(prompt, (Answer(caption),), images, extra=extra)
+        return Draft(prompt, (DraftResponse(caption),), images, extra=extra)
     questions = row.get("questions", [])
     if not isinstance(questions, list):
         raise UnusableRow("bad_message", "questions is not a list")
@@ -31,7 +31,7 @@ def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
         + parse_turns(read_text(answer, "answers"), "assistant")
         for question, answer in zip(questions, answers, strict=True)
     )
-    return Draft((), tuple(Answer(turns) for turns in (prompt + caption, *asked)), images)
+    return Draft((), tuple(DraftResponse(turns) for turns in (prompt + caption, *asked)), images)
 
 
 def _write(record: Record, writer: Writer) -> dict[str, Any]:

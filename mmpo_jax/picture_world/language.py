@@ -58,17 +58,14 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Question:
-    """A yes/no question about a scene.
-
-    Attributes:
-        text: ends with " ?".
-        answer: the truth; `ANSWERS[answer]` is its text.
-        kind: one of `QUESTION_KINDS`.
-    """
+    """A yes/no question about a scene."""
 
     text: str
+    """Ends with " ?"."""
     answer: bool
+    """The truth; `ANSWERS[answer]` is its text."""
     kind: str
+    """One of `QUESTION_KINDS`."""
 
 
 def mention(number: int, kind: Kind) -> str:
@@ -82,7 +79,7 @@ def statement(groups: Sequence[Group]) -> str:
     """The sentence that lists the groups: "there is a red circle and two blue stars ."
 
     Raises:
-        ValueError: no groups.
+      ValueError: no groups.
     """
     if not groups:
         raise ValueError("a statement needs at least one group")
@@ -155,7 +152,7 @@ def supervised_caption(
     others below, so that a model learns where to hallucinate even when it decodes greedily.
 
     Raises:
-        ValueError: the rate is not in [0, 1].
+      ValueError: the rate is not in [0, 1].
     """
     if not 0 <= hallucination_rate <= 1:
         raise ValueError(f"hallucination_rate must be in [0, 1], not {hallucination_rate}")

@@ -33,20 +33,20 @@ def caption_metrics(captions: Sequence[str], scenes: Sequence[Scene]) -> dict[st
     """Metrics of captions against the scenes they describe, pairwise.
 
     Args:
-        captions: any text, read by `claims.parse`.
-        scenes: as many.
+      captions: any text, read by `claims.parse`.
+      scenes: as many.
 
     Returns:
-        chair_i: hallucinated mentions / all mentions (0 when nothing is mentioned).
-        chair_s: share of captions with a hallucinated mention.
-        error_object, error_colour, error_count: hallucinated mentions of each type / all mentions;
-            they add up to chair_i.
-        recall: kinds present and mentioned, whatever the number / all kinds present.
-        mean_length: words in a caption, without punctuation.
-        unparsed: share of captions with a piece that could not be read.
+      chair_i: hallucinated mentions / all mentions (0 when nothing is mentioned).
+      chair_s: share of captions with a hallucinated mention.
+      error_object, error_colour, error_count: hallucinated mentions of each type / all mentions;
+        they add up to chair_i.
+      recall: kinds present and mentioned, whatever the number / all kinds present.
+      mean_length: words in a caption, without punctuation.
+      unparsed: share of captions with a piece that could not be read.
 
     Raises:
-        ValueError: no captions, or another number of scenes.
+      ValueError: no captions, or another number of scenes.
     """
     if len(captions) != len(scenes):
         raise ValueError(f"{len(captions)} captions but {len(scenes)} scenes")

@@ -82,13 +82,13 @@ def save_processor(folder: str | Path, image_size: int = 48, patch_size: int = 8
     """Writes tokenizer, image processor, processor and chat template to a folder.
 
     Args:
-        folder: made if missing; files of the same names are overwritten.
-        image_size: height and width of the model's input, in pixels.
-        patch_size: of the vision tower, in pixels. An image stands for
-            `(image_size // patch_size) ** 2` image tokens.
+      folder: made if missing; files of the same names are overwritten.
+      image_size: height and width of the model's input, in pixels.
+      patch_size: of the vision tower, in pixels. An image stands for
+        `(image_size // patch_size) ** 2` image tokens.
 
     Raises:
-        ValueError: `image_size` is not a positive multiple of `patch_size`.
+      ValueError: `image_size` is not a positive multiple of `patch_size`.
     """
     if patch_size <= 0 or image_size <= 0 or image_size % patch_size:
         raise ValueError(

@@ -29,15 +29,15 @@ def render(scene: Scene, image_size: int = 48) -> Image.Image:
     """Draws the scene; equal arguments give equal pixels.
 
     Args:
-        scene: what to draw. Its `jitter_seed` shifts and scales every thing a little inside its
-            cell and tints the light background.
-        image_size: height and width in pixels.
+      scene: what to draw. Its `jitter_seed` shifts and scales every thing a little inside its
+        cell and tints the light background.
+      image_size: height and width in pixels.
 
     Returns:
-        An RGB image of `image_size` x `image_size` pixels.
+      An RGB image of `image_size` x `image_size` pixels.
 
     Raises:
-        ValueError: `image_size` below `MIN_IMAGE_SIZE`, where shapes could no longer be told apart.
+      ValueError: `image_size` below `MIN_IMAGE_SIZE`, where shapes could no longer be told apart.
     """
     if image_size < MIN_IMAGE_SIZE:
         raise ValueError(f"image_size must be at least {MIN_IMAGE_SIZE}, not {image_size}")

@@ -13,16 +13,16 @@ from mmpo_jax.rewards.registry import MAX_LENGTH, reward
 
 @reward("a scene of the picture world, as its own records have it")
 def picture_world_caption(
-    text: str, answer: Any, *, invented: NonNegative = 1.0, recall: NonNegative = 1.0
+    text: str, solution: Any, *, invented: NonNegative = 1.0, recall: NonNegative = 1.0
 ) -> float:
     """`recall` * kinds named / kinds there - `invented` * mentions that are wrong / mentions.
 
     The picture world's own. What cannot be read counts as a wrong mention.
     """
     try:
-        scene = Scene.from_dict(answer)
+        scene = Scene.from_dict(solution)
     except (ValueError, TypeError) as error:
-        raise DataError(f"picture_world_caption compares with the answer: {error}") from error
+        raise DataError(f"picture_world_caption compares with the solution: {error}") from error
     if len(text) > MAX_LENGTH:
         return 0.0
     parsed = parse(text)

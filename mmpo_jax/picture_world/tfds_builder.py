@@ -25,25 +25,21 @@ from mmpo_jax.picture_world.world import SPLITS
 
 @dataclass(eq=False)
 class PictureWorldConfig(tfds.core.BuilderConfig):
-    """What to generate; two configurations need two names, as the name is the folder on disk.
-
-    Attributes:
-        train, align, validation, test: number of scenes in each split; no split for 0.
-        image_size: height and width in pixels.
-        questions_per_scene: of `language.questions`.
-        hallucination_rate: share of captions with an error in the train split; captions of the
-            other splits are true.
-        seed: of the whole data set, in [0, 2**32).
-    """
+    """What to generate; two configurations need two names, as the name is the folder on disk."""
 
     train: int = 8000
     align: int = 2000
     validation: int = 500
     test: int = 500
+    """Number of scenes in each split; no split for 0."""
     image_size: int = 48
+    """Height and width in pixels."""
     questions_per_scene: int = 8
+    """Of `language.questions`."""
     hallucination_rate: float = 0.5
+    """Share of captions with an error in the train split; captions of the other splits are true."""
     seed: int = 0
+    """Of the whole data set, in [0, 2**32)."""
 
 
 class PictureWorld(tfds.core.GeneratorBasedBuilder):
@@ -94,7 +90,7 @@ def make_example(split: str, index: int, config: PictureWorldConfig) -> dict[str
     """Example `index` of a split, its image encoded as PNG; all other fields are text.
 
     Raises:
-        ValueError: see `world.generator`, `render.render` and `language.supervised_caption`.
+      ValueError: see `world.generator`, `render.render` and `language.supervised_caption`.
     """
     rate = config.hallucination_rate if split == "train" else 0.0
     scene, (prompt, caption), asked = supervised_texts(

@@ -78,17 +78,15 @@ class Thing:
 class Scene:
     """One to four things in distinct cells.
 
-    Attributes:
-        things: in the order of the cells (top left to bottom right) when sampled.
-        jitter_seed: seeds the small shifts, sizes and background of the drawing; without effect
-            on what is true of the scene.
-
     Raises:
-        ValueError: no things, more than `MAX_THINGS`, or two in one cell.
+      ValueError: no things, more than `MAX_THINGS`, or two in one cell.
     """
 
     things: tuple[Thing, ...]
+    """In the order of the cells (top left to bottom right) when sampled."""
     jitter_seed: int = 0
+    """Seeds the small shifts, sizes and background of the drawing; without effect on what is true
+    of the scene."""
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.things) <= MAX_THINGS:
@@ -112,7 +110,7 @@ class Scene:
         """The inverse of `to_dict`.
 
         Raises:
-            ValueError: a field is missing, unknown or out of range.
+          ValueError: a field is missing, unknown or out of range.
         """
         try:
             things = tuple(Thing(**thing) for thing in fields["things"])
@@ -125,13 +123,13 @@ def generator(split: str, seed: int, index: int, stream: int = 0) -> np.random.G
     """The random generator of example `index` of a split.
 
     Args:
-        split: one of `SPLITS`.
-        seed: of the whole data set, in [0, 2**32).
-        index: of the example, in [0, 2**32).
-        stream: 0 draws the scene; take any other number for text about it, in [0, 2**32).
+      split: one of `SPLITS`.
+      seed: of the whole data set, in [0, 2**32).
+      index: of the example, in [0, 2**32).
+      stream: 0 draws the scene; take any other number for text about it, in [0, 2**32).
 
     Raises:
-        ValueError: unknown split, or a number out of range.
+      ValueError: unknown split, or a number out of range.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; the splits are {', '.join(SPLITS)}")
@@ -149,7 +147,7 @@ def sample_scene(split: str, seed: int, index: int) -> Scene:
     it falls into its own (four draws on average).
 
     Raises:
-        ValueError: see `generator`.
+      ValueError: see `generator`.
     """
     rng = generator(split, seed, index)
     while True:

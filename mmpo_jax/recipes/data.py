@@ -14,14 +14,14 @@ from mmpo_jax.picture_world.source import PictureWorldData
 Data = Annotated[PictureWorldData | FileData, Field(discriminator="source")]
 
 
-class PictureWorldPart(PictureWorldData):
+class PictureWorldEntry(PictureWorldData):
     """The picture world in a mixture."""
 
     weight: float = Field(1.0, gt=0)
     """How often a row is seen in an epoch; of 0.5 every other row."""
 
 
-class FilePart(LearnedFile):
+class FileEntry(LearnedFile):
     """A file in a mixture."""
 
     weight: float = Field(1.0, gt=0)
@@ -29,7 +29,7 @@ class FilePart(LearnedFile):
 
 
 Mixture = Annotated[
-    tuple[Annotated[PictureWorldPart | FilePart, Field(discriminator="source")], ...],
+    tuple[Annotated[PictureWorldEntry | FileEntry, Field(discriminator="source")], ...],
     pydantic.BeforeValidator(as_list),
     Field(min_length=1),
 ]

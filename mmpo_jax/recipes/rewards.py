@@ -15,14 +15,14 @@ class RewardSection(Section):
     weight: float = 1.0
     """How much it counts beside the others."""
 
-    def score(self, text: str, answer: Any) -> float:
+    def score(self, text: str, solution: Any) -> float:
         """What a text is worth, before the weight.
 
         Raises:
-          DataError: the answer is not what the reward compares with.
+          DataError: the solution is not what the reward compares with.
         """
         options = {name: getattr(self, name) for name in REWARDS[self.type].options}
-        return REWARDS[self.type].score(text, answer, **options)
+        return REWARDS[self.type].score(text, solution, **options)
 
 
 SECTIONS = {

@@ -14,25 +14,25 @@ EDGES = string.whitespace + ".,;:!?" + "\"'`\u2018\u2019\u201c\u201d\u00ab\u00bb
 
 
 @reward("a text")
-def exact_match(text: str, answer: Any) -> float:
+def exact_match(text: str, solution: Any) -> float:
     """1 where the answer is the right one, but for case, spaces, and `.,;:!?`, quotes and brackets
     around it; else 0. Other signs (-5, 50%, C#) count.
 
     Visual-RFT (arXiv 2503.01785), whose data write the right one in `<answer>` tags, too.
     """
-    if not isinstance(answer, str):
-        raise DataError(f"exact_match compares with a text, and the answer is {answer!r:.80}")
+    if not isinstance(solution, str):
+        raise DataError(f"exact_match compares with a text, and the solution is {solution!r:.80}")
     said = _plain(final_answer(text))
-    return float(said != "" and said == _plain(final_answer(answer)))
+    return float(said != "" and said == _plain(final_answer(solution)))
 
 
 @reward("anything, or none: it is not read")
-def think_format(text: str, answer: Any) -> float:
+def think_format(text: str, solution: Any) -> float:
     """1 where the text is `<think>...</think><answer>...</answer>` and nothing else; else 0.
 
     Visual-RFT (arXiv 2503.01785).
     """
-    del answer
+    del solution
     text = text.strip()
     if len(text) > MAX_LENGTH or any(text.count(tag) != 1 for tag in TAGS):
         return 0.0

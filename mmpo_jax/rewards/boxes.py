@@ -1,11 +1,11 @@
 """Rewards of detected boxes, as in Visual-RFT (arXiv 2503.01785) and Vision-R1 (arXiv 2503.18013).
 
-Boxes are corners [left, top, right, bottom], in the units that the data's answers have. A model may
-write them as JSON or as Python literals: one or several, in a list, with commas between or under
-`boxes` of an object; each as four numbers, or as an object with them under one of `BOX_KEYS` and
-perhaps a confidence. What is written so and is not four numbers in order is a broken box. In other
-text, literals of other forms included, every `[a, b, c, d]` of four numbers is a box. The data may
-write the right ones in the same forms.
+Boxes are corners [left, top, right, bottom], in the units that the data's solutions have. A model
+may write them as JSON or as Python literals: one or several, in a list, with commas between or
+under `boxes` of an object; each as four numbers, or as an object with them under one of `BOX_KEYS`
+and perhaps a confidence. What is written so and is not four numbers in order is a broken box. In
+other text, literals of other forms included, every `[a, b, c, d]` of four numbers is a box. The
+data may write the right ones in the same forms.
 """
 
 from __future__ import annotations
@@ -127,14 +127,14 @@ def _number(value: Any) -> float | None:
         return None
 
 
-def true_boxes(answer: Any) -> np.ndarray:
+def true_boxes(solution: Any) -> np.ndarray:
     """float64[G, 4] of boxes in one of the forms that models write, as a value or as a text, or of
     an object that holds either as `boxes`.
 
     Raises:
       DataError: it is none of them, or some box is broken.
     """
-    boxes = answer.get("boxes", answer) if isinstance(answer, Mapping) else answer
+    boxes = solution.get("boxes", solution) if isinstance(solution, Mapping) else solution
     predictions: list[Prediction] | None = None
     if isinstance(boxes, str):
         predictions = read_predictions(boxes)
@@ -142,7 +142,7 @@ def true_boxes(answer: Any) -> np.ndarray:
         predictions = [_prediction(entry) for entry in entries]
     read = [None] if predictions is None else [prediction.box for prediction in predictions]
     if None in read:
-        raise DataError(f"rewards of boxes compare with a list of boxes, not {answer!r:.80}")
+        raise DataError(f"rewards of boxes compare with a list of boxes, not {solution!r:.80}")
     return np.array(read, np.float64).reshape(-1, 4)
 
 
@@ -173,12 +173,12 @@ def match(predictions: Sequence[Prediction], truth: np.ndarray) -> dict[int, flo
 
 
 @reward(TRUTH)
-def iou(text: str, answer: Any) -> float:
+def iou(text: str, solution: Any) -> float:
     """Sum of the IoU of boxes said with the true ones they match / max(boxes said, boxes true).
 
     Visual-RFT (arXiv 2503.01785). Matched one to one, with the largest sum.
     """
-    truth, predictions = true_boxes(answer), read_predictions(text)
+    truth, predictions = true_boxes(solution), read_predictions(text)
     if predictions is None:
         return 0.0
     most = max(len(predictions), len(truth))
@@ -186,12 +186,12 @@ def iou(text: str, answer: Any) -> float:
 
 
 @reward(TRUTH)
-def confidence(text: str, answer: Any) -> float:
+def confidence(text: str, solution: Any) -> float:
     """Mean over the boxes said of c where one overlaps its match, else 1 - c; c its confidence.
 
     Visual-RFT (arXiv 2503.01785). A broken box, or one without a confidence, gets nothing.
     """
-    truth, predictions = true_boxes(answer), read_predictions(text)
+    truth, predictions = true_boxes(solution), read_predictions(text)
     if not predictions:
         return 0.0
     matched = match(predictions, truth)
@@ -204,26 +204,26 @@ def confidence(text: str, answer: Any) -> float:
 
 
 @reward(TRUTH)
-def box_format(text: str, answer: Any) -> float:
+def box_format(text: str, solution: Any) -> float:
     """1 where the text has boxes and every one is whole; else 0.
 
     Vision-R1 (arXiv 2503.18013): its dual format reward.
     """
-    true_boxes(answer)
+    true_boxes(solution)
     predictions = read_predictions(text)
     return float(bool(predictions) and all(p.box is not None for p in predictions or ()))
 
 
 @reward(TRUTH)
 def box_recall(
-    text: str, answer: Any, *, found: Share = 0.5, low: Share = 0.5, high: Share = 0.75
+    text: str, solution: Any, *, found: Share = 0.5, low: Share = 0.5, high: Share = 0.75
 ) -> float:
     """f(true boxes that are matched with an IoU of `found` / true boxes); f(x) is 1 from `high` on,
     0 below `low`, else x.
 
     Vision-R1 (arXiv 2503.18013), eq. 5; its second stage has 0.75, 0.75 and 0.9.
     """
-    truth, predictions = true_boxes(answer), read_predictions(text)
+    truth, predictions = true_boxes(solution), read_predictions(text)
     if predictions is None or not len(truth):
         return 0.0
     hits = sum(value >= found for value in match(predictions, truth).values())
@@ -232,14 +232,14 @@ def box_recall(
 
 @reward(TRUTH)
 def box_precision(
-    text: str, answer: Any, *, found: Share = 0.5, low: Share = 0.5, high: Share = 0.75
+    text: str, solution: Any, *, found: Share = 0.5, low: Share = 0.5, high: Share = 0.75
 ) -> float:
     """Mean over the matches of f(IoU) where that is `found` at least, else 0; f(x) is 1 from `high`
     on, 0 below `low`, else x.
 
     Vision-R1 (arXiv 2503.18013), eq. 6; its second stage has 0.75, 0.75 and 0.9.
     """
-    truth, predictions = true_boxes(answer), read_predictions(text)
+    truth, predictions = true_boxes(solution), read_predictions(text)
     matched = match(predictions or [], truth)
     if not matched:
         return 0.0

@@ -15,7 +15,11 @@ def render_rewards() -> str:
     """The registry as text."""
     blocks = [
         render_entry(
-            reward.name, reward.formula, reward.source, reward.options, f"answer: {reward.answer}"
+            reward.name,
+            reward.formula,
+            reward.source,
+            reward.options,
+            f"solution: {reward.solution}",
         )
         for reward in REWARDS.values()
     ]

@@ -1,9 +1,10 @@
 """The registry of rewards: name -> function and options.
 
-A reward is a function (text, answer, **options) -> float, most of them from 0 to 1. `text` is what
-the model said and may be anything: what cannot be read is worth 0 and raises nothing. `answer` is
-what the record says is right; one that a reward cannot use is a `DataError`. The docstring begins
-with what a text is worth and goes on with the source; `mmpo objectives` prints both.
+A reward is a function (text, solution, **options) -> float, most of them from 0 to 1. `text` is
+what the model said and may be anything: what cannot be read is worth 0 and raises nothing.
+`solution` is what the record says is right; one that a reward cannot use is a `DataError`. The
+docstring begins with what a text is worth and goes on with the source; `mmpo objectives` prints
+both.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ class Reward:
 
     name: str
     function: Callable[..., float]
-    answer: str
-    """What a record's answer has to be, in words."""
+    solution: str
+    """What a record's solution has to be, in words."""
 
     @property
     def options(self) -> dict[str, tuple[Any, Any]]:
@@ -45,23 +46,23 @@ class Reward:
         paragraphs = (inspect.getdoc(self.function) or "").split("\n\n")
         return paragraphs[number].replace("\n", " ") if number < len(paragraphs) else ""
 
-    def score(self, text: str, answer: Any, **options: Any) -> float:
+    def score(self, text: str, solution: Any, **options: Any) -> float:
         """What a text is worth.
 
         Raises:
-          DataError: the answer is not what the reward compares with.
+          DataError: the solution is not what the reward compares with.
         """
-        return float(self.function(text[: MAX_LENGTH + 1], answer, **options))
+        return float(self.function(text[: MAX_LENGTH + 1], solution, **options))
 
 
 REWARDS: dict[str, Reward] = {}
 
 
-def reward(answer: str) -> Callable[[Callable[..., float]], Callable[..., float]]:
-    """Registers a reward under its function's name; `answer` as in `Reward`."""
+def reward(solution: str) -> Callable[[Callable[..., float]], Callable[..., float]]:
+    """Registers a reward under its function's name; `solution` as in `Reward`."""
 
     def add(function: Callable[..., float]) -> Callable[..., float]:
-        REWARDS[function.__name__] = Reward(function.__name__, function, answer)
+        REWARDS[function.__name__] = Reward(function.__name__, function, solution)
         return function
 
     return add

@@ -16,10 +16,10 @@ from mmpo_jax.core.files import fingerprint_items
 from mmpo_jax.data.contexts import (
     OtherImage,
     all_contexts,
-    answers,
     arranged,
     context_names,
     differs,
+    filled_responses,
     tokenize_contexts,
 )
 from mmpo_jax.data.lengths import Lengths
@@ -168,7 +168,7 @@ def unfit(
                 reason, detail = problem
                 return reason, f"{term.objective.name} needs the field {field!r}: {detail}"
     if _compares_texts(terms) and not differs(record):
-        cut = any(response.truncated for response in answers(record))
+        cut = any(response.truncated for response in filled_responses(record))
         where = " as far as the largest bucket keeps them" if cut else ""
         return "same_responses", f"better and worse responses are the same tokens{where}"
     if reference.type != "given" or not needs_reference(terms):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mmpo_jax.data.contexts import answers
+from mmpo_jax.data.contexts import filled_responses
 from mmpo_jax.data.records import LOG_PROB, SCORE, Response, Span
 from mmpo_jax.data.segments import changed_segments
 from mmpo_jax.data.skipped import SkipReason
@@ -34,7 +34,9 @@ def lacks(record: TokenizedRecord, field: str) -> tuple[SkipReason, str] | None:
         return "no_spans", "no span has the number of a phrase"
     if field == "changed" and not spans and len(sources) != 2:
         return "no_spans", "no span says what changed, and the responses are not two to compare"
-    if field == "turn" and not any(_turns_of(response).max() > 0 for response in answers(record)):
+    if field == "turn" and not any(
+        _turns_of(response).max() > 0 for response in filled_responses(record)
+    ):
         return "no_dialogue", "no turn of the assistant follows the response"
     if field == "other_models":
         return _unlike_log_probs(sources)
@@ -135,7 +137,7 @@ def _spanned(
     """float32[S, t]: the value of the span a token is in, else the default; of spans that share a
     token the last one's."""
     rows = []
-    for response in answers(record):
+    for response in filled_responses(record):
         row = np.full(len(response.ids), default)
         for span, (first, end) in zip(response.source.spans, response.span_tokens, strict=True):
             of_span = value(span)
@@ -157,7 +159,7 @@ def _phrases(record: TokenizedRecord) -> np.ndarray:
 def _changed(record: TokenizedRecord) -> np.ndarray:
     """1 in changed segments: in spans where there are any, else where the tokens of two responses
     differ."""
-    responses = answers(record)
+    responses = filled_responses(record)
     if any(response.source.spans for response in responses):
         return _spanned(record, lambda span: 1.0, 0.0)
     ids = [response.ids.tolist() for response in responses]
@@ -171,7 +173,7 @@ def _changed(record: TokenizedRecord) -> np.ndarray:
 
 
 def _turns(record: TokenizedRecord) -> np.ndarray:
-    return _of_tokens([_turns_of(response) for response in answers(record)])
+    return _of_tokens([_turns_of(response) for response in filled_responses(record)])
 
 
 def _turns_of(response: TokenizedResponse) -> np.ndarray:

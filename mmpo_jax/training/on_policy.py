@@ -173,7 +173,9 @@ class Rollouts:
             responses.append(
                 TokenizedResponse(row[:length].astype(np.int32), np.ones(length, bool), 0, source)
             )
-            rewards.append([section.score(text, record.answer) for section in self.rollout.rewards])
+            rewards.append(
+                [section.score(text, record.solution) for section in self.rollout.rewards]
+            )
         return Sampled(
             dataclasses.replace(record, responses=tuple(responses)), np.array(rewards, np.float32)
         )
@@ -256,7 +258,7 @@ def unrewardable(record: TokenizedRecord, rollout: Rollout) -> tuple[SkipReason,
     """(reason, detail) why a record's samples cannot be rewarded; None if they can."""
     try:
         for section in rollout.rewards:
-            section.score("", record.answer)
+            section.score("", record.solution)
     except DataError as error:
         return "no_answer", str(error)
     return None

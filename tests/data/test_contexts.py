@@ -9,9 +9,9 @@ from mmpo_jax.data.contexts import (
     MAIN,
     OTHER_IMAGE,
     OtherImage,
-    answers,
     arranged,
     context_names,
+    filled_responses,
     tokenize_contexts,
 )
 from mmpo_jax.data.records import Edit, ImageRef, Record, Response, Turn, VideoRef
@@ -56,7 +56,7 @@ def test_responses_with_images_of_their_own(tiny_processor):
     assert (lengths(row), lengths(second)) == ([4, 0], [0, 4])
     np.testing.assert_array_equal(row.prompt_ids, second.prompt_ids)
     assert [r.source.rank for r in row.responses] == [r.source.rank for r in second.responses]
-    assert [len(r.ids) for r in answers(row)] == [4, 4]
+    assert [len(r.ids) for r in filled_responses(row)] == [4, 4]
     assert row.ranked
 
 
@@ -86,7 +86,7 @@ def test_whole_instructions_count_where_they_differ(tiny_processor):
     ]
     rejected = dataclasses.replace(rejected, images=(IMAGES[1],))
     row = tokenize_contexts(record(PAIR[0], rejected), tiny_processor, joint=True, **LIMITS)
-    assert [counted(response) for response in answers(row)] == said
+    assert [counted(response) for response in filled_responses(row)] == said
     same = tokenize_contexts(record(*PAIR), tiny_processor, joint=True, **LIMITS)
     assert [counted(r).split(" ASS")[0] for r in same.responses] == [QUESTION[0].text] * 2
 

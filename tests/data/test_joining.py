@@ -54,7 +54,11 @@ def test_orders(text, expected):
     (record,) = done.records
     assert ranks(record) == expected
     assert (record.id, record.row) == ("1", 1)
-    assert (done.rankings, done.rows, done.merged) == (1, len(text.split()), len(text.split()) - 1)
+    assert (done.rankings, done.rows, done.absorbed) == (
+        1,
+        len(text.split()),
+        len(text.split()) - 1,
+    )
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def test_the_command_lists_every_reward(capsys):
     for name, reward in REWARDS.items():
         assert reward.formula
         assert "arXiv" in reward.source or name == "picture_world_caption"
-        for part in (reward.formula, reward.source, reward.answer, *reward.options):
+        for part in (reward.formula, reward.source, reward.solution, *reward.options):
             assert part in blocks[name], name
     assert "options: found=0.5, low=0.5, high=0.75" in blocks["box_recall"]
 

@@ -186,7 +186,7 @@ def test_a_rollout(tiny_model, tiny_processor, records, mesh, temperature):
         assert tiny_processor.eos_id not in ids[:-1]
         text = tiny_processor.decode(ids.tolist())
         for place, section in enumerate(ROLLOUT.rewards):
-            rewards[row, column, place] = section.score(text, by_id[host.ids[row]].answer)
+            rewards[row, column, place] = section.score(text, by_id[host.ids[row]].solution)
     np.testing.assert_allclose(
         arrays.fields["advantages"], advantages(rewards, [1.0, 0.5]), atol=1e-5
     )

@@ -9,7 +9,14 @@ a prompt.
 
 from typing import Any
 
-from mmpo_jax.data.formats.format import Answer, Draft, Format, draft_of, read_flag, read_text
+from mmpo_jax.data.formats.format import (
+    Draft,
+    DraftResponse,
+    Format,
+    draft_of,
+    read_flag,
+    read_text,
+)
 from mmpo_jax.data.formats.media import MediaFolder
 from mmpo_jax.data.formats.trl import SCORES, scored_pair, supervised
 from mmpo_jax.data.formats.turns import (
@@ -52,22 +59,22 @@ def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
     worse = row.get("rejected", row.get("rejected_response"))
     if worse is not None and better is None:
         raise UnusableRow("incomplete_pair", "a rejected answer without another one")
-    answers: tuple[Answer, ...] = ()
+    responses: tuple[DraftResponse, ...] = ()
     if worse is not None:
         chosen, rejected = (parse_turns(text, "assistant") for text in (better, worse))
         prompt, chosen, rejected = split_pair(prompt, chosen, rejected)
-        answers = scored_pair(row, chosen, rejected)
+        responses = scored_pair(row, chosen, rejected)
         used += [name for name in SCORES if name in row]
     elif better is not None:
         prompt, answer = split_answer(prompt, parse_turns(better, "assistant"))
         label = next((name for name in _LABELS if name in row), None)
         if label is not None:
             verdict = {"desirable": read_flag(row[label], label)}
-            answers = (Answer(answer, fields=verdict),)
+            responses = (DraftResponse(answer, fields=verdict),)
         else:
             turns = with_system(row, prompt) + answer
             return draft_of(row, media, *supervised(turns, messages_as), used)
-    return draft_of(row, media, with_system(row, prompt), answers, used)
+    return draft_of(row, media, with_system(row, prompt), responses, used)
 
 
 def _asked(row: Row) -> str:

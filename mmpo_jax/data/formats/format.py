@@ -23,58 +23,49 @@ from mmpo_jax.data.skipped import SkipReason, UnusableRow
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
-    """A response as a row gives it.
-
-    Attributes:
-      prompt: in place of the row's.
-      fields: of `Response`, beside turns and prompt.
-      problem: why it alone cannot be used.
-    """
+class DraftResponse:
+    """A response as a row gives it."""
 
     turns: Turns
     prompt: Turns | None = None
+    """In place of the row's."""
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Of `Response`, beside turns and prompt."""
     problem: UnusableRow | None = None
+    """Why it alone cannot be used."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Draft:
-    """What a row says, not checked yet.
-
-    Attributes:
-      extra: columns that the record has no place for.
-      template: arguments of the chat template.
-      samples: whether the answers were sampled, where an empty one is an answer.
-    """
+    """What a row says, not checked yet."""
 
     prompt: Turns
-    answers: tuple[Answer, ...]
+    responses: tuple[DraftResponse, ...]
     images: tuple[ImageRef, ...] = ()
     videos: tuple[VideoRef, ...] = ()
     other_images: tuple[ImageRef, ...] | None = None
     source: str | None = None
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Columns that the record has no place for."""
     template: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Arguments of the chat template."""
     samples: bool = False
+    """Whether the responses were sampled, where an empty one is a response."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A convention for rows.
-
-    Attributes:
-      claims: whether a row's columns are this format's.
-      read: what a row says; raises `UnusableRow`.
-      write: a row of a record whose fields it can hold; raises `CannotHold`.
-      holds: of `writing.fields_of`, what its rows have a place for.
-    """
+    """A convention for rows."""
 
     name: str
     claims: Callable[[Row], bool]
+    """Whether a row's columns are this format's."""
     read: Callable[[Row, MediaFolder, MessagesAs], Draft]
+    """What a row says; raises `UnusableRow`."""
     write: Callable[[Record, Writer], dict[str, Any]]
+    """A row of a record whose fields it can hold; raises `CannotHold`."""
     holds: frozenset[str]
+    """Of `writing.fields_of`, what its rows have a place for."""
 
 
 def finish(draft: Draft, id_: str, number: int, folder: MediaFolder) -> Record:
@@ -89,22 +80,22 @@ def finish(draft: Draft, id_: str, number: int, folder: MediaFolder) -> Record:
     Raises:
       UnusableRow: something in it cannot be meant, or too few responses are left.
     """
-    if not draft.answers:
+    if not draft.responses:
         check_prompt(draft.prompt)
         check_dialogue(draft.prompt)
         shown = place_media(draft.prompt, draft.images, draft.videos, folder)
         return _record(draft, shown, shown.turns, (), id_, number, ())
     finished: list[tuple[Placed, int, Response]] = []
     left_out = []
-    for place, answer in enumerate(draft.answers):
+    for place, response in enumerate(draft.responses):
         try:
-            finished.append(_finished(draft, answer, folder))
+            finished.append(_finished(draft, response, folder))
         except UnusableRow as problem:
             left_out.append((place, problem))
-    ranked = any("rank" in answer.fields for answer in draft.answers)
-    if len(finished) < (2 if ranked and len(draft.answers) > 1 else 1):
+    ranked = any("rank" in response.fields for response in draft.responses)
+    if len(finished) < (2 if ranked and len(draft.responses) > 1 else 1):
         place, error = left_out[0]
-        if len(draft.answers) == 1:
+        if len(draft.responses) == 1:
             raise error
         raise UnusableRow(error.reason, f"response {place + 1}: {error.detail}") from error
     given = [response.rank is not None for *_, response in finished]
@@ -116,31 +107,33 @@ def finish(draft: Draft, id_: str, number: int, folder: MediaFolder) -> Record:
     return _record(draft, shown, prompt, responses, id_, number, told)
 
 
-def _finished(draft: Draft, answer: Answer, folder: MediaFolder) -> tuple[Placed, int, Response]:
+def _finished(
+    draft: Draft, draft_response: DraftResponse, folder: MediaFolder
+) -> tuple[Placed, int, Response]:
     """A response checked with its prompt, as the model will see it, and where it begins."""
-    if answer.problem is not None:
-        raise answer.problem
-    prompt = draft.prompt if answer.prompt is None else answer.prompt
-    dialogue = prompt + answer.turns
-    if not answer.turns or answer.turns[-1].role != "assistant":
+    if draft_response.problem is not None:
+        raise draft_response.problem
+    prompt = draft.prompt if draft_response.prompt is None else draft_response.prompt
+    dialogue = prompt + draft_response.turns
+    if not draft_response.turns or draft_response.turns[-1].role != "assistant":
         raise UnusableRow("empty_response", "a response does not end with an assistant turn")
     if prompt:
         check_prompt(prompt)
     check_dialogue(dialogue, draft.samples)
-    images = answer.fields.get("images", draft.images)
+    images = draft_response.fields.get("images", draft.images)
     shown = place_media(dialogue, images, draft.videos, folder)
     placed_others = any(turn.media for turn in shown.turns) and draft.other_images is not None
     if placed_others and len(draft.other_images or ()) != len(shown.images):
         count = len(draft.other_images or ())
         detail = f"{count} other images for {len(shown.images)} places of images"
         raise UnusableRow("placeholder_count", detail)
-    fields = {name: value for name, value in answer.fields.items() if name != "images"}
+    fields = {name: value for name, value in draft_response.fields.items() if name != "images"}
     response = Response(shown.turns[len(prompt) :], **fields)
     for span in response.spans:
         if not 0 <= span.start < span.end <= len(response.text):
             detail = f"characters {span.start} to {span.end} of {len(response.text)}"
             raise UnusableRow("bad_span", detail)
-    own = answer.prompt is not None, "images" in answer.fields
+    own = draft_response.prompt is not None, "images" in draft_response.fields
     # Which of them are its own even where they say the same is up to the format.
     response = dataclasses.replace(
         response,
@@ -202,7 +195,7 @@ def draft_of(
     row: Row,
     media: MediaFolder,
     prompt: Turns,
-    answers: tuple[Answer, ...],
+    responses: tuple[DraftResponse, ...],
     used: Iterable[str],
     samples: bool = False,
 ) -> Draft:
@@ -210,7 +203,7 @@ def draft_of(
     formats have these in.
 
     Args:
-      used: the columns that prompt and answers come from.
+      used: the columns that prompt and responses come from.
       samples: see `Draft`.
 
     Raises:
@@ -218,7 +211,7 @@ def draft_of(
     """
     return Draft(
         prompt=prompt,
-        answers=answers,
+        responses=responses,
         images=media.images(row),
         videos=media.videos(row),
         source=source_of(row),

@@ -7,7 +7,7 @@ that ends with the human; ``kto_tag`` is the verdict on a conversation that ends
 
 from typing import Any, cast
 
-from mmpo_jax.data.formats.format import Answer, Draft, Format, draft_of, read_flag
+from mmpo_jax.data.formats.format import Draft, DraftResponse, Format, draft_of, read_flag
 from mmpo_jax.data.formats.media import MediaFolder
 from mmpo_jax.data.formats.trl import SCORES, scored_pair, supervised
 from mmpo_jax.data.formats.turns import (
@@ -44,21 +44,23 @@ def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
     if turns and turns[0].role == "system" and not turns[0].text:
         turns = turns[1:]  # as an empty column: the template's default
     turns = with_system(row, turns)
-    prompt, answers = turns, cast(tuple[Answer, ...], ())
+    prompt, responses = turns, cast(tuple[DraftResponse, ...], ())
     if ("chosen" in row) != ("rejected" in row):
         raise UnusableRow("incomplete_pair", "chosen and rejected belong together")
     if "chosen" in row:
         chosen, rejected = (parse_turns(row[side], "assistant") for side in ("chosen", "rejected"))
         prompt, chosen, rejected = split_pair(turns, chosen, rejected)
-        answers = scored_pair(row, chosen, rejected)
+        responses = scored_pair(row, chosen, rejected)
     elif "kto_tag" in row:
         prompt, answer = split_last_answer(turns)
-        answers = (Answer(answer, fields={"desirable": read_flag(row["kto_tag"], "kto_tag")}),)
+        responses = (
+            DraftResponse(answer, fields={"desirable": read_flag(row["kto_tag"], "kto_tag")}),
+        )
     elif turns and turns[-1].role == "assistant":
-        prompt, answers = supervised(turns, messages_as)
+        prompt, responses = supervised(turns, messages_as)
     scores = SCORES if "chosen" in row else ()
     used = ["conversations", "system", "chosen", "rejected", "kto_tag", *scores]
-    return draft_of(row, media, prompt, answers, used)
+    return draft_of(row, media, prompt, responses, used)
 
 
 def _write(record: Record, writer: Writer) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from typing import Any
 
 from mmpo_jax.data.formats.entries import entries
 from mmpo_jax.data.formats.format import (
-    Answer,
     Draft,
+    DraftResponse,
     Format,
     read_flag,
     read_list,
@@ -79,7 +79,7 @@ def _read_ranking(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draf
     images, videos = _media(row, media)
     return Draft(
         prompt=parse_turns(read_text(row.get("question"), "question"), "user"),
-        answers=tuple(_answer(text, given) for text, given in zip(outputs, fields, strict=True)),
+        responses=tuple(_answer(text, given) for text, given in zip(outputs, fields, strict=True)),
         images=images,
         videos=videos,
         source=source_of(row),
@@ -87,12 +87,12 @@ def _read_ranking(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draf
     )
 
 
-def _answer(text: Any, fields: Mapping[str, Any]) -> Answer:
+def _answer(text: Any, fields: Mapping[str, Any]) -> DraftResponse:
     try:
         turns = parse_turns(read_text(text, "models_output"), "assistant")
     except UnusableRow as problem:
-        return Answer((), fields=fields, problem=problem)
-    return Answer(turns, fields=fields)
+        return DraftResponse((), fields=fields, problem=problem)
+    return DraftResponse(turns, fields=fields)
 
 
 def _is_critiques(reasons: Any, count: int) -> bool:
@@ -152,19 +152,21 @@ def _read_pair(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
         scores = _factor_scores(row)
     if not (from_factor and scores[0]):
         used.remove("ls_factor")
-    answers = []
+    responses = []
     sides = ("chosen", 1), ("rejected", 1 if tie else 2)
     for (side, rank), score in zip(sides, scores, strict=True):
         fields: dict[str, Any] = {"rank": rank, "scores": score}
         if f"{side}_reason" in row:
             fields["critique"] = read_text(row[f"{side}_reason"], f"{side}_reason")
         fields |= _log_prob(row, f"reference_{side}_logp")
-        answers.append(Answer(parse_turns(read_text(row[side], side), "assistant"), fields=fields))
+        responses.append(
+            DraftResponse(parse_turns(read_text(row[side], side), "assistant"), fields=fields)
+        )
     images, videos = _media(row, media)
     other = (media.image(row["mixed_up_image"], deeper=True),) if "mixed_up_image" in row else None
     return Draft(
         prompt=parse_turns(read_text(row["prompt"], "prompt"), "user"),
-        answers=tuple(answers),
+        responses=tuple(responses),
         images=images,
         videos=videos,
         other_images=other,

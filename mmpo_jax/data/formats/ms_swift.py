@@ -9,7 +9,7 @@ nothing else is said. ``label`` is KTO's verdict.
 import dataclasses
 from typing import Any
 
-from mmpo_jax.data.formats.format import Answer, Draft, Format, draft_of, read_flag
+from mmpo_jax.data.formats.format import Draft, DraftResponse, Format, draft_of, read_flag
 from mmpo_jax.data.formats.media import MediaFolder
 from mmpo_jax.data.formats.places import place_media
 from mmpo_jax.data.formats.trl import supervised
@@ -39,17 +39,17 @@ def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
     if any(name in row for name in _REJECTED):
         prompt, chosen = split_last_answer(turns)
         rejected = _rejected(row, media, prompt, chosen)
-        answers: tuple[Answer, ...] = (Answer(chosen, fields={"rank": 1}), rejected)
+        responses: tuple[DraftResponse, ...] = (DraftResponse(chosen, fields={"rank": 1}), rejected)
     elif "label" in row:
         prompt, chosen = split_last_answer(turns)
-        answers = (Answer(chosen, fields={"desirable": read_flag(row["label"], "label")}),)
+        responses = (DraftResponse(chosen, fields={"desirable": read_flag(row["label"], "label")}),)
     else:
-        prompt, answers = supervised(turns, messages_as)
+        prompt, responses = supervised(turns, messages_as)
     used = ["messages", "label", "system", *_REJECTED]
-    return draft_of(row, media, prompt, answers, used)
+    return draft_of(row, media, prompt, responses, used)
 
 
-def _rejected(row: Row, media: MediaFolder, prompt: Turns, chosen: Turns) -> Answer:
+def _rejected(row: Row, media: MediaFolder, prompt: Turns, chosen: Turns) -> DraftResponse:
     answer, own_prompt = chosen, None
     if "rejected_messages" in row:
         dialogue = parse_turns(row["rejected_messages"], "user")
@@ -64,7 +64,7 @@ def _rejected(row: Row, media: MediaFolder, prompt: Turns, chosen: Turns) -> Ans
     fields: dict[str, Any] = {"rank": 2}
     if "rejected_images" in row:
         fields["images"] = media.images({"images": row["rejected_images"]})
-    return Answer(answer, own_prompt, fields)
+    return DraftResponse(answer, own_prompt, fields)
 
 
 def _shown_alike(row: Row, media: MediaFolder, *prompts: Turns) -> bool:

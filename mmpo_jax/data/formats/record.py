@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmpo_jax.data.formats.format import (
-    Answer,
     Draft,
+    DraftResponse,
     Format,
     read_flag,
     read_number,
@@ -47,18 +47,18 @@ def _claims(row: Row) -> bool:
 
 
 def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
-    responses = row.get("responses")
-    if not isinstance(responses, list):
+    rows = row.get("responses")
+    if not isinstance(rows, list):
         raise UnusableRow("bad_message", "responses is not a list")
     prompt = with_system(row, parse_turns(row.get("prompt"), "user"))
-    answers = tuple(_usable(response, media) for response in responses)
-    if not prompt and len(answers) == 1 and messages_as == "last_turn":
-        prompt, last = split_last_answer(answers[0].turns)
-        answers = (dataclasses.replace(answers[0], turns=last),)
+    responses = tuple(_usable(response, media) for response in rows)
+    if not prompt and len(responses) == 1 and messages_as == "last_turn":
+        prompt, last = split_last_answer(responses[0].turns)
+        responses = (dataclasses.replace(responses[0], turns=last),)
     others = row.get("other_images")
     return Draft(
         prompt=prompt,
-        answers=answers,
+        responses=responses,
         images=media.images(row),
         videos=media.videos(row),
         other_images=media.images({"images": others}) if others is not None else None,
@@ -66,7 +66,7 @@ def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
         extra=rest(row, "prompt", "responses", "other_images", "extra", *ARGUMENTS, "system")
         | _extra(row.get("extra")),
         template=template_arguments(row),
-        samples=len(answers) > 1 and not any("rank" in answer.fields for answer in answers),
+        samples=len(responses) > 1 and not any("rank" in response.fields for response in responses),
     )
 
 
@@ -81,14 +81,14 @@ def _extra(value: Any) -> dict[str, Any]:
     return value or {}
 
 
-def _usable(response: Any, media: MediaFolder) -> Answer:
+def _usable(response: Any, media: MediaFolder) -> DraftResponse:
     try:
         return _answer(response, media)
     except UnusableRow as problem:
-        return Answer((), problem=problem)
+        return DraftResponse((), problem=problem)
 
 
-def _answer(response: Any, media: MediaFolder) -> Answer:
+def _answer(response: Any, media: MediaFolder) -> DraftResponse:
     if not isinstance(response, dict):
         raise UnusableRow("bad_message", f"{str(response)[:80]!r} is no response")
     given = {name: value for name, value in response.items() if value is not None}
@@ -114,7 +114,7 @@ def _answer(response: Any, media: MediaFolder) -> Answer:
     if "images" in given:
         fields["images"] = media.images({"images": given["images"]})
     prompt = parse_turns(given["prompt"], "user") if "prompt" in given else None
-    return Answer(parse_turns(given.get("turns"), "assistant"), prompt, fields)
+    return DraftResponse(parse_turns(given.get("turns"), "assistant"), prompt, fields)
 
 
 def _scores(value: Any) -> Mapping[str, float]:

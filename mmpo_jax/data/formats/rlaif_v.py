@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmpo_jax.data.formats.format import (
-    Answer,
     Draft,
+    DraftResponse,
     Format,
     read_number,
     read_text,
@@ -64,8 +64,10 @@ def _read_rlaif_v(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draf
     sums = _log_probs(row["logps"]) if "logps" in row else (None, None)
     return Draft(
         prompt=parse_turns(question, "user"),
-        answers=tuple(
-            Answer(parse_turns(text, "assistant"), fields={"rank": rank, "log_prob": log_prob})
+        responses=tuple(
+            DraftResponse(
+                parse_turns(text, "assistant"), fields={"rank": rank, "log_prob": log_prob}
+            )
             for rank, (text, log_prob) in enumerate(zip((chosen, rejected), sums, strict=True), 1)
         ),
         images=images,

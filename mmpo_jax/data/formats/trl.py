@@ -19,8 +19,8 @@ import re
 from typing import Any
 
 from mmpo_jax.data.formats.format import (
-    Answer,
     Draft,
+    DraftResponse,
     Format,
     draft_of,
     read_flag,
@@ -61,7 +61,7 @@ def _claims(row: Row) -> bool:
 
 
 def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
-    prompt, answers = _prompt_and_answers(row, messages_as)
+    prompt, responses = _prompt_and_responses(row, messages_as)
     used = [name for name in (*_COLUMNS, *_SAMPLED, "system") if name in row]
     unread = [] if _reads_responses(row) else ["responses", *_SAMPLED]
     if _ids_of_others(row):
@@ -76,7 +76,7 @@ def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
             used.append("messages")
     if "prompt" in row and "question" in row:
         used.remove("question")
-    return draft_of(row, media, prompt, answers, used, samples="responses" in row)
+    return draft_of(row, media, prompt, responses, used, samples="responses" in row)
 
 
 def _reads_responses(row: Row) -> bool:
@@ -84,7 +84,9 @@ def _reads_responses(row: Row) -> bool:
     return "responses" in row and "chosen" not in row and "completion" not in row
 
 
-def _prompt_and_answers(row: Row, messages_as: MessagesAs) -> tuple[Turns, tuple[Answer, ...]]:
+def _prompt_and_responses(
+    row: Row, messages_as: MessagesAs
+) -> tuple[Turns, tuple[DraftResponse, ...]]:
     if ("chosen" in row) != ("rejected" in row):
         raise UnusableRow("incomplete_pair", "chosen and rejected belong together")
     prompt = parse_turns(row.get("prompt", row.get("question", [])), "user")
@@ -94,10 +96,10 @@ def _prompt_and_answers(row: Row, messages_as: MessagesAs) -> tuple[Turns, tuple
     if "completion" in row:
         fields = {"desirable": read_flag(row["label"], "label")} if "label" in row else {}
         prompt, answer = split_answer(prompt, parse_turns(row["completion"], "assistant"))
-        return with_system(row, prompt), (Answer(answer, fields=fields),)
+        return with_system(row, prompt), (DraftResponse(answer, fields=fields),)
     if "responses" in row:
-        prompt, answers = _behind(prompt, _several(row))
-        return with_system(row, prompt), answers
+        prompt, responses = _behind(prompt, _several(row))
+        return with_system(row, prompt), responses
     if prompt:
         return with_system(row, prompt), ()
     if "messages" not in row:
@@ -136,20 +138,20 @@ def _transcript(text: str) -> Turns:
     )
 
 
-def pair(chosen: Turns, rejected: Turns) -> tuple[Answer, Answer]:
+def pair(chosen: Turns, rejected: Turns) -> tuple[DraftResponse, DraftResponse]:
     """The better response and the worse one."""
-    return Answer(chosen, fields={"rank": 1}), Answer(rejected, fields={"rank": 2})
+    return DraftResponse(chosen, fields={"rank": 1}), DraftResponse(rejected, fields={"rank": 2})
 
 
-def scored_pair(row: Row, chosen: Turns, rejected: Turns) -> tuple[Answer, ...]:
+def scored_pair(row: Row, chosen: Turns, rejected: Turns) -> tuple[DraftResponse, ...]:
     """`pair` with the row's scores.
 
     Raises:
       UnusableRow: see `pair_scores`.
     """
     return tuple(
-        dataclasses.replace(answer, fields={**answer.fields, "scores": score})
-        for answer, score in zip(pair(chosen, rejected), pair_scores(row), strict=True)
+        dataclasses.replace(response, fields={**response.fields, "scores": score})
+        for response, score in zip(pair(chosen, rejected), pair_scores(row), strict=True)
     )
 
 
@@ -172,19 +174,19 @@ def pair_scores(row: Row) -> tuple[dict[str, float], dict[str, float]]:
     return {SCORE: chosen}, {SCORE: rejected}
 
 
-def supervised(turns: Turns, messages_as: MessagesAs) -> tuple[Turns, tuple[Answer, ...]]:
+def supervised(turns: Turns, messages_as: MessagesAs) -> tuple[Turns, tuple[DraftResponse, ...]]:
     """The prompt and the response of a dialogue to learn from.
 
     Raises:
       UnusableRow: the dialogue does not end with an answer.
     """
     if messages_as == "dialogue":
-        return (), (Answer(turns),)
+        return (), (DraftResponse(turns),)
     prompt, answer = split_last_answer(turns)
-    return prompt, (Answer(answer),)
+    return prompt, (DraftResponse(answer),)
 
 
-def _several(row: Row) -> tuple[Answer, ...]:
+def _several(row: Row) -> tuple[DraftResponse, ...]:
     responses = row["responses"]
     if not isinstance(responses, list):
         raise UnusableRow("bad_message", "responses is not a list")
@@ -204,32 +206,34 @@ def _ids_of_others(row: Row) -> bool:
     return not isinstance(ids, list) or len(ids) != len(responses)
 
 
-def _behind(prompt: Turns, answers: tuple[Answer, ...]) -> tuple[Turns, tuple[Answer, ...]]:
-    """(prompt, answers) where answers may be whole dialogues: the prompt is that of the first one
-    which can be used, and answers behind another are left out."""
+def _behind(
+    prompt: Turns, responses: tuple[DraftResponse, ...]
+) -> tuple[Turns, tuple[DraftResponse, ...]]:
+    """(prompt, responses) where responses may be whole dialogues: the prompt is that of the first
+    one which can be used, and responses behind another are left out."""
     found: Turns | None = None
     split = []
-    for answer in answers:
+    for response in responses:
         try:
-            before, turns = split_answer(prompt, answer.turns)
-            if answer.problem is None and before != (found or before):
+            before, turns = split_answer(prompt, response.turns)
+            if response.problem is None and before != (found or before):
                 detail = "a whole dialogue with another prompt than the first response's"
                 raise UnusableRow("prompt_differs", detail)
         except UnusableRow as problem:
-            split.append(Answer((), problem=problem))
+            split.append(DraftResponse((), problem=problem))
             continue
-        if answer.problem is None:
+        if response.problem is None:
             found = before
-        split.append(dataclasses.replace(answer, turns=turns))
+        split.append(dataclasses.replace(response, turns=turns))
     return found or prompt, tuple(split)
 
 
-def _sample(value: Any, finished: bool, ids: Any) -> Answer:
+def _sample(value: Any, finished: bool, ids: Any) -> DraftResponse:
     try:
         fields = {"finished": finished, "token_ids": read_tokens(ids)}
-        return Answer(parse_turns(value, "assistant"), fields=fields)
+        return DraftResponse(parse_turns(value, "assistant"), fields=fields)
     except UnusableRow as problem:
-        return Answer((), problem=problem)
+        return DraftResponse((), problem=problem)
 
 
 def read_tokens(value: Any) -> tuple[int, ...] | None:

@@ -47,16 +47,13 @@ KINDS: Mapping[str, Medium] = {name: Medium(kind) for name, kind in PART_KINDS.i
 
 @dataclasses.dataclass(frozen=True)
 class MediaPart:
-    """A part of a message that shows something.
-
-    Attributes:
-      part: as the row has it, where it names what it shows; None for the next of the row's columns.
-      keyed: whether a key of the message names it, and no part of its content stands for it.
-    """
+    """A part of a message that shows something."""
 
     medium: Medium
     part: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
+    """As the row has it, where it names what it shows; None for the next of the row's columns."""
     keyed: bool = dataclasses.field(default=False, compare=False)
+    """Whether a key of the message names it, and no part of its content stands for it."""
 
 
 @dataclasses.dataclass(frozen=True)

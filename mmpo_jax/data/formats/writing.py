@@ -108,17 +108,14 @@ def without(record: Record, fields: Collection[str]) -> Record:
 
 @dataclasses.dataclass(frozen=True)
 class Writer:
-    """Where the rows' images go.
-
-    Attributes:
-      root: the folder that paths in rows are relative to.
-      copies: folder below it, for images that are not.
-      embed: whether rows hold images themselves, and how.
-    """
+    """Where the rows' images go."""
 
     root: str
+    """The folder that paths in rows are relative to."""
     copies: str
+    """Folder below it, for images that are not."""
     embed: Embed = "no"
+    """Whether rows hold images themselves, and how."""
 
     def image(self, image: ImageRef) -> Any:
         """What stands in a row for an image.
