@@ -12,9 +12,10 @@ from mmpo_jax.training.metrics import FILE, read_metrics
 
 RECALL_LOSS = 0.03
 LENGTH_LOSS = 0.15
-"""From these on, compared with the start model, the report warns of silence."""
+"""Losses of recall and of length, against the start model, from which on the report warns of
+silence."""
 UNPARSED_GAIN = 0.05
-"""From this on it warns of text that cannot be read."""
+"""Gain in pieces that cannot be read from which on the report warns of them."""
 
 COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("round", "round", "d"),

@@ -71,7 +71,7 @@ class Round:
     recipe: AlignRecipe
     mesh: Mesh
     card: ModelCard
-    """Of the alignment's result, without metrics."""
+    """Card of the alignment's result, without metrics."""
 
     def stage(self, name: str, inputs: dict[str, str], settings: Any, num_parts: int = 1) -> Stage:
         return Stage(self.folder, name, inputs, settings, num_parts)

@@ -18,7 +18,7 @@ from mmpo_jax.recipes.recipe import AlignRecipe, TrainRecipe
 
 FILE = "README.md"
 SAVED = "card.json"
-"""Beside a run's checkpoints: the card of what is converted from them, without metrics."""
+"""File beside a run's checkpoints: the card of what is converted from them, without metrics."""
 
 MARGIN = "rewards/margins"
 ENOUGH = 0.9
@@ -26,12 +26,12 @@ ENOUGH = 0.9
 
 
 NOISE = 1e-5
-"""Of a margin: what float32 sums of log-probs, of some hundred nats, are off by."""
+"""Error of a margin: what float32 sums of log-probs, of some hundred nats, are off by."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SavedWeights:
-    """In what dtype weights were saved and what that left of the training."""
+    """The dtype that weights were saved in, and what that left of the training."""
 
     dtype: str
     """A `SaveDtype`."""
@@ -40,7 +40,7 @@ class SavedWeights:
     metric: str = ""
     """What was measured with the run's weights and with the saved ones, if anything was."""
     rows: int = 0
-    """Of how many rows."""
+    """Number of rows that it was measured on."""
     of_run: float = 0.0
     as_saved: float = 0.0
     unknown: str = ""
@@ -77,22 +77,22 @@ class ModelCard:
     """What a card says of a checkpoint."""
 
     base_model: str
-    """As the recipe names it."""
+    """Name of the start model, as the recipe has it."""
     is_on_hub: bool
     """Whether that is the name of a repository and not of a folder."""
     task: str
     """The hub's name of what the model does, such as image-text-to-text."""
     method: str
-    """Such as dpo."""
+    """Name of the objective, such as dpo."""
     data: Mapping[str, Any] | Sequence[Mapping[str, Any]]
     """The recipe's section, or several of a mixture."""
     recipe: Mapping[str, Any]
-    """All of it that the weights depend on."""
+    """All of the recipe that the weights depend on."""
     metrics: Mapping[str, float]
     saved: SavedWeights | None = None
     """None where that is not known yet."""
     base_fingerprint: str = ""
-    """Of what training began with, see `checkpoint.Checkpoint`; empty in cards of before."""
+    """Fingerprint of what training began with, see `checkpoint.Checkpoint`; empty in old cards."""
 
 
 def make_card(
@@ -145,7 +145,7 @@ def read_card(folder: str | os.PathLike[str], metrics: Mapping[str, float]) -> M
 
 
 def read_saved(values: Mapping[str, Any]) -> SavedWeights:
-    """Of JSON, in which numbers that are not finite are null."""
+    """The fields from JSON, in which numbers that are not finite are null."""
     margins = {name: values[name] for name in ("of_run", "as_saved")}
     known = {name: math.nan if value is None else value for name, value in margins.items()}
     return SavedWeights(**{**values, **known})

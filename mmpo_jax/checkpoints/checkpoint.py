@@ -48,15 +48,16 @@ class Checkpoint:
     model: Model
     processor: Processor
     params: Params
-    """On a mesh, or NumPy arrays on the host."""
+    """Parameters on a mesh, or NumPy arrays on the host."""
     fingerprint: str = ""
-    """Of weights, config, tokenizer and processor; of seed and config where weights are random."""
+    """Digest of weights, config, tokenizer and processor; of seed and config where weights are
+    random."""
     folder: str = ""
     hub_id: str | None = None
     """The name that a recipe gave it, if that is one of the hub's."""
 
     def placed(self, mesh: Mesh) -> Checkpoint:
-        """The same with its parameters on a mesh, by the model's rules."""
+        """The checkpoint with its parameters on a mesh, by the model's rules."""
         params = put_params(self.params, self.model.rules, mesh)
         return dataclasses.replace(self, params=params)
 
@@ -116,7 +117,7 @@ def checkpoint_folders(name: str) -> list[str]:
 
 
 def fingerprint_location(location: Location) -> str:
-    """Of all files that make up a checkpoint.
+    """Digest of all files that make up a checkpoint.
 
     Raises:
       ModelError, DataError: naming the file that is missing or cannot be read.

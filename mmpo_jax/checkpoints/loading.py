@@ -29,7 +29,7 @@ READ_BYTES = 16 * 2**20
 COPY_ROWS = 128
 """Rows transposed at once: the columns of as many lie in the processor's cache."""
 ALIGNMENT = 64
-"""Of buffers in bytes: what JAX needs to keep them as they are on CPU."""
+"""Alignment of buffers in bytes: what JAX needs to keep them as they are on CPU."""
 
 Bounds = tuple[tuple[int, int], ...]
 """(start, stop) along every axis: what a device holds of an array."""
@@ -40,9 +40,9 @@ class StoredParameter:
     """Where a parameter's values lie."""
 
     tensors: tuple[StoredTensor, ...]
-    """Of every layer where it is stacked, else the only one."""
+    """The tensor of every layer where the parameter is stacked, else the only one."""
     shape: tuple[int, ...]
-    """The parameter's; [L, ...] where it is stacked."""
+    """Shape of the parameter; [L, ...] where it is stacked."""
     stacked: bool
     transposed: bool
     """Whether a tensor's rows are the last axis of the parameter: dense layers, [out, in] in
@@ -185,7 +185,7 @@ def _whole(source: StoredParameter) -> Bounds:
 
 
 def _bounds(index: Any, shape: Sequence[int]) -> Bounds:
-    """Of an index of slices, as shardings give it."""
+    """(start, stop) along every axis of an index of slices, as shardings give it."""
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 

@@ -28,10 +28,10 @@ from mmpo_jax.models.model import Params
 log = logging.getLogger(__name__)
 
 BEST = "best"
-"""Beside `checkpoints/`: the parameters of the step where held-out rows were best."""
+"""Folder beside `checkpoints/`: the parameters of the step where held-out rows were best."""
 
 BASE = "base"
-"""Beside the checkpoints: config, tokenizer and processor of the model they are of."""
+"""Folder beside the checkpoints: config, tokenizer and processor of the model they are of."""
 
 
 class CheckpointError(MmpoError):
@@ -60,7 +60,7 @@ class Checkpoints:
         return self.manager.latest_step()
 
     def describe_latest(self) -> str:
-        """For messages: the last good checkpoint's folder."""
+        """The last good checkpoint's folder, for messages."""
         with self._writing():
             self.manager.wait_until_finished()
         return _newest(self.folder)
@@ -320,7 +320,7 @@ def _others(state: TrainState) -> dict[str, Any]:
 
 
 def _newest(folder: str) -> str:
-    """For messages: the last whole checkpoint in a folder of them."""
+    """The last whole checkpoint in a folder of them, for messages."""
     steps = [name for name in _entries(folder) if name.isdigit()]
     return os.path.join(folder, max(steps, key=int)) if steps else "none was saved yet"
 

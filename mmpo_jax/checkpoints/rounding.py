@@ -91,7 +91,7 @@ class Survival:
 
     @property
     def share(self) -> float | None:
-        """Of the update; None where nothing was changed."""
+        """Share of the update that is left; None where nothing was changed."""
         return self.product / self.square if self.square else None
 
 

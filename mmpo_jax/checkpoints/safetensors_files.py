@@ -26,7 +26,7 @@ from mmpo_jax.models.config import ModelError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
-"""Of a file, as transformers and the hub have it."""
+"""Size of a file, at most, as transformers and the hub have it."""
 PICKLE_FILES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 DTYPES = {
@@ -55,10 +55,10 @@ class StoredTensor:
     file: str
     name: str
     dtype: str
-    """As the header has it, see `DTYPES`."""
+    """Name of the dtype in the header, see `DTYPES`."""
     shape: tuple[int, ...]
     offset: int
-    """In the file."""
+    """Bytes of the file before it."""
     num_bytes: int
 
 

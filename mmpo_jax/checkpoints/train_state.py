@@ -24,6 +24,6 @@ class TrainState:
     optimizer: Any
     """optax state of `params`."""
     reference: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
-    """Of a reference that runs in the step, what is not in `frozen`; else empty."""
+    """path -> array of a reference that runs in the step: what is not in `frozen`; else empty."""
     objective_state: State = dataclasses.field(default_factory=dict)
     """What objectives keep from step to step, float32[] each."""

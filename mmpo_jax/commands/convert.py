@@ -89,7 +89,7 @@ def _save_run(
 
 
 def _card(location: Location) -> ModelCard | None:
-    """Of a run, with what it measured last before the step."""
+    """A run's card, with what it measured last before the step."""
     step = int(os.path.basename(location.weights))
     rows = read_metrics(os.path.join(os.path.dirname(location.base), FILE))
     measured = [row for row in rows if row["step"] <= step]

@@ -41,7 +41,7 @@ class Converted:
     written: int
     skipped: list[SkippedRow]
     skipped_file: str
-    """Where those are, with reasons, and responses that alone were left out; not written where
+    """File of those, with reasons, and of responses that alone were left out; not written where
     there are none."""
     joined: Joined | None
     """What joining pairs did, where it was asked for."""
@@ -155,7 +155,7 @@ def convert_data(
 
 
 def _by_own_id(record: Record) -> Record:
-    """With the id that the row has, also where an earlier row has it too."""
+    """The record with the id that the row has, also where an earlier row has it too."""
     return record if record.own_id is None else dataclasses.replace(record, id=record.own_id)
 
 

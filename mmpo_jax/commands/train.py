@@ -250,7 +250,7 @@ def usable_rows(
 
 
 def _best(record: TokenizedRecord) -> TokenizedRecord:
-    """With the responses of the best rank only, where there are ranks."""
+    """The record with the responses of the best rank only, where there are ranks."""
     if not record.ranked:
         return record
     best = min(response.source.rank or 0 for response in record.responses)

@@ -25,7 +25,7 @@ from mmpo_jax.core.errors import DataError, MmpoError
 
 HASHING_THREADS = 8
 MIN_KEPT_BYTES = 1 << 24
-"""Of a file whose digest is kept."""
+"""Size of a file, at least, whose digest is kept."""
 SETTLED_NS = 2_000_000_000
 """Age of a file whose digest is kept; the coarsest clock of a file system ticks every 2 seconds."""
 STORAGE = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}
@@ -34,7 +34,7 @@ _CHUNK_BYTES = 1 << 22
 
 
 def cache_folder() -> str:
-    """Where things are kept that can be made again; `MMPO_CACHE` or `XDG_CACHE_HOME` moves it."""
+    """Folder of what can be made again; `MMPO_CACHE` or `XDG_CACHE_HOME` moves it."""
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return os.environ.get("MMPO_CACHE") or os.path.join(caches, "mmpo_jax")
 

@@ -29,29 +29,29 @@ class Activity:
 
     name: str
     total: int | None = None
-    """Of what is counted; None where nothing is, or nobody knows."""
+    """Number of what is counted; None where nothing is, or nobody knows."""
     unit: str = "rows"
     first: str = ""
     """What happens before the first is done, such as compiling."""
     done: int = 0
     measure: Callable[[], int] | None = None
-    """Says how many are done where nothing counts them as they are."""
+    """Function that says how many are done, where nothing counts them as they are."""
     begun: float = dataclasses.field(default_factory=lambda: time.monotonic())
     counted_from: tuple[int, float] | None = None
     """(how many were done, when) at the first count: a rate that leaves out compiling."""
 
     def start_at(self, done: int) -> None:
-        """So many were done before; they say nothing of how fast it goes."""
+        """Counts what was done before, which says nothing of how fast it goes."""
         self.done = done
         self.counted_from = (done, time.monotonic()) if done else None
 
     def reach(self, done: int) -> None:
-        """So many are done."""
+        """Counts up to a number that is done."""
         if done > self.done:
             self.advance(done - self.done)
 
     def advance(self, count: int = 1) -> None:
-        """So many more are done."""
+        """Counts more that are done."""
         self.done += count
         if self.counted_from is None:
             self.counted_from = self.done, time.monotonic()
@@ -122,7 +122,7 @@ def counted(items: Iterable[Item], name: str, unit: str = "rows") -> Iterator[It
 
 
 def advance(count: int = 1) -> None:
-    """So many more of the innermost activity are done."""
+    """Counts more of the innermost activity that are done."""
     if _activities:
         _activities[-1].advance(count)
 
@@ -133,7 +133,7 @@ def tell() -> None:
 
 
 def duration(seconds: float) -> str:
-    """For people: `40 s`, `12 min`, `3 h 5 min`."""
+    """A duration for people: `40 s`, `12 min`, `3 h 5 min`."""
     minutes = round(seconds / 60)
     if seconds < 100:
         return f"{seconds:.0f} s"

@@ -28,7 +28,7 @@ MeshSize = PositiveInt | Literal[-1]
 
 
 def as_list(value: Any) -> Any:
-    """One entry may stand without the brackets of a list."""
+    """A list, of one entry too that stands without brackets."""
     return value if isinstance(value, list | tuple) else [value]
 
 

@@ -48,16 +48,16 @@ class Stage:
     """One step of a round: what it is called and everything its result depends on."""
 
     folder: epath.PathLike
-    """Where its files go."""
+    """Folder of its files."""
     name: str
-    """Lower-case letters, digits, ``-`` and ``_``."""
+    """Name of its files: lower-case letters, digits, ``-`` and ``_``."""
     inputs: Mapping[str, str]
     """Name -> fingerprint of each input, such as the table of the stage before."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Whatever else changes the result; has to be JSON."""
     num_parts: int = 1
-    """In how many parts the result is made. At most one part is lost by a kill. The result should
-    not depend on it, so a finished stage stays finished when it changes."""
+    """Number of parts that the result is made in. At most one part is lost by a kill. The result
+    should not depend on it, so a finished stage stays finished when it changes."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9_-]+", self.name):
@@ -77,7 +77,7 @@ class Stage:
 
     @property
     def parts_folder(self) -> epath.Path:
-        """Where the parts wait for each other."""
+        """Folder in which the parts wait for each other."""
         key = fingerprint_json([dict(self.inputs), dict(self.settings), self.num_parts])
         return epath.Path(self.folder) / f"{self.name}.parts-{key[:_KEY_CHARACTERS]}"
 

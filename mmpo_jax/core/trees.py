@@ -37,7 +37,7 @@ def map_with_path(function: Callable[[str, Any], Any], tree: Mapping[str, Any]) 
 
 
 def to_host(array: Any) -> np.ndarray:
-    """All of an array, of which the devices of this process may have a part only."""
+    """A whole array, of which the devices of this process may have a part only."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         array = multihost_utils.process_allgather(array, tiled=True)
     return np.asarray(array)

@@ -128,7 +128,7 @@ class ChatTemplate:
 
     @functools.cached_property
     def _template_names(self) -> frozenset[str]:
-        """All names and texts in it."""
+        """All names and texts in the template."""
         return frozenset(re.findall(r"\w+", self.tokenizer.chat_template))
 
 

@@ -25,16 +25,17 @@ OTHER_IMAGE = "other_image"
 
 @dataclasses.dataclass(frozen=True)
 class OtherImage:
-    """Where other images come from.
+    """The origin of other images.
 
     The changes depend on the seed and the record's id, and are the same in every epoch: the
     reference's log-probs are computed once.
     """
 
     kind: EditKind | None
-    """None for those of the data: the record's other ones, or a response's own."""
+    """How images are changed; None for those of the data: the record's other ones, or a response's
+    own."""
     step: int = 0
-    """Of diffusion, for `noise`."""
+    """Step of diffusion, for `noise`."""
     seed: int = 0
 
 
@@ -42,9 +43,9 @@ class OtherImage:
 class _Context:
     name: str
     record: Record
-    """With the responses that stand here only."""
+    """The record with the responses that stand here only."""
     places: tuple[int, ...]
-    """Which of the record's they are."""
+    """Their places among those of the whole record."""
 
 
 def tokenize_contexts(
@@ -130,7 +131,7 @@ def arranged(record: TokenizedRecord, names: Sequence[str]) -> tuple[TokenizedRe
 
 
 def filled_responses(record: TokenizedRecord) -> list[TokenizedResponse]:
-    """Every response where it has its tokens."""
+    """Every response as it stands in the row that has its tokens."""
     rows = [context for name, context in all_contexts(record) if name == MAIN]
     columns = zip(*(row.responses for row in rows), strict=True)
     return [max(column, key=lambda response: len(response.ids)) for column in columns]
@@ -155,7 +156,7 @@ def _own(record: Record) -> list[_Context]:
 
 
 def _joined(record: Record) -> Record:
-    """Every response's prompt as its first turns."""
+    """A record in which every response begins with the turns of its prompt."""
     responses = []
     for response in record.responses:
         prompt = record.prompt if response.prompt is None else response.prompt
@@ -239,7 +240,7 @@ def _changed_video(video: VideoRef, edit: Edit) -> VideoRef:
 
 
 def _spread(row: TokenizedRecord, context: _Context, record: Record) -> TokenizedRecord:
-    """With a place for every response of the record."""
+    """The row with a place for every response of the record."""
     here = dict(zip(context.places, row.responses, strict=True))
     responses = tuple(
         dataclasses.replace(here[place], source=source)

@@ -21,7 +21,7 @@ _STAND_IN = re.compile(f"[{chr(FIRST_STAND_IN)}-{chr(0x10FFFD)}]")
 _ESCAPED = re.compile(r"\\U0010f[0-9a-f]{3}|\\udbf[c-f]\\ud[c-f][0-9a-f]{2}", re.IGNORECASE)
 
 _NEVER = -1e6
-"""As the score of a piece: of no text's best pieces."""
+"""Score of a piece that is among no text's best pieces."""
 
 Tokens = tuple[list[int], list[tuple[int, int]]]
 """Token ids, and the characters [start, end) that each stands for."""

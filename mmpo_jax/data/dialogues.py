@@ -22,7 +22,7 @@ class Segment(NamedTuple):
     """A piece of a rendered dialogue."""
 
     start: str
-    """All that stands before it."""
+    """The dialogue before it, from its beginning."""
     text: str
     answer: bool
     """Whether the assistant says it."""

@@ -32,7 +32,7 @@ from mmpo_jax.data.snapshots import choose_split, data_files, split_path
 
 _BATCH_ROWS = 64  # Rows hold whole images: this is memory, not speed.
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-"""As JSON writes it: half of a character, or an error."""
+"""Half of a character as JSON writes it, or an error."""
 
 _JSON = (".jsonl", ".ndjson", ".json")
 _SNIFFED = 1 << 16
@@ -90,7 +90,7 @@ def _ending(name: str) -> str:
 
 
 def _json_rows(path: epath.Path) -> Iterator[tuple[int, MaybeRow]]:
-    """Of a list, or of lines with an object each: by what the file begins with."""
+    """The rows of a list, or of lines with an object each: by what the file begins with."""
     with _opened(path) as file:
         start = file.read(_SNIFFED).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
         file.seek(0)

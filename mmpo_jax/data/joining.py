@@ -16,11 +16,11 @@ class Joined:
     """What `join_pairs` made."""
 
     records: list[Record]
-    """In the order of the data; a ranking stands where the first of its rows stood."""
+    """Records in the order of the data; a ranking stands where the first of its rows stood."""
     rankings: int = 0
-    """How many were made."""
+    """Number of rankings that were made."""
     rows: int = 0
-    """Of how many rows."""
+    """Number of rows that they were made of."""
     contradicting: int = 0
     """Rows that stay since others of their prompt say the reverse, in a circle too."""
     incomparable: int = 0
@@ -31,7 +31,7 @@ class Joined:
 
     @property
     def absorbed(self) -> int:
-        """How many rows went into rankings that stand in other rows' places."""
+        """Number of rows that went into rankings which stand in other rows' places."""
         return self.rows - self.rankings
 
     def __str__(self) -> str:

@@ -19,18 +19,18 @@ _LONGEST = 12
 
 @dataclasses.dataclass
 class Notes:
-    """Counts of rows."""
+    """Counts of a file's rows."""
 
     formats: Counter[str] = dataclasses.field(default_factory=Counter)
-    """By format, usable or not."""
+    """Rows by format, usable or not."""
     ignored: Counter[str] = dataclasses.field(default_factory=Counter)
-    """By column that means nothing here; of usable rows, as all that follow."""
+    """Usable rows, as in all that follow, by column that means nothing here."""
     pictures_in: Counter[str] = dataclasses.field(default_factory=Counter)
-    """By column of another name that was read as the images."""
+    """Rows by column of another name that was read as the images."""
     unread_pictures: Counter[str] = dataclasses.field(default_factory=Counter)
-    """By column, or key of messages, that looks like one of pictures, in rows that show nothing."""
+    """Rows that show nothing, by column or key of messages that looks like one of pictures."""
     left_out: Counter[str] = dataclasses.field(default_factory=Counter)
-    """By reason: responses that alone could not be used."""
+    """Responses that alone could not be used, by reason."""
     unread_ids: int = 0
     """Rows whose ids of sampled tokens are not read, as they do not go with the responses."""
     repeated_ids: int = 0

@@ -38,7 +38,7 @@ class Turn:
     keys: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """What else the message has that a chat template may read, such as ``tool_calls``."""
     learned: bool = True
-    """False for an answer that is not to be learned."""
+    """Whether it is to be learned, where it is an answer."""
     tagged: bool = field(default=False, compare=False)
     """Whether the places were written as tags in a text, where a line break behind the tag is one
     with that which a template writes behind an image."""
@@ -66,11 +66,11 @@ class Edit:
     """A change of an image that is made whenever it is read, see `data.edits`."""
 
     kind: EditKind
-    """What is done."""
+    """Kind of change."""
     seed: int = 0
-    """Of what is random in it."""
+    """Seed of what is random in it."""
     step: int = 0
-    """Of `noise`, how many steps of diffusion."""
+    """Steps of diffusion, of `noise`."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class ImageRef:
     path: epath.Path | None = None
     """The file, resolved, or None where `data` is given."""
     edit: Edit | None = None
-    """How it is changed after decoding; None for not at all."""
+    """Change after decoding; None for none."""
 
     def __post_init__(self) -> None:
         if (self.data is None) == (self.path is None):
@@ -169,9 +169,10 @@ class Span:
     end: int
     """Characters [start, end) of the text of the response's last assistant turn."""
     weight: float | None = None
-    """Of its tokens' log-probs, such as RLHF-V's for corrected segments; None for 1."""
+    """Weight of its tokens' log-probs, such as RLHF-V's for corrected segments; None for 1."""
     phrase: int | None = None
-    """Phrases of this number in the responses of a record belong together, as RRPO's do."""
+    """Number of its phrase; those of one number in the responses of a record belong together, as
+    RRPO's do."""
 
 
 @dataclass(frozen=True)
@@ -182,9 +183,9 @@ class Response:
     finished: bool = True
     """Whether it ends here; one that generation cut at its limit has no EOS."""
     rank: int | None = None
-    """1 is the best of the record, equal ranks are a tie; None where nothing ranks it."""
+    """Rank: 1 is the best of the record, equal ones are a tie; None where nothing ranks it."""
     scores: Mapping[str, float] = field(default_factory=dict, hash=False)
-    """By dimension, such as "helpfulness"; the only one is called `SCORE`. More is better."""
+    """Scores by dimension, such as "helpfulness"; an only one is called `SCORE`. More is better."""
     critique: str | None = None
     """What a judge wrote about it."""
     spans: tuple[Span, ...] = ()
@@ -192,11 +193,11 @@ class Response:
     desirable: bool | None = None
     """The verdict of unpaired data."""
     images: tuple[ImageRef, ...] | None = None
-    """What it is an answer to in place of the record's images; None for those."""
+    """Images that it answers in place of the record's; None for those."""
     prompt: tuple[Turn, ...] | None = None
-    """The same of the prompt."""
+    """Prompt that it answers in place of the record's; None for that."""
     log_prob: float | None = None
-    """The reference's sum over its tokens, as the data give it."""
+    """Log-prob under the reference, summed over its tokens, as the data give it."""
     token_ids: tuple[int, ...] | None = None
     """The tokens that were sampled, EOS included, where they are known."""
 
@@ -226,16 +227,16 @@ class Record:
     """
 
     id: str
-    """Unique in its file."""
+    """Name that no other record of its file has."""
     images: tuple[ImageRef, ...]
     prompt: tuple[Turn, ...]
     responses: tuple[Response, ...]
-    """In the order of the data, whatever their ranks; empty where they are still to be
+    """Responses in the order of the data, whatever their ranks; none where they are still to be
     generated."""
     videos: tuple[VideoRef, ...] = ()
     other_images: tuple[ImageRef, ...] | None = None
-    """What objectives compare the images with where they take those of the data; None where the
-    data give none, or each response's own."""
+    """Images that objectives compare the images with, where they take those of the data; None where
+    the data give none, or each response's own."""
     source: str | None = None
     """What the data say of where the row comes from, such as a data set's name."""
     row: int | None = None

@@ -91,7 +91,7 @@ class SkippedRow:
     id: str
     """The row's id, or empty where the row could not be read so far."""
     reason: SkipReason
-    """A stable word to count by."""
+    """Word to count by, which stays the same."""
     detail: str
     """What exactly is wrong, for a person."""
 

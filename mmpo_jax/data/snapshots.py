@@ -30,7 +30,7 @@ _SPLITS = {
 _UNSAID = "train"
 """The split of files that say none, where others do."""
 _SHARD = re.compile(r"(?P<split>\w[\w.]*?)-\d{5}-of-\d{5}(-[0-9a-f]+)?\.")
-"""As `datasets` names the files of a split."""
+"""Names that `datasets` gives the files of a split."""
 
 
 def split_path(path: epath.PathLike) -> tuple[epath.Path, str | None]:

@@ -26,7 +26,7 @@ class RecordSet:
     """Usable records and the rows left out."""
 
     name: str
-    """For messages: the file, or the picture world's split."""
+    """The file, or the picture world's split, for messages."""
     records: list[Record]
     skipped: list[SkippedRow]
     max_skipped: float
@@ -40,7 +40,8 @@ class RecordSet:
         return dataclasses.replace(self, records=usable, skipped=[*self.skipped, *skipped])
 
     def check(self) -> None:
-        """
+        """Logs the first ten rows that are left out.
+
         Raises:
           DataError: more rows were skipped than the recipe allows, or none is left.
         """
@@ -135,7 +136,7 @@ def load_file(data: FileData, supervised: bool, messages_as: MessagesAs) -> Reco
 
 
 def scored_by(record_set: RecordSet, name: str) -> RecordSet:
-    """With a score of every response as the one that is called `SCORE`.
+    """The records with a score of every response as the one that is called `SCORE`.
 
     Args:
       record_set: with the records.

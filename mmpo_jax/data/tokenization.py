@@ -26,7 +26,7 @@ from mmpo_jax.data.skipped import SkippedRow, SkipReason
 from mmpo_jax.models.layout import Layout
 
 UNLIMITED = 2**30
-"""As the limit of a length."""
+"""A limit of lengths that nothing reaches."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class TokenizedResponse:
     truncated: int
     """How many tokens the length limit cut off."""
     source: Response
-    """What it was made of."""
+    """The response before tokenisation."""
     span_tokens: tuple[tuple[int, int], ...] = ()
     """[start, end) of the tokens of each of the source's spans; may end beyond those left."""
     mismatched: bool = False
@@ -57,14 +57,14 @@ class TokenizedRecord:
     responses: tuple[TokenizedResponse, ...]
     images: tuple[ImageRef, ...]
     layouts: tuple[Layout, ...]
-    """One for each image and video, in the order of the dialogue."""
+    """Layout of each image and video, in the order of the dialogue."""
     ranked: bool = False
-    """As in `Record`."""
+    """Whether responses have ranks, as `Record.ranked`."""
     videos: tuple[VideoRef, ...] = ()
     others: tuple[tuple[str, TokenizedRecord], ...] = ()
     """The same responses in other contexts, by name; see `data.contexts`."""
     solution: Any = dataclasses.field(default=None, hash=False)
-    """As in `Record`."""
+    """What rewards compare with, as `Record.solution`."""
     order: tuple[int, ...] = ()
     """Places of the layouts' media among the images, then the videos; () for this very order."""
     shows_later: bool = False

@@ -24,7 +24,7 @@ GREEDY, SAMPLED = 0.0, 1.0
 """Temperatures of the two decodings."""
 
 VERSION = 3
-"""Of what the metrics mean and how they are computed: part of the key of saved ones."""
+"""Version of what the metrics mean and how they are computed: part of the key of saved ones."""
 
 
 def evaluate_picture_world(

@@ -30,8 +30,9 @@ class ScoredResponse:
     text: str
     claims: tuple[str, ...]
     p_yes: tuple[float, ...]
+    """Probability of yes for each claim."""
     p_no: tuple[float, ...]
-    """One probability per claim. They need not add up to 1."""
+    """Probability of no for each claim; it need not be 1 - `p_yes`."""
 
     def __post_init__(self) -> None:
         where = f"response {self.sample} to prompt {self.prompt_id!r}"

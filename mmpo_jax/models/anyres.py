@@ -20,7 +20,7 @@ Mix = tuple[np.ndarray, np.ndarray]
 """(indices of features, their weights), each [..., k] for tokens of k vectors; as in `Layout`."""
 
 NEWLINE: Mix = np.full((1, 1), -1), np.ones((1, 1))
-"""One token: the learned vector that ends a line."""
+"""Mix of one token: the learned vector that ends a line."""
 
 
 def tile_grid(processor: Any, size: tuple[int, int], tile: int) -> tuple[int, int]:

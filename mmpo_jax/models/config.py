@@ -39,7 +39,7 @@ class DecoderConfig:
     qk_norm: bool
     """Whether queries and keys are normalised per head (Qwen3)."""
     windows: tuple[int, ...]
-    """Per layer, how many tokens a query sees, itself included; 0 for all."""
+    """Number of tokens that a query sees in each layer, itself included; 0 for all."""
     tie_word_embeddings: bool
 
 

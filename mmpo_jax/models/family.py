@@ -74,10 +74,10 @@ class Family:
     model_types: tuple[str, ...]
     """config.json's `model_type`s."""
     read_config: Callable[[Any], ModelConfig]
-    """From the `transformers` config; raises `ModelError` for what is not implemented."""
+    """`transformers` config -> ours; raises `ModelError` for what is not implemented."""
     module: type[VisionLanguageModel]
     rules: tuple[tuple[str, PartitionSpec], ...]
-    """Sharding, see `Model.rules`."""
+    """Rules of sharding, see `Model.rules`."""
     read_keys: Renaming
     """Turns a tensor's name in any layout that transformers has written into the parameter's own
     path, with dots for slashes."""
@@ -88,7 +88,7 @@ class Family:
         (r"^vision_tower\.vision_model\.", "model.vision_tower."),
         (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
     )
-    """From written names to those of the modules in transformers 5, under which PEFT keeps
+    """The way from written names to those of the modules in transformers 5, under which PEFT keeps
     adapters; by default LLaVA's and its successors'."""
     images: Images | None = None
     videos: Videos | None = None

@@ -23,7 +23,7 @@ ATTENDED = "attended"
 """The name under which rematerialisation knows attention's results."""
 
 ADAPTED = "adapted"
-"""The same for the results of dense layers that have an adapter."""
+"""The name under which it knows the results of dense layers that have an adapter."""
 
 
 class Linear(nnx.Linear):
@@ -113,7 +113,7 @@ def _matmul(x: jax.Array, kernel: jax.Array, dimensions: Any, **options: Any) ->
 
 
 def keep_dtype(arrays: Any, /, **_: Any) -> Any:
-    """For `nnx.Embed`, which otherwise casts its table back to the dtype it was created in."""
+    """The arrays as they are; `nnx.Embed` otherwise casts its table to the dtype it was made in."""
     return arrays
 
 

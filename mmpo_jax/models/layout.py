@@ -25,7 +25,7 @@ class Layout:
     """int32[m, K]: indices into this medium's own features; -1 - e for the e-th of the vectors
     that the model has learned beside them (a newline)."""
     weight: np.ndarray
-    """float32[m, K]."""
+    """float32[m, K]: weights of these features."""
     slots: int
     """How many rows of `pixel_values` the medium takes."""
     features: int
@@ -34,7 +34,7 @@ class Layout:
     """int32[3, m]: time, row and column of every feature, for decoders with several position
     axes."""
     span: int = 0
-    """By how much the text's position moves on over the medium, where `steps` are given."""
+    """Number of positions that the text moves on by over the medium, where `steps` are given."""
 
     @classmethod
     def plain(cls, token: int, count: int, slots: int = 1) -> Layout:
@@ -49,13 +49,13 @@ class Placement:
     """What one prompt's tokens read and where they stand, as in `Batch`."""
 
     index: np.ndarray
-    """int32[p, K]; -1 at text."""
+    """int32[p, K]: features that every token mixes; -1 at text."""
     weight: np.ndarray
-    """float32[p, K]."""
+    """float32[p, K]: their weights."""
     positions: np.ndarray
-    """int32[A, p]."""
+    """int32[A, p]: positions on every axis."""
     next_position: int
-    """Where the first token of a response stands."""
+    """Position of the first token of a response."""
 
 
 def place(
@@ -67,7 +67,7 @@ def place(
     width: int = 1,
     axes: int = 1,
 ) -> Placement:
-    """Where the prompt's tokens find their features, and their positions.
+    """The features that a prompt's tokens mix, and their positions.
 
     Args:
       prompt_ids: int32[p], media expanded to their layouts' ids.

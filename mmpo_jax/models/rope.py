@@ -25,8 +25,8 @@ class Rope:
     scale: float = 1.0
     """Factor of cosine and sine (YaRN's attention temperature)."""
     sections: tuple[int, ...] = ()
-    """With several position axes (time, height, width): how many frequencies in turn belong to
-    each (Qwen2-VL, section 2.1). Empty for the one axis of text."""
+    """Number of frequencies, in turn, of each position axis (time, height, width; Qwen2-VL, section
+    2.1). Empty for the one axis of text."""
     limit: int | None = None
     """How many tokens these frequencies hold for; None for any number."""
 

@@ -101,7 +101,7 @@ FILTERS: dict[int, tuple[Callable[[np.ndarray], np.ndarray], int]] = {
     2: (_linear, 1),
     3: (_cubic, 2),
 }
-"""By Pillow's numbers, which `resample` holds: the filter, and how far it reaches."""
+"""Pillow's number of a filter, which `resample` holds -> (the filter, how far it reaches)."""
 
 
 def resize(image: np.ndarray, size: tuple[int, int], resample: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from mmpo_jax.objectives.registry import NonNegative, Positive, Share, Smoothing
 from mmpo_jax.objectives.sums import mean, weighted
 
 SMALLEST_BETA = 1e-3
-"""As the released codes of `beta_dpo` and `mm_dpo_batch` clip it."""
+"""Smallest beta, as the released codes of `beta_dpo` and `mm_dpo_batch` clip it."""
 
 
 def places(values: jax.Array, weights: jax.Array) -> jax.Array:

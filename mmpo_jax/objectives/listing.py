@@ -72,7 +72,7 @@ def _render(objective: Objective) -> str:
 
 
 def _names(needs: Collection[str]) -> str:
-    """Without what the policy says itself."""
+    """The needs by name, without what the policy says itself."""
     return ", ".join(sorted(set(needs) - STATISTICS.keys()))
 
 

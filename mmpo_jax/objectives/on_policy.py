@@ -21,7 +21,7 @@ STD_FLOOR = 1e-4
 """Added to every standard deviation, as TRL has it."""
 
 EXPONENT_LIMIT = 40.0
-"""Of e^x, so that sums over many tokens stay finite in float32."""
+"""Largest x of which e^x is taken, so that sums over many tokens stay finite in float32."""
 
 
 def advantages(
@@ -65,7 +65,7 @@ def _centred(values: jax.Array, axis: int | None) -> jax.Array:
 
 
 def _std(values: jax.Array, axis: int | None) -> jax.Array:
-    """With n - 1 below; 0 of a single value."""
+    """Standard deviation, divided by n - 1; 0 of a single value."""
     count = values.size if axis is None else values.shape[axis]
     square = (_centred(values, axis) ** 2).sum(axis=axis, keepdims=True)
     return jnp.sqrt(square / max(count - 1, 1))
@@ -155,8 +155,8 @@ def kl_estimate(responses: Responses, ratio: Ratio, bias_corrected: bool) -> jax
 def _metrics(
     responses: Responses, weights: jax.Array, options: Mapping[str, Any]
 ) -> dict[str, WeightedSum]:
-    """By TRL's names: `clip_ratio/...` is the share of tokens that the clipping holds back, or of
-    responses where they have one ratio each."""
+    """Metrics under TRL's names: `clip_ratio/...` is the share of tokens that the clipping holds
+    back, or of responses where they have one ratio each."""
     counted = weights[:, None, None] * responses.mask
     metrics = {"completions/mean_length": weighted(responses.length, _each(responses, weights))}
     if options["beta"]:

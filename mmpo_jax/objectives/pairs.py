@@ -30,7 +30,7 @@ from mmpo_jax.objectives.sums import Sums, WeightedSum, weighted
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 
 EXPONENT_LIMIT = 80.0
-"""Of e^x in float32, as TRL has it."""
+"""Largest x of which e^x is taken in float32, as TRL has it."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,8 @@ from mmpo_jax.objectives.pairs import EXPONENT_LIMIT, Side, pairwise
 from mmpo_jax.objectives.registry import NonNegative, Positive, PositiveSmoothing, Smoothing
 
 SQUARE_LIMIT = 1e15
-"""Of what is squared in float32; only other divergences than the reverse KL come near it."""
+"""Largest value that is squared in float32; only divergences other than the reverse KL come
+near it."""
 
 
 def logistic(z: jax.Array, smoothing: float | jax.Array = 0.0) -> jax.Array:

@@ -14,7 +14,7 @@ from mmpo_jax.objectives.preference import logistic, nll
 from mmpo_jax.objectives.registry import NonNegative, Positive
 
 SMALLEST = 1e-6
-"""Of -a in log(1 - e^a): no odds are above a million."""
+"""Smallest -a in log(1 - e^a): no odds are above a million."""
 
 
 def log1mexp(x: jax.Array) -> jax.Array:

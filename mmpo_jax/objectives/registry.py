@@ -81,7 +81,7 @@ VIEWS = {
     "other_image": "the responses after another image: made by the option `image`, or the data's",
     "mismatched": "the responses of a record before, to another prompt or image, after this prompt",
 }
-"""The same texts after another prompt, or others after the same."""
+"""Names of views: the same texts after another prompt, or others after the same."""
 
 HEADS = {
     "reward_head": "a model with a head that gives a response a reward",
@@ -100,7 +100,7 @@ class Objective:
     kind: str
     """What it compares: pairs, rankings, single responses, ..."""
     function: Callable[..., Any]
-    """As it is written."""
+    """The function that was registered."""
     apply: Callable[[Responses, jax.Array, State, Mapping[str, Any]], tuple[Sums, State]]
     """(responses [N, S], weights float32[N], state, options) -> (sums, state)."""
     needs: frozenset[str]

@@ -27,7 +27,7 @@ class Responses:
     fields: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     """name -> float32[...] or [..., T]: what the data say, see `registry.FIELDS`."""
     views: dict[str, Responses] = dataclasses.field(default_factory=dict)
-    """The same texts after another prompt or image; see `registry.VIEWS`."""
+    """name -> the same texts after another prompt or image; see `registry.VIEWS`."""
 
     @property
     def present(self) -> jax.Array:

@@ -15,7 +15,7 @@ from mmpo_jax.objectives.sums import Sums, weighted
 from mmpo_jax.objectives.supervised import tokenwise
 
 HEAD = "reward_head"
-"""Among the statistics: float32[..., T], what the head says after every token."""
+"""Name among the statistics: float32[..., T], what the head says after every token."""
 
 
 def bradley_terry(

@@ -17,7 +17,7 @@ from mmpo_jax.objectives.preference import logistic
 from mmpo_jax.objectives.registry import NonNegative, Positive
 
 SMALLEST_GAP = 1e-6
-"""Of scores, in their logarithm."""
+"""Smallest gap of scores in its logarithm."""
 
 
 def score_gap(chosen: Side, rejected: Side, name: str = "score") -> jax.Array:

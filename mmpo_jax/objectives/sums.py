@@ -26,7 +26,7 @@ class Sums:
     loss: jax.Array
     """float32[], or [L] of a loss with L parts: sum of the terms."""
     weight: jax.Array
-    """As `loss`: how much they count; the loss of a batch is the sum over L of loss / weight."""
+    """Sum of the weights, shaped as `loss`. A batch's loss is the sum over L of loss / weight."""
     metrics: dict[str, WeightedSum]
 
 

@@ -29,7 +29,7 @@ class Term:
 
     @property
     def needs(self) -> frozenset[str]:
-        """As the objective's, and what its options need besides."""
+        """Needs of the objective, and of its options besides."""
         needs = set(self.objective.needs)
         for option, more in self.objective.option_needs.items():
             value, default = self.options[option], self.objective.options[option][1]

@@ -28,16 +28,16 @@ _SCAFFOLDING = (["there", "is"], ["there", "are"], ["in", "the", "picture"])
 
 @dataclass(frozen=True)
 class Claim:
-    """That there are `number` things of one kind: at least one, or exactly two, three or four."""
+    """A claim that there are `number` things of one kind: at least one, or exactly 2, 3 or 4."""
 
     text: str
     """The claim as a sentence, such as `there are two blue stars .`"""
     number: int
-    """1 to 4."""
+    """Number of things, 1 to 4."""
     colour: str
-    """One of `world.COLOURS`."""
+    """Colour, one of `world.COLOURS`."""
     shape: str
-    """One of `world.SHAPES`."""
+    """Shape, one of `world.SHAPES`."""
 
     @property
     def kind(self) -> Kind:
@@ -49,7 +49,7 @@ class ParsedCaption:
     """What a caption says."""
 
     claims: tuple[Claim, ...]
-    """In the order of the caption, without repetitions."""
+    """Claims in the order of the caption, without repetitions."""
     unparsed: tuple[str, ...]
     """The pieces that say nothing clear, each as its words joined by spaces."""
 

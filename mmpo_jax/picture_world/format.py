@@ -16,7 +16,7 @@ def _claims(row: Row) -> bool:
 
 
 def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
-    """As prompt and caption; as "dialogue", the questions with their answers come too."""
+    """A scene as prompt and caption; as "dialogue", with the questions and their answers too."""
     prompt = parse_turns(read_text(row.get("caption_prompt"), "caption_prompt"), "user")
     caption = parse_turns(read_text(row.get("caption"), "caption"), "assistant")
     images, extra = media.images(row), rest(row, "caption_prompt", "caption")

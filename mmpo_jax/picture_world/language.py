@@ -61,11 +61,11 @@ class Question:
     """A yes/no question about a scene."""
 
     text: str
-    """Ends with " ?"."""
+    """The question in words; it ends with `" ?"`."""
     answer: bool
     """The truth; `ANSWERS[answer]` is its text."""
     kind: str
-    """One of `QUESTION_KINDS`."""
+    """What is asked, one of `QUESTION_KINDS`."""
 
 
 def mention(number: int, kind: Kind) -> str:

@@ -20,13 +20,13 @@ from mmpo_jax.picture_world.language import ANSWERS, existence_question, mention
 from mmpo_jax.picture_world.world import Kind, Scene
 
 MAX_RESPONSES = 5
-"""Of a prompt."""
+"""Responses of a prompt, at most."""
 
 MAX_CORRECTIONS = 4
 """Turns that correct a rejected response: its dialogue is to stay about as long as two captions."""
 
 SPAN_WEIGHT = 5.0
-"""Of what is wrong in a response; RLHF-V's gamma."""
+"""Weight of the tokens of what is wrong in a response; RLHF-V's gamma."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _response(judged: Judged, rank: int) -> Response:
 
 
 def _spans(judged: Judged) -> tuple[Span, ...]:
-    """Where false claims and unreadable pieces stand, as far as they stand there as they are
+    """The places of false claims and unreadable pieces, as far as they stand there as they are
     read; the number of a phrase is its place among them."""
     pieces = [mention(claim.number, claim.kind) for claim in judged.false]
     places = []

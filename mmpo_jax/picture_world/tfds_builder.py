@@ -31,15 +31,15 @@ class PictureWorldConfig(tfds.core.BuilderConfig):
     align: int = 2000
     validation: int = 500
     test: int = 500
-    """Number of scenes in each split; no split for 0."""
+    """Number of scenes in this split, as of those above; 0 for no split."""
     image_size: int = 48
     """Height and width in pixels."""
     questions_per_scene: int = 8
-    """Of `language.questions`."""
+    """Questions that `language.questions` asks of a scene."""
     hallucination_rate: float = 0.5
     """Share of captions with an error in the train split; captions of the other splits are true."""
     seed: int = 0
-    """Of the whole data set, in [0, 2**32)."""
+    """Seed of the whole data set, in [0, 2**32)."""
 
 
 class PictureWorld(tfds.core.GeneratorBasedBuilder):

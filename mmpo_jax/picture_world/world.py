@@ -83,10 +83,10 @@ class Scene:
     """
 
     things: tuple[Thing, ...]
-    """In the order of the cells (top left to bottom right) when sampled."""
+    """Things, in the order of the cells (top left to bottom right) when sampled."""
     jitter_seed: int = 0
-    """Seeds the small shifts, sizes and background of the drawing; without effect on what is true
-    of the scene."""
+    """Seed of the small shifts, sizes and background of the drawing; without effect on what is
+    true of the scene."""
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.things) <= MAX_THINGS:

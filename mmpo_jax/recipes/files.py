@@ -23,7 +23,7 @@ MESSAGES = {
     "model_type": "a group of keys is wanted",
     "union_tag_not_found": "`type` is missing, or `source` in data",
 }
-"""For people; pydantic speaks of Python where nothing is said here."""
+"""Errors by pydantic's names, in words for people; those of others speak of Python."""
 
 
 class RecipeError(MmpoError):
@@ -151,7 +151,7 @@ def _unknown_tag(context: Mapping[str, Any]) -> str:
 
 
 def _as_written(location: tuple[str | int, ...], node: Any) -> tuple[str | int, ...]:
-    """Without the place in a list where the file has no list but its only entry."""
+    """The location without the place in a list, where the file has no list but its only entry."""
     kept: list[str | int] = []
     for part in location:
         in_file = isinstance(node, list) or (isinstance(node, dict) and part in node)

@@ -99,7 +99,7 @@ class Evaluation(Section):
     batch_size: PositiveInt = 50
     max_new_tokens: PositiveInt = 64
     seeds: tuple[Seed, ...] = Field((0,), min_length=1)
-    """One sampled caption per scene and seed."""
+    """Seeds of the sampled captions: one caption per scene and seed."""
 
 
 class Base(Section):
@@ -151,7 +151,7 @@ class TrainRecipe(Base):
     data: Mixture
     lengths: Lengths = Lengths()
     rollout: Rollout | None = None
-    """For objectives of sampled responses, such as GRPO, and for these alone."""
+    """Sampling and rewards, for objectives of sampled responses such as GRPO alone."""
     training: Training = Training()
     validation: Validation | None = None
 
@@ -201,7 +201,7 @@ class AlignRecipe(Base):
     lengths: Lengths = Lengths()
     rounds: PositiveInt = 4
     prompts_per_round: PositiveInt | None = None
-    """Each round takes its own next prompts; all of the data by default."""
+    """Number of prompts, the next ones in every round; all of the data by default."""
     sampling: Sampling = Sampling()
     feedback: Feedback = Feedback()
     pairing: Pairing = Pairing()
@@ -232,7 +232,7 @@ class GenerateRecipe(Base):
 
     data: Data
     lengths: Lengths | None = None
-    """By default as the data need."""
+    """Bucket sizes; by default those that the data need."""
     sampling: LongSampling = LongSampling()
 
 
@@ -241,7 +241,7 @@ class ScoreRecipe(Base):
 
     data: Data
     lengths: Lengths | None = None
-    """By default as the data need, and nothing is cut."""
+    """Bucket sizes; by default those that the data need, and nothing is cut."""
     scoring: Scoring = Scoring()
 
 

@@ -26,7 +26,7 @@ class Sampling(Decoding):
     """How responses are drawn."""
 
     num_samples: PositiveInt = 10
-    """Of every prompt; 1 by default where `temperature` is 0, as all would be the same."""
+    """Samples of every prompt; 1 by default where `temperature` is 0, as all would be the same."""
     temperature: float = Field(0.7, ge=0)
     batch_size: PositiveInt = 16
     """Prompts at a time."""

@@ -46,11 +46,11 @@ class MovingReference(Section):
     every: PositiveInt = 512
     """Steps between updates."""
     mixup: float = Field(0.6, gt=0, le=1)
-    """reference <- mixup * policy + (1 - mixup) * reference."""
+    """Share of the policy: reference <- mixup * policy + (1 - mixup) * reference."""
 
 
 class NoReference(Section):
-    """For objectives that compare with none; others are refused."""
+    """No reference, for objectives that compare with none; others are refused."""
 
     type: Literal["none"] = "none"
 
@@ -67,7 +67,7 @@ class Optimizer(Section):
     learning_rate: float = Field(5e-7, gt=0)
     warmup_ratio: float = Field(0.05, ge=0, le=1)
     weight_decay: float = Field(0.01, ge=0)
-    """Not applied to biases and norms."""
+    """Decay of weights per step, times the learning rate; biases and norms have none."""
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.999, ge=0, lt=1)
     epsilon: float = Field(1e-8, gt=0)
@@ -101,8 +101,8 @@ class Training(Section):
     save_every: PositiveInt = 100
     keep_checkpoints: PositiveInt = 2
     save_dtype: SaveDtype = "float32"
-    """Of the result's weights. Training keeps float32, whatever the start has, and so nothing of it
-    is lost; others round (docs/training.md). Rounds of an alignment go on from float32."""
+    """Dtype of the result's weights. Training keeps float32, whatever the start has, and so nothing
+    of it is lost; others round (docs/training.md). Rounds of an alignment go on from float32."""
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> Training:
@@ -117,7 +117,7 @@ class Training(Section):
         return self
 
     def _check_contexts(self) -> None:
-        """All objectives see one batch."""
+        """Refuses objectives that need different rows: all see one batch."""
         needs = {need: section.type for section in self.objective for need in section.term().needs}
         if {"mismatched", "other_image"} <= needs.keys():
             raise ValueError(
@@ -200,7 +200,7 @@ class Rollout(Section):
     """What a response's lead over the others is divided by: the standard deviation of its prompt's
     rewards, of the batch's, or nothing."""
     aggregation: Aggregation = "sum_then_normalize"
-    """Of several rewards; `normalize_then_sum` is GDPO."""
+    """How several rewards become one; `normalize_then_sum` is GDPO."""
 
     @pydantic.model_validator(mode="before")
     @classmethod

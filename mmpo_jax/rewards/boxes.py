@@ -32,9 +32,9 @@ TRUTH = (
 )
 
 MAX_BOXES = 500
-"""More in one text are worth 0: matching them would take long."""
+"""Most boxes in a text; more are worth 0, as matching them would take long."""
 MAX_COORDINATE = 1e6
-"""What is beyond it is no coordinate; areas stay far from overflowing."""
+"""Largest coordinate; what is beyond it is none, so that areas stay far from overflowing."""
 
 _NUMBER = r"\s*([-+]?(?:\d{1,12}(?:\.\d{0,12})?|\.\d{1,12}))\s*"
 _QUADRUPLE = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")

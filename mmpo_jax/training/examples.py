@@ -119,7 +119,7 @@ def with_mismatched(records: Sequence[TokenizedRecord]) -> list[TokenizedRecord]
 
 
 def _mismatched_places(records: Sequence[TokenizedRecord]) -> list[int]:
-    """Of every record the place of the one whose responses are its mismatched ones.
+    """For every record, the place of the one whose responses are its mismatched ones.
 
     The records stand in a circle, cut into runs of one prompt with one set of images. A record
     takes one of the run before its own: in runs of one length the first takes the first, and so on,
@@ -272,7 +272,7 @@ def make_examples(
 
 
 def _own(record: TokenizedRecord) -> TokenizedRecord:
-    """Without the responses of another record."""
+    """The record without the responses of another one."""
     kept = tuple(response for response in record.responses if not response.mismatched)
     return dataclasses.replace(record, responses=kept)
 

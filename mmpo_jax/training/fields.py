@@ -60,7 +60,7 @@ def _unlike_log_probs(sources: Sequence[Response]) -> tuple[SkipReason, str] | N
 
 
 def _log_probs(source: Response) -> dict[str, float]:
-    """Those per token under other models, by the names of scores."""
+    """Log-probs per token under other models, by the names of scores."""
     return {name: value for name, value in source.scores.items() if name.startswith(LOG_PROB)}
 
 

@@ -61,7 +61,7 @@ class Run:
     seed: int
     """Order of the data, first values and dropout of adapters."""
     card: ModelCard | None = None
-    """Of the result, kept beside the checkpoints."""
+    """Card of the result, kept beside the checkpoints."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,7 +270,7 @@ def prepare(
 
 
 class Batches(Protocol):
-    """Where batches come from."""
+    """What the batches are made of."""
 
     def draw(self, state: TrainState) -> HostBatch:
         """The batch of the next step."""

@@ -45,7 +45,7 @@ class Sampled:
     """A prompt's samples."""
 
     record: TokenizedRecord
-    """With the samples as its responses."""
+    """The prompt's record, with the samples as its responses."""
     rewards: np.ndarray
     """float32[S, K], before weights."""
 
@@ -55,11 +55,11 @@ class Prompts:
     """What is sampled after, and in which order."""
 
     records: Sequence[TokenizedRecord]
-    """With what the rewards compare with."""
+    """The prompts, with the solutions that rewards compare with."""
     entries: Sequence[MixtureEntry]
     """The data sets that stand one after another in `records`."""
     seed: int
-    """Of the order and of the samples."""
+    """Seed of the order and of the samples."""
 
 
 class Rollouts:
@@ -98,7 +98,7 @@ class Rollouts:
         self.batch: HostBatch | None = None
         self.uses = 0
         self.seconds = 0.0
-        """That rollouts took, from the end of the step before them."""
+        """Time that rollouts took, from the end of the step before them."""
 
     def get_state(self) -> dict[str, Any]:
         """The position; only between rollouts, as samples are not saved."""
@@ -200,7 +200,7 @@ class Rollouts:
         return np.stack([np.asarray(each) for each in found])
 
     def _metrics(self, sampled: Sequence[Sampled], rewards: np.ndarray) -> dict[str, float]:
-        """By TRL's names."""
+        """Means of rewards and lengths, under TRL's names."""
         weights = {section.type: section.weight for section in self.rollout.rewards}
         finished = [r.source.finished for each in sampled for r in each.record.responses]
         return {
@@ -234,7 +234,7 @@ def reward_metrics(rewards: np.ndarray, weights: Mapping[str, float]) -> dict[st
 
 
 def _std(values: np.ndarray) -> float:
-    """Of all values, with n - 1 below; 0 of a single one."""
+    """Standard deviation of all values, divided by n - 1; 0 of a single value."""
     return float(values.std(ddof=1)) if values.size > 1 else 0.0
 
 

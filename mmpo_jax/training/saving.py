@@ -33,10 +33,10 @@ from mmpo_jax.training.validation import make_forward, measure_batches
 log = logging.getLogger(__name__)
 
 MODEL, ADAPTER = "model", "adapter"
-"""Where a run's result lies in its output folder."""
+"""Folders of a run's result in its output folder."""
 
 MEASURED_ROWS = 64
-"""At most so many are run through the saved weights."""
+"""Number of rows, at most, that are run through the saved weights."""
 
 Measure = Callable[[Params], tuple[int, Mapping[str, float]]]
 """parameters -> (rows, metrics of them), see `measure_weights`; no row where there is nothing to
@@ -182,7 +182,7 @@ def _compare(
     of_run: tuple[int, Mapping[str, float]],
     as_saved: tuple[int, Mapping[str, float]],
 ) -> SavedWeights:
-    """With the margin of both, or the loss where there is no margin."""
+    """The saved weights with the margin of both, or the loss where there is no margin."""
     rows, values = of_run
     if not rows:
         return saved

@@ -62,8 +62,12 @@ class Waiting:
         log.info("waited for data %.1f %% of %.0f s", 100 * share, elapsed)
 
     def log_rollouts(self, seconds: float) -> None:
-        """Says in the log what share of the time so many seconds of rollouts were, of which no step
-        is running in any; compiling counts on both sides."""
+        """Says in the log what share of the time rollouts took. During a rollout no step runs;
+        compiling counts on both sides.
+
+        Args:
+          seconds: that rollouts took.
+        """
         if self.started is None:
             return
         elapsed = self._now() - self.begun - self.left_out
@@ -73,7 +77,7 @@ class Waiting:
         )
 
     def _now(self) -> float:
-        """When the step that runs is done."""
+        """The time at which the step that runs is done, in seconds."""
         if self.running is not None:
             self.running.block_until_ready()
         return time.perf_counter()

@@ -19,7 +19,7 @@ FORMATS: dict[str, Format] = {
         trl.FORMAT,
     )
 }
-"""By name; a row is read by the first that claims its columns."""
+"""Name -> format; a row is read by the first that claims its columns."""
 
 
 def register_format(format: Format) -> None:

@@ -54,7 +54,7 @@ _DIALOGUES = (
 _OURS = ("image", "images", "video", "videos")
 """Columns, and keys of messages, that hold media."""
 _MAX_DEPTH = 8
-"""Of lists and messages in each other, of which parts are four deep."""
+"""Depth of lists and messages in each other, of which parts are four deep."""
 
 
 def with_pictures(row: Row) -> tuple[Row, str | None]:

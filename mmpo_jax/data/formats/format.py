@@ -28,11 +28,11 @@ class DraftResponse:
 
     turns: Turns
     prompt: Turns | None = None
-    """In place of the row's."""
+    """Prompt of its own, in place of the row's."""
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Of `Response`, beside turns and prompt."""
+    """Fields of `Response`, beside turns and prompt."""
     problem: UnusableRow | None = None
-    """Why it alone cannot be used."""
+    """The reason for which it alone cannot be used."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,13 +59,13 @@ class Format:
 
     name: str
     claims: Callable[[Row], bool]
-    """Whether a row's columns are this format's."""
+    """row -> whether its columns are this format's."""
     read: Callable[[Row, MediaFolder, MessagesAs], Draft]
-    """What a row says; raises `UnusableRow`."""
+    """(row, its media, messages_as) -> what the row says; raises `UnusableRow`."""
     write: Callable[[Record, Writer], dict[str, Any]]
-    """A row of a record whose fields it can hold; raises `CannotHold`."""
+    """(record, writer) -> a row, of a record whose fields it can hold; raises `CannotHold`."""
     holds: frozenset[str]
-    """Of `writing.fields_of`, what its rows have a place for."""
+    """Names of `writing.STRIP` that its rows have a place for."""
 
 
 def finish(draft: Draft, id_: str, number: int, folder: MediaFolder) -> Record:

@@ -32,7 +32,7 @@ class MediaFolder:
         self.root = epath.Path(root)
 
     def images(self, row: Row) -> tuple[ImageRef, ...]:
-        """Those of the columns ``images`` or ``image``, in the order of `entries`.
+        """The images of the columns ``images`` or ``image``, in the order of `entries`.
 
         Raises:
           UnusableRow: as `image`.
@@ -40,7 +40,7 @@ class MediaFolder:
         return tuple(self.image(entry) for entry in entries(row, "image"))
 
     def videos(self, row: Row) -> tuple[VideoRef, ...]:
-        """Those of the columns ``videos`` or ``video``, in the order of `entries`.
+        """The videos of the columns ``videos`` or ``video``, in the order of `entries`.
 
         Raises:
           UnusableRow: as `video`.

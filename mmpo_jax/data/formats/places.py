@@ -66,7 +66,7 @@ def place_media(
 
 
 def _usual(shown: Placed) -> Placed:
-    """Without places that say what holds where nothing is said."""
+    """A row without the places that say what holds where none is said."""
     media = tuple(medium for turn in shown.turns for medium in turn.media)
     first = next((n for n, turn in enumerate(shown.turns) if turn.role == "user"), None)
     if first is None or not media or isinstance(shown.turns[first].content, str):

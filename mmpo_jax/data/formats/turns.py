@@ -51,7 +51,7 @@ class MediaPart:
 
     medium: Medium
     part: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
-    """As the row has it, where it names what it shows; None for the next of the row's columns."""
+    """Entry of the part, where it names what it shows; None for the next of the row's columns."""
     keyed: bool = dataclasses.field(default=False, compare=False)
     """Whether a key of the message names it, and no part of its content stands for it."""
 

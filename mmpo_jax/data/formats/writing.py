@@ -55,7 +55,7 @@ def _without_fps(record: Record) -> Record:
 
 
 def _turns(change: Callable[[Turn], Turn | None]) -> Callable[[Record], Record]:
-    """Of a change of turns (None leaves one out), that of records."""
+    """The change of records that a change of turns makes; None leaves a turn out."""
 
     def changed(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
         return tuple(turn for turn in map(change, turns) if turn is not None)
@@ -95,7 +95,7 @@ STRIP: Mapping[str, Callable[[Record], Record]] = {
 
 
 def fields_of(record: Record) -> frozenset[str]:
-    """Those of `STRIP` that say something in a record."""
+    """The fields of `STRIP` that say something in a record."""
     return frozenset(name for name, strip in STRIP.items() if strip(record) != record)
 
 
@@ -108,7 +108,7 @@ def without(record: Record, fields: Collection[str]) -> Record:
 
 @dataclasses.dataclass(frozen=True)
 class Writer:
-    """Where the rows' images go."""
+    """What stands in rows for images and videos, and where copies of their files go."""
 
     root: str
     """The folder that paths in rows are relative to."""

@@ -15,4 +15,4 @@ FAMILIES: dict[str, Family] = {
     )
     for name in family.model_types
 }
-"""By config.json's `model_type`."""
+"""config.json's `model_type` -> its family."""

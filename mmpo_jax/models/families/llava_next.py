@@ -23,7 +23,7 @@ def read_config(config: Any) -> LlavaConfig:
 
 
 def tiled_fields(config: Any) -> dict[str, Any]:
-    """As `llava.llava_fields`, where the features of a tile must form a square.
+    """Fields as of `llava.llava_fields`, where the features of a tile must form a square.
 
     Raises:
       ModelError: an architecture or a switch that is not implemented.
