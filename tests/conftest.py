@@ -16,6 +16,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     [*xla_flags.known(xla_flags.FLAGS), os.environ.get("XLA_FLAGS", "")]
 )
 
+import hypothesis
 import jax
 import pytest
 
@@ -32,6 +33,11 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 from helpers import compiled, tiny  # noqa: E402
 
 compiled.share()
+
+hypothesis.settings.register_profile(
+    "tests", derandomize=True, database=None, deadline=None, max_examples=60
+)
+hypothesis.settings.load_profile("tests")
 
 MEMORY_LIMIT, MEMORY_STEP = 3 * 2**30, 2**30
 """Bytes of a test process from which compiled programs are let go of, and of its growth to the next

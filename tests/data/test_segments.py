@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 from helpers import tiny
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from mmpo_jax.checkpoints.configs import load_config
 from mmpo_jax.data.processor import Processor
@@ -55,34 +53,8 @@ def processor(request, tiny_processor, tmp_path_factory):
     if request.param == "sentencepiece":
         folder = tiny.make_sentencepiece_folder(folder)
     else:
-        save_byte_level(folder)
+        tiny.make_byte_level_folder(folder)
     return Processor(folder, load_config(folder))
-
-
-def save_byte_level(folder):
-    """Byte-level BPE with few merges, so that words are several tokens and characters too."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    specials = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=specials,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(tiny.CORPUS.split() * 3, trainer)
-    tiny.make_folder(folder, tiny.make_config(text={"vocab_size": tokenizer.get_vocab_size()}))
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"},
-        clean_up_tokenization_spaces=False,
-        chat_template=CHAT_TEMPLATE,
-    ).save_pretrained(folder)
 
 
 def marked(processor, text, *places, before=(), max_response=200):

@@ -11,7 +11,15 @@ from typing import Any
 
 import numpy as np
 import transformers
-from tokenizers import Tokenizer, models, normalizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from mmpo_jax.checkpoints.configs import load_config
 from mmpo_jax.checkpoints.huggingface import save_model
@@ -25,7 +33,7 @@ from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.families.llava import LlavaConfig
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.objectives.sums import mean
-from mmpo_jax.picture_world.processor import IMAGE_TOKEN, TOKENS, save_processor
+from mmpo_jax.picture_world.processor import CHAT_TEMPLATE, IMAGE_TOKEN, TOKENS, save_processor
 from mmpo_jax.picture_world.render import png_bytes
 from mmpo_jax.picture_world.world import sample_scene
 from mmpo_jax.training.losses import Loss
@@ -249,6 +257,34 @@ def make_sentencepiece_folder(folder: str | os.PathLike[str]) -> Path:
         chat_template=HUB_TEMPLATE,
     ).save_pretrained(folder)
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": HUB_TEMPLATE}))
+    return folder
+
+
+def make_byte_level_folder(folder: str | os.PathLike[str]) -> Path:
+    """`make_folder` with byte-level BPE of few merges, so that words are several tokens and
+    characters too."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS.split() * 3, trainer)
+    folder = make_folder(folder, make_config(text={"vocab_size": tokenizer.get_vocab_size()}))
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(folder)
     return folder
 
 
