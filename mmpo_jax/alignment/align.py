@@ -104,9 +104,9 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
             card=card,
         )
         with _telling(index, recipe):
-            trained = run_round(
-                work, splitter, lambda: make_labeler(labeler_name, recipe, mesh), labeler_key
-            )
+            labeler = functools.partial(make_labeler, work)
+            trained = run_round(work, splitter, labeler, labeler_key)
+            start.release()
             start = load_checkpoint(trained, mesh, recipe.attention)
             metrics = evaluate_round(index, start, recipe, mesh)
         reports.append(read_report(index, folder, metrics))
@@ -145,6 +145,7 @@ def save_last(recipe: AlignRecipe, work: Round, trained: Checkpoint, card: Model
             read_table(os.path.join(work.folder, f"{name}.parquet"))
             for name in ("generate", "combine")
         )
+        work = dataclasses.replace(work, start=work.start.reloaded(work.mesh))
         measure = functools.partial(
             measure_weights,
             work.start,
@@ -187,12 +188,17 @@ def split_prompts(records: list[Record], recipe: AlignRecipe) -> list[list[Recor
     return [records[i * share : (i + 1) * share] for i in range(recipe.rounds)]
 
 
-def make_labeler(name: str, recipe: AlignRecipe, mesh: Mesh) -> Labeler:
-    """The recipe's labeler, loaded."""
-    checkpoint = load_checkpoint(name, mesh, recipe.attention, labeler_template(recipe))
+def make_labeler(work: Round) -> Labeler:
+    """The recipe's labeler, loaded; where it is what the round starts from, with the same template,
+    the devices hold both once."""
+    recipe, checkpoint = work.recipe, work.start
+    name, template = recipe.feedback.labeler or recipe.model, labeler_template(recipe)
+    same_template = checkpoint.processor.template == template
+    if not same_template or fingerprint_location(locate(name)) != checkpoint.fingerprint:
+        checkpoint = load_checkpoint(name, work.mesh, recipe.attention, template)
     return CheckpointLabeler(
         checkpoint,
-        mesh,
+        work.mesh,
         recipe.lengths,
         batch_size=recipe.feedback.batch_size,
         questions_at_once=recipe.feedback.questions_at_once,

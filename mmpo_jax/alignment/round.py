@@ -131,12 +131,12 @@ def divide_stage(work: Round, generated: StageOutput, splitter: Splitter) -> Sta
     """Every response with its claims: ... + claims, questions, unparsed."""
     asked = {record.id: record.prompt[-1].text for record in work.records}
 
-    def make_part(_: int) -> pa.Table:
+    def make_part(part: int) -> pa.Table:
+        samples = work.recipe.sampling.num_samples
+        table = generated.table.slice(part * PROMPTS_PER_PART * samples, PROMPTS_PER_PART * samples)
         divisions = [
             splitter.divide(asked[prompt_id.as_py()], text.as_py())
-            for prompt_id, text in zip(
-                generated.table["prompt_id"], generated.table["text"], strict=True
-            )
+            for prompt_id, text in zip(table["prompt_id"], table["text"], strict=True)
         ]
         added = [
             [[claim.text for claim in division.claims] for division in divisions],
@@ -144,12 +144,13 @@ def divide_stage(work: Round, generated: StageOutput, splitter: Splitter) -> Sta
             [list(division.unparsed) for division in divisions],
         ]
         # The other columns as they are: token ids are many, and each would become an object.
-        columns = [generated.table[name] for name in GENERATED.names]
+        columns = [table[name] for name in GENERATED.names]
         columns += [pa.array(values, pa.list_(pa.string())) for values in added]
         return pa.table(columns, schema=_DIVIDED)
 
     inputs = {"responses": generated.fingerprint, "questions": fingerprint_json(asked)}
-    return work.run(work.stage("divide", inputs, {"splitter": splitter.name}), make_part)
+    settings = {"splitter": splitter.name}
+    return work.run(work.stage("divide", inputs, settings, work.num_parts), make_part)
 
 
 def conquer_stage(
@@ -317,7 +318,9 @@ def train_stage(work: Round, generated: StageOutput, pairs: StageOutput) -> str:
     # Whatever the result is saved in: the next round goes on from what was trained.
     exact = recipe.training.model_copy(update={"save_dtype": "float32"})
     with progress.doing("saving the model"):
-        save_result(work.folder, start, params, exact, work.card, work.mesh, lambda _: (0, {}))
+        save_result(
+            work.folder, start, params, exact, recipe.lengths, work.card, work.mesh, examples
+        )
     done = {"identity": identity, "inputs": inputs, "model": fingerprint_model(target)}
     write_atomic(manifest, json.dumps(done, indent=1).encode())
     return target

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -42,6 +43,47 @@ HEAD = "language_model/lm_head/kernel"
 
 
 @dataclasses.dataclass(frozen=True)
+class Location:
+    """Where the files of a checkpoint lie."""
+
+    weights: str
+    """A folder of safetensors files, maybe in a bucket, or one step of a run."""
+    base: str
+    """A folder of this machine with config, tokenizer and processor."""
+    is_orbax: bool
+    adapters: tuple[str, ...] = ()
+    """Folders of what is merged into the weights, in this order."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What parameters are made of: the files of a checkpoint, or a seed."""
+
+    location: Location
+    random_seed: int | None = None
+    """Of new weights for the config of the location; None for those of its files."""
+
+    def fingerprint(self, config: ModelConfig) -> str:
+        """Of all files, or of seed and config: then the weights that lie there do not matter.
+
+        Raises:
+          ModelError, DataError: naming the file that is missing or cannot be read.
+        """
+        if self.random_seed is None:
+            return fingerprint_location(self.location)
+        return fingerprint_json(["random", self.random_seed, dataclasses.asdict(config)])
+
+    def load(self, model: Model, mesh: Mesh | None) -> Params:
+        """The parameters, on the mesh or as NumPy arrays on the host; see `load_weights`."""
+        if self.random_seed is None:
+            with progress.doing(f"loading {self.location.weights}"):
+                return load_weights(self.location, model, mesh)
+        with progress.doing("making random weights"):
+            params = model.init(self.random_seed)
+        return params if mesh is None else put_params(params, model.rules, mesh)
+
+
+@dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """A model with its processor and parameters."""
 
@@ -55,24 +97,41 @@ class Checkpoint:
     folder: str = ""
     hub_id: str | None = None
     """The name that a recipe gave it, if that is one of the hub's."""
+    origin: Origin | None = None
+    """Of the parameters; None where no file has them."""
 
     def placed(self, mesh: Mesh) -> Checkpoint:
         """The checkpoint with its parameters on a mesh, by the model's rules."""
         params = put_params(self.params, self.model.rules, mesh)
         return dataclasses.replace(self, params=params)
 
+    def release(self, paths: Collection[str] | None = None) -> None:
+        """Takes parameters out of the tree, for everyone who holds this checkpoint: the devices
+        have their memory back where nobody else holds the arrays. `reloaded` has them again.
 
-@dataclasses.dataclass(frozen=True)
-class Location:
-    """Where the files of a checkpoint lie."""
+        Args:
+          paths: of the parameters; None for all.
+        """
+        for path in flatten(self.params) if paths is None else paths:
+            *parents, name = path.split("/")
+            node = self.params
+            for parent in parents:
+                node = node.get(parent, {})
+            node.pop(name, None)
 
-    weights: str
-    """A folder of safetensors files, maybe in a bucket, or one step of a run."""
-    base: str
-    """A folder of this machine with config, tokenizer and processor."""
-    is_orbax: bool
-    adapters: tuple[str, ...] = ()
-    """Folders of what is merged into the weights, in this order."""
+    def reloaded(self, mesh: Mesh) -> Checkpoint:
+        """The same with all of its parameters, read again where some were released.
+
+        Raises:
+          ModelError, CheckpointError: they are no more what they were, or cannot be read.
+        """
+        if flatten(self.params).keys() == flatten(self.model.abstract_params()).keys():
+            return self
+        if self.origin is None:
+            raise ModelError("the parameters were released, and no file has them")
+        if self.origin.fingerprint(self.model.config) != self.fingerprint:
+            raise ModelError(f"{self.folder}: is no more what was loaded from it")
+        return dataclasses.replace(self, params=self.origin.load(self.model, mesh))
 
 
 def locate(name: str) -> Location:
@@ -262,19 +321,13 @@ def load_start(
     model = Model.create(load_model_config(location), attention)
     processor = Processor(location.base, model.config, template)
     _tell_template(processor)
-    if random_seed is None:
-        with progress.doing(f"loading {location.weights}"):
-            params = load_weights(location, model, mesh)
-        folder = (location.weights, *location.adapters)[-1]
-        fingerprint = fingerprint_location(location)
-        return Checkpoint(model, processor, params, fingerprint, folder, hub_id)
-    # The weights that lie in the folder do not matter.
-    fingerprint = fingerprint_json(["random", random_seed, dataclasses.asdict(model.config)])
-    with progress.doing("making random weights"):
-        params = model.init(random_seed)
-    if mesh is not None:
-        params = put_params(params, model.rules, mesh)
-    return Checkpoint(model, processor, params, fingerprint, location.weights, hub_id)
+    origin = Origin(location, random_seed)
+    params = origin.load(model, mesh)
+    folder = (
+        location.weights if random_seed is not None else (location.weights, *location.adapters)[-1]
+    )
+    fingerprint = origin.fingerprint(model.config)
+    return Checkpoint(model, processor, params, fingerprint, folder, hub_id, origin)
 
 
 def load_checkpoint(

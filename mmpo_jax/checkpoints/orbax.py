@@ -86,18 +86,18 @@ class Checkpoints:
         with self._writing():
             self.manager.save(step, args=args)
 
-    def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+    def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The last checkpoint in the given state's shapes and shardings, and the data position.
 
-        Returns:
-          None where nothing was saved.
+        Args:
+          state: arrays, or what `abstract` leaves of them.
 
         Raises:
-          CheckpointError: it is of another run.
+          CheckpointError: it is of another run, or nothing was saved.
         """
         step = self.latest()
         if step is None:
-            return None
+            raise CheckpointError(f"{self.folder}: no checkpoint was saved here")
         saved = self.manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))
         changed = list(_changes(saved["run"]["identity"], self.identity))
         if changed:
@@ -109,10 +109,10 @@ class Checkpoints:
         restored = self.manager.restore(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(_abstract({**state.params, **state.frozen})),
-                optimizer=ocp.args.StandardRestore(_abstract(state.optimizer)),
+                params=ocp.args.StandardRestore(abstract({**state.params, **state.frozen})),
+                optimizer=ocp.args.StandardRestore(abstract(state.optimizer)),
                 **{
-                    name: ocp.args.StandardRestore(_abstract(tree))
+                    name: ocp.args.StandardRestore(abstract(tree))
                     for name, tree in _others(state).items()
                 },
             ),
@@ -147,8 +147,8 @@ class Checkpoints:
 
     def restore_best(self, state: TrainState) -> TrainState:
         """The state with the best parameters."""
-        abstract = _abstract({**state.params, **state.frozen})
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
+        shapes = abstract({**state.params, **state.frozen})
+        args = ocp.args.Composite(params=ocp.args.StandardRestore(shapes))
         params = self.best.restore(self.best.latest_step(), args=args)["params"]
         return dataclasses.replace(
             state,
@@ -333,7 +333,8 @@ def _is_step(folder: str, name: str) -> bool:
     return os.path.isdir(os.path.join(folder, name, "params"))
 
 
-def _abstract(tree: Any) -> Any:
+def abstract(tree: Any) -> Any:
+    """Shapes, dtypes and shardings of arrays, without their numbers."""
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -29,7 +28,7 @@ from mmpo_jax.training.loop import Run, TrainingData, check_training, rows_to_se
 from mmpo_jax.training.losses import recipe_terms
 from mmpo_jax.training.metrics import FILE, read_metrics
 from mmpo_jax.training.on_policy import prompt_examples, unrewardable, with_token_limit
-from mmpo_jax.training.saving import measure_weights, save_result
+from mmpo_jax.training.saving import save_result
 from mmpo_jax.training.validation import Held, best_row, hold_out
 
 log = logging.getLogger(__name__)
@@ -113,11 +112,10 @@ def run_training(recipe: TrainRecipe) -> str:
     measured = rows[-1] if recipe.validation is None else best_row(rows, recipe.validation)
     card = dataclasses.replace(card, metrics=measured)
     rows_to_measure = prepared.get(VALIDATION, prepared[""]) if rollout is None else []
-    measure = functools.partial(
-        measure_weights, start, rows_to_measure, training, recipe.lengths, mesh
-    )
     with progress.doing("saving the model"):
-        folder = save_result(recipe.output, start, trained, training, card, mesh, measure)
+        folder = save_result(
+            recipe.output, start, trained, training, recipe.lengths, card, mesh, rows_to_measure
+        )
     if rollout is None:
         read = data.records if seen is None else [data.records[place] for place in seen]
         _tell_cuts(read, recipe.lengths.response[-1])

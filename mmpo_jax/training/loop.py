@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from mmpo_jax.checkpoints.cards import ModelCard
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
-from mmpo_jax.checkpoints.orbax import Checkpoints, save_base
+from mmpo_jax.checkpoints.orbax import Checkpoints, abstract, save_base
 from mmpo_jax.checkpoints.train_state import TrainState
 from mmpo_jax.core import progress
 from mmpo_jax.core.errors import MmpoError
@@ -93,7 +93,8 @@ def train(
     """Runs one stage of training, from the last checkpoint in the run's folder if there is one.
 
     Args:
-      start: what training starts from; its parameters are not changed.
+      start: what training starts from. Before the first step it is let go of (`Checkpoint.release`)
+        but for frozen parameters that the state shares.
       data: what it learns from.
       config: the recipe's training section.
       lengths: bucket sizes.
@@ -112,9 +113,6 @@ def train(
     check_training(config, model, mesh)
     rollout, held = data.rollout, data.held
     steps = total_steps(config, data.mixture, rollout.updates_per_rollout if rollout else 1)
-    params = start.params
-    if config.lora is not None:
-        params = add_adapters(params, model, config.lora, config.freeze, run.seed)
     micro = micro_batch_size(config, mesh)
     checkpoints = Checkpoints(run.folder, run.identity, config.keep_checkpoints)
     source = make_batches(start, data, config, lengths, mesh, run.seed)
@@ -125,16 +123,16 @@ def train(
             model, recipe_terms(config), data.examples[0].names, config.remat, temperature
         )
         with progress.doing("placing parameters, reading the last checkpoint"):
-            state, update = prepare(model, params, loss, config, mesh, steps, run.seed)
-            restored = checkpoints.restore(state)
-        if restored is not None:
-            state, position = restored
+            state, update, position = _begin(
+                start, loss, config, mesh, steps, run.seed, checkpoints
+            )
+        if position is not None:
             source.set_state(position)
         # Not before it is known to be this run's folder.
         save_base(run.folder, processor.folder, processor.chat_template, run.card)
         step = int(state.step)
 
-        resumed_step = -1 if restored is None else step
+        resumed_step = -1 if position is None else step
         with (
             contextlib.closing(MetricsWriter(run.folder, resumed_step, steps)) as writer,
             progress.doing("training", steps, "steps", "compiling") as activity,
@@ -154,7 +152,7 @@ def train(
                     writer.rows,
                     -(-len(held.examples) // micro),
                 )
-            if restored is None:
+            if position is None:
                 checkpoints.discard_best()  # of a run that ended before its first checkpoint
                 if validation is not None:
                     writer.record(0, validation.measure(0, state))
@@ -232,16 +230,36 @@ def make_batches(
     return FromData(batches)
 
 
-def prepare(
-    model: Model,
-    params: Params,
+def _begin(
+    start: Checkpoint,
     loss: Loss,
     config: Training,
     mesh: Mesh,
     steps: int,
     seed: int,
+    checkpoints: Checkpoints,
+) -> tuple[TrainState, Update, dict[str, Any] | None]:
+    """(the state to go on from, the compiled step, the data position if that is a checkpoint's),
+    with nothing on the devices beside the state.
+    """
+    state, update = _prepare(start, loss, config, mesh, steps, seed)
+    if checkpoints.latest() is None:
+        start.release(state.params)  # what is frozen is the state's too
+        return state, update, None
+    shapes = abstract(state)
+    start.release()
+    del state
+    state, position = checkpoints.restore(shapes)
+    return state, update, position
+
+
+def _prepare(
+    start: Checkpoint, loss: Loss, config: Training, mesh: Mesh, steps: int, seed: int
 ) -> tuple[TrainState, Update]:
     """(the state of step 0, the compiled step) of a stage of so many steps."""
+    model, params = start.model, start.params
+    if config.lora is not None:
+        params = add_adapters(params, model, config.lora, config.freeze, seed)
     schedule = make_schedule(config.optimizer, steps)
     optimizer = make_optimizer(config.optimizer, schedule)
     dtype = jnp.dtype(config.compute_dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -13,11 +14,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mmpo_jax.checkpoints.cards import MARGIN, ModelCard, SavedWeights, write_card
-from mmpo_jax.checkpoints.checkpoint import Checkpoint, fingerprint_location, load_weights, locate
+from mmpo_jax.checkpoints.checkpoint import Checkpoint, Origin, locate
 from mmpo_jax.checkpoints.huggingface import load_params, save_model
 from mmpo_jax.checkpoints.peft import save_adapter
 from mmpo_jax.checkpoints.train_state import TrainState
-from mmpo_jax.core import progress
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.lengths import Lengths
@@ -61,16 +61,14 @@ def load_before(card: ModelCard, model: Model, mesh: Mesh) -> Before:
       mesh: the devices.
     """
     name = card.base_model
-    if card.recipe.get("weights") == "random":
-        return Before(None, "the run started from random weights")
     if not card.base_fingerprint:
         return Before(None, f"the run does not say what {name} was when it started")
+    is_random = card.recipe.get("weights") == "random"
     try:
-        location = locate(name)
-        if fingerprint_location(location) != card.base_fingerprint:
+        origin = Origin(locate(name), card.recipe["seed"] if is_random else None)
+        if origin.fingerprint(model.config) != card.base_fingerprint:
             return Before(None, f"{name} is not what the run started from")
-        with progress.doing(f"loading {name}, to compare with"):
-            return Before(load_weights(location, model, mesh))
+        return Before(origin.load(model, mesh))
     except MmpoError as error:
         return Before(None, f"{name} cannot be read: {error}")
 
@@ -80,11 +78,15 @@ def save_result(
     start: Checkpoint,
     trained: Params,
     training: Training,
+    lengths: Lengths,
     card: ModelCard,
     mesh: Mesh,
-    measure: Measure,
+    examples: Sequence[Example],
 ) -> str:
     """Writes the trained model, and of adapters also themselves.
+
+    Where its dtype is narrower than that of the training, the start model is read again, as far as
+    the training has let go of it, and what is left of the update and of the margin is measured.
 
     Args:
       output: gets `model/`, a Hugging Face folder with adapters merged, and `adapter/` in PEFT's
@@ -92,18 +94,25 @@ def save_result(
       start: what the training began with; adapters belong to it.
       trained: parameters, with adapters beside kernels if the recipe has `lora`.
       training: the recipe's section.
+      lengths: bucket sizes.
       card: of the model; what is measured of the saved weights is added.
       mesh: the devices.
-      measure: see `save_weights`.
+      examples: see `measure_weights`.
 
     Returns:
       The Hugging Face folder.
     """
     if training.lora is not None:
         save_adapters(output, start, trained, training.lora)
-    target = os.path.join(output, MODEL)
-    dtype = training.save_dtype
-    before = Before(start.params)
+    target, dtype = os.path.join(output, MODEL), training.save_dtype
+    before = Before(None)
+    if dtype != "float32":
+        try:
+            start = start.reloaded(mesh)
+            before = Before(start.params)
+        except MmpoError as error:  # a result must not be lost to that
+            before, examples = Before(None, str(error)), []
+    measure = functools.partial(measure_weights, start, examples, training, lengths, mesh)
     save_weights(target, start, before, trained, dtype, card, mesh, measure, output)
     return target
 

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from helpers import tiny
-from helpers.small_rounds import PROMPTS, ROUNDS, SAMPLES, STAGES, make_recipe
+from helpers.small_rounds import PROMPTS, ROUNDS, SAMPLES, STAGES, WordSplitter, make_recipe
 
 from mmpo_jax.alignment import align
 from mmpo_jax.alignment import round as round_module
@@ -267,6 +267,28 @@ def test_it_goes_on_after_an_interruption_anywhere(finished, tiny_folder, tmp_pa
     assert stops == (ROUNDS + 1) + ROUNDS * (len(STAGES) + 1)
     assert reports == finished[1]
     assert files(output) == files(finished[0])
+
+
+def test_divide_loses_one_part_at_most(finished, copy, tiny_folder, monkeypatch):
+    """What was divided before a kill is not divided again, and the table is that of one part."""
+    (copy / "round-1" / "divide.json").unlink()
+    monkeypatch.setattr(round_module, "PROMPTS_PER_PART", 5)
+    divided = []
+
+    class Stopped(WordSplitter):
+        def divide(self, question, response):
+            divided.append(response)
+            if len(divided) == 7 * SAMPLES:  # in the second part
+                raise KeyboardInterrupt
+            return super().divide(question, response)
+
+    monkeypatch.setattr(align, "make_splitter", lambda name: Stopped())
+    with pytest.raises(KeyboardInterrupt):
+        run_alignment(make_recipe(copy, tiny_folder))
+    assert len(list((copy / "round-1").glob("divide.parts-*/*.parquet"))) == 1
+    run_alignment(make_recipe(copy, tiny_folder))
+    assert len(divided) == (7 + PROMPTS - 5) * SAMPLES
+    assert files(copy) == files(finished[0])
 
 
 def test_no_pairs_says_what_became_of_them(copy, tiny_folder):

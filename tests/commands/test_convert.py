@@ -15,7 +15,7 @@ from jax.sharding import AxisType
 from mmpo_jax import cli
 from mmpo_jax.checkpoints import orbax as checkpoints
 from mmpo_jax.checkpoints.cards import SavedWeights, make_card, read_saved, save_card
-from mmpo_jax.checkpoints.checkpoint import load_checkpoint
+from mmpo_jax.checkpoints.checkpoint import Origin, load_checkpoint, locate
 from mmpo_jax.checkpoints.configs import load_config
 from mmpo_jax.checkpoints.fingerprints import fingerprint_model
 from mmpo_jax.checkpoints.huggingface import load_model, load_params, save_model
@@ -89,7 +89,11 @@ def test_what_is_left_of_the_update_is_counted_from_the_start_of_the_run(
     model, params = tiny_model
     base, run = tmp_path / "base", shutil.copytree(run_folder, tmp_path / "run")
     save_model(base, model, jax.tree.map(lambda leaf: leaf * np.float32(1.1), params), tiny_folder)
-    known = {"of the run": fingerprint_model(base), "not told": ""}.get(start, "of another")
+    known = {
+        "of the run": fingerprint_model(base),
+        "not told": "",
+        "random": Origin(locate(str(base)), 0).fingerprint(model.config),
+    }.get(start, "of another")
     if start == "gone":
         shutil.rmtree(base)
     recipe = TrainRecipe(
@@ -108,7 +112,7 @@ def test_what_is_left_of_the_update_is_counted_from_the_start_of_the_run(
         "another": f"is not known: {base} is not what the run started from.",
         "not told": f"is not known: the run does not say what {base} was when it started.",
         "gone": f"is not known: {base} cannot be read: ",
-        "random": "is not known: the run started from random weights.",
+        "random": "100.0% of the update is in the saved weights.",
     }
     for text in ((tmp_path / "back" / "README.md").read_text(), caplog.text):
         assert told[start] in text

@@ -9,6 +9,7 @@ import pytest
 from helpers import tiny
 
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
+from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
 from mmpo_jax.data.tokenization import tokenize_records
@@ -56,6 +57,11 @@ def make_record(number: int) -> Record:
         prompt=(Turn("user", long if number % 3 == 0 else "a ring ?"),),
         responses=(Response.of("a red star" if number % 2 else "yes"), Response.of("two rings")),
     )
+
+
+def make_start(model, processor) -> Checkpoint:
+    """What a run starts from; its tree is its own, as training takes parameters out of it."""
+    return Checkpoint(model[0], processor, unflatten(flatten(model[1])))
 
 
 def with_reference(model, processor, records, lengths, mesh, batch_size):

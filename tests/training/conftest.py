@@ -10,11 +10,11 @@ from helpers.loop_runs import (
     ROWS,
     compiled_once,
     make_record,
+    make_start,
     with_reference,
 )
 from jax.sharding import AxisType
 
-from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.training.loop import Run, TrainingData, train
@@ -42,7 +42,7 @@ def run(tiny_model, tiny_processor, examples, mesh):
     def run(folder, examples=examples, config=CONFIG, identity=IDENTITY, mesh=mesh):
         with compiled_once(steps, (config.model_dump_json(), mesh)):
             params = train(
-                Checkpoint(tiny_model[0], tiny_processor, tiny_model[1]),
+                make_start(tiny_model, tiny_processor),
                 TrainingData(examples),
                 config,
                 LENGTHS,

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import optax
 import pytest
-from helpers.loop_runs import compiled_once, make_record, same, with_reference
+from helpers.loop_runs import compiled_once, make_record, make_start, same, with_reference
 
-from mmpo_jax.checkpoints.checkpoint import Checkpoint, load_start
+from mmpo_jax.checkpoints.checkpoint import load_start
 from mmpo_jax.checkpoints.huggingface import load_model
 from mmpo_jax.checkpoints.peft import load_adapter, read_adapter_config
 from mmpo_jax.commands.train import run_training
@@ -66,7 +66,7 @@ def run(tiny_model, tiny_processor, examples, mesh):
         key = config.model_dump_json(exclude={"max_steps"}), mesh, seed
         with compiled_once(steps, key):
             params = train(
-                Checkpoint(tiny_model[0], tiny_processor, tiny_model[1]),
+                make_start(tiny_model, tiny_processor),
                 TrainingData(examples),
                 config,
                 LENGTHS,

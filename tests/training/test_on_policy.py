@@ -8,6 +8,7 @@ import statistics
 import jax
 import numpy as np
 import pytest
+from helpers.loop_runs import make_start
 from jax.sharding import AxisType
 from pydantic import ValidationError
 
@@ -92,7 +93,7 @@ def easy_rewards():
 def run(tiny_model, tiny_processor, records, mesh):
     def run(folder, mesh=mesh, config=CONFIG, rollout=ROLLOUT):
         params = train(
-            Checkpoint(tiny_model[0], tiny_processor, tiny_model[1]),
+            make_start(tiny_model, tiny_processor),
             TrainingData([Example((record,), {}) for record in records], rollout=rollout),
             with_token_limit(config, rollout),
             LENGTHS,

@@ -1,0 +1,49 @@
+"""What the devices hold in a round: the start model once, and none of it when training begins."""
+
+import jax
+import pytest
+from helpers.live_arrays import first_steps
+from helpers.small_rounds import CoinLabeler, make_recipe
+
+from mmpo_jax.alignment import align
+from mmpo_jax.alignment.align import run_alignment
+from mmpo_jax.checkpoints.fingerprints import fingerprint_model
+
+MAKE_LABELER = align.make_labeler
+
+pytestmark = pytest.mark.usefixtures("stubs")
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2, "target": ".*/q_proj"}])
+def test_training_has_its_state_alone(lora, tiny_folder, tmp_path):
+    recipe = make_recipe(tmp_path, tiny_folder, evaluation=None)
+    training = recipe.training.model_dump() | {"lora": lora}
+    with first_steps() as beside:
+        run_alignment(make_recipe(tmp_path, tiny_folder, evaluation=None, training=training))
+    assert beside == [{}, {}]
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_labeler_and_start_are_one_copy_where_they_are_one_checkpoint(
+    named, tiny_folder, tmp_path, monkeypatch
+):
+    """In the first round; later ones start from what was trained."""
+    made, starts = [], []
+
+    class Labeler(CoinLabeler):
+        def __init__(self, checkpoint, *args, **options):
+            made.append((checkpoint.fingerprint, list(map(id, jax.tree.leaves(checkpoint.params)))))
+
+    def run_round(work, *others):
+        starts.append(list(map(id, jax.tree.leaves(work.start.params))))
+        return original(work, *others)
+
+    original = align.run_round
+    monkeypatch.setattr(align, "run_round", run_round)
+    monkeypatch.setattr(align, "make_labeler", MAKE_LABELER)
+    monkeypatch.setattr(align, "CheckpointLabeler", Labeler)
+    feedback = {"labeler": str(tiny_folder)} if named else {}
+    run_alignment(make_recipe(tmp_path, tiny_folder, evaluation=None, feedback=feedback))
+    assert [fingerprint for fingerprint, _ in made] == [fingerprint_model(tiny_folder)] * 2
+    assert made[0][1] == starts[0]
+    assert not set(made[1][1]) & set(starts[1])
