@@ -105,10 +105,10 @@ def make_pairs(folder: str, count: int, seed: int = 0, responses: int = 2) -> st
     rows = []
     for _ in range(count):
         shown = {
-            "images": [{"bytes": _picture(random), "path": None}],
-            "prompt": [{"role": "user", "content": _words(random, PROMPT_TOKENS - 3)}],
+            "images": [{"bytes": picture(random), "path": None}],
+            "prompt": [{"role": "user", "content": random_words(random, PROMPT_TOKENS - 3)}],
         }
-        ranking = [_words(random, RESPONSE_TOKENS - 1) for _ in range(responses)]
+        ranking = [random_words(random, RESPONSE_TOKENS - 1) for _ in range(responses)]
         for pair in itertools.combinations(ranking, 2):
             sides = [[{"role": "assistant", "content": text}] for text in pair]
             rows.append({**shown, "chosen": sides[0], "rejected": sides[1]})
@@ -118,11 +118,11 @@ def make_pairs(folder: str, count: int, seed: int = 0, responses: int = 2) -> st
     return path
 
 
-def _words(random: np.random.Generator, count: int) -> str:
+def random_words(random: np.random.Generator, count: int) -> str:
     return " ".join(f"w{n}" for n in random.integers(0, VOCABULARY - len(_SPECIAL), count))
 
 
-def _picture(random: np.random.Generator) -> bytes:
+def picture(random: np.random.Generator) -> bytes:
     """A JPEG of 640 x 480 pixels, the size of COCO's photographs."""
     coarse = random.integers(0, 256, (30, 40, 3), dtype=np.uint8)
     file = io.BytesIO()

@@ -145,7 +145,7 @@ def _pad_shown(
             assert record is not None
             start, size = len(record.prompt_ids), len(response.ids)
             whole = np.concatenate([record.prompt_ids, response.ids])
-            placed = _place(whole, record, processor)
+            placed = place_media(whole, record, processor)
             index[row, column, :size] = placed.index[start:]
             weight[row, column, :size] = placed.weight[start:]
             positions[row, :, column, :size] = placed.positions[:, start:]
@@ -153,7 +153,8 @@ def _pad_shown(
     return Shown(positions=positions, **arrays)
 
 
-def _place(ids: np.ndarray, record: TokenizedRecord, processor: Processor) -> Placement:
+def place_media(ids: np.ndarray, record: TokenizedRecord, processor: Processor) -> Placement:
+    """What the first n tokens of a record read of its images, and where they stand."""
     images = processor.images
     return place(
         ids,
@@ -182,27 +183,45 @@ def _pad_images(
     weight = np.zeros((rows, length, width), np.float32)
     positions = np.zeros((rows, axes, length), np.int32)
     following = np.ones(rows, np.int32)
-    pixels = np.zeros((rows, slots, *processor.slot_shape), np.float32)
     for row, record in enumerate(records):
         if record is None:
             continue
         size = len(record.prompt_ids)
-        placed = _place(record.prompt_ids, record, processor)
+        placed = place_media(record.prompt_ids, record, processor)
         index[row, :size], weight[row, :size] = placed.index, placed.weight
         positions[row, :, :size], following[row] = placed.positions, placed.next_position
-        made = processor.pixels(record.images, record.videos)
-        if made:
+    return {
+        "positions": positions,
+        "next_position": following,
+        **image_arrays(records, processor, slots),
+        "feature_index": index,
+        "feature_weight": weight,
+    }
+
+
+def image_arrays(
+    records: Sequence[TokenizedRecord | None], processor: Processor, slots: int
+) -> dict[str, Any]:
+    """`pixel_values` and `patches` of a batch.
+
+    Args:
+      records: one for every row; None for a row without images.
+      processor: makes the pixels.
+      slots: I.
+
+    Raises:
+      DataError: an image cannot be read.
+    """
+    images = processor.images
+    pixels = np.zeros((len(records), slots, *processor.slot_shape), np.float32)
+    for row, record in enumerate(records):
+        made = processor.pixels(record.images, record.videos) if record else []
+        if record and made:
             own = np.concatenate([made[place] for place in record.order or range(len(made))])
             pixels[row, : len(own)] = own
     described = [
         images.describe(processor.config, record.layouts if record else (), slots) if images else {}
         for record in records
     ]
-    return {
-        "positions": positions,
-        "next_position": following,
-        "pixel_values": pixels,
-        "patches": jax.tree.map(lambda *leaves: np.stack(leaves), *described) if described else {},
-        "feature_index": index,
-        "feature_weight": weight,
-    }
+    patches = jax.tree.map(lambda *leaves: np.stack(leaves), *described) if described else {}
+    return {"pixel_values": pixels, "patches": patches}

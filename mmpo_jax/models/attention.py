@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mmpo_jax.models import cudnn, splash
+from mmpo_jax.models.batch import PackedBatch
 from mmpo_jax.models.layers import ATTENDED
 
 log = logging.getLogger(__name__)
@@ -229,6 +230,61 @@ def xla_attention(
         )
         out.append(responses.reshape(b, r * t, h, d))
     return jnp.concatenate(out, axis=1)
+
+
+def packed_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    batch: PackedBatch,
+    window: jax.Array | int | None = None,
+) -> jax.Array:
+    """Attention in rows that hold several records, each a prompt and the responses to it.
+
+    Tokens see what they see in `shared_prompt_attention`, and nothing of other records. Queries are
+    taken in blocks, each against the keys from where a record that ends in it may have begun.
+
+    Args:
+      query: [B, S, H, d].
+      key, value: [B, S, K, d].
+      batch: says what the rows hold.
+      window: int or int32[], how many tokens a query sees, itself included; None for all.
+
+    Returns:
+      [B, S, H, d]. Padding sees padding.
+    """
+    s, d = query.shape[1], query.shape[-1]
+    if isinstance(window, int) and window >= batch.reach:
+        window = None
+    out = []
+    block = max(MIN_QUERY_BLOCK, -(-s // MAX_QUERY_BLOCKS))
+    for start in range(0, s, block):
+        queries = slice(start, min(start + block, s))
+        keys = slice(max(0, start + 1 - batch.reach), queries.stop)
+        mask = _packed_mask(batch, queries, keys, window)
+        part = key[:, keys], value[:, keys], mask[:, None]
+        out.append(attend(query[:, None, queries], [part], d**-0.5)[:, 0])
+    return jnp.concatenate(out, axis=1)
+
+
+def _packed_mask(
+    batch: PackedBatch, queries: slice, keys: slice, window: jax.Array | int | None
+) -> jax.Array:
+    """Whether a query of some columns sees a key of others, bool[B, queries, keys]."""
+    same = batch.record[:, queries, None] == batch.record[:, None, keys]
+    owner, other = batch.response[:, queries, None], batch.response[:, None, keys]
+    seen = same & ((other == 0) | (other == owner))
+    distance = batch.place[:, queries, None] - batch.place[:, None, keys]
+    return seen & in_window(distance, window)
+
+
+def is_packed(backend: str) -> bool:
+    """Whether batches are made as `PackedBatch`es for this backend, one of `BACKENDS`.
+
+    Kernels have the layout of `Batch` in their masks; plain JAX computes either.
+    """
+    chosen = PLATFORM_BACKENDS.get(platform(), "xla") if backend == "auto" else backend
+    return chosen == "xla"
 
 
 def in_window(distance: jax.Array, window: jax.Array | int | None) -> jax.Array:

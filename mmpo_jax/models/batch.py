@@ -55,3 +55,52 @@ class Shown:
     """int32[B, R, T, K]."""
     feature_weight: jax.Array
     """float32[B, R, T, K]."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedBatch:
+    """Prompts and responses of several records one behind the other in rows of tokens.
+
+    Where lengths differ, a `Batch` is mostly padding; here only the ends of rows are. A record is
+    its prompt and, behind it, all of its responses; what sees what follows from `record` and
+    `response`, and the rest of the arrays says the same of every record as a `Batch` does.
+
+    Rows come in Z groups, one for every device that batches are split over, of b rows each. What
+    tokens refer to lies in their group: C records, V of them with images, M tokens to predict.
+    """
+
+    token_ids: jax.Array
+    """int32[Z * b, S]."""
+    record: jax.Array
+    """int32[Z * b, S]; number of the token's record in its row, -1 at padding."""
+    response: jax.Array
+    """int32[Z * b, S]; 0 in a prompt, 1 + r in the response r."""
+    place: jax.Array
+    """int32[Z * b, S]; how many tokens the token's prompt and response have before it."""
+    positions: jax.Array
+    """int32[Z * b, A, S]; rotary positions."""
+    pixel_values: jax.Array
+    """float32[Z * V, I, ...]; see `Batch.pixel_values`, a row for every record with images."""
+    patches: dict[str, jax.Array]
+    """See `Batch.patches`, each [Z * V, I, ...]."""
+    feature_row: jax.Array
+    """int32[Z * b, S]; which of the group's V rows of images a token reads."""
+    feature_index: jax.Array
+    """int32[Z * b, S, K]; see `Batch.feature_index`."""
+    feature_weight: jax.Array
+    """float32[Z * b, S, K]."""
+    predictor: jax.Array
+    """int32[Z, M]; where in the group's b * S tokens the one stands that predicts a response's."""
+    target: jax.Array
+    """int32[Z, M]; the token to predict; of those that a loss counts, and no others."""
+    target_place: jax.Array
+    """int32[Z, M]; where in the group's [C, R, T] it belongs; C * R * T at padding."""
+    last: jax.Array
+    """int32[Z * C, R]; where in the group's b * S tokens a response ends."""
+    loss_mask: jax.Array
+    """bool[Z * C, R, T]; see `Batch.loss_mask`."""
+    weights: jax.Array
+    """float32[Z * C]; 1 for a record, 0 for a place that none takes."""
+    reach: int = dataclasses.field(metadata={"static": True})
+    """No record has more tokens."""

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from mmpo_jax.models.batch import Batch
+from mmpo_jax.models.batch import Batch, PackedBatch
 from mmpo_jax.models.layers import matmul
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.vlm import VisionLanguageModel
@@ -24,7 +24,7 @@ HEAD_BYTES = 64 * 2**20
 def response_log_probs(
     model: Model,
     params: Params,
-    batch: Batch,
+    batch: Batch | PackedBatch,
     *,
     remat: str = "none",
     chunk: int | None = None,
@@ -44,7 +44,8 @@ def response_log_probs(
       temperature: logits are divided by it.
 
     Returns:
-      float32[B, R, T] (float64 for float64 parameters), 0 at padding.
+      float32[B, R, T] (float64 for float64 parameters), 0 at padding. Of a packed batch
+      [Z * C, R, T], 0 also at tokens that no loss counts.
     """
     found = response_statistics(
         model, params, batch, remat=remat, chunk=chunk, temperature=temperature
@@ -55,7 +56,7 @@ def response_log_probs(
 def response_statistics(
     model: Model,
     params: Params,
-    batch: Batch,
+    batch: Batch | PackedBatch,
     names: Collection[str] = (),
     *,
     reference: Params | None = None,
@@ -74,22 +75,44 @@ def response_statistics(
 
     Returns:
       name -> float32[B, R, T], 0 at padding: `log_probs`, those asked for, and where there is a
-      reference `reference_log_probs` and what else is asked for of it.
+      reference `reference_log_probs` and what else is asked for of it; of a packed batch see
+      `response_log_probs`.
     """
+    packed = isinstance(batch, PackedBatch)
+    assert not packed or len(partners) == 1, "a record's contexts do not stand in packed rows"
 
     def predictors(params: Params, remat: str) -> tuple[jax.Array, jax.Array]:
         module = model.bind(params)
-        hidden = shift_right(*module.hidden_states(batch, remat))
+        if isinstance(batch, PackedBatch):
+            hidden = rows_at(module.packed_states(batch, remat), batch.predictor)[:, None]
+        else:
+            hidden = shift_right(*module.hidden_states(batch, remat))
         return hidden, module.language_model.head_kernel()
 
     other = None
     if reference is not None:
         other = jax.lax.stop_gradient(predictors(jax.lax.stop_gradient(reference), "none"))
     hidden, kernel = predictors(params, remat)
-    found = token_statistics(
-        hidden, kernel, batch.response_ids, names, other, chunk, partners, temperature
-    )
+    labels = batch.target[:, None] if isinstance(batch, PackedBatch) else batch.response_ids
+    found = token_statistics(hidden, kernel, labels, names, other, chunk, partners, temperature)
+    if isinstance(batch, PackedBatch):
+        return {name: unpack(values[:, 0], batch) for name, values in found.items()}
     return {name: values * batch.response_mask for name, values in found.items()}
+
+
+def rows_at(rows: jax.Array, at: jax.Array) -> jax.Array:
+    """rows [Z, X, D] at places int32[Z, M] of X: [Z, M, D]."""
+    return jax.vmap(lambda x, places: x[places])(rows, at)
+
+
+def unpack(values: jax.Array, batch: PackedBatch) -> jax.Array:
+    """Numbers of tokens [Z, M] in their places of [Z * C, R, T]; 0 elsewhere."""
+    groups, shape = len(values), batch.loss_mask.shape
+    empty = jnp.zeros((groups, batch.loss_mask.size // groups), values.dtype)
+    filled = jax.vmap(lambda x, at, value: x.at[at].set(value, mode="drop"))(
+        empty, batch.target_place, values
+    )
+    return filled.reshape(shape)
 
 
 def shift_right(last: jax.Array, responses: jax.Array) -> jax.Array:
@@ -235,6 +258,6 @@ def project(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
     return matmul(hidden, kernel, dtype)
 
 
-def sum_log_probs(log_probs: jax.Array, batch: Batch) -> jax.Array:
+def sum_log_probs(log_probs: jax.Array, batch: Batch | PackedBatch) -> jax.Array:
     """float32[B, R]: log-prob of every response, over the tokens its loss counts."""
     return (log_probs * batch.loss_mask).sum(axis=-1)

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mmpo_jax.models.attention import shared_prompt_attention
-from mmpo_jax.models.batch import Batch
+from mmpo_jax.models.attention import packed_attention, shared_prompt_attention
+from mmpo_jax.models.batch import Batch, PackedBatch
 from mmpo_jax.models.config import ModelConfig
 from mmpo_jax.models.decoder import Decoder
 
@@ -25,7 +25,7 @@ class VisionLanguageModel(nnx.Module):
         self.config = config
         self.language_model = Decoder(config.decoder, rngs)
 
-    def image_features(self, batch: Batch, remat: str) -> jax.Array:
+    def image_features(self, batch: Batch | PackedBatch, remat: str) -> jax.Array:
         """The pool of vectors that `feature_index` points into, [B, F, D] in the decoder's width.
 
         Learned vectors come first, then the features of every slot in order. A family without
@@ -38,7 +38,7 @@ class VisionLanguageModel(nnx.Module):
         index, weight = batch.feature_index, batch.feature_weight
         return self.embed(batch.prompt_ids, index, weight, self.pool(batch, remat))
 
-    def pool(self, batch: Batch, remat: str) -> jax.Array | None:
+    def pool(self, batch: Batch | PackedBatch, remat: str) -> jax.Array | None:
         """`image_features` [B, F, D]; None where the batch has no images."""
         return self.image_features(batch, remat) if batch.pixel_values.shape[1] else None
 
@@ -99,6 +99,31 @@ class VisionLanguageModel(nnx.Module):
         x, _, _ = self.language_model(x, positions, attend, remat=remat)
         last = jax.vmap(lambda rows, at: rows[at])(x, prompt_lengths(batch) - 1)
         return last, x[:, p:].reshape(b, r, t, -1)
+
+    def packed_states(self, batch: PackedBatch, remat: str = "none") -> jax.Array:
+        """The decoder's final hidden states of a packed batch, [Z, b * S, D]."""
+        groups = batch.predictor.shape[0]
+        pool, index = self.pool(batch, remat), batch.feature_index
+        if pool is not None:
+            rows = batch.token_ids.shape[0] // groups
+            size = pool.shape[1]
+            pool = pool.reshape(groups, -1, pool.shape[-1])
+            index = jnp.where(index < 0, -1, index + size * batch.feature_row[..., None])
+            ids, index, weight = (
+                x.reshape(groups, rows * x.shape[1], *x.shape[2:])
+                for x in (batch.token_ids, index, batch.feature_weight)
+            )
+            x = self.embed(ids, index, weight, pool)
+            x = x.reshape(*batch.token_ids.shape, x.shape[-1])
+        else:
+            x = self.embed(batch.token_ids, index, batch.feature_weight, None)
+
+        def attend(query, key, value, window, carry, inputs):
+            del inputs
+            return packed_attention(query, key, value, batch, window), carry, None
+
+        x, _, _ = self.language_model(x, batch.positions, attend, remat=remat)
+        return x.reshape(groups, -1, x.shape[-1])
 
 
 def prompt_lengths(batch: Batch) -> jax.Array:

@@ -14,15 +14,17 @@ from jax.sharding import Mesh
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.core import progress
 from mmpo_jax.core.stages import Stage, run_stage
-from mmpo_jax.data.batching import bucket, pad_batch
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.tokenization import TokenizedRecord, fingerprint_records
-from mmpo_jax.models.batch import Batch
+from mmpo_jax.inference.loop import TokenCount, run_batches
+from mmpo_jax.inference.plan import PlannedBatch, plan_packed, plan_padded
+from mmpo_jax.models.attention import is_packed
+from mmpo_jax.models.batch import Batch, PackedBatch
 from mmpo_jax.models.log_probs import response_log_probs, sum_log_probs
 from mmpo_jax.models.lora import cast_params
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.precision import check_finite
-from mmpo_jax.parallel.mesh import batch_shards, put_batch
+from mmpo_jax.parallel.mesh import batch_shards
 
 ROWS_PER_PART = 256
 SCORE_RULES = 2
@@ -34,7 +36,7 @@ STATIC = ("model", "compute_dtype", "per_token", "temperature")
 def score_batch(
     model: Model,
     params: Params,
-    batch: Batch,
+    batch: Batch | PackedBatch,
     compute_dtype: str = "float32",
     per_token: bool = False,
     temperature: float = 1.0,
@@ -99,12 +101,18 @@ def score_stage(
         num_parts=max(1, -(-len(records) // ROWS_PER_PART)),
     )
     placed = functools.cache(lambda: checkpoint.placed(mesh))
+    plan = functools.cache(lambda: plan_scoring(checkpoint, records, lengths, mesh, batch_size))
+    count = TokenCount()
 
     def make_part(part: int) -> pa.Table:
         activity.start_at(part * ROWS_PER_PART)
         progress.tell()
-        rows = records[part * ROWS_PER_PART : (part + 1) * ROWS_PER_PART]
-        sums = score_records(placed(), rows, lengths, mesh, batch_size, compute_dtype, per_token)
+        first = part * ROWS_PER_PART
+        rows = records[first : first + ROWS_PER_PART]
+        scores = _scores(
+            placed(), records, plan()[part] if rows else [], mesh, compute_dtype, per_token, count
+        )
+        sums = [scores[first + row] for row in range(len(rows))]
         finite = (all(np.isfinite(response).all() for response in row) for row in sums)
         ids = (record.id for record in rows)
         check_finite("log-probs", zip(ids, finite, strict=True), compute_dtype)
@@ -121,7 +129,9 @@ def score_stage(
         )
 
     with progress.doing(name, len(records), first="compiling") as activity:
-        return run_stage(stage, make_part).table
+        table = run_stage(stage, make_part).table
+    count.log_summary(name)
+    return table
 
 
 def score_records(
@@ -132,67 +142,67 @@ def score_records(
     batch_size: int,
     compute_dtype: str = "float32",
     per_token: bool = False,
+    *,
+    count: TokenCount | None = None,
 ) -> list[list[Any]]:
     """Summed log-prob of every response of every record, or of its tokens, in the records' order.
 
-    Records are batched by the buckets they fall in, so that short ones are not padded to long.
+    See `plan_scoring` for how records are batched.
     """
-    shards = batch_shards(mesh)
+    parts = plan_scoring(checkpoint, records, lengths, mesh, batch_size)
+    batches = [batch for part in parts for batch in part]
+    scores = _scores(checkpoint, records, batches, mesh, compute_dtype, per_token, count)
+    return [scores[number] for number in range(len(records))]
+
+
+def plan_scoring(
+    checkpoint: Checkpoint,
+    records: Sequence[TokenizedRecord],
+    lengths: Lengths,
+    mesh: Mesh,
+    batch_size: int,
+) -> list[list[PlannedBatch]]:
+    """The batches of every `ROWS_PER_PART` records.
+
+    They are packed where plain JAX computes attention. Kernels get one prompt a row, records of the
+    same bucket sizes together.
+    """
+    shards, processor = batch_shards(mesh), checkpoint.processor
+    with jax.set_mesh(mesh):
+        packed = is_packed(checkpoint.model.attention)
+    if packed:
+        return plan_packed(
+            records, processor, shards=shards, batch_size=batch_size, part_size=ROWS_PER_PART
+        )
     rows = -(-batch_size // shards) * shards
-    groups: dict[tuple[int, int, int, int], list[int]] = {}
-    for index, record in enumerate(records):
-        groups.setdefault(_shape(record, lengths), []).append(index)
-    scores: dict[int, list[Any]] = {}
-    running: tuple[list[int], jax.Array] | None = None  # the next batch is made meanwhile
-    for (prompt, response, responses, _), indices in groups.items():
-        for start in range(0, len(indices), rows):
-            chosen = indices[start : start + rows]
-            batch = pad_batch(
-                [records[i] for i in chosen],
-                checkpoint.processor,
-                rows=rows,
-                prompt_sizes=(prompt,),
-                response_sizes=(response,),
-                num_responses=responses,
-            )
-            scores |= _fetch(running, records)
-            with jax.set_mesh(mesh):
-                sums = score_batch(
-                    checkpoint.model,
-                    checkpoint.params,
-                    put_batch(batch, mesh),
-                    compute_dtype,
-                    per_token,
-                )
-            running = chosen, sums
-    scores |= _fetch(running, records)
-    return [scores[index] for index in range(len(records))]
+    parts = []
+    for start in range(0, len(records), ROWS_PER_PART):
+        part = records[start : start + ROWS_PER_PART]
+        batches = plan_padded(part, processor, lengths, rows=rows)
+        parts.append([batch.moved(start) for batch in batches])
+    return parts
 
 
-def _fetch(
-    running: tuple[list[int], jax.Array] | None, records: Sequence[TokenizedRecord]
+def _scores(
+    checkpoint: Checkpoint,
+    records: Sequence[TokenizedRecord],
+    batches: Sequence[PlannedBatch],
+    mesh: Mesh,
+    compute_dtype: str,
+    per_token: bool,
+    count: TokenCount | None,
 ) -> dict[int, list[Any]]:
-    """Record index -> the sums of its responses, or their tokens', of a batch that was started."""
-    if running is None:
-        return {}
-    indices, sums = running
-    found = {}
-    values = np.asarray(sums)  # which waits for the device
-    progress.advance(len(indices))
-    for index, row in zip(indices, values, strict=False):
-        responses = records[index].responses
-        found[index] = row[: len(responses)].tolist()
-        if row.ndim == 2:
-            found[index] = [
+    """Number of a record -> the sums of its responses, or their tokens'."""
+
+    def compute(batch: Any) -> jax.Array:
+        return score_batch(checkpoint.model, checkpoint.params, batch, compute_dtype, per_token)
+
+    scores: dict[int, list[Any]] = {}
+    for number, row in run_batches(batches, compute, mesh, count):
+        responses = records[number].responses
+        scores[number] = row[: len(responses)].tolist()
+        if per_token:
+            scores[number] = [
                 row[place, : len(response.ids)].tolist() for place, response in enumerate(responses)
             ]
-    return found
-
-
-def _shape(record: TokenizedRecord, lengths: Lengths) -> tuple[int, int, int, int]:
-    return (
-        bucket(len(record.prompt_ids), lengths.prompt),
-        bucket(max(len(r.ids) for r in record.responses), lengths.response),
-        len(record.responses),
-        len(record.images),
-    )
+    return scores

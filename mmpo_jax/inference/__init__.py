@@ -1,0 +1,1 @@
+"""The loop that runs a model over records, for whatever is wanted of them."""

@@ -1,0 +1,267 @@
+"""Which records are computed together: full batches of a few static shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+from mmpo_jax.data.batching import bucket, pad_batch
+from mmpo_jax.data.packing import PackedSizes, Size, best_rows, in_rows, pack_batch, spread
+from mmpo_jax.data.processor import Processor
+from mmpo_jax.data.lengths import Lengths
+from mmpo_jax.data.tokenization import TokenizedRecord
+from mmpo_jax.models.layout import pad_size
+
+SHORTEST = 256
+"""Up to so many tokens, records are of one class whatever their lengths."""
+FEWEST = 4
+"""Batches for which a shape of their own is worth compiling."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedBatch:
+    """A batch that will be made when its turn comes."""
+
+    make: Callable[[], Any]
+    """Gives its arrays, in NumPy."""
+    places: tuple[tuple[int, int], ...]
+    """(number of a record, where on the leading axis of what is computed it stands)."""
+    tokens: int
+    """Of the records."""
+    computed: int
+    """Tokens that are computed, padding included."""
+
+    def moved(self, start: int) -> PlannedBatch:
+        """The same of records that stand behind so many others."""
+        places = tuple((number + start, place) for number, place in self.places)
+        return dataclasses.replace(self, places=places)
+
+
+def in_classes(
+    classes: Sequence[Hashable], sizes: Sequence[int], capacity: float, fewest: int = 1
+) -> dict[Any, list[int]]:
+    """The items of every class, in ascending order of the classes, as whole batches of it.
+
+    What would only begin another batch of its class goes along with the next class, the largest
+    items first, and all of a class that has but few.
+
+    Args:
+      classes: of every item; comparable.
+      sizes: of every item.
+      capacity: of a batch, in what sizes count.
+      fewest: batches that a class of its own has.
+
+    Returns:
+      class -> numbers of items; only the last one's need not fill whole batches.
+    """
+    known: list[Any] = sorted(set(classes))
+    own: dict[Any, list[int]] = {name: [] for name in known}
+    for number, name in enumerate(classes):
+        own[name].append(number)
+    filled: dict[Any, list[int]] = {}
+    carried: list[int] = []
+    for name in known:
+        items = sorted([*carried, *own[name]], key=lambda number: sizes[number])
+        if name != known[-1]:
+            total = sum(sizes[number] for number in items)
+            full = int(total // capacity)
+            room = full * capacity if full >= fewest else 0
+            sums = itertools.accumulate(sizes[number] for number in items)
+            count = sum(load <= room for load in sums)
+            items, carried = items[:count], items[count:]
+        if items:
+            filled[name] = sorted(items)
+    return filled
+
+
+def plan_packed(
+    records: Sequence[TokenizedRecord],
+    processor: Processor,
+    *,
+    shards: int,
+    batch_size: int,
+    part_size: int | None = None,
+) -> list[list[PlannedBatch]]:
+    """Packed batches of records, for every part of them by itself.
+
+    Records that are of a kind in length and in images stand together. All batches of a kind have
+    one shape, over all parts, so that it is compiled once.
+
+    Args:
+      records: with responses.
+      processor: of the checkpoint.
+      shards: devices that batches are split over.
+      batch_size: records of a batch in the mean.
+      part_size: records of a part; None for one part.
+
+    Returns:
+      The batches of every part; numbers of records are those in the whole.
+    """
+    sizes = [Size.of(record) for record in records]
+    width = processor.config.decoder.hidden_size
+    budget = sum(size.tokens for size in sizes) * batch_size / max(1, len(sizes))
+    part_size = part_size or max(1, len(records))
+    parts = [
+        range(start, min(start + part_size, len(records)))
+        for start in range(0, len(records), part_size)
+    ]
+    grouped = [_groups(sizes, part, budget, shards) for part in parts]
+    kinds = sorted({kind for groups in grouped for kind in groups})
+    shapes: dict[Any, PackedSizes] = {}
+    filled: dict[tuple[Any, int], list[Any]] = {}
+    for kind in kinds:
+        batches = [
+            (number, batch)
+            for number, groups in enumerate(grouped)
+            for batch in groups.get(kind, [])
+        ]
+        every = [[sizes[i] for i in group] for _, batch in batches for group in batch if group]
+        rows = best_rows(every, width)
+        for number, batch in batches:
+            placed = [
+                [
+                    [group[place] for place in row]
+                    for row in in_rows([sizes[i] for i in group], rows)
+                ]
+                for group in batch
+            ]
+            filled.setdefault((kind, number), []).append(placed)
+        shapes[kind] = PackedSizes.holding(
+            [
+                [[[sizes[i] for i in row] for row in group] for group in batch]
+                for number, _ in enumerate(parts)
+                for batch in filled.get((kind, number), [])
+            ]
+        )
+    return [
+        [
+            _packed(records, sizes, batch, processor, shapes[kind])
+            for kind in kinds
+            for batch in filled.get((kind, number), [])
+        ]
+        for number, _ in enumerate(parts)
+    ]
+
+
+def _groups(
+    sizes: Sequence[Size], part: range, budget: float, shards: int
+) -> Mapping[Any, list[list[list[int]]]]:
+    """kind -> batches of groups of numbers of a part's records."""
+    classes = [_kind(sizes[number]) for number in part]
+    tokens = [sizes[number].tokens for number in part]
+    batches: dict[Any, list[list[list[int]]]] = {}
+    for kind, places in in_classes(classes, tokens, budget, FEWEST).items():
+        chosen = [part[place] for place in places]
+        loads = [sizes[number].tokens for number in chosen]
+        count = max(1, math.ceil(sum(loads) / budget - 0.1)) * shards
+        groups = [[chosen[place] for place in group] for group in spread(loads, count)]
+        batches[kind] = [groups[start : start + shards] for start in range(0, count, shards)]
+    return batches
+
+
+def _kind(size: Size) -> tuple[int, int]:
+    return pad_size(size.slots), max(SHORTEST, 1 << (size.tokens - 1).bit_length())
+
+
+def _packed(
+    records: Sequence[TokenizedRecord],
+    sizes: Sequence[Size],
+    groups: list[list[list[int]]],
+    processor: Processor,
+    shape: PackedSizes,
+) -> PlannedBatch:
+    places = [
+        (number, place * shape.records + column)
+        for place, group in enumerate(groups)
+        for column, number in enumerate(itertools.chain.from_iterable(group))
+    ]
+
+    def make() -> Any:
+        chosen = [[[records[number] for number in row] for row in group] for group in groups]
+        return pack_batch(chosen, processor, shape)
+
+    tokens = sum(sizes[number].tokens for number, _ in places)
+    return PlannedBatch(make, tuple(places), tokens, shape.computed)
+
+
+def plan_padded(
+    records: Sequence[TokenizedRecord],
+    processor: Processor,
+    lengths: Lengths,
+    *,
+    rows: int,
+    with_responses: bool = True,
+) -> list[PlannedBatch]:
+    """Batches of prompts and responses padded to bucket sizes, those of a kind together.
+
+    Args:
+      records: tokenized.
+      processor: of the checkpoint.
+      lengths: bucket sizes.
+      rows: B.
+      with_responses: whether responses stand in the batch, or prompts alone.
+    """
+
+    def kind(record: TokenizedRecord) -> tuple[int, int, int, int]:
+        responses = record.responses if with_responses else ()
+        longest = max((len(response.ids) for response in responses), default=0)
+        return (
+            pad_size(record.num_slots),
+            bucket(len(record.prompt_ids), lengths.prompt),
+            len(responses),
+            bucket(longest, lengths.response) if responses else 0,
+        )
+
+    kinds = [kind(record) for record in records]
+    # The next class up has to have room in all respects, so only those that differ in the prompt
+    # alone go along with each other.
+    alone = {
+        (slots, r, t): i for i, (slots, r, t) in enumerate(sorted({(k[0], *k[2:]) for k in kinds}))
+    }
+    batches = []
+    for group in alone:
+        numbers = [i for i, k in enumerate(kinds) if (k[0], *k[2:]) == group]
+        prompts = [kinds[number][1] for number in numbers]
+        for prompt, places in in_classes(prompts, [1] * len(prompts), rows).items():
+            chosen = [numbers[place] for place in places]
+            for start in range(0, len(chosen), rows):
+                batches.append(
+                    _padded(
+                        records, chosen[start : start + rows], processor, rows, (prompt, *group)
+                    )
+                )
+    return batches
+
+
+def _padded(
+    records: Sequence[TokenizedRecord],
+    numbers: Sequence[int],
+    processor: Processor,
+    rows: int,
+    shape: tuple[int, int, int, int],
+) -> PlannedBatch:
+    prompt, slots, responses, response = shape
+
+    def make() -> Any:
+        chosen = [records[number] for number in numbers]
+        if not responses:
+            chosen = [dataclasses.replace(record, responses=()) for record in chosen]
+        return pad_batch(
+            chosen,
+            processor,
+            rows=rows,
+            prompt_sizes=(prompt,),
+            response_sizes=(response,),
+            num_responses=responses,
+            num_slots=slots,
+        )
+
+    tokens = 0
+    for number in numbers:
+        size = Size.of(records[number])
+        tokens += size.tokens if responses else len(records[number].prompt_ids)
+    places = tuple((number, row) for row, number in enumerate(numbers))
+    return PlannedBatch(make, places, tokens, rows * (prompt + responses * response))
