@@ -94,7 +94,7 @@ def run_ours(folder: str, rows: str, batch_size: int) -> dict:
 
 
 def run_theirs(folder: str, rows: str, batch_size: int) -> dict:
-    """Sums of log-probs in batches of so many responses, sorted by length where there are several."""
+    """Sums of log-probs in batches of responses, sorted by length where there are several."""
     import datasets
     import torch
     import transformers

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,8 +25,8 @@ from mmpo_jax.models.layout import pad_size
 STEP = 32
 """What lengths are rounded up to, as far as that is little of them."""
 
-Group = Sequence[Sequence[TokenizedRecord]]
-"""What one device gets of a batch: records by row."""
+Rows = Sequence[Sequence[int]]
+"""What one device gets of a batch, by row: numbers of records."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,35 +81,32 @@ class PackedSizes:
     """Tokens of the longest record."""
 
     @classmethod
-    def holding(cls, batches: Sequence[Sequence[Sequence[Sequence[Size]]]]) -> PackedSizes:
-        """The smallest sizes, rounded up, that hold each of some batches: groups of rows of
-        records."""
-        groups = [group for batch in batches for group in batch]
+    def holding(cls, batches: Iterable[Sequence[Rows]], sizes: Sequence[Size]) -> PackedSizes:
+        """The smallest sizes, rounded up, that hold each of some batches.
+
+        Args:
+          batches: of groups of rows of numbers of records.
+          sizes: of the records.
+        """
+        held = [
+            [[[sizes[i] for i in row] for row in group] for group in batch] for batch in batches
+        ]
+        groups = [group for batch in held for group in batch]
         rows = [row for group in groups for row in group]
-        sizes = [size for row in rows for size in row]
-        reach = rounded(max((size.tokens for size in sizes), default=1))
-
-        def most(counts: Sequence[int]) -> int:
-            return max(counts, default=0)
-
+        found = [size for row in rows for size in row]
         in_group = [[size for row in group for size in row] for group in groups]
         return cls(
-            groups=max(map(len, batches)),
-            rows=most([len(group) for group in groups]),
-            tokens=rounded(most([sum(size.tokens for size in row) for row in rows])),
-            targets=rounded(most([sum(size.targets for size in group) for group in in_group])),
-            records=most([len(group) for group in in_group]),
-            responses=most([size.responses for size in sizes]),
-            response=rounded(most([size.longest for size in sizes])),
-            shown=max(1, most([sum(size.slots > 0 for size in group) for group in in_group])),
-            slots=pad_size(most([size.slots for size in sizes])),
-            reach=reach,
+            groups=max(map(len, held)),
+            rows=_most(map(len, groups)),
+            tokens=rounded(_most(sum(size.tokens for size in row) for row in rows)),
+            targets=rounded(_most(sum(size.targets for size in group) for group in in_group)),
+            records=_most(map(len, in_group)),
+            responses=_most(size.responses for size in found),
+            response=rounded(_most(size.longest for size in found)),
+            shown=max(1, _most(sum(size.slots > 0 for size in group) for group in in_group)),
+            slots=pad_size(_most(size.slots for size in found)),
+            reach=rounded(_most(size.tokens for size in found)),
         )
-
-    def join(self, other: PackedSizes) -> PackedSizes:
-        """Sizes that hold what either does."""
-        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
-        return PackedSizes(*map(max, pairs))
 
     @property
     def computed(self) -> int:
@@ -159,51 +156,65 @@ def spread(sizes: Sequence[int], bins: int, most: int | None = None) -> list[lis
     return [sorted(places) for places in filled]
 
 
-def in_rows(sizes: Sequence[Size], rows: int) -> list[list[int]]:
-    """Places of the records of a group in its rows."""
-    return spread([size.tokens for size in sizes], rows)
+def in_rows(group: Sequence[int], sizes: Sequence[Size], rows: int) -> Rows:
+    """A group's records in so many rows."""
+    places = spread([sizes[number].tokens for number in group], rows)
+    return [[group[place] for place in row] for row in places]
 
 
-def best_rows(groups: Sequence[Sequence[Size]], width: int) -> int:
+def best_rows(groups: Sequence[Sequence[int]], sizes: Sequence[Size], width: int) -> int:
     """In how many rows the records of groups cost least to compute.
 
     Few long rows are full to the end, but a query is held against more keys than it sees.
 
     Args:
-      groups: records of some groups.
+      groups: numbers of records.
+      sizes: of the records.
       width: D, of the decoder.
     """
 
     def cost(rows: int) -> float:
-        filled = [
-            [[group[place] for place in row] for row in in_rows(group, rows)] for group in groups
-        ]
-        return PackedSizes.holding([[group] for group in filled]).cost(width)
+        filled = [[in_rows(group, sizes, rows)] for group in groups]
+        return PackedSizes.holding(filled, sizes).cost(width)
 
-    longest = max(size.tokens for group in groups for size in group)
-    load = max(sum(size.tokens for size in group) for group in groups)
+    longest = max(sizes[number].tokens for group in groups for number in group)
+    load = max(sum(sizes[number].tokens for number in group) for group in groups)
     fewest = max(1, load // (4 * longest))
-    candidates = sorted({*range(fewest, 2 * load // longest + 1), max(map(len, groups))})
-    return min(candidates, key=cost)
+    return min({*range(fewest, 2 * load // longest + 1), max(map(len, groups))}, key=cost)
 
 
-def pack_batch(groups: Sequence[Group], processor: Processor, sizes: PackedSizes) -> PackedBatch:
+def _most(counts: Iterable[int]) -> int:
+    return max(counts, default=0)
+
+
+def pack_batch(
+    records: Sequence[TokenizedRecord],
+    groups: Sequence[Rows],
+    processor: Processor,
+    sizes: PackedSizes,
+) -> PackedBatch:
     """The arrays of a batch, in NumPy.
 
     Args:
-      groups: Z of them.
+      records: of which some stand in it.
+      groups: their numbers, Z times.
       processor: makes the pixels.
       sizes: hold every group.
 
     Raises:
       DataError: an image cannot be read.
     """
-    made = [_pack_group(group, processor, sizes) for group in groups]
+    made = [
+        _pack_group([[records[i] for i in row] for row in group], processor, sizes)
+        for group in groups
+    ]
     arrays = jax.tree.map(lambda *leaves: np.concatenate(leaves), *made)
     return PackedBatch(**arrays, reach=sizes.reach)
 
 
-def _pack_group(group: Group, processor: Processor, sizes: PackedSizes) -> Mapping[str, Any]:
+def _pack_group(
+    group: Sequence[Sequence[TokenizedRecord]], processor: Processor, sizes: PackedSizes
+) -> Mapping[str, Any]:
     """The arrays of `PackedBatch` for one group, with their leading axis."""
     images, axes = processor.images, processor.config.decoder.rope.axes
     width = images.vectors if images else 1

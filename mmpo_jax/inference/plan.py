@@ -5,11 +5,19 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from mmpo_jax.data.batching import bucket, pad_batch
-from mmpo_jax.data.packing import PackedSizes, Size, best_rows, in_rows, pack_batch, spread
+from mmpo_jax.data.packing import (
+    PackedSizes,
+    Rows,
+    Size,
+    best_rows,
+    in_rows,
+    pack_batch,
+    spread,
+)
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.tokenization import TokenizedRecord
@@ -101,63 +109,41 @@ def plan_packed(
       The batches of every part; numbers of records are those in the whole.
     """
     sizes = [Size.of(record) for record in records]
-    width = processor.config.decoder.hidden_size
     budget = sum(size.tokens for size in sizes) * batch_size / max(1, len(sizes))
     part_size = part_size or max(1, len(records))
-    parts = [
-        range(start, min(start + part_size, len(records)))
-        for start in range(0, len(records), part_size)
-    ]
-    grouped = [_groups(sizes, part, budget, shards) for part in parts]
-    kinds = sorted({kind for groups in grouped for kind in groups})
-    shapes: dict[Any, PackedSizes] = {}
-    filled: dict[tuple[Any, int], list[Any]] = {}
-    for kind in kinds:
-        batches = [
-            (number, batch)
-            for number, groups in enumerate(grouped)
-            for batch in groups.get(kind, [])
+    starts = range(0, len(records), part_size)
+    plans: list[list[PlannedBatch]] = [[] for _ in starts]
+    cut: dict[Any, list[tuple[int, list[list[int]]]]] = {}
+    for number, start in enumerate(starts):
+        part = range(start, min(start + part_size, len(records)))
+        for kind, batches in _cut(part, sizes, budget, shards).items():
+            cut.setdefault(kind, []).extend((number, batch) for batch in batches)
+    for kind in sorted(cut):
+        groups = [group for _, batch in cut[kind] for group in batch if group]
+        rows = best_rows(groups, sizes, processor.config.decoder.hidden_size)
+        filled = [
+            (number, [in_rows(group, sizes, rows) for group in batch])
+            for number, batch in cut[kind]
         ]
-        every = [[sizes[i] for i in group] for _, batch in batches for group in batch if group]
-        rows = best_rows(every, width)
-        for number, batch in batches:
-            placed = [
-                [
-                    [group[place] for place in row]
-                    for row in in_rows([sizes[i] for i in group], rows)
-                ]
-                for group in batch
-            ]
-            filled.setdefault((kind, number), []).append(placed)
-        shapes[kind] = PackedSizes.holding(
-            [
-                [[[sizes[i] for i in row] for row in group] for group in batch]
-                for number, _ in enumerate(parts)
-                for batch in filled.get((kind, number), [])
-            ]
-        )
-    return [
-        [
-            _packed(records, sizes, batch, processor, shapes[kind])
-            for kind in kinds
-            for batch in filled.get((kind, number), [])
-        ]
-        for number, _ in enumerate(parts)
-    ]
+        shape = PackedSizes.holding([batch for _, batch in filled], sizes)
+        for number, batch in filled:
+            plans[number].append(_packed(records, sizes, batch, processor, shape))
+    return plans
 
 
-def _groups(
-    sizes: Sequence[Size], part: range, budget: float, shards: int
-) -> Mapping[Any, list[list[list[int]]]]:
-    """kind -> batches of groups of numbers of a part's records."""
-    classes = [_kind(sizes[number]) for number in part]
+def _cut(
+    part: range, sizes: Sequence[Size], budget: float, shards: int
+) -> dict[Any, list[list[list[int]]]]:
+    """kind -> batches of groups of the numbers of a part's records."""
+    kinds = [_kind(sizes[number]) for number in part]
     tokens = [sizes[number].tokens for number in part]
     batches: dict[Any, list[list[list[int]]]] = {}
-    for kind, places in in_classes(classes, tokens, budget, FEWEST).items():
-        chosen = [part[place] for place in places]
-        loads = [sizes[number].tokens for number in chosen]
-        count = max(1, math.ceil(sum(loads) / budget - 0.1)) * shards
-        groups = [[chosen[place] for place in group] for group in spread(loads, count)]
+    for kind, places in in_classes(kinds, tokens, budget, FEWEST).items():
+        count = max(1, math.ceil(sum(tokens[place] for place in places) / budget - 0.1)) * shards
+        groups = [
+            [part[places[place]] for place in group]
+            for group in spread([tokens[place] for place in places], count)
+        ]
         batches[kind] = [groups[start : start + shards] for start in range(0, count, shards)]
     return batches
 
@@ -169,7 +155,7 @@ def _kind(size: Size) -> tuple[int, int]:
 def _packed(
     records: Sequence[TokenizedRecord],
     sizes: Sequence[Size],
-    groups: list[list[list[int]]],
+    groups: Sequence[Rows],
     processor: Processor,
     shape: PackedSizes,
 ) -> PlannedBatch:
@@ -180,8 +166,7 @@ def _packed(
     ]
 
     def make() -> Any:
-        chosen = [[[records[number] for number in row] for row in group] for group in groups]
-        return pack_batch(chosen, processor, shape)
+        return pack_batch(records, groups, processor, shape)
 
     tokens = sum(sizes[number].tokens for number, _ in places)
     return PlannedBatch(make, tuple(places), tokens, shape.computed)
@@ -209,30 +194,25 @@ def plan_padded(
         responses = record.responses if with_responses else ()
         longest = max((len(response.ids) for response in responses), default=0)
         return (
-            pad_size(record.num_slots),
             bucket(len(record.prompt_ids), lengths.prompt),
+            pad_size(record.num_slots),
             len(responses),
             bucket(longest, lengths.response) if responses else 0,
         )
 
-    kinds = [kind(record) for record in records]
-    # The next class up has to have room in all respects, so only those that differ in the prompt
-    # alone go along with each other.
-    alone = {
-        (slots, r, t): i for i, (slots, r, t) in enumerate(sorted({(k[0], *k[2:]) for k in kinds}))
-    }
+    # Those of a kind but for the prompt go along with each other.
+    kinds: dict[Any, list[tuple[int, int]]] = {}
+    for number, record in enumerate(records):
+        prompt, *others = kind(record)
+        kinds.setdefault(tuple(others), []).append((prompt, number))
     batches = []
-    for group in alone:
-        numbers = [i for i, k in enumerate(kinds) if (k[0], *k[2:]) == group]
-        prompts = [kinds[number][1] for number in numbers]
+    for others, members in sorted(kinds.items()):
+        prompts = [prompt for prompt, _ in members]
         for prompt, places in in_classes(prompts, [1] * len(prompts), rows).items():
-            chosen = [numbers[place] for place in places]
-            for start in range(0, len(chosen), rows):
-                batches.append(
-                    _padded(
-                        records, chosen[start : start + rows], processor, rows, (prompt, *group)
-                    )
-                )
+            numbers = [members[place][1] for place in places]
+            for start in range(0, len(numbers), rows):
+                chosen = numbers[start : start + rows]
+                batches.append(_padded(records, chosen, processor, rows, (prompt, *others)))
     return batches
 
 

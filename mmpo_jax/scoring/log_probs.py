@@ -109,7 +109,7 @@ def score_stage(
         progress.tell()
         first = part * ROWS_PER_PART
         rows = records[first : first + ROWS_PER_PART]
-        scores = _scores(
+        scores = compute_scores(
             placed(), records, plan()[part] if rows else [], mesh, compute_dtype, per_token, count
         )
         sums = [scores[first + row] for row in range(len(rows))]
@@ -151,7 +151,7 @@ def score_records(
     """
     parts = plan_scoring(checkpoint, records, lengths, mesh, batch_size)
     batches = [batch for part in parts for batch in part]
-    scores = _scores(checkpoint, records, batches, mesh, compute_dtype, per_token, count)
+    scores = compute_scores(checkpoint, records, batches, mesh, compute_dtype, per_token, count)
     return [scores[number] for number in range(len(records))]
 
 
@@ -183,7 +183,7 @@ def plan_scoring(
     return parts
 
 
-def _scores(
+def compute_scores(
     checkpoint: Checkpoint,
     records: Sequence[TokenizedRecord],
     batches: Sequence[PlannedBatch],

@@ -104,15 +104,16 @@ def test_a_run_that_was_killed_goes_on(mmpo, tiny_folder, pictures, tmp_path, mo
     monkeypatch.setattr(reference, "ROWS_PER_PART", 1)
     data = write_rows(pictures / "rows.jsonl", PAIRS)
     whole = mmpo("score", tiny_folder, data)
-    score, scored = reference.score_records, []
+    score, scored = reference.compute_scores, []
 
-    def count(checkpoint, records, *args):
-        scored.extend(record.id for record in records)
+    def count(checkpoint, records, batches, *args):
+        places = (place for batch in batches for place, _ in batch.places)
+        scored.extend(records[place].id for place in places)
         if len(scored) == 3:
             raise Killed
-        return score(checkpoint, records, *args)
+        return score(checkpoint, records, batches, *args)
 
-    monkeypatch.setattr(reference, "score_records", count)
+    monkeypatch.setattr(reference, "compute_scores", count)
     with pytest.raises(Killed):
         mmpo("score", tiny_folder, data)
     assert os.listdir(tmp_path / "out.parts")

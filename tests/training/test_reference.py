@@ -53,13 +53,13 @@ class Cache:
     def __init__(self, folder, checkpoint, mesh, monkeypatch):
         self.folder, self.checkpoint, self.mesh = folder, checkpoint, mesh
         self.calls = 0
-        score = reference.score_records
+        score = reference.compute_scores
 
         def count(*args):
             self.calls += 1
             return score(*args)
 
-        monkeypatch.setattr(reference, "score_records", count)
+        monkeypatch.setattr(reference, "compute_scores", count)
 
     def ask(self, checkpoint=None, batch_size=4, lengths=LENGTHS, compute_dtype="float32", **rows):
         checkpoint = checkpoint or self.checkpoint
@@ -100,7 +100,7 @@ def same(ours, theirs):
 def test_a_hit_does_not_run_the_model(cache, monkeypatch):
     assert cache.calls == 1
     first = cache.ask()
-    monkeypatch.setattr(reference, "score_records", None)
+    monkeypatch.setattr(reference, "compute_scores", None)
     same(cache.ask(), first)
     same(cache.ask(batch_size=2), first)  # how it is cut does not change what it is
 
