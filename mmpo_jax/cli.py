@@ -6,7 +6,6 @@ does is in `mmpo_jax.commands`, in a module of its name with a function `main`.
 
 from __future__ import annotations
 
-import _thread
 import argparse
 import atexit
 import contextlib
@@ -15,6 +14,7 @@ import importlib
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 import warnings
@@ -142,11 +142,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _interrupts_that_arrive() -> Iterator[None]:
     """Ctrl-C comes again where Python had to ignore it: in a callback of the garbage collector, of
     which JAX has one, or in an object's end."""
-    before = sys.unraisablehook
+    before, main_thread = sys.unraisablehook, threading.main_thread()
 
     def hook(ignored: Any) -> None:
         if ignored.exc_type is KeyboardInterrupt:
-            threading.Timer(0.05, _thread.interrupt_main).start()
+            # A signal, and no flag: it ends a wait in the system as well.
+            again = signal.pthread_kill, (main_thread.ident, signal.SIGINT)
+            threading.Timer(0.05, *again).start()
         else:
             before(ignored)
 
