@@ -17,19 +17,20 @@ from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.core import progress
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.progress import counted
-from mmpo_jax.data.batching import pad_batch
 from mmpo_jax.data.control_tokens import has_stand_ins
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.processor_files import ProcessorError
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
 from mmpo_jax.data.tokenization import RowRejected, TokenizedRecord, tokenize
-from mmpo_jax.models.batch import Batch
-from mmpo_jax.models.log_probs import next_token_logits
+from mmpo_jax.inference.loop import TokenCount, run_batches
+from mmpo_jax.inference.plan import plan_responses
+from mmpo_jax.models.batch import Batch, PackedBatch
+from mmpo_jax.models.log_probs import next_token_logits, rows_at
 from mmpo_jax.models.lora import cast_params
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.precision import check_finite, inference_dtype
-from mmpo_jax.parallel.mesh import batch_shards, put_batch
+from mmpo_jax.models.vlm import VisionLanguageModel
 
 YES, NO = ("yes", "Yes"), ("no", "No")
 
@@ -78,7 +79,7 @@ class CheckpointLabeler:
           ProcessorError: the tokenizer cannot tell yes from no.
         """
         self.checkpoint, self.mesh, self.lengths = checkpoint, mesh, lengths
-        self.rows = -(-batch_size // batch_shards(mesh)) * batch_shards(mesh)
+        self.batch_size = batch_size
         self.questions_at_once = questions_at_once
         self.lead, self.yes_ids, self.no_ids = answer_tokens(checkpoint.processor)
 
@@ -97,14 +98,11 @@ class CheckpointLabeler:
                 places = askable[start : start + self.questions_at_once]
                 chunk = [questions[place] for place in places]
                 rows.append((index, places, self._tokenize(name, images, chunk)))
-        with progress.doing("asking the labeler", len(rows), first="compiling") as activity:
-            for start in range(0, len(rows), self.rows):
-                chosen = rows[start : start + self.rows]
-                probabilities = self._probabilities([record for _, _, record in chosen])
-                for row, (index, places, _) in enumerate(chosen):
-                    for place, pair in zip(places, probabilities[row].tolist(), strict=False):
-                        answers[index][place] = (pair[0], pair[1])
-                activity.advance(len(chosen))
+        with progress.doing("asking the labeler", len(rows), first="compiling"):
+            probabilities = self._probabilities([record for _, _, record in rows])
+        for (index, places, _), pairs in zip(rows, probabilities, strict=True):
+            for place, (yes, no) in zip(places, pairs.tolist(), strict=True):
+                answers[index][place] = yes, no
         return answers
 
     def _tokenize(
@@ -130,56 +128,60 @@ class CheckpointLabeler:
         )
         return dataclasses.replace(record, responses=led)
 
-    def _probabilities(self, records: Sequence[TokenizedRecord]) -> np.ndarray:
-        """float32[rows, R, 2]."""
-        batch = pad_batch(
-            records,
-            self.checkpoint.processor,
-            rows=self.rows,
-            prompt_sizes=self.lengths.prompt,
-            response_sizes=self.lengths.response,
-            num_responses=self.questions_at_once,
-        )
-        with jax.set_mesh(self.mesh):
-            placed = put_batch(batch, self.mesh)
-            probabilities = np.asarray(
-                answer_probabilities(
-                    self.checkpoint.model,
-                    self.checkpoint.params,
-                    placed,
-                    self.yes_ids,
-                    self.no_ids,
-                )
+    def _probabilities(self, records: Sequence[TokenizedRecord]) -> list[np.ndarray]:
+        """float32[R, 2] of yes and no for the R questions of every record."""
+        checkpoint, count = self.checkpoint, TokenCount()
+
+        def compute(batch: Batch | PackedBatch) -> jax.Array:
+            return answer_probabilities(
+                checkpoint.model, checkpoint.params, batch, self.yes_ids, self.no_ids
             )
-        found = (
-            (record.id, bool(np.isfinite(row[: len(record.responses)]).all()))
-            for record, row in zip(records, probabilities, strict=False)
-        )
-        check_finite("labeler's probabilities", found, inference_dtype(self.checkpoint.params).name)
-        return probabilities
+
+        (batches,) = plan_responses(
+            checkpoint, records, self.lengths, self.mesh, self.batch_size
+        ) or [[]]
+        dtype = inference_dtype(checkpoint.params).name
+        found: dict[int, np.ndarray] = {}
+        for rows in run_batches(batches, compute, self.mesh, count):
+            of_batch = {n: pairs[: len(records[n].responses)] for n, pairs in rows}
+            finite = ((records[n].id, np.isfinite(x).all()) for n, x in of_batch.items())
+            check_finite("labeler's probabilities", finite, dtype)
+            found |= of_batch
+        count.log_summary("the labeler's questions")
+        return [found[number] for number in range(len(records))]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "yes_ids", "no_ids"))
 def answer_probabilities(
     model: Model,
     params: Params,
-    batch: Batch,
+    batch: Batch | PackedBatch,
     yes_ids: tuple[int, ...],
     no_ids: tuple[int, ...],
 ) -> jax.Array:
-    """Probabilities of yes and no after every response (a question), float32[B, R, 2].
+    """Probabilities of yes and no after every response (a question), float32[B, R, 2]; of a packed
+    batch [Z * C, R, 2].
 
     Computed in the parameters' `inference_dtype`.
     """
     module = model.bind(cast_params(params, inference_dtype(params)))
+    hidden = _states_at_ends(module, batch)
+    probabilities = jax.nn.softmax(next_token_logits(module, hidden), axis=-1)
+    sums = [probabilities[..., list(ids)].sum(axis=-1) for ids in (yes_ids, no_ids)]
+    return jnp.stack(sums, axis=-1)
+
+
+def _states_at_ends(module: VisionLanguageModel, batch: Batch | PackedBatch) -> jax.Array:
+    """Hidden states of the last token of every response, [B, R, D] or [Z * C, R, D]."""
+    if isinstance(batch, PackedBatch):
+        states = module.packed_states(batch)
+        last = batch.last.reshape(len(states), -1)
+        return rows_at(states, last).reshape(*batch.last.shape, -1)
     last, responses = module.hidden_states(batch)
     lengths = batch.response_mask.sum(axis=-1)
     at_end = jax.vmap(jax.vmap(lambda rows, at: rows[at]))(responses, jnp.maximum(lengths - 1, 0))
     # A question that is wholly part of the shared prompt ends where the prompt does.
-    hidden = jnp.where((lengths == 0)[..., None], last[:, None], at_end)
-    probabilities = jax.nn.softmax(next_token_logits(module, hidden), axis=-1)
-    sums = [probabilities[..., list(ids)].sum(axis=-1) for ids in (yes_ids, no_ids)]
-    return jnp.stack(sums, axis=-1)
+    return jnp.where((lengths == 0)[..., None], last[:, None], at_end)
 
 
 def answer_tokens(

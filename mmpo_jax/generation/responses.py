@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,13 +18,15 @@ from mmpo_jax.core import progress
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import fingerprint_items
 from mmpo_jax.core.stages import Stage, StageOutput, run_stage
-from mmpo_jax.data.batching import pad_batch
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.generation.sampler import NOT_FINITE, sample, sample_keys
+from mmpo_jax.inference.loop import TokenCount, run_batches
+from mmpo_jax.inference.plan import PlannedBatch, plan_padded
+from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.precision import check_finite, inference_dtype
-from mmpo_jax.parallel.mesh import batch_shards, put_batch
+from mmpo_jax.parallel.mesh import batch_shards
 from mmpo_jax.recipes.sampling import Decoding
 
 PROMPTS_PER_PART = 256
@@ -69,6 +72,7 @@ def generate_responses(
     batch_size: int,
     seed: int,
     round_index: int = 0,
+    count: SampleCount | None = None,
 ) -> list[Generated]:
     """`sample_tokens` as texts: sorted as the records are, samples in order."""
     sampled = sample_tokens(
@@ -80,6 +84,7 @@ def generate_responses(
         batch_size=batch_size,
         seed=seed,
         round_index=round_index,
+        count=count,
     )
     return [
         _generated(checkpoint.processor, record.id, number, row)
@@ -103,6 +108,7 @@ def sample_tokens(
     batch_size: int,
     seed: int,
     round_index: int = 0,
+    count: SampleCount | None = None,
 ) -> list[np.ndarray]:
     """Samples `decoding.num_samples` responses to every record's prompt.
 
@@ -118,6 +124,7 @@ def sample_tokens(
       batch_size: prompts at a time, rounded up to what the mesh needs.
       seed: of the run.
       round_index: of the alignment round or of the update, 0 outside of one.
+      count: adds up what was computed.
 
     Returns:
       int32[n, max_new_tokens] for every record, see `read_response`.
@@ -136,37 +143,83 @@ def sample_tokens(
             f"a prompt of {longest} tokens and {decoding.max_new_tokens} new ones go beyond the "
             f"{limit} positions of {processor.folder}; lower max_new_tokens"
         )
-    sampled: list[np.ndarray] = []
+    numbers, repeats = np.zeros((2, len(records)), np.uint32)
     seen: Counter[str] = Counter()
-    for start in range(0, len(records), rows):
-        chosen = [
-            dataclasses.replace(record, responses=()) for record in records[start : start + rows]
-        ]
-        batch = pad_batch(
-            chosen, processor, rows=rows, prompt_sizes=lengths.prompt, response_sizes=()
+    for row, record in enumerate(records):
+        numbers[row], repeats[row] = prompt_number(record.id), seen[record.id]
+        seen[record.id] += 1
+
+    def compute(batch: PromptBatch) -> jax.Array:
+        keys = sample_keys(seed, round_index, batch.numbers, decoding.num_samples, batch.repeats)
+        return sample(
+            model,
+            params,
+            batch.prompts,
+            keys,
+            decoding=decoding,
+            eos_ids=processor.eos_ids,
+            pad_id=processor.pad_id,
         )
-        numbers, repeats = np.zeros((2, rows), np.uint32)
-        for row, record in enumerate(chosen):
-            numbers[row], repeats[row] = prompt_number(record.id), seen[record.id]
-            seen[record.id] += 1
-        with jax.set_mesh(mesh):
-            keys = sample_keys(seed, round_index, numbers, decoding.num_samples, repeats)
-            tokens = sample(
-                model,
-                params,
-                put_batch(batch, mesh),
-                keys,
-                decoding=decoding,
-                eos_ids=processor.eos_ids,
-                pad_id=processor.pad_id,
-            )
-        rows_of_tokens = np.asarray(tokens)[: len(chosen)]
-        finite = (rows_of_tokens != NOT_FINITE).all(axis=(1, 2))
-        ids = (record.id for record in chosen)
-        check_finite("logits", zip(ids, finite, strict=True), inference_dtype(params).name)
-        sampled += list(rows_of_tokens)
-        progress.advance(len(chosen))
-    return sampled
+
+    plan = plan_padded(records, processor, lengths, rows=rows, with_responses=False)
+    batches = [_with_numbers(batch, rows, numbers, repeats) for batch in plan]
+    dtype = inference_dtype(params).name
+    sampled: dict[int, np.ndarray] = {}
+    for of_batch in run_batches(batches, compute, mesh, count.prompts if count else None):
+        finite = ((records[n].id, (tokens != NOT_FINITE).all()) for n, tokens in of_batch)
+        check_finite("logits", finite, dtype)
+        sampled |= dict(of_batch)
+    if count is not None:
+        for batch in plan:
+            count.add_samples([sampled[number] for number, _ in batch.places], rows, processor)
+    return [sampled[number] for number in range(len(records))]
+
+
+@dataclasses.dataclass
+class SampleCount:
+    """How many of the tokens that sampling computed are no padding."""
+
+    prompts: TokenCount = dataclasses.field(default_factory=TokenCount)
+    samples: TokenCount = dataclasses.field(default_factory=TokenCount)
+    """Sampled tokens; all samples of a batch are computed until the longest ends."""
+
+    def add_samples(self, sampled: Sequence[np.ndarray], rows: int, processor: Processor) -> None:
+        """Those of a batch of so many rows, int32[n, T] for every prompt."""
+        lengths = [[read_length(processor, row)[0] for row in samples] for samples in sampled]
+        steps = max(map(max, lengths))
+        self.samples.tokens += sum(map(sum, lengths))
+        self.samples.computed += rows * len(sampled[0]) * steps
+
+    def log_summary(self, name: str) -> None:
+        """Says both in the log, where anything was computed."""
+        self.prompts.log_summary(f"{name}, prompts")
+        self.samples.log_summary(f"{name}, samples")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PromptBatch:
+    """B prompts to sample after, and what the keys of their samples are folded from."""
+
+    prompts: Batch
+    numbers: jax.Array
+    """uint32[B]; see `prompt_number`."""
+    repeats: jax.Array
+    """uint32[B]; how often the prompt's id came before."""
+
+
+def _with_numbers(
+    batch: PlannedBatch, rows: int, numbers: np.ndarray, repeats: np.ndarray
+) -> PlannedBatch:
+    """A batch of prompts together with their numbers and repeats, uint32[N] of all records."""
+
+    def make() -> PromptBatch:
+        arrays: Any = np.zeros((2, rows), np.uint32)
+        for number, row in batch.places:
+            arrays[:, row] = numbers[number], repeats[number]
+        return PromptBatch(batch.make(), *arrays)
+
+    return dataclasses.replace(batch, make=make)
 
 
 def generate_stage(
@@ -223,12 +276,16 @@ def generate_stage(
             batch_size=batch_size,
             seed=seed,
             round_index=round_index,
+            count=count,
         )
         columns = [[getattr(row, name) for row in responses] for name in GENERATED.names]
         return pa.table(columns, schema=GENERATED)
 
+    count = SampleCount()
     with progress.doing(stage.name, len(records), "prompts", "compiling") as activity:
-        return run_stage(stage, make_part)
+        output = run_stage(stage, make_part)
+    count.log_summary(stage.name)
+    return output
 
 
 def prompt_number(prompt_id: str) -> int:
@@ -238,7 +295,11 @@ def prompt_number(prompt_id: str) -> int:
 
 def read_response(processor: Processor, tokens: np.ndarray) -> tuple[str, int, bool]:
     """(text, number of tokens with EOS, whether it ended by itself) of sampled tokens int32[T]."""
-    ends = np.flatnonzero(np.isin(tokens, processor.eos_ids))
-    finished = bool(len(ends))
-    length = int(ends[0]) + 1 if finished else len(tokens)
+    length, finished = read_length(processor, tokens)
     return processor.decode(tokens[:length].tolist()), length, finished
+
+
+def read_length(processor: Processor, tokens: np.ndarray) -> tuple[int, bool]:
+    """(number of tokens with EOS, whether it ended by itself) of sampled tokens int32[T]."""
+    ends = np.flatnonzero(np.isin(tokens, processor.eos_ids))
+    return (int(ends[0]) + 1, True) if len(ends) else (len(tokens), False)

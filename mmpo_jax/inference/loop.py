@@ -47,7 +47,7 @@ def run_batches(
     compute: Callable[[Any], Any],
     mesh: Mesh,
     count: TokenCount | None = None,
-) -> Iterator[tuple[int, Any]]:
+) -> Iterator[list[tuple[int, Any]]]:
     """What a function gives for every record of some batches.
 
     The one place that runs a model over records: sampling, log-probs and the labeler are
@@ -61,7 +61,7 @@ def run_batches(
       count: adds the batches up.
 
     Yields:
-      (number of a record, its slice of the results in NumPy), batch by batch.
+      Of every batch, (number of a record, its slice of the results in NumPy).
     """
     running: tuple[PlannedBatch, Any] | None = None
     with concurrent.futures.ThreadPoolExecutor(1) as maker:
@@ -73,19 +73,20 @@ def run_batches(
                 made = maker.submit(batches[number + 1].make)
             with jax.set_mesh(mesh):
                 started = compute(put_batch(arrays, mesh))
-            yield from _results(running)
+            if running is not None:
+                yield _results(*running)
             running = batch, started
             if count is not None:
                 count.add(batch)
-    yield from _results(running)
+    if running is not None:
+        yield _results(*running)
 
 
-def _results(running: tuple[PlannedBatch, Any] | None) -> Iterator[tuple[int, Any]]:
+def _results(batch: PlannedBatch, results: Any) -> list[tuple[int, Any]]:
     """The records of a batch that was started, when it is done."""
-    if running is None:
-        return
-    batch, results = running
     values = jax.tree.map(np.asarray, results)  # which waits for the device
     progress.advance(len(batch.places))
-    for number, place in batch.places:
-        yield number, jax.tree.map(lambda leaf, place=place: leaf[place], values)
+    return [
+        (number, jax.tree.map(lambda leaf, place=place: leaf[place], values))
+        for number, place in batch.places
+    ]

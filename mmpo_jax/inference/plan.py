@@ -8,7 +8,12 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+import jax
+from jax.sharding import Mesh
+
+from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.data.batching import bucket, pad_batch
+from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.packing import (
     PackedSizes,
     Rows,
@@ -19,9 +24,10 @@ from mmpo_jax.data.packing import (
     spread,
 )
 from mmpo_jax.data.processor import Processor
-from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.tokenization import TokenizedRecord
+from mmpo_jax.models.attention import is_packed
 from mmpo_jax.models.layout import pad_size
+from mmpo_jax.parallel.mesh import batch_shards
 
 SHORTEST = 256
 """Up to so many tokens, records are of one class whatever their lengths."""
@@ -85,15 +91,53 @@ def in_classes(
     return filled
 
 
-def plan_packed(
+def plan_responses(
+    checkpoint: Checkpoint,
     records: Sequence[TokenizedRecord],
-    processor: Processor,
-    *,
-    shards: int,
+    lengths: Lengths,
+    mesh: Mesh,
     batch_size: int,
     part_size: int | None = None,
 ) -> list[list[PlannedBatch]]:
-    """Packed batches of records, for every part of them by itself.
+    """Batches of prompts with their responses, for every part of the records by itself.
+
+    They are packed where plain JAX computes attention. Kernels get one prompt a row, records of the
+    same bucket sizes together.
+
+    Args:
+      checkpoint: that they are for.
+      records: with responses.
+      lengths: bucket sizes, where batches are not packed.
+      mesh: the devices.
+      batch_size: records at a time; of packed batches in the mean.
+      part_size: records of a part; None for one part.
+
+    Returns:
+      The batches of every part; numbers of records are those in the whole.
+    """
+    shards, processor = batch_shards(mesh), checkpoint.processor
+    part_size = part_size or max(1, len(records))
+    with jax.set_mesh(mesh):
+        packed = is_packed(checkpoint.model.attention)
+    if packed:
+        return plan_packed(records, processor, shards, batch_size, part_size)
+    rows = -(-batch_size // shards) * shards
+    parts = []
+    for start in range(0, len(records), part_size):
+        part = records[start : start + part_size]
+        batches = plan_padded(part, processor, lengths, rows=rows)
+        parts.append([batch.moved(start) for batch in batches])
+    return parts
+
+
+def plan_packed(
+    records: Sequence[TokenizedRecord],
+    processor: Processor,
+    shards: int,
+    batch_size: int,
+    part_size: int,
+) -> list[list[PlannedBatch]]:
+    """`plan_responses` packed.
 
     Records that are of a kind in length and in images stand together. All batches of a kind have
     one shape, over all parts, so that it is compiled once.
@@ -103,14 +147,10 @@ def plan_packed(
       processor: of the checkpoint.
       shards: devices that batches are split over.
       batch_size: records of a batch in the mean.
-      part_size: records of a part; None for one part.
-
-    Returns:
-      The batches of every part; numbers of records are those in the whole.
+      part_size: records of a part.
     """
     sizes = [Size.of(record) for record in records]
     budget = sum(size.tokens for size in sizes) * batch_size / max(1, len(sizes))
-    part_size = part_size or max(1, len(records))
     starts = range(0, len(records), part_size)
     plans: list[list[PlannedBatch]] = [[] for _ in starts]
     cut: dict[Any, list[tuple[int, list[list[int]]]]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,14 +18,12 @@ from mmpo_jax.core.stages import Stage, run_stage
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.tokenization import TokenizedRecord, fingerprint_records
 from mmpo_jax.inference.loop import TokenCount, run_batches
-from mmpo_jax.inference.plan import PlannedBatch, plan_packed, plan_padded
-from mmpo_jax.models.attention import is_packed
+from mmpo_jax.inference.plan import PlannedBatch, plan_responses
 from mmpo_jax.models.batch import Batch, PackedBatch
 from mmpo_jax.models.log_probs import response_log_probs, sum_log_probs
 from mmpo_jax.models.lora import cast_params
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.precision import check_finite
-from mmpo_jax.parallel.mesh import batch_shards
 
 ROWS_PER_PART = 256
 SCORE_RULES = 2
@@ -101,7 +100,9 @@ def score_stage(
         num_parts=max(1, -(-len(records) // ROWS_PER_PART)),
     )
     placed = functools.cache(lambda: checkpoint.placed(mesh))
-    plan = functools.cache(lambda: plan_scoring(checkpoint, records, lengths, mesh, batch_size))
+    plan = functools.cache(
+        lambda: plan_responses(checkpoint, records, lengths, mesh, batch_size, ROWS_PER_PART)
+    )
     count = TokenCount()
 
     def make_part(part: int) -> pa.Table:
@@ -147,40 +148,12 @@ def score_records(
 ) -> list[list[Any]]:
     """Summed log-prob of every response of every record, or of its tokens, in the records' order.
 
-    See `plan_scoring` for how records are batched.
+    See `plan.plan_responses` for how records are batched.
     """
-    parts = plan_scoring(checkpoint, records, lengths, mesh, batch_size)
+    parts = plan_responses(checkpoint, records, lengths, mesh, batch_size, ROWS_PER_PART)
     batches = [batch for part in parts for batch in part]
     scores = compute_scores(checkpoint, records, batches, mesh, compute_dtype, per_token, count)
     return [scores[number] for number in range(len(records))]
-
-
-def plan_scoring(
-    checkpoint: Checkpoint,
-    records: Sequence[TokenizedRecord],
-    lengths: Lengths,
-    mesh: Mesh,
-    batch_size: int,
-) -> list[list[PlannedBatch]]:
-    """The batches of every `ROWS_PER_PART` records.
-
-    They are packed where plain JAX computes attention. Kernels get one prompt a row, records of the
-    same bucket sizes together.
-    """
-    shards, processor = batch_shards(mesh), checkpoint.processor
-    with jax.set_mesh(mesh):
-        packed = is_packed(checkpoint.model.attention)
-    if packed:
-        return plan_packed(
-            records, processor, shards=shards, batch_size=batch_size, part_size=ROWS_PER_PART
-        )
-    rows = -(-batch_size // shards) * shards
-    parts = []
-    for start in range(0, len(records), ROWS_PER_PART):
-        part = records[start : start + ROWS_PER_PART]
-        batches = plan_padded(part, processor, lengths, rows=rows)
-        parts.append([batch.moved(start) for batch in batches])
-    return parts
 
 
 def compute_scores(
@@ -198,7 +171,7 @@ def compute_scores(
         return score_batch(checkpoint.model, checkpoint.params, batch, compute_dtype, per_token)
 
     scores: dict[int, list[Any]] = {}
-    for number, row in run_batches(batches, compute, mesh, count):
+    for number, row in itertools.chain.from_iterable(run_batches(batches, compute, mesh, count)):
         responses = records[number].responses
         scores[number] = row[: len(responses)].tolist()
         if per_token:
