@@ -27,6 +27,7 @@ from mmpo_jax.data.pipeline import TrainBatch
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
 from mmpo_jax.data.tokenization import Tokenize, TokenizedRecord, tokenize, tokenize_records
 from mmpo_jax.generation.responses import generate_responses
+from mmpo_jax.inference.plan import packed_over
 from mmpo_jax.models.precision import inference_dtype
 from mmpo_jax.objectives.catalog import OBJECTIVES
 from mmpo_jax.objectives.terms import Metrics, Term, needs
@@ -271,6 +272,7 @@ def training_batches(
         epochs=epochs,
         batch_size=batch_size,
         micro_batch_size=batch_size,
+        packed_over=packed_over(start.model, mesh),
     )
     return (put_batch(host.arrays, mesh, leading=1) for host in batches)
 

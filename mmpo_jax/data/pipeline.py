@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,9 +15,14 @@ import numpy as np
 from mmpo_jax.data.batching import bucket, pad_batch
 from mmpo_jax.data.contexts import MAIN
 from mmpo_jax.data.lengths import Lengths
+from mmpo_jax.data.packed_batches import Packing, plan_packing
+from mmpo_jax.data.packing import Size, pack_batch
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.tokenization import TokenizedRecord
-from mmpo_jax.models.batch import Batch
+from mmpo_jax.models.batch import Batch, PackedBatch
+
+USEFUL_SHARE = "useful_tokens"
+"""The metric that says which share of the tokens of a batch is no padding."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +54,12 @@ class Example:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainBatch:
-    """N records in C contexts each: B = N * C prompts, the contexts of a record side by side."""
+    """N records in C contexts each: B = N * C prompts, the contexts of a record side by side.
 
-    prompts: Batch
+    Packed prompts have one context and N places for records; see `PackedBatch`.
+    """
+
+    prompts: Batch | PackedBatch
     reference: dict[str, jax.Array]
     """`sums` float32[B, S] or `log_probs` float32[B, S, T] of a reference that was computed
     before; empty where there is none."""
@@ -94,6 +104,7 @@ def training_batches(
     micro_batch_size: int,
     parts: Sequence[MixtureEntry] = (),
     workers: int = 1,
+    packed_over: int | None = None,
 ) -> grain.DatasetIterator:
     """An iterator over `HostBatch`es, shuffled anew in every epoch.
 
@@ -102,10 +113,13 @@ def training_batches(
 
     Batches are cut from the whole sequence of epochs, so only the very last one may be filled up.
     Every process walks the same order and takes its own rows, hence shapes agree across hosts.
-    `get_state` and `set_state` hold the position.
+    `get_state` and `set_state` hold the position. Examples of one context are packed where it is
+    given over how many devices, `packed_over`.
     """
-    make = batch_maker(examples, processor, lengths, batch_size, micro_batch_size)
     order = batch_order(parts or [MixtureEntry(len(examples))], seed, epochs, batch_size)
+    sizes = batch_size, micro_batch_size
+    packing = packing_of(examples, processor, order, *sizes, packed_over)
+    make = batch_maker(examples, processor, lengths, *sizes, packing)
     options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=4)
     return iter(order.map(make).to_iter_dataset(options))
 
@@ -122,16 +136,56 @@ def mixed_order(parts: Sequence[MixtureEntry], seed: int, epochs: int) -> grain.
     return grain.MapDataset.mix(orders, weights=seen)[: epochs * sum(seen)]
 
 
+def packing_of(
+    examples: Sequence[Example],
+    processor: Processor,
+    batches: Sequence[Sequence[int]],
+    batch_size: int,
+    micro_batch_size: int,
+    shards: int | None,
+) -> Packing | None:
+    """How batches of examples are packed over so many devices; None where they are padded, which
+    those of several contexts are.
+
+    Args:
+      examples: of the run.
+      processor: of the checkpoint.
+      batches: indices of examples.
+      batch_size, micro_batch_size: examples, over all devices.
+      shards: devices that batches are split over; None for no packing.
+    """
+    if shards is None or len(examples[0].contexts) > 1:
+        return None
+    return plan_packing(
+        batches,
+        _sizes(examples),
+        batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
+        shards=shards,
+        width=processor.config.decoder.hidden_size,
+    )
+
+
 def held_out_batches(
-    examples: Sequence[Example], processor: Processor, lengths: Lengths, batch_size: int
+    examples: Sequence[Example],
+    processor: Processor,
+    lengths: Lengths,
+    batch_size: int,
+    packed_over: int | None = None,
 ) -> Iterator[TrainBatch]:
-    """All examples once, in order, all with the T that the longest response needs."""
+    """All examples once, in order, all with the T that the longest response needs; packed as those
+    of `training_batches`."""
     longest = max(len(r.ids) for example in examples for row in example.rows for r in row.responses)
     size = bucket(longest, lengths.response)
     one = lengths.model_copy(update={"response": (size,)})
-    make = batch_maker(examples, processor, one, batch_size, batch_size)
-    for start in range(0, len(examples), batch_size):
-        batch = make(list(range(start, min(start + batch_size, len(examples)))))
+    batches = [
+        list(range(start, min(start + batch_size, len(examples))))
+        for start in range(0, len(examples), batch_size)
+    ]
+    packing = packing_of(examples, processor, batches, batch_size, batch_size, packed_over)
+    make = batch_maker(examples, processor, one, batch_size, batch_size, packing)
+    for indices in batches:
+        batch = make(indices)
         yield jax.tree.map(lambda leaf: leaf[0], batch.arrays)
 
 
@@ -162,12 +216,21 @@ def batch_maker(
     lengths: Lengths,
     batch_size: int,
     micro_batch_size: int,
+    packing: Packing | None = None,
 ) -> Callable[[list[int]], HostBatch]:
-    """Makes batches of the examples with given indices, at most `batch_size` of them."""
-    processes, process = jax.process_count(), jax.process_index()
+    """Makes batches of the examples with given indices, at most `batch_size` of them.
+
+    Args:
+      examples: of the run.
+      processor: makes the pixels.
+      lengths: bucket sizes.
+      batch_size, micro_batch_size: examples, over all devices.
+      packing: how examples of one context are packed; None pads prompts and responses.
+    """
+    if packing is not None:
+        return functools.partial(_make_packed, examples, processor, packing, _sizes(examples))
     records = [record for example in examples for record in example.rows]
     num_responses = max(len(record.responses) for record in records)
-    contexts = len(examples[0].contexts)
     shown = any(record.shows_later for record in records)
 
     def make(indices: list[int]) -> HostBatch:
@@ -175,9 +238,11 @@ def batch_maker(
         records = [record for example in chosen for record in example.rows]
         prompt = max(len(record.prompt_ids) for record in records)
         response = max(len(r.ids) for record in records for r in record.responses)
-        micro_batches = []
+        processes, process = jax.process_count(), jax.process_index()
+        rows = micro_batch_size // processes
+        contexts = len(examples[0].contexts)
+        micro_batches, computed = [], 0
         for start in range(0, batch_size, micro_batch_size):
-            rows = micro_batch_size // processes
             first = start + process * rows
             own = chosen[first : first + rows]
             prompts = pad_batch(
@@ -190,29 +255,104 @@ def batch_maker(
                 num_slots=max(record.num_slots for record in records),
                 shown=shown,
             )
-            size = prompts.response_ids.shape[1:]
-            reference = {
-                name: np.concatenate(
-                    _pad([e.reference[name] for e in own], (rows, contexts, *size)[: like.ndim + 1])
-                )
-                for name, like in examples[0].reference.items()
-            }
-            fields = {
-                name: _pad([e.fields[name] for e in own], (rows, *size)[: like.ndim + 1])
-                for name, like in examples[0].fields.items()
-            }
-            # NumPy here, jax.Array on the mesh, as in `pad_batch`.
-            arrays: dict[str, Any] = {"reference": reference, "fields": fields}
-            micro_batches.append(TrainBatch(prompts, **arrays))
-        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *micro_batches)
-        return HostBatch(stacked, tuple(example.id for example in chosen))
+            computed += processes * (prompts.prompt_ids.size + prompts.response_ids.size)
+            places = dict(enumerate(own))
+            micro_batches.append(_with_fields(prompts, places, rows, examples[0]))
+        tokens = sum(Size.of(record).tokens for record in records)
+        return _stacked(micro_batches, chosen, tokens / computed)
 
     return make
 
 
-def _pad(values: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-    """float32[shape]: the values one after another, and zeros beyond them."""
+def _make_packed(
+    examples: Sequence[Example],
+    processor: Processor,
+    packing: Packing,
+    sizes: Sequence[Size],
+    indices: list[int],
+) -> HostBatch:
+    """A batch of the examples with the given indices, see `batch_maker`."""
+    numbers = [int(index) for index in indices]
+    filled = packing.fill(numbers, sizes)
+    shape = packing.shape(filled, sizes)
+    processes, process = jax.process_count(), jax.process_index()
+    own = slice(*(shape.groups * part // processes for part in (process, process + 1)))
+    records = _Rows(examples)
+    micro_batches = []
+    for groups in filled:
+        prompts = pack_batch(records, groups[own], processor, shape)
+        places = {
+            group * shape.records + place: examples[number]
+            for group, rows in enumerate(groups[own])
+            for place, number in enumerate(itertools.chain.from_iterable(rows))
+        }
+        micro_batches.append(_with_fields(prompts, places, len(prompts.weights), examples[0]))
+    tokens = sum(sizes[number].tokens for number in numbers)
+    chosen = [examples[number] for number in numbers]
+    return _stacked(micro_batches, chosen, tokens / (packing.micro_batches * shape.computed))
+
+
+class _Rows(Sequence[TokenizedRecord]):
+    """The main contexts of examples."""
+
+    def __init__(self, examples: Sequence[Example]):
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self.examples[number].contexts[0]
+
+
+def _sizes(examples: Sequence[Example]) -> list[Size]:
+    """What the main contexts of examples take."""
+    return [Size.of(record) for record in _Rows(examples)]
+
+
+def _with_fields(
+    prompts: Batch | PackedBatch, places: Mapping[int, Example], count: int, like: Example
+) -> TrainBatch:
+    """A micro-batch.
+
+    Args:
+      prompts: of it.
+      places: the examples by their places.
+      count: places in all, N.
+      like: any example of the run.
+    """
+    contexts, size = len(like.contexts), prompts.loss_mask.shape[1:]
+    reference = {
+        name: _placed(
+            {place: example.reference[name] for place, example in places.items()},
+            (count, contexts, *size)[: value.ndim + 1],
+        ).reshape(count * contexts, *size[: value.ndim - 1])
+        for name, value in like.reference.items()
+    }
+    fields = {
+        name: _placed(
+            {place: example.fields[name] for place, example in places.items()},
+            (count, *size)[: value.ndim + 1],
+        )
+        for name, value in like.fields.items()
+    }
+    # NumPy here, jax.Array on the mesh, as in `pad_batch`.
+    arrays: dict[str, Any] = {"reference": reference, "fields": fields}
+    return TrainBatch(prompts, **arrays)
+
+
+def _stacked(
+    micro_batches: Sequence[TrainBatch], examples: Sequence[Example], useful: float
+) -> HostBatch:
+    """What a step consumes, of micro-batches of one shape."""
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *micro_batches)
+    ids = tuple(example.id for example in examples)
+    return HostBatch(stacked, ids, {USEFUL_SHARE: useful})
+
+
+def _placed(values: Mapping[int, np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """float32[shape]: the values in their places of the first axis, and zeros beyond them."""
     padded = np.zeros(shape, np.float32)
-    for row, value in zip(padded, values, strict=False):
-        row[tuple(slice(length) for length in value.shape)] = value
+    for place, value in values.items():
+        padded[place][tuple(slice(length) for length in value.shape)] = value
     return padded

@@ -27,6 +27,7 @@ from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.models.attention import is_packed
 from mmpo_jax.models.layout import pad_size
+from mmpo_jax.models.model import Model
 from mmpo_jax.parallel.mesh import batch_shards
 
 SHORTEST = 256
@@ -117,9 +118,7 @@ def plan_responses(
     """
     shards, processor = batch_shards(mesh), checkpoint.processor
     part_size = part_size or max(1, len(records))
-    with jax.set_mesh(mesh):
-        packed = is_packed(checkpoint.model.attention)
-    if packed:
+    if packed_over(checkpoint.model, mesh) is not None:
         return plan_packed(records, processor, shards, batch_size, part_size)
     rows = -(-batch_size // shards) * shards
     parts = []
@@ -128,6 +127,12 @@ def plan_responses(
         batches = plan_padded(part, processor, lengths, rows=rows)
         parts.append([batch.moved(start) for batch in batches])
     return parts
+
+
+def packed_over(model: Model, mesh: Mesh) -> int | None:
+    """Over how many devices batches of a model are packed; None where they are padded."""
+    with jax.set_mesh(mesh):
+        return batch_shards(mesh) if is_packed(model.attention) else None
 
 
 def plan_packed(

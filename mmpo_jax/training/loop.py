@@ -33,6 +33,7 @@ from mmpo_jax.data.pipeline import (
     seen_rows,
     training_batches,
 )
+from mmpo_jax.inference.plan import packed_over
 from mmpo_jax.models.lora import add_adapters, targeted_layers
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.parallel.mesh import batch_shards, put_batch
@@ -140,7 +141,14 @@ def train(
             activity.start_at(step)
             validation = None
             if held is not None:
-                make = functools.partial(held_out_batches, held.examples, processor, lengths, micro)
+                make = functools.partial(
+                    held_out_batches,
+                    held.examples,
+                    processor,
+                    lengths,
+                    micro,
+                    packed_over(model, mesh),
+                )
                 # In its own contexts: some row may have more than any that is trained on.
                 measured = make_loss(model, recipe_terms(config), held.examples[0].names)
                 validation = Validator(
@@ -226,6 +234,7 @@ def make_batches(
         micro_batch_size=micro,
         parts=data.mixture,
         workers=config.workers,
+        packed_over=packed_over(start.model, mesh),
     )
     return FromData(batches)
 

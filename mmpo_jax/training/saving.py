@@ -22,6 +22,7 @@ from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.pipeline import Example, held_out_batches
+from mmpo_jax.inference.plan import packed_over
 from mmpo_jax.models.lora import Lora
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.parallel.mesh import param_shardings
@@ -248,6 +249,8 @@ def measure_weights(
     micro = micro_batch_size(training, mesh)
     with jax.set_mesh(mesh):
         forward = make_forward(loss, jnp.dtype(training.compute_dtype))
-        batches = held_out_batches(chosen, start.processor, lengths, micro)
+        batches = held_out_batches(
+            chosen, start.processor, lengths, micro, packed_over(start.model, mesh)
+        )
         values = measure_batches(forward, jax.jit(loss.sums), loss, batches, state, mesh)
     return len(chosen), values

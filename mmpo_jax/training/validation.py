@@ -174,9 +174,9 @@ def make_forward(loss: Loss, compute_dtype: Any) -> Callable[[TrainState, TrainB
 
 def _without_prompts(batch: TrainBatch) -> TrainBatch:
     """What a loss reads beside the outputs."""
-    kept: dict[str, Any] = {field.name: None for field in dataclasses.fields(Batch)}
-    kept |= {"loss_mask": batch.prompts.loss_mask, "weights": batch.prompts.weights}
-    return dataclasses.replace(batch, prompts=Batch(**kept))
+    rest: dict[str, Any] = {field.name: None for field in dataclasses.fields(Batch)}
+    rest |= {"loss_mask": batch.prompts.loss_mask, "weights": batch.prompts.weights}
+    return dataclasses.replace(batch, prompts=Batch(**rest))
 
 
 def hold_out(

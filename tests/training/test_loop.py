@@ -132,7 +132,8 @@ def test_metrics_and_events(undisturbed):
     folder, _ = undisturbed
     rows = read_metrics(folder / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    assert all(row.keys() - {"step"} == TRL_NAMES for row in rows)
+    assert all(row.keys() - {"step", "useful_tokens"} == TRL_NAMES for row in rows)
+    assert all(0 < row["useful_tokens"] <= 1 for row in rows)
     assert all(math.isfinite(value) for row in rows for value in row.values())
     (events,) = (folder / "tensorboard").iterdir()
     assert events.name.startswith("events.out.tfevents.")
