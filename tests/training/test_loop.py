@@ -138,7 +138,7 @@ def test_metrics_and_events(undisturbed):
     (events,) = (folder / "tensorboard").iterdir()
     assert events.name.startswith("events.out.tfevents.")
     scalars = list(read_scalars(events))
-    assert {name for _, name, _ in scalars} == TRL_NAMES
+    assert {name for _, name, _ in scalars} == {*TRL_NAMES, "useful_tokens"}
     logged = {(step, name): value for step, name, value in scalars}
     for row in rows:
         for name in TRL_NAMES:
