@@ -223,5 +223,10 @@ def test_ctrl_c_that_python_ignores_comes_again(generation, mmpo, monkeypatch):
         time.sleep(20)
 
     monkeypatch.setattr(generate, "main", main)
-    status, _, told = mmpo("generate", generation)
+    # A shell's background jobs begin with Ctrl-C ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        status, _, told = mmpo("generate", generation)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert status == 130 and "goes on from what is finished" in told
