@@ -19,8 +19,11 @@ os.environ["XLA_FLAGS"] = " ".join(
 import hypothesis
 import jax
 import pytest
+from helpers import shapes
 
 from mmpo_jax.core.files import cache_folder
+
+shapes.install()
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update(

@@ -6,6 +6,7 @@ r is a response's log-ratio of policy and reference, w the chosen response and l
 from __future__ import annotations
 
 import jax
+from jaxtyping import Array, Float
 
 from mmpo_jax.objectives.pairs import Side, pairwise
 from mmpo_jax.objectives.preference import logistic
@@ -13,7 +14,7 @@ from mmpo_jax.objectives.registry import Positive
 
 
 @pairwise("reference")
-def nca_pair(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array:
+def nca_pair(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> Float[Array, "N K"]:
     """NCA: -log sigmoid(beta r_w) - 1/2 log sigmoid(-beta r_w) - 1/2 log sigmoid(-beta r_l).
 
     Chen et al. 2024 (arXiv 2402.05369), for preferences. TRL's `nca_pair`.
@@ -23,7 +24,7 @@ def nca_pair(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array
 
 
 @pairwise("reference")
-def bco_pair(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array:
+def bco_pair(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> Float[Array, "N K"]:
     """BCO of pairs: -log sigmoid(beta r_w) - log sigmoid(-beta r_l).
 
     Jung et al. 2024 (arXiv 2404.04656), without its shift: TRL's `bco_pair` in a DPO. The
@@ -33,7 +34,7 @@ def bco_pair(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array
 
 
 @pairwise("reference")
-def apo_zero(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array:
+def apo_zero(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> Float[Array, "N K"]:
     """APO-zero: 1 - sigmoid(beta r_w) + sigmoid(beta r_l).
 
     D'Oosterlinck et al. 2024 (arXiv 2408.06266), eq. 7: for chosen responses better than the
@@ -43,7 +44,7 @@ def apo_zero(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array
 
 
 @pairwise("reference")
-def apo_down(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array:
+def apo_down(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> Float[Array, "N K"]:
     """APO-down: sigmoid(beta r_w) + 1 - sigmoid(beta (r_w - r_l)).
 
     D'Oosterlinck et al. 2024 (arXiv 2408.06266), eq. 8: for chosen responses worse than the
@@ -54,7 +55,7 @@ def apo_down(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array
 
 
 @pairwise("reference")
-def sppo_hard(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array:
+def sppo_hard(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> Float[Array, "N K"]:
     """SPPO with hard labels: (r_w - 1 / (2 beta))^2 + (r_l + 1 / (2 beta))^2.
 
     Wu et al. 2024 (arXiv 2405.00675), eq. 4.7 with P = 1 for the chosen and 0 for the rejected
@@ -64,7 +65,7 @@ def sppo_hard(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Arra
 
 
 @pairwise("reference", "win_rate")
-def sppo(chosen: Side, rejected: Side, *, beta: Positive = 1e-3) -> jax.Array:
+def sppo(chosen: Side, rejected: Side, *, beta: Positive = 1e-3) -> Float[Array, "N K"]:
     """SPPO: 1/2 (r_w - (P_w - 1/2) / beta)^2 + 1/2 (r_l - (P_l - 1/2) / beta)^2.
 
     Wu et al. 2024 (arXiv 2405.00675), eq. 4.7; beta is 1 / eta. P is how likely the response beats
@@ -72,14 +73,14 @@ def sppo(chosen: Side, rejected: Side, *, beta: Positive = 1e-3) -> jax.Array:
     of PairRM's.
     """
 
-    def error(side: Side) -> jax.Array:
+    def error(side: Side) -> Float[Array, "N K"]:
         return 0.5 * (side.ratio - (side.field("win_rate") - 0.5) / beta) ** 2
 
     return error(chosen) + error(rejected)
 
 
 @pairwise("reference")
-def cal_dpo(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array:
+def cal_dpo(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> Float[Array, "N K"]:
     """Cal-DPO: -log sigmoid(r_w - r_l) + (r_w - 1 / (2 beta))^2 + (r_l + 1 / (2 beta))^2.
 
     Xiao et al. 2024 (arXiv 2412.14516): DPO calibrated to rewards of +- 1/2. The first term

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from mmpo_jax.objectives.pairs import Side, pairwise
 from mmpo_jax.objectives.preference import logistic
@@ -18,13 +19,15 @@ SMALLEST_BETA = 1e-3
 """Smallest beta, as the released codes of `beta_dpo` and `mm_dpo_batch` clip it."""
 
 
-def places(values: jax.Array, weights: jax.Array) -> jax.Array:
+def places(values: Float[Array, "N K"], weights: Float[Array, "N K"]) -> Int[Array, "N K"]:
     """int32[N, K]: every pair's place in the ascending order of all, those of weight 0 last."""
     order = jnp.argsort(jnp.where(weights > 0, values, jnp.inf).ravel())
     return jnp.argsort(order).reshape(values.shape)
 
 
-def quantile_gap(first: jax.Array, second: jax.Array, weights: jax.Array) -> jax.Array:
+def quantile_gap(
+    first: Float[Array, "N K"], second: Float[Array, "N K"], weights: Float[Array, "N K"]
+) -> Float[Array, "N K"]:
     """float32[N, K]: `first` less the value of `second` at the same place of its own order."""
     ordered = jnp.sort(jnp.where(weights > 0, second, jnp.inf).ravel())
     gap = first - ordered[places(jax.lax.stop_gradient(first), weights)]
@@ -35,11 +38,11 @@ def quantile_gap(first: jax.Array, second: jax.Array, weights: jax.Array) -> jax
 def aot(
     chosen: Side,
     rejected: Side,
-    weights: jax.Array,
+    weights: Float[Array, "N K"],
     *,
     beta: Positive = 0.1,
     label_smoothing: Smoothing = 0.0,
-) -> jax.Array:
+) -> Float[Array, "N K"]:
     """AOT: as dpo's, of the k-th smallest log p_w - log p_l under the policy less the k-th smallest
     under the reference.
 
@@ -56,11 +59,11 @@ def aot(
 def aot_unpaired(
     chosen: Side,
     rejected: Side,
-    weights: jax.Array,
+    weights: Float[Array, "N K"],
     *,
     beta: Positive = 0.1,
     label_smoothing: Smoothing = 0.0,
-) -> jax.Array:
+) -> Float[Array, "N K"]:
     """AOT unpaired: as dpo's, of the k-th smallest r_w less the k-th smallest r_l.
 
     Melnyk et al. 2024 (arXiv 2406.05882), unpaired variant: stochastic dominance of chosen over
@@ -71,7 +74,12 @@ def aot_unpaired(
     return logistic(beta * gap, label_smoothing)
 
 
-def nearest(values: jax.Array, centre: jax.Array, weights: jax.Array, share: float) -> jax.Array:
+def nearest(
+    values: Float[Array, "N K"],
+    centre: Float[Array, ""],
+    weights: Float[Array, "N K"],
+    share: float,
+) -> Float[Array, "N K"]:
     """float32[N, K]: 1 for the share of the pairs nearest to the centre, one at least, else 0."""
     # The small number keeps 0.8 * 5 at 4.
     count = jnp.maximum(jnp.floor(share * (weights > 0).sum() + 1e-4), 1)
@@ -83,14 +91,14 @@ def nearest(values: jax.Array, centre: jax.Array, weights: jax.Array, share: flo
 def beta_dpo(
     chosen: Side,
     rejected: Side,
-    weights: jax.Array,
+    weights: Float[Array, "N K"],
     state: State,
     *,
     beta: Positive = 0.1,
     alpha: NonNegative = 0.6,
     drop: Share = 0.2,
     momentum: Share = 0.9,
-) -> tuple[jax.Array, State]:
+) -> tuple[Float[Array, "N K"], State]:
     """beta-DPO: the mean over selected pairs of -log sigmoid(b D), b = max(0.001,
     beta (1 + alpha (A - M))), A the mean of the selected D, M the moving mean of D.
 
@@ -115,12 +123,12 @@ def beta_dpo(
 def mm_dpo_batch(
     chosen: Side,
     rejected: Side,
-    weights: jax.Array,
+    weights: Float[Array, "N K"],
     *,
     beta: Positive = 0.1,
     w: NonNegative = 0.1,
     drop: Share = 0.2,
-) -> jax.Array:
+) -> Float[Array, "N K"]:
     """MM-DPO, released code: -log sigmoid(b D), b = max(0.001, beta (1 + w (A - M))), M the mean D
     of the batch, A that of the pairs nearest to M, all but the share drop.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from mmpo_jax.objectives.pairs import Side, pairwise
 from mmpo_jax.objectives.preference import logistic
@@ -22,13 +23,15 @@ def after(side: Side) -> Responses:
     return side.tokens.views["other_image"]
 
 
-def conditional(chosen: Side) -> jax.Array:
+def conditional(chosen: Side) -> Float[Array, "N K"]:
     """r_w - r_w(m): how much more likely the right image makes the chosen response."""
     return chosen.tokens.ratio - after(chosen).ratio
 
 
 @pairwise("reference", image="crop", ld_alpha=False)
-def mdpo(chosen: Side, rejected: Side, *, beta: Positive = 0.1, delta: float = 0.0) -> jax.Array:
+def mdpo(
+    chosen: Side, rejected: Side, *, beta: Positive = 0.1, delta: float = 0.0
+) -> Float[Array, "N K"]:
     """mDPO: l(beta D) + l(beta (r_w - r_w(m))) + l(beta r_w - delta), l(z) = -log sigmoid(z).
 
     Wang et al. 2024 (arXiv 2406.11839); m is a small part of the image, enlarged. The
@@ -40,7 +43,7 @@ def mdpo(chosen: Side, rejected: Side, *, beta: Positive = 0.1, delta: float = 0
 
 
 @pairwise("reference", image="data", ld_alpha=False)
-def re_align(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array:
+def re_align(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> Float[Array, "N K"]:
     """Re-Align's rDPO: -log sigmoid(beta D) - log sigmoid(beta (r_w - r_w(m))).
 
     Xing et al. 2025 (arXiv 2502.13146); m is an image retrieved for being like it. The released
@@ -58,7 +61,7 @@ def chip(
     segments: NonNegative = 1 / 3,
     tokens: NonNegative = 0.1,
     gamma: Positive = 4.0,
-) -> jax.Array:
+) -> Float[Array, "N K"]:
     """CHiP: l(beta (r_w - r_w(m))) + l(beta D) + segments l(beta D') + tokens l(beta (K_w - K_l)).
 
     Fu et al. 2025 (arXiv 2501.16629): l(z) = -log sigmoid(z); D' is D of log-probs per token, where
@@ -82,7 +85,7 @@ def chip_code(
     beta: Positive = 0.1,
     tokens: NonNegative = 0.1,
     gamma: Positive = 4.0,
-) -> jax.Array:
+) -> Float[Array, "N K"]:
     """CHiP's code: -log sigmoid(beta (D + r_w - r_w(m) - tokens (K_l - K_w))).
 
     As released with arXiv 2501.16629 (LVUGAI/CHiP): one sigmoid; in every log-prob changed segments
@@ -101,7 +104,7 @@ def chip_code(
 @pairwise("reference", image="blank", ld_alpha=False)
 def vdpo(
     chosen: Side, rejected: Side, *, beta: Positive = 0.1, gamma: NonNegative = 0.75
-) -> jax.Array:
+) -> Float[Array, "N K"]:
     """V-DPO: -log sigmoid(beta (f_w - f_l)), f = gamma log pi + (1 - gamma) log pi(m) - log ref.
 
     Xie et al. 2024 (arXiv 2411.02712); m is no image, here a uniform one, and log pi(m) has no
@@ -109,7 +112,7 @@ def vdpo(
     gamma of 0 leaves no gradient at all.
     """
 
-    def guided(side: Side) -> jax.Array:
+    def guided(side: Side) -> Float[Array, "N K"]:
         blind = jax.lax.stop_gradient(after(side).total)
         return gamma * side.total + (1 - gamma) * blind - side.reference
 
@@ -117,7 +120,7 @@ def vdpo(
 
 
 @pairwise("reference_model", "own", image="noise", ld_alpha=False)
-def povid(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array:
+def povid(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> Float[Array, "N K"]:
     """POVID, stage 2: -1/2 log sigmoid(beta D) - 1/2 log sigmoid(beta (r_w - r_o)).
 
     Zhou et al. 2024 (arXiv 2402.11411) as released: o are the tokens most probable after the noisy
@@ -131,7 +134,7 @@ def povid(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array:
 
 
 @pairwise("reference_model", "logit", image="noise", ld_alpha=False)
-def tpo_visual(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array:
+def tpo_visual(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> Float[Array, "N K"]:
     """Visual TPO: DPO of sum_t log(p_t c_t), c = 1/2 + sigmoid(s) of w and 3/2 - sigmoid(s) of l.
 
     Gu et al. 2024 (arXiv 2412.14487): s is a token's logit after the image less that after the
@@ -139,7 +142,7 @@ def tpo_visual(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Arr
     code.
     """
 
-    def anchored(side: Side, sign: int) -> jax.Array:
+    def anchored(side: Side, sign: int) -> Float[Array, "N K"]:
         clean, noisy = side.tokens.statistics, after(side).statistics
         ratio = side.tokens.token_ratios
         for name, direction in (("logit", 1), ("reference_logit", -1)):

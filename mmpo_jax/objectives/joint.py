@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import jax
+from jaxtyping import Array, Float
 
 from mmpo_jax.objectives.pairs import Side, pairwise
 from mmpo_jax.objectives.preference import logistic
@@ -10,7 +10,7 @@ from mmpo_jax.objectives.registry import Positive
 
 
 @pairwise("reference", options={"joint": (bool, True)})
-def jpo(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array:
+def jpo(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> Float[Array, "N K"]:
     """JPO: -log sigmoid(beta D) of log pi(x, y), where each side has a prompt x of its own.
 
     Bansal et al. 2024 (DOVE, arXiv 2404.00530): preferences over pairs of instruction and response.

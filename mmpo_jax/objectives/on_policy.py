@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from mmpo_jax.objectives.registry import Count, NonNegative, Objective, Share, State, register
 from mmpo_jax.objectives.responses import Responses
@@ -25,12 +26,12 @@ EXPONENT_LIMIT = 40.0
 
 
 def advantages(
-    rewards: jax.Array,
+    rewards: Float[Array, "N S K"],
     weights: Sequence[float],
     *,
     scale: Scale = "group",
     aggregation: Aggregation = "sum_then_normalize",
-) -> jax.Array:
+) -> Float[Array, "N S"]:
     """How much better a response was rewarded than the others.
 
     `sum_then_normalize`: A = (r - mean of the group) / (std + 1e-4), r being the weighted sum of
@@ -60,7 +61,7 @@ def advantages(
     return centred / (_std(total, axis=None if scale == "batch" else 1) + STD_FLOOR)
 
 
-def _centred(values: jax.Array, axis: int | None) -> jax.Array:
+def _centred(values: Float[Array, "*d"], axis: int | None) -> Float[Array, "*d"]:
     return values - values.mean(axis=axis, keepdims=True)
 
 
@@ -82,7 +83,7 @@ def grpo(
     ratio: Ratio = "token",
     normalization: Normalization = "dapo",
     max_tokens: Count | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "N S"], Float[Array, "N S"]]:
     """GRPO: -min(w A, clip(w, 1 - e_low, 1 + e_high) A) + beta w (e^(ref - p) - (ref - p) - 1).
 
     Shao et al. 2024 (arXiv 2402.03300), eq. 3; w = pi / pi_old of a token, or with `ratio:
@@ -131,7 +132,7 @@ def grpo(
     return loss, responses.length * responses.present
 
 
-def log_weights(responses: Responses, ratio: Ratio) -> jax.Array:
+def log_weights(responses: Responses, ratio: Ratio) -> Float[Array, "N S T"]:
     """float32[N, S, T]: log pi - log pi_old of every token, or their mean over the response."""
     old = responses.fields.get("old_log_probs", responses.log_probs)
     gap = (responses.log_probs - jax.lax.stop_gradient(old)) * responses.mask
@@ -141,7 +142,7 @@ def log_weights(responses: Responses, ratio: Ratio) -> jax.Array:
     return jnp.minimum(gap, EXPONENT_LIMIT)
 
 
-def kl_estimate(responses: Responses, ratio: Ratio, bias_corrected: bool) -> jax.Array:
+def kl_estimate(responses: Responses, ratio: Ratio, bias_corrected: bool) -> Float[Array, "N S T"]:
     """float32[N, S, T]: an unbiased estimate of KL(policy || reference) that is never negative.
 
     "k3" of Schulman 2020, "Approximating KL divergence": e^d - d - 1, d = log ref - log p; times
@@ -153,7 +154,7 @@ def kl_estimate(responses: Responses, ratio: Ratio, bias_corrected: bool) -> jax
 
 
 def _metrics(
-    responses: Responses, weights: jax.Array, options: Mapping[str, Any]
+    responses: Responses, weights: Float[Array, " N"], options: Mapping[str, Any]
 ) -> dict[str, WeightedSum]:
     """Metrics under TRL's names: `clip_ratio/...` is the share of tokens that the clipping holds
     back, or of responses where they have one ratio each."""
@@ -175,13 +176,13 @@ def _metrics(
     return metrics
 
 
-def _each(responses: Responses, weights: jax.Array) -> jax.Array:
+def _each(responses: Responses, weights: Float[Array, " N"]) -> Float[Array, "N S"]:
     """float32[N, S]: the weight of every response."""
     return weights[:, None] * responses.present
 
 
 def _apply(
-    responses: Responses, weights: jax.Array, state: State, options: Mapping[str, Any]
+    responses: Responses, weights: Float[Array, " N"], state: State, options: Mapping[str, Any]
 ) -> tuple[Sums, State]:
     loss, weight = grpo(responses, **options)
     rows = weights[:, None]

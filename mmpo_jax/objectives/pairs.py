@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from mmpo_jax.objectives.registry import (
     DiffusionStep,
@@ -38,21 +39,21 @@ class Side:
     """The chosen or the rejected responses of K pairs of N records; arrays are float32[N, K]."""
 
     tokens: Responses
-    total: jax.Array
+    total: Float[Array, "N K"]
     """Log-prob under the policy."""
-    reference: jax.Array
+    reference: Float[Array, "N K"]
     """Log-prob under the reference; 0 for objectives without one."""
-    length: jax.Array
+    length: Float[Array, "N K"]
     """Tokens that count."""
-    ratio: jax.Array
+    ratio: Float[Array, "N K"]
     """Log-ratio of policy and reference, or f' of the ratio where a divergence is chosen."""
 
     @property
-    def average(self) -> jax.Array:
+    def average(self) -> Float[Array, "N K"]:
         """Log-prob per token."""
         return self.total / self.length
 
-    def field(self, name: str) -> jax.Array:
+    def field(self, name: str) -> Float[Array, "N K *T"]:
         """What the data say; never has a gradient."""
         return jax.lax.stop_gradient(self.tokens.fields[name])
 
@@ -108,7 +109,10 @@ def pairwise(
             shared |= {"image": (OtherImageKind, image), "noise_step": (DiffusionStep, 500)}
 
         def apply(
-            responses: Responses, weights: jax.Array, old_state: State, given: Mapping[str, Any]
+            responses: Responses,
+            weights: Float[Array, " N"],
+            old_state: State,
+            given: Mapping[str, Any],
         ) -> tuple[Sums, State]:
             own = {name: value for name, value in given.items() if name not in shared}
             first, second, counted = all_pairs(responses, weights)
@@ -150,7 +154,9 @@ def pairwise(
     return decorate
 
 
-def all_pairs(responses: Responses, weights: jax.Array) -> tuple[Responses, Responses, jax.Array]:
+def all_pairs(
+    responses: Responses, weights: Float[Array, " N"]
+) -> tuple[Responses, Responses, Float[Array, "N K"]]:
     """Every two responses of a row, the better one first.
 
     Args:
@@ -169,14 +175,16 @@ def all_pairs(responses: Responses, weights: jax.Array) -> tuple[Responses, Resp
     return responses.take(better), responses.take(worse), counted
 
 
-def _slots(count: int) -> tuple[jax.Array, jax.Array]:
+def _slots(count: int) -> tuple[Int[Array, " K"], Int[Array, " K"]]:
     """Every two of S places, int32[K] each; with one response, that one against itself, a tie."""
     places = list(itertools.combinations(range(count), 2)) or [(0, 0)]
     first, second = (jnp.array(column) for column in zip(*places, strict=True))
     return first, second
 
 
-def gold_of_pairs(responses: Responses, counted: jax.Array) -> tuple[Responses, jax.Array]:
+def gold_of_pairs(
+    responses: Responses, counted: Float[Array, "N K"]
+) -> tuple[Responses, Float[Array, "N K"]]:
     """The row's gold response for each of its pairs, [N, K], and the weights of the pairs without
     it."""
     gold = responses.fields["gold"]
@@ -206,7 +214,10 @@ def sides(
 
 
 def _side(
-    tokens: Responses, share: jax.Array | None, reference: bool, options: Mapping[str, Any]
+    tokens: Responses,
+    share: Float[Array, "N K T"] | None,
+    reference: bool,
+    options: Mapping[str, Any],
 ) -> Side:
     total, sums = tokens.total, tokens.reference
     if share is not None:
@@ -222,7 +233,7 @@ def _side(
     return Side(tokens, total, sums, tokens.length, ratio)
 
 
-def divergence(ratio: jax.Array, kind: Divergence, alpha: float) -> jax.Array:
+def divergence(ratio: Float[Array, "N K"], kind: Divergence, alpha: float) -> Float[Array, "N K"]:
     """f' of the ratio u = pi / ref, up to a constant for reverse KL, from its logarithm.
 
     Wang et al. 2023 (arXiv 2309.16240); constants as TRL 1.16 has them, so that all are 0 at u = 1:
@@ -240,7 +251,7 @@ def divergence(ratio: jax.Array, kind: Divergence, alpha: float) -> jax.Array:
     return ratio
 
 
-def confidence(responses: Responses) -> jax.Array:
+def confidence(responses: Responses) -> Float[Array, "N K"]:
     """WPO's weight exp(mean_t(log p_t - log sum_v p_v^2)), without gradient.
 
     Zhou et al. 2024 (arXiv 2406.11827), eq. 5, aligned to the sampled distribution.
@@ -250,7 +261,7 @@ def confidence(responses: Responses) -> jax.Array:
 
 
 def pair_metrics(
-    chosen: Side, rejected: Side, beta: float, weights: jax.Array, averages: bool = False
+    chosen: Side, rejected: Side, beta: float, weights: Float[Array, "N K"], averages: bool = False
 ) -> dict[str, WeightedSum]:
     """TRL's names: rewards are beta times the plain log-ratio whatever the loss, per token
     with `averages`; log-probs are sums."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from mmpo_jax.objectives.pairs import EXPONENT_LIMIT, Side, pairwise
 from mmpo_jax.objectives.registry import NonNegative, Positive, PositiveSmoothing, Smoothing
@@ -19,13 +20,15 @@ SQUARE_LIMIT = 1e15
 near it."""
 
 
-def logistic(z: jax.Array, smoothing: float | jax.Array = 0.0) -> jax.Array:
+def logistic(
+    z: Float[Array, "*d"], smoothing: float | Float[Array, "*#d"] = 0.0
+) -> Float[Array, "*d"]:
     """-(1 - e) log sigmoid(z) - e log sigmoid(-z)."""
     loss = -(1 - smoothing) * jax.nn.log_sigmoid(z)
     return loss - smoothing * jax.nn.log_sigmoid(-z)
 
 
-def nll(side: Side) -> jax.Array:
+def nll(side: Side) -> Float[Array, "N K"]:
     """Negative log-likelihood per token of every response, whatever `ld_alpha` says."""
     return -side.tokens.average
 
@@ -33,7 +36,7 @@ def nll(side: Side) -> jax.Array:
 @pairwise("reference", divergences=True)
 def dpo(
     chosen: Side, rejected: Side, *, beta: Positive = 0.1, label_smoothing: Smoothing = 0.0
-) -> jax.Array:
+) -> Float[Array, "N K"]:
     """DPO: -(1 - e) log sigmoid(beta D) - e log sigmoid(-beta D), e = label_smoothing.
 
     Rafailov et al. 2023 (arXiv 2305.18290), eq. 7; e > 0 is Mitchell's conservative cDPO, the share
@@ -56,7 +59,7 @@ def selm(
     *,
     beta: Positive = 0.01,
     alpha: NonNegative = 1e-3,
-) -> jax.Array:
+) -> Float[Array, "N K"]:
     """SELM: -log sigmoid(beta D) + alpha beta r_gold.
 
     Zhang et al. 2024 (arXiv 2405.19332): optimism, which makes room for responses beyond those of
@@ -67,7 +70,7 @@ def selm(
 
 
 @pairwise("reference", divergences=True)
-def sigmoid_norm(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array:
+def sigmoid_norm(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> Float[Array, "N K"]:
     """Length-normalised DPO: -log sigmoid(beta (r_w / |w| - r_l / |l|)).
 
     Lambert et al. 2024, Tulu 3 (arXiv 2411.15124), there with beta 5. TRL's `sigmoid_norm`.
@@ -78,7 +81,7 @@ def sigmoid_norm(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.A
 @pairwise("reference", divergences=True)
 def robust(
     chosen: Side, rejected: Side, *, beta: Positive = 0.1, label_smoothing: Smoothing = 0.1
-) -> jax.Array:
+) -> Float[Array, "N K"]:
     """Robust DPO: (-(1 - e) log sigmoid(beta D) + e log sigmoid(-beta D)) / (1 - 2 e).
 
     Chowdhury et al. 2024 (arXiv 2403.00409): unbiased where a share e = label_smoothing of
@@ -90,7 +93,7 @@ def robust(
 
 
 @pairwise("reference", divergences=True)
-def hinge(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array:
+def hinge(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> Float[Array, "N K"]:
     """Hinge: max(0, 1 - beta D).
 
     Liu et al. 2023, RSO (arXiv 2309.06657): SLiC's loss on DPO's margin. TRL's `hinge`; see
@@ -102,7 +105,7 @@ def hinge(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array:
 @pairwise()
 def slic(
     chosen: Side, rejected: Side, *, delta: Positive = 1.0, sft_weight: NonNegative = 0.1
-) -> jax.Array:
+) -> Float[Array, "N K"]:
     """SLiC-HF: max(0, delta - log p_w + log p_l) - sft_weight log p_w.
 
     Zhao et al. 2023 (arXiv 2305.10425), with the chosen response as what is regularised to;
@@ -114,7 +117,7 @@ def slic(
 @pairwise("reference", divergences=True)
 def ipo(
     chosen: Side, rejected: Side, *, beta: Positive = 0.1, length_average: bool = True
-) -> jax.Array:
+) -> Float[Array, "N K"]:
     """IPO: (r_w / |w| - r_l / |l| - 1 / (2 beta))^2; without length_average (D - 1 / (2 beta))^2.
 
     Azar et al. 2023 (arXiv 2310.12036), eq. 17, where beta is tau and log-ratios are sums. Averages
@@ -134,7 +137,7 @@ def exo_pair(
     *,
     beta: Positive = 0.1,
     label_smoothing: PositiveSmoothing = 1e-3,
-) -> jax.Array:
+) -> Float[Array, "N K"]:
     """EXO: KL((q, 1 - q) || (1 - e, e)), q = sigmoid(beta D), e = label_smoothing.
 
     Ji et al. 2024 (arXiv 2402.00856), eq. 16 for two responses: the reverse of DPO's direction. e
@@ -149,7 +152,7 @@ def exo_pair(
 @pairwise("reference", divergences=True)
 def discopop(
     chosen: Side, rejected: Side, *, beta: Positive = 0.1, tau: Positive = 0.05
-) -> jax.Array:
+) -> Float[Array, "N K"]:
     """DiscoPOP: -(1 - m) log sigmoid(z) + m e^-z, z = beta D, m = sigmoid(z / tau).
 
     Lu et al. 2024 (arXiv 2406.08414), eq. 5, the log-ratio modulated loss. TRL's `discopop`, with
@@ -163,7 +166,7 @@ def discopop(
 @pairwise("reference")
 def dpop(
     chosen: Side, rejected: Side, *, beta: Positive = 0.3, penalty: NonNegative = 50.0
-) -> jax.Array:
+) -> Float[Array, "N K"]:
     """DPO-Positive: -log sigmoid(beta (D - penalty max(0, -r_w))).
 
     Pal et al. 2024, Smaug (arXiv 2402.13228), where the penalty is lambda: a chosen response
@@ -176,7 +179,7 @@ def dpop(
 @pairwise("reference")
 def r_dpo(
     chosen: Side, rejected: Side, *, beta: Positive = 0.1, alpha: NonNegative = 0.01
-) -> jax.Array:
+) -> Float[Array, "N K"]:
     """R-DPO: -log sigmoid(beta D + alpha (|w| - |l|)).
 
     Park et al. 2024 (arXiv 2403.19159): the optimum of a reward less alpha per token, so that
@@ -189,7 +192,7 @@ def r_dpo(
 @pairwise("reference")
 def rpo(
     chosen: Side, rejected: Side, *, beta: Positive = 0.1, sft_weight: NonNegative = 1.0
-) -> jax.Array:
+) -> Float[Array, "N K"]:
     """RPO: -log sigmoid(beta D) - sft_weight log p_w / |w|.
 
     Pang et al. 2024, Iterative RPO (arXiv 2404.19733), eq. 1, alpha 1: averages over the tokens of

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from mmpo_jax.objectives.pairs import all_pairs, pair_metrics, sides
 from mmpo_jax.objectives.registry import Objective, Positive, State, register
@@ -28,7 +29,10 @@ def listwise(*needs: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         reference = any(need.startswith("reference") for need in needs)
 
         def apply(
-            responses: Responses, weights: jax.Array, state: State, options: Mapping[str, Any]
+            responses: Responses,
+            weights: Float[Array, " N"],
+            state: State,
+            options: Mapping[str, Any],
         ) -> tuple[Sums, State]:
             ordered = worse_ones(responses).any(axis=(1, 2))
             loss = weighted(function(responses, **options), weights * ordered)
@@ -53,7 +57,7 @@ def listwise(*needs: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return decorate
 
 
-def worse_ones(responses: Responses) -> jax.Array:
+def worse_ones(responses: Responses) -> Bool[Array, "N S S"]:
     """bool[N, S, S]: whether the second response is there and worse than the first, which is."""
     rank, present = responses.fields["rank"], responses.present > 0
     both = present[:, :, None] & present[:, None, :]
@@ -61,7 +65,7 @@ def worse_ones(responses: Responses) -> jax.Array:
 
 
 @listwise("reference")
-def plackett_luce(responses: Responses, *, beta: Positive = 0.1) -> jax.Array:
+def plackett_luce(responses: Responses, *, beta: Positive = 0.1) -> Float[Array, " N"]:
     """Plackett-Luce: sum_i log(1 + sum_(j worse than i) exp(beta r_j - beta r_i)).
 
     Rafailov et al. 2023 (arXiv 2305.18290), eq. 20: the negative log-likelihood of the ranking if

@@ -6,8 +6,8 @@ the rejected one. o = a - log(1 - e^a) are the log-odds of a response.
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from mmpo_jax.objectives.pairs import EXPONENT_LIMIT, Side, pairwise
 from mmpo_jax.objectives.preference import logistic, nll
@@ -17,7 +17,7 @@ SMALLEST = 1e-6
 """Smallest -a in log(1 - e^a): no odds are above a million."""
 
 
-def log1mexp(x: jax.Array) -> jax.Array:
+def log1mexp(x: Float[Array, "*d"]) -> Float[Array, "*d"]:
     """log(1 - e^x) for x < 0, exact for small and for large -x; above -SMALLEST as there."""
     x = jnp.minimum(x, -SMALLEST)
     # Each branch sees only what it can take, or its gradient of the other's would be NaN.
@@ -26,7 +26,7 @@ def log1mexp(x: jax.Array) -> jax.Array:
     return jnp.where(x > -jnp.log(2.0), jnp.log(-jnp.expm1(near)), jnp.log1p(-jnp.exp(far)))
 
 
-def log_odds(side: Side) -> jax.Array:
+def log_odds(side: Side) -> Float[Array, "N K"]:
     """o of every response."""
     return side.average - log1mexp(side.average)
 
@@ -34,7 +34,7 @@ def log_odds(side: Side) -> jax.Array:
 @pairwise(averages=True)
 def simpo(
     chosen: Side, rejected: Side, *, beta: Positive = 2.0, gamma: NonNegative = 1.0
-) -> jax.Array:
+) -> Float[Array, "N K"]:
     """SimPO: -log sigmoid(beta (a_w - a_l) - gamma).
 
     Meng et al. 2024 (arXiv 2405.14734), eq. 6; beta 2 to 10, gamma / beta 0.3 to 0.5, which SimPO's
@@ -47,7 +47,7 @@ def simpo(
 @pairwise()
 def cpo(
     chosen: Side, rejected: Side, *, beta: Positive = 0.1, sft_weight: NonNegative = 1.0
-) -> jax.Array:
+) -> Float[Array, "N K"]:
     """CPO: -log sigmoid(beta (log p_w - log p_l)) - sft_weight a_w.
 
     Xu et al. 2024 (arXiv 2401.08417). TRL's `cpo_alpha` weighs the mean over the tokens of
@@ -57,7 +57,7 @@ def cpo(
 
 
 @pairwise(averages=True)
-def orpo(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array:
+def orpo(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> Float[Array, "N K"]:
     """ORPO: -a_w - beta log sigmoid(o_w - o_l).
 
     Hong et al. 2024 (arXiv 2403.07691), eq. 6 and 7, where beta is lambda. TRL's first term is the
@@ -67,7 +67,7 @@ def orpo(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array:
 
 
 @pairwise(averages=True)
-def asft(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array:
+def asft(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> Float[Array, "N K"]:
     """ASFT: -a_w - beta log sigmoid(o_w) - beta log sigmoid(-o_l).
 
     Wang et al. 2024, Aligned Supervised Fine-Tuning (arXiv 2409.10571), as Gorbatovski et al. 2025
@@ -86,14 +86,14 @@ def alphapo(
     beta: Positive = 2.5,
     gamma: NonNegative = 0.25,
     alpha: float = 0.25,
-) -> jax.Array:
+) -> Float[Array, "N K"]:
     """AlphaPO: -log sigmoid(beta (q_w - q_l) - gamma), q = (1 - e^(-alpha a)) / alpha.
 
     Gupta et al. 2025 (arXiv 2501.03884): SimPO, which it is at alpha 0, with a reward whose
     shape alpha bends. TRL's CPO trainer calls it `alphapo`, with `alpha`.
     """
 
-    def reward(side: Side) -> jax.Array:
+    def reward(side: Side) -> Float[Array, "N K"]:
         if alpha == 0:
             return side.average
         return (1 - jnp.exp(jnp.minimum(-alpha * side.average, EXPONENT_LIMIT))) / alpha
@@ -111,7 +111,7 @@ def triple_po(
     gamma: NonNegative = 0.0,
     sft_weight: NonNegative = 1.0,
     length_average: bool = False,
-) -> jax.Array:
+) -> Float[Array, "N K"]:
     """Triple-PO: -log sigmoid(beta (log p_w - log p_l) - gamma) - sft_weight a_gold.
 
     Saeidi et al. 2024 (arXiv 2405.16681): the row's best response is gold, and the pairs are

@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-import jax
+from jaxtyping import Array, Float
 from pydantic import Field
 
 from mmpo_jax.core.sections import keyword_options
@@ -88,7 +88,7 @@ HEADS = {
 }
 """What models may have beside their language-model head; none has one yet."""
 
-State = dict[str, jax.Array]
+State = dict[str, Float[Array, ""]]
 """name -> float32[]: what an objective keeps from step to step."""
 
 
@@ -101,7 +101,7 @@ class Objective:
     """What it compares: pairs, rankings, single responses, ..."""
     function: Callable[..., Any]
     """The function that was registered."""
-    apply: Callable[[Responses, jax.Array, State, Mapping[str, Any]], tuple[Sums, State]]
+    apply: Callable[[Responses, Float[Array, " N"], State, Mapping[str, Any]], tuple[Sums, State]]
     """(responses [N, S], weights float32[N], state, options) -> (sums, state)."""
     needs: frozenset[str]
     """Names in `FIELDS`, `STATISTICS`, `REFERENCES`, `VIEWS` and `HEADS`."""
@@ -149,13 +149,13 @@ def register(objective: Objective) -> None:
 def call(
     function: Callable[..., Any],
     responses: Sequence[Any],
-    weights: jax.Array,
+    weights: Float[Array, "*d"],
     state: State,
     options: Mapping[str, Any],
     *,
     coupled: bool,
     stateful: bool,
-) -> tuple[jax.Array, State]:
+) -> tuple[Float[Array, "*d"], State]:
     """(loss, state) of an objective as it is written, whatever it takes and gives.
 
     Args:

@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
 
 
 @jax.tree_util.register_dataclass
@@ -30,41 +31,41 @@ class Responses:
     """name -> the same texts after another prompt or image; see `registry.VIEWS`."""
 
     @property
-    def present(self) -> jax.Array:
+    def present(self) -> Float[Array, "*d"]:
         """float32[...]: 1 where there is a response."""
         return self.mask.any(axis=-1).astype(jnp.float32)
 
     @property
-    def length(self) -> jax.Array:
+    def length(self) -> Float[Array, "*d"]:
         """float32[...]: tokens that count; 1 where there is no response, so that means are 0."""
         return jnp.maximum(self.mask.sum(axis=-1), 1).astype(jnp.float32)
 
     @property
-    def total(self) -> jax.Array:
+    def total(self) -> Float[Array, "*d"]:
         """float32[...]: log-prob under the policy."""
         return (self.log_probs * self.mask).sum(axis=-1)
 
     @property
-    def average(self) -> jax.Array:
+    def average(self) -> Float[Array, "*d"]:
         """float32[...]: `total` per token."""
         return self.total / self.length
 
     @property
-    def ratio(self) -> jax.Array:
+    def ratio(self) -> Float[Array, "*d"]:
         """float32[...]: log-ratio of policy and reference."""
         assert self.reference is not None
         return self.total - self.reference
 
     @property
-    def token_ratios(self) -> jax.Array:
+    def token_ratios(self) -> Float[Array, "*d T"]:
         """float32[..., T]: log-ratio of every token that counts, else 0."""
         assert self.reference_log_probs is not None
         return (self.log_probs - self.reference_log_probs) * self.mask
 
-    def take(self, slots: jax.Array) -> Responses:
+    def take(self, slots: Int[Array, "N K"]) -> Responses:
         """The responses [N, K] at int32[N, K] places of [N, S]."""
 
-        def pick(leaf: jax.Array) -> jax.Array:
+        def pick(leaf: Shaped[Array, "N S *T"]) -> Shaped[Array, "N K *T"]:
             places = slots.reshape(*slots.shape, *[1] * (leaf.ndim - 2))
             return jnp.take_along_axis(leaf, places, axis=1)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
 
 from mmpo_jax.objectives.rankings import worse_ones
 from mmpo_jax.objectives.registry import NonNegative, Objective, State, register
@@ -24,7 +25,7 @@ def bradley_terry(
     margin: NonNegative = 0.0,
     tie_weight: NonNegative = 1.0,
     centring: NonNegative = 0.01,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "N S S"], Float[Array, "N S S"]]:
     """Bradley-Terry: -log sigmoid(R_w - R_l - m (s_w - s_l)) or t (R_w - R_l)^2, + c (R_w + R_l)^2.
 
     Bradley and Terry 1952; m = margin times the difference of scores is Touvron et al. 2023 (arXiv
@@ -55,7 +56,7 @@ def bradley_terry(
     return loss, (ordered | tied).astype(jnp.float32)
 
 
-def final_reward(responses: Responses) -> jax.Array:
+def final_reward(responses: Responses) -> Float[Array, "N S"]:
     """float32[N, S]: what the head says after the last token that counts; 0 without a response."""
     length = responses.mask.shape[-1]
     last = length - 1 - jnp.argmax(responses.mask[..., ::-1], axis=-1)
@@ -64,7 +65,7 @@ def final_reward(responses: Responses) -> jax.Array:
 
 
 def _apply(
-    responses: Responses, weights: jax.Array, state: State, options: Mapping[str, Any]
+    responses: Responses, weights: Float[Array, " N"], state: State, options: Mapping[str, Any]
 ) -> tuple[Sums, State]:
     loss, counted = bradley_terry(responses, **options)
     counted = counted * weights[:, None, None]
@@ -93,7 +94,7 @@ register(
 
 
 @tokenwise(HEAD, "critique")
-def critique(responses: Responses) -> tuple[jax.Array, jax.Array]:
+def critique(responses: Responses) -> tuple[Float[Array, "N S T"], Shaped[Array, "N S T"]]:
     """Critique: -log p per token of a judge's critique of the response.
 
     MM-RLHF's critique-based reward model (arXiv 2502.10391), which learns to write the critique

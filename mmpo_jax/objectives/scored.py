@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 from pydantic import AfterValidator, Field
 
 from mmpo_jax.objectives.pairs import Side, pairwise
@@ -20,7 +21,7 @@ SMALLEST_GAP = 1e-6
 """Smallest gap of scores in its logarithm."""
 
 
-def score_gap(chosen: Side, rejected: Side, name: str = "score") -> jax.Array:
+def score_gap(chosen: Side, rejected: Side, name: str = "score") -> Float[Array, "N K"]:
     """s_w - s_l."""
     return chosen.field(name) - rejected.field(name)
 
@@ -33,7 +34,7 @@ def mm_dpo(
     beta: Positive = 0.1,
     w: NonNegative = 0.5,
     k: Positive = 0.5,
-) -> jax.Array:
+) -> Float[Array, "N K"]:
     """MM-DPO: -log sigmoid(b D), b = beta (1 + w (1 - e^(-k (s_w - s_l)))) in [beta, (1 + w) beta].
 
     Zhang et al. 2025, MM-RLHF (arXiv 2502.10391), section 4 and appendix F.2, with the scores of
@@ -53,7 +54,7 @@ def odpo(
     beta: Positive = 0.1,
     alpha: NonNegative = 1.0,
     offset: Literal["log", "identity"] = "log",
-) -> jax.Array:
+) -> Float[Array, "N K"]:
     """ODPO: -log sigmoid(beta D - alpha f(s_w - s_l)), f the logarithm or the identity.
 
     Amini et al. 2024 (arXiv 2402.10571): better by more, more likely by more. The identity
@@ -69,7 +70,7 @@ def odpo(
 @pairwise("reference", "score")
 def mmpo(
     chosen: Side, rejected: Side, *, beta: Positive = 0.01, tau: NonNegative = 2.2
-) -> jax.Array:
+) -> Float[Array, "N K"]:
     """MMPO: -p log sigmoid(beta D) - (1 - p) log sigmoid(-beta D), p = sigmoid(tau (s_w - s_l)).
 
     Kim et al. 2024, Margin Matching Preference Optimization (arXiv 2410.03145): targets as
@@ -80,7 +81,7 @@ def mmpo(
 
 
 @pairwise("reference", "consistency")
-def cream(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array:
+def cream(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> Float[Array, "N K"]:
     """CREAM: -C log sigmoid(beta D) - (1 - C) log sigmoid(-beta D), C the consistency.
 
     Wang et al. 2024 (arXiv 2410.12735): C = (Kendall tau + 1) / 2 of the rankings of the
@@ -102,7 +103,7 @@ Dimensions = Annotated[dict[str, Annotated[float, Field(gt=0, lt=1)]], AfterVali
 @pairwise("reference", "scores")
 def modpo(
     chosen: Side, rejected: Side, *, beta: Positive = 0.1, dimensions: Dimensions
-) -> jax.Array:
+) -> Float[Array, "N K"]:
     """MODPO: -log sigmoid((beta D - sum_i w_i (s_i,w - s_i,l)) / w_0), w_0 = 1 - sum_i w_i.
 
     Zhou et al. 2023 (arXiv 2310.03708): pairs are ranked by one objective of weight w_0, and
@@ -127,7 +128,7 @@ def uni_dpo(
     tau_ref: float = 2.0,
     sft_weight: NonNegative = 1e-3,
     tau_good: float = 2.5,
-) -> jax.Array:
+) -> Float[Array, "N K"]:
     """Uni-DPO: -sigmoid(eta (s_w - s_l)) (1 - sigmoid(beta (a_w - a_l) - tau_ref))^gamma
     log sigmoid(beta (r_w / |w| - r_l / |l|)) - sft_weight [a_w < ref a_w] [s_w >= tau_good] a_w.
 

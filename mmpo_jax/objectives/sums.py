@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
 
 
 class WeightedSum(NamedTuple):
@@ -30,11 +31,11 @@ class Sums:
     metrics: dict[str, WeightedSum]
 
 
-def weighted(values: jax.Array, weights: jax.Array) -> WeightedSum:
+def weighted(values: Shaped[Array, "*#d"], weights: Shaped[Array, "*#d"]) -> WeightedSum:
     """The mean of values before its division, of any shape."""
     return WeightedSum(jnp.sum(values * weights), jnp.sum(weights))
 
 
-def mean(total: jax.Array, weight: jax.Array) -> jax.Array:
+def mean(total: Float[Array, "*L"], weight: Float[Array, "*L"]) -> Float[Array, "*L"]:
     """total / weight, and 0 where nothing counts."""
     return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1), 0)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from mmpo_jax.objectives.registry import NonNegative, Objective, State, register
 from mmpo_jax.objectives.responses import Responses
@@ -31,7 +32,10 @@ def tokenwise(
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         def apply(
-            responses: Responses, weights: jax.Array, state: State, options: Mapping[str, Any]
+            responses: Responses,
+            weights: Float[Array, " N"],
+            state: State,
+            options: Mapping[str, Any],
         ) -> tuple[Sums, State]:
             loss, counted = function(responses, **options)
             counted = counted * weights[:, None, None]
@@ -56,7 +60,7 @@ def tokenwise(
 
 
 @tokenwise()
-def sft(responses: Responses) -> tuple[jax.Array, jax.Array]:
+def sft(responses: Responses) -> tuple[Float[Array, "N S T"], Float[Array, "N S T"]]:
     """SFT: -log p per token; of ranked responses only the best are learned.
 
     Negative log-likelihood, averaged over the tokens of the global batch. TRL's `sft` of a
@@ -66,7 +70,9 @@ def sft(responses: Responses) -> tuple[jax.Array, jax.Array]:
 
 
 @tokenwise("turn", option_needs=DIVERGENCE)
-def nsft(responses: Responses, *, kl_weight: NonNegative = 0.0) -> tuple[jax.Array, jax.Array]:
+def nsft(
+    responses: Responses, *, kl_weight: NonNegative = 0.0
+) -> tuple[Float[Array, "N S T"], Float[Array, "2 N S T"]]:
     """nSFT: mean of -log p over the chosen response + the same over the dialogue that corrects it.
 
     Zhu et al. 2024 (arXiv 2411.14797): the turns after the response are questions and answers about
@@ -84,7 +90,7 @@ def nsft(responses: Responses, *, kl_weight: NonNegative = 0.0) -> tuple[jax.Arr
 @tokenwise(option_needs=DIVERGENCE)
 def anchored_sft(
     responses: Responses, *, kl_weight: NonNegative = 0.05
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "N S T"], Float[Array, "N S T"]]:
     """Anchored SFT: -sg(p) log p + kl_weight KL(reference || policy) per token.
 
     Zhu et al. 2025 (arXiv 2509.23753); without the KL it is DFT, Wu et al. 2025 (arXiv 2508.05629).
@@ -97,7 +103,7 @@ def anchored_sft(
     return loss, responses.mask * best(responses)[..., None]
 
 
-def best(responses: Responses) -> jax.Array:
+def best(responses: Responses) -> Float[Array, "N S"]:
     """float32[N, S]: 1 for the responses of the best rank in their row, or where nothing is
     ranked; never for those that the data call undesirable."""
     learned = responses.present

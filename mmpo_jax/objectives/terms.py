@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from mmpo_jax.objectives.catalog import OBJECTIVES
 from mmpo_jax.objectives.registry import Objective, State
@@ -79,7 +80,7 @@ def first_state(terms: Sequence[Term]) -> State:
 
 
 def loss_sums(
-    terms: Sequence[Term], responses: Responses, weights: jax.Array, state: State
+    terms: Sequence[Term], responses: Responses, weights: Float[Array, " N"], state: State
 ) -> tuple[list[Sums], State]:
     """Every term's sums.
 
@@ -104,7 +105,7 @@ def loss_sums(
     return sums, new_state
 
 
-def weighted_loss(terms: Sequence[Term], sums: Sequence[Sums]) -> jax.Array:
+def weighted_loss(terms: Sequence[Term], sums: Sequence[Sums]) -> Float[Array, ""]:
     """The loss: the terms' means, weighted and added up."""
     parts = [
         term.weight * jnp.sum(mean(part.loss, part.weight))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from mmpo_jax.objectives.pairs import Side, pairwise
 from mmpo_jax.objectives.preference import logistic
@@ -23,7 +24,7 @@ def ddpo(
     beta: Positive = 0.5,
     gamma: Positive = 5.0,
     average: bool = True,
-) -> jax.Array:
+) -> Float[Array, "N K"]:
     """DDPO: -log sigmoid(beta D'), r' = sum_t w_t u_t / sum_t w_t, w = gamma where changed, or 1.
 
     Yu et al. 2023 (RLHF-V, arXiv 2312.00849). The released script has gamma 1.1, beta 0.1
@@ -38,7 +39,7 @@ def ddpo(
 @pairwise("reference_tokens", "token_weights", ld_alpha=False)
 def weighted_dpo(
     chosen: Side, rejected: Side, *, beta: Positive = 0.1, average: bool = False
-) -> jax.Array:
+) -> Float[Array, "N K"]:
     """DPO of weighted tokens: -log sigmoid(beta D') with r' = sum_t w_t u_t, w from the data.
 
     The form of RLHF-V's code (arXiv 2312.00849) with weights of any origin; `average` divides by
@@ -51,7 +52,7 @@ def weighted_dpo(
 
 
 @pairwise("reference_model", "kl", ld_alpha=False)
-def tdpo1(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array:
+def tdpo1(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> Float[Array, "N K"]:
     """TDPO1: -log sigmoid(beta (D - (K_l - K_w))).
 
     Zeng et al. 2024 (arXiv 2404.11999).
@@ -63,7 +64,7 @@ def tdpo1(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array:
 @pairwise("reference_model", "kl", ld_alpha=False)
 def tdpo2(
     chosen: Side, rejected: Side, *, beta: Positive = 0.1, alpha: NonNegative = 0.5
-) -> jax.Array:
+) -> Float[Array, "N K"]:
     """TDPO2: -log sigmoid(beta (D - alpha (K_l - K_w))), K_w without gradient.
 
     Zeng et al. 2024 (arXiv 2404.11999).
@@ -72,7 +73,7 @@ def tdpo2(
 
 
 @pairwise("reference_model", "kl", "token_weights", ld_alpha=False)
-def sparse_po(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Array:
+def sparse_po(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> Float[Array, "N K"]:
     """SparsePO: -log sigmoid(beta (D' - (K'_l - K'_w))), sums over tokens weighted by the data's w.
 
     Christopoulou et al. 2024 (arXiv 2410.05102), whose masks are learned or come from activations;
@@ -89,7 +90,7 @@ def sparse_po(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> jax.Arra
 @pairwise("reference_model", "kl", "phrases", ld_alpha=False)
 def rrpo(
     chosen: Side, rejected: Side, *, beta: Positive = 0.1, alpha: NonNegative = 0.01
-) -> jax.Array:
+) -> Float[Array, "N K"]:
     """RRPO: -log sigmoid(beta sum over phrases of (r_w - r_l)) + alpha K_w.
 
     Sarkar and Etemad 2025 (arXiv 2504.12083): r of a phrase sums u_t over its tokens. Phrases pair
@@ -103,12 +104,14 @@ def rrpo(
     return logistic(beta * (margins[0] - margins[1])) + alpha * divergence_of(chosen)
 
 
-def changed_weights(side: Side, gamma: float) -> jax.Array:
+def changed_weights(side: Side, gamma: float) -> Float[Array, "N K T"]:
     """float32[N, K, T]: gamma in changed segments, else 1."""
     return 1 + (gamma - 1) * side.field("changed")
 
 
-def weighted_ratio(side: Side, weights: jax.Array, average: bool = False) -> jax.Array:
+def weighted_ratio(
+    side: Side, weights: Float[Array, "N K T"], average: bool = False
+) -> Float[Array, "N K"]:
     """float32[N, K]: the log-ratio of a side with weights float32[N, K, T] of its tokens; divided
     by their sum if `average`."""
     total = (side.tokens.token_ratios * weights).sum(axis=-1)
@@ -118,11 +121,11 @@ def weighted_ratio(side: Side, weights: jax.Array, average: bool = False) -> jax
     return total / jnp.where(counted > 0, counted, 1)
 
 
-def divergence_of(side: Side) -> jax.Array:
+def divergence_of(side: Side) -> Float[Array, "N K"]:
     """float32[N, K]: KL(reference || policy) summed over the tokens that count."""
     return (side.tokens.statistics["kl"] * side.tokens.mask).sum(axis=-1)
 
 
-def kl_margin(chosen: Side, rejected: Side) -> jax.Array:
+def kl_margin(chosen: Side, rejected: Side) -> Float[Array, "N K"]:
     """K_l - K_w, that of the chosen response without gradient."""
     return divergence_of(rejected) - jax.lax.stop_gradient(divergence_of(chosen))

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from mmpo_jax.objectives.registry import NonNegative, Objective, Positive, State, call, register
 from mmpo_jax.objectives.responses import Responses
@@ -36,7 +37,10 @@ def pointwise(
         stateful = state is not None
 
         def apply(
-            responses: Responses, weights: jax.Array, old_state: State, options: Mapping[str, Any]
+            responses: Responses,
+            weights: Float[Array, " N"],
+            old_state: State,
+            options: Mapping[str, Any],
         ) -> tuple[Sums, State]:
             counted = weights[:, None] * responses.present
             loss, new_state = call(
@@ -73,7 +77,7 @@ def pointwise(
 
 
 def unpaired_metrics(
-    responses: Responses, beta: float, weights: jax.Array
+    responses: Responses, beta: float, weights: Float[Array, "N S"]
 ) -> dict[str, WeightedSum]:
     """TRL's names: what is desirable is chosen, the rest rejected."""
     metrics = {}
@@ -84,7 +88,7 @@ def unpaired_metrics(
     return metrics
 
 
-def mismatched_kl(responses: Responses, weights: jax.Array) -> jax.Array:
+def mismatched_kl(responses: Responses, weights: Float[Array, "N S"]) -> Float[Array, ""]:
     """float32[]: KTO's estimate of KL(policy || reference), without gradient: the mean log-ratio of
     responses after prompts that they do not answer, and 0 where that is negative.
 
@@ -101,12 +105,12 @@ def mismatched_kl(responses: Responses, weights: jax.Array) -> jax.Array:
 @pointwise("reference", "desirable", "mismatched", coupled=True)
 def kto(
     responses: Responses,
-    weights: jax.Array,
+    weights: Float[Array, "N S"],
     *,
     beta: Positive = 0.1,
     desirable_weight: NonNegative = 1.0,
     undesirable_weight: NonNegative = 1.0,
-) -> jax.Array:
+) -> Float[Array, "N S"]:
     """KTO: desirable w_D (1 - sigmoid(beta (r - z))), undesirable w_U (1 - sigmoid(beta (z - r))).
 
     Ethayarajh et al. 2024 (arXiv 2402.01306), eq. 7 and 8. z estimates KL(policy || reference) as
@@ -131,7 +135,7 @@ def apo_zero_unpaired(
     beta: Positive = 0.1,
     desirable_weight: NonNegative = 1.0,
     undesirable_weight: NonNegative = 1.0,
-) -> jax.Array:
+) -> Float[Array, "N S"]:
     """APO-zero, unpaired: desirable w_D (1 - sigmoid(beta r)), undesirable w_U sigmoid(beta r).
 
     D'Oosterlinck et al. 2024 (arXiv 2408.06266), eq. 7, for single responses as TRL has it: KTO
@@ -147,8 +151,8 @@ def apo_zero_unpaired(
 
 @pointwise("reference", "desirable", coupled=True, state={"shift": 0.0, "seen": 0.0})
 def bco(
-    responses: Responses, weights: jax.Array, state: State, *, beta: Positive = 0.1
-) -> tuple[jax.Array, State]:
+    responses: Responses, weights: Float[Array, "N S"], state: State, *, beta: Positive = 0.1
+) -> tuple[Float[Array, "N S"], State]:
     """BCO: desirable -log sigmoid(beta r - d), undesirable -log sigmoid(-(beta r - d)).
 
     Jung et al. 2024 (arXiv 2404.04656), eq. 8. The shift d is the running mean of beta r over all
@@ -166,7 +170,7 @@ def bco(
 
 
 @pointwise("other_models")
-def poft(responses: Responses) -> jax.Array:
+def poft(responses: Responses) -> Float[Array, "N S"]:
     """PoFT: -log sigmoid(log p / length - mean of the same under other models).
 
     "Preference-Oriented Supervised Fine-Tuning" 2024 (arXiv 2412.12865), eq. 6 to 8: supervised
@@ -180,7 +184,7 @@ def poft(responses: Responses) -> jax.Array:
 @tokenwise("score")
 def rejection_sampling(
     responses: Responses, *, min_score: float | None = None
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "N S T"], Bool[Array, "N S T"]]:
     """Rejection sampling: -log p per token of the best-scored responses to every prompt.
 
     RAFT, Dong et al. 2023 (arXiv 2304.06767). Equal scores are all learned; what scores below
@@ -194,7 +198,7 @@ def rejection_sampling(
 
 
 @tokenwise("desirable")
-def verified_sft(responses: Responses) -> tuple[jax.Array, jax.Array]:
+def verified_sft(responses: Responses) -> tuple[Float[Array, "N S T"], Float[Array, "N S T"]]:
     """Verified SFT: -log p per token of the desirable responses.
 
     Rejection sampling with a verdict in place of a score, as in STaR, Zelikman et al. 2022

@@ -173,7 +173,7 @@ def test_beta_dpo_moves_its_mean_from_batch_to_batch(responses, name):
     term = term_of(name)
     pairs = pairs_of(responses, np.asarray(responses.total))
     mean = np.mean([won.ratio - lost.ratio for won, lost in pairs])
-    kept, expected_mean = {"mean": np.float64(0)}, 0.0
+    kept, expected_mean = {"mean": np.zeros(())}, 0.0
     with jax.enable_x64(True):
         for _ in range(3):
             before, expected_mean = expected_mean, 0.9 * expected_mean + 0.1 * mean

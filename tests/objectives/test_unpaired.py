@@ -96,7 +96,7 @@ def test_bco_shifts_by_the_mean_of_all_batches():
             wanted = bco(batch, batch.log_probs, 0.4, np.mean(seen))
             assert float(value) == pytest.approx(wanted, rel=1e-12)
         assert float(state["seen"]) == 18
-        kept = loss_of("bco", batches[0], weights=[0, 0, 0], state=state)[2]
+        kept = loss_of("bco", batches[0], weights=[0.0, 0.0, 0.0], state=state)[2]
     assert float(kept["shift"]) == float(state["shift"])
 
 
@@ -149,6 +149,6 @@ def test_nothing_counts(name):
     for value in (loss_of(name, empty)[0], loss_of(name, responses, weights=np.zeros(3))[0]):
         assert value == 0
     with jax.enable_x64(True):
-        weighted = loss_of(name, responses, weights=[1, 0, 1])[0]
+        weighted = loss_of(name, responses, weights=[1.0, 0.0, 1.0])[0]
         alone = loss_of(name, jax.tree.map(lambda x: x[[0, 2]], responses))[0]
     assert float(weighted) == pytest.approx(float(alone), rel=1e-12)
