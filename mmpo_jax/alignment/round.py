@@ -36,8 +36,9 @@ from mmpo_jax.core.files import (
 from mmpo_jax.core.stages import Stage, StageOutput, run_stage
 from mmpo_jax.data.pipeline import Example, MixtureEntry
 from mmpo_jax.data.records import Record, Response
+from mmpo_jax.data.tally import warn_of_cuts
 from mmpo_jax.data.tokenization import TokenizedRecord, tokenize_records
-from mmpo_jax.data.usable import warn_of_cuts
+from mmpo_jax.data.usable import count_cut
 from mmpo_jax.feedback.claims import Splitter
 from mmpo_jax.feedback.labeler import Labeler
 from mmpo_jax.feedback.pairing import combine
@@ -326,7 +327,7 @@ def train_stage(work: Round, generated: StageOutput, pairs: StageOutput) -> str:
     return target
 
 
-def pair_examples(work: Round, generated: pa.Table, pairs: pa.Table) -> list[Example]:
+def pair_examples(work: Round, generated: pa.Table, pairs: pa.Table) -> Sequence[Example]:
     """The round's pairs as training takes them, with the reference's log-probs."""
     recipe, start = work.recipe, work.start
     name = f"round {work.index}: pairs"
@@ -347,7 +348,7 @@ def pair_examples(work: Round, generated: pa.Table, pairs: pa.Table) -> list[Exa
             usable.append(record)
         else:
             log.warning("%s: skipped id %r: %s: %s", name, record.id, *problem)
-    warn_of_cuts(name, usable, recipe.lengths)
+    warn_of_cuts(name, sum(map(count_cut, usable)), recipe.lengths.response[-1])
     return prepare_examples(
         start,
         usable,

@@ -28,8 +28,9 @@ from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.readers import iter_records
 from mmpo_jax.data.records import ImageRef, Record
 from mmpo_jax.data.skipped import SkippedRow
+from mmpo_jax.data.tally import TextNotes
 from mmpo_jax.data.tokenization import UNLIMITED, RowRejected
-from mmpo_jax.data.usable import TextNotes, unsupported, without_shown_media
+from mmpo_jax.data.usable import unsupported, without_shown_media
 
 _SHOWN = 3
 """Examples of each thing that is found."""

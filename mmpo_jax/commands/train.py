@@ -5,34 +5,50 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from mmpo_jax.checkpoints.cards import make_card
 from mmpo_jax.checkpoints.checkpoint import Checkpoint, load_start
 from mmpo_jax.core import progress
-from mmpo_jax.core.files import check_reachable, fingerprint_items
-from mmpo_jax.data.pipeline import Example, MixtureEntry
+from mmpo_jax.core.files import check_reachable
+from mmpo_jax.data.pipeline import Examples, MixtureEntry
+from mmpo_jax.data.row_stage import can_be_stored, tokenized_rows
 from mmpo_jax.data.skipped import SKIPPED_FILE
 from mmpo_jax.data.sources import LearnedFile, scored_by
-from mmpo_jax.data.tokenization import TokenizedRecord, fingerprint_records
+from mmpo_jax.data.tokenized_rows import (
+    KnownRows,
+    ListedRows,
+    concatenated,
+    fingerprint_records,
+    fingerprint_solutions,
+    prefixed,
+)
 from mmpo_jax.data.usable import usable_records
-from mmpo_jax.objectives.registry import is_field
-from mmpo_jax.objectives.terms import needs
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.picture_world.source import PictureWorldData
 from mmpo_jax.recipes.recipe import TrainRecipe
 from mmpo_jax.recipes.training import Training
-from mmpo_jax.training.examples import fingerprint_fields, prepare_examples, tokenizer_for, unfit
+from mmpo_jax.training.examples import (
+    LearnedExamples,
+    fingerprint_fields,
+    fingerprint_given,
+    prepare_examples,
+)
 from mmpo_jax.training.loop import Run, TrainingData, check_training, rows_to_see, train
 from mmpo_jax.training.losses import recipe_terms
 from mmpo_jax.training.metrics import FILE, read_metrics
-from mmpo_jax.training.on_policy import prompt_examples, unrewardable, with_token_limit
+from mmpo_jax.training.on_policy import prompt_examples, with_token_limit
+from mmpo_jax.training.row_use import LearnedUse, PromptUse
 from mmpo_jax.training.saving import save_result
 from mmpo_jax.training.validation import Held, best_row, hold_out
 
 log = logging.getLogger(__name__)
 
+ROWS = "data"
+"""Folder of the tokenised rows."""
 VALIDATION = "validation"
 """Folder of what belongs to held-out rows."""
 
@@ -89,7 +105,7 @@ def run_training(recipe: TrainRecipe) -> str:
         identity["validation"] = recipe.validation.model_dump(mode="json", exclude={"data"})
     if rollout is not None:
         identity["rollout"] = rollout.model_dump(mode="json")
-        identity["answers"] = fingerprint_items(row.solution for row in data.records)
+        identity["answers"] = fingerprint_solutions(data.records)
     held = None
     if recipe.validation is not None:
         held = Held(prepared[VALIDATION], recipe.validation)
@@ -117,39 +133,34 @@ def run_training(recipe: TrainRecipe) -> str:
             recipe.output, start, trained, training, recipe.lengths, card, mesh, rows_to_measure
         )
     if rollout is None:
-        read = data.records if seen is None else [data.records[place] for place in seen]
+        read = data.records if seen is None else data.records.take(np.array(sorted(seen), int))
         _tell_cuts(read, recipe.lengths.response[-1])
     return folder
 
 
-def _tell_cuts(records: Sequence[TokenizedRecord], limit: int) -> None:
+def _tell_cuts(records: KnownRows, limit: int) -> None:
     """The run's last word on what it did not see of the data."""
-    responses = [response for record in records for response in record.responses]
-    cut = sum(response.truncated > 0 for response in responses)
     log.info(
         "%d of %d responses trained on lost their tail to the largest bucket, %d tokens",
-        cut,
-        len(responses),
+        records.sizes.truncated.sum(),
+        records.sizes.responses.sum(),
         limit,
     )
 
 
 def _data_identity(
-    data: TokenizedData, prepared: Mapping[str, Sequence[Example]], training: Training
+    data: TokenizedData, prepared: Mapping[str, Examples], training: Training
 ) -> dict[str, Any]:
     """Fingerprints of the rows and of what the objectives read of them."""
+    learned = [each for each in prepared.values() if isinstance(each, LearnedExamples)]
     identity: dict[str, Any] = {
         "rows": fingerprint_records(data.records),
         "held-out rows": fingerprint_records(data.held),
-        "fields": [fingerprint_fields(examples) for examples in prepared.values()],
+        "fields": [fingerprint_fields(examples) for examples in learned],
         "parts": [[part.size, part.weight] for part in data.parts],
     }
     if training.reference.type == "given":  # with the data, and not from the model
-        identity["log-probs"] = fingerprint_items(
-            {name: value.tolist() for name, value in example.reference.items()}
-            for examples in prepared.values()
-            for example in examples
-        )
+        identity["log-probs"] = [fingerprint_given(examples) for examples in learned]
     return identity
 
 
@@ -157,10 +168,10 @@ def _data_identity(
 class TokenizedData:
     """What a recipe trains on and what it holds out."""
 
-    records: list[TokenizedRecord]
+    records: KnownRows
     parts: list[MixtureEntry]
     """The data sets that stand one after another in `records`, but for those wholly held out."""
-    held: list[TokenizedRecord]
+    held: KnownRows
 
 
 def training_data(recipe: TrainRecipe, start: Checkpoint) -> TokenizedData:
@@ -171,94 +182,68 @@ def training_data(recipe: TrainRecipe, start: Checkpoint) -> TokenizedData:
       MmpoError: a share cannot be held out, as there is only one prompt.
     """
     several = len(recipe.data) > 1
-    sets = []
+    sets: list[KnownRows] = []
     for number, data in enumerate(recipe.data):
         name = f"{number}." if several else ""
-        rows = usable_rows(recipe, data, start, name + SKIPPED_FILE)
+        rows = usable_rows(recipe, data, start, name)
         if several:  # ids are unique in one file
-            rows = [_prefixed(row, number) for row in rows]
+            rows = prefixed(rows, f"{number}/")
         sets.append(rows)
-    held: list[TokenizedRecord] = []
+    held: KnownRows = ListedRows([])
     if recipe.validation is not None and recipe.validation.share is not None:
         sides = hold_out(sets, recipe.validation.share)
         sets = [rows for rows, _ in sides]
-        held = [row for _, others in sides for row in others]
+        held = concatenated([others for _, others in sides])
     parts = []
     for number, (rows, data) in enumerate(zip(sets, recipe.data, strict=True)):
-        if rows:
+        if len(rows):
             parts.append(MixtureEntry(len(rows), data.weight))
         else:
             log.warning("data.%d: all of its rows are held out, and none is trained on", number)
-    records = [row for rows in sets for row in rows]
     if recipe.validation is not None and recipe.validation.data is not None:
-        held = usable_rows(recipe, recipe.validation.data, start, f"{VALIDATION}.{SKIPPED_FILE}")
+        held = usable_rows(recipe, recipe.validation.data, start, f"{VALIDATION}.")
         log.info("held out: %d rows of other data", len(held))
-    return TokenizedData(records, parts, held)
-
-
-def _prefixed(record: TokenizedRecord, number: int) -> TokenizedRecord:
-    others = tuple((name, _prefixed(context, number)) for name, context in record.others)
-    return dataclasses.replace(record, id=f"{number}/{record.id}", others=others)
+    return TokenizedData(concatenated(sets), parts, held)
 
 
 def usable_rows(
-    recipe: TrainRecipe, data: PictureWorldData | LearnedFile, start: Checkpoint, skipped: str
-) -> list[TokenizedRecord]:
+    recipe: TrainRecipe, data: PictureWorldData | LearnedFile, start: Checkpoint, name: str
+) -> KnownRows:
     """The rows the objectives learn from, each with the responses they read.
-
-    Objectives of tokens, such as SFT, take whole dialogues, and of ranked responses the best only,
-    unless one of them chooses by a score or a verdict; those of sampled responses take prompts.
 
     Args:
       recipe: of the run.
       data: one of its data sets.
       start: what training starts from.
-      skipped: file in the run's folder for rows that cannot be used.
+      name: in front of those of its files in the run's folder, such as `rejected_rows.jsonl`.
 
     Raises:
       DataError: too many rows cannot be used.
     """
-    terms, rollout = recipe_terms(recipe.training), recipe.rollout
-    skipped = os.path.join(recipe.output, skipped)
-    if rollout is not None:
-        record_set = data.load(supervised=False)
-        _, records = usable_records(
-            record_set,
+    training, skipped = recipe.training, os.path.join(recipe.output, name + SKIPPED_FILE)
+    use: LearnedUse | PromptUse
+    if recipe.rollout is not None:
+        use = PromptUse.of(recipe.rollout)
+    else:
+        use = LearnedUse.of(recipe_terms(training), training.reference, recipe.seed)
+    if isinstance(data, LearnedFile) and can_be_stored(data):
+        return tokenized_rows(
+            data,
+            use,
             start.processor,
             recipe.lengths,
-            skipped,
-            lambda record: unrewardable(record, rollout),
+            folder=os.path.join(recipe.output, ROWS),
+            name=f"{name}rows".replace(".", "-"),
+            skipped_file=skipped,
+            workers=training.workers,
         )
-        return records
-    supervised = all(term.objective.kind == "tokens" for term in terms)
-    record_set = data.load(supervised=True, messages_as="dialogue" if supervised else "last_turn")
-    if isinstance(data, LearnedFile) and data.score is not None:
+    record_set = data.load(supervised=use.supervised, messages_as=use.messages_as)
+    if isinstance(data, LearnedFile) and data.score is not None and use.supervised:
         record_set = scored_by(record_set, data.score)
     _, records = usable_records(
-        record_set,
-        start.processor,
-        recipe.lengths,
-        skipped,
-        lambda record: unfit(record, terms, recipe.training.reference),
-        tokenizer_for(terms, recipe.seed),
+        record_set, start.processor, recipe.lengths, skipped, use.unfit, use.tokenize
     )
-    # Without fields but the turn, nothing is read of the responses that are not learned.
-    best_only = supervised and {"turn"} >= set(filter(is_field, needs(terms)))
-    return [_best(record) for record in records] if best_only else records
-
-
-def _best(record: TokenizedRecord) -> TokenizedRecord:
-    """The record with the responses of the best rank only, where there are ranks."""
-    if not record.ranked:
-        return record
-    best = min(response.source.rank or 0 for response in record.responses)
-    return _of_rank(record, best)
-
-
-def _of_rank(record: TokenizedRecord, rank: int) -> TokenizedRecord:
-    kept = tuple(response for response in record.responses if response.source.rank == rank)
-    others = tuple((name, _of_rank(other, rank)) for name, other in record.others)
-    return dataclasses.replace(record, responses=kept, others=others)
+    return ListedRows([use.select(record) for record in records])
 
 
 def _random_seed(recipe: TrainRecipe) -> int | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,13 +81,12 @@ def tokenize_contexts(
     for context in contexts:
         row = tokenize(context.record, processor, max_prompt, max_response, share_text=not joint)
         row = _spread(_all_counted(row) if joint else row, context, record)
-        before = sum(name == context.name for name, _ in rows)
-        id_ = f"{record.id}#{context.name}{before + 1 if before else ''}"
+        id_ = context_id(record.id, [c.name for c in contexts], len(rows))
         rows.append((context.name, dataclasses.replace(row, id=id_)))
     if other is not None:
         _check_same_texts([row for _, row in rows])
     (_, first), *others = rows
-    return dataclasses.replace(first, id=record.id, ranked=record.ranked, others=tuple(others))
+    return dataclasses.replace(first, ranked=record.ranked, others=tuple(others))
 
 
 def all_contexts(record: TokenizedRecord) -> list[tuple[str, TokenizedRecord]]:
@@ -115,11 +114,29 @@ def differ(responses: Sequence[tuple[int | None, Any]]) -> bool:
 
 def context_names(records: Sequence[TokenizedRecord]) -> tuple[str, ...]:
     """The names of all contexts that any of the records has, `MAIN` first: as often as one does."""
+    return all_names([name for name, _ in all_contexts(record)] for record in records)
+
+
+def all_names(of_records: Iterable[Sequence[str]]) -> tuple[str, ...]:
+    """`context_names` of the names of each record's contexts."""
     counts: dict[str, int] = {MAIN: 1}
-    for record in records:
-        names = [name for name, _ in all_contexts(record)]
+    for names in dict.fromkeys(map(tuple, of_records)):
         counts |= {name: max(counts.get(name, 0), names.count(name)) for name in names}
     return tuple(name for name, count in counts.items() for _ in range(count))
+
+
+def context_id(id_: str, names: Sequence[str], place: int) -> str:
+    """The id of one of a record's contexts.
+
+    Args:
+      id_: of the record, and of its first context.
+      names: of its contexts.
+      place: which of them.
+    """
+    if not place:
+        return id_
+    before = names[:place].count(names[place])
+    return f"{id_}#{names[place]}{before + 1 if before else ''}"
 
 
 def arranged(record: TokenizedRecord, names: Sequence[str]) -> tuple[TokenizedRecord | None, ...]:

@@ -9,6 +9,7 @@
 """
 
 import codecs
+import contextlib
 import gzip
 import itertools
 import json
@@ -26,7 +27,15 @@ from array_record.python import array_record_module
 from etils import epath
 
 from mmpo_jax.core.errors import DataError
-from mmpo_jax.core.files import encode_table, is_local, read_bytes, write_atomic
+from mmpo_jax.core.files import (
+    encode_table,
+    fingerprint_file,
+    fingerprint_json,
+    is_local,
+    read_bytes,
+    write_atomic,
+)
+from mmpo_jax.core.known_files import recall, remember, state_of
 from mmpo_jax.data.skipped import MaybeRow, UnusableRow
 from mmpo_jax.data.snapshots import choose_split, data_files, split_path
 
@@ -54,13 +63,73 @@ def file_rows(path: epath.PathLike) -> Iterator[tuple[int, MaybeRow]]:
     Raises:
       DataError: the file is missing, unreadable or of an unknown kind.
     """
-    try:
+    yield from rows_of(find_files(path), path)
+
+
+def find_files(path: epath.PathLike) -> list[epath.Path]:
+    """The files of a data set, in order.
+
+    Raises:
+      DataError: the file or folder is missing, unreadable or of an unknown kind.
+    """
+    with _named(path):
+        return _files(*split_path(path))
+
+
+def rows_of(files: Iterable[epath.Path], path: epath.PathLike) -> Iterator[tuple[int, MaybeRow]]:
+    """Rows of a data set's files, as `file_rows` has them.
+
+    Raises:
+      DataError: naming `path`: a file is missing or unreadable.
+    """
+    with _named(path):
         done = 0
-        for file in _files(*split_path(path)):
+        for file in files:
             number = 0
             for number, row in _READERS[_ending(file.name)](file):
                 yield done + number, row
             done += number
+
+
+def fingerprint_rows(files: Iterable[epath.Path]) -> str:
+    """SHA-256 over the contents of a data set's files; of those in a bucket, over sizes and times.
+
+    Raises:
+      DataError: a file is missing or cannot be read.
+    """
+    digests = []
+    for file in files:
+        state = state_of(file)
+        known = recall(file)
+        if is_local(file) and "sha256" not in known:
+            known = {"sha256": fingerprint_file(file)}
+            remember(file, state, known)
+        digests.append([file.name, known["sha256"] if is_local(file) else state])
+    return fingerprint_json(digests)
+
+
+def count_rows(files: Iterable[epath.Path]) -> int | None:
+    """How many rows files have, give or take empty lines; None where only reading them tells."""
+    total = 0
+    for file in files:
+        kind = _ending(file.name)
+        if not is_local(file) or kind not in (".parquet", ".jsonl", ".ndjson"):
+            return None
+        if kind == ".parquet":
+            total += pq.ParquetFile(os.fspath(file)).metadata.num_rows
+        elif file.name.lower().endswith(".gz"):
+            return None
+        else:
+            with file.open("rb") as lines:
+                total += sum(chunk.count(b"\n") for chunk in iter(lambda: lines.read(1 << 22), b""))
+    return total
+
+
+@contextlib.contextmanager
+def _named(path: epath.PathLike) -> Iterator[None]:
+    """Says which data cannot be read."""
+    try:
+        yield
     except (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"cannot read {os.fspath(path)}: {reason}") from error

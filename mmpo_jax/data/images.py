@@ -33,6 +33,8 @@ def image_size(ref: ImageRef) -> tuple[int, int]:
     Raises:
       DataError: as `open_image`, as far as the header tells.
     """
+    if ref.size is not None:
+        return ref.size
     known = {} if ref.path is None else recall(ref.path)
     if "size" in known:
         height, width = known["size"]

@@ -18,6 +18,7 @@ import numpy as np
 from mmpo_jax.data.batching import image_arrays, place_media
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.tokenization import TokenizedRecord
+from mmpo_jax.data.tokenized_rows import KnownRows
 from mmpo_jax.models.attention import MAX_QUERY_BLOCKS, MIN_QUERY_BLOCK
 from mmpo_jax.models.batch import PackedBatch
 from mmpo_jax.models.layout import pad_size
@@ -53,6 +54,15 @@ class Size:
             max(lengths, default=0),
             record.num_slots,
         )
+
+
+def sizes_of(records: Sequence[TokenizedRecord]) -> list[Size]:
+    """How much of a batch each record takes; of `KnownRows`, in their only context."""
+    if not isinstance(records, KnownRows):
+        return [Size.of(record) for record in records]
+    known = records.sizes
+    columns = (known.tokens, known.targets, known.responses, known.response, known.slots)
+    return [Size(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,40 +53,85 @@ def parse_rows(
     Raises:
       DataError: the format is unknown.
     """
-    given = None if format == "auto" else format_called(format)
     notes = Notes() if notes is None else notes
+    for row in name_rows(rows, format):
+        yield parse_row(row, file, media, messages_as, format, notes, prompts_only)
+
+
+@dataclasses.dataclass(frozen=True)
+class NamedRow:
+    """A row with the id it has among all rows of its file."""
+
+    number: int
+    """Number in its file, from 1."""
+    row: MaybeRow
+    """Columns that are not null, or what is wrong with it."""
+    id: str = ""
+    """Unique id; empty where the row is unusable."""
+    own_id: str | None = None
+    """Id that the row gives itself."""
+    format: str | None = None
+    """Name of its format; None where it has none."""
+
+
+def name_rows(rows: Iterable[tuple[int, MaybeRow]], format: str = "auto") -> Iterator[NamedRow]:
+    """Rows with their ids and formats, which depend on the rows before; the rest does not.
+
+    Raises:
+      DataError: the format is unknown.
+    """
+    given = None if format == "auto" else format_called(format)
     ids = RowIds()
     for number, row in rows:
-        id_ = ""
+        convention = None
         try:
             if isinstance(row, UnusableRow):
                 raise row
             present = {name: value for name, value in row.items() if value is not None}
-            convention = given or choose_format(present)
-            notes.formats[convention.name] += 1
+            convention = (given or choose_format(present)).name
             own = own_id(present)
-            id_ = ids.name(own, number)
-            shown, column = with_pictures(present)
-            try:
-                draft = convention.read(shown, media, messages_as)
-                record = finish(draft, id_, number, media)
-            except UnusableRow as unusable:
-                if not prompts_only:
-                    raise
-                try:
-                    record = _prompt_alone(shown, id_, number, media, format)
-                except UnusableRow:
-                    raise unusable from None
         except UnusableRow as unusable:
-            detail = unusable.detail[:_LONGEST_DETAIL]
-            yield SkippedRow(file, number, id_, unusable.reason, detail)
+            yield NamedRow(number, unusable, format=convention)
         else:
-            if own is not None and own != id_:
-                record = dataclasses.replace(record, own_id=own)
-            if column is not None:
-                notes.pictures_in[column] += 1
-            notes.add(record)
-            yield record
+            yield NamedRow(number, present, ids.name(own, number), own, convention)
+
+
+def parse_row(
+    named: NamedRow,
+    file: str,
+    media: MediaFolder,
+    messages_as: MessagesAs,
+    format: str,
+    notes: Notes,
+    prompts_only: bool,
+) -> Record | SkippedRow:
+    """The record of a row, or why it is left out; see `parse_rows`."""
+    if named.format is not None:
+        notes.formats[named.format] += 1
+    try:
+        if isinstance(named.row, UnusableRow):
+            raise named.row
+        assert named.format is not None
+        shown, column = with_pictures(named.row)
+        try:
+            draft = format_called(named.format).read(shown, media, messages_as)
+            record = finish(draft, named.id, named.number, media)
+        except UnusableRow as unusable:
+            if not prompts_only:
+                raise
+            try:
+                record = _prompt_alone(shown, named.id, named.number, media, format)
+            except UnusableRow:
+                raise unusable from None
+    except UnusableRow as unusable:
+        detail = unusable.detail[:_LONGEST_DETAIL]
+        return SkippedRow(file, named.number, named.id, unusable.reason, detail)
+    if named.own_id is not None and named.own_id != named.id:
+        record = dataclasses.replace(record, own_id=named.own_id)
+    if column is not None:
+        notes.pictures_in[column] += 1
+    notes.add(record)
+    return record
 
 
 def _prompt_alone(row: Row, id_: str, number: int, media: MediaFolder, format: str) -> Record:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 import grain
 import jax
@@ -16,9 +16,10 @@ from mmpo_jax.data.batching import bucket, pad_batch
 from mmpo_jax.data.contexts import MAIN
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.packed_batches import Packing, plan_packing
-from mmpo_jax.data.packing import Size, pack_batch
+from mmpo_jax.data.packing import Size, pack_batch, sizes_of
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.tokenization import TokenizedRecord
+from mmpo_jax.data.tokenized_rows import KnownRows, known
 from mmpo_jax.models.batch import Batch, PackedBatch
 
 USEFUL_SHARE = "useful_tokens"
@@ -49,6 +50,44 @@ class Example:
     def rows(self) -> list[TokenizedRecord]:
         """The contexts it has."""
         return [context for context in self.contexts if context is not None]
+
+
+class Examples(Sequence[Example]):
+    """Examples of records, each made when it is asked for."""
+
+    def __init__(self, rows: KnownRows, names: tuple[str, ...] = (MAIN,)):
+        """
+        Args:
+          rows: the records.
+          names: of the contexts; the same in all examples.
+        """
+        self.rows, self.names = rows, names
+
+    def make(self, record: TokenizedRecord) -> Example:
+        """The example of a record; here without numbers."""
+        return Example((record,), {}, names=self.names)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, place: int) -> Example: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Example]: ...
+    def __getitem__(self, place: int | slice) -> Example | list[Example]:
+        if isinstance(place, slice):
+            return [self.make(record) for record in self.rows[place]]
+        return self.make(self.rows[place])
+
+    def __iter__(self) -> Iterator[Example]:
+        return map(self.make, self.rows)
+
+
+def rows_of(examples: Sequence[Example]) -> KnownRows:
+    """The records of examples, in all their contexts where they are at hand."""
+    if isinstance(examples, Examples):
+        return examples.rows
+    return known([record for example in examples for record in example.rows])
 
 
 @jax.tree_util.register_dataclass
@@ -175,8 +214,7 @@ def held_out_batches(
 ) -> Iterator[TrainBatch]:
     """All examples once, in order, all with the T that the longest response needs; packed as those
     of `training_batches`."""
-    longest = max(len(r.ids) for example in examples for row in example.rows for r in row.responses)
-    size = bucket(longest, lengths.response)
+    size = bucket(int(rows_of(examples).sizes.response.max()), lengths.response)
     one = lengths.model_copy(update={"response": (size,)})
     batches = [
         list(range(start, min(start + batch_size, len(examples))))
@@ -229,9 +267,9 @@ def batch_maker(
     """
     if packing is not None:
         return functools.partial(_make_packed, examples, processor, packing, _sizes(examples))
-    records = [record for example in examples for record in example.rows]
-    num_responses = max(len(record.responses) for record in records)
-    shown = any(record.shows_later for record in records)
+    sizes = rows_of(examples).sizes
+    num_responses, shown = int(sizes.responses.max()), bool(sizes.shows_later.any())
+    pattern = examples[0]
 
     def make(indices: list[int]) -> HostBatch:
         chosen = [examples[int(index)] for index in indices]
@@ -257,7 +295,7 @@ def batch_maker(
             )
             computed += processes * (prompts.prompt_ids.size + prompts.response_ids.size)
             places = dict(enumerate(own))
-            micro_batches.append(_with_fields(prompts, places, rows, examples[0]))
+            micro_batches.append(_with_fields(prompts, places, rows, pattern))
         tokens = sum(Size.of(record).tokens for record in records)
         return _stacked(micro_batches, chosen, tokens / computed)
 
@@ -307,7 +345,7 @@ class _Rows(Sequence[TokenizedRecord]):
 
 def _sizes(examples: Sequence[Example]) -> list[Size]:
     """What the main contexts of examples take."""
-    return [Size.of(record) for record in _Rows(examples)]
+    return sizes_of(examples.rows if isinstance(examples, Examples) else _Rows(examples))
 
 
 def _with_fields(

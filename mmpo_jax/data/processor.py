@@ -393,5 +393,5 @@ def _named(media: Sequence[ImageRef | VideoRef]) -> Iterator[None]:
         raise MediaError(f"{', '.join(one.name for one in media)}: {error}") from error
 
 
-def _cache_key(image: ImageRef) -> tuple[bytes | str, Edit | None]:
-    return image.data if image.data is not None else str(image.path), image.edit
+def _cache_key(image: ImageRef) -> tuple[Any, Edit | None]:
+    return image.place, image.edit

@@ -71,10 +71,7 @@ def iter_records(
     Raises:
       DataError: the file is missing, unreadable or of an unknown kind, or the format is unknown.
     """
-    for place in (path, image_root):
-        if place is not None:
-            check_reachable(place)
-    media = MediaFolder(folder_of(path) if image_root is None else image_root)
+    media = MediaFolder(media_root(path, image_root))
     name = os.fspath(path)
     rows: Iterable[tuple[int, MaybeRow]]
     if name.startswith(TFDS):
@@ -84,6 +81,18 @@ def iter_records(
     else:
         rows = file_rows(path)
     yield from parse_rows(rows, name, media, messages_as, format, notes, prompts_only)
+
+
+def media_root(path: epath.PathLike, image_root: epath.PathLike | None) -> epath.PathLike:
+    """The folder of the images of a file.
+
+    Raises:
+      MmpoError: one of them cannot be reached.
+    """
+    for place in (path, image_root):
+        if place is not None:
+            check_reachable(place)
+    return folder_of(path) if image_root is None else image_root
 
 
 def left_out_rows(records: Iterable[Record], file: str) -> list[SkippedRow]:

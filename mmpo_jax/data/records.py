@@ -4,7 +4,7 @@ import enum
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from etils import epath
 
@@ -73,22 +73,46 @@ class Edit:
     """Steps of diffusion, of `noise`."""
 
 
+class StoredImage(Protocol):
+    """An encoded image in a place of its own kind, hashable."""
+
+    def read(self) -> bytes:
+        """Bytes of the encoded image.
+
+        Raises:
+          DataError: it cannot be read.
+        """
+
+
 @dataclass(frozen=True)
 class ImageRef:
-    """An image that is not decoded yet: its encoded bytes, or the file that holds them."""
+    """An image that is not decoded yet: its encoded bytes, or where these are."""
 
     name: str
     """How messages call the image, such as the path written in the row."""
     data: bytes | None = field(default=None, repr=False)
-    """The encoded image (JPEG, PNG, ...), or None where `path` is given."""
+    """The encoded image (JPEG, PNG, ...), or None where `path` or `stored` is given."""
     path: epath.Path | None = None
-    """The file, resolved, or None where `data` is given."""
+    """The file, resolved, or None where the image is elsewhere."""
     edit: Edit | None = None
     """Change after decoding; None for none."""
+    stored: StoredImage | None = None
+    """Another place of the encoded image, or None where `data` or `path` is given."""
+    digest: str | None = field(default=None, compare=False, repr=False)
+    """SHA-256 of the encoded image, where it is known."""
+    size: tuple[int, int] | None = field(default=None, compare=False, repr=False)
+    """Height and width of the upright image, where they are known."""
 
     def __post_init__(self) -> None:
-        if (self.data is None) == (self.path is None):
+        places = (self.data, self.path, self.stored)
+        if sum(place is not None for place in places) != 1:
             raise ValueError(f"image {self.name!r} needs either data or a path")
+
+    @property
+    def place(self) -> bytes | epath.Path | StoredImage:
+        """Where the encoded image is, or it itself: equal for the same image."""
+        place = next(place for place in (self.data, self.path, self.stored) if place is not None)
+        return place
 
     def read(self) -> bytes:
         """The encoded image.
@@ -98,6 +122,8 @@ class ImageRef:
         """
         if self.data is not None:
             return self.data
+        if self.stored is not None:
+            return self.stored.read()
         assert self.path is not None
         try:
             return self.path.read_bytes()
@@ -118,6 +144,8 @@ class ImageRef:
 
     def _digest(self) -> str:
         """SHA-256 of the encoded image; a file that is known is not read again."""
+        if self.digest is not None:
+            return self.digest
         if self.path is None:
             return fingerprint_bytes(self.read())
         known = recall(self.path)

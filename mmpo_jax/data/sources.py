@@ -8,7 +8,6 @@ from typing import Literal
 
 from pydantic import Field
 
-from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.sections import Section
 from mmpo_jax.data.joining import join_pairs
 from mmpo_jax.data.media_check import check_images
@@ -16,7 +15,7 @@ from mmpo_jax.data.notes import Notes
 from mmpo_jax.data.readers import left_out_rows, read_records
 from mmpo_jax.data.records import SCORE, Record, Response
 from mmpo_jax.data.rows import FormatName, MessagesAs
-from mmpo_jax.data.skipped import SkippedRow, check_skipped
+from mmpo_jax.data.skipped import SkippedRow
 
 log = logging.getLogger(__name__)
 
@@ -34,23 +33,10 @@ class RecordSet:
     """Rows that went into others' rankings."""
     partly: tuple[SkippedRow, ...] = ()
     """Responses that alone were left out of rows that went into rankings."""
-
-    def skip(self, usable: list[Record], skipped: list[SkippedRow]) -> RecordSet:
-        """The set with more rows left out."""
-        return dataclasses.replace(self, records=usable, skipped=[*self.skipped, *skipped])
-
-    def check(self) -> None:
-        """Logs the first ten rows that are left out.
-
-        Raises:
-          DataError: more rows were skipped than the recipe allows, or none is left.
-        """
-        total = len(self.records) + len(self.skipped) + self.joined
-        for row in self.skipped[:10]:
-            log.warning("%s: skipped %s", row.file, row)
-        check_skipped(self.skipped, total, self.max_skipped)
-        if not self.records:
-            raise DataError(f"{self.name}: no row that can be used")
+    notes: Notes = dataclasses.field(default_factory=Notes)
+    """Counts of the rows."""
+    joining: str = ""
+    """What the log says of how rows were joined."""
 
 
 class RecordSource(Section):
@@ -123,16 +109,19 @@ def load_file(data: FileData, supervised: bool, messages_as: MessagesAs) -> Reco
     records, broken = check_images(records, data.path)
     skipped = [*skipped, *broken]
     if not supervised:
-        skipped += [_without_prompt(data.path, record) for record in records if not record.prompt]
+        skipped += [without_prompt(data.path, record) for record in records if not record.prompt]
         records = [dataclasses.replace(r, responses=()) for r in records if r.prompt]
-    joined, partly = 0, list[SkippedRow]()
+    joined, partly, joining = 0, list[SkippedRow](), ""
     if supervised and isinstance(data, LearnedFile) and data.join_pairs:
         done = join_pairs(records)
-        log.info("%s: %s", data.path, done)
+        joining = str(done)
+        log.info("%s: %s", data.path, joining)
         alone = set(map(id, done.records))
         partly = left_out_rows((r for r in records if id(r) not in alone), data.path)
         records, joined = done.records, done.absorbed
-    return RecordSet(data.path, records, skipped, data.max_skipped, joined, tuple(partly))
+    return RecordSet(
+        data.path, records, skipped, data.max_skipped, joined, tuple(partly), notes, joining
+    )
 
 
 def scored_by(record_set: RecordSet, name: str) -> RecordSet:
@@ -142,19 +131,22 @@ def scored_by(record_set: RecordSet, name: str) -> RecordSet:
       record_set: with the records.
       name: of the score; a response that has none of it gets no scores.
     """
+    records = [scored(record, name) for record in record_set.records]
+    return dataclasses.replace(record_set, records=records)
 
-    def scored(response: Response) -> Response:
+
+def scored(record: Record, name: str) -> Record:
+    """A record whose responses' score of this name is the one that is called `SCORE`."""
+
+    def of(response: Response) -> Response:
         score = response.scores.get(name)
         scores = {} if score is None else {**response.scores, SCORE: score}
         return dataclasses.replace(response, scores=scores)
 
-    records = [
-        dataclasses.replace(record, responses=tuple(map(scored, record.responses)))
-        for record in record_set.records
-    ]
-    return dataclasses.replace(record_set, records=records)
+    return dataclasses.replace(record, responses=tuple(map(of, record.responses)))
 
 
-def _without_prompt(path: str, record: Record) -> SkippedRow:
+def without_prompt(path: str, record: Record) -> SkippedRow:
+    """The row of a record without a prompt, left out."""
     detail = "the row's responses do not share a prompt that could be answered"
     return SkippedRow(path, record.row, record.id, "no_prompt", detail)

@@ -8,13 +8,13 @@ drops the row; an over-long response loses its tail.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmpo_jax.core.files import fingerprint_items
 from mmpo_jax.data.chat_template import TemplateRefusal
 from mmpo_jax.data.control_tokens import has_stand_ins
 from mmpo_jax.data.dialogues import Segment, dialogue_of, segments
@@ -208,20 +208,24 @@ def tokenize_records(
     return kept, skipped
 
 
-def fingerprint_records(records: Sequence[TokenizedRecord]) -> str:
-    """SHA-256 of what a model sees of the records: tokens, loss masks and encoded images."""
-    return fingerprint_items(_seen(record) for record in records)
-
-
-def _seen(record: TokenizedRecord) -> list[Any]:
+def content_of(record: TokenizedRecord) -> list[Any]:
+    """What a model sees of a record, as JSON: tokens, loss masks and digests of encoded images."""
     return [
-        record.id,
         record.prompt_ids.tolist(),
         [[r.ids.tolist(), r.loss_mask.tolist()] for r in record.responses],
         [image.fingerprint() for image in record.images],
         [video.fingerprint() for video in record.videos],
-        *([name, _seen(other)] for name, other in record.others),
+        *([name, content_of(other)] for name, other in record.others),
     ]
+
+
+def prompt_digest(record: TokenizedRecord) -> str:
+    """SHA-256 of a record's prompt and of what it shows."""
+    digest = hashlib.sha256(record.prompt_ids.tobytes())
+    digests = [image.fingerprint() for image in record.images]
+    digests += [video.fingerprint() for video in record.videos]
+    digest.update("".join(digests).encode())
+    return digest.hexdigest()
 
 
 class Piece(NamedTuple):

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import logging
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
-
-from etils import epath
+from collections.abc import Callable, Iterable, Iterator
 
 from mmpo_jax.core import progress
 from mmpo_jax.data.lengths import Lengths
-from mmpo_jax.data.notes import by_count, shows_something, turns_of
+from mmpo_jax.data.notes import shows_something
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.readers import left_out_rows
 from mmpo_jax.data.records import Record
-from mmpo_jax.data.skipped import Problem, SkippedRow, SkipReason, write_skipped
+from mmpo_jax.data.skipped import Problem, SkippedRow, SkipReason
 from mmpo_jax.data.sources import RecordSet
-from mmpo_jax.data.tokenization import Tokenize, TokenizedRecord, tokenize, tokenize_records
+from mmpo_jax.data.tally import Tally, settle
+from mmpo_jax.data.tokenization import (
+    UNLIMITED,
+    RowRejected,
+    Tokenize,
+    TokenizedRecord,
+    tokenize,
+)
 
-log = logging.getLogger(__name__)
+Unfit = Callable[[TokenizedRecord], Problem | None]
+"""Says why a row is of no use for what it is read for (reason, detail); None where it is."""
 
 
 def usable_records(
@@ -29,7 +31,7 @@ def usable_records(
     processor: Processor,
     lengths: Lengths | None,
     skipped_file: str,
-    unfit: Callable[[TokenizedRecord], Problem | None] = lambda record: None,
+    unfit: Unfit = lambda record: None,
     function: Tokenize = tokenize,
 ) -> tuple[RecordSet, list[TokenizedRecord]]:
     """Tokenizes a set of records; what cannot be used goes to a JSONL file with the reason.
@@ -45,72 +47,75 @@ def usable_records(
     Raises:
       DataError: more rows were skipped than the recipe allows, or none is left.
     """
-    kept, skipped, refused = [], [], []
-    told = sum(len(record.left_out) for record in record_set.records)
-    records = [without_shown_media(record, processor) for record in record_set.records]
-    record_set = dataclasses.replace(record_set, records=records)
-    shown = sum(len(record.left_out) for record in records) - told
-    if shown:
-        log.warning("%s: responses left out of rows: image_position %d", record_set.name, shown)
-    for record in record_set.records:
+    name = record_set.name
+    tally = Tally(
+        unreadable=[*record_set.skipped], joined=record_set.joined, partly=[*record_set.partly]
+    )
+    with progress.doing(f"tokenising {name}", len(record_set.records)) as activity:
+        rows = activity.each(record_set.records)
+        used = list(
+            tokenize_usable(rows, name, processor, limits_of(lengths), tally, unfit, function)
+        )
+    limit = None if lengths is None else lengths.response[-1]
+    settle(tally, name, skipped_file, record_set.max_skipped, processor.images is not None, limit)
+    records, tokenized = [record for record, _ in used], [row for _, row in used]
+    return dataclasses.replace(record_set, records=records, skipped=tally.skipped), tokenized
+
+
+def limits_of(lengths: Lengths | None) -> tuple[int, int]:
+    """Most tokens of a prompt and of a response."""
+    if lengths is None:
+        return UNLIMITED, UNLIMITED
+    return lengths.prompt[-1], lengths.response[-1]
+
+
+def tokenize_usable(
+    records: Iterable[Record],
+    name: str,
+    processor: Processor,
+    limits: tuple[int, int],
+    tally: Tally,
+    unfit: Unfit,
+    function: Tokenize,
+) -> Iterator[tuple[Record, TokenizedRecord]]:
+    """The records that can be used, and their tokens, in order.
+
+    Args:
+      records: whose images open.
+      name: of the set.
+      processor: of the checkpoint.
+      limits: most tokens of a prompt and of a response.
+      tally: counts; it grows.
+      unfit, function: see `usable_records`.
+    """
+    for given in records:
+        record = without_shown_media(given, processor)
+        tally.shown += len(record.left_out) - len(given.left_out)
         problem = unsupported(record, processor)
         if problem is not None:
-            refused.append(SkippedRow(record_set.name, record.row, record.id, *problem))
-    ids = {row.id for row in refused}
-    record_set = record_set.skip(
-        [record for record in record_set.records if record.id not in ids], refused
-    )
-    numbers = {record.id: record.row for record in record_set.records}
-    with progress.doing(f"tokenising {record_set.name}", len(record_set.records)) as activity:
-
-        def counting(record: Record, *arguments: Any) -> TokenizedRecord:
-            activity.advance()
-            return function(record, *arguments)
-
-        tokenized, too_long = tokenize_records(
-            record_set.records, processor, lengths, record_set.name, counting
-        )
-    for row in tokenized:
+            tally.unsupported.append(SkippedRow(name, record.row, record.id, *problem))
+            continue
+        try:
+            row = function(record, processor, *limits)
+        except RowRejected as error:
+            skipped = SkippedRow(name, record.row, record.id, error.reason, error.detail)
+            tally.too_long.append(skipped)
+            continue
         problem = unfit(row)
-        if problem is None:
-            kept.append(row)
-        else:
-            skipped.append(SkippedRow(record_set.name, numbers[row.id], row.id, *problem))
-    ids = {row.id for row in kept}
-    record_set = record_set.skip(
-        [r for r in record_set.records if r.id in ids], [*too_long, *skipped]
-    )
-    partly = [*record_set.partly, *left_out_rows(record_set.records, record_set.name)]
-    if record_set.skipped or partly:
-        write_skipped(skipped_file, [*record_set.skipped, *partly])
-    else:  # of an earlier run, before the data were mended
-        epath.Path(skipped_file).unlink(missing_ok=True)
-    record_set.check()
-    if processor.images is not None:
-        _warn_of_blind_rows(record_set)
-    texts = TextNotes()
-    for record in record_set.records:
-        texts.add(record, processor)
-    for line in texts.lines():
-        log.warning("%s: %s", record_set.name, line)
-    if lengths is not None:
-        warn_of_cuts(record_set.name, kept, lengths)
-    return record_set, kept
+        if problem is not None:
+            tally.unfit.append(SkippedRow(name, record.row, row.id, *problem))
+            continue
+        tally.usable += 1
+        tally.partly += left_out_rows([record], name)
+        tally.blind += not shows_something(record)
+        tally.cut += count_cut(row)
+        tally.texts.add(record, processor)
+        yield record, row
 
 
-def _warn_of_blind_rows(record_set: RecordSet) -> None:
-    """Says how many rows show a vision model nothing."""
-    blind = sum(not shows_something(record) for record in record_set.records)
-    if blind:
-        total = len(record_set.records)
-        log.warning("%s: %d of %d rows have no image or video", record_set.name, blind, total)
-
-
-def warn_of_cuts(name: str, records: Sequence[TokenizedRecord], lengths: Lengths) -> None:
-    """Says how many responses lost their tail to the largest bucket."""
-    cut = sum(response.truncated > 0 for row in records for response in row.responses)
-    if cut:
-        log.warning("%s: %d responses were cut to %d tokens", name, cut, lengths.response[-1])
+def count_cut(record: TokenizedRecord) -> int:
+    """How many responses of a record lost their tail."""
+    return sum(response.truncated > 0 for response in record.responses)
 
 
 def unsupported(record: Record, processor: Processor) -> Problem | None:
@@ -145,34 +150,3 @@ def without_shown_media(record: Record, processor: Processor) -> Record:
 
 def _shows_images(record: Record) -> bool:
     return bool(record.images) or any(response.images for response in record.responses)
-
-
-@dataclasses.dataclass
-class TextNotes:
-    """What tokenizer and chat template make of texts that their writers may not have meant."""
-
-    typed: Counter[str] = dataclasses.field(default_factory=Counter)
-    """Rows by control token that is typed in a text."""
-    unread: Counter[str] = dataclasses.field(default_factory=Counter)
-    """Rows by key of messages, or argument, that the chat template does not read."""
-
-    def add(self, record: Record, processor: Processor) -> None:
-        """Counts a row."""
-        turns = turns_of(record)
-        keys = {key for turn in turns for key in turn.keys} | record.template.keys()
-        self.unread.update(sorted(key for key in keys if not processor.reads_key(key)))
-        if processor.tokenizer.is_fast and not record.plain_text:
-            said = [record.template, *(turn.keys for turn in turns)]
-            texts = [json.dumps(value, ensure_ascii=False, default=str) for value in said if value]
-            texts += [turn.text for turn in turns]
-            self.typed.update({name for t in texts for name in processor.control.found_in(t)})
-
-    def lines(self) -> Iterator[str]:
-        """What the notes say, for a person."""
-        if self.typed:
-            yield (
-                f"rows whose texts type control tokens: {by_count(self.typed)}; they are read as "
-                "such, but for those of images (data.control_tokens: text makes them plain text)"
-            )
-        if self.unread:
-            yield f"rows with what the chat template does not read: {by_count(self.unread)}"

@@ -21,6 +21,7 @@ from mmpo_jax.data.packing import (
     best_rows,
     in_rows,
     pack_batch,
+    sizes_of,
     spread,
 )
 from mmpo_jax.data.processor import Processor
@@ -154,7 +155,7 @@ def plan_packed(
       batch_size: records of a batch in the mean.
       part_size: records of a part.
     """
-    sizes = [Size.of(record) for record in records]
+    sizes = sizes_of(records)
     budget = sum(size.tokens for size in sizes) * batch_size / max(1, len(sizes))
     starts = range(0, len(records), part_size)
     plans: list[list[PlannedBatch]] = [[] for _ in starts]

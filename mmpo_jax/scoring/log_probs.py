@@ -16,7 +16,8 @@ from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.core import progress
 from mmpo_jax.core.stages import Stage, run_stage
 from mmpo_jax.data.lengths import Lengths
-from mmpo_jax.data.tokenization import TokenizedRecord, fingerprint_records
+from mmpo_jax.data.tokenization import TokenizedRecord
+from mmpo_jax.data.tokenized_rows import fingerprint_records
 from mmpo_jax.inference.loop import TokenCount, run_batches
 from mmpo_jax.inference.plan import PlannedBatch, plan_responses
 from mmpo_jax.models.batch import Batch, PackedBatch

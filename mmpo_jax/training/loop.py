@@ -30,6 +30,7 @@ from mmpo_jax.data.pipeline import (
     TrainBatch,
     held_out_batches,
     num_batches,
+    rows_of,
     seen_rows,
     training_batches,
 )
@@ -222,7 +223,7 @@ def make_batches(
     """Batches of the examples, or of what is sampled after their prompts; see `train`."""
     micro = micro_batch_size(config, mesh)
     if data.rollout is not None:
-        prompts = Prompts([example.rows[0] for example in data.examples], data.mixture, seed)
+        prompts = Prompts(rows_of(data.examples), data.mixture, seed)
         return Rollouts(start, prompts, config, data.rollout, lengths, mesh, micro)
     batches = training_batches(
         data.examples,

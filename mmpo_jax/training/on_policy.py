@@ -16,10 +16,10 @@ from jax.sharding import Mesh
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.checkpoints.train_state import TrainState
 from mmpo_jax.core import progress
-from mmpo_jax.core.errors import DataError
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.pipeline import (
     Example,
+    Examples,
     HostBatch,
     MixtureEntry,
     TrainBatch,
@@ -27,8 +27,8 @@ from mmpo_jax.data.pipeline import (
     batch_order,
 )
 from mmpo_jax.data.records import Response, Turn
-from mmpo_jax.data.skipped import SkipReason
 from mmpo_jax.data.tokenization import TokenizedRecord, TokenizedResponse
+from mmpo_jax.data.tokenized_rows import known
 from mmpo_jax.generation.responses import read_response, sample_tokens
 from mmpo_jax.models.lora import cast_params
 from mmpo_jax.models.model import Params
@@ -238,9 +238,9 @@ def _std(values: np.ndarray) -> float:
     return float(values.std(ddof=1)) if values.size > 1 else 0.0
 
 
-def prompt_examples(records: Sequence[TokenizedRecord]) -> list[Example]:
+def prompt_examples(records: Sequence[TokenizedRecord]) -> Examples:
     """Examples without responses."""
-    return [Example((record,), {}) for record in records]
+    return Examples(known(records))
 
 
 def with_token_limit(config: Training, rollout: Rollout) -> Training:
@@ -252,13 +252,3 @@ def with_token_limit(config: Training, rollout: Rollout) -> Training:
         for section in config.objective
     ]
     return config.model_copy(update={"objective": tuple(objectives)})
-
-
-def unrewardable(record: TokenizedRecord, rollout: Rollout) -> tuple[SkipReason, str] | None:
-    """(reason, detail) why a record's samples cannot be rewarded; None if they can."""
-    try:
-        for section in rollout.rewards:
-            section.score("", record.solution)
-    except DataError as error:
-        return "no_answer", str(error)
-    return None

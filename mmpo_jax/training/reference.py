@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from jax.sharding import Mesh
 
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
@@ -27,12 +28,8 @@ def reference_stage(
     mesh: Mesh,
     per_token: bool = False,
     **options: Any,
-) -> dict[str, np.ndarray]:
-    """Log-probs of every response under the model training starts from, see `score_stage`.
-
-    Returns:
-      record id -> float32[R], or [R, t] per token.
-    """
+) -> StoredScores:
+    """Log-probs of every response under the model training starts from, see `score_stage`."""
     table = score_stage(
         start,
         records,
@@ -42,15 +39,28 @@ def reference_stage(
         per_token=per_token,
         **options,
     )
-    rows = table.to_pylist()
-    if not per_token:
-        return {row["id"]: np.array(row["log_probs"], np.float32) for row in rows}
-    padded = {}
-    for row in rows:
-        longest = max(map(len, row["log_probs"]))
-        values = [np.pad(tokens, (0, longest - len(tokens))) for tokens in row["log_probs"]]
-        padded[row["id"]] = np.array(values, np.float32)
-    return padded
+    return StoredScores(table, per_token)
+
+
+class StoredScores(Mapping[str, np.ndarray]):
+    """Record id -> float32[R], or [R, t] per token, of the table of `score_stage`."""
+
+    def __init__(self, table: pa.Table, per_token: bool):
+        self.table, self.per_token = table.combine_chunks(), per_token
+        self.places = {id_: place for place, id_ in enumerate(table["id"].to_pylist())}
+
+    def __getitem__(self, id_: str) -> np.ndarray:
+        values = self.table["log_probs"][self.places[id_]].as_py()
+        if self.per_token:
+            longest = max(map(len, values))
+            values = [np.pad(tokens, (0, longest - len(tokens))) for tokens in values]
+        return np.array(values, np.float32)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
 
 
 def check_given(

@@ -225,15 +225,15 @@ def measure_weights(
       (rows, metrics).
     """
     # Of rows that `max_steps` keeps the run from there is no reference.
-    examples = [
-        example
-        for example in examples
+    known = [
+        place
+        for place, example in enumerate(examples)
         if all(np.isfinite(values).all() for values in example.reference.values())
     ]
-    if not examples:
+    if not known:
         return 0, {}
-    places = np.linspace(0, len(examples) - 1, min(len(examples), MEASURED_ROWS)).astype(int)
-    chosen = [examples[place] for place in places]
+    places = np.linspace(0, len(known) - 1, min(len(known), MEASURED_ROWS)).astype(int)
+    chosen = [examples[known[place]] for place in places]
     terms = recipe_terms(training)
     loss = make_loss(start.model, terms, examples[0].names)
     reference = training.reference if needs_reference(terms) else NoReference()

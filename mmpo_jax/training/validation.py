@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import hashlib
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.trees import unflatten
 from mmpo_jax.data.pipeline import Example, TrainBatch
 from mmpo_jax.data.tokenization import TokenizedRecord
+from mmpo_jax.data.tokenized_rows import KnownRows, known
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.lora import cast_params
 from mmpo_jax.parallel.mesh import put_batch
@@ -181,7 +181,7 @@ def _without_prompts(batch: TrainBatch) -> TrainBatch:
 
 def hold_out(
     sets: Sequence[Sequence[TokenizedRecord]], share: float
-) -> list[tuple[list[TokenizedRecord], list[TokenizedRecord]]]:
+) -> list[tuple[KnownRows, KnownRows]]:
     """(rows to train on, rows held out) of every data set, whatever the order of rows and sets.
 
     Rows with one prompt about the same images fall on the same side, in whichever sets they are, so
@@ -193,7 +193,8 @@ def hold_out(
     Raises:
       MmpoError: all rows have the same prompt.
     """
-    digests = [[_prompt_digest(record) for record in records] for records in sets]
+    rows = [known(records) for records in sets]
+    digests = [records.prompts for records in rows]
     sizes = collections.Counter(itertools.chain.from_iterable(digests))
     total = sizes.total()
     if len(sizes) < 2:
@@ -216,16 +217,8 @@ def hold_out(
     log.info(
         "held out: %d of %d rows, which is %d of %d prompts", held, total, len(chosen), len(sizes)
     )
-    sides: list[tuple[list[TokenizedRecord], list[TokenizedRecord]]] = [([], []) for _ in sets]
-    for side, records, of_set in zip(sides, sets, digests, strict=True):
-        for record, digest in zip(records, of_set, strict=True):
-            side[digest in chosen].append(record)
-    return sides
-
-
-def _prompt_digest(record: TokenizedRecord) -> str:
-    digest = hashlib.sha256(record.prompt_ids.tobytes())
-    digests = [image.fingerprint() for image in record.images]
-    digests += [video.fingerprint() for video in record.videos]
-    digest.update("".join(digests).encode())
-    return digest.hexdigest()
+    held_out = [np.array([digest in chosen for digest in of_set], bool) for of_set in digests]
+    return [
+        (records.take(np.flatnonzero(~apart)), records.take(np.flatnonzero(apart)))
+        for records, apart in zip(rows, held_out, strict=True)
+    ]

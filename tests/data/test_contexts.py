@@ -15,7 +15,8 @@ from mmpo_jax.data.contexts import (
     tokenize_contexts,
 )
 from mmpo_jax.data.records import Edit, ImageRef, Record, Response, Turn, VideoRef
-from mmpo_jax.data.tokenization import RowRejected, fingerprint_records, tokenize
+from mmpo_jax.data.tokenization import RowRejected, tokenize
+from mmpo_jax.data.tokenized_rows import fingerprint_records
 
 LIMITS = {"max_prompt": 64, "max_response": 32}
 IMAGES = [ImageRef(name, name.encode()) for name in ("first", "second", "third")]

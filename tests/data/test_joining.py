@@ -12,6 +12,7 @@ from mmpo_jax.cli import main
 from mmpo_jax.data.joining import Joined, join_pairs
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
 from mmpo_jax.data.sources import LearnedFile
+from mmpo_jax.data.tally import Tally, settle
 from mmpo_jax.data.usable import usable_records
 
 PROMPT = (Turn("user", QUESTION),)
@@ -246,7 +247,9 @@ def test_in_training_and_in_conversion(tmp_path, caplog, capsys):
     source = LearnedFile(path=path, join_pairs=True, max_skipped=0.25).load(supervised=True)
     assert [len(record.responses) for record in source.records] == [3, 2]
     assert "2 rows of 1 prompts joined into rankings" in caplog.text
-    source.check()  # one of four rows is left out, not one of three
+    tally = Tally(unreadable=source.skipped, joined=source.joined, usable=len(source.records))
+    # One of four rows is left out, not one of three.
+    settle(tally, path, str(tmp_path / "skipped.jsonl"), source.max_skipped, True, None)
     assert len(LearnedFile(path=path).load(supervised=True).records) == 3
     out = tmp_path / "out.jsonl"
     options = ["--join-pairs", "--max-skipped", "0.25"]

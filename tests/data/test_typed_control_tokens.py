@@ -16,8 +16,9 @@ from mmpo_jax.data.control_tokens import ControlTokens
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import Record, Response, Turn
 from mmpo_jax.data.sources import FileData
+from mmpo_jax.data.tally import TextNotes
 from mmpo_jax.data.tokenization import RowRejected, tokenize
-from mmpo_jax.data.usable import TextNotes, usable_records, without_shown_media
+from mmpo_jax.data.usable import usable_records, without_shown_media
 
 LIMITS = {"max_prompt": 256, "max_response": 64}
 TEMPLATE = """\

@@ -30,6 +30,12 @@ class MediaFolder:
 
     def __init__(self, root: epath.PathLike):
         self.root = epath.Path(root)
+        self.missed: dict[str, None] = {}
+        """Paths where nothing was."""
+        self.listed: dict[str, list[str]] = {}
+        """Folders of frames -> the images in them."""
+        self.searched = False
+        """Whether something was looked for everywhere, and not found."""
 
     def images(self, row: Row) -> tuple[ImageRef, ...]:
         """The images of the columns ``images`` or ``image``, in the order of `entries`.
@@ -94,7 +100,7 @@ class MediaFolder:
             return self._file(path.replace("\\", "/"), deeper)
         found = self._find(path) if deeper else None
         if found is None or not _exists(found, folder=False):
-            raise _missing("file", path, self.root)
+            raise self._missing("file", path, file, deeper)
         return found
 
     def video(self, entry: Any, number: int = 1) -> VideoRef:
@@ -134,8 +140,8 @@ class MediaFolder:
         if folder is None or not _exists(folder, folder=True):
             folder = self._find(entry)
         if folder is None or not _exists(folder, folder=True):
-            raise _missing("folder", entry, self.root)
-        names = [p.name for p in folder.iterdir() if p.suffix.lower() in IMAGE_ENDINGS]
+            raise self._missing("folder", entry, self._resolve(entry), True)
+        names = self.listed[os.fspath(folder)] = names_in(folder)
         if not names:
             raise UnusableRow("bad_video_entry", f"no image in the folder {brief(entry)}")
         frames = [
@@ -143,6 +149,14 @@ class MediaFolder:
             for name in sorted(names, key=_numbers)
         ]
         return VideoRef(entry, tuple(frames))
+
+    def _missing(self, kind: str, path: str, file: epath.Path, deeper: bool) -> UnusableRow:
+        self.missed[os.fspath(file)] = None
+        self.searched |= deeper
+        detail = f"there is no {kind} {brief(path)} in {os.fspath(self.root)}"
+        return UnusableRow(
+            "image_missing", f"{detail}; is it elsewhere, name that folder as image_root"
+        )
 
     def _resolve(self, path: str) -> epath.Path:
         try:
@@ -171,6 +185,14 @@ class MediaFolder:
         return index
 
 
+def names_in(folder: epath.Path) -> list[str]:
+    """Names of the images in a folder, sorted; none where there is no such folder."""
+    try:
+        return sorted(p.name for p in folder.iterdir() if p.suffix.lower() in IMAGE_ENDINGS)
+    except OSError:
+        return []
+
+
 def _numbers(name: str) -> list[tuple[int, str]]:
     """Sorts frame 10 behind frame 9."""
     parts = "".join(c if c.isdigit() else f"\0{c}\0" for c in name).split("\0")
@@ -191,10 +213,3 @@ def _exists(path: epath.Path, *, folder: bool) -> bool:
         return path.is_dir() if folder else path.is_file()
     except OSError:  # Such as a name that is too long to be one.
         return False
-
-
-def _missing(kind: str, path: str, root: epath.Path) -> UnusableRow:
-    detail = f"there is no {kind} {brief(path)} in {os.fspath(root)}"
-    return UnusableRow(
-        "image_missing", f"{detail}; is it elsewhere, name that folder as image_root"
-    )

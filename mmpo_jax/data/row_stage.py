@@ -1,0 +1,420 @@
+"""A stage that reads, checks and tokenises the rows of a file, in parts and by several processes.
+
+    rows.json                 what the parts were made of, and their digests; written last
+    rows.parts-<key>/00003.arrow
+
+A part holds rows of `row_tables`, and with them what became of the rows of the file that it covers,
+so that a run that finds the parts says what the run that made them said.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import itertools
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import transformers
+from etils import epath
+
+from mmpo_jax.core import progress
+from mmpo_jax.core.errors import DataError
+from mmpo_jax.core.files import (
+    cache_folder,
+    fingerprint_bytes,
+    fingerprint_json,
+    is_local,
+    read_bytes,
+    read_json,
+    write_atomic,
+)
+from mmpo_jax.core.known_files import flush
+from mmpo_jax.core.workers import in_order
+from mmpo_jax.data.files import count_rows, find_files, fingerprint_rows, rows_of
+from mmpo_jax.data.formats import FORMATS
+from mmpo_jax.data.formats.media import MediaFolder
+from mmpo_jax.data.image_states import Seen, changed, seen_by
+from mmpo_jax.data.lengths import Lengths
+from mmpo_jax.data.media_check import media_problem
+from mmpo_jax.data.parsing import NamedRow, name_rows, parse_row
+from mmpo_jax.data.processor import Processor
+from mmpo_jax.data.readers import TFDS, media_root
+from mmpo_jax.data.records import SOLUTIONS, Record
+from mmpo_jax.data.row_tables import encode_rows, open_table, table_bytes
+from mmpo_jax.data.rows import MessagesAs
+from mmpo_jax.data.skipped import Problem, SkippedRow
+from mmpo_jax.data.sources import FileData, LearnedFile, load_file, scored, without_prompt
+from mmpo_jax.data.tally import Tally, settle, tell_notes
+from mmpo_jax.data.tokenization import TokenizedRecord
+from mmpo_jax.data.tokenized_rows import StoredTable, TokenizedRows
+from mmpo_jax.data.usable import limits_of, tokenize_usable
+
+log = logging.getLogger(__name__)
+
+RULES = 1
+"""Part of the key: changes with what is made of the same rows."""
+PART_ROWS = 512
+PART_BYTES = 1 << 24
+"""A part ends with the row that reaches either: a kill loses no more for each process."""
+ALONE = 4
+"""Parts that are made without other processes, which take seconds to begin."""
+_KEY_CHARACTERS = 16
+_NOTES = b"mmpo_jax"
+"""Key of a part's metadata."""
+
+Raw = NamedRow | Record
+
+
+class RowUse(Protocol):
+    """What rows are read for. It is pickled."""
+
+    @property
+    def supervised(self) -> bool:
+        """Whether responses are read, or prompts only."""
+
+    @property
+    def messages_as(self) -> MessagesAs:
+        """What rows of `messages` supervise, see `parsing.parse_rows`."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of what `tell` gives."""
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Modules that have to be imported first, as they register what the methods need."""
+
+    def key(self) -> Any:
+        """All that the methods depend on, as JSON."""
+
+    def tokenize(
+        self, record: Record, processor: Processor, max_prompt: int, max_response: int
+    ) -> TokenizedRecord:
+        """Tokens of a record, see `tokenization.tokenize`."""
+
+    def unfit(self, record: TokenizedRecord) -> Problem | None:
+        """Why a row is of no use; None where it is."""
+
+    def select(self, record: TokenizedRecord) -> TokenizedRecord:
+        """The record with the responses that are read."""
+
+    def tell(self, record: TokenizedRecord) -> Mapping[str, str]:
+        """Short texts to know a row by without reading it, by column."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What the parts of a stage have in common."""
+
+    data: FileData
+    use: RowUse
+    folder: str
+    """Of the parts."""
+    checkpoint: tuple[str, Any, str]
+    """Arguments of the processor."""
+    limits: tuple[int, int]
+    modules: tuple[str, ...]
+    """Modules that register formats of rows, and what the use needs."""
+
+    def part(self, number: int) -> str:
+        """File of a part."""
+        return os.path.join(self.folder, f"{number:05d}.arrow")
+
+
+def tokenized_rows(
+    data: FileData,
+    use: RowUse,
+    processor: Processor,
+    lengths: Lengths | None,
+    *,
+    folder: str,
+    name: str,
+    skipped_file: str,
+    workers: int,
+) -> TokenizedRows:
+    """The rows of a file that can be used, tokenised, from disk: made now as far as they are not.
+
+    Args:
+      data: the recipe's section.
+      use: what they are read for.
+      processor: of the checkpoint.
+      lengths: bucket sizes; the largest are the limits. None for no limits.
+      folder: of the stage; where that is in a bucket, parts lie in the cache of this machine.
+      name: of the stage.
+      skipped_file: lists rows that are left out; not written where everything can be used.
+      workers: processes; the result does not depend on them.
+
+    Raises:
+      DataError: the file cannot be read, more rows were left out than the recipe allows, or none
+        can be used.
+    """
+    if not is_local(folder):
+        folder = os.path.join(cache_folder(), "rows", fingerprint_json(folder)[:_KEY_CHARACTERS])
+    files = find_files(data.path)
+    made_of = _made_of(data, use, processor, lengths, files)
+    key = fingerprint_json(made_of)
+    job = _Job(
+        data,
+        use,
+        os.path.join(folder, f"{name}.parts-{key[:_KEY_CHARACTERS]}"),
+        (processor.folder, processor.config, processor.template),
+        limits_of(lengths),
+        tuple(sorted({*use.modules, *(format.read.__module__ for format in FORMATS.values())})),
+    )
+    manifest = os.path.join(folder, f"{name}.json")
+    parts = _finished(job, read_json(manifest), key)
+    told = parts is None and _joins(data, use)
+    if parts is None:
+        parts = _make_parts(job, files, processor, workers)
+        text = json.dumps({"made_of": made_of, "key": key, "parts": parts}, indent=1)
+        write_atomic(manifest, text.encode())
+        _remove_others(job.folder, name)
+    tally = Tally()
+    for number in range(len(parts)):
+        tally.add(Tally.from_json(_notes(job.part(number))["tally"]))
+    if not told:  # by reading all at once
+        tell_notes(data.path, tally.notes)
+        if tally.joining:
+            log.info("%s: %s", data.path, tally.joining)
+    limit = None if lengths is None else lengths.response[-1]
+    settle(tally, data.path, skipped_file, data.max_skipped, processor.images is not None, limit)
+    tables = [StoredTable(job.part(i), part["rows"]) for i, part in enumerate(parts)]
+    return TokenizedRows(tables, processor)
+
+
+def can_be_stored(data: Any) -> bool:
+    """Whether `tokenized_rows` reads such a section."""
+    return isinstance(data, FileData) and not data.path.startswith(TFDS)
+
+
+def _made_of(
+    data: FileData,
+    use: RowUse,
+    processor: Processor,
+    lengths: Lengths | None,
+    files: Sequence[epath.Path],
+) -> dict[str, Any]:
+    return {
+        "rules": RULES,
+        "rows": fingerprint_rows(files),
+        "data": data.model_dump(mode="json", exclude={"max_skipped", "weight"}),
+        "use": use.key(),
+        "limits": limits_of(lengths),
+        **processor.fingerprints(),
+        "config": fingerprint_json(repr(processor.config)),
+        "transformers": transformers.__version__,
+    }
+
+
+def _finished(job: _Job, manifest: Mapping[str, Any], key: str) -> list[dict[str, Any]] | None:
+    """The parts of the manifest, if it is of this key and they are as they were made."""
+    if manifest.get("key") != key:
+        return None
+    for number, part in enumerate(manifest["parts"]):
+        if _digest(job.part(number)) != part["sha256"]:
+            log.warning("%s is not what its manifest says, and is made again", job.part(number))
+            _remove(job.part(number))
+            return None
+    files = [job.part(number) for number in range(len(manifest["parts"]))]
+    return manifest["parts"] if _drop_changed(files) else None
+
+
+def _drop_changed(files: Sequence[str]) -> bool:
+    """Removes parts whose images are others now; whether all stay."""
+    with progress.doing("looking whether images have changed", len(files), "parts") as activity:
+        notes = ((file, _notes(file)) for file in files)
+        seen = [(file, Seen.from_json(said["seen"])) for file, said in notes if said]
+        stale = changed([one for _, one in seen], activity.advance)
+    for place in stale:
+        _remove(seen[place][0])
+    return len(seen) == len(files) and not stale
+
+
+def _make_parts(
+    job: _Job, files: Sequence[epath.Path], processor: Processor, workers: int
+) -> list[dict[str, Any]]:
+    """Makes the parts that are not there; says of all how many rows they have, and their digest."""
+    os.makedirs(job.folder, exist_ok=True)
+    there = sorted(name for name in os.listdir(job.folder) if name.endswith(".arrow"))
+    _drop_changed([os.path.join(job.folder, name) for name in there])
+    _processors[job.checkpoint[0], job.checkpoint[2]] = processor
+    name = f"reading and tokenising {job.data.path}"
+    with progress.doing(name, count_rows(files)) as activity:
+        parts: list[dict[str, Any]] = []
+        raw = _raw_parts(job, files)
+        first = list(itertools.islice(raw, ALONE + 1))
+        alone = len(first) <= ALONE or workers < 2 or "__main__" in job.modules
+        calls = ((job, *part) for part in itertools.chain(first, raw))
+        made = itertools.starmap(make_part, calls) if alone else in_order(make_part, calls, workers)
+        for part in made:
+            activity.advance(part.pop("read"))
+            parts.append(part)
+    flush()
+    return parts
+
+
+def _raw_parts(
+    job: _Job, files: Sequence[epath.Path]
+) -> Iterator[tuple[int, Sequence[Raw], Tally]]:
+    """(number, rows, what became of rows before) of every part, one at least."""
+    before, rows = Tally(), iter(name_rows(rows_of(files, job.data.path), job.data.format))
+    raw: Iterator[Raw] = rows
+    if _joins(job.data, job.use):
+        found = load_file(job.data, job.use.supervised, job.use.messages_as)
+        before = Tally(
+            notes=found.notes,
+            unreadable=found.skipped,
+            joined=found.joined,
+            joining=found.joining,
+            partly=[*found.partly],
+        )
+        raw = iter(found.records)
+    part: list[Raw] = []
+    number, size = 0, 0
+    for row in raw:
+        part.append(row)
+        size += _weight(row.row) if isinstance(row, NamedRow) else _weight_of_images(row)
+        if len(part) >= PART_ROWS or size >= PART_BYTES:
+            yield number, part, before
+            part, number, size, before = [], number + 1, 0, Tally()
+    if part or not number:
+        yield number, part, before
+
+
+def _joins(data: FileData, use: RowUse) -> bool:
+    """Whether all records are needed to make one."""
+    return use.supervised and isinstance(data, LearnedFile) and data.join_pairs
+
+
+def _weight(value: Any) -> int:
+    """Bytes and characters of a value, roughly."""
+    if isinstance(value, bytes | str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_weight, value.values()))
+    return sum(map(_weight, value)) if isinstance(value, list) else 0
+
+
+def _weight_of_images(record: Record) -> int:
+    return sum(len(image.data or b"") for image in record.images)
+
+
+_processors: dict[tuple[str, str], Processor] = {}
+"""Those of this process, by folder and template."""
+
+
+def make_part(job: _Job, number: int, rows: Sequence[Raw], before: Tally) -> dict[str, Any]:
+    """Makes a part, unless it is there.
+
+    Args:
+      job: what it has in common with others.
+      number: from 0.
+      rows: of the file, or records out of them.
+      before: what became of rows that are in no part.
+
+    Returns:
+      How many rows it was made of, how many it has, and its digest.
+    """
+    file = job.part(number)
+    if not _notes(file):
+        write_atomic(file, _part_bytes(job, rows, before))
+        flush()
+    table = open_table(file)
+    return {"read": len(rows), "rows": table.num_rows, "sha256": _digest(file)}
+
+
+def _part_bytes(job: _Job, rows: Sequence[Raw], tally: Tally) -> bytes:
+    for module in job.modules:
+        importlib.import_module(module)
+    folder, config, template = job.checkpoint
+    if (folder, template) not in _processors:
+        _processors[folder, template] = Processor(folder, config, template)
+    processor = _processors[folder, template]
+    media = MediaFolder(media_root(job.data.path, job.data.image_root))
+    shown: list[Record] = []
+    records = _records(job, rows, media, tally, shown)
+    use, name = job.use, job.data.path
+    used = tokenize_usable(records, name, processor, job.limits, tally, use.unfit, use.tokenize)
+    made = [use.select(row) for _, row in used]
+    table = encode_rows(made, [use.tell(row) for row in made], use.columns)
+    notes = {"tally": tally.to_json(), "seen": seen_by(shown, media).to_json()}
+    metadata = {_NOTES: json.dumps(notes, ensure_ascii=False).encode()}
+    return table_bytes(table.replace_schema_metadata(metadata))
+
+
+def _records(
+    job: _Job, rows: Sequence[Raw], media: MediaFolder, tally: Tally, shown: list[Record]
+) -> Iterator[Record]:
+    """The records of rows, as `sources.load_file` has them.
+
+    Args:
+      shown: gets those whose images were looked at.
+    """
+    data, use = job.data, job.use
+    for row in rows:
+        if isinstance(row, Record):
+            shown.append(row)
+            yield row
+            continue
+        record = parse_row(
+            row,
+            data.path,
+            media,
+            use.messages_as,
+            data.format,
+            tally.notes,
+            not use.supervised,
+        )
+        if isinstance(record, SkippedRow):
+            tally.unreadable.append(record)
+            continue
+        extra = {name: record.extra[name] for name in SOLUTIONS if name in record.extra}
+        plain = data.control_tokens == "text"
+        record = dataclasses.replace(record, extra=extra, plain_text=plain)
+        shown.append(record)
+        problem = media_problem(record)
+        if problem is not None:
+            tally.broken.append(SkippedRow(data.path, record.row, record.id, *problem))
+            continue
+        if not use.supervised:
+            if not record.prompt:
+                tally.without_prompt.append(without_prompt(data.path, record))
+                continue
+            record = dataclasses.replace(record, responses=())
+        elif isinstance(data, LearnedFile) and data.score is not None:
+            record = scored(record, data.score)
+        yield record
+
+
+def _notes(file: str) -> dict[str, Any]:
+    """What a part says beside its rows; empty where there is none that can be read."""
+    try:
+        metadata = open_table(file).schema.metadata or {}
+        return json.loads(metadata.get(_NOTES, b"{}"))
+    except (DataError, ValueError):
+        return {}
+
+
+def _digest(file: str) -> str | None:
+    """SHA-256 of a part; None where it is missing."""
+    try:
+        return fingerprint_bytes(read_bytes(file))
+    except DataError:
+        return None
+
+
+def _remove(file: str) -> None:
+    open_table.cache_clear()
+    epath.Path(file).unlink(missing_ok=True)
+
+
+def _remove_others(folder: str, name: str) -> None:
+    """Removes the parts of other settings."""
+    for other in epath.Path(folder).parent.glob(f"{name}.parts-*"):
+        if os.path.basename(folder) != other.name:
+            shutil.rmtree(other, ignore_errors=True)
