@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import fingerprint_items
-from mmpo_jax.data.contexts import all_names, arranged
+from mmpo_jax.data.contexts import all_names, arranged, tokenize_contexts
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.pipeline import Example, Examples
 from mmpo_jax.data.skipped import Problem
@@ -105,7 +105,8 @@ def tokenizer_for(terms: Sequence[Term], seed: int) -> Tokenize:
       terms: whose options agree on the contexts, as a recipe's do.
       seed: of what is random in other images.
     """
-    return LearnedUse.of(terms, NoReference(), seed).tokenize
+    use = LearnedUse.of(terms, NoReference(), seed)
+    return functools.partial(tokenize_contexts, other=use.other, joint=use.joint)
 
 
 class LearnedExamples(Examples):

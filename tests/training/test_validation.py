@@ -180,7 +180,7 @@ def test_a_share_of_the_training_data():
     assert len(kept) + len(held) == 2000
     assert 0.2 < len(held) / 2000 < 0.3
     assert not {int(r.prompt_ids[1]) for r in kept} & {int(r.prompt_ids[1]) for r in held}
-    assert hold_out([with_prompts[::-1]], 0.25)[0][1] == held[::-1]
+    assert hold_out([with_prompts[::-1]], 0.25)[0][1].ids == held.ids[::-1]
 
 
 def rows_of_prompts(sizes):
@@ -223,7 +223,9 @@ def test_no_prompt_is_on_both_sides_of_a_mixture(share):
     assert [len(kept) + len(held) for kept, held in sides] == [40, 45, 2]
     assert abs(sum(len(held) for _, held in sides) - share * 87) <= 6
     swapped = hold_out([rows[::-1] for rows in sets[::-1]], share)
-    assert [(k[::-1], h[::-1]) for k, h in swapped[::-1]] == sides
+    assert [(k.ids[::-1], h.ids[::-1]) for k, h in swapped[::-1]] == [
+        (k.ids, h.ids) for k, h in sides
+    ]
 
 
 def test_one_prompt_has_no_share():
