@@ -130,16 +130,15 @@ def decode_row(
             for piece, source, (truncated, spans) in rows
         )
         contexts.append(
-            dataclasses.replace(made, prompt_ids=tokens[prompt], responses=spoken_responses)
+            dataclasses.replace(
+                made,
+                prompt_ids=tokens[prompt],
+                responses=spoken_responses,
+                solution=more["solution"],
+            )
         )
     first, *others = contexts
-    return dataclasses.replace(
-        first,
-        ranked=more["ranked"],
-        solution=more["solution"],
-        left_out=tuple(more["left_out"]),
-        others=tuple(zip(more["others"], others, strict=True)),
-    )
+    return dataclasses.replace(first, others=tuple(zip(more["others"], others, strict=True)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,9 +195,7 @@ def _encode(record: TokenizedRecord) -> dict[str, Any]:
     ]
     encoded: list[bytes] = []
     more = {
-        "ranked": record.ranked,
         "solution": record.solution,
-        "left_out": record.left_out,
         "others": [name for name, _ in record.others],
         "sources": [_encode_source(response.source) for response in record.responses],
         "contexts": [_encode_context(context, encoded) for context in contexts],
@@ -245,6 +242,8 @@ def _encode_context(context: TokenizedRecord, encoded: list[bytes]) -> dict[str,
             for video in context.videos
         ],
         "order": context.order,
+        "ranked": context.ranked,
+        "left_out": context.left_out,
         "shows_later": context.shows_later,
         "responses": [[response.truncated, response.span_tokens] for response in context.responses],
     }
@@ -268,6 +267,8 @@ def _decode_context(
         layouts=tuple(layouts[place] for place in context["order"]),
         videos=videos,
         order=tuple(context["order"]),
+        ranked=context["ranked"],
+        left_out=tuple(context["left_out"]),
         shows_later=context["shows_later"],
     )
 
