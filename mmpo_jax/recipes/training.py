@@ -94,7 +94,8 @@ class Training(Section):
     lora: Lora | None = None
     """Trains adapters instead of the weights."""
     workers: PositiveInt = 2
-    """Threads that make batches ready while a step runs."""
+    """Processes that tokenise the data before, and threads that make batches ready while a step
+    runs."""
     remat: Literal["none", "dots", "full"] = "none"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     log_every: PositiveInt = 10
