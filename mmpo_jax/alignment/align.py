@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from jax.sharding import Mesh
 
 from mmpo_jax.alignment.report import RoundReport, read_report, write_report
-from mmpo_jax.alignment.round import Round, pair_examples, run_round
+from mmpo_jax.alignment.round import Round, pair_data, run_round
 from mmpo_jax.checkpoints.cards import ModelCard, SavedWeights, make_card, read_saved, write_card
 from mmpo_jax.checkpoints.checkpoint import (
     Checkpoint,
@@ -43,7 +43,7 @@ from mmpo_jax.feedback.claims import make_splitter
 from mmpo_jax.feedback.labeler import CheckpointLabeler, Labeler, answer_tokens
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipes.recipe import AlignRecipe
-from mmpo_jax.training.loop import check_training
+from mmpo_jax.training.plan import check_training
 from mmpo_jax.training.saving import MODEL, load_before, measure_weights, save_weights
 
 log = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ def save_last(recipe: AlignRecipe, work: Round, trained: Checkpoint, card: Model
         measure = functools.partial(
             measure_weights,
             work.start,
-            pair_examples(work, generated, pairs),
+            pair_data(work, generated, pairs).examples,
             recipe.training,
             recipe.lengths,
             work.mesh,

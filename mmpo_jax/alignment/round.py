@@ -12,15 +12,15 @@ import collections
 import dataclasses
 import functools
 import json
-import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
 from jax.sharding import Mesh
 
+from mmpo_jax.alignment.pairs import pair_records, pair_rows
 from mmpo_jax.checkpoints.cards import ModelCard
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.checkpoints.fingerprints import fingerprint_model, has_fingerprint
@@ -34,22 +34,17 @@ from mmpo_jax.core.files import (
     write_atomic,
 )
 from mmpo_jax.core.stages import Stage, StageOutput, run_stage
-from mmpo_jax.data.pipeline import Example, MixtureEntry
-from mmpo_jax.data.records import Record, Response
-from mmpo_jax.data.tally import warn_of_cuts
-from mmpo_jax.data.tokenization import TokenizedRecord, tokenize_records
-from mmpo_jax.data.usable import count_cut
+from mmpo_jax.data.records import Record
+from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.feedback.claims import Splitter
 from mmpo_jax.feedback.labeler import Labeler
 from mmpo_jax.feedback.pairing import combine
 from mmpo_jax.feedback.scores import ScoredResponse
 from mmpo_jax.generation.responses import GENERATED, PROMPTS_PER_PART, generate_stage
 from mmpo_jax.recipes.recipe import AlignRecipe
-from mmpo_jax.training.examples import prepare_examples, tokenizer_for, unfit
-from mmpo_jax.training.loop import Run, TrainingData, rows_to_see, train
-from mmpo_jax.training.saving import MODEL, save_result
-
-log = logging.getLogger(__name__)
+from mmpo_jax.training.loop import TrainingData
+from mmpo_jax.training.saving import MODEL
+from mmpo_jax.training.stage import TrainingStage, stage_data, train_stage
 
 CONQUER_RULES = 2
 """Part of the key of verdicts: changes with how the labeler is asked."""
@@ -109,7 +104,7 @@ def run_round(
     divided = divide_stage(work, generated, splitter)
     judged = conquer_stage(work, divided, labeler, labeler_key)
     pairs = combine_stage(work, divided, judged)
-    return train_stage(work, generated, pairs)
+    return train_round(work, generated, pairs)
 
 
 def generated_responses(work: Round) -> StageOutput:
@@ -252,47 +247,16 @@ def scored_responses(divided: pa.Table, judged: pa.Table) -> list[ScoredResponse
     return scored
 
 
-def pair_records(records: Sequence[Record], generated: pa.Table, pairs: pa.Table) -> list[Record]:
-    """Every pair as a record with the chosen response first, of the tokens that were sampled."""
-    by_id = {record.id: record for record in records}
-    columns = (generated[name].to_pylist() for name in ("prompt_id", "sample", "finished"))
-    ids = generated["token_ids"].combine_chunks()
-    sampled = {
-        (prompt_id, sample): (finished, ids[place])
-        for place, (prompt_id, sample, finished) in enumerate(zip(*columns, strict=True))
-    }
-    return [
-        dataclasses.replace(
-            by_id[row["prompt_id"]],
-            id=f"{row['prompt_id']}/{row['chosen_sample']}-{row['rejected_sample']}",
-            responses=tuple(
-                _sampled(row[side], rank, *sampled[row["prompt_id"], row[f"{side}_sample"]])
-                for side, rank in (("chosen", 1), ("rejected", 2))
-            ),
-        )
-        for row in pairs.to_pylist()
-    ]
-
-
-def _sampled(text: str, rank: int, finished: bool, ids: pa.ListScalar) -> Response:
-    """A response that is trained as the very tokens that were sampled, cut or not."""
-    return Response.of(text, rank=rank, finished=finished, token_ids=tuple(ids.as_py()))
-
-
-def train_stage(work: Round, generated: StageOutput, pairs: StageOutput) -> str:
+def train_round(work: Round, generated: StageOutput, pairs: StageOutput) -> str:
     """DPO from the round's start model, which is also the reference, on the round's own pairs."""
-    recipe = work.recipe
+    stage = training_stage(work)
     target = os.path.join(work.folder, MODEL)
     manifest = os.path.join(work.folder, "train.json")
-    inputs = {
-        "model": work.start.fingerprint,
+    inputs = stage.identity() | {
         "pairs": pairs.fingerprint,
         "tokens": generated.fingerprint,
-        "training": recipe.training.identity(),
-        "lengths": recipe.lengths.model_dump(mode="json"),
-        "seed": recipe.seed,
+        "seed": work.recipe.seed,
         "round": work.index,
-        **work.start.processor.fingerprints(),
     }
     identity = fingerprint_json(inputs)
     if _is_trained(manifest, target, identity):
@@ -302,62 +266,38 @@ def train_stage(work: Round, generated: StageOutput, pairs: StageOutput) -> str:
             f"round {work.index}: no preference pair is left; what became of the responses: "
             f"{pairs.table.schema.metadata[b'counts'].decode()}"
         )
-    start = work.start
-    examples = pair_examples(work, generated.table, pairs.table)
-    folder = os.path.join(work.folder, "train")
-    _discard_other_run(folder, identity)
+    data = pair_data(work, generated.table, pairs.table)
+    _discard_other_run(stage.run_folder, identity)
     with progress.doing("train"):
         progress.tell()
-        params = train(
-            start,
-            TrainingData(examples),
-            recipe.training,
-            recipe.lengths,
-            work.mesh,
-            Run(folder, inputs, recipe.seed + work.index, work.card),
-        )
-    # Whatever the result is saved in: the next round goes on from what was trained.
-    exact = recipe.training.model_copy(update={"save_dtype": "float32"})
-    with progress.doing("saving the model"):
-        save_result(
-            work.folder, start, params, exact, recipe.lengths, work.card, work.mesh, examples
-        )
+        train_stage(stage, data, inputs)
     done = {"identity": identity, "inputs": inputs, "model": fingerprint_model(target)}
     write_atomic(manifest, json.dumps(done, indent=1).encode())
     return target
 
 
-def pair_examples(work: Round, generated: pa.Table, pairs: pa.Table) -> Sequence[Example]:
-    """The round's pairs as training takes them, with the reference's log-probs."""
-    recipe, start = work.recipe, work.start
-    name = f"round {work.index}: pairs"
-    terms = [section.term() for section in recipe.training.objective]
-    records, skipped = tokenize_records(
-        pair_records(work.records, generated, pairs),
-        start.processor,
-        recipe.lengths,
-        name,
-        tokenizer_for(terms, recipe.seed),
-    )
-    for row in skipped:
-        log.warning("%s: skipped %s", name, row)
-    usable = []
-    for record in records:
-        problem = unfit(record, terms, recipe.training.reference)
-        if problem is None:
-            usable.append(record)
-        else:
-            log.warning("%s: skipped id %r: %s: %s", name, record.id, *problem)
-    warn_of_cuts(name, sum(map(count_cut, usable)), recipe.lengths.response[-1])
-    return prepare_examples(
-        start,
-        usable,
-        recipe.training,
+def training_stage(work: Round) -> TrainingStage:
+    """The round's training, whose result is float32 whatever the alignment's is saved in: the next
+    round goes on from what was trained."""
+    recipe = work.recipe
+    return TrainingStage(
+        work.start,
+        recipe.training.model_copy(update={"save_dtype": "float32"}),
         recipe.lengths,
         work.mesh,
         folder=work.folder,
-        seen=rows_to_see(recipe.training, [MixtureEntry(len(usable))], recipe.seed + work.index),
+        run_folder=os.path.join(work.folder, "train"),
+        seed=recipe.seed + work.index,
+        card=work.card,
     )
+
+
+def pair_data(work: Round, generated: pa.Table, pairs: pa.Table) -> TrainingData:
+    """The round's pairs as training takes them, with the reference's log-probs."""
+    records = pair_records(work.records, generated, pairs)
+    name = f"round {work.index}: pairs"
+    rows = pair_rows(name, records, work.start.processor, work.recipe)
+    return stage_data(training_stage(work), rows)
 
 
 def _is_trained(manifest: str, target: str, identity: str) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from mmpo_jax.checkpoints.cards import make_card
 from mmpo_jax.checkpoints.checkpoint import Checkpoint, load_start
 from mmpo_jax.core import progress
 from mmpo_jax.core.files import check_reachable
-from mmpo_jax.data.pipeline import Examples, MixtureEntry
+from mmpo_jax.data.pipeline import MixtureEntry
 from mmpo_jax.data.row_stage import can_be_stored, tokenized_rows
 from mmpo_jax.data.skipped import SKIPPED_FILE
 from mmpo_jax.data.sources import LearnedFile, scored_by
@@ -31,26 +30,19 @@ from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.picture_world.source import PictureWorldData
 from mmpo_jax.recipes.recipe import TrainRecipe
 from mmpo_jax.recipes.training import Training
-from mmpo_jax.training.examples import (
-    LearnedExamples,
-    fingerprint_fields,
-    fingerprint_given,
-    prepare_examples,
-)
-from mmpo_jax.training.loop import Run, TrainingData, check_training, rows_to_see, train
+from mmpo_jax.training.examples import LearnedExamples, fingerprint_fields, fingerprint_given
+from mmpo_jax.training.loop import TrainingData
 from mmpo_jax.training.losses import recipe_terms
-from mmpo_jax.training.metrics import FILE, read_metrics
-from mmpo_jax.training.on_policy import prompt_examples, with_token_limit
+from mmpo_jax.training.on_policy import with_token_limit
+from mmpo_jax.training.plan import check_training, rows_to_see
 from mmpo_jax.training.row_use import LearnedUse, PromptUse
-from mmpo_jax.training.saving import save_result
-from mmpo_jax.training.validation import Held, best_row, hold_out
+from mmpo_jax.training.stage import VALIDATION, TrainingStage, stage_data, train_stage
+from mmpo_jax.training.validation import hold_out
 
 log = logging.getLogger(__name__)
 
 ROWS = "data"
 """Folder of the tokenised rows."""
-VALIDATION = "validation"
-"""Folder of what belongs to held-out rows."""
 
 
 def main(recipe: TrainRecipe) -> None:
@@ -66,101 +58,68 @@ def run_training(recipe: TrainRecipe) -> str:
     check_reachable(recipe.output)
     mesh = make_mesh(**recipe.devices.model_dump())
     start = load_start(recipe.model, _random_seed(recipe), mesh, recipe.attention, recipe.template)
-    model, processor = start.model, start.processor
-    training, rollout = recipe.training, recipe.rollout
-    if rollout is not None:
-        training = with_token_limit(training, rollout)
-    check_training(training, model, mesh)
-    data = training_data(recipe, start)
-    if len(data.records) < training.batch_size:
-        count = len(data.records)
-        log.warning("training.batch_size is %d, of %d rows in all", training.batch_size, count)
-    seen = rows_to_see(training, data.parts, recipe.seed)
-    prepared = {
-        name: prepare_examples(
-            start,
-            records,
-            training,
-            recipe.lengths,
-            mesh,
-            folder=os.path.join(recipe.output, name),
-            seen=None if name else seen,
-        )
-        if rollout is None
-        else prompt_examples(records)
-        for name, records in (("", data.records), (VALIDATION, data.held))
-        if records
-    }
-    with progress.doing("checksums of the data"):
-        of_data = _data_identity(data, prepared, training)
-    identity: dict[str, Any] = {
-        "model": start.fingerprint,
-        **processor.fingerprints(),
-        "data": of_data,
-        "training": training.identity(),
-        "lengths": recipe.lengths.model_dump(mode="json"),
-        "seed": recipe.seed,
-    }
-    if recipe.validation is not None:
-        identity["validation"] = recipe.validation.model_dump(mode="json", exclude={"data"})
-    if rollout is not None:
-        identity["rollout"] = rollout.model_dump(mode="json")
-        identity["answers"] = fingerprint_solutions(data.records)
-    held = None
-    if recipe.validation is not None:
-        held = Held(prepared[VALIDATION], recipe.validation)
-    card = make_card(
-        recipe,
-        model,
-        {},
-        from_hub=start.hub_id is not None,
-        base_fingerprint=start.fingerprint,
-    )
-    trained = train(
+    training = recipe.training
+    if recipe.rollout is not None:
+        training = with_token_limit(training, recipe.rollout)
+    check_training(training, start.model, mesh)
+    stage = TrainingStage(
         start,
-        TrainingData(prepared[""], data.parts, held, rollout),
         training,
         recipe.lengths,
         mesh,
-        Run(recipe.output, identity, recipe.seed, card),
+        folder=recipe.output,
+        run_folder=recipe.output,
+        seed=recipe.seed,
+        card=make_card(
+            recipe,
+            start.model,
+            {},
+            from_hub=start.hub_id is not None,
+            base_fingerprint=start.fingerprint,
+        ),
+        validation=recipe.validation,
+        rollout=recipe.rollout,
     )
-    rows = read_metrics(os.path.join(recipe.output, FILE)) or [{}]
-    measured = rows[-1] if recipe.validation is None else best_row(rows, recipe.validation)
-    card = dataclasses.replace(card, metrics=measured)
-    rows_to_measure = prepared.get(VALIDATION, prepared[""]) if rollout is None else []
-    with progress.doing("saving the model"):
-        folder = save_result(
-            recipe.output, start, trained, training, recipe.lengths, card, mesh, rows_to_measure
-        )
-    if rollout is None:
-        read = data.records if seen is None else data.records.take(np.array(sorted(seen), int))
-        _tell_cuts(read, recipe.lengths.response[-1])
+    rows = training_data(recipe, start)
+    if len(rows.records) < training.batch_size:
+        count = len(rows.records)
+        log.warning("training.batch_size is %d, of %d rows in all", training.batch_size, count)
+    data = stage_data(stage, rows.records, rows.parts, rows.held)
+    with progress.doing("checksums of the data"):
+        identity = stage.identity() | _data_identity(rows, data, training)
+    folder = train_stage(stage, data, identity)
+    if recipe.rollout is None:
+        _tell_cuts(rows, stage)
     return folder
 
 
-def _tell_cuts(records: KnownRows, limit: int) -> None:
+def _tell_cuts(rows: TokenizedData, stage: TrainingStage) -> None:
     """The run's last word on what it did not see of the data."""
+    seen = rows_to_see(stage.training, rows.parts, stage.seed)
+    read = rows.records if seen is None else rows.records.take(np.array(sorted(seen), int))
     log.info(
         "%d of %d responses trained on lost their tail to the largest bucket, %d tokens",
-        records.sizes.truncated.sum(),
-        records.sizes.responses.sum(),
-        limit,
+        read.sizes.truncated.sum(),
+        read.sizes.responses.sum(),
+        stage.lengths.response[-1],
     )
 
 
-def _data_identity(
-    data: TokenizedData, prepared: Mapping[str, Examples], training: Training
-) -> dict[str, Any]:
+def _data_identity(rows: TokenizedData, data: TrainingData, training: Training) -> dict[str, Any]:
     """Fingerprints of the rows and of what the objectives read of them."""
-    learned = [each for each in prepared.values() if isinstance(each, LearnedExamples)]
-    identity: dict[str, Any] = {
-        "rows": fingerprint_records(data.records),
-        "held-out rows": fingerprint_records(data.held),
+    prepared = [data.examples, *([data.held.examples] if data.held is not None else [])]
+    learned = [each for each in prepared if isinstance(each, LearnedExamples)]
+    of_data: dict[str, Any] = {
+        "rows": fingerprint_records(rows.records),
+        "held-out rows": fingerprint_records(rows.held),
         "fields": [fingerprint_fields(examples) for examples in learned],
-        "parts": [[part.size, part.weight] for part in data.parts],
+        "parts": [[part.size, part.weight] for part in rows.parts],
     }
     if training.reference.type == "given":  # with the data, and not from the model
-        identity["log-probs"] = [fingerprint_given(examples) for examples in learned]
+        of_data["log-probs"] = [fingerprint_given(examples) for examples in learned]
+    identity: dict[str, Any] = {"data": of_data}
+    if data.rollout is not None:
+        identity["answers"] = fingerprint_solutions(rows.records)
     return identity
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import re
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -20,8 +18,6 @@ from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.checkpoints.orbax import Checkpoints, abstract, save_base
 from mmpo_jax.checkpoints.train_state import TrainState
 from mmpo_jax.core import progress
-from mmpo_jax.core.errors import MmpoError
-from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.pipeline import (
     Example,
@@ -29,27 +25,23 @@ from mmpo_jax.data.pipeline import (
     MixtureEntry,
     TrainBatch,
     held_out_batches,
-    num_batches,
     rows_of,
-    seen_rows,
     training_batches,
 )
 from mmpo_jax.inference.plan import packed_over
-from mmpo_jax.models.lora import add_adapters, targeted_layers
-from mmpo_jax.models.model import Model, Params
-from mmpo_jax.parallel.mesh import batch_shards, put_batch
+from mmpo_jax.models.lora import add_adapters
+from mmpo_jax.models.model import Params
+from mmpo_jax.parallel.mesh import put_batch
 from mmpo_jax.recipes.training import MovingReference, NoReference, Rollout, Training
 from mmpo_jax.training.losses import Loss, make_loss, needs_reference, recipe_terms
-from mmpo_jax.training.metrics import MetricsWriter, means
+from mmpo_jax.training.metrics import MetricsWriter
 from mmpo_jax.training.on_policy import Prompts, Rollouts
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
-from mmpo_jax.training.step import Update, create_state, make_step, trainable_paths, whole_params
+from mmpo_jax.training.plan import check_training, micro_batch_size, total_steps
+from mmpo_jax.training.reports import Reports
+from mmpo_jax.training.step import Update, create_state, make_step, whole_params
 from mmpo_jax.training.validation import Held, Validator
 from mmpo_jax.training.waiting import Waiting
-
-
-class TrainingError(MmpoError):
-    """Training cannot start, or had to stop."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,18 +103,16 @@ def train(
       TrainingError: there is no data, the batch does not fit the mesh, `freeze` does not fit the
         model, or a step was not finite.
     """
-    model, processor = start.model, start.processor
-    check_training(config, model, mesh)
-    rollout, held = data.rollout, data.held
+    check_training(config, start.model, mesh)
+    rollout = data.rollout
     steps = total_steps(config, data.mixture, rollout.updates_per_rollout if rollout else 1)
-    micro = micro_batch_size(config, mesh)
     checkpoints = Checkpoints(run.folder, run.identity, config.keep_checkpoints)
     source = make_batches(start, data, config, lengths, mesh, run.seed)
     # Closed whatever happens: a checkpoint that is being written is finished first.
     with jax.set_mesh(mesh), _closing(checkpoints):
         temperature = 1.0 if rollout is None else rollout.temperature
         loss = make_loss(
-            model, recipe_terms(config), data.examples[0].names, config.remat, temperature
+            start.model, recipe_terms(config), data.examples[0].names, config.remat, temperature
         )
         with progress.doing("placing parameters, reading the last checkpoint"):
             state, update, position = _begin(
@@ -131,73 +121,39 @@ def train(
         if position is not None:
             source.set_state(position)
         # Not before it is known to be this run's folder.
-        save_base(run.folder, processor.folder, processor.chat_template, run.card)
+        save_base(run.folder, start.processor.folder, start.processor.chat_template, run.card)
         step = int(state.step)
-
-        resumed_step = -1 if position is None else step
         with (
-            contextlib.closing(MetricsWriter(run.folder, resumed_step, steps)) as writer,
+            contextlib.closing(
+                MetricsWriter(run.folder, -1 if position is None else step, steps)
+            ) as writer,
             progress.doing("training", steps, "steps", "compiling") as activity,
         ):
             activity.start_at(step)
-            validation = None
-            if held is not None:
-                make = functools.partial(
-                    held_out_batches,
-                    held.examples,
-                    processor,
-                    lengths,
-                    micro,
-                    packed_over(model, mesh),
-                )
-                # In its own contexts: some row may have more than any that is trained on.
-                measured = make_loss(model, recipe_terms(config), held.examples[0].names)
-                validation = Validator(
-                    held.config,
-                    make,
-                    measured,
-                    config,
-                    mesh,
-                    writer.rows,
-                    -(-len(held.examples) // micro),
-                )
+            validator = make_validator(start, data.held, config, lengths, mesh, writer.rows)
+            reports = Reports(config, steps, checkpoints, writer, validator)
             if position is None:
-                checkpoints.discard_best()  # of a run that ended before its first checkpoint
-                if validation is not None:
-                    writer.record(0, validation.measure(0, state))
-                    checkpoints.save_best(0, state)
-            waiting, window, started = Waiting(), Window(checkpoints), time.perf_counter()
-            while step < steps and not (validation and validation.is_over()):
+                reports.begin(state)
+            waiting = Waiting()
+            while step < steps and not reports.is_over():
                 host, position, batch = waiting.fetch(
                     functools.partial(_next_batch, source, state, mesh)
                 )
                 state, metrics = update(state, batch)
                 step += 1
                 waiting.dispatched(metrics["loss"])
-                window.add(step, host.ids, metrics | dict(host.metrics))
+                reports.window.add(step, host.ids, metrics | dict(host.metrics))
                 activity.reach(step - 1)  # the one before is done
-                if step % config.log_every and step != steps:
-                    continue
-                values, count = window.close(state)
-                activity.reach(step)
-                with waiting.paused():
-                    if validation is not None and validation.is_due(step, steps):
-                        values |= validation.measure(step, state)
-                        if validation.is_best(step):
-                            with progress.doing("saving the best step"):
-                                checkpoints.save_best(step, state)
-                    writer.write_step(step, values, count / (time.perf_counter() - started))
-                    started = time.perf_counter()
-                    over = validation is not None and validation.is_over()
-                    if step % config.save_every == 0 or step == steps or over:
-                        with progress.doing("saving a checkpoint"):
-                            checkpoints.save(step, state, position)
+                if reports.is_due(step):
+                    with waiting.paused():
+                        activity.reach(step)
+                        reports.report(step, state, position)
             if isinstance(source, Rollouts):
                 waiting.log_rollouts(source.seconds)
             else:
                 waiting.log_summary()
-        if validation is not None:
-            validation.log_summary(step, steps)
+        if validator is not None:
+            validator.log_summary(step, steps)
             with progress.doing("reading the best step"):
                 state = checkpoints.restore_best(state)
         return whole_params(state)
@@ -238,6 +194,28 @@ def make_batches(
         packed_over=packed_over(start.model, mesh),
     )
     return FromData(batches)
+
+
+def make_validator(
+    start: Checkpoint,
+    held: Held | None,
+    config: Training,
+    lengths: Lengths,
+    mesh: Mesh,
+    rows: Sequence[Mapping[str, float]],
+) -> Validator | None:
+    """What measures held-out rows, if there are any; `rows` are of `metrics.jsonl` so far."""
+    if held is None:
+        return None
+    micro = micro_batch_size(config, mesh)
+    packing = packed_over(start.model, mesh)
+    make = functools.partial(
+        held_out_batches, held.examples, start.processor, lengths, micro, packing
+    )
+    # In its own contexts: some row may have more than any that is trained on.
+    loss = make_loss(start.model, recipe_terms(config), held.examples[0].names)
+    count = -(-len(held.examples) // micro)
+    return Validator(held.config, make, loss, config, mesh, rows, count)
 
 
 def _begin(
@@ -327,110 +305,3 @@ def _next_batch(
     """(the next batch, where the data stand after it, the batch on the devices)."""
     host = source.draw(state)
     return host, source.get_state(), put_batch(host.arrays, mesh, leading=1)
-
-
-def check_training(config: Training, model: Model, mesh: Mesh) -> None:
-    """What can be known to be wrong before anything heavy starts.
-
-    Raises:
-      TrainingError: the batch does not fit the mesh, or `freeze` or `lora.target` the model.
-    """
-    micro_batch_size(config, mesh)
-    try:
-        trainable_paths(list(flatten(model.abstract_params())), config.freeze)
-    except (ValueError, re.error) as error:
-        message = str(error).removeprefix("freeze: ")
-        raise TrainingError(f"training.freeze: {message}") from error
-    if config.lora is not None:
-        try:
-            targeted_layers(model, config.lora.target, config.freeze)
-        except ValueError as error:
-            raise TrainingError(f"training.lora.target: {error}") from error
-
-
-def total_steps(config: Training, parts: Sequence[MixtureEntry], updates: int = 1) -> int:
-    """How many updates a run takes, so many with every batch.
-
-    Raises:
-      TrainingError: there is nothing to train on.
-    """
-    if not all(part.size for part in parts):
-        raise TrainingError("no row is left to train on")
-    rows = sum(part.per_epoch for part in parts)
-    steps = num_batches(rows, config.epochs, config.batch_size) * updates
-    return min(steps, config.max_steps or steps)
-
-
-def rows_to_see(config: Training, parts: Sequence[MixtureEntry], seed: int) -> set[int] | None:
-    """Indices of the rows that a run which `max_steps` ends early reads; None for all.
-
-    Args:
-      config: the recipe's training section.
-      parts: the data sets that stand one after another.
-      seed: of the order, as `train` has it.
-    """
-    if config.max_steps is None:
-        return None
-    steps = total_steps(config, parts)
-    return seen_rows(parts, seed, config.epochs, config.batch_size, steps)
-
-
-def micro_batch_size(config: Training, mesh: Mesh) -> int:
-    """Rows at a time over all devices.
-
-    Raises:
-      TrainingError: they cannot be split evenly over the mesh.
-    """
-    micro = config.micro_batch_size or config.batch_size
-    shards = batch_shards(mesh)
-    if micro % shards:
-        raise TrainingError(
-            f"training: {micro} rows at a time cannot be split over {shards} devices; "
-            "make batch_size (or micro_batch_size) a multiple of it"
-        )
-    return micro
-
-
-class Window:
-    """The steps since the last report, whose metrics still lie on the devices."""
-
-    def __init__(self, checkpoints: Checkpoints):
-        self.checkpoints = checkpoints
-        self.steps: list[tuple[int, tuple[str, ...], Mapping[str, Any]]] = []
-
-    def add(self, step: int, ids: tuple[str, ...], metrics: Mapping[str, Any]) -> None:
-        """A step was started on the rows of these ids."""
-        self.steps.append((step, ids, metrics))
-
-    def close(self, state: TrainState) -> tuple[dict[str, float], int]:
-        """(the metrics, see `means`; of how many steps), and begins anew.
-
-        Args:
-          state: after the steps; one that was not finite has not changed it.
-
-        Raises:
-          TrainingError: naming the first step that was not finite.
-        """
-        steps, self.steps = self.steps, []
-        rows = jax.device_get([metrics for _, _, metrics in steps])
-        for (step, ids, _), row in zip(steps, rows, strict=True):
-            if not row["finite"]:
-                broken = _not_finite({**state.params, **state.frozen})
-                if broken is not None:
-                    raise TrainingError(
-                        f"step {step}: the weights themselves are not finite, whatever the rows: "
-                        f"{broken}; last good checkpoint: {self.checkpoints.describe_latest()}"
-                    )
-                raise TrainingError(
-                    f"step {step}: the loss is {row['loss']} and the gradient norm "
-                    f"{row['grad_norm']}; rows of this batch: {', '.join(ids)}; "
-                    f"last good checkpoint: {self.checkpoints.describe_latest()}"
-                )
-        together = means(rows)
-        del together["finite"]
-        return together, len(rows)
-
-
-def _not_finite(params: Mapping[str, jax.Array]) -> str | None:
-    """The path of a parameter with an infinity or NaN; None where all are finite."""
-    return next((path for path, leaf in params.items() if not jnp.isfinite(leaf).all()), None)

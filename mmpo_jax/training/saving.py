@@ -27,8 +27,8 @@ from mmpo_jax.models.lora import Lora
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.parallel.mesh import param_shardings
 from mmpo_jax.recipes.training import NoReference, SaveDtype, Training
-from mmpo_jax.training.loop import micro_batch_size
 from mmpo_jax.training.losses import make_loss, needs_reference, recipe_terms
+from mmpo_jax.training.plan import micro_batch_size
 from mmpo_jax.training.validation import make_forward, measure_batches
 
 log = logging.getLogger(__name__)

@@ -26,6 +26,7 @@ from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.records import ImageRef
 from mmpo_jax.picture_world.render import png_bytes
 from mmpo_jax.picture_world.world import sample_scene
+from mmpo_jax.training import stage as stage_module
 from mmpo_jax.training.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("stubs")
@@ -47,7 +48,7 @@ def work_done(monkeypatch):
     monkeypatch.setattr(round_module, "run_stage", count)
     monkeypatch.setattr("mmpo_jax.scoring.log_probs.run_stage", count)
     monkeypatch.setattr("mmpo_jax.generation.responses.run_stage", count)
-    for module, name in ((round_module, "train"), (align, "evaluate_picture_world")):
+    for module, name in ((stage_module, "train"), (align, "evaluate_picture_world")):
         function = getattr(module, name)
 
         def counted(*args, function=function, name=name, **options):

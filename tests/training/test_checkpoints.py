@@ -21,7 +21,7 @@ from mmpo_jax.checkpoints.orbax import CheckpointError, find_checkpoint
 from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.training import loop
-from mmpo_jax.training.loop import TrainingError
+from mmpo_jax.training.plan import TrainingError
 
 ROOT = Path(__file__).parents[2]
 

@@ -25,9 +25,9 @@ from mmpo_jax.checkpoints.checkpoint import load_checkpoint
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.recipes.objectives import SECTIONS
-from mmpo_jax.training import loop
-from mmpo_jax.training.loop import TrainingError
+from mmpo_jax.training import loop, reports
 from mmpo_jax.training.metrics import read_metrics
+from mmpo_jax.training.plan import TrainingError
 
 TRL_NAMES = {
     "loss",
@@ -86,14 +86,14 @@ def test_the_data_position_is_restored(run, monkeypatch, tmp_path):
 
     def rows_of(folder):
         seen = []
-        close = loop.Window.close
+        close = reports.Window.close
         with monkeypatch.context() as patch:
 
             def record(window, state):
                 seen.extend((step, ids) for step, ids, _ in window.steps)
                 return close(window, state)
 
-            patch.setattr(loop.Window, "close", record)
+            patch.setattr(reports.Window, "close", record)
             with contextlib.suppress(Killed):
                 run(folder)
         return seen

@@ -23,9 +23,10 @@ from mmpo_jax.parallel.mesh import make_mesh, put_params
 from mmpo_jax.recipes.recipe import TrainRecipe
 from mmpo_jax.recipes.training import Optimizer, Training
 from mmpo_jax.training import loop
-from mmpo_jax.training.loop import Run, TrainingData, TrainingError, check_training, train
+from mmpo_jax.training.loop import Run, TrainingData, train
 from mmpo_jax.training.metrics import read_metrics
 from mmpo_jax.training.optimizer import make_optimizer
+from mmpo_jax.training.plan import TrainingError, check_training
 from mmpo_jax.training.saving import save_adapters
 from mmpo_jax.training.step import create_state
 

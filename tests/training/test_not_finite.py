@@ -6,14 +6,14 @@ import jax.numpy as jnp
 import pytest
 
 from mmpo_jax.checkpoints.train_state import TrainState
-from mmpo_jax.training import loop
-from mmpo_jax.training.loop import TrainingError
+from mmpo_jax.training.plan import TrainingError
+from mmpo_jax.training.reports import Window
 
 
 def test_weights_that_are_not_finite_are_not_blamed_on_rows():
     weights = jnp.array([1.0, jnp.inf])
     state = TrainState(jnp.int32(0), {"a": jnp.ones(2)}, {"b/kernel": weights}, ())
-    window = loop.Window(types.SimpleNamespace(describe_latest=lambda: "none was saved yet"))
+    window = Window(types.SimpleNamespace(describe_latest=lambda: "none was saved yet"))
     window.add(1, ("row-1",), {"finite": False, "loss": jnp.nan, "grad_norm": jnp.nan})
     with pytest.raises(TrainingError, match="step 1: the weights themselves are not") as caught:
         window.close(state)

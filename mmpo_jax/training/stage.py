@@ -1,0 +1,154 @@
+"""A stage of training from rows to a saved model, for `mmpo train` and for a round of alignment."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jax.sharding import Mesh
+
+from mmpo_jax.checkpoints.cards import ModelCard
+from mmpo_jax.checkpoints.checkpoint import Checkpoint
+from mmpo_jax.core import progress
+from mmpo_jax.data.lengths import Lengths
+from mmpo_jax.data.pipeline import Example, MixtureEntry
+from mmpo_jax.data.tokenization import TokenizedRecord
+from mmpo_jax.recipes.recipe import Validation
+from mmpo_jax.recipes.training import Rollout, Training
+from mmpo_jax.training.examples import prepare_examples
+from mmpo_jax.training.loop import Run, TrainingData, train
+from mmpo_jax.training.metrics import FILE, read_metrics
+from mmpo_jax.training.on_policy import prompt_examples
+from mmpo_jax.training.plan import rows_to_see
+from mmpo_jax.training.saving import save_result
+from mmpo_jax.training.validation import Held, best_row
+
+VALIDATION = "validation"
+"""Folder of what belongs to held-out rows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingStage:
+    """What a stage of training is made of, but for its rows."""
+
+    start: Checkpoint
+    """What is trained, and the reference."""
+    training: Training
+    """The recipe's section."""
+    lengths: Lengths
+    mesh: Mesh
+    folder: str
+    """Gets the reference's log-probs and the result, see `save_result`."""
+    run_folder: str
+    """Gets checkpoints and metrics."""
+    seed: int
+    """Of the order of the rows, and of first values and dropout of adapters."""
+    card: ModelCard
+    """Of the result, without metrics."""
+    validation: Validation | None = None
+    """What is made of held-out rows, if any are held out."""
+    rollout: Rollout | None = None
+    """How responses are sampled and rewarded, where the rows are prompts."""
+
+    def identity(self) -> dict[str, Any]:
+        """All that the result depends on beside the rows, as JSON."""
+        identity: dict[str, Any] = {
+            "model": self.start.fingerprint,
+            **self.start.processor.fingerprints(),
+            "training": self.training.identity(),
+            "lengths": self.lengths.model_dump(mode="json"),
+            "seed": self.seed,
+        }
+        if self.validation is not None:
+            identity["validation"] = self.validation.model_dump(mode="json", exclude={"data"})
+        if self.rollout is not None:
+            identity["rollout"] = self.rollout.model_dump(mode="json")
+        return identity
+
+
+def stage_data(
+    stage: TrainingStage,
+    records: Sequence[TokenizedRecord],
+    parts: Sequence[MixtureEntry] = (),
+    held: Sequence[TokenizedRecord] = (),
+) -> TrainingData:
+    """Rows as a stage learns from them, with the reference's log-probs where these are computed
+    before it.
+
+    Args:
+      stage: that learns.
+      records: that it learns from.
+      parts: the data sets that stand one after another in them, if there are several.
+      held: rows that are measured.
+
+    Raises:
+      DataError: the data lack a field that an objective needs, or hold log-probs of a reference
+        that is another model.
+    """
+    parts = parts or [MixtureEntry(len(records))]
+    seen = rows_to_see(stage.training, parts, stage.seed)
+    examples = _examples(stage, records, stage.folder, seen)
+    measured = None
+    if stage.validation is not None:
+        folder = os.path.join(stage.folder, VALIDATION)
+        measured = Held(_examples(stage, held, folder, None), stage.validation)
+    return TrainingData(examples, parts, measured, stage.rollout)
+
+
+def _examples(
+    stage: TrainingStage,
+    records: Sequence[TokenizedRecord],
+    folder: str,
+    seen: set[int] | None,
+) -> Sequence[Example]:
+    if stage.rollout is not None:
+        return prompt_examples(records)
+    return prepare_examples(
+        stage.start,
+        records,
+        stage.training,
+        stage.lengths,
+        stage.mesh,
+        folder=folder,
+        seen=seen,
+    )
+
+
+def train_stage(stage: TrainingStage, data: TrainingData, identity: Mapping[str, Any]) -> str:
+    """Trains, goes on with a training that was stopped, and saves the result with its card.
+
+    Args:
+      stage: from which model, with which options. Its start is let go of, see `train`.
+      data: of `stage_data`.
+      identity: the stage's and what its rows are made of; checkpoints of another are refused.
+
+    Returns:
+      The Hugging Face folder of the result.
+
+    Raises:
+      TrainingError: see `train`.
+    """
+    trained = train(
+        stage.start,
+        data,
+        stage.training,
+        stage.lengths,
+        stage.mesh,
+        Run(stage.run_folder, identity, stage.seed, stage.card),
+    )
+    rows = read_metrics(os.path.join(stage.run_folder, FILE)) or [{}]
+    measured = rows[-1] if stage.validation is None else best_row(rows, stage.validation)
+    examples = data.examples if data.held is None else data.held.examples
+    with progress.doing("saving the model"):
+        return save_result(
+            stage.folder,
+            stage.start,
+            trained,
+            stage.training,
+            stage.lengths,
+            dataclasses.replace(stage.card, metrics=measured),
+            stage.mesh,
+            [] if stage.rollout is not None else examples,
+        )
