@@ -54,7 +54,7 @@ def render_entry(
 
 
 def _render(objective: Objective) -> str:
-    needs = _names(objective.needs) or "nothing"
+    needs = _names(objective.needs | objective.rows(objective.defaults).views) or "nothing"
     if objective.needs & HEADS.keys():
         needs += " (which no model has yet: a recipe with it is refused)"
     conditional = [

@@ -201,5 +201,6 @@ register(
         state={},
         shared_options={},
         option_needs={"beta": ("reference_model",)},
+        token_limit="max_tokens",
     )
 )

@@ -20,6 +20,7 @@ from mmpo_jax.objectives.registry import (
     Objective,
     OtherImageKind,
     Positive,
+    Rows,
     Share,
     State,
     call,
@@ -68,6 +69,7 @@ def pairwise(
     wpo: bool = True,
     averages: bool = False,
     options: Mapping[str, tuple[Any, Any]] | None = None,
+    rows: Callable[[Mapping[str, Any]], Rows] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function (chosen: Side, rejected: Side, **options) -> loss float32[N, K].
 
@@ -88,6 +90,7 @@ def pairwise(
       averages: whether its rewards are of log-probs per token, as in TRL's CPO and ORPO trainers,
         and not of sums.
       options: name -> (type, default) of options that say how the data are read.
+      rows: see `Objective.rows`; that of the options `image` and `noise_step` by default.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -142,16 +145,21 @@ def pairwise(
                 kind="pairs",
                 function=function,
                 apply=apply,
-                needs=frozenset({"rank", *needs} | ({"other_image"} if image else set())),
+                needs=frozenset({"rank", *needs}),
                 coupled=coupled or state is not None,
                 state=state or {},
                 shared_options=shared,
                 option_needs=option_needs,
+                rows=rows or (_image_rows if image is not None else Objective.rows),
             )
         )
         return function
 
     return decorate
+
+
+def _image_rows(options: Mapping[str, Any]) -> Rows:
+    return Rows(other_image=options["image"], noise_step=options["noise_step"])
 
 
 def all_pairs(

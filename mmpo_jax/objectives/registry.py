@@ -88,6 +88,32 @@ HEADS = {
 }
 """What models may have beside their language-model head; none has one yet."""
 
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What an objective reads beside a record's own responses to its own prompt."""
+
+    other_image: OtherImageKind | None = None
+    """How images are changed, or `data` for those that the data give: the responses are read once
+    more after the other image."""
+    noise_step: int = 0
+    """Of the kind `noise`."""
+    joint: bool = False
+    """Whether prompts are learned with the responses."""
+    mismatched: bool = False
+    """Whether responses of another record are read after this one's prompt."""
+
+    @property
+    def views(self) -> frozenset[str]:
+        """Names in `VIEWS`."""
+        asked = {"other_image": self.other_image is not None, "mismatched": self.mismatched}
+        return frozenset(name for name, is_asked in asked.items() if is_asked)
+
+
+def _own_rows(options: Mapping[str, Any]) -> Rows:
+    return Rows()
+
+
 State = dict[str, Float[Array, ""]]
 """name -> float32[]: what an objective keeps from step to step."""
 
@@ -104,7 +130,7 @@ class Objective:
     apply: Callable[[Responses, Float[Array, " N"], State, Mapping[str, Any]], tuple[Sums, State]]
     """(responses [N, S], weights float32[N], state, options) -> (sums, state)."""
     needs: frozenset[str]
-    """Names in `FIELDS`, `STATISTICS`, `REFERENCES`, `VIEWS` and `HEADS`."""
+    """Names in `FIELDS`, `STATISTICS`, `REFERENCES` and `HEADS`."""
     coupled: bool = False
     """Whether the loss of a row depends on the others of the batch."""
     state: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -114,11 +140,20 @@ class Objective:
     option_needs: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """Option -> what is needed besides where it is used: given, if it is None by default, and
     neither 0 nor False otherwise."""
+    rows: Callable[[Mapping[str, Any]], Rows] = _own_rows
+    """All options -> what is read beside a record's own responses."""
+    token_limit: str | None = None
+    """Option that is the rollout's limit of tokens where it is not given."""
 
     @property
     def options(self) -> dict[str, tuple[Any, Any]]:
         """Options of a recipe: name -> (type, default), `...` where it has to be given."""
         return {**keyword_options(self.function), **self.shared_options}
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Options that need not be given: name -> value."""
+        return {name: value for name, (_, value) in self.options.items() if value is not ...}
 
     @property
     def formula(self) -> str:
@@ -139,7 +174,7 @@ def register(objective: Objective) -> None:
     Raises:
       ValueError: the name is taken, or it needs something that nothing gives.
     """
-    known = {*FIELDS, *STATISTICS, *REFERENCES, *VIEWS, *HEADS}
+    known = {*FIELDS, *STATISTICS, *REFERENCES, *HEADS}
     unknown = {*objective.needs, *itertools.chain(*objective.option_needs.values())} - known
     if objective.name in OBJECTIVES or unknown:
         raise ValueError(f"objective {objective.name}: taken, or needs {unknown}")

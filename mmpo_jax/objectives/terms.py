@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mmpo_jax.objectives.catalog import OBJECTIVES
-from mmpo_jax.objectives.registry import Objective, State
+from mmpo_jax.objectives.registry import Objective, Rows, State
 from mmpo_jax.objectives.responses import Responses
 from mmpo_jax.objectives.sums import Sums, mean
 
@@ -29,9 +29,14 @@ class Term:
     options: Mapping[str, Any]
 
     @property
+    def rows(self) -> Rows:
+        """What it reads beside a record's own responses."""
+        return self.objective.rows(self.options)
+
+    @property
     def needs(self) -> frozenset[str]:
-        """Needs of the objective, and of its options besides."""
-        needs = set(self.objective.needs)
+        """The objective's needs, what its options need besides, and the views of its rows."""
+        needs = {*self.objective.needs, *self.rows.views}
         for option, more in self.objective.option_needs.items():
             value, default = self.options[option], self.objective.options[option][1]
             if value is not None if default is None else value:
@@ -63,6 +68,17 @@ def make_term(name: str, weight: float = 1.0, **options: Any) -> Term:
 def needs(terms: Sequence[Term]) -> frozenset[str]:
     """What any of the terms needs."""
     return frozenset().union(*(term.needs for term in terms))
+
+
+def rows_read(terms: Sequence[Term]) -> Rows:
+    """What all of the terms read; another image is one for all of them."""
+    rows = [term.rows for term in terms]
+    changing = next((each for each in rows if each.other_image is not None), Rows())
+    return dataclasses.replace(
+        changing,
+        joint=any(each.joint for each in rows),
+        mismatched=any(each.mismatched for each in rows),
+    )
 
 
 def coupled(terms: Sequence[Term]) -> bool:

@@ -13,14 +13,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from mmpo_jax.objectives.registry import NonNegative, Objective, Positive, State, call, register
+from mmpo_jax.objectives.registry import (
+    NonNegative,
+    Objective,
+    Positive,
+    Rows,
+    State,
+    call,
+    register,
+)
 from mmpo_jax.objectives.responses import Responses
 from mmpo_jax.objectives.sums import Sums, WeightedSum, mean, weighted
 from mmpo_jax.objectives.supervised import tokenwise
 
 
 def pointwise(
-    *needs: str, coupled: bool = False, state: Mapping[str, float] | None = None
+    *needs: str,
+    coupled: bool = False,
+    state: Mapping[str, float] | None = None,
+    mismatched: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function (responses [N, S], **options) -> loss float32[N, S].
 
@@ -31,6 +42,7 @@ def pointwise(
       coupled: the loss of a response depends on others: the function also takes their weights
         float32[N, S].
       state: first values of what it keeps; then it also takes a state and gives (loss, state).
+      mismatched: whether it reads responses of another record, see `mismatched_kl`.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,7 +67,7 @@ def pointwise(
             metrics = {}
             if "desirable" in needs:
                 metrics = unpaired_metrics(responses, options["beta"], counted)
-            if "mismatched" in needs:
+            if mismatched:
                 kl = mismatched_kl(responses, counted)
                 metrics["kl"] = weighted(kl, counted.sum())
             return Sums(*weighted(loss, counted), metrics), new_state
@@ -69,6 +81,7 @@ def pointwise(
                 needs=frozenset(needs),
                 coupled=coupled or stateful,
                 state=state or {},
+                rows=lambda options: Rows(mismatched=mismatched),
             )
         )
         return function
@@ -102,7 +115,7 @@ def mismatched_kl(responses: Responses, weights: Float[Array, "N S"]) -> Float[A
     return jax.lax.stop_gradient(jnp.maximum(kl, 0))
 
 
-@pointwise("reference", "desirable", "mismatched", coupled=True)
+@pointwise("reference", "desirable", coupled=True, mismatched=True)
 def kto(
     responses: Responses,
     weights: Float[Array, "N S"],

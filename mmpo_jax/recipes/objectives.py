@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from pydantic import Field
 
@@ -22,6 +22,14 @@ class ObjectiveSection(Section):
         """What `training.losses` makes a loss of."""
         options = {name: getattr(self, name) for name in OBJECTIVES[self.type].options}
         return Term(OBJECTIVES[self.type], self.weight, options)
+
+    def limited(self, tokens: int) -> Self:
+        """The section with this limit of sampled tokens where its objective divides by one that is
+        not given."""
+        option = OBJECTIVES[self.type].token_limit
+        if option is None or self.term().options[option] is not None:
+            return self
+        return self.model_copy(update={option: tokens})
 
 
 SECTIONS = {

@@ -85,7 +85,7 @@ class PreferenceTraining(Training):
             }
             if lacking:
                 raise ValueError(f"objective: {section.type} needs {min(lacking)}; pairs have none")
-            if getattr(section, "image", None) == "data":
+            if section.term().rows.other_image == "data":
                 raise ValueError(
                     f"objective: {section.type}: pairs have no other image of the data"
                 )

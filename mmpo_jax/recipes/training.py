@@ -119,23 +119,20 @@ class Training(Section):
 
     def _check_contexts(self) -> None:
         """Refuses objectives that need different rows: all see one batch."""
-        needs = {need: section.type for section in self.objective for need in section.term().needs}
-        if {"mismatched", "other_image"} <= needs.keys():
+        rows = [(section.type, section.term().rows) for section in self.objective]
+        changing = [name for name, each in rows if each.other_image is not None]
+        mismatched = [name for name, each in rows if each.mismatched]
+        joint = [name for name, each in rows if each.joint]
+        if mismatched and changing:
             raise ValueError(
-                f"objective: {needs['mismatched']} and {needs['other_image']} need different rows; "
+                f"objective: {mismatched[-1]} and {changing[-1]} need different rows; "
                 "train with one of them"
             )
-        for names in (("image", "noise_step"), ("joint",)):
-            asked = {
-                tuple(getattr(section, name) for name in names)
-                for section in self.objective
-                if hasattr(section, names[0])
-            }
-            if len(asked) > 1:
-                raise ValueError(f"objective: give all of the list the same {' and '.join(names)}")
-        joint = [section for section in self.objective if getattr(section, "joint", False)]
-        if joint and len(joint) < len(self.objective):
-            raise ValueError(f"objective: {joint[0].type} with joint reads rows otherwise")
+        images = {(each.other_image, each.noise_step) for _, each in rows if each.other_image}
+        if len(images) > 1:
+            raise ValueError("objective: give all of the list the same image and noise_step")
+        if joint and len(joint) < len(rows):
+            raise ValueError(f"objective: {joint[0]} with joint reads rows otherwise")
 
     def _check_model(self) -> None:
         for section in self.objective:
@@ -158,7 +155,7 @@ class Training(Section):
                     f"objective: {section.type} needs {VIEWS[min(needs & VIEWS.keys())]}, of which "
                     "the data give no log-probs; take `reference: {type: cached}`"
                 )
-            if self.reference.type == "given" and getattr(section, "joint", False):
+            if self.reference.type == "given" and section.term().rows.joint:
                 raise ValueError(
                     f"objective: {section.type} with joint counts prompts too, of which the data "
                     "give no log-probs; take `reference: {type: cached}` or `joint: false`"

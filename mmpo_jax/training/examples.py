@@ -19,7 +19,7 @@ from mmpo_jax.data.skipped import Problem
 from mmpo_jax.data.tokenization import Tokenize, TokenizedRecord
 from mmpo_jax.data.tokenized_rows import ContextRows, KnownRows, known
 from mmpo_jax.objectives.registry import FIELDS, is_field
-from mmpo_jax.objectives.terms import Term, needs
+from mmpo_jax.objectives.terms import Term, needs, rows_read
 from mmpo_jax.recipes.training import NoReference, Reference, Training
 from mmpo_jax.training.fields import lacks, score_names
 from mmpo_jax.training.losses import needs_reference, recipe_terms
@@ -69,7 +69,7 @@ def prepare_examples(
     terms = recipe_terms(config)
     needed = needs(terms)
     rows = known(records)
-    if "mismatched" in needed:
+    if rows_read(terms).mismatched:
         rows = with_mismatched(rows)
     reference: Mapping[str, np.ndarray] | Scores | None = None
     if needs_reference(terms) and config.reference.type == "given":

@@ -245,10 +245,5 @@ def prompt_examples(records: Sequence[TokenizedRecord]) -> Examples:
 
 def with_token_limit(config: Training, rollout: Rollout) -> Training:
     """The training section with the rollout's limit where an objective divides by one."""
-    objectives = [
-        section.model_copy(update={"max_tokens": rollout.max_new_tokens})
-        if getattr(section, "max_tokens", 0) is None
-        else section
-        for section in config.objective
-    ]
-    return config.model_copy(update={"objective": tuple(objectives)})
+    objectives = tuple(section.limited(rollout.max_new_tokens) for section in config.objective)
+    return config.model_copy(update={"objective": objectives})

@@ -26,7 +26,7 @@ from mmpo_jax.data.skipped import Problem
 from mmpo_jax.data.tokenization import TokenizedRecord, tokenize
 from mmpo_jax.data.tokenized_rows import SOLUTION
 from mmpo_jax.objectives.registry import is_field
-from mmpo_jax.objectives.terms import Term, needs
+from mmpo_jax.objectives.terms import Term, needs, rows_read
 from mmpo_jax.recipes.training import Reference, Rollout
 from mmpo_jax.rewards.registry import REWARDS
 from mmpo_jax.training.fields import lacks, maker_of, score_names
@@ -73,11 +73,10 @@ class LearnedUse:
         supervised = all(term.objective.kind == "tokens" for term in terms)
         # Without fields but the turn, nothing is read of the responses that are not learned.
         best_only = supervised and {"turn"} >= set(filter(is_field, needs(terms)))
-        others = [term.options for term in terms if "other_image" in term.needs]
-        other = None
-        if others:
-            kind, step = others[0]["image"], others[0]["noise_step"]
-            other = OtherImage(None if kind == "data" else kind, step, seed)
+        rows, other = rows_read(terms), None
+        if rows.other_image is not None:
+            kind = None if rows.other_image == "data" else rows.other_image
+            other = OtherImage(kind, rows.noise_step, seed)
         compared = [term for term in terms if term.objective.kind in ("pairs", "rankings")]
         return cls(
             tuple(
@@ -86,9 +85,9 @@ class LearnedUse:
             messages_as="dialogue" if supervised else "last_turn",
             best_only=best_only,
             other=other,
-            joint=any(bool(term.options.get("joint")) for term in terms),
+            joint=rows.joint,
             # After another image a text compares with itself.
-            compares=bool(compared) and not any("other_image" in t.needs for t in compared),
+            compares=bool(compared) and not any(term.rows.other_image for term in compared),
             given=reference.type == "given" and needs_reference(terms),
         )
 

@@ -22,8 +22,8 @@ from objectives import (
 from mmpo_jax.objectives.catalog import OBJECTIVES
 from mmpo_jax.objectives.listing import render_objectives
 from mmpo_jax.objectives.on_policy import Aggregation, Scale
-from mmpo_jax.objectives.registry import FIELDS, HEADS, REFERENCES, VIEWS
-from mmpo_jax.objectives.terms import make_term
+from mmpo_jax.objectives.registry import FIELDS, HEADS, REFERENCES, VIEWS, Rows
+from mmpo_jax.objectives.terms import make_term, rows_read
 
 TABLES = {
     *(name for name, _ in test_pairwise_formulas.CASES),
@@ -131,6 +131,33 @@ def test_a_test_of_a_formula_sees_the_loss(name):
 )
 def test_options_need_more(name, options, more):
     assert make_term(name, **options).needs == OBJECTIVES[name].needs | more
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "rows"),
+    [
+        ("dpo", {}, Rows()),
+        ("mdpo", {}, Rows(other_image="crop", noise_step=500)),
+        ("povid", {"noise_step": 7}, Rows(other_image="noise", noise_step=7)),
+        ("re_align", {"image": "data"}, Rows(other_image="data", noise_step=500)),
+        ("jpo", {}, Rows(joint=True)),
+        ("jpo", {"joint": False}, Rows()),
+        ("kto", {}, Rows(mismatched=True)),
+        ("bco", {}, Rows()),
+    ],
+)
+def test_rows_that_an_objective_reads(name, options, rows):
+    term = make_term(name, **options)
+    assert term.rows == rows
+    views = {"other_image"} if rows.other_image else {"mismatched"} if rows.mismatched else set()
+    assert term.needs & VIEWS.keys() == views
+
+
+def test_rows_read_a_list():
+    """One other image for all of its terms, and whatever else one of them reads."""
+    terms = [make_term(name) for name in ("dpo", "mdpo", "jpo", "kto")]
+    assert rows_read(terms) == Rows("crop", 500, joint=True, mismatched=True)
+    assert rows_read(terms[:1]) == Rows()
 
 
 def test_dimensions_name_the_scores_that_are_needed():

@@ -71,4 +71,5 @@ def test_what_the_terms_ask_for_is_what_the_tokenizer_makes():
 
 def test_every_image_aware_objective_has_the_option():
     for objective in OBJECTIVES.values():
-        assert ("other_image" in objective.needs) == ("image" in objective.options), objective.name
+        other = objective.rows(objective.defaults).other_image
+        assert other == objective.defaults.get("image"), objective.name
