@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import os
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -91,9 +93,23 @@ def make_checkpoint(folder: str, seed: int = 0) -> None:
     ).save_pretrained(folder)
 
 
-def make_pairs(folder: str, count: int, seed: int = 0, responses: int = 2) -> str:
+def make_pairs(
+    folder: str,
+    count: int,
+    seed: int = 0,
+    responses: int = 2,
+    lengths: Sequence[tuple[int, ...]] | None = None,
+) -> str:
     """Writes preference pairs in TRL's vision schema: all pairs of `count` rankings, one random
     picture each.
+
+    Args:
+      folder: gets the file.
+      count: rankings.
+      seed: of words and pictures.
+      responses: of a ranking.
+      lengths: tokens of the responses of every ranking, EOS included; all `RESPONSE_TOKENS` by
+        default.
 
     Returns:
       The Parquet file.
@@ -103,12 +119,13 @@ def make_pairs(folder: str, count: int, seed: int = 0, responses: int = 2) -> st
     random = np.random.default_rng(seed)
     # The template adds BOS, "USER:" and "ASSISTANT:" to a prompt, and EOS to a response.
     rows = []
-    for _ in range(count):
+    for number in range(count):
         shown = {
             "images": [{"bytes": picture(random), "path": None}],
             "prompt": [{"role": "user", "content": random_words(random, PROMPT_TOKENS - 3)}],
         }
-        ranking = [random_words(random, RESPONSE_TOKENS - 1) for _ in range(responses)]
+        sizes = lengths[number] if lengths else (RESPONSE_TOKENS,) * responses
+        ranking = [random_words(random, size - 1) for size in sizes]
         for pair in itertools.combinations(ranking, 2):
             sides = [[{"role": "assistant", "content": text}] for text in pair]
             rows.append({**shown, "chosen": sides[0], "rejected": sides[1]})
@@ -116,6 +133,20 @@ def make_pairs(folder: str, count: int, seed: int = 0, responses: int = 2) -> st
     dataset = datasets.Dataset.from_list(rows)
     dataset.cast_column("images", datasets.List(datasets.Image())).to_parquet(path)
     return path
+
+
+def response_lengths(path: str, count: int) -> list[tuple[int, ...]]:
+    """Lengths of the responses of pairs in words, EOS added.
+
+    Args:
+      path: JSONL with `chosen` and `rejected`.
+      count: pairs at most.
+    """
+    with open(path) as file:
+        rows = [json.loads(line) for line in file][:count]
+    return [
+        tuple(max(1, len(row[name].split())) + 1 for name in ("chosen", "rejected")) for row in rows
+    ]
 
 
 def random_words(random: np.random.Generator, count: int) -> str:

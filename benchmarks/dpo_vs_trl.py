@@ -6,6 +6,7 @@ TRL twice, as it is by default (gradient checkpointing: less memory) and without
 
     python benchmarks/dpo_vs_trl.py
     python benchmarks/dpo_vs_trl.py --responses 5   # rankings, of which TRL gets all 10 pairs
+    python benchmarks/dpo_vs_trl.py --lengths pairs.jsonl   # responses as long as those of a file
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from checkpoint import (
     RESPONSE_TOKENS,
     make_checkpoint,
     make_pairs,
+    response_lengths,
 )
 
 LOSS_TOLERANCE = 1e-4
@@ -55,6 +57,8 @@ class Settings:
     remat: str = "dots"
     """Ours: the rematerialisation policy of the layers."""
     seed: int = 0
+    lengths: str = ""
+    """JSONL with `chosen` and `rejected`: responses have as many words as they have."""
 
     @property
     def pairs_each(self) -> int:
@@ -127,7 +131,7 @@ def run_trl(folder: str, settings: Settings, checkpointing: bool) -> dict:
     trainer.train()
     steps = [row for row in trainer.state.log_history if "loss" in row]
     return {
-        "ids": batch["input_ids"].tolist(),
+        "ids": _without_padding(batch["input_ids"].tolist()),
         "losses": [row["loss"] for row in steps],
         "grad_norms": [row["grad_norm"] for row in steps],
         "epoch_seconds": times[-1] - times[0],
@@ -146,10 +150,11 @@ def run_ours(folder: str, settings: Settings) -> dict:
     from mmpo_jax.checkpoints.checkpoint import Checkpoint
     from mmpo_jax.checkpoints.configs import load_config
     from mmpo_jax.checkpoints.huggingface import load_params
-    from mmpo_jax.data.pipeline import Example, training_batches
+    from mmpo_jax.data.pipeline import USEFUL_SHARE, Example, training_batches
     from mmpo_jax.data.processor import Processor
     from mmpo_jax.data.readers import read_records
     from mmpo_jax.data.tokenization import tokenize_records
+    from mmpo_jax.inference.plan import packed_over
     from mmpo_jax.models.model import Model
     from mmpo_jax.parallel.mesh import make_mesh, put_batch, put_params
     from mmpo_jax.recipes import recipe
@@ -168,7 +173,10 @@ def run_ours(folder: str, settings: Settings) -> dict:
         freeze=("vision_tower/.*",) if settings.freeze_vision else (),
         remat=settings.remat,
     )
-    lengths = recipe.Lengths(prompt=(IMAGE_TOKENS + PROMPT_TOKENS,), response=(RESPONSE_TOKENS,))
+    longest = RESPONSE_TOKENS
+    if settings.lengths:
+        longest = max(map(max, response_lengths(settings.lengths, settings.pairs)))
+    lengths = recipe.Lengths(prompt=(IMAGE_TOKENS + PROMPT_TOKENS,), response=(longest,))
     model = Model.create(load_config(folder))
     params = load_params(folder, model)
     mesh = make_mesh()
@@ -190,6 +198,7 @@ def run_ours(folder: str, settings: Settings) -> dict:
             epochs=1,
             batch_size=config.batch_size,
             micro_batch_size=config.batch_size,
+            packed_over=packed_over(model, mesh),
         )
 
     def epoch(records) -> dict:
@@ -210,7 +219,7 @@ def run_ours(folder: str, settings: Settings) -> dict:
             )
             for record, sums in zip(tokenized, reference, strict=True)
         ]
-        losses, norms, ids, first = [], [], [], None
+        losses, norms, ids, shares = [], [], [], []
         state = create_state(params, model, optimizer, config.freeze, mesh)
         step = jitted.setdefault("step", make_step(loss, optimizer, schedule, state))
         for host in batches(examples, processor):
@@ -218,10 +227,12 @@ def run_ours(folder: str, settings: Settings) -> dict:
             losses.append(float(metrics["loss"]))
             norms.append(float(metrics["grad_norm"]))
             ids += host.ids
-            first = first or host.arrays.prompts
+            shares.append(host.metrics[USEFUL_SHARE])
+        by_id = {record.id: record for record in tokenized}
         return {
-            "ids": _rows(first, settings.batch_size),
-            "order": [(int(name) - 1) // settings.pairs_each for name in ids],
+            "ids": _rows([by_id[name] for name in ids[: settings.batch_size]], settings.batch_size),
+            "useful_share": float(np.mean(shares)),
+            "order": [list(by_id).index(name) for name in ids],
             "losses": losses,
             "grad_norms": norms,
             "reference_seconds": scored - started,
@@ -231,11 +242,14 @@ def run_ours(folder: str, settings: Settings) -> dict:
 
     jitted: dict = {}
     with jax.set_mesh(mesh):
-        warm = epoch(records[: settings.batch_size])  # compiles everything, on one batch
+        # Compiles everything: on one batch, where all have one shape.
+        warm = epoch(records if settings.lengths else records[: settings.batch_size])
         result = epoch(records)
     with open(os.path.join(folder, "order.json"), "w") as file:
         json.dump(result["order"], file)
-    steady = result["epoch_seconds"] * settings.batch_size / settings.pairs
+    steady = result["epoch_seconds"]
+    if not settings.lengths:
+        steady *= settings.batch_size / settings.pairs
     return result | {
         "compile_seconds": max(0.0, warm["epoch_seconds"] - steady),
         "peak_bytes": _peak_bytes(),
@@ -253,16 +267,20 @@ def _ranking(pairs: list, responses: int):
     return dataclasses.replace(first, responses=tuple(ranked))
 
 
-def _rows(batch, count: int) -> list[list[int]]:
+def _rows(records: list, count: int) -> list[list[int]]:
     """Token ids of the first pairs of a batch as TRL lays them out: all chosen rows, then all
     rejected ones."""
-    prompts, responses = batch.prompt_ids[0].tolist(), batch.response_ids[0].tolist()
     pairs = [
-        [[*prompt, *chosen], [*prompt, *rejected]]
-        for prompt, texts in zip(prompts, responses, strict=True)
-        for chosen, rejected in itertools.combinations(texts, 2)
+        [[*record.prompt_ids.tolist(), *response.ids.tolist()] for response in pair]
+        for record in records
+        for pair in itertools.combinations(record.responses, 2)
     ]
     return [pair[side] for side in (0, 1) for pair in pairs[:count]]
+
+
+def _without_padding(rows: list[list[int]]) -> list[list[int]]:
+    """Rows that end with EOS, id 2, without what stands behind it."""
+    return [row[: row.index(2) + 1] for row in rows]
 
 
 def _peak_bytes() -> int:
@@ -291,6 +309,7 @@ def compare(settings: Settings, sides: dict[str, dict]) -> dict:
         "settings": dataclasses.asdict(settings),
         **figures,
         "reference_seconds": sides["ours"]["reference_seconds"],
+        "useful_share": sides["ours"]["useful_share"],
         "same_ids": all(side["ids"] == sides["ours"]["ids"] for side in sides.values()),
         "largest_loss_difference": max(
             abs(a - b)
@@ -318,6 +337,7 @@ def show(result: dict) -> None:
             cells += [form.format(value), f"{ours[key] / value:.2f}"]
         print(f"{title:32}" + "".join(c.rjust(12) for c in [*cells, form.format(ours[key])]))
     print(f"compilation: {ours['compile_seconds']:.1f} s")
+    print(f"useful share of the tokens ours computes: {result['useful_share']:.2f}")
     for step, losses in enumerate(zip(*(result[s]["losses"] for s in SIDES), strict=True), 1):
         print(f"loss of step {step}: " + "  ".join(f"{loss:.6f}" for loss in losses))
     print(f"token ids of the first batch are {'equal' if result['same_ids'] else 'NOT EQUAL'}")
@@ -350,7 +370,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(folder, settings.seed)
-        make_pairs(folder, settings.pairs, settings.seed, settings.responses)
+        lengths = response_lengths(settings.lengths, settings.pairs) if settings.lengths else None
+        make_pairs(folder, settings.pairs, settings.seed, settings.responses, lengths)
         results = {}
         for side in SIDES:
             command = [sys.executable, __file__, *sys.argv[1:], "--worker", side]
