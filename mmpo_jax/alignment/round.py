@@ -60,7 +60,7 @@ class Round:
     """1 for the first."""
     folder: str
     start: Checkpoint
-    """What generates, and the reference of the training."""
+    """What generates, and the reference of the training, which lets go of it."""
     records: list[Record]
     """This round's prompts."""
     tokenized: list[TokenizedRecord]

@@ -82,6 +82,7 @@ def train(tmp_path, tiny_folder, monkeypatch):
     def train(objective, reference, change, output="out"):
         made = [change(record, number) for number, record in enumerate(records())]
         monkeypatch.setattr(FileData, "load", lambda *_, **__: RecordSet("rows", made, [], 0.0))
+        monkeypatch.setattr(run, "can_be_stored", lambda data: False)  # there is no such file
         monkeypatch.setattr(run, "make_mesh", lambda **_: one_device())
         recipe = TrainRecipe.model_validate(
             {
