@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
 
 from mmpo_jax.models import cudnn, splash
 from mmpo_jax.models.batch import PackedBatch
@@ -23,14 +24,16 @@ BACKENDS = ("auto", "xla", "splash", "cudnn")
 """What computes `shared_prompt_attention`; "auto" takes the platform's own."""
 PLATFORM_BACKENDS = {"tpu": "splash", "gpu": "cudnn"}
 
-KeyValues = tuple[jax.Array, jax.Array, jax.Array | None]
+KeyValues = tuple[Float[Array, "... K d"], Float[Array, "... K d"], Bool[Array, "..."] | None]
 """(key, value, mask): see `attend`."""
 
 MIN_QUERY_BLOCK = 128
 MAX_QUERY_BLOCKS = 8
 
 
-def attend(query: jax.Array, parts: Sequence[KeyValues], scale: float) -> jax.Array:
+def attend(
+    query: Float[Array, "B R T H d"], parts: Sequence[KeyValues], scale: float
+) -> Float[Array, "B R T H d"]:
     """Softmax attention of queries over several key-value parts at once.
 
     Each part is scored by itself and the softmax runs over all of them, so keys shared by many
@@ -51,7 +54,9 @@ def attend(query: jax.Array, parts: Sequence[KeyValues], scale: float) -> jax.Ar
 
 
 @functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
-def _attend(query: jax.Array, parts: Sequence[KeyValues], scale: float) -> jax.Array:
+def _attend(
+    query: Float[Array, "B R T H d"], parts: Sequence[KeyValues], scale: float
+) -> Float[Array, "B R T H d"]:
     b, r, t, h, d = query.shape
     k = parts[0][0].shape[-2]
     # Heads in front make every product one of contiguous matrices, in this order of the axes.
@@ -71,7 +76,11 @@ def _attend(query: jax.Array, parts: Sequence[KeyValues], scale: float) -> jax.A
     return out.transpose(0, 2, 4, 1, 3, 5).reshape(b, r, t, h, d)
 
 
-def _score(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> jax.Array:
+def _score(
+    query: Float[Array, "B K R G T d"],
+    key: Float[Array, "B *R S K d"],
+    mask: Bool[Array, "..."] | None,
+) -> Float[Array, "B K R G T S"]:
     """Scores [B, K, R, G, T, S] of queries [B, K, R, G, T, d], very low where masked."""
     subscripts = "bkrgtd,bskd->bkrgts" if key.ndim == 4 else "bkrgtd,brskd->bkrgts"
     dtype = jnp.promote_types(query.dtype, jnp.float32)
@@ -85,14 +94,14 @@ def _score(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> jax.Arra
 
 
 def shared_prompt_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    prompt_mask: jax.Array,
-    response_mask: jax.Array,
-    window: jax.Array | int | None = None,
+    query: Float[Array, "B S H d"],
+    key: Float[Array, "B S K d"],
+    value: Float[Array, "B S K d"],
+    prompt_mask: Bool[Array, "B P"],
+    response_mask: Bool[Array, "B R T"],
+    window: Int[Array, ""] | int | None = None,
     backend: str = "auto",
-) -> jax.Array:
+) -> Float[Array, "B S H d"]:
     """Attention of a prompt and R responses to it, laid out as one sequence.
 
     Prompt tokens see earlier prompt tokens; a response's tokens see the whole prompt and their own
@@ -134,10 +143,10 @@ def shared_prompt_attention(
 
 def choose_backend(
     asked: str,
-    query: jax.Array,
-    prompt_mask: jax.Array,
-    response_mask: jax.Array,
-    window: jax.Array | int | None,
+    query: Float[Array, "B S H d"],
+    prompt_mask: Bool[Array, "B P"],
+    response_mask: Bool[Array, "B R T"],
+    window: Int[Array, ""] | int | None,
 ) -> str:
     """The backend of `shared_prompt_attention` for its arguments.
 
@@ -187,13 +196,13 @@ def platform() -> str:
 
 
 def xla_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    prompt_mask: jax.Array,
-    response_mask: jax.Array,
-    window: jax.Array | int | None,
-) -> jax.Array:
+    query: Float[Array, "B S H d"],
+    key: Float[Array, "B S K d"],
+    value: Float[Array, "B S K d"],
+    prompt_mask: Bool[Array, "B P"],
+    response_mask: Bool[Array, "B R T"],
+    window: Int[Array, ""] | int | None,
+) -> Float[Array, "B S H d"]:
     """`shared_prompt_attention` on any platform, in plain JAX.
 
     Prompt queries are taken in blocks, each against the keys up to its own end.
@@ -233,12 +242,12 @@ def xla_attention(
 
 
 def packed_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    query: Float[Array, "B S H d"],
+    key: Float[Array, "B S K d"],
+    value: Float[Array, "B S K d"],
     batch: PackedBatch,
-    window: jax.Array | int | None = None,
-) -> jax.Array:
+    window: Int[Array, ""] | int | None = None,
+) -> Float[Array, "B S H d"]:
     """Attention in rows that hold several records, each a prompt and the responses to it.
 
     Tokens see what they see in `shared_prompt_attention`, and nothing of other records. Queries are
@@ -268,8 +277,8 @@ def packed_attention(
 
 
 def _packed_mask(
-    batch: PackedBatch, queries: slice, keys: slice, window: jax.Array | int | None
-) -> jax.Array:
+    batch: PackedBatch, queries: slice, keys: slice, window: Int[Array, ""] | int | None
+) -> Bool[Array, "B T S"]:
     """Whether a query of some columns sees a key of others, bool[B, queries, keys]."""
     same = batch.record[:, queries, None] == batch.record[:, None, keys]
     owner, other = batch.response[:, queries, None], batch.response[:, None, keys]
@@ -287,7 +296,7 @@ def is_packed(backend: str) -> bool:
     return chosen == "xla"
 
 
-def in_window(distance: jax.Array, window: jax.Array | int | None) -> jax.Array:
+def in_window(distance: Int[Array, "*d"], window: Int[Array, ""] | int | None) -> Bool[Array, "*d"]:
     """Whether a query sees the key that stands `distance` tokens before it, as bool."""
     seen = distance >= 0
     return seen if window is None else seen & (distance < window)

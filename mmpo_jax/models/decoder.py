@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
 
 from mmpo_jax.models.config import DecoderConfig
 from mmpo_jax.models.layers import (
@@ -23,7 +24,7 @@ from mmpo_jax.models.layers import (
     rematerialise,
     stack_layers,
 )
-from mmpo_jax.models.rope import rope_tables, rotate
+from mmpo_jax.models.rope import Tables, rope_tables, rotate
 
 SHARDING_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"language_model/embed_tokens/embedding", PartitionSpec("tensor", "fsdp")),
@@ -64,7 +65,11 @@ class SelfAttention(nnx.Module):
             self.q_norm = nnx.RMSNorm(config.head_dim, epsilon=config.rms_norm_eps, rngs=rngs)
             self.k_norm = nnx.RMSNorm(config.head_dim, epsilon=config.rms_norm_eps, rngs=rngs)
 
-    def project(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+    def project(
+        self,
+        x: Float[Array, "B S D"],
+        rope: Tables,
+    ) -> tuple[Float[Array, "B S H d"], Float[Array, "B S K d"], Float[Array, "B S K d"]]:
         """[B, S, D] -> query [B, S, H, d], key and value [B, S, K, d], rotated."""
         heads = (*x.shape[:2], -1, self.head_dim)
         query, key, value = (f(x).reshape(heads) for f in (self.q_proj, self.k_proj, self.v_proj))
@@ -91,8 +96,14 @@ class DecoderLayer(nnx.Module):
         )
 
     def __call__(
-        self, x: jax.Array, rope: Any, attend: Attention, window: Any, carry: Any, inputs: Any
-    ) -> tuple[jax.Array, Any, Any]:
+        self,
+        x: Float[Array, "B S D"],
+        rope: Any,
+        attend: Attention,
+        window: Any,
+        carry: Any,
+        inputs: Any,
+    ) -> tuple[Float[Array, "B S D"], Any, Any]:
         query, key, value = self.self_attn.project(self.input_layernorm(x), rope)
         attended, carry, outputs = attend(query, key, value, window, carry, inputs)
         x = x + self.self_attn.o_proj(attended.reshape(*x.shape[:2], -1))
@@ -119,14 +130,14 @@ class Decoder(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,
-        positions: jax.Array,
+        x: Float[Array, "B S D"],
+        positions: Int[Array, "B A S"],
         attend: Attention,
         *,
         carry: Any = None,
         layer_inputs: Any = None,
         remat: str = "none",
-    ) -> tuple[jax.Array, Any, Any]:
+    ) -> tuple[Float[Array, "B S D"], Any, Any]:
         """Runs the layers and the final norm over embedded tokens.
 
         Args:
@@ -158,13 +169,13 @@ class Decoder(nnx.Module):
         )
         return self.norm(x), carry, outputs
 
-    def _windows(self) -> tuple[int | None, jax.Array | None]:
+    def _windows(self) -> tuple[int | None, Int[Array, " L"] | None]:
         """(the window that all layers have in common, or each layer's own: int32[L])."""
         if len(set(self.windows)) == 1:
             return self.windows[0] or None, None
         unlimited = jnp.iinfo(jnp.int32).max
         return None, jnp.array([window or unlimited for window in self.windows], jnp.int32)
 
-    def head_kernel(self) -> jax.Array:
+    def head_kernel(self) -> Float[Array, "D V"]:
         """The language-model head as [D, V]."""
         return self.embed_tokens.embedding[...].T if self.tied else self.lm_head.kernel[...]

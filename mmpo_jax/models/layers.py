@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -43,7 +44,7 @@ class Linear(nnx.Linear):
     lora_rate: Any = None
     """float32[]: the share of inputs that dropout zeroes."""
 
-    def __call__(self, x: jax.Array, out_sharding: Any = None) -> jax.Array:
+    def __call__(self, x: Float[Array, "*b D"], out_sharding: Any = None) -> Float[Array, "*b F"]:
         y = super().__call__(x, out_sharding)
         if self.lora_a is None:
             return y
@@ -93,11 +94,13 @@ class GatedMlp(nnx.Module):
         self.up_proj = linear(size, wide, bias, rngs)
         self.down_proj = linear(wide, size, bias, rngs, residual_layers)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
         return self.down_proj(ACTIVATIONS[self.act](self.gate_proj(x)) * self.up_proj(x))
 
 
-def matmul(x: jax.Array, kernel: jax.Array, dtype: Any = None) -> jax.Array:
+def matmul(
+    x: Float[Array, "*b D"], kernel: Float[Array, "D F"], dtype: Any = None
+) -> Float[Array, "*b F"]:
     """[..., D] @ [D, F] as one product of two matrices, with results of `dtype`.
 
     The kernel's gradient would else contract several axes at once, for half the speed on CPU.
@@ -155,7 +158,7 @@ def rematerialise(function: Callable, policy: str) -> Callable:
     raise ValueError(f"unknown rematerialisation policy {policy!r}")
 
 
-def constrain_batch(x: jax.Array) -> jax.Array:
+def constrain_batch(x: Float[Array, "*d"]) -> Float[Array, "*d"]:
     """Keeps axis 0 of an activation sharded over the mesh's batch axes, if a mesh is in use."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -169,6 +172,6 @@ def batch_axes(mesh: jax.sharding.AbstractMesh) -> tuple[str, ...]:
     return tuple(axis for axis in ("data", "fsdp") if axis in mesh.axis_names)
 
 
-def promote(x: jax.Array) -> jax.Array:
+def promote(x: Float[Array, "*d"]) -> Float[Array, "*d"]:
     """float32 for lower precisions, unchanged above: log-probs and norms are taken in this."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
 
 from mmpo_jax.models.batch import Batch, PackedBatch
 from mmpo_jax.models.layers import matmul
@@ -29,7 +30,7 @@ def response_log_probs(
     remat: str = "none",
     chunk: int | None = None,
     temperature: float = 1.0,
-) -> jax.Array:
+) -> Float[Array, "B R T"]:
     """Log-prob of every response token, images encoded and prompts decoded once.
 
     Equal to running each response in a row of its own. The head is applied at response positions
@@ -64,7 +65,7 @@ def response_statistics(
     chunk: int | None = None,
     partners: Sequence[int] = (0,),
     temperature: float = 1.0,
-) -> dict[str, jax.Array]:
+) -> dict[str, Float[Array, "B R T"]]:
     """`response_log_probs` and other numbers of every response token, from the same logits.
 
     Args:
@@ -100,12 +101,12 @@ def response_statistics(
     return {name: values * batch.response_mask for name, values in found.items()}
 
 
-def rows_at(rows: jax.Array, at: jax.Array) -> jax.Array:
+def rows_at(rows: Float[Array, "Z X D"], at: Int[Array, "Z M"]) -> Float[Array, "Z M D"]:
     """rows [Z, X, D] at places int32[Z, M] of X: [Z, M, D]."""
     return jax.vmap(lambda x, places: x[places])(rows, at)
 
 
-def unpack(values: jax.Array, batch: PackedBatch) -> jax.Array:
+def unpack(values: Float[Array, "Z M"], batch: PackedBatch) -> Float[Array, "ZC R T"]:
     """Numbers of tokens [Z, M] in their places of [Z * C, R, T]; 0 elsewhere."""
     groups, shape = len(values), batch.loss_mask.shape
     empty = jnp.zeros((groups, batch.loss_mask.size // groups), values.dtype)
@@ -115,7 +116,9 @@ def unpack(values: jax.Array, batch: PackedBatch) -> jax.Array:
     return filled.reshape(shape)
 
 
-def shift_right(last: jax.Array, responses: jax.Array) -> jax.Array:
+def shift_right(
+    last: Float[Array, "B D"], responses: Float[Array, "B R T D"]
+) -> Float[Array, "B R T D"]:
     """Hidden states that predict each response token, [B, R, T, D].
 
     The first token of every response is predicted from the prompt's last position `last` [B, D],
@@ -127,22 +130,25 @@ def shift_right(last: jax.Array, responses: jax.Array) -> jax.Array:
 
 
 def token_log_probs(
-    hidden: jax.Array, kernel: jax.Array, labels: jax.Array, chunk: int | None = None
-) -> jax.Array:
+    hidden: Float[Array, "B R T D"],
+    kernel: Float[Array, "D V"],
+    labels: Int[Array, "B R T"],
+    chunk: int | None = None,
+) -> Float[Array, "B R T"]:
     """log softmax(hidden @ kernel)[labels], float32[B, R, T]; see `token_statistics`."""
     return token_statistics(hidden, kernel, labels, chunk=chunk)["log_probs"]
 
 
 def token_statistics(
-    hidden: jax.Array,
-    kernel: jax.Array,
-    labels: jax.Array,
+    hidden: Float[Array, "B R T D"],
+    kernel: Float[Array, "D V"],
+    labels: Int[Array, "B R T"],
     names: Collection[str] = (),
-    reference: tuple[jax.Array, jax.Array] | None = None,
+    reference: tuple[Float[Array, "B R T D"], Float[Array, "D V"]] | None = None,
     chunk: int | None = None,
     partners: Sequence[int] = (0,),
     temperature: float = 1.0,
-) -> dict[str, jax.Array]:
+) -> dict[str, Float[Array, "B R T"]]:
     """log softmax(hidden @ kernel / temperature)[labels], and more, without storing the logits.
 
     On a mesh every device computes the logits of its own part of the vocabulary, for the rows of
@@ -216,7 +222,7 @@ def token_statistics(
     }
 
 
-def split_vocabulary(x: jax.Array) -> jax.Array:
+def split_vocabulary(x: Float[Array, "*d V"]) -> Float[Array, "*d V"]:
     """Spreads the last axis of the head [D, V] or of logits [B, R, t, V] over the mesh, if one is
     in use; rows stay where their axis `data` puts them."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -247,17 +253,21 @@ def head_chunk(rows: int, length: int, size: int, vocab_size: int) -> int:
     return max(1, -(-length // max(1, steps)))
 
 
-def next_token_logits(module: VisionLanguageModel, hidden: jax.Array) -> jax.Array:
+def next_token_logits(
+    module: VisionLanguageModel, hidden: Float[Array, "*b D"]
+) -> Float[Array, "*b V"]:
     """[..., D] -> float32 logits [..., V]; for a few positions only."""
     return project(hidden, module.language_model.head_kernel())
 
 
-def project(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+def project(hidden: Float[Array, "*b D"], kernel: Float[Array, "D V"]) -> Float[Array, "*b V"]:
     """hidden [..., D] @ kernel [D, V] in float32 at least: bfloat16 logits are 0.06 off at 20."""
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
     return matmul(hidden, kernel, dtype)
 
 
-def sum_log_probs(log_probs: jax.Array, batch: Batch | PackedBatch) -> jax.Array:
+def sum_log_probs(
+    log_probs: Float[Array, "B R T"], batch: Batch | PackedBatch
+) -> Float[Array, "B R"]:
     """float32[B, R]: log-prob of every response, over the tokens its loss counts."""
     return (log_probs * batch.loss_mask).sum(axis=-1)

@@ -7,9 +7,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from mmpo_jax.models.layers import promote
 
@@ -118,7 +118,11 @@ def _yarn(
     return frequencies.astype(np.float32), float(scale)
 
 
-def rope_tables(positions: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array]:
+Tables = tuple[Float[Array, "B S 1 c"], Float[Array, "B S 1 c"]]
+"""Cosine and sine for c = d/2 pairs of channels."""
+
+
+def rope_tables(positions: Int[Array, "B A S"], rope: Rope) -> Tables:
     """Cosine and sine of rotary embeddings (Su et al. 2021, eq. 34).
 
     Args:
@@ -136,7 +140,7 @@ def rope_tables(positions: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array]
     return cos[:, :, None], sin[:, :, None]
 
 
-def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+def rotate(x: Float[Array, "B S H d"], tables: Tables) -> Float[Array, "B S H d"]:
     """Rotates [B, S, heads, d] by halves, Hugging Face's order of the rotary pairs."""
     cos, sin = tables
     first, second = jnp.split(promote(x), 2, axis=-1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from mmpo_jax.models.attention import packed_attention, shared_prompt_attention
 from mmpo_jax.models.batch import Batch, PackedBatch
@@ -25,7 +26,7 @@ class VisionLanguageModel(nnx.Module):
         self.config = config
         self.language_model = Decoder(config.decoder, rngs)
 
-    def image_features(self, batch: Batch | PackedBatch, remat: str) -> jax.Array:
+    def image_features(self, batch: Batch | PackedBatch, remat: str) -> Float[Array, "B F D"]:
         """The pool of vectors that `feature_index` points into, [B, F, D] in the decoder's width.
 
         Learned vectors come first, then the features of every slot in order. A family without
@@ -33,18 +34,22 @@ class VisionLanguageModel(nnx.Module):
         """
         raise NotImplementedError(f"{self.config.family} has no images")
 
-    def embed_prompt(self, batch: Batch, remat: str = "none") -> jax.Array:
+    def embed_prompt(self, batch: Batch, remat: str = "none") -> Float[Array, "B P D"]:
         """Prompt embeddings [B, P, D], image features in the places of the placeholders."""
         index, weight = batch.feature_index, batch.feature_weight
         return self.embed(batch.prompt_ids, index, weight, self.pool(batch, remat))
 
-    def pool(self, batch: Batch | PackedBatch, remat: str) -> jax.Array | None:
+    def pool(self, batch: Batch | PackedBatch, remat: str) -> Float[Array, "B F D"] | None:
         """`image_features` [B, F, D]; None where the batch has no images."""
         return self.image_features(batch, remat) if batch.pixel_values.shape[1] else None
 
     def embed(
-        self, ids: jax.Array, index: jax.Array, weight: jax.Array, pool: jax.Array | None
-    ) -> jax.Array:
+        self,
+        ids: Int[Array, "B S"],
+        index: Int[Array, "B S K"],
+        weight: Float[Array, "B S K"],
+        pool: Float[Array, "B F D"] | None,
+    ) -> Float[Array, "B S D"]:
         """Embeddings [B, S, D] of tokens.
 
         Args:
@@ -62,7 +67,9 @@ class VisionLanguageModel(nnx.Module):
             image += chosen * weight[..., k : k + 1].astype(chosen.dtype)
         return jnp.where(is_image, image, text)
 
-    def embed_responses(self, batch: Batch, pool: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    def embed_responses(
+        self, batch: Batch, pool: Float[Array, "B F D"] | None
+    ) -> tuple[Float[Array, "B S D"], Int[Array, "B A S"]]:
         """(embeddings [B, R * T, D], positions int32[B, A, R * T]) of the responses."""
         b, r, t = batch.response_ids.shape
         ids = batch.response_ids.reshape(b, r * t)
@@ -76,7 +83,9 @@ class VisionLanguageModel(nnx.Module):
         positions = batch.shown.positions.reshape(b, -1, r * t)
         return self.embed(ids, index, weight, pool), positions
 
-    def hidden_states(self, batch: Batch, remat: str = "none") -> tuple[jax.Array, jax.Array]:
+    def hidden_states(
+        self, batch: Batch, remat: str = "none"
+    ) -> tuple[Float[Array, "B D"], Float[Array, "B R T D"]]:
         """The decoder's final hidden states of a batch, each prompt run once.
 
         Returns:
@@ -100,7 +109,7 @@ class VisionLanguageModel(nnx.Module):
         last = jax.vmap(lambda rows, at: rows[at])(x, prompt_lengths(batch) - 1)
         return last, x[:, p:].reshape(b, r, t, -1)
 
-    def packed_states(self, batch: PackedBatch, remat: str = "none") -> jax.Array:
+    def packed_states(self, batch: PackedBatch, remat: str = "none") -> Float[Array, "Z X D"]:
         """The decoder's final hidden states of a packed batch, [Z, b * S, D]."""
         groups = batch.predictor.shape[0]
         pool, index = self.pool(batch, remat), batch.feature_index
@@ -126,12 +135,12 @@ class VisionLanguageModel(nnx.Module):
         return x.reshape(groups, -1, x.shape[-1])
 
 
-def prompt_lengths(batch: Batch) -> jax.Array:
+def prompt_lengths(batch: Batch) -> Int[Array, " B"]:
     """int32[B]: real tokens of each prompt."""
     return batch.prompt_mask.sum(axis=1, dtype=jnp.int32)
 
 
-def response_positions(batch: Batch, steps: jax.Array) -> jax.Array:
+def response_positions(batch: Batch, steps: Int[Array, "*S"]) -> Int[Array, "B A T"]:
     """Positions [B, A, S] of response tokens that are `steps` [S] or [] after the prompt's end."""
     positions = batch.next_position[:, None, None] + jnp.atleast_1d(steps)
     return jnp.broadcast_to(positions, (*batch.positions.shape[:2], positions.shape[-1]))

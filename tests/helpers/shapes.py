@@ -13,10 +13,8 @@ from typing import Any
 
 import beartype
 import jaxtyping
-import numpy as np
 
-CHECKED = ("mmpo_jax.objectives",)
-_check: Any = beartype.beartype(conf=beartype.BeartypeConf())
+CHECKED = ("mmpo_jax.objectives", "mmpo_jax.models")
 
 
 def install() -> None:
@@ -25,22 +23,20 @@ def install() -> None:
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with its arrays checked: arguments and result by one meaning of B, R, T, ...
-
-    NumPy's will do where JAX's are named, as they do for JAX.
-    """
-    hints = {name: _with_numpy(hint) for name, hint in function.__annotations__.items()}
+    """The function with its arrays checked: arguments and result by one meaning of B, R, T, ..."""
+    hints = {name: _any_array(hint) for name, hint in function.__annotations__.items()}
     function.__annotations__ = {name: hint for name, hint in hints.items() if hint is not None}
-    return _check(function) if function.__annotations__ else function
+    return beartype.beartype(function) if function.__annotations__ else function
 
 
-def _with_numpy(hint: Any) -> Any:
-    """An annotation that takes NumPy's arrays too; None where it names no array."""
+def _any_array(hint: Any) -> Any:
+    """An annotation for whatever has a shape and a dtype, as NumPy's arrays do where JAX's are
+    named; None where it names no array."""
     if inspect.isclass(hint) and issubclass(hint, jaxtyping.AbstractArray):
         kind = getattr(jaxtyping, hint.__name__.partition("[")[0])
-        return hint | kind[np.ndarray, hint.dim_str]
+        return kind[Any, hint.dim_str]
     parts = typing.get_args(hint)
-    changed = [_with_numpy(part) for part in parts]
+    changed = [_any_array(part) for part in parts]
     if not any(part is not None for part in changed):
         return None
     whole = [part if new is None else new for part, new in zip(parts, changed, strict=True)]
