@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
 
 from mmpo_jax.models.attention import attend, in_window, shared_prompt_attention
 from mmpo_jax.models.batch import Batch
@@ -17,6 +18,9 @@ from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.precision import inference_dtype
 from mmpo_jax.models.vlm import VisionLanguageModel, prompt_lengths, response_positions
 from mmpo_jax.recipes.sampling import Decoding
+
+PromptCache = tuple[Float[Array, "L B K P d"], Float[Array, "L B K P d"]]
+"""Keys and values of the prompts."""
 
 VOCABULARY_BLOCK = 256
 """Tokens that `draw_token` takes together."""
@@ -46,12 +50,12 @@ def sample(
     model: Model,
     params: Params,
     batch: Batch,
-    keys: jax.Array,
+    keys: Key[Array, "B n"],
     *,
     decoding: Decoding,
     eos_ids: tuple[int, ...],
     pad_id: int,
-) -> jax.Array:
+) -> Int[Array, "B n T"]:
     """Samples responses to every prompt of a batch.
 
     Every sample has a key of its own and a key per token is folded from it, so a sample does not
@@ -105,9 +109,7 @@ def sample(
     return jax.lax.while_loop(unfinished, step, state).tokens
 
 
-def prefill(
-    module: VisionLanguageModel, batch: Batch
-) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+def prefill(module: VisionLanguageModel, batch: Batch) -> tuple[PromptCache, Float[Array, "B D"]]:
     """Runs the prompts once.
 
     Returns:
@@ -131,10 +133,10 @@ def prefill(
 def decode_token(
     module: VisionLanguageModel,
     batch: Batch,
-    prompt_cache: tuple[jax.Array, jax.Array],
+    prompt_cache: PromptCache,
     state: SamplingState,
-    token: jax.Array,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    token: Int[Array, "B n"],
+) -> tuple[Float[Array, "B n V"], tuple[Float[Array, "L B n K T d"], Float[Array, "L B n K T d"]]]:
     """One token of every sample through the decoder.
 
     Args:
@@ -182,20 +184,23 @@ def decode_token(
 
 
 def choose_token(
-    logits: jax.Array, keys: jax.Array, position: jax.Array, decoding: Decoding
-) -> jax.Array:
+    logits: Float[Array, "B n V"],
+    keys: Key[Array, "B n"],
+    position: Int[Array, ""],
+    decoding: Decoding,
+) -> Int[Array, "B n"]:
     """int32[B, n]: the next token of every sample from float32 logits [B, n, V]."""
     if decoding.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = truncate(logits / decoding.temperature, decoding.top_k, decoding.top_p)
 
-    def draw(key: jax.Array, logits: jax.Array) -> jax.Array:
+    def draw(key: Key[Array, ""], logits: Float[Array, " V"]) -> Int[Array, ""]:
         return draw_token(jax.random.fold_in(key, position), logits)
 
     return jax.vmap(jax.vmap(draw))(keys, logits).astype(jnp.int32)
 
 
-def draw_token(key: jax.Array, logits: jax.Array) -> jax.Array:
+def draw_token(key: Key[Array, ""], logits: Float[Array, " V"]) -> Int[Array, ""]:
     """int[]: an index of `logits` [V], with the probabilities of their softmax.
 
     A block of the vocabulary is drawn first, then a token in it: some hundred random numbers
@@ -209,7 +214,7 @@ def draw_token(key: jax.Array, logits: jax.Array) -> jax.Array:
     return block * size + jax.random.categorical(token_key, blocks[block])
 
 
-def truncate(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
+def truncate(logits: Float[Array, "*b V"], top_k: int, top_p: float) -> Float[Array, "*b V"]:
     """Keeps the k most likely tokens, then the smallest set of total probability `top_p`.
 
     The order and the edge cases are transformers': tokens as likely as the k-th all stay, and the
@@ -229,7 +234,7 @@ def truncate(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
 
 def sample_keys(
     seed: int, round_index: int, prompt_numbers: Any, num_samples: int, repeats: Any = 0
-) -> jax.Array:
+) -> Key[Array, "B n"]:
     """PRNG keys [B, n] folded from (seed, round, prompt, sample); where a prompt comes again, the
     numbers of its samples go on.
 

@@ -7,12 +7,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float
 
 from mmpo_jax.models.layers import ATTENDED
 
 
 def unsupported(
-    query: jax.Array, prompt_mask: jax.Array, response_mask: jax.Array, window: Any
+    query: Float[Array, "B S H d"],
+    prompt_mask: Bool[Array, "B P"],
+    response_mask: Bool[Array, "B R T"],
+    window: Any,
 ) -> str | None:
     """Why these arguments of `shared_prompt_attention` are none for cuDNN, if they are not."""
     d = query.shape[-1]
@@ -29,14 +33,14 @@ def unsupported(
 
 
 def cudnn_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    prompt_mask: jax.Array,
-    response_mask: jax.Array,
+    query: Float[Array, "B S H d"],
+    key: Float[Array, "B S K d"],
+    value: Float[Array, "B S K d"],
+    prompt_mask: Bool[Array, "B P"],
+    response_mask: Bool[Array, "B R T"],
     *,
     implementation: Any = "cudnn",
-) -> jax.Array:
+) -> Float[Array, "B S H d"]:
     """`attention.shared_prompt_attention` without a window, as two kernels.
 
     The prompt's is causal and needs no mask: its padding lies behind all that is read. The

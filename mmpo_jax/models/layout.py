@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Placement:
 
 
 def place(
-    prompt_ids: np.ndarray,
+    prompt_ids: Int[np.ndarray, " p"],
     layouts: Sequence[Layout],
     placeholders: Sequence[int],
     *,
@@ -111,8 +112,8 @@ def media_in(places: int, layouts: Sequence[Layout]) -> int:
 
 
 def _positions(
-    length: int, layouts: Sequence[Layout], at: np.ndarray, axes: int
-) -> tuple[np.ndarray, int]:
+    length: int, layouts: Sequence[Layout], at: Int[np.ndarray, " m"], axes: int
+) -> tuple[Int[np.ndarray, "A p"], int]:
     """int32[A, length], and the position after them.
 
     With several axes, a medium's tokens stand at their own time, row and column behind the text

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import jax
 from flax import nnx
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
 
 from mmpo_jax.models.layers import ACTIVATIONS, linear
 
@@ -23,5 +23,5 @@ class Projector(nnx.Module):
         self.linear_1 = linear(inputs, outputs, bias, rngs)
         self.linear_2 = linear(outputs, outputs, bias, rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b F"]:
         return self.linear_2(ACTIVATIONS[self.act](self.linear_1(x)))

@@ -18,6 +18,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_mask,
 )
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float
 
 from mmpo_jax.models.layers import ATTENDED, batch_axes
 
@@ -54,7 +55,7 @@ class SharedPromptMask(splash_attention_mask.Mask):
         return (key <= query) & ((key < self.prompt) | (key >= own))
 
 
-def unsupported(query: jax.Array, window: Any) -> str | None:
+def unsupported(query: Float[Array, "B S H d"], window: Any) -> str | None:
     """Why these arguments of `shared_prompt_attention` are none for this kernel, if they are not.
 
     A window reaches back from a response to the end of its own prompt, which is another one in
@@ -68,14 +69,14 @@ def unsupported(query: jax.Array, window: Any) -> str | None:
 
 
 def splash_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    prompt_mask: jax.Array,
-    response_mask: jax.Array,
+    query: Float[Array, "B S H d"],
+    key: Float[Array, "B S K d"],
+    value: Float[Array, "B S K d"],
+    prompt_mask: Bool[Array, "B P"],
+    response_mask: Bool[Array, "B R T"],
     *,
     interpret: bool,
-) -> jax.Array:
+) -> Float[Array, "B S H d"]:
     """`attention.shared_prompt_attention` without a window, as one kernel.
 
     Of what may be seen, the mask tells the part that all rows have in common. That leaves the

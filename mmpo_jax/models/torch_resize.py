@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import transformers
+from jaxtyping import UInt8
 from transformers.image_processing_backends import PilBackend
 from transformers.image_transforms import get_resize_output_image_size
 
@@ -104,7 +105,9 @@ FILTERS: dict[int, tuple[Callable[[np.ndarray], np.ndarray], int]] = {
 """Pillow's number of a filter, which `resample` holds -> (the filter, how far it reaches)."""
 
 
-def resize(image: np.ndarray, size: tuple[int, int], resample: int) -> np.ndarray:
+def resize(
+    image: UInt8[np.ndarray, "C H W"], size: tuple[int, int], resample: int
+) -> UInt8[np.ndarray, "C h w"]:
     """What torch's `interpolate(..., antialias=True)` makes of uint8 on a CPU, bit for bit.
 
     First along rows, then along columns, each time with weights in whole numbers of 16 bits and

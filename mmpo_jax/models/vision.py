@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
 
 from mmpo_jax.models.attention import attend
 from mmpo_jax.models.config import ModelError, expect
@@ -160,7 +161,7 @@ class PatchEmbeddings(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(self, pixels: jax.Array) -> jax.Array:
+    def __call__(self, pixels: Float[Array, "M C H W"]) -> Float[Array, "M S D"]:
         """[M, C, H, W] -> [M, tokens, D]; pixels that fill no patch are left out."""
         m, c, h, w = pixels.shape
         p = self.patch_size
@@ -189,7 +190,7 @@ class SelfAttention(nnx.Module):
             self.q_norm = nnx.RMSNorm(size, epsilon=1e-6, rngs=rngs)
             self.k_norm = nnx.RMSNorm(size, epsilon=1e-6, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "M S D"]) -> Float[Array, "M S D"]:
         m, s, d = x.shape
         query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.qk_norm:
@@ -208,7 +209,7 @@ class Mlp(nnx.Module):
         self.fc1 = linear(size, wide, True, rngs)
         self.fc2 = linear(wide, size, True, rngs, 2 * config.num_layers)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "M S D"]) -> Float[Array, "M S D"]:
         return self.fc2(ACTIVATIONS[self.act](self.fc1(x)))
 
 
@@ -225,7 +226,7 @@ class EncoderLayer(nnx.Module):
             self.attention_factor = nnx.Param(jnp.full(config.hidden_size, 0.1))
             self.mlp_factor = nnx.Param(jnp.full(config.hidden_size, 0.1))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "M S D"]) -> Float[Array, "M S D"]:
         attended = self.self_attn(self.layer_norm1(x))
         x = x + (attended * self.attention_factor[...] if self.scaled else attended)
         made = self.mlp(self.layer_norm2(x))
@@ -251,7 +252,9 @@ class VisionTower(nnx.Module):
         if config.post_norm != "none":
             self.post_layernorm = layer_norm(size, epsilon, rngs)
 
-    def __call__(self, pixels: jax.Array, feature_layers: tuple[int, ...], remat: str) -> jax.Array:
+    def __call__(
+        self, pixels: Float[Array, "M C H W"], feature_layers: tuple[int, ...], remat: str
+    ) -> Float[Array, "M S D"]:
         """Hidden states of the chosen layers; layers after the last chosen one are not run.
 
         Args:
@@ -278,7 +281,7 @@ class VisionTower(nnx.Module):
 
 
 def _layer_body(graphdef: Any):
-    def body(x: jax.Array, parameters: Any) -> tuple[jax.Array, None]:
+    def body(x: Float[Array, "M S D"], parameters: Any) -> tuple[Float[Array, "M S D"], None]:
         return constrain_batch(nnx.merge(graphdef, parameters)(x)), None
 
     return body

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int, Shaped
 
 from mmpo_jax.models.attention import attend
 from mmpo_jax.models.config import ModelError, expect
@@ -28,7 +29,7 @@ from mmpo_jax.models.layers import (
     rematerialise,
     stack_layers,
 )
-from mmpo_jax.models.rope import Rope, rope_tables, rotate
+from mmpo_jax.models.rope import Rope, Tables, rope_tables, rotate
 
 SHARDING_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"vision_tower/patch_embedding/kernel", PartitionSpec(None, "fsdp")),
@@ -51,7 +52,8 @@ NORM_EPS = 1e-6
 QUERY_SLOTS = 4
 """Slots whose patches attend together where attention is not within windows."""
 
-Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Heads = Float[Array, "B S H d"]
+Attention = Callable[[Heads, Heads, Heads], Heads]
 """(query, key, value), [B, S, H, d] each -> [B, S, H, d]."""
 
 
@@ -135,8 +137,8 @@ class SelfAttention(nnx.Module):
         self.proj = linear(size, size, True, rngs, 2 * config.num_layers)
 
     def __call__(
-        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attention: Attention
-    ) -> jax.Array:
+        self, x: Float[Array, "B S D"], rope: Tables, attention: Attention
+    ) -> Float[Array, "B S D"]:
         heads = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1)
         query, key, value = (heads[:, :, i] for i in range(3))
         attended = attention(rotate(query, rope), rotate(key, rope), value)
@@ -156,8 +158,8 @@ class EncoderLayer(nnx.Module):
         )
 
     def __call__(
-        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attention: Attention
-    ) -> jax.Array:
+        self, x: Float[Array, "B S D"], rope: Tables, attention: Attention
+    ) -> Float[Array, "B S D"]:
         x = x + self.attn(self.norm1(x), rope, attention)
         return x + self.mlp(self.norm2(x))
 
@@ -171,8 +173,12 @@ class QwenVisionTower(nnx.Module):
         self.layers = stack_layers(lambda r: EncoderLayer(config, r), config.num_layers, rngs)
 
     def __call__(
-        self, pixels: jax.Array, places: jax.Array, frames: jax.Array, remat: str
-    ) -> jax.Array:
+        self,
+        pixels: Float[Array, "B I S inputs"],
+        places: Int[Array, "B I S 2"],
+        frames: Int[Array, "B I S"],
+        remat: str,
+    ) -> Float[Array, "B I S D"]:
         """The last layer's output, without a norm; every merged square is contiguous.
 
         Args:
@@ -193,10 +199,10 @@ class QwenVisionTower(nnx.Module):
         windows = jnp.concatenate([frames[..., None], places // side], axis=-1)
         graphdef, parameters = nnx.split(self.layers)
 
-        def body(x: jax.Array, inputs: tuple) -> tuple[jax.Array, None]:
+        def body(x: Float[Array, "B S D"], inputs: tuple) -> tuple[Float[Array, "B S D"], None]:
             parameters, full = inputs
 
-            def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+            def attention(query: Heads, key: Heads, value: Heads) -> Heads:
                 return jax.lax.cond(
                     full,
                     lambda *qkv: attend_frames(frames, *qkv),
@@ -214,9 +220,7 @@ class QwenVisionTower(nnx.Module):
         return x.reshape(b, i, s, -1)
 
 
-def attend_windows(
-    windows: jax.Array, query: jax.Array, key: jax.Array, value: jax.Array
-) -> jax.Array:
+def attend_windows(windows: Int[Array, "B I P 3"], query: Heads, key: Heads, value: Heads) -> Heads:
     """Attention among the patches of a slot that are of the same window.
 
     Args:
@@ -233,9 +237,7 @@ def attend_windows(
     return attended.reshape(query.shape)
 
 
-def attend_frames(
-    frames: jax.Array, query: jax.Array, key: jax.Array, value: jax.Array
-) -> jax.Array:
+def attend_frames(frames: Int[Array, "B I P"], query: Heads, key: Heads, value: Heads) -> Heads:
     """Attention among the patches of the same frame, a few slots of queries at a time.
 
     Args:
@@ -251,12 +253,12 @@ def attend_frames(
 
     # Not only the scores but also the mask would be kept for the backward pass, [S, S].
     @jax.checkpoint
-    def block(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def block(part: tuple[Heads, Int[Array, "B S"]]) -> Heads:
         query, own = part
         same = own[:, None, :, None] == frames[:, None, None]
         return attend(query[:, None], [(key, value, same)], query.shape[-1] ** -0.5)[:, 0]
 
-    def split(x: jax.Array) -> jax.Array:
+    def split(x: Shaped[Array, "B S *d"]) -> Shaped[Array, "blocks B step *d"]:
         return jnp.moveaxis(x.reshape(b, -1, step, *x.shape[2:]), 1, 0)
 
     attended = jax.lax.map(block, (split(query), split(frames)))
@@ -272,7 +274,7 @@ class PatchMerger(nnx.Module):
         self.linear_1 = linear(self.inputs, self.inputs, True, rngs)
         self.linear_2 = linear(self.inputs, outputs, True, rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B I S D"]) -> Float[Array, "B M F"]:
         """[B, I, S, D], the patches of a square one after another -> [B, squares, outputs]."""
         merged = self.norm(x).reshape(x.shape[0], -1, self.inputs)
         return self.linear_2(ACTIVATIONS["gelu"](self.linear_1(merged)))

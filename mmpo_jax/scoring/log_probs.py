@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pyarrow as pa
 from jax.sharding import Mesh
+from jaxtyping import Array, Float
 
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.core import progress
@@ -40,7 +41,7 @@ def score_batch(
     compute_dtype: str = "float32",
     per_token: bool = False,
     temperature: float = 1.0,
-) -> jax.Array:
+) -> Float[Array, "B R *T"]:
     """float32[B, R]: summed log-prob of every response; [B, R, T] that of its tokens.
 
     In the dtype that training computes in, so that policy and reference agree at step 0; and with

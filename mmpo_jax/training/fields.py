@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from mmpo_jax.data.contexts import filled_responses
 from mmpo_jax.data.records import LOG_PROB, SCORE, Response, Span
@@ -80,29 +81,29 @@ def _score_name(sources: Sequence[Response]) -> str | None:
     return named.pop()
 
 
-def _ranks(record: TokenizedRecord) -> np.ndarray:
+def _ranks(record: TokenizedRecord) -> Float[np.ndarray, " S"]:
     return np.array([response.source.rank or 0 for response in record.responses], np.float32)
 
 
-def _scores(record: TokenizedRecord) -> np.ndarray:
+def _scores(record: TokenizedRecord) -> Float[np.ndarray, " S"]:
     name = _score_name([response.source for response in record.responses])
     assert name is not None
     return _dimension(name)(record)
 
 
-def _win_rates(record: TokenizedRecord) -> np.ndarray:
+def _win_rates(record: TokenizedRecord) -> Float[np.ndarray, " S"]:
     """The mean over the record's responses, itself included, of sigmoid(score - theirs)."""
     scores = _scores(record).astype(np.float64)
     return (0.5 + 0.5 * np.tanh((scores[:, None] - scores) / 2)).mean(axis=1).astype(np.float32)
 
 
-def _gold(record: TokenizedRecord) -> np.ndarray:
+def _gold(record: TokenizedRecord) -> Float[np.ndarray, " S"]:
     """1 for the first of the best."""
     ranks = _ranks(record)
     return (np.arange(len(ranks)) == ranks.argmin()).astype(np.float32)
 
 
-def _dimension(name: str) -> Callable[[TokenizedRecord], np.ndarray]:
+def _dimension(name: str) -> Callable[[TokenizedRecord], Float[np.ndarray, " S"]]:
     return lambda record: np.array([r.source.scores[name] for r in record.responses], np.float32)
 
 
@@ -116,16 +117,16 @@ def _verdicts(record: TokenizedRecord) -> list[bool | None]:
     return [source.desirable for source in sources]
 
 
-def _desirable(record: TokenizedRecord) -> np.ndarray:
+def _desirable(record: TokenizedRecord) -> Float[np.ndarray, " S"]:
     return np.array([bool(verdict) for verdict in _verdicts(record)], np.float32)
 
 
-def _other_models(record: TokenizedRecord) -> np.ndarray:
+def _other_models(record: TokenizedRecord) -> Float[np.ndarray, " S"]:
     found = [list(_log_probs(response.source).values()) for response in record.responses]
     return np.array([np.mean(values) for values in found], np.float32)
 
 
-def _of_tokens(values: Sequence[np.ndarray]) -> np.ndarray:
+def _of_tokens(values: Sequence[np.ndarray]) -> Float[np.ndarray, "S t"]:
     """float32[S, t] of what is said of every response's tokens."""
     longest = max(len(value) for value in values)
     return np.array([np.pad(value, (0, longest - len(value))) for value in values], np.float32)
@@ -133,7 +134,7 @@ def _of_tokens(values: Sequence[np.ndarray]) -> np.ndarray:
 
 def _spanned(
     record: TokenizedRecord, value: Callable[[Span], float | None], default: float
-) -> np.ndarray:
+) -> Float[np.ndarray, "S t"]:
     """float32[S, t]: the value of the span a token is in, else the default; of spans that share a
     token the last one's."""
     rows = []
@@ -147,16 +148,16 @@ def _spanned(
     return _of_tokens(rows)
 
 
-def _token_weights(record: TokenizedRecord) -> np.ndarray:
+def _token_weights(record: TokenizedRecord) -> Float[np.ndarray, "S t"]:
     return _spanned(record, lambda span: span.weight, 1.0)
 
 
-def _phrases(record: TokenizedRecord) -> np.ndarray:
+def _phrases(record: TokenizedRecord) -> Float[np.ndarray, "S t"]:
     """0 where a token is in no phrase, else 1 + the phrase's number."""
     return _spanned(record, lambda span: None if span.phrase is None else span.phrase + 1, 0.0)
 
 
-def _changed(record: TokenizedRecord) -> np.ndarray:
+def _changed(record: TokenizedRecord) -> Float[np.ndarray, "S t"]:
     """1 in changed segments: in spans where there are any, else where the tokens of two responses
     differ."""
     responses = filled_responses(record)
@@ -172,11 +173,11 @@ def _changed(record: TokenizedRecord) -> np.ndarray:
     return _of_tokens(rows)
 
 
-def _turns(record: TokenizedRecord) -> np.ndarray:
+def _turns(record: TokenizedRecord) -> Float[np.ndarray, "S t"]:
     return _of_tokens([_turns_of(response) for response in filled_responses(record)])
 
 
-def _turns_of(response: TokenizedResponse) -> np.ndarray:
+def _turns_of(response: TokenizedResponse) -> Int[np.ndarray, " t"]:
     """int[t]: how many turns of the assistant end before a token."""
     spoken = response.loss_mask.astype(int)
     return np.cumsum(np.diff(spoken, prepend=0) < 0)

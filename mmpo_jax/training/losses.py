@@ -7,9 +7,9 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Shaped
 
 from mmpo_jax.data.contexts import MAIN, OTHER_IMAGE
 from mmpo_jax.data.pipeline import TrainBatch
@@ -30,7 +30,7 @@ from mmpo_jax.objectives.terms import (
 )
 from mmpo_jax.recipes.training import Training
 
-Outputs = dict[str, jax.Array]
+Outputs = dict[str, Float[Array, "B S T"]]
 """name -> float32[B, S, T], as `response_statistics` gives it."""
 
 
@@ -42,7 +42,7 @@ class Loss:
     """(parameters, the reference's, batch) -> outputs, pytree of arrays with leading rows."""
     sums: Callable[[Any, Any, State], tuple[list[Sums], State]]
     """(outputs, batch, state) -> (sums of every term, new state); see `terms.loss_sums`."""
-    value: Callable[[Sequence[Sums]], jax.Array]
+    value: Callable[[Sequence[Sums]], Float[Array, ""]]
     """Sums of every term -> the loss."""
     metrics: Callable[[Sequence[Sums]], Metrics]
     """Sums of every term -> metrics."""
@@ -125,14 +125,16 @@ def gather(outputs: Outputs, batch: TrainBatch, contexts: Sequence[str] = (MAIN,
     for name in dict.fromkeys(contexts):
         places = [place for place, context in enumerate(contexts) if context == name]
 
-        def added(x: jax.Array, places: Sequence[int] = tuple(places)) -> jax.Array:
+        def added(
+            x: Shaped[Array, "B S *T"], places: Sequence[int] = tuple(places)
+        ) -> Shaped[Array, "N S *T"]:
             rows = x.reshape(-1, len(contexts), *x.shape[1:])
             return rows[:, np.array(places)].sum(axis=1)
 
         mask = added(batch.prompts.loss_mask.astype(jnp.int8)) > 0
         tokens = {key: added(value) for key, value in parts.items()}
         reference_tokens = tokens.pop("reference_log_probs", None)
-        sums: jax.Array | None = None
+        sums: Float[Array, "N S"] | None = None
         if reference_tokens is not None:
             sums = (reference_tokens * mask).sum(axis=-1)
         elif batch.reference:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float, Int
 
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.checkpoints.train_state import TrainState
@@ -46,7 +47,7 @@ class Sampled:
 
     record: TokenizedRecord
     """The prompt's record, with the samples as its responses."""
-    rewards: np.ndarray
+    rewards: Float[np.ndarray, "S K"]
     """float32[S, K], before weights."""
 
 
@@ -165,7 +166,7 @@ class Rollouts:
             )
         return [self._read(*pair) for pair in zip(records, tokens, strict=True)]
 
-    def _read(self, record: TokenizedRecord, samples: np.ndarray) -> Sampled:
+    def _read(self, record: TokenizedRecord, samples: Int[np.ndarray, "S T"]) -> Sampled:
         responses, rewards = [], []
         for row in samples:
             text, length, finished = read_response(self.start.processor, row)
@@ -199,7 +200,9 @@ class Rollouts:
                 )
         return np.stack([np.asarray(each) for each in found])
 
-    def _metrics(self, sampled: Sequence[Sampled], rewards: np.ndarray) -> dict[str, float]:
+    def _metrics(
+        self, sampled: Sequence[Sampled], rewards: Float[np.ndarray, "N S K"]
+    ) -> dict[str, float]:
         """Means of rewards and lengths, under TRL's names."""
         weights = {section.type: section.weight for section in self.rollout.rewards}
         finished = [r.source.finished for each in sampled for r in each.record.responses]
@@ -209,7 +212,9 @@ class Rollouts:
         }
 
 
-def reward_metrics(rewards: np.ndarray, weights: Mapping[str, float]) -> dict[str, float]:
+def reward_metrics(
+    rewards: Float[np.ndarray, "N S K"], weights: Mapping[str, float]
+) -> dict[str, float]:
     """What is logged of a rollout's rewards, by TRL's names.
 
     `reward` and `reward_std` are the mean and the standard deviation, with n - 1 below, of the

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
 
 from mmpo_jax.checkpoints.train_state import TrainState
 from mmpo_jax.core.trees import flatten, unflatten
@@ -210,7 +211,7 @@ def _whole(
 ) -> tuple[Any, list[Sums], State]:
     """(gradient, sums, what objectives keep) of a batch that is run at once."""
 
-    def value(trained: dict) -> tuple[jax.Array, Any]:
+    def value(trained: dict) -> tuple[Float[Array, ""], Any]:
         sums, objective_state = loss.sums(
             forward(trained, state, batch, key), batch, state.objective_state
         )
@@ -230,7 +231,7 @@ def _accumulate(
     """
     weights = _weights(loss, forward, state, batches, keys)
 
-    def value(trained: dict, batch: Any, key: Any) -> tuple[jax.Array, list[Sums]]:
+    def value(trained: dict, batch: Any, key: Any) -> tuple[Float[Array, ""], list[Sums]]:
         sums, _ = loss.sums(forward(trained, state, batch, key), batch, state.objective_state)
         of_whole = [
             dataclasses.replace(part, weight=weight)
@@ -259,7 +260,7 @@ def _accumulate_coupled(
 
     _, outputs = jax.lax.scan(run, None, (batches, keys))
 
-    def value(outputs: Any) -> tuple[jax.Array, Any]:
+    def value(outputs: Any) -> tuple[Float[Array, ""], Any]:
         outputs, batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (outputs, batches))
         sums, objective_state = loss.sums(outputs, batch, state.objective_state)
         return loss.value(sums), (sums, objective_state)

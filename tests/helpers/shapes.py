@@ -14,7 +14,10 @@ from typing import Any
 import beartype
 import jaxtyping
 
-CHECKED = ("mmpo_jax.objectives", "mmpo_jax.models")
+CHECKED = tuple(
+    f"mmpo_jax.{package}"
+    for package in ("generation", "models", "objectives", "scoring", "training")
+)
 
 
 def install() -> None:

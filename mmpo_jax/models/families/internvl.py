@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Shaped
 
 from mmpo_jax.models import decoder, projector, vision
 from mmpo_jax.models.config import ModelConfig, ModelError, expect, read_decoder
@@ -78,7 +78,7 @@ class InternVLProjector(projector.Projector):
         super().__init__(inputs, outputs, act, True, rngs)
         self.layer_norm = layer_norm(inputs, 1e-5, rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b F"]:
         return super().__call__(self.layer_norm(x))
 
 
@@ -104,7 +104,7 @@ class InternVL(VisionLanguageModel):
         return features.reshape(b, -1, features.shape[-1])
 
 
-def pixel_shuffle(x: jax.Array, k: int) -> jax.Array:
+def pixel_shuffle(x: Shaped[Array, "M S D"], k: int) -> Shaped[Array, "M N F"]:
     """Joins the channels of k x k neighbours, line by line: [M, s*s, D] -> [M, (s/k)^2, k*k*D]."""
     m, count, d = x.shape
     side = round(count**0.5) // k
