@@ -5,22 +5,14 @@ import math
 import numpy as np
 import pytest
 from helpers import tiny
+from helpers.any_records import N, tokenized_records
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mmpo_jax.data.batching import SMALLEST, bucket, fitting_sizes, pad_batch
-from mmpo_jax.data.records import ImageRef, Response
-from mmpo_jax.data.tokenization import TokenizedRecord, TokenizedResponse
-from mmpo_jax.models.layout import Layout
-from mmpo_jax.picture_world.render import png_bytes
-from mmpo_jax.picture_world.world import sample_scene
 
-IMAGES = tuple(ImageRef(str(i), png_bytes(sample_scene("train", 0, i))) for i in range(2))
-N = 4
-"""Tokens of an image."""
 PROMPT_SIZES, RESPONSE_SIZES = (4, 8, 32), (2, 6, 8)
 
-WORD = st.integers(tiny.FIRST_WORD, tiny.FIRST_WORD + 9)
 LENGTHS = st.lists(st.integers(1, 20_000), min_size=1, max_size=20)
 SIZES = st.lists(st.integers(1, 50), min_size=1, max_size=5, unique=True).map(sorted)
 
@@ -50,32 +42,10 @@ def test_fitting_sizes(lengths, others, per_octave):
     assert len(sizes) <= per_octave * len(octaves)
 
 
-@st.composite
-def responses(draw):
-    mask = draw(st.lists(st.booleans(), max_size=RESPONSE_SIZES[-1]))
-    ids = draw(st.lists(WORD, min_size=len(mask), max_size=len(mask)))
-    source = Response.of("")
-    return TokenizedResponse(np.array(ids, np.int32), np.array(mask, bool), 0, source)
-
-
-@st.composite
-def records(draw):
-    """A record whose images stand anywhere in its prompt."""
-    ids = draw(st.lists(WORD, min_size=1, max_size=PROMPT_SIZES[-1] - 2 * N))
-    images = draw(st.lists(st.sampled_from(IMAGES), max_size=2))
-    for _ in images:
-        at = draw(st.integers(1, len(ids)))
-        ids[at:at] = [tiny.IMAGE_ID] * N
-    return TokenizedRecord(
-        id="r",
-        prompt_ids=np.array(ids, np.int32),
-        responses=tuple(draw(st.lists(responses(), max_size=3))),
-        images=tuple(images),
-        layouts=tuple(Layout.plain(tiny.IMAGE_ID, N) for _ in images),
-    )
-
-
-@given(rows=st.lists(st.none() | records(), max_size=4), more=st.integers(0, 2))
+@given(
+    rows=st.lists(st.none() | tokenized_records(PROMPT_SIZES[-1], RESPONSE_SIZES[-1]), max_size=4),
+    more=st.integers(0, 2),
+)
 def test_every_token_once_and_padding_nowhere(tiny_processor, rows, more):
     batch = pad_batch(
         rows,
