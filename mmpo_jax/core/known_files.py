@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from etils import epath
 
-from mmpo_jax.core.files import SETTLED_NS, cache_folder, is_local
+from mmpo_jax.core.files import SETTLED_NS, cache_folder, fingerprint_file, is_local
 
 FILE = "files.sqlite"
 RECENT = 16_384
@@ -111,6 +111,20 @@ def remember(path: epath.PathLike, before: State | None, facts: Facts) -> None:
             _pending[name] = before, facts
         if len(_pending) >= PENDING:
             flush()
+
+
+def kept_fingerprint(path: epath.PathLike) -> str:
+    """SHA-256 of the contents of a file, which is read unless it is known.
+
+    Raises:
+      DataError: the file is missing or cannot be read.
+    """
+    known = recall(path)
+    if "sha256" not in known:
+        before = state_of(path)
+        known = {"sha256": fingerprint_file(path)}
+        remember(path, before, known)
+    return known["sha256"]
 
 
 def flush() -> None:

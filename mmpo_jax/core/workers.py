@@ -11,9 +11,11 @@ import contextlib
 import os
 import pickle
 import queue
+import signal
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO, TypeVar
@@ -128,6 +130,7 @@ def _take(
 
 def serve() -> None:
     """The life of a worker: calls, until the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends its workers
     requests: BinaryIO = os.fdopen(os.dup(0), "rb")
     replies: BinaryIO = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints must not get among the replies
@@ -146,6 +149,8 @@ def serve() -> None:
 
 def _refusal(error: BaseException) -> bytes:
     """A reply that raises the error, or one of its words where it cannot be sent."""
+    if not isinstance(error, MmpoError):
+        error.add_note("in a worker process:\n" + "".join(traceback.format_exception(error)))
     with contextlib.suppress(Exception):
         reply = pickle.dumps((False, error), pickle.HIGHEST_PROTOCOL)
         pickle.loads(reply)

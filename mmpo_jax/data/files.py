@@ -29,13 +29,12 @@ from etils import epath
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import (
     encode_table,
-    fingerprint_file,
     fingerprint_json,
     is_local,
     read_bytes,
     write_atomic,
 )
-from mmpo_jax.core.known_files import recall, remember, state_of
+from mmpo_jax.core.known_files import kept_fingerprint, state_of
 from mmpo_jax.data.skipped import MaybeRow, UnusableRow
 from mmpo_jax.data.snapshots import choose_split, data_files, split_path
 
@@ -97,14 +96,9 @@ def fingerprint_rows(files: Iterable[epath.Path]) -> str:
     Raises:
       DataError: a file is missing or cannot be read.
     """
-    digests = []
-    for file in files:
-        state = state_of(file)
-        known = recall(file)
-        if is_local(file) and "sha256" not in known:
-            known = {"sha256": fingerprint_file(file)}
-            remember(file, state, known)
-        digests.append([file.name, known["sha256"] if is_local(file) else state])
+    digests = [
+        [file.name, kept_fingerprint(file) if is_local(file) else state_of(file)] for file in files
+    ]
     return fingerprint_json(digests)
 
 

@@ -26,14 +26,12 @@ from mmpo_jax.core import progress
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import (
     cache_folder,
-    fingerprint_bytes,
     fingerprint_json,
     is_local,
-    read_bytes,
     read_json,
     write_atomic,
 )
-from mmpo_jax.core.known_files import flush
+from mmpo_jax.core.known_files import flush, kept_fingerprint
 from mmpo_jax.core.workers import in_order
 from mmpo_jax.data.files import count_rows, find_files, fingerprint_rows, rows_of
 from mmpo_jax.data.formats import FORMATS
@@ -403,7 +401,7 @@ def _notes(file: str) -> dict[str, Any]:
 def _digest(file: str) -> str | None:
     """SHA-256 of a part; None where it is missing."""
     try:
-        return fingerprint_bytes(read_bytes(file))
+        return kept_fingerprint(file)
     except DataError:
         return None
 

@@ -16,6 +16,7 @@ from mmpo_jax.core.files import read_json
 from mmpo_jax.data import row_stage
 from mmpo_jax.data.batching import pad_batch
 from mmpo_jax.data.contexts import all_contexts
+from mmpo_jax.data.image_states import Seen, changed
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.records import ImageRef
 from mmpo_jax.data.row_stage import tokenized_rows
@@ -391,3 +392,21 @@ def test_other_lengths_and_objectives_are_other_rows(folder, tiny_processor, rea
         reads.clear()
         make(folder, data, tiny_processor, wanted)
         assert ("part" in reads) == (wanted != use("dpo"))
+
+
+def test_frames_in_a_folder_are_looked_at_again(folder, tiny_processor, reads):
+    (folder / "clip").mkdir()
+    write_image(folder / "clip/0.png", "grey")
+    data = write_rows(folder, [{"videos": ["clip"], **SAID}, SAID])
+    for added, made in ((None, 1), (None, 0), ("clip/1.png", 1), ("clip/notes.txt", 0)):
+        if added is not None:
+            write_image(folder / added, "grey")
+        reads.clear()
+        make(folder, data, tiny_processor)
+        assert reads.count("part") == made
+
+
+def test_what_was_looked_for_everywhere_is_looked_for_again(tmp_path):
+    found = {"images": {}, "missed": [], "folders": {}}
+    seen = [Seen.from_json({**found, "searched": searched}) for searched in (True, False)]
+    assert changed(seen, lambda: None) == [0]
