@@ -1,10 +1,11 @@
 """Which records have images and videos that open."""
 
+import dataclasses
 from collections.abc import Iterable
 
 from mmpo_jax.core.progress import counted
 from mmpo_jax.data.images import image_problem, image_size
-from mmpo_jax.data.records import Record, VideoRef
+from mmpo_jax.data.records import ImageRef, Record, VideoRef
 from mmpo_jax.data.skipped import Problem, SkippedRow
 
 
@@ -36,6 +37,38 @@ def media_problem(record: Record) -> Problem | None:
             return problem
     uneven = next(filter(None, map(_uneven, record.videos)), None)
     return None if uneven is None else ("bad_video_entry", uneven)
+
+
+def with_known_images(record: Record) -> Record:
+    """A record whose images open, with their digests and sizes beside them."""
+    if not (record.images or record.videos or any(r.images for r in record.responses)):
+        return record
+    others = record.other_images
+    return dataclasses.replace(
+        record,
+        images=_known(record.images),
+        other_images=None if others is None else _known(others),
+        videos=tuple(
+            dataclasses.replace(video, frames=_known(video.frames)) for video in record.videos
+        ),
+        responses=tuple(
+            dataclasses.replace(response, images=_known(response.images))
+            if response.images
+            else response
+            for response in record.responses
+        ),
+    )
+
+
+def _known(images: Iterable[ImageRef]) -> tuple[ImageRef, ...]:
+    return tuple(
+        dataclasses.replace(
+            image,
+            digest=dataclasses.replace(image, edit=None).fingerprint(),
+            size=image_size(image),
+        )
+        for image in images
+    )
 
 
 def _uneven(video: VideoRef) -> str | None:

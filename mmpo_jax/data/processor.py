@@ -32,6 +32,7 @@ from mmpo_jax.data.processor_files import (
     load_image_processor,
     load_tokenizer,
     load_video_settings,
+    plain_encoder,
     processor_template,
 )
 from mmpo_jax.data.records import Edit, ImageRef, Medium, Response, Turn, VideoRef
@@ -91,7 +92,11 @@ class Processor:
         self._check()
 
     def _encode_text(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        encoder = plain_encoder(self.tokenizer)
+        if encoder is None:
+            return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        (encoded,) = encoder.encode_batch_fast([text], add_special_tokens=False)
+        return tuple(encoded.ids)
 
     @property
     def chat_template(self) -> str | None:
@@ -205,6 +210,8 @@ class Processor:
         else:
             content = tuple(change(one) if isinstance(one, str) else one for one in content)
         keys = in_texts(turn.keys, change) if turn.keys else turn.keys
+        if (content, keys) == (turn.content, turn.keys):
+            return turn
         return dataclasses.replace(turn, content=content, keys=keys)
 
     def shows_media(self, response: Response) -> bool:
@@ -279,6 +286,8 @@ class Processor:
         Raises:
           TemplateRefusal: there are more placeholders than media.
         """
+        if not any(token in ids for token in self.placeholders):
+            return list(ids)
         expanded: list[int] = []
         for token in ids:
             if token not in self.placeholders:

@@ -79,6 +79,24 @@ def generation_eos_ids(folder: str) -> tuple[int, ...]:
         raise ProcessorError(f"{path}: not a generation config: {error}") from error
 
 
+def plain_encoder(tokenizer: Any) -> Any:
+    """The backend of a tokenizer that gives the ids of texts as they are asked for here; None where
+    the tokenizer itself does something before or behind it, or the backend cuts or pads.
+
+    Half of what a call of the tokenizer takes is in the offsets that it computes beside.
+    """
+    base = transformers.PreTrainedTokenizerFast
+    kind = type(tokenizer)
+    if not isinstance(tokenizer, base) or any(
+        getattr(kind, name) is not getattr(base, name) for name in ("__call__", "_encode_plus")
+    ):
+        return None
+    backend = tokenizer.backend_tokenizer
+    state = (backend.truncation, backend.padding, backend.encode_special_tokens or None)
+    as_is = state == (None, None, None) and not tokenizer.split_special_tokens
+    return backend if as_is else None
+
+
 def load_video_settings(folder: str, name: str) -> dict[str, Any]:
     """The video processor's settings; those of the image processor where there are none."""
     _, settings = _read_settings(folder, "video_processor", (name, "preprocessor_config.json"))

@@ -38,7 +38,7 @@ from mmpo_jax.data.formats import FORMATS
 from mmpo_jax.data.formats.media import MediaFolder
 from mmpo_jax.data.image_states import Seen, changed, seen_by
 from mmpo_jax.data.lengths import Lengths
-from mmpo_jax.data.media_check import media_problem
+from mmpo_jax.data.media_check import media_problem, with_known_images
 from mmpo_jax.data.parsing import NamedRow, name_rows, parse_row
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.readers import TFDS, media_root
@@ -374,8 +374,9 @@ def _records(
         extra = {name: record.extra[name] for name in SOLUTIONS if name in record.extra}
         plain = data.control_tokens == "text"
         record = dataclasses.replace(record, extra=extra, plain_text=plain)
-        shown.append(record)
         problem = media_problem(record)
+        record = record if problem is not None else with_known_images(record)
+        shown.append(record)
         if problem is not None:
             tally.broken.append(SkippedRow(data.path, record.row, record.id, *problem))
             continue

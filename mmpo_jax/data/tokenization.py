@@ -270,7 +270,7 @@ def _encoded(
         elif place == len(found) - 1:
             assert response is not None
             ids = _answer_ids(ids, response, finished, processor)
-        if segment.answer and any(token in processor.placeholders for token in ids):
+        if segment.answer and any(token in ids for token in processor.placeholders):
             raise RowRejected("image_position", "an answer holds the image placeholder")
         pieces.append(Piece(ids, segment.answer, segment.learned))
     return _Encoded(found, pieces, order)
@@ -335,8 +335,9 @@ def _common_start(rows: Sequence[list[int]], limit: int, processor: Processor) -
 def _response(
     source: Response, pieces: Sequence[Piece], start: int, max_response: int, processor: Processor
 ) -> TokenizedResponse:
-    ids = np.array([token for piece in pieces for token in piece.ids][start:], np.int32)
-    mask = np.array([piece.learned for piece in pieces for _ in piece.ids][start:], bool)
+    ids = np.concatenate([np.array(piece.ids, np.int32) for piece in pieces])[start:]
+    lengths = [len(piece.ids) for piece in pieces]
+    mask = np.repeat(np.array([piece.learned for piece in pieces], bool), lengths)[start:]
     kept = slice(0, max_response)
     asks = not any(piece.answer for piece in pieces)
     if asks and len(ids) > max_response:

@@ -1,5 +1,6 @@
 """Processor folders that do not belong to their model, and what the errors name."""
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -10,7 +11,7 @@ from helpers import tiny
 from mmpo_jax.checkpoints.configs import load_config
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.data.processor import Processor
-from mmpo_jax.data.processor_files import ProcessorError
+from mmpo_jax.data.processor_files import ProcessorError, plain_encoder
 from mmpo_jax.data.records import IMAGE, ImageRef, Turn
 from mmpo_jax.picture_world.processor import TOKENS
 from mmpo_jax.picture_world.render import png_bytes
@@ -190,3 +191,17 @@ def test_pixels(tiny_processor):
     assert pixels.dtype == "float32"
     with pytest.raises(DataError, match="broken"):
         tiny_processor.pixels([ImageRef("broken", b"\x89PNG no more")])
+
+
+def test_texts_are_encoded_as_the_tokenizer_does(tiny_processor):
+    tokenizer = tiny_processor.tokenizer
+    for text in ("", " a star", "a <image> b </s>", "é\n  ?"):
+        assert tiny_processor.encode(text) == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert plain_encoder(tokenizer) is tokenizer.backend_tokenizer
+    for change in ({"__call__": lambda self, text: None}, {"_encode_plus": lambda self: None}):
+        other = copy.copy(tokenizer)
+        other.__class__ = type("Other", (type(tokenizer),), change)
+        assert plain_encoder(other) is None
+    cutting = copy.deepcopy(tokenizer)
+    cutting.backend_tokenizer.enable_truncation(3)
+    assert plain_encoder(cutting) is None
