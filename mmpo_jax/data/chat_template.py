@@ -16,6 +16,8 @@ from mmpo_jax.data.records import Medium, Turn
 
 PROBE = "is there a star ?"
 """What a chat template is tried with."""
+REMEMBERED = 16
+"""Dialogues whose texts, and texts whose tokens, are remembered."""
 
 
 class TemplateRefusal(DataError):
@@ -35,6 +37,8 @@ class ChatTemplate:
         self.folder = folder
         self.tokenizer = tokenizer
         self.shows_images = shows_images
+        # Responses go on from one prompt, which would be rendered for each of them again.
+        self._plain = functools.lru_cache(REMEMBERED)(self._render_plain)
 
     def render(
         self, turns: Sequence[Turn], for_answer: bool, arguments: Mapping[str, Any] | None = None
@@ -50,7 +54,12 @@ class ChatTemplate:
           TemplateRefusal: it does not take such a dialogue.
           ProcessorError: it writes no text as it is.
         """
-        return self._apply(turns, for_answer, self._takes_parts, arguments or {})
+        if arguments:
+            return self._apply(turns, for_answer, self._takes_parts, arguments)
+        return self._plain(tuple(turns), for_answer)
+
+    def _render_plain(self, turns: tuple[Turn, ...], for_answer: bool) -> str:
+        return self._apply(turns, for_answer, self._takes_parts, {})
 
     @functools.cached_property
     def ending(self) -> str | None:

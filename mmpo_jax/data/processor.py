@@ -21,7 +21,7 @@ from PIL import Image
 
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import fingerprint_json
-from mmpo_jax.data.chat_template import ChatTemplate, TemplateRefusal
+from mmpo_jax.data.chat_template import REMEMBERED, ChatTemplate, TemplateRefusal
 from mmpo_jax.data.control_tokens import ControlTokens, has_stand_ins, has_written_out, in_texts
 from mmpo_jax.data.edits import edit_pixels
 from mmpo_jax.data.images import image_size, open_image
@@ -42,8 +42,6 @@ from mmpo_jax.models.families import FAMILIES
 from mmpo_jax.models.layout import Layout
 
 PIXEL_CACHE_BYTES = 512 * 2**20
-REMEMBERED = 16
-"""Dialogues whose texts, and texts whose tokens, are remembered."""
 
 
 class MediaError(DataError):
@@ -86,8 +84,7 @@ class Processor:
         self._pixels: collections.OrderedDict[Any, list[np.ndarray]] = collections.OrderedDict()
         self._pixel_bytes = 0
         self._lock = threading.Lock()
-        # Responses go on from one prompt, which would be rendered and encoded for each of them.
-        self._render_plain = functools.lru_cache(REMEMBERED)(self._chat.render)
+        # Responses go on from one prompt, which would be encoded for each of them again.
         self._encode_plain = functools.lru_cache(REMEMBERED)(self._encode_text)
         self._check()
 
@@ -182,21 +179,13 @@ class Processor:
             turns = [self._as_text(turn, names) for turn in turns]
             arguments = in_texts(arguments, lambda text: self.control.stand_in(text, names))
             stands = (turns, arguments) != given
-        text = self._render(tuple(turns), for_answer, arguments)
+        text = self._chat.render(turns, for_answer, arguments)
         if stands and has_written_out(text):
             raise TemplateRefusal(
                 f"{self.folder}: the chat template writes keys of messages, or arguments, as "
                 "Python does, in which typed control tokens cannot stay text"
             )
         return text
-
-    def _render(
-        self, turns: tuple[Turn, ...], for_answer: bool, arguments: Mapping[str, Any] | None
-    ) -> str:
-        """The chat template's text, remembered for some dialogues without arguments."""
-        if arguments:
-            return self._chat.render(turns, for_answer, arguments)
-        return self._render_plain(turns, for_answer)
 
     def _as_text(self, turn: Turn, names: Sequence[str] | None) -> Turn:
         """A turn in which these control tokens, typed in its texts and keys, stay text."""

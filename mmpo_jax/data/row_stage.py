@@ -9,15 +9,13 @@ so that a run that finds the parts says what the run that made them said.
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
 import itertools
 import json
 import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import transformers
 from etils import epath
@@ -35,22 +33,18 @@ from mmpo_jax.core.known_files import flush, kept_fingerprint
 from mmpo_jax.core.workers import in_order
 from mmpo_jax.data.files import count_rows, find_files, fingerprint_rows, rows_of
 from mmpo_jax.data.formats import FORMATS
-from mmpo_jax.data.formats.media import MediaFolder
-from mmpo_jax.data.image_states import Seen, changed, seen_by
+from mmpo_jax.data.image_states import Seen, changed
 from mmpo_jax.data.lengths import Lengths
-from mmpo_jax.data.media_check import media_problem, with_known_images
-from mmpo_jax.data.parsing import NamedRow, name_rows, parse_row
+from mmpo_jax.data.parsing import NamedRow, name_rows
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.readers import TFDS, media_root
-from mmpo_jax.data.records import SOLUTIONS, Record
-from mmpo_jax.data.row_tables import encode_rows, open_table, table_bytes
-from mmpo_jax.data.rows import MessagesAs
-from mmpo_jax.data.skipped import Problem, SkippedRow
-from mmpo_jax.data.sources import FileData, LearnedFile, load_file, scored, without_prompt
+from mmpo_jax.data.records import Record
+from mmpo_jax.data.row_parts import Job, Raw, RowUse, keep_processor, make_part, notes_of
+from mmpo_jax.data.row_tables import open_table
+from mmpo_jax.data.sources import FileData, LearnedFile, load_file
 from mmpo_jax.data.tally import Tally, settle, tell_notes
-from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.data.tokenized_rows import StoredTable, TokenizedRows
-from mmpo_jax.data.usable import limits_of, tokenize_usable
+from mmpo_jax.data.usable import limits_of
 
 log = logging.getLogger(__name__)
 
@@ -62,66 +56,6 @@ PART_BYTES = 1 << 24
 ALONE = 4
 """Parts that are made without other processes, which take seconds to begin."""
 _KEY_CHARACTERS = 16
-_NOTES = b"mmpo_jax"
-"""Key of a part's metadata."""
-
-Raw = NamedRow | Record
-
-
-class RowUse(Protocol):
-    """What rows are read for. It is pickled."""
-
-    @property
-    def supervised(self) -> bool:
-        """Whether responses are read, or prompts only."""
-
-    @property
-    def messages_as(self) -> MessagesAs:
-        """What rows of `messages` supervise, see `parsing.parse_rows`."""
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Names of what `tell` gives."""
-
-    @property
-    def modules(self) -> tuple[str, ...]:
-        """Modules that have to be imported first, as they register what the methods need."""
-
-    def key(self) -> Any:
-        """All that the methods depend on, as JSON."""
-
-    def tokenize(
-        self, record: Record, processor: Processor, max_prompt: int, max_response: int
-    ) -> TokenizedRecord:
-        """Tokens of a record, see `tokenization.tokenize`."""
-
-    def unfit(self, record: TokenizedRecord) -> Problem | None:
-        """Why a row is of no use; None where it is."""
-
-    def select(self, record: TokenizedRecord) -> TokenizedRecord:
-        """The record with the responses that are read."""
-
-    def tell(self, record: TokenizedRecord) -> Mapping[str, str]:
-        """Short texts to know a row by without reading it, by column."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """What the parts of a stage have in common."""
-
-    data: FileData
-    use: RowUse
-    folder: str
-    """Of the parts."""
-    checkpoint: tuple[str, Any, str]
-    """Arguments of the processor."""
-    limits: tuple[int, int]
-    modules: tuple[str, ...]
-    """Modules that register formats of rows, and what the use needs."""
-
-    def part(self, number: int) -> str:
-        """File of a part."""
-        return os.path.join(self.folder, f"{number:05d}.arrow")
 
 
 def tokenized_rows(
@@ -153,10 +87,11 @@ def tokenized_rows(
     """
     if not is_local(folder):
         folder = os.path.join(cache_folder(), "rows", fingerprint_json(folder)[:_KEY_CHARACTERS])
+    media_root(data.path, data.image_root)  # which has to be within reach
     files = find_files(data.path)
     made_of = _made_of(data, use, processor, lengths, files)
     key = fingerprint_json(made_of)
-    job = _Job(
+    job = Job(
         data,
         use,
         os.path.join(folder, f"{name}.parts-{key[:_KEY_CHARACTERS]}"),
@@ -174,7 +109,7 @@ def tokenized_rows(
         _remove_others(job.folder, name)
     tally = Tally()
     for number in range(len(parts)):
-        tally.add(Tally.from_json(_notes(job.part(number))["tally"]))
+        tally.add(Tally.from_json(notes_of(job.part(number))["tally"]))
     if not told:  # by reading all at once
         tell_notes(data.path, tally.notes)
         if tally.joining:
@@ -209,23 +144,28 @@ def _made_of(
     }
 
 
-def _finished(job: _Job, manifest: Mapping[str, Any], key: str) -> list[dict[str, Any]] | None:
+def _finished(job: Job, manifest: Mapping[str, Any], key: str) -> list[dict[str, Any]] | None:
     """The parts of the manifest, if it is of this key and they are as they were made."""
     if manifest.get("key") != key:
         return None
-    for number, part in enumerate(manifest["parts"]):
-        if _digest(job.part(number)) != part["sha256"]:
-            log.warning("%s is not what its manifest says, and is made again", job.part(number))
-            _remove(job.part(number))
-            return None
     files = [job.part(number) for number in range(len(manifest["parts"]))]
-    return manifest["parts"] if _drop_changed(files) else None
+    damaged = [
+        file
+        for file, part in zip(files, manifest["parts"], strict=True)
+        if _digest(file) != part["sha256"]
+    ]
+    for file in damaged:
+        log.warning("%s is not what its manifest says, and is made again", file)
+        _remove(file)
+    if damaged or not _drop_changed(files):
+        return None
+    return manifest["parts"]
 
 
 def _drop_changed(files: Sequence[str]) -> bool:
     """Removes parts whose images are others now; whether all stay."""
     with progress.doing("looking whether images have changed", len(files), "parts") as activity:
-        notes = ((file, _notes(file)) for file in files)
+        notes = ((file, notes_of(file)) for file in files)
         seen = [(file, Seen.from_json(said["seen"])) for file, said in notes if said]
         stale = changed([one for _, one in seen], activity.advance)
     for place in stale:
@@ -234,13 +174,13 @@ def _drop_changed(files: Sequence[str]) -> bool:
 
 
 def _make_parts(
-    job: _Job, files: Sequence[epath.Path], processor: Processor, workers: int
+    job: Job, files: Sequence[epath.Path], processor: Processor, workers: int
 ) -> list[dict[str, Any]]:
     """Makes the parts that are not there; says of all how many rows they have, and their digest."""
     os.makedirs(job.folder, exist_ok=True)
     there = sorted(name for name in os.listdir(job.folder) if name.endswith(".arrow"))
     _drop_changed([os.path.join(job.folder, name) for name in there])
-    _processors[job.checkpoint[0], job.checkpoint[2]] = processor
+    keep_processor(job, processor)
     name = f"reading and tokenising {job.data.path}"
     with progress.doing(name, count_rows(files)) as activity:
         parts: list[dict[str, Any]] = []
@@ -256,9 +196,7 @@ def _make_parts(
     return parts
 
 
-def _raw_parts(
-    job: _Job, files: Sequence[epath.Path]
-) -> Iterator[tuple[int, Sequence[Raw], Tally]]:
+def _raw_parts(job: Job, files: Sequence[epath.Path]) -> Iterator[tuple[int, Sequence[Raw], Tally]]:
     """(number, rows, what became of rows before) of every part, one at least."""
     before, rows = Tally(), iter(name_rows(rows_of(files, job.data.path), job.data.format))
     raw: Iterator[Raw] = rows
@@ -300,103 +238,6 @@ def _weight(value: Any) -> int:
 
 def _weight_of_images(record: Record) -> int:
     return sum(len(image.data or b"") for image in record.images)
-
-
-_processors: dict[tuple[str, str], Processor] = {}
-"""Those of this process, by folder and template."""
-
-
-def make_part(job: _Job, number: int, rows: Sequence[Raw], before: Tally) -> dict[str, Any]:
-    """Makes a part, unless it is there.
-
-    Args:
-      job: what it has in common with others.
-      number: from 0.
-      rows: of the file, or records out of them.
-      before: what became of rows that are in no part.
-
-    Returns:
-      How many rows it was made of, how many it has, and its digest.
-    """
-    file = job.part(number)
-    if not _notes(file):
-        write_atomic(file, _part_bytes(job, rows, before))
-        flush()
-    table = open_table(file)
-    return {"read": len(rows), "rows": table.num_rows, "sha256": _digest(file)}
-
-
-def _part_bytes(job: _Job, rows: Sequence[Raw], tally: Tally) -> bytes:
-    for module in job.modules:
-        importlib.import_module(module)
-    folder, config, template = job.checkpoint
-    if (folder, template) not in _processors:
-        _processors[folder, template] = Processor(folder, config, template)
-    processor = _processors[folder, template]
-    media = MediaFolder(media_root(job.data.path, job.data.image_root))
-    shown: list[Record] = []
-    records = _records(job, rows, media, tally, shown)
-    use, name = job.use, job.data.path
-    used = tokenize_usable(records, name, processor, job.limits, tally, use.unfit, use.tokenize)
-    made = [use.select(row) for _, row in used]
-    table = encode_rows(made, [use.tell(row) for row in made], use.columns)
-    notes = {"tally": tally.to_json(), "seen": seen_by(shown, media).to_json()}
-    metadata = {_NOTES: json.dumps(notes, ensure_ascii=False).encode()}
-    return table_bytes(table.replace_schema_metadata(metadata))
-
-
-def _records(
-    job: _Job, rows: Sequence[Raw], media: MediaFolder, tally: Tally, shown: list[Record]
-) -> Iterator[Record]:
-    """The records of rows, as `sources.load_file` has them.
-
-    Args:
-      shown: gets those whose images were looked at.
-    """
-    data, use = job.data, job.use
-    for row in rows:
-        if isinstance(row, Record):
-            shown.append(row)
-            yield row
-            continue
-        record = parse_row(
-            row,
-            data.path,
-            media,
-            use.messages_as,
-            data.format,
-            tally.notes,
-            not use.supervised,
-        )
-        if isinstance(record, SkippedRow):
-            tally.unreadable.append(record)
-            continue
-        extra = {name: record.extra[name] for name in SOLUTIONS if name in record.extra}
-        plain = data.control_tokens == "text"
-        record = dataclasses.replace(record, extra=extra, plain_text=plain)
-        problem = media_problem(record)
-        record = record if problem is not None else with_known_images(record)
-        shown.append(record)
-        if problem is not None:
-            tally.broken.append(SkippedRow(data.path, record.row, record.id, *problem))
-            continue
-        if not use.supervised:
-            if not record.prompt:
-                tally.without_prompt.append(without_prompt(data.path, record))
-                continue
-            record = dataclasses.replace(record, responses=())
-        elif isinstance(data, LearnedFile) and data.score is not None:
-            record = scored(record, data.score)
-        yield record
-
-
-def _notes(file: str) -> dict[str, Any]:
-    """What a part says beside its rows; empty where there is none that can be read."""
-    try:
-        metadata = open_table(file).schema.metadata or {}
-        return json.loads(metadata.get(_NOTES, b"{}"))
-    except (DataError, ValueError):
-        return {}
 
 
 def _digest(file: str) -> str | None:

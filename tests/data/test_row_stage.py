@@ -13,7 +13,7 @@ from helpers.pictures import IMAGES
 
 from mmpo_jax.core import known_files, workers
 from mmpo_jax.core.files import read_json
-from mmpo_jax.data import row_stage
+from mmpo_jax.data import row_parts, row_stage
 from mmpo_jax.data.batching import pad_batch
 from mmpo_jax.data.contexts import all_contexts
 from mmpo_jax.data.image_states import Seen, changed
@@ -301,9 +301,9 @@ def test_processes_change_nothing(folder, tiny_processor, monkeypatch):
 def reads(monkeypatch):
     """Names of the images that are read, and numbers of parts that are made."""
     found = []
-    read, make_bytes = ImageRef.read, row_stage._part_bytes
+    read, make_bytes = ImageRef.read, row_parts._part_bytes
     monkeypatch.setattr(ImageRef, "read", lambda self: found.append(self.name) or read(self))
-    monkeypatch.setattr(row_stage, "_part_bytes", lambda *a: found.append("part") or make_bytes(*a))
+    monkeypatch.setattr(row_parts, "_part_bytes", lambda *a: found.append("part") or make_bytes(*a))
     return found
 
 
