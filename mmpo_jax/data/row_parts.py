@@ -5,6 +5,7 @@ What is made is a file of `row_tables`, with what became of the rows that it cov
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -97,10 +98,15 @@ _processors: dict[tuple[str, str], Processor] = {}
 """Those of this process, by folder and template."""
 
 
-def keep_processor(job: Job, processor: Processor) -> None:
-    """Makes parts in this process with a processor that is there."""
+@contextlib.contextmanager
+def given(job: Job, processor: Processor) -> Iterator[None]:
+    """Parts that are made in this process within have a processor that is there."""
     folder, _, template = job.checkpoint
     _processors[folder, template] = processor
+    try:
+        yield
+    finally:
+        del _processors[folder, template]
 
 
 def make_part(job: Job, number: int, rows: Sequence[Raw], before: Tally) -> dict[str, Any]:
@@ -137,6 +143,10 @@ def _part_bytes(job: Job, rows: Sequence[Raw], tally: Tally) -> bytes:
     used = tokenize_usable(records, name, processor, job.limits, tally, use.unfit, use.tokenize)
     made = [use.select(row) for _, row in used]
     table = encode_rows(made, [use.tell(row) for row in made], use.columns)
+    # Of rows that were joined before, nobody has noted where images were missing.
+    joined = any(isinstance(row, Record) for row in rows)
+    missing = any(row.reason.startswith(("image_", "bad_video")) for row in tally.unreadable)
+    media.searched |= joined and missing
     notes = {"tally": tally.to_json(), "seen": seen_by(shown, media).to_json()}
     metadata = {_NOTES: json.dumps(notes, ensure_ascii=False).encode()}
     return table_bytes(table.replace_schema_metadata(metadata))
@@ -154,7 +164,7 @@ def _records(
     for row in rows:
         if isinstance(row, Record):
             shown.append(row)
-            yield row
+            yield _scored(row, data)
             continue
         record = parse_row(
             row,
@@ -182,9 +192,13 @@ def _records(
                 tally.without_prompt.append(without_prompt(data.path, record))
                 continue
             record = dataclasses.replace(record, responses=())
-        elif isinstance(data, LearnedFile) and data.score is not None:
-            record = scored(record, data.score)
-        yield record
+        yield _scored(record, data)
+
+
+def _scored(record: Record, data: FileData) -> Record:
+    if isinstance(data, LearnedFile) and data.score is not None:
+        return scored(record, data.score)
+    return record
 
 
 def notes_of(file: str) -> dict[str, Any]:

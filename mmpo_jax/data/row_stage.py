@@ -39,7 +39,7 @@ from mmpo_jax.data.parsing import NamedRow, name_rows
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.readers import TFDS, media_root
 from mmpo_jax.data.records import Record
-from mmpo_jax.data.row_parts import Job, Raw, RowUse, keep_processor, make_part, notes_of
+from mmpo_jax.data.row_parts import Job, Raw, RowUse, given, make_part, notes_of
 from mmpo_jax.data.row_tables import open_table
 from mmpo_jax.data.sources import FileData, LearnedFile, load_file
 from mmpo_jax.data.tally import Tally, settle, tell_notes
@@ -157,19 +157,23 @@ def _finished(job: Job, manifest: Mapping[str, Any], key: str) -> list[dict[str,
     for file in damaged:
         log.warning("%s is not what its manifest says, and is made again", file)
         _remove(file)
-    if damaged or not _drop_changed(files):
+    if damaged or not _drop_changed(job, files):
         return None
     return manifest["parts"]
 
 
-def _drop_changed(files: Sequence[str]) -> bool:
-    """Removes parts whose images are others now; whether all stay."""
+def _drop_changed(job: Job, files: Sequence[str]) -> bool:
+    """Removes parts whose images are others now; whether all stay.
+
+    Where all records are needed to make one, none of the parts stays if one does not.
+    """
     with progress.doing("looking whether images have changed", len(files), "parts") as activity:
         notes = ((file, notes_of(file)) for file in files)
         seen = [(file, Seen.from_json(said["seen"])) for file, said in notes if said]
         stale = changed([one for _, one in seen], activity.advance)
-    for place in stale:
-        _remove(seen[place][0])
+    dropped = files if stale and _joins(job.data, job.use) else [seen[place][0] for place in stale]
+    for file in dropped:
+        _remove(file)
     return len(seen) == len(files) and not stale
 
 
@@ -179,10 +183,9 @@ def _make_parts(
     """Makes the parts that are not there; says of all how many rows they have, and their digest."""
     os.makedirs(job.folder, exist_ok=True)
     there = sorted(name for name in os.listdir(job.folder) if name.endswith(".arrow"))
-    _drop_changed([os.path.join(job.folder, name) for name in there])
-    keep_processor(job, processor)
+    _drop_changed(job, [os.path.join(job.folder, name) for name in there])
     name = f"reading and tokenising {job.data.path}"
-    with progress.doing(name, count_rows(files)) as activity:
+    with progress.doing(name, count_rows(files)) as activity, given(job, processor):
         parts: list[dict[str, Any]] = []
         raw = _raw_parts(job, files)
         first = list(itertools.islice(raw, ALONE + 1))

@@ -249,6 +249,31 @@ def test_pairs_are_joined_as_at_once(folder, tiny_processor, caplog):
     assert_same(stored, at_once(folder, data, tiny_processor), tiny_processor)
 
 
+def test_joined_rows_with_a_score_and_a_picture_that_comes_later(folder, tiny_processor):
+    """What was missing may have been in any ranking: all is joined again."""
+    responses = [
+        {
+            "turns": [{"role": "assistant", "content": text}],
+            "rank": rank,
+            "scores": {"a": 3 - rank, "b": 1},
+        }
+        for rank, text in ((1, "yes"), (2, "no"))
+    ]
+    prompt = [{"role": "user", "content": "is there a star ?"}]
+    rows = [
+        {"prompt": prompt, "responses": responses, "images": [image]}
+        for image in ("gone.png", "grey.png", "photograph.png", "odd-size.png")
+    ]
+    data = write_rows(folder, rows).model_copy(update={"join_pairs": True, "score": "a"})
+    for count in (3, 4):
+        stored = make(folder, data, tiny_processor)
+        assert len(stored) == count
+        assert_same(
+            stored, at_once(folder, data, tiny_processor), tiny_processor, ("rank", "score")
+        )
+        write_image(folder / "gone.png", "grey")
+
+
 def test_selections_of_rows(folder, tiny_processor):
     data = write_rows(folder)
     stored, listed = make(folder, data, tiny_processor), at_once(folder, data, tiny_processor)
