@@ -61,10 +61,10 @@ class Origin:
 
     location: Location
     random_seed: int | None = None
-    """Of new weights for the config of the location; None for those of its files."""
+    """Seed of new weights for the config of the location; None for those of its files."""
 
     def fingerprint(self, config: ModelConfig) -> str:
-        """Of all files, or of seed and config: then the weights that lie there do not matter.
+        """Digest of all files, or of seed and config, where weights that lie there do not matter.
 
         Raises:
           ModelError, DataError: naming the file that is missing or cannot be read.
@@ -98,7 +98,7 @@ class Checkpoint:
     hub_id: str | None = None
     """The name that a recipe gave it, if that is one of the hub's."""
     origin: Origin | None = None
-    """Of the parameters; None where no file has them."""
+    """Origin of the parameters; None where no file has them."""
 
     def placed(self, mesh: Mesh) -> Checkpoint:
         """The checkpoint with its parameters on a mesh, by the model's rules."""
@@ -120,7 +120,7 @@ class Checkpoint:
             node.pop(name, None)
 
     def reloaded(self, mesh: Mesh) -> Checkpoint:
-        """The same with all of its parameters, read again where some were released.
+        """The checkpoint with all of its parameters, read again where some were released.
 
         Raises:
           ModelError, CheckpointError: they are no more what they were, or cannot be read.

@@ -15,7 +15,7 @@ from mmpo_jax.models.batch import Batch, Shown
 from mmpo_jax.models.layout import Placement, pad_size, place
 
 SMALLEST = 16
-"""Of the bucket sizes that are chosen from the data."""
+"""Smallest of the bucket sizes that are chosen from the data."""
 
 
 def bucket(length: int, sizes: Sequence[int]) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from mmpo_jax.data.packing import PackedSizes, Rows, Size, best_rows, in_rows, rounded, spread
 
 MOST_SHAPES = 3
-"""Each is compiled."""
+"""Shapes of a run, at most; each is compiled."""
 ENOUGH = 0.85
 """Useful share of tokens for which no further shape is compiled."""
 LOOKED_AT = 2048
@@ -26,15 +26,15 @@ class Packing:
     """How the batches of a run are packed."""
 
     micro_batches: int
-    """Of a batch."""
+    """Micro-batches of a batch."""
     groups: int
-    """Z, of a micro-batch."""
+    """Z, groups of a micro-batch."""
     records: int
-    """C, of a group at most."""
+    """C, records of a group at most."""
     rows: int
-    """b, of a group."""
+    """b, rows of a group."""
     shapes: tuple[PackedSizes, ...] = ()
-    """In ascending order; the first that holds a batch is taken."""
+    """Sizes in ascending order; the first that holds a batch is taken."""
 
     def fill(self, numbers: Sequence[int], sizes: Sequence[Size]) -> list[list[Rows]]:
         """The groups of every micro-batch.

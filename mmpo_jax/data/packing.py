@@ -35,7 +35,7 @@ class Size:
     """How much of a batch a record takes."""
 
     tokens: int
-    """Of the prompt and all responses."""
+    """Tokens of the prompt and all responses."""
     targets: int
     """Tokens to predict, see `PackedBatch.target`."""
     responses: int
@@ -336,7 +336,7 @@ class _Targets:
     def add(
         self, of: tuple[int, int], before: np.ndarray, ids: np.ndarray, mask: np.ndarray
     ) -> None:
-        """Those of a response that a loss counts.
+        """Adds the tokens of a response that a loss counts.
 
         Args:
           of: (record, response).
@@ -348,7 +348,7 @@ class _Targets:
         self.found.append((before[mask], ids[mask], place[mask]))
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Of `PackedBatch`, with a leading axis of one group."""
+        """Arrays of `PackedBatch`, with a leading axis of one group."""
         names, padding = ("predictor", "target", "target_place"), (0, 0, np.prod(self.shape))
         columns = list(zip(*self.found, strict=True)) or [()] * len(names)
         return {

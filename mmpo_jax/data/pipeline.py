@@ -38,7 +38,7 @@ class Example:
     reference: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     """`sums` float32[C, S] or `log_probs` float32[C, S, t]; empty where none was computed."""
     names: tuple[str, ...] = (MAIN,)
-    """Of the contexts; the same in all examples."""
+    """Names of the contexts; the same in all examples."""
 
     @property
     def id(self) -> str:

@@ -82,7 +82,7 @@ class Job:
     data: FileData
     use: RowUse
     folder: str
-    """Of the parts."""
+    """Folder of the parts."""
     checkpoint: tuple[str, Any, str]
     """Arguments of the processor."""
     limits: tuple[int, int]
@@ -95,7 +95,7 @@ class Job:
 
 
 _processors: dict[tuple[str, str], Processor] = {}
-"""Those of this process, by folder and template."""
+"""Processors of this process, by folder and template."""
 
 
 @contextlib.contextmanager

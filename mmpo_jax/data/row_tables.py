@@ -146,10 +146,10 @@ class EncodedImage:
     """An image in a table."""
 
     file: str
-    """Of the table."""
+    """File of the table."""
     row: int
     place: int
-    """Among the row's images."""
+    """Place among the row's images."""
 
     def read(self) -> bytes:
         """The encoded image."""

@@ -62,7 +62,7 @@ class TokenizedRecord:
     """Whether responses have ranks, as `Record.ranked`."""
     videos: tuple[VideoRef, ...] = ()
     others: tuple[tuple[str, TokenizedRecord], ...] = ()
-    """The same responses in other contexts, by name; see `data.contexts`."""
+    """(name, the same responses in that context); see `data.contexts`."""
     solution: Any = dataclasses.field(default=None, hash=False)
     """What rewards compare with, as `Record.solution`."""
     order: tuple[int, ...] = ()

@@ -184,7 +184,13 @@ class SampleCount:
     """Sampled tokens; all samples of a batch are computed until the longest ends."""
 
     def add_samples(self, sampled: Sequence[np.ndarray], rows: int, processor: Processor) -> None:
-        """Those of a batch of so many rows, int32[n, T] for every prompt."""
+        """Counts the samples of a batch.
+
+        Args:
+          sampled: int32[n, T] for every prompt.
+          rows: of the batch, those that fill it included.
+          processor: knows where samples end.
+        """
         lengths = [[read_length(processor, row)[0] for row in samples] for samples in sampled]
         steps = max(map(max, lengths))
         self.samples.tokens += sum(map(sum, lengths))

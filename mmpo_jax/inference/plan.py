@@ -44,16 +44,16 @@ class PlannedBatch:
     """A batch that will be made when its turn comes."""
 
     make: Callable[[], Any]
-    """Gives its arrays, in NumPy."""
+    """Function that gives its arrays, in NumPy."""
     places: tuple[tuple[int, int], ...]
     """(number of a record, where on the leading axis of what is computed it stands)."""
     tokens: int
-    """Of the records."""
+    """Tokens of the records."""
     computed: int
     """Tokens that are computed, padding included."""
 
     def moved(self, start: int) -> PlannedBatch:
-        """The same of records that stand behind so many others."""
+        """The batch of records that stand behind so many others."""
         places = tuple((number + start, place) for number, place in self.places)
         return dataclasses.replace(self, places=places)
 

@@ -97,7 +97,7 @@ class Rows:
     """How images are changed, or `data` for those that the data give: the responses are read once
     more after the other image."""
     noise_step: int = 0
-    """Of the kind `noise`."""
+    """Step of diffusion, of the kind `noise`."""
     joint: bool = False
     """Whether prompts are learned with the responses."""
     mismatched: bool = False

@@ -90,7 +90,7 @@ def with_mismatched(records: Sequence[TokenizedRecord]) -> MismatchedRows:
 
 
 def _mismatched_places(questions: Sequence[str]) -> list[int]:
-    """Of every record the place of the one whose responses are its mismatched ones.
+    """For every record, the place of the one whose responses are its mismatched ones.
 
     The records stand in a circle, cut into runs of one prompt with one set of images. A record
     takes one of the run before its own: in runs of one length the first takes the first, and so on,

@@ -40,13 +40,13 @@ class TrainingStage:
     lengths: Lengths
     mesh: Mesh
     folder: str
-    """Gets the reference's log-probs and the result, see `save_result`."""
+    """Folder of the reference's log-probs and of the result, see `save_result`."""
     run_folder: str
-    """Gets checkpoints and metrics."""
+    """Folder of checkpoints and metrics."""
     seed: int
-    """Of the order of the rows, and of first values and dropout of adapters."""
+    """Seed of the order of the rows, and of first values and dropout of adapters."""
     card: ModelCard
-    """Of the result, without metrics."""
+    """Card of the result, without metrics."""
     validation: Validation | None = None
     """What is made of held-out rows, if any are held out."""
     rollout: Rollout | None = None
