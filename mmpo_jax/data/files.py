@@ -132,6 +132,8 @@ def _named(path: epath.PathLike) -> Iterator[None]:
 def _files(path: epath.Path, split: str | None) -> list[epath.Path]:
     """The files of a data set: the path itself, or what lies in that folder."""
     if _ending(path.name) not in ("", ".arrow") and not (path.is_dir() and split is not None):
+        if split is not None and path.exists():
+            raise DataError(f"{os.fspath(path)} is one file and has no splits; leave #{split} out")
         return [path]
     if not path.is_dir():
         kinds = ", ".join(kind for kind in _READERS if kind != ".arrow")

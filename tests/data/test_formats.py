@@ -112,6 +112,17 @@ def test_kto(folder):
     assert read_one(folder, row).responses == answers(" a", desirable=[True])
 
 
+def test_questions_about_images_are_not_of_rlhf_v(folder):
+    """POPE's columns: `text` is a question there, and a JSON object in RLHF-V."""
+    row = {
+        "question_id": 1,
+        "image": "a.png",
+        "text": "Is there a dog in the image?",
+        "label": "no",
+    }
+    assert skip_one(folder, row).reason == "no_prompt"
+
+
 def test_rlaif_v_and_rlhf_v_are_one_record(folder):
     found = []
     for name, rows in (("rlaif_v", RLAIF_V), ("rlhf_v", RLHF_V)):

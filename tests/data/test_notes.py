@@ -42,6 +42,23 @@ def test_ids_that_are_not_read_are_told(folder, row, told):
     assert ids <= {None}
 
 
+@pytest.mark.parametrize(
+    ("row", "unread"),
+    [
+        ({"prompt": "?", "chosen": "a", "rejected": "b", "label": True}, ["label"]),
+        (
+            {"prompt": "?", "chosen": "a", "rejected": "b", "completion": "c", "label": True},
+            ["completion", "label"],
+        ),
+        (SAMPLES | {"label": True}, ["label"]),
+        ({"prompt": "?", "completion": "a", "label": True}, []),
+    ],
+)
+def test_columns_of_trl_beside_which_others_are_read(folder, row, unread):
+    told = [f"columns that mean nothing here: {', '.join(f'{name} 1' for name in unread)}"]
+    assert lines(folder, row) == (told if unread else [])
+
+
 def test_log_probs_of_rlaif_v_mean_something(folder):
     row = RLAIF_V[0] | {"image": "a.png", "logps": ALL_SIX}
     assert not any("logps" in line for line in lines(folder, row))

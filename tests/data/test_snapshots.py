@@ -159,3 +159,9 @@ def test_files_that_say_no_split_beside_others(tmp_path, caplog):
     assert "1 files that say no split count as train" in caplog.text
     assert "reading the split train and not test" in caplog.text
     assert ids(f"{tmp_path}#test") == ["test.jsonl"]
+
+
+def test_a_split_of_one_file(tmp_path):
+    write(tmp_path, "rows.jsonl")
+    with pytest.raises(DataError, match=r"rows\.jsonl is one file and has no splits; leave #test"):
+        ids(f"{tmp_path}/rows.jsonl#test")

@@ -50,7 +50,9 @@ def _claims_rlaif_v(row: Row) -> bool:
 
 
 def _claims_rlhf_v(row: Row) -> bool:
-    return isinstance(row.get("text"), str) and "image" in row and "chosen" not in row
+    text = row.get("text")
+    is_json = isinstance(text, str) and text.lstrip().startswith(("{", "["))
+    return is_json and "image" in row and "chosen" not in row
 
 
 def _read_rlaif_v(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:

@@ -64,6 +64,10 @@ def _read(row: Row, media: MediaFolder, messages_as: MessagesAs) -> Draft:
     prompt, responses = _prompt_and_responses(row, messages_as)
     used = [name for name in (*_COLUMNS, *_SAMPLED, "system") if name in row]
     unread = [] if _reads_responses(row) else ["responses", *_SAMPLED]
+    if "chosen" in row:
+        unread += ["completion", "label"]
+    elif "completion" not in row:
+        unread.append("label")
     if _ids_of_others(row):
         unread.append("response_ids")
     used = [name for name in used if name not in unread]

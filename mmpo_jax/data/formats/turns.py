@@ -387,6 +387,6 @@ def check_dialogue(dialogue: Turns, samples: bool = False) -> None:
         if not turn.is_empty or (samples and place == len(dialogue) - 1):
             continue
         if turn.role == "assistant":
-            raise UnusableRow("empty_response", f"turn {place + 1} of the assistant is empty")
+            raise UnusableRow("empty_response", f"turn {place + 1}, of the assistant, is empty")
         if turn.role == "user":
-            raise UnusableRow("empty_prompt", f"turn {place + 1} of the user is empty")
+            raise UnusableRow("empty_prompt", f"turn {place + 1}, of the user, is empty")
