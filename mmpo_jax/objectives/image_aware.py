@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from mmpo_jax.objectives.pairs import Side, pairwise
 from mmpo_jax.objectives.preference import logistic
-from mmpo_jax.objectives.registry import NonNegative, Positive
+from mmpo_jax.objectives.registry import NonNegative, Positive, other_image
 from mmpo_jax.objectives.responses import Responses
 from mmpo_jax.objectives.token_level import changed_weights, kl_margin, weighted_ratio
 
@@ -28,7 +28,7 @@ def conditional(chosen: Side) -> Float[Array, "N K"]:
     return chosen.tokens.ratio - after(chosen).ratio
 
 
-@pairwise("reference", image="crop", ld_alpha=False)
+@pairwise("reference", rows=other_image("crop"), ld_alpha=False)
 def mdpo(
     chosen: Side, rejected: Side, *, beta: Positive = 0.1, delta: float = 0.0
 ) -> Float[Array, "N K"]:
@@ -42,7 +42,7 @@ def mdpo(
     return loss + logistic(beta * chosen.ratio - delta)
 
 
-@pairwise("reference", image="data", ld_alpha=False)
+@pairwise("reference", rows=other_image("data"), ld_alpha=False)
 def re_align(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> Float[Array, "N K"]:
     """Re-Align's rDPO: -log sigmoid(beta D) - log sigmoid(beta (r_w - r_w(m))).
 
@@ -52,7 +52,7 @@ def re_align(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> Float[Arr
     return logistic(beta * (chosen.ratio - rejected.ratio)) + logistic(beta * conditional(chosen))
 
 
-@pairwise("reference_model", "kl", "changed", image="noise", ld_alpha=False)
+@pairwise("reference_model", "kl", "changed", rows=other_image("noise"), ld_alpha=False)
 def chip(
     chosen: Side,
     rejected: Side,
@@ -77,7 +77,7 @@ def chip(
     return loss + tokens * logistic(-beta * kl_margin(chosen, rejected))
 
 
-@pairwise("reference_model", "kl", "changed", image="noise", ld_alpha=False)
+@pairwise("reference_model", "kl", "changed", rows=other_image("noise"), ld_alpha=False)
 def chip_code(
     chosen: Side,
     rejected: Side,
@@ -101,7 +101,7 @@ def chip_code(
     return logistic(beta * (margin - tokens * kl_margin(chosen, rejected)))
 
 
-@pairwise("reference", image="blank", ld_alpha=False)
+@pairwise("reference", rows=other_image("blank"), ld_alpha=False)
 def vdpo(
     chosen: Side, rejected: Side, *, beta: Positive = 0.1, gamma: NonNegative = 0.75
 ) -> Float[Array, "N K"]:
@@ -119,7 +119,7 @@ def vdpo(
     return logistic(beta * (guided(chosen) - guided(rejected)))
 
 
-@pairwise("reference_model", "own", image="noise", ld_alpha=False)
+@pairwise("reference_model", "own", rows=other_image("noise"), ld_alpha=False)
 def povid(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> Float[Array, "N K"]:
     """POVID, stage 2: -1/2 log sigmoid(beta D) - 1/2 log sigmoid(beta (r_w - r_o)).
 
@@ -133,7 +133,7 @@ def povid(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> Float[Array,
     return (loss + logistic(beta * (chosen.ratio - own))) / 2
 
 
-@pairwise("reference_model", "logit", image="noise", ld_alpha=False)
+@pairwise("reference_model", "logit", rows=other_image("noise"), ld_alpha=False)
 def tpo_visual(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> Float[Array, "N K"]:
     """Visual TPO: DPO of sum_t log(p_t c_t), c = 1/2 + sigmoid(s) of w and 3/2 - sigmoid(s) of l.
 

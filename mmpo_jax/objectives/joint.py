@@ -6,13 +6,12 @@ from jaxtyping import Array, Float
 
 from mmpo_jax.objectives.pairs import Side, pairwise
 from mmpo_jax.objectives.preference import logistic
-from mmpo_jax.objectives.registry import Positive, Rows
+from mmpo_jax.objectives.registry import Positive, RowOptions, Rows
 
 
 @pairwise(
     "reference",
-    options={"joint": (bool, True)},
-    rows=lambda options: Rows(joint=options["joint"]),
+    rows=RowOptions({"joint": (bool, True)}, lambda options: Rows(joint=options["joint"])),
 )
 def jpo(chosen: Side, rejected: Side, *, beta: Positive = 0.1) -> Float[Array, "N K"]:
     """JPO: -log sigmoid(beta D) of log pi(x, y), where each side has a prompt x of its own.

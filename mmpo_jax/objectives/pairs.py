@@ -16,11 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mmpo_jax.objectives.registry import (
-    DiffusionStep,
     Objective,
-    OtherImageKind,
     Positive,
-    Rows,
+    RowOptions,
     Share,
     State,
     call,
@@ -64,12 +62,10 @@ def pairwise(
     coupled: bool = False,
     state: Mapping[str, float] | None = None,
     divergences: bool = False,
-    image: OtherImageKind | None = None,
     ld_alpha: bool = True,
     wpo: bool = True,
     averages: bool = False,
-    options: Mapping[str, tuple[Any, Any]] | None = None,
-    rows: Callable[[Mapping[str, Any]], Rows] | None = None,
+    rows: RowOptions | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function (chosen: Side, rejected: Side, **options) -> loss float32[N, K].
 
@@ -82,20 +78,17 @@ def pairwise(
       coupled: the loss of a pair depends on others: the function also takes weights float32[N, K].
       state: first values of what it keeps; then it also takes a state and gives (loss, state).
       divergences: whether its log-ratios may be those of another f-divergence, an option then.
-      image: the other image that it compares with by default; the options `image` and `noise_step`
-        choose another.
       ld_alpha: whether all that its loss has of responses are the sums of a Side or averages of
         whole responses, so that LD-DPO's weights of tokens make sense; an option then.
       wpo: whether a loss is of its pair's own responses, so that WPO may weigh it; an option then.
       averages: whether its rewards are of log-probs per token, as in TRL's CPO and ORPO trainers,
         and not of sums.
-      options: name -> (type, default) of options that say how the data are read.
-      rows: see `Objective.rows`; that of the options `image` and `noise_step` by default.
+      rows: options that say which rows it reads, such as `registry.other_image`.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         reference = any(need.startswith("reference") for need in needs)
-        shared: dict[str, tuple[Any, Any]] = dict(options or {})
+        shared: dict[str, tuple[Any, Any]] = {}
         option_needs: dict[str, tuple[str, ...]] = {}
         if ld_alpha:
             shared["ld_alpha"] = (Share | None, None)
@@ -108,8 +101,8 @@ def pairwise(
                 "divergence": (Divergence, "reverse_kl"),
                 "divergence_alpha": (Positive, 0.5),
             }
-        if image is not None:
-            shared |= {"image": (OtherImageKind, image), "noise_step": (DiffusionStep, 500)}
+        read = rows or RowOptions()
+        shared |= read.options
 
         def apply(
             responses: Responses,
@@ -150,16 +143,12 @@ def pairwise(
                 state=state or {},
                 shared_options=shared,
                 option_needs=option_needs,
-                rows=rows or (_image_rows if image is not None else Objective.rows),
+                rows=read.rows,
             )
         )
         return function
 
     return decorate
-
-
-def _image_rows(options: Mapping[str, Any]) -> Rows:
-    return Rows(other_image=options["image"], noise_step=options["noise_step"])
 
 
 def all_pairs(

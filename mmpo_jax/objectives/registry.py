@@ -114,6 +114,24 @@ def _own_rows(options: Mapping[str, Any]) -> Rows:
     return Rows()
 
 
+@dataclasses.dataclass(frozen=True)
+class RowOptions:
+    """Options of an objective that say which rows it reads."""
+
+    options: Mapping[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
+    """name -> (type, default)."""
+    rows: Callable[[Mapping[str, Any]], Rows] = _own_rows
+    """See `Objective.rows`."""
+
+
+def other_image(default: OtherImageKind) -> RowOptions:
+    """Options `image` and `noise_step` of an objective that compares with another image."""
+    return RowOptions(
+        {"image": (OtherImageKind, default), "noise_step": (DiffusionStep, 500)},
+        lambda options: Rows(other_image=options["image"], noise_step=options["noise_step"]),
+    )
+
+
 State = dict[str, Float[Array, ""]]
 """name -> float32[]: what an objective keeps from step to step."""
 
