@@ -12,7 +12,7 @@ import numpy as np
 from mmpo_jax.checkpoints.cards import make_card
 from mmpo_jax.checkpoints.checkpoint import Checkpoint, load_start
 from mmpo_jax.core import progress
-from mmpo_jax.core.files import check_reachable
+from mmpo_jax.core.files import check_reachable, fingerprint_items
 from mmpo_jax.data.pipeline import MixtureEntry
 from mmpo_jax.data.row_stage import can_be_stored, tokenized_rows
 from mmpo_jax.data.skipped import SKIPPED_FILE
@@ -116,7 +116,7 @@ def _data_identity(rows: TokenizedData, data: TrainingData, training: Training) 
         "parts": [[part.size, part.weight] for part in rows.parts],
     }
     if training.reference.type == "given":  # with the data, and not from the model
-        of_data["log-probs"] = [fingerprint_given(examples) for examples in learned]
+        of_data["log-probs"] = fingerprint_items(map(fingerprint_given, learned))
     identity: dict[str, Any] = {"data": of_data}
     if data.rollout is not None:
         identity["answers"] = fingerprint_solutions(rows.records)

@@ -191,9 +191,15 @@ def make_batches(
         micro_batch_size=micro,
         parts=data.mixture,
         workers=config.workers,
-        packed_over=packed_over(start.model, mesh),
+        packed_over=None if _drops(config) else packed_over(start.model, mesh),
     )
     return FromData(batches)
+
+
+def _drops(config: Training) -> bool:
+    """Whether adapters drop inputs: the masks follow the places of tokens in a batch, which in
+    packed rows depend on the devices, so such rows are padded."""
+    return config.lora is not None and config.lora.dropout > 0
 
 
 def make_validator(
