@@ -10,9 +10,16 @@ from helpers.buckets import empty_bucket
 from PIL import Image
 
 from mmpo_jax.commands.data_convert import convert_data
+from mmpo_jax.core import known_files
 from mmpo_jax.core.errors import DataError
+from mmpo_jax.data import row_parts
 from mmpo_jax.data.media_check import check_images
 from mmpo_jax.data.readers import read_records
+from mmpo_jax.data.row_stage import tokenized_rows
+from mmpo_jax.data.sources import LearnedFile
+from mmpo_jax.objectives.terms import make_term
+from mmpo_jax.recipes.training import CachedReference
+from mmpo_jax.training.row_use import LearnedUse
 
 FOLDER = "gs://bucket/data"
 
@@ -89,3 +96,28 @@ def test_a_folder_of_files(bucket):
     assert contents(read_records(f"{FOLDER}/parts", image_root=FOLDER)[0]) == contents(
         read_records(f"{FOLDER}/rows.jsonl")[0]
     )
+
+
+def test_rows_are_kept_and_images_asked_after(bucket, tiny_processor, tmp_path, monkeypatch):
+    """Of files in a bucket size and time count; an output there has its parts on this machine."""
+    monkeypatch.setenv("MMPO_CACHE", os.fspath(tmp_path))
+    use = LearnedUse.of([make_term("dpo")], CachedReference())
+    made = []
+    make_bytes = row_parts._part_bytes
+    monkeypatch.setattr(row_parts, "_part_bytes", lambda *a: made.append(1) or make_bytes(*a))
+    for count, shown in ((1, 0), (1, 0), (2, 1)):
+        if shown:
+            bucket.pipe_file(f"{FOLDER}/images/0.png", picture(shown))
+        monkeypatch.setattr(known_files, "_recent", type(known_files._recent)())
+        rows = tokenized_rows(
+            LearnedFile(path=f"{FOLDER}/rows.jsonl"),
+            use,
+            tiny_processor,
+            None,
+            folder=f"{FOLDER}/out/data",
+            name="rows",
+            skipped_file=f"{FOLDER}/out/skipped.jsonl",
+            workers=1,
+        )
+        assert len(made) == count
+        assert [row.images[0].read() for row in rows] == [picture(shown), picture(1), picture(2)]
