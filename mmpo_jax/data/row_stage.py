@@ -40,7 +40,6 @@ from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.readers import TFDS, media_root
 from mmpo_jax.data.records import Record
 from mmpo_jax.data.row_parts import Job, Raw, RowUse, given, make_part, notes_of
-from mmpo_jax.data.row_tables import open_table
 from mmpo_jax.data.sources import FileData, LearnedFile, load_file
 from mmpo_jax.data.tally import Tally, settle, tell_notes
 from mmpo_jax.data.tokenized_rows import StoredTable, TokenizedRows
@@ -252,7 +251,6 @@ def _digest(file: str) -> str | None:
 
 
 def _remove(file: str) -> None:
-    open_table.cache_clear()
     epath.Path(file).unlink(missing_ok=True)
 
 

@@ -19,6 +19,7 @@ from etils import epath
 
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import fingerprint_json
+from mmpo_jax.core.known_files import state_of
 from mmpo_jax.data.contexts import all_contexts
 from mmpo_jax.data.images import image_size
 from mmpo_jax.data.processor import Processor
@@ -156,13 +157,19 @@ class EncodedImage:
         return open_table(self.file)["encoded"][self.row].values[self.place].as_py()
 
 
-@functools.lru_cache(OPEN_TABLES)
 def open_table(file: str) -> pa.Table:
     """A table in a file, mapped into memory: only what is looked at is read.
 
     Raises:
       DataError: it cannot be read.
     """
+    state = state_of(file)
+    return _open(file, None if state is None else tuple(state))
+
+
+@functools.lru_cache(OPEN_TABLES)
+def _open(file: str, state: tuple[int, ...] | None) -> pa.Table:
+    """The table in a file that is in this state."""
     try:
         with pa.memory_map(file) as mapped:
             return pa.ipc.open_file(mapped).read_all()

@@ -20,7 +20,6 @@ from mmpo_jax.data.image_states import Seen, changed
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.records import ImageRef
 from mmpo_jax.data.row_stage import tokenized_rows
-from mmpo_jax.data.row_tables import open_table
 from mmpo_jax.data.sources import LearnedFile, scored_by
 from mmpo_jax.data.tokenized_rows import (
     ContextRows,
@@ -314,7 +313,6 @@ def test_processes_change_nothing(folder, tiny_processor, monkeypatch):
     for path in (folder / "out").glob("*/*"):
         path.unlink()
     (folder / "out/rows.json").unlink()
-    open_table.cache_clear()
     make(folder, data, tiny_processor, workers=2)
     assert len(begun) == 2
     assert all(process.poll() is not None for process in begun)
@@ -366,7 +364,6 @@ def test_a_kill_loses_the_part_that_was_made(folder, tiny_processor, reads):
     (folder / "out/rows.json").unlink()
     (parts,) = (folder / "out").glob("rows.parts-*")
     (parts / "00001.arrow").unlink()
-    open_table.cache_clear()
     reads.clear()
     make(folder, data, tiny_processor)
     assert reads == ["part"]
@@ -379,7 +376,6 @@ def test_damage_is_mended(folder, tiny_processor, reads, caplog):
     whole = files_of(folder)
     (parts,) = (folder / "out").glob("rows.parts-*")
     (parts / "00001.arrow").write_bytes(b"")
-    open_table.cache_clear()
     reads.clear()
     make(folder, data, tiny_processor)
     assert reads == ["part"]
