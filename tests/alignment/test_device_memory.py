@@ -14,7 +14,10 @@ MAKE_LABELER = align.make_labeler
 pytestmark = pytest.mark.usefixtures("stubs")
 
 
-@pytest.mark.parametrize("lora", [None, {"rank": 2, "target": ".*/q_proj"}])
+@pytest.mark.parametrize(
+    "lora",
+    [None, pytest.param({"rank": 2, "target": ".*/q_proj"}, marks=pytest.mark.slow)],
+)
 def test_training_has_its_state_alone(lora, tiny_folder, tmp_path):
     recipe = make_recipe(tmp_path, tiny_folder, evaluation=None)
     training = recipe.training.model_dump() | {"lora": lora}
@@ -23,7 +26,7 @@ def test_training_has_its_state_alone(lora, tiny_folder, tmp_path):
     assert beside == [{}, {}]
 
 
-@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("named", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_labeler_and_start_are_one_copy_where_they_are_one_checkpoint(
     named, tiny_folder, tmp_path, monkeypatch
 ):

@@ -41,7 +41,9 @@ def one_device(mesh, monkeypatch):
     monkeypatch.setattr(train_command, "make_mesh", lambda **_: mesh)
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(
+    scope="module", params=[pytest.param("float32", marks=pytest.mark.slow), "bfloat16"]
+)
 def start(request, tiny_folder, tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("start") / request.param
     save_model(folder, *tiny_model, tiny_folder, dtype=request.param)
