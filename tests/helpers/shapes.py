@@ -3,7 +3,9 @@ of the packages below, also while JAX traces. Other annotations are mypy's."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import inspect
 import operator
 import types
@@ -20,8 +22,16 @@ CHECKED = tuple(
 )
 
 
+LIBRARIES = ("flax.nnx", "grain", "optax", "orbax.checkpoint", "transformers.modeling_utils")
+"""Libraries that the packages import. What is first imported by a checked module has its bytecode
+looked up under another name, so that it would be compiled anew."""
+
+
 def install() -> None:
     """Has the packages checked that are imported from now on."""
+    for library in LIBRARIES:
+        with contextlib.suppress(ImportError):  # some of it needs torch
+            importlib.import_module(library)
     jaxtyping.install_import_hook(CHECKED, f"{__name__}.checked")
 
 
