@@ -19,6 +19,8 @@ ENOUGH = 0.85
 """Useful share of tokens for which no further shape is compiled."""
 LOOKED_AT = 2048
 """Batches that shapes are chosen by, at most."""
+GROUPS = 64
+"""Groups that the number of rows is chosen by, at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +59,20 @@ class Packing:
         for shape in self.shapes:
             if shape.tokens >= needed.tokens and shape.targets >= needed.targets:
                 return dataclasses.replace(shape, slots=slots)
+        largest = self.shapes[-1]
         return dataclasses.replace(
-            self.shapes[-1],
-            tokens=max(needed.tokens, self.shapes[-1].tokens),
-            targets=max(needed.targets, self.shapes[-1].targets),
+            largest,
+            tokens=_widened(largest.tokens, needed.tokens),
+            targets=_widened(largest.targets, needed.targets),
             slots=slots,
         )
+
+
+def _widened(length: int, needed: int) -> int:
+    """A length that holds what is needed, in steps so large that few are ever compiled."""
+    while length < needed:
+        length = rounded(length * 5 // 4)
+    return length
 
 
 def plan_packing(
@@ -86,13 +96,13 @@ def plan_packing(
     packing = Packing(batch_size // micro_batch_size, shards, micro_batch_size // shards, 1)
     step = -(-len(batches) // LOOKED_AT)
     looked_at = [batches[place] for place in range(0, len(batches), step)]
-    groups = [
+    groups = (
         list(itertools.chain.from_iterable(group))
-        for batch in looked_at[:32]
+        for batch in looked_at
         for micro in packing.fill(batch, sizes)
         for group in micro
-    ]
-    rows = best_rows([group for group in groups if group], sizes, width)
+    )
+    rows = best_rows(list(itertools.islice(filter(None, groups), GROUPS)), sizes, width)
     packing = dataclasses.replace(packing, rows=rows)
     found = [PackedSizes.holding(packing.fill(batch, sizes), sizes) for batch in looked_at]
     needed = collections.Counter((shape.tokens, shape.targets) for shape in found)
@@ -101,19 +111,22 @@ def plan_packing(
     cuts = [_best_cut(needed, count) for count in range(1, MOST_SHAPES + 1)]
     enough = (cut for cut in cuts if _padded_tokens(needed, cut) <= most)
     chosen = next(enough, cuts[-1])
-    whole = _join(found)
-    whole = dataclasses.replace(
-        whole,
-        groups=shards,
-        rows=rows,
-        records=packing.records,
-        shown=packing.records if any(size.slots for size in sizes) else 1,
-        responses=max(size.responses for size in sizes),
-        response=rounded(max(size.longest for size in sizes)),
-        reach=rounded(max(size.tokens for size in sizes)),
+    shapes = tuple(
+        PackedSizes(
+            groups=shards,
+            rows=rows,
+            tokens=of_row,
+            targets=of_group,
+            records=packing.records,
+            responses=max(size.responses for size in sizes),
+            response=rounded(max(size.longest for size in sizes)),
+            shown=packing.records if any(size.slots for size in sizes) else 1,
+            slots=0,  # each batch has its own
+            reach=rounded(max(size.tokens for size in sizes)),
+        )
+        for of_row, of_group in chosen
     )
-    shapes = [dataclasses.replace(whole, tokens=s, targets=m) for s, m in chosen]
-    return dataclasses.replace(packing, shapes=tuple(shapes))
+    return dataclasses.replace(packing, shapes=shapes)
 
 
 Bounds = list[tuple[int, int]]
@@ -150,8 +163,3 @@ def _padded_tokens(needed: Mapping[tuple[int, int], int], bounds: Bounds) -> int
         count * next(bound for bound, _ in bounds if bound >= tokens)
         for (tokens, _), count in needed.items()
     )
-
-
-def _join(shapes: Sequence[PackedSizes]) -> PackedSizes:
-    """Sizes that hold what any does."""
-    return PackedSizes(*map(max, zip(*map(dataclasses.astuple, shapes), strict=True)))

@@ -26,6 +26,9 @@ from mmpo_jax.models.layout import pad_size
 STEP = 32
 """What lengths are rounded up to, as far as that is little of them."""
 
+CANDIDATES = 16
+"""Numbers of rows that are tried, about."""
+
 Rows = Sequence[Sequence[int]]
 """What one device gets of a batch, by row: numbers of records."""
 
@@ -189,8 +192,9 @@ def best_rows(groups: Sequence[Sequence[int]], sizes: Sequence[Size], width: int
 
     longest = max(sizes[number].tokens for group in groups for number in group)
     load = max(sum(sizes[number].tokens for number in group) for group in groups)
-    fewest = max(1, load // (4 * longest))
-    return min({*range(fewest, 2 * load // longest + 1), max(map(len, groups))}, key=cost)
+    fewest, most = max(1, load // (4 * longest)), max(1, 2 * load // longest)
+    step = max(1, (most - fewest) // CANDIDATES)
+    return min({*range(fewest, most + 1, step), max(map(len, groups))}, key=cost)
 
 
 def _most(counts: Iterable[int]) -> int:
@@ -198,7 +202,7 @@ def _most(counts: Iterable[int]) -> int:
 
 
 def pack_batch(
-    records: Sequence[TokenizedRecord],
+    records: Sequence[TokenizedRecord] | Mapping[int, TokenizedRecord],
     groups: Sequence[Rows],
     processor: Processor,
     sizes: PackedSizes,
@@ -206,7 +210,7 @@ def pack_batch(
     """The arrays of a batch, in NumPy.
 
     Args:
-      records: of which some stand in it.
+      records: of which some stand in it, by number.
       groups: their numbers, Z times.
       processor: makes the pixels.
       sizes: hold every group.

@@ -315,18 +315,20 @@ def _make_packed(
     shape = packing.shape(filled, sizes)
     processes, process = jax.process_count(), jax.process_index()
     own = slice(*(shape.groups * part // processes for part in (process, process + 1)))
-    records = _Rows(examples)
+    made = {number: examples[number] for number in dict.fromkeys(numbers)}
+    records = {number: example.rows[0] for number, example in made.items()}
     micro_batches = []
     for groups in filled:
         prompts = pack_batch(records, groups[own], processor, shape)
         places = {
-            group * shape.records + place: examples[number]
+            group * shape.records + place: made[number]
             for group, rows in enumerate(groups[own])
             for place, number in enumerate(itertools.chain.from_iterable(rows))
         }
-        micro_batches.append(_with_fields(prompts, places, len(prompts.weights), examples[0]))
+        like = made[numbers[0]]
+        micro_batches.append(_with_fields(prompts, places, len(prompts.weights), like))
     tokens = sum(sizes[number].tokens for number in numbers)
-    chosen = [examples[number] for number in numbers]
+    chosen = [made[number] for number in numbers]
     return _stacked(micro_batches, chosen, tokens / (packing.micro_batches * shape.computed))
 
 

@@ -144,6 +144,8 @@ def tokenize(
     prompt = starts[0] if record.prompt else _common_start(starts, shared, processor)
     if any(start[: len(prompt)] != prompt for start in starts):
         raise RowRejected("dialogues_differ", "the responses do not share the rendered prompt")
+    if not prompt:
+        raise RowRejected("dialogues_differ", "the dialogues do not begin with a common token")
     if len(prompt) > max_prompt:
         raise RowRejected(
             "prompt_too_long", f"the prompt has {len(prompt)} tokens, the limit is {max_prompt}"

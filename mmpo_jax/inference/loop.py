@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -50,9 +50,7 @@ def run_batches(
 ) -> Iterator[list[tuple[int, Any]]]:
     """What a function gives for every record of some batches.
 
-    The one place that runs a model over records: sampling, log-probs and the labeler are
-    functions. One thread decodes images and fills arrays for the next batch, and a result is
-    fetched only when the batch behind it has been started.
+    Sampling, log-probs and the labeler are such functions.
 
     Args:
       batches: see `plan`.
@@ -63,30 +61,43 @@ def run_batches(
     Yields:
       Of every batch, (number of a record, its slice of the results in NumPy).
     """
-    running: tuple[PlannedBatch, Any] | None = None
+    made = (batch.make() for batch in batches)
+    for batch, (_, results) in zip(batches, overlapped(made, compute, mesh), strict=True):
+        if count is not None:
+            count.add(batch)
+        progress.advance(len(batch.places))
+        yield [
+            (number, jax.tree.map(lambda leaf, place=place: leaf[place], results))
+            for number, place in batch.places
+        ]
+
+
+def overlapped(
+    batches: Iterable[Any], compute: Callable[[Any], Any], mesh: Mesh
+) -> Iterator[tuple[Any, Any]]:
+    """Batches with what a function gives for them, the next one made while one is computed.
+
+    The one place that runs a model over records. A thread decodes images and fills arrays for the
+    next batch, and results are fetched only when the batch behind has been started.
+
+    Args:
+      batches: in NumPy, made when they are asked for.
+      compute: a compiled function of a batch on the mesh.
+      mesh: the devices.
+
+    Yields:
+      (batch, results), both in NumPy.
+    """
+    source = iter(batches)
+    running: tuple[Any, Any] | None = None
     with concurrent.futures.ThreadPoolExecutor(1) as maker:
-        made = maker.submit(batches[0].make) if batches else None
-        for number, batch in enumerate(batches):
-            assert made is not None
-            arrays = made.result()
-            if number + 1 < len(batches):
-                made = maker.submit(batches[number + 1].make)
+        made = maker.submit(next, source, None)
+        while (batch := made.result()) is not None:
+            made = maker.submit(next, source, None)
             with jax.set_mesh(mesh):
-                started = compute(put_batch(arrays, mesh))
+                started = compute(put_batch(batch, mesh))
             if running is not None:
-                yield _results(*running)
+                yield running[0], jax.tree.map(np.asarray, running[1])  # which waits
             running = batch, started
-            if count is not None:
-                count.add(batch)
     if running is not None:
-        yield _results(*running)
-
-
-def _results(batch: PlannedBatch, results: Any) -> list[tuple[int, Any]]:
-    """The records of a batch that was started, when it is done."""
-    values = jax.tree.map(np.asarray, results)  # which waits for the device
-    progress.advance(len(batch.places))
-    return [
-        (number, jax.tree.map(lambda leaf, place=place: leaf[place], values))
-        for number, place in batch.places
-    ]
+        yield running[0], jax.tree.map(np.asarray, running[1])

@@ -26,7 +26,9 @@ from mmpo_jax.data.packing import (
 )
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.tokenization import TokenizedRecord
+from mmpo_jax.data.tokenized_rows import known
 from mmpo_jax.models.attention import is_packed
+from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.layout import pad_size
 from mmpo_jax.models.model import Model
 from mmpo_jax.parallel.mesh import batch_shards
@@ -121,9 +123,9 @@ def plan_responses(
     """
     shards, processor = batch_shards(mesh), checkpoint.processor
     part_size = part_size or max(1, len(records))
-    if packed_over(checkpoint.model, mesh) is not None:
-        return plan_packed(records, processor, shards, batch_size, part_size)
     rows = -(-batch_size // shards) * shards
+    if packed_over(checkpoint.model, mesh) is not None:
+        return plan_packed(records, processor, shards, rows, part_size)
     parts = []
     for start in range(0, len(records), part_size):
         part = records[start : start + part_size]
@@ -135,7 +137,8 @@ def plan_responses(
 def packed_over(model: Model, mesh: Mesh) -> int | None:
     """Over how many devices batches of a model are packed; None where they are padded."""
     with jax.set_mesh(mesh):
-        return batch_shards(mesh) if is_packed(model.attention) else None
+        packed = is_packed(model.attention, model.config.decoder.windows)
+    return batch_shards(mesh) if packed else None
 
 
 def plan_packed(
@@ -164,7 +167,7 @@ def plan_packed(
     cut: dict[Any, list[tuple[int, list[list[int]]]]] = {}
     for number, start in enumerate(starts):
         part = range(start, min(start + part_size, len(records)))
-        for kind, batches in _cut(part, sizes, budget, shards).items():
+        for kind, batches in _cut(part, sizes, budget, batch_size, shards).items():
             cut.setdefault(kind, []).extend((number, batch) for batch in batches)
     for kind in sorted(cut):
         groups = (group for _, batch in cut[kind] for group in batch if group)
@@ -181,24 +184,33 @@ def plan_packed(
 
 
 def _cut(
-    part: range, sizes: Sequence[Size], budget: float, shards: int
+    part: range, sizes: Sequence[Size], budget: float, batch_size: int, shards: int
 ) -> dict[Any, list[list[list[int]]]]:
-    """kind -> batches of groups of the numbers of a part's records."""
-    kinds = [_kind(sizes[number]) for number in part]
-    tokens = [sizes[number].tokens for number in part]
+    """(slots, tokens) -> batches of groups of the numbers of a part's records.
+
+    Only records that take as many slots go along with each other: pixels are padded too. Of records
+    with images no batch has more than `batch_size`, however short they are.
+    """
+    by_slots: dict[int, list[int]] = {}
+    for number in part:
+        by_slots.setdefault(pad_size(sizes[number].slots), []).append(number)
     batches: dict[Any, list[list[list[int]]]] = {}
-    for kind, places in in_classes(kinds, tokens, budget, FEWEST).items():
-        count = max(1, math.ceil(sum(tokens[place] for place in places) / budget - 0.1)) * shards
-        groups = [
-            [part[places[place]] for place in group]
-            for group in spread([tokens[place] for place in places], count)
-        ]
-        batches[kind] = [groups[start : start + shards] for start in range(0, count, shards)]
+    for slots, numbers in by_slots.items():
+        tokens = [sizes[number].tokens for number in numbers]
+        classes = [max(SHORTEST, 1 << (count - 1).bit_length()) for count in tokens]
+        for name, places in in_classes(classes, tokens, budget, FEWEST).items():
+            load = [tokens[place] for place in places]
+            count = max(1, math.ceil(sum(load) / budget - 0.1))
+            if slots:
+                count = max(count, math.ceil(len(places) / batch_size))
+            groups = [
+                [numbers[places[place]] for place in group]
+                for group in spread(load, count * shards)
+            ]
+            batches[slots, name] = [
+                groups[start : start + shards] for start in range(0, len(groups), shards)
+            ]
     return batches
-
-
-def _kind(size: Size) -> tuple[int, int]:
-    return pad_size(size.slots), max(SHORTEST, 1 << (size.tokens - 1).bit_length())
 
 
 def _packed(
@@ -239,29 +251,30 @@ def plan_padded(
       with_responses: whether responses stand in the batch, or prompts alone.
     """
 
-    def kind(record: TokenizedRecord) -> tuple[int, int, int, int]:
-        responses = record.responses if with_responses else ()
-        longest = max((len(response.ids) for response in responses), default=0)
-        return (
-            bucket(len(record.prompt_ids), lengths.prompt),
-            pad_size(record.num_slots),
-            len(responses),
-            bucket(longest, lengths.response) if responses else 0,
-        )
-
+    sizes = known(records).sizes
     # Those of a kind but for the prompt go along with each other.
-    kinds: dict[Any, list[tuple[int, int]]] = {}
-    for number, record in enumerate(records):
-        prompt, *others = kind(record)
-        kinds.setdefault(tuple(others), []).append((prompt, number))
+    kinds: dict[tuple[int, int, int], list[int]] = {}
+    for number in range(len(records)):
+        responses = int(sizes.responses[number]) if with_responses else 0
+        response = bucket(int(sizes.response[number]), lengths.response) if responses else 0
+        kind = pad_size(int(sizes.slots[number])), responses, response
+        kinds.setdefault(kind, []).append(number)
     batches = []
-    for others, members in sorted(kinds.items()):
-        prompts = [prompt for prompt, _ in members]
+    for kind, members in sorted(kinds.items()):
+        prompts = [bucket(int(sizes.prompt[number]), lengths.prompt) for number in members]
         for prompt, places in in_classes(prompts, [1] * len(prompts), rows).items():
-            numbers = [members[place][1] for place in places]
+            numbers = [members[place] for place in places]
             for start in range(0, len(numbers), rows):
                 chosen = numbers[start : start + rows]
-                batches.append(_padded(records, chosen, processor, rows, (prompt, *others)))
+                counted = sizes.tokens if with_responses else sizes.prompt
+                batches.append(
+                    PlannedBatch(
+                        _padded(records, chosen, processor, rows, (prompt, *kind)),
+                        tuple((number, row) for row, number in enumerate(chosen)),
+                        int(counted[chosen].sum()),
+                        rows * (prompt + kind[1] * kind[2]),
+                    )
+                )
     return batches
 
 
@@ -271,10 +284,11 @@ def _padded(
     processor: Processor,
     rows: int,
     shape: tuple[int, int, int, int],
-) -> PlannedBatch:
+) -> Callable[[], Batch]:
+    """Makes a batch of (P, I, R, T)."""
     prompt, slots, responses, response = shape
 
-    def make() -> Any:
+    def make() -> Batch:
         chosen = [records[number] for number in numbers]
         if not responses:
             chosen = [dataclasses.replace(record, responses=()) for record in chosen]
@@ -288,9 +302,4 @@ def _padded(
             num_slots=slots,
         )
 
-    tokens = 0
-    for number in numbers:
-        size = Size.of(records[number])
-        tokens += size.tokens if responses else len(records[number].prompt_ids)
-    places = tuple((number, row) for row, number in enumerate(numbers))
-    return PlannedBatch(make, places, tokens, rows * (prompt + responses * response))
+    return make

@@ -287,11 +287,17 @@ def _packed_mask(
     return seen & in_window(distance, window)
 
 
-def is_packed(backend: str) -> bool:
-    """Whether batches are made as `PackedBatch`es for this backend, one of `BACKENDS`.
+def is_packed(backend: str, windows: Sequence[int] = ()) -> bool:
+    """Whether batches are made as `PackedBatch`es.
 
     Kernels have the layout of `Batch` in their masks; plain JAX computes either.
+
+    Args:
+      backend: one of `BACKENDS`.
+      windows: of the layers, 0 for none; where there are any, no kernel computes them.
     """
+    if any(windows):
+        return True
     chosen = PLATFORM_BACKENDS.get(platform(), "xla") if backend == "auto" else backend
     return chosen == "xla"
 

@@ -27,7 +27,7 @@ from mmpo_jax.models.lora import cast_params
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.precision import check_finite
 
-ROWS_PER_PART = 256
+ROWS_PER_PART = 512
 SCORE_RULES = 2
 """Part of the key of log-probs: changes with how they are computed of the same rows."""
 STATIC = ("model", "compute_dtype", "per_token", "temperature")

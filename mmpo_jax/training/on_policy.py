@@ -146,7 +146,8 @@ class Rollouts:
             fields = {**arrays.fields, "old_log_probs": self._old_log_probs(params, arrays)}
             arrays = dataclasses.replace(arrays, fields=fields)
         self.seconds += time.perf_counter() - begun
-        return dataclasses.replace(host, arrays=arrays, metrics=self._metrics(sampled, rewards))
+        metrics = {**host.metrics, **self._metrics(sampled, rewards)}
+        return dataclasses.replace(host, arrays=arrays, metrics=metrics)
 
     def _sample(
         self, params: Params, records: Sequence[TokenizedRecord], step: int

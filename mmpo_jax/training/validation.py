@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,9 +22,9 @@ from mmpo_jax.core.trees import unflatten
 from mmpo_jax.data.pipeline import Example, TrainBatch
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.data.tokenized_rows import KnownRows, known
+from mmpo_jax.inference.loop import overlapped
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.lora import cast_params
-from mmpo_jax.parallel.mesh import put_batch
 from mmpo_jax.recipes.recipe import Validation
 from mmpo_jax.recipes.training import Training
 from mmpo_jax.training.losses import Loss
@@ -148,9 +149,9 @@ def measure_batches(
       mesh: the devices.
     """
     found = []
-    for batch in batches:
-        outputs = forward(state, put_batch(batch, mesh))
-        found.append((jax.device_get(outputs), _without_prompts(batch)))
+    compute = functools.partial(forward, state)
+    for batch, outputs in overlapped(batches, compute, mesh):
+        found.append((outputs, _without_prompts(batch)))
     outputs, batch = jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
     # Of all rows at once: some losses compare rows with each other.
     total, _ = evaluate(outputs, batch, state.objective_state)
