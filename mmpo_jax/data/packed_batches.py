@@ -19,8 +19,6 @@ ENOUGH = 0.85
 """Useful share of tokens for which no further shape is compiled."""
 LOOKED_AT = 2048
 """Batches that shapes are chosen by, at most."""
-GROUPS = 64
-"""Groups that the number of rows is chosen by, at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +100,7 @@ def plan_packing(
         for micro in packing.fill(batch, sizes)
         for group in micro
     )
-    rows = best_rows(list(itertools.islice(filter(None, groups), GROUPS)), sizes, width)
+    rows = best_rows(groups, sizes, width)
     packing = dataclasses.replace(packing, rows=rows)
     found = [PackedSizes.holding(packing.fill(batch, sizes), sizes) for batch in looked_at]
     needed = collections.Counter((shape.tokens, shape.targets) for shape in found)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,8 @@ STEP = 32
 
 CANDIDATES = 16
 """Numbers of rows that are tried, about."""
+GROUPS = 64
+"""Groups that the number of rows is chosen by, at most."""
 
 Rows = Sequence[Sequence[int]]
 """What one device gets of a batch, by row: numbers of records."""
@@ -175,8 +178,8 @@ def in_rows(group: Sequence[int], sizes: Sequence[Size], rows: int) -> Rows:
     return [[group[place] for place in row] for row in places]
 
 
-def best_rows(groups: Sequence[Sequence[int]], sizes: Sequence[Size], width: int) -> int:
-    """In how many rows the records of groups cost least to compute.
+def best_rows(groups: Iterable[Sequence[int]], sizes: Sequence[Size], width: int) -> int:
+    """In how many rows the records of groups cost least to compute; of the first `GROUPS`.
 
     Few long rows are full to the end, but a query is held against more keys than it sees.
 
@@ -186,15 +189,17 @@ def best_rows(groups: Sequence[Sequence[int]], sizes: Sequence[Size], width: int
       width: D, of the decoder.
     """
 
+    some = list(itertools.islice(filter(None, groups), GROUPS))
+
     def cost(rows: int) -> float:
-        filled = [[in_rows(group, sizes, rows)] for group in groups]
+        filled = [[in_rows(group, sizes, rows)] for group in some]
         return PackedSizes.holding(filled, sizes).cost(width)
 
-    longest = max(sizes[number].tokens for group in groups for number in group)
-    load = max(sum(sizes[number].tokens for number in group) for group in groups)
+    longest = max(sizes[number].tokens for group in some for number in group)
+    load = max(sum(sizes[number].tokens for number in group) for group in some)
     fewest, most = max(1, load // (4 * longest)), max(1, 2 * load // longest)
     step = max(1, (most - fewest) // CANDIDATES)
-    return min({*range(fewest, most + 1, step), max(map(len, groups))}, key=cost)
+    return min({*range(fewest, most + 1, step), max(map(len, some))}, key=cost)
 
 
 def _most(counts: Iterable[int]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import json
@@ -61,21 +62,32 @@ class RowSizes:
         return RowSizes(**taken, contexts=_at(self.contexts, places))
 
 
-class KnownRows(Sequence[TokenizedRecord]):
+class KnownRows(Sequence[TokenizedRecord], abc.ABC):
     """Records that are made when one is asked for; what is known of all is known without that."""
 
-    ids: list[str]
-    """Ids of the records."""
-    sizes: RowSizes
-    """How large the records are."""
-    contents: list[str]
-    """SHA-256 of what a model sees of each, but for its id."""
-    prompts: list[str]
-    """SHA-256 of each prompt with its media."""
+    @property
+    @abc.abstractmethod
+    def ids(self) -> list[str]:
+        """Ids of the records."""
 
+    @property
+    @abc.abstractmethod
+    def sizes(self) -> RowSizes:
+        """How large the records are."""
+
+    @property
+    @abc.abstractmethod
+    def contents(self) -> list[str]:
+        """SHA-256 of what a model sees of each, but for its id."""
+
+    @property
+    @abc.abstractmethod
+    def prompts(self) -> list[str]:
+        """SHA-256 of each prompt with its media."""
+
+    @abc.abstractmethod
     def read(self, place: int) -> TokenizedRecord:
         """The record at a place, from 0."""
-        raise NotImplementedError
 
     def take(self, places: np.ndarray) -> KnownRows:
         """The records at places, int[n]."""
@@ -159,13 +171,13 @@ class TokenizedRows(KnownRows):
         return pa.chunked_array([c for t in self.tables for c in open_table(t.file)[name].chunks])
 
     @functools.cached_property
-    def ids(self) -> list[str]:  # type: ignore[override]
+    def ids(self) -> list[str]:
         prefixes = np.repeat([t.prefix for t in self.tables], [t.rows for t in self.tables])
         chosen = prefixes[self.places]
         return [prefix + id_ for prefix, id_ in zip(chosen, self.column("id"), strict=True)]
 
     @functools.cached_property
-    def sizes(self) -> RowSizes:  # type: ignore[override]
+    def sizes(self) -> RowSizes:
         taken = {
             name: self._columns(name).to_numpy()[self.places] for name in (*SIZES, "shows_later")
         }
@@ -173,11 +185,11 @@ class TokenizedRows(KnownRows):
         return RowSizes(**taken, contexts=contexts)
 
     @property
-    def contents(self) -> list[str]:  # type: ignore[override]
+    def contents(self) -> list[str]:
         return self.column("content")
 
     @property
-    def prompts(self) -> list[str]:  # type: ignore[override]
+    def prompts(self) -> list[str]:
         return self.column("prompt_digest")
 
 
@@ -186,8 +198,6 @@ class ChosenRows(KnownRows):
 
     def __init__(self, rows: KnownRows, places: np.ndarray):
         self.rows, self.places = rows, places
-        self.ids = _at(rows.ids, places)
-        self.sizes = rows.sizes.take(places)
 
     def __len__(self) -> int:
         return len(self.places)
@@ -201,12 +211,20 @@ class ChosenRows(KnownRows):
     def has_column(self, name: str) -> bool:
         return self.rows.has_column(name)
 
+    @functools.cached_property
+    def ids(self) -> list[str]:
+        return _at(self.rows.ids, self.places)
+
+    @functools.cached_property
+    def sizes(self) -> RowSizes:
+        return self.rows.sizes.take(self.places)
+
     @property
-    def contents(self) -> list[str]:  # type: ignore[override]
+    def contents(self) -> list[str]:
         return _at(self.rows.contents, self.places)
 
     @property
-    def prompts(self) -> list[str]:  # type: ignore[override]
+    def prompts(self) -> list[str]:
         return _at(self.rows.prompts, self.places)
 
 
@@ -223,19 +241,19 @@ class ListedRows(KnownRows):
         return self.records[place]
 
     @property
-    def ids(self) -> list[str]:  # type: ignore[override]
+    def ids(self) -> list[str]:
         return [record.id for record in self.records]
 
     @functools.cached_property
-    def sizes(self) -> RowSizes:  # type: ignore[override]
+    def sizes(self) -> RowSizes:
         return RowSizes.of(self.records)
 
     @property
-    def contents(self) -> list[str]:  # type: ignore[override]
+    def contents(self) -> list[str]:
         return [fingerprint_json(content_of(record)) for record in self.records]
 
     @property
-    def prompts(self) -> list[str]:  # type: ignore[override]
+    def prompts(self) -> list[str]:
         return [prompt_digest(record) for record in self.records]
 
 
@@ -255,22 +273,26 @@ class ContextRows(KnownRows):
         record = self.rows.read(self._owners[place])
         return all_contexts(record)[self._numbers[place]][1]
 
-    @property
-    def ids(self) -> list[str]:  # type: ignore[override]
+    @functools.cached_property
+    def ids(self) -> list[str]:
         ids, names = self.rows.ids, self.rows.sizes.contexts
         pairs = zip(self._owners, self._numbers, strict=True)
         return [context_id(ids[owner], names[owner], number) for owner, number in pairs]
 
     @functools.cached_property
-    def sizes(self) -> RowSizes:  # type: ignore[override]
+    def sizes(self) -> RowSizes:
         alone = len(self) == len(self.rows)
         return self.rows.sizes if alone else RowSizes.of(self)
 
     @property
-    def contents(self) -> list[str]:  # type: ignore[override]
+    def contents(self) -> list[str]:
         contents = self.rows.contents
         pairs = zip(self._owners, self._numbers, strict=True)
         return [f"{contents[owner]}/{number}" for owner, number in pairs]
+
+    @property
+    def prompts(self) -> list[str]:
+        return [prompt_digest(record) for record in self]  # each context has its own
 
 
 def known(records: Sequence[TokenizedRecord]) -> KnownRows:

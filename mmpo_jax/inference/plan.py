@@ -37,8 +37,6 @@ SHORTEST = 256
 """Up to so many tokens, records are of one class whatever their lengths."""
 FEWEST = 4
 """Batches for which a shape of their own is worth compiling."""
-LOOKED_AT = 64
-"""Groups of records that the number of their rows is chosen by, at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,9 +168,8 @@ def plan_packed(
         for kind, batches in _cut(part, sizes, budget, batch_size, shards).items():
             cut.setdefault(kind, []).extend((number, batch) for batch in batches)
     for kind in sorted(cut):
-        groups = (group for _, batch in cut[kind] for group in batch if group)
-        some = list(itertools.islice(groups, LOOKED_AT))
-        rows = best_rows(some, sizes, processor.config.decoder.hidden_size)
+        groups = (group for _, batch in cut[kind] for group in batch)
+        rows = best_rows(groups, sizes, processor.config.decoder.hidden_size)
         filled = [
             (number, [in_rows(group, sizes, rows) for group in batch])
             for number, batch in cut[kind]

@@ -41,11 +41,11 @@ class MismatchedRows(KnownRows):
         return self.rows.has_column(name)
 
     @property
-    def ids(self) -> list[str]:  # type: ignore[override]
+    def ids(self) -> list[str]:
         return self.rows.ids
 
     @functools.cached_property
-    def sizes(self) -> RowSizes:  # type: ignore[override]
+    def sizes(self) -> RowSizes:
         own, other = self.rows.sizes, self.rows.sizes.take(self.places)
         return dataclasses.replace(
             own,
@@ -57,13 +57,13 @@ class MismatchedRows(KnownRows):
         )
 
     @property
-    def contents(self) -> list[str]:  # type: ignore[override]
+    def contents(self) -> list[str]:
         contents = self.rows.contents
         pairs = zip(contents, self.places, strict=True)
         return [fingerprint_json([content, contents[place]]) for content, place in pairs]
 
     @property
-    def prompts(self) -> list[str]:  # type: ignore[override]
+    def prompts(self) -> list[str]:
         return self.rows.prompts
 
 

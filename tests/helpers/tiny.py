@@ -246,6 +246,12 @@ def make_sentencepiece_folder(folder: str | os.PathLike[str]) -> Path:
         single="<s> $A", special_tokens=[("<s>", BOS_ID)]
     )
     folder = make_folder(folder, make_config(text={"vocab_size": tokenizer.get_vocab_size()}))
+    _save_tokenizer(folder, tokenizer, HUB_TEMPLATE)
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": HUB_TEMPLATE}))
+    return folder
+
+
+def _save_tokenizer(folder: Path, tokenizer: Tokenizer, template: str) -> None:
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
@@ -254,10 +260,8 @@ def make_sentencepiece_folder(folder: str | os.PathLike[str]) -> Path:
         unk_token="<unk>",
         extra_special_tokens={"image_token": IMAGE_TOKEN},
         clean_up_tokenization_spaces=False,
-        chat_template=HUB_TEMPLATE,
+        chat_template=template,
     ).save_pretrained(folder)
-    (folder / "chat_template.json").write_text(json.dumps({"chat_template": HUB_TEMPLATE}))
-    return folder
 
 
 def make_byte_level_folder(folder: str | os.PathLike[str]) -> Path:
@@ -266,7 +270,7 @@ def make_byte_level_folder(folder: str | os.PathLike[str]) -> Path:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    specials = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
+    specials = ["<pad>", "<s>", "</s>", "<unk>", IMAGE_TOKEN]
     trainer = trainers.BpeTrainer(
         vocab_size=300,
         special_tokens=specials,
@@ -275,16 +279,7 @@ def make_byte_level_folder(folder: str | os.PathLike[str]) -> Path:
     )
     tokenizer.train_from_iterator(CORPUS.split() * 3, trainer)
     folder = make_folder(folder, make_config(text={"vocab_size": tokenizer.get_vocab_size()}))
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"},
-        clean_up_tokenization_spaces=False,
-        chat_template=CHAT_TEMPLATE,
-    ).save_pretrained(folder)
+    _save_tokenizer(folder, tokenizer, CHAT_TEMPLATE)
     return folder
 
 
