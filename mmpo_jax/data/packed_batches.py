@@ -11,7 +11,15 @@ import functools
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
-from mmpo_jax.data.packing import PackedSizes, Rows, Size, best_rows, in_rows, rounded, spread
+from mmpo_jax.data.packing import (
+    PackedSizes,
+    RowsOfNumbers,
+    Size,
+    best_rows,
+    in_rows,
+    rounded,
+    spread,
+)
 
 MOST_SHAPES = 3
 """Shapes of a run, at most; each is compiled."""
@@ -50,7 +58,9 @@ class Packing:
         ]
         return [groups[i : i + self.groups] for i in range(0, len(groups), self.groups)]
 
-    def shape(self, filled: Sequence[Sequence[Rows]], sizes: Sequence[Size]) -> PackedSizes:
+    def shape(
+        self, filled: Sequence[Sequence[RowsOfNumbers]], sizes: Sequence[Size]
+    ) -> PackedSizes:
         """The sizes that the micro-batches of a batch are made in."""
         needed = PackedSizes.holding(filled, sizes)
         slots = needed.slots

@@ -32,7 +32,7 @@ CANDIDATES = 16
 GROUPS = 64
 """Groups that the number of rows is chosen by, at most."""
 
-Rows = Sequence[Sequence[int]]
+RowsOfNumbers = Sequence[Sequence[int]]
 """What one device gets of a batch, by row: numbers of records."""
 
 
@@ -97,7 +97,9 @@ class PackedSizes:
     """Tokens of the longest record."""
 
     @classmethod
-    def holding(cls, batches: Iterable[Sequence[Rows]], sizes: Sequence[Size]) -> PackedSizes:
+    def holding(
+        cls, batches: Iterable[Sequence[RowsOfNumbers]], sizes: Sequence[Size]
+    ) -> PackedSizes:
         """The smallest sizes, rounded up, that hold each of some batches.
 
         Args:
@@ -172,7 +174,7 @@ def spread(sizes: Sequence[int], bins: int, most: int | None = None) -> list[lis
     return [sorted(places) for places in filled]
 
 
-def in_rows(group: Sequence[int], sizes: Sequence[Size], rows: int) -> Rows:
+def in_rows(group: Sequence[int], sizes: Sequence[Size], rows: int) -> RowsOfNumbers:
     """A group's records in so many rows."""
     places = spread([sizes[number].tokens for number in group], rows)
     return [[group[place] for place in row] for row in places]
@@ -208,7 +210,7 @@ def _most(counts: Iterable[int]) -> int:
 
 def pack_batch(
     records: Sequence[TokenizedRecord] | Mapping[int, TokenizedRecord],
-    groups: Sequence[Rows],
+    groups: Sequence[RowsOfNumbers],
     processor: Processor,
     sizes: PackedSizes,
 ) -> PackedBatch:

@@ -16,7 +16,7 @@ from mmpo_jax.data.batching import bucket, pad_batch
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.packing import (
     PackedSizes,
-    Rows,
+    RowsOfNumbers,
     Size,
     best_rows,
     in_rows,
@@ -213,7 +213,7 @@ def _cut(
 def _packed(
     records: Sequence[TokenizedRecord],
     sizes: Sequence[Size],
-    groups: Sequence[Rows],
+    groups: Sequence[RowsOfNumbers],
     processor: Processor,
     shape: PackedSizes,
 ) -> PlannedBatch:
