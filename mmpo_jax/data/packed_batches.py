@@ -12,8 +12,8 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
 from mmpo_jax.data.packing import (
+    GroupRows,
     PackedSizes,
-    RowsOfNumbers,
     Size,
     best_rows,
     in_rows,
@@ -44,7 +44,7 @@ class Packing:
     shapes: tuple[PackedSizes, ...] = ()
     """Sizes in ascending order; the first that holds a batch is taken."""
 
-    def fill(self, numbers: Sequence[int], sizes: Sequence[Size]) -> list[list[Rows]]:
+    def fill(self, numbers: Sequence[int], sizes: Sequence[Size]) -> list[list[GroupRows]]:
         """The groups of every micro-batch.
 
         Args:
@@ -58,9 +58,7 @@ class Packing:
         ]
         return [groups[i : i + self.groups] for i in range(0, len(groups), self.groups)]
 
-    def shape(
-        self, filled: Sequence[Sequence[RowsOfNumbers]], sizes: Sequence[Size]
-    ) -> PackedSizes:
+    def shape(self, filled: Sequence[Sequence[GroupRows]], sizes: Sequence[Size]) -> PackedSizes:
         """The sizes that the micro-batches of a batch are made in."""
         needed = PackedSizes.holding(filled, sizes)
         slots = needed.slots

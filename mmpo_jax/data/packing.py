@@ -32,7 +32,7 @@ CANDIDATES = 16
 GROUPS = 64
 """Groups that the number of rows is chosen by, at most."""
 
-RowsOfNumbers = Sequence[Sequence[int]]
+GroupRows = Sequence[Sequence[int]]
 """What one device gets of a batch, by row: numbers of records."""
 
 
@@ -97,9 +97,7 @@ class PackedSizes:
     """Tokens of the longest record."""
 
     @classmethod
-    def holding(
-        cls, batches: Iterable[Sequence[RowsOfNumbers]], sizes: Sequence[Size]
-    ) -> PackedSizes:
+    def holding(cls, batches: Iterable[Sequence[GroupRows]], sizes: Sequence[Size]) -> PackedSizes:
         """The smallest sizes, rounded up, that hold each of some batches.
 
         Args:
@@ -174,7 +172,7 @@ def spread(sizes: Sequence[int], bins: int, most: int | None = None) -> list[lis
     return [sorted(places) for places in filled]
 
 
-def in_rows(group: Sequence[int], sizes: Sequence[Size], rows: int) -> RowsOfNumbers:
+def in_rows(group: Sequence[int], sizes: Sequence[Size], rows: int) -> GroupRows:
     """A group's records in so many rows."""
     places = spread([sizes[number].tokens for number in group], rows)
     return [[group[place] for place in row] for row in places]
@@ -210,7 +208,7 @@ def _most(counts: Iterable[int]) -> int:
 
 def pack_batch(
     records: Sequence[TokenizedRecord] | Mapping[int, TokenizedRecord],
-    groups: Sequence[RowsOfNumbers],
+    groups: Sequence[GroupRows],
     processor: Processor,
     sizes: PackedSizes,
 ) -> PackedBatch:

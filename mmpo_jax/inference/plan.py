@@ -15,8 +15,8 @@ from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.data.batching import bucket, pad_batch
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.packing import (
+    GroupRows,
     PackedSizes,
-    RowsOfNumbers,
     Size,
     best_rows,
     in_rows,
@@ -213,7 +213,7 @@ def _cut(
 def _packed(
     records: Sequence[TokenizedRecord],
     sizes: Sequence[Size],
-    groups: Sequence[RowsOfNumbers],
+    groups: Sequence[GroupRows],
     processor: Processor,
     shape: PackedSizes,
 ) -> PlannedBatch:
