@@ -118,24 +118,27 @@ def test_log_probs_and_gradients(name, family_case, tmp_path_factory):
             )
 
 
+def with_other_words(row):
+    """The record with all of its responses turned round."""
+    turned = tuple(
+        dataclasses.replace(response, ids=response.ids[::-1].copy()) for response in row.responses
+    )
+    return row if row.shows_later else dataclasses.replace(row, responses=turned)
+
+
 def test_neighbours_are_not_seen(family_case):
     """Other words in another record of the same row change nothing."""
     case = family_case("llava")
     tokenized = checks.batch_of(case, records(True))[0]
     (plan,) = plan_packed(tokenized, case.processor, 1, 9, 9)
-    changed = [
-        row
-        if row.id == "4"
-        else dataclasses.replace(row, prompt_ids=row.prompt_ids[::-1].copy())
-        if not row.images
-        else row
-        for row in tokenized
-    ]
+    changed = [row if row.id == "4" else with_other_words(row) for row in tokenized]
     (other,) = plan_packed(changed, case.processor, 1, 9, 9)
+    compared = 0
     for before, after in zip(plan, other, strict=True):
         places = dict(before.places)
         if 4 not in places:
             continue
+        assert len(places) > 1
         batches = before.make(), after.make()
         assert (batches[0].token_ids != batches[1].token_ids).any()
         values = [
@@ -143,3 +146,5 @@ def test_neighbours_are_not_seen(family_case):
             for batch in batches
         ]
         np.testing.assert_array_equal(values[0][places[4]], values[1][places[4]])
+        compared += 1
+    assert compared == 1
