@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_data_commands(subparsers)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in ("absl", "jax", "matplotlib", "orbax", "transformers"):
+    for noisy in ("absl", "httpcore2", "httpx2", "jax", "matplotlib", "orbax", "transformers"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     # Orbax leaves its failed tasks to it, a page each; the error itself reaches us.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)

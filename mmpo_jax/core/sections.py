@@ -16,7 +16,11 @@ from pydantic import Field
 class Section(pydantic.BaseModel):
     """A frozen group of options; unknown keys are refused."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    # Values are not repeated in errors: somebody may have written a key where it does not belong.
+    # Recipes say them themselves, but those of type `SECRET`.
+    model_config = pydantic.ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True
+    )
 
 
 SectionType = TypeVar("SectionType", bound=Section)
@@ -25,6 +29,11 @@ SectionType = TypeVar("SectionType", bound=Section)
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
 MeshSize = PositiveInt | Literal[-1]
+
+
+SECRET = "secret"
+"""The type of a `PydanticCustomError` about a value that no message may repeat, as it could be a
+key that was written in the wrong place."""
 
 
 def as_list(value: Any) -> Any:

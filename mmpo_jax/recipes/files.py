@@ -11,6 +11,7 @@ import pydantic
 import yaml
 
 from mmpo_jax.core.errors import MmpoError
+from mmpo_jax.core.sections import SECRET
 from mmpo_jax.recipes.recipe import Base
 
 RecipeType = TypeVar("RecipeType", bound=Base)
@@ -136,8 +137,8 @@ def _explain(kind: type[pydantic.BaseModel], problem: Any, values: Any) -> str:
     if problem["type"] == "union_tag_invalid":
         return f"{where}: {_unknown_tag(problem['ctx'])}"
     message = MESSAGES.get(problem["type"], problem["msg"].removeprefix("Value error, "))
-    whole = problem["type"] == "missing" or isinstance(problem["input"], dict)
-    given = "" if whole else f" (got {problem['input']!r})"
+    told_of = problem["type"] in ("missing", SECRET) or isinstance(problem["input"], dict)
+    given = "" if told_of else f" (got {problem['input']!r})"
     return f"{where}: {message}{given}"
 
 

@@ -1,0 +1,1 @@
+"""A client of servers with the OpenAI chat-completions protocol: vLLM, SGLang, commercial ones."""

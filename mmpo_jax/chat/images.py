@@ -1,0 +1,54 @@
+"""Images as they travel in requests: data URLs of the encoded bytes."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import io
+
+from mmpo_jax.core.errors import DataError
+from mmpo_jax.data.images import image_format, open_image
+from mmpo_jax.data.records import ImageRef
+
+MIME_TYPES = {
+    "jpeg": "image/jpeg",
+    "mpo": "image/jpeg",  # several JPEGs behind each other, as phones write; readers take the first
+    "png": "image/png",
+    "webp": "image/webp",
+    "gif": "image/gif",
+    "bmp": "image/bmp",
+}
+"""Formats that servers take, as Pillow calls them; others are sent as PNG."""
+
+CACHED = 16
+"""Data URLs that are kept: questions about one image stand next to each other."""
+
+
+def data_url(image: ImageRef) -> str:
+    """The image as a data URL.
+
+    Its bytes are the original ones, as encoding again would change pixels. An image with an edit,
+    or of a format that servers do not take, is sent as PNG: upright, in RGB.
+
+    Raises:
+      DataError: the file is missing, damaged or no image; or its edit is one of what a model is
+        given (`noise`, `blank`) and not of a picture.
+    """
+    return _data_url(image.fingerprint(), image)
+
+
+@functools.lru_cache(maxsize=CACHED)
+def _data_url(fingerprint: str, image: ImageRef) -> str:
+    """As `data_url`; a file that changed has another fingerprint."""
+    if image.edit is not None and image.edit.kind in ("noise", "blank"):
+        raise DataError(f"image {image.name}: {image.edit.kind} is no picture that can be sent")
+    mime = MIME_TYPES.get(image_format(image)) if image.edit is None else None
+    if mime is not None:
+        return _as_url(mime, image.read())
+    buffer = io.BytesIO()
+    open_image(image).save(buffer, "PNG")
+    return _as_url("image/png", buffer.getvalue())
+
+
+def _as_url(mime: str, data: bytes) -> str:
+    return f"data:{mime};base64,{base64.b64encode(data).decode()}"

@@ -1,0 +1,124 @@
+"""Replies as they come, in a file that any kill leaves readable."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import threading
+
+from etils import epath
+
+from mmpo_jax.chat.replies import Outcome, outcome_as_json, outcome_from_json
+from mmpo_jax.core.errors import MmpoError
+from mmpo_jax.core.files import is_local
+
+log = logging.getLogger(__name__)
+
+FILE = "replies.jsonl"
+
+
+class Journal:
+    """Outcomes by key, on disk: one line for each, written whole at once.
+
+    A line is in the hands of the operating system before `write` returns, so it outlives the
+    process. What a kill leaves of a last line is cut off when the journal is opened. Only the
+    places of lines are in memory. Several threads may use one journal, but one process.
+    """
+
+    def __init__(self, folder: epath.PathLike) -> None:
+        """Opens the journal of a folder, which is made.
+
+        Raises:
+          MmpoError: the folder is in a bucket, where nothing can be appended; or another process
+            has its journal open.
+          OSError: it cannot be read or written.
+        """
+        if not is_local(folder):
+            raise MmpoError(f"{os.fspath(folder)}: a journal of replies has to be on this machine")
+        os.makedirs(folder, exist_ok=True)
+        self.path = os.path.join(os.path.abspath(folder), FILE)
+        self._lock = threading.Lock()
+        self._places: dict[str, tuple[int, int]] = {}
+        """Key -> (offset, bytes) of its line."""
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            self._take()
+            self._end = self._scan()
+            os.ftruncate(self._file, self._end)
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._places
+
+    def read(self, key: str) -> Outcome | None:
+        """The outcome that was written under a key; None where there is none."""
+        place = self._places.get(key)
+        if place is None:
+            return None
+        offset, size = place
+        return outcome_from_json(json.loads(os.pread(self._file, size, offset)))
+
+    def write(self, key: str, outcome: Outcome) -> None:
+        """Adds an outcome, unless the key has one already.
+
+        Raises:
+          OSError: the disk is full, or the like; nothing of the line is left then.
+        """
+        line = (
+            json.dumps({"key": key, **outcome_as_json(outcome)}, allow_nan=False).encode() + b"\n"
+        )
+        with self._lock:
+            if key in self._places:
+                return
+            try:
+                written = 0
+                while written < len(line):
+                    written += os.pwrite(self._file, line[written:], self._end + written)
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._file, self._end)
+                raise OSError(error.errno, error.strerror, self.path) from error
+            self._places[key] = self._end, len(line)
+            self._end += len(line)
+
+    def close(self) -> None:
+        """Lets go of the file; nothing can be read or written any more."""
+        with self._lock:
+            if self._file >= 0:
+                os.close(self._file)
+                self._file = -1
+
+    def _take(self) -> None:
+        """The journal for this process alone, where the file system has locks."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise MmpoError(f"{self.path}: another process writes its replies there") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+
+    def _scan(self) -> int:
+        """Finds the lines; the end of the last whole one."""
+        end, damaged = 0, 0
+        with open(self.path, "rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    self._places[json.loads(line)["key"]] = end, len(line)
+                except (ValueError, KeyError, TypeError):
+                    damaged += 1
+                end += len(line)
+        if damaged:
+            log.warning("%s: %d damaged lines; what they had is asked again", self.path, damaged)
+        return end

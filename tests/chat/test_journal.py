@@ -1,0 +1,134 @@
+"""What was answered is on disk at once, whole, and read back as it was."""
+
+import errno
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from mmpo_jax.chat import journal as module
+from mmpo_jax.chat.journal import FILE, Journal
+from mmpo_jax.chat.replies import ChatFailure, ChatReply
+from mmpo_jax.core.errors import MmpoError
+
+FAILURE = ChatFailure("too_long", "HTTP 400")
+
+
+def outcome(number):
+    return ChatReply((f"text {number} é\n",), ("stop",), ((("Yes", -0.1 * number),),), "m", number)
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    journal = Journal(tmp_path / "new")
+    for number in range(50):
+        journal.write(f"key{number}", outcome(number))
+    journal.write("failed", FAILURE)
+    for _ in range(2):
+        assert len(journal) == 51 and "key3" in journal and "other" not in journal
+        assert [journal.read(f"key{number}") for number in range(50)] == list(
+            map(outcome, range(50))
+        )
+        assert journal.read("failed") == FAILURE and journal.read("other") is None
+        journal.close()
+        journal = Journal(tmp_path / "new")
+    journal.close()
+
+
+def test_the_first_outcome_of_a_key_stays(tmp_path):
+    journal = Journal(tmp_path)
+    journal.write("key", outcome(1))
+    size = os.path.getsize(journal.path)
+    journal.write("key", outcome(2))
+    assert journal.read("key") == outcome(1) and os.path.getsize(journal.path) == size
+    journal.close()
+
+
+def test_a_line_that_was_cut_anywhere_is_cut_off(tmp_path):
+    journal = Journal(tmp_path)
+    journal.write("one", outcome(1))
+    whole = os.path.getsize(journal.path)
+    journal.write("two", outcome(2))
+    journal.close()
+    data = (tmp_path / FILE).read_bytes()
+    for end in range(whole, len(data)):
+        (tmp_path / FILE).write_bytes(data[:end])
+        journal = Journal(tmp_path)
+        assert os.path.getsize(journal.path) == whole
+        assert journal.read("one") == outcome(1) and "two" not in journal
+        journal.write("two", outcome(2))
+        journal.close()
+        assert (tmp_path / FILE).read_bytes() == data
+
+
+def test_a_damaged_line_in_the_middle_is_told_and_asked_again(tmp_path, caplog):
+    journal = Journal(tmp_path)
+    for number in range(3):
+        journal.write(f"key{number}", outcome(number))
+    journal.close()
+    lines = (tmp_path / FILE).read_bytes().splitlines(keepends=True)
+    lines[1] = b"\0" * (len(lines[1]) - 1) + b"\n"
+    (tmp_path / FILE).write_bytes(b"".join(lines))
+    journal = Journal(tmp_path)
+    assert "1 damaged" in caplog.text and "key1" not in journal
+    journal.write("key1", outcome(1))
+    assert [journal.read(f"key{number}") for number in range(3)] == list(map(outcome, range(3)))
+    journal.close()
+
+
+def test_several_threads_write_and_read(tmp_path):
+    journal = Journal(tmp_path)
+    wrong = []
+
+    def work(start):
+        for number in range(start, start + 100):
+            journal.write(f"key{number}", outcome(number))
+            if journal.read(f"key{number}") != outcome(number):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(start,)) for start in (0, 50, 100, 150)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    journal.close()
+    again = Journal(tmp_path)
+    assert not wrong and len(again) == 250
+    assert [again.read(f"key{number}") for number in range(250)] == list(map(outcome, range(250)))
+    again.close()
+
+
+def test_another_process_is_refused(tmp_path):
+    journal = Journal(tmp_path)
+    code = f"from mmpo_jax.chat.journal import Journal; Journal({os.fspath(tmp_path)!r})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode and "another process" in run.stderr
+    journal.close()
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
+    journal = Journal(tmp_path)
+    journal.write("one", outcome(1))
+    pwrite = os.pwrite
+
+    def half(file, data, offset):
+        if len(data) < 20:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return pwrite(file, data[: len(data) // 2], offset)
+
+    before = (tmp_path / FILE).read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "pwrite", half)
+        with pytest.raises(OSError, match="No space") as found:
+            journal.write("two", outcome(2))
+    assert found.value.errno == errno.ENOSPC and found.value.filename == journal.path
+    assert (tmp_path / FILE).read_bytes() == before and "two" not in journal
+    journal.write("two", outcome(2))
+    assert journal.read("two") == outcome(2)
+    journal.close()
+
+
+def test_a_bucket_is_refused():
+    with pytest.raises(MmpoError, match="gs://bucket/journal"):
+        Journal("gs://bucket/journal")
