@@ -1,7 +1,8 @@
 """The best of N samples by a model's own DPO reward: `python examples/best_of_n.py`.
 
-The reward of a response is how much more probable training has made it, per token: the log-ratio of
-the trained model and the one it started from (RLAIF-V, arXiv 2405.17220, section 3.4).
+The reward of a response is how much more probable training has made it, per token: beta times the
+log-ratio of the trained model and the one it started from (RLAIF-V, arXiv 2405.17220). With files:
+`mmpo select`.
 """
 
 from __future__ import annotations
@@ -28,19 +29,12 @@ def main(arguments: list[str] | None = None) -> str:
     asked = mm.record(options.prompt, images=[image])
     (texts,) = mm.generate(policy, [asked], num_samples=options.samples, max_new_tokens=32)
     answered = mm.record(options.prompt, images=[image], responses=sorted(set(texts)))
-    (ours,), (theirs,) = (
-        mm.log_probs(model, [answered], per_token=True) for model in (policy, reference)
-    )
-    rewards = {
-        response.text: (sum(policy_tokens) - sum(reference_tokens)) / len(policy_tokens)
-        for response, policy_tokens, reference_tokens in zip(
-            answered.responses, ours, theirs, strict=True
-        )
-    }
-    best = max(rewards, key=rewards.__getitem__)
-    for text, reward in sorted(rewards.items(), key=lambda item: -item[1]):
+    (rewards,) = mm.implicit_rewards(policy, reference, [answered])
+    said = [response.text for response in answered.responses]
+    ranked = sorted(zip(rewards, said, strict=True), key=lambda pair: -pair[0])
+    for reward, text in ranked:
         print(f"{reward:+.4f}  {text}")
-    return best
+    return ranked[0][1]
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mmpo_jax.api import (
         generate,
+        implicit_rewards,
         load,
         log_probs,
         make_term,
@@ -40,6 +41,7 @@ _PUBLIC = {
     "Side": "objectives.pairs",
     "Turn": "data.records",
     "generate": "api",
+    "implicit_rewards": "api",
     "load": "api",
     "log_probs": "api",
     "make_mesh": "parallel.mesh",
@@ -62,6 +64,7 @@ __all__ = [
     "Side",
     "Turn",
     "generate",
+    "implicit_rewards",
     "load",
     "log_probs",
     "make_mesh",

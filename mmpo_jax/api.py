@@ -26,6 +26,11 @@ from mmpo_jax.data.batching import fitting_lengths
 from mmpo_jax.data.pipeline import TrainBatch
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
 from mmpo_jax.data.tokenization import Tokenize, TokenizedRecord, tokenize, tokenize_records
+from mmpo_jax.feedback.implicit import (
+    check_same_tokenizer,
+    reward_records,
+    tokenizer_for_both,
+)
 from mmpo_jax.generation.responses import generate_responses
 from mmpo_jax.inference.plan import packed_over
 from mmpo_jax.models.precision import inference_dtype
@@ -191,6 +196,49 @@ def log_probs(
     dtype = compute_dtype or inference_dtype(checkpoint.params).name
     mesh, lengths = _mesh(checkpoint), fitting_lengths(tokenized)
     return score_records(checkpoint, tokenized, lengths, mesh, batch_size, dtype, per_token)
+
+
+def implicit_rewards(
+    policy: Checkpoint,
+    reference: Checkpoint,
+    records: Sequence[Record],
+    *,
+    beta: float = 0.1,
+    per_token: bool = True,
+    batch_size: int = 8,
+    compute_dtype: str | None = None,
+) -> list[list[float]]:
+    """DPO's own reward of every response: `beta` times the log-ratio of policy and reference.
+
+    Args:
+      policy: what was trained, as `load` gives it.
+      reference: what it was trained from, on the same devices.
+      records: N of them, with responses.
+      beta: factor of the rewards.
+      per_token: whether the log-ratio is divided by the response's number of tokens; a sum prefers
+        short responses.
+      batch_size: records at a time.
+      compute_dtype: `float32` or `bfloat16`, of both; that of the policy's weights by default.
+
+    Returns:
+      N lists with a number for every response.
+
+    Raises:
+      MmpoError: the two have other tokenizers, which are named.
+      DataError: a record cannot be tokenized, with the reason.
+    """
+    check_same_tokenizer(policy.processor, reference.processor)
+    both = tokenizer_for_both(reference.processor)
+    rewards = reward_records(
+        policy,
+        reference,
+        _tokenized(policy, _with_ids(records), both),
+        _mesh(policy),
+        beta=beta,
+        batch_size=batch_size,
+        compute_dtype=compute_dtype or inference_dtype(policy.params).name,
+    )
+    return [(row.per_token if per_token else row.summed).tolist() for row in rewards]
 
 
 def start_training(

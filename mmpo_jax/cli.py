@@ -31,6 +31,7 @@ RECIPES = {
     "train": ("TrainRecipe", "Run one training stage on data that is there."),
     "generate": ("GenerateRecipe", "Sample responses to prompts."),
     "score": ("ScoreRecipe", "Compute the log-probs of responses."),
+    "select": ("SelectRecipe", "Take the best of several responses by the model's own reward."),
     "evaluate": ("EvaluateRecipe", "Measure hallucination of a checkpoint."),
 }
 """Commands that run a recipe: name -> (its class, help)."""
@@ -55,24 +56,43 @@ FILES = {
     "--output": ("output", "JSONL file"),
     "--template": ("template", "auto (the checkpoint's own) or vicuna_v1"),
 }
+SAMPLING = {
+    "--num-samples": ("sampling.num_samples", "responses per prompt: 10, and 1 if greedy"),
+    "--temperature": ("sampling.temperature", "0 is greedy"),
+    "--top-p": ("sampling.top_p", "of the probability, what is kept"),
+    "--top-k": ("sampling.top_k", "tokens that are kept; 0 is all"),
+    "--max-new-tokens": ("sampling.max_new_tokens", "where a response is cut off"),
+    "--batch-size": ("sampling.batch_size", "prompts at a time"),
+    "--seed": ("seed", "of the samples"),
+}
 FLAGS = {
-    "generate": FILES
-    | {
-        "--num-samples": ("sampling.num_samples", "responses per prompt: 10, and 1 if greedy"),
-        "--temperature": ("sampling.temperature", "0 is greedy"),
-        "--top-p": ("sampling.top_p", "of the probability, what is kept"),
-        "--top-k": ("sampling.top_k", "tokens that are kept; 0 is all"),
-        "--max-new-tokens": ("sampling.max_new_tokens", "where a response is cut off"),
-        "--batch-size": ("sampling.batch_size", "prompts at a time"),
-        "--seed": ("seed", "of the samples"),
-    },
+    "generate": FILES | SAMPLING,
     "score": FILES
     | {
         "--tokens": ("scoring.tokens", "write the ids of prompts and responses too"),
         "--batch-size": ("scoring.batch_size", "rows at a time"),
     },
+    "select": {
+        "--policy": ("model", "trained checkpoint; any name of a model"),
+        "--reference": ("reference", "checkpoint that the policy was trained from"),
+        "--data": ("data.path", "prompts, which the policy answers"),
+        "--responses": ("responses", "file of responses that are there, to score in their place"),
+        **{flag: FILES[flag] for flag in ("--format", "--image-root", "--output", "--template")},
+        "--per-token": ("reward.per_token", "divide rewards by the number of tokens: the default"),
+        "--summed": ("reward.per_token", "do not, which prefers short responses"),
+        "--beta": ("reward.beta", "factor of the rewards: 0.1"),
+        **SAMPLING,
+        "--num-samples": ("sampling.num_samples", "responses per prompt: 16, and 1 if greedy"),
+        "--batch-size": ("batch_size", "prompts at a time, with all of their responses"),
+    },
 }
 """Flags of the commands that need no recipe file, and the recipe's keys that they stand for."""
+SWITCHES = {"--tokens": True, "--per-token": True, "--summed": False}
+"""Flags without a value, and what they set their key to."""
+EXCLUSIVE = (("--data", "--responses"), ("--per-token", "--summed"))
+"""Flags of which a command takes one."""
+AS_THEY_ARE = {"responses", "reference", *(key for key, _ in FILES.values())}
+"""Keys whose values on the command line are taken as they are, not as YAML."""
 
 
 INTERRUPTED = 130
@@ -206,11 +226,14 @@ def _add_flags(command: argparse.ArgumentParser, name: str) -> None:
         metavar="recipe.yaml key=value",
         help="YAML file, if not all is said by flags; a.b.c=value",
     )
+    groups = {flags: command.add_mutually_exclusive_group() for flags in EXCLUSIVE}
     for flag, (key, help) in FLAGS[name].items():
-        if flag == "--tokens":
-            command.add_argument(flag, dest=key, action="store_const", const=True, help=help)
+        group = next((groups[flags] for flags in EXCLUSIVE if flag in flags), command)
+        if flag in SWITCHES:
+            value = SWITCHES[flag]
+            group.add_argument(flag, dest=key, action="store_const", const=value, help=help)
         else:
-            command.add_argument(flag, dest=key, metavar=flag[2:].upper(), help=help)
+            group.add_argument(flag, dest=key, metavar=flag[2:].upper(), help=help)
 
 
 def _add_data_commands(subparsers: Any) -> None:
@@ -260,13 +283,16 @@ def _flags_as_overrides(options: argparse.Namespace) -> tuple[str | None, list[s
     if path is not None and "=" in path and not os.path.exists(path):
         path, written = None, options.recipe
     overrides = []
-    names = {key for key, _ in FILES.values()}  # taken as they are, not as YAML
-    for key, _ in FLAGS[options.command].values():
+    for key in dict.fromkeys(key for key, _ in FLAGS[options.command].values()):
         value = getattr(options, key)
-        if value is not None:
-            if key == "data.path":  # whatever data the recipe has
-                overrides.append('data={"source": "file"}')
-            text = json.dumps(value, ensure_ascii=False) if key in names else value
+        if value is None:
+            continue
+        if key in ("data.path", "responses"):  # whatever data the recipe has
+            overrides.append('data={"source": "file"}')
+        text = json.dumps(value, ensure_ascii=False) if key in AS_THEY_ARE else value
+        if key == "responses":  # which are data that are not sampled
+            overrides += ["sampling=null", f"data.path={text}"]
+        else:
             overrides.append(f"{key}={text}")
     return path, overrides + written
 

@@ -296,6 +296,16 @@ def load_processor(name: str, template: str = "auto") -> Processor:
     return Processor(base, load_config(base), template)
 
 
+def open_checkpoint(name: str, attention: str = "auto", template: str = "auto") -> Checkpoint:
+    """`load_checkpoint` without the parameters, which `Checkpoint.reloaded` reads.
+
+    Raises:
+      ModelError, ProcessorError, CheckpointError: naming the file that is missing or wrong.
+    """
+    opened, origin = _opened(name, None, attention, template)
+    return dataclasses.replace(opened, fingerprint=origin.fingerprint(opened.model.config))
+
+
 def load_start(
     name: str,
     random_seed: int | None = None,
@@ -316,18 +326,26 @@ def load_start(
     Raises:
       ModelError, ProcessorError, CheckpointError: naming the file that is missing or wrong.
     """
+    opened, origin = _opened(name, random_seed, attention, template)
+    params = origin.load(opened.model, mesh)
+    fingerprint = origin.fingerprint(opened.model.config)
+    return dataclasses.replace(opened, params=params, fingerprint=fingerprint)
+
+
+def _opened(
+    name: str, random_seed: int | None, attention: str, template: str
+) -> tuple[Checkpoint, Origin]:
+    """A checkpoint before any weight is read, and the origin of its parameters."""
     hub_id = name if is_on_hub(name) else None
     location = locate(name)
     model = Model.create(load_model_config(location), attention)
     processor = Processor(location.base, model.config, template)
     _tell_template(processor)
     origin = Origin(location, random_seed)
-    params = origin.load(model, mesh)
     folder = (
         location.weights if random_seed is not None else (location.weights, *location.adapters)[-1]
     )
-    fingerprint = origin.fingerprint(model.config)
-    return Checkpoint(model, processor, params, fingerprint, folder, hub_id, origin)
+    return Checkpoint(model, processor, {}, "", folder, hub_id, origin), origin
 
 
 def load_checkpoint(

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
-from mmpo_jax.checkpoints.checkpoint import load_checkpoint
+from jax.sharding import Mesh
+
+from mmpo_jax.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from mmpo_jax.commands.results import Results
 from mmpo_jax.data.batching import fitting_lengths
 from mmpo_jax.data.formats.writing import messages, template_columns
+from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.records import Record
+from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.data.usable import usable_records
 from mmpo_jax.generation.responses import generate_stage
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipes.recipe import GenerateRecipe
+from mmpo_jax.recipes.sampling import Decoding
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +43,7 @@ def run_generation(recipe: GenerateRecipe) -> str:
     record_set, tokenized = usable_records(
         record_set, checkpoint.processor, recipe.lengths, results.skipped
     )
-    generated = generate_stage(
+    responses = sampled_responses(
         checkpoint,
         tokenized,
         recipe.sampling,
@@ -46,21 +52,34 @@ def run_generation(recipe: GenerateRecipe) -> str:
         folder=results.parts,
         batch_size=recipe.sampling.batch_size,
         seed=recipe.seed,
-    ).table
-    responses: dict[str, list[dict[str, Any]]] = {record.id: [] for record in record_set.records}
-    columns = ["prompt_id", "text", "finished", "token_ids"]
-    for response in generated.select(columns).to_pylist():
-        responses[response["prompt_id"]].append(response)
-    cut = generated.num_rows - sum(generated["finished"].to_pylist())
-    log.info(
-        "%d of %d responses were cut at max_new_tokens (%d)",
-        cut,
-        generated.num_rows,
-        recipe.sampling.max_new_tokens,
     )
     return results.write(
         _line(record, responses[record.id], results) for record in record_set.records
     )
+
+
+def sampled_responses(
+    checkpoint: Checkpoint,
+    records: Sequence[TokenizedRecord],
+    decoding: Decoding,
+    lengths: Lengths,
+    mesh: Mesh,
+    **options: Any,
+) -> dict[str, list[dict[str, Any]]]:
+    """Id of a record -> its samples, each with `text`, `finished` and `token_ids`; the log says how
+    many were cut. See `generate_stage`."""
+    generated = generate_stage(checkpoint, records, decoding, lengths, mesh, **options).table
+    responses: dict[str, list[dict[str, Any]]] = {record.id: [] for record in records}
+    columns = ["prompt_id", "text", "finished", "token_ids"]
+    for response in generated.select(columns).to_pylist():
+        responses[response["prompt_id"]].append(response)
+    log.info(
+        "%d of %d responses were cut at max_new_tokens (%d)",
+        generated.num_rows - sum(generated["finished"].to_pylist()),
+        generated.num_rows,
+        decoding.max_new_tokens,
+    )
+    return responses
 
 
 def _line(record: Record, responses: list[dict[str, Any]], results: Results) -> dict[str, Any]:

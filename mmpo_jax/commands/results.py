@@ -1,4 +1,4 @@
-"""Where `mmpo generate` and `mmpo score` write: one JSONL file, a line for every usable row."""
+"""Where `mmpo generate`, `score` and `select` write: a JSONL file, a line for every usable row."""
 
 from __future__ import annotations
 
@@ -55,6 +55,10 @@ class Results:
         if source and os.path.realpath(source) in map(os.path.realpath, written):
             raise MmpoError(f"output: {source} is the data; give another file")
         return results
+
+    def beside(self, name: str) -> str:
+        """Another file of the run: `OUTPUT.name` beside a file, `name` in a folder."""
+        return self.skipped.removesuffix(SKIPPED_FILE) + name
 
     def name_image(self, image: ImageRef) -> str:
         """The path with which a row of the result names an image, relative to the result's folder.

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmpo_jax.checkpoints.checkpoint import load_checkpoint
+from mmpo_jax.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from mmpo_jax.commands.results import Results
 from mmpo_jax.data.batching import fitting_lengths
-from mmpo_jax.data.skipped import SkipReason
+from mmpo_jax.data.skipped import Problem
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.data.usable import usable_records
 from mmpo_jax.models.precision import inference_dtype
 from mmpo_jax.parallel.mesh import make_mesh
-from mmpo_jax.recipes.recipe import ScoreRecipe
+from mmpo_jax.recipes.recipe import ScoreRecipe, ScoringDtype
 from mmpo_jax.scoring.log_probs import score_stage
 
 
@@ -34,12 +34,9 @@ def run_scoring(recipe: ScoreRecipe) -> str:
     mesh = make_mesh(**recipe.devices.model_dump())
     checkpoint = load_checkpoint(recipe.model, mesh, recipe.attention, recipe.template)
     _, records = usable_records(
-        record_set, checkpoint.processor, recipe.lengths, results.skipped, _unfit
+        record_set, checkpoint.processor, recipe.lengths, results.skipped, without_responses
     )
     scoring = recipe.scoring
-    dtype: str = scoring.compute_dtype
-    if dtype == "auto":
-        dtype = inference_dtype(checkpoint.params).name
     scores = score_stage(
         checkpoint,
         records,
@@ -48,7 +45,7 @@ def run_scoring(recipe: ScoreRecipe) -> str:
         name="score",
         folder=results.parts,
         batch_size=scoring.batch_size,
-        compute_dtype=dtype,
+        compute_dtype=chosen_dtype(scoring.compute_dtype, checkpoint),
     )
     lines = [
         _line(row, record, scoring.tokens)
@@ -70,5 +67,11 @@ def _line(row: dict[str, Any], record: TokenizedRecord, tokens: bool) -> dict[st
     return line
 
 
-def _unfit(record: TokenizedRecord) -> tuple[SkipReason, str] | None:
+def chosen_dtype(dtype: ScoringDtype, checkpoint: Checkpoint) -> str:
+    """The dtype to compute in: `auto` is that of the weights, see `inference_dtype`."""
+    return inference_dtype(checkpoint.params).name if dtype == "auto" else dtype
+
+
+def without_responses(record: TokenizedRecord) -> Problem | None:
+    """Why a row is left out that has no response; None where it has one."""
     return None if record.responses else ("empty_response", "no response to score")

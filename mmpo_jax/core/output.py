@@ -31,8 +31,8 @@ FOLDERS = re.compile(
     r"adapter|base|best|checkpoints|model|tensorboard|validation|round-\d+|.*\.(parts|images)"
 )
 FILES = re.compile(
-    r"evaluation\.json|metrics\.jsonl|rounds\.(txt|json)|curves\.png|(responses|scores)\.jsonl"
-    r"|(.*\.)?rejected_rows\.jsonl"
+    r"evaluation\.json|metrics\.jsonl|rounds\.(txt|json)|curves\.png|(responses|scores|best)\.jsonl"
+    r"|(.*\.)?rejected_rows\.jsonl|(.*\.)?selection\.json"
 )
 """What commands write into an output folder, as a folder or as a file."""
 

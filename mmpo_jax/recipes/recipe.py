@@ -17,7 +17,7 @@ from mmpo_jax.objectives.catalog import OBJECTIVES
 from mmpo_jax.objectives.registry import FIELDS
 from mmpo_jax.picture_world.source import PictureWorldData
 from mmpo_jax.recipes.data import Data, Mixture
-from mmpo_jax.recipes.sampling import LongSampling, Sampling
+from mmpo_jax.recipes.sampling import Candidates, LongSampling, Sampling
 from mmpo_jax.recipes.training import Rollout, Training
 
 
@@ -29,16 +29,31 @@ class Devices(Section):
     tensor: MeshSize = 1
 
 
+ScoringDtype = Literal["auto", "float32", "bfloat16"]
+"""`auto` is that of most weights, and float32 where that is float16: activations may pass its
+range, and bfloat16 would drop digits that the weights have."""
+
+
 class Scoring(Section):
     """How responses are scored."""
 
     batch_size: PositiveInt = 8
     """Rows at a time."""
-    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """`auto` is that of most weights, and float32 where that is float16: activations may pass its
-    range, and bfloat16 would drop digits that the weights have."""
+    compute_dtype: ScoringDtype = "auto"
     tokens: bool = False
     """Writes the ids of prompts and responses too."""
+
+
+class ImplicitReward(Section):
+    """DPO's own reward of a response: `beta` times the log-ratio of policy and reference."""
+
+    beta: float = Field(0.1, gt=0)
+    """Factor of every reward; it changes no choice."""
+    per_token: bool = True
+    """Whether the log-ratio is divided by the response's number of tokens; a sum prefers short
+    responses."""
+    compute_dtype: ScoringDtype = "auto"
+    """Dtype of both models' passes; `auto` goes by the policy's weights."""
 
 
 class Feedback(Section):
@@ -243,6 +258,39 @@ class ScoreRecipe(Base):
     lengths: Lengths | None = None
     """Bucket sizes; by default those that the data need, and nothing is cut."""
     scoring: Scoring = Scoring()
+
+
+class SelectRecipe(Base):
+    """`mmpo select`: of several responses to a prompt the one with the best implicit reward."""
+
+    reference: str
+    """Checkpoint that the policy, `model`, was trained from; any name that `model` may have."""
+    data: Data
+    """Prompts; rows with their responses where `sampling` is null."""
+    lengths: Lengths | None = None
+    """Bucket sizes; by default those that the data need, and nothing is cut."""
+    sampling: Candidates | None = Candidates()
+    """How the policy samples responses; null takes those of the data."""
+    reward: ImplicitReward = ImplicitReward()
+    batch_size: PositiveInt = 8
+    """Prompts at a time, with all of their responses."""
+
+    @pydantic.model_validator(mode="after")
+    def _responses_fit(self) -> SelectRecipe:
+        if self.lengths is None or self.sampling is None:
+            return self
+        if self.sampling.max_new_tokens > self.lengths.response[-1]:
+            raise ValueError(
+                f"sampling.max_new_tokens {self.sampling.max_new_tokens} is more than is scored of "
+                "a response; give lengths.response a size of as many"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _has_responses(self) -> SelectRecipe:
+        if self.sampling is None and isinstance(self.data, PictureWorldData):
+            raise ValueError("sampling: null takes responses of the data; give a file of them")
+        return self
 
 
 class EvaluateRecipe(Base):

@@ -22,14 +22,12 @@ class Decoding(Section):
     max_new_tokens: PositiveInt = 64
 
 
-class Sampling(Decoding):
-    """How responses are drawn."""
+class Samples(Decoding):
+    """How several responses to a prompt are drawn."""
 
     num_samples: PositiveInt = 10
     """Samples of every prompt; 1 by default where `temperature` is 0, as all would be the same."""
     temperature: float = Field(0.7, ge=0)
-    batch_size: PositiveInt = 16
-    """Prompts at a time."""
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -37,6 +35,20 @@ class Sampling(Decoding):
         if isinstance(options, dict) and options.get("temperature") == 0:
             return {"num_samples": 1, **options}
         return options
+
+
+class Sampling(Samples):
+    """How responses are drawn."""
+
+    batch_size: PositiveInt = 16
+    """Prompts at a time."""
+
+
+class Candidates(Samples):
+    """How the responses are drawn of which one is taken."""
+
+    num_samples: PositiveInt = 16
+    max_new_tokens: PositiveInt = 512
 
 
 class LongSampling(Sampling):

@@ -24,6 +24,7 @@ from mmpo_jax.recipes.recipe import (
     Sampling,
     ScoreRecipe,
     Section,
+    SelectRecipe,
     TrainRecipe,
 )
 from mmpo_jax.recipes.rewards import RewardSection
@@ -33,7 +34,7 @@ from mmpo_jax.rewards import REWARDS
 
 PACKAGE = Path(mmpo_jax.__file__).parent
 CONFIGS = sorted((PACKAGE.parent / "configs").rglob("*.yaml"))
-KINDS = (TrainRecipe, AlignRecipe, GenerateRecipe, ScoreRecipe, EvaluateRecipe)
+KINDS = (TrainRecipe, AlignRecipe, GenerateRecipe, ScoreRecipe, SelectRecipe, EvaluateRecipe)
 GOOD = {"output": "out", "model": "builtin:picture_world", "data": {"source": "picture_world"}}
 
 
@@ -360,13 +361,14 @@ def test_every_option_is_read():
 def test_an_unread_option_is_noticed():
     class Careless(Sampling):
         repetition_penalty_nobody_reads: float = 1.0
+        labeler: str = ""
 
     class Recipe(Base):
         groups: tuple[Careless | None, ...] = ()
         output_nobody_reads: str = ""
 
     assert unread_options([Recipe]) == {
-        "Careless.batch_size",  # read of other sections only
+        "Careless.labeler",  # read of other sections only
         "Careless.repetition_penalty_nobody_reads",
         "Recipe.groups",
         "Recipe.output_nobody_reads",

@@ -1,0 +1,167 @@
+"""`mmpo select`: the best of several responses by the model's own reward, as JSONL."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jax.sharding import Mesh
+
+from mmpo_jax.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from mmpo_jax.commands.generate import sampled_responses
+from mmpo_jax.commands.results import Results
+from mmpo_jax.commands.score import chosen_dtype, without_responses
+from mmpo_jax.core.files import write_atomic
+from mmpo_jax.data.batching import fitting_lengths
+from mmpo_jax.data.records import Record, Response
+from mmpo_jax.data.sources import RecordSet
+from mmpo_jax.data.tokenization import TokenizedRecord
+from mmpo_jax.data.usable import usable_records
+from mmpo_jax.feedback.implicit import (
+    ImplicitRewards,
+    check_same_tokenizer,
+    of_policy,
+    reward_stage,
+    tokenizer_for_both,
+)
+from mmpo_jax.feedback.selection import Selection, best_of, describe_selection
+from mmpo_jax.parallel.mesh import make_mesh
+from mmpo_jax.recipes.recipe import SelectRecipe
+from mmpo_jax.recipes.sampling import Candidates
+
+log = logging.getLogger(__name__)
+
+REPORT = "selection.json"
+"""Name of the file that says what choosing does to lengths."""
+
+
+def main(recipe: SelectRecipe) -> None:
+    path, selection = run_selection(recipe)
+    print(*selection.lines(), sep="\n")
+    print(f"best: {path}")
+
+
+def run_selection(recipe: SelectRecipe) -> tuple[str, Selection]:
+    """Samples responses, or takes those of the data, and chooses one for every usable prompt.
+
+    Returns:
+      The file, one line per prompt: `id`, `responses`, `rewards` and the place of the `best`, of
+      equal ones the first; and what choosing does to lengths, which is also in `REPORT`. A response
+      that could not be used is null, and so is its reward.
+    """
+    results = Results.at(recipe.output, "best", recipe.data)
+    record_set = recipe.data.load(supervised=recipe.sampling is None)
+    mesh = make_mesh(**recipe.devices.model_dump())
+    policy, reference = _opened(recipe)
+    if recipe.sampling is not None:
+        record_set, policy = _with_samples(
+            recipe, recipe.sampling, record_set, policy, reference, mesh, results
+        )
+    record_set, records = usable_records(
+        record_set,
+        policy.processor,
+        recipe.lengths,
+        results.skipped,
+        without_responses,
+        tokenizer_for_both(reference.processor),
+    )
+    policy = policy.reloaded(mesh)
+    rewards = reward_stage(
+        policy,
+        reference,
+        records,
+        recipe.lengths,
+        mesh,
+        beta=recipe.reward.beta,
+        folder=results.parts,
+        batch_size=recipe.batch_size,
+        compute_dtype=chosen_dtype(recipe.reward.compute_dtype, policy),
+    )
+    texts = [[response.source.text for response in record.responses] for record in records]
+    selection = describe_selection(rewards, texts)
+    fingerprints = {"policy": policy.fingerprint, "reference": reference.fingerprint}
+    report = json.dumps(fingerprints | selection.to_json(), indent=1) + "\n"
+    write_atomic(results.beside(REPORT), report.encode())
+    lines = map(_line, records, rewards, [recipe.reward.per_token] * len(records))
+    return results.write(lines), selection
+
+
+def _opened(recipe: SelectRecipe) -> tuple[Checkpoint, Checkpoint]:
+    """Policy and reference before their weights are read.
+
+    Raises:
+      MmpoError: one of them is not there, or the two cannot be compared.
+    """
+    policy, reference = (
+        open_checkpoint(name, recipe.attention, recipe.template)
+        for name in (recipe.model, recipe.reference)
+    )
+    check_same_tokenizer(policy.processor, reference.processor)
+    if policy.fingerprint == reference.fingerprint:
+        log.warning("policy and reference are the same checkpoint: every reward is 0")
+    ours, theirs = (one.processor.fingerprints()["template"] for one in (policy, reference))
+    if ours != theirs:
+        log.warning(
+            "%s and %s have other chat templates, so they see prompts rendered differently; "
+            "`template` gives both one",
+            policy.processor.folder,
+            reference.processor.folder,
+        )
+    return policy, reference
+
+
+def _with_samples(
+    recipe: SelectRecipe,
+    sampling: Candidates,
+    record_set: RecordSet,
+    policy: Checkpoint,
+    reference: Checkpoint,
+    mesh: Mesh,
+    results: Results,
+) -> tuple[RecordSet, Checkpoint]:
+    """The prompts with responses of the very tokens that the policy sampled, and the policy with
+    its parameters; prompts that one of the two models cannot take are left out before."""
+    record_set, both = usable_records(
+        record_set,
+        policy.processor,
+        recipe.lengths,
+        results.skipped,
+        function=tokenizer_for_both(reference.processor),
+    )
+    prompts = of_policy(both)
+    policy = policy.reloaded(mesh)
+    samples = sampled_responses(
+        policy,
+        prompts,
+        sampling,
+        recipe.lengths or fitting_lengths(prompts),
+        mesh,
+        folder=results.parts,
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+    )
+    records = [_answered(record, samples[record.id]) for record in record_set.records]
+    return dataclasses.replace(record_set, records=records), policy
+
+
+def _answered(record: Record, samples: Sequence[Mapping[str, Any]]) -> Record:
+    responses = tuple(
+        Response.of(one["text"], finished=one["finished"], token_ids=tuple(one["token_ids"]))
+        for one in samples
+    )
+    return dataclasses.replace(record, responses=responses)
+
+
+def _line(record: TokenizedRecord, rewards: ImplicitRewards, per_token: bool) -> dict[str, Any]:
+    chosen = rewards.per_token if per_token else rewards.summed
+    texts: list[str | None] = [response.source.text for response in record.responses]
+    values: list[float | None] = chosen.tolist()
+    best = best_of(chosen)
+    for place in record.left_out:  # in order
+        texts.insert(place, None)
+        values.insert(place, None)
+        best += place <= best
+    return {"id": record.id, "responses": texts, "rewards": values, "best": best}
