@@ -14,12 +14,17 @@ from mmpo_jax.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mmpo_jax.commands.generate import sampled_responses
 from mmpo_jax.commands.results import Results
 from mmpo_jax.commands.score import chosen_dtype, without_responses
+from mmpo_jax.core import progress
+from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import write_atomic
 from mmpo_jax.data.batching import fitting_lengths
+from mmpo_jax.data.lengths import Lengths
+from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import Record, Response
+from mmpo_jax.data.skipped import write_skipped
 from mmpo_jax.data.sources import RecordSet
-from mmpo_jax.data.tokenization import TokenizedRecord
-from mmpo_jax.data.usable import usable_records
+from mmpo_jax.data.tokenization import Tokenize, TokenizedRecord, tokenize_records
+from mmpo_jax.data.usable import any_row, usable_records, without_shown_media
 from mmpo_jax.feedback.implicit import (
     ImplicitRewards,
     check_same_tokenizer,
@@ -56,19 +61,21 @@ def run_selection(recipe: SelectRecipe) -> tuple[str, Selection]:
     record_set = recipe.data.load(supervised=recipe.sampling is None)
     mesh = make_mesh(**recipe.devices.model_dump())
     policy, reference = _opened(recipe)
-    if recipe.sampling is not None:
-        record_set, policy = _with_samples(
-            recipe, recipe.sampling, record_set, policy, reference, mesh, results
-        )
+    both = tokenizer_for_both(reference.processor)
     record_set, records = usable_records(
         record_set,
         policy.processor,
         recipe.lengths,
         results.skipped,
-        without_responses,
-        tokenizer_for_both(reference.processor),
+        any_row if recipe.sampling else without_responses,
+        both,
     )
     policy = policy.reloaded(mesh)
+    if recipe.sampling is not None:
+        samples = _sampled(recipe, recipe.sampling, policy, of_policy(records), mesh, results)
+        answered = [_answered(record, samples[record.id]) for record in record_set.records]
+        record_set = dataclasses.replace(record_set, records=answered)
+        records = _tokenized(record_set, policy.processor, recipe.lengths, results.skipped, both)
     rewards = reward_stage(
         policy,
         reference,
@@ -113,27 +120,15 @@ def _opened(recipe: SelectRecipe) -> tuple[Checkpoint, Checkpoint]:
     return policy, reference
 
 
-def _with_samples(
+def _sampled(
     recipe: SelectRecipe,
     sampling: Candidates,
-    record_set: RecordSet,
     policy: Checkpoint,
-    reference: Checkpoint,
+    prompts: Sequence[TokenizedRecord],
     mesh: Mesh,
     results: Results,
-) -> tuple[RecordSet, Checkpoint]:
-    """The prompts with responses of the very tokens that the policy sampled, and the policy with
-    its parameters; prompts that one of the two models cannot take are left out before."""
-    record_set, both = usable_records(
-        record_set,
-        policy.processor,
-        recipe.lengths,
-        results.skipped,
-        function=tokenizer_for_both(reference.processor),
-    )
-    prompts = of_policy(both)
-    policy = policy.reloaded(mesh)
-    samples = sampled_responses(
+) -> dict[str, list[dict[str, Any]]]:
+    return sampled_responses(
         policy,
         prompts,
         sampling,
@@ -143,8 +138,6 @@ def _with_samples(
         batch_size=recipe.batch_size,
         seed=recipe.seed,
     )
-    records = [_answered(record, samples[record.id]) for record in record_set.records]
-    return dataclasses.replace(record_set, records=records), policy
 
 
 def _answered(record: Record, samples: Sequence[Mapping[str, Any]]) -> Record:
@@ -153,6 +146,32 @@ def _answered(record: Record, samples: Sequence[Mapping[str, Any]]) -> Record:
         for one in samples
     )
     return dataclasses.replace(record, responses=responses)
+
+
+def _tokenized(
+    record_set: RecordSet,
+    processor: Processor,
+    lengths: Lengths | None,
+    skipped_file: str,
+    function: Tokenize,
+) -> list[TokenizedRecord]:
+    """Records with samples, of the very tokens that were sampled. A sample that shows an image is
+    left out, and so is a row of which nothing can be scored.
+
+    Raises:
+      DataError: none is left.
+    """
+    name = record_set.name
+    with progress.doing(f"tokenising samples of {name}"):
+        records = [without_shown_media(record, processor) for record in record_set.records]
+        kept, skipped = tokenize_records(records, processor, lengths, name, function)
+    for row in skipped:
+        log.warning("%s: skipped %s", name, row)
+    if skipped:
+        write_skipped(skipped_file, [*record_set.skipped, *skipped])
+    if not kept:
+        raise DataError(f"{name}: no sample can be scored; {skipped[0]}")
+    return kept
 
 
 def _line(record: TokenizedRecord, rewards: ImplicitRewards, per_token: bool) -> dict[str, Any]:

@@ -26,12 +26,17 @@ Unfit = Callable[[TokenizedRecord], Problem | None]
 """Says why a row is of no use for what it is read for (reason, detail); None where it is."""
 
 
+def any_row(record: TokenizedRecord) -> Problem | None:
+    """None: the `Unfit` of what takes every row."""
+    return None
+
+
 def usable_records(
     record_set: RecordSet,
     processor: Processor,
     lengths: Lengths | None,
     skipped_file: str,
-    unfit: Unfit = lambda record: None,
+    unfit: Unfit = any_row,
     function: Tokenize = tokenize,
 ) -> tuple[RecordSet, list[TokenizedRecord]]:
     """Tokenizes a set of records; what cannot be used goes to a JSONL file with the reason.
