@@ -73,7 +73,7 @@ FLAGS = {
         "--batch-size": ("scoring.batch_size", "rows at a time"),
     },
     "select": {
-        "--policy": ("model", "trained checkpoint; any name of a model"),
+        "--policy": ("model", "trained checkpoint, the key `model`; any name of one"),
         "--reference": ("reference", "checkpoint that the policy was trained from"),
         "--data": ("data.path", "prompts, which the policy answers"),
         "--responses": ("responses", "file of responses that are there, to score in their place"),
@@ -226,9 +226,12 @@ def _add_flags(command: argparse.ArgumentParser, name: str) -> None:
         metavar="recipe.yaml key=value",
         help="YAML file, if not all is said by flags; a.b.c=value",
     )
-    groups = {flags: command.add_mutually_exclusive_group() for flags in EXCLUSIVE}
+    groups: dict[str, Any] = {}
+    for flags in EXCLUSIVE:
+        if FLAGS[name].keys() >= set(flags):
+            groups |= dict.fromkeys(flags, command.add_mutually_exclusive_group())
     for flag, (key, help) in FLAGS[name].items():
-        group = next((groups[flags] for flags in EXCLUSIVE if flag in flags), command)
+        group = groups.get(flag, command)
         if flag in SWITCHES:
             value = SWITCHES[flag]
             group.add_argument(flag, dest=key, action="store_const", const=value, help=help)

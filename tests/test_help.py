@@ -17,7 +17,9 @@ finally:
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["train"], ["generate"], ["objectives"], ["data"], ["data", "check"]], ids=str
+    "arguments",
+    [[], ["train"], ["generate"], ["select"], ["objectives"], ["data"], ["data", "check"]],
+    ids=str,
 )
 def test_help_loads_nothing_heavy(arguments):
     command = [sys.executable, "-c", HELP.format(heavy=HEAVY), *arguments, "-h"]
