@@ -215,8 +215,7 @@ def implicit_rewards(
       reference: what it was trained from, on the same devices.
       records: N of them, with responses.
       beta: factor of the rewards.
-      per_token: whether the log-ratio is divided by the response's number of tokens; a sum prefers
-        short responses.
+      per_token: whether the log-ratio is divided by the response's number of tokens.
       batch_size: records at a time.
       compute_dtype: `float32` or `bfloat16`, of both; that of the policy's weights by default.
 

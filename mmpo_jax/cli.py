@@ -79,7 +79,7 @@ FLAGS = {
         "--responses": ("responses", "file of responses that are there, to score in their place"),
         **{flag: FILES[flag] for flag in ("--format", "--image-root", "--output", "--template")},
         "--per-token": ("reward.per_token", "divide rewards by the number of tokens: the default"),
-        "--summed": ("reward.per_token", "do not, which prefers short responses"),
+        "--summed": ("reward.per_token", "do not"),
         "--beta": ("reward.beta", "factor of the rewards: 0.1"),
         **SAMPLING,
         "--num-samples": ("sampling.num_samples", "responses per prompt: 16, and 1 if greedy"),

@@ -4,8 +4,8 @@
 
 It is what DPO trains, up to a term of the prompt alone (Rafailov et al. 2023, arXiv 2305.18290,
 equation 5), so rewards of responses to one prompt compare, and no others. Divided by the number of
-tokens it guides the policy itself at inference (RLAIF-V, arXiv 2405.17220): a sum prefers short
-responses.
+tokens it guides the policy itself at inference (RLAIF-V, arXiv 2405.17220, which found that the sum
+prefers short responses).
 """
 
 from __future__ import annotations

@@ -50,8 +50,7 @@ class ImplicitReward(Section):
     beta: float = Field(0.1, gt=0)
     """Factor of every reward; it changes no choice."""
     per_token: bool = True
-    """Whether the log-ratio is divided by the response's number of tokens; a sum prefers short
-    responses."""
+    """Whether the log-ratio is divided by the response's number of tokens, EOS included."""
     compute_dtype: ScoringDtype = "auto"
     """Dtype of both models' passes; `auto` goes by the policy's weights."""
 
