@@ -88,6 +88,16 @@ def chatml(with_template):
     return with_template((smollm2.make_folder(6) / "chat_template.jinja").read_text())
 
 
+def alike(ours, theirs):
+    """Whether two JSON values are the same but for the rounding of sums: rows that are computed
+    together stand in different places."""
+    if isinstance(ours, dict):
+        return ours.keys() == theirs.keys() and all(alike(ours[k], theirs[k]) for k in ours)
+    if isinstance(ours, list):
+        return len(ours) == len(theirs) and all(map(alike, ours, theirs))
+    return ours == (pytest.approx(theirs, rel=1e-5) if isinstance(theirs, float) else theirs)
+
+
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -164,7 +174,7 @@ def test_encoded_pictures_and_none_in_messages(kind_case, picture_folder, tmp_pa
     assert cli.main(["score", *flags, "data.max_skipped=0.3"]) == 0
     first, *others = lines(out)
     assert [first["id"], *(row["id"] for row in others)] == list(images)[:7]
-    assert all(row == first | {"id": row["id"]} for row in others)
+    assert all(alike(row, first | {"id": row["id"]}) for row in others)
     rejected = {row["id"]: row for row in lines(tmp_path / "out.rejected_rows.jsonl")}
     assert list(rejected) == list(images)[7:]
     assert "save the image and give the file's path" in rejected["http"]["detail"]
