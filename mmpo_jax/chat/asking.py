@@ -47,7 +47,6 @@ class Asker:
           tally: where requests and retries are counted.
           encoders: threads that read and encode images.
         """
-        self.pace = Pace(server.max_concurrent)
         self.left_out: set[str] = set()
         """Fields that the server does not know."""
         self._server = server
@@ -55,7 +54,9 @@ class Asker:
         self._backoff = backoff
         self._tally = tally
         self._encoders = encoders
-        self._outage = Outage(f"chat server {server.url}", server.max_outage)
+        name = f"chat server {server.url}"
+        self._pace = Pace(name, server.max_concurrent, backoff)
+        self._outage = Outage(name, server.max_outage)
 
     async def answer(self, request: ChatRequest) -> Outcome:
         """The reply to a request, or why it has none after all tries.
@@ -74,7 +75,7 @@ class Asker:
                 return ChatFailure("unreadable_image", str(error))
             outcome, wait = await self._ask(request, body, left_out)
             if isinstance(outcome, ChatReply):
-                self.pace.replied()
+                self._pace.replied()
                 return outcome
             if self._does_without(outcome.field, left_out):
                 continue
@@ -85,7 +86,8 @@ class Asker:
                 return outcome
             retries[unreadable] += 1
             self._tally.retries += 1
-            await asyncio.sleep(max(self._backoff.seconds(retries[unreadable]), wait))
+            if outcome.reason != "rate_limited":  # where the pace makes all wait
+                await asyncio.sleep(max(self._backoff.seconds(retries[unreadable]), wait))
 
     async def _encode(self, request: ChatRequest, left_out: frozenset[str]) -> bytes:
         if not request.images:
@@ -97,8 +99,7 @@ class Asker:
         self, request: ChatRequest, body: bytes, left_out: frozenset[str]
     ) -> tuple[Outcome, float]:
         """(outcome of sending it once, seconds that the server asks to wait)."""
-        sent = asyncio.get_running_loop().time()
-        answer = await self._reach(body)
+        answer, sent = await self._reach(body)
         if isinstance(answer, ChatFailure):
             return answer, 0.0
         if answer.status == 200:
@@ -109,36 +110,38 @@ class Asker:
         failure = read_error(self._server, answer.status, answer.body, fields)
         wait = answer.retry_after or 0.0
         if wait > self._server.max_outage:
-            raise MmpoError(
-                f"{self._server.url}, model {self._server.model}: the server asks to wait "
-                f"{wait:.0f} s, longer than max_outage ({failure.detail})"
-            )
+            raise self._error(f"it asks to wait {wait:.0f} s ({failure.detail})")
         if failure.reason == "rate_limited":
             now = asyncio.get_running_loop().time()
-            self.pace.rate_limited(sent, now, wait)
+            self._pace.rate_limited(sent, now, wait)
+            if self._pace.limited_for(now) > self._server.max_outage:
+                raise self._error(f"it only has too many requests ({failure.detail})")
         return failure, wait
 
-    async def _reach(self, body: bytes) -> Answer | ChatFailure:
-        """What the server answers, once it can be reached."""
+    def _error(self, what: str) -> MmpoError:
+        """The error of a server that is of no use for too long."""
+        server = self._server
+        limit = f"longer than max_outage, {server.max_outage:g} s"
+        return MmpoError(f"{server.url}, model {server.model}: {what}; {limit}")
+
+    async def _reach(self, body: bytes) -> tuple[Answer | ChatFailure, float]:
+        """(what the server answers once it can be reached, when it was sent that)."""
         loop = asyncio.get_running_loop()
         tries = 0
         while True:
-            while (pause := self.pace.resumes - loop.time()) > 0:
-                await asyncio.sleep(pause)
             try:
-                answer = await self._connection.post("chat/completions", body)
+                async with self._pace.turn():
+                    sent = loop.time()
+                    answer = await self._connection.post("chat/completions", body)
             except UnreachableError as error:
                 if self._outage.failed(loop.time(), str(error)):
-                    raise MmpoError(
-                        f"{self._server.url}, model {self._server.model}: the server cannot be "
-                        f"reached for {self._server.max_outage:g} s (max_outage): {error}"
-                    ) from error
+                    raise self._error(f"it cannot be reached ({error})") from error
                 tries += 1
                 await asyncio.sleep(min(PROBE_SECONDS, self._backoff.seconds(tries)))
                 continue
             self._outage.over(loop.time())
             self._tally.sent += 1
-            return answer
+            return answer, sent
 
     def _does_without(self, field: str | None, left_out: frozenset[str]) -> bool:
         """Whether a request may be sent again without a field that the server does not know."""

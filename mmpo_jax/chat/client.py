@@ -90,7 +90,6 @@ class ChatClient:
         self._waiting: collections.deque[_Job] = collections.deque()
         """Those that were not begun, in order. This and what follows belongs to the loop."""
         self._running = 0
-        self._resuming: asyncio.TimerHandle | None = None
         self._given_up = 0
         """Requests in a row without a reply."""
         self._proven = len(self._journal) > 0
@@ -239,16 +238,11 @@ class ChatClient:
         self._fill()
 
     def _fill(self) -> None:
-        """Begins what waits, as far as the pace allows."""
-        pause = self._asker.pace.resumes - self._loop.time()
-        while pause <= 0 and self._waiting and self._running < self._asker.pace.limit:
+        """Begins what waits; how many of it are sent together is up to the asker."""
+        while self._waiting and self._running < self.server.max_concurrent:
             job = self._waiting.popleft()
             self._running += 1
             job.task = self._loop.create_task(self._work(job))
-        if pause > 0 and self._waiting:
-            if self._resuming is not None:
-                self._resuming.cancel()
-            self._resuming = self._loop.call_later(pause, self._fill)
         with self._lock:
             self._tally.busy(bool(self._running or self._waiting), self._loop.time())
 

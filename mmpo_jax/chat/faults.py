@@ -21,8 +21,8 @@ NO_MONEY = frozenset({"insufficient_quota", "billing_hard_limit_reached", "insuf
 """Codes and types of errors that no waiting mends."""
 
 TOO_LONG = re.compile(
-    r"context.?length|context window|max_model_len|maximum context|too many (input )?tokens"
-    r"|longer than the model|longer than the maximum model",
+    r"context.?(length|window|size|limit)|max_model_len|maximum (context|model|prompt|input) length"
+    r"|too many (input |prompt )?tokens|reduce the length|prompt (is )?too long",
     re.I,
 )
 REFUSED = re.compile(

@@ -233,41 +233,64 @@ def test_retry_after_as_a_date(serve, connect):
     assert 0.9 <= server.times[1] - server.times[0] < 5  # dates have whole seconds
 
 
-def test_all_wait_where_the_server_is_asked_too_much(serve, connect):
-    slow = threading.Event()
+def test_all_wait_where_the_server_has_too_many_requests(serve, connect):
+    limited_at = []
 
     def script(body, seen):
-        if slow.is_set():
-            return reply(body, "Yes")
-        slow.set()
-        return error(429, "wait", retry_after="0.4")
+        if not limited_at:
+            limited_at.append(time.monotonic())
+            return error(429, "wait", retry_after="0.4")
+        return reply(body, "Yes")
 
     server = serve(script)
-    connect(server, max_concurrent=1).ask([ask_for(f"{number}") for number in range(4)])
-    assert server.times[1] - server.times[0] >= 0.4
+    client = connect(server, max_concurrent=2)
+    client.ask([ask_for(f"{number}") for number in range(4)])
+    # The one beside it may have been under way.
+    assert sum(at < limited_at[0] + 0.4 for at in server.times) <= 2
 
 
 def test_a_rate_limit_lowers_the_concurrency_and_it_recovers(serve, connect):
-    phase = {"limited": False}
+    together = threading.Barrier(16, timeout=10)
 
-    def script(body, seen):
-        if not phase["limited"]:
-            time.sleep(0.05)
-            phase["limited"] = True
-            server.most_at_once = 0
-            return error(429, "slow down")
-        return reply(body, "Yes", delay=0.02)
+    def limited(body, seen):
+        together.wait()
+        server.most_at_once = 0
+        return error(429, "slow down")
 
-    server = serve(script)
+    def working(body, seen):
+        return reply(body, "Yes", delay=0.05)
+
+    server = serve(lambda body, seen: working(body, seen) if seen else limited(body, seen))
     client = connect(server, max_concurrent=16)
-    client.ask([ask_for(f"{number}") for number in range(16)])  # of which all but one are sent
+    client.ask([ask_for(f"{number}") for number in range(16)])
+    # They came together, so it is halved once. 16 replies raise it by 3.
+    server.script = working
     server.most_at_once = 0
-    client.ask([ask_for(f"{number}") for number in range(100, 110)])
-    assert 8 <= server.most_at_once < 16
-    client.ask([ask_for(f"{number}") for number in range(200, 300)])
+    client.ask([ask_for(f"{number}") for number in range(100, 116)])
+    assert server.most_at_once < 16
+    client.ask([ask_for(f"{number}") for number in range(200, 240)])
     server.most_at_once = 0
     client.ask([ask_for(f"{number}") for number in range(300, 364)])
     assert server.most_at_once == 16
+
+
+def test_a_long_rate_limit_fails_no_request(serve, connect):
+    ends = time.monotonic() + 0.5
+    server = serve(
+        lambda body, seen: (
+            reply(body, question(body)) if time.monotonic() > ends else error(429, "slow down")
+        )
+    )
+    client = connect(server, max_concurrent=8, max_retries=6, backoff=Backoff(0.01, 0.05))
+    outcomes = client.ask([ask_for(f"{number}") for number in range(30)])
+    assert [outcome.texts for outcome in outcomes] == [(f"{number}",) for number in range(30)]
+
+
+def test_a_rate_limit_without_end_stops_the_run(serve, connect):
+    server = serve(lambda body, seen: error(429, "slow down"))
+    client = connect(server, max_outage=0.2, max_retries=100)
+    with pytest.raises(MmpoError, match=r"too many requests.*max_outage.*is kept"):
+        client.ask([ask_for(f"{number}") for number in range(30)])
 
 
 def test_waits_grow(serve, connect):

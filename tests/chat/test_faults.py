@@ -43,6 +43,12 @@ def flat(message, kind="BadRequestError"):
         (400, openai("too long", code="context_length_exceeded"), "too_long"),
         (400, flat("This model's maximum context length is 4096 tokens."), "too_long"),
         (400, flat("longer than the model's context length (8192 tokens)"), "too_long"),
+        (
+            400,
+            flat("The decoder prompt (length 8357) is longer than the maximum model length of"),
+            "too_long",
+        ),
+        (400, flat("Please reduce the length of the messages."), "too_long"),
         (400, flat("The prompt is 9000 long, max_model_len is 4096"), "too_long"),
         (400, openai("The response was filtered", code="content_filter"), "refused"),
         (400, openai("rejected by our safety system", code="content_policy_violation"), "refused"),

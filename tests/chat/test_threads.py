@@ -63,7 +63,7 @@ def test_the_same_under_another_attempt_is_sent_again(serve, connect):
 
 
 def test_the_bound_of_concurrency_is_over_all_threads(serve, connect):
-    server = serve(lambda body, seen: reply(body, "Yes", delay=0.01))
+    server = serve(lambda body, seen: reply(body, "Yes", delay=0.03))
     client = connect(server, max_concurrent=5)
     works = [
         lambda start=start: client.ask([ask_for(f"{start} {number}") for number in range(30)])
