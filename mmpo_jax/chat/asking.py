@@ -86,8 +86,7 @@ class Asker:
                 return outcome
             retries[unreadable] += 1
             self._tally.retries += 1
-            if outcome.reason != "rate_limited":  # where the pace makes all wait
-                await asyncio.sleep(max(self._backoff.seconds(retries[unreadable]), wait))
+            await asyncio.sleep(max(self._backoff.seconds(retries[unreadable]), wait))
 
     async def _encode(self, request: ChatRequest, left_out: frozenset[str]) -> bytes:
         if not request.images:
@@ -115,7 +114,7 @@ class Asker:
             now = asyncio.get_running_loop().time()
             self._pace.rate_limited(sent, now, wait)
             if self._pace.limited_for(now) > self._server.max_outage:
-                raise self._error(f"it only has too many requests ({failure.detail})")
+                raise self._error(f"it answers nothing but rate limits ({failure.detail})")
         return failure, wait
 
     def _error(self, what: str) -> MmpoError:

@@ -34,7 +34,7 @@ class Journal:
 
         Raises:
           MmpoError: the folder is in a bucket, where nothing can be appended; or another process
-            has its journal open.
+            or client has its journal open.
           OSError: it cannot be read or written.
         """
         if not is_local(folder):
@@ -102,7 +102,7 @@ class Journal:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise MmpoError(f"{self.path}: another process writes its replies there") from error
+            raise MmpoError(f"{self.path}: another process or client has it open") from error
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 raise

@@ -176,6 +176,15 @@ def test_requests_that_break_the_server_do_not_stop_the_run(serve, connect):
     assert 1 <= server.questions["Say yes."] <= 2
 
 
+def test_failures_between_replies_say_nothing_of_the_server(serve, connect):
+    server = serve(always(error(500, "boom")))
+    client = connect(server, max_retries=0, max_concurrent=1)
+    requests = [ask_for(f"{number}{'!' * (number % 2)}") for number in range(3 * GIVEN_UP)]
+    client.ask(requests)
+    assert "Say yes." not in server.questions
+    assert client.counts.failures == {"server_error": 3 * GIVEN_UP // 2}
+
+
 def test_a_server_that_only_fails_stops_the_run(serve, connect):
     server = serve(lambda body, seen: error(500, "EngineCore died"))
     client = connect(server, max_retries=0, max_concurrent=4)
@@ -289,7 +298,7 @@ def test_a_long_rate_limit_fails_no_request(serve, connect):
 def test_a_rate_limit_without_end_stops_the_run(serve, connect):
     server = serve(lambda body, seen: error(429, "slow down"))
     client = connect(server, max_outage=0.2, max_retries=100)
-    with pytest.raises(MmpoError, match=r"too many requests.*max_outage.*is kept"):
+    with pytest.raises(MmpoError, match=r"nothing but rate limits.*max_outage.*is kept"):
         client.ask([ask_for(f"{number}") for number in range(30)])
 
 
@@ -323,8 +332,8 @@ def test_a_server_that_dies_and_comes_back(serve, connect, caplog):
 
     restarting = threading.Thread(target=restart)
     restarting.start()
-    # One retry for the connection that is cut; those that are refused use none.
-    client = connect(server, max_concurrent=4, max_retries=1)
+    # Few retries, for connections that are cut; those that are refused use none.
+    client = connect(server, max_concurrent=4, max_retries=3)
     outcomes = client.ask([ask_for(f"{number}") for number in range(60)])
     restarting.join()
     assert [outcome.texts for outcome in outcomes] == [(f"{number}",) for number in range(60)]

@@ -79,6 +79,23 @@ def test_turns_are_given_in_order_also_where_somebody_leaves():
     asyncio.run(work())
 
 
+def test_turns_after_a_rate_limit_wait_and_are_fewer():
+    async def work():
+        pace, clock, began = Pace("server", 4, Backoff()), asyncio.get_running_loop().time, []
+
+        async def take():
+            async with pace.turn():
+                began.append(clock())
+                await asyncio.sleep(0.1)
+
+        limited_at = clock()
+        pace.rate_limited(sent=limited_at, now=limited_at, wait=0.2)
+        await asyncio.gather(*(take() for _ in range(4)))
+        assert began[0] >= limited_at + 0.2 and began[2] >= began[1] + 0.1
+
+    asyncio.run(work())
+
+
 def test_an_outage_is_told_every_ten_seconds(caplog):
     caplog.set_level(logging.WARNING)
     outage = Outage("chat server", longest=30)

@@ -146,6 +146,7 @@ def test_who_leaves_takes_only_what_nobody_else_waits_for(serve, connect, monkey
     assert client.ask(mine[:1])[0].texts == ("0",)
     assert server.questions == {"0": 1, "1": 1}  # which was under way
     assert [outcome.texts for outcome in client.ask(mine)] == [(f"{n}",) for n in range(10)]
+    assert server.questions["1"] == 2 and server.questions["0"] == 1
 
 
 INTERRUPTED = """
