@@ -17,10 +17,7 @@ from mmpo_jax.alignment.round import Round, pair_data, run_round
 from mmpo_jax.checkpoints.cards import ModelCard, SavedWeights, make_card, read_saved, write_card
 from mmpo_jax.checkpoints.checkpoint import (
     Checkpoint,
-    fingerprint_location,
     load_checkpoint,
-    load_processor,
-    locate,
 )
 from mmpo_jax.checkpoints.fingerprints import fingerprint_model, has_fingerprint
 from mmpo_jax.core import progress
@@ -36,11 +33,13 @@ from mmpo_jax.core.files import (
 )
 from mmpo_jax.data.records import Record
 from mmpo_jax.data.skipped import SKIPPED_FILE, SkipReason
+from mmpo_jax.data.sources import RecordSet
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.data.usable import usable_records
 from mmpo_jax.evaluation.picture_world import VERSION, evaluate_picture_world
-from mmpo_jax.feedback.claims import make_splitter
-from mmpo_jax.feedback.labeler import CheckpointLabeler, Labeler, answer_tokens
+from mmpo_jax.feedback.judge import Judge
+from mmpo_jax.feedback.judges import Models, make_judge
+from mmpo_jax.feedback.served import Servers
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipes.recipe import AlignRecipe
 from mmpo_jax.training.plan import check_training
@@ -64,6 +63,26 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
     """
     check_reachable(recipe.output)
     mesh = make_mesh(**recipe.devices.model_dump())
+    with Servers(recipe.output) as servers:
+        models = Models(
+            mesh,
+            recipe.attention,
+            recipe.lengths,
+            servers,
+            base=recipe.model,
+            template=recipe.template,
+            seed=recipe.seed,
+        )
+        judge = make_judge(recipe.feedback, models)
+        prompts = recipe.data.load(supervised=False)
+        judge.check(prompts.records)
+        return _run_rounds(recipe, prompts, judge, models)
+
+
+def _run_rounds(
+    recipe: AlignRecipe, prompts: RecordSet, judge: Judge, models: Models
+) -> list[RoundReport]:
+    mesh = models.mesh
     start = load_checkpoint(recipe.model, mesh, recipe.attention, recipe.template)
     card = make_card(
         recipe,
@@ -73,10 +92,8 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
         base_fingerprint=start.fingerprint,
     )
     check_training(recipe.training, start.model, mesh)
-    labeler_name = recipe.feedback.labeler or recipe.model
-    answer_tokens(load_processor(labeler_name, labeler_template(recipe)))
     record_set, tokenized = usable_records(
-        recipe.data.load(supervised=False),
+        prompts,
         start.processor,
         recipe.lengths,
         os.path.join(recipe.output, SKIPPED_FILE),
@@ -84,10 +101,6 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
     )
     shares = split_prompts(record_set.records, recipe)
     by_id = {record.id: record for record in tokenized}
-    labeler_key = fingerprint_location(locate(labeler_name))
-    if labeler_template(recipe) != "auto":  # else it lies in the folder
-        labeler_key = fingerprint_json([labeler_key, labeler_template(recipe)])
-    splitter = make_splitter(recipe.feedback.splitter)
 
     with _telling(0, recipe):
         reports = [RoundReport(0, evaluate_round(0, start, recipe, mesh))]
@@ -103,9 +116,9 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
             mesh=mesh,
             card=card,
         )
+        models.held = start
         with _telling(index, recipe):
-            labeler = functools.partial(make_labeler, work)
-            trained = run_round(work, splitter, labeler, labeler_key)
+            trained = run_round(work, judge)
             start.release()
             start = load_checkpoint(trained, mesh, recipe.attention)
             metrics = evaluate_round(index, start, recipe, mesh)
@@ -143,7 +156,7 @@ def save_last(recipe: AlignRecipe, work: Round, trained: Checkpoint, card: Model
     else:
         generated, pairs = (
             read_table(os.path.join(work.folder, f"{name}.parquet"))
-            for name in ("generate", "combine")
+            for name in ("generate", "pairs")
         )
         work = dataclasses.replace(work, start=work.start.reloaded(work.mesh))
         measure = functools.partial(
@@ -186,28 +199,6 @@ def split_prompts(records: list[Record], recipe: AlignRecipe) -> list[list[Recor
             f"the data has {len(records)} usable ones"
         )
     return [records[i * share : (i + 1) * share] for i in range(recipe.rounds)]
-
-
-def make_labeler(work: Round) -> Labeler:
-    """The recipe's labeler, loaded; where it is what the round starts from, with the same template,
-    the devices hold both once."""
-    recipe, checkpoint = work.recipe, work.start
-    name, template = recipe.feedback.labeler or recipe.model, labeler_template(recipe)
-    same_template = checkpoint.processor.template == template
-    if not same_template or fingerprint_location(locate(name)) != checkpoint.fingerprint:
-        checkpoint = load_checkpoint(name, work.mesh, recipe.attention, template)
-    return CheckpointLabeler(
-        checkpoint,
-        work.mesh,
-        recipe.lengths,
-        batch_size=recipe.feedback.batch_size,
-        questions_at_once=recipe.feedback.questions_at_once,
-    )
-
-
-def labeler_template(recipe: AlignRecipe) -> str:
-    """The start model's if it labels; another labeler has its own."""
-    return recipe.template if recipe.feedback.labeler is None else "auto"
 
 
 def evaluate_round(

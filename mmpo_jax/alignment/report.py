@@ -6,8 +6,8 @@ import dataclasses
 import json
 import os
 
-from mmpo_jax.alignment.round import scored_responses
 from mmpo_jax.core.files import read_table, write_atomic
+from mmpo_jax.feedback.scores import accepted
 from mmpo_jax.training.metrics import FILE, read_metrics
 
 RECALL_LOSS = 0.03
@@ -21,6 +21,7 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("round", "round", "d"),
     ("prompts", "prompts", "d"),
     ("responses", "responses", "d"),
+    ("failed", "failed", "d"),
     ("claims", "claims", "d"),
     ("rejected", "rejected_claims", "d"),
     ("pairs", "pairs", "d"),
@@ -45,13 +46,15 @@ class RoundReport:
     metrics: dict[str, float]
     prompts: int | None = None
     responses: int | None = None
+    failed: int | None = None
+    """Responses without a verdict."""
     claims: int | None = None
     rejected_claims: int | None = None
     pairs: int | None = None
     dpo_accuracy: float | None = None
     dpo_margin: float | None = None
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
-    """What the combine stage dropped, and why."""
+    """What pairing dropped, and why."""
 
     def value(self, key: str) -> float | None:
         if key == "round":
@@ -66,20 +69,26 @@ class RoundReport:
 
 def read_report(index: int, folder: str, metrics: dict[str, float]) -> RoundReport:
     """A finished round's line, from the files of its stages."""
-    responses = read_table(os.path.join(folder, "divide.parquet"))
-    judged = read_table(os.path.join(folder, "conquer.parquet"))
-    pairs = read_table(os.path.join(folder, "combine.parquet"))
-    scored = scored_responses(responses, judged)
-    verdicts = [verdict for response in scored for verdict in response.verdicts]
+    judged = read_table(os.path.join(folder, "judge.parquet"))
+    pairs = read_table(os.path.join(folder, "pairs.parquet"))
+    details = [json.loads(text) for text in judged["details"].to_pylist()]
+    verdicts = [
+        accepted(p_yes, p_no)
+        for said in details
+        for p_yes, p_no in zip(said.get("p_yes", []), said.get("p_no", []), strict=True)
+        if None not in (p_yes, p_no)
+    ]
+    failed = len(judged) - judged["reason"].null_count
     # A person may have removed the training's files, which are large, and kept the model.
     trained = read_metrics(os.path.join(folder, "train", FILE))
     return RoundReport(
         index=index,
         metrics=metrics,
-        prompts=len(set(responses["prompt_id"].to_pylist())),
-        responses=responses.num_rows,
-        claims=len(verdicts),
-        rejected_claims=verdicts.count(False),
+        prompts=len(set(judged["prompt_id"].to_pylist())),
+        responses=judged.num_rows,
+        failed=failed,
+        claims=len(verdicts) or None,
+        rejected_claims=verdicts.count(False) if verdicts else None,
         pairs=pairs.num_rows,
         dpo_accuracy=_late_mean(trained, "rewards/accuracies"),
         dpo_margin=_late_mean(trained, "rewards/margins"),

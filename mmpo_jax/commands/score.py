@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmpo_jax.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from mmpo_jax.checkpoints.checkpoint import load_checkpoint
 from mmpo_jax.commands.results import Results
 from mmpo_jax.data.batching import fitting_lengths
 from mmpo_jax.data.skipped import Problem
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.data.usable import usable_records
-from mmpo_jax.models.precision import inference_dtype
 from mmpo_jax.parallel.mesh import make_mesh
-from mmpo_jax.recipes.recipe import ScoreRecipe, ScoringDtype
-from mmpo_jax.scoring.log_probs import score_stage
+from mmpo_jax.recipes.recipe import ScoreRecipe
+from mmpo_jax.scoring.log_probs import chosen_dtype, score_stage
 
 
 def main(recipe: ScoreRecipe) -> None:
@@ -65,11 +64,6 @@ def _line(row: dict[str, Any], record: TokenizedRecord, tokens: bool) -> dict[st
         for place in record.left_out:
             line["response_ids"].insert(place, [])
     return line
-
-
-def chosen_dtype(dtype: ScoringDtype, checkpoint: Checkpoint) -> str:
-    """The dtype to compute in: `auto` is that of the weights, see `inference_dtype`."""
-    return inference_dtype(checkpoint.params).name if dtype == "auto" else dtype
 
 
 def without_responses(record: TokenizedRecord) -> Problem | None:

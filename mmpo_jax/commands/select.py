@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from mmpo_jax.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mmpo_jax.commands.generate import sampled_responses
 from mmpo_jax.commands.results import Results
-from mmpo_jax.commands.score import chosen_dtype, without_responses
+from mmpo_jax.commands.score import without_responses
 from mmpo_jax.core import progress
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import write_atomic
@@ -36,6 +36,7 @@ from mmpo_jax.feedback.selection import Selection, best_of, describe_selection
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipes.recipe import SelectRecipe
 from mmpo_jax.recipes.sampling import Candidates
+from mmpo_jax.scoring.log_probs import chosen_dtype
 
 log = logging.getLogger(__name__)
 

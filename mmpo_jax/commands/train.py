@@ -56,6 +56,9 @@ def run_training(recipe: TrainRecipe) -> str:
       The Hugging Face folder of the result.
     """
     check_reachable(recipe.output)
+    if recipe.rollout is not None:
+        for section in recipe.rollout.rewards:
+            section.key()  # which loads a function of the user's, before anything heavy
     mesh = make_mesh(**recipe.devices.model_dump())
     start = load_start(recipe.model, _random_seed(recipe), mesh, recipe.attention, recipe.template)
     training = recipe.training

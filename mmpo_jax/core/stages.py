@@ -23,6 +23,7 @@ from typing import Any
 import pyarrow as pa
 from etils import epath
 
+from mmpo_jax.core import progress
 from mmpo_jax.core.errors import DataError, MmpoError
 from mmpo_jax.core.files import (
     decode_table,
@@ -130,6 +131,18 @@ def run_stage(
     _write(stage, stage.manifest_path, manifest.encode(), stage.num_parts)
     _clean_up(stage, epath.Path(stage.folder).glob(f"{stage.name}.parts-*"))
     return StageOutput(decode_table(data, os.fspath(stage.output_path)), fingerprint_bytes(data))
+
+
+def run_told_stage(stage: Stage, make_part: Callable[[int], pa.Table]) -> StageOutput:
+    """`run_stage` as an activity that tells its parts; see there."""
+
+    def make(part: int) -> pa.Table:
+        activity.start_at(part)
+        progress.tell()
+        return make_part(part)
+
+    with progress.doing(stage.name, stage.num_parts, "parts") as activity:
+        return run_stage(stage, make)
 
 
 def read_finished(stage: Stage) -> StageOutput | None:

@@ -295,6 +295,11 @@ class Record:
         return len(ranks) > 1 and None not in ranks
 
 
+def last_question(turns: Sequence[Turn]) -> str:
+    """The text of the last user turn; empty where there is none."""
+    return next((turn.text for turn in reversed(turns) if turn.role == "user"), "")
+
+
 def placed(turns: Sequence[Turn], images: int, videos: int) -> tuple[Turn, ...]:
     """A dialogue with its media in the turns.
 

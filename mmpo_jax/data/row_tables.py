@@ -136,6 +136,7 @@ def decode_row(
                 prompt_ids=tokens[prompt],
                 responses=spoken_responses,
                 solution=more["solution"],
+                question=more["question"],
             )
         )
     first, *others = contexts
@@ -203,6 +204,7 @@ def _encode(record: TokenizedRecord) -> dict[str, Any]:
     encoded: list[bytes] = []
     more = {
         "solution": record.solution,
+        "question": record.question,
         "others": [name for name, _ in record.others],
         "sources": [_encode_source(response.source) for response in record.responses],
         "contexts": [_encode_context(context, encoded) for context in contexts],

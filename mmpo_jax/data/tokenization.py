@@ -20,7 +20,7 @@ from mmpo_jax.data.control_tokens import has_stand_ins
 from mmpo_jax.data.dialogues import Segment, dialogue_of, segments
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.processor import MediaError, Processor
-from mmpo_jax.data.records import ImageRef, Record, Response, VideoRef
+from mmpo_jax.data.records import ImageRef, Record, Response, VideoRef, last_question
 from mmpo_jax.data.segments import covered_tokens
 from mmpo_jax.data.skipped import SkippedRow, SkipReason
 from mmpo_jax.models.layout import Layout
@@ -65,6 +65,8 @@ class TokenizedRecord:
     """(name, the same responses in that context); see `data.contexts`."""
     solution: Any = dataclasses.field(default=None, hash=False)
     """What rewards compare with, as `Record.solution`."""
+    question: str = ""
+    """What the user says last in the prompt, as rewards are told."""
     order: tuple[int, ...] = ()
     """Places of the layouts' media among the images, then the videos; () for this very order."""
     shows_later: bool = False
@@ -172,6 +174,7 @@ def tokenize(
         ranked=record.ranked,
         videos=record.videos,
         solution=record.solution,
+        question=last_question(record.prompt),
         order=order,
         shows_later=any(_holds(r.ids, processor.placeholders) for r in responses),
         left_out=tuple(place for place, *_ in record.left_out),

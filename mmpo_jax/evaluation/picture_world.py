@@ -98,8 +98,8 @@ def yes_no_accuracy(labeler: CheckpointLabeler, config: Evaluation) -> dict[str,
     ]
     right: dict[str, list[bool]] = {"yes_no_accuracy": []}
     for answers, questions in zip(labeler.answer(items), asked, strict=True):
-        for (p_yes, p_no), question in zip(answers, questions, strict=True):
-            correct = accepted(p_yes, p_no) == question.answer
+        for answer, question in zip(answers, questions, strict=True):
+            correct = accepted(answer.p_yes, answer.p_no) == question.answer
             right["yes_no_accuracy"].append(correct)
             right.setdefault(f"yes_no/{question.kind}", []).append(correct)
     return {name: float(np.mean(values)) for name, values in right.items()}

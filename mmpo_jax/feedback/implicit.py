@@ -210,6 +210,15 @@ def check_same_tokenizer(policy: Processor, reference: Processor) -> None:
         raise MmpoError(f"{named}, which split texts differently; rewards compare the same tokens")
 
 
+def have_same_tokenizer(policy: Processor, reference: Processor) -> bool:
+    """Whether the same ids mean the same text to both, see `check_same_tokenizer`."""
+    try:
+        check_same_tokenizer(policy, reference)
+    except MmpoError:
+        return False
+    return True
+
+
 def _splitting(processor: Processor) -> Any:
     """How texts become tokens, but for the vocabulary."""
     backend = getattr(processor.tokenizer, "backend_tokenizer", None)

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -33,13 +33,30 @@ from mmpo_jax.models.precision import check_finite, inference_dtype
 from mmpo_jax.models.vlm import VisionLanguageModel
 
 YES, NO = ("yes", "Yes"), ("no", "No")
+PROBABILITIES = "probabilities"
+QUESTIONS_AT_ONCE = 128
+"""Questions that share one encoding of their image, at most: those of some ten responses."""
+
+
+class Answer(NamedTuple):
+    """What a labeler says to one question."""
+
+    p_yes: float
+    """Probability of yes; NaN where there is no answer."""
+    p_no: float
+    """Probability of no; it need not be 1 - `p_yes`."""
+    read: str = PROBABILITIES
+    """Where it was read: the model's `probabilities`, a server's `logprobs`, the share among
+    `samples`, or a `text`."""
+    failure: str | None = None
+    """Why there is no answer: a word that is counted."""
 
 
 class Labeler(Protocol):
     """Answers yes/no questions about images."""
 
-    def answer(self, items: Sequence[QuestionSet]) -> list[list[tuple[float, float]]]:
-        """(p_yes, p_no) of every question of every item, in order."""
+    def answer(self, items: Sequence[QuestionSet]) -> list[list[Answer]]:
+        """The answer to every question of every item, in order."""
         ...
 
 
@@ -47,7 +64,7 @@ QuestionSet = tuple[str, tuple[ImageRef, ...], tuple[str, ...]]
 """(id, images, questions about them)."""
 
 
-REJECTED = (0.0, 1.0)
+REJECTED = Answer(0.0, 1.0)
 """The answer to a question that no tokenizer takes: what nobody can check must not pay."""
 
 
@@ -65,7 +82,7 @@ class CheckpointLabeler:
         lengths: Lengths,
         *,
         batch_size: int,
-        questions_at_once: int = 16,
+        questions_at_once: int = QUESTIONS_AT_ONCE,
     ):
         """
         Args:
@@ -83,7 +100,7 @@ class CheckpointLabeler:
         self.questions_at_once = questions_at_once
         self.lead, self.yes_ids, self.no_ids = answer_tokens(checkpoint.processor)
 
-    def answer(self, items: Sequence[QuestionSet]) -> list[list[tuple[float, float]]]:
+    def answer(self, items: Sequence[QuestionSet]) -> list[list[Answer]]:
         """See `Labeler`.
 
         Raises:
@@ -102,7 +119,7 @@ class CheckpointLabeler:
             probabilities = self._probabilities([record for _, _, record in rows])
         for (index, places, _), pairs in zip(rows, probabilities, strict=True):
             for place, (yes, no) in zip(places, pairs.tolist(), strict=True):
-                answers[index][place] = yes, no
+                answers[index][place] = Answer(yes, no)
         return answers
 
     def _tokenize(

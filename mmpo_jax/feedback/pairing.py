@@ -1,9 +1,9 @@
-"""Combine claim verdicts into preference pairs: the last step of RLAIF-V's feedback.
+"""Preference pairs from scores, whoever gave them.
 
-Every response has the verdicts of a labeler on its claims (`mmpo_jax.feedback.scores`). Here the
-responses to one prompt become (chosen, rejected) pairs:
+Every response has a score of a judge (`mmpo_jax.feedback.judge`). Here the responses to one prompt
+become (chosen, rejected) pairs:
 
-    responses -> scores -> pairs that differ enough -> a few per prompt -> balanced in length
+    scores -> pairs that differ enough -> a few per prompt -> balanced in length
 
 The rules are those of RLAIF-V (Yu et al. 2024, arXiv 2405.17220, and its public code), except
 that sampling is seeded. Every step counts what it removes.
@@ -20,14 +20,26 @@ from typing import Literal
 
 from mmpo_jax.core.errors import DataError, MmpoError
 from mmpo_jax.core.files import canonical_json
-from mmpo_jax.feedback.scores import SCORES, ScoredResponse
 
 Balance = Literal["rlaif_v", "symmetric", "none"]
-DuplicateClaims = Literal["keep", "drop_response"]
 
 # Relative: scores that are no whole numbers reach `min_difference` only up to rounding.
 _ROUNDING = 1e-9
 _LENGTH_STEPS = 50  # Thresholds 0.00, 0.02, ..., 0.98.
+
+
+@dataclass(frozen=True)
+class ScoredResponse:
+    """One response with its score."""
+
+    prompt_id: str
+    sample: int
+    """Number of the response among those to its prompt."""
+    text: str
+    score: float
+    """More is better; only scores of responses to one prompt compare. NaN where it has none."""
+    reason: str | None = None
+    """Why it has none, in the words that are counted."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class CombineResult:
+class PairingResult:
     """Pairs in the order of prompt id and sample numbers, and what became of everything else."""
 
     pairs: tuple[Pair, ...]
@@ -55,41 +67,39 @@ class CombineResult:
     `length_balance`; None where no pair was measured."""
 
 
-def combine(
+def make_pairs(
     responses: Iterable[ScoredResponse],
     *,
     seed: int,
     round_number: int = 0,
-    score: str = "count",
     min_difference: float = 1.0,
     max_pairs_per_prompt: int | None = 2,
     balance: Balance = "rlaif_v",
-    duplicate_claims: DuplicateClaims = "keep",
-) -> CombineResult:
+) -> PairingResult:
     """Preference pairs from scored responses.
 
     The sampled pairs of a prompt depend on the seed, the round and that prompt's responses only,
     whatever the order of `responses` and the other prompts are. (The length balance looks at all
-    pairs at once, as in RLAIF-V.) Responses without claims have no score and form no pairs.
+    pairs at once, as in RLAIF-V.) Responses without a score form no pairs.
 
     Args:
-      score: a name in `SCORES`.
+      responses: of any prompts, in any order.
+      seed: of the draw.
+      round_number: another draw in every round.
       min_difference: the score difference from which on a pair is a preference.
       max_pairs_per_prompt: how many pairs of a prompt are kept at random; None for all.
       balance: see `length_balance`.
-      duplicate_claims: "keep" counts a repeated claim as often as it is made. "drop_response" is
-        what RLAIF-V's code comes to: a response that makes a claim twice forms no pairs.
 
     Raises:
       DataError: two responses share prompt and sample number.
       MmpoError: a setting is out of range.
     """
-    _check_settings(score, min_difference, max_pairs_per_prompt, balance, duplicate_claims)
-    counts: Counter[str] = Counter()
+    _check_settings(min_difference, max_pairs_per_prompt, balance)
+    counts: Counter[str] = Counter(dict.fromkeys(_COUNTS, 0))
     pairs: list[Pair] = []
-    by_prompt = _usable_by_prompt(responses, duplicate_claims, counts)
+    by_prompt = _usable_by_prompt(responses, counts)
     for prompt_id in sorted(by_prompt):
-        candidates = _candidate_pairs(by_prompt[prompt_id], score, min_difference, counts)
+        candidates = _candidate_pairs(by_prompt[prompt_id], min_difference, counts)
         kept = _sample(candidates, max_pairs_per_prompt, (seed, round_number, prompt_id))
         counts["pairs_over_limit"] += len(candidates) - len(kept)
         counts["prompts_without_pairs"] += not kept
@@ -97,18 +107,15 @@ def combine(
     balanced, threshold = length_balance(pairs, balance)
     counts["pairs_length"] = len(pairs) - len(balanced)
     counts["pairs"] = len(balanced)
-    return CombineResult(
-        tuple(balanced), {name: counts[name] for name in _COUNTS}, length_threshold=threshold
-    )
+    return PairingResult(tuple(balanced), dict(counts), length_threshold=threshold)
 
 
-# In the order of the steps. responses = usable + no_claims + duplicate_claims dropped, and
+# In the order of the steps. Behind them stands `responses_REASON` for every reason that responses
+# have no score for: responses = usable + these, and
 # pairs_all = small_difference + same_text + over_limit + length + pairs.
 _COUNTS = (
     "prompts",
     "responses",
-    "responses_without_claims",
-    "responses_with_duplicate_claims",
     "responses_usable",
     "pairs_all",
     "pairs_small_difference",
@@ -120,27 +127,17 @@ _COUNTS = (
 )
 
 
-def _check_settings(
-    score: str,
-    min_difference: float,
-    max_pairs_per_prompt: int | None,
-    balance: str,
-    duplicate_claims: str,
-) -> None:
-    if score not in SCORES:
-        raise MmpoError(f"score {score!r} is none of {', '.join(SCORES)}")
+def _check_settings(min_difference: float, max_pairs_per_prompt: int | None, balance: str) -> None:
     if not min_difference > 0:  # With equal scores neither response would be the better one.
         raise MmpoError(f"min_difference must be greater than 0, not {min_difference}")
     if max_pairs_per_prompt is not None and max_pairs_per_prompt < 1:
         raise MmpoError(f"max_pairs_per_prompt must be at least 1, not {max_pairs_per_prompt}")
     if balance not in _BALANCES:
         raise MmpoError(f"balance {balance!r} is none of {', '.join(_BALANCES)}")
-    if duplicate_claims not in ("keep", "drop_response"):
-        raise MmpoError(f"duplicate_claims {duplicate_claims!r} is none of keep, drop_response")
 
 
 def _usable_by_prompt(
-    responses: Iterable[ScoredResponse], duplicate_claims: str, counts: Counter[str]
+    responses: Iterable[ScoredResponse], counts: Counter[str]
 ) -> dict[str, list[ScoredResponse]]:
     """Responses that have a score, by prompt and in the order of their sample numbers."""
     by_prompt: dict[str, dict[int, ScoredResponse]] = defaultdict(dict)
@@ -155,26 +152,25 @@ def _usable_by_prompt(
         counts["prompts"] += 1
         usable[prompt_id] = []
         for _, response in sorted(samples.items()):
-            repeated = len(set(response.claims)) < len(response.claims)
             counts["responses"] += 1
-            counts["responses_without_claims"] += not response.claims
-            counts["responses_with_duplicate_claims"] += repeated
-            if response.claims and not (repeated and duplicate_claims == "drop_response"):
+            if math.isnan(response.score):
+                counts[f"responses_{response.reason or 'no_verdict'}"] += 1
+            else:
                 usable[prompt_id].append(response)
         counts["responses_usable"] += len(usable[prompt_id])
     return usable
 
 
 def _candidate_pairs(
-    responses: Sequence[ScoredResponse], score: str, min_difference: float, counts: Counter[str]
+    responses: Sequence[ScoredResponse], min_difference: float, counts: Counter[str]
 ) -> list[Pair]:
     """All pairs of one prompt whose scores differ enough and whose texts differ at all."""
-    scored = [(response, SCORES[score](response)) for response in responses]
     pairs = []
-    for couple in combinations(scored, 2):
-        (better, high), (worse, low) = sorted(couple, key=lambda item: item[1], reverse=True)
+    for couple in combinations(responses, 2):
+        better, worse = sorted(couple, key=lambda response: response.score, reverse=True)
         counts["pairs_all"] += 1
-        if high - low < min_difference * (1 - _ROUNDING):
+        # Said so, as the difference of two infinite scores is no number.
+        if not better.score - worse.score >= min_difference * (1 - _ROUNDING):
             counts["pairs_small_difference"] += 1
         elif better.text.strip() == worse.text.strip():
             counts["pairs_same_text"] += 1
@@ -186,8 +182,8 @@ def _candidate_pairs(
                     rejected=worse.text,
                     chosen_sample=better.sample,
                     rejected_sample=worse.sample,
-                    chosen_score=high,
-                    rejected_score=low,
+                    chosen_score=better.score,
+                    rejected_score=worse.score,
                 )
             )
     return sorted(pairs, key=_samples)

@@ -17,31 +17,27 @@ _ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
-class ScoredResponse:
-    """One sampled response with its claims and what the labeler thought of each.
+class ClaimVerdicts:
+    """The claims of a response, and what the labeler thought of each."""
 
-    Raises:
-      DataError: claims and probabilities differ in number, or a probability is none.
-    """
-
-    prompt_id: str
-    sample: int
-    """Number of the response among those to its prompt."""
-    text: str
     claims: tuple[str, ...]
     p_yes: tuple[float, ...]
     """Probability of yes for each claim."""
     p_no: tuple[float, ...]
     """Probability of no for each claim; it need not be 1 - `p_yes`."""
 
-    def __post_init__(self) -> None:
-        where = f"response {self.sample} to prompt {self.prompt_id!r}"
+    def check(self) -> None:
+        """Whether there are verdicts for all claims.
+
+        Raises:
+          DataError: claims and probabilities differ in number, or a probability is none.
+        """
         if not len(self.claims) == len(self.p_yes) == len(self.p_no):
             sizes = f"{len(self.claims)} claims, {len(self.p_yes)} p_yes, {len(self.p_no)} p_no"
-            raise DataError(f"{where}: {sizes}")
+            raise DataError(f"claims: {sizes}")
         # A NaN would compare false below and pass for a rejected claim.
         if not all(0 <= p <= 1 + _ROUNDING for p in self.p_yes + self.p_no):
-            raise DataError(f"{where}: a probability is not between 0 and 1")
+            raise DataError("claims: a probability is not between 0 and 1")
 
     @property
     def verdicts(self) -> tuple[bool, ...]:
@@ -78,8 +74,8 @@ def log_odds_score(p_yes: Sequence[float], p_no: Sequence[float]) -> float:
     )
 
 
-SCORES: Mapping[str, Callable[[ScoredResponse], float]] = {
-    "count": lambda response: count_score(response.verdicts),
-    "fraction": lambda response: fraction_score(response.verdicts),
-    "log_odds": lambda response: log_odds_score(response.p_yes, response.p_no),
+SCORES: Mapping[str, Callable[[ClaimVerdicts], float]] = {
+    "count": lambda claims: count_score(claims.verdicts),
+    "fraction": lambda claims: fraction_score(claims.verdicts),
+    "log_odds": lambda claims: log_odds_score(claims.p_yes, claims.p_no),
 }

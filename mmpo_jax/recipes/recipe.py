@@ -17,7 +17,9 @@ from mmpo_jax.objectives.catalog import OBJECTIVES
 from mmpo_jax.objectives.registry import FIELDS
 from mmpo_jax.picture_world.source import PictureWorldData
 from mmpo_jax.recipes.data import Data, Mixture
+from mmpo_jax.recipes.feedback import ClaimsFeedback, Feedback
 from mmpo_jax.recipes.sampling import Candidates, LongSampling, Sampling
+from mmpo_jax.recipes.scoring import ImplicitReward, Scoring
 from mmpo_jax.recipes.training import Rollout, Training
 
 
@@ -29,61 +31,13 @@ class Devices(Section):
     tensor: MeshSize = 1
 
 
-ScoringDtype = Literal["auto", "float32", "bfloat16"]
-"""`auto` is that of most weights, and float32 where that is float16: activations may pass its
-range, and bfloat16 would drop digits that the weights have."""
-
-
-class Scoring(Section):
-    """How responses are scored."""
-
-    batch_size: PositiveInt = 8
-    """Rows at a time."""
-    compute_dtype: ScoringDtype = "auto"
-    tokens: bool = False
-    """Writes the ids of prompts and responses too."""
-
-
-class ImplicitReward(Section):
-    """DPO's own reward of a response: `beta` times the log-ratio of policy and reference."""
-
-    beta: float = Field(0.1, gt=0)
-    """Factor of every reward; it changes no choice."""
-    per_token: bool = True
-    """Whether the log-ratio is divided by the response's number of tokens, EOS included."""
-    compute_dtype: ScoringDtype = "auto"
-    """Dtype of both models' passes; `auto` goes by the policy's weights."""
-
-
-class Feedback(Section):
-    """Divide and conquer: how responses become claims and claims become verdicts."""
-
-    splitter: Literal["picture_world"] = "picture_world"
-    labeler: str | None = None
-    """Checkpoint folder that answers the questions; the start model by default."""
-    suffix: str = " Please answer yes or no."
-    """Follows every question (RLAIF-V's wording)."""
-    batch_size: PositiveInt = 16
-    """Images at a time."""
-    questions_at_once: PositiveInt = 16
-    """Questions that share one encoding of their image."""
-
-
 class Pairing(Section):
-    """Combine: scored responses to preference pairs."""
+    """Scored responses to preference pairs."""
 
-    score: Literal["count", "fraction", "log_odds"] = "count"
     min_difference: float = Field(1.0, gt=0)
+    """Difference of scores from which on a pair is a preference, in what the judge counts."""
     max_pairs_per_prompt: PositiveInt = 2
     length_balance: Literal["rlaif_v", "symmetric", "none"] = "rlaif_v"
-    duplicate_claims: Literal["keep", "drop_response"] = "keep"
-    """What becomes of responses that make a claim twice; RLAIF-V's code in effect drops them."""
-
-    @pydantic.model_validator(mode="after")
-    def _possible(self) -> Pairing:
-        if self.score == "fraction" and self.min_difference > 1:
-            raise ValueError("shares of accepted claims never differ by more than 1")
-        return self
 
 
 class PreferenceTraining(Training):
@@ -209,7 +163,7 @@ class TrainRecipe(Base):
 
 
 class AlignRecipe(Base):
-    """`mmpo align`: rounds of generate, divide, conquer, combine, train."""
+    """`mmpo align`: rounds of generate, judge, pair, train."""
 
     data: Data
     lengths: Lengths = Lengths()
@@ -217,7 +171,7 @@ class AlignRecipe(Base):
     prompts_per_round: PositiveInt | None = None
     """Number of prompts, the next ones in every round; all of the data by default."""
     sampling: Sampling = Sampling()
-    feedback: Feedback = Feedback()
+    feedback: Feedback = ClaimsFeedback()
     pairing: Pairing = Pairing()
     training: PreferenceTraining = PreferenceTraining()
     evaluation: Evaluation | None = None
@@ -228,6 +182,15 @@ class AlignRecipe(Base):
             raise ValueError(
                 "sampling: pairs are made of different responses to a prompt; give a temperature "
                 "over 0 and num_samples over 1"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _scores_differ(self) -> AlignRecipe:
+        shares = isinstance(self.feedback, ClaimsFeedback) and self.feedback.score == "fraction"
+        if shares and self.pairing.min_difference > 1:
+            raise ValueError(
+                "pairing.min_difference: shares of accepted claims never differ by more than 1"
             )
         return self
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mmpo_jax.core.sections import Section, any_of, section_of
 from mmpo_jax.rewards import REWARDS
+from mmpo_jax.rewards.registry import Question, Value
+from mmpo_jax.rewards.user_function import check_function, fingerprint_function
 
 
 class RewardSection(Section):
@@ -15,14 +18,44 @@ class RewardSection(Section):
     weight: float = 1.0
     """How much it counts beside the others."""
 
-    def score(self, text: str, solution: Any) -> float:
-        """What a text is worth, before the weight.
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in REWARDS[self.type].options}
+
+    def values(self, question: Question, texts: Sequence[str]) -> list[Value]:
+        """What every text is worth as an answer to a question, before the weight.
 
         Raises:
-          DataError: the solution is not what the reward compares with.
+          DataError: the solution is not what the reward compares with, or a function of the user's
+            gives no values.
         """
-        options = {name: getattr(self, name) for name in REWARDS[self.type].options}
-        return REWARDS[self.type].score(text, solution, **options)
+        return REWARDS[self.type].values(question, texts, **self._options())
+
+    def check(self, solution: Any) -> None:
+        """Whether a solution is what the reward compares with; a user's function is not asked.
+
+        Raises:
+          DataError: it is not.
+        """
+        if not REWARDS[self.type].of_texts:
+            REWARDS[self.type].score("", solution, **self._options())
+
+    @property
+    def of_user(self) -> bool:
+        """Whether it is a function of the user's."""
+        return self.type == "python"
+
+    def key(self) -> dict[str, Any]:
+        """All that its values depend on beside question and text.
+
+        Raises:
+          MmpoError: a function of the user's cannot be loaded.
+        """
+        key = self.model_dump(mode="json", exclude={"weight"})
+        if self.of_user:
+            options = self._options()
+            check_function(options["function"], options["arguments"])
+            key["source"] = fingerprint_function(options["function"])
+        return key
 
 
 SECTIONS = {

@@ -2,22 +2,51 @@
 
 A reward is a function (text, solution, **options) -> float, most of them from 0 to 1. `text` is
 what the model said and may be anything: what cannot be read is worth 0 and raises nothing.
-`solution` is what the record says is right; one that a reward cannot use is a `DataError`. The
-docstring begins with what a text is worth and goes on with the source; `mmpo objectives` prints
-both.
+`solution` is what the record says is right; one that a reward cannot use is a `DataError`. One that
+sees more is a function (question, texts, **options), see `reward_of_texts`. The docstring begins
+with what a text is worth and goes on with the source; `mmpo objectives` prints both.
+
+On-policy objectives learn from rewards (`rollout: rewards`), and rounds make pairs of them
+(`feedback`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.sections import keyword_options
+from mmpo_jax.data.records import ImageRef
 
 MAX_LENGTH = 100_000
 """Characters; a longer text is worth 0 and not read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What texts answer."""
+
+    id: str
+    text: str
+    """What the user says last."""
+    images: tuple[ImageRef, ...]
+    """Its images, in order; `PIL.Image.open(io.BytesIO(image.read()))` opens one."""
+    solution: Any = None
+    """What the data say is right; None where they say nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """What a text is worth."""
+
+    score: float
+    """More is better; NaN for no verdict."""
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What a person may want to see of it, as JSON."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +54,11 @@ class Reward:
     """A reward by its name."""
 
     name: str
-    function: Callable[..., float]
+    function: Callable[..., Any]
     solution: str
     """What a record's solution has to be, in words."""
+    of_texts: bool = False
+    """Whether the function takes a question and all texts that answer it."""
 
     @property
     def options(self) -> dict[str, tuple[Any, Any]]:
@@ -47,12 +78,47 @@ class Reward:
         return paragraphs[number].replace("\n", " ") if number < len(paragraphs) else ""
 
     def score(self, text: str, solution: Any, **options: Any) -> float:
-        """What a text is worth.
+        """What a text is worth, by a reward of one text.
 
         Raises:
           DataError: the solution is not what the reward compares with.
         """
         return float(self.function(text[: MAX_LENGTH + 1], solution, **options))
+
+    def values(self, question: Question, texts: Sequence[str], **options: Any) -> list[Value]:
+        """What every text is worth as an answer to a question.
+
+        Raises:
+          DataError: the solution is not what the reward compares with, or a function of the user's
+            gives something else than a value for each text.
+        """
+        if not self.of_texts:
+            return [Value(self.score(text, question.solution, **options)) for text in texts]
+        return _as_values(self.function(question, texts, **options), len(texts), question.id)
+
+
+def _as_values(given: Any, count: int, name: str) -> list[Value]:
+    """Numbers, None for no verdict, or mappings with a `score` and details, as values."""
+    try:
+        values = [_as_value(one) for one in given]
+    except (TypeError, ValueError, KeyError) as error:
+        raise DataError(
+            f"{name}: a reward gives a number, None, or a mapping with `score` for every text, "
+            f"not {given!r:.200}"
+        ) from error
+    if len(values) != count:
+        raise DataError(f"{name}: a reward gave {len(values)} values for {count} texts")
+    infinite = [value.score for value in values if math.isinf(value.score)]
+    if infinite:
+        raise DataError(f"{name}: a reward gave {infinite[0]}; one without a verdict is None")
+    return values
+
+
+def _as_value(given: Any) -> Value:
+    if isinstance(given, Mapping):
+        details = {key: value for key, value in given.items() if key != "score"}
+        return dataclasses.replace(_as_value(given["score"]), details=details)
+    return Value(math.nan if given is None else float(given))
 
 
 REWARDS: dict[str, Reward] = {}
@@ -63,6 +129,17 @@ def reward(solution: str) -> Callable[[Callable[..., float]], Callable[..., floa
 
     def add(function: Callable[..., float]) -> Callable[..., float]:
         REWARDS[function.__name__] = Reward(function.__name__, function, solution)
+        return function
+
+    return add
+
+
+def reward_of_texts(solution: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a function (question, texts, **options) that gives a number, or None for no
+    verdict, or a mapping with `score` and details, for every text; `solution` as in `Reward`."""
+
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        REWARDS[function.__name__] = Reward(function.__name__, function, solution, of_texts=True)
         return function
 
     return add

@@ -25,7 +25,8 @@ from mmpo_jax.models.batch import Batch, PackedBatch
 from mmpo_jax.models.log_probs import response_log_probs, sum_log_probs
 from mmpo_jax.models.lora import cast_params
 from mmpo_jax.models.model import Model, Params
-from mmpo_jax.models.precision import check_finite
+from mmpo_jax.models.precision import check_finite, inference_dtype
+from mmpo_jax.recipes.scoring import ScoringDtype
 
 ROWS_PER_PART = 512
 SCORE_RULES = 2
@@ -181,3 +182,8 @@ def compute_scores(
                 row[place, : len(response.ids)].tolist() for place, response in enumerate(responses)
             ]
     return scores
+
+
+def chosen_dtype(dtype: ScoringDtype, checkpoint: Checkpoint) -> str:
+    """The dtype to compute in: `auto` is that of the weights, see `inference_dtype`."""
+    return inference_dtype(checkpoint.params).name if dtype == "auto" else dtype

@@ -37,6 +37,7 @@ from mmpo_jax.objectives.on_policy import STD_FLOOR, advantages
 from mmpo_jax.parallel.mesh import put_batch
 from mmpo_jax.recipes.sampling import Decoding
 from mmpo_jax.recipes.training import Rollout, Training
+from mmpo_jax.rewards.registry import Question
 from mmpo_jax.scoring.log_probs import score_batch
 from mmpo_jax.training.step import whole_params
 
@@ -168,19 +169,19 @@ class Rollouts:
         return [self._read(*pair) for pair in zip(records, tokens, strict=True)]
 
     def _read(self, record: TokenizedRecord, samples: Int[np.ndarray, "S T"]) -> Sampled:
-        responses, rewards = [], []
+        responses, texts = [], []
         for row in samples:
             text, length, finished = read_response(self.start.processor, row)
             source = Response((Turn("assistant", text),), finished)
             responses.append(
                 TokenizedResponse(row[:length].astype(np.int32), np.ones(length, bool), 0, source)
             )
-            rewards.append(
-                [section.score(text, record.solution) for section in self.rollout.rewards]
-            )
-        return Sampled(
-            dataclasses.replace(record, responses=tuple(responses)), np.array(rewards, np.float32)
-        )
+            texts.append(text)
+        question = Question(record.id, record.question, record.images, record.solution)
+        values = [section.values(question, texts) for section in self.rollout.rewards]
+        scores = np.array([[value.score for value in row] for row in values], np.float32).T
+        record = dataclasses.replace(record, responses=tuple(responses))
+        return Sampled(record, without_gaps(scores))
 
     def _old_log_probs(self, params: Params, arrays: TrainBatch) -> Any:
         """float32[M, B, S, T] of M micro-batches, under the policy that sampled."""
@@ -211,6 +212,15 @@ class Rollouts:
             **reward_metrics(rewards, weights),
             "completions/clipped_ratio": float(1 - np.mean(finished)),
         }
+
+
+def without_gaps(rewards: Float[np.ndarray, "S K"]) -> Float[np.ndarray, "S K"]:
+    """Rewards of a prompt's samples where no verdict (NaN) counts as the mean of the others', which
+    neither favours nor punishes; 0 where no sample has one."""
+    known = ~np.isnan(rewards)
+    total = np.where(known, rewards, 0).sum(axis=0)
+    mean = total / np.maximum(known.sum(axis=0), 1)
+    return np.where(known, rewards, mean).astype(np.float32)
 
 
 def reward_metrics(

@@ -181,7 +181,7 @@ class PromptUse:
         """(reason, detail) why samples cannot be rewarded; None if they can."""
         try:
             for section in _rollout(self.rollout).rewards:
-                section.score("", record.solution)
+                section.check(record.solution)
         except DataError as error:
             return "no_answer", str(error)
         return None

@@ -65,6 +65,9 @@ class TrainingStage:
             identity["validation"] = self.validation.model_dump(mode="json", exclude={"data"})
         if self.rollout is not None:
             identity["rollout"] = self.rollout.model_dump(mode="json")
+            functions = [section.key() for section in self.rollout.rewards if section.of_user]
+            if functions:
+                identity["functions"] = functions
         return identity
 
 

@@ -9,6 +9,7 @@ from jax.sharding import AxisType
 
 from mmpo_jax.alignment import align
 from mmpo_jax.alignment.align import run_alignment
+from mmpo_jax.feedback import judges
 from mmpo_jax.parallel.mesh import AXES
 
 
@@ -20,8 +21,8 @@ def stubs():
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(align, "make_mesh", lambda **sizes: mesh)
-        patch.setattr(align, "make_splitter", lambda name: WordSplitter())
-        patch.setattr(align, "make_labeler", CoinLabeler)
+        patch.setattr(judges, "make_splitter", lambda *args: (WordSplitter(), []))
+        patch.setattr(judges, "make_labeler", lambda *args: (CoinLabeler, "coin", lambda: None))
         yield
 
 

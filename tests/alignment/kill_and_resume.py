@@ -45,7 +45,7 @@ MOMENTS = (
     "round 1/2, generate: 1 of 2",
     "round 1/2, divide",
     "round 1/2, conquer: 1 of 2",
-    "round 1/2, combine",
+    "round 1/2, pairs",
     "round 1/2, reference",
     "step 10/",
     "step 30/",  # the last one: the model is being saved
@@ -55,12 +55,12 @@ MOMENTS = (
     "round 1/2, evaluate",
     "round 2/2, generate",
     "round 2/2, divide",
-    "round 2/2, combine",
+    "round 2/2, pairs",
     "round 2/2, reference",
     "round 2/2, evaluate",
 )
 """What a kill waits for, the most telling first: with k kills the first k, in the run's order."""
-SHORT = ("divide", "combine")
+SHORT = ("divide", "judge", "pairs")
 """Stages that are done in no time: there a kill comes within hundredths of a second."""
 PATIENCE = 600
 """Seconds without a line after which the run counts as hung."""
@@ -162,7 +162,10 @@ def run(
 
 def in_order_of_the_run(moments: tuple[str, ...]) -> list[str]:
     """A `step` line belongs to the first round's training, which is where it comes up first."""
-    stages = ("evaluate", "generate", "divide", "conquer", "combine", "reference", "train", "step")
+    stages = (
+        *("evaluate", "generate", "divide", "conquer", "judge", "pairs"),
+        *("reference", "train", "step"),
+    )
 
     def place(moment: str) -> tuple[int, int, int]:
         words = moment.split()

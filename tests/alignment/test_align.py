@@ -14,16 +14,16 @@ from helpers import tiny
 from helpers.small_rounds import PROMPTS, ROUNDS, SAMPLES, STAGES, WordSplitter, make_recipe
 
 from mmpo_jax.alignment import align
-from mmpo_jax.alignment import round as round_module
 from mmpo_jax.alignment.align import run_alignment
 from mmpo_jax.checkpoints.checkpoint import load_start
 from mmpo_jax.checkpoints.fingerprints import fingerprint_model
 from mmpo_jax.checkpoints.huggingface import load_model
-from mmpo_jax.core import progress
+from mmpo_jax.core import progress, stages
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.files import fingerprint_file, read_table
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.records import ImageRef
+from mmpo_jax.feedback import judge, judges
 from mmpo_jax.picture_world.render import png_bytes
 from mmpo_jax.picture_world.world import sample_scene
 from mmpo_jax.training import stage as stage_module
@@ -44,8 +44,8 @@ def work_done(monkeypatch):
 
         return original(stage, make)
 
-    original = round_module.run_stage
-    monkeypatch.setattr(round_module, "run_stage", count)
+    original = stages.run_stage
+    monkeypatch.setattr(stages, "run_stage", count)
     monkeypatch.setattr("mmpo_jax.scoring.log_probs.run_stage", count)
     monkeypatch.setattr("mmpo_jax.generation.responses.run_stage", count)
     for module, name in ((stage_module, "train"), (align, "evaluate_picture_world")):
@@ -124,13 +124,13 @@ def test_tables_belong_together(finished):
             for row in tables["divide"]
             for question in row["questions"]
         }
-        for pair in tables["combine"]:
+        for pair in tables["pairs"]:
             assert generated[pair["prompt_id"], pair["chosen_sample"]] == pair["chosen"]
             assert generated[pair["prompt_id"], pair["rejected_sample"]] == pair["rejected"]
             assert pair["chosen_score"] > pair["rejected_score"]
         pairs = {
             f"{pair['prompt_id']}/{pair['chosen_sample']}-{pair['rejected_sample']}"
-            for pair in tables["combine"]
+            for pair in tables["pairs"]
         }
         scored = [row["id"] for row in tables["reference"]]  # of those within `max_steps`
         assert scored and len(set(scored)) == len(scored) and pairs >= set(scored)
@@ -234,7 +234,7 @@ def test_a_changed_setting_makes_again_what_depends_on_it(finished, copy, tiny_f
         copy, tiny_folder, pairing={"length_balance": "none", "max_pairs_per_prompt": 1}
     )
     reports = run_alignment(recipe)
-    assert work_done[:3] == [("round-1", stage) for stage in ("combine", "reference", "train")]
+    assert work_done[:3] == [("round-1", stage) for stage in ("pairs", "reference", "train")]
     # Another model comes out of round 1: all of round 2 is another.
     rest = [name for _, name in work_done[3:]]
     assert rest == ["evaluate_picture_world", *STAGES, "train", "evaluate_picture_world"]
@@ -273,17 +273,17 @@ def test_it_goes_on_after_an_interruption_anywhere(finished, tiny_folder, tmp_pa
 def test_divide_loses_one_part_at_most(finished, copy, tiny_folder, monkeypatch):
     """What was divided before a kill is not divided again, and the table is that of one part."""
     (copy / "round-1" / "divide.json").unlink()
-    monkeypatch.setattr(round_module, "PROMPTS_PER_PART", 5)
+    monkeypatch.setattr(judge, "PROMPTS_PER_PART", 5)
     divided = []
 
     class Stopped(WordSplitter):
-        def divide(self, question, response):
+        def divide_one(self, response):
             divided.append(response)
             if len(divided) == 7 * SAMPLES:  # in the second part
                 raise KeyboardInterrupt
-            return super().divide(question, response)
+            return super().divide_one(response)
 
-    monkeypatch.setattr(align, "make_splitter", lambda name: Stopped())
+    monkeypatch.setattr(judges, "make_splitter", lambda *args: (Stopped(), []))
     with pytest.raises(KeyboardInterrupt):
         run_alignment(make_recipe(copy, tiny_folder))
     assert len(list((copy / "round-1").glob("divide.parts-*/*.parquet"))) == 1

@@ -5,13 +5,11 @@ import json
 
 import jax
 import numpy as np
-import pyarrow as pa
 import pytest
 from helpers.small_rounds import PROMPTS, make_recipe
 from jax.sharding import AxisType
 
 from mmpo_jax.alignment import align
-from mmpo_jax.alignment import round as round_module
 from mmpo_jax.alignment.align import run_alignment, split_prompts
 from mmpo_jax.checkpoints.checkpoint import load_start
 from mmpo_jax.checkpoints.fingerprints import fingerprint_model
@@ -20,39 +18,32 @@ from mmpo_jax.checkpoints.peft import base_model, save_adapter
 from mmpo_jax.core.errors import DataError, MmpoError
 from mmpo_jax.core.files import read_table
 from mmpo_jax.core.trees import flatten, unflatten
-from mmpo_jax.feedback.scores import count_score
+from mmpo_jax.feedback import judges
+from mmpo_jax.feedback.claims import judgement_of
+from mmpo_jax.feedback.labeler import Answer
 from mmpo_jax.generation import responses as responses_module
 from mmpo_jax.models.lora import Lora, add_adapters
 from mmpo_jax.parallel.mesh import AXES
+from mmpo_jax.recipes.feedback import ClaimsFeedback
 from mmpo_jax.training.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("stubs")
-MAKE_LABELER = align.make_labeler
+MAKE_SPLITTER, MAKE_LABELER = judges.make_splitter, judges.make_labeler
 
 
 def test_what_cannot_be_read_is_a_rejected_claim():
-    divided = pa.table(
-        {
-            "prompt_id": ["a"],
-            "sample": [3],
-            "text": ["a red circle and a ."],
-            "claims": [["there is a red circle ."]],
-            "questions": [["is there a red circle in the picture ?"]],
-            "unparsed": [["a"]],
-        }
-    )
-    judged = pa.table(
-        {
-            "prompt_id": ["a"],
-            "question": ["is there a red circle in the picture ?"],
-            "p_yes": [0.9],
-            "p_no": [0.1],
-        }
-    )
-    (scored,) = round_module.scored_responses(divided, judged)
-    assert scored.claims == ("there is a red circle .", "a")
-    assert scored.verdicts == (True, False)
-    assert count_score(scored.verdicts) == -1
+    row = {
+        "claims": ["there is a red circle ."],
+        "questions": ["is there a red circle in the picture ?"],
+        "unparsed": ["a"],
+        "failure": None,
+        "raw": None,
+    }
+    answers = {"is there a red circle in the picture ?": Answer(0.9, 0.1)}
+    judgement = judgement_of(row, answers, ClaimsFeedback())
+    assert judgement.details["claims"] == ["there is a red circle .", "a"]
+    assert judgement.details["p_yes"] == [0.9, 0.0]
+    assert judgement.score == -1
 
 
 def test_too_few_prompts(tiny_folder, tmp_path):
@@ -88,10 +79,8 @@ def test_the_true_feedback_of_the_picture_world(tiny_folder, tmp_path, monkeypat
         (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
     )
     monkeypatch.setattr(align, "make_mesh", lambda **sizes: mesh)
-    from mmpo_jax.feedback.claims import make_splitter
-
-    monkeypatch.setattr(align, "make_splitter", make_splitter)
-    monkeypatch.setattr(align, "make_labeler", MAKE_LABELER)
+    monkeypatch.setattr(judges, "make_splitter", MAKE_SPLITTER)
+    monkeypatch.setattr(judges, "make_labeler", MAKE_LABELER)
     recipe = make_recipe(
         tmp_path,
         tiny_folder,

@@ -48,7 +48,7 @@ def test_the_moments_come_in_the_order_of_the_run():
     assert order[0] == "round 0/2, evaluate"
     assert order[1:6] == [
         f"round 1/2, {stage}"
-        for stage in ("generate: 1 of 2", "divide", "conquer: 1 of 2", "combine", "reference")
+        for stage in ("generate: 1 of 2", "divide", "conquer: 1 of 2", "pairs", "reference")
     ]
     assert order[6:10] == ["round 1/2, train", "step 10/", "step 30/", "round 1/2, evaluate"]
     assert order[-1] == "round 2/2, evaluate"

@@ -8,7 +8,7 @@ from mmpo_jax.alignment import align
 from mmpo_jax.alignment.align import run_alignment
 from mmpo_jax.core.files import encode_table, fingerprint_file, fingerprint_json, read_table
 
-KEYED = "generate", "conquer", "reference"
+KEYED = "generate", "conquer", "judge", "pairs", "reference"
 
 
 def as_before(folder, stage):

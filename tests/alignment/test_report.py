@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pyarrow as pa
 import pytest
@@ -124,27 +125,24 @@ def test_no_curves_without_an_evaluation(tmp_path):
 
 @pytest.fixture
 def round_files(tmp_path):
-    """What a round leaves: three responses, three claims about two images."""
-    divided = pa.table(
-        {
-            "prompt_id": ["a", "a", "b"],
-            "sample": [0, 1, 0],
-            "text": ["one two", "one", "one"],
-            "claims": [["one", "two"], ["one"], ["one"]],
-            "questions": [["q1", "q2"], ["q1"], ["q1"]],
-            "unparsed": pa.array([[], [], []], pa.list_(pa.string())),
-        }
-    )
+    """What a round leaves: four responses, four claims about two images."""
+    details = [
+        {"claims": ["one", "two"], "p_yes": [0.9, 0.2], "p_no": [0.1, 0.8]},
+        {"claims": ["one"], "p_yes": [0.9], "p_no": [0.1]},
+        {"claims": ["one"], "p_yes": [0.4], "p_no": [0.4]},  # a tie is a rejection
+        {"reply": "what nobody can read"},
+    ]
     judged = pa.table(
         {
-            "prompt_id": ["a", "a", "b"],
-            "question": ["q1", "q2", "q1"],
-            "p_yes": [0.9, 0.2, 0.4],
-            "p_no": [0.1, 0.8, 0.4],  # a tie is a rejection
+            "prompt_id": ["a", "a", "b", "b"],
+            "sample": [0, 1, 0, 1],
+            "score": [-1.0, 0.0, -1.0, math.nan],
+            "reason": [None, None, None, "no_json"],
+            "details": list(map(json.dumps, details)),
         }
     )
     pairs = pa.table({"prompt_id": ["a"]}).replace_schema_metadata({"counts": '{"pairs": 1}'})
-    for name, table in (("divide", divided), ("conquer", judged), ("combine", pairs)):
+    for name, table in (("judge", judged), ("pairs", pairs)):
         write_table(tmp_path / f"{name}.parquet", table)
     (tmp_path / "train").mkdir()
     return tmp_path
@@ -159,7 +157,8 @@ def test_a_round_is_read_from_its_files(round_files):
         index=1,
         metrics={"sampled/recall": 0.5},
         prompts=2,
-        responses=3,
+        responses=4,
+        failed=1,
         claims=4,
         rejected_claims=2,
         pairs=1,

@@ -1,5 +1,6 @@
 """Pairing compared with a second, literal implementation of RLAIF-V's rules."""
 
+import dataclasses
 import itertools
 import math
 import random
@@ -7,19 +8,68 @@ import random
 import pytest
 
 from mmpo_jax.core.errors import DataError, MmpoError
-from mmpo_jax.feedback.pairing import CombineResult, Pair, combine, length_balance
-from mmpo_jax.feedback.scores import ScoredResponse, count_score, fraction_score, log_odds_score
+from mmpo_jax.feedback.claims import judgement_of
+from mmpo_jax.feedback.labeler import Answer
+from mmpo_jax.feedback.pairing import (
+    Pair,
+    PairingResult,
+    ScoredResponse,
+    length_balance,
+    make_pairs,
+)
+from mmpo_jax.feedback.scores import (
+    ClaimVerdicts,
+    count_score,
+    fraction_score,
+    log_odds_score,
+)
+from mmpo_jax.recipes.feedback import ClaimsFeedback
 
 
-def response(prompt_id, sample, verdicts, text=None, claims=None):
-    return ScoredResponse(
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A response with its claims and the labeler's answers, or the reason that it failed for."""
+
+    prompt_id: str
+    sample: int
+    text: str
+    claims: tuple[str, ...]
+    p_yes: tuple[float, ...]
+    p_no: tuple[float, ...]
+    failure: str | None = None
+
+
+def response(prompt_id, sample, verdicts, text=None, claims=None, failure=None):
+    return Case(
         prompt_id,
         sample,
         f"{prompt_id} {sample}" if text is None else text,
         tuple(claims or (f"claim {k}" for k in range(len(verdicts)))),
         tuple(0.9 if verdict else 0.2 for verdict in verdicts),
         tuple(0.1 if verdict else 0.8 for verdict in verdicts),
+        failure,
     )
+
+
+def scored(case, **options):
+    """The case as the judge of claims scores it."""
+    questions = [f"{case.sample} {claim}?" for claim in case.claims]
+    row = {
+        "claims": list(case.claims),
+        "questions": questions,
+        "unparsed": [],
+        "failure": case.failure,
+        "raw": None,
+    }
+    answers = dict(zip(questions, map(Answer, case.p_yes, case.p_no), strict=True))
+    judgement = judgement_of(row, answers, ClaimsFeedback(**options))
+    return ScoredResponse(case.prompt_id, case.sample, case.text, judgement.score, judgement.reason)
+
+
+def combine(cases, *, score="count", duplicate_claims="keep", **settings):
+    """Pairs of cases."""
+    options = {"score": score, "duplicate_claims": duplicate_claims}
+    return make_pairs([scored(case, **options) for case in cases], **settings)
 
 
 def pair(chosen_words, rejected_words, name="p"):
@@ -34,6 +84,7 @@ def random_responses(seed, prompts=20, samples=6):
             sample,
             [rng.random() < 0.7 for _ in range(rng.randrange(0, 6))],
             text=" ".join("w" * rng.randrange(1, 3) for _ in range(rng.randrange(1, 8))) + " ",
+            failure="no_json" if rng.random() < 0.1 else None,
         )
         for prompt in range(prompts)
         for sample in range(samples)
@@ -45,6 +96,8 @@ def literal_pairs(responses):
     found = set()
     for a, b in itertools.permutations(responses, 2):
         if a.prompt_id != b.prompt_id or not a.claims or not b.claims:
+            continue
+        if a.failure or b.failure:
             continue
         score_a = sum(1 if y > n else 0 for y, n in zip(a.p_yes, a.p_no, strict=True)) - len(
             a.claims
@@ -76,7 +129,7 @@ def literal_length_balance(pairs):
     return best
 
 
-def keys(result: CombineResult):
+def keys(result: PairingResult):
     return [(p.prompt_id, p.chosen_sample, p.rejected_sample) for p in result.pairs]
 
 
@@ -89,7 +142,8 @@ def test_all_pairs_are_those_of_the_specification(seed):
     by_name = {(r.prompt_id, r.sample): r for r in responses}
     for p in result.pairs:
         assert p.chosen == by_name[p.prompt_id, p.chosen_sample].text
-        assert p.rejected_score == -by_name[p.prompt_id, p.rejected_sample].verdicts.count(False)
+        rejected = by_name[p.prompt_id, p.rejected_sample]
+        assert p.rejected_score == -sum(yes < 0.5 for yes in rejected.p_yes)
         assert p.chosen_score >= p.rejected_score + 1
 
 
@@ -148,12 +202,15 @@ def test_sampling_is_uniform():
 
 
 def test_counts_account_for_everything():
-    responses = random_responses(2)
+    responses = random_responses(0)
     counts = combine(responses, seed=0).counts
     assert counts["responses"] == len(responses) == 120
     assert counts["prompts"] == 20
-    assert counts["responses_without_claims"] == sum(not r.claims for r in responses) > 0
-    assert counts["responses_usable"] == 120 - counts["responses_without_claims"]
+    failed = sum(r.failure is not None for r in responses)
+    assert counts["responses_no_json"] == failed > 0
+    without = sum(not r.claims and not r.failure for r in responses)
+    assert counts["responses_no_claims"] == without > 0
+    assert counts["responses_usable"] == 120 - failed - without
     assert counts["pairs_all"] == (
         counts["pairs_small_difference"]
         + counts["pairs_same_text"]
@@ -182,8 +239,7 @@ def test_nothing_in_nothing_out():
 
 
 def test_a_tie_of_yes_and_no_is_rejected():
-    tied = ScoredResponse("a", 0, "x", ("c",), (0.4,), (0.4,))
-    assert tied.verdicts == (False,)
+    assert ClaimVerdicts(("c",), (0.4,), (0.4,)).verdicts == (False,)
 
 
 def test_scores():
@@ -216,10 +272,10 @@ def test_duplicate_claims():
     ]
     kept = combine(responses, seed=0)
     assert kept.pairs[0].rejected_score == -2
-    assert kept.counts["responses_with_duplicate_claims"] == 1
+    assert kept.counts["responses_usable"] == 2
     dropped = combine(responses, seed=0, duplicate_claims="drop_response")
     assert dropped.pairs == ()
-    assert dropped.counts["responses_with_duplicate_claims"] == 1
+    assert dropped.counts["responses_duplicate_claims"] == 1
     assert dropped.counts["responses_usable"] == 1
 
 
@@ -265,12 +321,10 @@ def test_none_keeps_everything():
 @pytest.mark.parametrize(
     "setting",
     [
-        {"score": "mean"},
         {"min_difference": 0},
         {"min_difference": math.nan},
         {"max_pairs_per_prompt": 0},
         {"balance": "half"},
-        {"duplicate_claims": "merge"},
     ],
 )
 def test_settings_out_of_range(setting):
@@ -280,8 +334,8 @@ def test_settings_out_of_range(setting):
 
 def test_bad_responses():
     with pytest.raises(DataError, match="2 claims, 1 p_yes, 1 p_no"):
-        ScoredResponse("a", 0, "x", ("c", "d"), (0.4,), (0.4,))
+        ClaimVerdicts(("c", "d"), (0.4,), (0.4,)).check()
     with pytest.raises(DataError, match="probability"):
-        ScoredResponse("a", 0, "x", ("c",), (math.nan,), (0.4,))
+        ClaimVerdicts(("c",), (math.nan,), (0.4,)).check()
     with pytest.raises(DataError, match="response 0 to prompt 'a' occurs twice"):
         combine([response("a", 0, [True])] * 2, seed=0)

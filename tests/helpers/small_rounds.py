@@ -1,23 +1,30 @@
 """Two small rounds of alignment, with feedback that a random model can earn."""
 
 from mmpo_jax.core.files import fingerprint_bytes
-from mmpo_jax.feedback.claims import Claim, Division
+from mmpo_jax.feedback.labeler import Answer
+from mmpo_jax.feedback.splitters import Claim, Division
 from mmpo_jax.recipes.recipe import AlignRecipe
 
 PROMPTS, SAMPLES, ROUNDS = 12, 3, 2
 
 
-STAGES = ("generate", "divide", "conquer", "combine", "reference")
+STAGES = ("generate", "divide", "conquer", "judge", "pairs", "reference")
 
 
 class WordSplitter:
     """A random model makes no captions: every different word it says is a claim."""
 
-    name = "words"
+    key = "words"
 
-    def divide(self, question, response):
+    def divide(self, items):
+        return [self.divide_one(item.response) for item in items]
+
+    def divide_one(self, response):
         words = dict.fromkeys(response.split())
         return Division(tuple(Claim(word, f"is there {word} ?") for word in words))
+
+    def release(self):
+        pass
 
 
 class CoinLabeler:
@@ -34,7 +41,8 @@ class CoinLabeler:
             return int(digest[:2], 16) / 255
 
         return [
-            [(p := coin(q, images), 1 - p) for q in questions] for _, images, questions in items
+            [Answer(p := coin(q, images), 1 - p) for q in questions]
+            for _, images, questions in items
         ]
 
 

@@ -10,9 +10,11 @@ import pytest
 import yaml
 
 import mmpo_jax
+from mmpo_jax.chat.server import ChatServer
 from mmpo_jax.objectives.catalog import OBJECTIVES
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.picture_world.render import MIN_IMAGE_SIZE
+from mmpo_jax.recipes.feedback import CheckpointAsked, Judging, Speaking
 from mmpo_jax.recipes.files import RecipeError, load_recipe
 from mmpo_jax.recipes.objectives import ObjectiveSection
 from mmpo_jax.recipes.recipe import (
@@ -29,6 +31,7 @@ from mmpo_jax.recipes.recipe import (
 )
 from mmpo_jax.recipes.rewards import RewardSection
 from mmpo_jax.recipes.sampling import Decoding
+from mmpo_jax.recipes.scoring import ImplicitReward
 from mmpo_jax.recipes.training import Rollout
 from mmpo_jax.rewards import REWARDS
 
@@ -135,12 +138,16 @@ def test_wrong_types_and_impossible_values(problem, override, told):
     [
         ("training.objective={type: dpo}", TrainRecipe, "dialogues hold no preferences"),
         ("sampling.max_new_tokens=65", AlignRecipe, "sampling.max_new_tokens 65 is more than"),
-        ("pairing={score: fraction, min_difference: 2}", AlignRecipe, "pairing: shares of"),
         ("evaluation={seeds: []}", AlignRecipe, "evaluation.seeds: "),
     ],
 )
 def test_options_that_cannot_go_together(problem, override, kind, told):
     assert told in problem(override, kind=kind)
+
+
+def test_shares_that_never_differ_so_much(problem):
+    overrides = "feedback.score=fraction", "pairing.min_difference=2"
+    assert "shares of accepted claims" in problem(*overrides, kind=AlignRecipe)
 
 
 def test_missing_keys(problem):
@@ -286,6 +293,8 @@ def test_configs_are_there():
 
 SPREAD = {Devices: make_mesh, Rollout: Decoding}
 """Sections given as `**section.model_dump(...)`, and what takes their fields as parameters."""
+OF_JUDGES = Judging, ImplicitReward, ChatServer, CheckpointAsked, Speaking
+"""Sections of a judge and of the models that it asks, which take them under other names."""
 
 
 def sections(kind: type[Section]) -> set[type[Section]]:
@@ -320,12 +329,14 @@ def owners(section: type[Section]) -> set[str]:
     )
     held = {name for name, annotation in fields if section in leaves(annotation)}
     passed = {"decoding"} if issubclass(section, Decoding) else set()
+    if issubclass(section, OF_JUDGES):
+        passed |= {"options", "asked", "server", "_server", "speaking", "splitting", "labeling"}
     return passed | ({*held, "config", "recipe"} if held else {"recipe"})
 
 
 def taken_by(section: type[Section]) -> set[str]:
     """Names that are given to a function as its parameters."""
-    if issubclass(section, RewardSection):  # the same of `RewardSection.score`
+    if issubclass(section, RewardSection):  # the same of `RewardSection.values`
         return {"weight", *REWARDS[section.model_fields["type"].default].options}
     if issubclass(section, ObjectiveSection):
         # `ObjectiveSection.term` reads them all by name.

@@ -27,10 +27,11 @@ from mmpo_jax.picture_world.records import prompt_records
 from mmpo_jax.recipes.recipe import TrainRecipe
 from mmpo_jax.recipes.rewards import RewardSection
 from mmpo_jax.recipes.training import Optimizer, Rollout, Training
+from mmpo_jax.rewards.registry import Question, Value
 from mmpo_jax.training import loop
 from mmpo_jax.training.loop import Run, TrainingData, train
 from mmpo_jax.training.metrics import read_metrics
-from mmpo_jax.training.on_policy import Prompts, Rollouts, with_token_limit
+from mmpo_jax.training.on_policy import Prompts, Rollouts, with_token_limit, without_gaps
 
 LENGTHS = Lengths(prompt=(24,), response=(4, 8))
 PROMPTS = 6
@@ -75,17 +76,14 @@ def records(tiny_processor):
 @pytest.fixture(scope="module", autouse=True)
 def easy_rewards():
     """Random weights never say what a real reward looks for: here letters are counted."""
-    real = RewardSection.score
 
-    def score(self, text, answer):
-        if self.type == "picture_world_caption" and isinstance(answer, dict):
-            return text.count("a") - text.count("e")
-        if self.type == "think_format":
-            return len(text) % 3
-        return real(self, text, answer)
+    def values(self, question, texts):
+        if self.type == "picture_world_caption":
+            return [Value(text.count("a") - text.count("e")) for text in texts]
+        return [Value(len(text) % 3) for text in texts]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RewardSection, "score", score)
+        patch.setattr(RewardSection, "values", values)
         yield
 
 
@@ -186,8 +184,12 @@ def test_a_rollout(tiny_model, tiny_processor, records, mesh, temperature):
         ids = arrays.prompts.response_ids[row, column][arrays.prompts.loss_mask[row, column]]
         assert tiny_processor.eos_id not in ids[:-1]
         text = tiny_processor.decode(ids.tolist())
+        record = by_id[host.ids[row]]
+        question = Question(record.id, record.question, record.images, record.solution)
+        assert question.text == "what is in the picture ?" and len(question.images) == 1
         for place, section in enumerate(ROLLOUT.rewards):
-            rewards[row, column, place] = section.score(text, by_id[host.ids[row]].solution)
+            (value,) = section.values(question, [text])
+            rewards[row, column, place] = value.score
     np.testing.assert_allclose(
         arrays.fields["advantages"], advantages(rewards, [1.0, 0.5]), atol=1e-5
     )
@@ -342,3 +344,8 @@ def test_recipes_that_make_no_sense_are_refused(changes, message, tmp_path):
 def test_the_limit_of_dr_grpo_is_the_rollouts():
     config = Training(objective={"type": "grpo", "normalization": "dr_grpo"})
     assert with_token_limit(config, ROLLOUT).objective[0].max_tokens == 6
+
+
+def test_samples_without_a_verdict_count_as_the_mean_of_the_others():
+    rewards = np.array([[1, np.nan], [np.nan, np.nan], [4, np.nan]], np.float32)
+    np.testing.assert_array_equal(without_gaps(rewards), [[1, 0], [2.5, 0], [4, 0]])

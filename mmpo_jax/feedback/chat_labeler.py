@@ -1,0 +1,165 @@
+"""Conquer, served: a chat server's model answers yes/no questions about images."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from mmpo_jax.chat.client import ChatClient
+from mmpo_jax.chat.replies import ChatFailure, ChatReply, Outcome, TokenLogProb
+from mmpo_jax.chat.requests import ChatMessage, ChatRequest
+from mmpo_jax.core import progress
+from mmpo_jax.feedback.labeler import Answer, QuestionSet
+from mmpo_jax.recipes.feedback import ChatLabeling
+
+CHAT_LABEL_RULES = 1
+"""Part of the key of verdicts: changes with how servers are asked and their replies read."""
+TOP = 20
+"""Tokens of the first position that are asked for, the most that servers give."""
+WORDS = {"yes": 0, "no": 1}
+SAMPLED_TOKENS = 8
+"""Length of a sampled answer, of which the first word counts."""
+NEITHER = "no_yes_or_no"
+
+
+class ChatLabeler:
+    """A served model: p(yes) and p(no) of the first token, or how often it says either.
+
+    Spellings of yes and no are added up, whatever their case and the blanks around them. Where only
+    one of both is among the tokens that the server tells, the other's probability is taken to be
+    as large as it can be: that of the least likely token told, or what is left of 1.
+    """
+
+    def __init__(self, client: ChatClient, options: ChatLabeling):
+        """
+        Args:
+          client: of the server.
+          options: how it is read.
+        """
+        self.client, self.options = client, options
+
+    def answer(self, items: Sequence[QuestionSet]) -> list[list[Answer]]:
+        """See `labeler.Labeler`; questions about one image go out one after another, as servers
+        keep the image that they have just seen."""
+        asked = [(images, question) for _, images, questions in items for question in questions]
+        with progress.doing("asking the labeler", len(asked), "questions"):
+            answers = iter(self._answer(asked))
+        return [[next(answers) for _ in questions] for _, _, questions in items]
+
+    def _answer(self, asked: Sequence[tuple]) -> list[Answer]:
+        """Answers to (images, question)."""
+        requests = [
+            ChatRequest((ChatMessage.user(question, images),), max_tokens=1)
+            for images, question in asked
+        ]
+        if self.options.read in ("auto", "logprobs"):
+            answers = self._ask_again(requests, _with_logprobs, read_logprobs)
+            if self.options.read == "logprobs":
+                return answers
+            return self._where(answers, "no_logprobs", requests)
+        if self.options.read == "samples":
+            return self._sampled(requests)
+        return self._ask_again(requests, _with_text, read_text)
+
+    def _where(
+        self, answers: list[Answer], failure: str, requests: Sequence[ChatRequest]
+    ) -> list[Answer]:
+        """The answers, with samples in place of those that failed for this reason."""
+        places = [place for place, answer in enumerate(answers) if answer.failure == failure]
+        sampled = self._sampled([requests[place] for place in places])
+        for place, answer in zip(places, sampled, strict=True):
+            answers[place] = answer
+        return answers
+
+    def _sampled(self, requests: Sequence[ChatRequest]) -> list[Answer]:
+        """Shares of yes and no among several replies; what is neither counts for none."""
+        count = self.options.samples
+        drawn = [
+            dataclasses.replace(
+                request, max_tokens=SAMPLED_TOKENS, temperature=1.0, seed=number * 1000
+            )
+            for request in requests
+            for number in range(count)
+        ]
+        outcomes = self.client.ask(drawn) if drawn else []
+        return [_share(outcomes[start : start + count]) for start in range(0, len(outcomes), count)]
+
+    def _ask_again(self, requests, change, read) -> list[Answer]:
+        """Answers as they are read in replies, those that are neither yes nor no asked again."""
+        answers = [Answer(math.nan, math.nan, "", NEITHER)] * len(requests)
+        waiting = list(range(len(requests)))
+        for attempt in range(self.options.attempts):
+            if not waiting:
+                break
+            asked = [change(requests[place], attempt) for place in waiting]
+            outcomes = self.client.ask(asked)
+            for place, outcome in zip(waiting, outcomes, strict=True):
+                answers[place] = _failed(outcome) or read(outcome)
+            waiting = [place for place in waiting if answers[place].failure == NEITHER]
+        return answers
+
+
+def _with_logprobs(request: ChatRequest, attempt: int) -> ChatRequest:
+    return dataclasses.replace(request, top_logprobs=TOP, attempt=attempt)
+
+
+def _with_text(request: ChatRequest, attempt: int) -> ChatRequest:
+    return dataclasses.replace(request, max_tokens=SAMPLED_TOKENS, attempt=attempt)
+
+
+def _failed(outcome: Outcome) -> Answer | None:
+    if isinstance(outcome, ChatFailure):
+        return Answer(math.nan, math.nan, "", outcome.reason)
+    return None
+
+
+def read_logprobs(reply: ChatReply) -> Answer:
+    """Probabilities of yes and no in the first token's alternatives; neither is a failure."""
+    top = reply.first_top_logprobs[0]
+    if top is None:
+        return Answer(math.nan, math.nan, "", "no_logprobs")
+    found: list[float | None] = [None, None]
+    for token, log_prob in top:
+        word = WORDS.get(token.strip().casefold())
+        if word is not None:
+            found[word] = (found[word] or 0.0) + _probability(log_prob)
+    if found == [None, None]:
+        return Answer(math.nan, math.nan, "", NEITHER)
+    rest = _largest_untold(top)
+    p_yes, p_no = (rest if p is None else min(p, 1.0) for p in found)
+    return Answer(p_yes, p_no, "logprobs")
+
+
+def _largest_untold(top: Sequence[TokenLogProb]) -> float:
+    """The largest probability that a token can have which is not told."""
+    told = [_probability(log_prob) for _, log_prob in top]
+    return max(0.0, min(min(told), 1.0 - sum(told)))
+
+
+def _probability(log_prob: float) -> float:
+    return math.exp(min(log_prob, 0.0))
+
+
+def read_text(reply: ChatReply) -> Answer:
+    """1 for the word that the reply begins with and 0 for the other; neither is a failure."""
+    word = first_word(reply.texts[0])
+    if word not in WORDS:
+        return Answer(math.nan, math.nan, "", NEITHER)
+    return Answer(float(word == "yes"), float(word == "no"), "text")
+
+
+def _share(outcomes: Sequence[Outcome]) -> Answer:
+    words = [first_word(o.texts[0]) for o in outcomes if isinstance(o, ChatReply)]
+    counts = [words.count(word) for word in WORDS]
+    if not any(counts):
+        failures = [o.reason for o in outcomes if isinstance(o, ChatFailure)]
+        return Answer(math.nan, math.nan, "", failures[0] if failures else NEITHER)
+    p_yes, p_no = (count / len(words) for count in counts)
+    return Answer(p_yes, p_no, "samples")
+
+
+def first_word(text: str) -> str:
+    """The first word in small letters, without what is no letter around it."""
+    words = text.split()
+    return words[0].strip(".,;:!?\"'*`()[]").casefold() if words else ""

@@ -1,0 +1,121 @@
+"""DPO's own reward as a judge: how much more one checkpoint likes a response than another one."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+
+import pyarrow as pa
+
+from mmpo_jax.checkpoints.checkpoint import open_checkpoint
+from mmpo_jax.core.files import fingerprint_items
+from mmpo_jax.core.stages import StageOutput, run_told_stage
+from mmpo_jax.data.records import Record
+from mmpo_jax.data.tokenization import UNLIMITED, RowRejected, TokenizedRecord
+from mmpo_jax.feedback.implicit import (
+    ImplicitRewards,
+    check_same_tokenizer,
+    have_same_tokenizer,
+    reward_stage,
+    tokenizer_for_both,
+)
+from mmpo_jax.feedback.judge import Judgement, Responses, judged_table
+from mmpo_jax.feedback.models import Models
+from mmpo_jax.recipes.feedback import ImplicitFeedback
+from mmpo_jax.scoring.log_probs import chosen_dtype
+
+FOLDER = "implicit"
+"""Folder of the judge's own stages in that of the round."""
+
+
+class ImplicitJudge:
+    """beta * log(policy / reference) of every response, summed or per token."""
+
+    def __init__(self, options: ImplicitFeedback, models: Models):
+        """
+        Args:
+          options: of the recipe.
+          models: what runs, and the generator of the responses.
+        """
+        self.options, self.models = options, models
+        self.policy, self.reference = (
+            open_checkpoint(name, models.attention, "auto")
+            for name in (options.policy, options.reference)
+        )
+
+    def check(self, records: Sequence[Record]) -> None:
+        """See `judge.Judge`."""
+        del records
+        check_same_tokenizer(self.policy.processor, self.reference.processor)
+
+    def judge(self, responses: Responses) -> StageOutput:
+        """See `judge.Judge`."""
+
+        def make_part(_: int) -> pa.Table:
+            tokenized = self._tokenized(responses)
+            known = [one for one in tokenized if isinstance(one, TokenizedRecord)]
+            mesh = self.models.mesh
+            policy = self.policy.reloaded(mesh)
+            rewards = iter(
+                reward_stage(
+                    policy,
+                    self.reference,
+                    known,
+                    None,
+                    mesh,
+                    beta=self.options.beta,
+                    folder=os.path.join(responses.folder, FOLDER),
+                    batch_size=self.options.batch_size,
+                    compute_dtype=chosen_dtype(self.options.compute_dtype, policy),
+                )
+            )
+            judgements: list[Judgement] = []
+            for one in tokenized:
+                judgements += (
+                    self._judgements(next(rewards)) if isinstance(one, TokenizedRecord) else one
+                )
+            return judged_table(responses, judgements)
+
+        inputs = {
+            "responses": responses.generated.fingerprint,
+            "images": fingerprint_items(
+                [image.fingerprint() for image in record.images] for record in responses.records
+            ),
+            "policy": self.policy.fingerprint,
+            "reference": self.reference.fingerprint,
+        }
+        settings = self.options.model_dump(mode="json", include={"beta", "per_token"}) | {
+            "compute_dtype": self.options.compute_dtype,
+            "same_tokens": self._generator_has_these_tokens(),
+        }
+        return run_told_stage(responses.stage("judge", inputs, settings, 1), make_part)
+
+    def _tokenized(self, responses: Responses) -> list[TokenizedRecord | list[Judgement]]:
+        """Every prompt with its responses in tokens, or the judgements that there cannot be."""
+        both = tokenizer_for_both(self.reference.processor)
+        sampled = self._generator_has_these_tokens()
+        tokenized: list[TokenizedRecord | list[Judgement]] = []
+        for record in responses.with_responses(sampled_tokens=sampled):
+            try:
+                tokenized.append(both(record, self.policy.processor, UNLIMITED, UNLIMITED))
+            except RowRejected as error:
+                judgement = Judgement(math.nan, {"problem": str(error)}, error.reason)
+                tokenized.append([judgement] * len(record.responses))
+        return tokenized
+
+    def _generator_has_these_tokens(self) -> bool:
+        """Whether the sampled ids mean the same to the policy as to what sampled them."""
+        generator = self.models.held
+        if generator is None:
+            return False
+        return have_same_tokenizer(generator.processor, self.policy.processor)
+
+    def _judgements(self, rewards: ImplicitRewards) -> list[Judgement]:
+        scores = rewards.per_token if self.options.per_token else rewards.summed
+        return [
+            Judgement(float(score), {"summed": float(summed), "num_tokens": int(tokens)})
+            for score, summed, tokens in zip(
+                scores, rewards.summed, rewards.num_tokens, strict=True
+            )
+        ]

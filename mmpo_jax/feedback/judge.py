@@ -1,0 +1,214 @@
+"""The one seam through which texts get a value: what a judge is asked, and what it gives.
+
+A round samples responses, a judge gives each a score, and pairs are made of scores whoever gave
+them. `claims.py`, `self_reward.py`, `implicit.py` and `reward_judge.py` are judges; `judges.py`
+makes the one that a recipe names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from mmpo_jax.core.errors import DataError
+from mmpo_jax.core.stages import Stage, StageOutput
+from mmpo_jax.data.records import Record, Response
+from mmpo_jax.feedback.pairing import ScoredResponse
+from mmpo_jax.generation.responses import PROMPTS_PER_PART
+
+JUDGED = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("sample", pa.int32()),
+        ("score", pa.float64()),
+        ("reason", pa.string()),
+        ("details", pa.string()),
+    ]
+)
+"""Columns of the stage `judge`; `details` is JSON."""
+
+NO_VERDICT = "no_verdict"
+"""Reason of a response without a score where its judge gives none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """What a judge says of one response."""
+
+    score: float
+    """More is better; NaN for no verdict."""
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What a person may want to see of it, as JSON: claims with their probabilities, a critique, a
+    raw reply."""
+    reason: str | None = None
+    """Why there is no score: a word that is counted."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Responses:
+    """The responses of a round, as judges are asked about them."""
+
+    folder: str
+    """Folder of the round, where judges keep their stages."""
+    records: Sequence[Record]
+    """The prompts."""
+    generated: StageOutput
+    """The responses, a row each (`generation.responses.GENERATED`), those of a prompt together and
+    in the order of the prompts."""
+
+    @property
+    def num_parts(self) -> int:
+        """Parts that judges make their stages in."""
+        return max(1, -(-len(self.records) // PROMPTS_PER_PART))
+
+    def part(self, number: int) -> Responses:
+        """The prompts of one part with their responses."""
+        start = number * PROMPTS_PER_PART
+        records = self.records[start : start + PROMPTS_PER_PART]
+        asked = {record.id for record in records}
+        rows = [place for place, name in enumerate(self.prompt_ids()) if name in asked]
+        first, count = (rows[0], rows[-1] + 1 - rows[0]) if rows else (0, 0)
+        table = self.generated.table.slice(first, count)
+        return dataclasses.replace(
+            self, records=records, generated=dataclasses.replace(self.generated, table=table)
+        )
+
+    def prompt_ids(self) -> list[str]:
+        """The id of every response's prompt."""
+        return self.generated.table["prompt_id"].to_pylist()
+
+    def by_prompt(self) -> Iterator[tuple[Record, list[str]]]:
+        """Every prompt with the texts of its responses."""
+        texts: dict[str, list[str]] = {record.id: [] for record in self.records}
+        for prompt_id, text in zip(
+            self.prompt_ids(), self.generated.table["text"].to_pylist(), strict=True
+        ):
+            texts[prompt_id].append(text)
+        for record in self.records:
+            yield record, texts[record.id]
+
+    def with_responses(self, *, sampled_tokens: bool) -> Iterator[Record]:
+        """Every prompt as a record with its responses.
+
+        Args:
+          sampled_tokens: whether with the ids that were sampled, or as texts.
+        """
+        rows = self.generated.table.select(["prompt_id", "text", "finished", "token_ids"])
+        responses: dict[str, list[Response]] = {record.id: [] for record in self.records}
+        for row in rows.to_pylist():
+            ids = tuple(row["token_ids"]) if sampled_tokens else None
+            response = Response.of(row["text"], finished=row["finished"], token_ids=ids)
+            responses[row["prompt_id"]].append(response)
+        for record in self.records:
+            yield dataclasses.replace(record, responses=tuple(responses[record.id]))
+
+    def stage(
+        self,
+        name: str,
+        inputs: Mapping[str, str],
+        settings: Mapping[str, Any],
+        num_parts: int | None = None,
+    ) -> Stage:
+        """A stage in the round's folder.
+
+        Args:
+          name: of its files.
+          inputs: fingerprints of what it is made of.
+          settings: what else changes it.
+          num_parts: of the stage; those of the prompts by default.
+        """
+        return Stage(self.folder, name, inputs, settings, num_parts or self.num_parts)
+
+
+class Judge(Protocol):
+    """Gives responses a score."""
+
+    def check(self, records: Sequence[Record]) -> None:
+        """Finds what can be known to be wrong before anything heavy starts.
+
+        Args:
+          records: all prompts that it will be asked about.
+
+        Raises:
+          MmpoError: what the user can mend.
+        """
+
+    def judge(self, responses: Responses) -> StageOutput:
+        """The stage `judge` of a round: a row for every response, in their order (`JUDGED`).
+
+        It is made in parts, as are the stages that come before it, and a manifest has the key of
+        all that the verdicts depend on; so a finished one is read, and a kill loses a part.
+
+        Raises:
+          DataError: more responses than allowed have no verdict.
+        """
+        ...
+
+
+def judged_table(responses: Responses, judgements: Sequence[Judgement]) -> pa.Table:
+    """The table of judgements, one for each response in order.
+
+    Raises:
+      DataError: a score is infinite, or the number of judgements is another.
+    """
+    ids, samples = (responses.generated.table[name].to_pylist() for name in ("prompt_id", "sample"))
+    if len(ids) != len(judgements):
+        raise DataError(f"a judge gave {len(judgements)} scores for {len(ids)} responses")
+    for prompt_id, sample, judgement in zip(ids, samples, judgements, strict=True):
+        if math.isinf(judgement.score):
+            raise DataError(
+                f"response {sample} to prompt {prompt_id!r}: a score is a number, or NaN where "
+                f"there is no verdict, not {judgement.score}"
+            )
+    return pa.table(
+        [
+            ids,
+            samples,
+            [float(judgement.score) for judgement in judgements],
+            [_reason(judgement) for judgement in judgements],
+            [json.dumps(dict(judgement.details), ensure_ascii=False) for judgement in judgements],
+        ],
+        schema=JUDGED,
+    )
+
+
+def _reason(judgement: Judgement) -> str | None:
+    return (judgement.reason or NO_VERDICT) if math.isnan(judgement.score) else None
+
+
+def scored_responses(generated: pa.Table, judged: pa.Table) -> list[ScoredResponse]:
+    """Responses with their scores, as pairs are made of them."""
+    texts = generated["text"].to_pylist()
+    rows = judged.select(["prompt_id", "sample", "score", "reason"]).to_pylist()
+    return [
+        ScoredResponse(row["prompt_id"], row["sample"], text, row["score"], row["reason"])
+        for row, text in zip(rows, texts, strict=True)
+    ]
+
+
+def check_failed(judgements: Iterable[str | None], max_failed: float, what: str) -> None:
+    """Stops where too many responses failed.
+
+    Args:
+      judgements: of every response, the reason that it failed for, or None.
+      max_failed: the share that may.
+      what: was done to them, for the message.
+
+    Raises:
+      DataError: with the reasons and their counts.
+    """
+    reasons = list(judgements)
+    failed = [reason for reason in reasons if reason is not None]
+    if len(failed) <= max_failed * len(reasons):
+        return
+    counts = {reason: failed.count(reason) for reason in dict.fromkeys(failed)}
+    told = ", ".join(f"{reason} {count}" for reason, count in counts.items())
+    raise DataError(
+        f"{what}: {len(failed)} of {len(reasons)} responses failed ({told}), and "
+        f"feedback.max_failed allows {max_failed:g} of them"
+    )

@@ -1,0 +1,61 @@
+"""The models that judges ask: checkpoints by their names, and what the devices hold already."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jax.sharding import Mesh
+
+from mmpo_jax.checkpoints.checkpoint import (
+    Checkpoint,
+    fingerprint_location,
+    load_checkpoint,
+    locate,
+)
+from mmpo_jax.core.files import fingerprint_json
+from mmpo_jax.data.lengths import Lengths
+from mmpo_jax.feedback.served import Servers
+from mmpo_jax.recipes.feedback import CheckpointAsked
+
+
+@dataclasses.dataclass
+class Models:
+    """What the models of a judge run on, and which checkpoint the devices hold already."""
+
+    mesh: Mesh
+    attention: str
+    lengths: Lengths
+    servers: Servers
+    base: str
+    """The recipe's model, which is asked where a section names none."""
+    template: str
+    """Template of that model's dialogues."""
+    seed: int
+    held: Checkpoint | None = None
+    """What the round starts from, once the devices have it."""
+
+    def name(self, asked: CheckpointAsked) -> tuple[str, str]:
+        """(name, template) of the checkpoint that a section means."""
+        return (self.base, self.template) if asked.model is None else (asked.model, asked.template)
+
+    def fingerprint(self, asked: CheckpointAsked) -> str:
+        """Digest of a checkpoint's files, and of its template where that is not its own.
+
+        Raises:
+          ModelError: it is not there.
+        """
+        name, template = self.name(asked)
+        files = fingerprint_location(locate(name))
+        return files if template == "auto" else fingerprint_json([files, template])
+
+    def load(self, asked: CheckpointAsked) -> Checkpoint:
+        """The checkpoint on the devices: where it is what the round starts from, with the same
+        template, they hold both once."""
+        name, template = self.name(asked)
+        if self.held is not None and self._is(self.held, name, template):
+            return self.held
+        return load_checkpoint(name, self.mesh, self.attention, template)
+
+    def _is(self, held: Checkpoint, name: str, template: str) -> bool:
+        same_template = held.processor.template == template
+        return same_template and fingerprint_location(locate(name)) == held.fingerprint

@@ -1,0 +1,68 @@
+"""A reward as a judge: rules, the picture world's truth, or a function of the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+
+from mmpo_jax.core.errors import DataError
+from mmpo_jax.core.files import fingerprint_items, fingerprint_json
+from mmpo_jax.core.stages import StageOutput, run_told_stage
+from mmpo_jax.data.records import Record, last_question
+from mmpo_jax.feedback.judge import Judgement, Responses, judged_table
+from mmpo_jax.recipes.feedback import RewardFeedback
+from mmpo_jax.rewards.registry import Question
+
+
+class RewardJudge:
+    """Every response is worth what a reward says."""
+
+    def __init__(self, options: RewardFeedback):
+        """
+        Args:
+          options: the reward of the recipe.
+
+        Raises:
+          MmpoError: a function of the user's cannot be loaded.
+        """
+        self.options, self.key = options, options.key()
+
+    def check(self, records: Sequence[Record]) -> None:
+        """See `judge.Judge`."""
+        for record in records:
+            try:
+                self.options.check(record.solution)
+            except DataError as error:
+                raise DataError(f"feedback: prompt {record.id!r}: {error}") from error
+
+    def judge(self, responses: Responses) -> StageOutput:
+        """See `judge.Judge`."""
+
+        def make_part(part: int) -> pa.Table:
+            of_part = responses.part(part)
+            judgements = []
+            for record, texts in of_part.by_prompt():
+                question = question_of(record)
+                for value in self.options.values(question, texts):
+                    score = value.score * self.options.weight
+                    judgements.append(Judgement(score, value.details))
+            return judged_table(of_part, judgements)
+
+        inputs = {
+            "responses": responses.generated.fingerprint,
+            "questions": fingerprint_items(map(_content, responses.records)),
+        }
+        settings = {"reward": self.key, "weight": self.options.weight}
+        return run_told_stage(responses.stage("judge", inputs, settings), make_part)
+
+
+def question_of(record: Record) -> Question:
+    """The prompt of a record, as rewards see it."""
+    return Question(record.id, last_question(record.prompt), record.images, record.solution)
+
+
+def _content(record: Record) -> list[str]:
+    """Fingerprints of what a reward may look at."""
+    said = fingerprint_json([record.id, last_question(record.prompt), repr(record.solution)])
+    return [said, *(image.fingerprint() for image in record.images)]

@@ -1,0 +1,147 @@
+"""The judge that divide and conquer is held against: one long prompt that asks for a number."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from mmpo_jax.core.files import fingerprint_items, fingerprint_json
+from mmpo_jax.core.stages import StageOutput, run_told_stage
+from mmpo_jax.data.records import Record, last_question
+from mmpo_jax.feedback.judge import Judgement, Responses, check_failed, judged_table
+from mmpo_jax.feedback.split_prompts import fill
+from mmpo_jax.feedback.text_model import (
+    Ask,
+    TextModel,
+    Unread,
+    UnreadableReply,
+    ask_until_read,
+    speaking_key,
+)
+from mmpo_jax.recipes.feedback import SelfRewardFeedback
+
+SELF_REWARD_RULES = 1
+"""Part of the key of scores: changes with how numbers are asked for and read."""
+EMPTY = "empty_response"
+
+PROMPT = """\
+Look at the image and judge how well the answer to the question describes it. Compare every \
+statement of the answer with the image: objects that are not there, wrong attributes, numbers, \
+places and actions make it worse, and so does what matters and is missing. Say shortly what you \
+find, and end with a line of this form, with a number from {low} to {high}, {high} being the best:
+Score: {high}
+
+Question: {question}
+Answer: {answer}"""
+
+_SCORE = re.compile(r"score\W*?(-?\d+(?:\.\d+)?)", re.IGNORECASE)
+_NUMBER = re.compile(r"\s*(-?\d+(?:\.\d+)?)(?:\s*/\s*\d+)?\s*\.?\s*")
+
+
+class SelfRewardJudge:
+    """A labeler that gives every response a number in a reply of its own."""
+
+    def __init__(
+        self,
+        options: SelfRewardFeedback,
+        model: TextModel,
+        key: Any,
+        checks: Sequence[Callable[[], None]] = (),
+    ):
+        """
+        Args:
+          options: of the recipe.
+          model: the labeler.
+          key: all that its replies depend on, as JSON.
+          checks: of what it needs.
+        """
+        self.options, self.model, self.checks = options, model, checks
+        self.prompt = options.prompt or PROMPT
+        limits = [options.low, options.high]
+        self.key = [SELF_REWARD_RULES, key, speaking_key(options), self.prompt, limits]
+
+    def check(self, records: Sequence[Record]) -> None:
+        """See `judge.Judge`."""
+        del records
+        for check in self.checks:
+            check()
+
+    def judge(self, responses: Responses) -> StageOutput:
+        """See `judge.Judge`."""
+
+        def make_part(part: int) -> pa.Table:
+            of_part = responses.part(part)
+            judgements = self._judge(list(of_part.by_prompt()))
+            failures = [judgement.reason for judgement in judgements]
+            check_failed(failures, self.options.max_failed, "asking for a score")
+            return judged_table(of_part, judgements)
+
+        inputs = {
+            "responses": responses.generated.fingerprint,
+            "questions": fingerprint_items(map(_content, responses.records)),
+        }
+        settings = {"self_reward": self.key}
+        judged = run_told_stage(responses.stage("judge", inputs, settings), make_part)
+        self.model.release()
+        return judged
+
+    def _judge(self, prompts: Sequence[tuple[Record, list[str]]]) -> list[Judgement]:
+        places, asks, judgements = [], [], list[Judgement]()
+        for record, texts in prompts:
+            for number, text in enumerate(texts):
+                if text.strip():
+                    places.append(len(judgements))
+                    asks.append(self._ask(record, number, text))
+                judgements.append(Judgement(math.nan, {}, EMPTY))
+        found = ask_until_read(self.model, asks, self._read, self.options.attempts)
+        for place, judgement in zip(places, found, strict=True):
+            judgements[place] = (
+                judgement
+                if isinstance(judgement, Judgement)
+                else Judgement(math.nan, _told(judgement), judgement.reason)
+            )
+        return judgements
+
+    def _ask(self, record: Record, number: int, text: str) -> Ask:
+        prompt = fill(
+            self.prompt,
+            question=last_question(record.prompt),
+            answer=text,
+            low=f"{self.options.low:g}",
+            high=f"{self.options.high:g}",
+        )
+        room = self.options.max_new_tokens
+        return Ask(f"{record.id}/{number}", prompt, record.images, max_new_tokens=room)
+
+    def _read(self, _: int, reply: str) -> Judgement:
+        score = read_number(reply)
+        if not self.options.low <= score <= self.options.high:
+            raise UnreadableReply("no_number", f"{score:g} is not in the range")
+        return Judgement(score, {"reply": reply})
+
+
+def read_number(reply: str) -> float:
+    """The number behind the last `score`, or the reply where it is nothing but a number.
+
+    Raises:
+      UnreadableReply: there is none.
+    """
+    alone = _NUMBER.fullmatch(reply)
+    named = _SCORE.findall(reply)
+    if alone or named:
+        return float(alone[1] if alone else named[-1])
+    raise UnreadableReply("no_number", "there is no line `Score: NUMBER`")
+
+
+def _told(unread: Unread) -> dict[str, Any]:
+    return {"reply": unread.raw if unread.raw is not None else unread.detail}
+
+
+def _content(record: Record) -> list[str]:
+    """Fingerprints of what the labeler is shown of a prompt."""
+    said = fingerprint_json([record.id, last_question(record.prompt)])
+    return [said, *(image.fingerprint() for image in record.images)]

@@ -1,0 +1,194 @@
+"""How responses of a round get their scores: the judges of a recipe, with their options."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field
+
+from mmpo_jax.chat.server import ChatServer
+from mmpo_jax.core.sections import PositiveInt, Section, section_of
+from mmpo_jax.recipes.rewards import RewardSection
+from mmpo_jax.recipes.scoring import ImplicitReward
+from mmpo_jax.rewards import REWARDS
+
+Template = Literal["auto", "vicuna_v1"]
+
+
+class Judging(Section):
+    """What all judges that may fail have."""
+
+    max_failed: float = Field(0.1, ge=0, le=1)
+    """Share of the responses that may fail, such as by replies that nobody can read, before the run
+    stops."""
+
+
+class CheckpointAsked(Section):
+    """A checkpoint that is asked through the project's own engine."""
+
+    type: Literal["checkpoint"] = "checkpoint"
+    model: str | None = None
+    """Folder, hub id or bucket, as the recipe's `model`; by default that is it."""
+    template: Template = "auto"
+    """How dialogues become text; where `model` is the recipe's, its own `template` holds."""
+    batch_size: PositiveInt = 16
+    """Prompts at a time."""
+
+
+class ChatAsked(ChatServer):
+    """A model behind a server that speaks the OpenAI chat protocol, see docs/feedback.md."""
+
+    type: Literal["chat"] = "chat"
+
+
+class Speaking(Section):
+    """How a model writes its replies."""
+
+    temperature: float = Field(0.2, ge=0)
+    top_p: float = Field(0.9, gt=0, le=1)
+    max_new_tokens: PositiveInt = 1024
+    """Of a reply; one that ends there is asked for again with twice as many."""
+    attempts: PositiveInt = 3
+    """How often a reply that cannot be read is asked for, the first time included."""
+
+
+class PictureWorldSplitting(Section):
+    """The rule for captions of the picture world."""
+
+    type: Literal["picture_world"] = "picture_world"
+
+
+class Splitting(Speaking):
+    """How a language model is asked for claims."""
+
+    style: Literal["json", "rlaif_v"] = "json"
+    """`json`: one object with claims and their questions. `rlaif_v`: RLAIF-V's two fine-tuned
+    models, which list facts and then questions under headings."""
+    prompt: str | None = None
+    """What is asked instead of the built-in prompt, with {question} and {answer} in it."""
+    question_prompt: str | None = None
+    """Of `rlaif_v`, what turns facts into questions, with {facts} in it."""
+    question_model: str | None = None
+    """Of `rlaif_v`, the second model; the first by default."""
+
+    @pydantic.model_validator(mode="after")
+    def _of_style(self) -> Splitting:
+        for name in ("question_prompt", "question_model"):
+            if self.style == "json" and getattr(self, name) is not None:
+                raise ValueError(f"{name}: only style rlaif_v asks for questions by themselves")
+        places = {"prompt": ("{question}", "{answer}"), "question_prompt": ("{facts}",)}
+        for name, needed in places.items():
+            text = getattr(self, name)
+            lacking = [place for place in needed if text is not None and place not in text]
+            if lacking:
+                raise ValueError(f"{name}: it has no {lacking[0]}")
+        return self
+
+
+class ChatSplitting(ChatAsked, Splitting):
+    """A served language model that splits responses into claims."""
+
+
+class CheckpointSplitting(CheckpointAsked, Splitting):
+    """A checkpoint, of a text family too, that splits responses into claims."""
+
+
+class CheckpointLabeling(CheckpointAsked):
+    """A checkpoint that is asked whether claims are true."""
+
+
+class ChatLabeling(ChatAsked):
+    """A served model that is asked whether claims are true."""
+
+    read: Literal["auto", "logprobs", "samples", "text"] = "auto"
+    """Where the answer is read: in the `logprobs` of the first token, as the share of yes among
+    `samples` drawn at temperature 1, or in one reply's `text`. `auto` takes the first of logprobs
+    and samples that the server can give."""
+    samples: PositiveInt = 5
+    """Number of replies that are drawn for a share."""
+    attempts: PositiveInt = 3
+    """How often an answer that is neither yes nor no is asked for."""
+
+
+Splitter = Annotated[
+    PictureWorldSplitting | ChatSplitting | CheckpointSplitting, Field(discriminator="type")
+]
+Labeler = Annotated[CheckpointLabeling | ChatLabeling, Field(discriminator="type")]
+
+
+class ClaimsFeedback(Judging):
+    """RLAIF-V's divide and conquer: responses become claims, and claims become verdicts."""
+
+    type: Literal["claims"] = "claims"
+    splitter: Splitter = PictureWorldSplitting()
+    labeler: Labeler = CheckpointLabeling()
+    suffix: str = " Please answer yes or no."
+    """Follows every question (RLAIF-V's wording)."""
+    score: Literal["count", "fraction", "log_odds"] = "count"
+    """Of a response, by the verdicts on its claims: minus the number of rejected ones, the share of
+    accepted ones, or the sum of their log-odds."""
+    duplicate_claims: Literal["keep", "drop_response"] = "keep"
+    """What becomes of responses that make a claim twice; RLAIF-V's code in effect drops them."""
+
+
+class SelfRewardFeedback(Judging, Speaking):
+    """The baseline of RLAIF-V: one long prompt that asks a labeler for a number."""
+
+    type: Literal["self_reward"] = "self_reward"
+    labeler: Annotated[CheckpointAsked | ChatAsked, Field(discriminator="type")] = CheckpointAsked()
+    prompt: str | None = None
+    """What is asked instead of the built-in prompt, with {question} and {answer} in it."""
+    low: float = 0
+    high: float = 10
+    """Range of the number; others cannot be read."""
+    max_new_tokens: PositiveInt = 256
+
+    @pydantic.model_validator(mode="after")
+    def _possible(self) -> SelfRewardFeedback:
+        if not self.low < self.high:
+            raise ValueError("low: must be below high")
+        lacking = [p for p in ("{question}", "{answer}") if self.prompt and p not in self.prompt]
+        if lacking:
+            raise ValueError(f"prompt: it has no {lacking[0]}")
+        return self
+
+
+class ImplicitFeedback(ImplicitReward):
+    """DPO's own reward under two checkpoints, such as an aligned model and what it started from."""
+
+    type: Literal["implicit"] = "implicit"
+    policy: str
+    """Checkpoint whose log-probs count up."""
+    reference: str
+    """Checkpoint with the same tokenizer, whose log-probs count down."""
+    batch_size: PositiveInt = 8
+    """Prompts at a time."""
+
+
+class RewardFeedback(RewardSection):
+    """A reward as a judge (`mmpo objectives` lists them)."""
+
+
+REWARD_JUDGES = {
+    name: section_of(RewardFeedback, f"{name}", reward.formula, reward.options)
+    for name, reward in REWARDS.items()
+}
+
+
+def _of_claims(given: Any) -> Any:
+    """The section with RLAIF-V's judge where it names none."""
+    return {"type": "claims", **given} if isinstance(given, dict) else given
+
+
+if TYPE_CHECKING:
+    Feedback = ClaimsFeedback | SelfRewardFeedback | ImplicitFeedback | RewardFeedback
+else:
+    _ANY = functools.reduce(
+        operator.or_,
+        (ClaimsFeedback, SelfRewardFeedback, ImplicitFeedback, *REWARD_JUDGES.values()),
+    )
+    Feedback = Annotated[_ANY, Field(discriminator="type"), pydantic.BeforeValidator(_of_claims)]
+    """One judge, by `type`; `claims` where none is named."""
