@@ -6,7 +6,10 @@ import dataclasses
 import json
 import os
 
+import pyarrow as pa
+
 from mmpo_jax.core.files import read_table, write_atomic
+from mmpo_jax.feedback.rate import read_rate
 from mmpo_jax.feedback.scores import accepted
 from mmpo_jax.training.metrics import FILE, read_metrics
 
@@ -24,7 +27,10 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("failed", "failed", "d"),
     ("claims", "claims", "d"),
     ("rejected", "rejected_claims", "d"),
+    ("asked/s", "questions_per_second", ".3g"),
     ("pairs", "pairs", "d"),
+    ("chosen", "chosen_words", ".1f"),
+    ("against", "rejected_words", ".1f"),
     ("dpo acc", "dpo_accuracy", ".2f"),
     ("margin", "dpo_margin", ".2f"),
     ("CHAIR_i", "sampled/chair_i", ".3f"),
@@ -47,10 +53,16 @@ class RoundReport:
     prompts: int | None = None
     responses: int | None = None
     failed: int | None = None
-    """Responses without a verdict."""
+    """Responses without a verdict; None where all have one."""
     claims: int | None = None
     rejected_claims: int | None = None
+    questions_per_second: float | None = dataclasses.field(default=None, compare=False)
+    """Rate at which a labeler answered, which is another every time."""
     pairs: int | None = None
+    chosen_words: float | None = None
+    """Mean length of the chosen responses, in words."""
+    rejected_words: float | None = None
+    """Mean length of those that they are preferred to, in words."""
     dpo_accuracy: float | None = None
     dpo_margin: float | None = None
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -86,14 +98,22 @@ def read_report(index: int, folder: str, metrics: dict[str, float]) -> RoundRepo
         metrics=metrics,
         prompts=len(set(judged["prompt_id"].to_pylist())),
         responses=judged.num_rows,
-        failed=failed,
+        failed=failed or None,
         claims=len(verdicts) or None,
         rejected_claims=verdicts.count(False) if verdicts else None,
+        questions_per_second=read_rate(folder),
         pairs=pairs.num_rows,
+        chosen_words=_mean_words(pairs, "chosen"),
+        rejected_words=_mean_words(pairs, "rejected"),
         dpo_accuracy=_late_mean(trained, "rewards/accuracies"),
         dpo_margin=_late_mean(trained, "rewards/margins"),
         counts=json.loads(pairs.schema.metadata[b"counts"]),
     )
+
+
+def _mean_words(pairs: pa.Table, side: str) -> float | None:
+    lengths = [len(text.split()) for text in pairs[side].to_pylist()]
+    return sum(lengths) / len(lengths) if lengths else None
 
 
 def _late_mean(rows: list[dict[str, float]], name: str) -> float | None:

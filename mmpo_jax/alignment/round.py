@@ -16,6 +16,7 @@ import shutil
 import pyarrow as pa
 from jax.sharding import Mesh
 
+from mmpo_jax.alignment.examples import write_examples
 from mmpo_jax.alignment.pairs import pair_records, pair_rows
 from mmpo_jax.checkpoints.cards import ModelCard
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
@@ -74,6 +75,7 @@ def run_round(work: Round, judge: Judge) -> str:
     generated = generated_responses(work)
     judged = judge.judge(Responses(work.folder, work.records, generated))
     pairs = pairs_stage(work, generated, judged)
+    write_examples(work.folder, work.records, generated.table, judged.table, pairs.table)
     return train_round(work, generated, pairs)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import functools
 import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from mmpo_jax.core.stages import StageOutput, run_told_stage
 from mmpo_jax.data.records import Record, last_question
 from mmpo_jax.feedback.judge import Judgement, Responses, check_failed, judged_table
 from mmpo_jax.feedback.labeler import Answer, Labeler
+from mmpo_jax.feedback.rate import add_rate
 from mmpo_jax.feedback.scores import SCORES, ClaimVerdicts
 from mmpo_jax.feedback.splitters import Division, SplitItem, Splitter
 from mmpo_jax.recipes.feedback import ClaimsFeedback
@@ -107,7 +109,10 @@ class ClaimsJudge:
                 for record in records
             ]
             names = [record.id for record in records]
+            begun = time.perf_counter()
             given = dict(zip(names, loaded().answer(items), strict=True))
+            asked = sum(len(texts) for _, _, texts in items)
+            add_rate(responses.folder, asked, time.perf_counter() - begun)
             answers = {name: dict(zip(questions[name], given[name], strict=True)) for name in names}
             failures = [
                 _failure(row["questions"], answers[row["prompt_id"]])

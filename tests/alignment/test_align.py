@@ -79,6 +79,8 @@ def test_files_of_the_stages(finished, tiny_folder):
             *(f"{stage}.json" for stage in STAGES),
             "train",
             "train.json",
+            "examples.txt",
+            "labeler_rate.json",
             "model",
             "evaluation.json",
         }

@@ -17,6 +17,7 @@ from mmpo_jax.alignment.report import (
     write_report,
 )
 from mmpo_jax.core.files import write_table
+from mmpo_jax.feedback.rate import add_rate
 
 
 def metrics(recall=0.8, length=20.0, greedy_recall=0.8, unparsed=0.01):
@@ -141,9 +142,12 @@ def round_files(tmp_path):
             "details": list(map(json.dumps, details)),
         }
     )
-    pairs = pa.table({"prompt_id": ["a"]}).replace_schema_metadata({"counts": '{"pairs": 1}'})
+    pairs = pa.table({"prompt_id": ["a"], "chosen": ["one two"], "rejected": ["one"]})
+    pairs = pairs.replace_schema_metadata({"counts": '{"pairs": 1}'})
     for name, table in (("judge", judged), ("pairs", pairs)):
         write_table(tmp_path / f"{name}.parquet", table)
+    for seconds in (0.5, 1.5):  # two runs
+        add_rate(str(tmp_path), 4, seconds)
     (tmp_path / "train").mkdir()
     return tmp_path
 
@@ -162,10 +166,16 @@ def test_a_round_is_read_from_its_files(round_files):
         claims=4,
         rejected_claims=2,
         pairs=1,
+        chosen_words=2.0,
+        rejected_words=1.0,
         dpo_accuracy=0.7,
         dpo_margin=None,
         counts={"pairs": 1},
     )
+
+
+def test_the_rate_of_the_labeler_is_that_of_all_runs(round_files):
+    assert read_report(1, str(round_files), {}).questions_per_second == 4.0
 
 
 def test_a_round_whose_training_folder_was_removed(round_files):

@@ -1,0 +1,83 @@
+"""Some prompts of a round as text: their responses, scores, claims and verdicts."""
+
+from __future__ import annotations
+
+import json
+import os
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from mmpo_jax.core.files import write_atomic
+from mmpo_jax.data.records import Record, last_question
+from mmpo_jax.feedback.scores import accepted
+
+FILE = "examples.txt"
+PROMPTS = 10
+"""Prompts that are shown, the first of the round."""
+WIDTH = 100
+
+
+def write_examples(
+    folder: str, records: Sequence[Record], generated: pa.Table, judged: pa.Table, pairs: pa.Table
+) -> None:
+    """Writes the first prompts of a round for a person to read.
+
+    Args:
+      folder: of the round, which gets the file.
+      records: its prompts.
+      generated, judged, pairs: the tables of its stages.
+    """
+    shown = records[:PROMPTS]
+    responses: dict[str, list[Mapping[str, Any]]] = {record.id: [] for record in shown}
+    texts = generated["text"]
+    for place, row in enumerate(judged.to_pylist()):
+        if row["prompt_id"] in responses:
+            responses[row["prompt_id"]].append({**row, "text": texts[place].as_py()})
+    paired: dict[str, list[str]] = {record.id: [] for record in shown}
+    for pair in pairs.select(["prompt_id", "chosen_sample", "rejected_sample"]).to_pylist():
+        if pair["prompt_id"] in paired:
+            told = f"{pair['chosen_sample']} over {pair['rejected_sample']}"
+            paired[pair["prompt_id"]].append(told)
+    blocks = [
+        "\n".join(_prompt_lines(record, responses[record.id], paired[record.id]))
+        for record in shown
+    ]
+    write_atomic(os.path.join(folder, FILE), ("\n\n".join(blocks) + "\n").encode())
+
+
+def _prompt_lines(
+    record: Record, responses: Sequence[Mapping[str, Any]], pairs: Sequence[str]
+) -> Iterator[str]:
+    images = ", ".join(image.name for image in record.images) or "no image"
+    yield f"== {record.id} ({images})"
+    yield from _wrapped(last_question(record.prompt), "")
+    for row in responses:
+        score = "no score: " + row["reason"] if row["reason"] else f"score {row['score']:.4g}"
+        yield f"-- {row['sample']}: {score}"
+        yield from _wrapped(row["text"], "   ")
+        yield from _claim_lines(json.loads(row["details"]))
+    yield "pairs: " + (", ".join(pairs) or "none")
+
+
+def _claim_lines(details: Mapping[str, Any]) -> Iterator[str]:
+    """A line per claim: + accepted, - rejected, ? without an answer; then what else was said."""
+    verdicts = (details.get(name, []) for name in ("claims", "p_yes", "p_no"))
+    for claim, p_yes, p_no in zip(*verdicts, strict=True):
+        if p_yes is None or p_no is None:
+            yield f"   ? {claim}"
+        else:
+            sign = "+" if accepted(p_yes, p_no) else "-"
+            yield f"   {sign} {claim} (yes {p_yes:.3f}, no {p_no:.3f})"
+    for name in sorted(details.keys() - {"claims", "questions", "p_yes", "p_no"}):
+        yield from _wrapped(f"{name}: {details[name]}", "   ")
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    return [
+        line
+        for paragraph in text.splitlines()
+        for line in textwrap.wrap(paragraph, WIDTH, initial_indent=indent, subsequent_indent=indent)
+    ]

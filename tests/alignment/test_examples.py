@@ -1,0 +1,56 @@
+"""What a person reads of a round."""
+
+import json
+import math
+
+import pyarrow as pa
+
+from mmpo_jax.alignment.examples import PROMPTS, write_examples
+from mmpo_jax.data.records import ImageRef, Record, Turn
+
+IMAGE = (ImageRef("dog.jpg", data=b""),)
+
+
+def tables(count):
+    ids = [f"p{number}" for number in range(count) for _ in range(2)]
+    claims = {"claims": ["a dog", "a cat"], "p_yes": [0.9, 0.2], "p_no": [0.1, 0.7]}
+    details = [json.dumps(claims), json.dumps({"reply": "what was this"})] * count
+    generated = pa.table({"text": ["a dog and a cat", "word " * 40] * count})
+    judged = pa.table(
+        {
+            "prompt_id": ids,
+            "sample": [0, 1] * count,
+            "score": [-1.0, math.nan] * count,
+            "reason": [None, "no_json"] * count,
+            "details": details,
+        }
+    )
+    pairs = pa.table({"prompt_id": ["p0"], "chosen_sample": [0], "rejected_sample": [1]})
+    return generated, judged, pairs
+
+
+def test_responses_claims_and_verdicts(tmp_path):
+    records = [Record("p0", IMAGE, (Turn("user", "What is there?"),), ())]
+    write_examples(str(tmp_path), records, *tables(1))
+    lines = (tmp_path / "examples.txt").read_text().splitlines()
+    assert lines[:6] == [
+        "== p0 (dog.jpg)",
+        "What is there?",
+        "-- 0: score -1",
+        "   a dog and a cat",
+        "   + a dog (yes 0.900, no 0.100)",
+        "   - a cat (yes 0.200, no 0.700)",
+    ]
+    assert lines[6] == "-- 1: no score: no_json"
+    assert lines[-2:] == ["   reply: what was this", "pairs: 0 over 1"]
+    assert max(map(len, lines)) <= 100
+
+
+def test_the_first_prompts_alone(tmp_path):
+    records = [
+        Record(f"p{number}", IMAGE, (Turn("user", "?"),), ()) for number in range(PROMPTS + 3)
+    ]
+    write_examples(str(tmp_path), records, *tables(PROMPTS + 3))
+    text = (tmp_path / "examples.txt").read_text()
+    assert text.count("== p") == PROMPTS
+    assert text.count("pairs: none") == PROMPTS - 1
