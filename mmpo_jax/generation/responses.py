@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -21,8 +22,9 @@ from mmpo_jax.core.stages import Stage, StageOutput, run_stage
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.tokenization import TokenizedRecord
-from mmpo_jax.generation.sampler import NOT_FINITE, sample, sample_keys
-from mmpo_jax.inference.loop import TokenCount, run_batches
+from mmpo_jax.generation.refill import Work, choose_layout, sample_batches
+from mmpo_jax.generation.sampler import NOT_FINITE, sample_keys
+from mmpo_jax.inference.loop import TokenCount
 from mmpo_jax.inference.plan import PlannedBatch, plan_padded
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.precision import check_finite, inference_dtype
@@ -134,8 +136,6 @@ def sample_tokens(
         computes logits that are not finite.
     """
     model, params, processor = checkpoint.model, checkpoint.params, checkpoint.processor
-    shards = batch_shards(mesh)
-    rows = -(-batch_size // shards) * shards
     limit = model.config.decoder.rope.limit
     longest = max((len(record.prompt_ids) for record in records), default=0)
     if limit is not None and longest + decoding.max_new_tokens > limit:
@@ -149,29 +149,34 @@ def sample_tokens(
         numbers[row], repeats[row] = prompt_number(record.id), seen[record.id]
         seen[record.id] += 1
 
-    def compute(batch: PromptBatch) -> jax.Array:
-        keys = sample_keys(seed, round_index, batch.numbers, decoding.num_samples, batch.repeats)
-        return sample(
-            model,
-            params,
-            batch.prompts,
-            keys,
-            decoding=decoding,
-            eos_ids=processor.eos_ids,
-            pad_id=processor.pad_id,
-        )
-
-    plan = plan_padded(records, processor, lengths, rows=rows, with_responses=False)
-    batches = [_with_numbers(batch, rows, numbers, repeats) for batch in plan]
+    shards = batch_shards(mesh)
+    layout = choose_layout(len(records), longest, decoding, batch_size, shards)
+    plan = plan_padded(records, processor, lengths, rows=layout.batch, with_responses=False)
+    # Shorter prompts first: rows grow with them.
+    plan.sort(key=lambda batch: batch.computed)
+    draw = functools.partial(sample_keys, seed, round_index, num_samples=decoding.num_samples)
+    batches = [_with_keys(batch, layout.batch, draw, numbers, repeats) for batch in plan]
+    work = Work()
+    found = sample_batches(
+        model,
+        params,
+        batches,
+        layout,
+        mesh,
+        decoding=decoding,
+        eos_ids=processor.eos_ids,
+        pad_id=processor.pad_id,
+        work=work,
+    )
     dtype = inference_dtype(params).name
     sampled: dict[int, np.ndarray] = {}
-    for of_batch in run_batches(batches, compute, mesh, count.prompts if count else None):
-        finite = ((records[n].id, (tokens != NOT_FINITE).all()) for n, tokens in of_batch)
-        check_finite("logits", finite, dtype)
-        sampled |= dict(of_batch)
+    for number, tokens in found:
+        check_finite("logits", [(records[number].id, bool((tokens != NOT_FINITE).all()))], dtype)
+        sampled[number] = tokens
     if count is not None:
         for batch in plan:
-            count.add_samples([sampled[number] for number, _ in batch.places], rows, processor)
+            count.prompts.add(batch)
+        count.add_samples(sampled.values(), work.computed, processor)
     return [sampled[number] for number in range(len(records))]
 
 
@@ -181,20 +186,21 @@ class SampleCount:
 
     prompts: TokenCount = dataclasses.field(default_factory=TokenCount)
     samples: TokenCount = dataclasses.field(default_factory=TokenCount)
-    """Sampled tokens; all samples of a batch are computed until the longest ends."""
+    """Sampled tokens; places without a sample are computed too."""
 
-    def add_samples(self, sampled: Sequence[np.ndarray], rows: int, processor: Processor) -> None:
-        """Counts the samples of a batch.
+    def add_samples(
+        self, sampled: Iterable[np.ndarray], computed: int, processor: Processor
+    ) -> None:
+        """Counts samples.
 
         Args:
           sampled: int32[n, T] for every prompt.
-          rows: of the batch, those that fill it included.
+          computed: tokens that were computed for them.
           processor: knows where samples end.
         """
-        lengths = [[read_length(processor, row)[0] for row in samples] for samples in sampled]
-        steps = max(map(max, lengths))
-        self.samples.tokens += sum(map(sum, lengths))
-        self.samples.computed += rows * len(sampled[0]) * steps
+        for samples in sampled:
+            self.samples.tokens += sum(read_length(processor, row)[0] for row in samples)
+        self.samples.computed += computed
 
     def log_summary(self, name: str) -> None:
         """Says both in the log, where anything was computed."""
@@ -202,28 +208,23 @@ class SampleCount:
         self.samples.log_summary(f"{name}, samples")
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PromptBatch:
-    """B prompts to sample after, and what the keys of their samples are folded from."""
-
-    prompts: Batch
-    numbers: jax.Array
-    """uint32[B]; see `prompt_number`."""
-    repeats: jax.Array
-    """uint32[B]; how often the prompt's id came before."""
-
-
-def _with_numbers(
-    batch: PlannedBatch, rows: int, numbers: np.ndarray, repeats: np.ndarray
+def _with_keys(
+    batch: PlannedBatch, rows: int, draw: Callable, numbers: np.ndarray, repeats: np.ndarray
 ) -> PlannedBatch:
-    """A batch of prompts together with their numbers and repeats, uint32[N] of all records."""
+    """A batch of prompts together with the keys of their samples.
 
-    def make() -> PromptBatch:
+    Args:
+      batch: makes a `Batch`.
+      rows: of it.
+      draw: `sample_keys` of the prompts' numbers and repeats.
+      numbers, repeats: uint32[N] of all records, see `sample_keys`.
+    """
+
+    def make() -> tuple[Batch, jax.Array]:
         arrays: Any = np.zeros((2, rows), np.uint32)
         for number, row in batch.places:
             arrays[:, row] = numbers[number], repeats[number]
-        return PromptBatch(batch.make(), *arrays)
+        return batch.make(), draw(prompt_numbers=arrays[0], repeats=arrays[1])
 
     return dataclasses.replace(batch, make=make)
 

@@ -77,8 +77,9 @@ def overlapped(
 ) -> Iterator[tuple[Any, Any]]:
     """Batches with what a function gives for them, the next one made while one is computed.
 
-    The one place that runs a model over records. A thread decodes images and fills arrays for the
-    next batch, and results are fetched only when the batch behind has been started.
+    Runs a model over records, for all but sampling, whose places are refilled. A thread decodes
+    images and fills arrays for the next batch, and results are fetched only when the batch behind
+    has been started.
 
     Args:
       batches: in NumPy, made when they are asked for.
@@ -88,16 +89,22 @@ def overlapped(
     Yields:
       (batch, results), both in NumPy.
     """
-    source = iter(batches)
     running: tuple[Any, Any] | None = None
-    with concurrent.futures.ThreadPoolExecutor(1) as maker:
-        made = maker.submit(next, source, None)
-        while (batch := made.result()) is not None:
-            made = maker.submit(next, source, None)
-            with jax.set_mesh(mesh):
-                started = compute(put_batch(batch, mesh))
-            if running is not None:
-                yield running[0], jax.tree.map(np.asarray, running[1])  # which waits
-            running = batch, started
+    for batch in made_ahead(batches):
+        with jax.set_mesh(mesh):
+            started = compute(put_batch(batch, mesh))
+        if running is not None:
+            yield running[0], jax.tree.map(np.asarray, running[1])  # which waits
+        running = batch, started
     if running is not None:
         yield running[0], jax.tree.map(np.asarray, running[1])
+
+
+def made_ahead(items: Iterable[Any]) -> Iterator[Any]:
+    """Items as they come; a thread makes the next one while the caller has one."""
+    source, end = iter(items), object()
+    with concurrent.futures.ThreadPoolExecutor(1) as maker:
+        made = maker.submit(next, source, end)
+        while (item := made.result()) is not end:
+            made = maker.submit(next, source, end)
+            yield item

@@ -93,6 +93,57 @@ def _score(
     return score + jnp.where(mask, 0, jnp.finfo(score.dtype).min / 2)
 
 
+def cached_attention(
+    query: Float[Array, "B G M H d"],
+    parts: Sequence[tuple[jax.Array, jax.Array, jax.Array]],
+    scale: float,
+) -> Float[Array, "B G M H d"]:
+    """`attend` for decoding: keys and values come as caches lie, heads first, and are never moved.
+
+    Args:
+      query: [B, G, M, H, d], G groups of M queries.
+      parts: (key, value, mask) each. A part shared by all groups has key and value [B, K, S, d], a
+        part of each group's own [B, G, K, S, d]. Masks are bool and broadcast to [B, G, M, S].
+      scale: factor of the scores, usually 1/sqrt(d).
+
+    Returns:
+      [B, G, M, H, d] in the query's dtype. A query that sees no key gets a finite value.
+    """
+    b, g, m, h, d = query.shape
+    heads = parts[0][0].shape[-3]
+    # Heads in front, and behind them the queries that share them.
+    query = (query * scale).reshape(b, g, m, heads, h // heads, d).transpose(0, 1, 3, 2, 4, 5)
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+
+    def to_all(x: jax.Array) -> jax.Array:
+        """[B, G, K, M, r, e] -> [B, K, G * M * r, e], as keys of all groups are multiplied."""
+        return x.swapaxes(1, 2).reshape(b, heads, -1, x.shape[-1])
+
+    def to_own(x: jax.Array) -> jax.Array:
+        return x.reshape(b, g, heads, -1, x.shape[-1])
+
+    def back(x: jax.Array) -> jax.Array:
+        if x.ndim == 5:
+            return x.reshape(b, g, heads, m, -1, x.shape[-1])
+        return x.reshape(b, heads, g, m, -1, x.shape[-1]).swapaxes(1, 2)
+
+    scored = []
+    for key, _, mask in parts:
+        arranged = (to_all if key.ndim == 4 else to_own)(query)
+        score = back(jnp.matmul(arranged, key.swapaxes(-1, -2), preferred_element_type=dtype))
+        seen = jnp.broadcast_to(mask, (b, g, m, key.shape[-2]))[:, :, None, :, None]
+        scored.append(jnp.where(seen, score, jnp.finfo(dtype).min / 2))
+    highest = functools.reduce(jnp.maximum, [s.max(axis=-1, keepdims=True) for s in scored])
+    out, total = jnp.zeros((), dtype), jnp.zeros((), dtype)
+    for score, (_, value, _) in zip(scored, parts, strict=True):
+        weights = jnp.exp(score - highest)
+        total += weights.sum(axis=-1, keepdims=True)
+        arranged = (to_all if value.ndim == 4 else to_own)(weights.astype(value.dtype))
+        out += back(jnp.matmul(arranged, value))
+    out = (out / total).astype(query.dtype)
+    return out.transpose(0, 1, 3, 2, 4, 5).reshape(b, g, m, h, d)
+
+
 def shared_prompt_attention(
     query: Float[Array, "B S H d"],
     key: Float[Array, "B S K d"],

@@ -9,16 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import tiny
+from helpers.sampling import sample
 
 from mmpo_jax.core.trees import map_with_path
-from mmpo_jax.generation.sampler import (
-    NOT_FINITE,
-    choose_token,
-    prefill,
-    sample,
-    sample_keys,
-    truncate,
-)
+from mmpo_jax.generation.places import prefill
+from mmpo_jax.generation.sampler import NOT_FINITE, choose_token, sample_keys, truncate
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.log_probs import next_token_logits, response_log_probs
 from mmpo_jax.recipes.sampling import Decoding
@@ -40,10 +35,7 @@ def take(batch: Batch, rows) -> Batch:
 def draw(tiny_model, batch, numbers, *, num_samples=1, eos_ids=(tiny.EOS_ID,), seed=0, **options):
     decoding = Decoding(**({"num_samples": num_samples, "max_new_tokens": LENGTH} | options))
     keys = sample_keys(seed, 0, numbers, num_samples)
-    tokens = sample(
-        *tiny_model, batch, keys, decoding=decoding, eos_ids=eos_ids, pad_id=tiny.PAD_ID
-    )
-    return np.asarray(tokens)
+    return sample(*tiny_model, batch, keys, decoding=decoding, eos_ids=eos_ids, pad_id=tiny.PAD_ID)
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +191,8 @@ def test_samples_follow_the_distribution(tiny_model, batch):
     @jax.jit
     def logits(params, batch):
         module = model.bind(params)
-        return next_token_logits(module, prefill(module, batch)[1])
+        keys = sample_keys(0, 0, NUMBERS[:1], 1)
+        return next_token_logits(module, prefill(model, params, batch, keys).hidden)
 
     count, temperature = 4000, 0.6
     one = take(batch, [0])
@@ -232,7 +225,8 @@ def test_draws_of_a_large_vocabulary_follow_the_distribution(top_k):
     keys = jax.random.split(jax.random.key(0), (1, 8000))
     draw = jax.jit(choose_token, static_argnames="decoding")
     decoding = Decoding(num_samples=8000, temperature=0.8, top_k=top_k)
-    tokens = draw(jnp.broadcast_to(logits, (1, 8000, 700)), keys, jnp.int32(3), decoding=decoding)
+    third = jnp.full((1, 8000), 3)
+    tokens = draw(jnp.broadcast_to(logits, (1, 8000, 700)), keys, third, decoding=decoding)
     probabilities = jax.nn.softmax(truncate(logits / 0.8, top_k, 1.0))
     assert_follows(np.asarray(tokens), np.asarray(probabilities))
 
@@ -275,14 +269,11 @@ def test_temperature_sharpens_before_truncation():
     logits = jnp.log(jnp.float32([[[0.5, 0.3, 0.2]]]))
     keys = jax.vmap(lambda k: jax.random.split(k, 300))(jax.random.split(jax.random.key(0), 1))
     logits = jnp.broadcast_to(logits, (1, 300, 3))
+    first = jnp.zeros((1, 300), jnp.int32)
     # At 0.5 the first token has 0.25 / 0.38 = 0.66 and is alone within 0.6; at 1 it is not.
-    cold = choose_token(
-        logits, keys, jnp.int32(0), Decoding(num_samples=300, temperature=0.5, top_p=0.6)
-    )
-    warm = choose_token(
-        logits, keys, jnp.int32(0), Decoding(num_samples=300, temperature=1.0, top_p=0.6)
-    )
+    cold = choose_token(logits, keys, first, Decoding(num_samples=300, temperature=0.5, top_p=0.6))
+    warm = choose_token(logits, keys, first, Decoding(num_samples=300, temperature=1.0, top_p=0.6))
     assert set(np.unique(cold)) == {0}
     assert set(np.unique(warm)) == {0, 1}
-    greedy = choose_token(logits, keys, jnp.int32(0), Decoding(num_samples=300, temperature=0))
+    greedy = choose_token(logits, keys, first, Decoding(num_samples=300, temperature=0))
     assert set(np.unique(greedy)) == {0}

@@ -15,6 +15,7 @@ import numpy as np
 import safetensors.torch
 import torch
 import transformers
+from helpers.sampling import sample
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -27,7 +28,7 @@ from mmpo_jax.data.images import image_size
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn, placed
 from mmpo_jax.data.tokenization import tokenize
-from mmpo_jax.generation.sampler import sample, sample_keys
+from mmpo_jax.generation.sampler import sample_keys
 from mmpo_jax.models.log_probs import next_token_logits, shift_right
 from mmpo_jax.parallel.mesh import make_mesh, param_shardings
 from mmpo_jax.recipes.sampling import Decoding

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import tiny
+from helpers.sampling import sample
 
 from mmpo_jax.core.trees import flatten
-from mmpo_jax.generation.sampler import sample, sample_keys
+from mmpo_jax.generation.sampler import sample_keys
 from mmpo_jax.models import attention, cudnn, splash
 from mmpo_jax.models.attention import choose_backend, shared_prompt_attention
 from mmpo_jax.models.layers import rematerialise

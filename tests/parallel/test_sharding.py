@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import tiny
+from helpers.sampling import sample
 from jax.sharding import AxisType, PartitionSpec
 
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.trees import flatten
-from mmpo_jax.generation.sampler import sample, sample_keys
+from mmpo_jax.generation.sampler import sample_keys
 from mmpo_jax.models.log_probs import response_log_probs, token_log_probs
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import AXES, make_mesh, param_shardings, put_batch, put_params
@@ -71,11 +72,12 @@ def run(mesh, model, params) -> Outcome:
         tokens = sample(
             model,
             whole_params(state),
-            put_batch(batch, mesh),
+            batch,
             keys,
             decoding=decoding,
             eos_ids=(tiny.EOS_ID,),
             pad_id=tiny.PAD_ID,
+            mesh=mesh,
         )
     trained = {path: np.asarray(leaf) for path, leaf in state.params.items()}
     return Outcome(start, np.asarray(reference), metrics, trained, np.asarray(tokens))

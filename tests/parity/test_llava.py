@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import transformers
 from helpers import pictures, tiny
+from helpers.sampling import sample
 
 from mmpo_jax.checkpoints.folders import BUILTIN
 from mmpo_jax.checkpoints.huggingface import load_model, save_model
@@ -19,7 +20,7 @@ from mmpo_jax.data.batching import pad_batch
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import ImageRef, Record, Turn
 from mmpo_jax.data.tokenization import tokenize
-from mmpo_jax.generation.sampler import sample, sample_keys
+from mmpo_jax.generation.sampler import sample_keys
 from mmpo_jax.picture_world.language import CAPTION_PROMPTS
 from mmpo_jax.picture_world.render import png_bytes
 from mmpo_jax.picture_world.world import sample_scene

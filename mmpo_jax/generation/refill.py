@@ -1,0 +1,273 @@
+"""Places that are refilled: which prompts stand in which rows, and when they get new ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mmpo_jax.core import progress
+from mmpo_jax.generation.places import (
+    Prompts,
+    compact,
+    decode,
+    empty_pool,
+    empty_rows,
+    give,
+    prefill,
+)
+from mmpo_jax.inference.loop import made_ahead
+from mmpo_jax.inference.plan import PlannedBatch
+from mmpo_jax.models.model import Model, Params
+from mmpo_jax.parallel.mesh import batch_shards, put_batch
+from mmpo_jax.recipes.sampling import Decoding
+
+MEMBERS = 5
+"""At most so many places share a pool: what one of them reads is multiplied with all of them."""
+SHARE = 0.6
+"""Places for every sample of the prompts of a row. With fewer a row seldom runs out of samples;
+with more a prompt's keys are read for more samples at once."""
+FIRST_POOL = 64
+"""Tokens for every place of a pool that begins."""
+FREE = 1 / 8
+"""The share of a pool that is free when it has been compacted."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What is computed together."""
+
+    rows: int
+    """B, a multiple of the devices that batches are split over."""
+    width: int
+    """Q, prompts of a row."""
+    groups: int
+    """G, of places of a row."""
+    members: int
+    """M, places of a group."""
+    batch: int
+    """Prompts that are run at once; a multiple of the devices, at most `rows`."""
+
+    @property
+    def places(self) -> int:
+        return self.groups * self.members
+
+
+def choose_layout(
+    prompts: int, prompt_tokens: int, decoding: Decoding, batch_size: int, shards: int
+) -> Layout:
+    """A layout that takes no more memory than all samples of `batch_size` prompts at once.
+
+    Where there are no more prompts than that, all of their samples are decoded at once.
+
+    Args:
+      prompts: how many there are.
+      prompt_tokens: of the longest.
+      decoding: how many samples of each, and their limit.
+      batch_size: prompts at a time.
+      shards: devices that batches are split over.
+    """
+    n, limit = decoding.num_samples, decoding.max_new_tokens
+    batch_size = _round_up(batch_size, shards)
+    if prompts <= batch_size:
+        rows = batch_size if prompts > batch_size // 2 else _round_up(prompts, shards)
+        return Layout(rows, 1, *_grouped(n), rows)
+    if n == 1:
+        return Layout(batch_size, 1, 1, 1, max(shards, batch_size // 8 // shards * shards))
+    width, places = 2, max(2, round(2 * SHARE * n / 2))
+    budget = batch_size * (prompt_tokens + n * limit)
+    groups, members = _grouped(places)
+    row = width * prompt_tokens + groups * members * limit
+    most = _round_up(math.ceil(prompts / width), shards)
+    rows = min(most, max(1, budget // row // shards) * shards)
+    return Layout(rows, width, groups, members, max(shards, rows // 4 // shards * shards))
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+def _grouped(places: int) -> tuple[int, int]:
+    """(groups, members) of at least so many places, one more at most for every group."""
+    groups = -(-places // MEMBERS)
+    return groups, -(-places // groups)
+
+
+def pool_sizes(limit: int) -> list[int]:
+    """Tokens for every place that pools are made for, ascending; each size is compiled.
+
+    Args:
+      limit: T, as many as a place ever reads.
+    """
+    sizes, size = [], FIRST_POOL
+    while size < limit:
+        sizes += [size, size * 3 // 2]
+        size *= 2
+    return [*(size for size in sizes if size < limit), limit]
+
+
+@dataclasses.dataclass
+class Work:
+    """How many tokens places have decoded, those of places without a sample included."""
+
+    computed: int = 0
+
+    def add(self, steps: int, places: int) -> None:
+        self.computed += steps * places
+
+
+def sample_batches(
+    model: Model,
+    params: Params,
+    batches: Sequence[PlannedBatch],
+    layout: Layout,
+    mesh: Mesh,
+    *,
+    decoding: Decoding,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+    work: Work | None = None,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Samples responses to all prompts of some batches.
+
+    Every sample has a key of its own and a key per token is folded from it, so a sample does not
+    depend on its place or on what is decoded beside it.
+
+    Args:
+      model: the architecture.
+      params: its parameters on the mesh, cast to their `inference_dtype`.
+      batches: they make (`Batch`, PRNG keys [F, n]), F = `layout.batch`.
+      layout: what is computed together.
+      mesh: the devices.
+      decoding: temperature, truncation and length.
+      eos_ids: tokens that end a sample.
+      pad_id: what follows the end.
+      work: is told what was computed.
+
+    Yields:
+      (number of a record, its samples int32[n, T]) as prompts are done, EOS included where it was
+      sampled. A sample whose logits are NaN or infinite ends with `NOT_FINITE`.
+    """
+    state = _State(model, params, layout, batch_shards(mesh), decoding, eos_ids, pad_id)
+    made = made_ahead(batch.make() for batch in batches)
+    with jax.set_mesh(mesh):
+        for planned, (prompts, keys) in zip(batches, made, strict=True):
+            wanted = state.shares(planned)
+            while not state.has_room(wanted):
+                yield from state.decode(wanted)
+            state.give(planned, prefill(model, params, put_batch(prompts, mesh), keys))
+        while state.works():
+            yield from state.decode(np.full(state.shards, layout.rows + 1, np.int32))
+        if work is not None:
+            work.add(state.steps(), layout.rows * layout.places)
+
+
+class _State:
+    """The arrays on the devices, and which record's prompt stands where."""
+
+    def __init__(
+        self,
+        model: Model,
+        params: Params,
+        layout: Layout,
+        shards: int,
+        decoding: Decoding,
+        eos_ids: tuple[int, ...],
+        pad_id: int,
+    ):
+        self.model, self.params, self.layout, self.shards = model, params, layout, shards
+        self.decoding, self.eos_ids, self.pad_id = decoding, eos_ids, pad_id
+        self.prompts: tuple[Prompts, ...] = ()
+        self.samples: Any = None
+        self.pool: Any = None
+        self.sizes = [size * layout.members for size in pool_sizes(decoding.max_new_tokens)]
+        self.given = np.zeros(layout.rows, np.int32)
+        """Prompts that every row has been given."""
+        self.records = np.full((layout.rows, layout.width), -1)
+        """Records whose prompts are not done, -1 for none."""
+
+    def shares(self, planned: PlannedBatch) -> np.ndarray:
+        """int32[Z]: how many prompts of a batch every shard has."""
+        size = self.layout.batch // self.shards
+        shards = [place // size for _, place in planned.places]
+        return np.bincount(shards, minlength=self.shards).astype(np.int32)
+
+    def free(self) -> np.ndarray:
+        """bool[Z, B / Z]: rows whose next prompt has a place."""
+        following = self.given % self.layout.width
+        return (self.records[np.arange(self.layout.rows), following] < 0).reshape(self.shards, -1)
+
+    def has_room(self, wanted: np.ndarray) -> bool:
+        return bool((self.free().sum(axis=1) >= wanted).all())
+
+    def works(self) -> bool:
+        return bool((self.records >= 0).any())
+
+    def steps(self) -> int:
+        return int(self.samples.steps) if self.prompts else 0
+
+    def give(self, planned: PlannedBatch, new: Prompts) -> None:
+        """Gives free rows the prompts of a batch."""
+        layout = self.layout
+        if not self.prompts:
+            self.prompts, self.samples = empty_rows(
+                new,
+                rows=layout.rows,
+                width=layout.width,
+                places=layout.places,
+                length=self.decoding.max_new_tokens,
+                pad_id=self.pad_id,
+            )
+        size, own = layout.batch // self.shards, layout.rows // self.shards
+        free = [np.flatnonzero(shard) for shard in self.free()]
+        to, which = np.full((2, self.shards, size), own, np.int32)
+        for number, place in planned.places:
+            shard, column = divmod(place, size)
+            to[shard, column] = free[shard][column]
+            row = shard * own + to[shard, column]
+            which[shard, column] = self.given[row] % layout.width
+            self.records[row, which[shard, column]] = number
+            self.given[row] += 1
+        self.prompts, self.samples = give(
+            self.prompts, self.samples, new, to, which, pad_id=self.pad_id
+        )
+
+    def decode(self, wanted: np.ndarray) -> list[tuple[int, np.ndarray]]:
+        """Decodes until every shard has so many free rows, or nothing is left to decode; may end
+        before that, to be called again. Gives samples of the prompts that are done."""
+        if self.pool is None:
+            self.pool = empty_pool(self.prompts[0], groups=self.layout.groups, size=self.sizes[0])
+        self.samples, self.pool, report = decode(
+            self.model,
+            self.params,
+            self.prompts,
+            self.samples,
+            self.pool,
+            self.given,
+            wanted,
+            decoding=self.decoding,
+            eos_ids=self.eos_ids,
+            pad_id=self.pad_id,
+        )
+        complete = np.asarray(report.complete) & (self.records >= 0)
+        if int(report.used) + self.layout.members > self.pool.owner.shape[2]:
+            live = int(report.live)
+            fits = [
+                size for size in self.sizes if live + max(self.layout.members, FREE * size) <= size
+            ]
+            self.pool = compact(self.pool, size=(fits or self.sizes[-1:])[0])
+        if not complete.any():
+            return []
+        tokens = np.asarray(self.samples.tokens)
+        tokens = tokens.reshape(*self.records.shape, -1, tokens.shape[-1])
+        found = [
+            (int(self.records[at]), tokens[at]) for at in zip(*np.nonzero(complete), strict=True)
+        ]
+        self.records[complete] = -1
+        progress.advance(len(found))
+        return found
