@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -39,7 +40,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from mmpo_jax.checkpoints.train_state import TrainState
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.pipeline import TrainBatch
-from mmpo_jax.generation.sampler import sample
+from mmpo_jax.generation.decoding import decode
+from mmpo_jax.generation.places import empty_pool, empty_rows, prefill, row_spec
+from mmpo_jax.generation.refill import choose_layout
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.layout import pad_size
 from mmpo_jax.models.log_probs import response_log_probs
@@ -301,21 +304,65 @@ def train_step(model: Model, target: Target, mesh: Mesh) -> Callable[[], Any]:
     return lambda: whole.lower(state, TrainBatch(batch, {"sums": numbers}, {"rank": numbers}))
 
 
-def generation(model: Model, target: Target, mesh: Mesh) -> Callable[[], Any]:
-    """Prefill, then the loop that draws `NEW_TOKENS` of `SAMPLES` samples a prompt."""
+DECODING = Decoding(num_samples=SAMPLES, max_new_tokens=NEW_TOKENS)
+
+
+def prompts_for(model: Model, target: Target, mesh: Mesh) -> tuple[Any, ...]:
+    """What `prefill` is given."""
     batch = abstract_batch(model, target, mesh, 0)
     kind = jax.eval_shape(lambda: jax.random.key(0)).dtype
     keys = abstract((batch.prompt_ids.shape[0], SAMPLES), kind, mesh, BATCH)
-    decoding = Decoding(num_samples=SAMPLES, max_new_tokens=NEW_TOKENS)
-    params = abstract_params(model, mesh, jnp.bfloat16)
-    options = {"decoding": decoding, "eos_ids": (2,), "pad_id": 0}
-    return lambda: sample.lower(model, params, batch, keys, **options)
+    return model, abstract_params(model, mesh, jnp.bfloat16), batch, keys
+
+
+def prefilling(model: Model, target: Target, mesh: Mesh) -> Callable[[], Any]:
+    """Prompts, run once before `SAMPLES` samples of each."""
+    return lambda: prefill.lower(*prompts_for(model, target, mesh))
+
+
+def decoding(model: Model, target: Target, mesh: Mesh) -> Callable[[], Any]:
+    """The loop that draws `NEW_TOKENS` of `SAMPLES` samples a prompt, all in a place of their own,
+    with pools that hold all of them."""
+
+    def made(function: Callable, *arguments: Any, **options: Any) -> Any:
+        shapes = jax.eval_shape(functools.partial(function, **options), *arguments)
+        return jax.tree.map(
+            lambda leaf: abstract(leaf.shape, leaf.dtype, mesh, row_spec(leaf, mesh)), shapes
+        )
+
+    def lower() -> Any:
+        _, params, *rest = prompts_for(model, target, mesh)
+        new = made(functools.partial(prefill, model), params, *rest)
+        rows = len(new.length)
+        layout = choose_layout(rows, target.prompt, DECODING, rows, rows // ROWS)
+        prompts, samples = made(
+            empty_rows,
+            new,
+            rows=layout.rows,
+            width=layout.width,
+            places=layout.places,
+            length=NEW_TOKENS,
+            pad_id=0,
+        )
+        pool = made(empty_pool, new, groups=layout.groups, size=layout.members * NEW_TOKENS)
+        given, wanted = (
+            abstract((n,), jnp.int32, mesh, PartitionSpec()) for n in (rows, rows // ROWS)
+        )
+        options = {"decoding": DECODING, "eos_ids": (2,), "pad_id": 0}
+        return decode.lower(model, params, prompts, samples, pool, given, wanted, **options)
+
+    return lower
 
 
 SIZES = ("arguments", "temporaries", "total")
 """Columns in GiB per chip: parameters, optimizer state and batch; what the program needs while it
 runs and gives back; both and its code."""
-PROGRAMS = {"log-probs": forward, "DPO step": train_step, "generation": generation}
+PROGRAMS = {
+    "log-probs": forward,
+    "DPO step": train_step,
+    "prefill": prefilling,
+    "decoding": decoding,
+}
 """(model, target, mesh) -> what lowers the program once the mesh is in use."""
 
 
@@ -335,7 +382,7 @@ def measure(target: Target, program: str, devices: list[Any], dump: str | None) 
       RuntimeError: attention is not splash attention.
     """
     model = Model.create(read_config(target.config()))
-    generates = program == "generation"
+    generates = program in ("prefill", "decoding")
     mesh = make_mesh(target.generate_mesh if generates else target.train_mesh, devices)
     row: dict[str, Any] = {"mesh": " x ".join(str(mesh.shape[axis]) for axis in AXES)}
     lower = PROGRAMS[program](model, target, mesh)
@@ -343,7 +390,7 @@ def measure(target: Target, program: str, devices: list[Any], dump: str | None) 
         started = time.process_time()
         lowered = lower()
         row["kernels"] = splash_kernels(lowered.as_text())
-        if "fwd" not in row["kernels"]:
+        if program != "decoding" and "fwd" not in row["kernels"]:
             raise RuntimeError(f"{program}: attention is not splash attention")
         try:
             compiled = lowered.compile()

@@ -1,8 +1,8 @@
-"""Places that decode samples, one sample after another in each: what a device holds and computes.
+"""What devices hold while samples are drawn: prompts, samples, and the places that decode them.
 
 B rows have Q prompts and G * M places each. A place decodes samples of its row's prompts. When one
-ends, the row's next sample takes the place, within the compiled loop; prompts whose samples are all
-there are replaced by the host (see `refill`).
+ends, the row's next sample takes the place, within the compiled loop (`decoding`); prompts whose
+samples are all there are replaced by the host (`refill`).
 """
 
 from __future__ import annotations
@@ -13,19 +13,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mmpo_jax.generation.sampler import NOT_FINITE, choose_token
-from mmpo_jax.models.attention import cached_attention, in_window, shared_prompt_attention
+from mmpo_jax.models.attention import shared_prompt_attention
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.layers import batch_axes
-from mmpo_jax.models.log_probs import next_token_logits
 from mmpo_jax.models.lora import cast_params
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.precision import inference_dtype
 from mmpo_jax.models.vlm import VisionLanguageModel, prompt_lengths
-from mmpo_jax.recipes.sampling import Decoding
 
 
 @jax.tree_util.register_dataclass
@@ -34,7 +31,7 @@ class Prompts:
     """One prompt for each of B rows, as its samples read it."""
 
     cache: tuple[jax.Array, jax.Array]
-    """Keys and values [L, B, K, P, d]. Heads come first, as attention wants them."""
+    """Keys [L, B, K, d, P] and values [L, B, K, P, d], as `cached_attention` multiplies them."""
     length: jax.Array
     """int32[B]; tokens of the prompt."""
     next_position: jax.Array
@@ -78,7 +75,7 @@ class Pool:
     """
 
     cache: tuple[jax.Array, jax.Array]
-    """[L, B, G, K, C, d] each."""
+    """Keys [L, B, G, K, d, C] and values [L, B, G, K, C, d]."""
     owner: jax.Array
     """int32[B, G, C]; which of the M places reads the token, -1 for none."""
     position: jax.Array
@@ -87,40 +84,30 @@ class Pool:
     """int32[]; how many of the C are written."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What the host decides by."""
-
-    complete: jax.Array
-    """bool[B, Q]; prompts that have no sample left, or are not there."""
-    live: jax.Array
-    """int32[]; the most tokens of a pool that places read."""
-    used: jax.Array
-    """int32[]; how many tokens of the pools are written."""
-
-
 def row_axis(leaf: jax.Array) -> int:
     """Which axis of an array is that of rows: caches alone have five or more, layers in front."""
     return 1 if leaf.ndim > 4 else 0
 
 
+def row_spec(leaf: jax.Array, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """Where an array of rows lies: rows on the devices that batches are split over, and key-value
+    heads where the axis `tensor` has them."""
+    spec: list[Any] = [None] * leaf.ndim
+    if leaf.ndim:
+        spec[row_axis(leaf)] = batch_axes(mesh)
+    if leaf.ndim > 4 and "tensor" in mesh.shape and leaf.shape[-3] % mesh.shape["tensor"] == 0:
+        spec[-3] = "tensor"
+    return PartitionSpec(*spec)
+
+
 def placed(tree: Any) -> Any:
-    """Keeps rows on the devices of the mesh that batches are split over, if one is in use, and
-    key-value heads where the axis `tensor` has them."""
+    """Keeps arrays of rows where `row_spec` says, if a mesh is in use."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return tree
-
-    def place(leaf: jax.Array) -> jax.Array:
-        spec: list[Any] = [None] * leaf.ndim
-        if leaf.ndim:
-            spec[row_axis(leaf)] = batch_axes(mesh)
-        if leaf.ndim > 4 and leaf.shape[-3] % mesh.shape.get("tensor", 1) == 0:
-            spec[-3] = "tensor" if "tensor" in mesh.axis_names else None
-        return jax.lax.with_sharding_constraint(leaf, PartitionSpec(*spec))
-
-    return jax.tree.map(place, tree)
+    return jax.tree.map(
+        lambda leaf: jax.lax.with_sharding_constraint(leaf, row_spec(leaf, mesh)), tree
+    )
 
 
 def bind(model: Model, params: Params) -> VisionLanguageModel:
@@ -147,7 +134,7 @@ def prefill(model: Model, params: Params, batch: Batch, keys: Key[Array, "B n"])
         out = shared_prompt_attention(query, key, value, *masks, window, module.attention)
         (key, value), whole = only_finite(key, value)
         carry &= (whole | ~batch.prompt_mask).all(axis=1)
-        return out, carry, (key.swapaxes(1, 2), value.swapaxes(1, 2))
+        return out, carry, (key.transpose(0, 2, 3, 1), value.swapaxes(1, 2))
 
     x = module.embed_prompt(batch)
     every = jnp.ones(len(x), bool)
@@ -208,10 +195,10 @@ def empty_rows(
 @functools.partial(jax.jit, static_argnames=("groups", "size"))
 def empty_pool(like: Prompts, *, groups: int, size: int) -> Pool:
     """Pools of `size` tokens, `groups` of them for every row of some prompts."""
-    depth, rows, heads, _, d = like.cache[0].shape
-    cache = jnp.zeros((depth, rows, groups, heads, size, d), like.cache[0].dtype)
+    depth, rows, heads, _, d = like.cache[1].shape
+    value = jnp.zeros((depth, rows, groups, heads, size, d), like.cache[1].dtype)
     nobody = jnp.full((rows, groups, size), -1, jnp.int32)
-    return placed(Pool((cache, cache), nobody, jnp.zeros_like(nobody), jnp.int32(0)))
+    return placed(Pool((value.swapaxes(4, 5), value), nobody, jnp.zeros_like(nobody), jnp.int32(0)))
 
 
 @functools.partial(jax.jit, static_argnames="pad_id", donate_argnames=("prompts", "samples"))
@@ -232,7 +219,7 @@ def give(
       which: int32[Z, F], which of that row's Q prompts it replaces.
       pad_id: what follows a sample's end.
     """
-    longest = max(prompts[0].cache[0].shape[3], new.cache[0].shape[3])
+    longest = max(prompts[0].cache[1].shape[3], new.cache[1].shape[3])
     new = _widened(new, longest)
     width, none = len(prompts), len(samples.started) // to.shape[0]
     kept = []
@@ -254,8 +241,10 @@ def give(
 
 def _widened(prompts: Prompts, length: int) -> Prompts:
     """With room for so many tokens."""
-    padding = length - prompts.cache[0].shape[3]
-    key, value = (jnp.pad(x, [(0, 0)] * 3 + [(0, padding), (0, 0)]) for x in prompts.cache)
+    key, value = prompts.cache
+    padding = (0, length - value.shape[3])
+    key = jnp.pad(key, [(0, 0)] * 4 + [padding])
+    value = jnp.pad(value, [(0, 0)] * 3 + [padding, (0, 0)])
     return dataclasses.replace(prompts, cache=(key, value))
 
 
@@ -271,216 +260,3 @@ def _write(leaf: jax.Array, new: jax.Array, *, rows: Int[Array, "Z F"]) -> jax.A
 
     written = jax.vmap(write, (axis, axis, 0), axis)(split(leaf), split(new), rows)
     return written.reshape(leaf.shape)
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("model", "decoding", "eos_ids", "pad_id"),
-    donate_argnames=("samples", "pool"),
-)
-def decode(
-    model: Model,
-    params: Params,
-    prompts: tuple[Prompts, ...],
-    samples: Samples,
-    pool: Pool,
-    given: Int[Array, " B"],
-    wanted: Int[Array, " Z"],
-    *,
-    decoding: Decoding,
-    eos_ids: tuple[int, ...],
-    pad_id: int,
-) -> tuple[Samples, Pool, Report]:
-    """Decodes until the host has something to do.
-
-    That is: no sample is left, the pool is full, or enough rows of every shard can be given a
-    prompt. A place whose sample ends takes its row's next one; they are started in the order in
-    which the prompts were given.
-
-    Args:
-      model: the architecture.
-      params: its parameters, cast to their `inference_dtype`.
-      prompts, samples, pool: of B rows.
-      given: int32[B], how many prompts the row has been given; the k-th is its prompt k modulo Q.
-      wanted: int32[Z], how many rows of every shard have to be free.
-      decoding: temperature, truncation and length.
-      eos_ids: tokens that end a sample.
-      pad_id: what places without a sample read.
-    """
-    module = bind(model, params)
-    width, (rows, count) = len(prompts), samples.done.shape
-    n = count // width
-    keys = jnp.concatenate([prompt.keys for prompt in prompts], axis=1)
-    members = samples.sample.shape[1] // pool.owner.shape[1]
-
-    def goes_on(state: tuple[Samples, Pool]) -> jax.Array:
-        samples, pool = state
-        work = (samples.sample >= 0).any() | (samples.started < given * n).any()
-        complete = samples.done.reshape(rows, width, n).all(axis=2)
-        free = jnp.take_along_axis(complete, given[:, None] % width, axis=1)
-        enough = (free.reshape(len(wanted), -1).sum(axis=1) >= wanted).all()
-        return work & ~enough & (pool.used + members <= pool.owner.shape[2])
-
-    def step(state: tuple[Samples, Pool]) -> tuple[Samples, Pool]:
-        samples, pool = state
-        samples = _start(prompts, samples, given)
-        logits = next_token_logits(module, samples.hidden)
-        own = jax.vmap(lambda keys, at: keys[at])(keys, samples.sample)
-        token = choose_token(logits, own, samples.position, decoding)
-        finite, busy = jnp.isfinite(logits).all(axis=-1), samples.sample >= 0
-        last = samples.position + 1 == decoding.max_new_tokens
-        ended = busy & (~finite | jnp.isin(token, jnp.array(eos_ids, jnp.int32)) | last)
-        said = jnp.where(finite, token, NOT_FINITE)
-        tokens = _at_sample(samples.tokens, busy, samples, said)
-        done = _at_sample(samples.done, ended, samples)
-        token = jnp.where(busy & finite, token, pad_id)
-        hidden, pool = decode_token(module, prompts, samples, pool, token, ended)
-        samples = dataclasses.replace(
-            samples,
-            tokens=tokens,
-            done=done,
-            sample=jnp.where(ended, -1, samples.sample),
-            position=samples.position + 1,
-            hidden=hidden,
-            steps=samples.steps + 1,
-        )
-        return samples, pool
-
-    samples, pool = placed(jax.lax.while_loop(goes_on, step, (samples, pool)))
-    complete = samples.done.reshape(rows, width, n).all(axis=2)
-    live = (pool.owner >= 0).sum(axis=2).max()
-    # A copy: the pool's own is given away with the pool.
-    return samples, pool, Report(complete, live, pool.used + 0)
-
-
-def _at_sample(
-    leaf: jax.Array, chosen: Bool[Array, "B M"], samples: Samples, token: Any = None
-) -> jax.Array:
-    """Tokens int32[B, Q * n, T] with those of chosen places added, or samples marked as True."""
-    column = jnp.where(chosen, samples.sample, leaf.shape[1])
-    if token is None:
-        return jax.vmap(lambda x, at: x.at[at].set(True, mode="drop"))(leaf, column)
-    write = jax.vmap(lambda x, at, time, new: x.at[at, time].set(new, mode="drop"))
-    return write(leaf, column, samples.position, token)
-
-
-def _start(prompts: tuple[Prompts, ...], samples: Samples, given: Int[Array, " B"]) -> Samples:
-    """Places that have no sample take the next ones of their rows."""
-    width, n = len(prompts), prompts[0].keys.shape[1]
-    free = samples.sample < 0
-    number = samples.started[:, None] + jnp.cumsum(free, axis=1) - 1
-    begins = free & (number < (given * n)[:, None])
-    sample = jnp.where(begins, number % (width * n), samples.sample)
-    hidden = samples.hidden
-    for which, prompt in enumerate(prompts):
-        its = begins & (sample // n == which)
-        hidden = jnp.where(its[..., None], prompt.hidden[:, None], hidden)
-    return dataclasses.replace(
-        samples,
-        started=samples.started + begins.sum(axis=1, dtype=jnp.int32),
-        sample=sample,
-        position=jnp.where(begins, 0, samples.position),
-        hidden=hidden,
-    )
-
-
-def decode_token(
-    module: VisionLanguageModel,
-    prompts: tuple[Prompts, ...],
-    samples: Samples,
-    pool: Pool,
-    token: Int[Array, "B M"],
-    ended: Bool[Array, "B M"],
-) -> tuple[Float[Array, "B M D"], Pool]:
-    """One token of every place through the decoder.
-
-    Args:
-      module: the bound model.
-      prompts, samples, pool: before this token.
-      token: int32[B, G * M].
-      ended: bool[B, G * M], samples that have no token behind this one.
-
-    Returns:
-      (what the next token is drawn from [B, G * M, D], the pool with this token written). NaN where
-      a key or a value is not finite, which the pool holds as 0.
-    """
-    rows, groups, _ = pool.owner.shape
-
-    def grouped(x: jax.Array) -> jax.Array:
-        return x.reshape(rows, groups, -1, *x.shape[2:])
-
-    sample, position = grouped(samples.sample), grouped(samples.position)
-    member = jnp.arange(sample.shape[2])
-    owner = _append(pool.owner, jnp.where(sample >= 0, member, -1), pool.used)
-    written = _append(pool.position, position, pool.used)
-    owned = owner[:, :, None] == member[:, None]
-    to_own = position[..., None] - written[:, :, None]
-    n = prompts[0].keys.shape[1]
-    its = [sample // n == which for which in range(len(prompts))]
-    first = sum(
-        jnp.where(mine, prompt.next_position[:, None, None], 0)
-        for mine, prompt in zip(its, prompts, strict=True)
-    )
-    positions = (first + position).reshape(rows, 1, -1)
-    positions = jnp.broadcast_to(
-        positions, (rows, module.config.decoder.rope.axes, positions.shape[2])
-    )
-
-    def attend_caches(query, key, value, window, carry, inputs):
-        layer, caches = inputs
-        (key, value), whole = only_finite(key, value)
-        own = tuple(
-            jax.lax.dynamic_update_slice(
-                cache, grouped(new).swapaxes(2, 3)[None], (layer, 0, 0, 0, pool.used, 0)
-            )
-            for cache, new in zip(carry[0], (key, value), strict=True)
-        )
-        own_key, own_value = (
-            jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False) for cache in own
-        )
-        parts = [(own_key, own_value, owned & in_window(to_own, window))]
-        for mine, prompt, cache in zip(its, prompts, caches, strict=True):
-            place, length = jnp.arange(cache[0].shape[2]), prompt.length[:, None, None, None]
-            seen = (place < length) & in_window(length + position[..., None] - place, window)
-            parts.append((*cache, seen & mine[..., None]))
-        out = cached_attention(grouped(query), parts, query.shape[-1] ** -0.5)
-        return out.reshape(query.shape), (own, carry[1] & whole), None
-
-    hidden, (cache, whole), _ = module.language_model(
-        module.language_model.embed_tokens(token),
-        positions,
-        attend_caches,
-        carry=(pool.cache, jnp.ones(token.shape, bool)),
-        layer_inputs=(jnp.arange(len(pool.cache[0])), tuple(prompt.cache for prompt in prompts)),
-    )
-    released = (owned & grouped(ended)[..., None]).any(axis=2)
-    pool = Pool(cache, jnp.where(released, -1, owner), written, pool.used + len(member))
-    return jnp.where(whole[..., None], hidden, jnp.nan), pool
-
-
-def _append(
-    x: Int[Array, "B G C"], new: Int[Array, "B G M"], used: Int[Array, ""]
-) -> Int[Array, "B G C"]:
-    return jax.lax.dynamic_update_slice(x, new.astype(x.dtype), (0, 0, used))
-
-
-@functools.partial(jax.jit, static_argnames="size")
-def compact(pool: Pool, *, size: int) -> Pool:
-    """The pool with `size` tokens, of which those that are nobody's are free; at least the live
-    ones have to go in."""
-    nobody = pool.owner < 0
-    order = jnp.argsort(nobody, axis=2, stable=True)[:, :, :size]
-    padding = size - order.shape[2]
-
-    def gather(x: jax.Array, axis: int) -> jax.Array:
-        at = order
-        if x.ndim > order.ndim:
-            at = order[None, :, :, None, :, None]
-        taken = jnp.take_along_axis(x, at, axis=axis)
-        return jnp.pad(taken, [(0, padding if a == axis else 0) for a in range(x.ndim)])
-
-    free = jnp.arange(size) >= (~nobody).sum(axis=2, keepdims=True)
-    owner = jnp.where(free, -1, gather(pool.owner, 2))
-    used = (~nobody).sum(axis=2).max().astype(jnp.int32)
-    cache = gather(pool.cache[0], 4), gather(pool.cache[1], 4)
-    return placed(Pool(cache, owner, gather(pool.position, 2), used))

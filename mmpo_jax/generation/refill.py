@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,30 +11,26 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mmpo_jax.core import progress
-from mmpo_jax.generation.places import (
-    Prompts,
-    compact,
-    decode,
-    empty_pool,
-    empty_rows,
-    give,
-    prefill,
-)
+from mmpo_jax.generation.decoding import compact, decode
+from mmpo_jax.generation.places import Prompts, empty_pool, empty_rows, give, prefill
 from mmpo_jax.inference.loop import made_ahead
 from mmpo_jax.inference.plan import PlannedBatch
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.parallel.mesh import batch_shards, put_batch
 from mmpo_jax.recipes.sampling import Decoding
 
+PROMPTS = 2
+"""Prompts of a row where there are more than are sampled at once. With one, most of its places wait
+for the longest sample; with more, places read more prompts than their own."""
+PLACES = 0.6
+"""Places of a row for every sample of a prompt. With more, they wait for samples longer; with
+fewer, keys and values of a prompt are read for fewer samples at once."""
 MEMBERS = 5
-"""At most so many places share a pool: what one of them reads is multiplied with all of them."""
-SHARE = 0.6
-"""Places for every sample of the prompts of a row. With fewer a row seldom runs out of samples;
-with more a prompt's keys are read for more samples at once."""
-FIRST_POOL = 64
+"""At most so many places share a pool: whatever a pool holds is multiplied with all of them."""
+FIRST_POOL = 128
 """Tokens for every place of a pool that begins."""
 FREE = 1 / 8
-"""The share of a pool that is free when it has been compacted."""
+"""The share of a pool that is free when it has been compacted, at least."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +56,7 @@ class Layout:
 def choose_layout(
     prompts: int, prompt_tokens: int, decoding: Decoding, batch_size: int, shards: int
 ) -> Layout:
-    """A layout that takes no more memory than all samples of `batch_size` prompts at once.
+    """A layout whose caches take no more memory than all samples of `batch_size` prompts at once.
 
     Where there are no more prompts than that, all of their samples are decoded at once.
 
@@ -75,27 +70,27 @@ def choose_layout(
     n, limit = decoding.num_samples, decoding.max_new_tokens
     batch_size = _round_up(batch_size, shards)
     if prompts <= batch_size:
-        rows = batch_size if prompts > batch_size // 2 else _round_up(prompts, shards)
-        return Layout(rows, 1, *_grouped(n), rows)
+        members = max(size for size in range(1, MEMBERS + 1) if n % size == 0)
+        return Layout(batch_size, 1, n // members, members, batch_size)
     if n == 1:
-        return Layout(batch_size, 1, 1, 1, max(shards, batch_size // 8 // shards * shards))
-    width, places = 2, max(2, round(2 * SHARE * n / 2))
+        return Layout(batch_size, 1, 1, 1, _part(batch_size, 8, shards))
+    places = round(PLACES * n)
+    groups = -(-places // MEMBERS)
+    members = places // groups
     budget = batch_size * (prompt_tokens + n * limit)
-    groups, members = _grouped(places)
-    row = width * prompt_tokens + groups * members * limit
-    most = _round_up(math.ceil(prompts / width), shards)
+    row = PROMPTS * prompt_tokens + groups * members * limit
+    most = _round_up(-(-prompts // PROMPTS), shards)
     rows = min(most, max(1, budget // row // shards) * shards)
-    return Layout(rows, width, groups, members, max(shards, rows // 4 // shards * shards))
+    return Layout(rows, PROMPTS, groups, members, _part(rows, 4, shards))
+
+
+def _part(rows: int, share: int, shards: int) -> int:
+    """One of so many parts of some rows, in whole rows of every shard."""
+    return max(1, rows // shards // share) * shards
 
 
 def _round_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
-
-
-def _grouped(places: int) -> tuple[int, int]:
-    """(groups, members) of at least so many places, one more at most for every group."""
-    groups = -(-places // MEMBERS)
-    return groups, -(-places // groups)
 
 
 def pool_sizes(limit: int) -> list[int]:

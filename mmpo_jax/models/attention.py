@@ -98,12 +98,13 @@ def cached_attention(
     parts: Sequence[tuple[jax.Array, jax.Array, jax.Array]],
     scale: float,
 ) -> Float[Array, "B G M H d"]:
-    """`attend` for decoding: keys and values come as caches lie, heads first, and are never moved.
+    """`attend` for decoding: keys and values come as caches lie, and are multiplied as they lie.
 
     Args:
       query: [B, G, M, H, d], G groups of M queries.
-      parts: (key, value, mask) each. A part shared by all groups has key and value [B, K, S, d], a
-        part of each group's own [B, G, K, S, d]. Masks are bool and broadcast to [B, G, M, S].
+      parts: (key, value, mask) each. A part shared by all groups has keys [B, K, d, S] and values
+        [B, K, S, d], a part of each group's own [B, G, K, d, S] and [B, G, K, S, d]. Masks are bool
+        and broadcast to [B, G, M, S].
       scale: factor of the scores, usually 1/sqrt(d).
 
     Returns:
@@ -130,8 +131,8 @@ def cached_attention(
     scored = []
     for key, _, mask in parts:
         arranged = (to_all if key.ndim == 4 else to_own)(query)
-        score = back(jnp.matmul(arranged, key.swapaxes(-1, -2), preferred_element_type=dtype))
-        seen = jnp.broadcast_to(mask, (b, g, m, key.shape[-2]))[:, :, None, :, None]
+        score = back(jnp.matmul(arranged, key, preferred_element_type=dtype))
+        seen = jnp.broadcast_to(mask, (b, g, m, key.shape[-1]))[:, :, None, :, None]
         scored.append(jnp.where(seen, score, jnp.finfo(dtype).min / 2))
     highest = functools.reduce(jnp.maximum, [s.max(axis=-1, keepdims=True) for s in scored])
     out, total = jnp.zeros((), dtype), jnp.zeros((), dtype)

@@ -167,7 +167,7 @@ def constrain_batch(x: Float[Array, "*d"]) -> Float[Array, "*d"]:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
-def batch_axes(mesh: jax.sharding.AbstractMesh) -> tuple[str, ...]:
+def batch_axes(mesh: jax.sharding.AbstractMesh | jax.sharding.Mesh) -> tuple[str, ...]:
     """The mesh's axes that the rows of a batch are split over."""
     return tuple(axis for axis in ("data", "fsdp") if axis in mesh.axis_names)
 
