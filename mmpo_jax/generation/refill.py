@@ -58,7 +58,9 @@ def choose_layout(
 ) -> Layout:
     """A layout whose caches take no more memory than all samples of `batch_size` prompts at once.
 
-    Where there are no more prompts than that, all of their samples are decoded at once.
+    Where there are no more prompts than that, all of their samples are decoded at once. Where even
+    the longest samples are short beside their prompt, it is prompts that take time and memory, and
+    a row has one.
 
     Args:
       prompts: how many there are.
@@ -69,11 +71,13 @@ def choose_layout(
     """
     n, limit = decoding.num_samples, decoding.max_new_tokens
     batch_size = _round_up(batch_size, shards)
+    members = max(size for size in range(1, MEMBERS + 1) if n % size == 0)
     if prompts <= batch_size:
-        members = max(size for size in range(1, MEMBERS + 1) if n % size == 0)
         return Layout(batch_size, 1, n // members, members, batch_size)
     if n == 1:
         return Layout(batch_size, 1, 1, 1, _part(batch_size, 8, shards))
+    if n * limit <= prompt_tokens:
+        return Layout(batch_size, 1, n // members, members, _part(batch_size, 4, shards))
     places = round(PLACES * n)
     groups = -(-places // MEMBERS)
     members = places // groups

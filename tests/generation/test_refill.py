@@ -223,6 +223,9 @@ def test_layouts():
     assert choose_layout(3, 600, Decoding(num_samples=7), 5, 4) == Layout(8, 1, 7, 1, 8)
     # One sample of each: the next prompt takes the row.
     assert choose_layout(99, 600, Decoding(), 16, 1) == Layout(16, 1, 1, 1, 2)
+    # Short samples of long prompts: no second prompt in a row.
+    short = Decoding(num_samples=4, max_new_tokens=32)
+    assert choose_layout(99, 600, short, 16, 1) == Layout(16, 1, 1, 4, 4)
     for prompts, length, n, limit, shards in itertools.product(
         (40, 1000), (30, 600, 7000), (2, 3, 10, 64), (32, 512), (1, 8)
     ):
@@ -232,7 +235,7 @@ def test_layouts():
         assert shards <= layout.batch <= layout.rows
         taken = layout.rows * (layout.width * length + layout.places * limit)
         assert taken <= 16 * (length + n * limit) or layout.rows == shards
-        assert layout.places < layout.width * n
+        assert layout.places <= n
 
 
 def test_pools_grow_in_few_steps():
