@@ -15,6 +15,7 @@ from mmpo_jax.generation.decoding import compact, decode
 from mmpo_jax.generation.places import Prompts, empty_pool, empty_rows, give, prefill
 from mmpo_jax.inference.loop import made_ahead
 from mmpo_jax.inference.plan import PlannedBatch
+from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.parallel.mesh import batch_shards, put_batch
 from mmpo_jax.recipes.sampling import Decoding
@@ -152,18 +153,17 @@ def sample_batches(
       (number of a record, its samples int32[n, T]) as prompts are done, EOS included where it was
       sampled. A sample whose logits are NaN or infinite ends with `NOT_FINITE`.
     """
-    state = _State(model, params, layout, batch_shards(mesh), decoding, eos_ids, pad_id)
+    state = _State(model, params, layout, mesh, decoding, eos_ids, pad_id)
     made = made_ahead(batch.make() for batch in batches)
-    with jax.set_mesh(mesh):
-        for planned, (prompts, keys) in zip(batches, made, strict=True):
-            wanted = state.shares(planned)
-            while not state.has_room(wanted):
-                yield from state.decode(wanted)
-            state.give(planned, prefill(model, params, put_batch(prompts, mesh), keys))
-        while state.works():
-            yield from state.decode(np.full(state.shards, layout.rows + 1, np.int32))
-        if work is not None:
-            work.add(state.steps(), layout.rows * layout.places)
+    for planned, (prompts, keys) in zip(batches, made, strict=True):
+        wanted = state.shares(planned)
+        while not state.has_room(wanted):
+            yield from state.decode(wanted)
+        state.give(planned, prompts, keys)
+    while state.works():
+        yield from state.decode(np.full(state.shards, layout.rows + 1, np.int32))
+    if work is not None:
+        work.add(state.steps(), layout.rows * layout.places)
 
 
 class _State:
@@ -174,12 +174,13 @@ class _State:
         model: Model,
         params: Params,
         layout: Layout,
-        shards: int,
+        mesh: Mesh,
         decoding: Decoding,
         eos_ids: tuple[int, ...],
         pad_id: int,
     ):
-        self.model, self.params, self.layout, self.shards = model, params, layout, shards
+        self.model, self.params, self.layout, self.mesh = model, params, layout, mesh
+        self.shards = batch_shards(mesh)
         self.decoding, self.eos_ids, self.pad_id = decoding, eos_ids, pad_id
         self.prompts: tuple[Prompts, ...] = ()
         self.samples: Any = None
@@ -210,63 +211,77 @@ class _State:
     def steps(self) -> int:
         return int(self.samples.steps) if self.prompts else 0
 
-    def give(self, planned: PlannedBatch, new: Prompts) -> None:
-        """Gives free rows the prompts of a batch."""
-        layout = self.layout
-        if not self.prompts:
-            self.prompts, self.samples = empty_rows(
-                new,
-                rows=layout.rows,
-                width=layout.width,
-                places=layout.places,
-                length=self.decoding.max_new_tokens,
-                pad_id=self.pad_id,
+    def give(self, planned: PlannedBatch, prompts: Batch, keys: jax.Array) -> None:
+        """Runs the prompts of a batch and gives them to free rows."""
+        to, which = self._seat(planned)
+        with jax.set_mesh(self.mesh):
+            new = prefill(self.model, self.params, put_batch(prompts, self.mesh), keys)
+            if not self.prompts:
+                self._begin(new)
+            self.prompts, self.samples = give(
+                self.prompts, self.samples, new, to, which, pad_id=self.pad_id
             )
-        size, own = layout.batch // self.shards, layout.rows // self.shards
+
+    def _seat(self, planned: PlannedBatch) -> tuple[np.ndarray, np.ndarray]:
+        """Which row of its shard every prompt of a batch gets, B / Z for none, and which of the
+        row's prompts it will be: int32[Z, F] each."""
+        size, own = self.layout.batch // self.shards, self.layout.rows // self.shards
         free = [np.flatnonzero(shard) for shard in self.free()]
         to, which = np.full((2, self.shards, size), own, np.int32)
         for number, place in planned.places:
             shard, column = divmod(place, size)
             to[shard, column] = free[shard][column]
             row = shard * own + to[shard, column]
-            which[shard, column] = self.given[row] % layout.width
+            which[shard, column] = self.given[row] % self.layout.width
             self.records[row, which[shard, column]] = number
             self.given[row] += 1
-        self.prompts, self.samples = give(
-            self.prompts, self.samples, new, to, which, pad_id=self.pad_id
+        return to, which
+
+    def _begin(self, like: Prompts) -> None:
+        """Makes arrays for prompts like some."""
+        layout = self.layout
+        self.prompts, self.samples = empty_rows(
+            like,
+            rows=layout.rows,
+            width=layout.width,
+            places=layout.places,
+            length=self.decoding.max_new_tokens,
+            pad_id=self.pad_id,
         )
+        self.pool = empty_pool(self.prompts[0], groups=layout.groups, size=self.sizes[0])
 
     def decode(self, wanted: np.ndarray) -> list[tuple[int, np.ndarray]]:
         """Decodes until every shard has so many free rows, or nothing is left to decode; may end
-        before that, to be called again. Gives samples of the prompts that are done."""
-        if self.pool is None:
-            self.pool = empty_pool(self.prompts[0], groups=self.layout.groups, size=self.sizes[0])
-        self.samples, self.pool, report = decode(
-            self.model,
-            self.params,
-            self.prompts,
-            self.samples,
-            self.pool,
-            self.given,
-            wanted,
-            decoding=self.decoding,
-            eos_ids=self.eos_ids,
-            pad_id=self.pad_id,
-        )
-        complete = np.asarray(report.complete) & (self.records >= 0)
-        if int(report.used) + self.layout.members > self.pool.owner.shape[2]:
-            live = int(report.live)
-            fits = [
-                size for size in self.sizes if live + max(self.layout.members, FREE * size) <= size
-            ]
-            self.pool = compact(self.pool, size=(fits or self.sizes[-1:])[0])
+        before that, to be called again. Gives the samples of prompts that are done."""
+        with jax.set_mesh(self.mesh):
+            self.samples, self.pool, report = decode(
+                self.model,
+                self.params,
+                self.prompts,
+                self.samples,
+                self.pool,
+                self.given,
+                wanted,
+                decoding=self.decoding,
+                eos_ids=self.eos_ids,
+                pad_id=self.pad_id,
+            )
+            complete = np.asarray(report.complete) & (self.records >= 0)
+            if int(report.used) + self.layout.members > self.pool.owner.shape[2]:
+                self.pool = compact(self.pool, size=self._pool_size(int(report.live)))
         if not complete.any():
             return []
         tokens = np.asarray(self.samples.tokens)
         tokens = tokens.reshape(*self.records.shape, -1, tokens.shape[-1])
-        found = [
-            (int(self.records[at]), tokens[at]) for at in zip(*np.nonzero(complete), strict=True)
-        ]
+        done = list(zip(*np.nonzero(complete), strict=True))
+        found = [(int(self.records[at]), tokens[at].copy()) for at in done]
         self.records[complete] = -1
         progress.advance(len(found))
         return found
+
+    def _pool_size(self, live: int) -> int:
+        """The smallest size of a pool that leaves room behind so many tokens."""
+        for size in self.sizes:
+            if live + max(self.layout.members, FREE * size) <= size:
+                return size
+        return self.sizes[-1]
