@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from mmpo_jax.core.files import write_atomic
 from mmpo_jax.data.records import Record, last_question
+from mmpo_jax.feedback.judge import VERDICTS
 from mmpo_jax.feedback.scores import accepted
 
 FILE = "examples.txt"
@@ -64,14 +65,14 @@ def _prompt_lines(
 
 def _claim_lines(details: Mapping[str, Any]) -> Iterator[str]:
     """A line per claim: + accepted, - rejected, ? without an answer; then what else was said."""
-    verdicts = (details.get(name, []) for name in ("claims", "p_yes", "p_no"))
-    for claim, p_yes, p_no in zip(*verdicts, strict=True):
+    for verdict in details.get(VERDICTS, []):
+        claim, p_yes, p_no = (verdict[name] for name in ("claim", "p_yes", "p_no"))
         if p_yes is None or p_no is None:
             yield f"   ? {claim}"
         else:
             sign = "+" if accepted(p_yes, p_no) else "-"
             yield f"   {sign} {claim} (yes {p_yes:.3f}, no {p_no:.3f})"
-    for name in sorted(details.keys() - {"claims", "questions", "p_yes", "p_no"}):
+    for name in sorted(details.keys() - {VERDICTS}):
         yield from _wrapped(f"{name}: {details[name]}", "   ")
 
 

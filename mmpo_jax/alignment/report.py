@@ -9,6 +9,7 @@ import os
 import pyarrow as pa
 
 from mmpo_jax.core.files import read_table, write_atomic
+from mmpo_jax.feedback.judge import VERDICTS
 from mmpo_jax.feedback.rate import read_rate
 from mmpo_jax.feedback.scores import accepted
 from mmpo_jax.training.metrics import FILE, read_metrics
@@ -74,8 +75,8 @@ class RoundReport:
         return self.metrics.get(key, getattr(self, key, None))
 
     def values(self) -> dict[str, float]:
-        """Everything the table shows, by key."""
-        values = {key: self.value(key) for _, key, _ in COLUMNS}
+        """Everything the table shows, by key, but for a rate, which is another every time."""
+        values = {key: self.value(key) for _, key, _ in COLUMNS if key != "questions_per_second"}
         return {key: value for key, value in values.items() if value is not None}
 
 
@@ -85,10 +86,10 @@ def read_report(index: int, folder: str, metrics: dict[str, float]) -> RoundRepo
     pairs = read_table(os.path.join(folder, "pairs.parquet"))
     details = [json.loads(text) for text in judged["details"].to_pylist()]
     verdicts = [
-        accepted(p_yes, p_no)
+        accepted(verdict["p_yes"], verdict["p_no"])
         for said in details
-        for p_yes, p_no in zip(said.get("p_yes", []), said.get("p_no", []), strict=True)
-        if None not in (p_yes, p_no)
+        for verdict in said.get(VERDICTS, [])
+        if None not in (verdict["p_yes"], verdict["p_no"])
     ]
     failed = len(judged) - judged["reason"].null_count
     # A person may have removed the training's files, which are large, and kept the model.

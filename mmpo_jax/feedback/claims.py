@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import collections
 import functools
+import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +18,7 @@ import pyarrow as pa
 from mmpo_jax.core.files import fingerprint_items, fingerprint_json, null_if_not_finite
 from mmpo_jax.core.stages import StageOutput, run_told_stage
 from mmpo_jax.data.records import Record, last_question
-from mmpo_jax.feedback.judge import Judgement, Responses, check_failed, judged_table
+from mmpo_jax.feedback.judge import VERDICTS, Judgement, Responses, check_failed, judged_table
 from mmpo_jax.feedback.labeler import Answer, Labeler
 from mmpo_jax.feedback.rate import add_rate
 from mmpo_jax.feedback.scores import SCORES, ClaimVerdicts
@@ -183,12 +184,7 @@ def judgement_of(
         p_yes=(*(answer.p_yes for answer in given), *(0.0 for _ in row["unparsed"])),
         p_no=(*(answer.p_no for answer in given), *(1.0 for _ in row["unparsed"])),
     )
-    details = {
-        "claims": list(verdicts.claims),
-        "questions": row["questions"],
-        "p_yes": [null_if_not_finite(p) for p in verdicts.p_yes],
-        "p_no": [null_if_not_finite(p) for p in verdicts.p_no],
-    }
+    details = {VERDICTS: list(_verdict_details(row["questions"], verdicts))}
     if failure is not None:
         return Judgement(math.nan, details, failure)
     verdicts.check()
@@ -198,6 +194,20 @@ def judgement_of(
     if repeated and options.duplicate_claims == "drop_response":
         return Judgement(math.nan, details, DUPLICATE_CLAIMS)
     return Judgement(float(SCORES[options.score](verdicts)), details)
+
+
+def _verdict_details(questions: Sequence[str], verdicts: ClaimVerdicts) -> Iterator[dict[str, Any]]:
+    """Every claim with its question, None where there was none, and both probabilities."""
+    asked = itertools.chain(questions, itertools.repeat(None))
+    for claim, question, p_yes, p_no in zip(
+        verdicts.claims, asked, verdicts.p_yes, verdicts.p_no, strict=False
+    ):
+        yield {
+            "claim": claim,
+            "question": question,
+            "p_yes": null_if_not_finite(p_yes),
+            "p_no": null_if_not_finite(p_no),
+        }
 
 
 def _number(value: float | None) -> float:

@@ -41,8 +41,9 @@ def test_what_cannot_be_read_is_a_rejected_claim():
     }
     answers = {"is there a red circle in the picture ?": Answer(0.9, 0.1)}
     judgement = judgement_of(row, answers, ClaimsFeedback())
-    assert judgement.details["claims"] == ["there is a red circle .", "a"]
-    assert judgement.details["p_yes"] == [0.9, 0.0]
+    verdicts = judgement.details["verdicts"]
+    assert [verdict["claim"] for verdict in verdicts] == ["there is a red circle .", "a"]
+    assert [verdict["p_yes"] for verdict in verdicts] == [0.9, 0.0]
     assert judgement.score == -1
 
 

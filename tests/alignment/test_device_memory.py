@@ -8,8 +8,9 @@ from helpers.small_rounds import CoinLabeler, make_recipe
 from mmpo_jax.alignment import align
 from mmpo_jax.alignment.align import run_alignment
 from mmpo_jax.checkpoints.fingerprints import fingerprint_model
+from mmpo_jax.feedback import judges
 
-MAKE_LABELER = align.make_labeler
+MAKE_LABELER = judges.make_labeler
 
 pytestmark = pytest.mark.usefixtures("stubs")
 
@@ -43,9 +44,10 @@ def test_labeler_and_start_are_one_copy_where_they_are_one_checkpoint(
 
     original = align.run_round
     monkeypatch.setattr(align, "run_round", run_round)
-    monkeypatch.setattr(align, "make_labeler", MAKE_LABELER)
-    monkeypatch.setattr(align, "CheckpointLabeler", Labeler)
-    feedback = {"labeler": str(tiny_folder)} if named else {}
+    monkeypatch.setattr(judges, "make_labeler", MAKE_LABELER)
+    monkeypatch.setattr(judges, "CheckpointLabeler", Labeler)
+    asked = {"type": "checkpoint"} | ({"model": str(tiny_folder)} if named else {})
+    feedback = {"labeler": asked}
     run_alignment(make_recipe(tmp_path, tiny_folder, evaluation=None, feedback=feedback))
     assert [fingerprint for fingerprint, _ in made] == [fingerprint_model(tiny_folder)] * 2
     assert made[0][1] == starts[0]

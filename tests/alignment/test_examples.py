@@ -13,7 +13,8 @@ IMAGE = (ImageRef("dog.jpg", data=b""),)
 
 def tables(count):
     ids = [f"p{number}" for number in range(count) for _ in range(2)]
-    claims = {"claims": ["a dog", "a cat"], "p_yes": [0.9, 0.2], "p_no": [0.1, 0.7]}
+    said = [("a dog", 0.9, 0.1), ("a cat", 0.2, 0.7)]
+    claims = {"verdicts": [{"claim": c, "p_yes": yes, "p_no": no} for c, yes, no in said]}
     details = [json.dumps(claims), json.dumps({"reply": "what was this"})] * count
     generated = pa.table({"text": ["a dog and a cat", "word " * 40] * count})
     judged = pa.table(

@@ -128,9 +128,9 @@ def test_no_curves_without_an_evaluation(tmp_path):
 def round_files(tmp_path):
     """What a round leaves: four responses, four claims about two images."""
     details = [
-        {"claims": ["one", "two"], "p_yes": [0.9, 0.2], "p_no": [0.1, 0.8]},
-        {"claims": ["one"], "p_yes": [0.9], "p_no": [0.1]},
-        {"claims": ["one"], "p_yes": [0.4], "p_no": [0.4]},  # a tie is a rejection
+        {"verdicts": [{"p_yes": 0.9, "p_no": 0.1}, {"p_yes": 0.2, "p_no": 0.8}]},
+        {"verdicts": [{"p_yes": 0.9, "p_no": 0.1}]},
+        {"verdicts": [{"p_yes": 0.4, "p_no": 0.4}]},  # a tie is a rejection
         {"reply": "what nobody can read"},
     ]
     judged = pa.table(
