@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 
 from jax.sharding import Mesh
 
+from mmpo_jax.alignment.candidates import check_candidates, load_prompts, responses_name
 from mmpo_jax.alignment.report import RoundReport, read_report, write_report
 from mmpo_jax.alignment.round import Round, pair_data, run_round
 from mmpo_jax.checkpoints.cards import ModelCard, SavedWeights, make_card, read_saved, write_card
@@ -34,7 +35,7 @@ from mmpo_jax.core.files import (
 from mmpo_jax.data.records import Record
 from mmpo_jax.data.skipped import SKIPPED_FILE, SkipReason
 from mmpo_jax.data.sources import RecordSet
-from mmpo_jax.data.tokenization import TokenizedRecord
+from mmpo_jax.data.tokenization import TokenizedRecord, tokenize_prompt
 from mmpo_jax.data.usable import usable_records
 from mmpo_jax.evaluation.picture_world import VERSION, evaluate_picture_world
 from mmpo_jax.feedback.judge import Judge
@@ -74,7 +75,8 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
             seed=recipe.seed,
         )
         judge = make_judge(recipe.feedback, models)
-        prompts = recipe.data.load(supervised=False)
+        check_candidates(recipe)
+        prompts = load_prompts(recipe)
         judge.check(prompts.records)
         return _run_rounds(recipe, prompts, judge, models)
 
@@ -98,6 +100,7 @@ def _run_rounds(
         recipe.lengths,
         os.path.join(recipe.output, SKIPPED_FILE),
         _unfit,
+        tokenize_prompt,
     )
     shares = split_prompts(record_set.records, recipe)
     by_id = {record.id: record for record in tokenized}
@@ -156,7 +159,7 @@ def save_last(recipe: AlignRecipe, work: Round, trained: Checkpoint, card: Model
     else:
         generated, pairs = (
             read_table(os.path.join(work.folder, f"{name}.parquet"))
-            for name in ("generate", "pairs")
+            for name in (responses_name(recipe), "pairs")
         )
         work = dataclasses.replace(work, start=work.start.reloaded(work.mesh))
         measure = functools.partial(

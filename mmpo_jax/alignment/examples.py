@@ -12,8 +12,9 @@ import pyarrow as pa
 
 from mmpo_jax.core.files import write_atomic
 from mmpo_jax.data.records import Record, last_question
-from mmpo_jax.feedback.judge import VERDICTS
+from mmpo_jax.feedback.judge import VERDICTS, sources_of
 from mmpo_jax.feedback.scores import accepted
+from mmpo_jax.recipes.candidates import POLICY
 
 FILE = "examples.txt"
 PROMPTS = 10
@@ -33,10 +34,11 @@ def write_examples(
     """
     shown = records[:PROMPTS]
     responses: dict[str, list[Mapping[str, Any]]] = {record.id: [] for record in shown}
-    texts = generated["text"]
+    texts, sources = generated["text"], sources_of(generated)
     for place, row in enumerate(judged.to_pylist()):
         if row["prompt_id"] in responses:
-            responses[row["prompt_id"]].append({**row, "text": texts[place].as_py()})
+            said = {"text": texts[place].as_py(), "source": sources[place]}
+            responses[row["prompt_id"]].append({**row, **said})
     paired: dict[str, list[str]] = {record.id: [] for record in shown}
     for pair in pairs.select(["prompt_id", "chosen_sample", "rejected_sample"]).to_pylist():
         if pair["prompt_id"] in paired:
@@ -57,7 +59,8 @@ def _prompt_lines(
     yield from _wrapped(last_question(record.prompt), "")
     for row in responses:
         score = "no score: " + row["reason"] if row["reason"] else f"score {row['score']:.4g}"
-        yield f"-- {row['sample']}: {score}"
+        source = "" if row["source"] == POLICY else f" of {row['source']}"
+        yield f"-- {row['sample']}{source}: {score}"
         yield from _wrapped(row["text"], "   ")
         yield from _claim_lines(json.loads(row["details"]))
     yield "pairs: " + (", ".join(pairs) or "none")

@@ -49,7 +49,8 @@ def pair_rows(
 
 
 def pair_records(records: Sequence[Record], generated: pa.Table, pairs: pa.Table) -> list[Record]:
-    """Every pair as a record with the chosen response first, of the tokens that were sampled."""
+    """Every pair as a record with the chosen response first, of the tokens that were sampled,
+    where they are known."""
     by_id = {record.id: record for record in records}
     columns = (generated[name].to_pylist() for name in ("prompt_id", "sample", "finished"))
     ids = generated["token_ids"].combine_chunks()
@@ -71,5 +72,7 @@ def pair_records(records: Sequence[Record], generated: pa.Table, pairs: pa.Table
 
 
 def _sampled(text: str, rank: int, finished: bool, ids: pa.ListScalar) -> Response:
-    """A response that is trained as the very tokens that were sampled, cut or not."""
-    return Response.of(text, rank=rank, finished=finished, token_ids=tuple(ids.as_py()))
+    """A response that is trained as the very tokens that were sampled, cut or not; as its text
+    where they are not known."""
+    token_ids = tuple(ids.as_py()) if ids.is_valid else None
+    return Response.of(text, rank=rank, finished=finished, token_ids=token_ids)

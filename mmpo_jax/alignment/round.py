@@ -16,6 +16,7 @@ import shutil
 import pyarrow as pa
 from jax.sharding import Mesh
 
+from mmpo_jax.alignment.candidates import Asked, round_responses
 from mmpo_jax.alignment.examples import write_examples
 from mmpo_jax.alignment.pairs import pair_records, pair_rows
 from mmpo_jax.checkpoints.cards import ModelCard
@@ -34,7 +35,6 @@ from mmpo_jax.data.records import Record
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.feedback.judge import Judge, Responses, scored_responses
 from mmpo_jax.feedback.pairing import make_pairs
-from mmpo_jax.generation.responses import generate_stage
 from mmpo_jax.recipes.recipe import AlignRecipe
 from mmpo_jax.training.loop import TrainingData
 from mmpo_jax.training.saving import MODEL
@@ -73,25 +73,26 @@ def run_round(work: Round, judge: Judge) -> str:
       The Hugging Face folder of the trained model.
     """
     generated = generated_responses(work)
-    judged = judge.judge(Responses(work.folder, work.records, generated))
+    answered = set(generated.table["prompt_id"].to_pylist())
+    records = [record for record in work.records if record.id in answered]
+    judged = judge.judge(Responses(work.folder, records, generated))
     pairs = pairs_stage(work, generated, judged)
     write_examples(work.folder, work.records, generated.table, judged.table, pairs.table)
     return train_round(work, generated, pairs)
 
 
 def generated_responses(work: Round) -> StageOutput:
-    """n responses to every prompt: prompt_id, sample, text, num_tokens, finished."""
-    sampling, start = work.recipe.sampling, work.start
-    return generate_stage(
-        start,
-        work.tokenized,
-        sampling,
-        work.recipe.lengths,
-        work.mesh,
-        folder=work.folder,
-        batch_size=sampling.batch_size,
-        seed=work.recipe.seed,
-        round_index=work.index,
+    """The responses of all sources to every prompt, see `round_responses`."""
+    return round_responses(
+        Asked(
+            work.start,
+            work.records,
+            work.tokenized,
+            work.recipe,
+            work.mesh,
+            work.folder,
+            work.index,
+        )
     )
 
 
@@ -107,6 +108,8 @@ def pairs_stage(work: Round, generated: StageOutput, judged: StageOutput) -> Sta
             min_difference=pairing.min_difference,
             max_pairs_per_prompt=pairing.max_pairs_per_prompt,
             balance=pairing.length_balance,
+            chosen_from=pairing.chosen_from,
+            rejected_from=pairing.rejected_from,
         )
         table = pa.Table.from_pylist(
             [dataclasses.asdict(pair) for pair in result.pairs], schema=_PAIRS
@@ -120,7 +123,7 @@ def pairs_stage(work: Round, generated: StageOutput, judged: StageOutput) -> Sta
     inputs = {"responses": generated.fingerprint, "scores": judged.fingerprint}
     settings = {
         "rules": PAIR_RULES,
-        **pairing.model_dump(),
+        **pairing.model_dump(exclude_none=True),
         "seed": work.recipe.seed,
         "round": work.index,
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -215,7 +215,9 @@ def _with_other_image(
 ) -> _Context:
     record = context.record
     record = (
-        dataclasses.replace(record, images=shown) if other.kind is None else _changed(record, other)
+        dataclasses.replace(record, images=shown)
+        if other.kind is None
+        else changed_images(record, other)
     )
     return dataclasses.replace(context, name=OTHER_IMAGE, record=record)
 
@@ -229,8 +231,20 @@ def _check_same_texts(rows: Sequence[TokenizedRecord]) -> None:
                 raise RowRejected("dialogues_differ", "the other image moves the responses' start")
 
 
-def _changed(record: Record, other: OtherImage) -> Record:
-    """The record with every image and video changed."""
+AnyRecord = TypeVar("AnyRecord", Record, TokenizedRecord)
+
+
+def changed_images(record: AnyRecord, other: OtherImage) -> AnyRecord:
+    """The record with every image and video changed; they keep their sizes, and prompts their
+    tokens.
+
+    Args:
+      record: tokenized or not.
+      other: how.
+
+    Raises:
+      RowRejected: there is none.
+    """
     assert other.kind is not None
     if not (record.images or record.videos):
         raise RowRejected("no_other_image", "there is no image to change")

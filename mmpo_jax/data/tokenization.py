@@ -193,6 +193,20 @@ Tokenize = Callable[[Record, Processor, int, int], TokenizedRecord]
 """`tokenize`, or another function of its kind."""
 
 
+def tokenize_prompt(
+    record: Record, processor: Processor, max_prompt: int, max_response: int
+) -> TokenizedRecord:
+    """`tokenize` of the prompt alone, whatever responses there are.
+
+    Raises:
+      RowRejected: there is no prompt, or see `tokenize`.
+    """
+    if not record.prompt:
+        raise RowRejected("no_prompt", "the row's responses do not share a prompt")
+    alone = dataclasses.replace(record, responses=())
+    return tokenize(alone, processor, max_prompt, max_response)
+
+
 def tokenize_records(
     records: Sequence[Record],
     processor: Processor,

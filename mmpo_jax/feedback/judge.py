@@ -20,6 +20,7 @@ from mmpo_jax.core.stages import Stage, StageOutput
 from mmpo_jax.data.records import Record, Response
 from mmpo_jax.feedback.pairing import ScoredResponse
 from mmpo_jax.generation.responses import PROMPTS_PER_PART
+from mmpo_jax.recipes.candidates import POLICY
 
 JUDGED = pa.schema(
     [
@@ -60,8 +61,8 @@ class Responses:
     records: Sequence[Record]
     """The prompts."""
     generated: StageOutput
-    """The responses, a row each (`generation.responses.GENERATED`), those of a prompt together and
-    in the order of the prompts."""
+    """The responses, a row each (`generation.responses.GENERATED`; with a `source` where they come
+    from several), those of a prompt together and in the order of the prompts."""
 
     @property
     def num_parts(self) -> int:
@@ -84,6 +85,10 @@ class Responses:
         """The id of every response's prompt."""
         return self.generated.table["prompt_id"].to_pylist()
 
+    def sources(self) -> list[str]:
+        """The source of every response, by its name among the recipe's `candidates`."""
+        return sources_of(self.generated.table)
+
     def by_prompt(self) -> Iterator[tuple[Record, list[str]]]:
         """Every prompt with the texts of its responses."""
         texts: dict[str, list[str]] = {record.id: [] for record in self.records}
@@ -103,7 +108,8 @@ class Responses:
         rows = self.generated.table.select(["prompt_id", "text", "finished", "token_ids"])
         responses: dict[str, list[Response]] = {record.id: [] for record in self.records}
         for row in rows.to_pylist():
-            ids = tuple(row["token_ids"]) if sampled_tokens else None
+            ids = row["token_ids"] if sampled_tokens else None
+            ids = None if ids is None else tuple(ids)
             response = Response.of(row["text"], finished=row["finished"], token_ids=ids)
             responses[row["prompt_id"]].append(response)
         for record in self.records:
@@ -183,13 +189,20 @@ def _reason(judgement: Judgement) -> str | None:
     return (judgement.reason or NO_VERDICT) if math.isnan(judgement.score) else None
 
 
+def sources_of(generated: pa.Table) -> list[str]:
+    """The source of every response; a table that does not say has the policy's alone."""
+    if "source" not in generated.column_names:
+        return [POLICY] * generated.num_rows
+    return generated["source"].to_pylist()
+
+
 def scored_responses(generated: pa.Table, judged: pa.Table) -> list[ScoredResponse]:
     """Responses with their scores, as pairs are made of them."""
     texts = generated["text"].to_pylist()
     rows = judged.select(["prompt_id", "sample", "score", "reason"]).to_pylist()
     return [
-        ScoredResponse(row["prompt_id"], row["sample"], text, row["score"], row["reason"])
-        for row, text in zip(rows, texts, strict=True)
+        ScoredResponse(row["prompt_id"], row["sample"], text, row["score"], row["reason"], source)
+        for row, text, source in zip(rows, texts, sources_of(generated), strict=True)
     ]
 
 

@@ -10,6 +10,7 @@ from mmpo_jax.checkpoints.checkpoint import load_processor
 from mmpo_jax.core.files import fingerprint_json
 from mmpo_jax.feedback.chat_labeler import CHAT_LABEL_RULES, ChatLabeler
 from mmpo_jax.feedback.claims import ClaimsJudge
+from mmpo_jax.feedback.given_judges import ScoresJudge, SourceJudge
 from mmpo_jax.feedback.implicit_judge import ImplicitJudge
 from mmpo_jax.feedback.judge import Judge
 from mmpo_jax.feedback.labeler import CheckpointLabeler, Labeler, answer_tokens
@@ -35,7 +36,9 @@ from mmpo_jax.recipes.feedback import (
     ImplicitFeedback,
     PictureWorldSplitting,
     RewardFeedback,
+    ScoresFeedback,
     SelfRewardFeedback,
+    SourceFeedback,
     Speaking,
 )
 
@@ -52,6 +55,10 @@ def make_judge(feedback: Feedback, models: Models) -> Judge:
     """
     if isinstance(feedback, RewardFeedback):
         return RewardJudge(feedback)
+    if isinstance(feedback, SourceFeedback):
+        return SourceJudge(feedback)
+    if isinstance(feedback, ScoresFeedback):
+        return ScoresJudge(feedback)
     if isinstance(feedback, ImplicitFeedback):
         return ImplicitJudge(feedback, models)
     if isinstance(feedback, SelfRewardFeedback):

@@ -40,6 +40,8 @@ class ScoredResponse:
     """More is better; only scores of responses to one prompt compare. NaN where it has none."""
     reason: str | None = None
     """Why it has none, in the words that are counted."""
+    source: str = ""
+    """Where it comes from."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ def make_pairs(
     min_difference: float = 1.0,
     max_pairs_per_prompt: int | None = 2,
     balance: Balance = "rlaif_v",
+    chosen_from: Sequence[str] | None = None,
+    rejected_from: Sequence[str] | None = None,
 ) -> PairingResult:
     """Preference pairs from scored responses.
 
@@ -89,6 +93,7 @@ def make_pairs(
       min_difference: the score difference from which on a pair is a preference.
       max_pairs_per_prompt: how many pairs of a prompt are kept at random; None for all.
       balance: see `length_balance`.
+      chosen_from, rejected_from: sources that the side of a pair may come from; None for any.
 
     Raises:
       DataError: two responses share prompt and sample number.
@@ -96,10 +101,14 @@ def make_pairs(
     """
     _check_settings(min_difference, max_pairs_per_prompt, balance)
     counts: Counter[str] = Counter(dict.fromkeys(_COUNTS, 0))
+    if chosen_from is not None or rejected_from is not None:
+        counts[_OTHER_SOURCE] = 0
     pairs: list[Pair] = []
     by_prompt = _usable_by_prompt(responses, counts)
     for prompt_id in sorted(by_prompt):
-        candidates = _candidate_pairs(by_prompt[prompt_id], min_difference, counts)
+        candidates = _candidate_pairs(
+            by_prompt[prompt_id], min_difference, chosen_from, rejected_from, counts
+        )
         kept = _sample(candidates, max_pairs_per_prompt, (seed, round_number, prompt_id))
         counts["pairs_over_limit"] += len(candidates) - len(kept)
         counts["prompts_without_pairs"] += not kept
@@ -112,7 +121,8 @@ def make_pairs(
 
 # In the order of the steps. Behind them stands `responses_REASON` for every reason that responses
 # have no score for: responses = usable + these, and
-# pairs_all = small_difference + same_text + over_limit + length + pairs.
+# pairs_all = small_difference + same_text + over_limit + length + pairs, and `_OTHER_SOURCE` where
+# sources are asked for.
 _COUNTS = (
     "prompts",
     "responses",
@@ -125,6 +135,9 @@ _COUNTS = (
     "pairs_length",
     "pairs",
 )
+
+
+_OTHER_SOURCE = "pairs_other_source"
 
 
 def _check_settings(min_difference: float, max_pairs_per_prompt: int | None, balance: str) -> None:
@@ -162,9 +175,14 @@ def _usable_by_prompt(
 
 
 def _candidate_pairs(
-    responses: Sequence[ScoredResponse], min_difference: float, counts: Counter[str]
+    responses: Sequence[ScoredResponse],
+    min_difference: float,
+    chosen_from: Sequence[str] | None,
+    rejected_from: Sequence[str] | None,
+    counts: Counter[str],
 ) -> list[Pair]:
-    """All pairs of one prompt whose scores differ enough and whose texts differ at all."""
+    """All pairs of one prompt whose scores differ enough and whose texts differ at all, with both
+    sides from sources that they may come from."""
     pairs = []
     for couple in combinations(responses, 2):
         better, worse = sorted(couple, key=lambda response: response.score, reverse=True)
@@ -174,6 +192,8 @@ def _candidate_pairs(
             counts["pairs_small_difference"] += 1
         elif better.text.strip() == worse.text.strip():
             counts["pairs_same_text"] += 1
+        elif not (_is_from(better, chosen_from) and _is_from(worse, rejected_from)):
+            counts[_OTHER_SOURCE] += 1
         else:
             pairs.append(
                 Pair(
@@ -187,6 +207,10 @@ def _candidate_pairs(
                 )
             )
     return sorted(pairs, key=_samples)
+
+
+def _is_from(response: ScoredResponse, sources: Sequence[str] | None) -> bool:
+    return sources is None or response.source in sources
 
 
 def _samples(pair: Pair) -> tuple[int, int]:

@@ -240,15 +240,19 @@ def generate_stage(
     batch_size: int,
     seed: int,
     round_index: int = 0,
+    name: str = "generate",
 ) -> StageOutput:
-    """`generate_responses` part by part, as the stage `generate` of a folder.
+    """`generate_responses` part by part, as a stage of a folder.
+
+    A checkpoint without its parameters, as `open_checkpoint` gives it, is read where something is
+    left to do, and let go of afterwards.
 
     Returns:
       The fields of `Generated`, a row per response.
     """
     stage = Stage(
         folder=folder,
-        name="generate",
+        name=name,
         inputs={
             "model": checkpoint.fingerprint,
             "prompts": fingerprint_items(
@@ -275,7 +279,7 @@ def generate_stage(
         activity.start_at(part * PROMPTS_PER_PART)
         progress.tell()
         responses = generate_responses(
-            checkpoint,
+            loaded(),
             records[part * PROMPTS_PER_PART : (part + 1) * PROMPTS_PER_PART],
             decoding,
             lengths,
@@ -288,6 +292,7 @@ def generate_stage(
         columns = [[getattr(row, name) for row in responses] for name in GENERATED.names]
         return pa.table(columns, schema=GENERATED)
 
+    loaded = functools.cache(lambda: checkpoint.reloaded(mesh))
     count = SampleCount()
     with progress.doing(stage.name, len(records), "prompts", "compiling") as activity:
         output = run_stage(stage, make_part)

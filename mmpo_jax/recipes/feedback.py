@@ -168,6 +168,30 @@ class ImplicitFeedback(ImplicitReward):
     """Prompts at a time."""
 
 
+class SourceFeedback(Section):
+    """The order of sources: what comes from an earlier one is better, and nobody is asked."""
+
+    type: Literal["source"] = "source"
+    order: tuple[str, ...] = Field(min_length=2)
+    """Names of all `candidates`, the best first."""
+
+
+class ScoresFeedback(Section):
+    """What the data say that their own responses are worth."""
+
+    type: Literal["scores"] = "scores"
+    name: str | None = None
+    """Which of several scores, by its name; by default the only one."""
+    by: Literal["score", "rank"] = "score"
+    """`rank`: minus the rank, of data that say which responses are better and not how good."""
+
+    @pydantic.model_validator(mode="after")
+    def _of_scores(self) -> ScoresFeedback:
+        if self.by == "rank" and self.name is not None:
+            raise ValueError("name: ranks have none")
+        return self
+
+
 class RewardFeedback(RewardSection):
     """A reward as a judge (`mmpo objectives` lists them)."""
 
@@ -184,11 +208,25 @@ def _of_claims(given: Any) -> Any:
 
 
 if TYPE_CHECKING:
-    Feedback = ClaimsFeedback | SelfRewardFeedback | ImplicitFeedback | RewardFeedback
+    Feedback = (
+        ClaimsFeedback
+        | SelfRewardFeedback
+        | ImplicitFeedback
+        | SourceFeedback
+        | ScoresFeedback
+        | RewardFeedback
+    )
 else:
     _ANY = functools.reduce(
         operator.or_,
-        (ClaimsFeedback, SelfRewardFeedback, ImplicitFeedback, *REWARD_JUDGES.values()),
+        (
+            ClaimsFeedback,
+            SelfRewardFeedback,
+            ImplicitFeedback,
+            SourceFeedback,
+            ScoresFeedback,
+            *REWARD_JUDGES.values(),
+        ),
     )
     Feedback = Annotated[_ANY, Field(discriminator="type"), pydantic.BeforeValidator(_of_claims)]
     """One judge, by `type`; `claims` where none is named."""

@@ -16,8 +16,21 @@ from mmpo_jax.data.sources import LearnedFile
 from mmpo_jax.objectives.catalog import OBJECTIVES
 from mmpo_jax.objectives.registry import FIELDS
 from mmpo_jax.picture_world.source import PictureWorldData
+from mmpo_jax.recipes.candidates import (
+    CandidateSources,
+    DataCandidates,
+    PolicyCandidates,
+    check_order,
+    check_sources,
+    data_candidates,
+)
 from mmpo_jax.recipes.data import Data, Mixture
-from mmpo_jax.recipes.feedback import ClaimsFeedback, Feedback
+from mmpo_jax.recipes.feedback import (
+    ClaimsFeedback,
+    Feedback,
+    ScoresFeedback,
+    SourceFeedback,
+)
 from mmpo_jax.recipes.sampling import Candidates, LongSampling, Sampling
 from mmpo_jax.recipes.scoring import ImplicitReward, Scoring
 from mmpo_jax.recipes.training import Rollout, Training
@@ -38,6 +51,10 @@ class Pairing(Section):
     """Difference of scores from which on a pair is a preference, in what the judge counts."""
     max_pairs_per_prompt: PositiveInt = 2
     length_balance: Literal["rlaif_v", "symmetric", "none"] = "rlaif_v"
+    chosen_from: tuple[str, ...] | None = Field(None, min_length=1)
+    """Names of the `candidates` that chosen responses may come from; all by default."""
+    rejected_from: tuple[str, ...] | None = Field(None, min_length=1)
+    """Names of the `candidates` that rejected responses may come from; all by default."""
 
 
 class PreferenceTraining(Training):
@@ -171,6 +188,8 @@ class AlignRecipe(Base):
     prompts_per_round: PositiveInt | None = None
     """Number of prompts, the next ones in every round; all of the data by default."""
     sampling: Sampling = Sampling()
+    candidates: CandidateSources = (PolicyCandidates(),)
+    """Where the responses come from that are judged together."""
     feedback: Feedback = ClaimsFeedback()
     pairing: Pairing = Pairing()
     training: PreferenceTraining = PreferenceTraining()
@@ -178,11 +197,47 @@ class AlignRecipe(Base):
 
     @pydantic.model_validator(mode="after")
     def _responses_differ(self) -> AlignRecipe:
-        if self.sampling.temperature == 0 or self.sampling.num_samples == 1:
+        check_sources(self.candidates, self.sampling)
+        if data_candidates(self.candidates) and isinstance(self.data, PictureWorldData):
             raise ValueError(
-                "sampling: pairs are made of different responses to a prompt; give a temperature "
-                "over 0 and num_samples over 1"
+                "candidates: data are responses that rows hold; the picture world's prompts have "
+                "none, give a file"
             )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _sources_known(self) -> AlignRecipe:
+        names = [source.name for source in self.candidates]
+        sides = {
+            "pairing.chosen_from": self.pairing.chosen_from,
+            "pairing.rejected_from": self.pairing.rejected_from,
+        }
+        if isinstance(self.feedback, SourceFeedback):
+            sides["feedback.order"] = self.feedback.order
+        for key, given in sides.items():
+            for name in given or ():
+                if name not in names:
+                    raise ValueError(
+                        f"{key}: there is no source {name!r}; candidates: {', '.join(names)}"
+                    )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _sides_differ(self) -> AlignRecipe:
+        names = [source.name for source in self.candidates]
+        chosen, rejected = (
+            side or names for side in (self.pairing.chosen_from, self.pairing.rejected_from)
+        )
+        if isinstance(self.feedback, SourceFeedback):
+            check_order(self.feedback.order, names, chosen, rejected, self.pairing.min_difference)
+        if isinstance(self.feedback, ScoresFeedback):
+            sides = {"candidates": names, "pairing.chosen_from": chosen}
+            for key, side in (sides | {"pairing.rejected_from": rejected}).items():
+                if "data" not in side:
+                    raise ValueError(
+                        f"{key}: feedback of type scores knows responses of the data alone; add "
+                        "data"
+                    )
         return self
 
     @pydantic.model_validator(mode="after")
@@ -196,11 +251,18 @@ class AlignRecipe(Base):
 
     @pydantic.model_validator(mode="after")
     def _responses_fit(self) -> AlignRecipe:
-        if self.sampling.max_new_tokens > self.lengths.response[-1]:
-            raise ValueError(
-                f"sampling.max_new_tokens {self.sampling.max_new_tokens} is more than training "
-                f"keeps of a response; give lengths.response a size of as many"
-            )
+        limit = self.lengths.response[-1]
+        for source in self.candidates:
+            if isinstance(source, DataCandidates):
+                continue
+            tokens = source.drawn(self.sampling).max_new_tokens
+            if tokens > limit:
+                own = tokens != self.sampling.max_new_tokens
+                raise ValueError(
+                    f"{f'candidates: {source.name}: ' if own else 'sampling.'}max_new_tokens "
+                    f"{tokens} is more than training keeps of a response; give lengths.response a "
+                    "size of as many"
+                )
         return self
 
 

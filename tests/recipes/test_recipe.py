@@ -14,7 +14,14 @@ from mmpo_jax.chat.server import ChatServer
 from mmpo_jax.objectives.catalog import OBJECTIVES
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.picture_world.render import MIN_IMAGE_SIZE
-from mmpo_jax.recipes.feedback import CheckpointAsked, Judging, Speaking
+from mmpo_jax.recipes.candidates import Candidate, Drawing
+from mmpo_jax.recipes.feedback import (
+    CheckpointAsked,
+    Judging,
+    ScoresFeedback,
+    SourceFeedback,
+    Speaking,
+)
 from mmpo_jax.recipes.files import RecipeError, load_recipe
 from mmpo_jax.recipes.objectives import ObjectiveSection
 from mmpo_jax.recipes.recipe import (
@@ -291,9 +298,12 @@ def test_configs_are_there():
 
 # Every option is read somewhere ------------------------------------------------------------------
 
-SPREAD = {Devices: make_mesh, Rollout: Decoding}
+SPREAD = {Devices: make_mesh, Rollout: Decoding, Drawing: Sampling}
 """Sections given as `**section.model_dump(...)`, and what takes their fields as parameters."""
-OF_JUDGES = Judging, ImplicitReward, ChatServer, CheckpointAsked, Speaking
+OF_JUDGES = (
+    *(Judging, ImplicitReward, ChatServer, CheckpointAsked, Speaking),
+    *(SourceFeedback, ScoresFeedback),
+)
 """Sections of a judge and of the models that it asks, which take them under other names."""
 
 
@@ -329,6 +339,8 @@ def owners(section: type[Section]) -> set[str]:
     )
     held = {name for name, annotation in fields if section in leaves(annotation)}
     passed = {"decoding"} if issubclass(section, Decoding) else set()
+    if section in typing.get_args(Candidate):
+        passed |= {"source"}
     if issubclass(section, OF_JUDGES):
         passed |= {"options", "asked", "server", "_server", "speaking", "splitting", "labeling"}
     return passed | ({*held, "config", "recipe"} if held else {"recipe"})

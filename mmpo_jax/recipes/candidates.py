@@ -1,0 +1,183 @@
+"""Where the responses of a round come from: the `candidates` of a recipe, judged together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import pydantic
+from pydantic import Field
+
+from mmpo_jax.core.sections import PositiveInt, Section, as_list
+from mmpo_jax.data.edits import DIFFUSION_STEPS
+from mmpo_jax.data.records import EditKind
+from mmpo_jax.recipes.feedback import Template
+from mmpo_jax.recipes.sampling import Sampling
+
+POLICY = "policy"
+"""Name of the source that is the round's start model, sampled as `sampling` says."""
+
+SourceName = Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")]
+
+
+class PolicyCandidates(Section):
+    """Samples of the model that the round starts from, as `sampling` says."""
+
+    type: Literal["policy"] = "policy"
+
+    @property
+    def name(self) -> str:
+        """Name of the source."""
+        return POLICY
+
+    def drawn(self, sampling: Sampling) -> Sampling:
+        """How it draws, given the recipe's `sampling`."""
+        return sampling
+
+
+class GreedyCandidates(Section):
+    """The greedy response of the model that the round starts from."""
+
+    type: Literal["greedy"] = "greedy"
+
+    @property
+    def name(self) -> str:
+        """Name of the source."""
+        return "greedy"
+
+    def drawn(self, sampling: Sampling) -> Sampling:
+        """How it draws, given the recipe's `sampling`."""
+        greedy = {"num_samples": 1, "temperature": 0.0, "top_p": 1.0, "top_k": 0}
+        return sampling.model_copy(update=greedy)
+
+
+class Drawing(Section):
+    """How a source draws; what is not given is that of the recipe's `sampling`."""
+
+    num_samples: PositiveInt | None = None
+    """Samples of every prompt; 1 where its own `temperature` is 0."""
+    temperature: float | None = Field(None, ge=0)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0)
+    max_new_tokens: PositiveInt | None = None
+    batch_size: PositiveInt | None = None
+    """Prompts at a time."""
+
+    def drawn(self, sampling: Sampling) -> Sampling:
+        """How it draws, given the recipe's `sampling`."""
+        given = self.model_dump(include=set(Sampling.model_fields), exclude_none=True)
+        others = sampling.model_dump()
+        if given.get("temperature") == 0:
+            del others["num_samples"]
+        return Sampling(**(others | given))
+
+
+class CheckpointCandidates(Drawing):
+    """Samples of another model, which is loaded for them and then let go of."""
+
+    type: Literal["checkpoint"] = "checkpoint"
+    model: str
+    """Folder, hub id or bucket, as the recipe's `model`."""
+    template: Template = "auto"
+    """How dialogues become text."""
+    name: SourceName = "checkpoint"
+
+
+class EditedImageCandidates(Drawing):
+    """Samples of the model that the round starts from, which is shown changed images."""
+
+    type: Literal["edited_image"] = "edited_image"
+    edit: EditKind = "noise"
+    """How the images are changed."""
+    step: int = Field(500, ge=0, lt=DIFFUSION_STEPS)
+    """Step of diffusion, of `noise`."""
+    name: SourceName = "edited_image"
+
+
+class DataCandidates(Section):
+    """The responses that the rows of the data hold."""
+
+    type: Literal["data"] = "data"
+    responses: Literal["all", "best"] = "all"
+    """`best`: of rows that rank their responses those of the first rank, such as the chosen one."""
+
+    @property
+    def name(self) -> str:
+        """Name of the source."""
+        return "data"
+
+
+Candidate = (
+    PolicyCandidates
+    | GreedyCandidates
+    | CheckpointCandidates
+    | EditedImageCandidates
+    | DataCandidates
+)
+CandidateSources = Annotated[
+    tuple[Annotated[Candidate, Field(discriminator="type")], ...],
+    pydantic.BeforeValidator(as_list),
+    Field(min_length=1),
+]
+"""Sources, or one of them."""
+
+
+def data_candidates(candidates: Sequence[Candidate]) -> DataCandidates | None:
+    """The source that is the data, where it is one of them."""
+    return next((source for source in candidates if isinstance(source, DataCandidates)), None)
+
+
+def check_sources(candidates: Sequence[Candidate], sampling: Sampling) -> None:
+    """
+    Raises:
+      ValueError: two sources have one name, or all responses to a prompt would be the same.
+    """
+    names = [source.name for source in candidates]
+    repeated = [name for name in names if names.count(name) > 1]
+    if repeated:
+        raise ValueError(
+            f"candidates: two sources are called {repeated[0]!r}; give them names of their own "
+            "(`name`), or list it once"
+        )
+    different = 0
+    for source in candidates:
+        if isinstance(source, DataCandidates):
+            return
+        drawn = source.drawn(sampling)
+        different += 1 if drawn.temperature == 0 else drawn.num_samples
+    if {POLICY, "greedy"} <= set(names) and sampling.temperature == 0:
+        different -= 1  # the same response
+    if different < 2:
+        raise ValueError(
+            "sampling: pairs are made of different responses to a prompt; give a temperature "
+            "over 0 and num_samples over 1, or another source of candidates"
+        )
+
+
+def check_order(
+    order: Sequence[str],
+    names: Sequence[str],
+    chosen: Sequence[str],
+    rejected: Sequence[str],
+    min_difference: float,
+) -> None:
+    """Whether an order of sources makes pairs.
+
+    Args:
+      order: names of sources, the best first.
+      names: of all sources.
+      chosen, rejected: names of those that the sides of pairs may come from.
+      min_difference: places in the order between the two.
+
+    Raises:
+      ValueError: it lacks a source or has one twice, or no chosen source is before a rejected one.
+    """
+    if sorted(order) != sorted(names):
+        raise ValueError(f"feedback.order: name every source once: {', '.join(names)}")
+    best = min(order.index(name) for name in chosen)
+    worst = max(order.index(name) for name in rejected)
+    if worst - best < min_difference:
+        raise ValueError(
+            f"feedback.order: no pair has its chosen response from {', '.join(chosen)}, its "
+            f"rejected one from {', '.join(rejected)} and {min_difference:g} places between them"
+        )
