@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import fingerprint_items, fingerprint_json
 from mmpo_jax.core.stages import StageOutput, run_told_stage
 from mmpo_jax.data.records import Record, last_question
@@ -42,6 +43,11 @@ _SCORE = re.compile(r"score\W*?(-?\d+(?:\.\d+)?)", re.IGNORECASE)
 _NUMBER = re.compile(r"\s*(-?\d+(?:\.\d+)?)(?:\s*/\s*\d+)?\s*\.?\s*")
 
 
+SOLUTION = "{solution}"
+"""Place in a prompt for what the data have as the row's `answer` or `solution`, as SIMA's critic
+sees it (Wang et al. 2024, arXiv 2405.15973)."""
+
+
 class SelfRewardJudge:
     """A labeler that gives every response a number in a reply of its own."""
 
@@ -61,14 +67,20 @@ class SelfRewardJudge:
         """
         self.options, self.model, self.checks = options, model, checks
         self.prompt = options.prompt or PROMPT
+        self.tells_solution = SOLUTION in self.prompt
         limits = [options.low, options.high]
         self.key = [SELF_REWARD_RULES, key, speaking_key(options), self.prompt, limits]
 
     def check(self, records: Sequence[Record]) -> None:
-        """See `judge.Judge`."""
-        del records
+        """See `judge.Judge`; a row has no text as its solution, and the prompt tells it."""
         for check in self.checks:
             check()
+        for record in records:
+            if self.tells_solution and not isinstance(record.solution, str):
+                raise DataError(
+                    f"feedback.prompt tells the {SOLUTION} of the data, and prompt {record.id!r} "
+                    "has no text as its answer or solution"
+                )
 
     def judge(self, responses: Responses) -> StageOutput:
         """See `judge.Judge`."""
@@ -82,7 +94,7 @@ class SelfRewardJudge:
 
         inputs = {
             "responses": responses.generated.fingerprint,
-            "questions": fingerprint_items(map(_content, responses.records)),
+            "questions": fingerprint_items(map(self._content, responses.records)),
         }
         settings = {"self_reward": self.key}
         judged = run_told_stage(responses.stage("judge", inputs, settings), make_part)
@@ -113,6 +125,7 @@ class SelfRewardJudge:
             answer=text,
             low=f"{self.options.low:g}",
             high=f"{self.options.high:g}",
+            **({"solution": record.solution} if self.tells_solution else {}),
         )
         room = self.options.max_new_tokens
         return Ask(f"{record.id}/{number}", prompt, record.images, max_new_tokens=room)
@@ -122,6 +135,12 @@ class SelfRewardJudge:
         if not self.options.low <= score <= self.options.high:
             raise UnreadableReply("no_number", f"{score:g} is not in the range")
         return Judgement(score, {"reply": reply})
+
+    def _content(self, record: Record) -> list[str]:
+        """Fingerprints of what the labeler is shown of a prompt."""
+        told = [record.solution] if self.tells_solution else []
+        said = fingerprint_json([record.id, last_question(record.prompt), *told])
+        return [said, *(image.fingerprint() for image in record.images)]
 
 
 def read_number(reply: str) -> float:
@@ -139,9 +158,3 @@ def read_number(reply: str) -> float:
 
 def _told(unread: Unread) -> dict[str, Any]:
     return {"reply": unread.raw if unread.raw is not None else unread.detail}
-
-
-def _content(record: Record) -> list[str]:
-    """Fingerprints of what the labeler is shown of a prompt."""
-    said = fingerprint_json([record.id, last_question(record.prompt)])
-    return [said, *(image.fingerprint() for image in record.images)]

@@ -140,7 +140,8 @@ class SelfRewardFeedback(Judging, Speaking):
     type: Literal["self_reward"] = "self_reward"
     labeler: Annotated[CheckpointAsked | ChatAsked, Field(discriminator="type")] = CheckpointAsked()
     prompt: str | None = None
-    """What is asked instead of the built-in prompt, with {question} and {answer} in it."""
+    """What is asked instead of the built-in prompt, with {question} and {answer} in it; {solution}
+    is the row's own answer."""
     low: float = 0
     high: float = 10
     """Range of the number; others cannot be read."""
