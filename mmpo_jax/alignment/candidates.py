@@ -92,7 +92,7 @@ def load_prompts(recipe: AlignRecipe) -> RecordSet:
     """The prompts of a recipe, with those of the rows' responses that are candidates.
 
     Raises:
-      DataError: they cannot be read.
+      DataError: they cannot be read, or hold no response that is a candidate.
     """
     of_data = data_candidates(recipe.candidates)
     if of_data is None:
@@ -103,6 +103,11 @@ def load_prompts(recipe: AlignRecipe) -> RecordSet:
         for record in record_set.records
     ]
     given = sum(len(record.responses) for record in records)
+    if not given:
+        raise DataError(
+            f"candidates: data: no row of {record_set.name} has a response that is one answer to "
+            "its prompt"
+        )
     log.info("%s: %d responses of the data are candidates", record_set.name, given)
     return dataclasses.replace(record_set, records=records)
 

@@ -260,6 +260,15 @@ def test_the_best_of_the_data(make, start):
     assert [(row["sample"], row["text"]) for row in rows] == [(0, CHOSEN)] * PROMPTS
 
 
+def test_data_without_responses(make, pairs_file, tmp_path):
+    rows = [json.loads(line) for line in pairs_file.read_text().splitlines()]
+    asked = [{name: row[name] for name in ("id", "prompt")} for row in rows]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(map(json.dumps, asked)))
+    with pytest.raises(DataError, match=r"data: no row of .*prompts\.jsonl has a response"):
+        load_prompts(make(DATA, POLICY, path=path))
+
+
 def test_a_kill_loses_a_part_of_one_source(make, start, monkeypatch):
     sources = POLICY, GREEDY, EDITED
     whole = round_responses(asked_of(make(*sources, output="whole"), start))
