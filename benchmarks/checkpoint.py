@@ -23,7 +23,8 @@ RESPONSE_TOKENS = 100
 IMAGE_TOKENS = 576
 PAIRS_FILE = "pairs.parquet"
 
-_SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>", "USER:", "ASSISTANT:")
+ANSWERS = ("yes", "Yes", "no", "No")
+_NAMED = ("<unk>", "<s>", "</s>", "<pad>", "<image>", "USER:", "ASSISTANT:", *ANSWERS)
 _TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<s> USER:' if message['role'] == 'user' else ' ASSISTANT:' }}"
@@ -42,7 +43,7 @@ def make_checkpoint(folder: str, seed: int = 0) -> None:
     import torch
     import transformers
 
-    words = [*_SPECIAL, *(f"w{index}" for index in range(VOCABULARY - len(_SPECIAL)))]
+    words = [*_NAMED, *(f"w{index}" for index in range(VOCABULARY - len(_NAMED)))]
     vocabulary = {word: index for index, word in enumerate(words)}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -150,7 +151,7 @@ def response_lengths(path: str, count: int) -> list[tuple[int, ...]]:
 
 
 def random_words(random: np.random.Generator, count: int) -> str:
-    return " ".join(f"w{n}" for n in random.integers(0, VOCABULARY - len(_SPECIAL), count))
+    return " ".join(f"w{n}" for n in random.integers(0, VOCABULARY - len(_NAMED), count))
 
 
 def picture(random: np.random.Generator) -> bytes:

@@ -36,6 +36,8 @@ YES, NO = ("yes", "Yes"), ("no", "No")
 PROBABILITIES = "probabilities"
 QUESTIONS_AT_ONCE = 128
 """Questions that share one encoding of their image, at most: those of some ten responses."""
+USUAL_QUESTIONS = 16
+"""Questions up to which an image counts as one of `batch_size`; those of some two responses."""
 
 
 class Answer(NamedTuple):
@@ -89,7 +91,8 @@ class CheckpointLabeler:
           checkpoint: its parameters on the mesh.
           mesh: the devices.
           lengths: bucket sizes; questions count as responses.
-          batch_size: rows at a time.
+          batch_size: images at a time that have up to `USUAL_QUESTIONS` questions. With more to
+            an image, fewer go together, so that a batch has no more tokens; but always one.
           questions_at_once: R, questions that share one encoding of the image.
 
         Raises:
@@ -154,8 +157,9 @@ class CheckpointLabeler:
                 checkpoint.model, checkpoint.params, batch, self.yes_ids, self.no_ids
             )
 
+        size, usual = self.batch_size, USUAL_QUESTIONS
         (batches,) = plan_responses(
-            checkpoint, records, self.lengths, self.mesh, self.batch_size
+            checkpoint, records, self.lengths, self.mesh, size, usual_responses=usual
         ) or [[]]
         dtype = inference_dtype(checkpoint.params).name
         found: dict[int, np.ndarray] = {}

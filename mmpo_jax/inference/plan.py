@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
-from mmpo_jax.data.batching import bucket, pad_batch
+from mmpo_jax.data.batching import bucket, fitting_sizes, pad_batch
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.packing import (
     GroupRows,
@@ -52,9 +52,9 @@ class PlannedBatch:
     computed: int
     """Tokens that are computed, padding included."""
 
-    def moved(self, start: int) -> PlannedBatch:
-        """The batch of records that stand behind so many others."""
-        places = tuple((number + start, place) for number, place in self.places)
+    def renumbered(self, numbers: Sequence[int]) -> PlannedBatch:
+        """The batch, where its record n is the record `numbers[n]` of the whole."""
+        places = tuple((numbers[number], place) for number, place in self.places)
         return dataclasses.replace(self, places=places)
 
 
@@ -102,6 +102,7 @@ def plan_responses(
     mesh: Mesh,
     batch_size: int,
     part_size: int | None = None,
+    usual_responses: int | None = None,
 ) -> list[list[PlannedBatch]]:
     """Batches of prompts with their responses, for every part of the records by itself.
 
@@ -115,6 +116,10 @@ def plan_responses(
       mesh: the devices.
       batch_size: records at a time; of packed batches in the mean.
       part_size: records of a part; None for one part.
+      usual_responses: where numbers of responses differ, how many a record has that `batch_size`
+        counts as one: batches of records with more have fewer, so that they have no more tokens,
+        and kernels get few numbers of responses. None where records of a batch have to have as
+        many, and `batch_size` counts all alike.
 
     Returns:
       The batches of every part; numbers of records are those in the whole.
@@ -123,12 +128,17 @@ def plan_responses(
     part_size = part_size or max(1, len(records))
     rows = -(-batch_size // shards) * shards
     if packed_over(checkpoint.model, mesh) is not None:
-        return plan_packed(records, processor, shards, rows, part_size)
+        return plan_packed(records, processor, shards, rows, part_size, usual_responses)
     parts = []
     for start in range(0, len(records), part_size):
         part = records[start : start + part_size]
-        batches = plan_padded(part, processor, lengths, rows=rows)
-        parts.append([batch.moved(start) for batch in batches])
+        if usual_responses is None:
+            batches = plan_padded(part, processor, lengths, rows=rows)
+        else:
+            batches = plan_many_responses(
+                part, processor, lengths, shards=shards, rows=rows, usual=usual_responses
+            )
+        parts.append([batch.renumbered(range(start, start + len(part))) for batch in batches])
     return parts
 
 
@@ -145,6 +155,7 @@ def plan_packed(
     shards: int,
     batch_size: int,
     part_size: int,
+    usual_responses: int | None = None,
 ) -> list[list[PlannedBatch]]:
     """`plan_responses` packed.
 
@@ -157,9 +168,13 @@ def plan_packed(
       shards: devices that batches are split over.
       batch_size: records of a batch in the mean.
       part_size: records of a part.
+      usual_responses: see `plan_responses`; `batch_size` is that of records which have no more.
     """
     sizes = sizes_of(records)
-    budget = sum(size.tokens for size in sizes) * batch_size / max(1, len(sizes))
+    tokens = sum(size.tokens for size in sizes)
+    if usual_responses is not None:
+        tokens = sum(_usual_tokens(record, usual_responses) for record in records)
+    budget = tokens * batch_size / max(1, len(sizes))
     starts = range(0, len(records), part_size)
     plans: list[list[PlannedBatch]] = [[] for _ in starts]
     cut: dict[Any, list[tuple[int, list[list[int]]]]] = {}
@@ -178,6 +193,13 @@ def plan_packed(
         for number, batch in filled:
             plans[number].append(_packed(records, sizes, batch, processor, shape))
     return plans
+
+
+def _usual_tokens(record: TokenizedRecord, responses: int) -> int:
+    """Tokens of a record's prompt and of so many of its responses, at most."""
+    lengths = [len(response.ids) for response in record.responses]
+    share = min(1, responses / max(1, len(lengths)))
+    return len(record.prompt_ids) + math.ceil(sum(lengths) * share)
 
 
 def _cut(
@@ -237,6 +259,7 @@ def plan_padded(
     *,
     rows: int,
     with_responses: bool = True,
+    num_responses: int | None = None,
 ) -> list[PlannedBatch]:
     """Batches of prompts and responses padded to bucket sizes, those of a kind together.
 
@@ -246,13 +269,15 @@ def plan_padded(
       lengths: bucket sizes.
       rows: B.
       with_responses: whether responses stand in the batch, or prompts alone.
+      num_responses: R, where records may have fewer; None where those of a batch have as many.
     """
 
     sizes = known(records).sizes
     # Those of a kind but for the prompt go along with each other.
     kinds: dict[tuple[int, int, int], list[int]] = {}
     for number in range(len(records)):
-        responses = int(sizes.responses[number]) if with_responses else 0
+        own = int(sizes.responses[number]) if num_responses is None else num_responses
+        responses = own if with_responses else 0
         response = bucket(int(sizes.response[number]), lengths.response) if responses else 0
         kind = pad_size(int(sizes.slots[number])), responses, response
         kinds.setdefault(kind, []).append(number)
@@ -272,6 +297,50 @@ def plan_padded(
                         rows * (prompt + kind[1] * kind[2]),
                     )
                 )
+    return batches
+
+
+def plan_many_responses(
+    records: Sequence[TokenizedRecord],
+    processor: Processor,
+    lengths: Lengths,
+    *,
+    shards: int,
+    rows: int,
+    usual: int,
+) -> list[PlannedBatch]:
+    """Padded batches of records that differ much in their number of responses.
+
+    The number is padded to a few sizes, as every shape is a program of its own, and records of a
+    size that fill few batches go along with the next larger.
+
+    Args:
+      records: tokenized, with responses.
+      processor: of the checkpoint.
+      lengths: bucket sizes.
+      shards: devices that batches are split over.
+      rows: B, of records with `usual` responses or fewer; a multiple of `shards`.
+      usual: see `plan_responses`.
+    """
+    sizes = known(records).sizes
+    counts = [int(count) for count in sizes.responses]
+    steps = fitting_sizes(counts, 2)
+    classes = [bucket(count, steps) for count in counts]
+    batches: list[PlannedBatch] = []
+    for count, numbers in in_classes(classes, [1] * len(classes), rows, FEWEST).items():
+        members = [records[number] for number in numbers]
+        prompt = bucket(int(sizes.prompt[numbers].max()), lengths.prompt)
+        response = bucket(int(sizes.response[numbers].max()), lengths.response)
+        budget = rows * (prompt + min(count, usual) * response)
+        fitting = budget // (prompt + count * response) // shards * shards
+        planned = plan_padded(
+            members,
+            processor,
+            lengths,
+            rows=max(shards, fitting),
+            num_responses=count,
+        )
+        batches += [batch.renumbered(numbers) for batch in planned]
     return batches
 
 

@@ -99,6 +99,9 @@ class CheckpointSplitting(CheckpointAsked, Splitting):
 class CheckpointLabeling(CheckpointAsked):
     """A checkpoint that is asked whether claims are true."""
 
+    batch_size: PositiveInt = 16
+    """Images at a time that have up to 16 questions; of those with more fewer, as many tokens."""
+
 
 class ChatLabeling(ChatAsked):
     """A served model that is asked whether claims are true."""

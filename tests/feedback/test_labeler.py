@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import shutil
 
@@ -21,7 +22,8 @@ from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.processor_files import ProcessorError
 from mmpo_jax.data.records import IMAGE, ImageRef, Turn
 from mmpo_jax.feedback import labeler as labeler_module
-from mmpo_jax.feedback.labeler import CheckpointLabeler, answer_tokens
+from mmpo_jax.feedback.labeler import CheckpointLabeler, answer_probabilities, answer_tokens
+from mmpo_jax.inference.plan import packed_over
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.log_probs import next_token_logits
 from mmpo_jax.parallel.mesh import AXES
@@ -185,6 +187,61 @@ def test_all_on_eight_devices(make_labeler, tiny_model, tiny_processor):
         probabilities(labeler, items), probabilities(make_labeler(), items), strict=True
     ):
         np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=1e-7)
+
+
+def many(count: int) -> tuple[str, ...]:
+    """So many different questions."""
+    colours, shapes = ("red", "blue", "green", "yellow"), ("star", "ring", "square")
+    numbers = ("one", "two", "three")
+    kinds = itertools.product(("is there a", "are there exactly two"), colours, shapes, numbers)
+    asked = [f"{start} {colour} {shape} {number} ?" for start, colour, shape, number in kinds]
+    asked += [f"{question[:-2]} in the picture ?" for question in asked]
+    asked += [f"{question[:-2]} or {colour} ?" for question in asked for colour in colours[:2]]
+    assert len(set(asked)) == len(asked) >= count
+    return tuple(asked[:count])
+
+
+MANY = (1, 15, 80, 200)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_any_number_of_questions_padded_and_packed(tiny_model, tiny_processor, devices):
+    """Kernels get padded batches; where there is none, as here, plain JAX computes them too."""
+    model, params = tiny_model
+    shape = (1, 1, 1) if devices == 1 else (2, 4, 1)
+    mesh = jax.make_mesh(
+        shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:devices]
+    )
+    items = [(str(count), (image(count),), many(count)) for count in MANY]
+
+    def answered(model, **options):
+        checkpoint = Checkpoint(model, tiny_processor, params)
+        return probabilities(
+            CheckpointLabeler(checkpoint, mesh, LENGTHS, batch_size=8, **options), items
+        )
+
+    packed = answered(model)
+    kernel = dataclasses.replace(model, attention="cudnn")
+    assert packed_over(model, mesh) == devices and packed_over(kernel, mesh) is None
+    padded = answered(kernel)
+    alone = answered(model, questions_at_once=16)
+    for ours, others, few in zip(packed, padded, alone, strict=True):
+        np.testing.assert_allclose(ours, others, rtol=2e-4, atol=1e-7)
+        np.testing.assert_allclose(ours, few, rtol=2e-4, atol=1e-7)
+    assert len({round(yes, 6) for yes, _ in packed[-1]}) > 100
+
+
+@pytest.mark.parametrize("backend", ["xla", "cudnn"])
+def test_few_programs_for_all_numbers_of_questions(tiny_model, tiny_processor, mesh, backend):
+    model, params = tiny_model
+    checkpoint = Checkpoint(
+        dataclasses.replace(model, attention=backend), tiny_processor, params
+    )
+    labeler = CheckpointLabeler(checkpoint, mesh, LENGTHS, batch_size=2)
+    items = [(str(count), (image(count),), many(count)) for count in range(1, 41)]
+    before = answer_probabilities._cache_size()
+    labeler.answer(items)
+    assert answer_probabilities._cache_size() - before <= 3
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.records import Response
 from mmpo_jax.data.tokenization import TokenizedRecord, TokenizedResponse
-from mmpo_jax.inference.plan import FEWEST, in_classes, plan_packed, plan_padded
+from mmpo_jax.inference.plan import (
+    FEWEST,
+    in_classes,
+    plan_many_responses,
+    plan_packed,
+    plan_padded,
+)
 
 
 def text(number, prompt, *responses):
@@ -107,3 +113,48 @@ def test_padded(tiny_processor, with_responses):
         for n, place in planned.places:
             assert batch.prompt_mask[place].sum() == prompts[n]
         assert planned.computed == batch.prompt_ids.size + batch.response_ids.size
+
+
+def differing(seed=0):
+    """Records with 1 to 128 responses of 2 to 8 tokens behind 30 of a prompt."""
+    rng = np.random.default_rng(seed)
+    counts = np.clip(rng.lognormal(2.5, 1.2, 300).astype(int), 1, 128)
+    return [text(n, 30, *rng.integers(2, 9, count)) for n, count in enumerate(counts)]
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_padded_to_few_numbers_of_responses(tiny_processor, shards):
+    """Batches of those with more responses than usual have fewer records, and no more tokens."""
+    records, rows, usual = differing(), 16, 16
+    lengths = Lengths(prompt=(32,), response=(8,))
+    plan = plan_many_responses(
+        records, tiny_processor, lengths, shards=shards, rows=rows, usual=usual
+    )
+    assert sorted(n for batch in plan for n, _ in batch.places) == list(range(len(records)))
+    shapes = set()
+    for planned in plan:
+        batch = planned.make()
+        shapes.add(batch.response_ids.shape)
+        assert planned.computed == batch.prompt_ids.size + batch.response_ids.size
+        assert len(batch.prompt_ids) % shards == 0
+        for n, place in planned.places:
+            lengths_there = batch.response_mask[place].sum(axis=1)
+            own = [len(response.ids) for response in records[n].responses]
+            assert lengths_there.tolist() == own + [0] * (len(lengths_there) - len(own))
+    assert 2 <= len(shapes) <= 6
+    most = rows * (32 + usual * 8)
+    assert all(b * (32 + r * t) <= max(most, shards * (32 + r * t)) for b, r, t in shapes)
+    assert min(b for b, _, _ in shapes) < rows
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_packed_batches_of_many_responses_have_no_more_tokens(tiny_processor, shards):
+    records = [text(n, 30, *[5] * 100) for n in range(40)]
+    (usual,) = plan_packed(
+        [text(n, 30, *[5] * 16) for n in range(40)], tiny_processor, shards, 8, 40, 16
+    )
+    (many,) = plan_packed(records, tiny_processor, shards, 8, 40, 16)
+    (whole,) = plan_packed(records, tiny_processor, shards, 8, 40)
+    longest = 30 + 100 * 5
+    assert max(b.tokens for b in many) <= max(b.tokens for b in usual) + shards * longest
+    assert max(b.tokens for b in whole) >= 2 * max(b.tokens for b in many)
