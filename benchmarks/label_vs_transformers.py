@@ -345,7 +345,10 @@ def main() -> None:
     accepted = sum(yes > no for yes, no in answers) / len(answers)
     found = summary(runs)
     show(found)
-    print(f"{100 * accepted:.0f} % of the verdicts are yes; first run of ours, which compiles: ", end="")
+    print(
+        f"{100 * accepted:.0f} % of the verdicts are yes; first run of ours, which compiles: ",
+        end="",
+    )
     print(f"{found['mmpo_jax']['first_seconds']:.1f} s")
     if arguments.json:
         with open(arguments.json, "w") as file:

@@ -108,7 +108,7 @@ def plan_packing(
         for micro in packing.fill(batch, sizes)
         for group in micro
     )
-    rows = best_rows(groups, sizes, width)
+    rows = best_rows(groups, sizes, width, others=True)
     packing = dataclasses.replace(packing, rows=rows)
     found = [PackedSizes.holding(packing.fill(batch, sizes), sizes) for batch in looked_at]
     needed = collections.Counter((shape.tokens, shape.targets) for shape in found)

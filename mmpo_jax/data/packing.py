@@ -20,13 +20,15 @@ from mmpo_jax.data.batching import image_arrays, place_media
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.data.tokenized_rows import KnownRows
-from mmpo_jax.models.attention import MAX_QUERY_BLOCKS, MIN_QUERY_BLOCK
+from mmpo_jax.models.attention import packed_blocks
 from mmpo_jax.models.batch import PackedBatch
 from mmpo_jax.models.layout import pad_size
 
 STEP = 32
 """What lengths are rounded up to, as far as that is little of them."""
 
+MANY = 4
+"""A record alone in its row has many responses if they take more than so many of the longest."""
 CANDIDATES = 16
 """Numbers of rows that are tried, about."""
 GROUPS = 64
@@ -49,6 +51,8 @@ class Size:
     """Tokens of the longest response."""
     slots: int
     """Rows of pixels; 0 without images."""
+    prompt: int = 0
+    """Tokens of the prompt."""
 
     @classmethod
     def of(cls, record: TokenizedRecord) -> Size:
@@ -59,6 +63,7 @@ class Size:
             len(lengths),
             max(lengths, default=0),
             record.num_slots,
+            len(record.prompt_ids),
         )
 
 
@@ -67,7 +72,14 @@ def sizes_of(records: Sequence[TokenizedRecord]) -> list[Size]:
     if not isinstance(records, KnownRows):
         return [Size.of(record) for record in records]
     known = records.sizes
-    columns = (known.tokens, known.targets, known.responses, known.response, known.slots)
+    columns = (
+        known.tokens,
+        known.targets,
+        known.responses,
+        known.response,
+        known.slots,
+        known.prompt,
+    )
     return [Size(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
 
@@ -95,6 +107,8 @@ class PackedSizes:
     """I."""
     reach: int
     """Tokens of the longest record."""
+    prompt: int = 0
+    """See `PackedBatch.prompt`."""
 
     @classmethod
     def holding(cls, batches: Iterable[Sequence[GroupRows]], sizes: Sequence[Size]) -> PackedSizes:
@@ -111,6 +125,10 @@ class PackedSizes:
         rows = [row for group in groups for row in group]
         found = [size for row in rows for size in row]
         in_group = [[size for row in group for size in row] for group in groups]
+        prompt = rounded(_most(size.prompt for size in found))
+        response = rounded(_most(size.longest for size in found))
+        alone = _most(map(len, rows)) == 1
+        many = _most(size.tokens for size in found) > prompt + MANY * response
         return cls(
             groups=max(map(len, held)),
             rows=_most(map(len, groups)),
@@ -118,10 +136,11 @@ class PackedSizes:
             targets=rounded(_most(sum(size.targets for size in group) for group in in_group)),
             records=_most(map(len, in_group)),
             responses=_most(size.responses for size in found),
-            response=rounded(_most(size.longest for size in found)),
+            response=response,
             shown=max(1, _most(sum(size.slots > 0 for size in group) for group in in_group)),
             slots=pad_size(_most(size.slots for size in found)),
             reach=rounded(_most(size.tokens for size in found)),
+            prompt=prompt if alone and many else 0,
         )
 
     @property
@@ -139,10 +158,8 @@ class PackedSizes:
           width: D.
         """
         keys, length = 0, self.tokens
-        block = max(MIN_QUERY_BLOCK, -(-length // MAX_QUERY_BLOCKS))
-        for start in range(0, length, block):
-            stop = min(start + block, length)
-            keys += (stop - start) * (stop - max(0, start + 1 - self.reach))
+        for queries, seen in packed_blocks(length, self.reach, self.prompt, self.response):
+            keys += (queries.stop - queries.start) * sum(part.stop - part.start for part in seen)
         return self.groups * self.rows * (length + keys / (6 * width))
 
 
@@ -178,7 +195,9 @@ def in_rows(group: Sequence[int], sizes: Sequence[Size], rows: int) -> GroupRows
     return [[group[place] for place in row] for row in places]
 
 
-def best_rows(groups: Iterable[Sequence[int]], sizes: Sequence[Size], width: int) -> int:
+def best_rows(
+    groups: Iterable[Sequence[int]], sizes: Sequence[Size], width: int, others: bool = False
+) -> int:
     """In how many rows the records of groups cost least to compute; of the first `GROUPS`.
 
     Few long rows are full to the end, but a query is held against more keys than it sees.
@@ -187,13 +206,14 @@ def best_rows(groups: Iterable[Sequence[int]], sizes: Sequence[Size], width: int
       groups: numbers of records.
       sizes: of the records.
       width: D, of the decoder.
+      others: whether other groups get the same shape, of which is not known how rows are filled.
     """
-
     some = list(itertools.islice(filter(None, groups), GROUPS))
 
     def cost(rows: int) -> float:
         filled = [[in_rows(group, sizes, rows)] for group in some]
-        return PackedSizes.holding(filled, sizes).cost(width)
+        shape = PackedSizes.holding(filled, sizes)
+        return (dataclasses.replace(shape, prompt=0) if others else shape).cost(width)
 
     longest = max(sizes[number].tokens for group in some for number in group)
     load = max(sum(sizes[number].tokens for number in group) for group in some)
@@ -228,7 +248,7 @@ def pack_batch(
         for group in groups
     ]
     arrays = jax.tree.map(lambda *leaves: np.concatenate(leaves), *made)
-    return PackedBatch(**arrays, reach=sizes.reach)
+    return PackedBatch(**arrays, reach=sizes.reach, prompt=sizes.prompt)
 
 
 def _pack_group(

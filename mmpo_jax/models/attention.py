@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -303,7 +303,7 @@ def packed_attention(
     """Attention in rows that hold several records, each a prompt and the responses to it.
 
     Tokens see what they see in `shared_prompt_attention`, and nothing of other records. Queries are
-    taken in blocks, each against the keys from where a record that ends in it may have begun.
+    taken in blocks, see `packed_blocks`.
 
     Args:
       query: [B, S, H, d].
@@ -318,14 +318,37 @@ def packed_attention(
     if isinstance(window, int) and window >= batch.reach:
         window = None
     out = []
-    block = max(MIN_QUERY_BLOCK, -(-s // MAX_QUERY_BLOCKS))
-    for start in range(0, s, block):
-        queries = slice(start, min(start + block, s))
-        keys = slice(max(0, start + 1 - batch.reach), queries.stop)
-        mask = _packed_mask(batch, queries, keys, window)
-        part = key[:, keys], value[:, keys], mask[:, None]
-        out.append(attend(query[:, None, queries], [part], d**-0.5)[:, 0])
+    for queries, seen in packed_blocks(s, batch.reach, batch.prompt, batch.loss_mask.shape[-1]):
+        parts = [
+            (key[:, keys], value[:, keys], _packed_mask(batch, queries, keys, window)[:, None])
+            for keys in seen
+        ]
+        out.append(attend(query[:, None, queries], parts, d**-0.5)[:, 0])
     return jnp.concatenate(out, axis=1)
+
+
+def packed_blocks(
+    length: int, reach: int, prompt: int, response: int
+) -> Iterator[tuple[slice, list[slice]]]:
+    """Blocks of the queries of packed rows, each with the keys that any of it may see.
+
+    Those are the keys from where a record that ends in the block may have begun. Where every row
+    holds one record, behind its prompt they are the prompt's and those from where a response may
+    have begun.
+
+    Args:
+      length: S, of a row.
+      reach, prompt: see `PackedBatch`.
+      response: T, no response has more tokens.
+    """
+    for first, end in ((0, prompt), (prompt, length)):
+        block = max(MIN_QUERY_BLOCK, -(-(end - first) // MAX_QUERY_BLOCKS))
+        for start in range(first, end, block):
+            stop = min(start + block, end)
+            keys = [slice(max(0, start + 1 - reach), stop)]
+            if 0 < prompt <= start:
+                keys = [slice(0, prompt), slice(max(prompt, start + 1 - response), stop)]
+            yield slice(start, stop), keys
 
 
 def _packed_mask(

@@ -104,3 +104,6 @@ class PackedBatch:
     """float32[Z * C]; 1 for a record, 0 for a place that none takes."""
     reach: int = dataclasses.field(metadata={"static": True})
     """No record has more tokens."""
+    prompt: int = dataclasses.field(default=0, metadata={"static": True})
+    """Where every row holds one record, with many responses: no prompt has more tokens. 0 where
+    rows hold what they may."""

@@ -234,14 +234,12 @@ def test_any_number_of_questions_padded_and_packed(tiny_model, tiny_processor, d
 @pytest.mark.parametrize("backend", ["xla", "cudnn"])
 def test_few_programs_for_all_numbers_of_questions(tiny_model, tiny_processor, mesh, backend):
     model, params = tiny_model
-    checkpoint = Checkpoint(
-        dataclasses.replace(model, attention=backend), tiny_processor, params
-    )
+    checkpoint = Checkpoint(dataclasses.replace(model, attention=backend), tiny_processor, params)
     labeler = CheckpointLabeler(checkpoint, mesh, LENGTHS, batch_size=2)
     items = [(str(count), (image(count),), many(count)) for count in range(1, 41)]
     before = answer_probabilities._cache_size()
     labeler.answer(items)
-    assert answer_probabilities._cache_size() - before <= 3
+    assert answer_probabilities._cache_size() - before <= 4
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Plans: every record in one batch, few shapes, little padding."""
 
 import collections
+import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from helpers import tiny
@@ -18,6 +20,7 @@ from mmpo_jax.inference.plan import (
     plan_packed,
     plan_padded,
 )
+from mmpo_jax.models.attention import packed_attention, packed_blocks
 
 
 def text(number, prompt, *responses):
@@ -158,3 +161,35 @@ def test_packed_batches_of_many_responses_have_no_more_tokens(tiny_processor, sh
     longest = 30 + 100 * 5
     assert max(b.tokens for b in many) <= max(b.tokens for b in usual) + shards * longest
     assert max(b.tokens for b in whole) >= 2 * max(b.tokens for b in many)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_rows_of_one_record_with_many_responses(tiny_processor, window):
+    """Responses are held against the prompt and what is near; nothing else is seen anyway."""
+    rng = np.random.default_rng(0)
+    records = [text(n, rng.integers(20, 40), *rng.integers(1, 9, 150)) for n in range(4)]
+    ((planned, *_),) = plan_packed(records, tiny_processor, 1, 4, 4, 16)
+    batch = planned.make()
+    assert batch.prompt == 64
+    whole = dataclasses.replace(batch, prompt=0)
+    query, key, value = rng.standard_normal((3, *batch.token_ids.shape, 2, 8), np.float32)
+    split, plain = (
+        jax.jit(packed_attention)(query, key, value, one, window) for one in (batch, whole)
+    )
+    real = batch.record >= 0
+    np.testing.assert_allclose(split[real], plain[real], rtol=1e-5, atol=1e-6)
+    lengths = batch.token_ids.shape[1], batch.reach
+
+    def keys_held(prompt):
+        blocks = packed_blocks(*lengths, prompt, batch.loss_mask.shape[-1])
+        return sum(
+            (queries.stop - queries.start) * sum(keys.stop - keys.start for keys in seen)
+            for queries, seen in blocks
+        )
+
+    assert keys_held(batch.prompt) < keys_held(0) / 2
+
+
+def test_rows_of_few_responses_are_as_they_were(tiny_processor):
+    (part,) = plan_packed([text(n, 500, 60, 60) for n in range(4)], tiny_processor, 1, 1, 4)
+    assert {batch.make().prompt for batch in part} == {0}
