@@ -77,7 +77,8 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
         judge = make_judge(recipe.feedback, models)
         check_candidates(recipe)
         prompts = load_prompts(recipe)
-        judge.check(prompts.records)
+        if not _is_judged(recipe):
+            judge.check(prompts.records)
         return _run_rounds(recipe, prompts, judge, models)
 
 
@@ -238,6 +239,13 @@ def evaluate_round(
 def round_folder(recipe: AlignRecipe, index: int) -> str:
     """Where a round keeps its files."""
     return os.path.join(recipe.output, f"round-{index}")
+
+
+def _is_judged(recipe: AlignRecipe) -> bool:
+    """Whether all rounds have their verdicts, so that servers need not be up any more. Where they
+    turn out to be of another recipe, who is asked says what is wrong."""
+    rounds = range(1, recipe.rounds + 1)
+    return all(os.path.isfile(os.path.join(round_folder(recipe, n), "judge.json")) for n in rounds)
 
 
 def _telling(index: int, recipe: AlignRecipe) -> AbstractContextManager:

@@ -96,6 +96,8 @@ class ChatClient:
         """Whether the server ever took a request."""
         self._bad: list[tuple[str, ChatFailure]] = []
         """Bad requests so far, while the server has not taken any."""
+        self._rejected: set[str] = set()
+        """Keys of what was answered and of no use; under the lock."""
         self._closed = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run_loop, name="chat", daemon=True)
@@ -128,6 +130,25 @@ class ChatClient:
             self._abandon(mine.values())
             raise
         return [place.future.result() if isinstance(place, _Job) else place for place in places]
+
+    def reject(self, requests: Sequence[ChatRequest]) -> None:
+        """Notes that what these requests were answered is of no use, see `forget_rejected`."""
+        for request in requests:
+            with contextlib.suppress(DataError):  # an image that cannot be read was not sent
+                key = request.key(self.server)
+                with self._lock:
+                    self._rejected.add(key)
+
+    def forget_rejected(self) -> None:
+        """Takes what was of no use out of the journal, so that the server, once it is mended, is
+        asked again.
+
+        Raises:
+          OSError: the journal cannot be written.
+        """
+        with self._lock:
+            for key in self._rejected:
+                self._journal.forget(key)
 
     def check(self) -> None:
         """Looks whether the server is there and has the model, before anything heavy is done.
@@ -298,7 +319,8 @@ class ChatClient:
 
     def _write_bad(self) -> None:
         for key, failure in self._bad:
-            self._journal.write(key, failure)
+            if key not in self._rejected:
+                self._journal.write(key, failure)
         self._bad.clear()
 
     async def _look_for_life(self, failure: ChatFailure) -> None:

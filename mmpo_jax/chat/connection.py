@@ -101,11 +101,18 @@ class Connection:
 
 
 def _parse(content: bytes) -> Any:
-    """JSON, or the text where it is none."""
+    """JSON, or the text where it is none. Halves of characters, which JSON may hold and no file
+    can, become question marks."""
     try:
-        return json.loads(content)
+        value = json.loads(content)
+        halves = b"\\ud" in content.lower()
+        return json.loads(_as_utf8(json.dumps(value, ensure_ascii=False))) if halves else value
     except (ValueError, RecursionError):
         return content.decode(errors="replace")
+
+
+def _as_utf8(text: str) -> bytes:
+    return text.encode(errors="replace")
 
 
 def _cause(error: BaseException, kind: type[BaseException]) -> BaseException | None:

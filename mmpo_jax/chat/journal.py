@@ -9,6 +9,8 @@ import json
 import logging
 import os
 import threading
+from collections.abc import Mapping
+from typing import Any
 
 from etils import epath
 
@@ -19,6 +21,8 @@ from mmpo_jax.core.files import is_local
 log = logging.getLogger(__name__)
 
 FILE = "replies.jsonl"
+FORGOTTEN = "forgotten"
+"""In a line of a key whose outcome counts no more."""
 
 
 class Journal:
@@ -73,22 +77,33 @@ class Journal:
         Raises:
           OSError: the disk is full, or the like; nothing of the line is left then.
         """
-        line = (
-            json.dumps({"key": key, **outcome_as_json(outcome)}, allow_nan=False).encode() + b"\n"
-        )
+        line = _line({"key": key, **outcome_as_json(outcome)})
+        with self._lock:
+            if key not in self._places:
+                self._append(line)
+                self._places[key] = self._end - len(line), len(line)
+
+    def forget(self, key: str) -> None:
+        """Takes the outcome of a key out, if there is one: a line says that it counts no more.
+
+        Raises:
+          OSError: as `write`.
+        """
         with self._lock:
             if key in self._places:
-                return
-            try:
-                written = 0
-                while written < len(line):
-                    written += os.pwrite(self._file, line[written:], self._end + written)
-            except OSError as error:
-                with contextlib.suppress(OSError):
-                    os.ftruncate(self._file, self._end)
-                raise OSError(error.errno, error.strerror, self.path) from error
-            self._places[key] = self._end, len(line)
-            self._end += len(line)
+                self._append(_line({"key": key, FORGOTTEN: True}))
+                del self._places[key]
+
+    def _append(self, line: bytes) -> None:
+        try:
+            written = 0
+            while written < len(line):
+                written += os.pwrite(self._file, line[written:], self._end + written)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, self._end)
+            raise OSError(error.errno, error.strerror, self.path) from error
+        self._end += len(line)
 
     def close(self) -> None:
         """Lets go of the file; nothing can be read or written any more."""
@@ -115,10 +130,17 @@ class Journal:
                 if not line.endswith(b"\n"):
                     break
                 try:
-                    self._places[json.loads(line)["key"]] = end, len(line)
+                    entry = json.loads(line)
+                    self._places[entry["key"]] = end, len(line)
+                    if FORGOTTEN in entry:
+                        del self._places[entry["key"]]
                 except (ValueError, KeyError, TypeError):
                     damaged += 1
                 end += len(line)
         if damaged:
             log.warning("%s: %d damaged lines; what they had is asked again", self.path, damaged)
         return end
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    return json.dumps(entry, allow_nan=False).encode() + b"\n"

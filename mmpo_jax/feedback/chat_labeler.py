@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mmpo_jax.chat.client import ChatClient
-from mmpo_jax.chat.replies import ChatFailure, ChatReply, Outcome, TokenLogProb
+from mmpo_jax.chat.replies import NO_LOG_PROB, ChatFailure, ChatReply, Outcome, TokenLogProb
 from mmpo_jax.chat.requests import ChatMessage, ChatRequest
 from mmpo_jax.core import progress
+from mmpo_jax.data.records import ImageRef
 from mmpo_jax.feedback.labeler import Answer, QuestionSet
 from mmpo_jax.recipes.feedback import ChatLabeling
 
-CHAT_LABEL_RULES = 1
+CHAT_LABEL_RULES = 2
 """Part of the key of verdicts: changes with how servers are asked and their replies read."""
 TOP = 20
 """Tokens of the first position that are asked for, the most that servers give."""
+PROBED = 8
+"""Questions by which `auto` finds out whether a server tells log-probs at all."""
 WORDS = {"yes": 0, "no": 1}
+BLANKS = " \t\n\u2581\u0120\u010a"
+"""What stands for blanks in tokens, also as tokenizers write them."""
 SAMPLED_TOKENS = 8
 """Length of a sampled answer, of which the first word counts."""
 NEITHER = "no_yes_or_no"
+NO_LOGPROBS = "no_logprobs"
 
 
 class ChatLabeler:
@@ -47,26 +53,30 @@ class ChatLabeler:
             answers = iter(self._answer(asked))
         return [[next(answers) for _ in questions] for _, _, questions in items]
 
-    def _answer(self, asked: Sequence[tuple]) -> list[Answer]:
+    def _answer(self, asked: Sequence[tuple[tuple[ImageRef, ...], str]]) -> list[Answer]:
         """Answers to (images, question)."""
         requests = [
             ChatRequest((ChatMessage.user(question, images),), max_tokens=1)
             for images, question in asked
         ]
-        if self.options.read in ("auto", "logprobs"):
-            answers = self._ask_again(requests, _with_logprobs, read_logprobs)
-            if self.options.read == "logprobs":
-                return answers
-            return self._where(answers, "no_logprobs", requests)
         if self.options.read == "samples":
             return self._sampled(requests)
-        return self._ask_again(requests, _with_text, read_text)
+        if self.options.read == "text":
+            return self._ask_again(requests, _with_text, read_text)
+        if self.options.read == "logprobs":
+            return self._ask_again(requests, _with_logprobs, read_logprobs)
+        return self._with_logprobs_or_sampled(requests)
 
-    def _where(
-        self, answers: list[Answer], failure: str, requests: Sequence[ChatRequest]
-    ) -> list[Answer]:
-        """The answers, with samples in place of those that failed for this reason."""
-        places = [place for place, answer in enumerate(answers) if answer.failure == failure]
+    def _with_logprobs_or_sampled(self, requests: Sequence[ChatRequest]) -> list[Answer]:
+        """Answers by log-probs, and by samples where there are none; a server that tells none of
+        the first questions' is not asked for others'."""
+        answers = self._ask_again(requests[:PROBED], _with_logprobs, read_logprobs)
+        rest = requests[PROBED:]
+        if all(answer.failure == NO_LOGPROBS for answer in answers):
+            answers += [_no_answer(NO_LOGPROBS)] * len(rest)
+        else:
+            answers += self._ask_again(rest, _with_logprobs, read_logprobs)
+        places = [place for place, answer in enumerate(answers) if answer.failure == NO_LOGPROBS]
         sampled = self._sampled([requests[place] for place in places])
         for place, answer in zip(places, sampled, strict=True):
             answers[place] = answer
@@ -76,27 +86,44 @@ class ChatLabeler:
         """Shares of yes and no among several replies; what is neither counts for none."""
         count = self.options.samples
         drawn = [
-            dataclasses.replace(
-                request, max_tokens=SAMPLED_TOKENS, temperature=1.0, seed=number * 1000
-            )
+            dataclasses.replace(request, max_tokens=SAMPLED_TOKENS, temperature=1.0, seed=number)
             for request in requests
             for number in range(count)
         ]
-        outcomes = self.client.ask(drawn) if drawn else []
-        return [_share(outcomes[start : start + count]) for start in range(0, len(outcomes), count)]
+        outcomes = self.client.ask(drawn)
+        starts = range(0, len(outcomes), count)
+        answers = [_share(outcomes[start : start + count]) for start in starts]
+        for start, answer in zip(starts, answers, strict=True):
+            if answer.failure is not None:
+                self.client.reject(drawn[start : start + count])
+        return answers
 
-    def _ask_again(self, requests, change, read) -> list[Answer]:
-        """Answers as they are read in replies, those that are neither yes nor no asked again."""
-        answers = [Answer(math.nan, math.nan, "", NEITHER)] * len(requests)
+    def _ask_again(
+        self,
+        requests: Sequence[ChatRequest],
+        change: Callable[[ChatRequest, int], ChatRequest],
+        read: Callable[[ChatReply], Answer],
+    ) -> list[Answer]:
+        """Answers as they are read in replies, those that are neither yes nor no asked again.
+
+        Args:
+          requests: the questions.
+          change: gives the request number n of a question.
+          read: the answer in a reply.
+        """
+        answers = [_no_answer(NEITHER)] * len(requests)
         waiting = list(range(len(requests)))
         for attempt in range(self.options.attempts):
-            if not waiting:
-                break
             asked = [change(requests[place], attempt) for place in waiting]
             outcomes = self.client.ask(asked)
             for place, outcome in zip(waiting, outcomes, strict=True):
-                answers[place] = _failed(outcome) or read(outcome)
+                answers[place] = (
+                    read(outcome) if isinstance(outcome, ChatReply) else _no_answer(outcome.reason)
+                )
             waiting = [place for place in waiting if answers[place].failure == NEITHER]
+        for request, answer in zip(requests, answers, strict=True):
+            if answer.failure is not None:
+                self.client.reject([change(request, n) for n in range(self.options.attempts)])
         return answers
 
 
@@ -108,24 +135,23 @@ def _with_text(request: ChatRequest, attempt: int) -> ChatRequest:
     return dataclasses.replace(request, max_tokens=SAMPLED_TOKENS, attempt=attempt)
 
 
-def _failed(outcome: Outcome) -> Answer | None:
-    if isinstance(outcome, ChatFailure):
-        return Answer(math.nan, math.nan, "", outcome.reason)
-    return None
+def _no_answer(failure: str) -> Answer:
+    return Answer(math.nan, math.nan, "", failure)
 
 
 def read_logprobs(reply: ChatReply) -> Answer:
     """Probabilities of yes and no in the first token's alternatives; neither is a failure."""
-    top = reply.first_top_logprobs[0]
-    if top is None:
-        return Answer(math.nan, math.nan, "", "no_logprobs")
+    given = reply.first_top_logprobs[0]
+    if given is None:
+        return _no_answer(NO_LOGPROBS)
+    top = [entry for entry in given if entry[1] != NO_LOG_PROB]
     found: list[float | None] = [None, None]
     for token, log_prob in top:
-        word = WORDS.get(token.strip().casefold())
+        word = WORDS.get(token.strip(BLANKS).casefold())
         if word is not None:
             found[word] = (found[word] or 0.0) + _probability(log_prob)
     if found == [None, None]:
-        return Answer(math.nan, math.nan, "", NEITHER)
+        return _no_answer(NEITHER)
     rest = _largest_untold(top)
     p_yes, p_no = (rest if p is None else min(p, 1.0) for p in found)
     return Answer(p_yes, p_no, "logprobs")
@@ -145,7 +171,7 @@ def read_text(reply: ChatReply) -> Answer:
     """1 for the word that the reply begins with and 0 for the other; neither is a failure."""
     word = first_word(reply.texts[0])
     if word not in WORDS:
-        return Answer(math.nan, math.nan, "", NEITHER)
+        return _no_answer(NEITHER)
     return Answer(float(word == "yes"), float(word == "no"), "text")
 
 
@@ -154,7 +180,7 @@ def _share(outcomes: Sequence[Outcome]) -> Answer:
     counts = [words.count(word) for word in WORDS]
     if not any(counts):
         failures = [o.reason for o in outcomes if isinstance(o, ChatFailure)]
-        return Answer(math.nan, math.nan, "", failures[0] if failures else NEITHER)
+        return _no_answer(failures[0] if failures else NEITHER)
     p_yes, p_no = (count / len(words) for count in counts)
     return Answer(p_yes, p_no, "samples")
 

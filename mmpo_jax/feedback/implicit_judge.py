@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Sequence
@@ -53,29 +54,10 @@ class ImplicitJudge:
         """See `judge.Judge`."""
 
         def make_part(_: int) -> pa.Table:
-            tokenized = self._tokenized(responses)
-            known = [one for one in tokenized if isinstance(one, TokenizedRecord)]
-            mesh = self.models.mesh
-            policy = self.policy.reloaded(mesh)
-            rewards = iter(
-                reward_stage(
-                    policy,
-                    self.reference,
-                    known,
-                    None,
-                    mesh,
-                    beta=self.options.beta,
-                    folder=os.path.join(responses.folder, FOLDER),
-                    batch_size=self.options.batch_size,
-                    compute_dtype=chosen_dtype(self.options.compute_dtype, policy),
-                )
-            )
-            judgements: list[Judgement] = []
-            for one in tokenized:
-                judgements += (
-                    self._judgements(next(rewards)) if isinstance(one, TokenizedRecord) else one
-                )
-            return judged_table(responses, judgements)
+            records, refused = self._tokenized(responses)
+            rewards = self._rewards(responses.folder, records) if records else []
+            given = iter([one for of_record in rewards for one in self._judgements(of_record)])
+            return judged_table(responses, [one or next(given) for one in refused])
 
         inputs = {
             "responses": responses.generated.fingerprint,
@@ -91,18 +73,55 @@ class ImplicitJudge:
         }
         return run_told_stage(responses.stage("judge", inputs, settings, 1), make_part)
 
-    def _tokenized(self, responses: Responses) -> list[TokenizedRecord | list[Judgement]]:
-        """Every prompt with its responses in tokens, or the judgements that there cannot be."""
-        both = tokenizer_for_both(self.reference.processor)
+    def _tokenized(
+        self, responses: Responses
+    ) -> tuple[list[TokenizedRecord], list[Judgement | None]]:
+        """(prompts with those of their responses that both models take, of every response None or
+        why they do not)."""
         sampled = self._generator_has_these_tokens()
-        tokenized: list[TokenizedRecord | list[Judgement]] = []
+        records: list[TokenizedRecord] = []
+        refused: list[Judgement | None] = []
         for record in responses.with_responses(sampled_tokens=sampled):
-            try:
-                tokenized.append(both(record, self.policy.processor, UNLIMITED, UNLIMITED))
-            except RowRejected as error:
-                judgement = Judgement(math.nan, {"problem": str(error)}, error.reason)
-                tokenized.append([judgement] * len(record.responses))
-        return tokenized
+            problems = [
+                self._problem(dataclasses.replace(record, responses=(response,)))
+                for response in record.responses
+            ]
+            taken = [
+                response
+                for response, problem in zip(record.responses, problems, strict=True)
+                if problem is None
+            ]
+            if taken:
+                records.append(self._both(dataclasses.replace(record, responses=tuple(taken))))
+            refused += problems
+        return records, refused
+
+    def _both(self, record: Record) -> TokenizedRecord:
+        both = tokenizer_for_both(self.reference.processor)
+        return both(record, self.policy.processor, UNLIMITED, UNLIMITED)
+
+    def _problem(self, record: Record) -> Judgement | None:
+        """Why a response cannot be given to both models."""
+        try:
+            self._both(record)
+        except RowRejected as error:
+            return Judgement(math.nan, {"problem": str(error)}, error.reason)
+        return None
+
+    def _rewards(self, folder: str, records: list[TokenizedRecord]) -> list[ImplicitRewards]:
+        mesh = self.models.mesh
+        policy = self.policy.reloaded(mesh)
+        return reward_stage(
+            policy,
+            self.reference,
+            records,
+            None,
+            mesh,
+            beta=self.options.beta,
+            folder=os.path.join(folder, FOLDER),
+            batch_size=self.options.batch_size,
+            compute_dtype=chosen_dtype(self.options.compute_dtype, policy),
+        )
 
     def _generator_has_these_tokens(self) -> bool:
         """Whether the sampled ids mean the same to the policy as to what sampled them."""

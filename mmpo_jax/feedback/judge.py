@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from mmpo_jax.core.errors import DataError
+from mmpo_jax.core.files import null_if_not_finite
 from mmpo_jax.core.stages import Stage, StageOutput
 from mmpo_jax.data.records import Record, Response
 from mmpo_jax.feedback.pairing import ScoredResponse
@@ -37,6 +38,13 @@ VERDICTS = "verdicts"
 """Key of the details with a response's claims: mappings of claim, question, p_yes and p_no."""
 NO_VERDICT = "no_verdict"
 """Reason of a response without a score where its judge gives none."""
+
+EMPTY = "empty_response"
+"""Reason of a response that says nothing, about which nobody is asked."""
+
+
+class TooManyFailed(DataError):
+    """More responses failed than a recipe allows; what they failed by is asked for anew."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +78,10 @@ class Responses:
         return max(1, -(-len(self.records) // PROMPTS_PER_PART))
 
     def part(self, number: int) -> Responses:
-        """The prompts of one part with their responses."""
-        start = number * PROMPTS_PER_PART
-        records = self.records[start : start + PROMPTS_PER_PART]
+        """The prompts of one part with their responses. Parts are equal to one prompt: of a few
+        responses left over, one that fails would be more than may."""
+        start, end = (len(self.records) * at // self.num_parts for at in (number, number + 1))
+        records = self.records[start:end]
         asked = {record.id for record in records}
         rows = [place for place, name in enumerate(self.prompt_ids()) if name in asked]
         first, count = (rows[0], rows[-1] + 1 - rows[0]) if rows else (0, 0)
@@ -153,7 +162,7 @@ class Judge(Protocol):
         all that the verdicts depend on; so a finished one is read, and a kill loses a part.
 
         Raises:
-          DataError: more responses than allowed have no verdict.
+          TooManyFailed: more responses than allowed have no verdict.
         """
         ...
 
@@ -162,7 +171,7 @@ def judged_table(responses: Responses, judgements: Sequence[Judgement]) -> pa.Ta
     """The table of judgements, one for each response in order.
 
     Raises:
-      DataError: a score is infinite, or the number of judgements is another.
+      DataError: a score is infinite, details are no JSON, or the number of judgements is another.
     """
     ids, samples = (responses.generated.table[name].to_pylist() for name in ("prompt_id", "sample"))
     if len(ids) != len(judgements):
@@ -179,10 +188,23 @@ def judged_table(responses: Responses, judgements: Sequence[Judgement]) -> pa.Ta
             samples,
             [float(judgement.score) for judgement in judgements],
             [_reason(judgement) for judgement in judgements],
-            [json.dumps(dict(judgement.details), ensure_ascii=False) for judgement in judgements],
+            [
+                _details(f"response {sample} to prompt {prompt_id!r}", judgement.details)
+                for prompt_id, sample, judgement in zip(ids, samples, judgements, strict=True)
+            ],
         ],
         schema=JUDGED,
     )
+
+
+def _details(name: str, details: Mapping[str, Any]) -> str:
+    """Details as JSON, in which numbers of NumPy are numbers and NaN is null."""
+    try:
+        plain = json.loads(json.dumps(dict(details), default=lambda value: value.tolist()))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{name}: what a judge says of it is no JSON: {details!r:.200}") from error
+    text = json.dumps(null_if_not_finite(plain), ensure_ascii=False)
+    return text.encode(errors="replace").decode()
 
 
 def _reason(judgement: Judgement) -> str | None:
@@ -207,7 +229,7 @@ def scored_responses(generated: pa.Table, judged: pa.Table) -> list[ScoredRespon
 
 
 def check_failed(judgements: Iterable[str | None], max_failed: float, what: str) -> None:
-    """Stops where too many responses failed.
+    """Stops where too many responses failed, of those that say anything.
 
     Args:
       judgements: of every response, the reason that it failed for, or None.
@@ -215,15 +237,15 @@ def check_failed(judgements: Iterable[str | None], max_failed: float, what: str)
       what: was done to them, for the message.
 
     Raises:
-      DataError: with the reasons and their counts.
+      TooManyFailed: with the reasons and their counts.
     """
-    reasons = list(judgements)
+    reasons = [reason for reason in judgements if reason != EMPTY]
     failed = [reason for reason in reasons if reason is not None]
     if len(failed) <= max_failed * len(reasons):
         return
     counts = {reason: failed.count(reason) for reason in dict.fromkeys(failed)}
     told = ", ".join(f"{reason} {count}" for reason, count in counts.items())
-    raise DataError(
+    raise TooManyFailed(
         f"{what}: {len(failed)} of {len(reasons)} responses failed ({told}), and "
         f"feedback.max_failed allows {max_failed:g} of them"
     )

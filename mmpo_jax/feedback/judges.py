@@ -78,8 +78,9 @@ def make_splitter(
     model, key, check = text_model(splitting, splitting, models)
     if splitting.style == "json":
         return ModelSplitter(model, splitting, key), [check]
-    second = splitting.question_model or splitting.model
-    asked = splitting.model_copy(update={"model": second})
+    if splitting.question_model is None:
+        return RlaifVSplitter(model, model, splitting, [key, key]), [check]
+    asked = splitting.model_copy(update={"model": splitting.question_model})
     questions, second_key, second_check = text_model(asked, splitting, models)
     splitter = RlaifVSplitter(model, questions, splitting, [key, second_key])
     return splitter, [check, second_check]

@@ -13,7 +13,7 @@ from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import fingerprint_items, fingerprint_json
 from mmpo_jax.core.stages import StageOutput, run_told_stage
 from mmpo_jax.data.records import Record, last_question
-from mmpo_jax.feedback.judge import Judgement, Responses, check_failed, judged_table
+from mmpo_jax.feedback.judge import EMPTY, Judgement, Responses, check_failed, judged_table
 from mmpo_jax.feedback.split_prompts import fill
 from mmpo_jax.feedback.text_model import (
     Ask,
@@ -25,9 +25,8 @@ from mmpo_jax.feedback.text_model import (
 )
 from mmpo_jax.recipes.feedback import SelfRewardFeedback
 
-SELF_REWARD_RULES = 1
+SELF_REWARD_RULES = 2
 """Part of the key of scores: changes with how numbers are asked for and read."""
-EMPTY = "empty_response"
 
 PROMPT = """\
 Look at the image and judge how well the answer to the question describes it. Compare every \
@@ -39,8 +38,9 @@ Score: {high}
 Question: {question}
 Answer: {answer}"""
 
-_SCORE = re.compile(r"score\W*?(-?\d+(?:\.\d+)?)", re.IGNORECASE)
-_NUMBER = re.compile(r"\s*(-?\d+(?:\.\d+)?)(?:\s*/\s*\d+)?\s*\.?\s*")
+_VALUE = r"(-?(?:\d+(?:\.\d+)?|\.\d+))(?![\d.,]*\d|\s*[-–]\s*\d)"
+_SCORE = re.compile(rf"\bscore\b[\s*_\"]*:[\s*_\"]*{_VALUE}", re.IGNORECASE)
+_NUMBER = re.compile(rf"[\s*_]*{_VALUE}(?:\s*/\s*\d+)?[\s*_.]*")
 
 
 SOLUTION = "{solution}"
@@ -144,7 +144,7 @@ class SelfRewardJudge:
 
 
 def read_number(reply: str) -> float:
-    """The number behind the last `score`, or the reply where it is nothing but a number.
+    """The number behind the last `Score:`, or the reply where it is nothing but a number.
 
     Raises:
       UnreadableReply: there is none.

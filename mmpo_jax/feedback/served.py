@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 from mmpo_jax.chat.client import ChatClient
-from mmpo_jax.chat.counts import ChatCounts
 from mmpo_jax.chat.replies import ChatFailure, Outcome
 from mmpo_jax.chat.requests import ChatMessage, ChatRequest
 from mmpo_jax.chat.server import ChatServer
+from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.files import fingerprint_json
+from mmpo_jax.feedback.judge import TooManyFailed
 from mmpo_jax.feedback.text_model import UNFINISHED, Ask, Reply
 from mmpo_jax.recipes.feedback import Speaking
+
+log = logging.getLogger(__name__)
 
 FOLDER = "chat"
 """Folder of the journals in a run's output."""
@@ -37,17 +41,21 @@ class Servers:
         """The client of a server.
 
         Raises:
-          MmpoError: its key is missing, or the journal cannot be used.
+          MmpoError: its key is missing, the journal cannot be used, or another section asks the
+            same model otherwise.
         """
         plain = ChatServer(**{name: getattr(server, name) for name in ChatServer.model_fields})
         name = fingerprint_json(plain.identity())[:16]
         if name not in self._clients:
             self._clients[name] = ChatClient(plain, os.path.join(self.folder, name))
-        return self._clients[name]
-
-    def counts(self) -> dict[str, ChatCounts]:
-        """What every model was asked, by its name."""
-        return {client.server.model: client.counts for client in self._clients.values()}
+        client = self._clients[name]
+        for option in ChatServer.model_fields:
+            if getattr(plain, option) != getattr(client.server, option):
+                raise MmpoError(
+                    f"{plain.url}, model {plain.model}: two sections ask it, with different "
+                    f"{option}; they share its connections, so give both the same"
+                )
+        return client
 
     def __enter__(self) -> Servers:
         return self
@@ -59,7 +67,33 @@ class Servers:
         trace: TracebackType | None,
     ) -> None:
         for client in self._clients.values():
+            _log_counts(client)
+            if isinstance(error, TooManyFailed):
+                client.forget_rejected()
             client.close()
+
+
+def _log_counts(client: ChatClient) -> None:
+    """Says what a server was asked, if anything."""
+    counts = client.counts
+    if not (counts.sent or counts.journal_hits or counts.failures):
+        return
+    failed = ", ".join(f"{reason} {count}" for reason, count in counts.failures.items()) or "none"
+    log.info(
+        "%s, model %s: %d replies to %d requests, %d of them sent again; %d known before; failed: "
+        "%s; %d prompt tokens (%d of them cached) and %d of replies, %.3g replies/s",
+        client.server.url,
+        client.server.model,
+        counts.replies,
+        counts.sent,
+        counts.retries,
+        counts.journal_hits,
+        failed,
+        counts.prompt_tokens,
+        counts.cached_tokens,
+        counts.completion_tokens,
+        counts.replies_per_second,
+    )
 
 
 class ServedTextModel:
@@ -76,7 +110,17 @@ class ServedTextModel:
 
     def say(self, asks: Sequence[Ask], schema: Mapping[str, Any] | None = None) -> list[Reply]:
         """See `text_model.TextModel`."""
-        requests = [
+        return [_reply(outcome) for outcome in self.client.ask(self._requests(asks, schema))]
+
+    def reject(self, asks: Sequence[Ask], schema: Mapping[str, Any] | None = None) -> None:
+        """See `text_model.TextModel`."""
+        self.client.reject(self._requests(asks, schema))
+
+    def release(self) -> None:
+        """Nothing: the server has the model."""
+
+    def _requests(self, asks: Sequence[Ask], schema: Mapping[str, Any] | None) -> list[ChatRequest]:
+        return [
             ChatRequest(
                 messages=(ChatMessage.user(ask.text, ask.images),),
                 max_tokens=ask.max_new_tokens,
@@ -88,10 +132,6 @@ class ServedTextModel:
             )
             for ask in asks
         ]
-        return [_reply(outcome) for outcome in self.client.ask(requests)]
-
-    def release(self) -> None:
-        """Nothing: the server has the model."""
 
 
 def _response_format(schema: Mapping[str, Any]) -> dict[str, Any]:

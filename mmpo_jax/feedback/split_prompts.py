@@ -74,7 +74,7 @@ CLAIMS_SCHEMA: Mapping[str, Any] = {
 }
 """What a reply of style `json` is."""
 
-_FENCE = re.compile(r"```(?:json)?\s*\n(.*?)\n?\s*```", re.DOTALL | re.IGNORECASE)
+FENCE = "```"
 _BULLET = re.compile(r"\s*(?:[-*\u2022\u2013]|\d+[.)])\s+")
 
 
@@ -85,15 +85,13 @@ def fill(prompt: str, **values: str) -> str:
 
 
 def read_claims(reply: str) -> list[tuple[str, str]]:
-    """(claim, question) of a reply in style `json`, which may stand in a code fence.
+    """(claim, question) of a reply in style `json`, which may stand in the one code fence there is.
 
     Raises:
       UnreadableReply: it is anything else than one object of `CLAIMS_SCHEMA`.
     """
-    fences = _FENCE.findall(reply)
-    text = fences[0] if len(fences) == 1 else reply
     try:
-        given = json.loads(text)
+        given = json.loads(_unfenced(reply))
     except (ValueError, RecursionError) as error:
         raise UnreadableReply("no_json", f"no JSON object: {error}") from error
     if not isinstance(given, dict) or set(given) != {"claims"}:
@@ -107,18 +105,40 @@ def read_claims(reply: str) -> list[tuple[str, str]]:
         pair = [item["claim"], item["question"]]
         if not all(isinstance(text, str) and text.strip() for text in pair):
             raise UnreadableReply("bad_claim", f"claim {number} has an empty claim or question")
+        if not all(map(_is_unicode, pair)):
+            raise UnreadableReply("bad_claim", f"claim {number} has half a character")
         found.append((pair[0].strip(), pair[1].strip()))
     return found
+
+
+def _unfenced(reply: str) -> str:
+    """What stands in the one code fence of a reply; the whole reply where there is another number
+    of them."""
+    parts = reply.split(FENCE)
+    if len(parts) != 3 or reply.lstrip().startswith("{"):
+        return reply
+    inside = parts[1].lstrip()
+    return inside[4:] if inside[:4].lower() == "json" else inside
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written: JSON may hold one half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_list(reply: str) -> list[str]:
     """The items of a list under a heading, in style `rlaif_v`.
 
     Items begin with a dash, a star or a number. What stands before the first heading is talk; a
-    line without a mark goes on with the item before it.
+    line without a mark goes on with the item in the line before it.
 
     Raises:
-      UnreadableReply: there is no item, or something else stands before the first one.
+      UnreadableReply: there is no item, or something else stands before the first one or, apart,
+        behind one.
     """
     lines = reply.splitlines()
     headings = [place for place, line in enumerate(lines) if line.lstrip().startswith("###")]
@@ -126,14 +146,16 @@ def read_list(reply: str) -> list[str]:
         end = headings[1] if len(headings) > 1 else len(lines)
         lines = lines[headings[0] + 1 : end]
     items: list[str] = []
-    for line in filter(str.strip, lines):
+    in_item = False
+    for line in lines:
         mark = _BULLET.match(line)
         if mark:
             items.append(line[mark.end() :].strip())
-        elif items:
+        elif in_item and line.strip():
             items[-1] += " " + line.strip()
-        else:
+        elif line.strip():
             raise UnreadableReply("no_list", f"{line.strip()[:80]!r} is no item of a list")
+        in_item = bool(line.strip())
     if not items or not all(items):
         raise UnreadableReply("no_list", "there is no list, or it has an empty item")
     return items

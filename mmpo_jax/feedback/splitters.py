@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from mmpo_jax.feedback.judge import EMPTY
 from mmpo_jax.feedback.split_prompts import (
     CLAIMS_PROMPT,
     CLAIMS_SCHEMA,
@@ -27,7 +28,6 @@ from mmpo_jax.feedback.text_model import (
 from mmpo_jax.picture_world import claims as world_claims
 from mmpo_jax.recipes.feedback import Splitting
 
-EMPTY = "empty_response"
 COUNT_DIFFERS = "counts_differ"
 SPLIT_RULES = 1
 """Part of the key of claims: changes with how replies are asked for and read."""

@@ -66,6 +66,11 @@ class TextModel(Protocol):
         """
         ...
 
+    def reject(self, asks: Sequence[Ask], schema: Mapping[str, Any] | None = None) -> None:
+        """Notes that the replies to these requests were of no use: a run that stops over them, and
+        goes on later, asks anew."""
+        ...
+
     def release(self) -> None:
         """Lets go of what it holds on the devices; asked again, it has it again."""
 
@@ -112,15 +117,19 @@ def ask_until_read(
     """
     results: list[Any] = [Unread("not_asked", "", None)] * len(asks)
     waiting = dict(enumerate(asks))
+    tried: list[list[Ask]] = [[] for _ in asks]
     for attempt in range(attempts):
         again: dict[int, Ask] = {}
         replies = model.say(list(waiting.values()), schema) if waiting else []
         for (place, ask), reply in zip(waiting.items(), replies, strict=True):
             results[place] = _read(place, reply, read)
+            tried[place].append(ask)
             if isinstance(results[place], Unread) and not reply.final:
                 room = ask.max_new_tokens * (2 if reply.failure == UNFINISHED else 1)
                 again[place] = dataclasses.replace(ask, attempt=attempt + 1, max_new_tokens=room)
         waiting = again
+    unread = [place for place, result in enumerate(results) if isinstance(result, Unread)]
+    model.reject([ask for place in unread for ask in tried[place]], schema)
     return results
 
 
@@ -169,6 +178,9 @@ class CheckpointTextModel:
                 replies[place] = reply
         return replies
 
+    def reject(self, asks: Sequence[Ask], schema: Mapping[str, Any] | None = None) -> None:
+        """Nothing: no reply is kept."""
+
     def release(self) -> None:
         """Forgets the checkpoint, whose arrays go where nobody else holds them."""
         self._checkpoint = None
@@ -181,6 +193,8 @@ class CheckpointTextModel:
         room = UNLIMITED if limit is None else limit - max_new_tokens
         tokenized = [_tokenized(ask, checkpoint.processor, room) for ask in asks]
         records = [record for record in tokenized if isinstance(record, TokenizedRecord)]
+        if not records:
+            return [reply for reply in tokenized if isinstance(reply, Reply)]
         decoding = Decoding(
             temperature=self.speaking.temperature,
             top_p=self.speaking.top_p,

@@ -94,7 +94,8 @@ class Reward:
         """
         if not self.of_texts:
             return [Value(self.score(text, question.solution, **options)) for text in texts]
-        return _as_values(self.function(question, texts, **options), len(texts), question.id)
+        name = f"{options.get('function', self.name)}, prompt {question.id!r}"
+        return _as_values(self.function(question, texts, **options), len(texts), name)
 
 
 def _as_values(given: Any, count: int, name: str) -> list[Value]:

@@ -8,10 +8,11 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from mmpo_jax.core.errors import MmpoError
+from mmpo_jax.core.errors import DataError, MmpoError
 from mmpo_jax.core.files import fingerprint_file, fingerprint_json
 from mmpo_jax.rewards.registry import Question, reward_of_texts
 
@@ -29,7 +30,23 @@ def python(
 
     The user's own; `function` is `FILE.py:name` or `module.name` (docs/feedback.md).
     """
-    return load_function(function)(question, texts, **(arguments or {}))
+    called = load_function(function)
+    try:
+        given = called(question, texts, **(arguments or {}))
+        return list(given) if isinstance(given, Iterator) else given
+    except Exception as error:  # whatever the user's code raises
+        raise DataError(
+            f"function {function}, prompt {question.id!r}: {type(error).__name__}: {error}"
+            f"{_place(error, called)}"
+        ) from error
+
+
+def _place(error: Exception, called: Callable[..., Any]) -> str:
+    """Where in the function's file an error was raised, or what the file called last."""
+    file = _source(called)
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == file]
+    return f" ({file}, line {lines[-1]})" if lines else ""
 
 
 @functools.cache
@@ -71,8 +88,20 @@ def check_function(name: str, arguments: dict[str, Any] | None) -> None:
 
 def fingerprint_function(name: str) -> str:
     """Digest of the function's name and of the file that has it, as far as there is one."""
-    source = inspect.getsourcefile(inspect.unwrap(load_function(name)))
+    source = _source(load_function(name))
     return fingerprint_json([name, None if source is None else fingerprint_file(source)])
+
+
+def _source(function: Callable[..., Any]) -> str | None:
+    """The file of a function, or of the class of an object that is called; None of what is
+    built in."""
+    function = inspect.unwrap(function)
+    if isinstance(function, functools.partial):
+        return _source(function.func)
+    try:
+        return inspect.getsourcefile(function)
+    except TypeError:  # an object
+        return inspect.getsourcefile(type(function))
 
 
 def _import_file(path: str) -> Any:

@@ -275,7 +275,7 @@ def test_it_goes_on_after_an_interruption_anywhere(finished, tiny_folder, tmp_pa
 def test_divide_loses_one_part_at_most(finished, copy, tiny_folder, monkeypatch):
     """What was divided before a kill is not divided again, and the table is that of one part."""
     (copy / "round-1" / "divide.json").unlink()
-    monkeypatch.setattr(judge, "PROMPTS_PER_PART", 5)
+    monkeypatch.setattr(judge, "PROMPTS_PER_PART", 5)  # which makes three of four
     divided = []
 
     class Stopped(WordSplitter):
@@ -290,7 +290,7 @@ def test_divide_loses_one_part_at_most(finished, copy, tiny_folder, monkeypatch)
         run_alignment(make_recipe(copy, tiny_folder))
     assert len(list((copy / "round-1").glob("divide.parts-*/*.parquet"))) == 1
     run_alignment(make_recipe(copy, tiny_folder))
-    assert len(divided) == (7 + PROMPTS - 5) * SAMPLES
+    assert len(divided) == (7 + PROMPTS - 4) * SAMPLES
     assert files(copy) == files(finished[0])
 
 

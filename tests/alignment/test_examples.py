@@ -47,6 +47,17 @@ def test_responses_claims_and_verdicts(tmp_path):
     assert max(map(len, lines)) <= 100
 
 
+def test_details_of_a_users_own_are_no_claims(tmp_path):
+    generated, judged, pairs = tables(1)
+    details = [json.dumps({"p_yes": 0.7, "claims": "many"}), "{}"]
+    judged = judged.set_column(4, "details", pa.array(details))
+    write_examples(
+        str(tmp_path), [Record("p0", (), (Turn("user", "?"),), ())], generated, judged, pairs
+    )
+    lines = (tmp_path / "examples.txt").read_text().splitlines()
+    assert {"   p_yes: 0.7", "   claims: many"} < set(lines)
+
+
 def test_the_first_prompts_alone(tmp_path):
     records = [
         Record(f"p{number}", IMAGE, (Turn("user", "?"),), ()) for number in range(PROMPTS + 3)

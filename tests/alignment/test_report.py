@@ -16,7 +16,7 @@ from mmpo_jax.alignment.report import (
     warnings,
     write_report,
 )
-from mmpo_jax.core.files import write_table
+from mmpo_jax.core.files import read_table, write_table
 from mmpo_jax.feedback.rate import add_rate
 
 
@@ -176,6 +176,16 @@ def test_a_round_is_read_from_its_files(round_files):
 
 def test_the_rate_of_the_labeler_is_that_of_all_runs(round_files):
     assert read_report(1, str(round_files), {}).questions_per_second == 4.0
+
+
+def test_details_of_a_users_own_are_no_claims(round_files):
+    path = round_files / "judge.parquet"
+    judged = read_table(path)
+    details = pa.array(['{"p_yes": 0.7}'] * len(judged))
+    place = judged.column_names.index("details")
+    write_table(path, judged.set_column(place, "details", details))
+    report = read_report(1, str(round_files), {})
+    assert report.claims is None and report.rejected_claims is None
 
 
 def test_a_round_whose_training_folder_was_removed(round_files):

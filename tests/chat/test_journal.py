@@ -77,6 +77,25 @@ def test_a_damaged_line_in_the_middle_is_told_and_asked_again(tmp_path, caplog):
     journal.close()
 
 
+def test_what_is_forgotten_is_gone_and_can_be_written_anew(tmp_path):
+    journal = Journal(tmp_path)
+    for number in range(3):
+        journal.write(f"{number}", outcome(number))
+    journal.forget("1")
+    journal.forget("1")
+    journal.forget("9")
+    assert "1" not in journal and journal.read("1") is None and len(journal) == 2
+    journal.close()
+    journal = Journal(tmp_path)
+    assert "1" not in journal and len(journal) == 2
+    assert journal.read("2") == outcome(2)
+    journal.write("1", outcome(7))
+    journal.close()
+    journal = Journal(tmp_path)
+    assert journal.read("1") == outcome(7) and len(journal) == 3
+    journal.close()
+
+
 def test_several_threads_write_and_read(tmp_path):
     journal = Journal(tmp_path)
     wrong = []

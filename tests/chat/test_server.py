@@ -91,7 +91,8 @@ def test_what_a_server_repeats_of_the_key_is_hidden():
 
 def test_every_key_is_in_the_documentation_with_its_default():
     page = (Path(__file__).parents[2] / "docs" / "feedback.md").read_text()
-    table = page.partition("| key | default |")[2].partition("\n\n")[0].splitlines()[2:]
+    section = page.partition("## The chat client")[2]
+    table = section.partition("| key | default |")[2].partition("\n\n")[0].splitlines()[2:]
     cells = [[cell.strip(" `") for cell in row.split("|")[1:3]] for row in table]
     defaults = {
         name: "" if field.is_required() else field.get_default(call_default_factory=True)
