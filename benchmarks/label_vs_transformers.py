@@ -58,7 +58,7 @@ class Settings:
     their_repeats: int = 3
     batch_size: int = 16
     """Ours, as in a recipe."""
-    seed: int = 0
+    seed: int = 1
 
 
 class Item(NamedTuple):
