@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
     for batch in mm.training_batches(start, records, terms, batch_size=options.batch_size):
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
-        print(f"loss {losses[-1]:.4f}")
+        print(f"loss {losses[-1]:.4f}  margin {float(metrics['rewards/margins']):.4f}")
     if options.output:
         mm.save(options.output, start, state)
     return losses

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import PIL.Image
 from jax.sharding import Mesh
+from jaxtyping import Array, Float
 
 from mmpo_jax.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from mmpo_jax.checkpoints.huggingface import save_model
@@ -35,7 +36,8 @@ from mmpo_jax.generation.responses import generate_responses
 from mmpo_jax.inference.plan import packed_over
 from mmpo_jax.models.precision import inference_dtype
 from mmpo_jax.objectives.catalog import OBJECTIVES
-from mmpo_jax.objectives.terms import Metrics, Term, needs
+from mmpo_jax.objectives.sums import WeightedSum
+from mmpo_jax.objectives.terms import Term, needs
 from mmpo_jax.objectives.terms import make_term as objective_term
 from mmpo_jax.parallel.mesh import batch_shards, make_mesh, put_batch
 from mmpo_jax.recipes.sampling import Decoding
@@ -44,7 +46,7 @@ from mmpo_jax.training.examples import make_examples, tokenizer_for
 from mmpo_jax.training.losses import make_loss, needs_reference
 from mmpo_jax.training.step import create_state, make_step, whole_params
 
-Step = Callable[[TrainState, TrainBatch], tuple[TrainState, Metrics]]
+Step = Callable[[TrainState, TrainBatch], tuple[TrainState, dict[str, jax.Array]]]
 """(state, batch) -> (state, metrics by TRL's names, float32[] each); the state is donated."""
 
 
@@ -265,13 +267,20 @@ def start_training(
             loss, optimizer, optax.constant_schedule(np.nan), state, jnp.dtype(compute_dtype)
         )
 
-    def on_mesh(state: TrainState, batch: TrainBatch) -> tuple[TrainState, Metrics]:
+    def on_mesh(
+        state: TrainState, batch: TrainBatch
+    ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
         with jax.set_mesh(mesh):
             state, metrics = step(state, batch)
         del metrics["learning_rate"]  # which the optimizer alone knows
-        return state, metrics
+        return state, {name: _mean(value) for name, value in metrics.items()}
 
     return state, on_mesh
+
+
+def _mean(value: WeightedSum | jax.Array) -> jax.Array:
+    """A metric as a number; NaN where nothing counts in it."""
+    return value.total / value.weight if isinstance(value, WeightedSum) else value
 
 
 def training_batches(

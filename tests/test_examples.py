@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import PIL.Image
 import pytest
 from jax.sharding import AxisType
@@ -47,6 +48,25 @@ def example():
 
     yield load
     OBJECTIVES.pop("hinge_dpo", None)
+
+
+def test_a_loss_that_is_no_number_for_every_pair_is_refused(example):
+    """A mean of the user's own would be another loss, and nobody would notice."""
+    own = example("own_objective")
+    pair = [own.caption_pair(0)]
+
+    def hinge_mean(chosen, rejected):
+        return own.hinge_dpo(chosen, rejected).mean()
+
+    mm.pairwise("reference")(hinge_mean)
+    start, terms = mm.load("builtin:picture_world"), [mm.make_term("hinge_mean")]
+    try:
+        state, step = mm.start_training(start, terms, optax.sgd(0.1))
+        (batch,) = mm.training_batches(start, pair, terms, batch_size=1)
+        with pytest.raises(mm.MmpoError, match=r"hinge_mean: the loss has shape \(\), and it has"):
+            step(state, batch)
+    finally:
+        OBJECTIVES.pop("hinge_mean")
 
 
 @pytest.mark.slow

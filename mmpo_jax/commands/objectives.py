@@ -8,18 +8,23 @@ import difflib
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.objectives.catalog import OBJECTIVES
 from mmpo_jax.objectives.listing import render_objectives
+from mmpo_jax.rewards import REWARDS
 from mmpo_jax.rewards.listing import render_rewards
 
 
 def main(options: argparse.Namespace) -> None:
     """
     Raises:
-      MmpoError: there is no objective of a name.
+      MmpoError: there is no objective or reward of a name.
     """
     names = options.names
-    unknown = sorted(set(names) - OBJECTIVES.keys())
+    known = {**OBJECTIVES, **REWARDS}
+    unknown = sorted(set(names) - known.keys())
     if unknown:
-        near = difflib.get_close_matches(unknown[0], OBJECTIVES, n=3)
+        near = difflib.get_close_matches(unknown[0], known, n=3)
         hint = f"; did you mean {', '.join(near)}?" if near else ""
-        raise MmpoError(f"there is no objective {unknown[0]!r}{hint}")
-    print(render_objectives(names), *([] if names else [render_rewards()]), sep="\n\n")
+        raise MmpoError(f"there is no objective or reward {unknown[0]!r}{hint}")
+    if not names or set(names) & OBJECTIVES.keys():
+        print(render_objectives(names), end="\n\n")
+    if not names or set(names) & REWARDS.keys():
+        print(render_rewards(names))

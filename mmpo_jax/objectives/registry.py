@@ -12,9 +12,11 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 from pydantic import Field
 
+from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.sections import keyword_options
 from mmpo_jax.objectives.responses import Responses
 from mmpo_jax.objectives.sums import Sums
@@ -214,7 +216,16 @@ def call(
     Args:
       function: takes `responses`, the weights of what they are where it is coupled, the state
         where it keeps one, and its options.
+
+    Raises:
+      MmpoError: the loss is not a number for each of what has a weight, such as a mean of them.
     """
     arguments = [*responses, *([weights] if coupled else []), *([state] if stateful else [])]
     result = function(*arguments, **options)
-    return result if stateful else (result, state)
+    loss, new_state = result if stateful else (result, state)
+    if jnp.shape(loss) != weights.shape:
+        raise MmpoError(
+            f"objective {function.__name__}: the loss has shape {jnp.shape(loss)}, and it has to "
+            f"be a number for everything that counts, {weights.shape}: no mean or sum over it"
+        )
+    return loss, new_state

@@ -208,7 +208,7 @@ def test_objectives_by_name(capsys):
     assert cli.main(["objectives", "mdpo"]) == 0
     assert "\nmdpo\n  mDPO: " in capsys.readouterr().out
     assert cli.main(["objectives", "dppo"]) == 1
-    assert "there is no objective 'dppo'; did you mean dpo" in capsys.readouterr().err
+    assert "there is no objective or reward 'dppo'; did you mean dpo" in capsys.readouterr().err
 
 
 def test_ctrl_c_that_python_ignores_comes_again(generation, mmpo, monkeypatch):
