@@ -68,7 +68,6 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
         models = Models(
             mesh,
             recipe.attention,
-            recipe.lengths,
             servers,
             base=recipe.model,
             template=recipe.template,

@@ -114,7 +114,7 @@ def make_labeler(
     def load() -> Labeler:
         checkpoint = models.load(labeling)
         size = labeling.batch_size
-        return CheckpointLabeler(checkpoint, models.mesh, models.lengths, batch_size=size)
+        return CheckpointLabeler(checkpoint, models.mesh, None, batch_size=size)
 
     def check() -> None:
         answer_tokens(load_processor(*models.name(labeling)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -17,12 +18,13 @@ from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.core import progress
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.progress import counted
+from mmpo_jax.data.batching import fitting_lengths
 from mmpo_jax.data.control_tokens import has_stand_ins
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.processor_files import ProcessorError
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
-from mmpo_jax.data.tokenization import RowRejected, TokenizedRecord, tokenize
+from mmpo_jax.data.tokenization import UNLIMITED, RowRejected, TokenizedRecord, tokenize
 from mmpo_jax.inference.loop import TokenCount, run_batches
 from mmpo_jax.inference.plan import plan_responses
 from mmpo_jax.models.batch import Batch, PackedBatch
@@ -81,7 +83,7 @@ class CheckpointLabeler:
         self,
         checkpoint: Checkpoint,
         mesh: Mesh,
-        lengths: Lengths,
+        lengths: Lengths | None,
         *,
         batch_size: int,
         questions_at_once: int = QUESTIONS_AT_ONCE,
@@ -90,7 +92,8 @@ class CheckpointLabeler:
         Args:
           checkpoint: its parameters on the mesh.
           mesh: the devices.
-          lengths: bucket sizes; questions count as responses.
+          lengths: bucket sizes; questions count as responses. None for those that the questions
+            need: then one that the model cannot take is answered by a failure.
           batch_size: images at a time that have up to `USUAL_QUESTIONS` questions. With more to
             an image, fewer go together, so that a batch has no more tokens; but always one.
           questions_at_once: R, questions that share one encoding of the image.
@@ -107,36 +110,77 @@ class CheckpointLabeler:
         """See `Labeler`.
 
         Raises:
-          DataError: a question does not fit the bucket sizes, an image cannot be read, or a
-            probability is not finite.
+          DataError: a question does not fit the bucket sizes that were given, an image cannot be
+            read, or a probability is not finite.
         """
         rows: list[tuple[int, list[int], TokenizedRecord]] = []
         answers = [[REJECTED] * len(questions) for _, _, questions in items]
-        for index, (name, images, questions) in enumerate(counted(items, "tokenising questions")):
-            askable = [place for place, text in enumerate(questions) if not has_stand_ins(text)]
+        for index, item in enumerate(counted(items, "tokenising questions")):
+            askable = [place for place, text in enumerate(item[2]) if not has_stand_ins(text)]
             for start in range(0, len(askable), self.questions_at_once):
                 places = askable[start : start + self.questions_at_once]
-                chunk = [questions[place] for place in places]
-                rows.append((index, places, self._tokenize(name, images, chunk)))
+                record, failures = self._askable(item, places)
+                for place, reason in failures.items():
+                    answers[index][place] = Answer(math.nan, math.nan, "", reason)
+                if record is not None:
+                    left = [place for place in places if place not in failures]
+                    rows.append((index, left, record))
         with progress.doing("asking the labeler", len(rows), first="compiling"):
-            probabilities = self._probabilities([record for _, _, record in rows])
+            records = [record for _, _, record in rows]
+            probabilities = self._probabilities(records) if records else []
         for (index, places, _), pairs in zip(rows, probabilities, strict=True):
             for place, (yes, no) in zip(places, pairs.tolist(), strict=True):
                 answers[index][place] = Answer(yes, no)
         return answers
 
-    def _tokenize(
-        self, name: str, images: tuple[ImageRef, ...], questions: Sequence[str]
-    ) -> TokenizedRecord:
-        asked = tuple(Response((Turn("user", question),)) for question in questions)
-        limits = self.lengths.prompt[-1], self.lengths.response[-1] - len(self.lead)
+    def _askable(
+        self, item: QuestionSet, places: Sequence[int]
+    ) -> tuple[TokenizedRecord | None, dict[int, str]]:
+        """The questions at these places that the model can take, None where it can take none of
+        them, and the reasons of the others.
+
+        Raises:
+          DataError: there are others, and the bucket sizes were given.
+        """
         try:
-            record = tokenize(Record(name, images, (), asked), self.checkpoint.processor, *limits)
+            return self._tokenize(item, places), {}
         except RowRejected as error:
-            sizes = "lengths.prompt" if error.reason == "prompt_too_long" else "lengths.response"
-            is_long = error.reason.endswith("_too_long")
-            advice = f"; give {sizes} a larger size" if is_long else ""
-            raise DataError(f"the labeler cannot be asked about {name}: {error}{advice}") from error
+            if self.lengths is not None:
+                raise self._refusal(item[0], error) from error
+            failures = self._failures(item, places)
+            left = [place for place in places if place not in failures]
+            if len(left) == len(places):  # each would do, but not together
+                return None, dict.fromkeys(places, error.reason)
+            return self._tokenize(item, left) if left else None, failures
+
+    def _failures(self, item: QuestionSet, places: Sequence[int]) -> dict[int, str]:
+        """The questions that the model cannot take by themselves, with the reasons."""
+        failures: dict[int, str] = {}
+        for place in places:
+            try:
+                self._tokenize(item, [place])
+            except RowRejected as error:
+                failures[place] = error.reason
+        return failures
+
+    def _refusal(self, name: str, error: RowRejected) -> DataError:
+        sizes = "lengths.prompt" if error.reason == "prompt_too_long" else "lengths.response"
+        is_long = error.reason.endswith("_too_long")
+        advice = f"; give {sizes} a larger size" if is_long else ""
+        return DataError(f"the labeler cannot be asked about {name}: {error}{advice}")
+
+    def _tokenize(self, item: QuestionSet, places: Sequence[int]) -> TokenizedRecord:
+        """Some of an item's questions as responses.
+
+        Raises:
+          RowRejected: the model, or a bucket size, cannot take one of them.
+        """
+        name, images, questions = item
+        asked = tuple(Response((Turn("user", questions[place]),)) for place in places)
+        limits = UNLIMITED, UNLIMITED
+        if self.lengths is not None:
+            limits = self.lengths.prompt[-1], self.lengths.response[-1] - len(self.lead)
+        record = tokenize(Record(name, images, (), asked), self.checkpoint.processor, *limits)
         lead = np.array(self.lead, np.int32)
         led = tuple(
             dataclasses.replace(
@@ -158,8 +202,9 @@ class CheckpointLabeler:
             )
 
         size, usual = self.batch_size, USUAL_QUESTIONS
+        lengths = self.lengths or fitting_lengths(records)
         (batches,) = plan_responses(
-            checkpoint, records, self.lengths, self.mesh, size, usual_responses=usual
+            checkpoint, records, lengths, self.mesh, size, usual_responses=usual
         ) or [[]]
         dtype = inference_dtype(checkpoint.params).name
         found: dict[int, np.ndarray] = {}

@@ -13,7 +13,6 @@ from mmpo_jax.checkpoints.checkpoint import (
     locate,
 )
 from mmpo_jax.core.files import fingerprint_json
-from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.feedback.served import Servers
 from mmpo_jax.recipes.feedback import CheckpointAsked
 
@@ -24,7 +23,6 @@ class Models:
 
     mesh: Mesh
     attention: str
-    lengths: Lengths
     servers: Servers
     base: str
     """The recipe's model, which is asked where a section names none."""

@@ -12,7 +12,6 @@ from jax.sharding import AxisType
 
 from mmpo_jax.checkpoints.checkpoint import load_checkpoint
 from mmpo_jax.core.errors import MmpoError
-from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.records import Response
 from mmpo_jax.data.tokenization import UNLIMITED
 from mmpo_jax.feedback.implicit import reward_records, tokenizer_for_both
@@ -43,9 +42,7 @@ def judge_of(tiny_folder, other, mesh, tmp_path):
 
     def judge_of(held=None, policy=tiny_folder, reference=other, **options):
         options = {"policy": str(policy), "reference": str(reference), "beta": 0.5, **options}
-        models = Models(
-            mesh, "auto", Lengths(), Servers(str(tmp_path)), str(tiny_folder), "auto", 0
-        )
+        models = Models(mesh, "auto", Servers(str(tmp_path)), str(tiny_folder), "auto", 0)
         if held is not None:
             models.held = load_checkpoint(str(held), mesh)
         judge = ImplicitJudge(ImplicitFeedback(**options), models)

@@ -21,6 +21,7 @@ from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.processor_files import ProcessorError
 from mmpo_jax.data.records import IMAGE, ImageRef, Turn
+from mmpo_jax.data.tokenization import RowRejected, tokenize
 from mmpo_jax.feedback import labeler as labeler_module
 from mmpo_jax.feedback.labeler import CheckpointLabeler, answer_probabilities, answer_tokens
 from mmpo_jax.inference.plan import packed_over
@@ -350,3 +351,31 @@ def test_a_question_that_no_tokenizer_takes_is_rejected(make_labeler, tiny_model
     (answers,) = labeler.answer([("scene", (image(),), asked)])
     assert answers[1][:2] == (0.0, 1.0)
     assert [answers[0], *answers[2:]] == without
+
+
+def test_without_bucket_sizes_a_question_that_is_too_long_fails_alone(make_labeler, monkeypatch):
+    """The others' answers are those without it; a recipe's sizes are those of another model."""
+
+    def limited(record, *limits):
+        if any(len(response.turns[0].text) > 1000 for response in record.responses):
+            raise RowRejected("prompt_too_long", "the model's positions end")
+        return tokenize(record, *limits)
+
+    monkeypatch.setattr(labeler_module, "tokenize", limited)
+    labeler = make_labeler(lengths=None)
+    (without,) = labeler.answer([("scene", (image(),), QUESTIONS[:3])])
+    long = " ".join(["red"] * 300)
+    items = [
+        ("scene", (image(),), (QUESTIONS[0], long, *QUESTIONS[1:3])),
+        ("b", (image(),), (long,)),
+    ]
+    first, (alone,) = labeler.answer(items)
+    assert [answer.failure for answer in first] == [None, "prompt_too_long", None, None]
+    assert alone.failure == "prompt_too_long" and np.isnan(alone.p_yes)
+    np.testing.assert_allclose(
+        [answer[:2] for answer in (first[0], *first[2:])],
+        [answer[:2] for answer in without],
+        rtol=2e-4,
+    )
+    (given,) = make_labeler().answer([("scene", (image(),), QUESTIONS[:3])])
+    np.testing.assert_allclose([a[:2] for a in given], [a[:2] for a in without], rtol=2e-4)
