@@ -149,6 +149,9 @@ def train_round(work: Round, generated: StageOutput, pairs: StageOutput) -> str:
             f"round {work.index}: no preference pair is left; what became of the responses: "
             f"{pairs.table.schema.metadata[b'counts'].decode()}"
         )
+    # Judges may have taken its place on the devices.
+    work = dataclasses.replace(work, start=work.start.reloaded(work.mesh))
+    stage = training_stage(work)
     data = pair_data(work, generated.table, pairs.table)
     _discard_other_run(stage.run_folder, identity)
     with progress.doing("train"):

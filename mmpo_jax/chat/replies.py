@@ -164,7 +164,9 @@ def _first_position(choice: Mapping[str, Any]) -> tuple[TokenLogProb, ...] | Non
     tokens = (
         [] if top is None else [_token(entry) for entry in _get(positions[0], "top_logprobs", list)]
     )
-    return tuple(tokens if chosen in tokens else [*tokens, chosen])
+    # By their texts: log-probs of the same token may differ in the last digit.
+    told = any(token == chosen[0] for token, _ in tokens)
+    return tuple(tokens if told else [*tokens, chosen])
 
 
 def _token(entry: Any) -> TokenLogProb:

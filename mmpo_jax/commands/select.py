@@ -10,7 +10,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from mmpo_jax.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.commands.generate import sampled_responses
 from mmpo_jax.commands.results import Results
 from mmpo_jax.commands.score import without_responses
@@ -27,8 +27,8 @@ from mmpo_jax.data.tokenization import Tokenize, TokenizedRecord, tokenize_recor
 from mmpo_jax.data.usable import any_row, usable_records, without_shown_media
 from mmpo_jax.feedback.implicit import (
     ImplicitRewards,
-    check_same_tokenizer,
     of_policy,
+    open_both,
     reward_stage,
     tokenizer_for_both,
 )
@@ -61,7 +61,7 @@ def run_selection(recipe: SelectRecipe) -> tuple[str, Selection]:
     results = Results.at(recipe.output, "best", recipe.data)
     record_set = recipe.data.load(supervised=recipe.sampling is None)
     mesh = make_mesh(**recipe.devices.model_dump())
-    policy, reference = _opened(recipe)
+    policy, reference = open_both(recipe.model, recipe.reference, recipe.attention, recipe.template)
     both = tokenizer_for_both(reference.processor)
     record_set, records = usable_records(
         record_set,
@@ -95,30 +95,6 @@ def run_selection(recipe: SelectRecipe) -> tuple[str, Selection]:
     write_atomic(results.beside(REPORT), report.encode())
     lines = map(_line, records, rewards, [recipe.reward.per_token] * len(records))
     return results.write(lines), selection
-
-
-def _opened(recipe: SelectRecipe) -> tuple[Checkpoint, Checkpoint]:
-    """Policy and reference before their weights are read.
-
-    Raises:
-      MmpoError: one of them is not there, or the two cannot be compared.
-    """
-    policy, reference = (
-        open_checkpoint(name, recipe.attention, recipe.template)
-        for name in (recipe.model, recipe.reference)
-    )
-    check_same_tokenizer(policy.processor, reference.processor)
-    if policy.fingerprint == reference.fingerprint:
-        log.warning("policy and reference are the same checkpoint: every reward is 0")
-    ours, theirs = (one.processor.fingerprints()["template"] for one in (policy, reference))
-    if ours != theirs:
-        log.warning(
-            "%s and %s have other chat templates, so they see prompts rendered differently; "
-            "`template` gives both one",
-            policy.processor.folder,
-            reference.processor.folder,
-        )
-    return policy, reference
 
 
 def _sampled(

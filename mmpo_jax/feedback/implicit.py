@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from mmpo_jax.checkpoints.checkpoint import Checkpoint
+from mmpo_jax.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.data.batching import fitting_lengths
 from mmpo_jax.data.lengths import Lengths
@@ -28,6 +29,8 @@ from mmpo_jax.data.records import Record
 from mmpo_jax.data.tokenization import RowRejected, Tokenize, TokenizedRecord, tokenize
 from mmpo_jax.data.usable import unsupported
 from mmpo_jax.scoring.log_probs import score_records, score_stage
+
+log = logging.getLogger(__name__)
 
 REFERENCE = "reference"
 """Name of the context that holds a record's responses behind the prompt of the reference."""
@@ -48,6 +51,33 @@ class ImplicitRewards:
     def per_token(self) -> Float[np.ndarray, " R"]:
         """float64; `summed` divided by the number of tokens."""
         return self.summed / self.num_tokens
+
+
+def open_both(
+    policy: str, reference: str, attention: str, template: str
+) -> tuple[Checkpoint, Checkpoint]:
+    """Policy and reference before their weights are read.
+
+    Args:
+      policy, reference: names of checkpoints.
+      attention: of both, see `attention.BACKENDS`.
+      template: of the dialogues, for both.
+
+    Raises:
+      MmpoError: one of them is not there, or the two cannot be compared.
+    """
+    opened = [open_checkpoint(name, attention, template) for name in (policy, reference)]
+    check_same_tokenizer(*(one.processor for one in opened))
+    if opened[0].fingerprint == opened[1].fingerprint:
+        log.warning("policy and reference are the same checkpoint: every reward is 0")
+    ours, theirs = (one.processor.fingerprints()["template"] for one in opened)
+    if ours != theirs:
+        log.warning(
+            "%s and %s have other chat templates, so they see prompts rendered differently; "
+            "`template` gives both one",
+            *(one.processor.folder for one in opened),
+        )
+    return opened[0], opened[1]
 
 
 def reward_stage(

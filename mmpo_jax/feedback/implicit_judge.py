@@ -9,15 +9,15 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from mmpo_jax.checkpoints.checkpoint import open_checkpoint
+from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.core.files import fingerprint_items
 from mmpo_jax.core.stages import StageOutput, run_told_stage
 from mmpo_jax.data.records import Record
 from mmpo_jax.data.tokenization import UNLIMITED, RowRejected, TokenizedRecord
 from mmpo_jax.feedback.implicit import (
     ImplicitRewards,
-    check_same_tokenizer,
     have_same_tokenizer,
+    open_both,
     reward_stage,
     tokenizer_for_both,
 )
@@ -26,6 +26,8 @@ from mmpo_jax.feedback.models import Models
 from mmpo_jax.recipes.feedback import ImplicitFeedback
 from mmpo_jax.scoring.log_probs import chosen_dtype
 
+RULES = 1
+"""Part of the key of scores: changes with what they are made of."""
 FOLDER = "implicit"
 """Folder of the judge's own stages in that of the round."""
 
@@ -40,15 +42,13 @@ class ImplicitJudge:
           models: what runs, and the generator of the responses.
         """
         self.options, self.models = options, models
-        self.policy, self.reference = (
-            open_checkpoint(name, models.attention, "auto")
-            for name in (options.policy, options.reference)
+        self.policy, self.reference = open_both(
+            options.policy, options.reference, models.attention, models.template
         )
 
     def check(self, records: Sequence[Record]) -> None:
-        """See `judge.Judge`."""
+        """Nothing: that the two can be compared was seen when they were opened."""
         del records
-        check_same_tokenizer(self.policy.processor, self.reference.processor)
 
     def judge(self, responses: Responses) -> StageOutput:
         """See `judge.Judge`."""
@@ -64,14 +64,19 @@ class ImplicitJudge:
             "images": fingerprint_items(
                 [image.fingerprint() for image in record.images] for record in responses.records
             ),
-            "policy": self.policy.fingerprint,
-            "reference": self.reference.fingerprint,
+            **{f"policy {name}": key for name, key in self._key(self.policy).items()},
+            **{f"reference {name}": key for name, key in self._key(self.reference).items()},
         }
         settings = self.options.model_dump(mode="json", include={"beta", "per_token"}) | {
+            "rules": RULES,
             "compute_dtype": self.options.compute_dtype,
             "same_tokens": self._generator_has_these_tokens(),
         }
         return run_told_stage(responses.stage("judge", inputs, settings, 1), make_part)
+
+    def _key(self, checkpoint: Checkpoint) -> dict[str, str]:
+        """Fingerprints of the weights, and of how prompts become tokens."""
+        return {"model": checkpoint.fingerprint, **checkpoint.processor.fingerprints()}
 
     def _tokenized(
         self, responses: Responses

@@ -48,10 +48,14 @@ class Models:
 
     def load(self, asked: CheckpointAsked) -> Checkpoint:
         """The checkpoint on the devices: where it is what the round starts from, with the same
-        template, they hold both once."""
+        template, they hold both once. Another one's weights take the place of the start's, which
+        whoever needs it next reads again (`Checkpoint.reloaded`)."""
         name, template = self.name(asked)
         if self.held is not None and self._is(self.held, name, template):
+            self.held = self.held.reloaded(self.mesh)
             return self.held
+        if self.held is not None:
+            self.held.release()
         return load_checkpoint(name, self.mesh, self.attention, template)
 
     def _is(self, held: Checkpoint, name: str, template: str) -> bool:

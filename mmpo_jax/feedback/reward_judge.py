@@ -10,9 +10,12 @@ from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import fingerprint_items, fingerprint_json
 from mmpo_jax.core.stages import StageOutput, run_told_stage
 from mmpo_jax.data.records import Record, last_question
-from mmpo_jax.feedback.judge import Judgement, Responses, judged_table
+from mmpo_jax.feedback.judge import VERDICTS, Judgement, Responses, judged_table
 from mmpo_jax.recipes.feedback import RewardFeedback
 from mmpo_jax.rewards.registry import Question
+
+RULES = 1
+"""Part of the key of scores: changes with what a reward is told."""
 
 
 class RewardJudge:
@@ -45,6 +48,8 @@ class RewardJudge:
             for record, texts in of_part.by_prompt():
                 question = question_of(record)
                 for value in self.options.values(question, texts):
+                    if VERDICTS in value.details:  # what reports take for claims
+                        raise DataError(f"feedback: details have another name than {VERDICTS!r}")
                     score = value.score * self.options.weight
                     judgements.append(Judgement(score, value.details))
             return judged_table(of_part, judgements)
@@ -53,7 +58,7 @@ class RewardJudge:
             "responses": responses.generated.fingerprint,
             "questions": fingerprint_items(map(_content, responses.records)),
         }
-        settings = {"reward": self.key, "weight": self.options.weight}
+        settings = {"rules": RULES, "reward": self.key, "weight": self.options.weight}
         return run_told_stage(responses.stage("judge", inputs, settings), make_part)
 
 

@@ -12,6 +12,7 @@ from mmpo_jax.chat.client import ChatClient
 from mmpo_jax.chat.replies import ChatFailure, Outcome
 from mmpo_jax.chat.requests import ChatMessage, ChatRequest
 from mmpo_jax.chat.server import ChatServer
+from mmpo_jax.core import progress
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.files import fingerprint_json
 from mmpo_jax.feedback.judge import TooManyFailed
@@ -110,7 +111,8 @@ class ServedTextModel:
 
     def say(self, asks: Sequence[Ask], schema: Mapping[str, Any] | None = None) -> list[Reply]:
         """See `text_model.TextModel`."""
-        return [_reply(outcome) for outcome in self.client.ask(self._requests(asks, schema))]
+        with progress.doing(f"asking {self.client.server.model}", len(asks), "requests"):
+            return [_reply(outcome) for outcome in self.client.ask(self._requests(asks, schema))]
 
     def reject(self, asks: Sequence[Ask], schema: Mapping[str, Any] | None = None) -> None:
         """See `text_model.TextModel`."""

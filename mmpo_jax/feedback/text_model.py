@@ -120,7 +120,10 @@ def ask_until_read(
     tried: list[list[Ask]] = [[] for _ in asks]
     for attempt in range(attempts):
         again: dict[int, Ask] = {}
-        replies = model.say(list(waiting.values()), schema) if waiting else []
+        if not waiting:
+            break
+        with progress.doing(f"attempt {attempt + 1} of {attempts}"):
+            replies = model.say(list(waiting.values()), schema)
         for (place, ask), reply in zip(waiting.items(), replies, strict=True):
             results[place] = _read(place, reply, read)
             tried[place].append(ask)

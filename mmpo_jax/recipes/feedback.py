@@ -37,6 +37,12 @@ class CheckpointAsked(Section):
     batch_size: PositiveInt = 16
     """Prompts at a time."""
 
+    @pydantic.model_validator(mode="after")
+    def _of_model(self) -> CheckpointAsked:
+        if self.model is None and self.template != "auto":
+            raise ValueError("template: the recipe's model has the recipe's `template`")
+        return self
+
 
 class ChatAsked(ChatServer):
     """A model behind a server that speaks the OpenAI chat protocol, see docs/feedback.md."""
