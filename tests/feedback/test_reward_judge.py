@@ -140,7 +140,7 @@ def test_errors_of_the_users_code_name_function_file_and_prompt(judge_of, tmp_pa
         ("x = 1", "judge", "has no function 'judge'"),
         ("judge = 1", "judge", "has no function 'judge'"),
         ("def judge(question): return []", "judge", "is called with (question, texts)"),
-        ("def judge(question, texts, *, box): ...", "judge", "missing a required argument: 'box'"),
+        ("def judge(question, texts, *, box): ...", "judge", "argument: 'box'"),
     ],
 )
 def test_what_cannot_be_called_is_refused_at_once(judge_of, source, name, told):

@@ -26,6 +26,9 @@ class Echo:
         self.asked += [ask.text for ask in asks]
         return [Reply("Score: 5") for _ in asks]
 
+    def reject(self, asks, schema=None):
+        pass
+
     def release(self):
         pass
 
