@@ -118,7 +118,7 @@ class ClaimsJudge:
             failures = [
                 _failure(row["questions"], answers[row["prompt_id"]])
                 for row in divided.table.select(["prompt_id", "questions"]).to_pylist()
-                if row["prompt_id"] in answers
+                if row["prompt_id"] in answers and row["questions"]
             ]
             check_failed(failures, self.options.max_failed, "asking the labeler")
             return _answers_table(answers)

@@ -69,6 +69,8 @@ UNREADABLE: dict[str, Any] = {
     "too many": lambda body: _changed(body, lambda text: text + "\n- more ?"),
 }
 """Replies of splitters that cannot be read."""
+NUMBERS = "too few", "too many"
+"""Those that only the number of questions gives away, beside that of facts."""
 
 
 class Feedback:
@@ -85,17 +87,24 @@ class Feedback:
     def __call__(self, body: Body, seen: int) -> Result:
         text = json.dumps([body["model"], body["messages"]], sort_keys=True)
         number = int(fingerprint_bytes(text.encode())[:8], 16)
-        names = [name for name in self.faults if name not in UNREADABLE or _is_split(body)]
+        names = [name for name in self.faults if _can_tell(name, body)]
         with self._lock:
             first = text not in self._seen
             self._seen.add(text)
             if first and names and number % 2:
-                name = names[number // 2 % len(names)]
+                name = min(names, key=self.met.__getitem__)  # the rarest so far
                 self.met[name] += 1
                 return self.faults[name](body)
             self.right[text] += 1
         answer = right_reply(body)
         return Answer(answer.body, delay=self.delay)
+
+
+def _can_tell(name: str, body: dict[str, Any]) -> bool:
+    """Whether a fault in the reply to a request is one that can be noticed."""
+    if name in NUMBERS:
+        return _is_split(body) and "### Modified sentences" in question(body)
+    return name not in UNREADABLE or _is_split(body)
 
 
 def _is_split(body: Body) -> bool:
