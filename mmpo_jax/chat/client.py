@@ -276,7 +276,7 @@ class ChatClient:
                 await self._look_for_life(outcome)
         except MmpoError as error:
             self._stop(MmpoError(f"{error}; {KEPT}"))
-        except Exception as error:
+        except Exception as error:  # else those who ask would wait for ever
             self._stop(error)
         finally:
             self._running -= 1

@@ -1,1 +1,1 @@
-"""Feedback on responses: divide them into claims, check each claim, combine the verdicts."""
+"""Feedback on responses: judges give them scores, and pairs are made of these."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from mmpo_jax.core.files import fingerprint_items, fingerprint_json, null_if_not_finite
+from mmpo_jax.core.files import fingerprint_json, null_if_not_finite
 from mmpo_jax.core.stages import StageOutput, run_told_stage
 from mmpo_jax.data.records import Record, last_question
 from mmpo_jax.feedback.judge import VERDICTS, Judgement, Responses, check_failed, judged_table
@@ -126,9 +126,7 @@ class ClaimsJudge:
         inputs = {
             "claims": divided.fingerprint,
             "labeler": self.labeler_key,
-            "images": fingerprint_items(
-                [image.fingerprint() for image in record.images] for record in responses.records
-            ),
+            "images": responses.images(),
         }
         settings = {"rules": CONQUER_RULES, "suffix": self.options.suffix}
         return run_told_stage(responses.stage("conquer", inputs, settings), make_part)

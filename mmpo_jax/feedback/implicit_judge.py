@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import pyarrow as pa
 
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
-from mmpo_jax.core.files import fingerprint_items
 from mmpo_jax.core.stages import StageOutput, run_told_stage
 from mmpo_jax.data.records import Record
 from mmpo_jax.data.tokenization import UNLIMITED, RowRejected, TokenizedRecord
@@ -61,9 +60,7 @@ class ImplicitJudge:
 
         inputs = {
             "responses": responses.generated.fingerprint,
-            "images": fingerprint_items(
-                [image.fingerprint() for image in record.images] for record in responses.records
-            ),
+            "images": responses.images(),
             **{f"policy {name}": key for name, key in self._key(self.policy).items()},
             **{f"reference {name}": key for name, key in self._key(self.reference).items()},
         }

@@ -1,8 +1,8 @@
 """The one seam through which texts get a value: what a judge is asked, and what it gives.
 
 A round samples responses, a judge gives each a score, and pairs are made of scores whoever gave
-them. `claims.py`, `self_reward.py`, `implicit.py` and `reward_judge.py` are judges; `judges.py`
-makes the one that a recipe names.
+them. `claims.py`, `self_reward.py`, `implicit_judge.py`, `reward_judge.py` and `given_judges.py`
+have judges; `judges.py` makes the one that a recipe names.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from mmpo_jax.core.errors import DataError
-from mmpo_jax.core.files import null_if_not_finite
+from mmpo_jax.core.files import fingerprint_items, null_if_not_finite
 from mmpo_jax.core.stages import Stage, StageOutput
 from mmpo_jax.data.records import Record, Response
 from mmpo_jax.feedback.pairing import ScoredResponse
@@ -93,6 +93,12 @@ class Responses:
     def prompt_ids(self) -> list[str]:
         """The id of every response's prompt."""
         return self.generated.table["prompt_id"].to_pylist()
+
+    def images(self) -> str:
+        """Fingerprint of all prompts' images, in order."""
+        return fingerprint_items(
+            [image.fingerprint() for image in record.images] for record in self.records
+        )
 
     def sources(self) -> list[str]:
         """The source of every response, by its name among the recipe's `candidates`."""

@@ -35,12 +35,12 @@ from mmpo_jax.recipes.feedback import (
     Feedback,
     ImplicitFeedback,
     PictureWorldSplitting,
-    RewardFeedback,
     ScoresFeedback,
     SelfRewardFeedback,
     SourceFeedback,
     Speaking,
 )
+from mmpo_jax.recipes.rewards import RewardSection
 
 
 def make_judge(feedback: Feedback, models: Models) -> Judge:
@@ -53,7 +53,7 @@ def make_judge(feedback: Feedback, models: Models) -> Judge:
     Raises:
       MmpoError: a checkpoint, a key or a function of the user's is not there.
     """
-    if isinstance(feedback, RewardFeedback):
+    if isinstance(feedback, RewardSection):
         return RewardJudge(feedback)
     if isinstance(feedback, SourceFeedback):
         return SourceJudge(feedback)

@@ -11,7 +11,7 @@ from mmpo_jax.core.files import fingerprint_items, fingerprint_json
 from mmpo_jax.core.stages import StageOutput, run_told_stage
 from mmpo_jax.data.records import Record, last_question
 from mmpo_jax.feedback.judge import VERDICTS, Judgement, Responses, judged_table
-from mmpo_jax.recipes.feedback import RewardFeedback
+from mmpo_jax.recipes.rewards import RewardSection
 from mmpo_jax.rewards.registry import Question
 
 RULES = 1
@@ -21,7 +21,7 @@ RULES = 1
 class RewardJudge:
     """Every response is worth what a reward says."""
 
-    def __init__(self, options: RewardFeedback):
+    def __init__(self, options: RewardSection):
         """
         Args:
           options: the reward of the recipe.

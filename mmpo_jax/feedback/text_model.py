@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -18,7 +20,14 @@ from mmpo_jax.generation.responses import generate_responses
 from mmpo_jax.recipes.feedback import CheckpointAsked, Speaking
 from mmpo_jax.recipes.sampling import Decoding
 
+log = logging.getLogger(__name__)
+
 Read = TypeVar("Read")
+
+TRIAL = 16
+"""Requests that are asked before the rest."""
+SHOWN = 300
+"""Characters of a reply that the log shows."""
 
 TOO_LONG = "too_long"
 UNFINISHED = "unfinished"
@@ -103,7 +112,9 @@ def ask_until_read(
 ) -> list[Read | Unread]:
     """What is read in the replies; unreadable ones are asked for again.
 
-    A reply that ended at its limit gets twice the room the next time.
+    A reply that ended at its limit gets twice the room the next time. The first few are asked
+    before the rest, and where nobody can read any of them the log says so with one of the replies:
+    a model that cannot do it is then not noticed hours later only.
 
     Args:
       model: that is asked.
@@ -115,6 +126,33 @@ def ask_until_read(
     Returns:
       What was read of every request, or what is left of it.
     """
+
+    def read_later(place: int, text: str) -> Read:
+        return read(TRIAL + place, text)
+
+    first = _ask_all(model, asks[:TRIAL], read, attempts, schema)
+    unread = [result for result in first if isinstance(result, Unread)]
+    if len(asks) > TRIAL == len(unread):
+        log.warning("%s", describe_unread(unread, f"of the first {TRIAL} replies"))
+    return first + _ask_all(model, asks[TRIAL:], read_later, attempts, schema)
+
+
+def describe_unread(unread: Sequence[Unread], name: str) -> str:
+    """What became of replies that nobody could read: counted reasons, and the first reply."""
+    reasons = Counter(one.reason for one in unread)
+    told = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
+    shown = f"; the first: {unread[0].raw[:SHOWN]!r}" if unread[0].raw else ""
+    return f"none {name} can be read ({told}){shown}"
+
+
+def _ask_all(
+    model: TextModel,
+    asks: Sequence[Ask],
+    read: Callable[[int, str], Read],
+    attempts: int,
+    schema: Mapping[str, Any] | None,
+) -> list[Read | Unread]:
+    """`ask_until_read` of requests that go out together."""
     results: list[Any] = [Unread("not_asked", "", None)] * len(asks)
     waiting = dict(enumerate(asks))
     tried: list[list[Ask]] = [[] for _ in asks]

@@ -10,10 +10,9 @@ import pydantic
 from pydantic import Field
 
 from mmpo_jax.chat.server import ChatServer
-from mmpo_jax.core.sections import PositiveInt, Section, section_of
-from mmpo_jax.recipes.rewards import RewardSection
+from mmpo_jax.core.sections import PositiveInt, Section
+from mmpo_jax.recipes.rewards import SECTIONS, RewardSection
 from mmpo_jax.recipes.scoring import ImplicitReward
-from mmpo_jax.rewards import REWARDS
 
 Template = Literal["auto", "vicuna_v1"]
 
@@ -202,16 +201,6 @@ class ScoresFeedback(Section):
         return self
 
 
-class RewardFeedback(RewardSection):
-    """A reward as a judge (`mmpo objectives` lists them)."""
-
-
-REWARD_JUDGES = {
-    name: section_of(RewardFeedback, f"{name}", reward.formula, reward.options)
-    for name, reward in REWARDS.items()
-}
-
-
 def _of_claims(given: Any) -> Any:
     """The section with RLAIF-V's judge where it names none."""
     return {"type": "claims", **given} if isinstance(given, dict) else given
@@ -224,7 +213,7 @@ if TYPE_CHECKING:
         | ImplicitFeedback
         | SourceFeedback
         | ScoresFeedback
-        | RewardFeedback
+        | RewardSection
     )
 else:
     _ANY = functools.reduce(
@@ -235,7 +224,7 @@ else:
             ImplicitFeedback,
             SourceFeedback,
             ScoresFeedback,
-            *REWARD_JUDGES.values(),
+            *SECTIONS.values(),
         ),
     )
     Feedback = Annotated[_ANY, Field(discriminator="type"), pydantic.BeforeValidator(_of_claims)]

@@ -16,7 +16,7 @@ class RewardSection(Section):
 
     type: str
     weight: float = 1.0
-    """How much it counts beside the others."""
+    """Factor of its values: how much it counts beside the others of a rollout."""
 
     def _options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in REWARDS[self.type].options}

@@ -9,7 +9,7 @@ from helpers.judged import prompt, responses_of
 
 from mmpo_jax.core.errors import DataError, MmpoError
 from mmpo_jax.feedback.reward_judge import RewardJudge
-from mmpo_jax.recipes.feedback import REWARD_JUDGES
+from mmpo_jax.recipes.rewards import SECTIONS
 from mmpo_jax.rewards import user_function
 
 TEXTS = {"p": ["a", "b b", "c"], "q": ["d"]}
@@ -30,7 +30,7 @@ def judge_of(tmp_path):
     def judge_of(source, name="judge", **options):
         file = tmp_path / "mine.py"
         file.write_text(source)
-        section = REWARD_JUDGES["python"].model_validate(
+        section = SECTIONS["python"].model_validate(
             {"type": "python", "function": f"{file}:{name}", **options}
         )
         return RewardJudge(section)
@@ -79,7 +79,7 @@ def test_of_a_module(tmp_path, monkeypatch):
     (tmp_path / "my_judges.py").write_text(
         "def judge(question, texts):\n    return [len(t) for t in texts]\n"
     )
-    section = REWARD_JUDGES["python"](type="python", function="my_judges.judge")
+    section = SECTIONS["python"](type="python", function="my_judges.judge")
     assert [row["score"] for row in scores(RewardJudge(section), tmp_path)] == [1, 3, 1, 1]
 
 
@@ -152,7 +152,7 @@ def test_what_cannot_be_called_is_refused_at_once(judge_of, source, name, told):
 @pytest.mark.parametrize("function", ["judge", "nowhere.py:judge", "no_such_module.judge", ":f"])
 def test_what_is_not_there(function, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    section = REWARD_JUDGES["python"](type="python", function=function)
+    section = SECTIONS["python"](type="python", function=function)
     with pytest.raises(MmpoError, match=re.escape(function)):
         RewardJudge(section)
 
@@ -181,7 +181,7 @@ def test_scores_are_made_again_when_the_file_changes(judge_of, tmp_path, source)
 
 
 def test_rules_compare_with_the_solution(tmp_path):
-    judge = RewardJudge(REWARD_JUDGES["exact_match"](type="exact_match"))
+    judge = RewardJudge(SECTIONS["exact_match"](type="exact_match"))
     records = [prompt("p", 0, answer="red"), prompt("q", 1, answer="blue")]
     judge.check(records)
     rows = scores(judge, tmp_path, {"p": ["Red.", "blue"], "q": ["blue"]}, records=records)

@@ -10,7 +10,7 @@ from helpers.judged import Scripted, responses_of
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.feedback.judge import EMPTY
 from mmpo_jax.feedback.self_reward import PROMPT, SelfRewardJudge, read_number
-from mmpo_jax.feedback.text_model import Reply, UnreadableReply
+from mmpo_jax.feedback.text_model import TRIAL, Reply, UnreadableReply
 from mmpo_jax.recipes.feedback import SelfRewardFeedback
 
 
@@ -105,7 +105,7 @@ def test_outside_the_range_is_asked_again_and_then_fails(tmp_path):
     row = judge.judge(responses).table.to_pylist()[0]
     assert math.isnan(row["score"]) and row["reason"] == "no_number"
     assert "Score: 11" in row["details"]
-    assert [len(asked) for asked in model.rounds] == [20, 1]
+    assert [len(asked) for asked in model.rounds] == [TRIAL, 1, 20 - TRIAL]
     assert model.rejected == [("p/0", 0), ("p/0", 1)]
 
 

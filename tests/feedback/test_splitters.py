@@ -8,7 +8,7 @@ from helpers.judged import Scripted
 from mmpo_jax.feedback.judge import EMPTY
 from mmpo_jax.feedback.split_prompts import CLAIMS_SCHEMA
 from mmpo_jax.feedback.splitters import Claim, Division, ModelSplitter, RlaifVSplitter, SplitItem
-from mmpo_jax.feedback.text_model import TOO_LONG, UNFINISHED, Reply
+from mmpo_jax.feedback.text_model import TOO_LONG, TRIAL, UNFINISHED, Reply
 from mmpo_jax.recipes.feedback import CheckpointSplitting
 
 ITEMS = [SplitItem(f"p/{n}", "What is it?", text) for n, text in enumerate(["a bus", "a car", "x"])]
@@ -58,6 +58,26 @@ class TestOneModel:
             [("p/1", 2)],
         ]
         assert not model.rejected  # it was read in the end
+
+    @pytest.mark.parametrize("able", [True, False])
+    def test_the_first_are_asked_before_the_rest(self, able, caplog):
+        """Replies belong to their own responses; a model that cannot do it is told of early."""
+        items = [SplitItem(f"p/{n}", "What?", f"word{n}") for n in range(TRIAL + 3)]
+        first = {item.response for item in items[:TRIAL]}
+
+        def says(text, attempt):
+            return "Sure!" if not able and answer_of(text) in first else claims(text)
+
+        split, model = splitter(says, attempts=2)
+        divided = split.divide(items)
+        assert [len(asked) for asked in model.rounds] == [TRIAL, *[TRIAL] * (not able), 3]
+        for item, division in zip(items, divided, strict=True):
+            readable = able or item.response not in first
+            assert [claim.text for claim in division.claims] == [item.response] * readable
+        told = (
+            f"none of the first {TRIAL} replies can be read (no_json {TRIAL}); the first: 'Sure!'"
+        )
+        assert caplog.messages == [told] * (not able)
 
     @pytest.mark.parametrize("attempts", [1, 2, 4])
     def test_as_often_as_attempts_say(self, attempts):
