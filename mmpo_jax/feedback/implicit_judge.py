@@ -112,6 +112,7 @@ class ImplicitJudge:
 
     def _rewards(self, folder: str, records: list[TokenizedRecord]) -> list[ImplicitRewards]:
         mesh = self.models.mesh
+        self.models.make_room()
         policy = self.policy.reloaded(mesh)
         return reward_stage(
             policy,

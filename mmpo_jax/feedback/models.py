@@ -54,9 +54,13 @@ class Models:
         if self.held is not None and self._is(self.held, name, template):
             self.held = self.held.reloaded(self.mesh)
             return self.held
+        self.make_room()
+        return load_checkpoint(name, self.mesh, self.attention, template)
+
+    def make_room(self) -> None:
+        """Lets go of the weights that the round starts from, while others are on the devices."""
         if self.held is not None:
             self.held.release()
-        return load_checkpoint(name, self.mesh, self.attention, template)
 
     def _is(self, held: Checkpoint, name: str, template: str) -> bool:
         same_template = held.processor.template == template
