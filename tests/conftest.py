@@ -45,6 +45,9 @@ hypothesis.settings.load_profile("tests")
 MEMORY_LIMIT, MEMORY_STEP = 3 * 2**30, 2**30
 """Bytes of a test process from which compiled programs are let go of, and of its growth to the next
 time: what remains then does not shrink by trying again."""
+MAPS_LIMIT = 20_000
+"""Memory mappings from which they are. A program has several, Linux allows a process 65,530, and XLA
+crashes where it gets no more."""
 memory_limit = MEMORY_LIMIT
 
 
@@ -53,7 +56,7 @@ def bounded_memory():
     """Thousands of tests compile more programs than a small machine can hold at once."""
     global memory_limit
     yield
-    if tiny.memory_in_use() > memory_limit:
+    if tiny.memory_in_use() > memory_limit or tiny.memory_maps() > MAPS_LIMIT:
         compiled.programs.clear()
         jax.clear_caches()
         gc.collect()
