@@ -150,11 +150,13 @@ def test_who_leaves_takes_only_what_nobody_else_waits_for(serve, connect, monkey
 
 
 INTERRUPTED = """
+import signal
 import sys
 from mmpo_jax.chat.client import ChatClient
 from mmpo_jax.chat.requests import ChatMessage, ChatRequest
 from mmpo_jax.chat.server import ChatServer
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs begin without
 url, journal = sys.argv[1:]
 with ChatClient(ChatServer(url=url, model="judge"), journal) as client:
     client.ask([ChatRequest((ChatMessage.user(f"{number}"),), 8) for number in range(1000)])
