@@ -1,4 +1,4 @@
-# make align: the main job.  make check: lint, format, types.
+# make align: the main job.  make check: lint, format, types, shellcheck.
 # make test: the tests, but for those marked slow, of over five seconds.  make test-all: those too.
 # make test-quick: some of every part, in ten minutes, without torch.
 # Each sets up what it needs in .venv; a second run starts at once.
@@ -12,7 +12,7 @@ QUICK := $(addprefix tests/, test_xla_flags.py chat/test_client.py cli core/test
 	checkpoints/test_huggingface.py models/test_log_probs.py checkpoints/test_saving.py parallel \
 	objectives/test_preference.py objectives/test_registry.py picture_world/test_tfds_builder.py \
 	training/test_loop.py training/test_checkpoints.py training/test_lora.py training/test_step.py generation \
-	alignment/test_align.py alignment/test_align_recipes.py)
+	alignment/test_align.py alignment/test_align_recipes.py launch/test_run.py launch/test_scripts.py)
 
 .PHONY: align test test-all test-quick check clean
 
@@ -33,6 +33,7 @@ check: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/shellcheck -x launch/*.sh .ci/run
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
