@@ -348,6 +348,17 @@ def test_resuming_what_runs(tpu):
     assert len(tpu.started()) == 4 and DELETE not in tpu.calls()
 
 
+def test_watching_a_run_that_was_started_before(tpu):
+    tpu.lay_down(behaviour="wait")
+    tpu.run("tpu.sh", "run", *WORDS)
+    tpu.wait_for_starts(2)
+    watch = tpu.start("tpu.sh", "resume", "--keep")
+    assert watch.stderr.readline() == "tpu.sh: it is running\n"
+    tpu.run("tpu.sh", "stop")
+    assert watch.communicate(timeout=60)[1].endswith("stopped; resume goes on\n")
+    assert len(tpu.started()) == 2
+
+
 def test_resuming_without_a_command(tpu):
     assert "give the command" in tpu.run("tpu.sh", "resume", status=1)[1]
 
