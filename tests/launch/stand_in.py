@@ -9,7 +9,7 @@ what a test has laid down in files there:
     nodes             what `tpu-vm describe` says
     hosts/NAME        the home folders of its hosts, in which the shell commands really run
     behaviour         what mmpo does, a line per start on one host, the last one for good:
-                      finish, fail STATUS, or wait, until SIGTERM
+                      finish, fail STATUS, or wait, until SIGTERM; behaviour_HOST of one host
     fails             programs that fail, by their first words, a line each
 """
 
@@ -152,7 +152,7 @@ def run_mmpo(arguments):
     host = Path.home().name
     starts = [json.loads(line) for line in lines("mmpo")]
     turn = sum(start["host"] == host for start in starts)
-    plan = lines("behaviour") or ["finish"]
+    plan = lines(f"behaviour_{host}") or lines("behaviour") or ["finish"]
     wait_for = signal.SIGTERM
     signal.pthread_sigmask(signal.SIG_BLOCK, [wait_for])
     environment = {key: os.environ.get(key) for key in ("HF_TOKEN", "WANDB_API_KEY", "OTHER_KEY")}

@@ -32,6 +32,12 @@ def ssh(command):
     return [*group, f"--command={command}", "--worker=all", *PLACE]
 
 
+STATUS = ssh(
+    "if cd .mmpo/source 2>/dev/null; then bash launch/run.sh status; "
+    'else echo "$(hostname): uninstalled"; fi'
+)
+
+
 def on_host(*words):
     return ssh(f"cd .mmpo/source && bash launch/run.sh {' '.join(words)}")
 
@@ -150,7 +156,7 @@ def test_words_arrive_on_every_host(tpu):
 def test_the_commands_of_a_run(tpu):
     tpu.run("tpu.sh", "run", "train", OUTPUT)
     clean = ssh("rm -f .mmpo/secrets")
-    assert tpu.calls() == [on_host("status"), clean, on_host("run", "train", OUTPUT)]
+    assert tpu.calls() == [STATUS, clean, on_host("run", "train", OUTPUT)]
 
 
 def test_the_recipe_is_copied_as_it_is_now(tpu):
@@ -219,6 +225,7 @@ def test_before_installing(world):
     world.run("tpu.sh", "create")
     _, told = world.run("tpu.sh", "run", "train", OUTPUT, status=1)
     assert "tpu.sh install" in told
+    assert world.run("tpu.sh", "status")[0].count(": uninstalled\n") == 2
 
 
 def test_status_logs_and_stop(tpu):
@@ -281,6 +288,44 @@ def test_a_host_that_restarts_keeps_its_tpu(tpu):
     assert len(tpu.started()) == 4 and DELETE not in tpu.calls()
 
 
+def test_a_host_that_takes_the_others_with_it(tpu):
+    behaviour = {"behaviour_pod-w-0": ["fail 1", "finish"], "behaviour_pod-w-1": ["wait", "finish"]}
+    tpu.lay_down(**behaviour)
+    process = tpu.start("tpu.sh", "run", "--keep", "train", OUTPUT)
+    tpu.wait_for_starts(2)
+    os.kill(int((tpu.host(1) / ".mmpo/run/pid").read_text()), signal.SIGKILL)
+    assert process.wait(60) == 0
+    assert len(tpu.started()) == 4 and DELETE not in tpu.calls()
+
+
+def test_an_installation_that_fails_is_tried_again(tpu):
+    tpu.lay_down(states="SUSPENDED", fails="uv pip", behaviour="finish")
+    process = tpu.start("tpu.sh", "run", "--keep", "train", OUTPUT)
+    tpu.wait_for_starts(2)
+    while "that did not succeed" not in process.stderr.readline():
+        assert process.poll() is None
+    (tpu.folder / "fails").unlink()
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 0 and "uninstalled" in told
+    assert tpu.calls().count(CREATE) == 1 and len(tpu.started()) == 4
+
+
+def test_tries_of_a_run_that_went_well_are_forgotten(tpu):
+    script = tpu.checkout / "launch" / "tpu.sh"
+    script.write_text(script.read_text().replace("\nWELL=20\n", "\nWELL=2\n"))
+    tpu.lay_down(behaviour="wait")
+    process = tpu.start("tpu.sh", "run", "--keep", "--set", "max_tries=1", "train", OUTPUT)
+    for loss in range(1, 3):
+        tpu.wait_for_starts(2 * loss)
+        looks = tpu.calls().count(STATUS)
+        while tpu.calls().count(STATUS) < looks + 4:
+            assert process.poll() is None
+        tpu.lay_down(states="SUSPENDED")
+    tpu.wait_for_starts(6)
+    tpu.run("tpu.sh", "stop")
+    assert process.wait(60) == 0
+
+
 def test_a_run_that_fails_by_itself_is_not_repeated(tpu):
     tpu.lay_down(behaviour="fail 1")
     _, told = tpu.run("tpu.sh", "run", "--keep", "train", OUTPUT, status=1)
@@ -312,9 +357,9 @@ def test_an_answer_that_does_not_come_is_no_preemption(tpu):
     tpu.lay_down(behaviour="wait")
     process = tpu.start("tpu.sh", "run", "--keep", "train", OUTPUT)
     tpu.wait_for_starts(2)
-    tpu.lay_down(states=["UNKNOWN"] * 10 + ["ACTIVE"], ssh_fails="", behaviour="finish")
+    tpu.lay_down(states=["UNKNOWN"] * 4 + ["ACTIVE"], ssh_fails="", behaviour="finish")
     seen = len(tpu.calls())
-    while len(tpu.calls()) < seen + 30:
+    while len(tpu.calls()) < seen + 14:
         assert process.poll() is None
     (tpu.folder / "ssh_fails").unlink()
     tpu.run("tpu.sh", "stop")
@@ -392,13 +437,13 @@ def test_dry_runs_show_all_and_run_nothing(world):
     assert commands("delete") == [DELETE]
     assert commands("stop") == [on_host("stop")]
     assert commands("logs") == [on_host("logs")]
-    assert commands("status") == [DESCRIBE, on_host("status")]
+    assert commands("status") == [DESCRIBE, STATUS]
     install = commands("install")
     assert [call[4] for call in install] == ["ssh", "scp", "ssh"]
     start = [ssh("rm -f .mmpo/secrets"), on_host("run", "train", OUTPUT)]
     run = shown(world.run("tpu.sh", "--dry-run", "run", "--keep", "train", OUTPUT)[0])
     bring_back = [DELETE, DESCRIBE, CREATE, DESCRIBE, *install, *start]
-    assert run == [*start, DESCRIBE, on_host("status"), *bring_back]
+    assert run == [*start, DESCRIBE, STATUS, *bring_back]
     resume = shown(world.run("tpu.sh", "--dry-run", "resume", "train", OUTPUT)[0])
     assert resume == [DESCRIBE, *bring_back]
     assert not world.calls() and not (world.folder / "home" / ".local").exists()
