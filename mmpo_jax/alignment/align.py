@@ -12,7 +12,12 @@ from contextlib import AbstractContextManager
 
 from jax.sharding import Mesh
 
-from mmpo_jax.alignment.candidates import check_candidates, load_prompts, responses_name
+from mmpo_jax.alignment.candidates import (
+    check_candidates,
+    check_servers,
+    load_prompts,
+    responses_name,
+)
 from mmpo_jax.alignment.report import RoundReport, read_report, write_report
 from mmpo_jax.alignment.round import Round, pair_data, run_round
 from mmpo_jax.checkpoints.cards import ModelCard, SavedWeights, make_card, read_saved, write_card
@@ -78,6 +83,7 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
         prompts = load_prompts(recipe)
         if not _is_judged(recipe):
             judge.check(prompts.records)
+            check_servers(recipe, servers)
         return _run_rounds(recipe, prompts, judge, models)
 
 
@@ -118,6 +124,7 @@ def _run_rounds(
             recipe=recipe,
             mesh=mesh,
             card=card,
+            servers=models.servers,
         )
         models.held = start
         with _telling(index, recipe):

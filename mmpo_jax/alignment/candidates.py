@@ -1,20 +1,24 @@
 """The responses of a round: what each of its sources gives, put together in one table.
 
 Every source that samples is a stage of its own: `generate` for the policy, `generate-NAME` for the
-others. Where there is more than the policy, the stage `responses` has them all.
+others; those of servers are in `served_candidates.py`. Where there is more than the policy, the
+stage `responses` has them all.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 from jax.sharding import Mesh
 
+from mmpo_jax.alignment.served_candidates import client_of, served_stage, unservable
+from mmpo_jax.chat.server import read_key
 from mmpo_jax.checkpoints.checkpoint import Checkpoint, load_processor, open_checkpoint
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import fingerprint_items, fingerprint_json
@@ -32,6 +36,7 @@ from mmpo_jax.data.tokenization import (
 )
 from mmpo_jax.data.usable import unsupported
 from mmpo_jax.feedback.implicit import have_same_tokenizer
+from mmpo_jax.feedback.served import Servers
 from mmpo_jax.generation.responses import GENERATED, generate_stage
 from mmpo_jax.recipes.candidates import (
     Candidate,
@@ -39,6 +44,7 @@ from mmpo_jax.recipes.candidates import (
     DataCandidates,
     EditedImageCandidates,
     PolicyCandidates,
+    ServedCandidates,
     data_candidates,
 )
 from mmpo_jax.recipes.recipe import AlignRecipe
@@ -50,7 +56,7 @@ RESPONSES_RULES = 1
 
 CANDIDATES = GENERATED.append(pa.field("source", pa.string()))
 """Columns of the stage `responses`. `token_ids` is null where the text is what is known: of
-responses of the data, and of a checkpoint with another tokenizer than the policy's."""
+responses of the data, of servers, and of a checkpoint with another tokenizer than the policy's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +72,10 @@ class Asked:
     folder: str
     index: int
     """Of the round."""
+    servers: Servers | None = None
+    """Clients of the run; None where no source is served."""
+    finished: Callable[[pa.Table], None] = lambda rows: None
+    """Is given the rows that sources have finished while there is more to come."""
 
 
 def responses_name(recipe: AlignRecipe) -> str:
@@ -86,6 +96,19 @@ def check_candidates(recipe: AlignRecipe) -> None:
     for source in recipe.candidates:
         if isinstance(source, CheckpointCandidates):
             load_processor(source.model, source.template)
+
+
+def check_servers(recipe: AlignRecipe, servers: Servers) -> None:
+    """Finds servers that are not up, and keys that are missing, before anything heavy starts.
+
+    Raises:
+      MmpoError: naming what is missing.
+    """
+    for source in recipe.candidates:
+        if isinstance(source, ServedCandidates) and source.command is None:
+            client_of(source, source.drawn(recipe.sampling), servers, "").check()
+        elif isinstance(source, ServedCandidates):
+            read_key(source)
 
 
 def load_prompts(recipe: AlignRecipe) -> RecordSet:
@@ -137,13 +160,24 @@ def round_responses(asked: Asked) -> StageOutput:
         return _generated(asked, sources[0])[0]
     tables: dict[str, pa.Table] = {}
     inputs: dict[str, str] = {}
+    given: set[str] = set()
+    """Sources whose rows went to `asked.finished`."""
+
+    def finished_by(name: str, rows: pa.Table) -> None:
+        for earlier in tables.keys() - given:  # was there before this run, or is the data's
+            asked.finished(tables[earlier])
+        given.update(tables, [name])
+        asked.finished(rows)
+
     for source in sources:
         if isinstance(source, DataCandidates):
             table = _of_data(asked.records)
             tables[source.name] = table
             inputs[source.name] = fingerprint_items(table.to_pylist())
         else:
-            output, same_tokens = _generated(asked, source)
+            finished = functools.partial(finished_by, source.name)
+            making = dataclasses.replace(asked, finished=finished)
+            output, same_tokens = _generated(making, source)
             inputs[source.name] = output.fingerprint
             tables[source.name] = output.table if same_tokens else _without_ids(output.table)
     ids = [record.id for record in asked.records]
@@ -168,6 +202,8 @@ def round_responses(asked: Asked) -> StageOutput:
 def _generated(asked: Asked, source: Candidate) -> tuple[StageOutput, bool]:
     """(what a source samples, whether its ids are the policy's tokens)."""
     assert not isinstance(source, DataCandidates)
+    if isinstance(source, ServedCandidates):
+        return _served(asked, source), False
     recipe, generator = asked.recipe, asked.start
     prompts, lengths = asked.tokenized, recipe.lengths
     policy = isinstance(source, PolicyCandidates)
@@ -191,9 +227,35 @@ def _generated(asked: Asked, source: Candidate) -> tuple[StageOutput, bool]:
         seed=seed,
         round_index=asked.index,
         name="generate" if policy else f"generate-{source.name}",
+        finished=asked.finished,
     )
     same = generator is asked.start
     return output, same or have_same_tokenizer(generator.processor, asked.start.processor)
+
+
+def _served(asked: Asked, source: ServedCandidates) -> StageOutput:
+    assert asked.servers is not None
+    records, skipped = [], []
+    for record in asked.records:
+        problem = unservable(record)
+        if problem is None:
+            records.append(record)
+        else:
+            skipped.append(SkippedRow(source.name, record.row, record.id, *problem))
+    _tell_left_out(source, skipped, len(asked.records))
+    sampling = source.drawn(asked.recipe.sampling)
+    return served_stage(
+        source,
+        records,
+        sampling,
+        asked.start,
+        asked.mesh,
+        client_of(source, sampling, asked.servers, asked.start.fingerprint),
+        folder=asked.folder,
+        seed=_seed(asked.recipe.seed, source.name),
+        round_index=asked.index,
+        finished=asked.finished,
+    )
 
 
 def _seed(seed: int, name: str) -> int:

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Callable
 
 import pyarrow as pa
 from jax.sharding import Mesh
@@ -35,6 +36,7 @@ from mmpo_jax.data.records import Record
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.feedback.judge import Judge, Responses, scored_responses
 from mmpo_jax.feedback.pairing import make_pairs
+from mmpo_jax.feedback.served import Servers
 from mmpo_jax.recipes.recipe import AlignRecipe
 from mmpo_jax.training.loop import TrainingData
 from mmpo_jax.training.saving import MODEL
@@ -60,6 +62,8 @@ class Round:
     mesh: Mesh
     card: ModelCard
     """Card of the alignment's result, without metrics."""
+    servers: Servers
+    """Clients of the run."""
 
 
 def run_round(work: Round, judge: Judge) -> str:
@@ -72,7 +76,7 @@ def run_round(work: Round, judge: Judge) -> str:
     Returns:
       The Hugging Face folder of the trained model.
     """
-    generated = generated_responses(work)
+    generated = generated_responses(work, lambda rows: None)
     answered = set(generated.table["prompt_id"].to_pylist())
     records = [record for record in work.records if record.id in answered]
     judged = judge.judge(Responses(work.folder, records, generated))
@@ -81,8 +85,9 @@ def run_round(work: Round, judge: Judge) -> str:
     return train_round(work, generated, pairs)
 
 
-def generated_responses(work: Round) -> StageOutput:
-    """The responses of all sources to every prompt, see `round_responses`."""
+def generated_responses(work: Round, finished: Callable[[pa.Table], None]) -> StageOutput:
+    """The responses of all sources to every prompt, see `round_responses`; `finished` is given
+    their rows as they come."""
     return round_responses(
         Asked(
             work.start,
@@ -92,6 +97,8 @@ def generated_responses(work: Round) -> StageOutput:
             work.mesh,
             work.folder,
             work.index,
+            work.servers,
+            finished,
         )
     )
 

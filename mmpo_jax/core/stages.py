@@ -99,6 +99,7 @@ class StageOutput:
 def run_stage(
     stage: Stage,
     make_part: Callable[[int], pa.Table],
+    finished: Callable[[pa.Table], None] = lambda rows: None,
 ) -> StageOutput:
     """The result of a stage, made now as far as it does not exist.
 
@@ -108,6 +109,8 @@ def run_stage(
 
     Args:
       make_part: makes part i of `stage.num_parts`. What it raises passes through.
+      finished: is given the rows of every part as soon as they are kept, those of an earlier run
+        first; nothing where the stage is finished.
 
     Raises:
       StageError: a file could not be written, for instance because the disk is full. Finished
@@ -118,6 +121,8 @@ def run_stage(
         _clean_up(stage, [stage.parts_folder])
         return result
     parts = _read_parts(stage)
+    for part in sorted(parts):
+        finished(parts[part])
     for part in range(stage.num_parts):
         if part in parts:
             continue
@@ -125,6 +130,7 @@ def run_stage(
         _write(stage, stage.part_path(part), data, len(parts))
         # Used as read back, so that the result is the same with and without a restart.
         parts[part] = decode_table(data, f"part {part} of stage {stage.name}")
+        finished(parts[part])
     data = encode_table(_concatenate(stage, [parts[part] for part in range(stage.num_parts)]))
     _write(stage, stage.output_path, data, stage.num_parts)
     manifest = json.dumps(_manifest(stage, data), indent=2, sort_keys=True) + "\n"
@@ -133,7 +139,11 @@ def run_stage(
     return StageOutput(decode_table(data, os.fspath(stage.output_path)), fingerprint_bytes(data))
 
 
-def run_told_stage(stage: Stage, make_part: Callable[[int], pa.Table]) -> StageOutput:
+def run_told_stage(
+    stage: Stage,
+    make_part: Callable[[int], pa.Table],
+    finished: Callable[[pa.Table], None] = lambda rows: None,
+) -> StageOutput:
     """`run_stage` as an activity that tells its parts; see there."""
 
     def make(part: int) -> pa.Table:
@@ -142,7 +152,7 @@ def run_told_stage(stage: Stage, make_part: Callable[[int], pa.Table]) -> StageO
         return make_part(part)
 
     with progress.doing(stage.name, stage.num_parts, "parts") as activity:
-        return run_stage(stage, make)
+        return run_stage(stage, make, finished)
 
 
 def read_finished(stage: Stage) -> StageOutput | None:

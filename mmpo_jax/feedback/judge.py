@@ -234,13 +234,19 @@ def scored_responses(generated: pa.Table, judged: pa.Table) -> list[ScoredRespon
     ]
 
 
-def check_failed(judgements: Iterable[str | None], max_failed: float, what: str) -> None:
+def check_failed(
+    judgements: Iterable[str | None],
+    max_failed: float,
+    what: str,
+    option: str = "feedback.max_failed",
+) -> None:
     """Stops where too many responses failed, of those that say anything.
 
     Args:
       judgements: of every response, the reason that it failed for, or None.
       max_failed: the share that may.
       what: was done to them, for the message.
+      option: name of `max_failed`, likewise.
 
     Raises:
       TooManyFailed: with the reasons and their counts.
@@ -253,5 +259,5 @@ def check_failed(judgements: Iterable[str | None], max_failed: float, what: str)
     told = ", ".join(f"{reason} {count}" for reason, count in counts.items())
     raise TooManyFailed(
         f"{what}: {len(failed)} of {len(reasons)} responses failed ({told}), and "
-        f"feedback.max_failed allows {max_failed:g} of them"
+        f"{option} allows {max_failed:g} of them"
     )

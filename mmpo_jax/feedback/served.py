@@ -38,15 +38,21 @@ class Servers:
         self.folder = os.path.join(folder, FOLDER)
         self._clients: dict[str, ChatClient] = {}
 
-    def client(self, server: ChatServer) -> ChatClient:
+    def client(self, server: ChatServer, weights: str = "") -> ChatClient:
         """The client of a server.
+
+        Args:
+          server: its options.
+          weights: fingerprint of the model that it has, where it may have others under that name
+            at other times; each has a client and a journal.
 
         Raises:
           MmpoError: its key is missing, the journal cannot be used, or another section asks the
             same model otherwise.
         """
         plain = ChatServer(**{name: getattr(server, name) for name in ChatServer.model_fields})
-        name = fingerprint_json(plain.identity())[:16]
+        identity = plain.identity()
+        name = fingerprint_json([identity, weights] if weights else identity)[:16]
         if name not in self._clients:
             self._clients[name] = ChatClient(plain, os.path.join(self.folder, name))
         client = self._clients[name]

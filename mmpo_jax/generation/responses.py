@@ -241,11 +241,13 @@ def generate_stage(
     seed: int,
     round_index: int = 0,
     name: str = "generate",
+    finished: Callable[[pa.Table], None] = lambda rows: None,
 ) -> StageOutput:
     """`generate_responses` part by part, as a stage of a folder.
 
     A checkpoint without its parameters, as `open_checkpoint` gives it, is read where something is
-    left to do, and let go of afterwards.
+    left to do, and let go of afterwards. `finished` is given the responses as they come, see
+    `run_stage`.
 
     Returns:
       The fields of `Generated`, a row per response.
@@ -295,7 +297,7 @@ def generate_stage(
     loaded = functools.cache(lambda: checkpoint.reloaded(mesh))
     count = SampleCount()
     with progress.doing(stage.name, len(records), "prompts", "compiling") as activity:
-        output = run_stage(stage, make_part)
+        output = run_stage(stage, make_part, finished)
     count.log_summary(stage.name)
     return output
 
