@@ -34,7 +34,14 @@ from mmpo_jax.core.files import (
 from mmpo_jax.core.stages import Stage, StageOutput, run_told_stage
 from mmpo_jax.data.records import Record
 from mmpo_jax.data.tokenization import TokenizedRecord
-from mmpo_jax.feedback.judge import Judge, Responses, scored_responses
+from mmpo_jax.feedback.ahead import asking_ahead
+from mmpo_jax.feedback.judge import (
+    AskingAhead,
+    Judge,
+    Responses,
+    rows_in_parts,
+    scored_responses,
+)
 from mmpo_jax.feedback.pairing import make_pairs
 from mmpo_jax.feedback.served import Servers
 from mmpo_jax.recipes.recipe import AlignRecipe
@@ -76,7 +83,14 @@ def run_round(work: Round, judge: Judge) -> str:
     Returns:
       The Hugging Face folder of the trained model.
     """
-    generated = generated_responses(work, lambda rows: None)
+    asks_ahead = judge.ask_ahead if isinstance(judge, AskingAhead) and judge.asks_ahead else None
+    with asking_ahead(asks_ahead) as ask_ahead:
+
+        def finished(rows: pa.Table) -> None:
+            for part in rows_in_parts(work.folder, work.records, rows):
+                ask_ahead(part)
+
+        generated = generated_responses(work, finished)
     answered = set(generated.table["prompt_id"].to_pylist())
     records = [record for record in work.records if record.id in answered]
     judged = judge.judge(Responses(work.folder, records, generated))

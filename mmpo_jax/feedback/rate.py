@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 
 from mmpo_jax.core.files import read_json, write_atomic
 
 FILE = "labeler_rate.json"
+_lock = threading.Lock()
 
 
 def add_rate(folder: str, questions: int, seconds: float) -> None:
@@ -19,12 +21,13 @@ def add_rate(folder: str, questions: int, seconds: float) -> None:
       seconds: that it took, loading and compiling included.
     """
     path = os.path.join(folder, FILE)
-    before = read_json(path)
-    total = {
-        "questions": before.get("questions", 0) + questions,
-        "seconds": before.get("seconds", 0.0) + seconds,
-    }
-    write_atomic(path, json.dumps(total).encode())
+    with _lock:
+        before = read_json(path)
+        total = {
+            "questions": before.get("questions", 0) + questions,
+            "seconds": before.get("seconds", 0.0) + seconds,
+        }
+        write_atomic(path, json.dumps(total).encode())
 
 
 def read_rate(folder: str) -> float | None:

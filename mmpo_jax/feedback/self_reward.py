@@ -23,7 +23,7 @@ from mmpo_jax.feedback.text_model import (
     ask_until_read,
     speaking_key,
 )
-from mmpo_jax.recipes.feedback import SelfRewardFeedback
+from mmpo_jax.recipes.feedback import ChatAsked, SelfRewardFeedback
 
 SELF_REWARD_RULES = 2
 """Part of the key of scores: changes with how numbers are asked for and read."""
@@ -69,6 +69,7 @@ class SelfRewardJudge:
         self.prompt = options.prompt or PROMPT
         self.tells_solution = SOLUTION in self.prompt
         limits = [options.low, options.high]
+        self.asks_ahead = isinstance(options.labeler, ChatAsked)
         self.key = [SELF_REWARD_RULES, key, speaking_key(options), self.prompt, limits]
 
     def check(self, records: Sequence[Record]) -> None:
@@ -87,10 +88,7 @@ class SelfRewardJudge:
 
         def make_part(part: int) -> pa.Table:
             of_part = responses.part(part)
-            judgements = self._judge(list(of_part.by_prompt()))
-            failures = [judgement.reason for judgement in judgements]
-            check_failed(failures, self.options.max_failed, "asking for a score")
-            return judged_table(of_part, judgements)
+            return judged_table(of_part, self._judge(of_part))
 
         inputs = {
             "responses": responses.generated.fingerprint,
@@ -101,9 +99,18 @@ class SelfRewardJudge:
         self.model.release()
         return judged
 
-    def _judge(self, prompts: Sequence[tuple[Record, list[str]]]) -> list[Judgement]:
+    def ask_ahead(self, responses: Responses) -> None:
+        """See `judge.AskingAhead`."""
+        self._judge(responses)
+
+    def _judge(self, responses: Responses) -> list[Judgement]:
+        """Judgements of the responses of a part.
+
+        Raises:
+          TooManyFailed: see `check_failed`.
+        """
         places, asks, judgements = [], [], list[Judgement]()
-        for record, texts in prompts:
+        for record, texts in responses.by_prompt():
             for number, text in enumerate(texts):
                 if text.strip():
                     places.append(len(judgements))
@@ -116,6 +123,8 @@ class SelfRewardJudge:
                 if isinstance(judgement, Judgement)
                 else Judgement(math.nan, _told(judgement), judgement.reason)
             )
+        failures = [judgement.reason for judgement in judgements]
+        check_failed(failures, self.options.max_failed, "asking for a score")
         return judgements
 
     def _ask(self, record: Record, number: int, text: str) -> Ask:
