@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 from jax.sharding import Mesh
 
+from mmpo_jax.alignment.changed_prompts import changed_prompts, under_their_prompts
 from mmpo_jax.alignment.served_candidates import client_of, served_stage, unservable
 from mmpo_jax.chat.server import read_key
 from mmpo_jax.checkpoints.checkpoint import Checkpoint, load_processor, open_checkpoint
@@ -24,12 +25,10 @@ from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import fingerprint_items, fingerprint_json
 from mmpo_jax.core.stages import Stage, StageOutput, run_told_stage
 from mmpo_jax.data.batching import fitting_lengths
-from mmpo_jax.data.contexts import OtherImage, changed_images
 from mmpo_jax.data.records import Record, Response
 from mmpo_jax.data.skipped import SkippedRow
 from mmpo_jax.data.sources import RecordSet
 from mmpo_jax.data.tokenization import (
-    RowRejected,
     TokenizedRecord,
     tokenize_prompt,
     tokenize_records,
@@ -43,6 +42,7 @@ from mmpo_jax.recipes.candidates import (
     CheckpointCandidates,
     DataCandidates,
     EditedImageCandidates,
+    HiddenImageCandidates,
     PolicyCandidates,
     ServedCandidates,
     data_candidates,
@@ -213,9 +213,13 @@ def _generated(asked: Asked, source: Candidate) -> tuple[StageOutput, bool]:
         generator = _opened(source, asked)
         prompts = _prompts_of(source, generator, asked.records)
         lengths = fitting_lengths(prompts)
-    elif isinstance(source, EditedImageCandidates):
-        prompts = _with_edits(source, asked, seed)
     sampling = source.drawn(recipe.sampling)
+    told = _as_it_is
+    if isinstance(source, EditedImageCandidates | HiddenImageCandidates):
+        prompts = _changed(source, asked, sampling.num_samples, seed)
+        if source.per_sample:
+            sampling = sampling.model_copy(update={"num_samples": 1})
+            told = under_their_prompts
     output = generate_stage(
         generator,
         prompts,
@@ -227,10 +231,15 @@ def _generated(asked: Asked, source: Candidate) -> tuple[StageOutput, bool]:
         seed=seed,
         round_index=asked.index,
         name="generate" if policy else f"generate-{source.name}",
-        finished=asked.finished,
+        finished=lambda rows: asked.finished(told(rows)),
     )
+    output = dataclasses.replace(output, table=told(output.table))
     same = generator is asked.start
     return output, same or have_same_tokenizer(generator.processor, asked.start.processor)
+
+
+def _as_it_is(table: pa.Table) -> pa.Table:
+    return table
 
 
 def _served(asked: Asked, source: ServedCandidates) -> StageOutput:
@@ -290,18 +299,15 @@ def _prompts_of(
     return prompts
 
 
-def _with_edits(source: EditedImageCandidates, asked: Asked, seed: int) -> list[TokenizedRecord]:
-    """The prompts about changed images, without those that show none."""
-    step = source.step if source.edit == "noise" else 0
-    other = OtherImage(source.edit, step, _seed(seed, f"round {asked.index}"))
-    changed, skipped = [], []
-    for record in asked.tokenized:
-        try:
-            changed.append(changed_images(record, other))
-        except RowRejected as error:
-            skipped.append(SkippedRow(source.name, None, record.id, error.reason, error.detail))
-    _tell_left_out(source, skipped, len(asked.tokenized))
-    return changed
+def _changed(
+    source: EditedImageCandidates | HiddenImageCandidates, asked: Asked, num_samples: int, seed: int
+) -> list[TokenizedRecord]:
+    """The prompts of which less is shown, without those that have nothing to change."""
+    of_round = _seed(seed, f"round {asked.index}")
+    processor, records = asked.start.processor, asked.tokenized
+    prompts, skipped = changed_prompts(source, records, processor, num_samples, of_round)
+    _tell_left_out(source, skipped, len(records))
+    return prompts
 
 
 def _tell_left_out(source: Candidate, skipped: Sequence[SkippedRow], total: int) -> None:

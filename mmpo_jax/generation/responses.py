@@ -138,9 +138,10 @@ def sample_tokens(
     model, params, processor = checkpoint.model, checkpoint.params, checkpoint.processor
     limit = model.config.decoder.rope.limit
     longest = max((len(record.prompt_ids) for record in records), default=0)
-    if limit is not None and longest + decoding.max_new_tokens > limit:
+    last = max((len(record.whole_prompt) for record in records), default=0)
+    if limit is not None and last + decoding.max_new_tokens > limit:
         raise DataError(
-            f"a prompt of {longest} tokens and {decoding.max_new_tokens} new ones go beyond the "
+            f"a prompt of {last} tokens and {decoding.max_new_tokens} new ones go beyond the "
             f"{limit} positions of {processor.folder}; lower max_new_tokens"
         )
     numbers, repeats = np.zeros((2, len(records)), np.uint32)
@@ -263,6 +264,7 @@ def generate_stage(
                     r.prompt_ids.tolist(),
                     [image.fingerprint() for image in r.images],
                     [video.fingerprint() for video in r.videos],
+                    *([] if r.seen is None else [r.seen.kept.tolist()]),
                 ]
                 for r in records
             ),

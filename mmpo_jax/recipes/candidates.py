@@ -89,7 +89,15 @@ class CheckpointCandidates(BatchedDrawing):
     name: SourceName = "checkpoint"
 
 
-class EditedImageCandidates(BatchedDrawing):
+class Changed(BatchedDrawing):
+    """How the model is shown less of a prompt than there is."""
+
+    per_sample: bool = False
+    """Whether every sample is shown a change of its own, which is encoded for it; else all samples
+    of a prompt see the same."""
+
+
+class EditedImageCandidates(Changed):
     """Samples of the model that the round starts from, which is shown changed images."""
 
     type: Literal["edited_image"] = "edited_image"
@@ -97,7 +105,19 @@ class EditedImageCandidates(BatchedDrawing):
     """How the images are changed."""
     step: int = Field(500, ge=0, lt=DIFFUSION_STEPS)
     """Step of diffusion, of `noise`."""
+    share: float = Field(0.5, gt=0, le=1)
+    """Share of the patches that have the mean colour, of `masked`."""
     name: SourceName = "edited_image"
+
+
+class HiddenImageCandidates(Changed):
+    """Samples of the model that the round starts from, to which most of the image's tokens are
+    hidden (BDHS)."""
+
+    type: Literal["hidden_image"] = "hidden_image"
+    share: float = Field(0.99, gt=0, le=1)
+    """Probability that a token is hidden; the default is BDHS'."""
+    name: SourceName = "hidden_image"
 
 
 class ServedCandidates(Drawing, ChatServer):
@@ -144,6 +164,7 @@ Candidate = (
     | GreedyCandidates
     | CheckpointCandidates
     | EditedImageCandidates
+    | HiddenImageCandidates
     | ServedCandidates
     | DataCandidates
 )

@@ -156,6 +156,7 @@ def test_mistakes_are_told_by_their_path(tmp_path):
         ("seva", ["greedy", "edited_image"]),
         ("noisy_image_pairs", ["data", "edited_image"]),
         ("rlaif_v_7b_vllm", ["served"]),
+        ("hidden_image_pairs", ["data", "hidden_image"]),
     ],
 )
 def test_recipes_of_the_methods(name, sources):
@@ -185,4 +186,5 @@ def test_the_example_of_the_docs():
     section = page.partition("## Where responses come from")[2]
     example = yaml.safe_load(section.partition("```yaml")[2].partition("```")[0])
     names = [source.name for source in recipe(*example["candidates"]).candidates]
-    assert names == ["policy", "greedy", "edited_image", "qwen", "served", "data"]
+    expected = ["policy", "greedy", "edited_image", "hidden_image", "qwen", "served", "data"]
+    assert names == expected
