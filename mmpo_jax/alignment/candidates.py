@@ -80,7 +80,8 @@ class Asked:
 
 def responses_name(recipe: AlignRecipe) -> str:
     """The name of the stage that has all responses of a round."""
-    return "generate" if _policy_alone(recipe) else "responses"
+    alone = recipe.sentences is None and _policy_alone(recipe)
+    return "generate" if alone else "responses"
 
 
 def _policy_alone(recipe: AlignRecipe) -> bool:

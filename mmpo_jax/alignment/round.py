@@ -12,7 +12,6 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable
 
 import pyarrow as pa
 from jax.sharding import Mesh
@@ -20,6 +19,7 @@ from jax.sharding import Mesh
 from mmpo_jax.alignment.candidates import Asked, round_responses
 from mmpo_jax.alignment.examples import write_examples
 from mmpo_jax.alignment.pairs import pair_records, pair_rows
+from mmpo_jax.alignment.sentences import begun_records, judged_sentences
 from mmpo_jax.checkpoints.cards import ModelCard
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.checkpoints.fingerprints import fingerprint_model, has_fingerprint
@@ -83,6 +83,28 @@ def run_round(work: Round, judge: Judge) -> str:
     Returns:
       The Hugging Face folder of the trained model.
     """
+    generated, judged = judged_responses(work, judge)
+    pairs = pairs_stage(work, generated, judged)
+    prompts = begun_records(work.records, generated.table)
+    write_examples(work.folder, prompts, generated.table, judged.table, pairs.table)
+    return train_round(work, generated, pairs)
+
+
+def judged_responses(work: Round, judge: Judge) -> tuple[StageOutput, StageOutput]:
+    """(the responses to every prompt, see `round_responses` and `judged_sentences`; their
+    scores)."""
+    asked = Asked(
+        work.start,
+        work.records,
+        work.tokenized,
+        work.recipe,
+        work.mesh,
+        work.folder,
+        work.index,
+        work.servers,
+    )
+    if work.recipe.sentences is not None:
+        return judged_sentences(asked, judge, work.recipe.sentences)
     asks_ahead = judge.ask_ahead if isinstance(judge, AskingAhead) and judge.asks_ahead else None
     with asking_ahead(asks_ahead) as ask_ahead:
 
@@ -90,36 +112,16 @@ def run_round(work: Round, judge: Judge) -> str:
             for part in rows_in_parts(work.folder, work.records, rows):
                 ask_ahead(part)
 
-        generated = generated_responses(work, finished)
+        generated = round_responses(dataclasses.replace(asked, finished=finished))
     answered = set(generated.table["prompt_id"].to_pylist())
     records = [record for record in work.records if record.id in answered]
-    judged = judge.judge(Responses(work.folder, records, generated))
-    pairs = pairs_stage(work, generated, judged)
-    write_examples(work.folder, work.records, generated.table, judged.table, pairs.table)
-    return train_round(work, generated, pairs)
-
-
-def generated_responses(work: Round, finished: Callable[[pa.Table], None]) -> StageOutput:
-    """The responses of all sources to every prompt, see `round_responses`; `finished` is given
-    their rows as they come."""
-    return round_responses(
-        Asked(
-            work.start,
-            work.records,
-            work.tokenized,
-            work.recipe,
-            work.mesh,
-            work.folder,
-            work.index,
-            work.servers,
-            finished,
-        )
-    )
+    return generated, judge.judge(Responses(work.folder, records, generated))
 
 
 def pairs_stage(work: Round, generated: StageOutput, judged: StageOutput) -> StageOutput:
     """Preference pairs; what became of everything else is in the table's metadata."""
-    pairing = work.recipe.pairing
+    pairing, sentences = work.recipe.pairing, work.recipe.sentences
+    clean = {} if sentences is None else {"chosen_at_least": sentences.clean}
 
     def make_part(_: int) -> pa.Table:
         result = make_pairs(
@@ -131,6 +133,7 @@ def pairs_stage(work: Round, generated: StageOutput, judged: StageOutput) -> Sta
             balance=pairing.length_balance,
             chosen_from=pairing.chosen_from,
             rejected_from=pairing.rejected_from,
+            **clean,
         )
         table = pa.Table.from_pylist(
             [dataclasses.asdict(pair) for pair in result.pairs], schema=_PAIRS
@@ -145,6 +148,7 @@ def pairs_stage(work: Round, generated: StageOutput, judged: StageOutput) -> Sta
     settings = {
         "rules": PAIR_RULES,
         **pairing.model_dump(exclude_none=True),
+        **clean,
         "seed": work.recipe.seed,
         "round": work.index,
     }
@@ -201,7 +205,7 @@ def training_stage(work: Round) -> TrainingStage:
 
 def pair_data(work: Round, generated: pa.Table, pairs: pa.Table) -> TrainingData:
     """The round's pairs as training takes them, with the reference's log-probs."""
-    records = pair_records(work.records, generated, pairs)
+    records = pair_records(begun_records(work.records, generated), generated, pairs)
     name = f"round {work.index}: pairs"
     rows = pair_rows(name, records, work.start.processor, work.recipe)
     return stage_data(training_stage(work), rows)

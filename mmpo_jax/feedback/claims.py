@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from mmpo_jax.core.files import fingerprint_json, null_if_not_finite
 from mmpo_jax.core.stages import StageOutput, run_told_stage
-from mmpo_jax.data.records import Record, last_question
+from mmpo_jax.data.records import Record, question_with_beginning
 from mmpo_jax.feedback.ahead import asking_ahead
 from mmpo_jax.feedback.judge import (
     VERDICTS,
@@ -114,7 +114,7 @@ class ClaimsJudge:
         def make_part(part: int) -> pa.Table:
             return self._split(responses.part(part))
 
-        asked = {record.id: last_question(record.prompt) for record in responses.records}
+        asked = {record.id: question_with_beginning(record.prompt) for record in responses.records}
         inputs = {
             "responses": responses.generated.fingerprint,
             "questions": fingerprint_json(asked),
@@ -131,7 +131,7 @@ class ClaimsJudge:
         Raises:
           TooManyFailed: see `check_failed`.
         """
-        asked = {record.id: last_question(record.prompt) for record in responses.records}
+        asked = {record.id: question_with_beginning(record.prompt) for record in responses.records}
         table = responses.generated.table
         ids, samples, texts = (table[name].to_pylist() for name in ("prompt_id", "sample", "text"))
         items = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import threading
@@ -31,7 +32,8 @@ def add_rate(folder: str, questions: int, seconds: float) -> None:
 
 
 def read_rate(folder: str) -> float | None:
-    """Questions per second in a round; None where nobody was asked."""
-    total = read_json(os.path.join(folder, FILE))
-    seconds = total.get("seconds", 0.0)
-    return total["questions"] / seconds if seconds else None
+    """Questions per second in a round, of all of its folders; None where nobody was asked."""
+    paths = [os.path.join(folder, FILE), *glob.glob(os.path.join(glob.escape(folder), "*", FILE))]
+    totals = [read_json(path) for path in paths]
+    seconds = sum(total.get("seconds", 0.0) for total in totals)
+    return sum(total.get("questions", 0) for total in totals) / seconds if seconds else None

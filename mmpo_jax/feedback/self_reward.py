@@ -12,7 +12,7 @@ import pyarrow as pa
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import fingerprint_items, fingerprint_json
 from mmpo_jax.core.stages import StageOutput, run_told_stage
-from mmpo_jax.data.records import Record, last_question
+from mmpo_jax.data.records import Record, question_with_beginning
 from mmpo_jax.feedback.judge import EMPTY, Judgement, Responses, check_failed, judged_table
 from mmpo_jax.feedback.split_prompts import fill
 from mmpo_jax.feedback.text_model import (
@@ -130,7 +130,7 @@ class SelfRewardJudge:
     def _ask(self, record: Record, number: int, text: str) -> Ask:
         prompt = fill(
             self.prompt,
-            question=last_question(record.prompt),
+            question=question_with_beginning(record.prompt),
             answer=text,
             low=f"{self.options.low:g}",
             high=f"{self.options.high:g}",
@@ -148,7 +148,7 @@ class SelfRewardJudge:
     def _content(self, record: Record) -> list[str]:
         """Fingerprints of what the labeler is shown of a prompt."""
         told = [record.solution] if self.tells_solution else []
-        said = fingerprint_json([record.id, last_question(record.prompt), *told])
+        said = fingerprint_json([record.id, question_with_beginning(record.prompt), *told])
         return [said, *(image.fingerprint() for image in record.images)]
 
 

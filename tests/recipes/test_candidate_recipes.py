@@ -157,6 +157,7 @@ def test_mistakes_are_told_by_their_path(tmp_path):
         ("noisy_image_pairs", ["data", "edited_image"]),
         ("rlaif_v_7b_vllm", ["served"]),
         ("hidden_image_pairs", ["data", "hidden_image"]),
+        ("sentinel", ["policy"]),
     ],
 )
 def test_recipes_of_the_methods(name, sources):
