@@ -339,6 +339,27 @@ def test_a_kill_loses_a_part_of_one_source(make, start, monkeypatch):
     assert again.fingerprint == whole.fingerprint
 
 
+def test_what_is_finished_is_told_once_while_there_is_more_to_come(make, start, monkeypatch):
+    monkeypatch.setattr(responses_module, "PROMPTS_PER_PART", 4)
+    told = []
+
+    def finished(rows):
+        told.append((rows.num_rows, len(set(rows["prompt_id"].to_pylist()))))
+
+    def asked(*sources):
+        return dataclasses.replace(asked_of(make(*sources), start), finished=finished)
+
+    data, policy, greedy = (2 * PROMPTS, PROMPTS), [(4 * SAMPLES, 4), (3 * SAMPLES, 3)], [(4, 4)]
+    round_responses(asked(DATA, POLICY))
+    assert told == [data, *policy]
+    told.clear()
+    round_responses(asked(DATA, POLICY))  # nothing is made, so nobody is to be asked meanwhile
+    assert not told
+    round_responses(asked(DATA, POLICY, GREEDY))
+    assert sorted(told[:2]) == sorted([data, (PROMPTS * SAMPLES, PROMPTS)])
+    assert told[2:] == [*greedy, (3, 3)]
+
+
 class TestGivenJudges:
     @pytest.fixture
     def asked(self, make, start):

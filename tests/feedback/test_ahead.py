@@ -5,7 +5,7 @@ import threading
 
 import pytest
 from helpers.alive import PATIENCE, wait_until
-from helpers.judged import responses_of
+from helpers.judged import Scripted, responses_of
 
 from mmpo_jax.core import progress
 from mmpo_jax.feedback import judge as judge_module
@@ -13,8 +13,9 @@ from mmpo_jax.feedback.ahead import asking_ahead
 from mmpo_jax.feedback.claims import ClaimsJudge
 from mmpo_jax.feedback.judge import AskingAhead, TooManyFailed, rows_in_parts
 from mmpo_jax.feedback.labeler import Answer
+from mmpo_jax.feedback.self_reward import SelfRewardJudge
 from mmpo_jax.feedback.splitters import Claim, Division
-from mmpo_jax.recipes.feedback import ClaimsFeedback
+from mmpo_jax.recipes.feedback import ClaimsFeedback, SelfRewardFeedback
 
 SERVED = {"type": "chat", "url": "http://127.0.0.1:1/v1", "model": "m"}
 
@@ -190,6 +191,20 @@ def test_only_the_splitter_is_asked_where_the_labeler_needs_devices(tmp_path):
     judge = judge_of(Splitter(seen.extend), None, splitter=SERVED)
     judge.ask_ahead(responses_of(tmp_path, {"p": ["a b", "b c"]}))
     assert [item.response for item in seen] == ["a b", "b c"]
+
+
+def test_a_served_judge_of_whole_responses_is_asked_ahead(tmp_path):
+    model = Scripted(lambda text, attempt: "Score: 3")
+    judge = SelfRewardJudge(SelfRewardFeedback(labeler=SERVED), model, "key")
+    assert isinstance(judge, AskingAhead) and judge.asks_ahead
+    assert not SelfRewardJudge(SelfRewardFeedback(), model, "key").asks_ahead
+    responses = responses_of(tmp_path, {"p": ["a", "b"], "q": [""]})
+    judge.ask_ahead(responses)
+    ahead = [(ask.text, ask.images) for asks in model.rounds for ask in asks]
+    assert len(ahead) == 2 and not (tmp_path / "judge.parquet").exists()
+    judge.judge(responses)
+    asked = [(ask.text, ask.images) for asks in model.rounds for ask in asks]
+    assert asked == ahead * 2  # the same, which a client knows by then
 
 
 def test_a_part_is_labelled_while_the_next_is_split(tmp_path, monkeypatch, caplog):
