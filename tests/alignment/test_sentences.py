@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+from helpers import tiny
 from helpers.judged import prompt, responses_of
 from helpers.small_rounds import PROMPTS, CoinLabeler, WordSplitter, make_recipe
 from pydantic import ValidationError
@@ -18,9 +19,11 @@ from mmpo_jax.alignment.pairs import pair_rows
 from mmpo_jax.alignment.round import pair_records
 from mmpo_jax.alignment.sentences import begun_records, continued_text, judged_sentences
 from mmpo_jax.checkpoints.checkpoint import load_checkpoint
+from mmpo_jax.checkpoints.configs import load_config
 from mmpo_jax.core.files import read_table
-from mmpo_jax.data.records import Turn
-from mmpo_jax.data.tokenization import tokenize_prompt
+from mmpo_jax.data.processor import Processor
+from mmpo_jax.data.records import Response, Turn
+from mmpo_jax.data.tokenization import tokenize, tokenize_prompt
 from mmpo_jax.data.usable import usable_records
 from mmpo_jax.feedback.claims import ClaimsJudge
 from mmpo_jax.feedback.scores import accepted
@@ -50,6 +53,14 @@ def small_recipe(output, folder, **changes):
             },
             "sentences": {"max_sentences": STEPS, "end": TWO_WORDS},
             "pairing": {"length_balance": "none", "max_pairs_per_prompt": 1000},
+            "training": {
+                "optimizer": {"learning_rate": 1e-3},
+                "batch_size": 4,
+                "max_steps": 2,
+                "log_every": 1,
+                "save_every": 2,
+                "save_dtype": "bfloat16",  # which is measured on the last round's pairs
+            },
             **changes,
         },
     )
@@ -160,12 +171,9 @@ def test_only_the_sentences_are_trained(done, tiny_folder):
     decode = start.processor.decode
     for row in rows:
         pair = by_id[row.id]
-        prompt = decode(row.prompt_ids.tolist())
-        assert (
-            prompt.split()[-len(begun[pair["prompt_id"]].split()) :]
-            == begun[pair["prompt_id"]].split()
-            or not begun[pair["prompt_id"]]
-        )
+        said = begun[pair["prompt_id"]].split()
+        words = decode(row.prompt_ids.tolist()).split()
+        assert words[len(words) - len(said) :] == said
         for side, response in zip(("chosen", "rejected"), row.responses, strict=True):
             trained = response.ids[response.loss_mask].tolist()
             assert response.loss_mask.all()
@@ -263,13 +271,25 @@ def test_a_model_that_splits_is_told_what_was_said_before(tmp_path):
     assert item.response == " It is red ."
 
 
-def test_the_space_in_front_of_what_goes_on(tiny_processor):
-    """Words that are decoded alone have none."""
-    encode = tiny_processor.encode
-    ids = encode("a red star")
-    whole = [*encode("there is"), *ids]
-    assert continued_text(tiny_processor, np.array(encode("there is")), ids) == " a red star"
-    assert tiny_processor.decode(whole) == "there is a red star"
+@pytest.mark.parametrize("make", [tiny.make_sentencepiece_folder, tiny.make_byte_level_folder])
+def test_the_space_in_front_of_what_goes_on(make, tmp_path):
+    """SentencePiece loses it where tokens are decoded alone."""
+    folder = make(tmp_path / "llava")
+    processor = Processor(folder, load_config(folder))
+    shown = prompt("p")
+    said, more = "a red star .", " a star"
+    turns = (*shown.prompt, Turn("assistant", said))
+    record = dataclasses.replace(shown, prompt=turns)
+    begun = tokenize_prompt(record, processor, 10**6, 1)
+    answered = dataclasses.replace(record, responses=(Response.of(more, finished=False),))
+    (response,) = tokenize(answered, processor, 10**6, 10**6).responses
+    ids = response.ids.tolist()
+    assert continued_text(processor, begun.prompt_ids, ids) == more
+    if make is tiny.make_sentencepiece_folder:
+        assert processor.decode(ids) == more.strip()
+    # And what is trained of the pair are those tokens, behind that prompt.
+    whole = tokenize(answered, processor, 10**6, 10**6)
+    np.testing.assert_array_equal(whole.prompt_ids, begun.prompt_ids)
 
 
 @pytest.mark.parametrize(
