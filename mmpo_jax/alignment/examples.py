@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from mmpo_jax.core.files import write_atomic
+from mmpo_jax.core.processes import on_one
 from mmpo_jax.data.records import Record, question_with_beginning
 from mmpo_jax.feedback.judge import VERDICTS, sources_of
 from mmpo_jax.feedback.scores import accepted
@@ -48,7 +49,8 @@ def write_examples(
         "\n".join(_prompt_lines(record, responses[record.id], paired[record.id]))
         for record in shown
     ]
-    write_atomic(os.path.join(folder, FILE), ("\n\n".join(blocks) + "\n").encode())
+    text = "\n\n".join(blocks) + "\n"
+    on_one(lambda: write_atomic(os.path.join(folder, FILE), text.encode()))
 
 
 def _prompt_lines(

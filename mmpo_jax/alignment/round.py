@@ -31,6 +31,7 @@ from mmpo_jax.core.files import (
     read_json,
     write_atomic,
 )
+from mmpo_jax.core.processes import on_one
 from mmpo_jax.core.stages import Stage, StageOutput, run_told_stage
 from mmpo_jax.data.records import Record
 from mmpo_jax.data.tokenization import TokenizedRecord
@@ -167,7 +168,7 @@ def train_round(work: Round, generated: StageOutput, pairs: StageOutput) -> str:
         "round": work.index,
     }
     identity = fingerprint_json(inputs)
-    if _is_trained(manifest, target, identity):
+    if on_one(lambda: _is_trained(manifest, target, identity)):
         return target
     if not pairs.table.num_rows:
         raise MmpoError(
@@ -178,12 +179,16 @@ def train_round(work: Round, generated: StageOutput, pairs: StageOutput) -> str:
     work = dataclasses.replace(work, start=work.start.reloaded(work.mesh))
     stage = training_stage(work)
     data = pair_data(work, generated.table, pairs.table)
-    _discard_other_run(stage.run_folder, identity)
+    on_one(lambda: _discard_other_run(stage.run_folder, identity))
     with progress.doing("train"):
         progress.tell()
         train_stage(stage, data, inputs)
-    done = {"identity": identity, "inputs": inputs, "model": fingerprint_model(target)}
-    write_atomic(manifest, json.dumps(done, indent=1).encode())
+
+    def note() -> None:
+        done = {"identity": identity, "inputs": inputs, "model": fingerprint_model(target)}
+        write_atomic(manifest, json.dumps(done, indent=1).encode())
+
+    on_one(note)
     return target
 
 

@@ -16,13 +16,14 @@ import pyarrow.compute as pc
 from jax.sharding import Mesh
 
 from mmpo_jax.alignment.served_copy import brought_up
-from mmpo_jax.chat.client import ChatClient
 from mmpo_jax.chat.replies import ChatFailure, Outcome
 from mmpo_jax.chat.requests import ChatMessage, ChatRequest
 from mmpo_jax.chat.server import ChatServer
+from mmpo_jax.chat.shared import AnyClient
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.core import progress
 from mmpo_jax.core.files import fingerprint_items, fingerprint_json
+from mmpo_jax.core.processes import on_one
 from mmpo_jax.core.stages import Stage, StageOutput, run_stage
 from mmpo_jax.data.records import IMAGE, ImageRef, Record, Turn, placed
 from mmpo_jax.data.skipped import Problem
@@ -60,7 +61,7 @@ def unservable(record: Record) -> Problem | None:
 
 def client_of(
     source: ServedCandidates, sampling: Sampling, servers: Servers, model: str
-) -> ChatClient:
+) -> AnyClient:
     """The client of a source's server.
 
     Args:
@@ -85,7 +86,7 @@ def served_stage(
     sampling: Sampling,
     start: Checkpoint,
     mesh: Mesh,
-    client: ChatClient,
+    client: AnyClient,
     *,
     folder: str,
     seed: int,
@@ -142,7 +143,7 @@ def served_stage(
 
         @functools.cache
         def bring_up() -> None:
-            os.makedirs(folder, exist_ok=True)
+            on_one(lambda: os.makedirs(folder, exist_ok=True))
             stack.enter_context(brought_up(source, start, mesh, folder, client))
 
         def make_part(part: int) -> pa.Table:
@@ -197,7 +198,7 @@ def _sampled(
     source: ServedCandidates,
     records: Sequence[Record],
     sampling: Sampling,
-    client: ChatClient,
+    client: AnyClient,
     seeds: Sequence[int],
 ) -> pa.Table:
     """The samples of some prompts.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from etils import epath
 from jax.sharding import Mesh
 
-from mmpo_jax.chat.client import ChatClient
+from mmpo_jax.chat.shared import AnyClient
 from mmpo_jax.checkpoints.checkpoint import Checkpoint, Origin
 from mmpo_jax.checkpoints.fingerprints import fingerprint_model, has_fingerprint
 from mmpo_jax.checkpoints.folders import copy_base
@@ -30,6 +31,7 @@ from mmpo_jax.core.files import (
     replace_folder,
     write_atomic,
 )
+from mmpo_jax.core.processes import VARIABLES, on_one
 from mmpo_jax.recipes.candidates import ServedCandidates
 
 log = logging.getLogger(__name__)
@@ -42,9 +44,10 @@ LOOKS = 0.5
 
 @contextlib.contextmanager
 def brought_up(
-    source: ServedCandidates, start: Checkpoint, mesh: Mesh, folder: str, client: ChatClient
+    source: ServedCandidates, start: Checkpoint, mesh: Mesh, folder: str, client: AnyClient
 ) -> Iterator[None]:
-    """The server of a source, up with the round's model within the block.
+    """The server of a source, up with the round's model within the block. Of several processes the
+    first runs the command.
 
     Args:
       source: whose command is run.
@@ -67,8 +70,21 @@ def brought_up(
     model = model_folder(start, mesh, os.path.join(folder, f"{source.name}-model"))
     if source.shares_devices:
         start.release()
+    with contextlib.ExitStack() as stack:
+        on_one(lambda: stack.enter_context(_command_up(source, model, folder, client)))
+        yield
+
+
+@contextlib.contextmanager
+def _command_up(
+    source: ServedCandidates, model: str, folder: str, client: AnyClient
+) -> Iterator[None]:
+    """The command of a source within the block, its server up; see `brought_up`."""
+    assert source.command is not None
+    name = f"candidates: {source.name}"
     log_file = os.path.abspath(os.path.join(folder, f"generate-{source.name}.log"))
-    environment = os.environ | {MODEL_VARIABLE: model, ROUND_VARIABLE: os.path.abspath(folder)}
+    given = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    environment = given | {MODEL_VARIABLE: model, ROUND_VARIABLE: os.path.abspath(folder)}
     log.info("%s: serving %s by the recipe's command; its log: %s", name, model, log_file)
     with running(source.command, environment, log_file) as process:
         _wait_until_up(source, client, process, log_file)
@@ -88,7 +104,7 @@ def brought_up(
 
 def _wait_until_up(
     source: ServedCandidates,
-    client: ChatClient,
+    client: AnyClient,
     process: subprocess.Popen[bytes],
     log_file: str,
 ) -> None:
@@ -136,18 +152,27 @@ def model_folder(start: Checkpoint, mesh: Mesh, target: str) -> str:
     if own is not None and template is None:
         return own
     manifest, of = f"{target}.json", fingerprint_json([start.fingerprint, template])
-    done = read_json(manifest)
-    if done.get("of") == of and has_fingerprint(target, done["model"]):
+
+    def is_there() -> bool:
+        done = read_json(manifest)
+        return done.get("of") == of and has_fingerprint(target, done["model"])
+
+    if on_one(is_there):
         return os.path.abspath(target)
     with progress.doing(f"writing {target}"):
         if own is not None:
-            replace_folder(target, lambda staging: _link(own, staging, template))
+            link = functools.partial(_link, own, template)
+            on_one(lambda: replace_folder(target, link))
         else:
             params = start.reloaded(mesh).params
             folder = start.processor.folder
             save_model(target, start.model, params, folder, chat_template=template)
-    done = {"of": of, "model": fingerprint_model(target)}
-    write_atomic(manifest, json.dumps(done, indent=1).encode())
+
+    def note() -> None:
+        done = {"of": of, "model": fingerprint_model(target)}
+        write_atomic(manifest, json.dumps(done, indent=1).encode())
+
+    on_one(note)
     return os.path.abspath(target)
 
 
@@ -159,7 +184,7 @@ def _own_folder(origin: Origin) -> str | None:
     return None if merged or not is_local(location.weights) else os.path.abspath(location.weights)
 
 
-def _link(source: str, target: str, template: str | None) -> None:
+def _link(source: str, template: str | None, target: str) -> None:
     """A checkpoint folder with another chat template, whose weights are links."""
     copy_base(source, target, template)
     index = epath.Path(source) / INDEX_FILE

@@ -27,6 +27,7 @@ from mmpo_jax.checkpoints.peft import base_model, has_model, is_adapter_folder, 
 from mmpo_jax.checkpoints.safetensors_files import all_finite
 from mmpo_jax.core import progress
 from mmpo_jax.core.files import fingerprint_json, is_local
+from mmpo_jax.core.processes import on_one
 from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.models.config import ModelConfig, ModelError
@@ -143,7 +144,7 @@ def locate(name: str) -> Location:
     folder, *adapters = checkpoint_folders(name)
     if not is_local(folder) or os.path.isfile(os.path.join(folder, "config.json")):
         return Location(folder, side_files(folder), False, tuple(adapters))
-    orbax = find_checkpoint(folder)
+    orbax = on_one(lambda: find_checkpoint(folder))
     if orbax is None:
         return Location(folder, folder, False, tuple(adapters))
     return Location(*orbax, True, tuple(adapters))
@@ -176,11 +177,15 @@ def checkpoint_folders(name: str) -> list[str]:
 
 
 def fingerprint_location(location: Location) -> str:
-    """Digest of all files that make up a checkpoint.
+    """Digest of all files that make up a checkpoint, which the first of several processes reads.
 
     Raises:
       ModelError, DataError: naming the file that is missing or cannot be read.
     """
+    return on_one(lambda: _fingerprint(location))
+
+
+def _fingerprint(location: Location) -> str:
     with progress.doing(f"checksum of {location.weights}"):
         if location.is_orbax:
             model = fingerprint_step(location.weights, location.base)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from mmpo_jax.core import progress
+from mmpo_jax.core.processes import alone, is_first
 
 log = logging.getLogger(__name__)
 
@@ -28,21 +29,22 @@ other."""
 def asking_ahead(ask: Callable[[Item], None] | None) -> Iterator[Callable[[Item], None]]:
     """A function that takes what is finished and returns at once; `ask` is called in threads.
 
-    Where that fails, as it does when a server is down, nothing more is asked ahead, and the log
-    says so: who asks later asks again, and tells what is wrong. At the end what waits is dropped,
-    and what is being asked goes on: that is what is needed next. Closing the chat clients ends it.
+    Of several processes the first asks. Where that fails, as it does when a server is down, nothing
+    more is asked ahead, and the log says so: who asks later asks again, and tells what is wrong. At
+    the end what waits is dropped, and what is being asked goes on: that is what is needed next.
+    Closing the chat clients ends it.
 
     Args:
       ask: asks about one item; None for nothing to be asked.
     """
-    if ask is None:
+    if ask is None or not is_first():
         yield lambda item: None
         return
     waiting: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
     over, lock = threading.Event(), threading.Lock()
 
     def work() -> None:
-        with progress.aside():
+        with progress.aside(), alone():
             while (item := waiting.get()) is not None:
                 if over.is_set():
                     continue

@@ -8,6 +8,7 @@ import os
 import threading
 
 from mmpo_jax.core.files import read_json, write_atomic
+from mmpo_jax.core.processes import on_one
 
 FILE = "labeler_rate.json"
 _lock = threading.Lock()
@@ -21,6 +22,10 @@ def add_rate(folder: str, questions: int, seconds: float) -> None:
       questions: that were answered now.
       seconds: that it took, loading and compiling included.
     """
+    on_one(lambda: _add(folder, questions, seconds))
+
+
+def _add(folder: str, questions: int, seconds: float) -> None:
     path = os.path.join(folder, FILE)
     with _lock:
         before = read_json(path)

@@ -28,7 +28,7 @@ from mmpo_jax.inference.loop import TokenCount
 from mmpo_jax.inference.plan import PlannedBatch, plan_padded
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.precision import check_finite, inference_dtype
-from mmpo_jax.parallel.mesh import batch_shards
+from mmpo_jax.parallel.mesh import WHOLE, Share, batch_shards
 from mmpo_jax.recipes.sampling import Decoding
 
 PROMPTS_PER_PART = 256
@@ -212,7 +212,7 @@ class SampleCount:
 def _with_keys(
     batch: PlannedBatch, rows: int, draw: Callable, numbers: np.ndarray, repeats: np.ndarray
 ) -> PlannedBatch:
-    """A batch of prompts together with the keys of their samples.
+    """A batch of prompts, a process's own, together with the keys of the samples of all of them.
 
     Args:
       batch: makes a `Batch`.
@@ -221,11 +221,11 @@ def _with_keys(
       numbers, repeats: uint32[N] of all records, see `sample_keys`.
     """
 
-    def make() -> tuple[Batch, jax.Array]:
+    def make(share: Share = WHOLE) -> tuple[Batch, jax.Array]:
         arrays: Any = np.zeros((2, rows), np.uint32)
         for number, row in batch.places:
             arrays[:, row] = numbers[number], repeats[number]
-        return batch.make(), draw(prompt_numbers=arrays[0], repeats=arrays[1])
+        return batch.make(share), draw(prompt_numbers=arrays[0], repeats=arrays[1])
 
     return dataclasses.replace(batch, make=make)
 
