@@ -108,7 +108,8 @@ class Checkpoint:
 
     def release(self, paths: Collection[str] | None = None) -> None:
         """Takes parameters out of the tree, for everyone who holds this checkpoint: the devices
-        have their memory back where nobody else holds the arrays. `reloaded` has them again.
+        have their memory back where nobody else holds the arrays. `reloaded` has them again, and
+        `restore` gives them to all who hold it.
 
         Args:
           paths: of the parameters; None for all.
@@ -119,6 +120,17 @@ class Checkpoint:
             for parent in parents:
                 node = node.get(parent, {})
             node.pop(name, None)
+
+    def restore(self, mesh: Mesh) -> None:
+        """Puts released parameters back, for everyone who holds this checkpoint.
+
+        Raises:
+          ModelError, CheckpointError: as `reloaded`.
+        """
+        params = self.reloaded(mesh).params
+        if params is not self.params:
+            self.params.clear()
+            self.params.update(params)
 
     def reloaded(self, mesh: Mesh) -> Checkpoint:
         """The checkpoint with all of its parameters, read again where some were released.

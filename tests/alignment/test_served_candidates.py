@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import operator
 import os
 import shutil
 import signal
@@ -11,13 +12,15 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from helpers import served_model
 from helpers.alive import is_alive, wait_until
 from helpers.chat_server import ChatTestServer, error, images, question, reply
+from helpers.live_arrays import first_steps
 from helpers.served_model import NAME, is_cut, text_of
-from helpers.small_rounds import make_recipe
+from helpers.small_rounds import CoinLabeler, make_recipe
 from helpers.world_files import write_pairs
 
 from mmpo_jax.alignment import align, served_candidates, served_copy
@@ -36,6 +39,7 @@ from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.data.records import IMAGE, Record, Turn
 from mmpo_jax.data.tokenization import tokenize_prompt
 from mmpo_jax.data.usable import usable_records
+from mmpo_jax.feedback import judges
 from mmpo_jax.feedback.judge import TooManyFailed
 from mmpo_jax.feedback.served import Servers
 from mmpo_jax.models.lora import Lora, add_adapters
@@ -45,6 +49,14 @@ pytestmark = pytest.mark.usefixtures("stubs")
 
 PROMPTS, SAMPLES = 7, 3
 POLICY = {"type": "policy"}
+TRAINING = {
+    "optimizer": {"learning_rate": 1e-3},
+    "batch_size": 4,
+    "max_steps": 2,
+    "log_every": 1,
+    "save_every": 2,
+}
+MAKE_LABELER = judges.make_labeler  # before fixtures put another in its place
 SCRIPT = served_model.__file__
 
 
@@ -338,6 +350,33 @@ class TestACommand:
         assert [row["token_ids"] for row in ours] == alone.table["token_ids"].to_pylist()
 
 
+@pytest.mark.slow
+def test_a_labeler_that_is_the_start_shares_the_weights_that_are_read_again(
+    make, copy, monkeypatch
+):
+    """And training begins with none of them beside its own."""
+    shared = []
+
+    class Labeler(CoinLabeler):
+        def __init__(self, checkpoint, *args, **options):
+            arrays = jax.tree.leaves(checkpoint.params)
+            starts = jax.tree.leaves(works[0].start.params)
+            shared.append(len(arrays) == len(starts) > 0 and all(map(operator.is_, arrays, starts)))
+
+    def run_round(work, *others):
+        works.append(work)
+        return original(work, *others)
+
+    works, original = [], align.run_round
+    monkeypatch.setattr(align, "run_round", run_round)
+    monkeypatch.setattr(judges, "make_labeler", MAKE_LABELER)
+    monkeypatch.setattr(judges, "CheckpointLabeler", Labeler)
+    with first_steps() as beside:
+        run_alignment(make(copy(), feedback={}, training=TRAINING))
+    assert shared == [True]
+    assert beside == [{}]
+
+
 class TestModelFolder:
     def test_a_folder_is_served_as_it_is(self, start, tiny_folder, tmp_path):
         target = tmp_path / "model"
@@ -426,16 +465,9 @@ def load_records(path):
 @pytest.mark.slow
 def test_a_round_that_is_killed_while_the_copy_is_asked(make, copy, notes, tmp_path):
     """No server is left, and the same command asks what is missing and ends as if undisturbed."""
-    training = {
-        "optimizer": {"learning_rate": 1e-3},
-        "batch_size": 4,
-        "max_steps": 2,
-        "log_every": 1,
-        "save_every": 2,
-    }
     pairing = {"length_balance": "none", "chosen_from": ["served"]}
     feedback = {"type": "source", "order": ["served", "policy"]}
-    changes = {"training": training, "pairing": pairing, "feedback": feedback}
+    changes = {"training": TRAINING, "pairing": pairing, "feedback": feedback}
     whole = make(copy(), POLICY, output="whole", **changes)
     run_alignment(whole)
     requests = len(noted(notes)[1])
