@@ -52,9 +52,9 @@ def asking_ahead(ask: Callable[[Item], None] | None) -> Iterator[Callable[[Item]
                     ask(item)
                 except Exception as error:
                     with lock:
-                        is_first = not over.is_set()
+                        is_news = not over.is_set()
                         over.set()
-                    if is_first:
+                    if is_news:
                         told = "%s; servers are not asked ahead any more, and again in their turn"
                         log.warning(told, error)
 

@@ -7,7 +7,7 @@ import pytest
 from helpers.alive import PATIENCE, wait_until
 from helpers.judged import Scripted, responses_of
 
-from mmpo_jax.core import progress
+from mmpo_jax.core import processes, progress
 from mmpo_jax.feedback import judge as judge_module
 from mmpo_jax.feedback.ahead import asking_ahead
 from mmpo_jax.feedback.claims import ClaimsJudge
@@ -100,6 +100,23 @@ class TestAskingAhead:
             assert asked.wait(PATIENCE)
             assert activity.done == 0
         assert asked.told.startswith("generate: 0 of 5 prompts")
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_of_several_processes_the_first_asks_ahead_alone(monkeypatch, index):
+    """It does not wait for the others, who are not asking."""
+    got, done = [], threading.Event()
+    monkeypatch.setattr(processes, "member", lambda: processes.Member(index, 2))
+    monkeypatch.setattr(processes, "_broadcast", None)
+
+    def ask(_):
+        got.append(processes.on_one(lambda: "reply"))
+        done.set()
+
+    with asking_ahead(ask) as give:
+        give(0)
+        assert index == 1 or done.wait(PATIENCE)
+    assert got == (["reply"] if index == 0 else [])
 
 
 def test_rows_come_as_many_at_a_time_as_a_part_has(tmp_path, monkeypatch):
