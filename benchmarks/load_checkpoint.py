@@ -27,7 +27,7 @@ def make_checkpoint(folder: str, layers: int, max_shard_bytes: int) -> int:
     """Writes the checkpoint tensor by tensor; returns the bytes of its weights."""
     import ml_dtypes
     import numpy as np
-    from compile_for_tpu import VICUNA_7B, llava
+    from published import VICUNA_7B, llava
 
     from mmpo_jax.checkpoints.configs import load_config
     from mmpo_jax.checkpoints.huggingface import new_tensors

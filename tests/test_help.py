@@ -18,7 +18,16 @@ finally:
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["train"], ["generate"], ["select"], ["objectives"], ["data"], ["data", "check"]],
+    [
+        [],
+        ["train"],
+        ["plan"],
+        ["generate"],
+        ["select"],
+        ["objectives"],
+        ["data"],
+        ["data", "check"],
+    ],
     ids=str,
 )
 def test_help_loads_nothing_heavy(arguments):

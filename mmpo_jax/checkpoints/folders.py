@@ -60,11 +60,11 @@ HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?")
 """organisation/name, or organisation/name@revision."""
 
 
-def resolve_folder(name: str) -> str:
+def resolve_folder(name: str, weights: bool = True) -> str:
     """The folder a recipe's `model` names, on this machine or in a bucket.
 
     A folder that is there comes before a hub id of the same spelling. What a hub id names is
-    downloaded once and kept in Hugging Face's cache.
+    downloaded once and kept in Hugging Face's cache, with its weights or without.
 
     Raises:
       ModelError: there is no such folder, built-in checkpoint or repository, or it cannot be
@@ -81,7 +81,7 @@ def resolve_folder(name: str) -> str:
         return os.path.abspath(name)
     if not is_on_hub(name):
         raise ModelError(f"{name}: there is no such checkpoint folder")
-    return _download(name, *split_hub_id(name))
+    return _download(name, *split_hub_id(name), weights)
 
 
 def is_on_hub(name: str) -> bool:
@@ -105,10 +105,10 @@ def _bucket_folder(name: str) -> str:
     return name
 
 
-def _download(name: str, repository: str, revision: str | None) -> str:
-    """Config, processor and safetensors files of a repository, also those that its config names;
-    never pickles or code."""
-    weights = "model*.safetensors*", ADAPTER_CONFIG, ADAPTER_WEIGHTS
+def _download(name: str, repository: str, revision: str | None, weights: bool) -> str:
+    """Config, processor and, if they are wanted, safetensors files of a repository, also those that
+    its config names; never pickles or code."""
+    tensors = "model*.safetensors*", ADAPTER_WEIGHTS
     fetch = functools.partial(
         huggingface_hub.snapshot_download,
         repository,
@@ -117,8 +117,9 @@ def _download(name: str, repository: str, revision: str | None) -> str:
     )
     try:
         config = read_json(os.path.join(fetch(allow_patterns=["config.json"]), "config.json"))
-        named = _named_weights(config.get("transformers_weights"))
-        return fetch(allow_patterns=["config.json", *PROCESSOR_FILES, *weights, *named])
+        named = [*tensors, *_named_weights(config.get("transformers_weights"))]
+        files = ["config.json", ADAPTER_CONFIG, *PROCESSOR_FILES]
+        return fetch(allow_patterns=[*files, *(named if weights else [])])
     except (
         huggingface_hub.errors.RepositoryNotFoundError,
         huggingface_hub.errors.RevisionNotFoundError,

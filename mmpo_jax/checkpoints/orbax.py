@@ -22,10 +22,8 @@ from mmpo_jax.checkpoints.folders import copy_base
 from mmpo_jax.checkpoints.train_state import TrainState
 from mmpo_jax.core import progress
 from mmpo_jax.core.errors import MmpoError
-from mmpo_jax.core.processes import on_one
 from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.models.model import Params
-from mmpo_jax.parallel.mesh import put_whole
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +57,7 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The last saved step."""
-        return on_one(self.manager.latest_step)
+        return self.manager.latest_step()
 
     def describe_latest(self) -> str:
         """The last good checkpoint's folder, for messages."""
@@ -121,7 +119,7 @@ class Checkpoints:
         )
         params = restored["params"]
         log.info("continuing from step %d", step)
-        number = put_whole(np.int32(step), state.step.sharding)
+        number = jax.device_put(jax.numpy.int32(step), state.step.sharding)
         resumed = TrainState(
             number,
             {path: params[path] for path in state.params},
@@ -145,7 +143,7 @@ class Checkpoints:
 
     def discard_best(self) -> None:
         """Removes what was best in an attempt of which no checkpoint is left."""
-        on_one(lambda: shutil.rmtree(self._best_folder, ignore_errors=True))
+        shutil.rmtree(self._best_folder, ignore_errors=True)
 
     def restore_best(self, state: TrainState) -> TrainState:
         """The state with the best parameters."""
@@ -221,13 +219,9 @@ def save_base(
       The folder.
     """
     base = os.path.join(folder, BASE)
-
-    def save() -> None:
-        copy_base(source, base, chat_template)
-        if card is not None:
-            save_card(base, card)
-
-    on_one(save)
+    copy_base(source, base, chat_template)
+    if card is not None:
+        save_card(base, card)
     return base
 
 

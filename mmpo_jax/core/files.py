@@ -238,23 +238,13 @@ def replace_folder(target: str, write: Callable[[str], Any]) -> None:
 
     What it raises passes through; then nothing is left of what it wrote.
     """
-    staging = incomplete(target)
+    staging = target.rstrip("/") + ".incomplete"
     shutil.rmtree(staging, ignore_errors=True)
     try:
         write(staging)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    put_in_place(staging, target)
-
-
-def incomplete(target: str) -> str:
-    """The folder beside the target in which it is made."""
-    return target.rstrip("/") + ".incomplete"
-
-
-def put_in_place(staging: str, target: str) -> None:
-    """Puts a whole folder in the place of the target."""
     shutil.rmtree(target, ignore_errors=True)
     os.replace(staging, target)
 

@@ -41,15 +41,27 @@ def load_recipe(
     Raises:
       RecipeError: naming the file and every key at fault.
     """
-    values = {} if path is None else _read(path)
-    for override in overrides:
-        _apply(values, override)
+    values = read_values(path, overrides)
     try:
         return kind.model_validate(values)
     except pydantic.ValidationError as error:
         lines = "\n".join(f"  {_explain(kind, problem, values)}" for problem in error.errors())
         name = "the options" if path is None else path
         raise RecipeError(f"{name}: this recipe cannot be run:\n{lines}") from error
+
+
+def read_values(
+    path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What a YAML file says, with `a.b=value` overrides, before it is checked.
+
+    Raises:
+      RecipeError: it cannot be read.
+    """
+    values = {} if path is None else _read(path)
+    for override in overrides:
+        _apply(values, override)
+    return values
 
 
 def _read(path: str | os.PathLike[str]) -> dict[str, Any]:

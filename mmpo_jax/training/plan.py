@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+import jax
 from jax.sharding import Mesh
 
 from mmpo_jax.core.errors import MmpoError
@@ -74,7 +75,12 @@ def micro_batch_size(config: Training, mesh: Mesh) -> int:
       TrainingError: they cannot be split evenly over the mesh.
     """
     micro = config.micro_batch_size or config.batch_size
-    shards = batch_shards(mesh)
+    shards, processes = batch_shards(mesh), jax.process_count()
+    if shards % processes:
+        raise TrainingError(
+            f"devices: batches are split over {shards}, of which {processes} processes cannot have "
+            "equal shares; give `tensor` fewer"
+        )
     if micro % shards:
         raise TrainingError(
             f"training: {micro} rows at a time cannot be split over {shards} devices; "

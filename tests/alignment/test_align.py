@@ -37,12 +37,12 @@ def work_done(monkeypatch):
     """What is really computed by a call: (round folder, stage) in order."""
     done = []
 
-    def count(stage, make_part, *finished):
+    def count(stage, make_part):
         def make(part):
             done.append((Path(stage.folder).name, stage.name))
             return make_part(part)
 
-        return original(stage, make, *finished)
+        return original(stage, make)
 
     original = stages.run_stage
     monkeypatch.setattr(stages, "run_stage", count)

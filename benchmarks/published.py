@@ -1,0 +1,260 @@
+"""Published models by their configs, for plans and measurements that need no weights.
+
+    python benchmarks/published.py LLaVA-1.5-7B models/llava-1.5-7b
+
+writes the config of a model, with its image processor's settings and a stand-in of its tokenizer:
+what `mmpo plan` takes. Where there is a network, the hub id does the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A published model."""
+
+    config: Callable[[], Any]
+    """Makes the transformers config, from the values of its config.json."""
+    image_processor: Any = None
+    media: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Tokens that stand for media and around them, with their ids."""
+    named: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Names under which tokenizer_config.json has some of them."""
+    picture: str = "<image>"
+    """What the chat template writes for a picture."""
+
+
+def decoder(
+    size: int,
+    wide: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    vocab: int,
+    theta: float,
+    **more: Any,
+) -> dict[str, Any]:
+    """What a text config says of a decoder's shape."""
+    return {
+        "hidden_size": size,
+        "intermediate_size": wide,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": False,
+        **more,
+    }
+
+
+CLIP = transformers.CLIPVisionConfig(  # ViT-L/14 at 336 pixels: 576 tokens a tile
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=336,
+    patch_size=14,
+    projection_dim=768,
+)
+VICUNA_7B = decoder(4096, 11008, 32, 32, 32, 32064, 1e4)
+VICUNA_13B = decoder(5120, 13824, 40, 40, 40, 32064, 1e4)
+YI_34B = decoder(7168, 20480, 60, 56, 8, 64064, 5e6)
+QWEN_7B = decoder(3584, 18944, 28, 28, 4, 152064, 1e6)
+QWEN_72B = decoder(8192, 29568, 80, 64, 8, 152064, 1e6)
+LLAMA_3_8B = decoder(4096, 14336, 32, 32, 8, 128256, 5e5)
+NEXT_GRIDS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+ONEVISION_GRIDS = [[384 * i, 384 * j] for i in range(1, 7) for j in range(1, 7)]
+
+
+def llava(text: dict[str, Any]) -> Any:
+    return transformers.LlavaConfig(
+        vision_config=CLIP,
+        text_config=transformers.LlamaConfig(**text),
+        image_token_index=32000,
+        tie_word_embeddings=False,
+    )
+
+
+def llava_next(text: dict[str, Any]) -> Any:
+    return transformers.LlavaNextConfig(
+        vision_config=CLIP,
+        text_config=transformers.LlamaConfig(**text),
+        image_token_index=64000,
+        image_grid_pinpoints=NEXT_GRIDS,
+        tie_word_embeddings=False,
+    )
+
+
+def llava_onevision(text: dict[str, Any]) -> Any:
+    return transformers.LlavaOnevisionConfig(
+        vision_config=transformers.SiglipVisionConfig(
+            hidden_size=1152,
+            intermediate_size=4304,
+            num_hidden_layers=26,
+            num_attention_heads=16,
+            image_size=384,
+            patch_size=14,
+            vision_use_head=False,
+        ),
+        text_config=transformers.Qwen2Config(**text | {"vocab_size": 152000}),
+        image_token_index=151646,
+        video_token_index=151647,
+        vision_aspect_ratio="anyres_max_9",
+        image_grid_pinpoints=ONEVISION_GRIDS,
+        tie_word_embeddings=False,
+    )
+
+
+def qwen_vl(text: dict[str, Any], wide: int) -> Any:
+    sections = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    return transformers.Qwen2_5_VLConfig(
+        vision_config={
+            "depth": 32,
+            "hidden_size": 1280,
+            "intermediate_size": wide,
+            "num_heads": 16,
+            "out_hidden_size": text["hidden_size"],
+            "patch_size": 14,
+            "window_size": 112,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+        },
+        text_config=text | {"rope_parameters": sections},
+        image_token_id=151655,
+        video_token_id=151656,
+        vision_start_token_id=151652,
+        vision_end_token_id=151653,
+        tie_word_embeddings=False,
+    )
+
+
+def internvl(text: dict[str, Any]) -> Any:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0}
+    text = text | {"vocab_size": 151674, "rope_parameters": rope}
+    return transformers.InternVLConfig(
+        vision_config=transformers.InternVLVisionConfig(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            attention_bias=True,
+            image_size=448,
+            patch_size=14,
+            layer_scale_init_value=0.1,
+        ),
+        text_config=transformers.Qwen2Config(**text),
+        image_token_id=151667,
+        tie_word_embeddings=False,
+    )
+
+
+SHORTEST = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
+OF_CLIP = transformers.CLIPImageProcessorPil(**SHORTEST)
+OF_ONEVISION = transformers.LlavaOnevisionImageProcessorPil(
+    size={"height": 384, "width": 384}, image_grid_pinpoints=ONEVISION_GRIDS
+)
+OF_INTERNVL = transformers.GotOcr2ImageProcessorPil(
+    size={"height": 448, "width": 448}, min_patches=1, max_patches=12
+)
+QWEN_SETTINGS = {"patch_size": 14, "min_pixels": 56 * 56, "max_pixels": 28 * 28 * 1280}
+OF_QWEN = transformers.Qwen2VLImageProcessorPil(**QWEN_SETTINGS)
+QWEN_MEDIA = {
+    "<|vision_start|>": 151652,
+    "<|vision_end|>": 151653,
+    "<|image_pad|>": 151655,
+    "<|video_pad|>": 151656,
+}
+QWEN_PICTURE = "<|vision_start|> <|image_pad|> <|vision_end|>"
+INTERNVL_NAMES = {
+    "context_image_token": "<IMG_CONTEXT>",
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "video_token": "<video>",
+}
+INTERNVL_MEDIA = {"<img>": 151665, "</img>": 151666, "<IMG_CONTEXT>": 151667, "<video>": 151668}
+
+PUBLISHED = {
+    "LLaVA-1.5-7B": Published(lambda: llava(VICUNA_7B), OF_CLIP, {"<image>": 32000}),
+    "LLaVA-1.5-13B": Published(lambda: llava(VICUNA_13B), OF_CLIP, {"<image>": 32000}),
+    "LLaVA-NeXT-34B": Published(
+        lambda: llava_next(YI_34B),
+        transformers.LlavaNextImageProcessorPil(**SHORTEST, image_grid_pinpoints=NEXT_GRIDS),
+        {"<image>": 64000},
+    ),
+    "LLaVA-OneVision-7B": Published(
+        lambda: llava_onevision(QWEN_7B), OF_ONEVISION, {"<image>": 151646, "<video>": 151647}
+    ),
+    "Qwen2.5-VL-7B": Published(
+        lambda: qwen_vl(QWEN_7B, 3420), OF_QWEN, QWEN_MEDIA, picture=QWEN_PICTURE
+    ),
+    "Qwen2.5-VL-72B": Published(
+        lambda: qwen_vl(QWEN_72B, 3456), OF_QWEN, QWEN_MEDIA, picture=QWEN_PICTURE
+    ),
+    "InternVL3-8B": Published(
+        lambda: internvl(QWEN_7B),
+        OF_INTERNVL,
+        INTERNVL_MEDIA,
+        INTERNVL_NAMES,
+        picture="<IMG_CONTEXT>",
+    ),
+    # RLAIF-V's splitters are tuned from it.
+    "Llama-3-8B": Published(lambda: transformers.LlamaConfig(**LLAMA_3_8B)),
+}
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'].upper() + ': ' }}"
+    "{% if m['content'] is string %}{{ m['content'] + ' ' }}{% else %}"
+    "{% for part in m['content'] %}{% if part['type'] == 'text' %}{{ part['text'] + ' ' }}"
+    "{% else %}PICTURE {% endif %}{% endfor %}{% endif %}"
+    "{% if m['role'] == 'assistant' %}</s> {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+)
+
+
+def write_folder(name: str, folder: str | Path) -> None:
+    """Config, image processor and a word-level stand-in of the tokenizer."""
+    model, folder = PUBLISHED[name], Path(folder)
+    config = model.config()
+    config.dtype = "bfloat16"
+    config.save_pretrained(folder)
+    words = ("<pad>", "<s>", "</s>", "<unk>", "USER:", "ASSISTANT:", "yes", "Yes", "no", "No", "?")
+    vocabulary = {word: number for number, word in enumerate(words)} | model.media
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens=model.named or list(model.media),
+        clean_up_tokenization_spaces=False,
+        chat_template=TEMPLATE.replace("PICTURE", model.picture),
+    ).save_pretrained(folder)
+    if model.image_processor is not None:
+        model.image_processor.save_pretrained(folder)
+    videos = {"size": {"height": config.vision_config.image_size}} if model.named else QWEN_SETTINGS
+    if "<video>" in model.media or model.picture == QWEN_PICTURE:
+        (folder / "video_preprocessor_config.json").write_text(json.dumps(videos))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", choices=list(PUBLISHED))
+    parser.add_argument("folder")
+    options = parser.parse_args()
+    write_folder(options.model, options.folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What a recipe will take of TPUs that are not there: memory, exchange, time."""

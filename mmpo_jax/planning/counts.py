@@ -1,0 +1,297 @@
+"""FLOPs and bytes of programs, counted from configs and shapes.
+
+Not from the compiler, whose own counts take the body of a loop once and a kernel for nothing. And
+not from what is traced: which bytes a chip reads follows from how weights are split and gathered,
+which a traced program does not say yet. What is counted are products of matrices: those of
+parameters, by the parameter tree itself, whatever the family; and those of attention, by what its
+queries see. What is done to single numbers between them is left out: on a TPU it is a few per cent,
+and fused into the products.
+
+A shared prompt counts once, as it is run once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from mmpo_jax.core.trees import flatten
+from mmpo_jax.generation.refill import Layout
+from mmpo_jax.models.log_probs import head_chunk
+from mmpo_jax.models.model import Model
+from mmpo_jax.parallel.mesh import batch_shards, param_shardings
+from mmpo_jax.planning.abstract import Sizes
+from mmpo_jax.planning.parts import (
+    EMBEDDING,
+    HEAD,
+    LAYERS,
+    PROJECTOR,
+    TOWER,
+    Product,
+    computed_pairs,
+    mean_pool,
+    products,
+    seen_pairs,
+    shape_tree,
+    tower_of,
+)
+from mmpo_jax.recipes.sampling import Decoding
+
+OPTIMIZER_BYTES = 7 * 4
+"""Bytes that AdamW moves for a parameter: it reads its value, gradient and two moments and writes
+all but the gradient, each float32."""
+BACKWARD = {"splash": 3.5, "xla": 3.0}
+"""FLOPs of attention's backward pass for one of the forward one, where four products of the two
+would do: splash attention's two kernels both compute the scores again, plain JAX does once."""
+LOGIT_MOVES = {False: 2, True: 5}
+"""How often a float32 logit is written or read, without and with a backward pass."""
+SCORE_BYTES = 12
+"""Bytes for every score of a vision tower, which plain JAX stores: float32 written and read, and
+the weights that it becomes in bfloat16."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a program computes and moves."""
+
+    flops: float
+    """Over all devices, with what is computed again in the backward pass."""
+    model_flops: float
+    """Over all devices, what the model needs: each product once, as utilisation is told by."""
+    bytes: float
+    """Bytes that a device reads from and writes to its memory."""
+    exchanged: float = 0.0
+    """Bytes that a device sends by the split of parameters and activations alone."""
+
+    def __add__(self, other: Work) -> Work:
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Work(*(a + b for a, b in pairs))
+
+    def times(self, count: float) -> Work:
+        return Work(*(count * value for value in dataclasses.astuple(self)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Passes:
+    """How often the products of a part are computed for every time that they are needed."""
+
+    forward: int = 1
+    """Forward, and again where the backward pass recomputes it."""
+    inputs: int = 0
+    """1 where a gradient by the inputs is taken."""
+    weights: int = 0
+    """1 where a gradient by the kernel is taken."""
+
+    @property
+    def computed(self) -> int:
+        return self.forward + self.inputs + self.weights
+
+    @property
+    def needed(self) -> int:
+        return 1 + self.inputs + self.weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Computation:
+    """What counting a program takes beside its products."""
+
+    model: Model
+    mesh: Mesh
+    itemsize: int
+    """Bytes of a number in the dtype that is computed in."""
+    backend: str
+    """Of attention: "splash" or "xla"."""
+
+    @property
+    def shards(self) -> int:
+        return batch_shards(self.mesh)
+
+    @property
+    def tensor(self) -> int:
+        return self.mesh.shape["tensor"]
+
+    def product(self, product: Product, passes: Passes) -> Work:
+        """One product in its passes. Parameters that are split over `fsdp` are gathered for every
+        pass that reads them, and their gradients added up over all rows by all-reduce."""
+        inputs, outputs = product.split
+        over = self.tensor if "tensor" in product.split else 1
+        kernel = product.size * self.itemsize / over
+        tokens = product.tokens / self.shards
+        x, y = (
+            product.layers * tokens * width / (self.tensor if axis == "tensor" else 1)
+            for width, axis in ((product.inputs, inputs), (product.outputs, outputs))
+        )
+        reads = passes.forward + passes.inputs
+        fsdp = self.mesh.shape["fsdp"] if "fsdp" in product.split else 1
+        moved = kernel * (reads * (2 if fsdp > 1 else 1) + passes.weights)
+        moved += (x + y) * self.itemsize * passes.computed
+        sent = reads * kernel * (fsdp - 1) / fsdp
+        sent += passes.weights * 2 * kernel * (self.shards - 1) / self.shards
+        if inputs == "tensor":  # each has a part of every sum
+            share = 2 * (self.tensor - 1) / self.tensor
+            sent += reads * share * y * self.itemsize
+        flops = product.flops
+        return Work(flops * passes.computed, flops * passes.needed, moved, sent)
+
+    def attention(self, sizes: Sizes, passes: Passes) -> Work:
+        """The decoder's attention over prompts and responses."""
+        decoder = self.model.config.decoder
+        width = decoder.num_layers * decoder.num_heads * decoder.head_dim
+        pair = 4.0 * width * sizes.rows
+        backward = BACKWARD[self.backend] if passes.inputs else 0.0
+        flops = pair * computed_pairs(sizes, self.backend) * (passes.forward + backward)
+        needed = pair * seen_pairs(sizes) * (1 + 2 * passes.inputs)
+        heads = 2 * (decoder.num_heads + decoder.num_kv_heads) * decoder.head_dim
+        rows = sizes.tokens / self.shards / self.tensor
+        moved = decoder.num_layers * rows * heads * self.itemsize
+        return Work(flops, needed, moved * (passes.forward + 2.5 * passes.inputs))
+
+    def tower(self, sizes: Sizes, passes: Passes) -> Work:
+        """Attention in the vision tower, whose scores are stored."""
+        tower = tower_of(self.model.config)
+        if tower is None or not sizes.padded_slots:
+            return Work(0, 0, 0)
+        pairs = sizes.rows * tower.scores(sizes.padded_slots)
+        flops = 4.0 * tower.width * pairs
+        backward = BACKWARD["xla"] * passes.inputs
+        moved = SCORE_BYTES * tower.heads * pairs / self.shards / self.tensor
+        return Work(
+            flops * (passes.forward + backward),
+            flops * (1 + 2 * passes.inputs),
+            moved * (passes.forward + 2 * passes.inputs),
+        )
+
+    def head(self, product: Product, sizes: Sizes, passes: Passes) -> Work:
+        """The language-model head over responses, chunk by chunk: every device has its part of
+        the vocabulary and the rows of all that share `fsdp`."""
+        rows, data = product.tokens / max(1, sizes.response), self.mesh.shape["data"]
+        with jax.set_mesh(self.mesh):
+            chunk = head_chunk(int(rows), sizes.response, product.inputs, product.outputs)
+        over = self.mesh.size // data
+        kernel = product.size / over * self.itemsize
+        logits = product.tokens / data * product.outputs / over * 4
+        hidden = product.tokens / data * product.inputs * self.itemsize
+        chunks = -(-sizes.response // chunk)
+        moved = chunks * kernel * passes.computed
+        moved += LOGIT_MOVES[bool(passes.inputs)] * logits + hidden * passes.computed
+        sent = hidden * (over - 1) / over * passes.computed
+        return Work(product.flops * passes.computed, product.flops * passes.needed, moved, sent)
+
+
+def forward_work(
+    computation: Computation, sizes: Sizes, *, head: bool = True, last_only: bool = False
+) -> Work:
+    """A pass without gradients: the reference, scoring, held-out rows, prompts, questions.
+
+    Args:
+      computation: of which model, where.
+      sizes: of the batch.
+      head: whether logits of the responses are computed.
+      last_only: of their last tokens alone.
+    """
+    per_response = 1 if last_only else sizes.response
+    tokens = sizes.rows * sizes.responses * per_response if head else 0
+    flat = flatten(computation.model.abstract_params())
+    return _passed(computation, flat, sizes, tokens, lambda _: Passes(), Passes(), Passes())
+
+
+def train_work(
+    computation: Computation,
+    params: Mapping[str, Any],
+    trained: Collection[str],
+    sizes: Sizes,
+    micro_batches: int,
+    remat: str,
+    reference: bool = False,
+) -> Work:
+    """One update.
+
+    Args:
+      computation: of which model, where.
+      params: path -> shapes, with adapters where there are any.
+      trained: paths of what is trained.
+      sizes: of a micro-batch.
+      micro_batches: of the batch.
+      remat: the recipe's policy.
+      reference: whether a reference runs in the step.
+    """
+    again = 2 if remat == "full" else 1
+    in_tower = any(path.startswith(TOWER) for path in trained)
+    in_projector = in_tower or any(path.startswith(PROJECTOR) for path in trained)
+    in_decoder = any(not path.startswith((TOWER, PROJECTOR, HEAD)) for path in trained)
+    below = {TOWER: in_tower, PROJECTOR: in_projector, LAYERS: in_projector or in_decoder}
+
+    def passes(path: str) -> Passes:
+        part = next((part for part in below if path.startswith(part)), None)
+        if part is None:  # the head, whose chunks are computed again
+            inputs = below[LAYERS]
+            return Passes(2, int(inputs), int(path in trained))
+        forward = again if below[part] and part != PROJECTOR else 1
+        return Passes(forward, int(below[part]), int(path in trained))
+
+    head = sizes.rows * sizes.responses * sizes.response
+    inner = passes(LAYERS)
+    of_tower = passes(TOWER)
+    micro = _passed(computation, params, sizes, head, passes, inner, of_tower)
+    if reference:
+        base = flatten(computation.model.abstract_params())
+        micro += _passed(computation, base, sizes, head, lambda _: Passes(), Passes(), Passes())
+    own = sum(math.prod(params[path].shape) / _ways(computation, params, path) for path in trained)
+    gathered = 2 * 4 * own if micro_batches > 1 else 0.0
+    update = OPTIMIZER_BYTES * own + micro_batches * gathered
+    return micro.times(micro_batches) + Work(0, 0, update)
+
+
+def _ways(computation: Computation, params: Mapping[str, Any], path: str) -> int:
+    """Over how many devices a parameter is split."""
+    tree = shape_tree({path: params[path]})
+    (sharding,) = flatten(param_shardings(tree, computation.model.rules, computation.mesh)).values()
+    shape = params[path].shape
+    return math.prod(shape) // math.prod(sharding.shard_shape(shape))
+
+
+def _passed(
+    computation: Computation,
+    params: Mapping[str, Any],
+    sizes: Sizes,
+    head: float,
+    passes: Callable[[str], Passes],
+    attention: Passes,
+    tower: Passes,
+) -> Work:
+    slots = sizes.rows * sizes.padded_slots
+    work = Work(0, 0, 0)
+    for product in products(
+        computation.model, params, computation.mesh, decoder=sizes.tokens, head=head, slots=slots
+    ):
+        if product.path in (HEAD, EMBEDDING):
+            work += computation.head(product, sizes, passes(product.path))
+        else:
+            work += computation.product(product, passes(product.path))
+    return work + computation.attention(sizes, attention) + computation.tower(sizes, tower)
+
+
+def decode_work(computation: Computation, layout: Layout, prompt: int, decoding: Decoding) -> Work:
+    """One token of every place, in the mean over samples as long as their limit: weights are read
+    once, and of every row the caches of its prompts and of the tokens sampled so far."""
+    decoder = computation.model.config.decoder
+    places = layout.rows * layout.places
+    params = flatten(computation.model.abstract_params())
+    work = Work(0, 0, 0)
+    for product in products(
+        computation.model, params, computation.mesh, decoder=places, head=places, slots=0
+    ):
+        work += computation.product(product, Passes())
+    pool = layout.members * mean_pool(decoding.max_new_tokens)
+    keys = layout.width * prompt + pool
+    flops = 4.0 * decoder.num_layers * decoder.num_heads * decoder.head_dim * places * keys
+    cached = layout.rows * (layout.width * prompt + layout.groups * pool)
+    heads = 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim
+    tensor = computation.tensor if decoder.num_kv_heads % computation.tensor == 0 else 1
+    moved = cached * heads * computation.itemsize / computation.shards / tensor
+    return work + Work(flops, flops, moved)

@@ -1,0 +1,335 @@
+"""The programs that a recipe will run: the library's own, lowered for shapes on devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mmpo_jax.data.contexts import MAIN, OTHER_IMAGE
+from mmpo_jax.feedback.labeler import answer_probabilities
+from mmpo_jax.generation.decoding import decode
+from mmpo_jax.generation.places import empty_pool, empty_rows, prefill
+from mmpo_jax.generation.refill import Layout, choose_layout, pool_sizes
+from mmpo_jax.models.attention import PLATFORM_BACKENDS
+from mmpo_jax.objectives.terms import needs, rows_read
+from mmpo_jax.parallel.mesh import BATCH, batch_shards
+from mmpo_jax.planning import abstract
+from mmpo_jax.planning.abstract import Sizes, local_bytes
+from mmpo_jax.planning.counts import (
+    Computation,
+    Work,
+    decode_work,
+    forward_work,
+    train_work,
+)
+from mmpo_jax.planning.opened import Opened
+from mmpo_jax.recipes.sampling import Decoding
+from mmpo_jax.recipes.training import MovingReference, Rollout, Training
+from mmpo_jax.scoring.log_probs import score_batch
+from mmpo_jax.training.losses import make_loss, needs_reference, recipe_terms
+from mmpo_jax.training.optimizer import make_optimizer, make_schedule
+from mmpo_jax.training.plan import micro_batch_size
+from mmpo_jax.training.step import make_step
+from mmpo_jax.training.validation import make_forward
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One compiled program of a recipe."""
+
+    name: str
+    """What it does, "train step"."""
+    checkpoint: str
+    """Of which model."""
+    mesh: Mesh
+    dtype: str
+    """What it computes in."""
+    shape: str
+    """Its static shape, for people."""
+    lower: Callable[[], Any]
+    """Lowers it, once the mesh is in use."""
+    work: Work
+    """Of one run of it; of a decoding one of one token of every place."""
+    held: Mapping[str, float]
+    """What a device holds while it runs, by name: "parameters", "optimizer", "batch", ..."""
+    gives: Mapping[str, float]
+    """What one run brings: "pairs", "tokens", "responses", "questions"."""
+    loops: int = 1
+    """Trips of a loop that data end, of which `work` and `gives` are one."""
+
+
+def backend_of(opened: Opened, mesh: Mesh, dtype: Any) -> str:
+    """What computes attention of a model on a mesh: "splash" or "xla"."""
+    asked = opened.model.attention
+    chosen = PLATFORM_BACKENDS.get(mesh.devices.flat[0].platform, "xla")
+    chosen = chosen if asked == "auto" else asked
+    windows = any(opened.model.config.decoder.windows)
+    kernel = chosen == "splash" and not windows and jnp.dtype(dtype).name != "float16"
+    return "splash" if kernel else "xla"
+
+
+def computation_of(opened: Opened, mesh: Mesh, dtype: Any) -> Computation:
+    itemsize = jnp.dtype(dtype).itemsize
+    return Computation(opened.model, mesh, itemsize, backend_of(opened, mesh, dtype))
+
+
+def scoring(
+    name: str, opened: Opened, mesh: Mesh, sizes: Sizes, dtype: str, per_token: bool = False
+) -> Program:
+    """Log-probs of responses: the reference of training, `mmpo score`, implicit rewards."""
+    params = abstract.params(opened.model, mesh, opened.dtype)
+    batch = abstract.batch(opened.model, sizes, mesh)
+    return Program(
+        name,
+        opened.name,
+        mesh,
+        dtype,
+        _told(sizes),
+        lambda: score_batch.lower(opened.model, params, batch, dtype, per_token),
+        forward_work(computation_of(opened, mesh, dtype), sizes),
+        {"parameters": local_bytes(params), "batch": local_bytes(batch)},
+        {"rows": sizes.rows, "tokens": sizes.tokens},
+    )
+
+
+def labelling(opened: Opened, mesh: Mesh, sizes: Sizes) -> Program:
+    """Probabilities of yes and no after every question about an image."""
+    dtype = opened.inference_dtype
+    params = abstract.params(opened.model, mesh, opened.dtype)
+    batch = abstract.batch(opened.model, sizes, mesh)
+    return Program(
+        "labelling",
+        opened.name,
+        mesh,
+        dtype.name,
+        _told(sizes),
+        lambda: answer_probabilities.lower(opened.model, params, batch, (1,), (2,)),
+        forward_work(computation_of(opened, mesh, dtype), sizes, last_only=True),
+        {"parameters": local_bytes(params), "batch": local_bytes(batch)},
+        {"claims": sizes.rows * sizes.responses, "tokens": sizes.tokens},
+    )
+
+
+def training(
+    opened: Opened,
+    mesh: Mesh,
+    config: Training,
+    sizes: Sizes,
+    rollout: Rollout | None = None,
+) -> Program:
+    """One update.
+
+    Args:
+      opened: what training starts from.
+      mesh: the devices.
+      config: the recipe's section.
+      sizes: of a record in its main context; rows are not read.
+      rollout: how responses are sampled, if they are.
+    """
+    micro = micro_batch_size(config, mesh)
+    count = config.batch_size // micro
+    terms = recipe_terms(config)
+    contexts = contexts_of(config)
+    temperature = 1.0 if rollout is None else rollout.temperature
+    loss = make_loss(opened.model, terms, contexts, config.remat, temperature)
+    schedule = make_schedule(config.optimizer, 1000)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    state = abstract.train_state(opened.model, config, loss, optimizer, mesh, opened.dtype, terms)
+    dtype = jnp.dtype(config.compute_dtype)
+    kind = config.reference if needs_reference(terms) else None
+    known = None
+    if kind is not None and kind.type in ("cached", "given"):
+        known = "log_probs" if "reference_tokens" in needs(terms) else "sums"
+    fields = ("old_log_probs",) if rollout is not None and rollout.updates_per_rollout > 1 else ()
+    sizes = dataclasses.replace(sizes, rows=micro)
+    batch = abstract.train_batch(
+        opened.model,
+        sizes,
+        mesh,
+        terms,
+        contexts,
+        reference=known,
+        fields=fields,
+        micro_batches=count,
+    )
+    dropout = config.lora.dropout if config.lora else 0.0
+    follows = kind if isinstance(kind, MovingReference) else None
+
+    def lower() -> Any:
+        step = make_step(loss, optimizer, schedule, state, dtype, dropout, 0, follows)
+        return jax.jit(step, donate_argnums=0).lower(state, batch)
+
+    params = state.params | state.frozen
+    in_rows = dataclasses.replace(sizes, rows=micro * len(contexts))
+    work = train_work(
+        computation_of(opened, mesh, dtype),
+        params,
+        state.params.keys(),
+        in_rows,
+        count,
+        config.remat,
+        reference=bool(state.reference),
+    )
+    held = {
+        "parameters": local_bytes([state.params, state.frozen]),
+        "optimizer": local_bytes(state.optimizer),
+        "reference": local_bytes(state.reference),
+        "batch": local_bytes(batch),
+    }
+    told = _told(in_rows) + (f", {count} micro-batches" if count > 1 else "")
+    gives = {"pairs": config.batch_size, "tokens": in_rows.tokens * count}
+    return Program("train step", opened.name, mesh, dtype.name, told, lower, work, held, gives)
+
+
+def validation(opened: Opened, mesh: Mesh, config: Training, sizes: Sizes) -> Program:
+    """The outputs of held-out rows under the state of a training."""
+    terms, contexts = recipe_terms(config), contexts_of(config)
+    loss = make_loss(opened.model, terms, contexts)
+    schedule = make_schedule(config.optimizer, 1000)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    state = abstract.train_state(opened.model, config, loss, optimizer, mesh, opened.dtype, terms)
+    sizes = dataclasses.replace(sizes, rows=micro_batch_size(config, mesh))
+    batch = abstract.train_batch(opened.model, sizes, mesh, terms, contexts, micro_batches=None)
+    forward: Any = make_forward(loss, jnp.dtype(config.compute_dtype))
+    in_rows = dataclasses.replace(sizes, rows=sizes.rows * len(contexts))
+    held = {
+        "parameters": local_bytes([state.params, state.frozen, state.reference]),
+        "optimizer": local_bytes(state.optimizer),
+        "batch": local_bytes(batch),
+    }
+    computation = computation_of(opened, mesh, config.compute_dtype)
+    return Program(
+        "validation",
+        opened.name,
+        mesh,
+        config.compute_dtype,
+        _told(in_rows),
+        lambda: forward.lower(state, batch),
+        forward_work(computation, in_rows),
+        held,
+        {"rows": sizes.rows, "tokens": in_rows.tokens},
+    )
+
+
+def contexts_of(config: Training) -> tuple[str, ...]:
+    """The contexts of every record that the objectives read."""
+    rows = rows_read(recipe_terms(config))
+    return (MAIN,) if rows.other_image is None else (MAIN, OTHER_IMAGE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """What is sampled: so many prompts at a time, and how."""
+
+    prompts: int
+    """That are given to the sampler at once."""
+    batch_size: int
+    decoding: Decoding
+
+
+def generating(
+    opened: Opened, mesh: Mesh, sizes: Sizes, sampled: Sampled, name: str = ""
+) -> tuple[Program, Program]:
+    """(the program that runs prompts, the loop that draws their samples).
+
+    Args:
+      opened: the model.
+      mesh: the devices.
+      sizes: of a prompt; rows are not read.
+      sampled: how many prompts and samples.
+      name: in front of "prefill" and "decode".
+    """
+    dtype = opened.inference_dtype
+    shards = batch_shards(mesh)
+    decoding = Decoding(**sampled.decoding.model_dump(include=set(Decoding.model_fields)))
+    layout = choose_layout(sampled.prompts, sizes.prompt, decoding, sampled.batch_size, shards)
+    sizes = Sizes(layout.batch, sizes.prompt, slots=sizes.slots)
+    params = abstract.params(opened.model, mesh, opened.dtype)
+    batch = abstract.batch(opened.model, sizes, mesh)
+    key = jax.eval_shape(lambda: jax.random.key(0)).dtype
+    keys = abstract.array((layout.batch, decoding.num_samples), key, mesh, BATCH)
+    computation = computation_of(opened, mesh, dtype)
+    first = Program(
+        f"{name}prefill",
+        opened.name,
+        mesh,
+        dtype.name,
+        _told(sizes),
+        lambda: prefill.lower(opened.model, params, batch, keys),
+        forward_work(computation, sizes, head=False),
+        {"parameters": local_bytes(params), "batch": local_bytes(batch)},
+        {"prompts": sizes.rows, "tokens": sizes.tokens},
+    )
+    given = _caches(opened, mesh, params, batch, keys, layout, decoding)
+    vectors = (
+        abstract.replicated((layout.rows,), jnp.int32, mesh),
+        abstract.replicated((shards,), jnp.int32, mesh),
+    )
+    processor = opened.processor
+    options = {
+        "decoding": decoding,
+        "eos_ids": processor.eos_ids,
+        "pad_id": processor.pad_id,
+    }
+    places = layout.rows * layout.places
+    told = (
+        f"{layout.rows} rows of {layout.width} prompts of {sizes.prompt}, {layout.places} places "
+        f"of {decoding.max_new_tokens}"
+    )
+    second = Program(
+        f"{name}decode",
+        opened.name,
+        mesh,
+        dtype.name,
+        told,
+        lambda: decode.lower(opened.model, params, *given, *vectors, **options),
+        decode_work(computation, layout, sizes.prompt, decoding),
+        {"parameters": local_bytes(params), "caches": local_bytes(given)},
+        {"responses": places / decoding.max_new_tokens, "tokens": places},
+        loops=decoding.max_new_tokens,
+    )
+    return first, second
+
+
+def _caches(
+    opened: Opened,
+    mesh: Mesh,
+    params: Any,
+    batch: Any,
+    keys: Any,
+    layout: Layout,
+    decoding: Decoding,
+) -> tuple[Any, Any, Any]:
+    """(prompts, samples, pools of the largest size), placed as generation has them."""
+
+    def made(function: Callable, *arguments: Any, **options: Any) -> Any:
+        shapes = jax.eval_shape(functools.partial(function, **options), *arguments)
+        return abstract.on_rows(shapes, mesh)
+
+    with jax.set_mesh(mesh):
+        new = made(functools.partial(prefill, opened.model), params, batch, keys)
+        prompts, samples = made(
+            empty_rows,
+            new,
+            rows=layout.rows,
+            width=layout.width,
+            places=layout.places,
+            length=decoding.max_new_tokens,
+            pad_id=opened.processor.pad_id,
+        )
+        size = layout.members * pool_sizes(decoding.max_new_tokens)[-1]
+        pool = made(empty_pool, prompts[0], groups=layout.groups, size=size)
+    return prompts, samples, pool
+
+
+def _told(sizes: Sizes) -> str:
+    told = f"{sizes.rows} x {sizes.prompt}"
+    if sizes.responses:
+        told += f" + {sizes.responses} x {sizes.response}"
+    return told + (f", {sizes.slots} slots" if sizes.slots else "")

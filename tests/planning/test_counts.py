@@ -1,0 +1,199 @@
+"""FLOPs and bytes against counts by hand and against what is traced."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+import transformers
+from helpers import tiny
+
+from mmpo_jax.core.trees import flatten, unflatten
+from mmpo_jax.generation.refill import Layout
+from mmpo_jax.models.log_probs import response_log_probs
+from mmpo_jax.models.lora import Lora, add_adapters, is_adapter
+from mmpo_jax.models.model import Model, read_config
+from mmpo_jax.parallel.mesh import make_mesh
+from mmpo_jax.planning import abstract
+from mmpo_jax.planning.abstract import Sizes
+from mmpo_jax.planning.counts import Computation, decode_work, forward_work, train_work
+from mmpo_jax.planning.parts import computed_pairs, mean_pool, seen_pairs
+from mmpo_jax.recipes.sampling import Decoding
+
+BF16 = 2
+LAYERS, WIDTH, WIDE, VOCABULARY = 32, 4096, 11008, 32064
+BODY = LAYERS * (4 * WIDTH**2 + 3 * WIDTH * WIDE)
+HEAD = WIDTH * VOCABULARY
+TOWER = 23 * (4 * 1024**2 + 2 * 1024 * 4096)
+PROJECTOR = 1024 * WIDTH + WIDTH**2
+
+
+@functools.cache
+def llava_7b():
+    return Model.create(
+        read_config(
+            transformers.LlavaConfig(
+                vision_config=transformers.CLIPVisionConfig(
+                    hidden_size=1024,
+                    intermediate_size=4096,
+                    num_hidden_layers=24,
+                    num_attention_heads=16,
+                    image_size=336,
+                    patch_size=14,
+                ),
+                text_config=transformers.LlamaConfig(
+                    hidden_size=WIDTH,
+                    intermediate_size=WIDE,
+                    num_hidden_layers=LAYERS,
+                    num_attention_heads=32,
+                    num_key_value_heads=32,
+                    vocab_size=VOCABULARY,
+                ),
+                image_token_index=32000,
+                tie_word_embeddings=False,
+            )
+        )
+    )
+
+
+def of_7b(**mesh):
+    return Computation(llava_7b(), make_mesh(**mesh), BF16, "splash")
+
+
+def trained_of(model, frozen="vision_tower/"):
+    params = flatten(model.abstract_params())
+    return params, [path for path in params if not path.startswith(frozen)]
+
+
+PAIR = Sizes(8, 676, 2, 200, 1)
+"""RLAIF-V's lengths: 576 tokens of a picture, 100 of text, two responses of 200."""
+
+
+def test_a_pair_of_llava_7b_by_hand():
+    computation = of_7b(fsdp=8)
+    work = train_work(computation, *trained_of(llava_7b()), PAIR, 1, "none")
+    tokens, answers = 676 + 2 * 200, 2 * 200
+    pairs = 676 * 677 / 2 + 2 * (200 * 676 + 200 * 201 / 2)
+    decoder = 2 * BODY * tokens + 2 * HEAD * answers + 4 * WIDTH * LAYERS * pairs
+    tower = 2 * TOWER * 577 + 4 * 1024 * 23 * 577**2
+    projector = 2 * PROJECTOR * 576
+    by_hand = 3 * decoder + tower + 2 * projector
+    assert work.model_flops / 8 == pytest.approx(by_hand, rel=0.01)
+    assert work.model_flops / 8 == pytest.approx(43.4e12, rel=0.01)
+    # Blocks of 512 hold more pairs than are seen, kernels and the head compute again what is there.
+    assert by_hand < work.flops / 8 < 1.15 * by_hand
+
+
+def test_rematerialisation_adds_a_pass_of_the_layers():
+    none, full = (
+        train_work(of_7b(fsdp=8), *trained_of(llava_7b()), PAIR, 1, remat)
+        for remat in ("none", "full")
+    )
+    again = 2 * BODY * PAIR.tokens
+    assert full.flops - none.flops == pytest.approx(again, rel=0.05)
+    assert full.model_flops == none.model_flops
+
+
+def test_micro_batches_gather_weights_as_often():
+    computation, whole = of_7b(fsdp=8), trained_of(llava_7b())
+    one, two = (train_work(computation, *whole, PAIR, count, "none") for count in (1, 2))
+    assert two.flops == 2 * one.flops
+    assert two.exchanged == 2 * one.exchanged
+
+
+def test_bytes_of_a_training_step_by_hand():
+    """Weights are gathered and read for both passes, gradients written; every product reads and
+    writes its tokens in three passes; AdamW moves 28 bytes for a parameter."""
+    work = train_work(of_7b(fsdp=8), *trained_of(llava_7b()), PAIR, 1, "none")
+    weights = BF16 * BODY * (2 * 2 + 1)
+    per_layer = 4 * (WIDTH + WIDTH) + 3 * (WIDTH + WIDE)
+    tokens = 3 * BF16 * LAYERS * per_layer * PAIR.tokens / 8
+    attention = 3.5 * BF16 * LAYERS * PAIR.tokens / 8 * 4 * WIDTH
+    optimizer = 28 * (BODY + HEAD + HEAD) / 8
+    logits = 5 * 4 * 8 * 400 * VOCABULARY / 8
+    scores = 12 * 16 * 23 * 577**2
+    by_hand = weights + tokens + attention + optimizer + logits + scores
+    assert work.bytes == pytest.approx(by_hand, rel=0.05)
+    # Gathered over eight devices for two passes, added up over them once.
+    exchanged = BF16 * BODY * 7 / 8 * (2 + 2)
+    assert work.exchanged == pytest.approx(exchanged, rel=0.05)
+
+
+def test_a_decoded_token_reads_weights_and_caches_once():
+    layout = Layout(rows=4, width=2, groups=2, members=3, batch=4)
+    decoding = Decoding(num_samples=10, max_new_tokens=512)
+    work = decode_work(of_7b(fsdp=1, tensor=8), layout, 832, decoding)
+    places = 4 * 6
+    token = 2 * LAYERS * WIDTH * BF16
+    cached = 4 * (2 * 832 + 2 * 3 * mean_pool(512))
+    by_hand = BF16 * (BODY + HEAD) / 8 + cached * token / 8
+    assert work.bytes == pytest.approx(by_hand, rel=0.05)
+    attention = 4 * LAYERS * WIDTH * places * (2 * 832 + 3 * mean_pool(512))
+    assert work.flops == pytest.approx(places * 2 * (BODY + HEAD) + attention, rel=0.01)
+    assert 256 < mean_pool(512) < 512
+
+
+def test_adapters_take_no_gradients_of_kernels():
+    model = llava_7b()
+    params = flatten(add_adapters(model.abstract_params(), model, Lora(rank=16), (), 0))
+    trained = [path for path in params if is_adapter(path)]
+    work = train_work(of_7b(fsdp=8), params, trained, PAIR, 1, "none")
+    # 29 TFLOP a pair instead of 43.4: no gradients of kernels, and little for the adapters.
+    assert work.model_flops / 8 == pytest.approx(29.0e12, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "seen"), [(Sizes(1, 3, 2, 2), 6 + 2 * (6 + 3)), (Sizes(1, 4), 10)]
+)
+def test_pairs_that_are_seen(sizes, seen):
+    assert seen_pairs(sizes) == seen
+
+
+def test_blocks_that_splash_attention_visits():
+    # 1,024 tokens of prompt and two responses of 512: causal blocks, and none between siblings.
+    assert computed_pairs(Sizes(1, 1024, 2, 512), "splash") == 512**2 * (1 + 2 + 3 + 3)
+
+
+def traced_flops(jaxpr):
+    """FLOPs of the products in what is traced, loops by their length."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
+        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        total += times * sum(map(traced_flops, jax.core.jaxprs_in_params(equation.params)))
+    return total
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("learns", ["", "vision_tower/"])
+def test_counts_are_those_of_the_traced_step(remat, learns):
+    model = Model.create(read_config(tiny.make_config()), "xla")
+    mesh = make_mesh(fsdp=8)
+    sizes = Sizes(8, 160, 2, 40, 1)
+    params, trained = trained_of(model, learns or "nothing")
+    batch = abstract.batch(model, sizes, mesh)
+    shapes = {path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32) for path, leaf in params.items()}
+
+    def loss(learned, frozen, batch):
+        return response_log_probs(model, unflatten(learned | frozen), batch, remat=remat).sum()
+
+    learned = {path: shapes[path] for path in trained}
+    frozen = {path: leaf for path, leaf in shapes.items() if path not in learned}
+    traced = jax.make_jaxpr(jax.grad(loss))(learned, frozen, batch)
+    work = train_work(Computation(model, mesh, 4, "xla"), params, trained, sizes, 1, remat)
+    assert work.flops == pytest.approx(traced_flops(traced.jaxpr), rel=0.05)
+
+
+def test_a_pass_without_gradients_is_that_of_the_traced_one():
+    model = Model.create(read_config(tiny.make_config()), "xla")
+    mesh, sizes = make_mesh(fsdp=8), Sizes(8, 160, 2, 40, 1)
+    traced = jax.make_jaxpr(functools.partial(response_log_probs, model))(
+        model.abstract_params(), abstract.batch(model, sizes, mesh)
+    )
+    work = forward_work(Computation(model, mesh, 4, "xla"), sizes)
+    assert work.flops == pytest.approx(traced_flops(traced.jaxpr), rel=0.03)
+    assert work.model_flops < work.flops

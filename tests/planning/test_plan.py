@@ -1,0 +1,321 @@
+"""Whole plans: of the picture world on simulated devices, and on TPUs that are not there."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+import yaml
+from helpers import tiny
+
+from mmpo_jax import cli
+from mmpo_jax.data.contexts import MAIN
+from mmpo_jax.models.lora import add_adapters
+from mmpo_jax.objectives.terms import make_term
+from mmpo_jax.parallel.mesh import make_mesh
+from mmpo_jax.planning import abstract, chips, planned, topology
+from mmpo_jax.planning.abstract import Sizes
+from mmpo_jax.planning.stages import Assumed
+from mmpo_jax.recipes.recipe import (
+    AlignRecipe,
+    GenerateRecipe,
+    SelectRecipe,
+    TrainRecipe,
+)
+from mmpo_jax.recipes.training import Training
+from mmpo_jax.training.losses import make_loss, recipe_terms
+from mmpo_jax.training.optimizer import make_optimizer, make_schedule
+from mmpo_jax.training.step import create_state
+
+ROOT = Path(__file__).parents[2]
+WORLD = {"source": "picture_world", "size": 64}
+SIZES = {"prompt": [24], "response": [32]}
+
+
+@pytest.fixture
+def without_weights(tiny_folder, tmp_path):
+    """A checkpoint's folder with config, tokenizer and processor alone."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    return str(folder)
+
+
+def write(folder, **values):
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"output": str(folder / "out"), "data": WORLD, **values}))
+    return str(path)
+
+
+def test_a_recipe_without_weights(without_weights, tmp_path, capsys):
+    recipe = write(tmp_path, model=without_weights, lengths=SIZES, scoring={"batch_size": 8})
+    figures = tmp_path / "plan.json"
+    flags = ["--topology", "cpu:8", "--fast", "--json", str(figures)]
+    status = cli.main(["plan", recipe, *flags, "devices.tensor=2"])
+    assert status == 0
+    assert "mesh data 1 x fsdp 4 x tensor 2" in capsys.readouterr().out
+    plan = json.loads(figures.read_text())
+    (program,) = plan["programs"]
+    assert (program["program"], program["shape"]) == ("log-probs", "8 x 24 + 2 x 32, 1 slots")
+    assert program["runs"] == 64 / 8
+    given = program["bytes"]
+    # What it holds by our count is what the compiler is given, but for what it does not read.
+    assert 0.9 < given["arguments"] / (given["parameters"] + given["batch"]) <= 1
+    assert given["peak"] >= given["arguments"] + given["temporaries"]
+    assert program["collectives"]["all-gather"] > 0
+    assert program["roofline"] is None  # nobody has measured this machine
+    assert not (tmp_path / "out").exists()
+
+
+def stages_of(recipe, **assumed):
+    plan = planned.Stages(recipe, make_mesh(), Assumed(**assumed)).plan()
+    return {(run.stage, run.program.name): run for run in plan.runs}, plan.notes
+
+
+def recipe_of(kind, model, **values):
+    return kind.model_validate(
+        {"output": "out", "model": model, "data": WORLD, "lengths": SIZES, **values}
+    )
+
+
+def test_programs_of_an_alignment(without_weights):
+    recipe = recipe_of(
+        AlignRecipe,
+        without_weights,
+        rounds=3,
+        prompts_per_round=20,
+        sampling={"num_samples": 4, "max_new_tokens": 32, "batch_size": 8},
+        candidates=[{"type": "policy"}, {"type": "greedy"}],
+        training={"batch_size": 8, "micro_batch_size": 8},
+    )
+    runs, notes = stages_of(recipe, claims=2.0)
+    assert [*runs] == [
+        ("generation", "prefill"),
+        ("generation", "decode"),
+        ("greedy", "greedy: prefill"),
+        ("greedy", "greedy: decode"),
+        ("labelling", "labelling"),
+        ("reference", "reference"),
+        ("training", "train step"),
+    ]
+    decode = runs["generation", "decode"]
+    # All samples of all rounds: whole loops times the responses of one.
+    made = decode.runs * decode.program.gives["responses"] * decode.program.loops
+    assert made == pytest.approx(3 * 20 * 4)
+    labelling = runs["labelling", "labelling"]
+    assert labelling.runs * labelling.program.gives["claims"] >= 3 * 20 * 5 * 2
+    # Two pairs a prompt, in three rounds.
+    assert runs["training", "train step"].runs == 3 * (2 * 20 / 8)
+    assert any("2 claims" in note for note in notes)
+
+
+def test_programs_of_other_recipes(without_weights):
+    rollout = {"rewards": {"type": "picture_world_caption"}, "num_samples": 4, "max_new_tokens": 32}
+    grpo = recipe_of(
+        TrainRecipe,
+        without_weights,
+        rollout=rollout,
+        training={"objective": {"type": "grpo"}, "batch_size": 8},
+    )
+    runs, _ = stages_of(grpo)
+    assert [name for _, name in runs] == ["rollouts: prefill", "rollouts: decode", "train step"]
+    assert runs["training", "train step"].program.gives["pairs"] == 8
+    sft = recipe_of(
+        TrainRecipe,
+        without_weights,
+        training={"objective": {"type": "sft"}, "batch_size": 8, "reference": {"type": "none"}},
+        validation={"share": 0.25, "every": 10},
+    )
+    runs, _ = stages_of(sft)
+    assert [name for _, name in runs] == ["train step", "validation"]
+    generate = recipe_of(GenerateRecipe, without_weights)
+    assert [name for _, name in stages_of(generate)[0]] == ["prefill", "decode"]
+    select = recipe_of(SelectRecipe, without_weights, reference=without_weights, lengths=None)
+    runs, notes = stages_of(select)
+    assert [name for _, name in runs] == ["prefill", "decode", "log-probs"]
+    assert any("no `lengths`" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"freeze": ["vision_tower/.*"], "reference": {"type": "online"}},
+        {"lora": {"rank": 2}, "reference": {"type": "ema", "every": 4}},
+    ],
+    ids=["all", "frozen", "adapters"],
+)
+def test_the_state_is_that_of_training(tiny_model, options):
+    model, params = tiny_model
+    config = Training.model_validate({"objective": {"type": "dpo"}, **options})
+    mesh, terms = make_mesh(fsdp=4, tensor=2), recipe_terms(config)
+    loss = make_loss(model, terms)
+    optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 10))
+    dtype = {"online": jnp.float32, "ema": jnp.float32}.get(config.reference.type)
+    start = params
+    if config.lora is not None:
+        start = add_adapters(params, model, config.lora, config.freeze, 0)
+    made = create_state(
+        start, model, optimizer, config.freeze, mesh, reference_dtype=dtype, keeps=loss.state
+    )
+    shapes = abstract.train_state(model, config, loss, optimizer, mesh, jnp.float32, terms)
+    assert jax.tree.structure(made) == jax.tree.structure(shapes)
+    for ours, theirs in zip(jax.tree.leaves(shapes), jax.tree.leaves(made), strict=True):
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+        assert ours.sharding.is_equivalent_to(theirs.sharding, theirs.ndim)
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(made))
+    assert abstract.local_bytes(shapes) == held
+
+
+def test_the_batch_is_that_of_training(tiny_model):
+    model, _ = tiny_model
+    made = tiny.random_batch(model.config, [20, 24], [[3, 5], [7, 2]])
+    rows, prompt = made.prompt_ids.shape
+    responses, response = made.response_ids.shape[1:]
+    sizes = Sizes(rows, prompt, responses, response, made.pixel_values.shape[1])
+    shapes = abstract.batch(model, sizes, make_mesh(fsdp=1, devices=jax.devices()[:1]))
+    assert jax.tree.structure(made) == jax.tree.structure(shapes)
+    for ours, theirs in zip(jax.tree.leaves(shapes), jax.tree.leaves(made), strict=True):
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+    batch = abstract.train_batch(
+        model,
+        Sizes(8, 24, 2, 32, 1),
+        make_mesh(fsdp=8),
+        [make_term("dpo")],
+        (MAIN,),
+        reference="sums",
+        micro_batches=2,
+    )
+    assert batch.reference["sums"].shape == batch.fields["rank"].shape == (2, 8, 2)
+
+
+class TestRefusals:
+    @pytest.fixture
+    def refused(self, capsys):
+        def refused(*arguments):
+            assert cli.main(["plan", *arguments]) == 1
+            said = capsys.readouterr().err
+            assert "Traceback" not in said
+            return said
+
+        return refused
+
+    @pytest.fixture
+    def recipe(self, without_weights, tmp_path):
+        return write(tmp_path, model=without_weights, lengths=SIZES, scoring={"batch_size": 8})
+
+    def test_what_does_not_fit_ends_with_status_1(self, refused, recipe, monkeypatch):
+        monkeypatch.setitem(chips.CHIPS, "cpu", chips.Chip("cpu", 1000.0))
+        said = refused(recipe, "--topology", "cpu:8", "--fast")
+        assert "does not fit cpu:8: log-probs takes more than a device has" in said
+
+    @pytest.mark.parametrize("name", ["v9:2x2", "v5e", "v5e:axb"])
+    def test_unknown_slices(self, refused, recipe, name):
+        assert "write a kind of chip (v4, v5e" in refused(recipe, "--topology", name)
+
+    def test_no_compiler(self, refused, recipe, monkeypatch):
+        monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+        assert "pip install libtpu" in refused(recipe, "--topology", "v5e:2x2")
+
+    def test_a_prompt_that_is_smaller_than_its_picture(self, refused, recipe):
+        said = refused(recipe, "--topology", "cpu:8", "lengths.prompt=[4]")
+        assert "the picture of a prompt alone takes" in said
+
+    def test_a_mesh_that_does_not_fit_the_slice(self, refused, recipe):
+        said = refused(recipe, "--topology", "cpu:8", "devices.fsdp=16")
+        assert "does not fit 8 devices" in said
+
+    def test_recipes_of_several_commands(self, refused, without_weights, tmp_path):
+        recipe = write(tmp_path, model=without_weights)
+        assert "--as says it" in refused(recipe, "--topology", "cpu:8")
+
+    def test_unknown_keys(self, refused, recipe):
+        assert "unknown key" in refused(recipe, "--topology", "cpu:8", "scoring.size=3")
+
+
+has_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="the compiler for TPUs is not installed: pip install libtpu",
+)
+
+
+def mmpo(*arguments, **environment):
+    """`mmpo` in a process of its own: (status, stdout, stderr)."""
+    done = subprocess.run(
+        [sys.executable, "-m", "mmpo_jax.cli", *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), **environment},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.slow
+@has_libtpu
+def test_the_picture_world_on_tpus_that_are_not_there(tmp_path):
+    figures = tmp_path / "plan.json"
+    status, out, err = mmpo(
+        "plan",
+        "configs/picture_world_align.yaml",
+        "--topology",
+        "v5e:2x4",
+        "--fast",
+        "--json",
+        str(figures),
+        "devices.fsdp=4",
+        "devices.tensor=2",
+        "training.remat=full",
+    )
+    assert status == 0, err
+    assert "attention is computed by xla" not in err
+    assert "v5e:2x4: 8 chips on 2 hosts, 15.75 GiB each" in out
+    plan = json.loads(figures.read_text())
+    assert [program["program"] for program in plan["programs"]] == [
+        "prefill",
+        "decode",
+        "labelling",
+        "reference",
+        "train step",
+    ]
+    for program in plan["programs"]:
+        held, given = program["bytes"], program["bytes"]["arguments"]
+        counted = sum(held[key] for key in held if key not in ("arguments", "temporaries", "peak"))
+        # What is not read is left out, and on a TPU arrays lie in tiles, which small ones do not fill.
+        assert 0.7 < given / counted < 3
+        assert program["roofline"]["bound"] in ("compute", "memory", "exchange")
+        assert program["total_seconds"] > 0
+    step = plan["programs"][-1]
+    assert step["collectives"]["all-gather"] > 0
+    assert plan["chip_hours"] == pytest.approx(8 * plan["hours"])
+    assert sum(plan["stage_hours"].values()) == pytest.approx(plan["hours"])
+
+
+@pytest.mark.slow
+@has_libtpu
+def test_a_step_has_each_kernel_of_attention_once(tiny_folder, tmp_path):
+    """With the policy "dots" the forward kernel does not run again in the backward pass."""
+    from mmpo_jax.planning.compiling import splash_kernels
+
+    recipe = write(
+        tmp_path,
+        model=str(tiny_folder),
+        data={"source": "file", "path": "none.jsonl"},
+        lengths={"prompt": [40], "response": [32]},
+        training={"batch_size": 4, "remat": "dots", "compute_dtype": "bfloat16"},
+    )
+    program = tmp_path / "program.txt"
+    status, _, err = mmpo(
+        *("plan", recipe, "--topology", "v5e:2x2", "--rows", "100", "--dump", str(program)),
+        *("devices.fsdp=2", "devices.tensor=2"),
+    )
+    assert status == 0, err
+    assert "splash" not in err  # it would say why another one is used
+    assert splash_kernels(program.read_text()) == ["dkv", "dq", "fwd"]
