@@ -34,11 +34,31 @@ START = "builtin:picture_world"
 CASES: Mapping[str, Sequence[str]] = {
     "claims, two rounds": (),
     "claims, one round on all": ("rounds=1", "prompts_per_round=2000"),
+    "self-reward, two rounds": (
+        "feedback.splitter={type: picture_world, whole: true}",
+        "feedback.score=log_odds",
+    ),
+    "mixed candidates, two rounds": (
+        "sampling.num_samples=4",
+        f"candidates=[{{type: policy}}, "
+        f"{{type: checkpoint, name: start, model: {START}, temperature: 0.7, num_samples: 3}}, "
+        f"{{type: edited_image, edit: noise, step: 500, num_samples: 3}}]",
+    ),
+    "sentences, two rounds": (
+        "sentences={max_sentences: 6, end: ' (,|and|[.])'}",
+        "lengths.prompt=[24, 32, 48]",
+    ),
     "the truth, two rounds": (
         f"feedback={{type: python, function: '{os.path.abspath(__file__)}:true_score'}}",
     ),
 }
-"""Name -> changes of the recipe."""
+"""Name -> changes of the recipe.
+
+The shipped model cannot write a number, so self-reward is read from its p(yes) and p(no) where it
+is asked about a whole caption at once, in the words of the questions that it was trained on. The
+mixed candidates are as many as the policy's are otherwise: four of its samples, three of the model
+that the first round starts from, at another temperature, and three of images with noise.
+A sentence is one group of a caption, as a caption is one sentence of prose."""
 BEST_OF = "claims, two rounds"
 """Case whose model chooses among its own samples."""
 NUMBERS = (1, 4, 16)
@@ -114,9 +134,9 @@ def pair_verdicts(folder: str, truth: Mapping[str, Scene]) -> list[int]:
     """Of every pair, how many wrong mentions fewer the chosen caption has."""
     pairs = read_table(os.path.join(folder, "pairs.parquet")).to_pylist()
     return [
-        wrong_mentions(pair["rejected"], truth[pair["prompt_id"]])
-        - wrong_mentions(pair["chosen"], truth[pair["prompt_id"]])
+        wrong_mentions(pair["rejected"], scene) - wrong_mentions(pair["chosen"], scene)
         for pair in pairs
+        for scene in [truth[pair["prompt_id"].partition("/")[0]]]
     ]
 
 

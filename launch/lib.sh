@@ -213,12 +213,12 @@ in_checkout() { # FILE: its path from the checkout's root
 check_command() { # of words; puts the output into the bucket, where one is given and no output
   [ "${words[0]-}" != mmpo ] || words=("${words[@]:1}")
   [ ${#words[@]} -gt 0 ] || misused "$subcommand needs an mmpo command: align RECIPE [key=value ...]"
+  # The recipe: `resume` may be called in another folder.
+  [ ! -f "${words[1]-}" ] || words[1]=$(cd "$(dirname "${words[1]}")" && pwd)/$(basename "${words[1]}")
   case ${words[0]} in
     align | train | generate | score | select) ;;
     *) return 0 ;;
   esac
-  # `resume` may be called in another folder.
-  [ ! -f "${words[1]-}" ] || words[1]=$(cd "$(dirname "${words[1]}")" && pwd)/$(basename "${words[1]}")
   local word before='' output=''
   for word in "${words[@]}"; do
     case $word in output=* | --output=*) output=${word#*=} ;; esac

@@ -45,7 +45,7 @@ task_options() { # where, on what, and with which command; secrets by name alone
 command_options() {
   local key command=
   [ ${#words[@]} -eq 0 ] || command=$(quoted "${words[@]}")
-  options+=("--workdir=$ROOT" --yes "--env=MMPO_COMMAND=$command" "--env=MMPO_EXTRAS=$extras")
+  options+=("--workdir=$ROOT" "--env=MMPO_COMMAND=$command" "--env=MMPO_EXTRAS=$extras")
   for key in $(secrets_given); do options+=("--secret=$key"); done
 }
 
@@ -71,7 +71,7 @@ create() {
   }
   $dry_run || trap remove_created INT TERM
   task_options
-  execute sky launch "--cluster=$name" "${options[@]}" "$ROOT/launch/sky.yaml" || remove_created
+  execute sky launch --yes "--cluster=$name" "${options[@]}" "$ROOT/launch/sky.yaml" || remove_created
 }
 
 start() { # of words
@@ -79,11 +79,11 @@ start() { # of words
   options=()
   if given --cluster; then
     command_options
-    execute sky exec --detach-run "--cluster=$name" "${options[@]}" "$ROOT/launch/sky.yaml"
+    execute sky exec --detach-run "${options[@]}" "$name" "$ROOT/launch/sky.yaml"
   else
     remember_command
     task_options
-    execute sky jobs launch --detach-run "--name=$name" "${options[@]}" "$ROOT/launch/sky.yaml"
+    execute sky jobs launch --yes --detach-run "--name=$name" "${options[@]}" "$ROOT/launch/sky.yaml"
   fi
 }
 

@@ -115,9 +115,13 @@ wait_until_active() { # fails where it will never be
   done
 }
 
-run_states() { # one word for every host: what `run.sh status` calls its run; fails without an answer
+# What `run.sh status` says, or that it is not there.
+# shellcheck disable=SC2016  # the hosts' shells expand it
+STATUS='if cd .mmpo/source 2>/dev/null; then bash launch/run.sh status; else echo "$(hostname): uninstalled"; fi'
+
+run_states() { # one word for every host; fails without an answer
   local answer
-  answer=$(on_hosts "$(on_host status)" 2>/dev/null) || return 1
+  answer=$(on_hosts "$STATUS" 2>/dev/null) || return 1
   sed -n 's/^[^ ]*: \([a-z]*\).*/\1/p' <<<"$answer"
 }
 
@@ -232,7 +236,8 @@ send_secrets() { # in a file of mode 600 on both sides; the hosts' old one goes 
 start() { # of words
   local states command
   if ! $dry_run; then
-    states=$(run_states) || die "not every host answers, or mmpo is not there: $SELF install"
+    states=$(run_states) || die "not every host answers: $SELF status"
+    [[ $states != *uninstalled* ]] || die "mmpo is not there: $SELF install"
     [[ $states != *running* ]] || die "a run is going on: $SELF status, logs or stop"
   fi
   send_secrets
@@ -261,14 +266,16 @@ bring_back() { # all that is missing of a TPU in this state
 
 # Looks after a run until it has ended by itself, or by `stop`. What is seen once may be half of
 # something: of a TPU that is taken away single hosts fail first. So a failure counts when the state
-# of the TPU has stayed the same for `SETTLED` looks.
+# of the TPU has stayed the same for `SETTLED` looks. Hosts that were lost, or told to end, take the
+# others with them. Tries are forgotten of a run that went well for `WELL` looks.
 SETTLED=5
+WELL=20
 keep() {
-  local state states tries=0 looks=0 pause
+  local state states tries=0 looks=0 well=0 pause
   if $dry_run; then
     note 'again and again, until every host has finished:'
     queued_resource describe '--format=value(state.state)'
-    on_hosts "$(on_host status)"
+    on_hosts "$STATUS"
     note 'and whenever the TPU was taken away:'
     bring_back SUSPENDED
     return
@@ -287,6 +294,8 @@ keep() {
             ;;
           'running ')
             looks=0
+            well=$((well + 1))
+            ((well < WELL)) || tries=0
             continue
             ;;
           *running*) # the others of a failed host end within a minute
@@ -304,7 +313,7 @@ keep() {
           state=PREEMPTED
         elif ((looks < SETTLED)) || [ "$states" = 'unreachable ' ]; then
           continue
-        elif [[ $states == *failed* ]]; then
+        elif [[ $states == *failed* && $states != *lost* && $states != *interrupted* ]]; then
           die "the run failed, and the TPU is well: $SELF logs"
         fi
         ;;
@@ -315,6 +324,7 @@ keep() {
         ;;
     esac
     looks=0
+    well=0
     tries=$((tries + 1))
     ((tries <= max_tries)) || die "given up after $max_tries tries (max_tries)"
     pause=$((poll_seconds * (tries < 7 ? 2 ** (tries - 1) : 60)))
@@ -346,7 +356,7 @@ tell_status() {
   if $dry_run; then queued_resource describe '--format=value(state.state)'; else state=$(resource_state); fi
   $dry_run || echo "$name: $state"
   [ "$state" = ACTIVE ] || return 0
-  answer=$(on_hosts "$(on_host status)") || die "not every host answers, or mmpo is not there: $SELF install"
+  answer=$(on_hosts "$STATUS") || die 'not every host answers'
   printf '%s\n' "$answer"
   [[ ! $answer =~ :\ (failed|lost) ]] || return 1
 }

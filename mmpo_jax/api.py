@@ -39,7 +39,7 @@ from mmpo_jax.objectives.catalog import OBJECTIVES
 from mmpo_jax.objectives.sums import WeightedSum
 from mmpo_jax.objectives.terms import Term, needs
 from mmpo_jax.objectives.terms import make_term as objective_term
-from mmpo_jax.parallel.mesh import batch_shards, make_mesh, put_batch
+from mmpo_jax.parallel.mesh import batch_shards, batch_share, make_mesh, put_batch
 from mmpo_jax.recipes.sampling import Decoding
 from mmpo_jax.scoring.log_probs import score_records
 from mmpo_jax.training.examples import make_examples, tokenizer_for
@@ -329,6 +329,7 @@ def training_batches(
         batch_size=batch_size,
         micro_batch_size=batch_size,
         packed_over=packed_over(start.model, mesh),
+        share=batch_share(mesh),
     )
     return (put_batch(host.arrays, mesh, leading=1) for host in batches)
 

@@ -17,13 +17,14 @@ import os
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, get_args
 
-from mmpo_jax.core import progress
+from mmpo_jax.core import processes, progress, watch
 from mmpo_jax.core.dtypes import SaveDtype
-from mmpo_jax.core.errors import MmpoError
+from mmpo_jax.core.errors import MmpoError, Stopped
 from mmpo_jax.data.rows import FormatName
 
 RECIPES = {
@@ -104,7 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line and runs a subcommand.
 
     Returns:
-      The exit status: 0, or 1 with one message for an error that a user can mend, or `INTERRUPTED`.
+      The exit status: 0, also where a run was asked to stop and saved what it had; 1 with one
+      message for an error that a user can mend; or `INTERRUPTED`.
     """
     parser = argparse.ArgumentParser(prog="mmpo", description="Align vision-language models.")
     subparsers = parser.add_subparsers(dest="command", required=True)
@@ -128,36 +130,81 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_plan(others["plan"])
     _add_data_commands(subparsers)
     options = _parsed(parser, arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        _set_up_logging(processes.member())
+    except MmpoError as error:  # of the environment
+        print(f"mmpo {options.command}: {error}", file=sys.stderr)
+        return 1
+    try:
+        with progress.told(), _interrupts_that_arrive():
+            _run(options)
+    except Stopped as stopped:
+        if processes.is_first():
+            _say(options, str(stopped))
+    except KeyboardInterrupt:
+        told = "stopped; the same command goes on from what is finished"
+        _say(options, told)
+        watch.stop_others(told)
+        return INTERRUPTED
+    except Exception as error:
+        return _failed(options, error)
+    finally:
+        watch.finish()
+    return 0
+
+
+def _set_up_logging(me: processes.Member) -> None:
+    """The first process says everything, the others what is wrong, under their number."""
+    if me.index == 0:
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+    else:
+        logging.basicConfig(level=logging.WARNING, format=f"process {me.index}: %(message)s")
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
     for noisy in ("absl", "httpcore2", "httpx2", "jax", "matplotlib", "orbax", "transformers"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     # Orbax leaves its failed tasks to it, a page each; the error itself reaches us.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", ".*decompression bomb")  # images over the limit are skipped
-    try:
-        with progress.told(), _interrupts_that_arrive():
-            _run(options)
-    except MmpoError as error:
-        print(f"mmpo {options.command}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        told = "stopped; the same command goes on from what is finished"
-        print(f"mmpo {options.command}: {told}", file=sys.stderr)
-        return INTERRUPTED
-    except OSError as error:
-        if error.filename and error.errno in (errno.ENOTDIR, errno.EACCES, errno.EROFS):
-            print(f"mmpo {options.command}: {error.filename}: {error.strerror}", file=sys.stderr)
-            return 1
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        where = f" while writing {error.filename}" if error.filename else ""
-        print(
-            f"mmpo {options.command}: the disk is full{where}; what is finished is kept, "
-            "the same command goes on from there",
-            file=sys.stderr,
-        )
-        return 1
-    return 0
+
+
+def _failed(options: argparse.Namespace, error: Exception) -> int:
+    """Says what went wrong, to the user and to the other processes; the exit status.
+
+    Raises:
+      Exception: this one, where no user can mend it.
+    """
+    told = _told(error)
+    if told is None:
+        if not processes.several():
+            raise error
+        watch.wait_for_reason(error)
+        traceback.print_exception(error)
+        told = traceback.format_exception_only(error)[-1].strip()
+    elif processes.is_first() or not processes.is_agreed(error):
+        _say(options, told)
+    if not processes.is_agreed(error):
+        watch.stop_others(told)
+    return 1
+
+
+def _say(options: argparse.Namespace, told: str) -> None:
+    index = processes.member().index
+    prefix = f"process {index}: " if index else ""
+    print(f"mmpo {options.command}: {prefix}{told}", file=sys.stderr)
+
+
+def _told(error: Exception) -> str | None:
+    """What a user is told of an error that they can mend; None for others."""
+    if isinstance(error, MmpoError):
+        return str(error)
+    if not isinstance(error, OSError):
+        return None
+    if error.filename and error.errno in (errno.ENOTDIR, errno.EACCES, errno.EROFS):
+        return f"{error.filename}: {error.strerror}"
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    where = f" while writing {error.filename}" if error.filename else ""
+    return f"the disk is full{where}; what is finished is kept, the same command goes on from there"
 
 
 @contextlib.contextmanager
@@ -183,22 +230,48 @@ def _interrupts_that_arrive() -> Iterator[None]:
 
 def _run(options: argparse.Namespace) -> None:
     if options.command in RECIPES:
+        _join_others()
         _run_recipe(options)
-    elif options.command == "data":
-        _module(f"data_{options.data_command}").main(options)
     elif options.command == "convert":
         from mmpo_jax.core.output import claimed_new
 
+        _join_others()
         with claimed_new(options.target):
             _module("convert", starts_jax=True).main(options)
-    else:
-        _module(options.command).main(options)
+    elif processes.is_first():  # what needs no devices needs no other process either
+        data = options.command == "data"
+        with processes.alone():
+            _module(f"data_{options.data_command}" if data else options.command).main(options)
+
+
+def _join_others() -> None:
+    """Joins the other processes of the command, if there are any; from here on the end of one is
+    that of all."""
+    if processes.several():
+        with progress.doing(f"waiting for {processes.member().count} processes"):
+            processes.start()
+            watch.watch()
+            # So that the others learn of it; while it trains, a run saves first.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _run_recipe(options: argparse.Namespace) -> None:
     """Checks the recipe, claims the output, starts JAX and imports what the command runs, which
     takes seconds, and runs it."""
     from mmpo_jax.core.output import claimed
+
+    recipe = _load_recipe(options)
+    is_file = options.command in FLAGS and recipe.output.endswith(".jsonl")
+    with claimed(recipe.output, is_file):
+        _module(options.command, starts_jax=True).main(recipe)
+
+
+def _load_recipe(options: argparse.Namespace) -> Any:
+    """The recipe of a command, which is the same in all processes.
+
+    Raises:
+      MmpoError: naming what is wrong with it.
+    """
     from mmpo_jax.recipes import recipe as recipes
     from mmpo_jax.recipes.files import load_recipe
 
@@ -207,10 +280,19 @@ def _run_recipe(options: argparse.Namespace) -> None:
         path, overrides = _flags_as_overrides(options)
     else:
         path, overrides = options.recipe, options.overrides
-    recipe = load_recipe(getattr(recipes, kind), path, overrides)
-    is_file = options.command in FLAGS and recipe.output.endswith(".jsonl")
-    with claimed(recipe.output, is_file):
-        _module(options.command, starts_jax=True).main(recipe)
+
+    def load() -> Any:
+        return load_recipe(getattr(recipes, kind), path, overrides)
+
+    if not processes.several():
+        return load()
+    first = processes.on_one(lambda: load().model_dump(mode="json"))
+    recipe = load()
+    own = recipe.model_dump(mode="json")
+    different = [key for key in first if own.get(key) != first[key]]
+    if different:
+        raise MmpoError(f"the first process has another recipe: {', '.join(different)} differ")
+    return recipe
 
 
 def _module(command: str, starts_jax: bool = False) -> Any:
@@ -352,17 +434,15 @@ def start_jax() -> None:
     else:
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache_folder(), "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    if jax.process_count() > 1:
-        raise MmpoError(
-            f"this is one of {jax.process_count()} processes, and commands run in one so far; "
-            "take the chips of one host"
-        )
 
 
 def run() -> NoReturn:
     """The process of `main`, over when that is: taking compiled programs and arrays down one by one
     can be half a minute of silence after the last line."""
     status = main()
+    if watch.is_failing():  # the others do not come to the end that JAX would wait for
+        sys.stderr.flush()
+        os._exit(status)
     if any(not thread.daemon for thread in threading.enumerate()[1:]):
         sys.exit(status)  # which waits for them
     atexit._run_exitfuncs()

@@ -46,8 +46,8 @@ MEMORY_LIMIT, MEMORY_STEP = 3 * 2**30, 2**30
 """Bytes of a test process from which compiled programs are let go of, and of its growth to the next
 time: what remains then does not shrink by trying again."""
 MAPS_LIMIT = 20_000
-"""Memory mappings from which they are. A program has several, Linux allows a process 65,530, and XLA
-crashes where it gets no more."""
+"""Memory mappings from which they are. A program has several, Linux allows a process 65,530, and
+XLA crashes where it gets no more."""
 memory_limit = MEMORY_LIMIT
 
 

@@ -9,10 +9,16 @@ import logging
 import os
 import shutil
 from contextlib import AbstractContextManager
+from typing import Any
 
 from jax.sharding import Mesh
 
-from mmpo_jax.alignment.candidates import check_candidates, load_prompts, responses_name
+from mmpo_jax.alignment.candidates import (
+    check_candidates,
+    check_servers,
+    load_prompts,
+    responses_name,
+)
 from mmpo_jax.alignment.report import RoundReport, read_report, write_report
 from mmpo_jax.alignment.round import Round, pair_data, run_round
 from mmpo_jax.checkpoints.cards import ModelCard, SavedWeights, make_card, read_saved, write_card
@@ -32,6 +38,7 @@ from mmpo_jax.core.files import (
     replace_folder,
     write_atomic,
 )
+from mmpo_jax.core.processes import on_one
 from mmpo_jax.data.records import Record
 from mmpo_jax.data.skipped import SKIPPED_FILE, SkipReason
 from mmpo_jax.data.sources import RecordSet
@@ -78,6 +85,7 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
         prompts = load_prompts(recipe)
         if not _is_judged(recipe):
             judge.check(prompts.records)
+            check_servers(recipe, servers)
         return _run_rounds(recipe, prompts, judge, models)
 
 
@@ -118,6 +126,7 @@ def _run_rounds(
             recipe=recipe,
             mesh=mesh,
             card=card,
+            servers=models.servers,
         )
         models.held = start
         with _telling(index, recipe):
@@ -125,8 +134,8 @@ def _run_rounds(
             start.release()
             start = load_checkpoint(trained, mesh, recipe.attention)
             metrics = evaluate_round(index, start, recipe, mesh)
-        reports.append(read_report(index, folder, metrics))
-        write_report(recipe.output, reports)
+        reports.append(on_one(functools.partial(read_report, index, folder, metrics)))
+        on_one(functools.partial(write_report, recipe.output, reports))
         last = dataclasses.replace(card, metrics=reports[-1].values())
         write_card(trained, dataclasses.replace(last, saved=SavedWeights("float32")))
     save_last(recipe, work, start, last)
@@ -146,21 +155,20 @@ def save_last(recipe: AlignRecipe, work: Round, trained: Checkpoint, card: Model
     """
     result, dtype = os.path.join(recipe.output, MODEL), recipe.training.save_dtype
     manifest = os.path.join(recipe.output, "model.json")
-    done = read_json(manifest)
-    if done.get("of") == [trained.fingerprint, dtype] and has_fingerprint(result, done["model"]):
+    of = [trained.fingerprint, dtype]
+    done = on_one(lambda: _read_saved_last(manifest, result, of))
+    if done:
         saved = read_saved(done["saved"])
         write_card(result, dataclasses.replace(card, saved=saved))
         return
     if dtype == "float32":
         saved = SavedWeights(dtype)
-        if not has_fingerprint(result, trained.fingerprint):
-            replace_folder(result, lambda staging: shutil.copytree(trained.folder, staging))
+        on_one(lambda: _copy_model(trained, result))
         write_card(result, dataclasses.replace(card, saved=saved))
     else:
-        generated, pairs = (
-            read_table(os.path.join(work.folder, f"{name}.parquet"))
-            for name in (responses_name(recipe), "pairs")
-        )
+        names = responses_name(recipe), "pairs"
+        files = [os.path.join(work.folder, f"{name}.parquet") for name in names]
+        generated, pairs = on_one(lambda: [read_table(file) for file in files])
         work = dataclasses.replace(work, start=work.start.reloaded(work.mesh))
         measure = functools.partial(
             measure_weights,
@@ -175,12 +183,23 @@ def save_last(recipe: AlignRecipe, work: Round, trained: Checkpoint, card: Model
         saved = save_weights(
             result, trained, before, trained.params, dtype, card, work.mesh, measure, run
         )
-    done = {
-        "of": [trained.fingerprint, dtype],
-        "model": fingerprint_model(result),
-        "saved": dataclasses.asdict(saved),
-    }
-    write_atomic(manifest, json.dumps(null_if_not_finite(done), indent=1).encode())
+
+    def note() -> None:
+        done = {"of": of, "model": fingerprint_model(result), "saved": dataclasses.asdict(saved)}
+        write_atomic(manifest, json.dumps(null_if_not_finite(done), indent=1).encode())
+
+    on_one(note)
+
+
+def _read_saved_last(manifest: str, result: str, of: list[str]) -> dict[str, Any]:
+    """What is noted of a result, where it is there and made of this; empty otherwise."""
+    done = read_json(manifest)
+    return done if done.get("of") == of and has_fingerprint(result, done["model"]) else {}
+
+
+def _copy_model(trained: Checkpoint, target: str) -> None:
+    if not has_fingerprint(target, trained.fingerprint):
+        replace_folder(target, lambda staging: shutil.copytree(trained.folder, staging))
 
 
 def _unfit(record: TokenizedRecord) -> tuple[SkipReason, str] | None:
@@ -220,7 +239,7 @@ def evaluate_round(
             recipe.lengths.model_dump(),
         ]
     )
-    saved = read_json(path)
+    saved = on_one(lambda: read_json(path))
     if saved.get("key") == key:
         return saved["metrics"]
     with progress.doing("evaluate"):
@@ -231,7 +250,8 @@ def evaluate_round(
             recipe.lengths,
             mesh,
         )
-    write_atomic(path, json.dumps({"key": key, "metrics": metrics}, indent=1).encode())
+    text = json.dumps({"key": key, "metrics": metrics}, indent=1)
+    on_one(lambda: write_atomic(path, text.encode()))
     return metrics
 
 
@@ -243,8 +263,9 @@ def round_folder(recipe: AlignRecipe, index: int) -> str:
 def _is_judged(recipe: AlignRecipe) -> bool:
     """Whether all rounds have their verdicts, so that servers need not be up any more. Where they
     turn out to be of another recipe, who is asked says what is wrong."""
-    rounds = range(1, recipe.rounds + 1)
-    return all(os.path.isfile(os.path.join(round_folder(recipe, n), "judge.json")) for n in rounds)
+    folders = [round_folder(recipe, index) for index in range(1, recipe.rounds + 1)]
+    files = [os.path.join(folder, "judge.json") for folder in folders]
+    return on_one(lambda: all(map(os.path.isfile, files)))
 
 
 def _telling(index: int, recipe: AlignRecipe) -> AbstractContextManager:

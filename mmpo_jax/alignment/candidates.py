@@ -1,44 +1,50 @@
 """The responses of a round: what each of its sources gives, put together in one table.
 
 Every source that samples is a stage of its own: `generate` for the policy, `generate-NAME` for the
-others. Where there is more than the policy, the stage `responses` has them all.
+others; those of servers are in `served_candidates.py`. Where there is more than the policy, the
+stage `responses` has them all.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 from jax.sharding import Mesh
 
+from mmpo_jax.alignment.changed_prompts import changed_prompts, under_their_prompts
+from mmpo_jax.alignment.served_candidates import client_of, served_stage, unservable
+from mmpo_jax.chat.server import read_key
 from mmpo_jax.checkpoints.checkpoint import Checkpoint, load_processor, open_checkpoint
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import fingerprint_items, fingerprint_json
 from mmpo_jax.core.stages import Stage, StageOutput, run_told_stage
 from mmpo_jax.data.batching import fitting_lengths
-from mmpo_jax.data.contexts import OtherImage, changed_images
 from mmpo_jax.data.records import Record, Response
 from mmpo_jax.data.skipped import SkippedRow
 from mmpo_jax.data.sources import RecordSet
 from mmpo_jax.data.tokenization import (
-    RowRejected,
     TokenizedRecord,
     tokenize_prompt,
     tokenize_records,
 )
 from mmpo_jax.data.usable import unsupported
 from mmpo_jax.feedback.implicit import have_same_tokenizer
+from mmpo_jax.feedback.served import Servers
 from mmpo_jax.generation.responses import GENERATED, generate_stage
 from mmpo_jax.recipes.candidates import (
     Candidate,
     CheckpointCandidates,
     DataCandidates,
     EditedImageCandidates,
+    HiddenImageCandidates,
     PolicyCandidates,
+    ServedCandidates,
     data_candidates,
 )
 from mmpo_jax.recipes.recipe import AlignRecipe
@@ -50,7 +56,7 @@ RESPONSES_RULES = 1
 
 CANDIDATES = GENERATED.append(pa.field("source", pa.string()))
 """Columns of the stage `responses`. `token_ids` is null where the text is what is known: of
-responses of the data, and of a checkpoint with another tokenizer than the policy's."""
+responses of the data, of servers, and of a checkpoint with another tokenizer than the policy's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +72,16 @@ class Asked:
     folder: str
     index: int
     """Of the round."""
+    servers: Servers | None = None
+    """Clients of the run; None where no source is served."""
+    finished: Callable[[pa.Table], None] = lambda rows: None
+    """Is given the rows that sources have finished while there is more to come."""
 
 
 def responses_name(recipe: AlignRecipe) -> str:
     """The name of the stage that has all responses of a round."""
-    return "generate" if _policy_alone(recipe) else "responses"
+    alone = recipe.sentences is None and _policy_alone(recipe)
+    return "generate" if alone else "responses"
 
 
 def _policy_alone(recipe: AlignRecipe) -> bool:
@@ -86,6 +97,19 @@ def check_candidates(recipe: AlignRecipe) -> None:
     for source in recipe.candidates:
         if isinstance(source, CheckpointCandidates):
             load_processor(source.model, source.template)
+
+
+def check_servers(recipe: AlignRecipe, servers: Servers) -> None:
+    """Finds servers that are not up, and keys that are missing, before anything heavy starts.
+
+    Raises:
+      MmpoError: naming what is missing.
+    """
+    for source in recipe.candidates:
+        if isinstance(source, ServedCandidates) and source.command is None:
+            client_of(source, source.drawn(recipe.sampling), servers, "").check()
+        elif isinstance(source, ServedCandidates):
+            read_key(source)
 
 
 def load_prompts(recipe: AlignRecipe) -> RecordSet:
@@ -137,13 +161,24 @@ def round_responses(asked: Asked) -> StageOutput:
         return _generated(asked, sources[0])[0]
     tables: dict[str, pa.Table] = {}
     inputs: dict[str, str] = {}
+    given: set[str] = set()
+    """Sources whose rows went to `asked.finished`."""
+
+    def finished_by(name: str, rows: pa.Table) -> None:
+        for earlier in tables.keys() - given:  # was there before this run, or is the data's
+            asked.finished(tables[earlier])
+        given.update(tables, [name])
+        asked.finished(rows)
+
     for source in sources:
         if isinstance(source, DataCandidates):
             table = _of_data(asked.records)
             tables[source.name] = table
             inputs[source.name] = fingerprint_items(table.to_pylist())
         else:
-            output, same_tokens = _generated(asked, source)
+            finished = functools.partial(finished_by, source.name)
+            making = dataclasses.replace(asked, finished=finished)
+            output, same_tokens = _generated(making, source)
             inputs[source.name] = output.fingerprint
             tables[source.name] = output.table if same_tokens else _without_ids(output.table)
     ids = [record.id for record in asked.records]
@@ -168,6 +203,8 @@ def round_responses(asked: Asked) -> StageOutput:
 def _generated(asked: Asked, source: Candidate) -> tuple[StageOutput, bool]:
     """(what a source samples, whether its ids are the policy's tokens)."""
     assert not isinstance(source, DataCandidates)
+    if isinstance(source, ServedCandidates):
+        return _served(asked, source), False
     recipe, generator = asked.recipe, asked.start
     prompts, lengths = asked.tokenized, recipe.lengths
     policy = isinstance(source, PolicyCandidates)
@@ -177,9 +214,13 @@ def _generated(asked: Asked, source: Candidate) -> tuple[StageOutput, bool]:
         generator = _opened(source, asked)
         prompts = _prompts_of(source, generator, asked.records)
         lengths = fitting_lengths(prompts)
-    elif isinstance(source, EditedImageCandidates):
-        prompts = _with_edits(source, asked, seed)
     sampling = source.drawn(recipe.sampling)
+    told = _as_it_is
+    if isinstance(source, EditedImageCandidates | HiddenImageCandidates):
+        prompts = _changed(source, asked, sampling.num_samples, seed)
+        if source.per_sample:
+            sampling = sampling.model_copy(update={"num_samples": 1})
+            told = under_their_prompts
     output = generate_stage(
         generator,
         prompts,
@@ -191,9 +232,40 @@ def _generated(asked: Asked, source: Candidate) -> tuple[StageOutput, bool]:
         seed=seed,
         round_index=asked.index,
         name="generate" if policy else f"generate-{source.name}",
+        finished=lambda rows: asked.finished(told(rows)),
     )
+    output = dataclasses.replace(output, table=told(output.table))
     same = generator is asked.start
     return output, same or have_same_tokenizer(generator.processor, asked.start.processor)
+
+
+def _as_it_is(table: pa.Table) -> pa.Table:
+    return table
+
+
+def _served(asked: Asked, source: ServedCandidates) -> StageOutput:
+    assert asked.servers is not None
+    records, skipped = [], []
+    for record in asked.records:
+        problem = unservable(record)
+        if problem is None:
+            records.append(record)
+        else:
+            skipped.append(SkippedRow(source.name, record.row, record.id, *problem))
+    _tell_left_out(source, skipped, len(asked.records))
+    sampling = source.drawn(asked.recipe.sampling)
+    return served_stage(
+        source,
+        records,
+        sampling,
+        asked.start,
+        asked.mesh,
+        client_of(source, sampling, asked.servers, asked.start.fingerprint),
+        folder=asked.folder,
+        seed=_seed(asked.recipe.seed, source.name),
+        round_index=asked.index,
+        finished=asked.finished,
+    )
 
 
 def _seed(seed: int, name: str) -> int:
@@ -228,18 +300,15 @@ def _prompts_of(
     return prompts
 
 
-def _with_edits(source: EditedImageCandidates, asked: Asked, seed: int) -> list[TokenizedRecord]:
-    """The prompts about changed images, without those that show none."""
-    step = source.step if source.edit == "noise" else 0
-    other = OtherImage(source.edit, step, _seed(seed, f"round {asked.index}"))
-    changed, skipped = [], []
-    for record in asked.tokenized:
-        try:
-            changed.append(changed_images(record, other))
-        except RowRejected as error:
-            skipped.append(SkippedRow(source.name, None, record.id, error.reason, error.detail))
-    _tell_left_out(source, skipped, len(asked.tokenized))
-    return changed
+def _changed(
+    source: EditedImageCandidates | HiddenImageCandidates, asked: Asked, num_samples: int, seed: int
+) -> list[TokenizedRecord]:
+    """The prompts of which less is shown, without those that have nothing to change."""
+    of_round = _seed(seed, f"round {asked.index}")
+    processor, records = asked.start.processor, asked.tokenized
+    prompts, skipped = changed_prompts(source, records, processor, num_samples, of_round)
+    _tell_left_out(source, skipped, len(records))
+    return prompts
 
 
 def _tell_left_out(source: Candidate, skipped: Sequence[SkippedRow], total: int) -> None:

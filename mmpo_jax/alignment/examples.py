@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow as pa
 
 from mmpo_jax.core.files import write_atomic
-from mmpo_jax.data.records import Record, last_question
+from mmpo_jax.core.processes import on_one
+from mmpo_jax.data.records import Record, question_with_beginning
 from mmpo_jax.feedback.judge import VERDICTS, sources_of
 from mmpo_jax.feedback.scores import accepted
 from mmpo_jax.recipes.candidates import POLICY
@@ -48,7 +49,8 @@ def write_examples(
         "\n".join(_prompt_lines(record, responses[record.id], paired[record.id]))
         for record in shown
     ]
-    write_atomic(os.path.join(folder, FILE), ("\n\n".join(blocks) + "\n").encode())
+    text = "\n\n".join(blocks) + "\n"
+    on_one(lambda: write_atomic(os.path.join(folder, FILE), text.encode()))
 
 
 def _prompt_lines(
@@ -56,7 +58,7 @@ def _prompt_lines(
 ) -> Iterator[str]:
     images = ", ".join(image.name for image in record.images) or "no image"
     yield f"== {record.id} ({images})"
-    yield from _wrapped(last_question(record.prompt), "")
+    yield from _wrapped(question_with_beginning(record.prompt), "")
     for row in responses:
         score = "no score: " + row["reason"] if row["reason"] else f"score {row['score']:.4g}"
         source = "" if row["source"] == POLICY else f" of {row['source']}"

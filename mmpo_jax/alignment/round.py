@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from mmpo_jax.alignment.candidates import Asked, round_responses
 from mmpo_jax.alignment.examples import write_examples
 from mmpo_jax.alignment.pairs import pair_records, pair_rows
+from mmpo_jax.alignment.sentences import begun_records, judged_sentences
 from mmpo_jax.checkpoints.cards import ModelCard
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.checkpoints.fingerprints import fingerprint_model, has_fingerprint
@@ -30,11 +31,20 @@ from mmpo_jax.core.files import (
     read_json,
     write_atomic,
 )
+from mmpo_jax.core.processes import on_one
 from mmpo_jax.core.stages import Stage, StageOutput, run_told_stage
 from mmpo_jax.data.records import Record
 from mmpo_jax.data.tokenization import TokenizedRecord
-from mmpo_jax.feedback.judge import Judge, Responses, scored_responses
+from mmpo_jax.feedback.ahead import asking_ahead
+from mmpo_jax.feedback.judge import (
+    AskingAhead,
+    Judge,
+    Responses,
+    rows_in_parts,
+    scored_responses,
+)
 from mmpo_jax.feedback.pairing import make_pairs
+from mmpo_jax.feedback.served import Servers
 from mmpo_jax.recipes.recipe import AlignRecipe
 from mmpo_jax.training.loop import TrainingData
 from mmpo_jax.training.saving import MODEL
@@ -60,6 +70,8 @@ class Round:
     mesh: Mesh
     card: ModelCard
     """Card of the alignment's result, without metrics."""
+    servers: Servers
+    """Clients of the run."""
 
 
 def run_round(work: Round, judge: Judge) -> str:
@@ -72,33 +84,45 @@ def run_round(work: Round, judge: Judge) -> str:
     Returns:
       The Hugging Face folder of the trained model.
     """
-    generated = generated_responses(work)
-    answered = set(generated.table["prompt_id"].to_pylist())
-    records = [record for record in work.records if record.id in answered]
-    judged = judge.judge(Responses(work.folder, records, generated))
+    generated, judged = judged_responses(work, judge)
     pairs = pairs_stage(work, generated, judged)
-    write_examples(work.folder, work.records, generated.table, judged.table, pairs.table)
+    prompts = begun_records(work.records, generated.table)
+    write_examples(work.folder, prompts, generated.table, judged.table, pairs.table)
     return train_round(work, generated, pairs)
 
 
-def generated_responses(work: Round) -> StageOutput:
-    """The responses of all sources to every prompt, see `round_responses`."""
-    return round_responses(
-        Asked(
-            work.start,
-            work.records,
-            work.tokenized,
-            work.recipe,
-            work.mesh,
-            work.folder,
-            work.index,
-        )
+def judged_responses(work: Round, judge: Judge) -> tuple[StageOutput, StageOutput]:
+    """(the responses to every prompt, see `round_responses` and `judged_sentences`; their
+    scores)."""
+    asked = Asked(
+        work.start,
+        work.records,
+        work.tokenized,
+        work.recipe,
+        work.mesh,
+        work.folder,
+        work.index,
+        work.servers,
     )
+    if work.recipe.sentences is not None:
+        return judged_sentences(asked, judge, work.recipe.sentences)
+    asks_ahead = judge.ask_ahead if isinstance(judge, AskingAhead) and judge.asks_ahead else None
+    with asking_ahead(asks_ahead) as ask_ahead:
+
+        def finished(rows: pa.Table) -> None:
+            for part in rows_in_parts(work.folder, work.records, rows):
+                ask_ahead(part)
+
+        generated = round_responses(dataclasses.replace(asked, finished=finished))
+    answered = set(generated.table["prompt_id"].to_pylist())
+    records = [record for record in work.records if record.id in answered]
+    return generated, judge.judge(Responses(work.folder, records, generated))
 
 
 def pairs_stage(work: Round, generated: StageOutput, judged: StageOutput) -> StageOutput:
     """Preference pairs; what became of everything else is in the table's metadata."""
-    pairing = work.recipe.pairing
+    pairing, sentences = work.recipe.pairing, work.recipe.sentences
+    clean = {} if sentences is None else {"chosen_at_least": sentences.clean}
 
     def make_part(_: int) -> pa.Table:
         result = make_pairs(
@@ -110,6 +134,7 @@ def pairs_stage(work: Round, generated: StageOutput, judged: StageOutput) -> Sta
             balance=pairing.length_balance,
             chosen_from=pairing.chosen_from,
             rejected_from=pairing.rejected_from,
+            **clean,
         )
         table = pa.Table.from_pylist(
             [dataclasses.asdict(pair) for pair in result.pairs], schema=_PAIRS
@@ -124,6 +149,7 @@ def pairs_stage(work: Round, generated: StageOutput, judged: StageOutput) -> Sta
     settings = {
         "rules": PAIR_RULES,
         **pairing.model_dump(exclude_none=True),
+        **clean,
         "seed": work.recipe.seed,
         "round": work.index,
     }
@@ -142,7 +168,7 @@ def train_round(work: Round, generated: StageOutput, pairs: StageOutput) -> str:
         "round": work.index,
     }
     identity = fingerprint_json(inputs)
-    if _is_trained(manifest, target, identity):
+    if on_one(lambda: _is_trained(manifest, target, identity)):
         return target
     if not pairs.table.num_rows:
         raise MmpoError(
@@ -153,12 +179,16 @@ def train_round(work: Round, generated: StageOutput, pairs: StageOutput) -> str:
     work = dataclasses.replace(work, start=work.start.reloaded(work.mesh))
     stage = training_stage(work)
     data = pair_data(work, generated.table, pairs.table)
-    _discard_other_run(stage.run_folder, identity)
+    on_one(lambda: _discard_other_run(stage.run_folder, identity))
     with progress.doing("train"):
         progress.tell()
         train_stage(stage, data, inputs)
-    done = {"identity": identity, "inputs": inputs, "model": fingerprint_model(target)}
-    write_atomic(manifest, json.dumps(done, indent=1).encode())
+
+    def note() -> None:
+        done = {"identity": identity, "inputs": inputs, "model": fingerprint_model(target)}
+        write_atomic(manifest, json.dumps(done, indent=1).encode())
+
+    on_one(note)
     return target
 
 
@@ -180,7 +210,7 @@ def training_stage(work: Round) -> TrainingStage:
 
 def pair_data(work: Round, generated: pa.Table, pairs: pa.Table) -> TrainingData:
     """The round's pairs as training takes them, with the reference's log-probs."""
-    records = pair_records(work.records, generated, pairs)
+    records = pair_records(begun_records(work.records, generated), generated, pairs)
     name = f"round {work.index}: pairs"
     rows = pair_rows(name, records, work.start.processor, work.recipe)
     return stage_data(training_stage(work), rows)

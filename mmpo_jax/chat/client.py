@@ -20,7 +20,7 @@ from types import TracebackType
 from etils import epath
 
 from mmpo_jax.chat.asking import Asker
-from mmpo_jax.chat.connection import Connection, UnreachableError
+from mmpo_jax.chat.connection import Answer, Connection, UnreachableError
 from mmpo_jax.chat.counts import ChatCounts, Tally
 from mmpo_jax.chat.faults import read_error
 from mmpo_jax.chat.journal import Journal
@@ -44,6 +44,9 @@ ENCODERS = 4
 
 MODELS_SHOWN = 20
 """Names of models that a message lists, at most."""
+
+LOOK_SECONDS = 10.0
+"""Seconds that a server has to show that it is up."""
 
 KEPT = "what was answered is kept, and the same command goes on from there"
 
@@ -99,6 +102,8 @@ class ChatClient:
         self._rejected: set[str] = set()
         """Keys of what was answered and of no use; under the lock."""
         self._closed = False
+        self._gone: Exception | None = None
+        """Why the server is not asked any more; under the lock."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run_loop, name="chat", daemon=True)
         self._thread.start()
@@ -160,6 +165,16 @@ class ChatClient:
         """
         asyncio.run_coroutine_threadsafe(self._check(), self._loop).result()
 
+    def is_up(self) -> bool:
+        """Whether the server answers now, and with more than that it cannot yet."""
+        return asyncio.run_coroutine_threadsafe(self._is_up(), self._loop).result()
+
+    def stop(self, error: MmpoError) -> None:
+        """Ends all that is asked, now and later, with an error: the server is gone for good."""
+        with self._lock:
+            self._gone = error
+        self._loop.call_soon_threadsafe(self._stop, error)
+
     @property
     def counts(self) -> ChatCounts:
         """What was done so far."""
@@ -213,6 +228,8 @@ class ChatClient:
         with self._lock:
             if self._closed:
                 raise RuntimeError("the chat client is closed")
+            if self._gone is not None:
+                raise self._gone
             job = self._jobs.get(key)
             if job is not None:
                 job.waiters += 1
@@ -359,6 +376,14 @@ class ChatClient:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._connection.close()
+
+    async def _is_up(self) -> bool:
+        try:
+            async with asyncio.timeout(LOOK_SECONDS):
+                answer = await self._connection.get("models")
+        except (UnreachableError, TimeoutError):
+            return False
+        return isinstance(answer, Answer) and answer.status < 500
 
     async def _check(self) -> None:
         url, model = self.server.url, self.server.model

@@ -7,6 +7,7 @@ import functools
 import io
 
 from mmpo_jax.core.errors import DataError
+from mmpo_jax.data.edits import OF_PIXELS
 from mmpo_jax.data.images import image_format, open_image
 from mmpo_jax.data.records import ImageRef
 
@@ -32,7 +33,7 @@ def data_url(image: ImageRef) -> str:
 
     Raises:
       DataError: the file is missing, damaged or no image; or its edit is one of what a model is
-        given (`noise`, `blank`) and not of a picture.
+        given (`edits.OF_PIXELS`) and not of a picture.
     """
     return _data_url(image.fingerprint(), image)
 
@@ -40,7 +41,7 @@ def data_url(image: ImageRef) -> str:
 @functools.lru_cache(maxsize=CACHED)
 def _data_url(fingerprint: str, image: ImageRef) -> str:
     """As `data_url`; a file that changed has another fingerprint."""
-    if image.edit is not None and image.edit.kind in ("noise", "blank"):
+    if image.edit is not None and image.edit.kind in OF_PIXELS:
         raise DataError(f"image {image.name}: {image.edit.kind} is no picture that can be sent")
     mime = MIME_TYPES.get(image_format(image)) if image.edit is None else None
     if mime is not None:

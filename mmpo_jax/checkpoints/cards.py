@@ -13,6 +13,7 @@ import yaml
 
 from mmpo_jax.checkpoints.folders import split_hub_id
 from mmpo_jax.core.files import null_if_not_finite, read_json, write_atomic
+from mmpo_jax.core.processes import on_one
 from mmpo_jax.models.model import Model
 from mmpo_jax.recipes.recipe import AlignRecipe, TrainRecipe
 
@@ -128,7 +129,7 @@ def make_card(
 
 def write_card(folder: str | os.PathLike[str], card: ModelCard) -> None:
     """Writes the card of a checkpoint folder."""
-    write_atomic(os.path.join(folder, FILE), render_card(card).encode())
+    on_one(lambda: write_atomic(os.path.join(folder, FILE), render_card(card).encode()))
 
 
 def save_card(folder: str | os.PathLike[str], card: ModelCard) -> None:

@@ -27,6 +27,7 @@ from mmpo_jax.checkpoints.peft import base_model, has_model, is_adapter_folder, 
 from mmpo_jax.checkpoints.safetensors_files import all_finite
 from mmpo_jax.core import progress
 from mmpo_jax.core.files import fingerprint_json, is_local
+from mmpo_jax.core.processes import on_one
 from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.models.config import ModelConfig, ModelError
@@ -107,7 +108,8 @@ class Checkpoint:
 
     def release(self, paths: Collection[str] | None = None) -> None:
         """Takes parameters out of the tree, for everyone who holds this checkpoint: the devices
-        have their memory back where nobody else holds the arrays. `reloaded` has them again.
+        have their memory back where nobody else holds the arrays. `reloaded` has them again, and
+        `restore` gives them to all who hold it.
 
         Args:
           paths: of the parameters; None for all.
@@ -118,6 +120,17 @@ class Checkpoint:
             for parent in parents:
                 node = node.get(parent, {})
             node.pop(name, None)
+
+    def restore(self, mesh: Mesh) -> None:
+        """Puts released parameters back, for everyone who holds this checkpoint.
+
+        Raises:
+          ModelError, CheckpointError: as `reloaded`.
+        """
+        params = self.reloaded(mesh).params
+        if params is not self.params:
+            self.params.clear()
+            self.params.update(params)
 
     def reloaded(self, mesh: Mesh) -> Checkpoint:
         """The checkpoint with all of its parameters, read again where some were released.
@@ -143,7 +156,7 @@ def locate(name: str) -> Location:
     folder, *adapters = checkpoint_folders(name)
     if not is_local(folder) or os.path.isfile(os.path.join(folder, "config.json")):
         return Location(folder, side_files(folder), False, tuple(adapters))
-    orbax = find_checkpoint(folder)
+    orbax = on_one(lambda: find_checkpoint(folder))
     if orbax is None:
         return Location(folder, folder, False, tuple(adapters))
     return Location(*orbax, True, tuple(adapters))
@@ -176,11 +189,15 @@ def checkpoint_folders(name: str) -> list[str]:
 
 
 def fingerprint_location(location: Location) -> str:
-    """Digest of all files that make up a checkpoint.
+    """Digest of all files that make up a checkpoint, which the first of several processes reads.
 
     Raises:
       ModelError, DataError: naming the file that is missing or cannot be read.
     """
+    return on_one(lambda: _fingerprint(location))
+
+
+def _fingerprint(location: Location) -> str:
     with progress.doing(f"checksum of {location.weights}"):
         if location.is_orbax:
             model = fingerprint_step(location.weights, location.base)

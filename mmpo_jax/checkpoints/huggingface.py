@@ -39,6 +39,7 @@ from mmpo_jax.checkpoints.safetensors_files import (
     write_files,
 )
 from mmpo_jax.core.files import replace_folder
+from mmpo_jax.core.processes import alone
 from mmpo_jax.core.trees import flatten, to_host, unflatten
 from mmpo_jax.models.config import ModelError
 from mmpo_jax.models.family import Renaming
@@ -260,7 +261,8 @@ def write_folder(
         write_others(staging)
 
     if jax.process_index() == 0:
-        replace_folder(os.fspath(folder), write)
+        with alone():
+            replace_folder(os.fspath(folder), write)
     else:
         for tensor in (tensor for tensors in files.values() for tensor in tensors):
             tensor.fetch()

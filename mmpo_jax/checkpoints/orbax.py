@@ -22,8 +22,10 @@ from mmpo_jax.checkpoints.folders import copy_base
 from mmpo_jax.checkpoints.train_state import TrainState
 from mmpo_jax.core import progress
 from mmpo_jax.core.errors import MmpoError
+from mmpo_jax.core.processes import on_one
 from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.models.model import Params
+from mmpo_jax.parallel.mesh import put_whole
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +59,7 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The last saved step."""
-        return self.manager.latest_step()
+        return on_one(self.manager.latest_step)
 
     def describe_latest(self) -> str:
         """The last good checkpoint's folder, for messages."""
@@ -119,7 +121,7 @@ class Checkpoints:
         )
         params = restored["params"]
         log.info("continuing from step %d", step)
-        number = jax.device_put(jax.numpy.int32(step), state.step.sharding)
+        number = put_whole(np.int32(step), state.step.sharding)
         resumed = TrainState(
             number,
             {path: params[path] for path in state.params},
@@ -143,7 +145,7 @@ class Checkpoints:
 
     def discard_best(self) -> None:
         """Removes what was best in an attempt of which no checkpoint is left."""
-        shutil.rmtree(self._best_folder, ignore_errors=True)
+        on_one(lambda: shutil.rmtree(self._best_folder, ignore_errors=True))
 
     def restore_best(self, state: TrainState) -> TrainState:
         """The state with the best parameters."""
@@ -219,9 +221,13 @@ def save_base(
       The folder.
     """
     base = os.path.join(folder, BASE)
-    copy_base(source, base, chat_template)
-    if card is not None:
-        save_card(base, card)
+
+    def save() -> None:
+        copy_base(source, base, chat_template)
+        if card is not None:
+            save_card(base, card)
+
+    on_one(save)
     return base
 
 

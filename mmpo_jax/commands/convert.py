@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import shutil
 
 import numpy as np
 
@@ -15,8 +16,9 @@ from mmpo_jax.checkpoints.orbax import save_base, save_start
 from mmpo_jax.checkpoints.rounding import stored_dtype
 from mmpo_jax.core import progress
 from mmpo_jax.core.errors import MmpoError
-from mmpo_jax.core.files import replace_folder
+from mmpo_jax.core.files import incomplete, put_in_place
 from mmpo_jax.core.output import is_new
+from mmpo_jax.core.processes import is_first, on_one
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.precision import weights_dtype
 from mmpo_jax.parallel.mesh import make_mesh
@@ -44,7 +46,7 @@ def convert(source: str, target: str, dtype: str | None = None) -> str:
     Raises:
       MmpoError: there is something at the target, or the source cannot be read.
     """
-    if not is_new(target):
+    if on_one(lambda: not is_new(target)):
         raise MmpoError(f"{target}: is there already; give a new folder")
     location = locate(source)
     model = Model.create(load_model_config(location))
@@ -60,12 +62,23 @@ def convert(source: str, target: str, dtype: str | None = None) -> str:
     with progress.doing(f"loading {location.weights}"):
         params = load_weights(location, model, make_mesh(), dtype)
 
-    def write(staging: str) -> None:
+    _write_start(target, location, params)
+    return f"Orbax checkpoint: {target}"
+
+
+def _write_start(target: str, location: Location, params: Params) -> None:
+    """Writes parameters as a run nobody trained, which appears whole; all processes write their
+    part of them."""
+    staging = incomplete(target)
+    on_one(lambda: shutil.rmtree(staging, ignore_errors=True))
+    try:
         save_base(staging, location.base)
         save_start(staging, params)
-
-    replace_folder(target, write)
-    return f"Orbax checkpoint: {target}"
+    except BaseException:
+        if is_first():
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+    on_one(lambda: put_in_place(staging, target))
 
 
 def _save_run(
@@ -91,6 +104,10 @@ def _save_run(
 def _card(location: Location) -> ModelCard | None:
     """A run's card, with what it measured last before the step."""
     step = int(os.path.basename(location.weights))
-    rows = read_metrics(os.path.join(os.path.dirname(location.base), FILE))
-    measured = [row for row in rows if row["step"] <= step]
-    return read_card(location.base, measured[-1] if measured else {})
+
+    def read() -> ModelCard | None:
+        rows = read_metrics(os.path.join(os.path.dirname(location.base), FILE))
+        measured = [row for row in rows if row["step"] <= step]
+        return read_card(location.base, measured[-1] if measured else {})
+
+    return on_one(read)

@@ -7,6 +7,7 @@ import os
 
 from mmpo_jax.checkpoints.checkpoint import load_checkpoint
 from mmpo_jax.core.files import check_reachable, write_atomic
+from mmpo_jax.core.processes import on_one
 from mmpo_jax.evaluation.picture_world import evaluate_picture_world
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipes.recipe import EvaluateRecipe
@@ -34,5 +35,5 @@ def run_evaluation(recipe: EvaluateRecipe) -> dict[str, float]:
     )
     report = {"model": recipe.model, "fingerprint": checkpoint.fingerprint, **metrics}
     path = os.path.join(recipe.output, "evaluation.json")
-    write_atomic(path, json.dumps(report, indent=1).encode())
+    on_one(lambda: write_atomic(path, json.dumps(report, indent=1).encode()))
     return metrics

@@ -12,6 +12,7 @@ from etils import epath
 
 from mmpo_jax.core.errors import DataError, MmpoError
 from mmpo_jax.core.files import check_reachable, write_atomic
+from mmpo_jax.core.processes import on_one
 from mmpo_jax.core.sections import Section
 from mmpo_jax.data.formats.writing import place_image
 from mmpo_jax.data.records import ImageRef
@@ -70,18 +71,24 @@ class Results:
     def write(self, rows: Iterable[dict[str, Any]]) -> str:
         """Writes the result whole, and removes the parts it was made of.
 
+        Args:
+          rows: of the result; of several processes the first alone makes them.
+
         Returns:
           The result's file.
 
         Raises:
           DataError: a row holds NaN or an infinity, which JSON has not.
         """
+        on_one(lambda: self._write(rows))
+        return self.rows
+
+    def _write(self, rows: Iterable[dict[str, Any]]) -> None:
         lines = [_json(row) + "\n" for row in rows]
         write_atomic(self.rows, "".join(lines).encode())
         parts = epath.Path(self.parts)
         if parts.exists():
             parts.rmtree()
-        return self.rows
 
 
 def _json(row: dict[str, Any]) -> str:

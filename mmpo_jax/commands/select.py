@@ -17,6 +17,7 @@ from mmpo_jax.commands.score import without_responses
 from mmpo_jax.core import progress
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import write_atomic
+from mmpo_jax.core.processes import on_one
 from mmpo_jax.data.batching import fitting_lengths
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.processor import Processor
@@ -92,7 +93,7 @@ def run_selection(recipe: SelectRecipe) -> tuple[str, Selection]:
     selection = describe_selection(rewards, texts)
     fingerprints = {"policy": policy.fingerprint, "reference": reference.fingerprint}
     report = json.dumps(fingerprints | selection.to_json(), indent=1) + "\n"
-    write_atomic(results.beside(REPORT), report.encode())
+    on_one(lambda: write_atomic(results.beside(REPORT), report.encode()))
     lines = map(_line, records, rewards, [recipe.reward.per_token] * len(records))
     return results.write(lines), selection
 
@@ -145,7 +146,7 @@ def _tokenized(
     for row in skipped:
         log.warning("%s: skipped %s", name, row)
     if skipped:
-        write_skipped(skipped_file, [*record_set.skipped, *skipped])
+        on_one(lambda: write_skipped(skipped_file, [*record_set.skipped, *skipped]))
     if not kept:
         raise DataError(f"{name}: no sample can be scored; {skipped[0]}")
     return kept

@@ -9,5 +9,9 @@ class MmpoError(Exception):
     """
 
 
+class Stopped(Exception):
+    """A command was asked to stop, and did so where it can go on. The message says where."""
+
+
 class DataError(MmpoError):
     """A file or a row of the user's data cannot be used."""

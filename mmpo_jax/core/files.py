@@ -238,13 +238,23 @@ def replace_folder(target: str, write: Callable[[str], Any]) -> None:
 
     What it raises passes through; then nothing is left of what it wrote.
     """
-    staging = target.rstrip("/") + ".incomplete"
+    staging = incomplete(target)
     shutil.rmtree(staging, ignore_errors=True)
     try:
         write(staging)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+    put_in_place(staging, target)
+
+
+def incomplete(target: str) -> str:
+    """The folder beside the target in which it is made."""
+    return target.rstrip("/") + ".incomplete"
+
+
+def put_in_place(staging: str, target: str) -> None:
+    """Puts a whole folder in the place of the target."""
     shutil.rmtree(target, ignore_errors=True)
     os.replace(staging, target)
 

@@ -20,6 +20,7 @@ from etils import epath
 
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.files import check_reachable, is_local
+from mmpo_jax.core.processes import on_one, several
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ FILES = re.compile(
 
 TRIES, RETRY_SECONDS = 3, 0.05
 """How often a shared lock is asked for, as whoever shares it holds it alone when letting go."""
+SHARED_TRIES = 10
+"""How often a process looks for the lock of the first one."""
 
 
 @contextlib.contextmanager
@@ -47,6 +50,7 @@ def claimed(output: str, is_file: bool = False) -> Iterator[None]:
     The claim is a lock of the operating system, which ends with the process, however that ends. A
     file's claim keeps others from its folder as an output, but not from other files in it. In a
     bucket there are no locks; there a file is written and removed, so that it is known to work.
+    Of several processes the first claims for all; a folder has to be one that all of them see.
 
     Args:
       output: of a recipe: a folder, or a file.
@@ -55,6 +59,31 @@ def claimed(output: str, is_file: bool = False) -> Iterator[None]:
     Raises:
       MmpoError: it cannot be written, something else is in the way, or another command writes it.
     """
+    with contextlib.ExitStack() as stack:
+        on_one(lambda: stack.enter_context(_claimed(output, is_file)))
+        if several() and is_local(output) and not is_file:
+            _check_shared(output)
+        yield
+
+
+def _check_shared(folder: str) -> None:
+    """
+    Raises:
+      MmpoError: the folder that the first process claimed is not this process's.
+    """
+    for _ in range(SHARED_TRIES):
+        if os.path.exists(os.path.join(folder, LOCK)):
+            return
+        time.sleep(1)  # network file systems show new files late
+    raise MmpoError(
+        f"output: {folder} is not the same folder for all processes; give one that all machines "
+        "have, such as a bucket's"
+    )
+
+
+@contextlib.contextmanager
+def _claimed(output: str, is_file: bool) -> Iterator[None]:
+    """`claimed` for this process."""
     if not is_local(output):
         check_reachable(output)
         _try_bucket(os.path.dirname(output) if is_file else output)
@@ -87,7 +116,7 @@ def claimed_new(folder: str) -> Iterator[None]:
     """
     if not is_local(folder):
         raise MmpoError(f"{folder}: is in a bucket; give a folder of this machine")
-    new = is_new(folder)
+    new = on_one(lambda: is_new(folder))
     with claimed(folder):
         if not new:
             raise MmpoError(f"{folder}: is there already; give a new folder")

@@ -88,9 +88,26 @@ class Activity:
 
 
 _activities: list[Activity] = []
+_threads = threading.local()
+"""Of a thread: whether what it does is said, see `aside`."""
 _between = "working"
 """What is said outside of any."""
 _last_word = time.monotonic()
+
+
+@contextlib.contextmanager
+def aside() -> Iterator[None]:
+    """What this thread does within goes on beside what the command waits for: it is not said, and
+    counts as no progress of that."""
+    before, _threads.aside = _is_aside(), True
+    try:
+        yield
+    finally:
+        _threads.aside = before
+
+
+def _is_aside() -> bool:
+    return getattr(_threads, "aside", False)
 
 
 @contextlib.contextmanager
@@ -104,6 +121,9 @@ def doing(
     """What is done within, for who waits; see `Activity`."""
     global _between
     activity = Activity(name, total, unit, first, measure=measure)
+    if _is_aside():
+        yield activity
+        return
     _between = "working"
     _activities.append(activity)
     try:
@@ -123,7 +143,7 @@ def counted(items: Iterable[Item], name: str, unit: str = "rows") -> Iterator[It
 
 def advance(count: int = 1) -> None:
     """Counts more of the innermost activity that are done."""
-    if _activities:
+    if _activities and not _is_aside():
         _activities[-1].advance(count)
 
 

@@ -12,6 +12,7 @@ file holds a time or a path: the same inputs give the same bytes.
 """
 
 import errno
+import functools
 import json
 import logging
 import os
@@ -34,6 +35,7 @@ from mmpo_jax.core.files import (
     read_table,
     write_atomic,
 )
+from mmpo_jax.core.processes import on_one
 
 log = logging.getLogger(__name__)
 _MANIFEST_VERSION = 1
@@ -99,15 +101,19 @@ class StageOutput:
 def run_stage(
     stage: Stage,
     make_part: Callable[[int], pa.Table],
+    finished: Callable[[pa.Table], None] = lambda rows: None,
 ) -> StageOutput:
     """The result of a stage, made now as far as it does not exist.
 
     A finished stage is read, and `make_part` not called. Otherwise the parts that are missing are
     made in order and the result is their concatenation. All parts need the same columns; a
-    column that is empty or all null in one part takes its type from the others.
+    column that is empty or all null in one part takes its type from the others. Of several
+    processes all make parts, the first reads and writes, and all get its result.
 
     Args:
       make_part: makes part i of `stage.num_parts`. What it raises passes through.
+      finished: is given the rows of every part as soon as they are kept, those of an earlier run
+        first; nothing where the stage is finished. Only the first process calls it.
 
     Raises:
       StageError: a file could not be written, for instance because the disk is full. Finished
@@ -115,25 +121,44 @@ def run_stage(
     """
     result = read_finished(stage)
     if result is not None:
-        _clean_up(stage, [stage.parts_folder])
+        on_one(lambda: _clean_up(stage, [stage.parts_folder]))
         return result
-    parts = _read_parts(stage)
-    for part in range(stage.num_parts):
-        if part in parts:
-            continue
-        data = encode_table(make_part(part))
+    parts: dict[int, pa.Table] = {}
+    """Parts that are there, in the process that writes."""
+
+    def read_parts() -> set[int]:
+        parts.update(_read_parts(stage))
+        for part in sorted(parts):
+            finished(parts[part])
+        return {*parts}
+
+    def keep(part: int, table: pa.Table) -> None:
+        data = encode_table(table)
         _write(stage, stage.part_path(part), data, len(parts))
         # Used as read back, so that the result is the same with and without a restart.
         parts[part] = decode_table(data, f"part {part} of stage {stage.name}")
-    data = encode_table(_concatenate(stage, [parts[part] for part in range(stage.num_parts)]))
-    _write(stage, stage.output_path, data, stage.num_parts)
-    manifest = json.dumps(_manifest(stage, data), indent=2, sort_keys=True) + "\n"
-    _write(stage, stage.manifest_path, manifest.encode(), stage.num_parts)
-    _clean_up(stage, epath.Path(stage.folder).glob(f"{stage.name}.parts-*"))
-    return StageOutput(decode_table(data, os.fspath(stage.output_path)), fingerprint_bytes(data))
+        finished(parts[part])
+
+    def finish() -> bytes:
+        data = encode_table(_concatenate(stage, [parts[part] for part in range(stage.num_parts)]))
+        _write(stage, stage.output_path, data, stage.num_parts)
+        manifest = json.dumps(_manifest(stage, data), indent=2, sort_keys=True) + "\n"
+        _write(stage, stage.manifest_path, manifest.encode(), stage.num_parts)
+        _clean_up(stage, epath.Path(stage.folder).glob(f"{stage.name}.parts-*"))
+        return data
+
+    there = on_one(read_parts)
+    for part in range(stage.num_parts):
+        if part not in there:
+            on_one(functools.partial(keep, part, make_part(part)))
+    return _output(stage, on_one(finish))
 
 
-def run_told_stage(stage: Stage, make_part: Callable[[int], pa.Table]) -> StageOutput:
+def run_told_stage(
+    stage: Stage,
+    make_part: Callable[[int], pa.Table],
+    finished: Callable[[pa.Table], None] = lambda rows: None,
+) -> StageOutput:
     """`run_stage` as an activity that tells its parts; see there."""
 
     def make(part: int) -> pa.Table:
@@ -142,23 +167,36 @@ def run_told_stage(stage: Stage, make_part: Callable[[int], pa.Table]) -> StageO
         return make_part(part)
 
     with progress.doing(stage.name, stage.num_parts, "parts") as activity:
-        return run_stage(stage, make)
+        return run_stage(stage, make, finished)
 
 
 def read_finished(stage: Stage) -> StageOutput | None:
     """The result of a stage if it is there, whole, and made of the same inputs and settings."""
-    manifest = _read_manifest(stage)
-    if manifest.get("made_of") != fingerprint_json(_made_of(stage)):
-        return None
     try:
-        data = read_bytes(stage.output_path)
-        fingerprint = fingerprint_bytes(data)
-        if fingerprint != manifest.get("sha256"):
-            raise DataError(f"{os.fspath(stage.output_path)} is not what its manifest says")
-        return StageOutput(decode_table(data, os.fspath(stage.output_path)), fingerprint)
+        data = on_one(lambda: _read_finished(stage))
+        return None if data is None else _output(stage, data)
     except DataError as error:
         log.warning("stage %s is made again: %s", stage.name, error)
         return None
+
+
+def _read_finished(stage: Stage) -> bytes | None:
+    """The file of `read_finished`.
+
+    Raises:
+      DataError: it is missing or damaged.
+    """
+    manifest = _read_manifest(stage)
+    if manifest.get("made_of") != fingerprint_json(_made_of(stage)):
+        return None
+    data = read_bytes(stage.output_path)
+    if fingerprint_bytes(data) != manifest.get("sha256"):
+        raise DataError(f"{os.fspath(stage.output_path)} is not what its manifest says")
+    return data
+
+
+def _output(stage: Stage, data: bytes) -> StageOutput:
+    return StageOutput(decode_table(data, os.fspath(stage.output_path)), fingerprint_bytes(data))
 
 
 def _made_of(stage: Stage) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO, TypeVar
 
+from mmpo_jax.core import processes
 from mmpo_jax.core.errors import MmpoError
 
 AHEAD = 2
@@ -39,6 +40,8 @@ class _Worker:
         # The parent alone has the devices.
         paths = os.pathsep.join(filter(None, sys.path))
         environment = {**os.environ, "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"}
+        for name in processes.VARIABLES:  # a worker is no process of the command
+            environment.pop(name, None)
         environment.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.process = subprocess.Popen(
             [sys.executable, "-c", f"from {__name__} import serve; serve()"],

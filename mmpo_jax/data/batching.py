@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -154,15 +155,26 @@ def _pad_shown(
 
 
 def place_media(ids: np.ndarray, record: TokenizedRecord, processor: Processor) -> Placement:
-    """What the first n tokens of a record read of its images, and where they stand."""
-    images = processor.images
-    return place(
-        ids,
+    """What the first n tokens of a record read of its images, and where they stand; n is no less
+    than the prompt's."""
+    images, seen = processor.images, record.seen
+    whole = np.concatenate([record.whole_prompt, ids[len(record.prompt_ids) :]])
+    placed = place(
+        whole,
         record.layouts,
         processor.placeholders,
         extras=images.extras if images else 0,
         width=images.vectors if images else 1,
         axes=processor.config.decoder.rope.axes,
+    )
+    if seen is None:
+        return placed
+    kept = np.concatenate([seen.kept, np.arange(len(seen.whole), len(whole))])
+    return dataclasses.replace(
+        placed,
+        index=placed.index[kept],
+        weight=placed.weight[kept],
+        positions=placed.positions[:, kept],
     )
 
 

@@ -37,6 +37,8 @@ class OtherImage:
     step: int = 0
     """Step of diffusion, for `noise`."""
     seed: int = 0
+    share: float = 0.0
+    """Share of the patches that are hidden, for `masked`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,7 +252,10 @@ def changed_images(record: AnyRecord, other: OtherImage) -> AnyRecord:
         raise RowRejected("no_other_image", "there is no image to change")
     edits = [
         Edit(
-            other.kind, int(fingerprint_json([other.seed, record.id, number])[:15], 16), other.step
+            other.kind,
+            int(fingerprint_json([other.seed, record.id, number])[:15], 16),
+            other.step,
+            other.share,
         )
         for number in range(len(record.images) + len(record.videos))
     ]

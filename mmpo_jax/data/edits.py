@@ -13,6 +13,8 @@ CROP_AREA = (0.01, 0.2)
 CROP_ASPECT = (3 / 4, 4 / 3)
 ANGLES = (10.0, 80.0)
 DIFFUSION_STEPS = 1000
+OF_PIXELS = ("noise", "blank", "masked")
+"""Edits of what a model is given of an image, and not of a picture."""
 
 
 def edit_image(image: Image.Image, edit: Edit | None) -> Image.Image:
@@ -23,7 +25,7 @@ def edit_image(image: Image.Image, edit: Edit | None) -> Image.Image:
     2406.11839). `rotate` turns it by 10 to 80 degrees, black where nothing is (CHiP's code).
     `black` has no colour at all.
     """
-    if edit is None or edit.kind in ("noise", "blank"):
+    if edit is None or edit.kind in OF_PIXELS:
         return image
     width, height = image.size
     if edit.kind == "black":
@@ -40,19 +42,41 @@ def edit_image(image: Image.Image, edit: Edit | None) -> Image.Image:
     return image.resize(image.size, Image.Resampling.BILINEAR, box=box)
 
 
-def edit_pixels(pixels: np.ndarray, edit: Edit | None) -> np.ndarray:
-    """What the model is given of an image, changed; float32 of any shape.
+def edit_pixels(pixels: np.ndarray, edit: Edit | None, patch_size: int = 1) -> np.ndarray:
+    """What the model is given of an image, changed; of the same shape and dtype.
 
     `noise` is sqrt(a) x + sqrt(1 - a) e with e normal and a of the diffusion step, as VCD adds it
     (Leng et al. 2023, arXiv 2311.16922). `blank` is 0, the mean colour of the preprocessing.
+    `masked` is that in a share of the patches, drawn at random from all of the image's.
+
+    Args:
+      pixels: float32[slots, C, H, W] or float32[slots, patches, numbers]; of any shape but for
+        `masked`.
+      edit: the change; None for none.
+      patch_size: pixels along the edge of a patch of the vision tower.
     """
-    if edit is None or edit.kind not in ("noise", "blank"):
+    if edit is None or edit.kind not in OF_PIXELS:
         return pixels
     if edit.kind == "blank":
         return np.zeros_like(pixels)
+    if edit.kind == "masked":
+        return pixels * _shown_patches(pixels.shape, edit, patch_size)
     kept = remaining_signal()[edit.step]
     noise = np.random.default_rng(edit.seed).standard_normal(pixels.shape)
     return (np.sqrt(kept) * pixels + np.sqrt(1 - kept) * noise).astype(np.float32)
+
+
+def _shown_patches(shape: tuple[int, ...], edit: Edit, patch_size: int) -> np.ndarray:
+    """bool that broadcasts to `shape`; False in the patches that are hidden."""
+    in_patches = len(shape) == 3
+    grid = shape[:2] if in_patches else (shape[0], *(-(-edge // patch_size) for edge in shape[2:]))
+    shown = np.ones(grid, bool)
+    order = np.random.default_rng(edit.seed).permutation(shown.size)
+    shown.flat[order[: round(edit.share * shown.size)]] = False
+    if in_patches:
+        return shown[..., None]
+    shown = shown.repeat(patch_size, axis=1).repeat(patch_size, axis=2)
+    return shown[:, None, : shape[2], : shape[3]]
 
 
 @functools.cache

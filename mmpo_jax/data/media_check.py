@@ -3,7 +3,8 @@
 import dataclasses
 from collections.abc import Iterable
 
-from mmpo_jax.core.progress import counted
+from mmpo_jax.core import progress
+from mmpo_jax.core.processes import in_shares
 from mmpo_jax.data.images import image_problem, image_size
 from mmpo_jax.data.records import ImageRef, Record, VideoRef
 from mmpo_jax.data.skipped import Problem, SkippedRow
@@ -14,12 +15,20 @@ def check_images(
 ) -> tuple[list[Record], list[SkippedRow]]:
     """Decode all images and frames once; separate the records with one that does not open.
 
-    The frames of a video have to be of one size.
+    The frames of a video have to be of one size. Of several processes each opens its share.
     """
     good: list[Record] = []
     skipped: list[SkippedRow] = []
-    for record in counted(records, "checking images"):
-        problem = media_problem(record)
+    given = list(records)
+    with progress.doing("checking images", len(given)) as activity:
+
+        def check(record: Record) -> Problem | None:
+            problem = media_problem(record)
+            activity.advance()
+            return problem
+
+        problems = in_shares(check, given)
+    for record, problem in zip(given, problems, strict=True):
         if problem is None:
             good.append(record)
         else:

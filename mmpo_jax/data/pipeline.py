@@ -21,6 +21,7 @@ from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.data.tokenized_rows import KnownRows, known
 from mmpo_jax.models.batch import Batch, PackedBatch
+from mmpo_jax.parallel.mesh import WHOLE, Share
 
 USEFUL_SHARE = "useful_tokens"
 """The metric that says which share of the tokens of a batch is no padding."""
@@ -144,6 +145,7 @@ def training_batches(
     parts: Sequence[MixtureEntry] = (),
     workers: int = 1,
     packed_over: int | None = None,
+    share: Share = WHOLE,
 ) -> grain.DatasetIterator:
     """An iterator over `HostBatch`es, shuffled anew in every epoch.
 
@@ -151,14 +153,15 @@ def training_batches(
     epoch holds as large a share of each as the whole.
 
     Batches are cut from the whole sequence of epochs, so only the very last one may be filled up.
-    Every process walks the same order and takes its own rows, hence shapes agree across hosts.
+    Every process walks the same order and takes its `share` of the rows of a batch, hence shapes
+    agree across hosts.
     `get_state` and `set_state` hold the position. Examples of one context are packed where it is
     given over how many devices, `packed_over`.
     """
     order = batch_order(parts or [MixtureEntry(len(examples))], seed, epochs, batch_size)
     sizes = batch_size, micro_batch_size
     packing = packing_of(examples, processor, order, *sizes, packed_over)
-    make = batch_maker(examples, processor, lengths, *sizes, packing)
+    make = batch_maker(examples, processor, lengths, *sizes, packing, share)
     options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=4)
     return iter(order.map(make).to_iter_dataset(options))
 
@@ -211,6 +214,7 @@ def held_out_batches(
     lengths: Lengths,
     batch_size: int,
     packed_over: int | None = None,
+    share: Share = WHOLE,
 ) -> Iterator[TrainBatch]:
     """All examples once, in order, all with the T that the longest response needs; packed as those
     of `training_batches`."""
@@ -221,7 +225,7 @@ def held_out_batches(
         for start in range(0, len(examples), batch_size)
     ]
     packing = packing_of(examples, processor, batches, batch_size, batch_size, packed_over)
-    make = batch_maker(examples, processor, one, batch_size, batch_size, packing)
+    make = batch_maker(examples, processor, one, batch_size, batch_size, packing, share)
     for indices in batches:
         batch = make(indices)
         yield jax.tree.map(lambda leaf: leaf[0], batch.arrays)
@@ -255,6 +259,7 @@ def batch_maker(
     batch_size: int,
     micro_batch_size: int,
     packing: Packing | None = None,
+    share: Share = WHOLE,
 ) -> Callable[[list[int]], HostBatch]:
     """Makes batches of the examples with given indices, at most `batch_size` of them.
 
@@ -264,9 +269,11 @@ def batch_maker(
       lengths: bucket sizes.
       batch_size, micro_batch_size: examples, over all devices.
       packing: how examples of one context are packed; None pads prompts and responses.
+      share: of the rows, which this process makes.
     """
     if packing is not None:
-        return functools.partial(_make_packed, examples, processor, packing, _sizes(examples))
+        sizes_of_all = _sizes(examples)
+        return functools.partial(_make_packed, examples, processor, packing, share, sizes_of_all)
     sizes = rows_of(examples).sizes
     num_responses, shown = int(sizes.responses.max()), bool(sizes.shows_later.any())
     pattern = examples[0]
@@ -276,26 +283,32 @@ def batch_maker(
         records = [record for example in chosen for record in example.rows]
         prompt = max(len(record.prompt_ids) for record in records)
         response = max(len(r.ids) for record in records for r in record.responses)
-        processes, process = jax.process_count(), jax.process_index()
-        rows = micro_batch_size // processes
         contexts = len(examples[0].contexts)
         micro_batches, computed = [], 0
         for start in range(0, batch_size, micro_batch_size):
-            first = start + process * rows
-            own = chosen[first : first + rows]
+            numbers = range(start, start + micro_batch_size)
+            own = [number if number < len(chosen) else None for number in share.of(numbers)]
+            places = {
+                place: chosen[number] for place, number in enumerate(own) if number is not None
+            }
+            nothing: tuple[None, ...] = (None,) * contexts
             prompts = pad_batch(
-                [context for example in own for context in example.contexts],
+                [
+                    context
+                    for place in range(len(own))
+                    for context in (places[place].contexts if place in places else nothing)
+                ],
                 processor,
-                rows=rows * contexts,
+                rows=len(own) * contexts,
                 prompt_sizes=[size for size in lengths.prompt if size >= prompt][:1],
                 response_sizes=[size for size in lengths.response if size >= response][:1],
                 num_responses=num_responses,
                 num_slots=max(record.num_slots for record in records),
                 shown=shown,
             )
-            computed += processes * (prompts.prompt_ids.size + prompts.response_ids.size)
-            places = dict(enumerate(own))
-            micro_batches.append(_with_fields(prompts, places, rows, pattern))
+            size = prompts.prompt_ids.size + prompts.response_ids.size
+            computed += size * micro_batch_size // len(own)
+            micro_batches.append(_with_fields(prompts, places, len(own), pattern))
         tokens = sum(Size.of(record).tokens for record in records)
         return _stacked(micro_batches, chosen, tokens / computed)
 
@@ -306,6 +319,7 @@ def _make_packed(
     examples: Sequence[Example],
     processor: Processor,
     packing: Packing,
+    share: Share,
     sizes: Sequence[Size],
     indices: list[int],
 ) -> HostBatch:
@@ -313,16 +327,15 @@ def _make_packed(
     numbers = [int(index) for index in indices]
     filled = packing.fill(numbers, sizes)
     shape = packing.shape(filled, sizes)
-    processes, process = jax.process_count(), jax.process_index()
-    own = slice(*(shape.groups * part // processes for part in (process, process + 1)))
     made = {number: examples[number] for number in dict.fromkeys(numbers)}
     records = {number: example.rows[0] for number, example in made.items()}
     micro_batches = []
-    for groups in filled:
-        prompts = pack_batch(records, groups[own], processor, shape)
+    for of_all in filled:
+        groups = share.of(of_all)
+        prompts = pack_batch(records, groups, processor, shape)
         places = {
             group * shape.records + place: made[number]
-            for group, rows in enumerate(groups[own])
+            for group, rows in enumerate(groups)
             for place, number in enumerate(itertools.chain.from_iterable(rows))
         }
         like = made[numbers[0]]

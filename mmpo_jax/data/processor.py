@@ -322,13 +322,13 @@ class Processor:
             opened = [open_image(image) for image in images]
             with _named(images):
                 plain = self.images.pixels(self.config, self.image_processor, opened)
-            made += [edit_pixels(x, y.edit) for x, y in zip(plain, images, strict=True)]
+            made += self._edited(plain, [image.edit for image in images])
         if videos:
             assert self.videos is not None
             clips = [[open_image(frame) for frame in video.frames] for video in videos]
             with _named(videos):
                 plain = self.videos.pixels(self.config, self.video_settings, clips)
-            made += [edit_pixels(x, y.frames[0].edit) for x, y in zip(plain, videos, strict=True)]
+            made += self._edited(plain, [video.frames[0].edit for video in videos])
         with self._lock:
             self._pixels[key] = made
             self._pixel_bytes += sum(pixels.nbytes for pixels in made)
@@ -336,6 +336,13 @@ class Processor:
                 _, oldest = self._pixels.popitem(last=False)
                 self._pixel_bytes -= sum(pixels.nbytes for pixels in oldest)
         return made
+
+    def _edited(
+        self, plain: Sequence[np.ndarray], edits: Sequence[Edit | None]
+    ) -> list[np.ndarray]:
+        config: Any = self.config
+        size = config.vision.patch_size
+        return [edit_pixels(x, edit, size) for x, edit in zip(plain, edits, strict=True)]
 
     def fingerprints(self) -> dict[str, str]:
         """What cached results depend on: tokenizer, chat template and image preprocessing."""

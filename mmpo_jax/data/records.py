@@ -58,7 +58,7 @@ class Turn:
         return tuple(piece for piece in self.content if isinstance(piece, Medium))
 
 
-EditKind = Literal["crop", "rotate", "black", "blank", "noise"]
+EditKind = Literal["crop", "rotate", "black", "blank", "noise", "masked"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ class Edit:
     """Seed of what is random in it."""
     step: int = 0
     """Steps of diffusion, of `noise`."""
+    share: float = 0.0
+    """Share of the patches that are hidden, of `masked`."""
 
 
 class StoredImage(Protocol):
@@ -298,6 +300,14 @@ class Record:
 def last_question(turns: Sequence[Turn]) -> str:
     """The text of the last user turn; empty where there is none."""
     return next((turn.text for turn in reversed(turns) if turn.role == "user"), "")
+
+
+def question_with_beginning(turns: Sequence[Turn]) -> str:
+    """`last_question`, and what an answer says already where the prompt ends with its beginning."""
+    question = last_question(turns)
+    if not turns or turns[-1].role != "assistant":
+        return question
+    return f"{question}\n(What was said before: {turns[-1].text.strip()})"
 
 
 def placed(turns: Sequence[Turn], images: int, videos: int) -> tuple[Turn, ...]:

@@ -30,6 +30,7 @@ from mmpo_jax.core.files import (
     write_atomic,
 )
 from mmpo_jax.core.known_files import flush, kept_fingerprint
+from mmpo_jax.core.processes import alone, on_one
 from mmpo_jax.core.workers import in_order
 from mmpo_jax.data.files import count_rows, find_files, fingerprint_rows, rows_of
 from mmpo_jax.data.formats import FORMATS
@@ -75,16 +76,18 @@ def tokenized_rows(
       use: what they are read for.
       processor: of the checkpoint.
       lengths: bucket sizes; the largest are the limits. None for no limits.
-      folder: of the stage; where that is in a bucket, parts lie in the cache of this machine.
+      folder: of the stage, which the first of several processes makes; where that is in a bucket,
+        parts lie in the cache of each machine.
       name: of the stage.
       skipped_file: lists rows that are left out; not written where everything can be used.
       workers: processes; the result does not depend on them.
 
     Raises:
       DataError: the file cannot be read, more rows were left out than the recipe allows, or none
-        can be used.
+        can be used; or processes see others.
     """
-    if not is_local(folder):
+    is_shared = is_local(folder)
+    if not is_shared:
         folder = os.path.join(cache_folder(), "rows", fingerprint_json(folder)[:_KEY_CHARACTERS])
     media_root(data.path, data.image_root)  # which has to be within reach
     files = find_files(data.path)
@@ -99,13 +102,26 @@ def tokenized_rows(
         tuple(sorted({*use.modules, *(format.read.__module__ for format in FORMATS.values())})),
     )
     manifest = os.path.join(folder, f"{name}.json")
-    parts = _finished(job, read_json(manifest), key)
-    told = parts is None and _joins(data, use)
-    if parts is None:
+
+    def find_or_make() -> tuple[list[dict[str, Any]], bool]:
+        """The parts, and whether they were made now."""
+        parts = _finished(job, read_json(manifest), key)
+        if parts is not None:
+            return parts, False
         parts = _make_parts(job, files, processor, workers)
         text = json.dumps({"made_of": made_of, "key": key, "parts": parts}, indent=1)
         write_atomic(manifest, text.encode())
         _remove_others(job.folder, name)
+        return parts, True
+
+    if is_shared:
+        parts, made = on_one(find_or_make)
+    else:  # the cache is this machine's own
+        with alone():
+            parts, made = find_or_make()
+        if parts != on_one(lambda: parts):
+            raise DataError(f"{data.path}: its rows, or their images, differ between the processes")
+    told = made and _joins(data, use)
     tally = Tally()
     for number in range(len(parts)):
         tally.add(Tally.from_json(notes_of(job.part(number))["tally"]))

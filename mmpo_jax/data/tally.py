@@ -12,6 +12,7 @@ from typing import Any
 from etils import epath
 
 from mmpo_jax.core.errors import DataError
+from mmpo_jax.core.processes import on_one
 from mmpo_jax.data.notes import Notes, by_count, turns_of
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import Record
@@ -136,10 +137,7 @@ def settle(
     """
     if tally.shown:
         log.warning("%s: responses left out of rows: image_position %d", name, tally.shown)
-    if tally.skipped or tally.partly:
-        write_skipped(skipped_file, [*tally.skipped, *tally.partly])
-    else:  # of an earlier run, before the data were mended
-        epath.Path(skipped_file).unlink(missing_ok=True)
+    on_one(lambda: _write_left_out(tally, skipped_file))
     for row in tally.skipped[:10]:
         log.warning("%s: skipped %s", row.file, row)
     total = tally.usable + len(tally.skipped) + tally.joined
@@ -152,6 +150,13 @@ def settle(
         log.warning("%s: %s", name, line)
     if limit is not None:
         warn_of_cuts(name, tally.cut, limit)
+
+
+def _write_left_out(tally: Tally, skipped_file: str) -> None:
+    if tally.skipped or tally.partly:
+        write_skipped(skipped_file, [*tally.skipped, *tally.partly])
+    else:  # of an earlier run, before the data were mended
+        epath.Path(skipped_file).unlink(missing_ok=True)
 
 
 def warn_of_cuts(name: str, cut: int, limit: int) -> None:

@@ -48,6 +48,16 @@ class TokenizedResponse:
 
 
 @dataclasses.dataclass(frozen=True)
+class SeenTokens:
+    """What a prompt is of which some tokens are left out, see `data.hidden_tokens`."""
+
+    whole: np.ndarray
+    """int32[w]; the prompt with all of its tokens."""
+    kept: np.ndarray
+    """int32[p]; places in it of those that are there, in order."""
+
+
+@dataclasses.dataclass(frozen=True)
 class TokenizedRecord:
     """A record as token ids; images stay references until a batch is made."""
 
@@ -73,6 +83,13 @@ class TokenizedRecord:
     """Whether images stand in its responses and not only in its prompt."""
     left_out: tuple[int, ...] = ()
     """Places of the row's responses that could not be used."""
+    seen: SeenTokens | None = None
+    """Where tokens of the prompt are left out, the prompt that they are of."""
+
+    @property
+    def whole_prompt(self) -> np.ndarray:
+        """int32[w]; the prompt with what is left out of it."""
+        return self.prompt_ids if self.seen is None else self.seen.whole
 
     @property
     def num_slots(self) -> int:

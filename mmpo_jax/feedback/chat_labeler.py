@@ -6,9 +6,9 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
-from mmpo_jax.chat.client import ChatClient
 from mmpo_jax.chat.replies import NO_LOG_PROB, ChatFailure, ChatReply, Outcome, TokenLogProb
 from mmpo_jax.chat.requests import ChatMessage, ChatRequest
+from mmpo_jax.chat.shared import AnyClient
 from mmpo_jax.core import progress
 from mmpo_jax.data.records import ImageRef
 from mmpo_jax.feedback.labeler import Answer, QuestionSet
@@ -37,7 +37,7 @@ class ChatLabeler:
     as large as it can be: that of the least likely token told, or what is left of 1.
     """
 
-    def __init__(self, client: ChatClient, options: ChatLabeling):
+    def __init__(self, client: AnyClient, options: ChatLabeling):
         """
         Args:
           client: of the server.

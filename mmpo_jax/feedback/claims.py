@@ -9,21 +9,35 @@ import collections
 import functools
 import itertools
 import math
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from mmpo_jax.core.files import fingerprint_json, null_if_not_finite
 from mmpo_jax.core.stages import StageOutput, run_told_stage
-from mmpo_jax.data.records import Record, last_question
-from mmpo_jax.feedback.judge import VERDICTS, Judgement, Responses, check_failed, judged_table
+from mmpo_jax.data.records import Record, question_with_beginning
+from mmpo_jax.feedback.ahead import asking_ahead
+from mmpo_jax.feedback.judge import (
+    VERDICTS,
+    Judgement,
+    Responses,
+    check_failed,
+    judged_table,
+    rows_in_parts,
+)
 from mmpo_jax.feedback.labeler import Answer, Labeler
 from mmpo_jax.feedback.rate import add_rate
 from mmpo_jax.feedback.scores import SCORES, ClaimVerdicts
 from mmpo_jax.feedback.splitters import Division, SplitItem, Splitter
-from mmpo_jax.recipes.feedback import ClaimsFeedback
+from mmpo_jax.recipes.feedback import (
+    ChatLabeling,
+    ChatSplitting,
+    CheckpointSplitting,
+    ClaimsFeedback,
+)
 
 CONQUER_RULES = 3
 """Part of the key of verdicts: changes with how the labeler is asked."""
@@ -54,6 +68,11 @@ class ClaimsJudge:
         """
         self.options, self.splitter = options, splitter
         self.labeler, self.labeler_key, self.checks = labeler, labeler_key, checks
+        self.labels_ahead = isinstance(options.labeler, ChatLabeling)
+        served = isinstance(options.splitter, ChatSplitting)
+        on_devices = isinstance(options.splitter, CheckpointSplitting)
+        self.asks_ahead = served or (self.labels_ahead and not on_devices)
+        self._labeling_ahead = threading.Lock()
 
     def check(self, records: Sequence[Record]) -> None:
         """See `judge.Judge`."""
@@ -63,64 +82,79 @@ class ClaimsJudge:
 
     def judge(self, responses: Responses) -> StageOutput:
         """See `judge.Judge`."""
-        divided = self._divide(responses)
-        conquered = self._conquer(responses, divided)
+        with asking_ahead(self._label_ahead if self.labels_ahead else None) as label_ahead:
+
+            def finished(rows: pa.Table) -> None:
+                for divided_part in rows_in_parts(responses.folder, responses.records, rows):
+                    label_ahead(divided_part)
+
+            divided = self._divide(responses, finished)
+            conquered = self._conquer(responses, divided)
         return self._score(responses, divided, conquered)
 
-    def _divide(self, responses: Responses) -> StageOutput:
+    def ask_ahead(self, responses: Responses) -> None:
+        """See `judge.AskingAhead`."""
+        divided = self._split(responses)
+        if self.labels_ahead:
+            (part,) = rows_in_parts(responses.folder, responses.records, divided)
+            self._label_ahead(part)
+
+    def _label_ahead(self, divided: Responses) -> None:
+        """Asks the labeler about responses with their claims, of one part at a time: the seconds
+        that it takes add up."""
+        with self._labeling_ahead:
+            table = divided.generated.table
+            begun = time.perf_counter()
+            self._label(divided.records, _questions(table), table, self.labeler())
+            add_rate(divided.folder, 0, time.perf_counter() - begun)
+
+    def _divide(self, responses: Responses, finished: Callable[[pa.Table], None]) -> StageOutput:
         """Every response with its claims: claims, questions, unparsed, failure, raw."""
-        asked = {record.id: last_question(record.prompt) for record in responses.records}
 
         def make_part(part: int) -> pa.Table:
-            table = responses.part(part).generated.table
-            ids, samples, texts = (
-                table[name].to_pylist() for name in ("prompt_id", "sample", "text")
-            )
-            items = [
-                SplitItem(f"{name}/{sample}", asked[name], text)
-                for name, sample, text in zip(ids, samples, texts, strict=True)
-            ]
-            divisions = self.splitter.divide(items)
-            failures = [division.failure for division in divisions]
-            check_failed(failures, self.options.max_failed, "splitting into claims")
-            return _divided_table(ids, samples, divisions)
+            return self._split(responses.part(part))
 
+        asked = {record.id: question_with_beginning(record.prompt) for record in responses.records}
         inputs = {
             "responses": responses.generated.fingerprint,
             "questions": fingerprint_json(asked),
         }
         settings = {"splitter": self.splitter.key}
-        divided = run_told_stage(responses.stage("divide", inputs, settings), make_part)
+        stage = responses.stage("divide", inputs, settings)
+        divided = run_told_stage(stage, make_part, finished)
         self.splitter.release()
         return divided
+
+    def _split(self, responses: Responses) -> pa.Table:
+        """The claims of the responses of a part.
+
+        Raises:
+          TooManyFailed: see `check_failed`.
+        """
+        asked = {record.id: question_with_beginning(record.prompt) for record in responses.records}
+        table = responses.generated.table
+        ids, samples, texts = (table[name].to_pylist() for name in ("prompt_id", "sample", "text"))
+        items = [
+            SplitItem(f"{name}/{sample}", asked[name], text)
+            for name, sample, text in zip(ids, samples, texts, strict=True)
+        ]
+        divisions = self.splitter.divide(items)
+        failures = [division.failure for division in divisions]
+        check_failed(failures, self.options.max_failed, "splitting into claims")
+        return _divided_table(ids, samples, divisions)
 
     def _conquer(self, responses: Responses, divided: StageOutput) -> StageOutput:
         """The labeler's answer to every question about every image, each asked once: prompt_id,
         question, p_yes, p_no, read, failure."""
         loaded = functools.cache(self.labeler)  # goes with this stage: training needs the memory
-        questions: dict[str, dict[str, None]] = {record.id: {} for record in responses.records}
-        for row in divided.table.select(["prompt_id", "questions"]).to_pylist():
-            questions[row["prompt_id"]].update(dict.fromkeys(row["questions"]))
+        questions = _questions(divided.table)
 
         def make_part(part: int) -> pa.Table:
             records = responses.part(part).records
-            suffix = self.options.suffix
-            items = [
-                (record.id, record.images, tuple(text + suffix for text in questions[record.id]))
-                for record in records
-            ]
-            names = [record.id for record in records]
             begun = time.perf_counter()
-            given = dict(zip(names, loaded().answer(items), strict=True))
-            asked = sum(len(texts) for _, _, texts in items)
+            answers = self._label(records, questions, divided.table, loaded())
+            asked = sum(map(len, answers.values()))
             add_rate(responses.folder, asked, time.perf_counter() - begun)
-            answers = {name: dict(zip(questions[name], given[name], strict=True)) for name in names}
-            failures = [
-                _failure(row["questions"], answers[row["prompt_id"]])
-                for row in divided.table.select(["prompt_id", "questions"]).to_pylist()
-                if row["prompt_id"] in answers and row["questions"]
-            ]
-            check_failed(failures, self.options.max_failed, "asking the labeler")
             return _answers_table(answers)
 
         inputs = {
@@ -130,6 +164,41 @@ class ClaimsJudge:
         }
         settings = {"rules": CONQUER_RULES, "suffix": self.options.suffix}
         return run_told_stage(responses.stage("conquer", inputs, settings), make_part)
+
+    def _label(
+        self,
+        records: Iterable[Record],
+        questions: Mapping[str, Sequence[str]],
+        divided: pa.Table,
+        labeler: Labeler,
+    ) -> dict[str, dict[str, Answer]]:
+        """The answers about some prompts, by prompt and question.
+
+        Args:
+          records: the prompts.
+          questions: of all prompts, each once.
+          divided: responses with their claims, of these prompts and maybe others.
+          labeler: that is asked.
+
+        Raises:
+          TooManyFailed: see `check_failed`.
+        """
+        suffix = self.options.suffix
+        items = [
+            (record.id, record.images, tuple(text + suffix for text in questions[record.id]))
+            for record in records
+        ]
+        answers = {
+            name: dict(zip(questions[name], given, strict=True))
+            for (name, _, _), given in zip(items, labeler.answer(items), strict=True)
+        }
+        failures = [
+            _failure(row["questions"], answers[row["prompt_id"]])
+            for row in divided.select(["prompt_id", "questions"]).to_pylist()
+            if row["prompt_id"] in answers and row["questions"]
+        ]
+        check_failed(failures, self.options.max_failed, "asking the labeler")
+        return answers
 
     def _score(
         self, responses: Responses, divided: StageOutput, conquered: StageOutput
@@ -158,6 +227,14 @@ class ClaimsJudge:
             "duplicate_claims": self.options.duplicate_claims,
         }
         return run_told_stage(responses.stage("judge", inputs, settings, 1), make_part)
+
+
+def _questions(divided: pa.Table) -> dict[str, list[str]]:
+    """The questions about every prompt's responses, each once."""
+    questions: dict[str, dict[str, None]] = collections.defaultdict(dict)
+    for row in divided.select(["prompt_id", "questions"]).to_pylist():
+        questions[row["prompt_id"]].update(dict.fromkeys(row["questions"]))
+    return {name: list(asked) for name, asked in questions.items()}
 
 
 def judgement_of(

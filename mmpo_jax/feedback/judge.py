@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import pyarrow as pa
 
@@ -173,6 +173,40 @@ class Judge(Protocol):
         ...
 
 
+@runtime_checkable
+class AskingAhead(Protocol):
+    """What a judge has besides whose models may be served."""
+
+    asks_ahead: bool
+    """Whether it asks servers before it needs the devices."""
+
+    def ask_ahead(self, responses: Responses) -> None:
+        """Asks servers about some of the responses that `judge` is going to be asked about, which
+        then finds the replies in their journals. Other threads may compute, and ask, meanwhile.
+
+        Args:
+          responses: as many as a part has, at most.
+
+        Raises:
+          MmpoError: as `judge`.
+        """
+        ...
+
+
+def rows_in_parts(folder: str, records: Iterable[Record], rows: pa.Table) -> Iterator[Responses]:
+    """Rows about some prompts, such as a stage has finished, as many at a time as a part has.
+
+    Args:
+      folder: of the round.
+      records: these prompts, and maybe others.
+      rows: with a `prompt_id` each, those of a prompt together.
+    """
+    known = {record.id: record for record in records}
+    asked = [known[name] for name in dict.fromkeys(rows["prompt_id"].to_pylist())]
+    found = Responses(folder, asked, StageOutput(rows, fingerprint=""))
+    yield from map(found.part, range(found.num_parts))
+
+
 def judged_table(responses: Responses, judgements: Sequence[Judgement]) -> pa.Table:
     """The table of judgements, one for each response in order.
 
@@ -234,13 +268,19 @@ def scored_responses(generated: pa.Table, judged: pa.Table) -> list[ScoredRespon
     ]
 
 
-def check_failed(judgements: Iterable[str | None], max_failed: float, what: str) -> None:
+def check_failed(
+    judgements: Iterable[str | None],
+    max_failed: float,
+    what: str,
+    option: str = "feedback.max_failed",
+) -> None:
     """Stops where too many responses failed, of those that say anything.
 
     Args:
       judgements: of every response, the reason that it failed for, or None.
       max_failed: the share that may.
       what: was done to them, for the message.
+      option: name of `max_failed`, likewise.
 
     Raises:
       TooManyFailed: with the reasons and their counts.
@@ -253,5 +293,5 @@ def check_failed(judgements: Iterable[str | None], max_failed: float, what: str)
     told = ", ".join(f"{reason} {count}" for reason, count in counts.items())
     raise TooManyFailed(
         f"{what}: {len(failed)} of {len(reasons)} responses failed ({told}), and "
-        f"feedback.max_failed allows {max_failed:g} of them"
+        f"{option} allows {max_failed:g} of them"
     )

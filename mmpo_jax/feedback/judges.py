@@ -23,6 +23,7 @@ from mmpo_jax.feedback.splitters import (
     PictureWorldSplitter,
     RlaifVSplitter,
     Splitter,
+    WholeSplitter,
 )
 from mmpo_jax.feedback.text_model import CheckpointTextModel, TextModel
 from mmpo_jax.recipes.feedback import (
@@ -39,6 +40,7 @@ from mmpo_jax.recipes.feedback import (
     SelfRewardFeedback,
     SourceFeedback,
     Speaking,
+    WholeSplitting,
 )
 from mmpo_jax.recipes.rewards import RewardSection
 
@@ -70,11 +72,14 @@ def make_judge(feedback: Feedback, models: Models) -> Judge:
 
 
 def make_splitter(
-    splitting: PictureWorldSplitting | ChatSplitting | CheckpointSplitting, models: Models
+    splitting: PictureWorldSplitting | WholeSplitting | ChatSplitting | CheckpointSplitting,
+    models: Models,
 ) -> tuple[Splitter, list[Callable[[], Any]]]:
     """The splitter of a section, and the checks of what it needs."""
     if isinstance(splitting, PictureWorldSplitting):
-        return PictureWorldSplitter(), []
+        return PictureWorldSplitter(splitting.whole), []
+    if isinstance(splitting, WholeSplitting):
+        return WholeSplitter(splitting.prompt), []
     model, key, check = text_model(splitting, splitting, models)
     if splitting.style == "json":
         return ModelSplitter(model, splitting, key), [check]

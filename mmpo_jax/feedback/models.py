@@ -48,11 +48,11 @@ class Models:
 
     def load(self, asked: CheckpointAsked) -> Checkpoint:
         """The checkpoint on the devices: where it is what the round starts from, with the same
-        template, they hold both once. Another one's weights take the place of the start's, which
-        whoever needs it next reads again (`Checkpoint.reloaded`)."""
+        template, they hold both once, read again where the start was let go of. Another one's
+        weights take the place of the start's, which whoever needs it next reads again."""
         name, template = self.name(asked)
         if self.held is not None and self._is(self.held, name, template):
-            self.held = self.held.reloaded(self.mesh)
+            self.held.restore(self.mesh)
             return self.held
         self.make_room()
         return load_checkpoint(name, self.mesh, self.attention, template)

@@ -79,6 +79,7 @@ def make_pairs(
     balance: Balance = "rlaif_v",
     chosen_from: Sequence[str] | None = None,
     rejected_from: Sequence[str] | None = None,
+    chosen_at_least: float | None = None,
 ) -> PairingResult:
     """Preference pairs from scored responses.
 
@@ -94,6 +95,7 @@ def make_pairs(
       max_pairs_per_prompt: how many pairs of a prompt are kept at random; None for all.
       balance: see `length_balance`.
       chosen_from, rejected_from: sources that the side of a pair may come from; None for any.
+      chosen_at_least: score that a chosen response needs; None for any.
 
     Raises:
       DataError: two responses share prompt and sample number.
@@ -103,11 +105,14 @@ def make_pairs(
     counts: Counter[str] = Counter(dict.fromkeys(_COUNTS, 0))
     if chosen_from is not None or rejected_from is not None:
         counts[_OTHER_SOURCE] = 0
+    if chosen_at_least is not None:
+        counts[_CHOSEN_TOO_LOW] = 0
+    sides = chosen_from, rejected_from
     pairs: list[Pair] = []
     by_prompt = _usable_by_prompt(responses, counts)
     for prompt_id in sorted(by_prompt):
         candidates = _candidate_pairs(
-            by_prompt[prompt_id], min_difference, chosen_from, rejected_from, counts
+            by_prompt[prompt_id], min_difference, sides, chosen_at_least, counts
         )
         kept = _sample(candidates, max_pairs_per_prompt, (seed, round_number, prompt_id))
         counts["pairs_over_limit"] += len(candidates) - len(kept)
@@ -121,8 +126,8 @@ def make_pairs(
 
 # In the order of the steps. Behind them stands `responses_REASON` for every reason that responses
 # have no score for: responses = usable + these, and
-# pairs_all = small_difference + same_text + over_limit + length + pairs, and `_OTHER_SOURCE` where
-# sources are asked for.
+# pairs_all = small_difference + same_text + over_limit + length + pairs, and `_OTHER_SOURCE` and
+# `_CHOSEN_TOO_LOW` where these are asked for.
 _COUNTS = (
     "prompts",
     "responses",
@@ -138,6 +143,7 @@ _COUNTS = (
 
 
 _OTHER_SOURCE = "pairs_other_source"
+_CHOSEN_TOO_LOW = "pairs_chosen_too_low"
 
 
 def _check_settings(min_difference: float, max_pairs_per_prompt: int | None, balance: str) -> None:
@@ -177,12 +183,13 @@ def _usable_by_prompt(
 def _candidate_pairs(
     responses: Sequence[ScoredResponse],
     min_difference: float,
-    chosen_from: Sequence[str] | None,
-    rejected_from: Sequence[str] | None,
+    sides: tuple[Sequence[str] | None, Sequence[str] | None],
+    chosen_at_least: float | None,
     counts: Counter[str],
 ) -> list[Pair]:
     """All pairs of one prompt whose scores differ enough and whose texts differ at all, with both
-    sides from sources that they may come from."""
+    sides from sources that they may come from, and a chosen response that is good enough."""
+    chosen_from, rejected_from = sides
     pairs = []
     for couple in combinations(responses, 2):
         better, worse = sorted(couple, key=lambda response: response.score, reverse=True)
@@ -194,6 +201,8 @@ def _candidate_pairs(
             counts["pairs_same_text"] += 1
         elif not (_is_from(better, chosen_from) and _is_from(worse, rejected_from)):
             counts[_OTHER_SOURCE] += 1
+        elif chosen_at_least is not None and better.score < chosen_at_least:
+            counts[_CHOSEN_TOO_LOW] += 1
         else:
             pairs.append(
                 Pair(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import threading
 
 from mmpo_jax.core.files import read_json, write_atomic
+from mmpo_jax.core.processes import on_one
 
 FILE = "labeler_rate.json"
+_lock = threading.Lock()
 
 
 def add_rate(folder: str, questions: int, seconds: float) -> None:
@@ -18,17 +22,23 @@ def add_rate(folder: str, questions: int, seconds: float) -> None:
       questions: that were answered now.
       seconds: that it took, loading and compiling included.
     """
+    on_one(lambda: _add(folder, questions, seconds))
+
+
+def _add(folder: str, questions: int, seconds: float) -> None:
     path = os.path.join(folder, FILE)
-    before = read_json(path)
-    total = {
-        "questions": before.get("questions", 0) + questions,
-        "seconds": before.get("seconds", 0.0) + seconds,
-    }
-    write_atomic(path, json.dumps(total).encode())
+    with _lock:
+        before = read_json(path)
+        total = {
+            "questions": before.get("questions", 0) + questions,
+            "seconds": before.get("seconds", 0.0) + seconds,
+        }
+        write_atomic(path, json.dumps(total).encode())
 
 
 def read_rate(folder: str) -> float | None:
-    """Questions per second in a round; None where nobody was asked."""
-    total = read_json(os.path.join(folder, FILE))
-    seconds = total.get("seconds", 0.0)
-    return total["questions"] / seconds if seconds else None
+    """Questions per second in a round, of all of its folders; None where nobody was asked."""
+    paths = [os.path.join(folder, FILE), *glob.glob(os.path.join(glob.escape(folder), "*", FILE))]
+    totals = [read_json(path) for path in paths]
+    seconds = sum(total.get("seconds", 0.0) for total in totals)
+    return sum(total.get("questions", 0) for total in totals) / seconds if seconds else None

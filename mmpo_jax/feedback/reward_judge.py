@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import fingerprint_items, fingerprint_json
+from mmpo_jax.core.processes import on_one
 from mmpo_jax.core.stages import StageOutput, run_told_stage
 from mmpo_jax.data.records import Record, last_question
 from mmpo_jax.feedback.judge import VERDICTS, Judgement, Responses, judged_table
@@ -44,15 +45,8 @@ class RewardJudge:
 
         def make_part(part: int) -> pa.Table:
             of_part = responses.part(part)
-            judgements = []
-            for record, texts in of_part.by_prompt():
-                question = question_of(record)
-                for value in self.options.values(question, texts):
-                    if VERDICTS in value.details:  # what reports take for claims
-                        raise DataError(f"feedback: details have another name than {VERDICTS!r}")
-                    score = value.score * self.options.weight
-                    judgements.append(Judgement(score, value.details))
-            return judged_table(of_part, judgements)
+            # A function of the user's may ask the world outside, or say something else every time.
+            return judged_table(of_part, on_one(lambda: self._judge(of_part)))
 
         inputs = {
             "responses": responses.generated.fingerprint,
@@ -60,6 +54,16 @@ class RewardJudge:
         }
         settings = {"rules": RULES, "reward": self.key, "weight": self.options.weight}
         return run_told_stage(responses.stage("judge", inputs, settings), make_part)
+
+    def _judge(self, responses: Responses) -> list[Judgement]:
+        judgements = []
+        for record, texts in responses.by_prompt():
+            for value in self.options.values(question_of(record), texts):
+                if VERDICTS in value.details:  # what reports take for claims
+                    raise DataError(f"feedback: details have another name than {VERDICTS!r}")
+                score = value.score * self.options.weight
+                judgements.append(Judgement(score, value.details))
+        return judgements
 
 
 def question_of(record: Record) -> Question:

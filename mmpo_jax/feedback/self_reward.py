@@ -12,7 +12,7 @@ import pyarrow as pa
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import fingerprint_items, fingerprint_json
 from mmpo_jax.core.stages import StageOutput, run_told_stage
-from mmpo_jax.data.records import Record, last_question
+from mmpo_jax.data.records import Record, question_with_beginning
 from mmpo_jax.feedback.judge import EMPTY, Judgement, Responses, check_failed, judged_table
 from mmpo_jax.feedback.split_prompts import fill
 from mmpo_jax.feedback.text_model import (
@@ -23,7 +23,7 @@ from mmpo_jax.feedback.text_model import (
     ask_until_read,
     speaking_key,
 )
-from mmpo_jax.recipes.feedback import SelfRewardFeedback
+from mmpo_jax.recipes.feedback import ChatAsked, SelfRewardFeedback
 
 SELF_REWARD_RULES = 2
 """Part of the key of scores: changes with how numbers are asked for and read."""
@@ -69,6 +69,7 @@ class SelfRewardJudge:
         self.prompt = options.prompt or PROMPT
         self.tells_solution = SOLUTION in self.prompt
         limits = [options.low, options.high]
+        self.asks_ahead = isinstance(options.labeler, ChatAsked)
         self.key = [SELF_REWARD_RULES, key, speaking_key(options), self.prompt, limits]
 
     def check(self, records: Sequence[Record]) -> None:
@@ -87,10 +88,7 @@ class SelfRewardJudge:
 
         def make_part(part: int) -> pa.Table:
             of_part = responses.part(part)
-            judgements = self._judge(list(of_part.by_prompt()))
-            failures = [judgement.reason for judgement in judgements]
-            check_failed(failures, self.options.max_failed, "asking for a score")
-            return judged_table(of_part, judgements)
+            return judged_table(of_part, self._judge(of_part))
 
         inputs = {
             "responses": responses.generated.fingerprint,
@@ -101,9 +99,18 @@ class SelfRewardJudge:
         self.model.release()
         return judged
 
-    def _judge(self, prompts: Sequence[tuple[Record, list[str]]]) -> list[Judgement]:
+    def ask_ahead(self, responses: Responses) -> None:
+        """See `judge.AskingAhead`."""
+        self._judge(responses)
+
+    def _judge(self, responses: Responses) -> list[Judgement]:
+        """Judgements of the responses of a part.
+
+        Raises:
+          TooManyFailed: see `check_failed`.
+        """
         places, asks, judgements = [], [], list[Judgement]()
-        for record, texts in prompts:
+        for record, texts in responses.by_prompt():
             for number, text in enumerate(texts):
                 if text.strip():
                     places.append(len(judgements))
@@ -116,12 +123,14 @@ class SelfRewardJudge:
                 if isinstance(judgement, Judgement)
                 else Judgement(math.nan, _told(judgement), judgement.reason)
             )
+        failures = [judgement.reason for judgement in judgements]
+        check_failed(failures, self.options.max_failed, "asking for a score")
         return judgements
 
     def _ask(self, record: Record, number: int, text: str) -> Ask:
         prompt = fill(
             self.prompt,
-            question=last_question(record.prompt),
+            question=question_with_beginning(record.prompt),
             answer=text,
             low=f"{self.options.low:g}",
             high=f"{self.options.high:g}",
@@ -139,7 +148,7 @@ class SelfRewardJudge:
     def _content(self, record: Record) -> list[str]:
         """Fingerprints of what the labeler is shown of a prompt."""
         told = [record.solution] if self.tells_solution else []
-        said = fingerprint_json([record.id, last_question(record.prompt), *told])
+        said = fingerprint_json([record.id, question_with_beginning(record.prompt), *told])
         return [said, *(image.fingerprint() for image in record.images)]
 
 

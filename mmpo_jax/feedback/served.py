@@ -12,9 +12,11 @@ from mmpo_jax.chat.client import ChatClient
 from mmpo_jax.chat.replies import ChatFailure, Outcome
 from mmpo_jax.chat.requests import ChatMessage, ChatRequest
 from mmpo_jax.chat.server import ChatServer
+from mmpo_jax.chat.shared import AnyClient, SharedClient
 from mmpo_jax.core import progress
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.files import fingerprint_json
+from mmpo_jax.core.processes import several
 from mmpo_jax.feedback.judge import TooManyFailed
 from mmpo_jax.feedback.text_model import UNFINISHED, Ask, Reply
 from mmpo_jax.recipes.feedback import Speaking
@@ -36,19 +38,26 @@ class Servers:
           folder: of the run, which gets the journals.
         """
         self.folder = os.path.join(folder, FOLDER)
-        self._clients: dict[str, ChatClient] = {}
+        self._clients: dict[str, AnyClient] = {}
 
-    def client(self, server: ChatServer) -> ChatClient:
+    def client(self, server: ChatServer, weights: str = "") -> AnyClient:
         """The client of a server.
+
+        Args:
+          server: its options.
+          weights: fingerprint of the model that it has, where it may have others under that name
+            at other times; each has a client and a journal.
 
         Raises:
           MmpoError: its key is missing, the journal cannot be used, or another section asks the
             same model otherwise.
         """
         plain = ChatServer(**{name: getattr(server, name) for name in ChatServer.model_fields})
-        name = fingerprint_json(plain.identity())[:16]
+        identity = plain.identity()
+        name = fingerprint_json([identity, weights] if weights else identity)[:16]
         if name not in self._clients:
-            self._clients[name] = ChatClient(plain, os.path.join(self.folder, name))
+            make = SharedClient if several() else ChatClient
+            self._clients[name] = make(plain, os.path.join(self.folder, name))
         client = self._clients[name]
         for option in ChatServer.model_fields:
             if getattr(plain, option) != getattr(client.server, option):
@@ -74,7 +83,7 @@ class Servers:
             client.close()
 
 
-def _log_counts(client: ChatClient) -> None:
+def _log_counts(client: AnyClient) -> None:
     """Says what a server was asked, if anything."""
     counts = client.counts
     if not (counts.sent or counts.journal_hits or counts.failures):
@@ -100,7 +109,7 @@ def _log_counts(client: ChatClient) -> None:
 class ServedTextModel:
     """A served model that replies with texts."""
 
-    def __init__(self, client: ChatClient, speaking: Speaking, seed: int):
+    def __init__(self, client: AnyClient, speaking: Speaking, seed: int):
         """
         Args:
           client: of the server.

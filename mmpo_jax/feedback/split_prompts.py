@@ -56,6 +56,16 @@ Write in this form:
 ### Sentences:
 {facts}"""
 
+WHOLE_PROMPT = """\
+Someone was asked about this image and answered. Compare every statement of the answer with the \
+image: objects, their attributes and numbers, places and actions.
+
+Question: {question}
+Answer: {answer}
+
+Is the answer right in all that it says?"""
+"""What a labeler is asked about a response that is not divided; a recipe's `suffix` follows."""
+
 CLAIMS_SCHEMA: Mapping[str, Any] = {
     "type": "object",
     "properties": {

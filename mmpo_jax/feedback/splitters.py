@@ -12,6 +12,7 @@ from mmpo_jax.feedback.split_prompts import (
     CLAIMS_SCHEMA,
     FACTS_PROMPT,
     QUESTIONS_PROMPT,
+    WHOLE_PROMPT,
     as_list,
     fill,
     read_claims,
@@ -80,9 +81,16 @@ class Splitter(Protocol):
 
 
 class PictureWorldSplitter:
-    """The rule for captions of the picture world: one claim per group that is mentioned."""
+    """The rule for captions of the picture world: one claim per group that is mentioned, or one
+    claim that has them all."""
 
-    key = "picture_world-2"
+    def __init__(self, whole: bool = False):
+        """
+        Args:
+          whole: whether all groups of a caption are one claim.
+        """
+        self.whole = whole
+        self.key = "picture_world-whole-1" if whole else "picture_world-2"
 
     def divide(self, items: Sequence[SplitItem]) -> list[Division]:
         """The claims of every response, in order."""
@@ -93,8 +101,38 @@ class PictureWorldSplitter:
 
     def _divide(self, response: str) -> Division:
         parsed = world_claims.parse(response)
+        if self.whole and parsed.claims:
+            question = world_claims.question_about_all(parsed.claims)
+            return Division((Claim(response.strip(), question),), parsed.unparsed)
         claims = tuple(Claim(claim.text, world_claims.question(claim)) for claim in parsed.claims)
         return Division(claims, parsed.unparsed)
+
+
+class WholeSplitter:
+    """No splitter: a response is one claim, and the question is whether it is right in all."""
+
+    def __init__(self, prompt: str | None = None):
+        """
+        Args:
+          prompt: the question, with {answer} in it; None for `WHOLE_PROMPT`.
+        """
+        self.prompt = prompt or WHOLE_PROMPT
+        self.key = ["whole", self.prompt]
+
+    def divide(self, items: Sequence[SplitItem]) -> list[Division]:
+        """Every response as its one claim, in order; one that says nothing has a failure."""
+        return [
+            Division((Claim(item.response, self._ask(item)),))
+            if item.response.strip()
+            else Division((), failure=EMPTY)
+            for item in items
+        ]
+
+    def release(self) -> None:
+        """Nothing: a rule holds nothing."""
+
+    def _ask(self, item: SplitItem) -> str:
+        return fill(self.prompt, question=item.question, answer=item.response)
 
 
 class ModelSplitter:

@@ -17,7 +17,7 @@ from mmpo_jax.inference.loop import made_ahead
 from mmpo_jax.inference.plan import PlannedBatch
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.model import Model, Params
-from mmpo_jax.parallel.mesh import batch_shards, put_batch
+from mmpo_jax.parallel.mesh import batch_shards, batch_share, gathered, put_batch
 from mmpo_jax.recipes.sampling import Decoding
 
 PROMPTS = 2
@@ -154,7 +154,8 @@ def sample_batches(
       sampled. A sample whose logits are NaN or infinite ends with `NOT_FINITE`.
     """
     state = _State(model, params, layout, mesh, decoding, eos_ids, pad_id)
-    made = made_ahead(batch.make() for batch in batches)
+    share = batch_share(mesh)
+    made = made_ahead(batch.make(share) for batch in batches)
     for planned, (prompts, keys) in zip(batches, made, strict=True):
         wanted = state.shares(planned)
         while not state.has_room(wanted):
@@ -209,7 +210,7 @@ class _State:
         return bool((self.records >= 0).any())
 
     def steps(self) -> int:
-        return int(self.samples.steps) if self.prompts else 0
+        return int(gathered(self.samples.steps, self.mesh)) if self.prompts else 0
 
     def give(self, planned: PlannedBatch, prompts: Batch, keys: jax.Array) -> None:
         """Runs the prompts of a batch and gives them to free rows."""
@@ -266,12 +267,13 @@ class _State:
                 eos_ids=self.eos_ids,
                 pad_id=self.pad_id,
             )
+            report = gathered(report, self.mesh)  # so that all processes decide alike
             complete = np.asarray(report.complete) & (self.records >= 0)
             if int(report.used) + self.layout.members > self.pool.owner.shape[2]:
                 self.pool = compact(self.pool, size=self._pool_size(int(report.live)))
         if not complete.any():
             return []
-        tokens = np.asarray(self.samples.tokens)
+        tokens = np.asarray(gathered(self.samples.tokens, self.mesh))
         tokens = tokens.reshape(*self.records.shape, -1, tokens.shape[-1])
         done = list(zip(*np.nonzero(complete), strict=True))
         found = [(int(self.records[at]), tokens[at].copy()) for at in done]

@@ -28,7 +28,7 @@ from mmpo_jax.inference.loop import TokenCount
 from mmpo_jax.inference.plan import PlannedBatch, plan_padded
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.precision import check_finite, inference_dtype
-from mmpo_jax.parallel.mesh import batch_shards
+from mmpo_jax.parallel.mesh import WHOLE, Share, batch_shards
 from mmpo_jax.recipes.sampling import Decoding
 
 PROMPTS_PER_PART = 256
@@ -138,9 +138,10 @@ def sample_tokens(
     model, params, processor = checkpoint.model, checkpoint.params, checkpoint.processor
     limit = model.config.decoder.rope.limit
     longest = max((len(record.prompt_ids) for record in records), default=0)
-    if limit is not None and longest + decoding.max_new_tokens > limit:
+    last = max((len(record.whole_prompt) for record in records), default=0)
+    if limit is not None and last + decoding.max_new_tokens > limit:
         raise DataError(
-            f"a prompt of {longest} tokens and {decoding.max_new_tokens} new ones go beyond the "
+            f"a prompt of {last} tokens and {decoding.max_new_tokens} new ones go beyond the "
             f"{limit} positions of {processor.folder}; lower max_new_tokens"
         )
     numbers, repeats = np.zeros((2, len(records)), np.uint32)
@@ -211,7 +212,7 @@ class SampleCount:
 def _with_keys(
     batch: PlannedBatch, rows: int, draw: Callable, numbers: np.ndarray, repeats: np.ndarray
 ) -> PlannedBatch:
-    """A batch of prompts together with the keys of their samples.
+    """A batch of prompts, a process's own, together with the keys of the samples of all of them.
 
     Args:
       batch: makes a `Batch`.
@@ -220,11 +221,11 @@ def _with_keys(
       numbers, repeats: uint32[N] of all records, see `sample_keys`.
     """
 
-    def make() -> tuple[Batch, jax.Array]:
+    def make(share: Share = WHOLE) -> tuple[Batch, jax.Array]:
         arrays: Any = np.zeros((2, rows), np.uint32)
         for number, row in batch.places:
             arrays[:, row] = numbers[number], repeats[number]
-        return batch.make(), draw(prompt_numbers=arrays[0], repeats=arrays[1])
+        return batch.make(share), draw(prompt_numbers=arrays[0], repeats=arrays[1])
 
     return dataclasses.replace(batch, make=make)
 
@@ -241,11 +242,13 @@ def generate_stage(
     seed: int,
     round_index: int = 0,
     name: str = "generate",
+    finished: Callable[[pa.Table], None] = lambda rows: None,
 ) -> StageOutput:
     """`generate_responses` part by part, as a stage of a folder.
 
     A checkpoint without its parameters, as `open_checkpoint` gives it, is read where something is
-    left to do, and let go of afterwards.
+    left to do, and let go of afterwards. `finished` is given the responses as they come, see
+    `run_stage`.
 
     Returns:
       The fields of `Generated`, a row per response.
@@ -261,6 +264,7 @@ def generate_stage(
                     r.prompt_ids.tolist(),
                     [image.fingerprint() for image in r.images],
                     [video.fingerprint() for video in r.videos],
+                    *([] if r.seen is None else [r.seen.kept.tolist()]),
                 ]
                 for r in records
             ),
@@ -295,7 +299,7 @@ def generate_stage(
     loaded = functools.cache(lambda: checkpoint.reloaded(mesh))
     count = SampleCount()
     with progress.doing(stage.name, len(records), "prompts", "compiling") as activity:
-        output = run_stage(stage, make_part)
+        output = run_stage(stage, make_part, finished)
     count.log_summary(stage.name)
     return output
 

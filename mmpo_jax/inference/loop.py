@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from mmpo_jax.core import progress
 from mmpo_jax.inference.plan import PlannedBatch
-from mmpo_jax.parallel.mesh import put_batch
+from mmpo_jax.parallel.mesh import batch_share, gathered, put_batch
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,8 @@ def run_batches(
     Yields:
       Of every batch, (number of a record, its slice of the results in NumPy).
     """
-    made = (batch.make() for batch in batches)
+    share = batch_share(mesh)
+    made = (batch.make(share) for batch in batches)
     for batch, (_, results) in zip(batches, overlapped(made, compute, mesh), strict=True):
         if count is not None:
             count.add(batch)
@@ -87,12 +88,13 @@ def overlapped(
       mesh: the devices.
 
     Yields:
-      (batch, results), both in NumPy.
+      (batch, results), both in NumPy. Of several processes each gives its own rows and gets the
+      results of all.
     """
     running: tuple[Any, Any] | None = None
     for batch in made_ahead(batches):
         with jax.set_mesh(mesh):
-            started = compute(put_batch(batch, mesh))
+            started = gathered(compute(put_batch(batch, mesh)), mesh)
         if running is not None:
             yield running[0], jax.tree.map(np.asarray, running[1])  # which waits
         running = batch, started

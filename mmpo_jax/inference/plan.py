@@ -31,7 +31,7 @@ from mmpo_jax.models.attention import is_packed
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.layout import pad_size
 from mmpo_jax.models.model import Model
-from mmpo_jax.parallel.mesh import batch_shards
+from mmpo_jax.parallel.mesh import WHOLE, Share, batch_shards
 
 SHORTEST = 256
 """Up to so many tokens, records are of one class whatever their lengths."""
@@ -43,8 +43,9 @@ FEWEST = 4
 class PlannedBatch:
     """A batch that will be made when its turn comes."""
 
-    make: Callable[[], Any]
-    """Function that gives its arrays, in NumPy."""
+    make: Callable[..., Any]
+    """Function of a `Share` that gives the arrays of those of its rows, in NumPy; of all by
+    default."""
     places: tuple[tuple[int, int], ...]
     """(number of a record, where on the leading axis of what is computed it stands)."""
     tokens: int
@@ -245,8 +246,8 @@ def _packed(
         for column, number in enumerate(itertools.chain.from_iterable(group))
     ]
 
-    def make() -> Any:
-        return pack_batch(records, groups, processor, shape)
+    def make(share: Share = WHOLE) -> Any:
+        return pack_batch(records, share.of(groups), processor, shape)
 
     tokens = sum(sizes[number].tokens for number, _ in places)
     return PlannedBatch(make, tuple(places), tokens, shape.computed)
@@ -291,7 +292,14 @@ def plan_padded(
                 counted = sizes.tokens if with_responses else sizes.prompt
                 batches.append(
                     PlannedBatch(
-                        _padded(records, chosen, processor, rows, (prompt, *kind)),
+                        _padded(
+                            records,
+                            chosen,
+                            processor,
+                            rows,
+                            (prompt, *kind),
+                            bool(sizes.shows_later[chosen].any()),
+                        ),
                         tuple((number, row) for row, number in enumerate(chosen)),
                         int(counted[chosen].sum()),
                         rows * (prompt + kind[1] * kind[2]),
@@ -350,22 +358,26 @@ def _padded(
     processor: Processor,
     rows: int,
     shape: tuple[int, int, int, int],
-) -> Callable[[], Batch]:
-    """Makes a batch of (P, I, R, T)."""
+    shown: bool,
+) -> Callable[..., Batch]:
+    """Makes rows of a batch of (P, I, R, T), in which responses may show images."""
     prompt, slots, responses, response = shape
 
-    def make() -> Batch:
-        chosen = [records[number] for number in numbers]
+    def make(share: Share = WHOLE) -> Batch:
+        places: list[int | None] = [*numbers, *[None] * (rows - len(numbers))]
+        own = share.of(places)
+        chosen = [None if number is None else records[number] for number in own]
         if not responses:
-            chosen = [dataclasses.replace(record, responses=()) for record in chosen]
+            chosen = [record and dataclasses.replace(record, responses=()) for record in chosen]
         return pad_batch(
             chosen,
             processor,
-            rows=rows,
+            rows=len(own),
             prompt_sizes=(prompt,),
             response_sizes=(response,),
             num_responses=responses,
             num_slots=slots,
+            shown=shown,
         )
 
     return make

@@ -8,6 +8,7 @@ there is one at least, and is true of a scene with two, while "two red circles" 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mmpo_jax.picture_world.language import (
@@ -111,6 +112,21 @@ def question(claim: Claim) -> str:
     if claim.number == 1:
         return existence_question(claim.kind)
     return count_question(claim.number, claim.kind)
+
+
+def question_about_all(claims: Sequence[Claim]) -> str:
+    """The one yes/no question whose answer is yes exactly when all claims are true.
+
+    Its wording is that of `question` with all groups in the place of one. Where there are several,
+    `language.questions` has none like it, and a model trained on those was never asked one.
+
+    Raises:
+      ValueError: there are no claims.
+    """
+    if len(claims) == 1:
+        return question(claims[0])
+    verb, groups = statement([(claim.number, claim.kind) for claim in claims]).split(" ", 2)[1:]
+    return f"{verb} there {groups.removesuffix(' .')} in the picture ?"
 
 
 def is_true(claim: Claim, scene: Scene) -> bool:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import pydantic
 from pydantic import Field
 
+from mmpo_jax.chat.server import ChatServer
 from mmpo_jax.core.sections import PositiveInt, Section, as_list
 from mmpo_jax.data.edits import DIFFUSION_STEPS
 from mmpo_jax.data.records import EditKind
@@ -60,8 +61,6 @@ class Drawing(Section):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0)
     max_new_tokens: PositiveInt | None = None
-    batch_size: PositiveInt | None = None
-    """Prompts at a time."""
 
     def drawn(self, sampling: Sampling) -> Sampling:
         """How it draws, given the recipe's `sampling`."""
@@ -72,7 +71,14 @@ class Drawing(Section):
         return Sampling(**(others | given))
 
 
-class CheckpointCandidates(Drawing):
+class BatchedDrawing(Drawing):
+    """How a source draws through the project's own engine."""
+
+    batch_size: PositiveInt | None = None
+    """Prompts at a time."""
+
+
+class CheckpointCandidates(BatchedDrawing):
     """Samples of another model, which is loaded for them and then let go of."""
 
     type: Literal["checkpoint"] = "checkpoint"
@@ -83,7 +89,15 @@ class CheckpointCandidates(Drawing):
     name: SourceName = "checkpoint"
 
 
-class EditedImageCandidates(Drawing):
+class Changed(BatchedDrawing):
+    """How the model is shown less of a prompt than there is."""
+
+    per_sample: bool = False
+    """Whether every sample is shown a change of its own, which is encoded for it; else all samples
+    of a prompt see the same."""
+
+
+class EditedImageCandidates(Changed):
     """Samples of the model that the round starts from, which is shown changed images."""
 
     type: Literal["edited_image"] = "edited_image"
@@ -91,7 +105,45 @@ class EditedImageCandidates(Drawing):
     """How the images are changed."""
     step: int = Field(500, ge=0, lt=DIFFUSION_STEPS)
     """Step of diffusion, of `noise`."""
+    share: float = Field(0.5, gt=0, le=1)
+    """Share of the patches that have the mean colour, of `masked`."""
     name: SourceName = "edited_image"
+
+
+class HiddenImageCandidates(Changed):
+    """Samples of the model that the round starts from, to which most of the image's tokens are
+    hidden (BDHS)."""
+
+    type: Literal["hidden_image"] = "hidden_image"
+    share: float = Field(0.99, gt=0, le=1)
+    """Probability that a token is hidden; the default is BDHS'."""
+    name: SourceName = "hidden_image"
+
+
+class ServedCandidates(Drawing, ChatServer):
+    """Samples of a model behind a chat server: one that is up, or a copy of the model that the
+    round starts from, which a command brings up."""
+
+    type: Literal["served"] = "served"
+    command: str | None = Field(None, min_length=1)
+    """Shell command that serves the folder `$MMPO_MODEL` at `url`, under the name `model`, until it
+    is ended; None asks a server that is up."""
+    start_timeout: float = Field(1800.0, gt=0)
+    """Seconds that the command's server has to answer in."""
+    shares_devices: bool = True
+    """Whether the command's server computes on this run's devices: then the round's weights are let
+    go of before it starts, and read again when they are needed."""
+    max_failed: float = Field(0.1, ge=0, le=1)
+    """Share of a part's responses that may fail before the run stops; they are left out."""
+    name: SourceName = "served"
+
+    @pydantic.model_validator(mode="after")
+    def _of_command(self) -> ServedCandidates:
+        for name in ("start_timeout", "shares_devices"):
+            default = type(self).model_fields[name].default
+            if self.command is None and getattr(self, name) != default:
+                raise ValueError(f"{name}: it is about the server that `command` brings up")
+        return self
 
 
 class DataCandidates(Section):
@@ -112,6 +164,8 @@ Candidate = (
     | GreedyCandidates
     | CheckpointCandidates
     | EditedImageCandidates
+    | HiddenImageCandidates
+    | ServedCandidates
     | DataCandidates
 )
 CandidateSources = Annotated[

@@ -64,6 +64,22 @@ class PictureWorldSplitting(Section):
     """The rule for captions of the picture world."""
 
     type: Literal["picture_world"] = "picture_world"
+    whole: bool = False
+    """Whether a caption is one claim, with one question about all groups that it mentions."""
+
+
+class WholeSplitting(Section):
+    """Nothing is divided: a response is one claim, and the labeler is asked about all of it."""
+
+    type: Literal["whole"] = "whole"
+    prompt: str | None = None
+    """The question instead of the built-in one, with {answer} in it; {question} is the prompt's."""
+
+    @pydantic.model_validator(mode="after")
+    def _asks(self) -> WholeSplitting:
+        if self.prompt is not None and "{answer}" not in self.prompt:
+            raise ValueError("prompt: it has no {answer}")
+        return self
 
 
 class Splitting(Speaking):
@@ -122,7 +138,8 @@ class ChatLabeling(ChatAsked):
 
 
 Splitter = Annotated[
-    PictureWorldSplitting | ChatSplitting | CheckpointSplitting, Field(discriminator="type")
+    PictureWorldSplitting | WholeSplitting | ChatSplitting | CheckpointSplitting,
+    Field(discriminator="type"),
 ]
 Labeler = Annotated[CheckpointLabeling | ChatLabeling, Field(discriminator="type")]
 

@@ -33,6 +33,7 @@ from mmpo_jax.recipes.feedback import (
 )
 from mmpo_jax.recipes.sampling import Candidates, LongSampling, Sampling
 from mmpo_jax.recipes.scoring import ImplicitReward, Scoring
+from mmpo_jax.recipes.sentences import Sentences
 from mmpo_jax.recipes.training import Rollout, Training
 
 
@@ -190,6 +191,8 @@ class AlignRecipe(Base):
     sampling: Sampling = Sampling()
     candidates: CandidateSources = (PolicyCandidates(),)
     """Where the responses come from that are judged together."""
+    sentences: Sentences | None = None
+    """Responses are sampled, judged and paired sentence by sentence; by default as a whole."""
     feedback: Feedback = ClaimsFeedback()
     pairing: Pairing = Pairing()
     training: PreferenceTraining = PreferenceTraining()
@@ -202,6 +205,18 @@ class AlignRecipe(Base):
             raise ValueError(
                 "candidates: data are responses that rows hold; the picture world's prompts have "
                 "none, give a file"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _sentences_of_the_policy(self) -> AlignRecipe:
+        others = [
+            source.name for source in self.candidates if not isinstance(source, PolicyCandidates)
+        ]
+        if self.sentences is not None and others:
+            raise ValueError(
+                f"sentences: they are the policy's, and {others[0]} of the candidates is another "
+                "source"
             )
         return self
 

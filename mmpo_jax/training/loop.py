@@ -18,6 +18,8 @@ from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.checkpoints.orbax import Checkpoints, abstract, save_base
 from mmpo_jax.checkpoints.train_state import TrainState
 from mmpo_jax.core import progress
+from mmpo_jax.core.errors import Stopped
+from mmpo_jax.core.processes import is_agreed, several
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.pipeline import (
     Example,
@@ -31,7 +33,7 @@ from mmpo_jax.data.pipeline import (
 from mmpo_jax.inference.plan import packed_over
 from mmpo_jax.models.lora import add_adapters
 from mmpo_jax.models.model import Params
-from mmpo_jax.parallel.mesh import put_batch
+from mmpo_jax.parallel.mesh import batch_share, put_batch
 from mmpo_jax.recipes.training import MovingReference, NoReference, Rollout, Training
 from mmpo_jax.training.losses import Loss, make_loss, needs_reference, recipe_terms
 from mmpo_jax.training.metrics import MetricsWriter
@@ -40,6 +42,7 @@ from mmpo_jax.training.optimizer import make_optimizer, make_schedule
 from mmpo_jax.training.plan import check_training, micro_batch_size, total_steps
 from mmpo_jax.training.reports import Reports
 from mmpo_jax.training.step import Update, create_state, make_step, whole_params
+from mmpo_jax.training.stopping import StopSignal
 from mmpo_jax.training.validation import Held, Validator
 from mmpo_jax.training.waiting import Waiting
 
@@ -102,6 +105,7 @@ def train(
     Raises:
       TrainingError: there is no data, the batch does not fit the mesh, `freeze` does not fit the
         model, or a step was not finite.
+      Stopped: SIGTERM came, and a checkpoint was saved.
     """
     check_training(config, start.model, mesh)
     rollout = data.rollout
@@ -128,6 +132,7 @@ def train(
                 MetricsWriter(run.folder, -1 if position is None else step, steps)
             ) as writer,
             progress.doing("training", steps, "steps", "compiling") as activity,
+            StopSignal(mesh) as stop,
         ):
             activity.start_at(step)
             validator = make_validator(start, data.held, config, lengths, mesh, writer.rows)
@@ -148,6 +153,8 @@ def train(
                     with waiting.paused():
                         activity.reach(step)
                         reports.report(step, state, position)
+                if stop.is_agreed() and step < steps:
+                    reports.save_and_stop(step, state, position)
             if isinstance(source, Rollouts):
                 waiting.log_rollouts(source.seconds)
             else:
@@ -163,9 +170,18 @@ def train(
 def _closing(checkpoints: Checkpoints) -> Iterator[None]:
     try:
         yield
-    finally:
-        with progress.doing("finishing checkpoints"):
-            checkpoints.close()
+    except BaseException as error:
+        # Processes finish a checkpoint together, and the others may wait elsewhere.
+        if several() and not isinstance(error, Stopped) and not is_agreed(error):
+            raise
+        _finish(checkpoints)
+        raise
+    _finish(checkpoints)
+
+
+def _finish(checkpoints: Checkpoints) -> None:
+    with progress.doing("finishing checkpoints"):
+        checkpoints.close()
 
 
 def make_batches(
@@ -192,6 +208,7 @@ def make_batches(
         parts=data.mixture,
         workers=config.workers,
         packed_over=None if _drops(config) else packed_over(start.model, mesh),
+        share=batch_share(mesh),
     )
     return FromData(batches)
 
@@ -214,9 +231,14 @@ def make_validator(
     if held is None:
         return None
     micro = micro_batch_size(config, mesh)
-    packing = packed_over(start.model, mesh)
     make = functools.partial(
-        held_out_batches, held.examples, start.processor, lengths, micro, packing
+        held_out_batches,
+        held.examples,
+        start.processor,
+        lengths,
+        micro,
+        packed_over(start.model, mesh),
+        batch_share(mesh),
     )
     # In its own contexts: some row may have more than any that is trained on.
     loss = make_loss(start.model, recipe_terms(config), held.examples[0].names)

@@ -13,6 +13,7 @@ import tensorboardX
 
 from mmpo_jax.core import progress
 from mmpo_jax.core.files import null_if_not_finite
+from mmpo_jax.core.processes import on_one
 from mmpo_jax.objectives.sums import WeightedSum
 
 FILE = "metrics.jsonl"
@@ -42,21 +43,28 @@ def means(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 class MetricsWriter:
     """Writes `metrics.jsonl` and TensorBoard events; lines after the resumed step are dropped, all
-    of them where it is -1."""
+    of them where it is -1. Of several processes the first writes, and all know the lines."""
 
     def __init__(self, folder: str | os.PathLike[str], resumed_step: int, total_steps: int):
-        os.makedirs(folder, exist_ok=True)
         self.path = os.path.join(folder, FILE)
-        self.rows = [row for row in read_metrics(self.path) if row["step"] <= resumed_step]
+        self.total = total_steps
+        self.file: TextIO | None = None
+        self.events: Any = None
+        self.rows = on_one(lambda: self._open(folder, resumed_step))
+
+    def _open(self, folder: str | os.PathLike[str], resumed_step: int) -> list[dict[str, float]]:
+        """Opens the files; the lines that stay."""
+        os.makedirs(folder, exist_ok=True)
+        rows = [row for row in read_metrics(self.path) if row["step"] <= resumed_step]
         with open(self.path + ".new", "w") as file:
-            for row in self.rows:
+            for row in rows:
                 self._write(file, row)
         os.replace(self.path + ".new", self.path)
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed by close())
         self.events = tensorboardX.SummaryWriter(
             os.path.join(folder, "tensorboard"), purge_step=resumed_step + 1
         )
-        self.total = total_steps
+        return rows
 
     @staticmethod
     def _write(file: TextIO, row: Mapping[str, float]) -> None:
@@ -65,6 +73,8 @@ class MetricsWriter:
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes a line, and says nothing on the terminal."""
+        if self.file is None:
+            return
         self._write(self.file, {"step": step, **metrics})
         for name, value in metrics.items():
             self.events.add_scalar(name, value, step)
@@ -89,8 +99,9 @@ class MetricsWriter:
         progress.spoken()
 
     def close(self) -> None:
-        self.events.close()
-        self.file.close()
+        if self.file is not None:
+            self.events.close()
+            self.file.close()
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.checkpoints.train_state import TrainState
 from mmpo_jax.core import progress
+from mmpo_jax.core.processes import on_one
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.pipeline import (
     Example,
@@ -34,7 +35,7 @@ from mmpo_jax.generation.responses import read_response, sample_tokens
 from mmpo_jax.models.lora import cast_params
 from mmpo_jax.models.model import Params
 from mmpo_jax.objectives.on_policy import STD_FLOOR, advantages
-from mmpo_jax.parallel.mesh import put_batch
+from mmpo_jax.parallel.mesh import batch_share, gathered, put_batch
 from mmpo_jax.recipes.sampling import Decoding
 from mmpo_jax.recipes.training import Rollout, Training
 from mmpo_jax.rewards.registry import Question
@@ -140,6 +141,7 @@ class Rollouts:
             self.lengths,
             self.config.batch_size,
             self.micro_batch_size,
+            share=batch_share(self.mesh),
         )
         host = make(list(range(len(examples))))
         arrays = host.arrays
@@ -166,41 +168,48 @@ class Rollouts:
                 seed=self.seed,
                 round_index=step,
             )
-        return [self._read(*pair) for pair in zip(records, tokens, strict=True)]
+        read = [self._read(*pair) for pair in zip(records, tokens, strict=True)]
+        # Which may ask the world outside, or be another every time.
+        rewards = on_one(lambda: [self._rewards(record) for record in read])
+        return [Sampled(*pair) for pair in zip(read, rewards, strict=True)]
 
-    def _read(self, record: TokenizedRecord, samples: Int[np.ndarray, "S T"]) -> Sampled:
-        responses, texts = [], []
+    def _read(self, record: TokenizedRecord, samples: Int[np.ndarray, "S T"]) -> TokenizedRecord:
+        """The record with the samples as its responses."""
+        responses = []
         for row in samples:
             text, length, finished = read_response(self.start.processor, row)
             source = Response((Turn("assistant", text),), finished)
             responses.append(
                 TokenizedResponse(row[:length].astype(np.int32), np.ones(length, bool), 0, source)
             )
-            texts.append(text)
+        return dataclasses.replace(record, responses=tuple(responses))
+
+    def _rewards(self, record: TokenizedRecord) -> Float[np.ndarray, "S K"]:
+        """What the samples of a prompt are worth, before weights."""
+        texts = [response.source.text for response in record.responses]
         question = Question(record.id, record.question, record.images, record.solution)
         values = [section.values(question, texts) for section in self.rollout.rewards]
-        scores = np.array([[value.score for value in row] for row in values], np.float32).T
-        record = dataclasses.replace(record, responses=tuple(responses))
-        return Sampled(record, without_gaps(scores))
+        scores = np.array([[value.score for value in row] for row in values], np.float32)
+        return without_gaps(scores.T)
 
     def _old_log_probs(self, params: Params, arrays: TrainBatch) -> Any:
-        """float32[M, B, S, T] of M micro-batches, under the policy that sampled."""
-        found = []
+        """float32[M, B, S, T] of M micro-batches, under the policy that sampled; this process's
+        own rows."""
+        share, found = batch_share(self.mesh), []
         for i in range(len(arrays.prompts.weights)):
             prompts = jax.tree.map(lambda leaf, i=i: leaf[i], arrays.prompts)
             with jax.set_mesh(self.mesh):
                 placed = put_batch(prompts, self.mesh)
-                found.append(
-                    score_batch(
-                        self.start.model,
-                        params,
-                        placed,
-                        self.config.compute_dtype,
-                        per_token=True,
-                        temperature=self.rollout.temperature,
-                    )
+                log_probs = score_batch(
+                    self.start.model,
+                    params,
+                    placed,
+                    self.config.compute_dtype,
+                    per_token=True,
+                    temperature=self.rollout.temperature,
                 )
-        return np.stack([np.asarray(each) for each in found])
+                found.append(gathered(log_probs, self.mesh))
+        return np.stack([np.stack(share.of([*np.asarray(each)])) for each in found])
 
     def _metrics(
         self, sampled: Sequence[Sampled], rewards: Float[np.ndarray, "N S K"]

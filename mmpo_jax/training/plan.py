@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-import jax
 from jax.sharding import Mesh
 
 from mmpo_jax.core.errors import MmpoError
@@ -75,12 +74,7 @@ def micro_batch_size(config: Training, mesh: Mesh) -> int:
       TrainingError: they cannot be split evenly over the mesh.
     """
     micro = config.micro_batch_size or config.batch_size
-    shards, processes = batch_shards(mesh), jax.process_count()
-    if shards % processes:
-        raise TrainingError(
-            f"devices: batches are split over {shards}, of which {processes} processes cannot have "
-            "equal shares; give `tensor` fewer"
-        )
+    shards = batch_shards(mesh)
     if micro % shards:
         raise TrainingError(
             f"training: {micro} rows at a time cannot be split over {shards} devices; "

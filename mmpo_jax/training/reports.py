@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from mmpo_jax.checkpoints.orbax import Checkpoints
 from mmpo_jax.checkpoints.train_state import TrainState
 from mmpo_jax.core import progress
+from mmpo_jax.core.errors import Stopped
 from mmpo_jax.recipes.training import Training
 from mmpo_jax.training.metrics import MetricsWriter, means
 from mmpo_jax.training.plan import TrainingError
@@ -57,6 +58,18 @@ class Reports:
     def is_over(self) -> bool:
         """Whether held-out rows have not been better for too long."""
         return self.validator is not None and self.validator.is_over()
+
+    def save_and_stop(self, step: int, state: TrainState, position: dict[str, Any]) -> NoReturn:
+        """Saves a checkpoint out of turn, as somebody asked the run to stop.
+
+        Raises:
+          Stopped: naming the step.
+        """
+        with progress.doing("saving a checkpoint"):
+            if self.checkpoints.latest() != step:
+                self.checkpoints.save(step, state, position)
+            self.checkpoints.describe_latest()  # which waits until it is written
+        raise Stopped(f"saved step {step} of {self.steps}; the same command goes on from there")
 
     def report(self, step: int, state: TrainState, position: dict[str, Any]) -> None:
         """Writes metrics, measures held-out rows and saves checkpoints, each where it is due.

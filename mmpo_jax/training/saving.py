@@ -25,7 +25,7 @@ from mmpo_jax.data.pipeline import Example, held_out_batches
 from mmpo_jax.inference.plan import packed_over
 from mmpo_jax.models.lora import Lora
 from mmpo_jax.models.model import Model, Params
-from mmpo_jax.parallel.mesh import param_shardings
+from mmpo_jax.parallel.mesh import batch_share, param_shardings
 from mmpo_jax.recipes.training import NoReference, SaveDtype, Training
 from mmpo_jax.training.losses import make_loss, needs_reference, recipe_terms
 from mmpo_jax.training.plan import micro_batch_size
@@ -250,7 +250,12 @@ def measure_weights(
     with jax.set_mesh(mesh):
         forward = make_forward(loss, jnp.dtype(training.compute_dtype))
         batches = held_out_batches(
-            chosen, start.processor, lengths, micro, packed_over(start.model, mesh)
+            chosen,
+            start.processor,
+            lengths,
+            micro,
+            packed_over(start.model, mesh),
+            batch_share(mesh),
         )
         values = measure_batches(forward, jax.jit(loss.sums), loss, batches, state, mesh)
     return len(chosen), values

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from mmpo_jax.checkpoints.cards import ModelCard
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.core import progress
+from mmpo_jax.core.processes import on_one
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.pipeline import Example, MixtureEntry
 from mmpo_jax.data.tokenization import TokenizedRecord
@@ -141,7 +142,7 @@ def train_stage(stage: TrainingStage, data: TrainingData, identity: Mapping[str,
         stage.mesh,
         Run(stage.run_folder, identity, stage.seed, stage.card),
     )
-    rows = read_metrics(os.path.join(stage.run_folder, FILE)) or [{}]
+    rows = on_one(lambda: read_metrics(os.path.join(stage.run_folder, FILE))) or [{}]
     measured = rows[-1] if stage.validation is None else best_row(rows, stage.validation)
     examples = data.examples if data.held is None else data.held.examples
     with progress.doing("saving the model"):

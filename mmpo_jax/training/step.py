@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
@@ -20,7 +21,7 @@ from mmpo_jax.models.model import Model, Params
 from mmpo_jax.objectives.registry import State
 from mmpo_jax.objectives.sums import Sums
 from mmpo_jax.objectives.terms import Metrics
-from mmpo_jax.parallel.mesh import param_shardings
+from mmpo_jax.parallel.mesh import param_shardings, put_whole
 from mmpo_jax.recipes.training import MovingReference
 from mmpo_jax.training.losses import Loss
 
@@ -81,13 +82,11 @@ def create_state(
 
     def place(path: str) -> jax.Array:
         # A copy, because the step donates what it trains and the caller may keep its arrays.
-        return jnp.copy(jax.device_put(flat[path].astype(jnp.float32), shardings[path]))
+        return jnp.copy(put_whole(flat[path].astype(jnp.float32), shardings[path]))
 
     trained = {path: place(path) for path in kept}
     constants = {
-        path: jax.device_put(leaf, shardings[path])
-        for path, leaf in flat.items()
-        if path not in trained
+        path: put_whole(leaf, shardings[path]) for path, leaf in flat.items() if path not in trained
     }
     moments = jax.jit(optimizer.init, out_shardings=optimizer_shardings(optimizer, trained, mesh))(
         trained
@@ -97,13 +96,13 @@ def create_state(
     if reference_dtype is not None:
         reference = {path: jnp.array(leaf, reference_dtype) for path, leaf in trained.items()}
     return TrainState(
-        jax.device_put(jnp.int32(0), replicated),
+        put_whole(np.int32(0), replicated),
         trained,
         constants,
         moments,
         reference,
         # A copy, as above.
-        jax.tree.map(jnp.copy, jax.device_put(keeps or {}, replicated)),
+        jax.tree.map(lambda leaf: jnp.copy(put_whole(leaf, replicated)), keeps or {}),
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -148,10 +147,11 @@ def measure_batches(
       state: the parameters, and the reference where one runs.
       mesh: the devices.
     """
-    found = []
-    compute = functools.partial(forward, state)
-    for batch, outputs in overlapped(batches, compute, mesh):
-        found.append((outputs, _without_prompts(batch)))
+
+    def compute(batch: TrainBatch) -> tuple[Any, TrainBatch]:
+        return forward(state, batch), _without_prompts(batch)  # with it, as it is of all processes
+
+    found = [results for _, results in overlapped(batches, compute, mesh)]
     outputs, batch = jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
     # Of all rows at once: some losses compare rows with each other.
     total, _ = evaluate(outputs, batch, state.objective_state)

@@ -37,12 +37,12 @@ def work_done(monkeypatch):
     """What is really computed by a call: (round folder, stage) in order."""
     done = []
 
-    def count(stage, make_part):
+    def count(stage, make_part, *finished):
         def make(part):
             done.append((Path(stage.folder).name, stage.name))
             return make_part(part)
 
-        return original(stage, make)
+        return original(stage, make, *finished)
 
     original = stages.run_stage
     monkeypatch.setattr(stages, "run_stage", count)

@@ -28,6 +28,7 @@ from mmpo_jax.core.errors import DataError, MmpoError
 from mmpo_jax.core.files import read_table
 from mmpo_jax.core.stages import StageOutput
 from mmpo_jax.data.contexts import OtherImage, changed_images
+from mmpo_jax.data.hidden_tokens import hide_image
 from mmpo_jax.data.tokenization import tokenize_prompt
 from mmpo_jax.data.usable import usable_records
 from mmpo_jax.feedback.given_judges import NO_SCORE, ScoresJudge, SourceJudge
@@ -178,6 +179,27 @@ class TestEditedImage:
                 found.add(manifest["inputs"]["prompts"])
         assert len(found) == 4
 
+    def test_every_sample_may_see_a_change_of_its_own(self, make, start):
+        masked = {"type": "edited_image", "edit": "masked", "share": 0.75, "num_samples": 4}
+        kept = {}
+        for per_sample in (False, True):
+            source = masked | {"per_sample": per_sample, "temperature": 1e-6}
+            asked = asked_of(make(POLICY, source, output=str(per_sample)), start)
+            told = []
+            asked = dataclasses.replace(asked, finished=told.append)
+            rows = of_source(round_responses(asked).table, "edited_image")
+            kept[per_sample] = rows
+            ids = [record.id for record in asked.records]
+            assert [row["prompt_id"] for row in rows] == [name for name in ids for _ in range(4)]
+            assert [row["sample"] for row in rows] == [3, 4, 5, 6] * PROMPTS
+            assert {name for part in told for name in part["prompt_id"].to_pylist()} == set(ids)
+        texts = {
+            per_sample: [len({row["text"] for row in rows[at : at + 4]}) for at in range(0, 28, 4)]
+            for per_sample, rows in kept.items()
+        }
+        # So cold that a text differs only with what is seen.
+        assert texts[False] == [1] * PROMPTS and max(texts[True]) > 1
+
     def test_prompts_without_images_are_answered_by_the_others(self, make, start, tmp_path, caplog):
         path = write_pairs(tmp_path / "some", 5, blind=2)
         table = round_responses(asked_of(make(POLICY, EDITED, path=path), start)).table
@@ -187,6 +209,30 @@ class TestEditedImage:
         path = write_pairs(tmp_path / "none", 2, blind=2)
         with pytest.raises(DataError, match=r"edited_image is not asked 2 of 2 .*no_other_image"):
             round_responses(asked_of(make(POLICY, EDITED, output="none", path=path), start))
+
+
+class TestHiddenImage:
+    def test_answers_to_an_image_that_is_mostly_hidden(self, make, start):
+        source = {"type": "hidden_image", "share": 1.0, "temperature": 0}
+        asked = asked_of(make(POLICY, source), start)
+        rows = of_source(round_responses(asked).table, "hidden_image")
+        hidden = [hide_image(record, start.processor, 1.0, 0) for record in asked.tokenized]
+        expected = generated_by(start, asked, hidden, num_samples=1, temperature=0.0)
+        assert [(row["text"], row["token_ids"]) for row in rows] == expected
+        # With nothing of the image left, equal questions have equal answers.
+        answers = {record.prompt[0].text: set() for record in asked.records}
+        for record, row in zip(asked.records, rows, strict=True):
+            answers[record.prompt[0].text].add(row["text"])
+        assert all(len(texts) == 1 for texts in answers.values())
+
+    def test_other_tokens_in_every_round_are_other_prompts(self, make, start):
+        found = set()
+        for index in (1, 2):
+            asked = asked_of(make(POLICY, {"type": "hidden_image", "share": 0.5}), start, index)
+            round_responses(asked)
+            manifest = json.loads(Path(asked.folder, "generate-hidden_image.json").read_text())
+            found.add(manifest["inputs"]["prompts"])
+        assert len(found) == 2
 
 
 class TestCheckpoint:
@@ -291,6 +337,27 @@ def test_a_kill_loses_a_part_of_one_source(make, start, monkeypatch):
     policy, greedy, edited = ([(part, samples) for part in parts] for samples in (SAMPLES, 1, 2))
     assert calls == [*policy, *greedy[:2], *greedy[1:], *edited]
     assert again.fingerprint == whole.fingerprint
+
+
+def test_what_is_finished_is_told_once_while_there_is_more_to_come(make, start, monkeypatch):
+    monkeypatch.setattr(responses_module, "PROMPTS_PER_PART", 4)
+    told = []
+
+    def finished(rows):
+        told.append((rows.num_rows, len(set(rows["prompt_id"].to_pylist()))))
+
+    def asked(*sources):
+        return dataclasses.replace(asked_of(make(*sources), start), finished=finished)
+
+    data, policy, greedy = (2 * PROMPTS, PROMPTS), [(4 * SAMPLES, 4), (3 * SAMPLES, 3)], [(4, 4)]
+    round_responses(asked(DATA, POLICY))
+    assert told == [data, *policy]
+    told.clear()
+    round_responses(asked(DATA, POLICY))  # nothing is made, so nobody is to be asked meanwhile
+    assert not told
+    round_responses(asked(DATA, POLICY, GREEDY))
+    assert sorted(told[:2]) == sorted([data, (PROMPTS * SAMPLES, PROMPTS)])
+    assert told[2:] == [*greedy, (3, 3)]
 
 
 class TestGivenJudges:

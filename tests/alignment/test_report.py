@@ -178,6 +178,13 @@ def test_the_rate_of_the_labeler_is_that_of_all_runs(round_files):
     assert read_report(1, str(round_files), {}).questions_per_second == 4.0
 
 
+def test_the_rate_of_a_round_of_sentences_is_that_of_all(round_files):
+    for number in (1, 2):
+        (round_files / f"sentence-{number}").mkdir()
+        add_rate(str(round_files / f"sentence-{number}"), 10, 1.0)
+    assert read_report(1, str(round_files), {}).questions_per_second == 7.0
+
+
 def test_details_of_a_users_own_are_no_claims(round_files):
     path = round_files / "judge.parquet"
     judged = read_table(path)

@@ -126,7 +126,7 @@ def test_what_cannot_be_sent_as_it_is_becomes_png(edit):
     np.testing.assert_array_equal(Image.open(io.BytesIO(sent)), open_image(image))
 
 
-@pytest.mark.parametrize("kind", ["noise", "blank"])
+@pytest.mark.parametrize("kind", ["noise", "blank", "masked"])
 def test_changes_of_what_a_model_is_given_cannot_be_sent(kind):
     with pytest.raises(DataError, match=kind):
         data_url(ImageRef("a", encoded("PNG"), edit=Edit(kind)))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import math
 
 import numpy as np
@@ -71,13 +72,40 @@ def test_noise_is_that_of_the_diffusion_schedule():
     assert not edit_pixels(np.ones((2, 3), np.float32), Edit("blank")).any()
 
 
-@pytest.mark.parametrize("kind", ["crop", "rotate", "noise"])
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+def test_masked_patches_have_the_mean_colour_and_the_others_are_as_they_are(share):
+    """Of two views of 3 by 2 patches of 14 pixels, the last ones cut."""
+    pixels = np.random.default_rng(0).standard_normal((2, 3, 40, 28)).astype(np.float32)
+    masked = edit_pixels(pixels, Edit("masked", 4, share=share), 14)
+    assert masked.dtype == np.float32 and masked.shape == pixels.shape
+    hidden = 0
+    for view, top, left in itertools.product(range(2), (0, 14, 28), (0, 14)):
+        patch = np.s_[view, :, top : top + 14, left : left + 14]
+        same, gone = np.array_equal(masked[patch], pixels[patch]), not masked[patch].any()
+        assert same != gone
+        hidden += gone
+    assert hidden == round(12 * share)
+
+
+def test_masked_patches_of_a_model_that_is_given_patches():
+    pixels = np.random.default_rng(0).standard_normal((3, 4, 24)).astype(np.float32)
+    masked = edit_pixels(pixels, Edit("masked", 1, share=0.5), 2)
+    gone = ~masked.any(axis=2)
+    assert gone.sum() == 6
+    np.testing.assert_array_equal(masked[~gone], pixels[~gone])
+    other = edit_pixels(pixels, Edit("masked", 2, share=0.5), 2)
+    assert (gone != ~other.any(axis=2)).any()
+
+
+@pytest.mark.parametrize("kind", ["crop", "rotate", "noise", "masked"])
 def test_the_same_every_time_and_another_for_another_seed(gradient, tiny_processor, kind):
     plain = ImageRef("a", png(gradient))
 
     def pixels(seed):
         tiny_processor._pixels.clear()  # what is made again, not what was kept
-        (made,) = tiny_processor.pixels([dataclasses.replace(plain, edit=Edit(kind, seed, 500))])
+        (made,) = tiny_processor.pixels(
+            [dataclasses.replace(plain, edit=Edit(kind, seed, 500, 0.5))]
+        )
         return made
 
     np.testing.assert_array_equal(pixels(1), pixels(1))
@@ -87,8 +115,9 @@ def test_the_same_every_time_and_another_for_another_seed(gradient, tiny_process
 def test_an_edit_is_part_of_an_image(gradient, tiny_processor):
     """Of its fingerprint, of what is decoded, and of what is kept of its pixels."""
     images = [ImageRef("a", png(gradient))]
-    kinds = ("black", "blank", "crop", "rotate", "noise")
-    images += [dataclasses.replace(images[0], edit=Edit(kind, 1, 500)) for kind in kinds]
+    kinds = ("black", "blank", "crop", "rotate", "noise", "masked")
+    images += [dataclasses.replace(images[0], edit=Edit(kind, 1, 500, 0.3)) for kind in kinds]
+    images.append(dataclasses.replace(images[0], edit=Edit("masked", 1, 500, 0.6)))
     images.append(dataclasses.replace(images[0], edit=Edit("noise", 1, 501)))
     assert len({image.fingerprint() for image in images}) == len(images)
     made = [tiny_processor.pixels([image])[0].tobytes() for image in images]

@@ -1,7 +1,6 @@
 """Conquer: the answers to k questions about an image equal k separate plain forward passes."""
 
 import dataclasses
-import functools
 import itertools
 import json
 import shutil
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import tiny
+from helpers.plain_answers import plain_answer
 from jax.sharding import AxisType
 
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
@@ -20,13 +19,11 @@ from mmpo_jax.core.trees import map_with_path
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.processor_files import ProcessorError
-from mmpo_jax.data.records import IMAGE, ImageRef, Turn
+from mmpo_jax.data.records import ImageRef
 from mmpo_jax.data.tokenization import RowRejected, tokenize
 from mmpo_jax.feedback import labeler as labeler_module
 from mmpo_jax.feedback.labeler import CheckpointLabeler, answer_probabilities, answer_tokens
 from mmpo_jax.inference.plan import packed_over
-from mmpo_jax.models.batch import Batch
-from mmpo_jax.models.log_probs import next_token_logits
 from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.picture_world.processor import CHAT_TEMPLATE, TOKENS
 from mmpo_jax.picture_world.render import png_bytes
@@ -90,36 +87,6 @@ def leading(make_processor):
 
 def image(number: int = 0) -> ImageRef:
     return ImageRef(f"image-{number}", png_bytes(sample_scene("test", 0, number), 24))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def next_token(model, params, batch):
-    """Probabilities of what follows the prompts, [B, V]."""
-    module = model.bind(params)
-    last, _ = module.hidden_states(batch)
-    return jax.nn.softmax(next_token_logits(module, last), axis=-1)
-
-
-def plain_answer(model, params, processor, picture, question, lead=()):
-    """One row, teacher forced: the whole dialogue is the prompt, and no response is seen."""
-    text = processor.render([Turn("user", (IMAGE, question))], True)
-    layouts = processor.layouts([picture])
-    ids = [*processor.expand_media(processor.encode(text), layouts, 1, []), *lead]
-    size = 32
-    absent = np.zeros((1, 1, 1), bool)
-    prompt_ids = np.array([ids + [tiny.PAD_ID] * (size - len(ids))], np.int32)
-    batch = Batch(
-        prompt_ids=prompt_ids,
-        prompt_mask=np.arange(size)[None] < len(ids),
-        pixel_values=np.stack(processor.pixels([picture])),
-        **tiny.reading_order(prompt_ids, [len(ids)]),
-        response_ids=absent.astype(np.int32),
-        response_mask=absent,
-        loss_mask=absent,
-        weights=np.ones(1, np.float32),
-    )
-    p = np.asarray(next_token(model, params, batch))[0]
-    return p[TOKENS.index("yes")], p[TOKENS.index("no")]
 
 
 def probabilities(labeler, items):

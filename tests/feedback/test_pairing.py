@@ -339,3 +339,19 @@ def test_bad_responses():
         ClaimVerdicts(("c",), (math.nan,), (0.4,)).check()
     with pytest.raises(DataError, match="response 0 to prompt 'a' occurs twice"):
         combine([response("a", 0, [True])] * 2, seed=0)
+
+
+def test_chosen_responses_that_are_not_good_enough_are_counted():
+    cases, least = random_responses(3), 0.0
+    settings = {"seed": 0, "max_pairs_per_prompt": None, "balance": "none"}
+    result = combine(cases, **settings, chosen_at_least=least)
+    score_of = {(case.prompt_id, case.sample): scored(case).score for case in cases}
+    wanted = {
+        (prompt, chosen, rejected)
+        for prompt, chosen, rejected in literal_pairs(cases)
+        if score_of[prompt, chosen] >= least
+    }
+    made = {(p.prompt_id, p.chosen_sample, p.rejected_sample) for p in result.pairs}
+    assert made == wanted
+    assert result.counts["pairs_chosen_too_low"] == len(literal_pairs(cases)) - len(wanted) > 0
+    assert "pairs_chosen_too_low" not in combine(cases, **settings).counts

@@ -138,6 +138,7 @@ class ChatTestServer:
         says: Callable[[Sequence[Mapping[str, Any]]], str] = echo,
         models: Sequence[str] | None = ("judge",),
         key: str | None = None,
+        port: int = 0,
     ) -> None:
         """
         Args:
@@ -145,6 +146,7 @@ class ChatTestServer:
           says: text for the messages of a request.
           models: that it lists; None for a server without a list.
           key: that requests have to bring; None for any.
+          port: of this machine; 0 for a free one.
         """
         self.script = script or (lambda body, seen: reply(body, says(body["messages"])))
         self.models = models
@@ -161,7 +163,7 @@ class ChatTestServer:
         self._stopped = threading.Event()
         self._sockets: set[socket.socket] = set()
         self._http: ThreadingHTTPServer | None = None
-        self._port = 0
+        self._port = port
         self.start()
 
     @property

@@ -53,7 +53,7 @@ def sample(
         made: Any = chosen, keys[at]
         places = tuple((int(number), place) for place, number in enumerate(real))
         places = tuple(at for at in places if chosen.weights[at[1]])
-        batches.append(PlannedBatch(lambda made=made: made, places, 0, 0))
+        batches.append(PlannedBatch(lambda share, made=made: made, places, 0, 0))
     tokens = np.full((count, n, decoding.max_new_tokens), pad_id, np.int32)
     found = sample_batches(
         model,

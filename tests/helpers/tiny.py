@@ -245,6 +245,9 @@ def make_sentencepiece_folder(folder: str | os.PathLike[str]) -> Path:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", BOS_ID)]
     )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     folder = make_folder(folder, make_config(text={"vocab_size": tokenizer.get_vocab_size()}))
     _save_tokenizer(folder, tokenizer, HUB_TEMPLATE)
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": HUB_TEMPLATE}))

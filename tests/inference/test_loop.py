@@ -21,7 +21,7 @@ def planned(numbers, make=None, rows=8):
     arrays = np.zeros((rows, 1), np.float32)
     arrays[: len(numbers), 0] = numbers
     places = tuple((number, place) for place, number in enumerate(numbers))
-    return PlannedBatch(make or (lambda: arrays), places, len(numbers), rows)
+    return PlannedBatch(make or (lambda share: arrays), places, len(numbers), rows)
 
 
 def test_results_go_with_their_records(mesh):
@@ -46,9 +46,9 @@ def test_the_next_batch_is_made_while_one_is_computed(mesh):
     made = threading.Event()
     second = planned([1])
 
-    def make():
+    def make(share):
         made.set()
-        return second.make()
+        return second.make(share)
 
     def compute(batch):
         assert made.wait(60)
@@ -60,7 +60,7 @@ def test_the_next_batch_is_made_while_one_is_computed(mesh):
 def test_an_image_that_cannot_be_read(mesh):
     """What was computed before it is given first."""
 
-    def broken():
+    def broken(share):
         raise DataError("image lost.png cannot be read")
 
     batches = [planned([0]), planned([1]), planned([2], broken)]

@@ -77,7 +77,7 @@ class World:
     def run(self, script, *words, status=0, **environment):
         """What a script says, on stdout and on stderr; its status is the one that is expected."""
         process = self.start(script, *words, **environment)
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=180)
         assert process.returncode == status, (output, errors)
         return output, errors
 
@@ -106,7 +106,7 @@ class World:
         return self.folder / "hosts" / f"{name}-w-{worker}"
 
     def wait_for_starts(self, number):
-        end = time.monotonic() + 30
+        end = time.monotonic() + 120
         while len(self.started()) < number:
             assert time.monotonic() < end, "mmpo was not started"
             time.sleep(0.02)

@@ -5,11 +5,11 @@ what a test has laid down in files there:
 
     states            what `queued-resources describe` says, a line per call, the last one for good
     states_created    the same once it was created; by default it waits and becomes ACTIVE
-    creation          `fails` or `fails_midway`, with the message in `creation_error`
+    creation          `fails`, `fails_midway`, or `somebody_else` was there in the meantime
     nodes             what `tpu-vm describe` says
     hosts/NAME        the home folders of its hosts, in which the shell commands really run
     behaviour         what mmpo does, a line per start on one host, the last one for good:
-                      finish, fail STATUS, or wait, until SIGTERM
+                      finish, fail STATUS, or wait, until SIGTERM; behaviour_HOST of one host
     fails             programs that fail, by their first words, a line each
 """
 
@@ -106,7 +106,10 @@ def describe(group, name):
 def create(name):
     state = (lines("states") or ["ABSENT"])[0]
     kind = (lines("creation") or [""])[0]
-    if state != "ABSENT" or kind == "somebody_else":
+    if kind == "somebody_else":
+        state = "PROVISIONING"
+        (WORLD / "states").write_text(state)
+    if state != "ABSENT":
         fail(f"ERROR: ALREADY_EXISTS: {name}")
     if kind == "fails":
         fail("ERROR: no quota")
@@ -152,7 +155,7 @@ def run_mmpo(arguments):
     host = Path.home().name
     starts = [json.loads(line) for line in lines("mmpo")]
     turn = sum(start["host"] == host for start in starts)
-    plan = lines("behaviour") or ["finish"]
+    plan = lines(f"behaviour_{host}") or lines("behaviour") or ["finish"]
     wait_for = signal.SIGTERM
     signal.pthread_sigmask(signal.SIG_BLOCK, [wait_for])
     environment = {key: os.environ.get(key) for key in ("HF_TOKEN", "WANDB_API_KEY", "OTHER_KEY")}

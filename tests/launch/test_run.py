@@ -91,7 +91,7 @@ def test_a_signal_in_the_foreground(host):
     process = host.start("run.sh", "run", "--foreground", "train", "a.yaml")
     host.wait_for_starts(1)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=120)
     assert output.endswith("saved\n")
     assert process.returncode == 143  # 0 would read as finished
 

@@ -12,7 +12,7 @@ WORDS = ["train", "data.path=it's here", 'x="y z"', "$HOME;`id`", "a  b", OUTPUT
 
 def options(world, command, *, resources=True):
     where = ["--gpus=tpu-v5litepod-16", "--infra=gcp/us-west4/us-west4-a", "--use-spot"]
-    rest = [f"--workdir={world.checkout}", "--yes", f"--env=MMPO_COMMAND={command}"]
+    rest = [f"--workdir={world.checkout}", f"--env=MMPO_COMMAND={command}"]
     rest.append("--env=MMPO_EXTRAS=tpu")
     return [*(where if resources else []), *rest]
 
@@ -23,7 +23,7 @@ def task(world):
 
 def test_a_managed_job(world):
     said = world.run("sky.sh", "run", "train", OUTPUT, HF_TOKEN="hf_secret")
-    launch = ["sky", "jobs", "launch", "--detach-run", "--name=pod"]
+    launch = ["sky", "jobs", "launch", "--yes", "--detach-run", "--name=pod"]
     options_of_job = [*options(world, f"train {OUTPUT}"), "--secret=HF_TOKEN"]
     assert world.calls() == [[*launch, *options_of_job, task(world)]]
     assert "hf_secret" not in str(said) + str(world.calls())
@@ -59,8 +59,8 @@ def test_a_cluster(world):
     command = options(world, f"train {OUTPUT}", resources=False)
     assert world.calls() == [
         ["sky", "status", "pod"],
-        ["sky", "launch", "--cluster=pod", *options(world, ""), task(world)],
-        ["sky", "exec", "--detach-run", "--cluster=pod", *command, task(world)],
+        ["sky", "launch", "--yes", "--cluster=pod", *options(world, ""), task(world)],
+        ["sky", "exec", "--detach-run", *command, "pod", task(world)],
         ["sky", "queue", "pod"],
         ["sky", "logs", "pod"],
         ["sky", "cancel", "--yes", "--all", "pod"],

@@ -32,6 +32,12 @@ def ssh(command):
     return [*group, f"--command={command}", "--worker=all", *PLACE]
 
 
+STATUS = ssh(
+    "if cd .mmpo/source 2>/dev/null; then bash launch/run.sh status; "
+    'else echo "$(hostname): uninstalled"; fi'
+)
+
+
 def on_host(*words):
     return ssh(f"cd .mmpo/source && bash launch/run.sh {' '.join(words)}")
 
@@ -100,7 +106,7 @@ def test_an_interrupted_creation_is_cleaned_up(world):
     while len(world.calls()) < 3:
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 1
+    assert process.wait(180) == 1
     assert world.calls()[-1] == DELETE
 
 
@@ -150,7 +156,7 @@ def test_words_arrive_on_every_host(tpu):
 def test_the_commands_of_a_run(tpu):
     tpu.run("tpu.sh", "run", "train", OUTPUT)
     clean = ssh("rm -f .mmpo/secrets")
-    assert tpu.calls() == [on_host("status"), clean, on_host("run", "train", OUTPUT)]
+    assert tpu.calls() == [STATUS, clean, on_host("run", "train", OUTPUT)]
 
 
 def test_the_recipe_is_copied_as_it_is_now(tpu):
@@ -219,6 +225,7 @@ def test_before_installing(world):
     world.run("tpu.sh", "create")
     _, told = world.run("tpu.sh", "run", "train", OUTPUT, status=1)
     assert "tpu.sh install" in told
+    assert world.run("tpu.sh", "status")[0].count(": uninstalled\n") == 2
 
 
 def test_status_logs_and_stop(tpu):
@@ -248,7 +255,7 @@ def test_a_preempted_run_is_brought_back(world):
     world.wait_for_starts(2)
     # It is taken away: what waits on its hosts ends, gcloud says so, and a new one runs to its end.
     world.lay_down(states=["SUSPENDING", "SUSPENDED"], behaviour="finish")
-    _, told = process.communicate(timeout=60)
+    _, told = process.communicate(timeout=180)
     assert process.returncode == 0, told
     assert [start["call"] for start in world.started()[-2:]] == [WORDS, WORDS]
     assert world.started()[-1]["environment"]["HF_TOKEN"] == TOKENS["HF_TOKEN"]
@@ -267,7 +274,7 @@ def test_machines_that_are_gone_before_the_resource_says_so(tpu):
     while DELETE not in tpu.calls():
         assert process.poll() is None
     tpu.lay_down(nodes="READY", behaviour="finish")
-    assert process.wait(60) == 0
+    assert process.wait(180) == 0
     assert tpu.calls().count(CREATE) == 1 and len(tpu.started()) == 4
 
 
@@ -277,8 +284,46 @@ def test_a_host_that_restarts_keeps_its_tpu(tpu):
     tpu.wait_for_starts(2)
     for worker in range(2):
         os.kill(int((tpu.host(worker) / ".mmpo/run/pid").read_text()), signal.SIGKILL)
-    assert process.wait(60) == 0
+    assert process.wait(180) == 0
     assert len(tpu.started()) == 4 and DELETE not in tpu.calls()
+
+
+def test_a_host_that_takes_the_others_with_it(tpu):
+    behaviour = {"behaviour_pod-w-0": ["fail 1", "finish"], "behaviour_pod-w-1": ["wait", "finish"]}
+    tpu.lay_down(**behaviour)
+    process = tpu.start("tpu.sh", "run", "--keep", "train", OUTPUT)
+    tpu.wait_for_starts(2)
+    os.kill(int((tpu.host(1) / ".mmpo/run/pid").read_text()), signal.SIGKILL)
+    assert process.wait(180) == 0
+    assert len(tpu.started()) == 4 and DELETE not in tpu.calls()
+
+
+def test_an_installation_that_fails_is_tried_again(tpu):
+    tpu.lay_down(states="SUSPENDED", fails="uv pip", behaviour="finish")
+    process = tpu.start("tpu.sh", "run", "--keep", "train", OUTPUT)
+    tpu.wait_for_starts(2)
+    while "that did not succeed" not in process.stderr.readline():
+        assert process.poll() is None
+    (tpu.folder / "fails").unlink()
+    _, told = process.communicate(timeout=180)
+    assert process.returncode == 0 and "uninstalled" in told
+    assert tpu.calls().count(CREATE) == 1 and len(tpu.started()) == 4
+
+
+def test_tries_of_a_run_that_went_well_are_forgotten(tpu):
+    script = tpu.checkout / "launch" / "tpu.sh"
+    script.write_text(script.read_text().replace("\nWELL=20\n", "\nWELL=2\n"))
+    tpu.lay_down(behaviour="wait")
+    process = tpu.start("tpu.sh", "run", "--keep", "--set", "max_tries=1", "train", OUTPUT)
+    for loss in range(1, 3):
+        tpu.wait_for_starts(2 * loss)
+        looks = tpu.calls().count(STATUS)
+        while tpu.calls().count(STATUS) < looks + 4:
+            assert process.poll() is None
+        tpu.lay_down(states="SUSPENDED")
+    tpu.wait_for_starts(6)
+    tpu.run("tpu.sh", "stop")
+    assert process.wait(180) == 0
 
 
 def test_a_run_that_fails_by_itself_is_not_repeated(tpu):
@@ -293,7 +338,7 @@ def test_a_run_that_is_stopped_stays_so(tpu):
     process = tpu.start("tpu.sh", "run", "--keep", "train", OUTPUT)
     tpu.wait_for_starts(2)
     tpu.run("tpu.sh", "stop")
-    assert process.wait(60) == 0
+    assert process.wait(180) == 0
     assert len(tpu.started()) == 2 and DELETE not in tpu.calls()
 
 
@@ -302,7 +347,7 @@ def test_it_gives_up_at_last(tpu):
     process = tpu.start("tpu.sh", "run", "--keep", "train", OUTPUT)
     tpu.wait_for_starts(2)
     tpu.lay_down(states="SUSPENDED")
-    _, told = process.communicate(timeout=60)
+    _, told = process.communicate(timeout=180)
     assert process.returncode == 1 and "given up after 3 tries" in told
     assert tpu.calls().count(CREATE) == 3
     assert tpu.calls()[-2] == DELETE  # and leaves nothing behind that costs
@@ -312,13 +357,13 @@ def test_an_answer_that_does_not_come_is_no_preemption(tpu):
     tpu.lay_down(behaviour="wait")
     process = tpu.start("tpu.sh", "run", "--keep", "train", OUTPUT)
     tpu.wait_for_starts(2)
-    tpu.lay_down(states=["UNKNOWN"] * 10 + ["ACTIVE"], ssh_fails="", behaviour="finish")
+    tpu.lay_down(states=["UNKNOWN"] * 4 + ["ACTIVE"], ssh_fails="", behaviour="finish")
     seen = len(tpu.calls())
-    while len(tpu.calls()) < seen + 30:
+    while len(tpu.calls()) < seen + 14:
         assert process.poll() is None
     (tpu.folder / "ssh_fails").unlink()
     tpu.run("tpu.sh", "stop")
-    assert process.wait(60) == 0
+    assert process.wait(180) == 0
     assert DELETE not in tpu.calls()
 
 
@@ -355,7 +400,7 @@ def test_watching_a_run_that_was_started_before(tpu):
     watch = tpu.start("tpu.sh", "resume", "--keep")
     assert watch.stderr.readline() == "tpu.sh: it is running\n"
     tpu.run("tpu.sh", "stop")
-    assert watch.communicate(timeout=60)[1].endswith("stopped; resume goes on\n")
+    assert watch.communicate(timeout=180)[1].endswith("stopped; resume goes on\n")
     assert len(tpu.started()) == 2
 
 
@@ -392,13 +437,13 @@ def test_dry_runs_show_all_and_run_nothing(world):
     assert commands("delete") == [DELETE]
     assert commands("stop") == [on_host("stop")]
     assert commands("logs") == [on_host("logs")]
-    assert commands("status") == [DESCRIBE, on_host("status")]
+    assert commands("status") == [DESCRIBE, STATUS]
     install = commands("install")
     assert [call[4] for call in install] == ["ssh", "scp", "ssh"]
     start = [ssh("rm -f .mmpo/secrets"), on_host("run", "train", OUTPUT)]
     run = shown(world.run("tpu.sh", "--dry-run", "run", "--keep", "train", OUTPUT)[0])
     bring_back = [DELETE, DESCRIBE, CREATE, DESCRIBE, *install, *start]
-    assert run == [*start, DESCRIBE, on_host("status"), *bring_back]
+    assert run == [*start, DESCRIBE, STATUS, *bring_back]
     resume = shown(world.run("tpu.sh", "--dry-run", "resume", "train", OUTPUT)[0])
     assert resume == [DESCRIBE, *bring_back]
     assert not world.calls() and not (world.folder / "home" / ".local").exists()

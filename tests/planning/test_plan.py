@@ -288,7 +288,7 @@ def test_the_picture_world_on_tpus_that_are_not_there(tmp_path):
     for program in plan["programs"]:
         held, given = program["bytes"], program["bytes"]["arguments"]
         counted = sum(held[key] for key in held if key not in ("arguments", "temporaries", "peak"))
-        # What is not read is left out, and on a TPU arrays lie in tiles, which small ones do not fill.
+        # What is not read is left out, and arrays lie in tiles, which small ones do not fill.
         assert 0.7 < given / counted < 3
         assert program["roofline"]["bound"] in ("compute", "memory", "exchange")
         assert program["total_seconds"] > 0

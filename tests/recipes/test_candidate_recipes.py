@@ -15,6 +15,7 @@ GOOD = {"output": "out", "model": "DIR", "data": {"source": "file", "path": "a.j
 POLICY, GREEDY, DATA = {"type": "policy"}, {"type": "greedy"}, {"type": "data"}
 EDITED = {"type": "edited_image"}
 OTHER = {"type": "checkpoint", "model": "OTHER"}
+SERVED = {"type": "served", "url": "http://host:8000/v1", "model": "policy"}
 
 
 def recipe(*candidates, **changes) -> AlignRecipe:
@@ -132,6 +133,8 @@ ORDER = {"type": "source", "order": ["greedy", "edited_image"]}
             "candidates: edited_image: max_new_tokens 65 is more than training keeps",
         ),
         ([POLICY, EDITED | {"step": 1000}], {}, "less than 1000"),
+        ([POLICY, {**SERVED, "start_timeout": 9}], {}, "start_timeout: it is about the server"),
+        ([POLICY, {**SERVED, "shares_devices": False}], {}, "shares_devices: it is about"),
     ],
 )
 def test_recipes_that_could_make_no_pair(candidates, changes, told):
@@ -152,6 +155,9 @@ def test_mistakes_are_told_by_their_path(tmp_path):
         ("sima", ["greedy", "policy"]),
         ("seva", ["greedy", "edited_image"]),
         ("noisy_image_pairs", ["data", "edited_image"]),
+        ("rlaif_v_7b_vllm", ["served"]),
+        ("hidden_image_pairs", ["data", "hidden_image"]),
+        ("sentinel", ["policy"]),
     ],
 )
 def test_recipes_of_the_methods(name, sources):
@@ -159,9 +165,27 @@ def test_recipes_of_the_methods(name, sources):
     assert [source.name for source in loaded.candidates] == sources
 
 
+def test_the_served_copy_of_the_docs():
+    page = (CONFIGS.parent / "docs" / "feedback.md").read_text()
+    section = page.partition("### A served copy")[2]
+    example = yaml.safe_load(section.partition("```yaml")[2].partition("```")[0])
+    (source,) = recipe(*example["candidates"]).candidates
+    ours = load_recipe(AlignRecipe, CONFIGS / "rlaif_v_7b_vllm.yaml").candidates[0]
+    assert source.command == ours.command
+
+
+def test_how_a_server_draws():
+    sampling = {"num_samples": 4, "temperature": 0.7, "top_k": 50, "max_new_tokens": 32}
+    loaded = recipe(POLICY, SERVED | {"temperature": 0, "top_p": 0.9}, sampling=sampling)
+    drawn = loaded.candidates[1].drawn(loaded.sampling)
+    assert (drawn.num_samples, drawn.temperature, drawn.top_p, drawn.top_k) == (1, 0, 0.9, 50)
+    assert loaded.candidates[1].name == "served"
+
+
 def test_the_example_of_the_docs():
     page = (CONFIGS.parent / "docs" / "feedback.md").read_text()
     section = page.partition("## Where responses come from")[2]
     example = yaml.safe_load(section.partition("```yaml")[2].partition("```")[0])
     names = [source.name for source in recipe(*example["candidates"]).candidates]
-    assert names == ["policy", "greedy", "edited_image", "qwen", "data"]
+    expected = ["policy", "greedy", "edited_image", "hidden_image", "qwen", "served", "data"]
+    assert names == expected

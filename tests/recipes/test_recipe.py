@@ -18,9 +18,11 @@ from mmpo_jax.recipes.candidates import Candidate, Drawing
 from mmpo_jax.recipes.feedback import (
     CheckpointAsked,
     Judging,
+    PictureWorldSplitting,
     ScoresFeedback,
     SourceFeedback,
     Speaking,
+    WholeSplitting,
 )
 from mmpo_jax.recipes.files import RecipeError, load_recipe
 from mmpo_jax.recipes.objectives import ObjectiveSection
@@ -302,7 +304,7 @@ SPREAD = {Devices: make_mesh, Rollout: Decoding, Drawing: Sampling}
 """Sections given as `**section.model_dump(...)`, and what takes their fields as parameters."""
 OF_JUDGES = (
     *(Judging, ImplicitReward, ChatServer, CheckpointAsked, Speaking),
-    *(SourceFeedback, ScoresFeedback),
+    *(SourceFeedback, ScoresFeedback, PictureWorldSplitting, WholeSplitting),
 )
 """Sections of a judge and of the models that it asks, which take them under other names."""
 

@@ -1,0 +1,62 @@
+"""Being asked to stop: a signal that one process gets, and the step at which all stop."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mmpo_jax.parallel.mesh import AXES
+
+
+class StopSignal:
+    """Listens for SIGTERM while training runs, which then ends with a checkpoint."""
+
+    def __init__(self, mesh: Mesh):
+        """
+        Args:
+          mesh: the devices, over which processes tell each other.
+        """
+        self.asked = False
+        self._several = jax.process_count() > 1
+        self._split = NamedSharding(mesh, PartitionSpec(AXES))
+        self._any = jax.jit(
+            lambda flags: flags.any(), out_shardings=NamedSharding(mesh, PartitionSpec())
+        )
+        self._before: Any = None
+        self._told: jax.Array | None = None
+
+    def is_agreed(self) -> bool:
+        """Whether to stop after this step; the same in all processes, which call it once a step.
+
+        What they know goes around beside the next step, so a stop comes a step later than where
+        there is one process, and no step waits for it.
+        """
+        if not self._several:
+            return self.asked
+        flag = np.array([self.asked])
+        flags = jax.make_array_from_callback((self._split.mesh.size,), self._split, lambda _: flag)
+        before, self._told = self._told, self._any(flags)
+        return before is not None and bool(before)
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True

@@ -1,0 +1,267 @@
+"""Commands in several processes end as in one: the same files, each written once."""
+
+import json
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import yaml
+from helpers import processes
+from helpers.world_files import write_pairs
+from safetensors.numpy import load_file
+
+LENGTHS = {"prompt": [16, 24], "response": [16]}
+TRAINING = {
+    "objective": {"type": "dpo"},
+    "optimizer": {"learning_rate": 1e-2},
+    "batch_size": 8,
+    "epochs": 8,
+    "max_steps": 4,
+    "log_every": 1,
+    "save_every": 2,
+}
+PER_PROCESS = ("/checkpoints/", "/best/")
+"""Folders in which every process writes what its devices hold."""
+
+
+def recipe(folder, name, **keys):
+    """A recipe's file, which lies beside the folder of outputs."""
+    path = folder.parent / f"{folder.name}-{name}.yaml"
+    path.write_text(yaml.safe_dump({"output": str(folder / name), **keys}))
+    return str(path)
+
+
+def train_commands(folder, model, data, **training):
+    common = {
+        "model": str(model),
+        "data": {"source": "file", "path": str(data)},
+        "lengths": LENGTHS,
+    }
+    held = {"share": 0.3, "every": 2}
+    full = recipe(folder, "full", **common, training=TRAINING | training, validation=held)
+    return [["train", full]]
+
+
+def score_commands(folder, model, data):
+    given = ["--model", str(model), "--data", str(data)]
+    return [["score", *given, "--output", str(folder / "scores.jsonl")]]
+
+
+def generate_commands(folder, model, data):
+    given = ["--model", str(model), "--data", str(data), "--output", str(folder / "said.jsonl")]
+    drawn = ["--num-samples", "3", "--max-new-tokens", "6", "--batch-size", "8"]
+    return [["generate", *given, *drawn]]
+
+
+def evaluate_commands(folder, model):
+    world = {"split": "test", "size": 9, "questions": 2, "image_size": 24}
+    evaluation = {"data": world, "batch_size": 8, "max_new_tokens": 6}
+    keys = {"model": str(model), "lengths": LENGTHS, "evaluation": evaluation}
+    return [["evaluate", recipe(folder, "evaluated", **keys)]]
+
+
+def run_both(tmp_path, make, count):
+    """Runs commands in one process and in several; (folder of one, folder of several)."""
+    one, several = tmp_path / "one", tmp_path / "several"
+    for folder in (one, several):
+        folder.mkdir()
+    alone = processes.Running(make(one), one, 1)
+    reports, _ = processes.run(make(several), several, count)
+    for status, out, err in alone.wait():
+        assert status == 0, out + err[-6000:]
+    for written in reports[1:]:
+        assert [path for path in written if not any(part in path for part in PER_PROCESS)] == []
+    return one, several
+
+
+def files(folder):
+    """Path below the folder -> path, but for what differs from run to run."""
+    found = (path for path in folder.rglob("*") if path.is_file())
+    left_out = ("tensorboard/", "checkpoints/", "best/", "labeler_rate.json")
+    names = ((path.relative_to(folder).as_posix(), path) for path in found)
+    return {name: path for name, path in names if not any(part in name for part in left_out)}
+
+
+def assert_same(one, several):
+    """The same files with the same bytes, but for the rounding of sums over devices."""
+    ours, theirs = files(one), files(several)
+    assert ours.keys() == theirs.keys()
+    for name, path in ours.items():
+        if path.read_bytes() == theirs[name].read_bytes():
+            continue
+        if name.endswith(".safetensors"):
+            a, b = load_file(path), load_file(theirs[name])
+            for key in a:
+                np.testing.assert_allclose(b[key], a[key], rtol=0, atol=1e-6, err_msg=key)
+        elif name.endswith((".jsonl", ".json")):
+            close(*(read(each) for each in (path, theirs[name])), name)
+        else:
+            raise AssertionError(f"{name} differs")
+
+
+def read(path):
+    text = path.read_text()
+    return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else text
+
+
+def close(a, b, name):
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), name
+        for key in a:
+            close(a[key], b[key], f"{name}: {key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), name
+        for x, y in zip(a, b, strict=True):
+            close(x, y, name)
+    elif isinstance(a, float):
+        assert b == pytest.approx(a, rel=1e-4, abs=1e-5), name
+    else:
+        assert a == b, name
+
+
+def test_scores_and_samples(tmp_path, tiny_folder):
+    data = write_pairs(tmp_path / "data", 21)
+
+    def make(folder):
+        given = folder, tiny_folder, data
+        return [*score_commands(*given), *generate_commands(*given)]
+
+    assert_same(*run_both(tmp_path, make, 2))
+
+
+@pytest.mark.slow
+def test_training_and_evaluation(tmp_path, tiny_folder):
+    data = write_pairs(tmp_path / "data", 21)
+
+    def make(folder):
+        trained = train_commands(folder, tiny_folder, data)
+        return [*trained, *evaluate_commands(folder, folder / "full" / "model")]
+
+    one, several = run_both(tmp_path, make, 2)
+    assert_same(one, several)
+    assert len((several / "full" / "metrics.jsonl").read_text().splitlines()) == 5
+
+
+@pytest.mark.slow
+def test_adapters_rollouts_selection_and_conversion(tmp_path, tiny_folder):
+    data = write_pairs(tmp_path / "data", 21)
+
+    def make(folder):
+        common = {"model": str(tiny_folder), "lengths": LENGTHS}
+        lora = {"target": "language_model/layers/.*", "rank": 2, "alpha": 4, "dropout": 0.1}
+        given = {"source": "file", "path": str(data)}
+        adapters = TRAINING | {"lora": lora, "micro_batch_size": 8, "batch_size": 16}
+        world = {"source": "picture_world", "split": "align", "size": 16, "image_size": 24}
+        rollout = {
+            "num_samples": 2,
+            "max_new_tokens": 6,
+            "rewards": [{"type": "picture_world_caption"}],
+            "updates_per_rollout": 2,
+        }
+        sampled = TRAINING | {"objective": {"type": "grpo"}}
+        full = folder / "full"
+        select = ["select", "--policy", str(folder / "lora"), "--reference", str(tiny_folder)]
+        select += ["--data", str(data), "--output", str(folder / "best.jsonl")]
+        return [
+            *train_commands(folder, tiny_folder, data),
+            ["train", recipe(folder, "lora", **common, data=given, training=adapters)],
+            [
+                "train",
+                recipe(folder, "grpo", **common, data=world, training=sampled, rollout=rollout),
+            ],
+            [*select, "--num-samples", "2", "--max-new-tokens", "6"],
+            ["convert", str(full), str(folder / "converted"), "--dtype", "bfloat16"],
+            ["convert", str(folder / "converted"), str(folder / "back")],
+        ]
+
+    assert_same(*run_both(tmp_path, make, 2))
+
+
+def align_commands(folder, rounds):
+    overrides = {
+        "rounds": rounds,
+        "prompts_per_round": 24,
+        "data.size": 24 * rounds,
+        "sampling.num_samples": 6,
+        "sampling.batch_size": 8,
+        "feedback.labeler.batch_size": 8,
+        "training.batch_size": 8,
+        "training.max_steps": 4,
+        "training.log_every": 1,
+        "training.save_every": 2,
+        "evaluation.data.size": 8,
+        "evaluation.batch_size": 8,
+        "output": folder / "align",
+    }
+    given = [f"{name}={value}" for name, value in overrides.items()]
+    return [["align", str(processes.ROOT / "configs" / "picture_world_align.yaml"), *given]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_alignment(tmp_path, count):
+    one, several = run_both(tmp_path, lambda folder: align_commands(folder, 2), count)
+    assert_same(one, several)
+    for index in (1, 2):
+        assert json.loads((several / "align" / "rounds.json").read_text())[index]["pairs"]
+
+
+STOPPING = """
+import os, sys
+from mmpo_jax.core.errors import MmpoError
+from mmpo_jax.training import loop
+
+put, taken = loop.put_batch, []
+
+def stop_at_third(*arguments, **options):
+    taken.append(0)
+    if len(taken) == 3 and os.environ.get("JAX_PROCESS_ID") == "1":
+        STOP
+    return put(*arguments, **options)
+
+loop.put_batch = stop_at_third
+"""
+"""Stops process 1 when it takes the batch of the third step."""
+
+
+def stopped(tmp_path, model, stop, **training):
+    """What two processes say and how they end whose second one stops in the third step."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    commands = train_commands(folder, model, write_pairs(tmp_path / "data", 21), **training)
+    program = STOPPING.replace("STOP", stop) + processes.PROCESS
+    begun = time.monotonic()
+    ended = processes.Running(commands, folder, 2, program).wait()
+    return folder, commands, ended, time.monotonic() - begun
+
+
+@pytest.mark.slow
+def test_the_error_of_one_stops_all(tmp_path, tiny_folder):
+    stop = 'raise MmpoError("7.png: the file is missing")'
+    _, _, ended, seconds = stopped(tmp_path, tiny_folder, stop)
+    (status, _, said), (other, _, told) = ended
+    assert status == other == 1 and seconds < 60
+    assert "process 1 stopped: 7.png: the file is missing" in said
+    assert "process 1: 7.png: the file is missing" in told and "Traceback" not in told
+
+
+@pytest.mark.slow
+def test_a_killed_one_stops_all(tmp_path, tiny_folder):
+    _, _, ended, seconds = stopped(tmp_path, tiny_folder, "os.kill(os.getpid(), 9)")
+    (status, _, said), (other, _, _) = ended
+    assert status == 1 and other == -signal.SIGKILL and seconds < 90
+    assert "process 1 stopped: nothing was heard of it" in said
+
+
+@pytest.mark.slow
+def test_asked_to_stop_all_save_the_same_step(tmp_path, tiny_folder):
+    lasting = {"max_steps": 8, "save_every": 8}
+    stop = "os.kill(os.getpid(), 15)"
+    folder, commands, ended, _ = stopped(tmp_path, tiny_folder, stop, **lasting)
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    assert "saved step 4 of 8" in ended[0][2]
+    assert os.path.isdir(folder / "full" / "checkpoints" / "4")
+    processes.run(commands, folder, 2)
+    assert len((folder / "full" / "metrics.jsonl").read_text().splitlines()) == 9
