@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import time
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from helpers import processes
@@ -39,9 +41,10 @@ def train_commands(folder, model, data, **training):
         "data": {"source": "file", "path": str(data)},
         "lengths": LENGTHS,
     }
-    held = {"share": 0.3, "every": 2}
-    full = recipe(folder, "full", **common, training=TRAINING | training, validation=held)
-    return [["train", full]]
+    common["training"] = TRAINING | training
+    if not training:
+        common["validation"] = {"share": 0.3, "every": 2}
+    return [["train", recipe(folder, "full", **common)]]
 
 
 def score_commands(folder, model, data):
@@ -95,22 +98,32 @@ def assert_same(one, several):
             a, b = load_file(path), load_file(theirs[name])
             for key in a:
                 np.testing.assert_allclose(b[key], a[key], rtol=0, atol=1e-6, err_msg=key)
-        elif name.endswith((".jsonl", ".json")):
-            close(*(read(each) for each in (path, theirs[name])), name)
         else:
-            raise AssertionError(f"{name} differs")
+            assert path.suffix in READERS, f"{name} differs"
+            close(READERS[path.suffix](path), READERS[path.suffix](theirs[name]), name)
 
 
-def read(path):
-    text = path.read_text()
-    return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else text
+def number_or_word(word):
+    return float(word) if re.fullmatch(r"-?\d+\.\d*(e-?\d+)?", word) else word
+
+
+READERS = {
+    ".json": lambda path: json.loads(path.read_text()),
+    ".jsonl": lambda path: [json.loads(line) for line in path.read_text().splitlines()],
+    ".parquet": lambda path: pq.read_table(path).to_pylist(),
+    ".md": lambda path: [number_or_word(word) for word in path.read_text().split()],
+    ".txt": lambda path: [number_or_word(word) for word in path.read_text().split()],
+}
 
 
 def close(a, b, name):
+    """Equal but for rounding, and for fingerprints of what was rounded."""
     if isinstance(a, dict):
         assert a.keys() == b.keys(), name
         for key in a:
-            close(a[key], b[key], f"{name}: {key}")
+            margin = a.get(key.replace("accuracies", "margins"), 1)
+            if "accuracies" not in key or abs(margin) > 1e-6:  # else noise decides
+                close(a[key], b[key], f"{name}: {key}")
     elif isinstance(a, list):
         assert len(a) == len(b), name
         for x, y in zip(a, b, strict=True):
@@ -118,7 +131,8 @@ def close(a, b, name):
     elif isinstance(a, float):
         assert b == pytest.approx(a, rel=1e-4, abs=1e-5), name
     else:
-        assert a == b, name
+        is_fingerprint = isinstance(a, str) and re.fullmatch(r"[0-9a-f]{64}", a)
+        assert a == b or is_fingerprint, name
 
 
 def test_scores_and_samples(tmp_path, tiny_folder):
@@ -209,7 +223,7 @@ def test_alignment(tmp_path, count):
 
 
 STOPPING = """
-import os, sys
+import os, sys, time
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.training import loop
 
@@ -218,6 +232,8 @@ put, taken = loop.put_batch, []
 def stop_at_third(*arguments, **options):
     taken.append(0)
     if len(taken) == 3 and os.environ.get("JAX_PROCESS_ID") == "1":
+        with open(BEGUN, "w") as file:
+            file.write(str(time.time()))
         STOP
     return put(*arguments, **options)
 
@@ -227,14 +243,16 @@ loop.put_batch = stop_at_third
 
 
 def stopped(tmp_path, model, stop, **training):
-    """What two processes say and how they end whose second one stops in the third step."""
+    """What two processes say and how they end whose second one stops in the third step, and the
+    seconds from then on."""
     folder = tmp_path / "out"
     folder.mkdir()
-    commands = train_commands(folder, model, write_pairs(tmp_path / "data", 21), **training)
-    program = STOPPING.replace("STOP", stop) + processes.PROCESS
-    begun = time.monotonic()
-    ended = processes.Running(commands, folder, 2, program).wait()
-    return folder, commands, ended, time.monotonic() - begun
+    data, supervised = write_pairs(tmp_path / "data", 21), {"objective": {"type": "sft"}}
+    commands = train_commands(folder, model, data, **supervised, **training)
+    begun = tmp_path / "begun"
+    program = STOPPING.replace("STOP", stop).replace("BEGUN", repr(str(begun)))
+    ended = processes.Running(commands, folder, 2, program + processes.PROCESS).wait()
+    return folder, commands, ended, time.time() - float(begun.read_text())
 
 
 @pytest.mark.slow
@@ -251,7 +269,7 @@ def test_the_error_of_one_stops_all(tmp_path, tiny_folder):
 def test_a_killed_one_stops_all(tmp_path, tiny_folder):
     _, _, ended, seconds = stopped(tmp_path, tiny_folder, "os.kill(os.getpid(), 9)")
     (status, _, said), (other, _, _) = ended
-    assert status == 1 and other == -signal.SIGKILL and seconds < 90
+    assert status == 1 and other == -signal.SIGKILL and seconds < 60
     assert "process 1 stopped: nothing was heard of it" in said
 
 
@@ -264,4 +282,4 @@ def test_asked_to_stop_all_save_the_same_step(tmp_path, tiny_folder):
     assert "saved step 4 of 8" in ended[0][2]
     assert os.path.isdir(folder / "full" / "checkpoints" / "4")
     processes.run(commands, folder, 2)
-    assert len((folder / "full" / "metrics.jsonl").read_text().splitlines()) == 9
+    assert len((folder / "full" / "metrics.jsonl").read_text().splitlines()) == 8
