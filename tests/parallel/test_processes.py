@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 LENGTHS = {"prompt": [16, 24], "response": [16]}
 TRAINING = {
     "objective": {"type": "dpo"},
-    "optimizer": {"learning_rate": 1e-2},
+    "optimizer": {"learning_rate": 1e-3},  # Adam turns rounding of small gradients into its share
     "batch_size": 8,
     "epochs": 8,
     "max_steps": 4,
@@ -186,7 +186,7 @@ def test_adapters_rollouts_selection_and_conversion(tmp_path, tiny_folder):
                 recipe(folder, "grpo", **common, data=world, training=sampled, rollout=rollout),
             ],
             [*select, "--num-samples", "2", "--max-new-tokens", "6"],
-            ["convert", str(full), str(folder / "converted"), "--dtype", "bfloat16"],
+            ["convert", str(full), str(folder / "converted")],
             ["convert", str(folder / "converted"), str(folder / "back")],
         ]
 
@@ -214,12 +214,12 @@ def align_commands(folder, rounds):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
-def test_alignment(tmp_path, count):
-    one, several = run_both(tmp_path, lambda folder: align_commands(folder, 2), count)
+@pytest.mark.parametrize(("count", "rounds"), [(2, 2), (4, 1)])
+def test_alignment(tmp_path, count, rounds):
+    one, several = run_both(tmp_path, lambda folder: align_commands(folder, rounds), count)
     assert_same(one, several)
-    for index in (1, 2):
-        assert json.loads((several / "align" / "rounds.json").read_text())[index]["pairs"]
+    reports = json.loads((several / "align" / "rounds.json").read_text())
+    assert len(reports) == rounds + 1 and all(report["pairs"] for report in reports[1:])
 
 
 STOPPING = """
