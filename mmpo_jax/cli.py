@@ -369,6 +369,10 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
     command.add_argument("--as", dest="command_of_recipe", choices=kinds, help=help)
     help = "compile without optimisations: a quarter of the time, memory a few per cent off"
     command.add_argument("--fast", action="store_true", help=help)
+    help = "rank meshes, micro-batches and rematerialisation that fit by their rooflines"
+    command.add_argument("--search", action="store_true", help=help)
+    help = "programs that a search compiles at most: 8"
+    command.add_argument("--compilations", type=int, default=8, metavar="N", help=help)
     command.add_argument("--dump", metavar="FILE", help="file for the last program, optimised HLO")
     command.add_argument("--rows", type=int, help="rows of the data; counted where it is here")
     command.add_argument("--claims", type=float, default=8.0, help="of a response: 8")

@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from typing import Any
 
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.files import write_atomic
 from mmpo_jax.planning.planned import plan_recipe
-from mmpo_jax.planning.report import told
+from mmpo_jax.planning.report import told, told_choices
+from mmpo_jax.planning.search import search
 from mmpo_jax.planning.stages import Assumed
-from mmpo_jax.planning.topology import find_topology
+from mmpo_jax.planning.topology import Topology, find_topology
 from mmpo_jax.recipes import recipe as recipes
 from mmpo_jax.recipes.files import load_recipe, read_values
+from mmpo_jax.recipes.recipe import Base
 
 log = logging.getLogger(__name__)
 
@@ -45,10 +48,13 @@ def main(options: argparse.Namespace) -> None:
         responses=options.responses,
         image=options.image,
     )
+    if options.search:
+        _search(options, recipe, topology, assumed)
+        return
     planned = plan_recipe(recipe, topology, assumed, optimised=not options.fast, dump=options.dump)
     print(told(planned))
     if options.json:
-        write_atomic(options.json, json.dumps(planned.to_json(), indent=1).encode())
+        write_json(options.json, planned.to_json())
     failing = [run.run.program.name for run in planned.runs if not run.fits]
     if failing:
         raise MmpoError(
@@ -56,6 +62,38 @@ def main(options: argparse.Namespace) -> None:
             f"{'takes' if len(failing) == 1 else 'take'} more than a device has; split parameters "
             "over more (devices.fsdp, devices.tensor), take smaller micro-batches or remat: full"
         )
+
+
+def _search(
+    options: argparse.Namespace, recipe: Base, topology: Topology, assumed: Assumed
+) -> None:
+    """Ranks what else the recipe's keys could be.
+
+    Raises:
+      MmpoError: nothing that was compiled fits.
+    """
+    found = search(
+        recipe,
+        topology,
+        assumed,
+        compilations=options.compilations,
+        optimised=not options.fast,
+    )
+    print(told_choices(found))
+    if options.json:
+        write_json(
+            options.json,
+            [{"changes": dict(one.changes), **one.planned.to_json()} for one in found],
+        )
+    if not any(one.planned.fits for one in found):
+        raise MmpoError(
+            f"none of the {len(found)} choices that were compiled fits {topology.name}; more "
+            "--compilations go on with slower ones"
+        )
+
+
+def write_json(file: str, figures: Any) -> None:
+    write_atomic(file, json.dumps(figures, indent=1).encode())
 
 
 def command_of(keys: set[str]) -> str:

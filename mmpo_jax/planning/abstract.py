@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -149,9 +150,15 @@ def train_batch(
     return TrainBatch(prompts, known, made)
 
 
+@functools.cache
+def shapes_of(model: Model) -> Any:
+    """The parameters' shapes, found once for all that is asked about a model."""
+    return model.abstract_params()
+
+
 def params(model: Model, mesh: Mesh, dtype: Any) -> Any:
     """The parameters by the model's rules, all of one dtype."""
-    shapes = model.abstract_params()
+    shapes = shapes_of(model)
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place),
         shapes,
@@ -179,7 +186,7 @@ def train_state(
       dtype: of what training starts from, which frozen parameters keep.
       terms: the objectives.
     """
-    start = model.abstract_params()
+    start = shapes_of(model)
     if config.lora is not None:
         start = add_adapters(start, model, config.lora, config.freeze, seed=0)
     places = flatten(param_shardings(start, model.rules, mesh))

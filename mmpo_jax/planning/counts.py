@@ -25,7 +25,7 @@ from mmpo_jax.generation.refill import Layout
 from mmpo_jax.models.log_probs import head_chunk
 from mmpo_jax.models.model import Model
 from mmpo_jax.parallel.mesh import batch_shards, param_shardings
-from mmpo_jax.planning.abstract import Sizes
+from mmpo_jax.planning.abstract import Sizes, shapes_of
 from mmpo_jax.planning.parts import (
     EMBEDDING,
     HEAD,
@@ -50,6 +50,8 @@ BACKWARD = {"splash": 3.5, "xla": 3.0}
 would do: splash attention's two kernels both compute the scores again, plain JAX does once."""
 LOGIT_MOVES = {False: 2, True: 5}
 """How often a float32 logit is written or read, without and with a backward pass."""
+BETWEEN = 2.5
+"""All numbers of a layer for one that a product gives: norms, rotations, gates between them."""
 SCORE_BYTES = 12
 """Bytes for every score of a vision tower, which plain JAX stores: float32 written and read, and
 the weights that it becomes in bfloat16."""
@@ -196,7 +198,7 @@ def forward_work(
     """
     per_response = 1 if last_only else sizes.response
     tokens = sizes.rows * sizes.responses * per_response if head else 0
-    flat = flatten(computation.model.abstract_params())
+    flat = flatten(shapes_of(computation.model))
     return _passed(computation, flat, sizes, tokens, lambda _: Passes(), Passes(), Passes())
 
 
@@ -239,12 +241,35 @@ def train_work(
     of_tower = passes(TOWER)
     micro = _passed(computation, params, sizes, head, passes, inner, of_tower)
     if reference:
-        base = flatten(computation.model.abstract_params())
+        base = flatten(shapes_of(computation.model))
         micro += _passed(computation, base, sizes, head, lambda _: Passes(), Passes(), Passes())
     own = sum(math.prod(params[path].shape) / _ways(computation, params, path) for path in trained)
     gathered = 2 * 4 * own if micro_batches > 1 else 0.0
     update = OPTIMIZER_BYTES * own + micro_batches * gathered
     return micro.times(micro_batches) + Work(0, 0, update)
+
+
+def kept_bytes(
+    computation: Computation,
+    params: Mapping[str, Any],
+    trained: Collection[str],
+    sizes: Sizes,
+    remat: str,
+) -> float:
+    """Bytes that a device keeps of a micro-batch for the backward pass, roughly: gradients, and of
+    the decoder's layers their inputs, what their products give, or all that lies between."""
+    decoder = computation.model.config.decoder
+    tokens = sizes.tokens / computation.shards * computation.itemsize
+    own = sum(math.prod(params[path].shape) / _ways(computation, params, path) for path in trained)
+    inputs = decoder.num_layers * decoder.hidden_size * tokens
+    given = sum(
+        product.layers * product.outputs / (computation.tensor if product.split[1] else 1) * tokens
+        for product in products(
+            computation.model, params, computation.mesh, decoder=1, head=0, slots=0
+        )
+    )
+    share = {"full": 0.0, "dots": 1.0, "none": BETWEEN}[remat]
+    return 4 * own + inputs + share * given
 
 
 def _ways(computation: Computation, params: Mapping[str, Any], path: str) -> int:
@@ -281,7 +306,7 @@ def decode_work(computation: Computation, layout: Layout, prompt: int, decoding:
     once, and of every row the caches of its prompts and of the tokens sampled so far."""
     decoder = computation.model.config.decoder
     places = layout.rows * layout.places
-    params = flatten(computation.model.abstract_params())
+    params = flatten(shapes_of(computation.model))
     work = Work(0, 0, 0)
     for product in products(
         computation.model, params, computation.mesh, decoder=places, head=places, slots=0

@@ -19,6 +19,7 @@ from mmpo_jax.data.processor import Processor
 from mmpo_jax.models.family import Size
 from mmpo_jax.models.model import Model
 from mmpo_jax.models.precision import inference_dtype
+from mmpo_jax.planning.abstract import shapes_of
 
 USUAL_IMAGE: Size = (896, 896)
 """Height and width of the largest usual picture: 4 or 9 tiles and the whole in families that cut,
@@ -43,7 +44,7 @@ class Opened:
     @property
     def inference_dtype(self) -> np.dtype:
         """What generation, labelling and scoring by `auto` compute in."""
-        shapes = {p: np.empty(0, self.dtype) for p in flatten(self.model.abstract_params())}
+        shapes = {p: np.empty(0, self.dtype) for p in flatten(shapes_of(self.model))}
         return inference_dtype(unflatten(shapes))
 
     def with_dtype(self, dtype: Any) -> Opened:

@@ -26,6 +26,7 @@ from mmpo_jax.planning.counts import (
     Work,
     decode_work,
     forward_work,
+    kept_bytes,
     train_work,
 )
 from mmpo_jax.planning.opened import Opened
@@ -60,6 +61,8 @@ class Program:
     """What a device holds while it runs, by name: "parameters", "optimizer", "batch", ..."""
     gives: Mapping[str, float]
     """What one run brings: "pairs", "tokens", "responses", "questions"."""
+    kept: float = 0.0
+    """Bytes that a device keeps for the backward pass, roughly."""
     loops: int = 1
     """Trips of a loop that data end, of which `work` and `gives` are one."""
 
@@ -184,7 +187,11 @@ def training(
     }
     told = _told(in_rows) + (f", {count} micro-batches" if count > 1 else "")
     gives = {"pairs": config.batch_size, "tokens": in_rows.tokens * count}
-    return Program("train step", opened.name, mesh, dtype.name, told, lower, work, held, gives)
+    computation = computation_of(opened, mesh, dtype)
+    kept = kept_bytes(computation, params, state.params.keys(), in_rows, config.remat)
+    return Program(
+        "train step", opened.name, mesh, dtype.name, told, lower, work, held, gives, kept
+    )
 
 
 def validation(opened: Opened, mesh: Mesh, config: Training, sizes: Sizes) -> Program:

@@ -8,6 +8,7 @@ from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.planning.chips import GIB
 from mmpo_jax.planning.collectives import summed
 from mmpo_jax.planning.planned import Planned, PlannedRun
+from mmpo_jax.planning.search import Choice
 
 MEMORY = ("program", "parameters", "optimizer", "other", "temporaries", "peak", "fits")
 SPEED = ("program", "TFLOP", "GB moved", "GB sent", "ms", "bound by", "per second")
@@ -35,6 +36,22 @@ def told(planned: Planned) -> str:
     if planned.notes:
         lines += ["", "Assumed:", *(f"- {note}" for note in planned.notes)]
     return "\n".join(lines)
+
+
+def told_choices(choices: Sequence[Choice]) -> str:
+    """What a search has compiled, the fastest that fits in front."""
+    rows = []
+    for choice in choices:
+        peaks = [run.compiled.peak for run in choice.planned.runs if run.compiled is not None]
+        rows.append(
+            [
+                choice.overrides,
+                f"{max(peaks, default=0.0) / GIB:.2f}",
+                f"{choice.seconds / 3600:.2f}",
+                "yes" if choice.planned.fits else "NO",
+            ]
+        )
+    return "\n".join(table(("choice", "peak GiB", "hours", "fits"), rows))
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -58,10 +58,14 @@ from mmpo_jax.recipes.sampling import Decoding
 from mmpo_jax.recipes.training import Training
 from mmpo_jax.training.losses import needs_reference, recipe_terms
 from mmpo_jax.training.on_policy import with_token_limit
-from mmpo_jax.training.plan import check_training, total_steps
+from mmpo_jax.training.plan import check_training, micro_batch_size, total_steps
 
 TEXT_TOKENS = 64
 """Of a prompt's text, where no recipe gives bucket sizes."""
+
+
+SPEED = {"micro_batch_size": None, "remat": "none"}
+"""Options of a training that its parameters have nothing to do with."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +185,10 @@ class Stages:
         records: float | None,
         rollout: Any = None,
     ) -> None:
-        check_training(config, opened.model, self.mesh)
+        micro_batch_size(config, self.mesh)
+        _check_once(
+            config.model_copy(update=SPEED | {"batch_size": self.shards}), opened, self.mesh
+        )
         terms = recipe_terms(config)
         if rows_read(terms).mismatched:
             sizes = dataclasses.replace(sizes, responses=2 * sizes.responses)
@@ -480,6 +487,16 @@ class Stages:
 
 def _batches(rows: float | None, of: float) -> float | None:
     return None if rows is None else math.ceil(rows / of)
+
+
+@functools.cache
+def _check_once(config: Training, opened: Opened, mesh: Mesh) -> None:
+    """`check_training`, which takes a while, once for all that a search varies.
+
+    Raises:
+      TrainingError: see there.
+    """
+    check_training(config, opened.model, mesh)
 
 
 @functools.cache
