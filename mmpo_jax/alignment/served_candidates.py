@@ -35,8 +35,8 @@ from mmpo_jax.recipes.sampling import Decoding, Sampling
 
 log = logging.getLogger(__name__)
 
-SERVED_RULES = 1
-"""Part of the key of responses: changes with how servers are asked for them."""
+SERVED_RULES = 2
+"""Part of the key of responses: changes with how servers are asked for them, and in which parts."""
 
 SERVED = GENERATED.append(pa.field("failure", pa.string()))
 """Columns of the stage. `token_ids` are null, and `num_tokens` is where the server does not count;
@@ -149,10 +149,11 @@ def served_stage(
         def make_part(part: int) -> pa.Table:
             if copy:
                 bring_up()
-            activity.start_at(part * PROMPTS_PER_PART * sampling.num_samples)
+            # Equal to one prompt, as judges' parts: of a few left over one that fails is a lot.
+            first, end = (len(records) * at // parts for at in (part, part + 1))
+            activity.start_at(first * sampling.num_samples)
             progress.tell()
-            asked = records[part * PROMPTS_PER_PART : (part + 1) * PROMPTS_PER_PART]
-            return _sampled(source, asked, sampling, client, [seed, round_index])
+            return _sampled(source, records[first:end], sampling, client, [seed, round_index])
 
         total = len(records) * sampling.num_samples
         activity = stack.enter_context(progress.doing(stage.name, total, "responses"))

@@ -43,6 +43,11 @@ EMPTY = "empty_response"
 """Reason of a response that says nothing, about which nobody is asked."""
 
 
+FEW = 2
+"""Responses that may fail however few there are, unless none may: of a handful of sentences a share
+would allow none."""
+
+
 class TooManyFailed(DataError):
     """More responses failed than a recipe allows; what they failed by is asked for anew."""
 
@@ -278,7 +283,7 @@ def check_failed(
 
     Args:
       judgements: of every response, the reason that it failed for, or None.
-      max_failed: the share that may.
+      max_failed: the share that may; `FEW` may in any case, unless it is 0.
       what: was done to them, for the message.
       option: name of `max_failed`, likewise.
 
@@ -287,7 +292,8 @@ def check_failed(
     """
     reasons = [reason for reason in judgements if reason != EMPTY]
     failed = [reason for reason in reasons if reason is not None]
-    if len(failed) <= max_failed * len(reasons):
+    allowed = max(max_failed * len(reasons), FEW) if max_failed else 0
+    if len(failed) <= allowed:
         return
     counts = {reason: failed.count(reason) for reason in dict.fromkeys(failed)}
     told = ", ".join(f"{reason} {count}" for reason, count in counts.items())

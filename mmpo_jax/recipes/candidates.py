@@ -134,7 +134,8 @@ class ServedCandidates(Drawing, ChatServer):
     """Whether the command's server computes on this run's devices: then the round's weights are let
     go of before it starts, and read again when they are needed."""
     max_failed: float = Field(0.1, ge=0, le=1)
-    """Share of a part's responses that may fail before the run stops; they are left out."""
+    """Share of a part's responses that may fail before the run stops, and are left out; two may in
+    any case, unless it is 0."""
     name: SourceName = "served"
 
     @pydantic.model_validator(mode="after")

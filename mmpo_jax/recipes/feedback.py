@@ -22,7 +22,7 @@ class Judging(Section):
 
     max_failed: float = Field(0.1, ge=0, le=1)
     """Share of the responses that may fail, such as by replies that nobody can read, before the run
-    stops."""
+    stops; two may in any case, unless it is 0."""
 
 
 class CheckpointAsked(Section):

@@ -68,11 +68,14 @@ def test_scores_and_reasons(tmp_path):
     [
         ([], 0, False),
         ([None] * 9 + ["a"], 0.1, False),
-        ([None] * 8 + ["a", "b"], 0.1, True),
+        ([None] * 8 + ["a", "b"], 0.1, False),  # two may, of however few
+        ([None] * 7 + ["a", "b", "b"], 0.1, True),
+        ([None] * 28 + ["a", "b", "b"], 0.1, False),
+        ([None] * 28 + ["a", "b", "b", "b"], 0.1, True),
         (["a"], 1, False),
         (["a"], 0, True),
         ([None, EMPTY, EMPTY], 0, False),  # nobody was asked about those
-        ([None, "a", EMPTY, EMPTY], 0.4, True),
+        ([None] * 3 + ["a", "b", "b", EMPTY, EMPTY], 0.4, True),
     ],
 )
 def test_when_failures_stop_a_run(reasons, share, stops):

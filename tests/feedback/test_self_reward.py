@@ -110,17 +110,19 @@ def test_outside_the_range_is_asked_again_and_then_fails(tmp_path):
 
 
 def test_too_many_failures_stop_with_reasons(tmp_path):
-    responses = responses_of(tmp_path, {"p": ["a", "b", "c", "d"]})
+    responses = responses_of(tmp_path, {"p": ["a", "b", "c", "d", "e", "f"]})
 
     def says(text, attempt):
-        return {"a": "hm", "b": Reply(None, "refused", "", final=True)}.get(text[-1], "Score: 1")
+        return {"a": "hm", "b": "hm", "c": Reply(None, "refused", "", final=True)}.get(
+            text[-1], "Score: 1"
+        )
 
     judge, _ = judge_of(says, max_failed=0.4)
-    told = re.escape("asking for a score: 2 of 4 responses failed (no_number 1, refused 1)")
+    told = re.escape("asking for a score: 3 of 6 responses failed (no_number 2, refused 1)")
     with pytest.raises(DataError, match=told):
         judge.judge(responses)
     judge, _ = judge_of(says, max_failed=0.5)
-    assert judge.judge(responses).table["score"].to_pylist()[2:] == [1, 1]
+    assert judge.judge(responses).table["score"].to_pylist()[3:] == [1, 1, 1]
 
 
 def test_empty_responses_have_no_score_and_are_no_failures(tmp_path):
