@@ -101,6 +101,8 @@ class ChatClient:
         """Bad requests so far, while the server has not taken any."""
         self._rejected: set[str] = set()
         """Keys of what was answered and of no use; under the lock."""
+        self._unseen: set[str] = set()
+        """Keys of what was answered and nobody was given, so far; under the lock."""
         self._closed = False
         self._gone: Exception | None = None
         """Why the server is not asked any more; under the lock."""
@@ -134,6 +136,8 @@ class ChatClient:
         except BaseException:
             self._abandon(mine.values())
             raise
+        with self._lock:
+            self._unseen.difference_update(mine)
         return [place.future.result() if isinstance(place, _Job) else place for place in places]
 
     def reject(self, requests: Sequence[ChatRequest]) -> None:
@@ -146,13 +150,14 @@ class ChatClient:
 
     def forget_rejected(self) -> None:
         """Takes what was of no use out of the journal, so that the server, once it is mended, is
-        asked again.
+        asked again; also what came for calls of `ask` that gave nothing, as nobody has looked at
+        it. Once `end` was called no more comes.
 
         Raises:
           OSError: the journal cannot be written.
         """
         with self._lock:
-            for key in self._rejected:
+            for key in self._rejected | self._unseen:
                 self._journal.forget(key)
 
     def check(self) -> None:
@@ -181,7 +186,7 @@ class ChatClient:
         with self._lock:
             return self._tally.counts(self._asker.left_out, self._loop.time())
 
-    def close(self) -> None:
+    def end(self) -> None:
         """Ends what is under way, without waiting for answers. Who still asks gets an error."""
         with self._lock:
             if self._closed:
@@ -195,6 +200,12 @@ class ChatClient:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(CLOSING_SECONDS)
             self._encoders.shutdown(wait=False, cancel_futures=True)
+
+    def close(self) -> None:
+        """Ends what is under way, see `end`, and lets go of the journal."""
+        try:
+            self.end()
+        finally:
             self._journal.close()
 
     def __enter__(self) -> ChatClient:
@@ -304,6 +315,7 @@ class ChatClient:
         self._judge(job.key, outcome)
         with self._lock:
             self._tally.ended(outcome)
+            self._unseen.add(job.key)
             if self._jobs.get(job.key) is job:
                 del self._jobs[job.key]
         if not job.future.done():

@@ -51,6 +51,11 @@ class SharedClient:
         if self._client is not None:
             self._client.forget_rejected()
 
+    def end(self) -> None:
+        """See `ChatClient.end`."""
+        if self._client is not None:
+            self._client.end()
+
     @property
     def counts(self) -> ChatCounts:
         """What was done so far, by this process."""

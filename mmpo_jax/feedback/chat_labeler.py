@@ -120,10 +120,13 @@ class ChatLabeler:
                 answers[place] = (
                     read(outcome) if isinstance(outcome, ChatReply) else _no_answer(outcome.reason)
                 )
+            failed = [
+                request
+                for place, request in zip(waiting, asked, strict=True)
+                if answers[place].failure is not None
+            ]
+            self.client.reject(failed)
             waiting = [place for place in waiting if answers[place].failure == NEITHER]
-        for request, answer in zip(requests, answers, strict=True):
-            if answer.failure is not None:
-                self.client.reject([change(request, n) for n in range(self.options.attempts)])
         return answers
 
 

@@ -78,9 +78,12 @@ class Servers:
     ) -> None:
         for client in self._clients.values():
             _log_counts(client)
-            if isinstance(error, TooManyFailed):
-                client.forget_rejected()
-            client.close()
+            client.end()
+            try:
+                if isinstance(error, TooManyFailed):
+                    client.forget_rejected()
+            finally:
+                client.close()
 
 
 def _log_counts(client: AnyClient) -> None:

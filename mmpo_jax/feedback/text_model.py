@@ -155,22 +155,23 @@ def _ask_all(
     """`ask_until_read` of requests that go out together."""
     results: list[Any] = [Unread("not_asked", "", None)] * len(asks)
     waiting = dict(enumerate(asks))
-    tried: list[list[Ask]] = [[] for _ in asks]
     for attempt in range(attempts):
         again: dict[int, Ask] = {}
         if not waiting:
             break
         with progress.doing(f"attempt {attempt + 1} of {attempts}"):
             replies = model.say(list(waiting.values()), schema)
+        useless: list[Ask] = []
         for (place, ask), reply in zip(waiting.items(), replies, strict=True):
             results[place] = _read(place, reply, read)
-            tried[place].append(ask)
-            if isinstance(results[place], Unread) and not reply.final:
+            if not isinstance(results[place], Unread):
+                continue
+            useless.append(ask)
+            if not reply.final:
                 room = ask.max_new_tokens * (2 if reply.failure == UNFINISHED else 1)
                 again[place] = dataclasses.replace(ask, attempt=attempt + 1, max_new_tokens=room)
+        model.reject(useless, schema)  # now: another thread may stop the run before the next one
         waiting = again
-    unread = [place for place, result in enumerate(results) if isinstance(result, Unread)]
-    model.reject([ask for place in unread for ask in tried[place]], schema)
     return results
 
 

@@ -1,5 +1,6 @@
 """Several threads ask one client; nothing is sent twice, and nothing hangs when somebody leaves."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 import pytest
 from helpers.chat_server import Hang, error, question, reply
 
+from mmpo_jax.chat.journal import Journal
 from mmpo_jax.chat.requests import ChatMessage, ChatRequest
 from mmpo_jax.core.errors import MmpoError
 
@@ -182,3 +184,27 @@ def test_ctrl_c_ends_it_promptly(serve, tmp_path):
         process.kill()
     assert "KeyboardInterrupt" in told and time.monotonic() - began < 5
     assert "never retrieved" not in told and "was destroyed" not in told
+
+
+def test_what_nobody_was_given_when_the_client_ended_is_forgotten_with_the_rest(
+    serve, connect, tmp_path
+):
+    """A thread that asks ahead waits for more replies while another one stops the run."""
+    server = serve(lambda body, seen: Hang() if question(body) == "slow" else reply(body, "hm"))
+    client = connect(server)
+    good, bad = ask_for("good"), ask_for("bad")
+    client.ask([good, bad])
+    client.reject([bad])
+    ahead = [ask_for("early"), ask_for("slow")]
+
+    def stop():
+        wait_until(lambda: client.counts.replies == 3)
+        client.end()
+        client.forget_rejected()
+        client.close()
+
+    error, _ = in_threads(lambda: client.ask(ahead), stop)
+    assert "was closed" in str(error)
+    with contextlib.closing(Journal(tmp_path / "journal")) as journal:
+        known = [request.key(client.server) in journal for request in (good, bad, *ahead)]
+    assert known == [True, False, False, False]

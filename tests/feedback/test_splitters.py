@@ -57,7 +57,7 @@ class TestOneModel:
             [("p/1", 1)],
             [("p/1", 2)],
         ]
-        assert not model.rejected  # it was read in the end
+        assert model.rejected == [("p/1", 0), ("p/1", 1)]
 
     @pytest.mark.parametrize("able", [True, False])
     def test_the_first_are_asked_before_the_rest(self, able, caplog):
