@@ -23,6 +23,7 @@ from mmpo_jax.chat.server import read_key
 from mmpo_jax.checkpoints.checkpoint import Checkpoint, load_processor, open_checkpoint
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import fingerprint_items, fingerprint_json
+from mmpo_jax.core.processes import on_one
 from mmpo_jax.core.stages import Stage, StageOutput, run_told_stage
 from mmpo_jax.data.batching import fitting_lengths
 from mmpo_jax.data.records import Record, Response
@@ -109,7 +110,12 @@ def check_servers(recipe: AlignRecipe, servers: Servers) -> None:
         if isinstance(source, ServedCandidates) and source.command is None:
             client_of(source, source.drawn(recipe.sampling), servers, "").check()
         elif isinstance(source, ServedCandidates):
-            read_key(source)
+            on_one(functools.partial(_check_key, source))
+
+
+def _check_key(source: ServedCandidates) -> None:
+    """Looks whether the key is there, of the process that asks; it is handed to no other."""
+    read_key(source)
 
 
 def load_prompts(recipe: AlignRecipe) -> RecordSet:

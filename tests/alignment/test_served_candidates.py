@@ -23,7 +23,7 @@ from helpers.served_model import NAME, is_cut, text_of
 from helpers.small_rounds import CoinLabeler, make_recipe
 from helpers.world_files import write_pairs
 
-from mmpo_jax.alignment import align, served_candidates, served_copy
+from mmpo_jax.alignment import align, candidates, served_candidates, served_copy
 from mmpo_jax.alignment.align import run_alignment
 from mmpo_jax.alignment.candidates import Asked, check_servers, load_prompts, round_responses
 from mmpo_jax.alignment.served_candidates import messages_of, unservable
@@ -260,6 +260,19 @@ class TestAServerThatIsUp:
 
 
 class TestACommand:
+    def test_its_key_is_looked_for_where_it_is_asked_with_and_stays_there(
+        self, make, copy, monkeypatch
+    ):
+        recipe, given = make(copy(api_key_env="COPY_KEY"), POLICY), []
+        monkeypatch.setattr(candidates, "on_one", lambda function: None)  # another process
+        check_servers(recipe, Servers(recipe.output))
+        monkeypatch.setattr(candidates, "on_one", lambda function: given.append(function()))
+        with pytest.raises(MmpoError, match="COPY_KEY has no key in it"):
+            check_servers(recipe, Servers(recipe.output))
+        monkeypatch.setenv("COPY_KEY", "sk-0123456789")
+        check_servers(recipe, Servers(recipe.output))
+        assert given == [None]
+
     def test_it_serves_the_rounds_model(self, make, start, copy, notes, tiny_folder):
         recipe = make(copy(), POLICY)
         output, _ = responses_of(recipe, start)
