@@ -233,7 +233,7 @@ class Stages:
             sampled = Sampled(PROMPTS_PER_PART, drawn.batch_size, drawn)
             name = "generation" if isinstance(source, PolicyCandidates) else source.name
             self._sample(name, own, sizes, sampled, prompts, rounds)
-        self._judge(recipe, opened, prompts, responses)
+        self._judge(recipe, start, prompts, responses)
         pairs = None if prompts is None else prompts * recipe.pairing.max_pairs_per_prompt
         config = recipe.training
         steps = None if pairs is None else total_steps(config, [MixtureEntry(pairs)])
@@ -436,7 +436,7 @@ class Stages:
         return open_config(name, self.recipe.attention, template, self.assumed.image)
 
     def _asked(self, asked: CheckpointAsked, recipe: AlignRecipe, opened: Opened) -> Opened:
-        """The checkpoint that a section means."""
+        """The checkpoint that a section means; by default the recipe's own in all rounds."""
         if asked.model is None:
             return opened
         return self._open(asked.model, asked.template)

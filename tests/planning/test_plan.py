@@ -19,7 +19,7 @@ from mmpo_jax.data.contexts import MAIN
 from mmpo_jax.models.lora import add_adapters
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import make_mesh
-from mmpo_jax.planning import abstract, chips, planned, topology
+from mmpo_jax.planning import abstract, chips, opened, planned, topology
 from mmpo_jax.planning.abstract import Sizes
 from mmpo_jax.planning.stages import Assumed
 from mmpo_jax.recipes.recipe import (
@@ -113,6 +113,20 @@ def test_programs_of_an_alignment(without_weights):
     # Two pairs a prompt, in three rounds.
     assert runs["training", "train step"].runs == 3 * (2 * 20 / 8)
     assert any("2 claims" in note for note in notes)
+
+
+def test_rounds_start_from_float32_and_labelers_from_what_they_are(without_weights):
+    path = Path(without_weights, "config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "bfloat16"}))
+    options = {"sampling": {"max_new_tokens": 32}, "training": {"batch_size": 8}}
+    recipe = recipe_of(AlignRecipe, without_weights, rounds=2, **options)
+    opened.open_config.cache_clear()
+    runs, notes = stages_of(recipe)
+    assert runs["generation", "decode"].program.dtype == "float32"
+    assert runs["labelling", "labelling"].program.dtype == "bfloat16"
+    assert any("the first has bfloat16" in note for note in notes)
+    alone, _ = stages_of(recipe.model_copy(update={"rounds": 1}))
+    assert alone["generation", "decode"].program.dtype == "bfloat16"
 
 
 def test_programs_of_other_recipes(without_weights):
