@@ -22,7 +22,7 @@ from mmpo_jax.checkpoints.folders import copy_base
 from mmpo_jax.checkpoints.huggingface import save_model
 from mmpo_jax.checkpoints.safetensors_files import INDEX_FILE, weight_files
 from mmpo_jax.core import progress
-from mmpo_jax.core.commands import running, tail_of
+from mmpo_jax.core.commands import GRACE, running, tail_of
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.files import (
     fingerprint_json,
@@ -40,6 +40,9 @@ MODEL_VARIABLE, ROUND_VARIABLE = "MMPO_MODEL", "MMPO_ROUND"
 """Environment variables of the command: the model's folder, and the round's."""
 LOOKS = 0.5
 """Seconds between two looks whether the server is up."""
+LEAVING = GRACE + 5.0
+"""Seconds that somebody who answers at the address has to leave it: a run that was killed gives its
+server `GRACE`."""
 
 
 @contextlib.contextmanager
@@ -57,12 +60,12 @@ def brought_up(
       client: of the server.
 
     Raises:
-      MmpoError: something else answers at its address; the command ends, before the server is up or
+      MmpoError: something else answers at its address, and does not end; the command ends, before the server is up or
         later, when whoever asks the client gets it; or the server is not up in time.
     """
     name, url = f"candidates: {source.name}", source.url
     assert source.command is not None
-    if client.is_up():
+    if not on_one(lambda: _is_left(client)):
         raise MmpoError(
             f"{name}: somebody answers at {url} before the command has run, who may have another "
             "model; end that server, or leave `command` out to ask it"
@@ -100,6 +103,20 @@ def _command_up(
             yield
         finally:
             over.set()
+
+
+def _is_left(client: AnyClient) -> bool:
+    """Whether nobody answers, after a while: the server of a run that was killed ends by itself."""
+    if not client.is_up():
+        return True
+    deadline = time.monotonic() + LEAVING
+    with progress.doing(f"waiting for an earlier server at {client.server.url} to end"):
+        progress.tell()
+        while time.monotonic() < deadline:
+            time.sleep(LOOKS)
+            if not client.is_up():
+                return True
+    return False
 
 
 def _wait_until_up(

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -314,13 +315,26 @@ class TestACommand:
             responses_of(make(copy(model="other"), POLICY), start)
         assert not is_alive(noted(notes)[0][0]["pid"])
 
-    def test_somebody_who_answers_there_already(self, make, start, copy, notes, port):
+    def test_somebody_who_answers_there_already(
+        self, make, start, copy, notes, port, monkeypatch
+    ):
+        monkeypatch.setattr(served_copy, "LEAVING", 0.3)
         with (
             ChatTestServer(models=(NAME,), port=port) as server,
             pytest.raises(MmpoError, match="somebody answers at http"),
         ):
             responses_of(make(copy(), POLICY), start)
         assert not server.bodies and not notes.exists()
+
+    def test_the_server_of_a_run_that_was_killed_has_time_to_end(
+        self, make, start, copy, notes, port
+    ):
+        with ChatTestServer(models=(NAME,), port=port) as earlier:
+            ending = threading.Timer(0.5, earlier.stop)
+            ending.start()
+            responses_of(make(copy(), POLICY), start)
+            ending.join()
+        assert not earlier.bodies and len(noted(notes)[1]) == PROMPTS * SAMPLES
 
     def test_one_that_dies_while_it_is_asked(self, make, start, copy, notes):
         """What it answered is not asked again."""
