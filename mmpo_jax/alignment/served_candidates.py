@@ -69,7 +69,7 @@ def client_of(
       sampling: how it draws.
       servers: of the run.
       model: fingerprint of the round's model. A command's server has another in every round, and
-        what one has answered is no answer of the next.
+        what one has answered is no answer of the next, nor of another command's.
 
     Raises:
       MmpoError: see `Servers.client`.
@@ -77,7 +77,8 @@ def client_of(
     options = {name: getattr(source, name) for name in ChatServer.model_fields}
     if sampling.top_k:  # no field of the protocol, but of vLLM's and SGLang's
         options["extra_body"] = {"top_k": sampling.top_k, **source.extra_body}
-    return servers.client(ChatServer(**options), "" if source.command is None else model)
+    copy = "" if source.command is None else fingerprint_json([model, source.command])
+    return servers.client(ChatServer(**options), copy)
 
 
 def served_stage(
@@ -119,8 +120,9 @@ def served_stage(
     """
     copy = source.command is not None
     identity = client.server.identity()
-    if copy:  # wherever it is up, and under whatever name
-        identity = {name: identity.get(name) for name in ("extra_body", "image_detail")}
+    if copy:  # wherever it is up
+        kept = ("model", "extra_body", "image_detail")
+        identity = {name: identity.get(name) for name in kept} | {"command": source.command}
     inputs = {
         "prompts": fingerprint_items(
             [record.id, *_said(record), *(image.fingerprint() for image in record.images)]

@@ -60,8 +60,9 @@ def brought_up(
       client: of the server.
 
     Raises:
-      MmpoError: something else answers at its address, and does not end; the command ends, before the server is up or
-        later, when whoever asks the client gets it; or the server is not up in time.
+      MmpoError: something else answers at its address, and does not end; the command ends, before
+        the server is up or later, when whoever asks the client gets it; or the server is not up in
+        time.
     """
     name, url = f"candidates: {source.name}", source.url
     assert source.command is not None

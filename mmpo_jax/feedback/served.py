@@ -45,8 +45,8 @@ class Servers:
 
         Args:
           server: its options.
-          weights: fingerprint of the model that it has, where it may have others under that name
-            at other times; each has a client and a journal.
+          weights: fingerprint of the model that it has and how, where it may have others under that
+            name at other times; each has a client and a journal.
 
         Raises:
           MmpoError: its key is missing, the journal cannot be used, or another section asks the

@@ -315,9 +315,7 @@ class TestACommand:
             responses_of(make(copy(model="other"), POLICY), start)
         assert not is_alive(noted(notes)[0][0]["pid"])
 
-    def test_somebody_who_answers_there_already(
-        self, make, start, copy, notes, port, monkeypatch
-    ):
+    def test_somebody_who_answers_there_already(self, make, start, copy, notes, port, monkeypatch):
         monkeypatch.setattr(served_copy, "LEAVING", 0.3)
         with (
             ChatTestServer(models=(NAME,), port=port) as server,
@@ -336,15 +334,17 @@ class TestACommand:
             ending.join()
         assert not earlier.bodies and len(noted(notes)[1]) == PROMPTS * SAMPLES
 
-    def test_one_that_dies_while_it_is_asked(self, make, start, copy, notes):
+    def test_one_that_dies_while_it_is_asked(self, make, start, copy, notes, monkeypatch):
         """What it answered is not asked again."""
-        recipe = make(copy("--dies-after", "9", max_concurrent=1), POLICY)
+        recipe = make(copy("$HEALTH", max_concurrent=1), POLICY)
+        monkeypatch.setenv("HEALTH", "--dies-after 9")
         began = time.monotonic()
         with pytest.raises(MmpoError, match="command ended with status 3; what was answered is k"):
             responses_of(recipe, start)
         assert time.monotonic() - began < 15  # and not max_outage
         assert len(noted(notes)[1]) == 9
-        output, _ = responses_of(make(copy(max_concurrent=1), POLICY), start)
+        monkeypatch.setenv("HEALTH", "")
+        output, _ = responses_of(recipe, start)
         requests = noted(notes)[1]
         assert len(requests) == len({request["seed"] for request in requests}) == PROMPTS * SAMPLES
         assert output.table["source"].to_pylist().count("served") == PROMPTS * SAMPLES
@@ -357,6 +357,12 @@ class TestACommand:
         assert len(noted(notes)[1]) == PROMPTS * SAMPLES
         other = dataclasses.replace(start, fingerprint="other")
         responses_of(recipe, other)
+        assert len(noted(notes)[1]) == 2 * PROMPTS * SAMPLES
+
+    def test_nor_are_those_of_another_command(self, make, start, copy, notes):
+        one, other = (make(copy(*options), POLICY) for options in ((), ("--delay", "0.001")))
+        for recipe in (one, other, other):
+            responses_of(recipe, start)
         assert len(noted(notes)[1]) == 2 * PROMPTS * SAMPLES
 
     @pytest.mark.parametrize("shares", [True, False])
