@@ -159,6 +159,7 @@ def run_ours(folder: str, settings: Settings) -> dict:
     from mmpo_jax.parallel.mesh import make_mesh, put_batch, put_params
     from mmpo_jax.recipes import recipe
     from mmpo_jax.recipes import training as recipe_training
+    from mmpo_jax.recipes.optimizers import AdamW
     from mmpo_jax.scoring.log_probs import score_records
     from mmpo_jax.training.losses import make_loss
     from mmpo_jax.training.optimizer import make_optimizer
@@ -166,9 +167,7 @@ def run_ours(folder: str, settings: Settings) -> dict:
 
     config = recipe_training.Training(
         objective={"type": "dpo", "beta": settings.beta},
-        optimizer=recipe_training.Optimizer(
-            learning_rate=settings.learning_rate, weight_decay=settings.weight_decay
-        ),
+        optimizer=AdamW(learning_rate=settings.learning_rate, weight_decay=settings.weight_decay),
         batch_size=settings.batch_size,
         freeze=("vision_tower/.*",) if settings.freeze_vision else (),
         remat=settings.remat,

@@ -41,6 +41,15 @@ def as_list(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else [value]
 
 
+def type_by_default(name: str) -> Callable[[Any], Any]:
+    """A validator in front of a tagged choice: options without a `type` are those of this one."""
+
+    def tagged(value: Any) -> Any:
+        return {"type": name, **value} if isinstance(value, dict) else value
+
+    return tagged
+
+
 def section_of(
     base: type[SectionType], name: str, doc: str, options: Mapping[str, tuple[Any, Any]]
 ) -> type[SectionType]:

@@ -27,7 +27,8 @@ from mmpo_jax.objectives.terms import Term, needs, rows_read
 from mmpo_jax.parallel.mesh import BATCH, param_shardings
 from mmpo_jax.recipes.training import NoReference, Training
 from mmpo_jax.training.losses import Loss, needs_reference
-from mmpo_jax.training.step import optimizer_shardings, trainable_paths
+from mmpo_jax.training.sharding import optimizer_shardings
+from mmpo_jax.training.step import trainable_paths
 
 TOKEN_FIELDS = ("token_weights", "phrases", "changed", "turn", "critique")
 """Fields with a number for every token and not for every response."""

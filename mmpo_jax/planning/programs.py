@@ -141,7 +141,7 @@ def training(
     contexts = contexts_of(config)
     temperature = 1.0 if rollout is None else rollout.temperature
     loss = make_loss(opened.model, terms, contexts, config.remat, temperature)
-    schedule = make_schedule(config.optimizer, 1000)
+    schedule = make_schedule(config.schedule, config.optimizer.learning_rate, 1000)
     optimizer = make_optimizer(config.optimizer, schedule)
     state = abstract.train_state(opened.model, config, loss, optimizer, mesh, opened.dtype, terms)
     dtype = jnp.dtype(config.compute_dtype)
@@ -198,7 +198,7 @@ def validation(opened: Opened, mesh: Mesh, config: Training, sizes: Sizes) -> Pr
     """The outputs of held-out rows under the state of a training."""
     terms, contexts = recipe_terms(config), contexts_of(config)
     loss = make_loss(opened.model, terms, contexts)
-    schedule = make_schedule(config.optimizer, 1000)
+    schedule = make_schedule(config.schedule, config.optimizer.learning_rate, 1000)
     optimizer = make_optimizer(config.optimizer, schedule)
     state = abstract.train_state(opened.model, config, loss, optimizer, mesh, opened.dtype, terms)
     sizes = dataclasses.replace(sizes, rows=micro_batch_size(config, mesh))

@@ -13,6 +13,7 @@ from mmpo_jax.models.lora import Lora
 from mmpo_jax.objectives.on_policy import Aggregation, Scale
 from mmpo_jax.objectives.registry import HEADS, REFERENCES, VIEWS
 from mmpo_jax.recipes.objectives import SECTIONS, Objectives
+from mmpo_jax.recipes.optimizers import AdamW, Cosine, Optimizer, Schedule
 from mmpo_jax.recipes.rewards import Rewards
 
 
@@ -61,19 +62,6 @@ Reference = Annotated[
 ]
 
 
-class Optimizer(Section):
-    """AdamW with warm-up and cosine decay to zero."""
-
-    learning_rate: float = Field(5e-7, gt=0)
-    warmup_ratio: float = Field(0.05, ge=0, le=1)
-    weight_decay: float = Field(0.01, ge=0)
-    """Decay of weights per step, times the learning rate; biases and norms have none."""
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    epsilon: float = Field(1e-8, gt=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-
-
 class Training(Section):
     """One training stage."""
 
@@ -81,7 +69,9 @@ class Training(Section):
     """One, or a list whose weighted losses are added up; `mmpo objectives` lists them."""
     reference: Reference = CachedReference()
     """What objectives compare the policy with."""
-    optimizer: Optimizer = Optimizer()
+    optimizer: Optimizer = AdamW()
+    schedule: Schedule = Cosine()
+    """Of the learning rate, over all steps."""
     epochs: PositiveInt = 1
     max_steps: PositiveInt | None = None
     """Stops earlier than the epochs would; the schedule ends there too."""

@@ -276,7 +276,7 @@ def _prepare(
     model, params = start.model, start.params
     if config.lora is not None:
         params = add_adapters(params, model, config.lora, config.freeze, seed)
-    schedule = make_schedule(config.optimizer, steps)
+    schedule = make_schedule(config.schedule, config.optimizer.learning_rate, steps)
     optimizer = make_optimizer(config.optimizer, schedule)
     dtype = jnp.dtype(config.compute_dtype)
     reference = config.reference if needs_reference(recipe_terms(config)) else NoReference()

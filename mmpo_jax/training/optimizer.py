@@ -1,46 +1,179 @@
-"""AdamW with clipping, warm-up and cosine decay, from optax."""
+"""The optimizers and schedules of recipes, from optax.
+
+Layers are stacked ([L, inputs, outputs], `models/layers.py`), and every optimizer does to a layer
+what it would do to it alone.
+"""
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
+from optax import contrib
 
-from mmpo_jax.recipes.training import Optimizer
+from mmpo_jax.recipes.optimizers import Adafactor, AdamW, Lion, Muon, Optimizer, Schedule
+from mmpo_jax.training.moments import with_moments_as
+
+STACKED = "/layers/"
+"""In the paths of parameters that have all layers of a tower."""
+
+NO_HIDDEN_MATRIX = r"language_model/lm_head/.*|.*/patch_embedding/.*"
+"""Matrices that are the first or the last of a model, which Muon leaves to AdamW."""
+
+MUON_RMS = 0.2
+"""Root mean square of AdamW's steps, in learning rates (Liu et al. 2025, arXiv 2502.16982)."""
+
+DECAYS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+    "constant": jnp.ones_like,
+    "linear": lambda progress: 1 - progress,
+    "cosine": lambda progress: 0.5 * (1 + jnp.cos(jnp.pi * progress)),
+    "1-sqrt": lambda progress: 1 - jnp.sqrt(progress),
+}
+"""What is left of the learning rate at a share of the way down."""
 
 
-def make_schedule(config: Optimizer, steps: int) -> optax.Schedule:
-    """Linear warm-up over `warmup_ratio` of the steps, then cosine to zero, as transformers has it.
+def make_schedule(config: Schedule, learning_rate: float, steps: int) -> optax.Schedule:
+    """The learning rate by step: up in a line, then as the recipe says, as transformers has it.
 
     The first step's rate is not zero: warm-up of w steps takes i + 1 of w + 1 equal stairs.
+
+    Args:
+      config: the recipe's section.
+      learning_rate: the highest.
+      steps: of the whole run.
     """
-    warmup = math.ceil(steps * config.warmup_ratio)
+    warmup = begin = math.ceil(steps * config.warmup_ratio)
+    least = 0.0 if config.type == "constant" else config.min_ratio
+    decay: str = config.type
+    if config.type == "warmup_stable_decay":
+        begin = max(warmup, steps - math.ceil(steps * config.decay_ratio))
+        decay = config.decay
 
     def schedule(step: jax.Array) -> jax.Array:
         rising = (step + 1) / (warmup + 1)
-        progress = jnp.clip((step - warmup) / max(1, steps - warmup), 0, 1)
-        falling = 0.5 * (1 + jnp.cos(jnp.pi * progress))
-        return config.learning_rate * jnp.where(step < warmup, rising, falling)
+        progress = jnp.clip((step - begin) / max(1, steps - begin), 0, 1)
+        falling = least + (1 - least) * DECAYS[decay](progress)
+        return learning_rate * jnp.where(step < warmup, rising, falling)
 
     return schedule
 
 
 def make_optimizer(config: Optimizer, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Clips the global norm, then AdamW; biases and norm scales are not decayed."""
+    """Clips the global norm, then takes the recipe's direction, with decoupled weight decay of all
+    but biases and norm scales. Parameters are a flat path -> float32 array."""
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
-        optax.adamw(
-            schedule,
-            b1=config.beta1,
-            b2=config.beta2,
-            eps=config.epsilon,
-            weight_decay=config.weight_decay,
-            mask=_decayed,
-        ),
+        _direction(config),
+        optax.add_decayed_weights(config.weight_decay, _decayed),
+        optax.scale_by_learning_rate(schedule),
     )
 
 
-def _decayed(params: dict[str, jax.Array]) -> dict[str, bool]:
-    return {path: not path.endswith(("/bias", "/scale")) for path in params}
+def _direction(config: Optimizer) -> optax.GradientTransformation:
+    """Gradients -> what the learning rate is multiplied with."""
+    match config:
+        case AdamW():
+            return _adam(config)
+        case Lion():
+            lion = optax.scale_by_lion(config.beta1, config.beta2)
+            return with_moments_as(config.moments, lion, _is_matrix)
+        case Adafactor():
+            return over_layers(_adafactor(config))
+        case Muon():
+            parts = {"muon": _muon(config), "adamw": _adam(config)}
+            return optax.partition(parts, _muon_or_adamw)
+
+
+def _adam(config: AdamW | Muon) -> optax.GradientTransformation:
+    adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+    return with_moments_as(config.moments, adam, _is_matrix)
+
+
+def _adafactor(config: Adafactor) -> optax.GradientTransformation:
+    """The direction for one layer; of a tree, for every array of it."""
+    scaled = optax.scale_by_param_block_rms() if config.scale_parameter else optax.identity()
+    return optax.chain(
+        optax.scale_by_factored_rms(
+            decay_rate=config.decay_rate, min_dim_size_to_factor=config.min_dim_size_to_factor
+        ),
+        optax.clip_by_block_rms(config.clipping_threshold),
+        scaled,
+    )
+
+
+def _muon(config: Muon) -> optax.GradientTransformation:
+    """The direction for stacked and single matrices, all [..., inputs, outputs]."""
+
+    def matrices(tree: Any) -> Any:
+        return jax.tree.map(lambda _: contrib.MuonDimensionNumbers(-2, -1), tree)
+
+    muon = contrib.scale_by_muon(
+        ns_steps=config.steps,
+        beta=config.momentum,
+        nesterov=config.nesterov,
+        weight_dimension_numbers=matrices,
+    )
+    return optax.chain(
+        with_moments_as(config.moments, muon, _is_matrix),
+        optax.stateless(lambda updates, _: jax.tree.map(_as_large_as_adamw, updates)),
+    )
+
+
+def _as_large_as_adamw(orthogonal: Float[Array, "*S N M"]) -> Float[Array, "*S N M"]:
+    """An orthogonal matrix of this shape has a root mean square of 1 / sqrt(max(N, M))."""
+    return MUON_RMS * math.sqrt(max(orthogonal.shape[-2:])) * orthogonal
+
+
+def over_layers(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The transformation on every layer of stacked parameters as if it were alone.
+
+    For what looks at whole arrays, such as their root mean square. Its state has a part for the
+    parameters that are not stacked, and one for each number of layers, with that as a leading axis.
+    """
+
+    def parts(tree: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {}
+        for path, leaf in tree.items():
+            name = f"layers_{leaf.shape[0]}" if STACKED in path else "single"
+            found.setdefault(name, {})[path] = leaf
+        return found
+
+    def of(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        return function if name == "single" else jax.vmap(function)
+
+    def init(params: Any) -> Any:
+        return {name: of(inner.init, name)(part) for name, part in parts(params).items()}
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates: dict[str, Any] = {}
+        after, weights = {}, parts(params)
+        for name, part in parts(grads).items():
+            found, after[name] = of(inner.update, name)(part, state[name], weights[name])
+            updates |= found
+        return {path: updates[path] for path in grads}, after
+
+    return optax.GradientTransformation(init, update)
+
+
+def _muon_or_adamw(params: Mapping[str, Any]) -> dict[str, str]:
+    """Which part of Muon takes a parameter."""
+
+    def is_hidden_matrix(path: str) -> bool:
+        is_product = path.endswith(("/kernel", "/lora_a", "/lora_b"))
+        return is_product and not re.fullmatch(NO_HIDDEN_MATRIX, path)
+
+    return {path: "muon" if is_hidden_matrix(path) else "adamw" for path in params}
+
+
+def _is_matrix(path: str) -> bool:
+    return not path.endswith(("/bias", "/scale"))
+
+
+def _decayed(params: Mapping[str, jax.Array]) -> dict[str, bool]:
+    return {path: _is_matrix(path) for path in params}

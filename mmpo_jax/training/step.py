@@ -24,6 +24,7 @@ from mmpo_jax.objectives.terms import Metrics
 from mmpo_jax.parallel.mesh import param_shardings, put_whole
 from mmpo_jax.recipes.training import MovingReference
 from mmpo_jax.training.losses import Loss
+from mmpo_jax.training.sharding import optimizer_shardings
 
 Update = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 """(state, micro-batches) -> (state, metrics)."""
@@ -103,20 +104,6 @@ def create_state(
         reference,
         # A copy, as above.
         jax.tree.map(lambda leaf: jnp.copy(put_whole(leaf, replicated)), keeps or {}),
-    )
-
-
-def optimizer_shardings(
-    optimizer: optax.GradientTransformation, params: dict[str, Any], mesh: Mesh
-) -> Any:
-    """Moments live where their parameters do; counters are replicated."""
-    replicated = NamedSharding(mesh, PartitionSpec())
-    return optax.tree_map_params(
-        optimizer,
-        lambda _, param: param.sharding,
-        jax.eval_shape(optimizer.init, params),
-        params,
-        transform_non_params=lambda _: replicated,
     )
 
 

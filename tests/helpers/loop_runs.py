@@ -15,7 +15,8 @@ from mmpo_jax.data.records import ImageRef, Record, Response, Turn
 from mmpo_jax.data.tokenization import tokenize_records
 from mmpo_jax.picture_world.render import png_bytes
 from mmpo_jax.picture_world.world import sample_scene
-from mmpo_jax.recipes.training import Optimizer, Training
+from mmpo_jax.recipes.optimizers import AdamW
+from mmpo_jax.recipes.training import Training
 from mmpo_jax.scoring.log_probs import score_records
 from mmpo_jax.training import loop
 
@@ -27,7 +28,7 @@ ROWS, STEPS = 10, 8
 
 CONFIG = Training(
     objective={"type": "dpo"},
-    optimizer=Optimizer(learning_rate=1e-2, weight_decay=0.01),
+    optimizer=AdamW(learning_rate=1e-2, weight_decay=0.01),
     epochs=5,
     max_steps=STEPS,
     batch_size=4,

@@ -20,7 +20,7 @@ from mmpo_jax.models.log_probs import head_chunk, response_log_probs, token_log_
 from mmpo_jax.models.model import Model, read_config
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import make_mesh
-from mmpo_jax.recipes.training import Optimizer
+from mmpo_jax.recipes.optimizers import AdamW, Cosine
 from mmpo_jax.training.losses import make_loss
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
 from mmpo_jax.training.step import make_step
@@ -329,8 +329,8 @@ def compile_large_step():
         weights=spec((1, b), jnp.float32),
     )
     with jax.enable_x64(False):
-        schedule = make_schedule(Optimizer(), 10)
-        optimizer = make_optimizer(Optimizer(), schedule)
+        schedule = make_schedule(Cosine(), 1e-3, 10)
+        optimizer = make_optimizer(AdamW(), schedule)
         params = flatten(model.abstract_params())
         state = TrainState(
             jax.eval_shape(lambda: jnp.int32(0)), params, {}, jax.eval_shape(optimizer.init, params)

@@ -18,8 +18,8 @@ from mmpo_jax.generation.sampler import sample_keys
 from mmpo_jax.models.log_probs import response_log_probs, token_log_probs
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import AXES, make_mesh, param_shardings, put_batch, put_params
+from mmpo_jax.recipes.optimizers import AdamW, Constant
 from mmpo_jax.recipes.sampling import Decoding
-from mmpo_jax.recipes.training import Optimizer
 from mmpo_jax.scoring.log_probs import score_batch
 from mmpo_jax.training.losses import make_loss
 from mmpo_jax.training.metrics import means
@@ -29,7 +29,7 @@ from mmpo_jax.training.step import create_state, make_step, whole_params
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "all-axes": (2, 2, 2)}
 TOLERANCE = 1e-5
 # Adam divides by the gradient's size: a small epsilon would blow up the rounding of zeros.
-OPTIMIZER = Optimizer(learning_rate=3e-3, epsilon=1e-3, warmup_ratio=0)
+OPTIMIZER = AdamW(learning_rate=3e-3, epsilon=1e-3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ def run(mesh, model, params) -> Outcome:
         model.config, [6, 9, 8, 7, 9, 6, 7, 9], [(3, 5), (5, 1), (2, 4), (5, 5)] * 2
     )
     batch = dataclasses.replace(batch, weights=np.float32([1, 1, 1, 1, 1, 1, 1, 0]))
-    schedule = make_schedule(OPTIMIZER, 10)
+    schedule = make_schedule(Constant(warmup_ratio=0), OPTIMIZER.learning_rate, 10)
     optimizer = make_optimizer(OPTIMIZER, schedule)
     decoding = Decoding(num_samples=2, max_new_tokens=5)
     with jax.set_mesh(mesh):

@@ -1,29 +1,30 @@
-"""AdamW, clipping and the schedule against torch and transformers."""
+"""AdamW, Adafactor, clipping and schedules against torch and transformers."""
 
+import functools
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers import tiny
 from jax.sharding import AxisType, PartitionSpec
 
 from mmpo_jax.objectives.sums import Sums
 from mmpo_jax.parallel.mesh import AXES
-from mmpo_jax.recipes.training import Optimizer
+from mmpo_jax.recipes.optimizers import Adafactor, AdamW, Cosine, Linear, WarmupStableDecay
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
 from mmpo_jax.training.step import create_state, make_step
 
 torch = pytest.importorskip("torch")
-from transformers import get_cosine_schedule_with_warmup  # noqa: E402
+import transformers  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
 STEPS = 30
-CONFIG = Optimizer(
+CONFIG = AdamW(
     learning_rate=0.05,
-    warmup_ratio=0.2,
     weight_decay=0.3,
     beta1=0.8,
     beta2=0.95,
@@ -51,7 +52,7 @@ def test_thirty_steps_equal_torch():
 
     loss = tiny.row_loss(forward, evaluate)
 
-    schedule = make_schedule(CONFIG, STEPS)
+    schedule = make_schedule(Cosine(warmup_ratio=0.2), CONFIG.learning_rate, STEPS)
     optimizer = make_optimizer(CONFIG, schedule)
     mesh = jax.make_mesh(
         (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
@@ -92,12 +93,103 @@ def test_thirty_steps_equal_torch():
 
 @pytest.mark.parametrize(("steps", "ratio"), [(40, 0.1), (7, 0.0), (100, 0.03)])
 def test_decay_equals_transformers(steps, ratio):
-    config = Optimizer(learning_rate=1.0, warmup_ratio=ratio)
-    schedule = make_schedule(config, steps)
+    schedule = make_schedule(Cosine(warmup_ratio=ratio), 1.0, steps)
     warmup = int(np.ceil(steps * ratio))
-    theirs = get_cosine_schedule_with_warmup(
+    theirs = transformers.get_cosine_schedule_with_warmup(
         torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), warmup, steps
     )
     for step in range(warmup, steps + 1):
         expected = theirs.lr_lambdas[0](step)
         assert float(schedule(step)) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("scale_parameter", "weight_decay"), [(False, 0.0), (False, 0.3), (True, 0.0)]
+)
+def test_adafactor_equals_transformers(scale_parameter, weight_decay):
+    """Ten steps of a stack of two layers here, and of two matrices there."""
+    config = Adafactor(
+        learning_rate=0.02,
+        weight_decay=weight_decay,
+        max_grad_norm=1e9,
+        scale_parameter=scale_parameter,
+        clipping_threshold=0.8,
+        decay_rate=0.7,
+        min_dim_size_to_factor=1,
+    )
+    rng = np.random.default_rng(0)
+    params = {
+        "tower/layers/dense/kernel": np.float32(rng.standard_normal((2, 6, 9))),
+        "head/kernel": np.float32(rng.standard_normal((7, 4))),
+        "tower/layers/dense/bias": np.float32(rng.standard_normal((2, 9))),
+    }
+    theirs = {
+        path: [
+            torch.nn.Parameter(torch.tensor(part))
+            for part in (leaf if "layers" in path else [leaf])
+        ]
+        for path, leaf in params.items()
+    }
+    whole = [p for path, parts in theirs.items() if not path.endswith("/bias") for p in parts]
+    reference = transformers.Adafactor(
+        [
+            {"params": whole, "weight_decay": weight_decay},
+            {"params": theirs["tower/layers/dense/bias"], "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+        clip_threshold=0.8,
+        decay_rate=-0.7,
+        scale_parameter=scale_parameter,
+        relative_step=False,
+        warmup_init=False,
+    )
+    optimizer = make_optimizer(config, lambda step: config.learning_rate)
+    state = optimizer.init(params)
+    for _ in range(10):
+        grads = {p: np.float32(rng.standard_normal(leaf.shape)) for p, leaf in params.items()}
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        for path, parts in theirs.items():
+            for place, part in enumerate(parts):
+                part.grad = torch.tensor(grads[path][place] if len(parts) > 1 else grads[path])
+        reference.step()
+    for path, parts in theirs.items():
+        expected = np.stack([part.detach().numpy() for part in parts])
+        found = np.asarray(params[path]).reshape(expected.shape)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    ("config", "make"),
+    [
+        (Linear(warmup_ratio=0.1), transformers.get_linear_schedule_with_warmup),
+        (
+            WarmupStableDecay(warmup_ratio=0.1, decay_ratio=0.25, min_ratio=0.1),
+            functools.partial(
+                transformers.get_wsd_schedule,
+                num_decay_steps=10,
+                min_lr_ratio=0.1,
+                decay_type="linear",
+            ),
+        ),
+        (
+            WarmupStableDecay(warmup_ratio=0.1, decay_ratio=0.25, decay="cosine"),
+            functools.partial(
+                transformers.get_wsd_schedule, num_decay_steps=10, decay_type="cosine"
+            ),
+        ),
+        (
+            WarmupStableDecay(warmup_ratio=0.1, decay_ratio=0.25, decay="1-sqrt"),
+            functools.partial(
+                transformers.get_wsd_schedule, num_decay_steps=10, decay_type="1-sqrt"
+            ),
+        ),
+    ],
+    ids=["linear", "stable-linear", "stable-cosine", "stable-sqrt"],
+)
+def test_other_schedules_equal_transformers(config, make):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = make(optimizer, num_warmup_steps=4, num_training_steps=40).lr_lambdas[0]
+    schedule = make_schedule(config, 1.0, 40)
+    for step in range(4, 41):
+        assert float(schedule(step)) == pytest.approx(theirs(step), abs=1e-6), step

@@ -30,7 +30,7 @@ from mmpo_jax.recipes.recipe import (
 )
 from mmpo_jax.recipes.training import Training
 from mmpo_jax.training.losses import make_loss, recipe_terms
-from mmpo_jax.training.optimizer import make_optimizer, make_schedule
+from mmpo_jax.training.optimizer import make_optimizer
 from mmpo_jax.training.step import create_state
 
 ROOT = Path(__file__).parents[2]
@@ -170,7 +170,7 @@ def test_the_state_is_that_of_training(tiny_model, options):
     config = Training.model_validate({"objective": {"type": "dpo"}, **options})
     mesh, terms = make_mesh(fsdp=4, tensor=2), recipe_terms(config)
     loss = make_loss(model, terms)
-    optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 10))
+    optimizer = make_optimizer(config.optimizer, lambda step: 0.0)
     dtype = {"online": jnp.float32, "ema": jnp.float32}.get(config.reference.type)
     start = params
     if config.lora is not None:

@@ -94,7 +94,8 @@ def test_steps_equal_trl(theirs, short_folder, short_theirs, mmpo, tmp_path):
             "lengths": {"prompt": [64], "response": [32]},
             "training": {
                 "objective": {"type": "dpo", "beta": 0.1},
-                "optimizer": {"learning_rate": RATE, "warmup_ratio": 0, "epsilon": EPSILON},
+                "optimizer": {"learning_rate": RATE, "epsilon": EPSILON},
+                "schedule": {"warmup_ratio": 0},
                 "epochs": STEPS,
                 "batch_size": len(PAIRS),
                 "log_every": 1,

@@ -127,6 +127,17 @@ def test_nearest_name_is_one_of_the_same_section(problem):
         ("data.seed=4294967296", "data.seed: "),
         ("training.epochs=0", "training.epochs: Input should be greater than 0 (got 0)"),
         ("training.optimizer.learning_rate=0", "training.optimizer.learning_rate: "),
+        (
+            "training.optimizer.warmup_ratio=0.1",
+            "training.optimizer: warmup_ratio belongs to the schedule now: write "
+            "`training.schedule: {warmup_ratio: 0.1}`",
+        ),
+        (
+            "training.optimizer.type=adamm",
+            "training.optimizer: type: there is no 'adamm'; did you mean adamw?",
+        ),
+        ("training.optimizer={type: lion, beta3: 1}", "training.optimizer.beta3: unknown key"),
+        ("training.schedule.decay_ratio=1", "training.schedule.decay_ratio: unknown key"),
         ("training.optimizer.learning_rate=.nan", "training.optimizer.learning_rate: "),
         ("training.optimizer.learning_rate=.inf", "training.optimizer.learning_rate: "),
         ("training.objective={type: dpo, label_smoothing: 0.5}", "training.objective.label_smoo"),
@@ -407,7 +418,9 @@ def test_the_walk_finds_nested_sections():
         "Sft",
         "FileData",
         "PictureWorldData",
-        "Optimizer",
+        "AdamW",
+        "Muon",
+        "WarmupStableDecay",
         "Devices",
         "Pairing",
     } <= names

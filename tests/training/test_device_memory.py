@@ -59,7 +59,8 @@ def make_recipe(folder, model, **training) -> TrainRecipe:
             "lengths": {"prompt": [16], "response": [8]},
             "data": {"source": "file", "path": str(folder / "rows.jsonl")},
             "training": {
-                "optimizer": {"learning_rate": 1e-3, "warmup_ratio": 0},
+                "optimizer": {"learning_rate": 1e-3},
+                "schedule": {"warmup_ratio": 0},
                 "epochs": 3,
                 "batch_size": 4,
                 "log_every": 1,

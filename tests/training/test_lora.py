@@ -20,8 +20,9 @@ from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.records import Response, Turn
 from mmpo_jax.models.lora import SCALE, A, B, Lora, add_adapters, is_adapter, merge_adapters
 from mmpo_jax.parallel.mesh import make_mesh, put_params
+from mmpo_jax.recipes.optimizers import AdamW, Cosine
 from mmpo_jax.recipes.recipe import TrainRecipe
-from mmpo_jax.recipes.training import Optimizer, Training
+from mmpo_jax.recipes.training import Training
 from mmpo_jax.training import loop
 from mmpo_jax.training.loop import Run, TrainingData, train
 from mmpo_jax.training.metrics import read_metrics
@@ -38,7 +39,8 @@ CONFIG = Training(
     objective={"type": "dpo"},
     lora=Lora(target=TARGET, rank=4, alpha=8, dropout=0.2),
     # Adam divides by the gradient's size: a small epsilon would blow up the rounding of zeros.
-    optimizer=Optimizer(learning_rate=3e-2, warmup_ratio=0, epsilon=1e-3),
+    optimizer=AdamW(learning_rate=3e-2, epsilon=1e-3),
+    schedule=Cosine(warmup_ratio=0),
     epochs=5,
     max_steps=STEPS,
     batch_size=8,

@@ -86,7 +86,8 @@ def test_reports_of_single_responses(tiny_folder, tmp_path, monkeypatch):
             "lengths": {"prompt": [16], "response": [8]},
             "training": {
                 "objective": {"type": "apo_zero_unpaired"},
-                "optimizer": {"learning_rate": 1e-3, "warmup_ratio": 0},
+                "optimizer": {"learning_rate": 1e-3},
+                "schedule": {"warmup_ratio": 0},
                 "batch_size": 1,
                 "log_every": log_every,
             },

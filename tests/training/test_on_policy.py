@@ -25,9 +25,10 @@ from mmpo_jax.objectives.on_policy import advantages
 from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.picture_world.language import CAPTION_PROMPTS
 from mmpo_jax.picture_world.records import prompt_records
+from mmpo_jax.recipes.optimizers import AdamW
 from mmpo_jax.recipes.recipe import TrainRecipe
 from mmpo_jax.recipes.rewards import RewardSection
-from mmpo_jax.recipes.training import Optimizer, Rollout, Training
+from mmpo_jax.recipes.training import Rollout, Training
 from mmpo_jax.rewards.registry import Question, Value
 from mmpo_jax.training import loop
 from mmpo_jax.training.loop import Run, TrainingData, train
@@ -45,7 +46,7 @@ ROLLOUT = Rollout(
 CONFIG = Training(
     objective={"type": "grpo", "beta": 0.1},
     reference={"type": "online"},
-    optimizer=Optimizer(learning_rate=1e-2, weight_decay=0.0),
+    optimizer=AdamW(learning_rate=1e-2, weight_decay=0.0),
     epochs=3,
     batch_size=4,
     micro_batch_size=2,

@@ -51,7 +51,8 @@ def trained(request, start, tmp_path_factory):
             "data": {"source": "file", "path": str(folder / "rows.jsonl")},
             "training": {
                 "objective": {"type": "dpo"},
-                "optimizer": {"learning_rate": 1e-5, "warmup_ratio": 0},
+                "optimizer": {"learning_rate": 1e-5},
+                "schedule": {"warmup_ratio": 0},
                 "lora": lora,
                 "freeze": ["vision_tower/.*"],
                 "epochs": 2,

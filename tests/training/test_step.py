@@ -15,7 +15,8 @@ from mmpo_jax.core.trees import flatten
 from mmpo_jax.objectives.sums import Sums
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import AXES
-from mmpo_jax.recipes.training import MovingReference, Optimizer
+from mmpo_jax.recipes.optimizers import AdamW, Cosine
+from mmpo_jax.recipes.training import MovingReference
 from mmpo_jax.training.losses import make_loss
 from mmpo_jax.training.metrics import means
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
@@ -245,7 +246,7 @@ def test_a_reference_in_the_step(mesh):
 
 
 def test_gradients_are_clipped_and_reported_as_they_were(mesh):
-    config = Optimizer(max_grad_norm=0.1, beta1=0.9)
+    config = AdamW(max_grad_norm=0.1, beta1=0.9)
     optimizer = make_optimizer(config, CONSTANT)
     state = create_state(line_params(), LINE, optimizer, (), mesh)
     state, metrics = make_step(LINE_LOSS, optimizer, CONSTANT, state)(state, line_batch())
@@ -281,7 +282,7 @@ def test_a_step_that_is_not_finite_changes_nothing(mesh, fault):
 
     loss = tiny.row_loss(forward, squared_error)
 
-    optimizer = make_optimizer(Optimizer(learning_rate=0.1), CONSTANT)
+    optimizer = make_optimizer(AdamW(learning_rate=0.1), CONSTANT)
     state = create_state(line_params(), LINE, optimizer, (), mesh)
     before = host(state)
     step = make_step(loss, optimizer, CONSTANT, state)
@@ -326,7 +327,7 @@ def test_parameters_are_kept_in_float32_and_computed_in_bfloat16(mesh):
 
 
 def test_only_kernels_and_embeddings_decay(mesh):
-    config = Optimizer(learning_rate=0.1, weight_decay=0.5)
+    config = AdamW(learning_rate=0.1, weight_decay=0.5)
     optimizer = make_optimizer(config, optax.constant_schedule(0.1))
     state = create_state(line_params(), LINE, optimizer, (), mesh)
     batch = line_batch()
@@ -340,7 +341,7 @@ def test_only_kernels_and_embeddings_decay(mesh):
 
 
 def test_schedule():
-    schedule = make_schedule(Optimizer(learning_rate=2.0, warmup_ratio=0.1), 40)
+    schedule = make_schedule(Cosine(warmup_ratio=0.1), 2.0, 40)
     rates = [float(schedule(step)) for step in range(41)]
     np.testing.assert_allclose(rates[:5], [0.4, 0.8, 1.2, 1.6, 2.0], rtol=1e-6)  # 4 steps up
     assert max(rates) == rates[4]
@@ -349,5 +350,5 @@ def test_schedule():
     assert rates[39] > 0
     assert rates[40] == pytest.approx(0, abs=1e-6)
     assert float(schedule(1000)) == pytest.approx(0, abs=1e-6)
-    assert float(make_schedule(Optimizer(learning_rate=2.0, warmup_ratio=0), 40)(0)) == 2.0
-    assert 0 < float(make_schedule(Optimizer(learning_rate=2.0, warmup_ratio=1.0), 1)(0)) <= 2.0
+    assert float(make_schedule(Cosine(warmup_ratio=0), 2.0, 40)(0)) == 2.0
+    assert 0 < float(make_schedule(Cosine(warmup_ratio=1.0), 2.0, 1)(0)) <= 2.0

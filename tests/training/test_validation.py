@@ -64,7 +64,8 @@ def train(tiny_folder, tmp_path, monkeypatch):
             "lengths": {"prompt": [16], "response": [8]},
             "training": {
                 "objective": {"type": "dpo"},
-                "optimizer": {"learning_rate": rate, "warmup_ratio": 0},
+                "optimizer": {"learning_rate": rate},
+                "schedule": {"warmup_ratio": 0},
                 "batch_size": 8,
                 "epochs": 6,
                 "log_every": 1,
