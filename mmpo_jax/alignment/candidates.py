@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from mmpo_jax.alignment.changed_prompts import changed_prompts, under_their_prompts
 from mmpo_jax.alignment.served_candidates import client_of, served_stage, unservable
-from mmpo_jax.chat.server import read_key
+from mmpo_jax.chat.server import key_variables, read_key
 from mmpo_jax.checkpoints.checkpoint import Checkpoint, load_processor, open_checkpoint
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import fingerprint_items, fingerprint_json
@@ -270,6 +270,7 @@ def _served(asked: Asked, source: ServedCandidates) -> StageOutput:
         folder=asked.folder,
         seed=_seed(asked.recipe.seed, source.name),
         round_index=asked.index,
+        withheld=key_variables(asked.recipe) - {source.api_key_env},
         finished=asked.finished,
     )
 

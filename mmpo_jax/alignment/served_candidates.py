@@ -8,7 +8,7 @@ import functools
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -92,6 +92,7 @@ def served_stage(
     folder: str,
     seed: int,
     round_index: int,
+    withheld: Collection[str],
     finished: Callable[[pa.Table], None] = lambda rows: None,
 ) -> StageOutput:
     """Samples of a source's server, as the stage `generate-NAME` of a round.
@@ -109,6 +110,7 @@ def served_stage(
       folder: of the round.
       seed: of the source.
       round_index: of the round.
+      withheld: environment variables that the source's command does not get.
       finished: is given the responses as they come, see `run_stage`.
 
     Returns:
@@ -146,7 +148,7 @@ def served_stage(
         @functools.cache
         def bring_up() -> None:
             on_one(lambda: os.makedirs(folder, exist_ok=True))
-            stack.enter_context(brought_up(source, start, mesh, folder, client))
+            stack.enter_context(brought_up(source, start, mesh, folder, client, withheld))
 
         def make_part(part: int) -> pa.Table:
             if copy:

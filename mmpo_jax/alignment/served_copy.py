@@ -10,11 +10,12 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from etils import epath
 from jax.sharding import Mesh
 
+from mmpo_jax.chat.server import hide_key, read_key, secret_of
 from mmpo_jax.chat.shared import AnyClient
 from mmpo_jax.checkpoints.checkpoint import Checkpoint, Origin
 from mmpo_jax.checkpoints.fingerprints import fingerprint_model, has_fingerprint
@@ -47,7 +48,12 @@ server `GRACE`."""
 
 @contextlib.contextmanager
 def brought_up(
-    source: ServedCandidates, start: Checkpoint, mesh: Mesh, folder: str, client: AnyClient
+    source: ServedCandidates,
+    start: Checkpoint,
+    mesh: Mesh,
+    folder: str,
+    client: AnyClient,
+    withheld: Collection[str],
 ) -> Iterator[None]:
     """The server of a source, up with the round's model within the block. Of several processes the
     first runs the command.
@@ -58,6 +64,7 @@ def brought_up(
       mesh: the devices.
       folder: of the round, which gets the command's log, and the model where no folder has it.
       client: of the server.
+      withheld: environment variables that the command does not get, such as others' keys.
 
     Raises:
       MmpoError: something else answers at its address, and does not end; the command ends, before
@@ -75,22 +82,28 @@ def brought_up(
     if source.shares_devices:
         start.release()
     with contextlib.ExitStack() as stack:
-        on_one(lambda: stack.enter_context(_command_up(source, model, folder, client)))
+        on_one(lambda: stack.enter_context(_command_up(source, model, folder, client, withheld)))
         yield
 
 
 @contextlib.contextmanager
 def _command_up(
-    source: ServedCandidates, model: str, folder: str, client: AnyClient
+    source: ServedCandidates,
+    model: str,
+    folder: str,
+    client: AnyClient,
+    withheld: Collection[str],
 ) -> Iterator[None]:
     """The command of a source within the block, its server up; see `brought_up`."""
     assert source.command is not None
     name = f"candidates: {source.name}"
     log_file = os.path.abspath(os.path.join(folder, f"generate-{source.name}.log"))
-    given = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    withheld = {*VARIABLES, *withheld}
+    given = {name: value for name, value in os.environ.items() if name not in withheld}
     environment = given | {MODEL_VARIABLE: model, ROUND_VARIABLE: os.path.abspath(folder)}
     log.info("%s: serving %s by the recipe's command; its log: %s", name, model, log_file)
-    with running(source.command, environment, log_file) as process:
+    secret = secret_of(read_key(source))
+    with running(source.command, environment, log_file, secret=secret) as process:
         _wait_until_up(source, client, process, log_file)
         over = threading.Event()
 
@@ -139,7 +152,7 @@ def _wait_until_up(
             if time.monotonic() > deadline:
                 waited = f"nobody answers at {source.url} after {source.start_timeout:g} s"
                 told = f"candidates: {source.name}: {waited} (start_timeout)"
-                raise MmpoError(_with_log(told, log_file))
+                raise MmpoError(_with_log(told, source, log_file))
             time.sleep(LOOKS)
     client.check()
 
@@ -147,12 +160,12 @@ def _wait_until_up(
 def _ended(source: ServedCandidates, process: subprocess.Popen[bytes], log_file: str) -> MmpoError:
     status = f"the command ended with status {process.returncode}"
     told = f"candidates: {source.name}: {status}; what was answered is kept"
-    return MmpoError(_with_log(told, log_file))
+    return MmpoError(_with_log(told, source, log_file))
 
 
-def _with_log(told: str, log_file: str) -> str:
+def _with_log(told: str, source: ServedCandidates, log_file: str) -> str:
     """A message with the end of the command's log."""
-    tail = tail_of(log_file)
+    tail = hide_key(tail_of(log_file), read_key(source))  # an older run's may have it
     return f"{told}; its log, {log_file}, " + (f"ends with:\n{tail}" if tail else "is empty")
 
 

@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.files import canonical_json
+from mmpo_jax.core.guard import HIDDEN
 from mmpo_jax.core.sections import SECRET, PositiveInt, Section
 
 REQUEST_FIELDS = frozenset(
@@ -36,9 +37,6 @@ REQUEST_FIELDS = frozenset(
 MIN_SECRET = 8
 """Characters of a key from which on it is a secret. Servers of one's own get a word like `EMPTY`,
 which a reply may well say."""
-
-HIDDEN = "[key]"
-"""What stands in texts where a server repeated the key."""
 
 
 class ChatServer(Section):
@@ -120,9 +118,27 @@ def read_key(server: ChatServer) -> str | None:
     return key
 
 
+def key_variables(section: Section) -> set[str]:
+    """Names of the environment variables that have keys of the servers anywhere in a section."""
+    found = set()
+    if isinstance(section, ChatServer) and section.api_key_env is not None:
+        found.add(section.api_key_env)
+    for _, value in section:
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, Section):
+                found |= key_variables(part)
+    return found
+
+
+def secret_of(key: str | None) -> str | None:
+    """A key that no text may repeat; None where there is none, or it is too short to be secret."""
+    return None if key is None or len(key) < MIN_SECRET else key
+
+
 def hide_key(value: Any, key: str | None) -> Any:
     """A JSON value, or a text, from a server that may have repeated the key in it."""
-    if key is None or len(key) < MIN_SECRET:
+    key = secret_of(key)
+    if key is None:
         return value
     if isinstance(value, str):
         return value.replace(key, HIDDEN)

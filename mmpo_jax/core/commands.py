@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping
 
 from mmpo_jax.core import guard
+from mmpo_jax.core.errors import MmpoError
 
 GRACE = 30.0
 """Seconds that a command has to end after SIGTERM."""
@@ -25,6 +26,7 @@ def running(
     environment: Mapping[str, str],
     log_file: str | os.PathLike[str],
     grace: float = GRACE,
+    secret: str | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A shell command that runs while the block does, and not longer.
 
@@ -36,9 +38,13 @@ def running(
       environment: of the command.
       log_file: gets what it prints, behind what is there.
       grace: seconds between SIGTERM and SIGKILL.
+      secret: what the log must not have; the command knows it by its environment.
 
     Yields:
       The guard, which ends with the command and its status.
+
+    Raises:
+      MmpoError: the log cannot be written, or nothing run.
     """
     process = subprocess.Popen(
         [sys.executable, "-I", guard.__file__, str(grace), os.fspath(log_file), command],
@@ -49,7 +55,16 @@ def running(
     )
     assert process.stdin is not None and process.stdout is not None
     with process.stdout:
-        group = int(process.stdout.readline())
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(f"{secret or ''}\n".encode())
+            process.stdin.flush()
+        told = process.stdout.readline().decode(errors="replace").strip()
+    if not told.isdigit():
+        process.kill()
+        process.wait()
+        why = told or "what runs it was ended"
+        raise MmpoError(f"{os.fspath(log_file)}: no command runs whose log this is: {why}")
+    group = int(told)
     try:
         yield process
     finally:

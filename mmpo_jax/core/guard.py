@@ -4,8 +4,10 @@ Whoever starts it holds the other end, so the command ends with that process, wh
 
     python guard.py SECONDS LOG COMMAND
 
-It prints the id of the command's process group, and what the command prints is added to the log.
-When the input ends, the group gets SIGTERM, and what is left of it after so many seconds SIGKILL.
+The first line of the input is a secret, or empty: arguments would show it to everybody. The program
+prints the id of the command's process group, or why there is none. What the command prints is added
+to the log, where `[key]` stands for the secret. When the input ends, the group gets SIGTERM, and
+what is left of it after so many seconds SIGKILL.
 """
 
 import os
@@ -14,29 +16,57 @@ import subprocess
 import sys
 import threading
 import time
+from typing import BinaryIO
 
 LOOKS = 0.05
 """Seconds between two looks whether a group has ended."""
+
+HIDDEN = "[key]"
+"""What stands in texts in a secret's place."""
+
+REST = 2.0
+"""Seconds for what a command that has ended still has to say, by processes that it leaves."""
 
 
 def main() -> None:
     """Ends with the status of the command, as shells give it."""
     seconds, log_file, command = float(sys.argv[1]), sys.argv[2], sys.argv[3]
-    with open(log_file, "ab") as log:
+    secret = sys.stdin.buffer.readline().rstrip(b"\n")
+    try:
+        log = open(log_file, "ab", buffering=0)  # noqa: SIM115, as long as the program
         child = subprocess.Popen(
             ["/bin/sh", "-c", command],
             stdin=subprocess.DEVNULL,
-            stdout=log,
+            stdout=subprocess.PIPE if secret else log,
             stderr=subprocess.STDOUT,
             process_group=0,
         )
+    except OSError as error:
+        print(error.strerror, flush=True)
+        sys.exit(1)
     print(child.pid, flush=True)
+    copying = threading.Thread(target=_copy, args=(child.stdout, log, secret), daemon=True)
+    copying.start()
     ending = threading.Thread(target=_end_with_input, args=(child.pid, seconds), daemon=True)
     ending.start()
     status = child.wait()
     if _input_ended.is_set():
         ending.join()
+    copying.join(REST)
     os._exit(status if status >= 0 else 128 - status)
+
+
+def _copy(said: BinaryIO | None, log: BinaryIO, secret: bytes) -> None:
+    """Adds what is said to the log as it comes, without the secret, also where that comes in
+    pieces."""
+    held = b""
+    while said is not None and (data := os.read(said.fileno(), 1 << 16)):
+        held = (held + data).replace(secret, HIDDEN.encode())
+        most = min(len(secret) - 1, len(held))
+        begun = next((n for n in range(most, 0, -1) if held.endswith(secret[:n])), 0)
+        log.write(held[: len(held) - begun])
+        held = held[len(held) - begun :]
+    log.write(held)
 
 
 _input_ended = threading.Event()

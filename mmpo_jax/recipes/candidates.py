@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import pydantic
 from pydantic import Field
+from pydantic_core import PydanticCustomError
 
 from mmpo_jax.chat.server import ChatServer
-from mmpo_jax.core.sections import PositiveInt, Section, as_list
+from mmpo_jax.core.sections import SECRET, PositiveInt, Section, as_list
 from mmpo_jax.data.edits import DIFFUSION_STEPS
 from mmpo_jax.data.records import EditKind
 from mmpo_jax.recipes.feedback import Template
@@ -17,6 +19,9 @@ from mmpo_jax.recipes.sampling import Sampling
 
 POLICY = "policy"
 """Name of the source that is the round's start model, sampled as `sampling` says."""
+
+INLINE_KEY = re.compile(r"api[-_]key(\s*=\s*|\s+)(?![\"']?\$)\S", re.IGNORECASE)
+"""A key in a command, as in `--api-key sk-...`, and not the variable that has it."""
 
 SourceName = Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")]
 
@@ -127,7 +132,7 @@ class ServedCandidates(Drawing, ChatServer):
     type: Literal["served"] = "served"
     command: str | None = Field(None, min_length=1)
     """Shell command that serves the folder `$MMPO_MODEL` at `url`, under the name `model`, until it
-    is ended; None asks a server that is up."""
+    is ended; None asks a server that is up. A key stands in it by its variable's name alone."""
     start_timeout: float = Field(1800.0, gt=0)
     """Seconds that the command's server has to answer in."""
     shares_devices: bool = True
@@ -137,6 +142,14 @@ class ServedCandidates(Drawing, ChatServer):
     """Share of a part's responses that may fail before the run stops, and are left out; two may in
     any case, unless it is 0."""
     name: SourceName = "served"
+
+    @pydantic.field_validator("command")
+    @classmethod
+    def _names_the_key(cls, command: str | None) -> str | None:
+        if command is not None and INLINE_KEY.search(command):
+            told = "no key stands in it; name its variable, as in `--api-key $MY_KEY`"
+            raise PydanticCustomError(SECRET, told)
+        return command
 
     @pydantic.model_validator(mode="after")
     def _of_command(self) -> ServedCandidates:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pydantic
 import pytest
 from helpers import served_model
 from helpers.alive import is_alive, wait_until
@@ -291,6 +292,32 @@ class TestACommand:
         again, _ = responses_of(recipe, start)
         assert again.fingerprint == output.fingerprint
         assert len(noted(notes)[0]) == 1  # it was not run again
+
+    def test_it_gets_its_own_key_and_no_other_which_nothing_shows(
+        self, make, start, copy, monkeypatch
+    ):
+        own, others = "sk-own-0123456789", "sk-others-0123456789"
+        monkeypatch.setenv("COPY_KEY", own)
+        monkeypatch.setenv("LABELER_KEY", others)
+        labeler = {"type": "chat", "url": "http://127.0.0.1:9/v1", "model": "m"}
+        feedback = {"type": "claims", "labeler": labeler | {"api_key_env": "LABELER_KEY"}}
+        source = copy(api_key_env="COPY_KEY", command="env; exit 7")
+        recipe = make(source, POLICY, feedback=feedback)
+        with pytest.raises(MmpoError, match="status 7") as caught:
+            responses_of(recipe, start)
+        log = Path(recipe.output, "round-1", "generate-served.log").read_text()
+        assert "COPY_KEY=[key]" in log and "LABELER_KEY" not in log
+        assert own not in log + str(caught.value) and others not in log
+
+    @pytest.mark.parametrize(
+        "given", ["--api-key sk-0123456789", "--api_key=sk-0123456789", "VLLM_API_KEY='sk-012345'"]
+    )
+    def test_a_key_in_it_is_refused_and_not_repeated(self, make, copy, given):
+        with pytest.raises((pydantic.ValidationError, MmpoError), match="no key stands") as caught:
+            make(copy(given), POLICY)
+        assert "sk-01" not in str(caught.value)
+        for named in ("--api-key $KEY", '--api-key "${KEY}"', "API_KEY=$KEY"):
+            make(copy(named), POLICY)
 
     def test_one_that_is_slow_to_start(self, make, start, copy, notes):
         responses_of(make(copy("--slow", "1"), POLICY), start)

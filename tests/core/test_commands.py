@@ -1,6 +1,7 @@
 """A command of the user's ends with us, whatever ends us."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 from helpers.alive import PATIENCE, is_alive, wait_until
 
 from mmpo_jax.core.commands import running, tail_of
+from mmpo_jax.core.errors import MmpoError
 
 SLEEPS = "import os, time; open({0!r}, 'w').write(str(os.getpid())); time.sleep(100)"
 STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + SLEEPS
@@ -77,6 +79,29 @@ def test_its_status_and_what_it_said(tmp_path, ends, status):
     with running(f'echo "$MMPO_WORD"; {ends}', environment, tmp_path / "log") as process:
         assert process.wait(PATIENCE) == status
     assert tail_of(tmp_path / "log") == "a 'word'"
+
+
+@pytest.mark.parametrize("said", ["key: sk-0123456789\n", "sk-sk-0123456789sk-", "sk-01\nsk-0123"])
+def test_its_log_has_no_secret(tmp_path, said):
+    """Even where it comes in pieces; and arguments have none."""
+    says = tmp_path / "says.py"
+    says.write_text(
+        "import os, sys, time\n"
+        "for sign in sys.argv[1]:\n"
+        "    os.write(1, sign.encode()); time.sleep(0.003)\n"
+    )
+    secret, command = "sk-0123456789", f'"{sys.executable}" "{says}" "$SAID"; exit 3'
+    with running(command, os.environ | {"SAID": said}, tmp_path / "log", secret=secret) as process:
+        assert secret not in " ".join(process.args)
+        assert process.wait(PATIENCE) == 3
+    assert (tmp_path / "log").read_text() == said.replace(secret, "[key]")
+
+
+def test_a_log_that_cannot_be_written(tmp_path):
+    log = tmp_path / "missing" / "log"
+    told = f"{log}: no command runs whose log this is: No such file"
+    with pytest.raises(MmpoError, match=re.escape(told)), running("true", os.environ, log):
+        pass
 
 
 def test_it_ends_with_us_also_where_its_guard_was_killed(command, tmp_path):
