@@ -42,9 +42,11 @@ from mmpo_jax.planning.parts import (
 )
 from mmpo_jax.recipes.sampling import Decoding
 
-OPTIMIZER_BYTES = 7 * 4
-"""Bytes that AdamW moves for a parameter: it reads its value, gradient and two moments and writes
-all but the gradient, each float32."""
+PARAMETER_BYTES = 3 * 4
+"""Bytes that an update moves for a parameter beside the optimizer's state, which is read and
+written: it reads value and gradient and writes the value, each float32."""
+MOMENT_BYTES = 2 * 4
+"""Of AdamW's state."""
 BACKWARD = {"splash": 3.5, "xla": 3.0}
 """FLOPs of attention's backward pass for one of the forward one, where four products of the two
 would do: splash attention's two kernels both compute the scores again, plain JAX does once."""
@@ -210,6 +212,7 @@ def train_work(
     micro_batches: int,
     remat: str,
     reference: bool = False,
+    moments: float | None = None,
 ) -> Work:
     """One update.
 
@@ -221,6 +224,7 @@ def train_work(
       micro_batches: of the batch.
       remat: the recipe's policy.
       reference: whether a reference runs in the step.
+      moments: bytes of the optimizer's state that a device holds; AdamW's by default.
     """
     again = 2 if remat == "full" else 1
     in_tower = any(path.startswith(TOWER) for path in trained)
@@ -245,7 +249,8 @@ def train_work(
         micro += _passed(computation, base, sizes, head, lambda _: Passes(), Passes(), Passes())
     own = sum(math.prod(params[path].shape) / _ways(computation, params, path) for path in trained)
     gathered = 2 * 4 * own if micro_batches > 1 else 0.0
-    update = OPTIMIZER_BYTES * own + micro_batches * gathered
+    state = MOMENT_BYTES * own if moments is None else moments
+    update = PARAMETER_BYTES * own + 2 * state + micro_batches * gathered
     return micro.times(micro_batches) + Work(0, 0, update)
 
 

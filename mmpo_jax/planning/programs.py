@@ -178,6 +178,7 @@ def training(
         count,
         config.remat,
         reference=bool(state.reference),
+        moments=local_bytes(state.optimizer),
     )
     held = {
         "parameters": local_bytes([state.params, state.frozen]),

@@ -120,6 +120,13 @@ def test_bytes_of_a_training_step_by_hand():
     assert work.exchanged == pytest.approx(exchanged, rel=0.05)
 
 
+def test_a_smaller_state_of_the_optimizer_moves_less():
+    whole = of_7b(fsdp=8), *trained_of(llava_7b()), PAIR, 1, "none"
+    adamw, lion = train_work(*whole), train_work(*whole, moments=4 * (BODY + 2 * HEAD) / 8)
+    assert adamw.bytes - lion.bytes == pytest.approx(2 * 4 * (BODY + 2 * HEAD) / 8, rel=0.02)
+    assert adamw.flops == lion.flops
+
+
 def test_a_decoded_token_reads_weights_and_caches_once():
     layout = Layout(rows=4, width=2, groups=2, members=3, batch=4)
     decoding = Decoding(num_samples=10, max_new_tokens=512)
