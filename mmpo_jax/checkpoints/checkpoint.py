@@ -4,6 +4,7 @@ built-in."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 from collections.abc import Collection
@@ -16,9 +17,12 @@ from jax.sharding import Mesh
 
 from mmpo_jax.checkpoints.configs import load_config
 from mmpo_jax.checkpoints.fingerprints import (
+    adapter_files,
     fingerprint_adapter,
     fingerprint_model,
     fingerprint_step,
+    model_files,
+    step_files,
 )
 from mmpo_jax.checkpoints.folders import is_on_hub, resolve_folder, side_files
 from mmpo_jax.checkpoints.huggingface import check_params, load_params
@@ -27,7 +31,8 @@ from mmpo_jax.checkpoints.peft import base_model, has_model, is_adapter_folder, 
 from mmpo_jax.checkpoints.safetensors_files import all_finite
 from mmpo_jax.core import progress
 from mmpo_jax.core.files import fingerprint_json, is_local
-from mmpo_jax.core.processes import on_one
+from mmpo_jax.core.known_files import state_of
+from mmpo_jax.core.processes import check_same, on_one
 from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.models.config import ModelConfig, ModelError
@@ -72,7 +77,9 @@ class Origin:
         """
         if self.random_seed is None:
             return fingerprint_location(self.location)
-        return fingerprint_json(["random", self.random_seed, dataclasses.asdict(config)])
+        fingerprint = fingerprint_json(["random", self.random_seed, dataclasses.asdict(config)])
+        check_same(f"{self.location.base}: the config", lambda: fingerprint)
+        return fingerprint
 
     def load(self, model: Model, mesh: Mesh | None) -> Params:
         """The parameters, on the mesh or as NumPy arrays on the host; see `load_weights`."""
@@ -189,12 +196,30 @@ def checkpoint_folders(name: str) -> list[str]:
 
 
 def fingerprint_location(location: Location) -> str:
-    """Digest of all files that make up a checkpoint, which the first of several processes reads.
+    """Digest of all files that make up a checkpoint.
+
+    Of several processes the first reads them. The others do where they see copies of them, and not
+    the same files by their size, time and inode.
 
     Raises:
       ModelError, DataError: naming the file that is missing or cannot be read.
+      MmpoError: another process has other files.
     """
-    return on_one(lambda: _fingerprint(location))
+    whole = functools.partial(_fingerprint, location)
+    check_same(f"{location.weights}: the files", functools.partial(_states, location), whole)
+    return on_one(whole)
+
+
+def _states(location: Location) -> str:
+    """Digest of how the files are, which tells copies apart from files on one file system."""
+    if location.is_orbax:
+        files = step_files(location.weights, location.base)
+    else:
+        files = model_files(location.weights)
+    found = [files, *map(adapter_files, location.adapters)]
+    return fingerprint_json(
+        [{name: state_of(path) for name, path in each.items()} for each in found]
+    )
 
 
 def _fingerprint(location: Location) -> str:

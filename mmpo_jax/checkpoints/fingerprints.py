@@ -25,8 +25,17 @@ def fingerprint_model(folder: str | os.PathLike[str]) -> str:
       ModelError: there are no weights.
       DataError: a file cannot be read.
     """
+    return fingerprint_files(model_files(folder))
+
+
+def model_files(folder: str | os.PathLike[str]) -> dict[str, str]:
+    """Name -> path of the files that `fingerprint_model` is of.
+
+    Raises:
+      ModelError: there are no weights.
+    """
     weights = {os.path.basename(file): file for file in weight_files(folder)}
-    return fingerprint_files({**_present(folder, SIDE_FILES), **weights})
+    return {**_present(folder, SIDE_FILES), **weights}
 
 
 def fingerprint_adapter(folder: str | os.PathLike[str]) -> str:
@@ -35,7 +44,12 @@ def fingerprint_adapter(folder: str | os.PathLike[str]) -> str:
     Raises:
       DataError: a file cannot be read.
     """
-    return fingerprint_files(_present(folder, (ADAPTER_CONFIG, ADAPTER_WEIGHTS)))
+    return fingerprint_files(adapter_files(folder))
+
+
+def adapter_files(folder: str | os.PathLike[str]) -> dict[str, str]:
+    """Name -> path of the files that `fingerprint_adapter` is of."""
+    return _present(folder, (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
 
 
 def fingerprint_step(step: str, base: str) -> str:
@@ -45,13 +59,18 @@ def fingerprint_step(step: str, base: str) -> str:
     Raises:
       DataError: a file cannot be read.
     """
+    return fingerprint_files(step_files(step, base))
+
+
+def step_files(step: str, base: str) -> dict[str, str]:
+    """Name -> path of the files that `fingerprint_step` is of."""
     params = Path(step) / "params"
     found = {
         f"params/{file.relative_to(params).as_posix()}": os.fspath(file)
         for file in params.rglob("*")
         if file.is_file()
     }
-    return fingerprint_files({**_present(base, SIDE_FILES), **found})
+    return {**_present(base, SIDE_FILES), **found}
 
 
 def has_fingerprint(folder: str | os.PathLike[str], fingerprint: str) -> bool:

@@ -182,6 +182,34 @@ def in_shares(function: Callable[[Item], Result], items: Sequence[Item]) -> list
     return [shares[place % me.count][0][place // me.count] for place in range(len(items))]
 
 
+def check_same(what: str, *fingerprints: Callable[[], str]) -> None:
+    """Checks that all processes have the same of something that each finds on its own host.
+
+    As with `on_one`, all processes have to call this alike.
+
+    Args:
+      what: it is, for the message.
+      fingerprints: of it, from the cheapest to the one that decides: where one is equal in all
+        processes, none behind it is asked for.
+
+    Raises:
+      MmpoError: in all processes, naming one that differs from the first; or what a fingerprint
+        raises in one of them.
+    """
+    me = member()
+    if me.count == 1 or _is_alone():
+        return
+    different: list[int] = []
+    for fingerprint in fingerprints:
+        told = in_shares(lambda own: own(), [fingerprint] * me.count)
+        different = [index for index, own in enumerate(told) if own != told[0]]
+        if not different:
+            return
+    error = MmpoError(f"{what} of process {different[0]} differ from the first one's")
+    error.agreed = True  # type: ignore[attr-defined]
+    raise error
+
+
 def is_agreed(error: BaseException) -> bool:
     """Whether all processes raise an error, as it is that of `on_one`."""
     return getattr(error, "agreed", False)
@@ -249,10 +277,11 @@ def _gather(data: bytes) -> list[bytes]:
     def gather(array: np.ndarray) -> np.ndarray:
         return np.asarray(multihost_utils.process_allgather(array))
 
-    sizes = [
-        int(high) << 30 | int(low)
-        for high, low in gather(np.array([len(data) >> 30, len(data) & ((1 << 30) - 1)], np.int32))
-    ]
+    size = len(data)
+    heads = gather(np.array([member().index, size >> 30, size & ((1 << 30) - 1)], np.int32))
+    # They come in the order of the devices, which need not be that of the processes.
+    order = np.argsort(heads[:, 0])
+    sizes = [int(high) << 30 | int(low) for _, high, low in heads[order]]
     parts: list[list[bytes]] = [[] for _ in sizes]
     done = 0
     while done < max(sizes):
@@ -260,7 +289,7 @@ def _gather(data: bytes) -> list[bytes]:
         padded = np.zeros(length, np.uint8)
         piece = np.frombuffer(data[done : done + length], np.uint8)
         padded[: len(piece)] = piece
-        for part, row in zip(parts, gather(padded), strict=True):
+        for part, row in zip(parts, gather(padded)[order], strict=True):
             part.append(row.tobytes())
         done += length
     return [b"".join(part)[:size] for part, size in zip(parts, sizes, strict=True)]

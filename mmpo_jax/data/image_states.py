@@ -102,10 +102,11 @@ def _differs(seen: Seen, pool: ThreadPoolExecutor) -> bool:
             unknown.append(path)
         elif facts["sha256"] != digest:
             return True
-    return list(pool.map(_digest, unknown)) != [seen.images[path] for path in unknown]
+    return list(pool.map(digest_at, unknown)) != [seen.images[path] for path in unknown]
 
 
-def _digest(path: str) -> str | None:
+def digest_at(path: str) -> str | None:
+    """SHA-256 of an image; None where it cannot be read."""
     try:
         return ImageRef(path, path=epath.Path(path)).fingerprint()
     except DataError:

@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Iterable
 
 from mmpo_jax.core import progress
-from mmpo_jax.core.processes import in_shares
+from mmpo_jax.core.files import fingerprint_json
+from mmpo_jax.core.processes import check_same, in_shares
 from mmpo_jax.data.images import image_problem, image_size
 from mmpo_jax.data.records import ImageRef, Record, VideoRef
 from mmpo_jax.data.skipped import Problem, SkippedRow
@@ -16,10 +17,16 @@ def check_images(
     """Decode all images and frames once; separate the records with one that does not open.
 
     The frames of a video have to be of one size. Of several processes each opens its share.
+
+    Raises:
+      MmpoError: another process has other records.
     """
     good: list[Record] = []
     skipped: list[SkippedRow] = []
     given = list(records)
+    check_same(
+        f"{file}: the data", lambda: fingerprint_json([[each.row, each.id] for each in given])
+    )
     with progress.doing("checking images", len(given)) as activity:
 
         def check(record: Record) -> Problem | None:

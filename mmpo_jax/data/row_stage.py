@@ -30,8 +30,9 @@ from mmpo_jax.core.files import (
     write_atomic,
 )
 from mmpo_jax.core.known_files import flush, kept_fingerprint
-from mmpo_jax.core.processes import alone, on_one
+from mmpo_jax.core.processes import alone, check_same, on_one
 from mmpo_jax.core.workers import in_order
+from mmpo_jax.data.agreement import check_same_images
 from mmpo_jax.data.files import count_rows, find_files, fingerprint_rows, rows_of
 from mmpo_jax.data.formats import FORMATS
 from mmpo_jax.data.image_states import Seen, changed
@@ -84,7 +85,8 @@ def tokenized_rows(
 
     Raises:
       DataError: the file cannot be read, more rows were left out than the recipe allows, or none
-        can be used; or processes see others.
+        can be used.
+      MmpoError: another process has other rows or images.
     """
     is_shared = is_local(folder)
     if not is_shared:
@@ -93,6 +95,7 @@ def tokenized_rows(
     files = find_files(data.path)
     made_of = _made_of(data, use, processor, lengths, files)
     key = fingerprint_json(made_of)
+    check_same(f"{data.path}: the data", lambda: key)
     job = Job(
         data,
         use,
@@ -119,8 +122,9 @@ def tokenized_rows(
     else:  # the cache is this machine's own
         with alone():
             parts, made = find_or_make()
-        if parts != on_one(lambda: parts):
-            raise DataError(f"{data.path}: its rows, or their images, differ between the processes")
+        check_same(f"{data.path}: the data", lambda: fingerprint_json(parts))
+    seen = (Seen.from_json(notes_of(job.part(number))["seen"]) for number in range(len(parts)))
+    check_same_images(data.path, seen)
     told = made and _joins(data, use)
     tally = Tally()
     for number in range(len(parts)):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -244,14 +245,18 @@ def tokenize_records(
     return kept, skipped
 
 
-def content_of(record: TokenizedRecord) -> list[Any]:
-    """What a model sees of a record, as JSON: tokens, loss masks and digests of encoded images."""
+def content_of(
+    record: TokenizedRecord,
+    of_media: Callable[[ImageRef | VideoRef], Any] = operator.methodcaller("fingerprint"),
+) -> list[Any]:
+    """What a model sees of a record, as JSON: tokens, loss masks and digests of encoded images, or
+    what else stands for an image and a video."""
     return [
         record.prompt_ids.tolist(),
         [[r.ids.tolist(), r.loss_mask.tolist()] for r in record.responses],
-        [image.fingerprint() for image in record.images],
-        [video.fingerprint() for video in record.videos],
-        *([name, content_of(other)] for name, other in record.others),
+        [of_media(image) for image in record.images],
+        [of_media(video) for video in record.videos],
+        *([name, content_of(other, of_media)] for name, other in record.others),
     ]
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 
 from mmpo_jax.core import progress
+from mmpo_jax.data.agreement import check_same_records
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.notes import shows_something
 from mmpo_jax.data.processor import Processor
@@ -51,6 +52,7 @@ def usable_records(
 
     Raises:
       DataError: more rows were skipped than the recipe allows, or none is left.
+      MmpoError: another process has other records.
     """
     name = record_set.name
     tally = Tally(
@@ -64,6 +66,7 @@ def usable_records(
     limit = None if lengths is None else lengths.response[-1]
     settle(tally, name, skipped_file, record_set.max_skipped, processor.images is not None, limit)
     records, tokenized = [record for record, _ in used], [row for _, row in used]
+    check_same_records(name, tokenized)
     return dataclasses.replace(record_set, records=records, skipped=tally.skipped), tokenized
 
 

@@ -1,7 +1,9 @@
 """Which process of how many this is, and what happens where it is the only one."""
 
 import importlib.util
+import pickle
 
+import numpy as np
 import pytest
 
 from mmpo_jax.core import processes
@@ -111,6 +113,56 @@ def test_what_one_does_alone_waits_for_nobody(member):
     member(**variables)
     with processes.alone():
         assert processes.on_one(lambda: 4) == 4
+
+
+@pytest.fixture
+def gathered(member, monkeypatch):
+    """Three processes, of which this is one, and what the others say when all tell something."""
+    first = dict(zip(processes.VARIABLES, ("host:1", "3", "0"), strict=True))
+    others = []
+    monkeypatch.setattr(processes, "_gather", lambda data: [data, *others.pop(0)])
+
+    def told(*rounds):
+        member(**first)
+        others[:] = [[pickle.dumps(([one], None)) for one in each] for each in rounds]
+
+    return told
+
+
+def test_what_is_cheaply_the_same_is_not_looked_at_further(gathered):
+    gathered(["a", "a"])
+    processes.check_same("the data", lambda: "a", lambda: 1 // 0)
+    gathered(["b", "a"], ["c", "c"])
+    processes.check_same("the data", lambda: "a", lambda: "c")
+
+
+def test_who_has_something_else_is_named_to_all(gathered):
+    gathered(["a", "b"], ["c", "d"])
+    with pytest.raises(MmpoError, match="data of process 2 differ from the first one's") as e:
+        processes.check_same("the data", lambda: "a", lambda: "c")
+    assert processes.is_agreed(e.value)
+
+
+def test_one_process_has_nothing_to_compare_with(member):
+    member()
+    processes.check_same("the data", lambda: 1 // 0)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]])
+def test_gathered_in_the_order_of_processes(member, monkeypatch, order):
+    """However the devices, whose order JAX gathers in, stand."""
+    said = [b"zero" * 3000, b"", b"two"]
+    rows = [[index, 0, len(data)] for index, data in enumerate(said)]
+
+    def allgather(array):
+        if array.dtype == np.int32:
+            return np.array(rows, np.int32)[order]
+        padded = [data.ljust(len(array), b"?") for data in said]
+        return np.array([np.frombuffer(padded[index], np.uint8) for index in order])
+
+    monkeypatch.setattr("jax.experimental.multihost_utils.process_allgather", allgather)
+    member(**dict(zip(processes.VARIABLES, ("host:1", "3", "1"), strict=True)))
+    assert processes._gather(said[1]) == said
 
 
 class Told:

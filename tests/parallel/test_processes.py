@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import time
 
@@ -222,6 +223,61 @@ def test_alignment(tmp_path, count, rounds):
     assert_same(one, several)
     reports = json.loads((several / "align" / "rounds.json").read_text())
     assert len(reports) == rounds + 1 and all(report["pairs"] for report in reports[1:])
+
+
+ELSEWHERE = """
+import os
+os.chdir(os.path.join(FOLDER, os.environ["JAX_PROCESS_ID"]))
+"""
+"""Each process has files of its own."""
+
+
+def with_own_files(tmp_path, commands):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    program = ELSEWHERE.replace("FOLDER", repr(str(tmp_path))) + processes.PROCESS
+    return processes.Running(commands(folder), folder, 2, program).wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changed", ["a picture", "a prompt", "a row", "a weight"])
+def test_copies_that_differ_stop_all(tmp_path, tiny_folder, changed):
+    for index in ("0", "1"):
+        data = write_pairs(tmp_path / index / "data", 21)
+        model = shutil.copytree(tiny_folder, tmp_path / index / "model")
+    if changed == "a picture":  # under the name of another
+        first, second, *_ = sorted(data.parent.glob("*.png"))
+        second.write_bytes(first.read_bytes())
+    elif changed == "a weight":
+        file = bytearray((model / "model.safetensors").read_bytes())
+        file[-3] ^= 1
+        (model / "model.safetensors").write_bytes(file)
+    else:
+        rows = [json.loads(line) for line in data.read_text().splitlines()]
+        rows[3]["prompt"] += " please"
+        rows = rows[: 20 if changed == "a row" else 21]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ended = with_own_files(
+        tmp_path, lambda folder: score_commands(folder, "model", f"data/{data.name}")
+    )
+    assert [status for status, _, _ in ended] == [1, 1], ended
+    what = "model: the files" if changed == "a weight" else f"data/{data.name}: the data"
+    assert f"{what} of process 1 differ from the first one's" in ended[0][2]
+    assert "Traceback" not in ended[0][2] + ended[1][2]
+
+
+@pytest.mark.slow
+def test_copies_that_are_alike(tmp_path, tiny_folder):
+    for index in ("0", "1"):
+        data = write_pairs(tmp_path / index / "data", 21)
+        shutil.copytree(tiny_folder, tmp_path / index / "model")
+    ended = with_own_files(
+        tmp_path,
+        lambda folder: train_commands(
+            folder, "model", f"data/{data.name}", objective={"type": "sft"}
+        ),
+    )
+    assert [status for status, _, _ in ended] == [0, 0], ended
 
 
 STOPPING = """
