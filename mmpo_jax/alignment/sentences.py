@@ -37,7 +37,7 @@ from mmpo_jax.recipes.sentences import Sentences
 
 log = logging.getLogger(__name__)
 
-SENTENCE_RULES = 1
+SENTENCE_RULES = 2
 """Part of the key of sentences: changes with how they are cut and which ones are gone on from."""
 
 BEGUN = GENERATED.append(pa.field("begun", pa.string()))
@@ -186,7 +186,7 @@ def _cut(
         text = row["text"]
         if begun[name]:
             text = continued_text(processor, prompts[name].prompt_ids, row["token_ids"])
-        sentence = first_sentence(text, end)
+        sentence = first_sentence(text, end, finished=row["finished"])
         finished = row["finished"] and (sentence is None or not text[len(sentence) :].strip())
         sentence = text if finished else sentence
         if sentence is None:

@@ -27,10 +27,36 @@ from mmpo_jax.feedback.sentences import first_sentence
         ("A list\n- dog", "A list\n"),
         ("\u4e00\u53ea\u72d7\u3002\u4e00\u53ea\u732b\u3002", "\u4e00\u53ea\u72d7\u3002"),
         ("there is a red star .", "there is a red star ."),
+        ("The U.S. flag is red. It", "The U.S. flag is red."),
+        ("The U.S. Army is here. It", "The U.S. Army is here."),
+        ("Room No. 5 is shut. It", "Room No. 5 is shut."),
+        ("No. The dog is red.", "No."),
+        ("At 5 p.m. the shop shuts. It", "At 5 p.m. the shop shuts."),
+        ("J. R. R. Hill reads. He", "J. R. R. Hill reads."),
+        ('It says "Stop!" and "Go!" twice. It', 'It says "Stop!" and "Go!" twice.'),
+        ('A dog. "Hi," it says.', "A dog."),
+        ("A dog. - a cat", "A dog."),
+        ("It has 3. 4 are red.", "It has 3."),
+        ("A dog.\nand a cat", "A dog."),
+        ("a red star . a ring .", "a red star ."),
     ],
 )
 def test_prose(text, first):
     assert first_sentence(text) == first
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("It costs 3.", None),
+        ("It costs 3. ", None),
+        ("It costs 3.\n", "It costs 3."),
+        ("A dog. It costs 3.", "A dog."),
+        ("\u4e00\u53ea\u72d7\u3002", "\u4e00\u53ea\u72d7\u3002"),
+    ],
+)
+def test_a_text_that_was_cut_ends_no_sentence(text, first):
+    assert first_sentence(text, finished=False) == first
 
 
 @pytest.mark.parametrize(
