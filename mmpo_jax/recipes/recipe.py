@@ -221,6 +221,17 @@ class AlignRecipe(Base):
         return self
 
     @pydantic.model_validator(mode="after")
+    def _knows_clean_sentences(self) -> AlignRecipe:
+        counted = isinstance(self.feedback, ClaimsFeedback) and self.feedback.score == "count"
+        given = self.sentences is None or "clean" in self.sentences.model_fields_set
+        if not (counted or given):
+            raise ValueError(
+                "sentences.clean: give the score from which on a sentence is clean; 0 is that no "
+                "claim was rejected, of feedback of type claims with `score: count` alone"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _sources_known(self) -> AlignRecipe:
         names = [source.name for source in self.candidates]
         sides = {

@@ -17,7 +17,7 @@ class Sentences(Section):
     """Sentences of an answer, at most."""
     clean: float = 0.0
     """Score from which on a sentence is clean: it may be chosen, and answers may go on from it. 0
-    is that no claim was rejected, where they are counted."""
+    is that no claim was rejected, where they are counted; other scores need their own."""
     end: str | None = None
     """Regular expression of what ends a sentence and belongs to it; a rule for prose by default."""
 

@@ -302,8 +302,17 @@ def test_the_space_in_front_of_what_goes_on(make, tmp_path):
         ({"sentences": {"end": "("}}, "no regular expression"),
         ({"sentences": {"end": "a*"}}, "found where nothing stands"),
         ({"sentences": {"max_sentences": 0}}, "greater than 0"),
+        ({"feedback": {"score": "log_odds"}}, "sentences.clean: give the score"),
+        ({"feedback": {"type": "picture_world_caption"}}, "sentences.clean: give the score"),
     ],
 )
 def test_recipes_that_make_no_sentences(changes, told):
     with pytest.raises(ValidationError, match=told):
         small_recipe("out", "DIR", **changes)
+
+
+def test_any_score_may_be_clean_where_a_recipe_says_which():
+    of_fractions = {"feedback": {"score": "fraction"}, "sentences": {"clean": 0.9}}
+    recipe = small_recipe("out", "DIR", **of_fractions)
+    again = AlignRecipe.model_validate(recipe.model_dump(mode="json"))
+    assert again.sentences is not None and again.sentences.clean == 0.9
