@@ -18,7 +18,7 @@ class TrainState:
     step: jax.Array
     """int32[]: updates done."""
     params: dict[str, jax.Array]
-    """float32, path -> array: what is trained."""
+    """path -> array, float32 or bfloat16: what is trained."""
     frozen: dict[str, jax.Array]
     """path -> array: what is not."""
     optimizer: Any

@@ -27,6 +27,7 @@ from mmpo_jax.objectives.terms import Term, needs, rows_read
 from mmpo_jax.parallel.mesh import BATCH, param_shardings
 from mmpo_jax.recipes.training import NoReference, Training
 from mmpo_jax.training.losses import Loss, needs_reference
+from mmpo_jax.training.rounding import widened
 from mmpo_jax.training.sharding import optimizer_shardings
 from mmpo_jax.training.step import trainable_paths
 
@@ -193,7 +194,9 @@ def train_state(
     places = flatten(param_shardings(start, model.rules, mesh))
     flat = flatten(start)
     trained = {
-        path: jax.ShapeDtypeStruct(flat[path].shape, jnp.float32, sharding=places[path])
+        path: jax.ShapeDtypeStruct(
+            flat[path].shape, jnp.dtype(config.param_dtype), sharding=places[path]
+        )
         for path in trainable_paths(list(flat), config.freeze)
     }
     frozen = {
@@ -205,7 +208,7 @@ def train_state(
     }
     moments = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        jax.eval_shape(optimizer.init, trained),
+        jax.eval_shape(lambda params: optimizer.init(widened(params)), trained),
         optimizer_shardings(optimizer, trained, mesh),
     )
     kind = config.reference if needs_reference(terms) else NoReference()

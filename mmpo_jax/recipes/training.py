@@ -88,12 +88,16 @@ class Training(Section):
     runs."""
     remat: Literal["none", "dots", "full"] = "none"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What trained weights are kept in. In bfloat16 they take half of the memory, and every update
+    is rounded stochastically; what they begin with is rounded to the nearest."""
     log_every: PositiveInt = 10
     save_every: PositiveInt = 100
     keep_checkpoints: PositiveInt = 2
     save_dtype: SaveDtype = "float32"
     """Dtype of the result's weights. Training keeps float32, whatever the start has, and so nothing
-    of it is lost; others round (docs/training.md). Rounds of an alignment go on from float32."""
+    of it is lost; others round (docs/training.md), but for weights that `param_dtype` has in
+    bfloat16 already. Rounds of an alignment go on from what training keeps."""
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> Training:
@@ -103,6 +107,8 @@ class Training(Section):
         self._check_model()
         self._check_reference()
         self._check_contexts()
+        if self.lora is not None and self.param_dtype != "float32":
+            raise ValueError("param_dtype: adapters are small, and trained in float32")
         if self.save_every % self.log_every:
             raise ValueError("save_every must be a multiple of log_every")
         return self

@@ -36,6 +36,7 @@ from mmpo_jax.models.model import Params
 from mmpo_jax.parallel.mesh import batch_share, put_batch
 from mmpo_jax.recipes.training import MovingReference, NoReference, Rollout, Training
 from mmpo_jax.training.losses import Loss, make_loss, needs_reference, recipe_terms
+from mmpo_jax.training.memory import log_memory
 from mmpo_jax.training.metrics import MetricsWriter
 from mmpo_jax.training.on_policy import Prompts, Rollouts
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
@@ -126,6 +127,7 @@ def train(
             source.set_state(position)
         # Not before it is known to be this run's folder.
         save_base(run.folder, start.processor.folder, start.processor.chat_template, run.card)
+        log_memory(state)
         step = int(state.step)
         with (
             contextlib.closing(
@@ -287,6 +289,7 @@ def _prepare(
         optimizer,
         config.freeze,
         mesh,
+        param_dtype=jnp.dtype(config.param_dtype),
         reference_dtype=running,
         keeps=loss.state,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,30 @@ def round_stochastically(x: Float[Array, "*S"], key: Key[Array, ""]) -> BFloat16
     rounded = jax.lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.bfloat16)
     # What is no number has no neighbours.
     return jnp.where(jnp.isfinite(exact), rounded, exact.astype(jnp.bfloat16))
+
+
+def widened(params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Parameters in float32."""
+    return {path: leaf.astype(jnp.float32) for path, leaf in params.items()}
+
+
+def narrowed(
+    params: Mapping[str, jax.Array],
+    before: Mapping[str, jax.Array],
+    seed: int,
+    step: Int[Array, ""],
+) -> dict[str, jax.Array]:
+    """float32 parameters in the dtypes that they had before, rounded stochastically.
+
+    The nearest bfloat16 of a weight and its update is mostly the weight as it was.
+    """
+
+    def narrow(path: str, leaf: jax.Array) -> jax.Array:
+        if before[path].dtype == leaf.dtype:
+            return leaf
+        return round_stochastically(leaf, rounding_key(seed, step, path))
+
+    return {path: narrow(path, leaf) for path, leaf in params.items()}
 
 
 def rounding_key(seed: int, step: Int[Array, ""], name: str) -> Key[Array, ""]:

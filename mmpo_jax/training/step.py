@@ -24,6 +24,7 @@ from mmpo_jax.objectives.terms import Metrics
 from mmpo_jax.parallel.mesh import param_shardings, put_whole
 from mmpo_jax.recipes.training import MovingReference
 from mmpo_jax.training.losses import Loss
+from mmpo_jax.training.rounding import narrowed, widened
 from mmpo_jax.training.sharding import optimizer_shardings
 
 Update = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
@@ -60,6 +61,7 @@ def create_state(
     frozen: tuple[str, ...],
     mesh: Mesh,
     *,
+    param_dtype: Any = jnp.float32,
     reference_dtype: Any = None,
     keeps: State | None = None,
 ) -> TrainState:
@@ -73,6 +75,7 @@ def create_state(
       optimizer: makes its moments.
       frozen: see `trainable_paths`.
       mesh: the devices.
+      param_dtype: of what is trained; what is wider is rounded to the nearest.
       reference_dtype: of a reference that runs in the step, which begins as a copy of what is
         trained: of adapters only, where these are; None where no reference runs.
       keeps: first values of what objectives keep from step to step.
@@ -83,15 +86,14 @@ def create_state(
 
     def place(path: str) -> jax.Array:
         # A copy, because the step donates what it trains and the caller may keep its arrays.
-        return jnp.copy(put_whole(flat[path].astype(jnp.float32), shardings[path]))
+        return jnp.copy(put_whole(flat[path].astype(param_dtype), shardings[path]))
 
     trained = {path: place(path) for path in kept}
     constants = {
         path: put_whole(leaf, shardings[path]) for path, leaf in flat.items() if path not in trained
     }
-    moments = jax.jit(optimizer.init, out_shardings=optimizer_shardings(optimizer, trained, mesh))(
-        trained
-    )
+    places = optimizer_shardings(optimizer, trained, mesh)
+    moments = jax.jit(lambda params: optimizer.init(widened(params)), out_shardings=places)(trained)
     replicated = NamedSharding(mesh, PartitionSpec())
     reference = {}
     if reference_dtype is not None:
@@ -128,6 +130,9 @@ def make_step(
     A step whose loss or gradient is not finite changes nothing but the step count, and reports
     `finite` = 0.
 
+    Gradients, updates and moments are those of float32 parameters; where these are kept in
+    bfloat16, the updated ones are rounded stochastically, by keys of seed, step and path.
+
     Args:
       loss: of the recipe's objectives.
       optimizer: optax transformation; clipping included.
@@ -135,7 +140,8 @@ def make_step(
       state: a state as `create_state` makes it; its shardings are kept.
       compute_dtype: parameters are cast to it for the forward and backward pass.
       dropout: share of inputs that adapters drop.
-      seed: of the dropout; its keys are folded from it, the step and the micro-batch.
+      seed: of the dropout, whose keys are folded from it, the step and the micro-batch, and of
+        rounding.
       reference: how it follows the policy, if it does.
 
     Returns:
@@ -159,20 +165,21 @@ def make_step(
         return accumulate(loss, forward, state, batches, keys)
 
     def update(state: TrainState, frozen: dict, batches: Any) -> tuple[TrainState, Metrics]:
-        state = dataclasses.replace(state, frozen=frozen)
+        before = dataclasses.replace(state, step=state.step + 1, frozen={})
+        state = dataclasses.replace(state, params=widened(state.params), frozen=frozen)
         grads, sums, objective_state = gradients(state, batches)
         grads = jax.lax.with_sharding_constraint(grads, shardings.params)
         value, norm = loss.value(sums), optax.global_norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, moments = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
+        params = narrowed(params, before.params, seed, state.step)
         step = state.step + 1
         followed = state.reference
         if reference is not None:
             share = jnp.where(step % reference.every == 0, reference.mixup, 0.0)
             followed = jax.tree.map(lambda r, p: r + share * (p - r), followed, params)
         after = TrainState(step, params, {}, moments, followed, objective_state)
-        before = dataclasses.replace(state, step=step, frozen={})
         after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
         metrics = loss.metrics(sums) | {
             "loss": value,

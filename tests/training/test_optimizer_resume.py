@@ -16,6 +16,10 @@ OPTIMIZERS = {
 }
 
 
+PARAMS = {"lion": "bfloat16"}
+"""Dtypes of the trained weights; float32 for the others."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_resume_is_exact(run, tmp_path, monkeypatch, name):
@@ -26,11 +30,13 @@ def test_resume_is_exact(run, tmp_path, monkeypatch, name):
             "optimizer": OPTIMIZERS[name],
             "schedule": WarmupStableDecay(decay_ratio=0.5),
             "max_steps": 6,
+            "param_dtype": PARAMS.get(name, "float32"),
         }
     )
     whole = run(tmp_path / "whole", config=config)
     with interrupted(4), pytest.raises(Killed):
         run(tmp_path / "killed", config=config)
     same(run(tmp_path / "killed", config=config), whole)
+    assert {str(leaf.dtype) for leaf in whole.values()} == {config.param_dtype}
     metrics = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "killed")]
     assert metrics[0] == metrics[1]

@@ -1,0 +1,44 @@
+"""What a training holds on each device between steps, for the log."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import jax
+
+from mmpo_jax.checkpoints.train_state import TrainState
+
+log = logging.getLogger(__name__)
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes of the largest part that a device holds of these arrays."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def log_memory(state: TrainState) -> None:
+    """Says in the log what parameters, optimizer and reference take, and the bytes of a trained
+    parameter."""
+    parts = {
+        "trained parameters": state.params,
+        "frozen ones": state.frozen,
+        "optimizer": state.optimizer,
+        "reference": state.reference,
+    }
+    held = {name: bytes_per_device(tree) for name, tree in parts.items() if jax.tree.leaves(tree)}
+    text = ", ".join(f"{name} {size / 2**30:.3g} GiB" for name, size in held.items())
+    count = sum(leaf.size for leaf in state.params.values())
+    each = [
+        sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) / count
+        for tree in (state.params, state.optimizer)
+    ]
+    log.info(
+        "each device holds: %s; of a trained parameter %.3g bytes and %.3g of the optimizer's",
+        text,
+        *each,
+    )
