@@ -47,7 +47,9 @@ def edit_pixels(pixels: np.ndarray, edit: Edit | None, patch_size: int = 1) -> n
 
     `noise` is sqrt(a) x + sqrt(1 - a) e with e normal and a of the diffusion step, as VCD adds it
     (Leng et al. 2023, arXiv 2311.16922). `blank` is 0, the mean colour of the preprocessing.
-    `masked` is that in a share of the patches, drawn at random from all of the image's.
+    `masked` is that in a share of the patches, drawn at random: of those of a view, the same in
+    every view (frames of a video), or of all patches that hold something. Views that show the same
+    picture twice need `hide_squares`.
 
     Args:
       pixels: float32[slots, C, H, W] or float32[slots, patches, numbers]; of any shape but for
@@ -60,23 +62,51 @@ def edit_pixels(pixels: np.ndarray, edit: Edit | None, patch_size: int = 1) -> n
     if edit.kind == "blank":
         return np.zeros_like(pixels)
     if edit.kind == "masked":
-        return pixels * _shown_patches(pixels.shape, edit, patch_size)
+        return pixels * _shown_patches(pixels, edit, patch_size)
     kept = remaining_signal()[edit.step]
     noise = np.random.default_rng(edit.seed).standard_normal(pixels.shape)
     return (np.sqrt(kept) * pixels + np.sqrt(1 - kept) * noise).astype(np.float32)
 
 
-def _shown_patches(shape: tuple[int, ...], edit: Edit, patch_size: int) -> np.ndarray:
-    """bool that broadcasts to `shape`; False in the patches that are hidden."""
-    in_patches = len(shape) == 3
-    grid = shape[:2] if in_patches else (shape[0], *(-(-edge // patch_size) for edge in shape[2:]))
-    shown = np.ones(grid, bool)
-    order = np.random.default_rng(edit.seed).permutation(shown.size)
-    shown.flat[order[: round(edit.share * shown.size)]] = False
-    if in_patches:
+def hide_squares(
+    image: Image.Image, edit: Edit, grid: tuple[int, int], colour: tuple[int, ...]
+) -> Image.Image:
+    """A picture before it is cut into views, in which the share of `masked` has one colour.
+
+    Args:
+      image: RGB.
+      edit: the change.
+      grid: rows and columns of squares, which are the patches of a view of the whole picture.
+      colour: RGB.
+    """
+    width, height = image.size
+    rows, columns = grid
+    pixels = np.array(image)
+    for row, column in np.argwhere(~_drawn(rows * columns, edit).reshape(grid)):
+        top, bottom = (at * height // rows for at in (row, row + 1))
+        left, right = (at * width // columns for at in (column, column + 1))
+        pixels[top:bottom, left:right] = colour
+    return Image.fromarray(pixels)
+
+
+def _shown_patches(pixels: np.ndarray, edit: Edit, patch_size: int) -> np.ndarray:
+    """bool that broadcasts to `pixels`; False in the patches that are hidden."""
+    if pixels.ndim == 3:
+        shown = np.asarray(pixels.any(axis=-1))  # others fill slots up
+        shown[shown] = _drawn(int(shown.sum()), edit)
         return shown[..., None]
-    shown = shown.repeat(patch_size, axis=1).repeat(patch_size, axis=2)
-    return shown[:, None, : shape[2], : shape[3]]
+    height, width = pixels.shape[2:]
+    grid = -(-height // patch_size), -(-width // patch_size)
+    shown = _drawn(grid[0] * grid[1], edit).reshape(grid)
+    return shown.repeat(patch_size, axis=0).repeat(patch_size, axis=1)[:height, :width]
+
+
+def _drawn(count: int, edit: Edit) -> np.ndarray:
+    """bool[count], False in the share that is hidden."""
+    shown = np.ones(count, bool)
+    order = np.random.default_rng(edit.seed).permutation(count)
+    shown[order[: round(edit.share * count)]] = False
+    return shown
 
 
 @functools.cache

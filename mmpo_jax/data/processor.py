@@ -23,7 +23,7 @@ from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import fingerprint_json
 from mmpo_jax.data.chat_template import REMEMBERED, ChatTemplate, TemplateRefusal
 from mmpo_jax.data.control_tokens import ControlTokens, has_stand_ins, has_written_out, in_texts
-from mmpo_jax.data.edits import edit_pixels
+from mmpo_jax.data.edits import edit_pixels, hide_squares
 from mmpo_jax.data.images import image_size, open_image
 from mmpo_jax.data.processor_files import (
     ProcessorError,
@@ -320,9 +320,16 @@ class Processor:
         if images:
             assert self.images is not None
             opened = [open_image(image) for image in images]
+            edits = [image.edit for image in images]
             with _named(images):
                 plain = self.images.pixels(self.config, self.image_processor, opened)
-            made += self._edited(plain, [image.edit for image in images])
+                in_views = [_masks_views(*one) for one in zip(plain, edits, strict=True)]
+                if any(in_views):
+                    hidden = zip(opened, edits, in_views, strict=True)
+                    opened = [self._hidden(*one) for one in hidden]
+                    plain = self.images.pixels(self.config, self.image_processor, opened)
+            rest = zip(edits, in_views, strict=True)
+            made += self._edited(plain, [None if done else edit for edit, done in rest])
         if videos:
             assert self.videos is not None
             clips = [[open_image(frame) for frame in video.frames] for video in videos]
@@ -336,6 +343,15 @@ class Processor:
                 _, oldest = self._pixels.popitem(last=False)
                 self._pixel_bytes -= sum(pixels.nbytes for pixels in oldest)
         return made
+
+    def _hidden(self, image: Any, edit: Edit | None, in_views: bool) -> Any:
+        """A picture whose parts are hidden in all of its views, if that is its change."""
+        if not in_views or edit is None:
+            return image
+        config: Any = self.config
+        height, width = (-(-edge // config.vision.patch_size) for edge in self.slot_shape[1:])
+        red, green, blue = (round(255 * part) for part in self.image_processor.image_mean)
+        return hide_squares(image, edit, (height, width), (red, green, blue))
 
     def _edited(
         self, plain: Sequence[np.ndarray], edits: Sequence[Edit | None]
@@ -396,6 +412,11 @@ class Processor:
                 f"{self.folder}: the image processor makes images of shape {made.shape[1:]}, "
                 f"config.json says {self.slot_shape}"
             )
+
+
+def _masks_views(plain: np.ndarray, edit: Edit | None) -> bool:
+    """Whether what is hidden in one of an image's views could be seen in another."""
+    return edit is not None and edit.kind == "masked" and plain.ndim == 4 and len(plain) > 1
 
 
 @contextlib.contextmanager

@@ -61,6 +61,10 @@ class Turn:
 EditKind = Literal["crop", "rotate", "black", "blank", "noise", "masked"]
 
 
+MASK_RULES = 2
+"""Part of the fingerprint of masked images: changes with how they are masked."""
+
+
 @dataclass(frozen=True)
 class Edit:
     """A change of an image that is made whenever it is read, see `data.edits`."""
@@ -142,7 +146,8 @@ class ImageRef:
         encoded = self._digest()
         if self.edit is None:
             return encoded
-        return fingerprint_json([encoded, asdict(self.edit)])
+        rules = [MASK_RULES] if self.edit.kind == "masked" else []
+        return fingerprint_json([encoded, asdict(self.edit), *rules])
 
     def _digest(self) -> str:
         """SHA-256 of the encoded image; a file that is known is not read again."""

@@ -1,5 +1,7 @@
 """Changed images: what each change does, that it is the same every time, and what it is part of."""
 
+import collections
+import copy
 import dataclasses
 import io
 import itertools
@@ -74,7 +76,7 @@ def test_noise_is_that_of_the_diffusion_schedule():
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
 def test_masked_patches_have_the_mean_colour_and_the_others_are_as_they_are(share):
-    """Of two views of 3 by 2 patches of 14 pixels, the last ones cut."""
+    """Of two frames of 3 by 2 patches of 14 pixels, the last ones cut."""
     pixels = np.random.default_rng(0).standard_normal((2, 3, 40, 28)).astype(np.float32)
     masked = edit_pixels(pixels, Edit("masked", 4, share=share), 14)
     assert masked.dtype == np.float32 and masked.shape == pixels.shape
@@ -84,17 +86,48 @@ def test_masked_patches_have_the_mean_colour_and_the_others_are_as_they_are(shar
         same, gone = np.array_equal(masked[patch], pixels[patch]), not masked[patch].any()
         assert same != gone
         hidden += gone
-    assert hidden == round(12 * share)
+    assert hidden == 2 * round(6 * share)
+    np.testing.assert_array_equal(masked[0] != 0, masked[1] != 0)  # the same in both
 
 
 def test_masked_patches_of_a_model_that_is_given_patches():
     pixels = np.random.default_rng(0).standard_normal((3, 4, 24)).astype(np.float32)
+    pixels[2, 2:] = 0  # no patches, but what fills the slot up
     masked = edit_pixels(pixels, Edit("masked", 1, share=0.5), 2)
     gone = ~masked.any(axis=2)
-    assert gone.sum() == 6
+    assert gone.sum() == 5 + 2
     np.testing.assert_array_equal(masked[~gone], pixels[~gone])
     other = edit_pixels(pixels, Edit("masked", 2, share=0.5), 2)
     assert (gone != ~other.any(axis=2)).any()
+
+
+def test_what_is_masked_in_the_whole_view_is_masked_in_the_tiles(gradient, tiny_processor):
+    """Of a family whose views are the whole picture and its halves."""
+    processor = copy.copy(tiny_processor)
+    processor._pixels = collections.OrderedDict()
+    _, height, width = processor.slot_shape
+    boxes = ((0, 0, *SIZE), (0, 0, SIZE[0] // 2, SIZE[1]), (SIZE[0] // 2, 0, *SIZE))
+    mean = np.array(processor.image_processor.image_mean)[:, None, None]
+
+    def views(config, image_processor, images):
+        made = [
+            [np.asarray(image.resize((width, height), 0, box)) / 255 for box in boxes]
+            for image in images
+        ]
+        return [(np.moveaxis(np.stack(one), 3, 1) - mean).astype(np.float32) for one in made]
+
+    processor.images = dataclasses.replace(processor.images, pixels=views)
+    plain = ImageRef("a", png(gradient))
+    masked = dataclasses.replace(plain, edit=Edit("masked", 2, share=0.5))
+    before, other, after = processor.pixels([plain, plain, masked])
+    np.testing.assert_array_equal(before, other)
+    gone = (np.abs(after) < 0.01).all(axis=1)
+    assert gone[0].mean() == pytest.approx(0.5, abs=0.1)
+    np.testing.assert_array_equal(
+        after[~gone[:, None].repeat(3, 1)], before[~gone[:, None].repeat(3, 1)]
+    )
+    whole = np.concatenate([gone[1], gone[2]], axis=1)[:, ::2]
+    assert (whole == gone[0]).mean() > 0.9  # but for pixels on the edges
 
 
 @pytest.mark.parametrize("kind", ["crop", "rotate", "noise", "masked"])
