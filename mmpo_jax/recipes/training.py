@@ -62,6 +62,14 @@ Reference = Annotated[
 ]
 
 
+class Profile(Section):
+    """Steps that JAX's profiler traces, into `profile/` of the run's folder."""
+
+    start: PositiveInt = 10
+    """The first of them; the very first step compiles."""
+    steps: PositiveInt = 3
+
+
 class Training(Section):
     """One training stage."""
 
@@ -94,6 +102,7 @@ class Training(Section):
     log_every: PositiveInt = 10
     save_every: PositiveInt = 100
     keep_checkpoints: PositiveInt = 2
+    profile: Profile | None = None
     save_dtype: SaveDtype = "float32"
     """Dtype of the result's weights. Training keeps float32, whatever the start has, and so nothing
     of it is lost; others round (docs/training.md), but for weights that `param_dtype` has in
@@ -166,7 +175,8 @@ class Training(Section):
 
     def identity(self) -> dict[str, Any]:
         """The options the trained weights depend on."""
-        without = {"log_every", "save_every", "keep_checkpoints", "save_dtype", "workers", "remat"}
+        without = {"log_every", "save_every", "keep_checkpoints", "profile", "save_dtype"}
+        without |= {"workers", "remat"}
         if self.lora is None or not self.lora.dropout:  # whose masks follow the micro-batches
             without.add("micro_batch_size")
         return self.model_dump(

@@ -41,6 +41,7 @@ from mmpo_jax.training.metrics import MetricsWriter
 from mmpo_jax.training.on_policy import Prompts, Rollouts
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
 from mmpo_jax.training.plan import check_training, micro_batch_size, total_steps
+from mmpo_jax.training.profiling import Profiler
 from mmpo_jax.training.reports import Reports
 from mmpo_jax.training.step import Update, create_state, make_step, whole_params
 from mmpo_jax.training.stopping import StopSignal
@@ -135,6 +136,7 @@ def train(
             ) as writer,
             progress.doing("training", steps, "steps", "compiling") as activity,
             StopSignal(mesh) as stop,
+            contextlib.closing(Profiler(config.profile, run.folder)) as profiler,
         ):
             activity.start_at(step)
             validator = make_validator(start, data.held, config, lengths, mesh, writer.rows)
@@ -143,12 +145,14 @@ def train(
                 reports.begin(state)
             waiting = Waiting()
             while step < steps and not reports.is_over():
+                profiler.before(step + 1)
                 host, position, batch = waiting.fetch(
                     functools.partial(_next_batch, source, state, mesh)
                 )
                 state, metrics = update(state, batch)
                 step += 1
                 waiting.dispatched(metrics["loss"])
+                profiler.after(step, metrics["loss"])
                 reports.window.add(step, host.ids, metrics | dict(host.metrics))
                 activity.reach(step - 1)  # the one before is done
                 if reports.is_due(step):

@@ -1,0 +1,46 @@
+"""A window of a training's steps, as JAX's profiler sees it."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import jax
+
+from mmpo_jax.recipes.training import Profile
+
+log = logging.getLogger(__name__)
+
+FOLDER = "profile"
+"""In the run's folder: traces that TensorBoard's profile plugin and Perfetto read."""
+
+
+class Profiler:
+    """Traces the steps of a window; a run that starts within or behind it traces what is left."""
+
+    def __init__(self, config: Profile | None, folder: str):
+        self.config, self.folder = config, os.path.join(folder, FOLDER)
+        self.is_tracing = False
+
+    def before(self, step: int) -> None:
+        """The step of this number is about to start; the first is 1."""
+        window = self.config
+        if window is None or self.is_tracing:
+            return
+        if window.start <= step < window.start + window.steps:
+            jax.profiler.start_trace(self.folder)
+            self.is_tracing = True
+
+    def after(self, step: int, output: jax.Array) -> None:
+        """The step was started, and this is an output of it."""
+        window = self.config
+        if window is not None and self.is_tracing and step >= window.start + window.steps - 1:
+            output.block_until_ready()
+            self.close()
+
+    def close(self) -> None:
+        """Writes the trace, also one that the run's end cut short."""
+        if self.is_tracing:
+            jax.profiler.stop_trace()
+            self.is_tracing = False
+            log.info("%s: the profiler's trace", self.folder)
