@@ -9,8 +9,6 @@ import collections
 import functools
 import itertools
 import math
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,7 +27,7 @@ from mmpo_jax.feedback.judge import (
     rows_in_parts,
 )
 from mmpo_jax.feedback.labeler import Answer, Labeler
-from mmpo_jax.feedback.rate import add_rate
+from mmpo_jax.feedback.rate import BusyTime, add_rate
 from mmpo_jax.feedback.scores import SCORES, ClaimVerdicts
 from mmpo_jax.feedback.splitters import Division, SplitItem, Splitter
 from mmpo_jax.recipes.feedback import (
@@ -72,7 +70,7 @@ class ClaimsJudge:
         served = isinstance(options.splitter, ChatSplitting)
         on_devices = isinstance(options.splitter, CheckpointSplitting)
         self.asks_ahead = served or (self.labels_ahead and not on_devices)
-        self._labeling_ahead = threading.Lock()
+        self._labeling = BusyTime()
 
     def check(self, records: Sequence[Record]) -> None:
         """See `judge.Judge`."""
@@ -100,13 +98,12 @@ class ClaimsJudge:
             self._label_ahead(part)
 
     def _label_ahead(self, divided: Responses) -> None:
-        """Asks the labeler about responses with their claims, of one part at a time: the seconds
-        that it takes add up."""
-        with self._labeling_ahead:
-            table = divided.generated.table
-            begun = time.perf_counter()
+        """Asks the labeler about responses with their claims; the answers are counted in their
+        turn."""
+        table = divided.generated.table
+        with self._labeling:
             self._label(divided.records, _questions(table), table, self.labeler())
-            add_rate(divided.folder, 0, time.perf_counter() - begun)
+        add_rate(divided.folder, 0, self._labeling.take())
 
     def _divide(self, responses: Responses, finished: Callable[[pa.Table], None]) -> StageOutput:
         """Every response with its claims: claims, questions, unparsed, failure, raw."""
@@ -151,10 +148,10 @@ class ClaimsJudge:
 
         def make_part(part: int) -> pa.Table:
             records = responses.part(part).records
-            begun = time.perf_counter()
-            answers = self._label(records, questions, divided.table, loaded())
+            with self._labeling:
+                answers = self._label(records, questions, divided.table, loaded())
             asked = sum(map(len, answers.values()))
-            add_rate(responses.folder, asked, time.perf_counter() - begun)
+            add_rate(responses.folder, asked, self._labeling.take())
             return _answers_table(answers)
 
         inputs = {

@@ -6,12 +6,47 @@ import glob
 import json
 import os
 import threading
+import time
 
 from mmpo_jax.core.files import read_json, write_atomic
 from mmpo_jax.core.processes import on_one
 
 FILE = "labeler_rate.json"
 _lock = threading.Lock()
+
+
+class BusyTime:
+    """The time in which anybody is busy, as one or several threads at once are within `with`."""
+
+    def __init__(self) -> None:
+        """Nobody is busy yet."""
+        self._lock = threading.Lock()
+        self._busy = 0
+        self._counted_to = 0.0
+        self._seconds = 0.0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._count()
+            self._busy += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._count()
+            self._busy -= 1
+
+    def take(self) -> float:
+        """Seconds since the last call; those of who is still busy are counted up to now."""
+        with self._lock:
+            self._count()
+            taken, self._seconds = self._seconds, 0.0
+            return taken
+
+    def _count(self) -> None:
+        now = time.perf_counter()
+        if self._busy:
+            self._seconds += now - self._counted_to
+        self._counted_to = now
 
 
 def add_rate(folder: str, questions: int, seconds: float) -> None:

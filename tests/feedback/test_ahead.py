@@ -1,7 +1,9 @@
 """Servers are asked ahead about what is finished, and what goes wrong there stops nothing."""
 
+import contextlib
 import logging
 import threading
+import types
 
 import pytest
 from helpers.alive import PATIENCE, wait_until
@@ -9,6 +11,7 @@ from helpers.judged import Scripted, responses_of
 
 from mmpo_jax.core import processes, progress
 from mmpo_jax.feedback import judge as judge_module
+from mmpo_jax.feedback import rate
 from mmpo_jax.feedback.ahead import asking_ahead
 from mmpo_jax.feedback.claims import ClaimsJudge
 from mmpo_jax.feedback.judge import AskingAhead, TooManyFailed, rows_in_parts
@@ -242,3 +245,22 @@ def test_a_part_is_labelled_while_the_next_is_split(tmp_path, monkeypatch, caplo
     assert {thread for _, _, thread in asked} == {"ahead", "MainThread"}
     plain = judge_of(Splitter(), [], splitter=checkpoint)
     assert plain.judge(responses_of(tmp_path / "plain", texts)).table == judged.table
+
+
+def test_time_in_which_two_are_busy_counts_once(monkeypatch):
+    clock = types.SimpleNamespace(perf_counter=lambda: now)
+    monkeypatch.setattr(rate, "time", clock)
+    busy, now = rate.BusyTime(), 1.0
+    with contextlib.ExitStack() as ahead:
+        ahead.enter_context(busy)
+        now = 2.0
+        with busy:
+            now = 5.0
+        now = 6.0
+        assert busy.take() == 6 - 1  # while the first goes on
+        now = 8.0
+    now = 10.0
+    with busy:
+        now = 13.0
+    assert busy.take() == (8 - 6) + (13 - 10)
+    assert busy.take() == 0
