@@ -32,7 +32,7 @@ from mmpo_jax.checkpoints.safetensors_files import all_finite
 from mmpo_jax.core import progress
 from mmpo_jax.core.files import fingerprint_json, is_local
 from mmpo_jax.core.known_files import state_of
-from mmpo_jax.core.processes import check_same, on_one
+from mmpo_jax.core.processes import alone, check_same, is_first, on_one, wait_for
 from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.models.config import ModelConfig, ModelError
@@ -157,13 +157,52 @@ class Checkpoint:
 def locate(name: str) -> Location:
     """Finds a checkpoint by its name in a recipe; of a training run the last step.
 
+    Of several processes the first says what there is, and the others wait until they see it too:
+    file systems of networks show what another host wrote some seconds later.
+
     Raises:
-      ModelError: there is none, or an adapter's base is not there.
+      ModelError: there is none, or an adapter's base is not there; or another process does not see
+        what the first does.
     """
+    of_hub, first = on_one(lambda: (is_on_hub(name), _locate(name)))
+    if is_first():
+        return first
+    what = (first.weights, *first.adapters)[-1]
+    with alone(), progress.doing(f"waiting until {what} is to be seen here"):
+        look = functools.partial(_found_here, name, first, of_hub)
+        return wait_for(look, f"{name}: {what}")
+
+
+def _found_here(name: str, first: Location, of_hub: bool) -> Location | None:
+    """A location in folders of this host, which has its own of what is the hub's or built in; None
+    where it is not, or not yet, what the first process sees."""
+    if is_on_hub(name) and not of_hub:  # a relative path may be spelled as an id
+        return None
+    try:
+        own = _locate(name)
+    except ModelError:
+        if of_hub:
+            raise
+        return None
+    return own if _is_alike(own, first) else None
+
+
+def _is_alike(own: Location, first: Location) -> bool:
+    """Whether two processes see the same kind of checkpoint, of a run the same step of it."""
+    step = os.path.basename(own.weights) == os.path.basename(first.weights)
+    return (
+        own.is_orbax == first.is_orbax
+        and len(own.adapters) == len(first.adapters)
+        and (step or not own.is_orbax)
+    )
+
+
+def _locate(name: str) -> Location:
+    """`locate` in this process."""
     folder, *adapters = checkpoint_folders(name)
     if not is_local(folder) or os.path.isfile(os.path.join(folder, "config.json")):
         return Location(folder, side_files(folder), False, tuple(adapters))
-    orbax = on_one(lambda: find_checkpoint(folder))
+    orbax = find_checkpoint(folder)
     if orbax is None:
         return Location(folder, folder, False, tuple(adapters))
     return Location(*orbax, True, tuple(adapters))
@@ -205,9 +244,18 @@ def fingerprint_location(location: Location) -> str:
       ModelError, DataError: naming the file that is missing or cannot be read.
       MmpoError: another process has other files.
     """
-    whole = functools.partial(_fingerprint, location)
-    check_same(f"{location.weights}: the files", functools.partial(_states, location), whole)
-    return on_one(whole)
+    check_same_files(location)
+    return on_one(lambda: _fingerprint(location))
+
+
+def check_same_files(location: Location) -> None:
+    """Checks that all processes have the same files of a checkpoint; see `fingerprint_location`.
+
+    Raises:
+      MmpoError: in all processes, naming one that differs from the first.
+    """
+    cheap, whole = (functools.partial(each, location) for each in (_states, _fingerprint))
+    check_same(f"{location.weights}: the files", cheap, whole)
 
 
 def _states(location: Location) -> str:

@@ -10,7 +10,13 @@ import shutil
 import numpy as np
 
 from mmpo_jax.checkpoints.cards import ModelCard, SavedWeights, read_card, write_card
-from mmpo_jax.checkpoints.checkpoint import Location, load_model_config, load_weights, locate
+from mmpo_jax.checkpoints.checkpoint import (
+    Location,
+    check_same_files,
+    load_model_config,
+    load_weights,
+    locate,
+)
 from mmpo_jax.checkpoints.huggingface import save_model
 from mmpo_jax.checkpoints.orbax import save_base, save_start
 from mmpo_jax.checkpoints.rounding import stored_dtype
@@ -49,6 +55,7 @@ def convert(source: str, target: str, dtype: str | None = None) -> str:
     if on_one(lambda: not is_new(target)):
         raise MmpoError(f"{target}: is there already; give a new folder")
     location = locate(source)
+    check_same_files(location)
     model = Model.create(load_model_config(location))
     if location.is_orbax:
         with progress.doing(f"loading {location.weights}"):

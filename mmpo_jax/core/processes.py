@@ -15,6 +15,7 @@ import importlib.util
 import os
 import pickle
 import threading
+import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
@@ -30,6 +31,8 @@ METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attribut
 METADATA_SECONDS = 3.0
 SMALL, LARGE = 1 << 12, 1 << 26
 """Bytes that are broadcast at once, at least and at most."""
+PATIENCE, POLLING = 30.0, 0.5
+"""Seconds for which a process waits for files that the first one sees, and from look to look."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -208,6 +211,28 @@ def check_same(what: str, *fingerprints: Callable[[], str]) -> None:
     error = MmpoError(f"{what} of process {different[0]} differ from the first one's")
     error.agreed = True  # type: ignore[attr-defined]
     raise error
+
+
+def wait_for(look: Callable[[], Result | None], what: str) -> Result:
+    """What the first process sees, once this one sees it too: file systems of networks show what
+    another host wrote some seconds later.
+
+    Args:
+      look: gives it; None where it is not there yet.
+      what: it is, for the message.
+
+    Raises:
+      MmpoError: it has not come.
+    """
+    until = time.monotonic() + PATIENCE
+    while (found := look()) is None:
+        if time.monotonic() > until:
+            raise MmpoError(
+                f"{what}: the first process sees it, this one does not after {PATIENCE:.0f} s; "
+                "all hosts need the same files"
+            )
+        time.sleep(POLLING)
+    return found
 
 
 def is_agreed(error: BaseException) -> bool:

@@ -9,6 +9,7 @@ so that a run that finds the parts says what the run that made them said.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import logging
@@ -30,7 +31,7 @@ from mmpo_jax.core.files import (
     write_atomic,
 )
 from mmpo_jax.core.known_files import flush, kept_fingerprint
-from mmpo_jax.core.processes import alone, check_same, on_one
+from mmpo_jax.core.processes import alone, check_same, on_one, wait_for
 from mmpo_jax.core.workers import in_order
 from mmpo_jax.data.agreement import check_same_images
 from mmpo_jax.data.files import count_rows, find_files, fingerprint_rows, rows_of
@@ -119,6 +120,8 @@ def tokenized_rows(
 
     if is_shared:
         parts, made = on_one(find_or_make)
+        for number in range(len(parts)):
+            wait_for(functools.partial(_there, job.part(number)), job.part(number))
     else:  # the cache is this machine's own
         with alone():
             parts, made = find_or_make()
@@ -268,6 +271,10 @@ def _digest(file: str) -> str | None:
         return kept_fingerprint(file)
     except DataError:
         return None
+
+
+def _there(file: str) -> bool | None:
+    return os.path.isfile(file) or None
 
 
 def _remove(file: str) -> None:

@@ -148,6 +148,15 @@ def test_one_process_has_nothing_to_compare_with(member):
     processes.check_same("the data", lambda: 1 // 0)
 
 
+def test_what_another_host_wrote_is_waited_for(monkeypatch):
+    looks = iter([None, None, "found"])
+    monkeypatch.setattr(processes, "POLLING", 0)
+    assert processes.wait_for(lambda: next(looks), "model") == "found"
+    monkeypatch.setattr(processes, "PATIENCE", 0.01)
+    with pytest.raises(MmpoError, match="model: the first process sees it, this one does not"):
+        processes.wait_for(lambda: None, "model")
+
+
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]])
 def test_gathered_in_the_order_of_processes(member, monkeypatch, order):
     """However the devices, whose order JAX gathers in, stand."""
