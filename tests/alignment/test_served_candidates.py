@@ -533,12 +533,12 @@ def test_a_round_that_is_killed_while_the_copy_is_asked(make, copy, notes, tmp_p
     requests = len(noted(notes)[1])
     assert requests == PROMPTS * SAMPLES
 
-    recipe = make(copy("--delay", "0.3", max_concurrent=2), POLICY, **changes)
+    recipe = make(copy("$PACE", max_concurrent=2), POLICY, **changes)
     file = tmp_path / "recipe.yaml"
     file.write_text(json.dumps(recipe.model_dump(mode="json", exclude_unset=True)))
     process = subprocess.Popen(
         [sys.executable, "-m", "mmpo_jax.cli", "align", str(file)],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PACE": "--delay 0.3"},
         start_new_session=True,
     )
     try:
@@ -548,7 +548,7 @@ def test_a_round_that_is_killed_while_the_copy_is_asked(make, copy, notes, tmp_p
         process.wait()
     served = noted(notes)[0][-1]["pid"]
     wait_until(lambda: not is_alive(served))
-    run_alignment(make(copy(max_concurrent=2), POLICY, **changes))
+    run_alignment(recipe)
     assert len(noted(notes)[1]) - requests <= requests + 2  # what was under way
     for name in ("responses.parquet", "judge.parquet", "pairs.parquet"):
         files = (Path(one.output, "round-1", name) for one in (whole, recipe))
