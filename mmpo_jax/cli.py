@@ -436,7 +436,8 @@ def start_jax() -> None:
     if jax.default_backend() == "cpu" and jax.device_count() > 1:
         jax.config.update("jax_enable_compilation_cache", False)
     else:
-        jax.config.update("jax_compilation_cache_dir", os.path.join(cache_folder(), "compiled"))
+        if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # JAX's own, maybe in a bucket
+            jax.config.update("jax_compilation_cache_dir", os.path.join(cache_folder(), "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 

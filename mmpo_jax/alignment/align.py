@@ -7,7 +7,6 @@ import functools
 import json
 import logging
 import os
-import shutil
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -27,15 +26,15 @@ from mmpo_jax.checkpoints.checkpoint import (
     load_checkpoint,
 )
 from mmpo_jax.checkpoints.fingerprints import fingerprint_model, has_fingerprint
+from mmpo_jax.checkpoints.orbax import check_holds_checkpoints
 from mmpo_jax.core import progress
+from mmpo_jax.core.buckets import copy_folder, is_file, replace_folder
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.files import (
-    check_reachable,
     fingerprint_json,
     null_if_not_finite,
     read_json,
     read_table,
-    replace_folder,
     write_atomic,
 )
 from mmpo_jax.core.processes import on_one
@@ -69,7 +68,7 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
     Raises:
       MmpoError: whatever the user can mend, naming it.
     """
-    check_reachable(recipe.output)
+    check_holds_checkpoints(recipe.output)
     mesh = make_mesh(**recipe.devices.model_dump())
     with Servers(recipe.output) as servers:
         models = Models(
@@ -199,7 +198,7 @@ def _read_saved_last(manifest: str, result: str, of: list[str]) -> dict[str, Any
 
 def _copy_model(trained: Checkpoint, target: str) -> None:
     if not has_fingerprint(target, trained.fingerprint):
-        replace_folder(target, lambda staging: shutil.copytree(trained.folder, staging))
+        replace_folder(target, lambda staging: copy_folder(trained.folder, staging))
 
 
 def _unfit(record: TokenizedRecord) -> tuple[SkipReason, str] | None:
@@ -265,7 +264,7 @@ def _is_judged(recipe: AlignRecipe) -> bool:
     turn out to be of another recipe, who is asked says what is wrong."""
     folders = [round_folder(recipe, index) for index in range(1, recipe.rounds + 1)]
     files = [os.path.join(folder, "judge.json") for folder in folders]
-    return on_one(lambda: all(map(os.path.isfile, files)))
+    return on_one(lambda: all(map(is_file, files)))
 
 
 def _telling(index: int, recipe: AlignRecipe) -> AbstractContextManager:

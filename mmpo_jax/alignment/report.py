@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 
@@ -204,5 +205,7 @@ def draw_curves(path: str, reports: list[RoundReport]) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=120)
+    write_atomic(path, drawn.getvalue())
     pyplot.close(figure)

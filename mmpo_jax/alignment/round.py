@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 
 import pyarrow as pa
 from jax.sharding import Mesh
@@ -24,10 +23,12 @@ from mmpo_jax.checkpoints.cards import ModelCard
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.checkpoints.fingerprints import fingerprint_model, has_fingerprint
 from mmpo_jax.core import progress
+from mmpo_jax.core.buckets import is_file, remove_tree
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.files import (
     canonical_json,
     fingerprint_json,
+    read_bytes,
     read_json,
     write_atomic,
 )
@@ -224,11 +225,9 @@ def _is_trained(manifest: str, target: str, identity: str) -> bool:
 def _discard_other_run(folder: str, identity: str) -> None:
     """Checkpoints of other inputs are of no use to a round whose inputs changed."""
     marker = os.path.join(folder, "identity")
-    if os.path.isfile(marker):
-        with open(marker) as file:
-            if file.read() == identity:
-                return
-    shutil.rmtree(folder, ignore_errors=True)
+    if is_file(marker) and read_bytes(marker) == identity.encode():
+        return
+    remove_tree(folder)
     write_atomic(marker, identity.encode())
 
 

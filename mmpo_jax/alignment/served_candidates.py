@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -23,7 +22,6 @@ from mmpo_jax.chat.shared import AnyClient
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.core import progress
 from mmpo_jax.core.files import fingerprint_items, fingerprint_json
-from mmpo_jax.core.processes import on_one
 from mmpo_jax.core.stages import Stage, StageOutput, run_stage
 from mmpo_jax.data.records import IMAGE, ImageRef, Record, Turn, placed
 from mmpo_jax.data.skipped import Problem
@@ -147,7 +145,6 @@ def served_stage(
 
         @functools.cache
         def bring_up() -> None:
-            on_one(lambda: os.makedirs(folder, exist_ok=True))
             stack.enter_context(brought_up(source, start, mesh, folder, client, withheld))
 
         def make_part(part: int) -> pa.Table:

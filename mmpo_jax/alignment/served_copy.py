@@ -23,13 +23,13 @@ from mmpo_jax.checkpoints.folders import copy_base
 from mmpo_jax.checkpoints.huggingface import save_model
 from mmpo_jax.checkpoints.safetensors_files import INDEX_FILE, weight_files
 from mmpo_jax.core import progress
+from mmpo_jax.core.buckets import Mirror, absolute, local_copy, replace_folder
 from mmpo_jax.core.commands import GRACE, running, tail_of
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.files import (
     fingerprint_json,
     is_local,
     read_json,
-    replace_folder,
     write_atomic,
 )
 from mmpo_jax.core.processes import VARIABLES, on_one
@@ -62,7 +62,8 @@ def brought_up(
       source: whose command is run.
       start: the round's model; its weights leave the devices where the server shares them.
       mesh: the devices.
-      folder: of the round, which gets the command's log, and the model where no folder has it.
+      folder: of the round, which gets the command's log, and the model where no folder has it;
+        where it is in a bucket, a folder of this machine gets the model.
       client: of the server.
       withheld: environment variables that the command does not get, such as others' keys.
 
@@ -78,7 +79,7 @@ def brought_up(
             f"{name}: somebody answers at {url} before the command has run, who may have another "
             "model; end that server, or leave `command` out to ask it"
         )
-    model = model_folder(start, mesh, os.path.join(folder, f"{source.name}-model"))
+    model = model_folder(start, mesh, os.path.join(local_copy(folder), f"{source.name}-model"))
     if source.shares_devices:
         start.release()
     with contextlib.ExitStack() as stack:
@@ -97,13 +98,19 @@ def _command_up(
     """The command of a source within the block, its server up; see `brought_up`."""
     assert source.command is not None
     name = f"candidates: {source.name}"
-    log_file = os.path.abspath(os.path.join(folder, f"generate-{source.name}.log"))
+    logs = folder if is_local(folder) else local_copy(os.path.join(folder, "logs"))
+    os.makedirs(logs, exist_ok=True)
+    log_file = os.path.abspath(os.path.join(logs, f"generate-{source.name}.log"))
     withheld = {*VARIABLES, *withheld}
     given = {name: value for name, value in os.environ.items() if name not in withheld}
-    environment = given | {MODEL_VARIABLE: model, ROUND_VARIABLE: os.path.abspath(folder)}
+    environment = given | {MODEL_VARIABLE: model, ROUND_VARIABLE: absolute(folder)}
     log.info("%s: serving %s by the recipe's command; its log: %s", name, model, log_file)
     secret = secret_of(read_key(source))
-    with running(source.command, environment, log_file, secret=secret) as process:
+    with contextlib.ExitStack() as stack:
+        if not is_local(folder):
+            stack.enter_context(contextlib.closing(Mirror(logs, absolute(folder))))
+        command = running(source.command, environment, log_file, secret=secret)
+        process = stack.enter_context(command)
         _wait_until_up(source, client, process, log_file)
         over = threading.Event()
 

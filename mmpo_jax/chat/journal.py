@@ -15,8 +15,9 @@ from typing import Any
 from etils import epath
 
 from mmpo_jax.chat.replies import Outcome, outcome_as_json, outcome_from_json
+from mmpo_jax.core.buckets import Mirror, absolute, is_file, local_copy
 from mmpo_jax.core.errors import MmpoError
-from mmpo_jax.core.files import is_local
+from mmpo_jax.core.files import is_local, read_bytes
 
 log = logging.getLogger(__name__)
 
@@ -31,28 +32,32 @@ class Journal:
     A line is in the hands of the operating system before `write` returns, so it outlives the
     process. What a kill leaves of a last line is cut off when the journal is opened. Only the
     places of lines are in memory. Several threads may use one journal, but one process.
+
+    A journal in a bucket is written on this machine and copied, see `Mirror`: another machine
+    that goes on after a kill asks again what was answered since the last copy.
     """
 
     def __init__(self, folder: epath.PathLike) -> None:
         """Opens the journal of a folder, which is made.
 
         Raises:
-          MmpoError: the folder is in a bucket, where nothing can be appended; or another process
-            or client has its journal open.
+          MmpoError: another process or client of this machine has its journal open.
           OSError: it cannot be read or written.
         """
-        if not is_local(folder):
-            raise MmpoError(f"{os.fspath(folder)}: a journal of replies has to be on this machine")
-        os.makedirs(folder, exist_ok=True)
-        self.path = os.path.join(os.path.abspath(folder), FILE)
+        local = local_copy(folder)
+        os.makedirs(local, exist_ok=True)
+        self.path = os.path.join(os.path.abspath(local), FILE)
         self._lock = threading.Lock()
         self._places: dict[str, tuple[int, int]] = {}
         """Key -> (offset, bytes) of its line."""
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             self._take()
+            if not is_local(folder):
+                self._fetch(os.path.join(absolute(folder), FILE))
             self._end = self._scan()
             os.ftruncate(self._file, self._end)
+            self._mirror = None if is_local(folder) else Mirror(local, absolute(folder))
         except BaseException:
             os.close(self._file)
             raise
@@ -106,11 +111,30 @@ class Journal:
         self._end += len(line)
 
     def close(self) -> None:
-        """Lets go of the file; nothing can be read or written any more."""
+        """Lets go of the file; nothing can be read or written any more.
+
+        Raises:
+          MmpoError: it cannot be copied to a bucket.
+        """
         with self._lock:
-            if self._file >= 0:
+            if self._file < 0:
+                return
+            try:
+                if self._mirror is not None:
+                    self._mirror.close()
+            finally:
                 os.close(self._file)
                 self._file = -1
+
+    def _fetch(self, remote: str) -> None:
+        """Makes the file the one in a bucket, unless it goes on from that, after a kill here."""
+        theirs = read_bytes(remote) if is_file(remote) else b""
+        if theirs and os.pread(self._file, len(theirs), 0) == theirs:
+            return
+        os.ftruncate(self._file, 0)
+        written = 0
+        while written < len(theirs):
+            written += os.pwrite(self._file, theirs[written:], written)
 
     def _take(self) -> None:
         """The journal for this process alone, where the file system has locks."""

@@ -30,7 +30,8 @@ from mmpo_jax.checkpoints.orbax import checkpoint_shapes, find_checkpoint, load_
 from mmpo_jax.checkpoints.peft import base_model, has_model, is_adapter_folder, with_adapter
 from mmpo_jax.checkpoints.safetensors_files import all_finite
 from mmpo_jax.core import progress
-from mmpo_jax.core.files import fingerprint_json, is_local
+from mmpo_jax.core.buckets import is_file
+from mmpo_jax.core.files import fingerprint_json
 from mmpo_jax.core.known_files import state_of
 from mmpo_jax.core.processes import alone, check_same, is_first, on_one, wait_for
 from mmpo_jax.core.trees import flatten, unflatten
@@ -53,7 +54,7 @@ class Location:
     """Where the files of a checkpoint lie."""
 
     weights: str
-    """A folder of safetensors files, maybe in a bucket, or one step of a run."""
+    """A folder of safetensors files, or one step of a run, maybe in a bucket."""
     base: str
     """A folder of this machine with config, tokenizer and processor."""
     is_orbax: bool
@@ -200,12 +201,12 @@ def _is_alike(own: Location, first: Location) -> bool:
 def _locate(name: str) -> Location:
     """`locate` in this process."""
     folder, *adapters = checkpoint_folders(name)
-    if not is_local(folder) or os.path.isfile(os.path.join(folder, "config.json")):
-        return Location(folder, side_files(folder), False, tuple(adapters))
-    orbax = find_checkpoint(folder)
+    has_config = is_file(os.path.join(folder, "config.json"))
+    orbax = None if has_config else find_checkpoint(folder)
     if orbax is None:
-        return Location(folder, folder, False, tuple(adapters))
-    return Location(*orbax, True, tuple(adapters))
+        return Location(folder, side_files(folder), False, tuple(adapters))
+    step, base = orbax
+    return Location(step, side_files(base), True, tuple(adapters))
 
 
 def checkpoint_folders(name: str) -> list[str]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from etils import epath
 
 from mmpo_jax.checkpoints.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROCESSOR_FILES
 from mmpo_jax.checkpoints.safetensors_files import weight_files
 from mmpo_jax.core.errors import MmpoError
-from mmpo_jax.core.files import fingerprint_files
+from mmpo_jax.core.files import fingerprint_files, walk
 
 SIDE_FILES = ("config.json", *PROCESSOR_FILES)
 
@@ -64,11 +63,11 @@ def fingerprint_step(step: str, base: str) -> str:
 
 def step_files(step: str, base: str) -> dict[str, str]:
     """Name -> path of the files that `fingerprint_step` is of."""
-    params = Path(step) / "params"
+    params = os.path.join(step, "params")
     found = {
-        f"params/{file.relative_to(params).as_posix()}": os.fspath(file)
-        for file in params.rglob("*")
-        if file.is_file()
+        os.path.join("params", place, name): os.path.join(params, place, name)
+        for place, _, names in walk(params)
+        for name in names
     }
     return {**_present(base, SIDE_FILES), **found}
 

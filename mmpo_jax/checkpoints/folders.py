@@ -56,6 +56,9 @@ PARTS_OF_PROCESSORS = {
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """What a folder holds instead, if it is an adapter's in PEFT's format."""
 
+BASE = "base"
+"""Folder in a run's, beside its checkpoints: config, tokenizer and processor of their model."""
+
 HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?")
 """organisation/name, or organisation/name@revision."""
 
@@ -100,8 +103,12 @@ def _bucket_folder(name: str) -> str:
         check_reachable(name)
     except MmpoError as error:
         raise ModelError(str(error)) from error
-    if not any((epath.Path(name) / file).exists() for file in ("config.json", ADAPTER_CONFIG)):
-        raise ModelError(f"{name}/config.json: not found; in buckets, models are such folders")
+    folder = epath.Path(name)
+    above = (folder, folder.parent, folder.parent.parent)  # of a run, its checkpoints, or a step
+    known = [folder / "config.json", folder / ADAPTER_CONFIG]
+    known += [each / BASE / "config.json" for each in above]
+    if not any(file.exists() for file in known):
+        raise ModelError(f"{name}/config.json: not found, and it is no training run")
     return name
 
 
@@ -179,7 +186,7 @@ def copy_base(
       target: made if missing.
       chat_template: written in place of the source's; None copies that.
     """
-    os.makedirs(target, exist_ok=True)
+    epath.Path(target).mkdir(parents=True, exist_ok=True)
     for name in ("config.json", *PROCESSOR_FILES):
         origin, copy = epath.Path(source) / name, epath.Path(target) / name
         if origin.exists():

@@ -38,7 +38,7 @@ from mmpo_jax.checkpoints.safetensors_files import (
     weight_files,
     write_files,
 )
-from mmpo_jax.core.files import replace_folder
+from mmpo_jax.core.buckets import replace_folder
 from mmpo_jax.core.processes import alone
 from mmpo_jax.core.trees import flatten, to_host, unflatten
 from mmpo_jax.models.config import ModelError

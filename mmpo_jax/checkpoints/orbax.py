@@ -6,22 +6,25 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import importlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from mmpo_jax.checkpoints.cards import ModelCard, save_card
-from mmpo_jax.checkpoints.folders import copy_base
+from mmpo_jax.checkpoints.folders import BASE, copy_base
 from mmpo_jax.checkpoints.train_state import TrainState
 from mmpo_jax.core import progress
+from mmpo_jax.core.buckets import absolute, entries, is_folder, remove_tree
 from mmpo_jax.core.errors import MmpoError
+from mmpo_jax.core.files import check_reachable, is_local
 from mmpo_jax.core.processes import on_one
 from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.models.model import Params
@@ -32,12 +35,35 @@ log = logging.getLogger(__name__)
 BEST = "best"
 """Folder beside `checkpoints/`: the parameters of the step where held-out rows were best."""
 
-BASE = "base"
-"""Folder beside the checkpoints: config, tokenizer and processor of the model they are of."""
+
+ORBAX_BUCKETS = "gs://"
+"""Scheme of the buckets that Orbax writes to."""
 
 
 class CheckpointError(MmpoError):
     """A checkpoint that does not belong to this run or cannot be read."""
+
+
+def check_holds_checkpoints(output: str) -> None:
+    """
+    Raises:
+      MmpoError: an output in a bucket cannot be reached, or Orbax cannot write there.
+    """
+    check_reachable(output)
+    if is_local(output):
+        return
+    if not output.startswith(ORBAX_BUCKETS):
+        raise MmpoError(
+            f"output: {output}: checkpoints are written to folders of this machine and to "
+            f"{ORBAX_BUCKETS} alone"
+        )
+    try:
+        importlib.import_module("google.cloud.storage")
+    except ImportError as error:
+        raise MmpoError(
+            f"output: {output}: checkpoints in buckets need the package google-cloud-storage, "
+            "which is not installed (the extra `tpu` has it)"
+        ) from error
 
 
 class Checkpoints:
@@ -52,7 +78,7 @@ class Checkpoints:
           keep: how many to keep.
         """
         self.identity = identity
-        self.folder = os.path.abspath(os.path.join(folder, "checkpoints"))
+        self.folder = absolute(os.path.join(folder, "checkpoints"))
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         self.manager = ocp.CheckpointManager(self.folder, options=options)
         self._best_folder = os.path.join(os.path.dirname(self.folder), BEST)
@@ -145,7 +171,7 @@ class Checkpoints:
 
     def discard_best(self) -> None:
         """Removes what was best in an attempt of which no checkpoint is left."""
-        on_one(lambda: shutil.rmtree(self._best_folder, ignore_errors=True))
+        on_one(lambda: remove_tree(self._best_folder))
 
     def restore_best(self, state: TrainState) -> TrainState:
         """The state with the best parameters."""
@@ -236,14 +262,14 @@ def find_checkpoint(path: str | os.PathLike[str]) -> tuple[str, str] | None:
 
     Of a run that held rows out, the best step, else the last one.
     """
-    path = os.path.abspath(path)
+    path = absolute(path)
     for folder in (os.path.join(path, BEST), os.path.join(path, "checkpoints"), path):
-        steps = [name for name in _entries(folder) if name.isdigit() and _is_step(folder, name)]
-        if steps and os.path.isdir(os.path.join(os.path.dirname(folder), BASE)):
+        steps = [name for name in entries(folder) if name.isdigit() and _is_step(folder, name)]
+        if steps and is_folder(os.path.join(os.path.dirname(folder), BASE)):
             step = os.path.join(folder, max(steps, key=int))
             return step, os.path.join(os.path.dirname(folder), BASE)
     base = os.path.join(os.path.dirname(os.path.dirname(path)), BASE)
-    if os.path.basename(path).isdigit() and os.path.isdir(base):
+    if os.path.basename(path).isdigit() and is_folder(base):
         return path, base
     return None
 
@@ -327,16 +353,14 @@ def _others(state: TrainState) -> dict[str, Any]:
 
 def _newest(folder: str) -> str:
     """The last whole checkpoint in a folder of them, for messages."""
-    steps = [name for name in _entries(folder) if name.isdigit()]
+    steps = [name for name in entries(folder) if name.isdigit()]
     return os.path.join(folder, max(steps, key=int)) if steps else "none was saved yet"
 
 
-def _entries(folder: str) -> list[str]:
-    return os.listdir(folder) if os.path.isdir(folder) else []
-
-
 def _is_step(folder: str, name: str) -> bool:
-    return os.path.isdir(os.path.join(folder, name, "params"))
+    """Whether a step is whole: in a bucket a file that is written last says so."""
+    step = epath.Path(folder) / name
+    return is_folder(step / "params") and ocp.utils.is_checkpoint_finalized(step)
 
 
 def abstract(tree: Any) -> Any:

@@ -17,12 +17,13 @@ from mmpo_jax.checkpoints.checkpoint import (
     load_weights,
     locate,
 )
+from mmpo_jax.checkpoints.folders import BASE
 from mmpo_jax.checkpoints.huggingface import save_model
 from mmpo_jax.checkpoints.orbax import save_base, save_start
 from mmpo_jax.checkpoints.rounding import stored_dtype
 from mmpo_jax.core import progress
+from mmpo_jax.core.buckets import incomplete, put_in_place
 from mmpo_jax.core.errors import MmpoError
-from mmpo_jax.core.files import incomplete, put_in_place
 from mmpo_jax.core.output import is_new
 from mmpo_jax.core.processes import is_first, on_one
 from mmpo_jax.models.model import Model, Params
@@ -111,10 +112,11 @@ def _save_run(
 def _card(location: Location) -> ModelCard | None:
     """A run's card, with what it measured last before the step."""
     step = int(os.path.basename(location.weights))
+    run = os.path.dirname(os.path.dirname(location.weights))
 
     def read() -> ModelCard | None:
-        rows = read_metrics(os.path.join(os.path.dirname(location.base), FILE))
+        rows = read_metrics(os.path.join(run, FILE))
         measured = [row for row in rows if row["step"] <= step]
-        return read_card(location.base, measured[-1] if measured else {})
+        return read_card(os.path.join(run, BASE), measured[-1] if measured else {})
 
     return on_one(read)

@@ -11,8 +11,9 @@ import numpy as np
 
 from mmpo_jax.checkpoints.cards import make_card
 from mmpo_jax.checkpoints.checkpoint import Checkpoint, load_start
+from mmpo_jax.checkpoints.orbax import check_holds_checkpoints
 from mmpo_jax.core import progress
-from mmpo_jax.core.files import check_reachable, fingerprint_items
+from mmpo_jax.core.files import fingerprint_items
 from mmpo_jax.data.pipeline import MixtureEntry
 from mmpo_jax.data.row_stage import can_be_stored, tokenized_rows
 from mmpo_jax.data.skipped import SKIPPED_FILE
@@ -55,7 +56,7 @@ def run_training(recipe: TrainRecipe) -> str:
     Returns:
       The Hugging Face folder of the result.
     """
-    check_reachable(recipe.output)
+    check_holds_checkpoints(recipe.output)
     if recipe.rollout is not None:
         for section in recipe.rollout.rewards:
             section.key()  # which loads a function of the user's, before anything heavy

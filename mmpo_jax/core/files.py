@@ -11,9 +11,8 @@ import os
 import posixpath
 import re
 import secrets
-import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -34,9 +33,20 @@ _CHUNK_BYTES = 1 << 22
 
 
 def cache_folder() -> str:
-    """Folder of what can be made again; `MMPO_CACHE` or `XDG_CACHE_HOME` moves it."""
+    """Folder of what can be made again; `MMPO_CACHE` or `XDG_CACHE_HOME` moves it.
+
+    Raises:
+      MmpoError: it is in a bucket: a database and files that are mapped into memory lie there.
+    """
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.environ.get("MMPO_CACHE") or os.path.join(caches, "mmpo_jax")
+    folder = os.environ.get("MMPO_CACHE") or os.path.join(caches, "mmpo_jax")
+    if not is_local(folder):
+        raise MmpoError(
+            f"MMPO_CACHE: {folder}: has to be a folder of this machine, as tokenised rows, digests "
+            "and copies of what is in buckets lie there; compiled programs may be in a bucket: "
+            "JAX_COMPILATION_CACHE_DIR"
+        )
+    return folder
 
 
 def is_local(path: epath.PathLike) -> bool:
@@ -139,7 +149,7 @@ def fingerprint_files(files: Mapping[str, epath.PathLike]) -> str:
 
     Neither the places of the files nor their times matter. Of large files the digests are kept in
     `cache_folder()`, so that a file that did not change is not read again. In a bucket, weights
-    count by size and time, lest every process download all of them.
+    and large files count by size and time, lest every process download all of them.
 
     Args:
       files: name -> path.
@@ -156,9 +166,12 @@ def fingerprint_files(files: Mapping[str, epath.PathLike]) -> str:
 def _fingerprint_entry(file: epath.Path) -> Any:
     if is_local(file):
         return _kept_fingerprint(os.path.abspath(file))
-    if file.suffix != ".safetensors":
+    try:
+        found = file.stat()
+    except OSError as error:
+        raise DataError(f"cannot read {os.fspath(file)}: {error.strerror or error}") from error
+    if file.suffix != ".safetensors" and found.length < MIN_KEPT_BYTES:
         return fingerprint_file(file)
-    found = file.stat()
     return [found.length, found.mtime]
 
 
@@ -231,32 +244,6 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
     except (OSError, ValueError, DataError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def replace_folder(target: str, write: Callable[[str], Any]) -> None:
-    """Puts a folder in place whole, by rename: `write(staging)` makes it beside the target.
-
-    What it raises passes through; then nothing is left of what it wrote.
-    """
-    staging = incomplete(target)
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        write(staging)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    put_in_place(staging, target)
-
-
-def incomplete(target: str) -> str:
-    """The folder beside the target in which it is made."""
-    return target.rstrip("/") + ".incomplete"
-
-
-def put_in_place(staging: str, target: str) -> None:
-    """Puts a whole folder in the place of the target."""
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(staging, target)
 
 
 def encode_table(table: pa.Table) -> bytes:

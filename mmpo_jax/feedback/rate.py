@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import threading
 import time
 
+from mmpo_jax.core.buckets import entries
 from mmpo_jax.core.files import read_json, write_atomic
 from mmpo_jax.core.processes import on_one
 
@@ -73,7 +73,7 @@ def _add(folder: str, questions: int, seconds: float) -> None:
 
 def read_rate(folder: str) -> float | None:
     """Questions per second in a round, of all of its folders; None where nobody was asked."""
-    paths = [os.path.join(folder, FILE), *glob.glob(os.path.join(glob.escape(folder), "*", FILE))]
+    paths = [os.path.join(folder, place, FILE) for place in ("", *entries(folder))]
     totals = [read_json(path) for path in paths]
     seconds = sum(total.get("seconds", 0.0) for total in totals)
     return sum(total.get("questions", 0) for total in totals) / seconds if seconds else None

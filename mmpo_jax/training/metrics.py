@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
@@ -12,11 +13,14 @@ import numpy as np
 import tensorboardX
 
 from mmpo_jax.core import progress
-from mmpo_jax.core.files import null_if_not_finite
+from mmpo_jax.core.buckets import Mirror, is_file, local_copy
+from mmpo_jax.core.files import is_local, null_if_not_finite, read_bytes
 from mmpo_jax.core.processes import on_one
 from mmpo_jax.objectives.sums import WeightedSum
 
 FILE = "metrics.jsonl"
+EVENTS = "tensorboard"
+"""Folder of TensorBoard's events."""
 
 
 def means(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -43,27 +47,37 @@ def means(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 class MetricsWriter:
     """Writes `metrics.jsonl` and TensorBoard events; lines after the resumed step are dropped, all
-    of them where it is -1. Of several processes the first writes, and all know the lines."""
+    of them where it is -1. Of several processes the first writes, and all know the lines.
+
+    For a folder in a bucket they are written on this machine and copied, see `Mirror`.
+    """
 
     def __init__(self, folder: str | os.PathLike[str], resumed_step: int, total_steps: int):
-        self.path = os.path.join(folder, FILE)
         self.total = total_steps
         self.file: TextIO | None = None
         self.events: Any = None
+        self.mirror: Mirror | None = None
         self.rows = on_one(lambda: self._open(folder, resumed_step))
 
     def _open(self, folder: str | os.PathLike[str], resumed_step: int) -> list[dict[str, float]]:
         """Opens the files; the lines that stay."""
-        os.makedirs(folder, exist_ok=True)
-        rows = [row for row in read_metrics(self.path) if row["step"] <= resumed_step]
-        with open(self.path + ".new", "w") as file:
+        rows = read_metrics(os.path.join(folder, FILE))
+        rows = [row for row in rows if row["step"] <= resumed_step]
+        local = local_copy(folder)
+        if not is_local(folder):
+            shutil.rmtree(local, ignore_errors=True)  # of a run that was killed
+        os.makedirs(local, exist_ok=True)
+        path = os.path.join(local, FILE)
+        with open(path + ".new", "w") as file:
             for row in rows:
                 self._write(file, row)
-        os.replace(self.path + ".new", self.path)
-        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed by close())
+        os.replace(path + ".new", path)
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115 (closed by close())
         self.events = tensorboardX.SummaryWriter(
-            os.path.join(folder, "tensorboard"), purge_step=resumed_step + 1
+            os.path.join(local, EVENTS), purge_step=resumed_step + 1
         )
+        if not is_local(folder):
+            self.mirror = Mirror(local, os.fspath(folder))
         return rows
 
     @staticmethod
@@ -98,21 +112,31 @@ class MetricsWriter:
         print(f"step {step}/{self.total}  {text}  {rate:.3g} steps/s  {left} left", flush=True)
         progress.spoken()
 
+    def flush(self) -> None:
+        """Copies to a bucket what is written so far, so that a checkpoint has its lines there."""
+        if self.mirror is not None:
+            self.mirror.copy()
+
     def close(self) -> None:
+        """
+        Raises:
+          MmpoError: the files cannot be copied to a bucket.
+        """
         if self.file is not None:
             self.events.close()
             self.file.close()
+        if self.mirror is not None:
+            self.mirror.close()
+            shutil.rmtree(self.mirror.local, ignore_errors=True)
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
     """The rows of a `metrics.jsonl`, with NaN for null; a line cut off by a kill is left out."""
     rows = []
-    if os.path.isfile(path):
-        with open(path) as file:
-            for line in file:
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue
-                rows.append({k: math.nan if v is None else v for k, v in row.items()})
+    for line in read_bytes(path).splitlines() if is_file(path) else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        rows.append({k: math.nan if v is None else v for k, v in row.items()})
     return rows

@@ -7,6 +7,7 @@ import os
 
 import jax
 
+from mmpo_jax.core.buckets import copy_folder, local_copy
 from mmpo_jax.recipes.training import Profile
 
 log = logging.getLogger(__name__)
@@ -20,6 +21,7 @@ class Profiler:
 
     def __init__(self, config: Profile | None, folder: str):
         self.config, self.folder = config, os.path.join(folder, FOLDER)
+        self.local = local_copy(self.folder)
         self.is_tracing = False
 
     def before(self, step: int) -> None:
@@ -28,7 +30,7 @@ class Profiler:
         if window is None or self.is_tracing:
             return
         if window.start <= step < window.start + window.steps:
-            jax.profiler.start_trace(self.folder)
+            jax.profiler.start_trace(self.local)
             self.is_tracing = True
 
     def after(self, step: int, output: jax.Array) -> None:
@@ -42,5 +44,7 @@ class Profiler:
         """Writes the trace, also one that the run's end cut short."""
         if self.is_tracing:
             jax.profiler.stop_trace()
+            if self.local != self.folder:
+                copy_folder(self.local, self.folder)
             self.is_tracing = False
             log.info("%s: the profiler's trace", self.folder)

@@ -66,6 +66,7 @@ class Reports:
           Stopped: naming the step.
         """
         with progress.doing("saving a checkpoint"):
+            self.writer.flush()
             if self.checkpoints.latest() != step:
                 self.checkpoints.save(step, state, position)
             self.checkpoints.describe_latest()  # which waits until it is written
@@ -92,6 +93,7 @@ class Reports:
         self.started = time.perf_counter()
         if step % self.config.save_every == 0 or step == self.steps or self.is_over():
             with progress.doing("saving a checkpoint"):
+                self.writer.flush()
                 self.checkpoints.save(step, state, position)
 
 

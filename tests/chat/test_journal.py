@@ -7,6 +7,7 @@ import sys
 import threading
 
 import pytest
+from helpers import buckets
 
 from mmpo_jax.chat import journal as module
 from mmpo_jax.chat.journal import FILE, Journal
@@ -148,6 +149,43 @@ def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
     journal.close()
 
 
-def test_a_bucket_is_refused():
-    with pytest.raises(MmpoError, match="gs://bucket/journal"):
+@pytest.fixture
+def bucket(monkeypatch, tmp_path):
+    """An empty bucket, and a machine that has nothing of it."""
+    monkeypatch.setenv("MMPO_CACHE", str(tmp_path / "one"))
+    return buckets.empty_bucket(monkeypatch)
+
+
+def test_in_a_bucket(bucket, monkeypatch, tmp_path):
+    """What was answered is known to another machine, and to nobody else at the same time."""
+    journal = Journal("gs://bucket/journal")
+    journal.write("one", outcome(1))
+    with pytest.raises(MmpoError, match="another process or client"):
         Journal("gs://bucket/journal")
+    journal.close()
+    monkeypatch.setenv("MMPO_CACHE", str(tmp_path / "other"))
+    journal = Journal("gs://bucket/journal")
+    assert len(journal) == 1 and journal.read("one") == outcome(1)
+    journal.forget("one")
+    journal.write("two", outcome(2))
+    journal.close()
+    monkeypatch.setenv("MMPO_CACHE", str(tmp_path / "one"))  # where the first is left
+    journal = Journal("gs://bucket/journal")
+    assert len(journal) == 1 and journal.read("two") == outcome(2)
+    journal.close()
+
+
+def test_in_a_bucket_after_a_kill(bucket, monkeypatch):
+    """What this machine has beyond the last copy is not asked again."""
+    journal = Journal("gs://bucket/journal")
+    journal.write("one", outcome(1))
+    journal._mirror.copy()
+    journal.write("two", outcome(2))
+    os.close(journal._file)  # as a kill does
+    journal = Journal("gs://bucket/journal")
+    assert len(journal) == 2
+    journal.close()
+    bucket.rm_file("gs://bucket/journal/replies.jsonl")  # by who wants all asked again
+    journal = Journal("gs://bucket/journal")
+    assert len(journal) == 0
+    journal.close()

@@ -1,9 +1,14 @@
 """gs:// without a network."""
 
 import io
+import sys
+import types
 
 from etils.epath import backend
+from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
+from orbax.checkpoint._src.path import gcs_utils
 
 
 class Bucket(MemoryFileSystem):
@@ -31,3 +36,27 @@ def empty_bucket(monkeypatch) -> Bucket:
     monkeypatch.setattr(Bucket, "pseudo_dirs", [""])
     monkeypatch.setattr(type(backend.fsspec_backend), "_get_filesystem", lambda *_: system)
     return system
+
+
+class FileBucket(DirFileSystem):
+    """What is written to gs:// lies in a folder, where Orbax can write too."""
+
+    protocol = "gs"
+    cachable = False
+
+
+def file_bucket(monkeypatch, root) -> None:
+    """Makes gs://NAME/... the folder ROOT/NAME/... for the rest of a test, also for Orbax, which
+    writes there as it does to buckets: a file in a step says that it is whole."""
+    system = FileBucket(path=str(root), fs=LocalFileSystem(auto_mkdir=True))
+    monkeypatch.setattr(type(backend.fsspec_backend), "_get_filesystem", lambda *_: system)
+
+    def kvstore(path):
+        return {"driver": "file", "path": f"{root}/{path.removeprefix('gs://')}"}
+
+    monkeypatch.setattr(gcs_utils, "get_kvstore_for_gcs", kvstore)
+    monkeypatch.setattr(gcs_utils, "get_bucket", lambda name: None)
+    monkeypatch.setitem(sys.modules, "google.cloud.storage", types.ModuleType("storage"))
+    for package in ("google", "google.cloud"):
+        if package not in sys.modules:
+            monkeypatch.setitem(sys.modules, package, types.ModuleType(package))

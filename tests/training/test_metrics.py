@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from helpers import buckets
 from jax.sharding import AxisType
 
 from mmpo_jax import cli
@@ -62,6 +63,26 @@ def test_what_is_not_finite_is_null(tmp_path):
     assert lines == [f'{{"step": {step}, {line}' for step in range(2)]
     for row in read_metrics(tmp_path / "metrics.jsonl"):
         assert math.isnan(row["eval_loss"]) and row["loss"] == 0.5
+
+
+def test_in_a_bucket(monkeypatch, tmp_path):
+    """Lines are there when a checkpoint is saved; those after the resumed step go."""
+    monkeypatch.setenv("MMPO_CACHE", str(tmp_path))
+    system = buckets.empty_bucket(monkeypatch)
+    path = "gs://bucket/run/metrics.jsonl"
+    killed = MetricsWriter("gs://bucket/run", -1, 4)
+    killed.record(1, {"loss": 1.0})
+    killed.record(2, {"loss": 2.0})
+    assert not system.exists(path)
+    killed.flush()
+    assert [row["step"] for row in read_metrics(path)] == [1, 2]
+    writer = MetricsWriter("gs://bucket/run", 1, 4)
+    assert writer.rows == [{"step": 1, "loss": 1.0}]
+    writer.record(2, {"loss": 3.0})
+    writer.close()
+    assert [row["loss"] for row in read_metrics(path)] == [1.0, 3.0]
+    assert len(system.ls("gs://bucket/run/tensorboard")) >= 1
+    assert not list(tmp_path.glob("outputs/*"))
 
 
 @pytest.mark.slow
