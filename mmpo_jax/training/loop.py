@@ -161,6 +161,9 @@ def train(
                         reports.report(step, state, position)
                 if stop.is_agreed() and step < steps:
                     reports.save_and_stop(step, state, position)
+            # While the last step ran, or one after which training is over: the caller would go on.
+            if stop.is_agreed_in_the_end():
+                reports.save_and_stop(step, state, position or source.get_state())
             if isinstance(source, Rollouts):
                 waiting.log_rollouts(source.seconds)
             else:

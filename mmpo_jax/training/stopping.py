@@ -39,10 +39,19 @@ class StopSignal:
         """
         if not self._several:
             return self.asked
+        before, self._told = self._told, self._any_asked()
+        return before is not None and bool(before)
+
+    def is_agreed_in_the_end(self) -> bool:
+        """Whether anybody was asked until now; the same in all processes, which call it once,
+        behind the last step, and wait for each other."""
+        return bool(self._any_asked()) if self._several else self.asked
+
+    def _any_asked(self) -> jax.Array:
+        """bool[]: whether a process was asked; all have to call this."""
         flag = np.array([self.asked])
         flags = jax.make_array_from_callback((self._split.mesh.size,), self._split, lambda _: flag)
-        before, self._told = self._told, self._any(flags)
-        return before is not None and bool(before)
+        return self._any(flags)
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
@@ -57,6 +66,8 @@ class StopSignal:
     ) -> None:
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
+            if self.asked and error is None:  # when nobody looked any more: it is the caller's
+                signal.raise_signal(signal.SIGTERM)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True

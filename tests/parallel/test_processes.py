@@ -332,12 +332,16 @@ def test_a_killed_one_stops_all(tmp_path, tiny_folder):
 
 
 @pytest.mark.slow
-def test_asked_to_stop_all_save_the_same_step(tmp_path, tiny_folder):
-    lasting = {"max_steps": 8, "save_every": 8}
+@pytest.mark.parametrize(("steps", "saved"), [(8, 4), (3, 3)])
+def test_asked_to_stop_all_save_the_same_step(tmp_path, tiny_folder, steps, saved):
+    """Also in the last step, behind which the result would be written."""
+    lasting = {"max_steps": steps, "save_every": 8}
     stop = "os.kill(os.getpid(), 15)"
     folder, commands, ended, _ = stopped(tmp_path, tiny_folder, stop, **lasting)
     assert [status for status, _, _ in ended] == [0, 0], ended
-    assert "saved step 4 of 8" in ended[0][2]
-    assert os.path.isdir(folder / "full" / "checkpoints" / "4")
+    assert f"saved step {saved} of {steps}" in ended[0][2]
+    assert os.path.isdir(folder / "full" / "checkpoints" / str(saved))
+    assert not (folder / "full" / "model").exists()
     processes.run(commands, folder, 2)
-    assert len((folder / "full" / "metrics.jsonl").read_text().splitlines()) == 8
+    assert len((folder / "full" / "metrics.jsonl").read_text().splitlines()) == steps
+    assert (folder / "full" / "model").is_dir()
