@@ -126,8 +126,8 @@ read_secrets() {
 }
 
 # Runs the command and keeps how it ended. SIGTERM goes on to it: of a machine that is taken away,
-# or of `stop`. The status is then 143 though the run ends with 0, so that nobody takes a run that was
-# cut off for a finished one.
+# or of `stop`. The status is then 143 whatever the run's own is, 0 where it has saved, so that nobody
+# takes a run that was cut off for a finished one, or for one that failed.
 supervise() {
   local child='' status=0 stopped=false mmpo
   mmpo=$(find_mmpo)
@@ -142,7 +142,7 @@ supervise() {
     kill -0 "$child" 2>/dev/null || break # else the wait ended for the signal alone
   done
   wait "$child" && status=0 || status=$?
-  if $stopped && [ "$status" = 0 ]; then status=143; fi
+  if $stopped; then status=143; fi
   if [ -d "$RUN" ]; then
     echo "$status" >"$RUN/exit.new"
     mv "$RUN/exit.new" "$RUN/exit"

@@ -20,6 +20,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import Any, NoReturn, get_args
 
 from mmpo_jax.core import processes, progress, watch
@@ -101,11 +102,15 @@ INTERRUPTED = 130
 """The exit status after Ctrl-C, as shells have it."""
 
 
+class ToldToEnd(KeyboardInterrupt):
+    """SIGTERM came: of whoever takes the machine away, or of `launch/run.sh stop`."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line and runs a subcommand.
 
     Returns:
-      The exit status: 0, also where a run was asked to stop and saved what it had; 1 with one
+      The exit status: 0, also where SIGTERM came and the command can go on later; 1 with one
       message for an error that a user can mend; or `INTERRUPTED`.
     """
     parser = argparse.ArgumentParser(prog="mmpo", description="Align vision-language models.")
@@ -136,11 +141,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"mmpo {options.command}: {error}", file=sys.stderr)
         return 1
     try:
-        with progress.told(), _interrupts_that_arrive():
+        with progress.told(), _interrupts_that_arrive(), _ending_when_told():
             _run(options)
     except Stopped as stopped:
         if processes.is_first():
             _say(options, str(stopped))
+    except ToldToEnd:
+        _say(options, watch.TOLD_TO_END)
+        watch.end_others()
     except KeyboardInterrupt:
         told = "stopped; the same command goes on from what is finished"
         _say(options, told)
@@ -209,14 +217,15 @@ def _told(error: Exception) -> str | None:
 
 @contextlib.contextmanager
 def _interrupts_that_arrive() -> Iterator[None]:
-    """Ctrl-C comes again where Python had to ignore it: in a callback of the garbage collector, of
-    which JAX has one, or in an object's end."""
+    """Ctrl-C and SIGTERM come again where Python had to ignore them: in a callback of the garbage
+    collector, of which JAX has one, or in an object's end."""
     before, main_thread = sys.unraisablehook, threading.main_thread()
 
     def hook(ignored: Any) -> None:
-        if ignored.exc_type is KeyboardInterrupt:
+        if issubclass(ignored.exc_type, KeyboardInterrupt):
+            number = signal.SIGTERM if ignored.exc_type is ToldToEnd else signal.SIGINT
             # A signal, and no flag: it ends a wait in the system as well.
-            again = signal.pthread_kill, (main_thread.ident, signal.SIGINT)
+            again = signal.pthread_kill, (main_thread.ident, number)
             threading.Timer(0.05, *again).start()
         else:
             before(ignored)
@@ -226,6 +235,23 @@ def _interrupts_that_arrive() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = before
+
+
+@contextlib.contextmanager
+def _ending_when_told() -> Iterator[None]:
+    """SIGTERM raises `ToldToEnd`, but for training, which saves first."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _tell_to_end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _tell_to_end(number: int, frame: FrameType | None) -> NoReturn:
+    raise ToldToEnd
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -249,10 +275,10 @@ def _join_others() -> None:
     that of all."""
     if processes.several():
         with progress.doing(f"waiting for {processes.member().count} processes"):
+            before = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX waits without Python
             processes.start()
+            signal.signal(signal.SIGTERM, before)
             watch.watch()
-            # So that the others learn of it; while it trains, a run saves first.
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _run_recipe(options: argparse.Namespace) -> None:

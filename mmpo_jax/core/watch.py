@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import threading
 import time
@@ -26,6 +27,8 @@ LEAVING = 10.0
 store ends with it."""
 REASON, ALIVE, LEFT = "mmpo/stopped", "mmpo/alive/", "mmpo/left/"
 """Keys of the store."""
+TOLD_TO_END = "was told to end; the same command goes on from what is finished"
+"""What is said of a process that got SIGTERM; no failure."""
 LOST = ("gloo", "connection", "unavailable", "socket", "deadline", "heartbeat", "peer")
 """Words by which an error of JAX tells that another process is out of reach."""
 
@@ -40,8 +43,9 @@ def watch() -> None:
     client = _store()
     _finishing.clear()
     if client is not None and not any(each.name == THREAD for each in threading.enumerate()):
-        arguments = client, member()
-        threading.Thread(target=_watch, args=arguments, name=THREAD, daemon=True).start()
+        answered = threading.Event()
+        for function, arguments in ((_watch, (client, member(), answered)), (_miss, (answered,))):
+            threading.Thread(target=function, args=arguments, name=THREAD, daemon=True).start()
 
 
 def finish() -> None:
@@ -62,12 +66,22 @@ def stop_others(reason: str) -> None:
     """
     if not several():
         return
+    _tell_others(f"stopped: {reason}")
+
+
+def end_others() -> None:
+    """Tells the other processes that this one was told to end, which they do as it does."""
+    if several():
+        _tell_others(TOLD_TO_END)
+
+
+def _tell_others(told: str) -> None:
     me, client = member(), _store()
     _failing.set()
     if client is None:
         return
     with contextlib.suppress(Exception):  # another was faster, or the first one is gone
-        client.key_value_set(REASON, f"process {me.index} stopped: {reason}")
+        client.key_value_set(REASON, f"process {me.index} {told}")
     _leave(client, me)
 
 
@@ -88,13 +102,39 @@ def _store() -> Any:
     return distributed.global_state.client
 
 
-def _watch(client: Any, me: Member) -> None:
-    """Listens until there is a reason to end, giving signs of life."""
+def _miss(answered: threading.Event) -> None:
+    """Ends this process once the store has not answered for too long.
+
+    A first process that is frozen, or whose network is, leaves calls without an end or lets them
+    reach their deadlines. Intervals are counted, and no time: where this process was frozen itself,
+    the thread that asks has had none either.
+
+    Args:
+      answered: is set whenever the store has taken a sign of life.
+    """
+    silent = 0.0
+    while silent < SILENCE:
+        time.sleep(INTERVAL)
+        silent = 0.0 if answered.is_set() else silent + INTERVAL
+        answered.clear()
+    if not (_failing.is_set() or _finishing.is_set()):
+        _end(f"process 0 cannot be reached: no answer for {SILENCE:.0f} s")
+
+
+def _watch(client: Any, me: Member, answered: threading.Event) -> None:
+    """Listens until there is a reason to end, giving signs of life.
+
+    Args:
+      client: of the store.
+      me: this process.
+      answered: is set whenever the store has taken a sign.
+    """
     count = 0
     heard = {str(index): ("", time.monotonic()) for index in range(1, me.count)}
     while True:
         try:
             client.key_value_set(f"{ALIVE}{me.index}", str(count), allow_overwrite=True)
+            answered.set()
             if me.index == 0:
                 for name in _silent(client, heard):
                     told = f"nothing was heard of it for {SILENCE:.0f} s: it was killed, or is lost"
@@ -148,10 +188,11 @@ def _leave(client: Any, me: Member) -> None:
 
 
 def _end(reason: str) -> NoReturn:
-    """Ends this process, whatever its main thread waits for."""
+    """Ends this process, whatever its main thread waits for: as the one whose reason it is."""
+    status = 0 if re.fullmatch(rf"process \d+ {TOLD_TO_END}", reason) else 1
     prefix = "" if member().index == 0 else f"process {member().index}: "
     print(f"mmpo: {prefix}{reason}", file=sys.stderr, flush=True)
-    os._exit(1)
+    os._exit(status)
 
 
 def _first_line(error: BaseException) -> str:

@@ -204,6 +204,19 @@ def test_ctrl_c_is_no_traceback(generation, mmpo, monkeypatch):
     assert told == "mmpo generate: stopped; the same command goes on from what is finished\n"
 
 
+def test_sigterm_is_no_failure(generation, mmpo, monkeypatch):
+    def told(recipe):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(generate, "main", told)
+    before = signal.getsignal(signal.SIGTERM)
+    status, _, said = mmpo("generate", generation)
+    assert status == 0 and signal.getsignal(signal.SIGTERM) == before
+    assert said == (
+        "mmpo generate: was told to end; the same command goes on from what is finished\n"
+    )
+
+
 def test_objectives_by_name(capsys):
     assert cli.main(["objectives", "mdpo"]) == 0
     assert "\nmdpo\n  mDPO: " in capsys.readouterr().out
@@ -211,12 +224,15 @@ def test_objectives_by_name(capsys):
     assert "there is no objective or reward 'dppo'; did you mean dpo" in capsys.readouterr().err
 
 
-def test_ctrl_c_that_python_ignores_comes_again(generation, mmpo, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "expected"), [(signal.SIGINT, cli.INTERRUPTED), (signal.SIGTERM, 0)]
+)
+def test_a_signal_that_python_ignores_comes_again(generation, mmpo, monkeypatch, number, expected):
     """Where an object ends, as in a callback of the garbage collector, nothing can be raised."""
 
     class Odd:
         def __del__(self):
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
 
     def main(recipe):
         Odd()
@@ -229,4 +245,4 @@ def test_ctrl_c_that_python_ignores_comes_again(generation, mmpo, monkeypatch):
         status, _, told = mmpo("generate", generation)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert status == 130 and "goes on from what is finished" in told
+    assert status == expected and "goes on from what is finished" in told

@@ -298,6 +298,18 @@ def test_a_host_that_takes_the_others_with_it(tpu):
     assert len(tpu.started()) == 4 and DELETE not in tpu.calls()
 
 
+@pytest.mark.parametrize("own", [0, 130])
+def test_a_host_that_is_told_to_end_has_not_failed(tpu, own):
+    """Where it saves or not; the command on the other ends with 0, as it learns of that."""
+    behaviour = {"behaviour_pod-w-0": [f"wait {own}", "finish"], "behaviour_pod-w-1": "finish"}
+    tpu.lay_down(**behaviour)
+    process = tpu.start("tpu.sh", "run", "--keep", "train", OUTPUT)
+    tpu.wait_for_starts(2)
+    os.kill(int((tpu.host(0) / ".mmpo/run/pid").read_text()), signal.SIGTERM)
+    assert process.wait(180) == 0
+    assert len(tpu.started()) == 4 and DELETE not in tpu.calls()
+
+
 def test_an_installation_that_fails_is_tried_again(tpu):
     tpu.lay_down(states="SUSPENDED", fails="uv pip", behaviour="finish")
     process = tpu.start("tpu.sh", "run", "--keep", "train", OUTPUT)

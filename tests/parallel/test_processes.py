@@ -331,6 +331,60 @@ def test_a_killed_one_stops_all(tmp_path, tiny_folder):
     assert "process 1 stopped: nothing was heard of it" in said
 
 
+FREEZING = """
+import os, signal, time
+from mmpo_jax.core import processes, watch
+
+processes.start()
+watch.watch()
+time.sleep(10)
+if processes.is_first():
+    os.kill(os.getpid(), signal.SIGSTOP)
+time.sleep(200)
+"""
+
+
+@pytest.mark.slow
+def test_a_first_process_that_is_frozen_is_not_waited_for(tmp_path):
+    first, second = processes.Running([], tmp_path / "out", 2, FREEZING).processes
+    try:
+        _, told = second.communicate(timeout=150)
+    finally:
+        first.kill()
+        second.kill()
+        first.communicate()
+    assert second.returncode == 1
+    assert "process 1: process 0 cannot be reached: no answer for 30 s" in told
+
+
+TOLD = """
+import os, signal
+from mmpo_jax.inference import loop
+
+put = loop.put_batch
+
+def end(*arguments, **options):
+    if os.environ["JAX_PROCESS_ID"] == "1":
+        signal.raise_signal(signal.SIGTERM)
+    return put(*arguments, **options)
+
+loop.put_batch = end
+"""
+
+
+@pytest.mark.slow
+def test_told_to_end_outside_of_training(tmp_path, tiny_folder):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    data = write_pairs(tmp_path / "data", 21)
+    commands = score_commands(folder, tiny_folder, data)
+    ended = processes.Running(commands, folder, 2, TOLD + processes.PROCESS).wait()
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    assert "mmpo: process 1 was told to end; the same command goes on" in ended[0][2]
+    assert "mmpo score: process 1: was told to end; the same command goes on" in ended[1][2]
+    assert not (folder / "scores.jsonl").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("steps", "saved"), [(8, 4), (3, 3)])
 def test_asked_to_stop_all_save_the_same_step(tmp_path, tiny_folder, steps, saved):
