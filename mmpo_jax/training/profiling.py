@@ -19,24 +19,24 @@ FOLDER = "profile"
 class Profiler:
     """Traces the steps of a window; a run that starts within or behind it traces what is left."""
 
-    def __init__(self, config: Profile | None, folder: str):
-        self.config, self.folder = config, os.path.join(folder, FOLDER)
+    def __init__(self, profile: Profile | None, folder: str):
+        self.profile, self.folder = profile, os.path.join(folder, FOLDER)
         self.local = local_copy(self.folder)
         self.is_tracing = False
 
     def before(self, step: int) -> None:
         """The step of this number is about to start; the first is 1."""
-        window = self.config
-        if window is None or self.is_tracing:
+        profile = self.profile
+        if profile is None or self.is_tracing:
             return
-        if window.start <= step < window.start + window.steps:
+        if profile.start <= step < profile.start + profile.steps:
             jax.profiler.start_trace(self.local)
             self.is_tracing = True
 
     def after(self, step: int, output: jax.Array) -> None:
         """The step was started, and this is an output of it."""
-        window = self.config
-        if window is not None and self.is_tracing and step >= window.start + window.steps - 1:
+        profile = self.profile
+        if profile is not None and self.is_tracing and step >= profile.start + profile.steps - 1:
             output.block_until_ready()
             self.close()
 
