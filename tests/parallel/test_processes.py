@@ -111,6 +111,7 @@ def number_or_word(word):
 
 
 READERS = {
+    "": lambda path: path.read_text(),
     ".json": lambda path: json.loads(path.read_text()),
     ".jsonl": lambda path: [json.loads(line) for line in path.read_text().splitlines()],
     ".parquet": lambda path: pq.read_table(path).to_pylist(),
