@@ -21,10 +21,25 @@ FILE = "examples.txt"
 PROMPTS = 10
 """Prompts that are shown, the first of the round."""
 WIDTH = 100
+LEFT_OUT = {
+    "pairs_small_difference": "by min_difference",
+    "pairs_same_text": "of equal texts",
+    "pairs_other_source": "of other sources",
+    "pairs_chosen_too_low": "without a clean sentence",
+    "pairs_over_limit": "by max_pairs_per_prompt",
+    "pairs": "by length",
+}
+"""What is told of each count of a prompt without pairs: nothing but the balance of lengths leaves
+out what the other rules make."""
 
 
 def write_examples(
-    folder: str, records: Sequence[Record], generated: pa.Table, judged: pa.Table, pairs: pa.Table
+    folder: str,
+    records: Sequence[Record],
+    generated: pa.Table,
+    judged: pa.Table,
+    pairs: pa.Table,
+    left_out: Mapping[str, Mapping[str, int]],
 ) -> None:
     """Writes the first prompts of a round for a person to read.
 
@@ -32,6 +47,8 @@ def write_examples(
       folder: of the round, which gets the file.
       records: its prompts.
       generated, judged, pairs: the tables of its stages.
+      left_out: by the id of a prompt that is shown, what became of its pairs, see
+        `round.pairs_left_out`.
     """
     shown = records[:PROMPTS]
     responses: dict[str, list[Mapping[str, Any]]] = {record.id: [] for record in shown}
@@ -46,16 +63,15 @@ def write_examples(
             told = f"{pair['chosen_sample']} over {pair['rejected_sample']}"
             paired[pair["prompt_id"]].append(told)
     blocks = [
-        "\n".join(_prompt_lines(record, responses[record.id], paired[record.id]))
+        "\n".join([*_prompt_lines(record, responses[record.id]), _pairs_line(told, counts)])
         for record in shown
+        for told, counts in [(paired[record.id], left_out[record.id])]
     ]
     text = "\n\n".join(blocks) + "\n"
     on_one(lambda: write_atomic(os.path.join(folder, FILE), text.encode()))
 
 
-def _prompt_lines(
-    record: Record, responses: Sequence[Mapping[str, Any]], pairs: Sequence[str]
-) -> Iterator[str]:
+def _prompt_lines(record: Record, responses: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     images = ", ".join(image.name for image in record.images) or "no image"
     yield f"== {record.id} ({images})"
     yield from _wrapped(question_with_beginning(record.prompt), "")
@@ -65,7 +81,16 @@ def _prompt_lines(
         yield f"-- {row['sample']}{source}: {score}"
         yield from _wrapped(row["text"], "   ")
         yield from _claim_lines(json.loads(row["details"]))
-    yield "pairs: " + (", ".join(pairs) or "none")
+
+
+def _pairs_line(pairs: Sequence[str], left_out: Mapping[str, int]) -> str:
+    """The pairs of a prompt, or why there are none."""
+    if pairs:
+        return "pairs: " + ", ".join(pairs)
+    reasons = [f"{left_out[key]} {why}" for key, why in LEFT_OUT.items() if left_out.get(key)]
+    if not reasons:
+        return "pairs: none (fewer than two responses have a score)"
+    return f"pairs: none (left out: {', '.join(reasons)})"
 
 
 def _claim_lines(details: Mapping[str, Any]) -> Iterator[str]:

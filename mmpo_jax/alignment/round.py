@@ -11,12 +11,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Collection, Sequence
 
 import pyarrow as pa
 from jax.sharding import Mesh
 
 from mmpo_jax.alignment.candidates import Asked, round_responses
-from mmpo_jax.alignment.examples import write_examples
+from mmpo_jax.alignment.examples import PROMPTS, write_examples
 from mmpo_jax.alignment.pairs import pair_records, pair_rows
 from mmpo_jax.alignment.sentences import begun_records, judged_sentences
 from mmpo_jax.checkpoints.cards import ModelCard
@@ -44,7 +45,7 @@ from mmpo_jax.feedback.judge import (
     rows_in_parts,
     scored_responses,
 )
-from mmpo_jax.feedback.pairing import make_pairs
+from mmpo_jax.feedback.pairing import Balance, PairingResult, ScoredResponse, make_pairs
 from mmpo_jax.feedback.served import Servers
 from mmpo_jax.recipes.recipe import AlignRecipe
 from mmpo_jax.training.loop import TrainingData
@@ -88,7 +89,8 @@ def run_round(work: Round, judge: Judge) -> str:
     generated, judged = judged_responses(work, judge)
     pairs = pairs_stage(work, generated, judged)
     prompts = begun_records(work.records, generated.table)
-    write_examples(work.folder, prompts, generated.table, judged.table, pairs.table)
+    left_out = pairs_left_out(work, generated, judged, [prompt.id for prompt in prompts[:PROMPTS]])
+    write_examples(work.folder, prompts, generated.table, judged.table, pairs.table, left_out)
     return train_round(work, generated, pairs)
 
 
@@ -122,21 +124,11 @@ def judged_responses(work: Round, judge: Judge) -> tuple[StageOutput, StageOutpu
 
 def pairs_stage(work: Round, generated: StageOutput, judged: StageOutput) -> StageOutput:
     """Preference pairs; what became of everything else is in the table's metadata."""
-    pairing, sentences = work.recipe.pairing, work.recipe.sentences
-    clean = {} if sentences is None else {"chosen_at_least": sentences.clean}
+    pairing = work.recipe.pairing
 
     def make_part(_: int) -> pa.Table:
-        result = make_pairs(
-            scored_responses(generated.table, judged.table),
-            seed=work.recipe.seed,
-            round_number=work.index,
-            min_difference=pairing.min_difference,
-            max_pairs_per_prompt=pairing.max_pairs_per_prompt,
-            balance=pairing.length_balance,
-            chosen_from=pairing.chosen_from,
-            rejected_from=pairing.rejected_from,
-            **clean,
-        )
+        scored = scored_responses(generated.table, judged.table)
+        result = _paired(work, scored, pairing.length_balance)
         table = pa.Table.from_pylist(
             [dataclasses.asdict(pair) for pair in result.pairs], schema=_PAIRS
         )
@@ -150,11 +142,50 @@ def pairs_stage(work: Round, generated: StageOutput, judged: StageOutput) -> Sta
     settings = {
         "rules": PAIR_RULES,
         **pairing.model_dump(exclude_none=True),
-        **clean,
+        **_clean(work.recipe),
         "seed": work.recipe.seed,
         "round": work.index,
     }
     return run_told_stage(Stage(work.folder, "pairs", inputs, settings), make_part)
+
+
+def pairs_left_out(
+    work: Round, generated: StageOutput, judged: StageOutput, prompt_ids: Collection[str]
+) -> dict[str, dict[str, int]]:
+    """What became of the pairs of some prompts, by prompt: the counts of `make_pairs`.
+
+    All steps but the last look at one prompt alone, so they are made again for each. The pairs that
+    they leave are counted as `pairs`; what is not among the round's is left out by length.
+    """
+    of_prompt: dict[str, list[ScoredResponse]] = {prompt_id: [] for prompt_id in prompt_ids}
+    for response in scored_responses(generated.table, judged.table):
+        if response.prompt_id in of_prompt:
+            of_prompt[response.prompt_id].append(response)
+    return {
+        prompt_id: _paired(work, responses, "none").counts
+        for prompt_id, responses in of_prompt.items()
+    }
+
+
+def _paired(work: Round, responses: Sequence[ScoredResponse], balance: Balance) -> PairingResult:
+    """Pairs of responses by the recipe's rules, with this balance of lengths."""
+    pairing = work.recipe.pairing
+    return make_pairs(
+        responses,
+        seed=work.recipe.seed,
+        round_number=work.index,
+        min_difference=pairing.min_difference,
+        max_pairs_per_prompt=pairing.max_pairs_per_prompt,
+        balance=balance,
+        chosen_from=pairing.chosen_from,
+        rejected_from=pairing.rejected_from,
+        **_clean(work.recipe),
+    )
+
+
+def _clean(recipe: AlignRecipe) -> dict[str, float]:
+    """The score that a chosen sentence needs, where sentences are paired."""
+    return {} if recipe.sentences is None else {"chosen_at_least": recipe.sentences.clean}
 
 
 def train_round(work: Round, generated: StageOutput, pairs: StageOutput) -> str:

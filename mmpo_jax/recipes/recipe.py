@@ -51,7 +51,11 @@ class Pairing(Section):
     min_difference: float = Field(1.0, gt=0)
     """Difference of scores from which on a pair is a preference, in what the judge counts."""
     max_pairs_per_prompt: PositiveInt = 2
+    """Pairs of a prompt that are kept, drawn by the seed, so that no prompt outweighs others."""
     length_balance: Literal["rlaif_v", "symmetric", "none"] = "rlaif_v"
+    """Which pairs are left out so that chosen and rejected responses are as long on average: with
+    `rlaif_v` those whose chosen response is much shorter than the rejected one, with `symmetric`
+    those where the side that is longer on average is much longer, with `none` no pairs."""
     chosen_from: tuple[str, ...] | None = Field(None, min_length=1)
     """Names of the `candidates` that chosen responses may come from; all by default."""
     rejected_from: tuple[str, ...] | None = Field(None, min_length=1)

@@ -2,11 +2,14 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pyarrow as pa
 
 from mmpo_jax.alignment.examples import PROMPTS, write_examples
+from mmpo_jax.alignment.round import pairs_left_out
 from mmpo_jax.data.records import ImageRef, Record, Turn
+from mmpo_jax.recipes.recipe import AlignRecipe, Pairing
 
 IMAGE = (ImageRef("dog.jpg", data=b""),)
 
@@ -32,7 +35,7 @@ def tables(count):
 
 def test_responses_claims_and_verdicts(tmp_path):
     records = [Record("p0", IMAGE, (Turn("user", "What is there?"),), ())]
-    write_examples(str(tmp_path), records, *tables(1))
+    write_examples(str(tmp_path), records, *tables(1), {"p0": {"pairs": 1}})
     lines = (tmp_path / "examples.txt").read_text().splitlines()
     assert lines[:6] == [
         "== p0 (dog.jpg)",
@@ -51,9 +54,8 @@ def test_details_of_a_users_own_are_no_claims(tmp_path):
     generated, judged, pairs = tables(1)
     details = [json.dumps({"p_yes": 0.7, "claims": "many"}), "{}"]
     judged = judged.set_column(4, "details", pa.array(details))
-    write_examples(
-        str(tmp_path), [Record("p0", (), (Turn("user", "?"),), ())], generated, judged, pairs
-    )
+    records = [Record("p0", (), (Turn("user", "?"),), ())]
+    write_examples(str(tmp_path), records, generated, judged, pairs, {"p0": {}})
     lines = (tmp_path / "examples.txt").read_text().splitlines()
     assert {"   p_yes: 0.7", "   claims: many"} < set(lines)
 
@@ -62,7 +64,39 @@ def test_the_first_prompts_alone(tmp_path):
     records = [
         Record(f"p{number}", IMAGE, (Turn("user", "?"),), ()) for number in range(PROMPTS + 3)
     ]
-    write_examples(str(tmp_path), records, *tables(PROMPTS + 3))
+    counts = {"pairs_all": 6, "pairs_small_difference": 3, "pairs_same_text": 0, "pairs": 3}
+    left_out = {record.id: counts for record in records} | {"p1": {"pairs_all": 0}}
+    write_examples(str(tmp_path), records, *tables(PROMPTS + 3), left_out)
     text = (tmp_path / "examples.txt").read_text()
     assert text.count("== p") == PROMPTS
-    assert text.count("pairs: none") == PROMPTS - 1
+    assert text.count("pairs: none (left out: 3 by min_difference, 3 by length)") == PROMPTS - 2
+    assert text.count("pairs: none (fewer than two responses have a score)") == 1
+
+
+def test_what_length_leaves_out_is_what_the_other_rules_make():
+    recipe = AlignRecipe(
+        output="run",
+        model="builtin:picture_world",
+        data={"source": "picture_world"},
+        pairing=Pairing(max_pairs_per_prompt=1),
+    )
+    generated = pa.table({"text": ["short", "long " * 9, "long " * 8, "one", "two"]})
+    judged = pa.table(
+        {
+            "prompt_id": ["p0"] * 3 + ["p1"] * 2,
+            "sample": [0, 1, 2, 0, 1],
+            "score": [0.0, -1.0, -1.0, 0.0, 0.0],
+            "reason": pa.nulls(5, pa.string()),
+        }
+    )
+    work = SimpleNamespace(recipe=recipe, index=1)
+    tables = (SimpleNamespace(table=table) for table in (generated, judged))
+    counts = pairs_left_out(work, *tables, ["p0", "p2"])
+    assert counts.keys() == {"p0", "p2"}
+    told = {key: count for key, count in counts["p0"].items() if key.startswith("pairs")}
+    assert {key: count for key, count in told.items() if count} == {
+        "pairs_all": 3,
+        "pairs_small_difference": 1,
+        "pairs_over_limit": 1,
+        "pairs": 1,
+    }
