@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
+import threading
 from collections.abc import Callable, Sequence
 
 from mmpo_jax.chat.replies import NO_LOG_PROB, ChatFailure, ChatReply, Outcome, TokenLogProb
@@ -14,7 +16,9 @@ from mmpo_jax.data.records import ImageRef
 from mmpo_jax.feedback.labeler import Answer, QuestionSet
 from mmpo_jax.recipes.feedback import ChatLabeling
 
-CHAT_LABEL_RULES = 2
+log = logging.getLogger(__name__)
+
+CHAT_LABEL_RULES = 3
 """Part of the key of verdicts: changes with how servers are asked and their replies read."""
 TOP = 20
 """Tokens of the first position that are asked for, the most that servers give."""
@@ -26,6 +30,7 @@ BLANKS = " \t\n\u2581\u0120\u010a"
 SAMPLED_TOKENS = 8
 """Length of a sampled answer, of which the first word counts."""
 NEITHER = "no_yes_or_no"
+TIE = "yes_no_tie"
 NO_LOGPROBS = "no_logprobs"
 
 
@@ -44,6 +49,8 @@ class ChatLabeler:
           options: how it is read.
         """
         self.client, self.options = client, options
+        self._told, self._lock = False, threading.Lock()
+        """Whether the log says that samples are drawn in place of log-probs."""
 
     def answer(self, items: Sequence[QuestionSet]) -> list[list[Answer]]:
         """See `labeler.Labeler`; questions about one image go out one after another, as servers
@@ -77,13 +84,33 @@ class ChatLabeler:
         else:
             answers += self._ask_again(rest, _with_logprobs, read_logprobs)
         places = [place for place, answer in enumerate(answers) if answer.failure == NO_LOGPROBS]
+        if places:
+            self._tell_of_samples(len(places), len(requests))
         sampled = self._sampled([requests[place] for place in places])
         for place, answer in zip(places, sampled, strict=True):
             answers[place] = answer
         return answers
 
+    def _tell_of_samples(self, count: int, of: int) -> None:
+        """Warns once, as every such question takes several requests."""
+        with self._lock:
+            is_news, self._told = not self._told, True
+        if is_news:
+            log.warning(
+                "%s, model %s: no log-probs of the answers to %d of %d questions; each such "
+                "question is asked %d times instead (`samples: %d`), for the share of yes. "
+                "`read: text` of the labeler asks once and takes the reply's word; `read: samples` "
+                "does without the attempt at log-probs",
+                self.client.server.url,
+                self.client.server.model,
+                count,
+                of,
+                self.options.samples,
+                self.options.samples,
+            )
+
     def _sampled(self, requests: Sequence[ChatRequest]) -> list[Answer]:
-        """Shares of yes and no among several replies; what is neither counts for none."""
+        """Shares of yes and no among several replies, see `_share`."""
         count = self.options.samples
         drawn = [
             dataclasses.replace(request, max_tokens=SAMPLED_TOKENS, temperature=1.0, seed=number)
@@ -179,13 +206,17 @@ def read_text(reply: ChatReply) -> Answer:
 
 
 def _share(outcomes: Sequence[Outcome]) -> Answer:
+    """Shares of yes and no among the replies. It is a failure where more than half of them are
+    neither, as a model that does not answer has rejected nothing, or where yes and no tie."""
     words = [first_word(o.texts[0]) for o in outcomes if isinstance(o, ChatReply)]
-    counts = [words.count(word) for word in WORDS]
-    if not any(counts):
-        failures = [o.reason for o in outcomes if isinstance(o, ChatFailure)]
-        return _no_answer(failures[0] if failures else NEITHER)
-    p_yes, p_no = (count / len(words) for count in counts)
-    return Answer(p_yes, p_no, "samples")
+    if not words:
+        return _no_answer(next(o.reason for o in outcomes if isinstance(o, ChatFailure)))
+    yes, no = (words.count(word) for word in WORDS)
+    if 2 * (yes + no) < len(words):
+        return _no_answer(NEITHER)
+    if yes == no:
+        return _no_answer(TIE)
+    return Answer(yes / len(words), no / len(words), "samples")
 
 
 def first_word(text: str) -> str:

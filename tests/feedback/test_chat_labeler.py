@@ -14,6 +14,7 @@ from mmpo_jax.data.records import ImageRef
 from mmpo_jax.feedback.chat_labeler import (
     NEITHER,
     PROBED,
+    TIE,
     TOP,
     ChatLabeler,
     first_word,
@@ -149,6 +150,22 @@ class TestSamples:
         ((answer,),) = labeler_of(server, read="samples").answer(items("red?"))
         assert answer.failure == why and math.isnan(answer.p_yes)
 
+    @pytest.mark.parametrize(
+        ("says", "why"),
+        [
+            (("yes", "no", "Sorry", "I cannot", "Sorry"), NEITHER),
+            (("yes", "yes", "Sorry", "Sorry", "Sorry"), NEITHER),
+            (("yes", "no", "Maybe", "yes", "no"), TIE),
+            (("yes", "no", "Sorry", "Sorry"), TIE),
+            (("yes", "Sorry", "Sorry", "yes"), None),
+        ],
+    )
+    def test_no_majority_is_no_answer(self, serve, labeler_of, says, why):
+        server = serve(lambda body, seen: reply(body, says[body["seed"]]))
+        ((answer,),) = labeler_of(server, read="samples", samples=len(says)).answer(items("red?"))
+        assert answer.failure == why
+        assert math.isnan(answer.p_yes) == (why is not None)
+
     def test_a_server_that_ignores_logprobs_is_sampled(self, serve, labeler_of):
         """It is found out by a few questions, not by all."""
         count = PROBED + 6
@@ -168,6 +185,24 @@ class TestSamples:
 
         ((answer,),) = labeler_of(serve(script)).answer(items("red?"))
         close(answer, 1.0, 0.0, "samples")
+
+    def test_samples_in_place_of_logprobs_are_told_once(self, serve, labeler_of, caplog):
+        server = serve(lambda body, seen: reply(body, "no"))
+        labeler = labeler_of(server, samples=3)
+        for asked in (items("red?", "blue?"), items("green?")):
+            labeler.answer(asked)
+        (told,) = [
+            record.getMessage() for record in caplog.records if record.levelname == "WARNING"
+        ]
+        assert told.startswith(f"{server.url}, model judge: no log-probs")
+        for part in ("2 of 2 questions", "`samples: 3`", "`read: text`"):
+            assert part in told
+
+    def test_samples_that_were_asked_for_are_not_told(self, serve, labeler_of, caplog):
+        labeler_of(serve(lambda body, seen: reply(body, "no")), read="samples").answer(
+            items("red?")
+        )
+        assert not caplog.records
 
     def test_one_reply_without_logprobs_does_not_turn_the_others(self, serve, labeler_of):
         def script(body, seen):
