@@ -22,6 +22,12 @@ silence."""
 UNPARSED_GAIN = 0.05
 """Gain in pieces that cannot be read from which on the report warns of them."""
 
+DPO_UPDATES = 10
+"""Updates before the steps whose accuracy and margin the report warns of: earlier ones have hardly
+moved the model, and before the first there is nothing but rounding."""
+DPO_LOSS = 1e-3
+"""Margin, below 0, from which on the report warns of it; less is rounding."""
+
 COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("round", "round", "d"),
     ("prompts", "prompts", "d"),
@@ -67,6 +73,8 @@ class RoundReport:
     """Mean length of those that they are preferred to, in words."""
     dpo_accuracy: float | None = None
     dpo_margin: float | None = None
+    dpo_updates: int | None = None
+    """Updates before the first of the steps that the two are means of."""
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
     """What pairing dropped, and why."""
 
@@ -95,6 +103,7 @@ def read_report(index: int, folder: str, metrics: dict[str, float]) -> RoundRepo
     failed = len(judged) - judged["reason"].null_count
     # A person may have removed the training's files, which are large, and kept the model.
     trained = read_metrics(os.path.join(folder, "train", FILE))
+    half = len(trained) // 2
     return RoundReport(
         index=index,
         metrics=metrics,
@@ -109,6 +118,7 @@ def read_report(index: int, folder: str, metrics: dict[str, float]) -> RoundRepo
         rejected_words=_mean_words(pairs, "rejected"),
         dpo_accuracy=_late_mean(trained, "rewards/accuracies"),
         dpo_margin=_late_mean(trained, "rewards/margins"),
+        dpo_updates=(int(trained[half - 1]["step"]) if half else 0) if trained else None,
         counts=json.loads(pairs.schema.metadata[b"counts"]),
     )
 
@@ -162,11 +172,19 @@ def warnings(reports: list[RoundReport]) -> list[str]:
                 f"round {report.index}: {report.metrics[unparsed]:.0%} of the responses hold "
                 "pieces that cannot be read; the model is coming apart (lower the learning rate)"
             )
-        if report.pairs and report.dpo_accuracy is not None and report.dpo_accuracy < 0.5:
+        if _prefers_rejected(report):
             found.append(
                 f"round {report.index}: DPO prefers the rejected responses; it did not learn"
             )
     return found
+
+
+def _prefers_rejected(report: RoundReport) -> bool:
+    """Whether accuracy and margin both say so, after enough updates to say anything."""
+    accuracy, margin, updates = report.dpo_accuracy, report.dpo_margin, report.dpo_updates
+    if accuracy is None or margin is None or updates is None:
+        return False
+    return accuracy < 0.5 and margin < -DPO_LOSS and updates >= DPO_UPDATES
 
 
 def write_report(folder: str, reports: list[RoundReport]) -> None:

@@ -35,7 +35,7 @@ def metrics(recall=0.8, length=20.0, greedy_recall=0.8, unparsed=0.01):
     }
 
 
-def report(index, accuracy=0.75, pairs=30, **changes):
+def report(index, accuracy=0.75, pairs=30, margin=0.1234, updates=10, **changes):
     return RoundReport(
         index=index,
         metrics=metrics(**changes),
@@ -45,7 +45,8 @@ def report(index, accuracy=0.75, pairs=30, **changes):
         rejected_claims=7,
         pairs=pairs,
         dpo_accuracy=accuracy,
-        dpo_margin=0.1234,
+        dpo_margin=margin,
+        dpo_updates=updates,
     )
 
 
@@ -83,12 +84,25 @@ def test_no_warning_where_all_is_well():
         ({"greedy_recall": 0.76}, "round 2: greedy recall fell by 0.040 since the start"),
         ({"length": 15.0}, "round 2: responses are 25% shorter than at the start"),
         ({"unparsed": 0.1}, "round 2: 10% of the responses hold pieces that cannot be read"),
-        ({"accuracy": 0.4}, "round 2: DPO prefers the rejected responses"),
+        ({"accuracy": 0.4, "margin": -0.02}, "round 2: DPO prefers the rejected responses"),
     ],
 )
 def test_warnings(changes, told):
     (warning,) = warnings([START, report(1), report(2, **changes)])
     assert warning.startswith(told)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"accuracy": 0.47, "margin": 0.04},
+        {"accuracy": 0.0, "margin": -3e-8},
+        {"accuracy": 0.4, "margin": -0.02, "updates": 9},
+        {"accuracy": 0.6, "margin": -0.02},
+    ],
+)
+def test_no_warning_of_what_says_little(changes):
+    assert warnings([START, report(1, **changes)]) == []
 
 
 def test_silent_models_are_not_shorter_than_silent_ones():
@@ -170,6 +184,7 @@ def test_a_round_is_read_from_its_files(round_files):
         rejected_words=1.0,
         dpo_accuracy=0.7,
         dpo_margin=None,
+        dpo_updates=2,
         counts={"pairs": 1},
     )
 
