@@ -48,6 +48,9 @@ MODELS_SHOWN = 20
 LOOK_SECONDS = 10.0
 """Seconds that a server has to show that it is up."""
 
+PROBE = ChatRequest((ChatMessage.user("Say yes."),), max_tokens=16)
+"""What a server is asked to see whether it replies at all."""
+
 KEPT = "what was answered is kept, and the same command goes on from there"
 
 
@@ -163,7 +166,8 @@ class ChatClient:
     def check(self) -> None:
         """Looks whether the server is there and has the model, before anything heavy is done.
 
-        A server that has no list of its models is only warned of.
+        One that has no list of its models is asked for a word, and warned of; where there is no
+        such address, `url` is wrong.
 
         Raises:
           MmpoError: the server cannot be reached, does not let us in, or has other models.
@@ -248,7 +252,8 @@ class ChatClient:
                 return job
             known = self._journal.read(key)
             if known is not None:
-                self._tally.journal_hits += 1
+                if self._journal.found(key):
+                    self._tally.known.add(key)
                 return known
             job = self._jobs[key] = mine[key] = _Job(key, request)
             self._loop.call_soon_threadsafe(self._enqueue, job)
@@ -298,7 +303,7 @@ class ChatClient:
     async def _work(self, job: _Job) -> None:
         """Asks for one job; what goes wrong for all of them ends all."""
         try:
-            outcome = await self._asker.answer(job.request)
+            outcome = await self._answer(job.request)
             self._settle(job, outcome)
             if self._given_up >= GIVEN_UP and isinstance(outcome, ChatFailure):
                 await self._look_for_life(outcome)
@@ -309,6 +314,15 @@ class ChatClient:
         finally:
             self._running -= 1
             self._fill()
+
+    async def _answer(self, request: ChatRequest) -> Outcome:
+        """See `Asker.answer`; what that raises is counted."""
+        try:
+            return await self._asker.answer(request)
+        except MmpoError:
+            with self._lock:
+                self._tally.stopped()
+            raise
 
     def _settle(self, job: _Job, outcome: Outcome) -> None:
         """Keeps an outcome, and hands it to those who wait."""
@@ -360,8 +374,7 @@ class ChatClient:
           MmpoError: that has no reply either.
         """
         self._given_up = 0
-        probe = ChatRequest((ChatMessage.user("Say yes."),), max_tokens=16)
-        outcome = await self._asker.answer(probe)
+        outcome = await self._asker.answer(PROBE)
         if isinstance(outcome, ChatFailure):
             raise MmpoError(
                 f"{self.server.url}, model {self.server.model}: {GIVEN_UP} requests in a row had "
@@ -397,6 +410,21 @@ class ChatClient:
             return False
         return isinstance(answer, Answer) and answer.status < 500
 
+    async def _try_address(self) -> None:
+        """Asks for one word, unless the server has replied before. How that fails does not matter
+        here, but for what no request can succeed after.
+
+        Raises:
+          MmpoError: see `faults.read_error`.
+        """
+        if self._proven:
+            return
+        body = PROBE.body(self.server, frozenset(self._asker.left_out))
+        with contextlib.suppress(UnreachableError):
+            answer = await self._connection.post("chat/completions", body)
+            if isinstance(answer, Answer) and answer.status != 200:
+                read_error(self.server, answer.status, answer.body)
+
     async def _check(self) -> None:
         url, model = self.server.url, self.server.model
         try:
@@ -410,6 +438,7 @@ class ChatClient:
         try:
             names = [entry["id"] for entry in answer.body["data"]]
         except (TypeError, KeyError):
+            await self._try_address()
             told = f"{url}: the server has no list of its models (HTTP %d); going on without"
             log.warning(told, answer.status)
             return

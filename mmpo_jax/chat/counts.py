@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 
 from mmpo_jax.chat.replies import ChatReply, Outcome
 
+STOPPED = "stopped"
+"""Reason of a request after whose answer nothing more is asked."""
+
 
 @dataclass(frozen=True)
 class ChatCounts:
@@ -18,7 +21,7 @@ class ChatCounts:
     replies: int = 0
     """Replies that were read, of this run."""
     journal_hits: int = 0
-    """Requests whose outcome was in the journal."""
+    """Requests whose outcome was in the journal when it was opened, each once."""
     retries: int = 0
     """Requests that were sent again after a failure that passes."""
     failures: Mapping[str, int] = field(default_factory=dict)
@@ -48,7 +51,8 @@ class Tally:
     def __init__(self) -> None:
         self.sent = 0
         self.retries = 0
-        self.journal_hits = 0
+        self.known: set[str] = set()
+        """Keys of requests whose outcome an earlier run has left."""
         self._replies = 0
         self._failures: collections.Counter[str] = collections.Counter()
         self._tokens: collections.Counter[str] = collections.Counter()
@@ -67,6 +71,10 @@ class Tally:
         if outcome.model is not None:
             self._models.add(outcome.model)
 
+    def stopped(self) -> None:
+        """Counts a request whose answer stops the run."""
+        self._failures[STOPPED] += 1
+
     def busy(self, is_busy: bool, now: float) -> None:
         """Notes whether anything is under way from now on."""
         if self._busy_since is not None:
@@ -79,7 +87,7 @@ class Tally:
         return ChatCounts(
             sent=self.sent,
             replies=self._replies,
-            journal_hits=self.journal_hits,
+            journal_hits=len(self.known),
             retries=self.retries,
             failures=dict(sorted(self._failures.items())),
             seconds=self._seconds + running,

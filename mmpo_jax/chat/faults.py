@@ -68,7 +68,9 @@ def read_error(
         hint = f"look at the key in {name}" if name else "name the key with api_key_env"
         raise _stop(server, f"the server does not let us in ({told}); {hint}")
     if status in (404, 405) or 300 <= status < 400:
-        raise _stop(server, f"not found ({told}); look at url and model")
+        hint = "" if server.url.endswith("/v1") else " (that of most servers ends in /v1)"
+        tried = f"{server.url}/chat/completions"
+        raise _stop(server, f"{tried} is not found ({told}); look at url{hint} and model")
     reason, field = _reason(status, message, codes, parameter, fields)
     return ChatFailure(reason, told, brief_json(body), field)
 

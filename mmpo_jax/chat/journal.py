@@ -55,7 +55,7 @@ class Journal:
             self._take()
             if not is_local(folder):
                 self._fetch(os.path.join(absolute(folder), FILE))
-            self._end = self._scan()
+            self._end = self._found = self._scan()
             os.ftruncate(self._file, self._end)
             self._mirror = None if is_local(folder) else Mirror(local, absolute(folder))
         except BaseException:
@@ -67,6 +67,11 @@ class Journal:
 
     def __contains__(self, key: str) -> bool:
         return key in self._places
+
+    def found(self, key: str) -> bool:
+        """Whether the outcome of a key was there when the journal was opened."""
+        place = self._places.get(key)
+        return place is not None and place[0] < self._found
 
     def read(self, key: str) -> Outcome | None:
         """The outcome that was written under a key; None where there is none."""

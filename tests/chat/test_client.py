@@ -3,6 +3,7 @@
 import email.utils
 import itertools
 import logging
+import re
 import threading
 import time
 
@@ -471,6 +472,49 @@ def test_the_check_of_a_model_that_is_not_there(serve, connect):
 def test_the_check_of_a_server_without_a_list(serve, connect, caplog):
     connect(serve(models=None)).check()
     assert "has no list of its models (HTTP 404)" in caplog.text
+
+
+def test_the_check_of_a_server_without_a_list_asks_for_a_word(serve, connect):
+    server = serve(models=None)
+    with connect(server) as client:
+        client.check()
+        assert len(server.bodies) == 1
+        client.ask([ask_for("a")])
+    client = connect(server)
+    client.check()  # the journal shows that it replies
+    assert len(server.bodies) == 2
+
+
+@pytest.mark.parametrize("fault", [error(400, "text alone is not taken"), error(503, "busy")])
+def test_the_check_goes_on_where_that_word_fails(serve, connect, caplog, fault):
+    connect(serve(lambda body, seen: fault, models=None)).check()
+    assert "has no list of its models (HTTP 404)" in caplog.text
+
+
+def test_the_check_of_a_wrong_address(serve, connect):
+    client = connect(serve(lambda body, seen: error(404, "Not Found"), models=None))
+    tried = f"{client.server.url}/chat/completions is not found (HTTP 404: Not Found); look at url"
+    with pytest.raises(MmpoError, match=re.escape(tried)):
+        client.check()
+
+
+def test_an_answer_that_stops_the_run_is_counted_as_failed(serve, connect):
+    client = connect(serve(lambda body, seen: error(404, "Not Found")))
+    with pytest.raises(MmpoError, match="is not found"):
+        client.ask([ask_for("a")])
+    assert client.counts.failures == {"stopped": 1}
+
+
+def test_what_this_run_asked_was_not_known_before(serve, connect):
+    server = serve()
+    with connect(server) as client:
+        for _ in range(2):
+            client.ask([ask_for("a")])
+        assert client.counts.journal_hits == 0
+    client = connect(server)
+    for _ in range(2):
+        client.ask([ask_for("a"), ask_for("b")])
+    assert client.counts.journal_hits == 1
 
 
 def test_the_check_of_a_server_that_is_not_there(serve, connect):
