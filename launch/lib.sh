@@ -1,10 +1,12 @@
 # What tpu.sh, gke.sh and sky.sh share: options, the config file, dry runs, secrets, the checkout.
-# shellcheck shell=bash
+# shellcheck shell=bash source-path=SCRIPTDIR
 # shellcheck disable=SC2034  # used by the scripts that source this
 
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 SELF=${0##*/}
+# shellcheck source=command.sh
+source "$ROOT/launch/command.sh"
 
 say() { printf '%s: %s\n' "$SELF" "$*" >&2; }
 die() {
@@ -213,6 +215,7 @@ in_checkout() { # FILE: its path from the checkout's root
 check_command() { # of words; puts the output into the bucket, where one is given and no output
   [ "${words[0]-}" != mmpo ] || words=("${words[@]:1}")
   [ ${#words[@]} -gt 0 ] || misused "$subcommand needs an mmpo command: align RECIPE [key=value ...]"
+  check_words "$subcommand" "${words[@]}"
   # The recipe: `resume` may be called in another folder.
   [ ! -f "${words[1]-}" ] || words[1]=$(cd "$(dirname "${words[1]}")" && pwd)/$(basename "${words[1]}")
   case ${words[0]} in

@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
 # Runs an mmpo command on this host, whatever it is: a host of a TPU VM, a GPU machine, a laptop.
 # tpu.sh, gke.sh and sky.sh call it on every host of theirs.
+# shellcheck source-path=SCRIPTDIR
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=command.sh
+source "$ROOT/launch/command.sh"
 SCRIPT=$ROOT/launch/run.sh
 HOME_FOLDER=${MMPO_HOME:-$HOME/.mmpo}
 VENV=$HOME_FOLDER/venv
@@ -157,8 +160,9 @@ shown_command() {
 }
 
 start_run() {
+  [ "${1-}" != mmpo ] || shift
   [ $# -gt 0 ] || misused 'run needs an mmpo command: align RECIPE [key=value ...]'
-  [ "$1" != mmpo ] || shift
+  check_words run "$@"
   local mmpo
   check_processes
   mmpo=$(find_mmpo)

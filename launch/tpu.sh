@@ -355,6 +355,7 @@ tell_status() {
   local state=ACTIVE answer
   if $dry_run; then queued_resource describe '--format=value(state.state)'; else state=$(resource_state); fi
   $dry_run || echo "$name: $state"
+  [ "$state" != UNKNOWN ] || die 'the state of the TPU cannot be asked for'
   [ "$state" = ACTIVE ] || return 0
   answer=$(on_hosts "$STATUS") || die 'not every host answers'
   printf '%s\n' "$answer"
@@ -363,6 +364,7 @@ tell_status() {
 
 parse_arguments "$@"
 read_config project zone name accelerator_type
+$dry_run || command -v gcloud >/dev/null || die 'gcloud is not installed here'
 case $subcommand in
   create) create ;;
   install) install ;;

@@ -8,6 +8,12 @@ import pytest
 WORDS = ["align", "a recipe.yaml", "data.path=it's here", 'x="y z"', "$HOME;`id`", "a\nb", ""]
 
 
+@pytest.fixture(autouse=True)
+def recipes(world):
+    for name in ("a", "b", "a recipe", "my recipe"):
+        (world.checkout / f"{name}.yaml").write_text("model: a\n")
+
+
 @pytest.fixture
 def host(world):
     world.run("run.sh", "install", "--digest", "one")
@@ -133,7 +139,11 @@ def test_a_dry_run_runs_nothing(world):
         ([], "which subcommand"),
         (["fly"], "no subcommand 'fly'"),
         (["run"], "needs an mmpo command"),
+        (["run", "mmpo"], "needs an mmpo command"),
         (["run", "--often", "align"], "no option --often"),
+        (["run", "train", "a.yaml", "--foreground"], "put --foreground before run"),
+        (["run", "trian", "a.yaml"], "mmpo has no subcommand 'trian'"),
+        (["run", "train", "c.yaml"], "there is no recipe c.yaml here"),
         (["status", "now"], "takes no now"),
         (["install", "--extras", "[tpu]"], "no names with commas between"),
         (["install", "--python"], "needs a value"),

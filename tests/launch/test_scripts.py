@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from mmpo_jax import cli
+
 LAUNCH = Path(__file__).parent.parent.parent / "launch"
 SCRIPTS = ("tpu.sh", "gke.sh", "sky.sh")
 
@@ -79,6 +81,13 @@ def test_values_that_are_wrong(world, script, setting, told):
     assert not world.calls()
 
 
+def test_the_subcommands_are_those_of_mmpo():
+    cases = (LAUNCH / "command.sh").read_text().partition("case $command in")[2]
+    listed = re.findall(r"^    ([a-z |-]+)\)", cases, re.M)
+    names = {name for line in listed for name in line.split(" | ")}
+    assert names - {"-h", "--help"} == {*cli.RECIPES, *cli.OTHERS, "data"}
+
+
 def test_tpu7x_is_on_gke_alone(world):
     seven = ["--set", "accelerator_type=tpu7x-4x4x4"]
     world.run("gke.sh", "status", *seven)
@@ -125,6 +134,11 @@ def test_a_config_elsewhere(world):
         (["run"], "needs an mmpo command"),
         (["run", "mmpo"], "needs an mmpo command"),
         (["run", "--often", "train"], "run has no option --often"),
+        (["run", "train", "output=gs://b/x", "--dry-run"], "put --dry-run before run"),
+        (["run", "mmpo", "train", "--set", "zone=a"], "put --set before run"),
+        (["resume", "train", "--config=here"], "put --config before resume"),
+        (["run", "alig", "configs/recipe.yaml"], "mmpo has no subcommand 'alig'"),
+        (["run", "align", "configs/recip.yaml"], "there is no recipe configs/recip.yaml here"),
         (["status", "--set"], "--set needs a value"),
         (["status", "--set", "zone"], "no KEY=VALUE"),
     ],

@@ -420,6 +420,23 @@ def test_resuming_without_a_command(tpu):
     assert "give the command" in tpu.run("tpu.sh", "resume", status=1)[1]
 
 
+def test_the_state_of_a_tpu_that_cannot_be_asked_for(tpu):
+    tpu.lay_down(states="UNKNOWN")
+    output, told = tpu.run("tpu.sh", "status", status=1)
+    assert output == "pod: UNKNOWN\n"
+    assert "could not reach the server" in told and "cannot be asked for" in told
+
+
+def test_without_gcloud(world):
+    programs = world.folder / "few"
+    programs.mkdir()
+    for name in ("bash", "dirname"):
+        (programs / name).symlink_to(shutil.which(name))
+    few = {"PATH": str(programs)}
+    assert "gcloud is not installed here" in world.run("tpu.sh", "create", status=1, **few)[1]
+    assert shown(world.run("tpu.sh", "logs", "--dry-run", **few)[0]) == [on_host("logs")]
+
+
 # --- delete, slices, dry runs ---------------------------------------------------------------------
 
 
