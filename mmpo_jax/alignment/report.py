@@ -6,11 +6,13 @@ import dataclasses
 import io
 import json
 import os
+from collections import Counter
+from collections.abc import Sequence
 
 import pyarrow as pa
 
-from mmpo_jax.core.files import read_table, write_atomic
-from mmpo_jax.feedback.judge import VERDICTS
+from mmpo_jax.core.files import read_json, read_table, write_atomic
+from mmpo_jax.feedback.judge import VERDICTS, scored_responses
 from mmpo_jax.feedback.rate import read_rate
 from mmpo_jax.feedback.scores import accepted
 from mmpo_jax.training.metrics import FILE, read_metrics
@@ -37,6 +39,7 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("rejected", "rejected_claims", "d"),
     ("asked/s", "questions_per_second", ".3g"),
     ("pairs", "pairs", "d"),
+    ("trained", "trained", "d"),
     ("chosen", "chosen_words", ".1f"),
     ("against", "rejected_words", ".1f"),
     ("dpo acc", "dpo_accuracy", ".2f"),
@@ -50,6 +53,16 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("yes/no", "yes_no_accuracy", ".3f"),
 )
 """(heading, key, format) of the table."""
+
+SOURCE_COLUMNS: tuple[tuple[str, str, str], ...] = (
+    ("responses", "responses", "d"),
+    ("failed", "failed", "d"),
+    ("score", "mean_score", ".3g"),
+    ("words", "mean_words", ".1f"),
+    ("chosen", "chosen", "d"),
+    ("rejected", "rejected", "d"),
+)
+"""The same of the table of sources."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +80,8 @@ class RoundReport:
     questions_per_second: float | None = dataclasses.field(default=None, compare=False)
     """Rate at which a labeler answered, which is another every time."""
     pairs: int | None = None
+    trained: int | None = None
+    """Those of the pairs that training could use."""
     chosen_words: float | None = None
     """Mean length of the chosen responses, in words."""
     rejected_words: float | None = None
@@ -77,6 +92,8 @@ class RoundReport:
     """Updates before the first of the steps that the two are means of."""
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
     """What pairing dropped, and why."""
+    sources: dict[str, dict[str, float | None]] = dataclasses.field(default_factory=dict)
+    """What each source of candidates gave, where there are several; see `count_sources`."""
 
     def value(self, key: str) -> float | None:
         if key == "round":
@@ -89,10 +106,18 @@ class RoundReport:
         return {key: value for key, value in values.items() if value is not None}
 
 
-def read_report(index: int, folder: str, metrics: dict[str, float]) -> RoundReport:
-    """A finished round's line, from the files of its stages."""
+def read_report(index: int, folder: str, metrics: dict[str, float], responses: str) -> RoundReport:
+    """A finished round's line, from the files of its stages.
+
+    Args:
+      index: of the round.
+      folder: of the round.
+      metrics: of its model.
+      responses: name of the stage that has its responses.
+    """
     judged = read_table(os.path.join(folder, "judge.parquet"))
     pairs = read_table(os.path.join(folder, "pairs.parquet"))
+    generated = read_table(os.path.join(folder, f"{responses}.parquet"))
     details = [json.loads(text) for text in judged["details"].to_pylist()]
     verdicts = [
         accepted(verdict["p_yes"], verdict["p_no"])
@@ -114,34 +139,96 @@ def read_report(index: int, folder: str, metrics: dict[str, float]) -> RoundRepo
         rejected_claims=verdicts.count(False) if verdicts else None,
         questions_per_second=read_rate(folder),
         pairs=pairs.num_rows,
+        trained=read_json(os.path.join(folder, "train.json")).get("trained"),
         chosen_words=_mean_words(pairs, "chosen"),
         rejected_words=_mean_words(pairs, "rejected"),
         dpo_accuracy=_late_mean(trained, "rewards/accuracies"),
         dpo_margin=_late_mean(trained, "rewards/margins"),
         dpo_updates=(int(trained[half - 1]["step"]) if half else 0) if trained else None,
         counts=json.loads(pairs.schema.metadata[b"counts"]),
+        sources=count_sources(generated, judged, pairs),
     )
 
 
+def count_sources(
+    generated: pa.Table, judged: pa.Table, pairs: pa.Table
+) -> dict[str, dict[str, float | None]]:
+    """What each source of candidates contributed to a round; empty where there is one alone.
+
+    Args:
+      generated, judged, pairs: the tables of the round's stages.
+
+    Returns:
+      By the source's name: its `responses`, those that `failed`, `mean_score` (of the others; None
+      where there are none), `mean_words`, and how often they were `chosen` and `rejected` in pairs.
+    """
+    scored = scored_responses(generated, judged)
+    source_of = {(row.prompt_id, row.sample): row.source for row in scored}
+    counts: dict[str, dict[str, float | None]] = {}
+    for source in dict.fromkeys(row.source for row in scored):
+        rows = [row for row in scored if row.source == source]
+        scores = [row.score for row in rows if row.reason is None]
+        counts[source] = {
+            "responses": len(rows),
+            "failed": len(rows) - len(scores),
+            "mean_score": _mean(scores),
+            "mean_words": _mean([len(row.text.split()) for row in rows]),
+        }
+    if len(counts) < 2:
+        return {}
+    for side in ("chosen", "rejected"):
+        taken = zip(
+            pairs["prompt_id"].to_pylist(), pairs[f"{side}_sample"].to_pylist(), strict=True
+        )
+        times = Counter(source_of[response] for response in taken)
+        for source, count in counts.items():
+            count[side] = times[source]
+    return counts
+
+
 def _mean_words(pairs: pa.Table, side: str) -> float | None:
-    lengths = [len(text.split()) for text in pairs[side].to_pylist()]
-    return sum(lengths) / len(lengths) if lengths else None
+    return _mean([len(text.split()) for text in pairs[side].to_pylist()])
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def _late_mean(rows: list[dict[str, float]], name: str) -> float | None:
     """The mean over the second half of the training; single steps are noise."""
-    values = [row[name] for row in rows[len(rows) // 2 :] if name in row]
-    return sum(values) / len(values) if values else None
+    return _mean([row[name] for row in rows[len(rows) // 2 :] if name in row])
 
 
-def render_table(reports: list[RoundReport]) -> str:
-    """The table as text, columns without any value left out."""
-    shown = [c for c in COLUMNS if any(report.value(c[1]) is not None for report in reports)]
+def render_table(reports: Sequence[RoundReport]) -> str:
+    """The table as text, without columns that have no value, and without that of the trained pairs
+    where these are all pairs."""
+    empty = {key for _, key, _ in COLUMNS if all(report.value(key) is None for report in reports)}
+    if all(report.trained in (None, report.pairs) for report in reports):
+        empty.add("trained")
+    shown = [column for column in COLUMNS if column[1] not in empty]
     rows = [[heading for heading, _, _ in shown]]
     for report in reports:
-        values = [(report.value(key), form) for _, key, form in shown]
-        rows.append(["" if value is None else format(value, form) for value, form in values])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(shown))]
+        rows.append([_cell(report.value(key), form) for _, key, form in shown])
+    return _aligned(rows)
+
+
+def render_sources(reports: Sequence[RoundReport]) -> str:
+    """What each source of candidates gave, a line per round and source; empty where no round has
+    several."""
+    rows = [["round", "source", *(heading for heading, _, _ in SOURCE_COLUMNS)]]
+    for report in reports:
+        for source, counts in report.sources.items():
+            cells = [_cell(counts[key], form) for _, key, form in SOURCE_COLUMNS]
+            rows.append([str(report.index), source, *cells])
+    return _aligned(rows) if len(rows) > 1 else ""
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
     return "\n".join(lines)
 
@@ -191,7 +278,9 @@ def write_report(folder: str, reports: list[RoundReport]) -> None:
     """Writes `rounds.json`, `rounds.txt` and `curves.png`."""
     rows = [dataclasses.asdict(report) for report in reports]
     write_atomic(os.path.join(folder, "rounds.json"), json.dumps(rows, indent=1).encode())
-    text = "\n".join([render_table(reports), *warnings(reports), ""])
+    sources = render_sources(reports)
+    told = [render_table(reports), *(["", sources, ""] if sources else []), *warnings(reports), ""]
+    text = "\n".join(told)
     write_atomic(os.path.join(folder, "rounds.txt"), text.encode())
     if len(reports) > 1 and reports[0].metrics:
         draw_curves(os.path.join(folder, "curves.png"), reports)

@@ -217,7 +217,12 @@ def train_round(work: Round, generated: StageOutput, pairs: StageOutput) -> str:
         train_stage(stage, data, inputs)
 
     def note() -> None:
-        done = {"identity": identity, "inputs": inputs, "model": fingerprint_model(target)}
+        done = {
+            "identity": identity,
+            "inputs": inputs,
+            "model": fingerprint_model(target),
+            "trained": len(data.examples),
+        }
         write_atomic(manifest, json.dumps(done, indent=1).encode())
 
     on_one(note)

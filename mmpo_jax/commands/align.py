@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 
 from mmpo_jax.alignment.align import run_alignment
-from mmpo_jax.alignment.report import render_table, warnings
+from mmpo_jax.alignment.report import render_sources, render_table, warnings
 from mmpo_jax.recipes.recipe import AlignRecipe
 
 
 def main(recipe: AlignRecipe) -> None:
     reports = run_alignment(recipe)
     print(render_table(reports))
+    if sources := render_sources(reports):
+        print(f"\n{sources}\n")
     for warning in warnings(reports):
         print(f"warning: {warning}")
     print(f"model: {os.path.join(recipe.output, 'model')}")

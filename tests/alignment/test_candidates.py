@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -438,7 +439,7 @@ def whole_round(make, other_folder):
     )
 
 
-def test_a_round_from_its_sources_to_its_model(whole_round):
+def test_a_round_from_its_sources_to_its_model(whole_round, caplog):
     with first_steps() as beside:
         (_, report) = run_alignment(whole_round)
     assert beside == [{}]  # the other model was let go of
@@ -451,8 +452,12 @@ def test_a_round_from_its_sources_to_its_model(whole_round):
         for side in ("chosen", "rejected")
     }
     assert sides == {"chosen": {"data", "checkpoint"}, "rejected": {"edited_image"}}
+    assert {name for name, given in report.sources.items() if given["chosen"]} == sides["chosen"]
+    assert sum(given["rejected"] for given in report.sources.values()) == len(pairs)
     counts = report.counts
     assert counts["pairs"] == report.pairs == len(pairs)
+    skipped = set(re.findall(r"round 1: pairs: skipped row \d+, id (\S+):", caplog.text))
+    assert report.trained == len(pairs) - len(skipped)
     assert counts["pairs_other_source"] == PROMPTS * 2 * SAMPLES + PROMPTS * SAMPLES * 2 + PROMPTS
     made = sum(
         counts[f"pairs_{name}"] for name in ("small_difference", "same_text", "other_source")

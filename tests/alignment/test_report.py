@@ -12,6 +12,7 @@ from mmpo_jax.alignment.report import (
     RoundReport,
     draw_curves,
     read_report,
+    render_sources,
     render_table,
     warnings,
     write_report,
@@ -69,6 +70,15 @@ def test_columns_without_a_value_are_left_out():
     assert "CHAIR" not in text
     assert "yes/no" not in text
     assert "pairs" in text
+
+
+def test_trained_pairs_are_told_where_they_are_not_all():
+    assert "trained" not in render_table([START, dataclasses.replace(report(1), trained=30)])
+    reports = [START, dataclasses.replace(report(1, pairs=22), trained=19), report(2)]
+    lines = [line.split() for line in render_table(reports).splitlines()]
+    place = lines[0].index("trained")
+    assert lines[0][place - 1] == "pairs"
+    assert lines[2][place - 1 : place + 1] == ["22", "19"]
 
 
 def test_no_warning_where_all_is_well():
@@ -158,7 +168,9 @@ def round_files(tmp_path):
     )
     pairs = pa.table({"prompt_id": ["a"], "chosen": ["one two"], "rejected": ["one"]})
     pairs = pairs.replace_schema_metadata({"counts": '{"pairs": 1}'})
-    for name, table in (("judge", judged), ("pairs", pairs)):
+    pairs = pairs.append_column("chosen_sample", [[1]]).append_column("rejected_sample", [[0]])
+    generated = pa.table({"text": ["one", "one two", "three", "a b c d"]})
+    for name, table in (("judge", judged), ("pairs", pairs), ("generate", generated)):
         write_table(tmp_path / f"{name}.parquet", table)
     for seconds in (0.5, 1.5):  # two runs
         add_rate(str(tmp_path), 4, seconds)
@@ -170,7 +182,7 @@ def test_a_round_is_read_from_its_files(round_files):
     accuracies = (0.1, 0.2, 0.6, 0.8)  # the later half counts
     lines = [{"step": i, "rewards/accuracies": value} for i, value in enumerate(accuracies, 1)]
     (round_files / "train" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    read = read_report(1, str(round_files), {"sampled/recall": 0.5})
+    read = read_report(1, str(round_files), {"sampled/recall": 0.5}, "generate")
     assert read == RoundReport(
         index=1,
         metrics={"sampled/recall": 0.5},
@@ -189,15 +201,50 @@ def test_a_round_is_read_from_its_files(round_files):
     )
 
 
+def test_the_pairs_that_were_trained(round_files):
+    (round_files / "train.json").write_text('{"trained": 19}')
+    assert read_report(1, str(round_files), {}, "generate").trained == 19
+
+
+def test_what_each_source_gave(round_files):
+    generated = read_table(round_files / "generate.parquet")
+    sources = [["policy", "other", "policy", "other"]]
+    write_table(round_files / "responses.parquet", generated.append_column("source", sources))
+    read = read_report(1, str(round_files), {}, "responses")
+    assert read.sources == {
+        "policy": {
+            **{"responses": 2, "failed": 0, "mean_score": -1.0, "mean_words": 1.0},
+            **{"chosen": 0, "rejected": 1},
+        },
+        "other": {
+            **{"responses": 2, "failed": 1, "mean_score": 0.0, "mean_words": 3.0},
+            **{"chosen": 1, "rejected": 0},
+        },
+    }
+    assert [line.split() for line in render_sources([START, read]).splitlines()] == [
+        ["round", "source", "responses", "failed", "score", "words", "chosen", "rejected"],
+        ["1", "policy", "2", "0", "-1", "1.0", "0", "1"],
+        ["1", "other", "2", "1", "0", "3.0", "1", "0"],
+    ]
+    write_report(str(round_files), [read])
+    assert render_sources([read]) in (round_files / "rounds.txt").read_text()
+    (row,) = json.loads((round_files / "rounds.json").read_text())
+    assert row["sources"] == read.sources
+
+
+def test_no_table_of_one_source():
+    assert render_sources([START, report(1)]) == ""
+
+
 def test_the_rate_of_the_labeler_is_that_of_all_runs(round_files):
-    assert read_report(1, str(round_files), {}).questions_per_second == 4.0
+    assert read_report(1, str(round_files), {}, "generate").questions_per_second == 4.0
 
 
 def test_the_rate_of_a_round_of_sentences_is_that_of_all(round_files):
     for number in (1, 2):
         (round_files / f"sentence-{number}").mkdir()
         add_rate(str(round_files / f"sentence-{number}"), 10, 1.0)
-    assert read_report(1, str(round_files), {}).questions_per_second == 7.0
+    assert read_report(1, str(round_files), {}, "generate").questions_per_second == 7.0
 
 
 def test_details_of_a_users_own_are_no_claims(round_files):
@@ -206,10 +253,10 @@ def test_details_of_a_users_own_are_no_claims(round_files):
     details = pa.array(['{"p_yes": 0.7}'] * len(judged))
     place = judged.column_names.index("details")
     write_table(path, judged.set_column(place, "details", details))
-    report = read_report(1, str(round_files), {})
+    report = read_report(1, str(round_files), {}, "generate")
     assert report.claims is None and report.rejected_claims is None
 
 
 def test_a_round_whose_training_folder_was_removed(round_files):
     """Its checkpoints take most of the space; the model is what counts."""
-    assert read_report(1, str(round_files), {}).dpo_accuracy is None
+    assert read_report(1, str(round_files), {}, "generate").dpo_accuracy is None
