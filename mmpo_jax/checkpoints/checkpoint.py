@@ -45,6 +45,9 @@ log = logging.getLogger(__name__)
 
 MERGED = "merged in float32"
 """Part of the fingerprint of what adapters are merged into: once sums had the dtype of the base."""
+RESULT = "model"
+"""Folder of the result in the output of a run, which may be named in its place where it has no
+steps of its own, as an alignment's."""
 HEAD = "language_model/lm_head/kernel"
 """What the parameters have where the head is not the token embedding."""
 
@@ -204,6 +207,10 @@ def _locate(name: str) -> Location:
     has_config = is_file(os.path.join(folder, "config.json"))
     orbax = None if has_config else find_checkpoint(folder)
     if orbax is None:
+        model = os.path.join(folder, RESULT)
+        if not has_config and not adapters and is_file(os.path.join(model, "config.json")):
+            log.info("%s: its model is %s", name, model)
+            folder = model
         return Location(folder, side_files(folder), False, tuple(adapters))
     step, base = orbax
     return Location(step, side_files(base), True, tuple(adapters))

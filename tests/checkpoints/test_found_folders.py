@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 from helpers import tiny
 
-from mmpo_jax.checkpoints.checkpoint import checkpoint_folders, load_start
+from mmpo_jax.checkpoints.checkpoint import checkpoint_folders, load_start, locate
 from mmpo_jax.checkpoints.fingerprints import fingerprint_model
 from mmpo_jax.checkpoints.huggingface import load_model, load_params, save_model
 from mmpo_jax.checkpoints.orbax import save_base, save_start
@@ -196,3 +196,11 @@ def test_a_model_beside_an_adapter_is_never_another(folder, tiny_folder, left, c
     assert checkpoint_folders(str(folder)) == [str(folder)] * 2
     with pytest.raises(ModelError, match=told):
         load_start(str(folder))
+
+
+def test_the_output_of_an_alignment_is_its_model(folder, caplog):
+    caplog.set_level("INFO")
+    assert locate(str(folder.parent)) == locate(str(folder))
+    assert f"{folder.parent}: its model is {folder}" in caplog.text
+    (folder / "config.json").unlink()
+    assert locate(str(folder.parent)).weights == str(folder.parent)
