@@ -172,7 +172,7 @@ def _ended(source: ServedCandidates, process: subprocess.Popen[bytes], log_file:
 
 def _with_log(told: str, source: ServedCandidates, log_file: str) -> str:
     """A message with the end of the command's log."""
-    tail = hide_key(tail_of(log_file), read_key(source))  # an older run's may have it
+    tail = hide_key(tail_of(log_file), read_key(source))  # what an older run left may have it
     return f"{told}; its log, {log_file}, " + (f"ends with:\n{tail}" if tail else "is empty")
 
 

@@ -36,7 +36,7 @@ def running(
     Args:
       command: for `/bin/sh`.
       environment: of the command.
-      log_file: gets what it prints, behind what is there.
+      log_file: gets what it prints, behind what is there and a line that says which start it is.
       grace: seconds between SIGTERM and SIGKILL.
       secret: what the log must not have; the command knows it by its environment.
 
@@ -80,8 +80,10 @@ def running(
 
 
 def tail_of(log_file: str | os.PathLike[str]) -> str:
-    """The end of a log."""
+    """The end of a log, of its last start alone."""
     with open(log_file, "rb") as file:
         file.seek(0, os.SEEK_END)
         file.seek(max(0, file.tell() - TAIL))
-        return file.read().decode(errors="replace").strip()
+        text = file.read().decode(errors="replace")
+    _, mark, started = f"\n{text}".rpartition(f"\n{guard.STARTED}")
+    return (started.partition("\n")[2] if mark else text).strip()

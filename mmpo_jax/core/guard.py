@@ -6,7 +6,8 @@ Whoever starts it holds the other end, so the command ends with that process, wh
 
 The first line of the input is a secret, or empty: arguments would show it to everybody. The program
 prints the id of the command's process group, or why there is none. What the command prints is added
-to the log, where `[key]` stands for the secret. When the input ends, the group gets SIGTERM, and
+to the log, where `[key]` stands for the secret, behind a line that says which start it is where an
+earlier one is in it. When the input ends, the group gets SIGTERM, and
 what is left of it after so many seconds SIGKILL.
 """
 
@@ -24,6 +25,9 @@ LOOKS = 0.05
 HIDDEN = "[key]"
 """What stands in texts in a secret's place."""
 
+STARTED = "--- start "
+"""Beginning of the line between what earlier starts have said and what this one says."""
+
 REST = 2.0
 """Seconds for what a command that has ended still has to say, by processes that it leaves."""
 
@@ -34,6 +38,7 @@ def main() -> None:
     secret = sys.stdin.buffer.readline().rstrip(b"\n")
     try:
         log = open(log_file, "ab", buffering=0)  # noqa: SIM115, as long as the program
+        log.write(_line_between(log_file))
         child = subprocess.Popen(
             ["/bin/sh", "-c", command],
             stdin=subprocess.DEVNULL,
@@ -54,6 +59,18 @@ def main() -> None:
         ending.join()
     copying.join(REST)
     os._exit(status if status >= 0 else 128 - status)
+
+
+def _line_between(log_file: str) -> bytes:
+    """What begins this start in a log that has earlier ones; nothing in an empty one."""
+    starts, last = 1, b""
+    with open(log_file, "rb") as file:
+        for last in file:
+            starts += last.startswith(STARTED.encode())
+    if not last:
+        return b""
+    told = time.strftime(f"{STARTED}{starts + 1}, %Y-%m-%d %H:%M:%S UTC\n", time.gmtime())
+    return (b"" if last.endswith(b"\n") else b"\n") + told.encode()
 
 
 def _copy(said: BinaryIO | None, log: BinaryIO, secret: bytes) -> None:

@@ -81,6 +81,16 @@ def test_its_status_and_what_it_said(tmp_path, ends, status):
     assert tail_of(tmp_path / "log") == "a 'word'"
 
 
+def test_every_start_has_its_own_part_of_the_log(tmp_path):
+    log = tmp_path / "log"
+    for said in ("printf first", "echo second", "true"):
+        with running(said, os.environ, log) as process:
+            process.wait(PATIENCE)
+        assert tail_of(log) == said.partition(" ")[2]
+    lines = [re.sub(r", .* UTC$", "", line) for line in log.read_text().splitlines()]
+    assert lines == ["first", "--- start 2", "second", "--- start 3"]
+
+
 @pytest.mark.parametrize("said", ["key: sk-0123456789\n", "sk-sk-0123456789sk-", "sk-01\nsk-0123"])
 def test_its_log_has_no_secret(tmp_path, said):
     """Even where it comes in pieces; and arguments have none."""
