@@ -69,11 +69,14 @@ def test_a_store_that_does_not_answer(monkeypatch, answers, seconds):
 
     monkeypatch.setattr(watch.time, "sleep", sleep)
     monkeypatch.setattr(watch, "_end", ended.append)
+    for event in ("_failing", "_finishing"):  # which a command before may have set
+        monkeypatch.setattr(watch, event, threading.Event())
     watch._miss(answered)
     assert sum(slept) == seconds
     assert ended == ["process 0 cannot be reached: no answer for 30 s"]
 
 
-def test_one_process_tells_nobody():
+def test_one_process_tells_nobody(monkeypatch):
+    monkeypatch.setattr(watch, "_failing", threading.Event())
     watch.stop_others("a reason")
     assert not watch.is_failing()

@@ -171,8 +171,15 @@ def traced_flops(jaxpr):
             depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
             total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
         times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        total += times * sum(map(traced_flops, jax.core.jaxprs_in_params(equation.params)))
+        total += times * sum(map(traced_flops, inner_jaxprs(equation.params)))
     return total
+
+
+def inner_jaxprs(params):
+    """The jaxprs among an equation's parameters, also in tuples, closed or not."""
+    for leaf in jax.tree.leaves(list(params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+        if hasattr(leaf, "eqns"):
+            yield getattr(leaf, "jaxpr", leaf)
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
