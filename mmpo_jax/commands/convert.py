@@ -10,15 +10,10 @@ import shutil
 import numpy as np
 
 from mmpo_jax.checkpoints.cards import ModelCard, SavedWeights, read_card, write_card
-from mmpo_jax.checkpoints.checkpoint import (
-    Location,
-    check_same_files,
-    load_model_config,
-    load_weights,
-    locate,
-)
+from mmpo_jax.checkpoints.checkpoint import load_model_config, load_weights
 from mmpo_jax.checkpoints.folders import BASE
 from mmpo_jax.checkpoints.huggingface import save_model
+from mmpo_jax.checkpoints.locations import Location, check_same_files, locate
 from mmpo_jax.checkpoints.orbax import save_base, save_start
 from mmpo_jax.checkpoints.rounding import stored_dtype
 from mmpo_jax.core import progress

@@ -6,12 +6,8 @@ import dataclasses
 
 from jax.sharding import Mesh
 
-from mmpo_jax.checkpoints.checkpoint import (
-    Checkpoint,
-    fingerprint_location,
-    load_checkpoint,
-    locate,
-)
+from mmpo_jax.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from mmpo_jax.checkpoints.locations import fingerprint_location, locate
 from mmpo_jax.core.files import fingerprint_json
 from mmpo_jax.feedback.served import Servers
 from mmpo_jax.recipes.feedback import CheckpointAsked

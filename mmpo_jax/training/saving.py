@@ -14,8 +14,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mmpo_jax.checkpoints.cards import MARGIN, ModelCard, SavedWeights, write_card
-from mmpo_jax.checkpoints.checkpoint import Checkpoint, Origin, locate
+from mmpo_jax.checkpoints.checkpoint import Checkpoint, Origin
 from mmpo_jax.checkpoints.huggingface import load_params, save_model
+from mmpo_jax.checkpoints.locations import locate
 from mmpo_jax.checkpoints.peft import save_adapter
 from mmpo_jax.checkpoints.train_state import TrainState
 from mmpo_jax.core.errors import MmpoError

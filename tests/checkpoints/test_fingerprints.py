@@ -6,9 +6,10 @@ import shutil
 
 import pytest
 
-from mmpo_jax.checkpoints import checkpoint
-from mmpo_jax.checkpoints.checkpoint import fingerprint_location, load_start, locate
+from mmpo_jax.checkpoints import locations
+from mmpo_jax.checkpoints.checkpoint import load_start
 from mmpo_jax.checkpoints.fingerprints import fingerprint_model, fingerprint_step, has_fingerprint
+from mmpo_jax.checkpoints.locations import fingerprint_location, locate
 from mmpo_jax.checkpoints.peft import save_adapter
 from mmpo_jax.commands.convert import convert
 from mmpo_jax.core import files, processes
@@ -107,19 +108,19 @@ def test_an_adapter_counts_with_its_base(folder, tiny_model, tmp_path):
 def test_another_process_waits_for_what_the_first_sees(run, folder, monkeypatch):
     """Of a run the same step, and never a repository of the hub in a folder's place."""
     first = locate(str(run))
-    monkeypatch.setattr(checkpoint, "is_first", lambda: False)
-    monkeypatch.setattr(checkpoint, "on_one", lambda function: (False, first))
+    monkeypatch.setattr(locations, "is_first", lambda: False)
+    monkeypatch.setattr(locations, "on_one", lambda function: (False, first))
     monkeypatch.setattr(processes, "POLLING", 0)
     assert locate(str(run)) == first
     looks = iter([str(folder), "no/where", str(run)])
-    locate_here = checkpoint._locate
-    monkeypatch.setattr(checkpoint, "_locate", lambda name: locate_here(next(looks)))
+    locate_here = locations._locate
+    monkeypatch.setattr(locations, "_locate", lambda name: locate_here(next(looks)))
     assert locate(str(run)) == first
     monkeypatch.setattr(processes, "PATIENCE", 0.0)
     with pytest.raises(MmpoError, match=r"no/where: .*: the first process sees it, this one does"):
         locate("no/where")
     other = dataclasses.replace(first, weights=first.weights + "1")
-    monkeypatch.setattr(checkpoint, "on_one", lambda function: (False, other))
-    monkeypatch.setattr(checkpoint, "_locate", locate_here)
+    monkeypatch.setattr(locations, "on_one", lambda function: (False, other))
+    monkeypatch.setattr(locations, "_locate", locate_here)
     with pytest.raises(MmpoError, match="the first process sees it"):
         locate(str(run))

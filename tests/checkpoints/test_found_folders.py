@@ -11,9 +11,10 @@ import pytest
 import safetensors.numpy
 from helpers import tiny
 
-from mmpo_jax.checkpoints.checkpoint import checkpoint_folders, load_start, locate
+from mmpo_jax.checkpoints.checkpoint import load_start
 from mmpo_jax.checkpoints.fingerprints import fingerprint_model
 from mmpo_jax.checkpoints.huggingface import load_model, load_params, save_model
+from mmpo_jax.checkpoints.locations import checkpoint_folders, locate
 from mmpo_jax.checkpoints.orbax import save_base, save_start
 from mmpo_jax.checkpoints.safetensors_files import INDEX_FILE, SINGLE_FILE, all_finite
 from mmpo_jax.commands.convert import convert

@@ -15,10 +15,11 @@ from jax.sharding import AxisType
 from mmpo_jax import cli
 from mmpo_jax.checkpoints import orbax as checkpoints
 from mmpo_jax.checkpoints.cards import SavedWeights, make_card, read_saved, save_card
-from mmpo_jax.checkpoints.checkpoint import Origin, load_checkpoint, locate
+from mmpo_jax.checkpoints.checkpoint import Origin, load_checkpoint
 from mmpo_jax.checkpoints.configs import load_config
 from mmpo_jax.checkpoints.fingerprints import fingerprint_model
 from mmpo_jax.checkpoints.huggingface import load_model, load_params, save_model
+from mmpo_jax.checkpoints.locations import locate
 from mmpo_jax.checkpoints.orbax import CheckpointError, Checkpoints, find_checkpoint
 from mmpo_jax.core import progress
 from mmpo_jax.core.trees import flatten
