@@ -8,7 +8,7 @@ import jax
 import pytest
 from helpers.cli_recipes import POSSIBLE, recipe, write_rows
 
-from mmpo_jax import cli
+from mmpo_jax import cli, flags
 from mmpo_jax.commands import generate
 from mmpo_jax.core import files
 from mmpo_jax.parallel.mesh import make_mesh
@@ -24,7 +24,7 @@ def skipped_reasons(folder):
     return {row["id"]: row["reason"] for row in rows}
 
 
-@pytest.mark.parametrize("command", sorted(cli.RECIPES))
+@pytest.mark.parametrize("command", sorted(flags.RECIPES))
 def test_a_misspelt_key_before_anything_starts(command, refused, tmp_path, monkeypatch):
     def start():
         raise AssertionError("JAX is started before the recipe is checked")

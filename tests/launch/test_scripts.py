@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mmpo_jax import cli
+from mmpo_jax import flags
 
 LAUNCH = Path(__file__).parent.parent.parent / "launch"
 SCRIPTS = ("tpu.sh", "gke.sh", "sky.sh")
@@ -85,7 +85,7 @@ def test_the_subcommands_are_those_of_mmpo():
     cases = (LAUNCH / "command.sh").read_text().partition("case $command in")[2]
     listed = re.findall(r"^    ([a-z |-]+)\)", cases, re.M)
     names = {name for line in listed for name in line.split(" | ")}
-    assert names - {"-h", "--help"} == {*cli.RECIPES, *cli.OTHERS, "data"}
+    assert names - {"-h", "--help"} == {*flags.RECIPES, *flags.OTHERS, "data"}
 
 
 def test_tpu7x_is_on_gke_alone(world):

@@ -1,0 +1,230 @@
+"""The command line of `mmpo`: its commands, their flags, and what these are as a recipe's keys."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from typing import Any, get_args
+
+from mmpo_jax.core.dtypes import SaveDtype
+from mmpo_jax.data.rows import FormatName
+
+RECIPES = {
+    "align": ("AlignRecipe", "Run the rounds: generate, check, pair, train, repeat."),
+    "train": ("TrainRecipe", "Run one training stage on data that is there."),
+    "generate": ("GenerateRecipe", "Sample responses to prompts."),
+    "score": ("ScoreRecipe", "Compute the log-probs of responses."),
+    "select": ("SelectRecipe", "Take the best of several responses by the model's own reward."),
+    "evaluate": ("EvaluateRecipe", "Measure hallucination of a checkpoint."),
+}
+"""Commands that run a recipe: name -> (its class, help)."""
+
+OTHERS = {
+    "convert": "Turn a run's Orbax checkpoint into a Hugging Face folder, or a folder into a "
+    "checkpoint.",
+    "plan": "Say what a recipe takes of TPUs that are not there: memory, exchange, hours.",
+    "objectives": "List the objectives and rewards with formula, source, options and what they "
+    "need.",
+}
+
+DATA_COMMANDS = {
+    "check": "Say what is in a data file, and which rows cannot be used and why.",
+    "convert": "Write the rows of a data file in another format.",
+}
+
+FILES = {
+    "--model": ("model", "checkpoint: folder, bucket, hub id, run, adapter"),
+    "--data": ("data.path", "file, folder or tfds:NAME#SPLIT"),
+    "--format": ("data.format", "of the rows; their columns say it by default"),
+    "--image-root": ("data.image_root", "folder of the images; the data file's by default"),
+    "--output": ("output", "JSONL file"),
+    "--template": ("template", "auto (the checkpoint's own) or vicuna_v1"),
+}
+SAMPLING = {
+    "--num-samples": ("sampling.num_samples", "responses per prompt: 10, and 1 if greedy"),
+    "--temperature": ("sampling.temperature", "0 is greedy"),
+    "--top-p": ("sampling.top_p", "of the probability, what is kept"),
+    "--top-k": ("sampling.top_k", "tokens that are kept; 0 is all"),
+    "--max-new-tokens": ("sampling.max_new_tokens", "where a response is cut off"),
+    "--batch-size": ("sampling.batch_size", "prompts at a time"),
+    "--seed": ("seed", "of the samples"),
+}
+FLAGS = {
+    "generate": FILES | SAMPLING,
+    "score": FILES
+    | {
+        "--tokens": ("scoring.tokens", "write the ids of prompts and responses too"),
+        "--batch-size": ("scoring.batch_size", "rows at a time"),
+    },
+    "select": {
+        "--policy": ("model", "trained checkpoint, the key `model`; any name of one"),
+        "--reference": ("reference", "checkpoint that the policy was trained from"),
+        "--data": ("data.path", "prompts, which the policy answers"),
+        "--responses": ("responses", "file of responses that are there, to score in their place"),
+        **{flag: FILES[flag] for flag in ("--format", "--image-root", "--output", "--template")},
+        "--per-token": ("reward.per_token", "divide rewards by the number of tokens: the default"),
+        "--summed": ("reward.per_token", "do not"),
+        "--beta": ("reward.beta", "factor of the rewards: 0.1"),
+        **SAMPLING,
+        "--num-samples": ("sampling.num_samples", "responses per prompt: 16, and 1 if greedy"),
+        "--batch-size": ("batch_size", "prompts at a time, with all of their responses"),
+    },
+}
+"""Flags of the commands that need no recipe file, and the recipe's keys that they stand for."""
+SWITCHES = {"--tokens": True, "--per-token": True, "--summed": False}
+"""Flags without a value, and what they set their key to."""
+EXCLUSIVE = (("--data", "--responses"), ("--per-token", "--summed"))
+"""Flags of which a command takes one."""
+AS_THEY_ARE = {"responses", "reference", *(key for key, _ in FILES.values())}
+"""Keys whose values on the command line are taken as they are, not as YAML."""
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of a command line; overrides of a recipe may stand behind flags, which argparse
+    alone refuses.
+
+    Args:
+      arguments: the words behind `mmpo`; None for those of this process.
+
+    Raises:
+      SystemExit: help was asked for, or a word is wrong, which is told.
+    """
+    parser = argparse.ArgumentParser(prog="mmpo", description="Align vision-language models.")
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    for name, (_, help) in RECIPES.items():
+        command = subparsers.add_parser(name, help=help, description=help, allow_abbrev=False)
+        if name in FLAGS:
+            _add_flags(command, name)
+            continue
+        command.add_argument("recipe", help="YAML file")
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="a.b.c=value")
+    others = {
+        name: subparsers.add_parser(name, help=help, description=help)
+        for name, help in OTHERS.items()
+    }
+    command = others["convert"]
+    command.add_argument("source", help="run, one step of it, Hugging Face folder or hub id")
+    command.add_argument("target", help="new folder")
+    help = "of the weights; theirs by default, of a run the widest, so nothing is lost"
+    command.add_argument("--dtype", choices=get_args(SaveDtype), help=help)
+    others["objectives"].add_argument("names", nargs="*", help="all by default")
+    _add_plan(others["plan"])
+    _add_data_commands(subparsers)
+    options, rest = parser.parse_known_args(arguments)
+    more = getattr(options, "overrides", None)
+    if rest and (more is None or any(text[:1] == "-" or "=" not in text for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if more is not None:
+        options.overrides = [*more, *rest]
+    return options
+
+
+def flags_as_overrides(options: argparse.Namespace) -> tuple[str | None, list[str]]:
+    """(the recipe file if there is one, flags as overrides of it, then those written as such)."""
+    path, *written = options.recipe or [None]
+    if path is not None and "=" in path and not os.path.exists(path):
+        path, written = None, options.recipe
+    overrides = []
+    for key in dict.fromkeys(key for key, _ in FLAGS[options.command].values()):
+        value = getattr(options, key)
+        if value is None:
+            continue
+        if key in ("data.path", "responses"):  # whatever data the recipe has
+            overrides.append('data={"source": "file"}')
+        text = json.dumps(value, ensure_ascii=False) if key in AS_THEY_ARE else value
+        if key == "responses":  # which are data that are not sampled
+            overrides += ["sampling=null", f"data.path={text}"]
+        else:
+            overrides.append(f"{key}={text}")
+    return path, overrides + written
+
+
+def _add_flags(command: argparse.ArgumentParser, name: str) -> None:
+    command.add_argument(
+        "recipe",
+        nargs="*",
+        metavar="recipe.yaml key=value",
+        help="YAML file, if not all is said by flags; a.b.c=value",
+    )
+    groups: dict[str, Any] = {}
+    for flags in EXCLUSIVE:
+        if FLAGS[name].keys() >= set(flags):
+            groups |= dict.fromkeys(flags, command.add_mutually_exclusive_group())
+    for flag, (key, help) in FLAGS[name].items():
+        group = groups.get(flag, command)
+        if flag in SWITCHES:
+            value = SWITCHES[flag]
+            group.add_argument(flag, dest=key, action="store_const", const=value, help=help)
+        else:
+            group.add_argument(flag, dest=key, metavar=flag[2:].upper(), help=help)
+
+
+def _add_data_commands(subparsers: Any) -> None:
+    help = "Look into data files, and convert them."
+    parser = subparsers.add_parser("data", help=help, description=help)
+    commands = parser.add_subparsers(dest="data_command", required=True)
+    parsers = {
+        name: commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        for name, help in DATA_COMMANDS.items()
+    }
+    formats = get_args(FormatName)
+    root = "folder of the images; the data file's by default"
+    check, convert = parsers["check"], parsers["convert"]
+    check.add_argument("file", help="file, folder or tfds:NAME#SPLIT")
+    check.add_argument("--model", help="checkpoint whose tokens count; characters without")
+    check.add_argument("--template", default="auto", choices=("auto", "vicuna_v1"))
+    check.add_argument("--format", default="auto", choices=formats, help="of the rows")
+    check.add_argument("--image-root", help=root)
+    typed = ("tokens", "text")
+    check.add_argument("--control-tokens", default="tokens", choices=typed, help="if typed in rows")
+    for name in ("prompt", "response"):
+        flag, help = f"--{name}-sizes", "buckets, as 64,128; chosen from the data by default"
+        check.add_argument(flag, type=_sizes, default=(), help=help)
+    convert.add_argument("source", help="file, folder or tfds:NAME#SPLIT")
+    convert.add_argument("target", help="new file: .jsonl, .parquet or .array_record")
+    written = [name for name in formats if name not in ("auto", "picture_world")]
+    convert.add_argument("--format", default="record", choices=written, help="of the target")
+    convert.add_argument("--read-as", default="auto", choices=formats, help="format of the source")
+    convert.add_argument("--image-root", help=root)
+    help = "fields to leave out, as scores,critique"
+    convert.add_argument("--drop", type=lambda text: text.split(","), default=(), help=help)
+    help = "join the pairs of one prompt into a ranking, where they agree"
+    convert.add_argument("--join-pairs", action="store_true", help=help)
+    help = "share of unusable rows above which nothing is written"
+    convert.add_argument("--max-skipped", type=float, default=0.1, help=help)
+
+
+def _add_plan(command: argparse.ArgumentParser) -> None:
+    command.add_argument("recipe", help="YAML file")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="a.b.c=value")
+    help = "slice of TPUs, as v5e:8x8, v5p:4x4x8, v6e:16x16, v4:4x4x4, tpu7x:2x2x1; or cpu:8"
+    command.add_argument("--topology", required=True, help=help)
+    command.add_argument("--json", metavar="FILE", help="file for all figures")
+    kinds = ("train", "align", "generate", "score", "select")
+    help = "command that the recipe is of, where its keys do not say it"
+    command.add_argument("--as", dest="command_of_recipe", choices=kinds, help=help)
+    help = "compile without optimisations: a quarter of the time, memory a few per cent off"
+    command.add_argument("--fast", action="store_true", help=help)
+    help = "rank meshes, micro-batches and rematerialisation that fit by their rooflines"
+    command.add_argument("--search", action="store_true", help=help)
+    help = "programs that a search compiles at most: 8"
+    command.add_argument("--compilations", type=int, default=8, metavar="N", help=help)
+    command.add_argument("--dump", metavar="FILE", help="file for the last program, optimised HLO")
+    command.add_argument("--rows", type=int, help="rows of the data; counted where it is here")
+    command.add_argument("--claims", type=float, default=8.0, help="of a response: 8")
+    command.add_argument("--responses", type=int, default=2, help="of a row that is scored: 2")
+    help = "WIDTHxHEIGHT of a prompt's picture: 896x896"
+    command.add_argument("--image", type=_image_size, help=help)
+
+
+def _image_size(text: str) -> tuple[int, int]:
+    width, height = (int(edge) for edge in text.split("x"))
+    return height, width
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    from mmpo_jax.data.lengths import Lengths
+
+    return Lengths(prompt=tuple(int(size) for size in text.split(","))).prompt
