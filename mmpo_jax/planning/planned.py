@@ -12,9 +12,10 @@ from jax.sharding import Mesh
 from mmpo_jax.core import progress
 from mmpo_jax.parallel.mesh import AXES, make_mesh
 from mmpo_jax.planning.collectives import summed
+from mmpo_jax.planning.commands import plan_stages
 from mmpo_jax.planning.compiling import Compiled, compile_program
 from mmpo_jax.planning.roofline import Roofline, roofline
-from mmpo_jax.planning.stages import Assumed, Run, Stages
+from mmpo_jax.planning.stages import Assumed, Run
 from mmpo_jax.planning.topology import Topology
 from mmpo_jax.recipes.recipe import Base
 
@@ -158,7 +159,7 @@ def plan_recipe(
     """
     mesh = mesh_of(recipe, topology)
     with progress.doing("counting"):
-        plan = Stages(recipe, mesh, assumed).plan()
+        plan = plan_stages(recipe, mesh, assumed)
     runs = [run for run in plan.runs if not only or run.program.name in only]
     planned = []
     for run in runs:

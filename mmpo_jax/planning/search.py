@@ -15,10 +15,11 @@ from typing import Any
 from mmpo_jax.core import progress
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.parallel.mesh import AXES
+from mmpo_jax.planning.commands import plan_stages
 from mmpo_jax.planning.compiling import Compiled, compile_program
 from mmpo_jax.planning.planned import Planned, PlannedRun, judged, mesh_of
 from mmpo_jax.planning.programs import Program
-from mmpo_jax.planning.stages import Assumed, Plan, Stages
+from mmpo_jax.planning.stages import Assumed, Plan
 from mmpo_jax.planning.topology import Topology
 from mmpo_jax.recipes.recipe import Base
 
@@ -166,7 +167,7 @@ def _counted(
     recipe: Base, topology: Topology, assumed: Assumed, changes: Sequence[tuple[str, Any]]
 ) -> Choice:
     changed = changed_recipe(recipe, changes)
-    plan = Stages(changed, mesh_of(changed, topology), assumed).plan()
+    plan = plan_stages(changed, mesh_of(changed, topology), assumed)
     return Choice(tuple(changes), changed, _planned(topology, plan, changed, {}))
 
 

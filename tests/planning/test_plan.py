@@ -74,7 +74,7 @@ def test_a_recipe_without_weights(without_weights, tmp_path, capsys):
 
 
 def stages_of(recipe, **assumed):
-    plan = planned.Stages(recipe, make_mesh(), Assumed(**assumed)).plan()
+    plan = planned.plan_stages(recipe, make_mesh(), Assumed(**assumed))
     return {(run.stage, run.program.name): run for run in plan.runs}, plan.notes
 
 

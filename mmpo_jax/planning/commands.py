@@ -1,0 +1,175 @@
+"""What the commands that run a recipe run, stage by stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from jax.sharding import Mesh
+
+from mmpo_jax.data.pipeline import MixtureEntry
+from mmpo_jax.generation.responses import PROMPTS_PER_PART
+from mmpo_jax.planning.judging import judge_stages
+from mmpo_jax.planning.programs import Sampled, validation
+from mmpo_jax.planning.stages import Assumed, Plan, Stages
+from mmpo_jax.recipes.candidates import (
+    CheckpointCandidates,
+    EditedImageCandidates,
+    GreedyCandidates,
+    PolicyCandidates,
+)
+from mmpo_jax.recipes.recipe import (
+    AlignRecipe,
+    Base,
+    GenerateRecipe,
+    ScoreRecipe,
+    SelectRecipe,
+    TrainRecipe,
+)
+from mmpo_jax.recipes.sampling import Decoding
+from mmpo_jax.training.on_policy import with_token_limit
+from mmpo_jax.training.plan import total_steps
+
+
+def plan_stages(recipe: Base, mesh: Mesh, assumed: Assumed) -> Plan:
+    """All programs that a recipe runs on a mesh, and how often.
+
+    Args:
+      recipe: of any command that runs one.
+      mesh: the devices.
+      assumed: what it does not say.
+
+    Raises:
+      MmpoError: the recipe cannot be run on the mesh, or there is nothing to plan.
+    """
+    kinds: dict[type, Callable[[Stages, Any], None]] = {
+        TrainRecipe: _train,
+        AlignRecipe: _align,
+        GenerateRecipe: _generate,
+        ScoreRecipe: _score,
+        SelectRecipe: _select,
+    }
+    stages = Stages(recipe, mesh, assumed)
+    kinds[type(recipe)](stages, recipe)
+    return stages.plan()
+
+
+def _train(stages: Stages, recipe: TrainRecipe) -> None:
+    opened = stages.open(recipe.model, recipe.template)
+    rows = [stages.rows(data) for data in recipe.data]
+    parts = [
+        MixtureEntry(count, data.weight)
+        for count, data in zip(rows, recipe.data, strict=True)
+        if count is not None
+    ]
+    config, rollout = recipe.training, recipe.rollout
+    if rollout is not None:
+        config = with_token_limit(config, rollout)
+    updates = rollout.updates_per_rollout if rollout else 1
+    known = len(parts) == len(rows)
+    steps = total_steps(config, parts, updates) if known else config.max_steps
+    records = sum(part.size for part in parts) if known else None
+    responses = stages.assumed.responses
+    if rollout is not None:
+        responses = rollout.num_samples
+        sizes = stages.sizes(opened, recipe.lengths, responses)
+        draws = None if steps is None else steps / updates
+        sampled = Sampled(
+            config.batch_size,
+            config.batch_size,
+            Decoding(**rollout.model_dump(include=set(Decoding.model_fields))),
+        )
+        policy = opened.with_dtype(config.compute_dtype)
+        stages.sample("rollouts", policy, sizes, sampled, config.batch_size, draws)
+    sizes = stages.sizes(opened, recipe.lengths, responses)
+    stages.training(opened, config, sizes, steps, records, rollout)
+    if recipe.validation is not None:
+        held = recipe.validation.share
+        batches = None
+        if held is not None and records is not None and steps is not None:
+            times = steps // recipe.validation.every + 2
+            batches = times * math.ceil(held * records / config.batch_size)
+        program = validation(opened, stages.mesh, config, sizes)
+        stages.add("validation", [program], [batches])
+
+
+def _align(stages: Stages, recipe: AlignRecipe) -> None:
+    start = stages.open(recipe.model, recipe.template)
+    opened = start
+    if recipe.rounds > 1 and start.dtype.name != "float32":
+        opened = start.with_dtype("float32")
+        stages.notes.append(
+            "rounds after the first start from float32 weights, which all rounds are planned "
+            f"with; the first has {start.dtype.name}"
+        )
+    rounds = recipe.rounds
+    prompts = recipe.prompts_per_round
+    if prompts is None:
+        prompts = stages.rows(recipe.data)
+    sizes = stages.sizes(opened, recipe.lengths, 2)
+    responses = 0.0
+    for source in recipe.candidates:
+        if not isinstance(
+            source,
+            PolicyCandidates | GreedyCandidates | EditedImageCandidates | CheckpointCandidates,
+        ):
+            stages.notes.append(f"candidates: {source.name} takes no program of ours")
+            continue
+        drawn = source.drawn(recipe.sampling)
+        own = opened
+        if isinstance(source, CheckpointCandidates):
+            own = stages.open(source.model, source.template)
+        responses += drawn.num_samples
+        sampled = Sampled(PROMPTS_PER_PART, drawn.batch_size, drawn)
+        name = "generation" if isinstance(source, PolicyCandidates) else source.name
+        stages.sample(name, own, sizes, sampled, prompts, rounds)
+    judge_stages(stages, recipe, start, prompts, responses)
+    pairs = None if prompts is None else prompts * recipe.pairing.max_pairs_per_prompt
+    config = recipe.training
+    steps = None if pairs is None else total_steps(config, [MixtureEntry(pairs)])
+    if steps is None:
+        steps = config.max_steps
+    if pairs is not None:
+        stages.notes.append(
+            f"every prompt has {recipe.pairing.max_pairs_per_prompt} pairs, as many as allowed"
+        )
+    total = None if steps is None else steps * rounds
+    stages.training(opened, config, sizes, total, None if pairs is None else pairs * rounds)
+
+
+def _generate(stages: Stages, recipe: GenerateRecipe) -> None:
+    opened = stages.open(recipe.model, recipe.template)
+    sizes = stages.sizes(opened, recipe.lengths, 0, recipe.sampling.max_new_tokens)
+    sampled = Sampled(PROMPTS_PER_PART, recipe.sampling.batch_size, recipe.sampling)
+    stages.sample("generation", opened, sizes, sampled, stages.rows(recipe.data), 1)
+
+
+def _score(stages: Stages, recipe: ScoreRecipe) -> None:
+    opened = stages.open(recipe.model, recipe.template)
+    sizes = stages.sizes(opened, recipe.lengths, stages.assumed.responses)
+    stages.scored(
+        "scoring",
+        opened,
+        sizes,
+        recipe.scoring.batch_size,
+        recipe.scoring.compute_dtype,
+        stages.rows(recipe.data),
+    )
+
+
+def _select(stages: Stages, recipe: SelectRecipe) -> None:
+    opened = stages.open(recipe.model, recipe.template)
+    rows, responses = stages.rows(recipe.data), stages.assumed.responses
+    if recipe.sampling is not None:
+        responses = recipe.sampling.num_samples
+        limit = recipe.sampling.max_new_tokens
+        sizes = stages.sizes(opened, recipe.lengths, responses, limit)
+        sampled = Sampled(PROMPTS_PER_PART, recipe.batch_size, recipe.sampling)
+        stages.sample("generation", opened, sizes, sampled, rows, 1)
+    for name in (recipe.model, recipe.reference):
+        scored = stages.open(name, recipe.template)
+        sizes = stages.sizes(scored, recipe.lengths, responses)
+        stages.scored(
+            "scoring", scored, sizes, recipe.batch_size, recipe.reward.compute_dtype, rows
+        )
