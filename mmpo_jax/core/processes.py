@@ -18,7 +18,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from mmpo_jax.core.errors import MmpoError
 
@@ -31,6 +31,8 @@ METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attribut
 METADATA_SECONDS = 3.0
 SMALL, LARGE = 1 << 12, 1 << 26
 """Bytes that are broadcast at once, at least and at most."""
+AGREED = "agreed"
+"""Attribute of an error that all processes raise."""
 PATIENCE, POLLING = 30.0, 0.5
 """Seconds for which a process waits for files that the first one sees, and from look to look."""
 
@@ -151,8 +153,7 @@ def on_one(function: Callable[[], Result]) -> Result:
             told = _pickled(error)
     value, failure = pickle.loads(_broadcast(told))
     if failure is not None:
-        failure.agreed = True
-        raise failure
+        _raise_in_all(failure)
     return value
 
 
@@ -180,8 +181,7 @@ def in_shares(function: Callable[[Item], Result], items: Sequence[Item]) -> list
     shares = [pickle.loads(share) for share in _gather(told)]
     for _, failure in shares:
         if failure is not None:
-            failure.agreed = True
-            raise failure
+            _raise_in_all(failure)
     return [shares[place % me.count][0][place // me.count] for place in range(len(items))]
 
 
@@ -208,9 +208,7 @@ def check_same(what: str, *fingerprints: Callable[[], str]) -> None:
         different = [index for index, own in enumerate(told) if own != told[0]]
         if not different:
             return
-    error = MmpoError(f"{what} of process {different[0]} differ from the first one's")
-    error.agreed = True  # type: ignore[attr-defined]
-    raise error
+    _raise_in_all(MmpoError(f"{what} of process {different[0]} differ from the first one's"))
 
 
 def wait_for(look: Callable[[], Result | None], what: str) -> Result:
@@ -237,7 +235,13 @@ def wait_for(look: Callable[[], Result | None], what: str) -> Result:
 
 def is_agreed(error: BaseException) -> bool:
     """Whether all processes raise an error, as it is that of `on_one`."""
-    return getattr(error, "agreed", False)
+    return AGREED in vars(error)
+
+
+def _raise_in_all(error: Exception) -> NoReturn:
+    """Raises an error that every process has come to, and raises."""
+    vars(error)[AGREED] = True
+    raise error
 
 
 @contextlib.contextmanager
