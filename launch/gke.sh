@@ -17,10 +17,6 @@ launch/gke.sh: mmpo on GKE, by XPK
   gke.sh resume [COMMAND]  delete the workload and run it again; by default the last command
   gke.sh stop              delete the workload: the run has five minutes to save
   gke.sh delete [--yes]    delete the cluster
-
-  --config FILE      by default launch/config (see launch/config.example), or $MMPO_LAUNCH_CONFIG
-  --set KEY=VALUE    one key of the config in its place
-  --dry-run          show the commands, run none
 END
 }
 

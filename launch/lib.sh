@@ -28,6 +28,15 @@ config_file=${MMPO_LAUNCH_CONFIG:-$ROOT/launch/config}
 settings=()     # --set KEY=VALUE
 passed_on=()    # the options that a script hands to itself
 
+usage_of_options() {
+  cat <<'END'
+
+  --config FILE      by default launch/config (see launch/config.example), or $MMPO_LAUNCH_CONFIG
+  --set KEY=VALUE    one key of the config in its place
+  --dry-run          show the commands, run none
+END
+}
+
 given() { [[ $flags == *" $1 "* ]]; }
 
 parse_arguments() { # needs usage and subcommand_flags of the script
@@ -35,6 +44,7 @@ parse_arguments() { # needs usage and subcommand_flags of the script
     case $1 in
       -h | --help)
         usage
+        usage_of_options
         exit 0
         ;;
       --dry-run)

@@ -18,10 +18,6 @@ launch/sky.sh: mmpo by SkyPilot
   sky.sh create                  a cluster that stays, with this checkout installed; deleted if that fails
   sky.sh run --cluster COMMAND   run there, without recovery; also status, logs and stop --cluster
   sky.sh delete [--yes]          delete the cluster
-
-  --config FILE      by default launch/config (see launch/config.example), or $MMPO_LAUNCH_CONFIG
-  --set KEY=VALUE    one key of the config in its place
-  --dry-run          show the commands, run none
 END
 }
 

@@ -18,10 +18,6 @@ launch/tpu.sh: mmpo on Cloud TPU VMs
   tpu.sh resume [--keep] [COMMAND]   create, install and run again whatever is lost; by default the last command
   tpu.sh stop                    SIGTERM on all hosts: the run saves and ends
   tpu.sh delete [--yes]          delete the TPU
-
-  --config FILE      by default launch/config (see launch/config.example), or $MMPO_LAUNCH_CONFIG
-  --set KEY=VALUE    one key of the config in its place
-  --dry-run          show the commands, run none
 END
 }
 

@@ -102,7 +102,7 @@ class Stages:
         records: float | None,
         rollout: Any = None,
     ) -> None:
-        """Adds the reference pass, where one is needed, and so many steps on batches of these sizes."""
+        """Adds so many steps on batches of these sizes, and the reference pass that they need."""
         micro_batch_size(config, self.mesh)
         _check_once(
             config.model_copy(update=SPEED | {"batch_size": self.shards}), opened, self.mesh
