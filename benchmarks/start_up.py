@@ -100,8 +100,8 @@ def measure(folder: Path, kind: str, rows: int, workers: int) -> dict[str, Any]:
     make_rows(few, kind, FEW)
     make_rows(data, kind, rows)
     time.sleep(SETTLED)
-    of_model = [start(folder, model, few, f"{kind}-few-run", workers, step) for step in (1, 2)]
-    cold, again = (start(folder, model, data, f"{kind}-run", workers, step) for step in (1, 2))
+    of_model = [start(folder, model, few, f"{kind}-few-run", workers) for _ in range(2)]
+    cold, again = (start(folder, model, data, f"{kind}-run", workers) for _ in range(2))
     images = [count for name, count in cold.reads.items() if name.endswith(".jpg")]
     seen_again = sum(count for name, count in again.reads.items() if name.endswith(".jpg"))
     return {
@@ -131,8 +131,9 @@ def print_figures(kind: str, figures: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def start(folder: Path, model: Path, data: Path, run: str, workers: int, step: int) -> Start:
-    """Starts a run, and kills it when a step is done and its checkpoint is there."""
+def start(folder: Path, model: Path, data: Path, run: str, workers: int) -> Start:
+    """Starts a run, or goes on with it, and kills it when a step is done and its checkpoint is
+    there, or a later one's that has replaced it."""
     texts = run.startswith("texts")
     name = next(name for name in ("rows.parquet", "rows.jsonl") if (data / name).exists())
     recipe = {
@@ -146,13 +147,15 @@ def start(folder: Path, model: Path, data: Path, run: str, workers: int, step: i
         "training": {
             "objective": {"type": "dpo"},
             "batch_size": BATCH_SIZE,
-            "max_steps": 8,
+            "epochs": 10_000,
+            "max_steps": 10_000,
             "log_every": 1,
             "save_every": 1,
             "workers": workers,
         },
     }
-    file, hook, reads = folder / f"{run}.yaml", folder / "hook", folder / f"{run}-{step}.reads"
+    file, hook, reads = folder / f"{run}.yaml", folder / "hook", folder / f"{run}.reads"
+    reads.unlink(missing_ok=True)
     file.write_text(json.dumps(recipe))  # JSON is YAML
     hook.mkdir(exist_ok=True)
     (hook / "sitecustomize.py").write_text(_HOOK)
@@ -174,19 +177,26 @@ def start(folder: Path, model: Path, data: Path, run: str, workers: int, step: i
     try:
         for line in process.stdout:
             said.append(line)
-            if line.startswith(f"step {step}/"):
+            if line.startswith("step "):
                 break
         else:
             raise SystemExit("".join(said[-20:]))
         seconds = time.perf_counter() - begun
         watch.close()
-        while not (folder / run / "checkpoints" / str(step)).exists():
+        step = int(line.removeprefix("step ").split("/")[0])
+        while process.poll() is None and not _saved(folder / run / "checkpoints", step):
             time.sleep(0.1)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     counts = collections.Counter(reads.read_text().splitlines()) if reads.exists() else {}
     return Start(seconds, watch.seconds, watch.peak, watch.of_all, collections.Counter(counts))
+
+
+def _saved(checkpoints: Path, step: int) -> bool:
+    """Whether there is a checkpoint of the step or of a later one."""
+    steps = [path.name for path in checkpoints.iterdir()] if checkpoints.exists() else []
+    return any(name.isdecimal() and int(name) >= step for name in steps)
 
 
 class Watch:
