@@ -12,6 +12,7 @@ import grain
 import jax
 import numpy as np
 
+from mmpo_jax.data.amounts import Amounts, preference_pairs
 from mmpo_jax.data.batching import bucket, pad_batch
 from mmpo_jax.data.contexts import MAIN
 from mmpo_jax.data.lengths import Lengths
@@ -51,6 +52,16 @@ class Example:
     def rows(self) -> list[TokenizedRecord]:
         """The contexts it has."""
         return [context for context in self.contexts if context is not None]
+
+    @property
+    def ranks(self) -> list[float]:
+        """Ranks of the main context's own responses; none where no objective reads them."""
+        main, ranks = self.rows[0], self.fields.get("rank", ())
+        return [
+            float(rank)
+            for rank, response in zip(ranks, main.responses, strict=False)
+            if len(response.ids) and not response.mismatched
+        ]
 
 
 class Examples(Sequence[Example]):
@@ -131,6 +142,8 @@ class HostBatch:
     """Ids of all rows of the global batch."""
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """What is to be reported of it beside what the loss reports."""
+    amounts: Amounts = dataclasses.field(default_factory=Amounts)
+    """How much of the data is in it, over all processes."""
 
 
 def training_batches(
@@ -309,8 +322,7 @@ def batch_maker(
             size = prompts.prompt_ids.size + prompts.response_ids.size
             computed += size * micro_batch_size // len(own)
             micro_batches.append(_with_fields(prompts, places, len(own), pattern))
-        tokens = sum(Size.of(record).tokens for record in records)
-        return _stacked(micro_batches, chosen, tokens / computed)
+        return _stacked(micro_batches, chosen, computed)
 
     return make
 
@@ -340,9 +352,8 @@ def _make_packed(
         }
         like = made[numbers[0]]
         micro_batches.append(_with_fields(prompts, places, len(prompts.weights), like))
-    tokens = sum(sizes[number].tokens for number in numbers)
     chosen = [made[number] for number in numbers]
-    return _stacked(micro_batches, chosen, tokens / (packing.micro_batches * shape.computed))
+    return _stacked(micro_batches, chosen, packing.micro_batches * shape.computed)
 
 
 class _Rows(Sequence[TokenizedRecord]):
@@ -395,12 +406,15 @@ def _with_fields(
 
 
 def _stacked(
-    micro_batches: Sequence[TrainBatch], examples: Sequence[Example], useful: float
+    micro_batches: Sequence[TrainBatch], examples: Sequence[Example], computed: int
 ) -> HostBatch:
-    """What a step consumes, of micro-batches of one shape."""
+    """What a step consumes, of micro-batches of one shape, of which so many tokens are computed."""
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *micro_batches)
     ids = tuple(example.id for example in examples)
-    return HostBatch(stacked, ids, {USEFUL_SHARE: useful})
+    records = [record for example in examples for record in example.rows]
+    pairs = sum(preference_pairs(example.ranks) for example in examples)
+    amounts = Amounts.of(records, len(examples), pairs, computed)
+    return HostBatch(stacked, ids, {USEFUL_SHARE: amounts.tokens / computed}, amounts)
 
 
 def _placed(values: Mapping[int, np.ndarray], shape: tuple[int, ...]) -> np.ndarray:

@@ -21,24 +21,27 @@ import jax
 from jax.sharding import Mesh
 
 from mmpo_jax.core.trees import flatten
+from mmpo_jax.data.amounts import seen_pairs
 from mmpo_jax.generation.refill import Layout
-from mmpo_jax.models.log_probs import head_chunk
-from mmpo_jax.models.model import Model
-from mmpo_jax.parallel.mesh import batch_shards, param_shardings
-from mmpo_jax.planning.abstract import Sizes, shapes_of
-from mmpo_jax.planning.parts import (
+from mmpo_jax.models.flops import (
     EMBEDDING,
     HEAD,
     LAYERS,
     PROJECTOR,
     TOWER,
+    input_gradients,
+    tower_of,
+)
+from mmpo_jax.models.log_probs import head_chunk
+from mmpo_jax.models.model import Model
+from mmpo_jax.parallel.mesh import batch_shards, param_shardings
+from mmpo_jax.planning.abstract import Sizes, shapes_of
+from mmpo_jax.planning.parts import (
     Product,
     computed_pairs,
     mean_pool,
     products,
-    seen_pairs,
     shape_tree,
-    tower_of,
 )
 from mmpo_jax.recipes.sampling import Decoding
 
@@ -149,7 +152,8 @@ class Computation:
         pair = 4.0 * width * sizes.rows
         backward = BACKWARD[self.backend] if passes.inputs else 0.0
         flops = pair * computed_pairs(sizes, self.backend) * (passes.forward + backward)
-        needed = pair * seen_pairs(sizes) * (1 + 2 * passes.inputs)
+        seen = seen_pairs(sizes.prompt, [sizes.response] * sizes.responses)
+        needed = pair * seen * (1 + 2 * passes.inputs)
         heads = 2 * (decoder.num_heads + decoder.num_kv_heads) * decoder.head_dim
         rows = sizes.tokens / self.shards / self.tensor
         moved = decoder.num_layers * rows * heads * self.itemsize
@@ -227,10 +231,7 @@ def train_work(
       moments: bytes of the optimizer's state that a device holds; AdamW's by default.
     """
     again = 2 if remat == "full" else 1
-    in_tower = any(path.startswith(TOWER) for path in trained)
-    in_projector = in_tower or any(path.startswith(PROJECTOR) for path in trained)
-    in_decoder = any(not path.startswith((TOWER, PROJECTOR, HEAD)) for path in trained)
-    below = {TOWER: in_tower, PROJECTOR: in_projector, LAYERS: in_projector or in_decoder}
+    below = input_gradients(trained)
 
     def passes(path: str) -> Passes:
         part = next((part for part in below if path.startswith(part)), None)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from mmpo_jax.parallel.chips import GIB
 from mmpo_jax.parallel.mesh import AXES
-from mmpo_jax.planning.chips import GIB
 from mmpo_jax.planning.collectives import summed
 from mmpo_jax.planning.planned import Planned, PlannedRun
 from mmpo_jax.planning.search import Choice

@@ -15,7 +15,7 @@ import jax
 from jax.experimental import topologies
 
 from mmpo_jax.core.errors import MmpoError
-from mmpo_jax.planning.chips import CHIPS, Chip
+from mmpo_jax.parallel.chips import CHIPS, Chip
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,14 @@ import pytest
 from helpers import tiny
 
 from mmpo_jax.data.lengths import Lengths
-from mmpo_jax.data.pipeline import Example, MixtureEntry, mixed_order, num_batches, training_batches
+from mmpo_jax.data.pipeline import (
+    USEFUL_SHARE,
+    Example,
+    MixtureEntry,
+    mixed_order,
+    num_batches,
+    training_batches,
+)
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
 from mmpo_jax.data.tokenization import tokenize_records
 from mmpo_jax.picture_world.render import png_bytes
@@ -152,6 +159,27 @@ def test_resumes_where_it_stopped(make_batches, done):
         np.testing.assert_array_equal(
             batch.arrays.prompts.prompt_ids, expected.arrays.prompts.prompt_ids
         )
+
+
+@pytest.mark.parametrize("packed_over", [None, 1])
+def test_amounts_are_those_of_the_arrays(make_batches, packed_over):
+    """Padding, and rows that only fill a batch, count as computed and nothing else."""
+    slots = []
+    for host in make_batches(packed_over=packed_over):
+        prompts, amounts = host.arrays.prompts, host.amounts
+        if packed_over:
+            tokens, computed = (prompts.record >= 0).sum(), prompts.token_ids.size
+        else:
+            in_rows = prompts.prompt_mask * prompts.weights[..., None]
+            tokens = in_rows.sum() + prompts.response_mask.sum()
+            computed = prompts.prompt_ids.size + prompts.response_ids.size
+        assert (amounts.tokens, amounts.computed) == (tokens, computed)
+        assert amounts.targets == prompts.loss_mask.sum()
+        assert amounts.rows == prompts.weights.sum() == len(host.ids)
+        assert amounts.responses == prompts.loss_mask.any(-1).sum()
+        assert host.metrics[USEFUL_SHARE] == tokens / computed
+        slots += amounts.slots
+    assert sorted(slots) == [1] * (ROWS - 1) * EPOCHS + [2] * EPOCHS
 
 
 def test_rows_that_do_not_fit_are_counted_with_a_reason(tiny_processor):

@@ -18,7 +18,7 @@ from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.planning import abstract
 from mmpo_jax.planning.abstract import Sizes
 from mmpo_jax.planning.counts import Computation, decode_work, forward_work, train_work
-from mmpo_jax.planning.parts import computed_pairs, mean_pool, seen_pairs
+from mmpo_jax.planning.parts import computed_pairs, mean_pool
 from mmpo_jax.recipes.sampling import Decoding
 
 BF16 = 2
@@ -148,13 +148,6 @@ def test_adapters_take_no_gradients_of_kernels():
     work = train_work(of_7b(fsdp=8), params, trained, PAIR, 1, "none")
     # 29 TFLOP a pair instead of 43.4: no gradients of kernels, and little for the adapters.
     assert work.model_flops / 8 == pytest.approx(29.0e12, rel=0.03)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "seen"), [(Sizes(1, 3, 2, 2), 6 + 2 * (6 + 3)), (Sizes(1, 4), 10)]
-)
-def test_pairs_that_are_seen(sizes, seen):
-    assert seen_pairs(sizes) == seen
 
 
 def test_blocks_that_splash_attention_visits():

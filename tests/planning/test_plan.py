@@ -18,8 +18,9 @@ from mmpo_jax import cli
 from mmpo_jax.data.contexts import MAIN
 from mmpo_jax.models.lora import add_adapters
 from mmpo_jax.objectives.terms import make_term
+from mmpo_jax.parallel import chips
 from mmpo_jax.parallel.mesh import make_mesh
-from mmpo_jax.planning import abstract, chips, opened, planned, topology
+from mmpo_jax.planning import abstract, opened, planned, topology
 from mmpo_jax.planning.abstract import Sizes
 from mmpo_jax.planning.stages import Assumed
 from mmpo_jax.recipes.recipe import (

@@ -3,7 +3,8 @@
 import pytest
 
 from mmpo_jax.core.errors import MmpoError
-from mmpo_jax.planning import chips, search
+from mmpo_jax.parallel import chips
+from mmpo_jax.planning import search
 from mmpo_jax.planning.stages import Assumed
 from mmpo_jax.planning.topology import find_topology
 from mmpo_jax.recipes.recipe import ScoreRecipe, TrainRecipe

@@ -1,8 +1,9 @@
-"""What chips can do: peaks of their makers, and the memory that the compiler gives away."""
+"""What chips can do: peaks of their makers, and the memory that TPUs' compiler gives away."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 GIB = 2**30
@@ -50,3 +51,48 @@ CHIPS = {
 """Peaks: docs.cloud.google.com/tpu/docs, pages v4, v5e, v5p, v6e and tpu7x (read in November 2026).
 Memory: what libtpu 0.0.52 says is available when a program takes more; the rest of a chip's 16, 32,
 95, 96 or 192 GiB it keeps for itself."""
+
+KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+}
+"""What JAX calls a device (`device_kind`) -> which chip it is."""
+
+GPUS = (
+    ("A100", 312),
+    ("A10", 125),
+    ("A40", 149.7),
+    ("B200", 2250),
+    ("H100 PCIe", 756),
+    ("H100 NVL", 835),
+    ("H100", 989),
+    ("H200 NVL", 835),
+    ("H200", 989),
+    ("L40S", 362),
+    ("L4", 121),
+)
+"""What a GPU's `device_kind` has behind "NVIDIA " -> TFLOP/s in bfloat16 with dense factors, by
+NVIDIA's data sheets, which print twice that for sparse ones. The first that fits counts."""
+
+
+def peak_flops(kind: str) -> float | None:
+    """Products and sums a second that a device does at most in bfloat16, with dense factors.
+
+    Args:
+      kind: what JAX calls it, `device_kind`.
+
+    Returns:
+      None where no maker says so, as for CPUs, or where the kind is not in the tables here.
+    """
+    if kind in KINDS:
+        return CHIPS[KINDS[kind]].flops
+    for name, tera in GPUS:
+        if re.match(rf"NVIDIA {name}(?![0-9A-Za-z])", kind):
+            return tera * 1e12
+    return None

@@ -1,0 +1,143 @@
+"""FLOPs that a model needs, against counts by hand."""
+
+import functools
+
+import jax
+import pytest
+import transformers
+from helpers import tiny
+
+from mmpo_jax.core.trees import flatten
+from mmpo_jax.models.flops import input_gradients, model_flops
+from mmpo_jax.models.lora import Lora, add_adapters, is_adapter
+from mmpo_jax.models.model import Model, read_config
+
+LAYERS, WIDTH, WIDE, VOCABULARY = 32, 4096, 11008, 32064
+BODY = LAYERS * (4 * WIDTH**2 + 3 * WIDTH * WIDE)
+TOWER = 23 * (4 * 1024**2 + 2 * 1024 * 4096)
+PROJECTOR = 1024 * WIDTH + WIDTH**2
+
+PROMPT, RESPONSES = 100 + 576, (200, 200)
+TOKENS, TARGETS = PROMPT + sum(RESPONSES), sum(RESPONSES)
+SEEN = PROMPT * (PROMPT + 1) // 2 + sum(n * PROMPT + n * (n + 1) // 2 for n in RESPONSES)
+
+
+@functools.cache
+def llava_7b():
+    """(LLaVA-1.5-7B, its parameters' shapes by path)."""
+    model = Model.create(
+        read_config(
+            transformers.LlavaConfig(
+                vision_config=transformers.CLIPVisionConfig(
+                    hidden_size=1024,
+                    intermediate_size=4096,
+                    num_hidden_layers=24,
+                    num_attention_heads=16,
+                    image_size=336,
+                    patch_size=14,
+                ),
+                text_config=transformers.LlamaConfig(
+                    hidden_size=WIDTH,
+                    intermediate_size=WIDE,
+                    num_hidden_layers=LAYERS,
+                    num_attention_heads=32,
+                    num_key_value_heads=32,
+                    vocab_size=VOCABULARY,
+                ),
+                image_token_index=32000,
+                tie_word_embeddings=False,
+            )
+        )
+    )
+    return model, flatten(model.abstract_params())
+
+
+DECODER = 2 * BODY * TOKENS + 4 * LAYERS * WIDTH * SEEN
+HEAD = 2 * WIDTH * VOCABULARY * TARGETS
+PATCHES = 2 * 3 * 14**2 * 1024 * 576
+PICTURE = 2 * TOWER * 577 + 4 * 1024 * 23 * 577**2 + PATCHES
+OF_PROJECTOR = 2 * PROJECTOR * 576
+
+
+def pair(flops):
+    return flops.of(TOKENS, TARGETS, SEEN, [1])
+
+
+def trained_without(*frozen):
+    model, params = llava_7b()
+    return model, params, [path for path in params if not path.startswith(frozen)]
+
+
+def test_a_forward_pass_by_hand():
+    by_hand = DECODER + HEAD + PICTURE + OF_PROJECTOR
+    assert pair(model_flops(*llava_7b())) == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_a_pair_that_is_trained_by_hand():
+    """All but the tower: three times as much, but for the projector, below which is nothing."""
+    count = pair(model_flops(*trained_without("vision_tower/")))
+    by_hand = 3 * (DECODER + HEAD + OF_PROJECTOR) + PICTURE
+    assert count == pytest.approx(by_hand, rel=1e-3)
+    assert count == pytest.approx(43.4e12, rel=0.01)
+
+
+def test_what_is_frozen_below_takes_no_gradients():
+    """With tower, projector and embedding frozen, the first gradient is that of a kernel."""
+    frozen = "vision_tower/", "multi_modal_projector/", "language_model/embed_tokens/"
+    count = pair(model_flops(*trained_without(*frozen)))
+    assert count == pytest.approx(3 * (DECODER + HEAD) + PICTURE + OF_PROJECTOR, rel=1e-6)
+
+
+def test_all_of_it_is_trained():
+    by_hand = 3 * (DECODER + HEAD + PICTURE + OF_PROJECTOR)
+    assert pair(model_flops(*trained_without("nothing"))) == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_only_the_head_is_trained():
+    model, params = llava_7b()
+    count = pair(model_flops(model, params, ["language_model/lm_head/kernel"]))
+    assert count == pytest.approx(DECODER + 2 * HEAD + PICTURE + OF_PROJECTOR, rel=1e-6)
+
+
+def test_adapters_take_no_gradients_of_kernels():
+    model, params = llava_7b()
+    with_adapters = flatten(add_adapters(model.abstract_params(), model, Lora(rank=16), (), 0))
+    trained = [path for path in with_adapters if is_adapter(path)]
+    assert len(trained) > 0 and with_adapters.keys() > params.keys()
+    # 29 TFLOP a pair instead of 43.4, and little for the adapters.
+    assert pair(model_flops(model, with_adapters, trained)) == pytest.approx(29.0e12, rel=0.03)
+
+
+def test_pictures_count_as_they_are():
+    flops = model_flops(*llava_7b())
+    without = flops.of(TOKENS, TARGETS, SEEN, [])
+    of_three = flops.of(TOKENS, TARGETS, SEEN, [1, 2])
+    assert (of_three - without) == pytest.approx(3 * (PICTURE + OF_PROJECTOR), rel=1e-6)
+
+
+def test_several_models_add_up():
+    once = model_flops(*llava_7b())
+    assert pair(once + once) == 2 * pair(once)
+
+
+def test_a_tied_embedding_is_the_head():
+    model = Model.create(read_config(tiny.make_config()))
+    params = flatten(model.abstract_params())
+    kernel = params.pop("language_model/lm_head/kernel")
+    assert isinstance(kernel, jax.ShapeDtypeStruct)
+    assert model_flops(model, params).target == 2 * kernel.shape[0] * kernel.shape[1]
+    trained = ["language_model/embed_tokens/embedding"]
+    assert model_flops(model, params, trained).target == 3 * 2 * kernel.size
+
+
+@pytest.mark.parametrize(
+    ("trained", "below"),
+    [
+        (["language_model/lm_head/kernel"], (False, False, False)),
+        (["language_model/layers/mlp/up_proj/kernel"], (False, False, True)),
+        (["multi_modal_projector/linear_1/kernel"], (False, True, True)),
+        (["vision_tower/layers/mlp/fc1/kernel"], (True, True, True)),
+    ],
+)
+def test_where_gradients_pass(trained, below):
+    assert tuple(input_gradients(trained).values()) == below
