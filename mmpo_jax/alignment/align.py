@@ -38,6 +38,7 @@ from mmpo_jax.core.files import (
     write_atomic,
 )
 from mmpo_jax.core.processes import on_one
+from mmpo_jax.core.timings import timed
 from mmpo_jax.data.records import Record
 from mmpo_jax.data.skipped import SKIPPED_FILE, SkipReason
 from mmpo_jax.data.sources import RecordSet
@@ -242,7 +243,8 @@ def evaluate_round(
     saved = on_one(lambda: read_json(path))
     if saved.get("key") == key:
         return saved["metrics"]
-    with progress.doing("evaluate"):
+    took = timed(round_folder(recipe, index), "evaluate", key, {})
+    with progress.doing("evaluate"), took:
         progress.tell()
         metrics = evaluate_picture_world(
             checkpoint,

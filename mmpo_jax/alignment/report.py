@@ -7,11 +7,13 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 
+from mmpo_jax.core.buckets import entries
 from mmpo_jax.core.files import read_json, read_table, write_atomic
+from mmpo_jax.core.timings import rates, read_timings
 from mmpo_jax.feedback.judge import VERDICTS, scored_responses
 from mmpo_jax.feedback.rate import read_rate
 from mmpo_jax.feedback.scores import accepted
@@ -64,6 +66,14 @@ SOURCE_COLUMNS: tuple[tuple[str, str, str], ...] = (
 )
 """The same of the table of sources."""
 
+STAGE_COLUMNS: tuple[tuple[str, str, str], ...] = (
+    ("seconds", "seconds", ".1f"),
+    ("rows", "rows", "d"),
+    ("rows/s", "rows_per_second", ".3g"),
+    ("tokens/s", "tokens_per_second", ".4g"),
+)
+"""The same of the table of stages."""
+
 
 @dataclasses.dataclass(frozen=True)
 class RoundReport:
@@ -94,6 +104,10 @@ class RoundReport:
     """What pairing dropped, and why."""
     sources: dict[str, dict[str, float | None]] = dataclasses.field(default_factory=dict)
     """What each source of candidates gave, where there are several; see `count_sources`."""
+    stages: dict[str, dict[str, float | None]] = dataclasses.field(
+        default_factory=dict, compare=False
+    )
+    """What each stage took, which is another every time; see `stage_rates`."""
 
     def value(self, key: str) -> float | None:
         if key == "round":
@@ -147,7 +161,28 @@ def read_report(index: int, folder: str, metrics: dict[str, float], responses: s
         dpo_updates=(int(trained[half - 1]["step"]) if half else 0) if trained else None,
         counts=json.loads(pairs.schema.metadata[b"counts"]),
         sources=count_sources(generated, judged, pairs),
+        stages=stage_rates(folder),
     )
+
+
+def stage_rates(folder: str) -> dict[str, dict[str, float | None]]:
+    """What the stages of a round took, over all runs of it and in all of its folders.
+
+    Returns:
+      By the stage's name: `seconds`, `rows`, `rows_per_second` and `tokens_per_second`, None where
+      a stage has no such thing.
+    """
+    found: dict[str, dict[str, float | None]] = {}
+    for place in ("", *entries(folder)):
+        for name, took in read_timings(os.path.join(folder, place)).items():
+            rate = rates(took)
+            found[os.path.join(place, name)] = {
+                "seconds": took["seconds"],
+                "rows": took.get("rows"),
+                "rows_per_second": rate.get("rows"),
+                "tokens_per_second": rate.get("tokens"),
+            }
+    return found
 
 
 def count_sources(
@@ -215,11 +250,31 @@ def render_table(reports: Sequence[RoundReport]) -> str:
 def render_sources(reports: Sequence[RoundReport]) -> str:
     """What each source of candidates gave, a line per round and source; empty where no round has
     several."""
-    rows = [["round", "source", *(heading for heading, _, _ in SOURCE_COLUMNS)]]
-    for report in reports:
-        for source, counts in report.sources.items():
-            cells = [_cell(counts[key], form) for _, key, form in SOURCE_COLUMNS]
-            rows.append([str(report.index), source, *cells])
+    return _render_parts("source", SOURCE_COLUMNS, {r.index: r.sources for r in reports})
+
+
+def render_stages(reports: Sequence[RoundReport]) -> str:
+    """What each stage took, a line per round and stage; empty where nobody knows."""
+    return _render_parts("stage", STAGE_COLUMNS, {r.index: r.stages for r in reports})
+
+
+def _render_parts(
+    heading: str,
+    columns: Sequence[tuple[str, str, str]],
+    parts: Mapping[int, Mapping[str, Mapping[str, float | None]]],
+) -> str:
+    """A table with a line per round and part of it; empty where there is no part.
+
+    Args:
+      heading: of the parts' names.
+      columns: (heading, key, format) of the others.
+      parts: round -> name -> key -> value.
+    """
+    rows = [["round", heading, *(name for name, _, _ in columns)]]
+    for index, named in parts.items():
+        for name, values in named.items():
+            cells = [_cell(values[key], form) for _, key, form in columns]
+            rows.append([str(index), name, *cells])
     return _aligned(rows) if len(rows) > 1 else ""
 
 
@@ -278,9 +333,9 @@ def write_report(folder: str, reports: list[RoundReport]) -> None:
     """Writes `rounds.json`, `rounds.txt` and `curves.png`."""
     rows = [dataclasses.asdict(report) for report in reports]
     write_atomic(os.path.join(folder, "rounds.json"), json.dumps(rows, indent=1).encode())
-    sources = render_sources(reports)
-    told = [render_table(reports), *(["", sources, ""] if sources else []), *warnings(reports), ""]
-    text = "\n".join(told)
+    sources, stages = render_sources(reports), render_stages(reports)
+    told = [render_table(reports), *(["", sources, ""] if sources else []), *warnings(reports)]
+    text = "\n".join([*told, *(["", stages] if stages else []), ""])
     write_atomic(os.path.join(folder, "rounds.txt"), text.encode())
     if len(reports) > 1 and reports[0].metrics:
         draw_curves(os.path.join(folder, "curves.png"), reports)

@@ -35,6 +35,7 @@ from mmpo_jax.core.files import (
 )
 from mmpo_jax.core.processes import on_one
 from mmpo_jax.core.stages import Stage, StageOutput, run_told_stage
+from mmpo_jax.core.timings import timed
 from mmpo_jax.data.records import Record
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.feedback.ahead import asking_ahead
@@ -212,7 +213,8 @@ def train_round(work: Round, generated: StageOutput, pairs: StageOutput) -> str:
     stage = training_stage(work)
     data = pair_data(work, generated.table, pairs.table)
     on_one(lambda: _discard_other_run(stage.run_folder, identity))
-    with progress.doing("train"):
+    took = timed(work.folder, "train", identity, {"rows": len(data.examples)})
+    with progress.doing("train"), took:
         progress.tell()
         train_stage(stage, data, inputs)
 

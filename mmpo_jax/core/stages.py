@@ -7,8 +7,9 @@ A stage called ``label`` in a folder leaves two files behind:
     label.parts-<key>/00003.parquet   while it runs: the parts made so far
 
 The manifest is written last, so it never speaks of a result that is not there. The key of the
-parts is a hash of everything they depend on, so parts of other settings are never mixed in. No
-file holds a time or a path: the same inputs give the same bytes.
+parts is a hash of everything they depend on, so parts of other settings are never mixed in. None of
+these files holds a time or a path: the same inputs give the same bytes. What the stages of a folder
+took is in another one, `timings.json` (see `core.timings`).
 """
 
 import errno
@@ -17,14 +18,16 @@ import json
 import logging
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from etils import epath
 
-from mmpo_jax.core import progress
+from mmpo_jax.core import progress, timings
 from mmpo_jax.core.errors import DataError, MmpoError
 from mmpo_jax.core.files import (
     decode_table,
@@ -79,10 +82,15 @@ class Stage:
         return epath.Path(self.folder) / f"{self.name}.json"
 
     @property
+    def key(self) -> str:
+        """Of everything that the parts depend on."""
+        key = fingerprint_json([dict(self.inputs), dict(self.settings), self.num_parts])
+        return key[:_KEY_CHARACTERS]
+
+    @property
     def parts_folder(self) -> epath.Path:
         """Folder in which the parts wait for each other."""
-        key = fingerprint_json([dict(self.inputs), dict(self.settings), self.num_parts])
-        return epath.Path(self.folder) / f"{self.name}.parts-{key[:_KEY_CHARACTERS]}"
+        return epath.Path(self.folder) / f"{self.name}.parts-{self.key}"
 
     def part_path(self, part: int) -> epath.Path:
         """The file of one part, counted from 0."""
@@ -132,9 +140,10 @@ def run_stage(
             finished(parts[part])
         return {*parts}
 
-    def keep(part: int, table: pa.Table) -> None:
+    def keep(part: int, table: pa.Table, spent: Mapping[str, float]) -> None:
         data = encode_table(table)
         _write(stage, stage.part_path(part), data, len(parts))
+        timings.add_time(stage.folder, stage.name, stage.key, spent)
         # Used as read back, so that the result is the same with and without a restart.
         parts[part] = decode_table(data, f"part {part} of stage {stage.name}")
         finished(parts[part])
@@ -148,9 +157,15 @@ def run_stage(
         return data
 
     there = on_one(read_parts)
+    took: dict[str, float] = {}
     for part in range(stage.num_parts):
         if part not in there:
-            on_one(functools.partial(keep, part, make_part(part)))
+            begun = time.perf_counter()
+            table = make_part(part)
+            spent = {"seconds": time.perf_counter() - begun, **_amounts(table)}
+            on_one(functools.partial(keep, part, table, spent))
+            took = {unit: took.get(unit, 0) + amount for unit, amount in spent.items()}
+    timings.log_rates(stage.name, took)
     return _output(stage, on_one(finish))
 
 
@@ -197,6 +212,17 @@ def _read_finished(stage: Stage) -> bytes | None:
 
 def _output(stage: Stage, data: bytes) -> StageOutput:
     return StageOutput(decode_table(data, os.fspath(stage.output_path)), fingerprint_bytes(data))
+
+
+def _amounts(table: pa.Table) -> dict[str, int]:
+    """Rows of a part, and tokens where it says how many each row has, or each response of a row."""
+    amounts = {"rows": table.num_rows}
+    if "num_tokens" in table.column_names:
+        counts = table["num_tokens"]
+        if pa.types.is_list(counts.type):
+            counts = pc.list_flatten(counts)
+        amounts["tokens"] = pc.sum(counts).as_py() or 0
+    return amounts
 
 
 def _made_of(stage: Stage) -> dict[str, Any]:
@@ -271,7 +297,8 @@ def _clean_up(stage: Stage, parts_folders: Iterable[epath.Path]) -> None:
         for folder in parts_folders:
             if folder.exists():
                 folder.rmtree()
-        for temporary in epath.Path(stage.folder).glob(f".{stage.name}.*.tmp"):
-            temporary.unlink()
+        for name in (stage.name, timings.FILE):
+            for temporary in epath.Path(stage.folder).glob(f".{name}.*.tmp"):
+                temporary.unlink()
     except OSError as error:  # The result is there: rubbish beside it is no reason to fail.
         log.warning("stage %s: cannot clean up: %s", stage.name, error)

@@ -81,10 +81,12 @@ def test_files_of_the_stages(finished, tiny_folder):
             "train.json",
             "examples.txt",
             "labeler_rate.json",
+            "timings.json",
             "model",
             "evaluation.json",
         }
-    assert [path.name for path in (output / "round-0").iterdir()] == ["evaluation.json"]
+    names = {path.name for path in (output / "round-0").iterdir()}
+    assert names == {"evaluation.json", "timings.json"}
     assert {path.name for path in output.iterdir()} == {
         "round-0",
         "round-1",

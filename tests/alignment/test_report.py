@@ -13,11 +13,13 @@ from mmpo_jax.alignment.report import (
     draw_curves,
     read_report,
     render_sources,
+    render_stages,
     render_table,
     warnings,
     write_report,
 )
 from mmpo_jax.core.files import read_table, write_table
+from mmpo_jax.core.timings import add_time
 from mmpo_jax.feedback.rate import add_rate
 
 
@@ -230,6 +232,24 @@ def test_what_each_source_gave(round_files):
     assert render_sources([read]) in (round_files / "rounds.txt").read_text()
     (row,) = json.loads((round_files / "rounds.json").read_text())
     assert row["sources"] == read.sources
+
+
+def test_what_each_stage_took(round_files):
+    """Those of a round of sentences lie in folders of their own."""
+    add_time(round_files, "generate", "a", {"seconds": 2.0, "rows": 8, "tokens": 100})
+    add_time(round_files, "train", "b", {"seconds": 5.0})
+    add_time(round_files / "sentence-1", "judge", "c", {"seconds": 0.5, "rows": 4})
+    read = read_report(1, str(round_files), {}, "generate")
+    assert [line.split() for line in render_stages([START, read]).splitlines()] == [
+        ["round", "stage", "seconds", "rows", "rows/s", "tokens/s"],
+        ["1", "generate", "2.0", "8", "4", "50"],
+        ["1", "train", "5.0"],
+        ["1", "sentence-1/judge", "0.5", "4", "8"],
+    ]
+    write_report(str(round_files), [read])
+    assert render_stages([read]) in (round_files / "rounds.txt").read_text()
+    (row,) = json.loads((round_files / "rounds.json").read_text())
+    assert row["stages"]["generate"]["tokens_per_second"] == 50.0
 
 
 def test_no_table_of_one_source():

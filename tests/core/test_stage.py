@@ -15,6 +15,7 @@ from mmpo_jax.core.files import fingerprint_file, write_atomic, write_table
 from mmpo_jax.core.stages import Stage, StageError, read_finished, run_stage
 
 ROOT = Path(__file__).parents[2]
+LEFT = {"label.parquet", "label.json", "timings.json"}
 
 
 def make(part: int) -> pa.Table:
@@ -59,7 +60,7 @@ def test_result_is_all_parts_in_order(tmp_path):
     table = run_stage(a_stage(tmp_path), maker).table
     assert maker.calls == [0, 1, 2, 3]
     assert table.equals(pa.concat_tables([make(part) for part in range(4)]))
-    assert names(tmp_path) == {"label.parquet", "label.json"}
+    assert names(tmp_path) == LEFT
 
 
 def test_done_stage_is_read_only(tmp_path):
@@ -80,7 +81,7 @@ def test_kill_while_making_loses_one_part(tmp_path, expected, killed_at):
     assert ((folder / "label.parquet").read_bytes(), (folder / "label.json").read_bytes()) == (
         expected
     )
-    assert names(folder) == {"label.parquet", "label.json"}
+    assert names(folder) == LEFT
 
 
 @pytest.mark.parametrize("write", range(6))
@@ -112,18 +113,18 @@ def test_kill_around_every_write(tmp_path, expected, monkeypatch, write, moment)
     assert ((folder / "label.parquet").read_bytes(), (folder / "label.json").read_bytes()) == (
         expected
     )
-    assert names(folder) == {"label.parquet", "label.json"}
+    assert names(folder) == LEFT
 
 
 def test_kill_before_clean_up(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(stage_module, "_clean_up", lambda *arguments: None)
         run_stage(a_stage(tmp_path), make)
-    assert len(names(tmp_path)) == 3
+    assert len(names(tmp_path)) == 4
     maker = Maker()
     run_stage(a_stage(tmp_path), maker)
     assert maker.calls == []
-    assert names(tmp_path) == {"label.parquet", "label.json"}
+    assert names(tmp_path) == LEFT
 
 
 @pytest.mark.parametrize("change", [{"inputs": {"responses": "new"}}, {"settings": {"seed": True}}])
@@ -148,7 +149,7 @@ def test_parts_of_other_settings_are_not_used(tmp_path, change):
     maker = Maker()
     run_stage(a_stage(tmp_path, **change), maker)
     assert maker.calls == list(range(change.get("num_parts", 4)))
-    assert names(tmp_path) == {"label.parquet", "label.json"}
+    assert names(tmp_path) == LEFT
 
 
 def test_going_back_to_finished_settings_keeps_the_parts_of_others(tmp_path):
@@ -227,7 +228,7 @@ def test_full_disk(tmp_path, monkeypatch):
     def full_at_the_third(descriptor):
         nonlocal writes
         writes += 1
-        if writes >= 5:  # File and folder are flushed for each part.
+        if writes >= 9:  # File and folder are flushed for each part, and for what it took.
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(descriptor)
 
@@ -280,7 +281,8 @@ def test_real_limit_on_file_size(tmp_path):
     assert failed.returncode == 3, failed.stderr
     assert "File too large" in failed.stdout
     assert "1 of 2 parts are finished and kept" in failed.stdout
-    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["00000.parquet"]
+    there = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert there == {"00000.parquet", "timings.json"}
     finished = run_process([sys.executable, "-c", BIG_STAGE, str(tmp_path)])
     assert (finished.returncode, finished.stdout) == (0, "made 1\n")
 
@@ -298,8 +300,9 @@ def test_real_full_disk(tmp_path):
     )
     first, second = done.stdout.split("exit 3\n")
     assert "No space left on device. 1 of 2 parts are finished and kept" in first
-    assert second.splitlines()[0].endswith("/00000.parquet")
-    assert second.splitlines()[1:] == ["made 1", "exit 0"]
+    *there, made, ended = second.splitlines()
+    assert {Path(path).name for path in there} == {"00000.parquet", "timings.json"}
+    assert (made, ended) == ("made 1", "exit 0")
 
 
 def test_errors_of_make_part_pass_through(tmp_path):

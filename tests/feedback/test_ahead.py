@@ -202,7 +202,7 @@ def test_a_part_is_split_and_labelled_ahead(tmp_path):
         ("q", "d ?"),
     ]
     assert {path.name for path in tmp_path.iterdir()} == {
-        *("generate.parquet", "generate.json", "labeler_rate.json")
+        *("generate.parquet", "generate.json", "labeler_rate.json", "timings.json")
     }
 
 
