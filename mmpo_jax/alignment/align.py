@@ -52,6 +52,7 @@ from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipes.recipe import AlignRecipe
 from mmpo_jax.training.plan import check_training
 from mmpo_jax.training.saving import MODEL, load_before, measure_weights, save_weights
+from mmpo_jax.training.tracking import check_tracking
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
       MmpoError: whatever the user can mend, naming it.
     """
     check_holds_checkpoints(recipe.output)
+    check_tracking(recipe.training.wandb)
     mesh = make_mesh(**recipe.devices.model_dump())
     with Servers(recipe.output) as servers:
         models = Models(

@@ -243,6 +243,7 @@ def training_stage(work: Round) -> TrainingStage:
         folder=work.folder,
         run_folder=os.path.join(work.folder, "train"),
         seed=recipe.seed + work.index,
+        name=f"{os.path.basename(os.path.normpath(recipe.output))}/round-{work.index}",
         card=work.card,
     )
 

@@ -24,7 +24,7 @@ from mmpo_jax.core.processes import is_first, on_one
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.precision import weights_dtype
 from mmpo_jax.parallel.mesh import make_mesh
-from mmpo_jax.training.metrics import FILE, read_metrics
+from mmpo_jax.training.metrics import FILE, read_metrics, reproducible
 from mmpo_jax.training.saving import Before, load_before, tell_saved
 
 
@@ -112,6 +112,6 @@ def _card(location: Location) -> ModelCard | None:
     def read() -> ModelCard | None:
         rows = read_metrics(os.path.join(run, FILE))
         measured = [row for row in rows if row["step"] <= step]
-        return read_card(os.path.join(run, BASE), measured[-1] if measured else {})
+        return read_card(os.path.join(run, BASE), reproducible(measured[-1]) if measured else {})
 
     return on_one(read)

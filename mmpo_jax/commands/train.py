@@ -38,6 +38,7 @@ from mmpo_jax.training.on_policy import with_token_limit
 from mmpo_jax.training.plan import check_training, rows_to_see
 from mmpo_jax.training.row_use import LearnedUse, PromptUse
 from mmpo_jax.training.stage import VALIDATION, TrainingStage, stage_data, train_stage
+from mmpo_jax.training.tracking import check_tracking
 from mmpo_jax.training.validation import hold_out
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ def run_training(recipe: TrainRecipe) -> str:
       The Hugging Face folder of the result.
     """
     check_holds_checkpoints(recipe.output)
+    check_tracking(recipe.training.wandb)
     if recipe.rollout is not None:
         for section in recipe.rollout.rewards:
             section.key()  # which loads a function of the user's, before anything heavy
@@ -74,6 +76,7 @@ def run_training(recipe: TrainRecipe) -> str:
         folder=recipe.output,
         run_folder=recipe.output,
         seed=recipe.seed,
+        name=os.path.basename(os.path.normpath(recipe.output)),
         card=make_card(
             recipe,
             start.model,

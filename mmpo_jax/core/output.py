@@ -29,10 +29,11 @@ LOCK = ".mmpo.lock"
 where that is a file in it; the file has a lock of its own, `.<its name>.lock`."""
 
 FOLDERS = re.compile(
-    r"adapter|base|best|checkpoints|model|tensorboard|validation|round-\d+|.*\.(parts|images)"
+    r"adapter|base|best|checkpoints|model|profile|tensorboard|validation|wandb|round-\d+"
+    r"|.*\.(parts|images)"
 )
 FILES = re.compile(
-    r"evaluation\.json|metrics\.jsonl|rounds\.(txt|json)|curves\.png|(responses|scores|best)\.jsonl"
+    r"evaluation\.json|metrics\.jsonl|(rounds|run|timings)\.json|rounds\.txt|curves\.png|(responses|scores|best)\.jsonl"
     r"|(.*\.)?rejected_rows\.jsonl|(.*\.)?selection\.json"
 )
 """What commands write into an output folder, as a folder or as a file."""

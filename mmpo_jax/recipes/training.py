@@ -70,6 +70,20 @@ class Profile(Section):
     steps: PositiveInt = 3
 
 
+class WandB(Section):
+    """Metrics on Weights & Biases too (`pip install 'mmpo_jax[wandb]'`). The key is that of `wandb
+    login` or WANDB_API_KEY: recipes hold none."""
+
+    project: str
+    entity: str | None = None
+    """Whose project it is; by default the key's owner's."""
+    name: str | None = None
+    """Of the run; by default the output folder's, and the round of an alignment."""
+    mode: Literal["online", "offline"] | None = None
+    """`offline` keeps all in `wandb/` of the run's folder, for `wandb sync`; by default what
+    WANDB_MODE says."""
+
+
 class Training(Section):
     """One training stage."""
 
@@ -103,6 +117,7 @@ class Training(Section):
     save_every: PositiveInt = 100
     keep_checkpoints: PositiveInt = 2
     profile: Profile | None = None
+    wandb: WandB | None = None
     save_dtype: SaveDtype = "float32"
     """Dtype of the result's weights. Training keeps float32, whatever the start has, and so nothing
     of it is lost; others round (docs/training.md), but for weights that `param_dtype` has in
@@ -176,7 +191,7 @@ class Training(Section):
     def identity(self) -> dict[str, Any]:
         """The options the trained weights depend on."""
         without = {"log_every", "save_every", "keep_checkpoints", "profile", "save_dtype"}
-        without |= {"workers", "remat"}
+        without |= {"wandb", "workers", "remat"}
         if self.lora is None or not self.lora.dropout:  # whose masks follow the micro-batches
             without.add("micro_batch_size")
         return self.model_dump(

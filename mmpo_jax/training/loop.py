@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -35,18 +36,20 @@ from mmpo_jax.models.lora import add_adapters
 from mmpo_jax.models.model import Params
 from mmpo_jax.parallel.mesh import batch_share, put_batch
 from mmpo_jax.recipes.training import MovingReference, NoReference, Rollout, Training
+from mmpo_jax.training.goodput import Goodput, first_start
 from mmpo_jax.training.losses import Loss, make_loss, needs_reference, recipe_terms
 from mmpo_jax.training.memory import log_memory
 from mmpo_jax.training.metrics import MetricsWriter
 from mmpo_jax.training.on_policy import Prompts, Rollouts
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
+from mmpo_jax.training.performance import measure
 from mmpo_jax.training.plan import check_training, micro_batch_size, total_steps
 from mmpo_jax.training.profiling import Profiler
 from mmpo_jax.training.reports import Reports
 from mmpo_jax.training.step import Update, create_state, make_step, whole_params
 from mmpo_jax.training.stopping import StopSignal
+from mmpo_jax.training.tracking import track_run
 from mmpo_jax.training.validation import Held, Validator
-from mmpo_jax.training.waiting import Waiting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +62,12 @@ class Run:
     """Model, data and recipe, as JSON; checkpoints of another run are refused."""
     seed: int
     """Order of the data, first values and dropout of adapters."""
+    name: str = "training"
+    """What trackers call it."""
     card: ModelCard | None = None
     """Card of the result, kept beside the checkpoints."""
+    begun: float = dataclasses.field(default_factory=time.time)
+    """When it was begun now, in seconds since 1970."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,11 +135,13 @@ def train(
             source.set_state(position)
         # Not before it is known to be this run's folder.
         save_base(run.folder, start.processor.folder, start.processor.chat_template, run.card)
+        first = first_start(run.folder, run.identity, run.begun)
+        track = functools.partial(track_run, config.wandb, run.name, first.id, run.identity)
         log_memory(state)
         step = int(state.step)
         with (
             contextlib.closing(
-                MetricsWriter(run.folder, -1 if position is None else step, steps)
+                MetricsWriter(run.folder, -1 if position is None else step, steps, track)
             ) as writer,
             progress.doing("training", steps, "steps", "compiling") as activity,
             StopSignal(mesh) as stop,
@@ -140,34 +149,32 @@ def train(
         ):
             activity.start_at(step)
             validator = make_validator(start, data.held, config, lengths, mesh, writer.rows)
-            reports = Reports(config, steps, checkpoints, writer, validator)
+            goodput = Goodput(first.time, writer.rows)
+            performance = measure(start.model, state, mesh, goodput)
+            reports = Reports(config, steps, checkpoints, writer, validator, performance)
             if position is None:
                 reports.begin(state)
-            waiting = Waiting()
+            times = performance.times
             while step < steps and not reports.is_over():
                 profiler.before(step + 1)
-                host, position, batch = waiting.fetch(
-                    functools.partial(_next_batch, source, state, mesh)
+                host, position, batch = times.fetch(
+                    functools.partial(_next_batch, source, state, mesh),
+                    lambda: source.seconds,
                 )
-                state, metrics = update(state, batch)
+                state, metrics = times.start(update, state, batch)
                 step += 1
-                waiting.dispatched(metrics["loss"])
                 profiler.after(step, metrics["loss"])
-                reports.window.add(step, host.ids, metrics | dict(host.metrics))
+                reports.started(step, host, metrics)
                 activity.reach(step - 1)  # the one before is done
                 if reports.is_due(step):
-                    with waiting.paused():
-                        activity.reach(step)
-                        reports.report(step, state, position)
+                    activity.reach(step)
+                    reports.report(step, state, position)
                 if stop.is_agreed() and step < steps:
                     reports.save_and_stop(step, state, position)
             # While the last step ran, or one after which training is over: the caller would go on.
             if stop.is_agreed_in_the_end():
                 reports.save_and_stop(step, state, position or source.get_state())
-            if isinstance(source, Rollouts):
-                waiting.log_rollouts(source.seconds)
-            else:
-                waiting.log_summary()
+            performance.log_summary()
         if validator is not None:
             validator.log_summary(step, steps)
             with progress.doing("reading the best step"):
@@ -316,6 +323,9 @@ def _prepare(
 class Batches(Protocol):
     """What the batches are made of."""
 
+    seconds: float
+    """Time that went into sampling them."""
+
     def draw(self, state: TrainState) -> HostBatch:
         """The batch of the next step."""
 
@@ -330,7 +340,7 @@ class FromData:
     """Batches of data, whatever the state."""
 
     def __init__(self, batches: grain.DatasetIterator):
-        self.batches = batches
+        self.batches, self.seconds = batches, 0.0
         self.get_state, self.set_state = batches.get_state, batches.set_state
 
     def draw(self, state: TrainState) -> HostBatch:

@@ -6,8 +6,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from typing import Any, TextIO
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TextIO
 
 import numpy as np
 import tensorboardX
@@ -21,6 +21,9 @@ from mmpo_jax.objectives.sums import WeightedSum
 FILE = "metrics.jsonl"
 EVENTS = "tensorboard"
 """Folder of TensorBoard's events."""
+MEASURED = "perf/"
+"""What the names begin with of all that clocks and devices say. It is another every time; all else
+in a line is the same bytes in a run that was stopped as in one that was not."""
 
 
 def means(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -45,6 +48,21 @@ def means(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return found
 
 
+def reproducible(row: Mapping[str, float]) -> dict[str, float]:
+    """A line of `metrics.jsonl` without what is measured."""
+    return {name: value for name, value in row.items() if not name.startswith(MEASURED)}
+
+
+class Tracker(Protocol):
+    """Where metrics go beside the run's folder."""
+
+    def log(self, row: Mapping[str, float]) -> None:
+        """A line of `metrics.jsonl`."""
+
+    def close(self) -> None:
+        """There will be no more."""
+
+
 class MetricsWriter:
     """Writes `metrics.jsonl` and TensorBoard events; lines after the resumed step are dropped, all
     of them where it is -1. Of several processes the first writes, and all know the lines.
@@ -52,14 +70,34 @@ class MetricsWriter:
     For a folder in a bucket they are written on this machine and copied, see `Mirror`.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], resumed_step: int, total_steps: int):
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        resumed_step: int,
+        total_steps: int,
+        track: Callable[[str], Tracker | None] = lambda folder: None,
+    ):
+        """
+        Args:
+          folder: of the run.
+          resumed_step: that is gone on from.
+          total_steps: of the whole run.
+          track: opens a tracker, if there is to be one, in the first process alone; is given the
+            folder of this machine in which it may keep files.
+        """
         self.total = total_steps
         self.file: TextIO | None = None
         self.events: Any = None
         self.mirror: Mirror | None = None
-        self.rows = on_one(lambda: self._open(folder, resumed_step))
+        self.tracker: Tracker | None = None
+        self.rows = on_one(lambda: self._open(folder, resumed_step, track))
 
-    def _open(self, folder: str | os.PathLike[str], resumed_step: int) -> list[dict[str, float]]:
+    def _open(
+        self,
+        folder: str | os.PathLike[str],
+        resumed_step: int,
+        track: Callable[[str], Tracker | None],
+    ) -> list[dict[str, float]]:
         """Opens the files; the lines that stay."""
         rows = read_metrics(os.path.join(folder, FILE))
         rows = [row for row in rows if row["step"] <= resumed_step]
@@ -76,6 +114,7 @@ class MetricsWriter:
         self.events = tensorboardX.SummaryWriter(
             os.path.join(local, EVENTS), purge_step=resumed_step + 1
         )
+        self.tracker = track(local)
         if not is_local(folder):
             self.mirror = Mirror(local, os.fspath(folder))
         return rows
@@ -89,18 +128,21 @@ class MetricsWriter:
         """Writes a line, and says nothing on the terminal."""
         if self.file is None:
             return
-        self._write(self.file, {"step": step, **metrics})
+        row = {"step": step, **metrics}
+        self._write(self.file, row)
         for name, value in metrics.items():
             self.events.add_scalar(name, value, step)
+        if self.tracker is not None:
+            self.tracker.log(row)
 
-    def write_step(self, step: int, metrics: Mapping[str, float], rate: float) -> None:
+    def write_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """
         Args:
           step: updates done.
-          metrics: name -> value, TRL's names.
-          rate: steps per second since the last report.
+          metrics: name -> value, TRL's names, and what is measured.
         """
         self.record(step, metrics)
+        seconds = metrics[f"{MEASURED}step_time"]
         shown = {
             "loss": "loss",
             "rewards/accuracies": "acc",
@@ -108,7 +150,8 @@ class MetricsWriter:
             "reward": "reward",
         }
         text = "  ".join(f"{s} {metrics[n]:.4g}" for n, s in shown.items() if n in metrics)
-        left = progress.duration((self.total - step) / rate if rate else 0.0)
+        rate = 1 / seconds if seconds else math.inf
+        left = progress.duration((self.total - step) * seconds)
         print(f"step {step}/{self.total}  {text}  {rate:.3g} steps/s  {left} left", flush=True)
         progress.spoken()
 
@@ -125,6 +168,8 @@ class MetricsWriter:
         if self.file is not None:
             self.events.close()
             self.file.close()
+        if self.tracker is not None:
+            self.tracker.close()
         if self.mirror is not None:
             self.mirror.close()
             shutil.rmtree(self.mirror.local, ignore_errors=True)

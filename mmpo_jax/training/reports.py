@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -13,8 +12,10 @@ from mmpo_jax.checkpoints.orbax import Checkpoints
 from mmpo_jax.checkpoints.train_state import TrainState
 from mmpo_jax.core import progress
 from mmpo_jax.core.errors import Stopped
+from mmpo_jax.data.pipeline import HostBatch
 from mmpo_jax.recipes.training import Training
 from mmpo_jax.training.metrics import MetricsWriter, means
+from mmpo_jax.training.performance import Performance
 from mmpo_jax.training.plan import TrainingError
 from mmpo_jax.training.validation import Validator
 
@@ -29,6 +30,7 @@ class Reports:
         checkpoints: Checkpoints,
         writer: MetricsWriter,
         validator: Validator | None,
+        performance: Performance,
     ):
         """
         Args:
@@ -37,19 +39,24 @@ class Reports:
           checkpoints: of the run.
           writer: of its metrics.
           validator: measures held-out rows, if there are any.
+          performance: measures the steps.
         """
         self.config, self.steps = config, steps
         self.checkpoints, self.writer, self.validator = checkpoints, writer, validator
+        self.performance, self.times = performance, performance.times
         self.window = Window(checkpoints)
-        self.started = time.perf_counter()
 
     def begin(self, state: TrainState) -> None:
         """Measures held-out rows before the first step."""
         self.checkpoints.discard_best()  # of a run that ended before its first checkpoint
         if self.validator is not None:
-            self.writer.record(0, self.validator.measure(0, state))
-            self.checkpoints.save_best(0, state)
-        self.started = time.perf_counter()
+            self.writer.record(0, self._validate(self.validator, 0, state))
+            self._save_best(0, state)
+
+    def started(self, step: int, host: HostBatch, metrics: Mapping[str, Any]) -> None:
+        """A step was started on a batch, which gives these metrics."""
+        self.window.add(step, host.ids, {**metrics, **host.metrics})
+        self.performance.add(host.amounts)
 
     def is_due(self, step: int) -> bool:
         """Whether there is something to report after this step."""
@@ -83,18 +90,25 @@ class Reports:
         Raises:
           TrainingError: naming the first step that was not finite.
         """
-        values, count = self.window.close(state)
+        values = self.window.close(state)
         if self.validator is not None and self.validator.is_due(step, self.steps):
-            values |= self.validator.measure(step, state)
+            values |= self._validate(self.validator, step, state)
             if self.validator.is_best(step):
-                with progress.doing("saving the best step"):
-                    self.checkpoints.save_best(step, state)
-        self.writer.write_step(step, values, count / (time.perf_counter() - self.started))
-        self.started = time.perf_counter()
+                self._save_best(step, state)
+        self.writer.write_step(step, values | self.performance.close())
         if step % self.config.save_every == 0 or step == self.steps or self.is_over():
-            with progress.doing("saving a checkpoint"):
+            with progress.doing("saving a checkpoint"), self.times.spending("checkpoint"):
                 self.writer.flush()
                 self.checkpoints.save(step, state, position)
+
+    def _validate(self, validator: Validator, step: int, state: TrainState) -> dict[str, float]:
+        """Metrics of held-out rows."""
+        with self.times.spending("validation"):
+            return validator.measure(step, state)
+
+    def _save_best(self, step: int, state: TrainState) -> None:
+        with progress.doing("saving the best step"), self.times.spending("checkpoint"):
+            self.checkpoints.save_best(step, state)
 
 
 class Window:
@@ -108,8 +122,8 @@ class Window:
         """A step was started on the rows of these ids."""
         self.steps.append((step, ids, metrics))
 
-    def close(self, state: TrainState) -> tuple[dict[str, float], int]:
-        """(the metrics, see `means`; of how many steps), and begins anew.
+    def close(self, state: TrainState) -> dict[str, float]:
+        """The metrics, see `means`, and begins anew.
 
         Args:
           state: after the steps; one that was not finite has not changed it.
@@ -134,7 +148,7 @@ class Window:
                 )
         together = means(rows)
         del together["finite"]
-        return together, len(rows)
+        return together
 
 
 def _not_finite(params: Mapping[str, jax.Array]) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from mmpo_jax.recipes.recipe import Validation
 from mmpo_jax.recipes.training import Rollout, Training
 from mmpo_jax.training.examples import prepare_examples
 from mmpo_jax.training.loop import Run, TrainingData, train
-from mmpo_jax.training.metrics import FILE, read_metrics
+from mmpo_jax.training.metrics import FILE, read_metrics, reproducible
 from mmpo_jax.training.on_policy import prompt_examples
 from mmpo_jax.training.plan import rows_to_see
 from mmpo_jax.training.saving import save_result
@@ -46,12 +47,16 @@ class TrainingStage:
     """Folder of checkpoints and metrics."""
     seed: int
     """Seed of the order of the rows, and of first values and dropout of adapters."""
+    name: str
+    """What trackers call it."""
     card: ModelCard
     """Card of the result, without metrics."""
     validation: Validation | None = None
     """What is made of held-out rows, if any are held out."""
     rollout: Rollout | None = None
     """How responses are sampled and rewarded, where the rows are prompts."""
+    begun: float = dataclasses.field(default_factory=time.time)
+    """When it was begun now, in seconds since 1970."""
 
     def identity(self) -> dict[str, Any]:
         """All that the result depends on beside the rows, as JSON."""
@@ -140,7 +145,7 @@ def train_stage(stage: TrainingStage, data: TrainingData, identity: Mapping[str,
         stage.training,
         stage.lengths,
         stage.mesh,
-        Run(stage.run_folder, identity, stage.seed, stage.card),
+        Run(stage.run_folder, identity, stage.seed, stage.name, stage.card, stage.begun),
     )
     rows = on_one(lambda: read_metrics(os.path.join(stage.run_folder, FILE))) or [{}]
     measured = rows[-1] if stage.validation is None else best_row(rows, stage.validation)
@@ -152,7 +157,7 @@ def train_stage(stage: TrainingStage, data: TrainingData, identity: Mapping[str,
             trained,
             stage.training,
             stage.lengths,
-            dataclasses.replace(stage.card, metrics=measured),
+            dataclasses.replace(stage.card, metrics=reproducible(measured)),
             stage.mesh,
             [] if stage.rollout is not None else examples,
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import buckets
+from helpers.run_files import contents
 from helpers.small_rounds import make_recipe
 from PIL import Image
 
@@ -69,7 +70,7 @@ def assert_same(there: Path, here: Path):
     assert len(compared) > 5
     for file in compared:
         name = file.relative_to(here)
-        assert (there / name).read_bytes() == file.read_bytes(), name
+        assert contents(there / name) == contents(file), name
 
 
 def write_data(folder: Path):

@@ -15,6 +15,8 @@ from helpers import processes
 from helpers.world_files import write_pairs
 from safetensors.numpy import load_file
 
+from mmpo_jax.training.metrics import reproducible
+
 LENGTHS = {"prompt": [16, 24], "response": [16]}
 TRAINING = {
     "objective": {"type": "dpo"},
@@ -86,6 +88,7 @@ def files(folder):
     """Path below the folder -> path, but for what differs from run to run."""
     found = (path for path in folder.rglob("*") if path.is_file())
     left_out = ("tensorboard/", "checkpoints/", "best/", "labeler_rate.json", "rounds.txt")
+    left_out += ("run.json", "timings.json")
     names = ((path.relative_to(folder).as_posix(), path) for path in found)
     return {name: path for name, path in names if not any(part in name for part in left_out)}
 
@@ -113,7 +116,9 @@ def number_or_word(word):
 READERS = {
     "": lambda path: path.read_text(),
     ".json": lambda path: json.loads(path.read_text()),
-    ".jsonl": lambda path: [json.loads(line) for line in path.read_text().splitlines()],
+    ".jsonl": lambda path: [
+        reproducible(json.loads(line)) for line in path.read_text().splitlines()
+    ],
     ".parquet": lambda path: pq.read_table(path).to_pylist(),
     ".md": lambda path: [number_or_word(word) for word in path.read_text().split()],
     ".txt": lambda path: [number_or_word(word) for word in path.read_text().split()],
@@ -124,7 +129,8 @@ def close(a, b, name):
     """Equal but for rounding, and for fingerprints of what was rounded."""
     if isinstance(a, dict):
         assert a.keys() == b.keys(), name
-        for key in a.keys() - {"questions_per_second", "model"}:  # a rate, and where a model lies
+        # Rates, and where a model lies.
+        for key in a.keys() - {"questions_per_second", "stages", "model"}:
             margin = a.get(key.replace("accuracies", "margins"), 1)
             if "accuracies" not in key or abs(margin) > 1e-6:  # else noise decides
                 close(a[key], b[key], f"{name}: {key}")

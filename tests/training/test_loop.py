@@ -1,11 +1,13 @@
 """The training loop: exact resume, refusal of what is not finite, metrics, freezing."""
 
 import contextlib
+import itertools
 import json
 import math
 import re
 import shutil
 import struct
+import types
 
 import jax
 import numpy as np
@@ -19,15 +21,17 @@ from helpers.loop_runs import (
     poison,
     same,
 )
+from helpers.run_files import contents
 from jax.sharding import AxisType
 
 from mmpo_jax.checkpoints.checkpoint import load_checkpoint
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.recipes.objectives import SECTIONS
-from mmpo_jax.training import loop, reports
-from mmpo_jax.training.metrics import read_metrics
+from mmpo_jax.training import goodput, loop, reports
+from mmpo_jax.training.metrics import MEASURED, read_metrics, reproducible
 from mmpo_jax.training.plan import TrainingError
+from mmpo_jax.training.times import PARTS
 
 TRL_NAMES = {
     "loss",
@@ -58,7 +62,7 @@ def test_resume_is_exact(run, undisturbed, tmp_path, step):
     with interrupted(step), pytest.raises(Killed):
         run(tmp_path)
     same(run(tmp_path), params)
-    assert (tmp_path / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert contents(tmp_path / "metrics.jsonl") == contents(whole / "metrics.jsonl")
 
 
 def test_a_lost_tail_is_made_again(run, undisturbed, tmp_path):
@@ -69,7 +73,7 @@ def test_a_lost_tail_is_made_again(run, undisturbed, tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_bytes(metrics.read_bytes()[:-20])
     same(run(tmp_path), params)
-    assert metrics.read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert contents(metrics) == contents(whole / "metrics.jsonl")
 
 
 def test_a_finished_run_does_no_step(run, undisturbed, monkeypatch, tmp_path):
@@ -77,7 +81,7 @@ def test_a_finished_run_does_no_step(run, undisturbed, monkeypatch, tmp_path):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     monkeypatch.setattr(loop, "put_batch", None)
     same(run(tmp_path), params)
-    assert (tmp_path / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert contents(tmp_path / "metrics.jsonl") == contents(whole / "metrics.jsonl")
 
 
 @pytest.mark.slow
@@ -132,17 +136,56 @@ def test_metrics_and_events(undisturbed):
     folder, _ = undisturbed
     rows = read_metrics(folder / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    assert all(row.keys() - {"step", "useful_tokens"} == TRL_NAMES for row in rows)
+    assert all(reproducible(row).keys() - {"step", "useful_tokens"} == TRL_NAMES for row in rows)
     assert all(0 < row["useful_tokens"] <= 1 for row in rows)
     assert all(math.isfinite(value) for row in rows for value in row.values())
     (events,) = (folder / "tensorboard").iterdir()
     assert events.name.startswith("events.out.tfevents.")
     scalars = list(read_scalars(events))
-    assert {name for _, name, _ in scalars} == {*TRL_NAMES, "useful_tokens"}
+    assert {name for _, name, _ in scalars} == rows[0].keys() - {"step"}
     logged = {(step, name): value for step, name, value in scalars}
     for row in rows:
         for name in TRL_NAMES:
             assert logged[row["step"], name] == pytest.approx(row[name], rel=1e-6, abs=1e-30)
+
+
+def test_what_is_measured(undisturbed):
+    """Whatever the machine takes: parts of a step add up, and so do the rates of its rows."""
+    rows = read_metrics(undisturbed[0] / "metrics.jsonl")
+    for row in rows:
+        took = {name: row[f"{MEASURED}{name}"] for name in ("compute", *PARTS)}
+        assert sum(took.values()) == pytest.approx(row["perf/step_time"])
+        assert all(seconds >= 0 for seconds in took.values())
+        assert took["rollout"] == took["validation"] == 0
+        assert 0 < row["perf/goodput"] <= 1
+        updating = took["compute"] + took["data_wait"]
+        assert row["perf/rows_per_second"] == pytest.approx(CONFIG.batch_size / updating)
+        assert row["perf/pairs_per_second"] == row["perf/rows_per_second"]
+        assert row["perf/responses_per_second"] == 2 * row["perf/rows_per_second"]
+        useful = row["perf/tokens_per_second"] / row["perf/computed_tokens_per_second"]
+        assert useful == pytest.approx(row["useful_tokens"])
+        assert "perf/mfu" not in row  # nobody says what this machine could do at most
+    assert rows[0]["perf/compile"] > 0
+    saved = [row["step"] for row in rows if row["perf/checkpoint"] > 0]
+    assert saved == [3, 5, 7]  # told in the line after
+
+
+def test_goodput_goes_on_where_it_was(run, undisturbed, tmp_path, monkeypatch):
+    """The first start stays, also where nothing was saved yet; steps that are done again count
+    once."""
+    days = itertools.count(1)
+    clock = types.SimpleNamespace(time=lambda: 86400.0 * next(days))
+    monkeypatch.setattr(goodput, "time", clock)
+    shutil.copytree(undisturbed[0], tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoints" / str(STEPS))
+    known = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps(known | {"first_start": 0.0}))
+    before = read_metrics(tmp_path / "metrics.jsonl")
+    run(tmp_path)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert rows[:-2] == before[:-2]
+    kept = sum(row["perf/compute"] for row in rows[:-1])
+    assert rows[-2]["perf/goodput"] == pytest.approx(kept / 86400.0)
 
 
 def read_scalars(path):

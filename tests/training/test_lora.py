@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from helpers.loop_runs import compiled_once, make_record, make_start, same, with_reference
+from helpers.run_files import contents, reproducible_rows
 
 from mmpo_jax.checkpoints.checkpoint import load_start
 from mmpo_jax.checkpoints.huggingface import load_model
@@ -25,7 +26,6 @@ from mmpo_jax.recipes.recipe import TrainRecipe
 from mmpo_jax.recipes.training import Training
 from mmpo_jax.training import loop
 from mmpo_jax.training.loop import Run, TrainingData, train
-from mmpo_jax.training.metrics import read_metrics
 from mmpo_jax.training.optimizer import make_optimizer
 from mmpo_jax.training.plan import TrainingError, check_training
 from mmpo_jax.training.saving import save_adapters
@@ -77,7 +77,7 @@ def run(tiny_model, tiny_processor, examples, mesh):
                 Run(str(folder), {}, seed),
             )
         arrays = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
-        return arrays, read_metrics(folder / "metrics.jsonl")
+        return arrays, reproducible_rows(folder / "metrics.jsonl")
 
     return run
 
@@ -122,9 +122,7 @@ def test_resume_is_exact(run, undisturbed, tmp_path):
     again, rows = run(tmp_path / "run")
     same(again, params)
     assert rows == metrics
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (
-        whole / "metrics.jsonl"
-    ).read_bytes()
+    assert contents(tmp_path / "run" / "metrics.jsonl") == contents(whole / "metrics.jsonl")
 
 
 def test_an_orbax_run_is_loaded_merged(undisturbed, tiny_model):

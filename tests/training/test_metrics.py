@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import yaml
 from helpers import buckets
+from helpers.run_files import reproducible_rows
 from jax.sharding import AxisType
 
 from mmpo_jax import cli
 from mmpo_jax.commands import train as training_run
 from mmpo_jax.objectives.sums import WeightedSum
 from mmpo_jax.parallel.mesh import AXES
-from mmpo_jax.training.metrics import MetricsWriter, means, read_metrics
+from mmpo_jax.training.metrics import MetricsWriter, means, read_metrics, reproducible
 
 LABELS = [True, False, False, False, False, True, False, False]
 
@@ -63,6 +64,11 @@ def test_what_is_not_finite_is_null(tmp_path):
     assert lines == [f'{{"step": {step}, {line}' for step in range(2)]
     for row in read_metrics(tmp_path / "metrics.jsonl"):
         assert math.isnan(row["eval_loss"]) and row["loss"] == 0.5
+
+
+def test_what_is_measured_is_no_part_of_a_result():
+    row = {"step": 3, "loss": 0.5, "perf/mfu": 0.4, "perf/step_time": 2.0}
+    assert reproducible(row) == {"step": 3, "loss": 0.5}
 
 
 def test_in_a_bucket(monkeypatch, tmp_path):
@@ -116,7 +122,7 @@ def test_reports_of_single_responses(tiny_folder, tmp_path, monkeypatch):
         path = tmp_path / "recipe.yaml"
         path.write_text(yaml.safe_dump(recipe))
         assert cli.main(["train", str(path)]) == 0
-        return read_metrics(tmp_path / name / "metrics.jsonl")
+        return reproducible_rows(tmp_path / name / "metrics.jsonl")
 
     every, rows = train("every", 1), train("fourth", 4)
     chosen = [{"rewards/chosen", "logps/chosen"} <= row.keys() for row in every]

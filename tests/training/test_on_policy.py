@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from helpers.loop_runs import make_start
+from helpers.run_files import reproducible_rows
 from jax.sharding import AxisType
 from pydantic import ValidationError
 
@@ -108,7 +109,7 @@ def run(tiny_model, tiny_processor, records, mesh):
 @pytest.fixture(scope="module")
 def undisturbed(run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    return run(folder), read_metrics(folder / "metrics.jsonl")
+    return run(folder), reproducible_rows(folder / "metrics.jsonl")
 
 
 def test_metrics(undisturbed):
@@ -151,7 +152,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(before_step, run, undisturbed, 
         patch.setattr(loop, "put_batch", fragile)
         with pytest.raises(Killed):
             run(tmp_path)
-    params, metrics = run(tmp_path), read_metrics(tmp_path / "metrics.jsonl")
+    params, metrics = run(tmp_path), reproducible_rows(tmp_path / "metrics.jsonl")
     for path, value in undisturbed[0].items():
         np.testing.assert_array_equal(params[path], value, err_msg=path)
     assert metrics == undisturbed[1]

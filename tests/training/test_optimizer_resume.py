@@ -2,6 +2,7 @@
 
 import pytest
 from helpers.loop_runs import CONFIG, Killed, interrupted, same
+from helpers.run_files import contents
 
 from mmpo_jax.recipes.optimizers import Adafactor, AdamW, Lion, Muon, WarmupStableDecay
 from mmpo_jax.training import moments
@@ -38,5 +39,5 @@ def test_resume_is_exact(run, tmp_path, monkeypatch, name):
         run(tmp_path / "killed", config=config)
     same(run(tmp_path / "killed", config=config), whole)
     assert {str(leaf.dtype) for leaf in whole.values()} == {config.param_dtype}
-    metrics = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "killed")]
+    metrics = [contents(tmp_path / name / "metrics.jsonl") for name in ("whole", "killed")]
     assert metrics[0] == metrics[1]

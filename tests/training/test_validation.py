@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 from helpers import tiny
+from helpers.run_files import reproducible_rows
 from jax.sharding import AxisType
 
 from mmpo_jax import cli
@@ -29,11 +30,11 @@ from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.recipes.recipe import Validation
 from mmpo_jax.recipes.training import Training
-from mmpo_jax.training import loop, waiting
+from mmpo_jax.training import loop, times
 from mmpo_jax.training.losses import make_loss
 from mmpo_jax.training.saving import MODEL
+from mmpo_jax.training.times import Times
 from mmpo_jax.training.validation import Validator, best_row, hold_out
-from mmpo_jax.training.waiting import Waiting
 
 QUESTION = "is there a red star ?"
 ROWS = [
@@ -78,8 +79,7 @@ def train(tiny_folder, tmp_path, monkeypatch):
         path = tmp_path / "recipe.yaml"
         path.write_text(yaml.safe_dump(recipe))
         assert cli.main(["train", str(path)]) == expect
-        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
+        return reproducible_rows(tmp_path / name / "metrics.jsonl")
 
     return train
 
@@ -105,7 +105,7 @@ def test_the_model_of_the_best_step_is_kept(train, tmp_path, tiny_model):
 def test_measuring_and_saving_are_no_time_of_training(train, monkeypatch):
     """By a clock that only they move."""
     clock, reported = types.SimpleNamespace(now=0.0), []
-    monkeypatch.setattr(waiting, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(times, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
     for owner, name in ((Validator, "measure"), (Checkpoints, "save"), (Checkpoints, "save_best")):
         original = getattr(owner, name)
 
@@ -114,12 +114,12 @@ def test_measuring_and_saving_are_no_time_of_training(train, monkeypatch):
             return original(*args)
 
         monkeypatch.setattr(owner, name, slow)
-    report = Waiting.log_summary
-    monkeypatch.setattr(Waiting, "log_summary", lambda self: (reported.append(self), report(self)))
+    report = Times.log_summary
+    monkeypatch.setattr(Times, "log_summary", lambda self: (reported.append(self), report(self)))
     train(epochs=2)
     (measured,) = reported
     assert clock.now == 600  # three measurements, of which the first is best, and two checkpoints
-    assert measured.left_out == clock.now - measured.started
+    assert measured.total["validation"] == 300 and measured.total["checkpoint"] == 300
 
 
 @pytest.mark.slow
