@@ -11,7 +11,7 @@ from mmpo_jax.data.contexts import filled_responses
 from mmpo_jax.data.records import LOG_PROB, SCORE, Response, Span
 from mmpo_jax.data.segments import changed_segments
 from mmpo_jax.data.skipped import SkipReason
-from mmpo_jax.data.tokenization import TokenizedRecord, TokenizedResponse
+from mmpo_jax.data.tokenization import TokenizedRecord
 
 
 def lacks(record: TokenizedRecord, field: str) -> tuple[SkipReason, str] | None:
@@ -35,9 +35,7 @@ def lacks(record: TokenizedRecord, field: str) -> tuple[SkipReason, str] | None:
         return "no_spans", "no span has the number of a phrase"
     if field == "changed" and not spans and len(sources) != 2:
         return "no_spans", "no span says what changed, and the responses are not two to compare"
-    if field == "turn" and not any(
-        _turns_of(response).max() > 0 for response in filled_responses(record)
-    ):
+    if field == "turn" and not any(turns.max() > 0 for turns in _turns_of(record)):
         return "no_dialogue", "no turn of the assistant follows the response"
     if field == "other_models":
         return _unlike_log_probs(sources)
@@ -174,13 +172,22 @@ def _changed(record: TokenizedRecord) -> Float[np.ndarray, "S t"]:
 
 
 def _turns(record: TokenizedRecord) -> Float[np.ndarray, "S t"]:
-    return _of_tokens([_turns_of(response) for response in filled_responses(record)])
+    return _of_tokens(_turns_of(record))
 
 
-def _turns_of(response: TokenizedResponse) -> Int[np.ndarray, " t"]:
-    """int[t]: how many turns of the assistant end before a token."""
-    spoken = response.loss_mask.astype(int)
-    return np.cumsum(np.diff(spoken, prepend=0) < 0)
+def _turns_of(record: TokenizedRecord) -> list[Int[np.ndarray, " t"]]:
+    """int[t] of every response: how many turns of the assistant end before a token.
+
+    Responses that nothing ranks and that open with somebody else's turn are dialogues about the
+    same images: the first is the response, and the turns of the others count on behind it.
+    """
+    found, before = [], 0
+    for response in filled_responses(record):
+        steps = np.diff(response.loss_mask.astype(int), prepend=0)
+        opens = not record.ranked and not response.loss_mask[:1].any()
+        found.append(np.cumsum(steps < 0) + (before if opens else 0))
+        before += int((steps > 0).sum())
+    return found
 
 
 MAKERS: dict[str, Callable[[TokenizedRecord], np.ndarray]] = {
