@@ -19,7 +19,7 @@ check_words() { # SUBCOMMAND WORD ...: of the script, and the mmpo command behin
         *) [ -f "$recipe" ] || misused "$command: there is no recipe $recipe here" ;;
       esac
       ;;
-    convert | objectives | data | -h | --help) ;;
+    convert | correct | objectives | data | -h | --help) ;;
     *) misused "mmpo has no subcommand '$command'" ;;
   esac
 }

@@ -17,6 +17,10 @@ RECIPES = {
     "generate": ("GenerateRecipe", "Sample responses to prompts."),
     "score": ("ScoreRecipe", "Compute the log-probs of responses."),
     "select": ("SelectRecipe", "Take the best of several responses by the model's own reward."),
+    "correct": (
+        "CorrectRecipe",
+        "Ask about what is wrong in rejected responses, for nSFT.",
+    ),
     "evaluate": ("EvaluateRecipe", "Measure hallucination of a checkpoint."),
 }
 """Commands that run a recipe: name -> (its class, help)."""
@@ -71,14 +75,32 @@ FLAGS = {
         "--num-samples": ("sampling.num_samples", "responses per prompt: 16, and 1 if greedy"),
         "--batch-size": ("batch_size", "prompts at a time, with all of their responses"),
     },
+    "correct": {
+        "--data": FILES["--data"],
+        "--output": FILES["--output"],
+        "--by": ("corrector.type", "who finds what is wrong: rule (the default), chat, checkpoint"),
+        "--url": ("corrector.url", "of a chat server, as http://host:8000/v1"),
+        "--model": ("corrector.model", "its name there, or a checkpoint"),
+        "--codebook": ("codebook", "YAML file of the errors that are looked for"),
+        "--max-errors": ("max_errors", "errors of a response, two questions each: 3"),
+        "--layout": ("layout", "dialogue (questions behind the chosen response) or apart"),
+        "--format": FILES["--format"],
+        "--image-root": FILES["--image-root"],
+        "--seed": ("seed", "of the order of the questions"),
+    },
 }
 """Flags of the commands that need no recipe file, and the recipe's keys that they stand for."""
 SWITCHES = {"--tokens": True, "--per-token": True, "--summed": False}
 """Flags without a value, and what they set their key to."""
 EXCLUSIVE = (("--data", "--responses"), ("--per-token", "--summed"))
 """Flags of which a command takes one."""
-AS_THEY_ARE = {"responses", "reference", *(key for key, _ in FILES.values())}
+AS_THEY_ARE = {
+    *("responses", "reference", "corrector.url", "corrector.model", "codebook"),
+    *(key for key, _ in FILES.values()),
+}
 """Keys whose values on the command line are taken as they are, not as YAML."""
+PLACES = {"correct": ("data.path", "output")}
+"""Keys that words without a flag stand for, in their order; a word in front of them is a recipe."""
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -113,16 +135,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     _add_plan(others["plan"])
     _add_data_commands(subparsers)
     options, rest = parser.parse_known_args(arguments)
-    more = getattr(options, "overrides", None)
+    behind = "recipe" if options.command in FLAGS else "overrides"
+    more = getattr(options, behind, None)
     if rest and (more is None or any(text[:1] == "-" or "=" not in text for text in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if more is not None:
-        options.overrides = [*more, *rest]
+        setattr(options, behind, [*more, *rest])
     return options
 
 
 def flags_as_overrides(options: argparse.Namespace) -> tuple[str | None, list[str]]:
     """(the recipe file if there is one, flags as overrides of it, then those written as such)."""
+    _read_places(options)
     path, *written = options.recipe or [None]
     if path is not None and "=" in path and not os.path.exists(path):
         path, written = None, options.recipe
@@ -141,11 +165,24 @@ def flags_as_overrides(options: argparse.Namespace) -> tuple[str | None, list[st
     return path, overrides + written
 
 
+def _read_places(options: argparse.Namespace) -> None:
+    """Takes words without a flag for the values of a command's `PLACES`, if no flag gives these and
+    there are enough; one word is a recipe."""
+    places = PLACES.get(options.command, ())
+    words = [word for word in options.recipe if "=" not in word or os.path.exists(word)]
+    given = any(getattr(options, key) is not None for key in places)
+    if not places or given or len(words) < len(places):
+        return
+    for key, word in zip(places, words[-len(places) :], strict=True):
+        setattr(options, key, word)
+        options.recipe.remove(word)
+
+
 def _add_flags(command: argparse.ArgumentParser, name: str) -> None:
     command.add_argument(
         "recipe",
         nargs="*",
-        metavar="recipe.yaml key=value",
+        metavar="IN OUT recipe.yaml key=value" if name in PLACES else "recipe.yaml key=value",
         help="YAML file, if not all is said by flags; a.b.c=value",
     )
     groups: dict[str, Any] = {}

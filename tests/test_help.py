@@ -24,6 +24,7 @@ finally:
         ["plan"],
         ["generate"],
         ["select"],
+        ["correct"],
         ["objectives"],
         ["data"],
         ["data", "check"],

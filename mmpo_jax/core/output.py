@@ -33,7 +33,8 @@ FOLDERS = re.compile(
     r"|.*\.(parts|images)"
 )
 FILES = re.compile(
-    r"evaluation\.json|metrics\.jsonl|(rounds|run|timings)\.json|rounds\.txt|curves\.png|(responses|scores|best)\.jsonl"
+    r"evaluation\.json|metrics\.jsonl|(rounds|run|timings)\.json|rounds\.txt|curves\.png"
+    r"|(responses|scores|best|corrected)\.jsonl"
     r"|(.*\.)?rejected_rows\.jsonl|(.*\.)?selection\.json"
 )
 """What commands write into an output folder, as a folder or as a file."""

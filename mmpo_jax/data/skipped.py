@@ -15,6 +15,7 @@ SKIPPED_FILE = "rejected_rows.jsonl"
 """Name of the file of rows that were left out, with reasons; where a run has a folder, in it."""
 
 SkipReason = Literal[
+    "alike_answers",  # of which one says all that the other does, where a rule corrects them
     "bad_id",  # neither a text nor a whole number
     "bad_image_entry",  # neither a path nor bytes
     "bad_json",  # the line, or a column that holds JSON, is no JSON object
@@ -41,7 +42,10 @@ SkipReason = Literal[
     "own_images",  # of a response: not taken where the row is used
     "own_prompt",  # the same of the prompt
     "own_videos",  # responses that show different videos
+    "long_answer",  # more words than a rule corrects
+    "not_corrected",  # a language model did not say what is wrong in a way that could be read
     "no_dialogue",  # nothing after the first answer, where corrections are learned from
+    "no_error",  # nothing to correct in a rejected response
     "no_answer",  # nothing that the rewards could compare responses with
     "no_label",  # a response without a verdict, where they are learned from
     "no_other_image",  # none to change, and none given
@@ -60,6 +64,7 @@ SkipReason = Literal[
     "same_responses",  # chosen equals rejected as training sees them, maybe where they were cut
     "score_count",  # scores and responses differ in number
     "turn_order",  # a prompt in which nobody asks anything
+    "unfinished",  # a response that was cut, where something is to follow it
     "undesirable",  # a response that sft would learn
     "unsupported_image",  # the model takes none
     "unsupported_video",  # the model, or an alignment's labeler, takes no videos

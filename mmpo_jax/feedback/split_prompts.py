@@ -100,10 +100,7 @@ def read_claims(reply: str) -> list[tuple[str, str]]:
     Raises:
       UnreadableReply: it is anything else than one object of `CLAIMS_SCHEMA`.
     """
-    try:
-        given = json.loads(_unfenced(reply))
-    except (ValueError, RecursionError) as error:
-        raise UnreadableReply("no_json", f"no JSON object: {error}") from error
+    given = read_json(reply)
     if not isinstance(given, dict) or set(given) != {"claims"}:
         raise UnreadableReply("no_claims_key", "not an object with the one key `claims`")
     if not isinstance(given["claims"], list):
@@ -115,10 +112,22 @@ def read_claims(reply: str) -> list[tuple[str, str]]:
         pair = [item["claim"], item["question"]]
         if not all(isinstance(text, str) and text.strip() for text in pair):
             raise UnreadableReply("bad_claim", f"claim {number} has an empty claim or question")
-        if not all(map(_is_unicode, pair)):
+        if not all(map(is_unicode, pair)):
             raise UnreadableReply("bad_claim", f"claim {number} has half a character")
         found.append((pair[0].strip(), pair[1].strip()))
     return found
+
+
+def read_json(reply: str) -> Any:
+    """What a reply says as JSON, which may stand in the one code fence there is.
+
+    Raises:
+      UnreadableReply: it is no JSON.
+    """
+    try:
+        return json.loads(_unfenced(reply))
+    except (ValueError, RecursionError) as error:
+        raise UnreadableReply("no_json", f"no JSON object: {error}") from error
 
 
 def _unfenced(reply: str) -> str:
@@ -131,7 +140,7 @@ def _unfenced(reply: str) -> str:
     return inside[4:] if inside[:4].lower() == "json" else inside
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """Whether a text can be written: JSON may hold one half of a surrogate pair."""
     try:
         text.encode()

@@ -100,6 +100,11 @@ def count_question(number: int, kind: Kind) -> str:
     return f"are there {mention(number, kind)} in the picture ?"
 
 
+def attribute_question(shape: str, colour: str) -> str:
+    """Whether the only thing of a shape has a colour."""
+    return f"is the {shape} {colour} ?"
+
+
 def true_caption(scene: Scene, rng: np.random.Generator) -> str:
     """A caption without errors: groups in reading order, now and then one of them left out."""
     return statement(_described_groups(scene, rng))
@@ -248,7 +253,7 @@ def _attribute_candidates(scene: Scene, answer: bool) -> _Weighted:
     seen = {thing.colour for thing in scene.things}
     return [
         # The colours of the other things are the likely confusions.
-        (f"is the {thing.shape} {colour} ?", 2.0 if colour in seen else 1.0)
+        (attribute_question(thing.shape, colour), 2.0 if colour in seen else 1.0)
         for thing in scene.things
         if shapes.count(thing.shape) == 1
         for colour in COLOURS

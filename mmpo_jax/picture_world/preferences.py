@@ -15,15 +15,12 @@ from mmpo_jax.data.files import write_rows
 from mmpo_jax.data.formats import FORMATS
 from mmpo_jax.data.formats.writing import Writer
 from mmpo_jax.data.records import SCORE, Record, Response, Span, Turn
-from mmpo_jax.picture_world.claims import Claim, is_true, make_claim, parse, question
-from mmpo_jax.picture_world.language import ANSWERS, existence_question, mention
+from mmpo_jax.picture_world.claims import Claim, is_true, parse
+from mmpo_jax.picture_world.language import mention, statement
 from mmpo_jax.picture_world.world import Kind, Scene
 
 MAX_RESPONSES = 5
 """Responses of a prompt, at most."""
-
-MAX_CORRECTIONS = 4
-"""Turns that correct a rejected response: its dialogue is to stay about as long as two captions."""
 
 SPAN_WEIGHT = 5.0
 """Weight of the tokens of what is wrong in a response; RLHF-V's gamma."""
@@ -60,7 +57,7 @@ def preferences(asked: Record, captions: Sequence[str], scene: Scene) -> dict[st
     """What can be learned from captions of one scene, by kind of data.
 
     Args:
-      asked: the picture and the prompt.
+      asked: the picture and the prompt; its records get the scene as their answer.
       captions: sampled, in order.
       scene: that they describe.
 
@@ -70,9 +67,9 @@ def preferences(asked: Record, captions: Sequence[str], scene: Scene) -> dict[st
           scores (minus the faults) and spans over what is wrong;
         pairs: the same, of the best and the worst;
         verdicts: all of them, without ranks; without a fault is desirable;
-        corrections: the best, followed by questions and answers about the faults of the worst, if
-          there is something to ask, and the worst.
+        true_pairs: a caption of all that is there, and the worst.
     """
+    asked = dataclasses.replace(asked, extra={**asked.extra, "answer": scene.to_dict()})
     distinct = list(dict.fromkeys(captions))[:MAX_RESPONSES]
     judged = [judge(caption, scene) for caption in distinct]
     numbers = sorted({one.faults for one in judged})
@@ -85,33 +82,14 @@ def preferences(asked: Record, captions: Sequence[str], scene: Scene) -> dict[st
         dataclasses.replace(r, rank=None, desirable=one.faults == 0)
         for r, one in zip(ranked, judged, strict=True)
     )
-    found = {
+    groups = [(number, kind) for kind, number in scene.counts().items()]
+    true = _response(judge(statement(groups), scene), 1)
+    return {
         "rankings": dataclasses.replace(asked, responses=ranked),
         "pairs": dataclasses.replace(asked, responses=(ranked[best], ranked[worst])),
         "verdicts": dataclasses.replace(asked, responses=tuple(verdicts)),
+        "true_pairs": dataclasses.replace(asked, responses=(true, ranked[worst])),
     }
-    turns = corrections(judged[worst], scene)
-    if turns:
-        corrected = dataclasses.replace(ranked[best], turns=ranked[best].turns + turns, spans=())
-        found["corrections"] = dataclasses.replace(asked, responses=(corrected, ranked[worst]))
-    return found
-
-
-def corrections(judged: Judged, scene: Scene) -> tuple[Turn, ...]:
-    """Questions about the faults of a caption, each with its true answer.
-
-    nSFT's codebook of errors (Zhu et al. 2024, arXiv 2411.14797) where truth is known. A false
-    claim is denied, then what is true in its place is affirmed, so that "no" is not always right.
-    """
-    exchanges: list[tuple[str, bool]] = []
-    for claim in judged.false:
-        exchanges += [(question(claim), False), (question(_in_place_of(claim, scene)), True)]
-    exchanges += [(existence_question(kind), True) for kind in judged.missing]
-    return tuple(
-        turn
-        for asked, answer in list(dict.fromkeys(exchanges))[:MAX_CORRECTIONS]
-        for turn in (Turn("user", asked), Turn("assistant", ANSWERS[answer]))
-    )
 
 
 def write_preferences(
@@ -159,13 +137,3 @@ def _spans(judged: Judged) -> tuple[Span, ...]:
         Span(start, end, SPAN_WEIGHT, phrase)
         for phrase, (start, end) in enumerate(sorted(set(places)))
     )
-
-
-def _in_place_of(claim: Claim, scene: Scene) -> Claim:
-    """The true claim that is next to a false one: the number of that kind, else one thing of that
-    shape, else the first thing there is."""
-    present = scene.counts()
-    if claim.kind in present:
-        return make_claim(present[claim.kind], claim.kind)
-    alike = (kind for kind in present if kind.shape == claim.shape)
-    return make_claim(1, next(alike, next(iter(present))))

@@ -11,10 +11,9 @@ import pydantic
 import yaml
 
 from mmpo_jax.core.errors import MmpoError
-from mmpo_jax.core.sections import SECRET
-from mmpo_jax.recipes.recipe import Base
+from mmpo_jax.core.sections import SECRET, Section
 
-RecipeType = TypeVar("RecipeType", bound=Base)
+SectionType = TypeVar("SectionType", bound=Section)
 
 
 MESSAGES = {
@@ -32,11 +31,18 @@ class RecipeError(MmpoError):
 
 
 def load_recipe(
-    kind: type[RecipeType],
+    kind: type[SectionType],
     path: str | os.PathLike[str] | None,
     overrides: Sequence[str] = (),
-) -> RecipeType:
+    told: str = "this recipe cannot be run",
+) -> SectionType:
     """Reads a YAML file if there is one, applies `a.b=value` overrides, checks everything.
+
+    Args:
+      kind: of the recipe, or of another file that is checked in the same way.
+      path: of the file.
+      overrides: of its values.
+      told: what is said in front of the keys at fault.
 
     Raises:
       RecipeError: naming the file and every key at fault.
@@ -47,7 +53,7 @@ def load_recipe(
     except pydantic.ValidationError as error:
         lines = "\n".join(f"  {_explain(kind, problem, values)}" for problem in error.errors())
         name = "the options" if path is None else path
-        raise RecipeError(f"{name}: this recipe cannot be run:\n{lines}") from error
+        raise RecipeError(f"{name}: {told}:\n{lines}") from error
 
 
 def read_values(

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from mmpo_jax.core.sections import MeshSize, PositiveInt, Section, Seed
 from mmpo_jax.data.lengths import Lengths
-from mmpo_jax.data.sources import LearnedFile
+from mmpo_jax.data.sources import FileData, LearnedFile
 from mmpo_jax.objectives.catalog import OBJECTIVES
 from mmpo_jax.objectives.registry import FIELDS
 from mmpo_jax.picture_world.source import PictureWorldData
@@ -24,6 +24,7 @@ from mmpo_jax.recipes.candidates import (
     check_sources,
     data_candidates,
 )
+from mmpo_jax.recipes.correction import Corrector, Layout, RuleCorrecting
 from mmpo_jax.recipes.data import Data, Mixture
 from mmpo_jax.recipes.feedback import (
     ClaimsFeedback,
@@ -345,6 +346,31 @@ class SelectRecipe(Base):
         if self.sampling is None and isinstance(self.data, PictureWorldData):
             raise ValueError("sampling: null takes responses of the data; give a file of them")
         return self
+
+
+class CorrectRecipe(Section):
+    """`mmpo correct`: of pairs, what is wrong with the rejected responses, as questions and answers
+    behind the chosen ones."""
+
+    seed: Seed = 0
+    output: str
+    """JSONL file, or a folder, which gets `corrected.jsonl`."""
+    data: FileData
+    """Rows with chosen and rejected responses; of a ranking the best and the worst."""
+    corrector: Corrector = RuleCorrecting()
+    codebook: str | None = None
+    """YAML file of the errors that are looked for; `correction/codebook.yaml` of the package by
+    default."""
+    max_errors: PositiveInt = 3
+    """Errors of a response that are asked about, each by a question whose answer is yes and one
+    whose answer is no."""
+    layout: Layout = "dialogue"
+    """Where the questions stand: `dialogue` behind the chosen response, as further turns; `apart`
+    each as a dialogue of its own about the same images, which sees neither that response nor the
+    other questions."""
+    devices: Devices = Devices()
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    """Of a corrector that is a checkpoint."""
 
 
 class EvaluateRecipe(Base):

@@ -1,4 +1,4 @@
-"""Preferences: every fault of a caption counts, and what corrects it is true."""
+"""Preferences: every fault of a caption counts, and what is wrong is marked."""
 
 import dataclasses
 
@@ -6,18 +6,15 @@ import numpy as np
 import pytest
 
 from mmpo_jax.data.readers import read_records
-from mmpo_jax.picture_world.claims import is_true, make_claim, question
-from mmpo_jax.picture_world.language import hallucinated_caption, true_caption
+from mmpo_jax.picture_world.language import true_caption
 from mmpo_jax.picture_world.preferences import (
-    MAX_CORRECTIONS,
     MAX_RESPONSES,
-    corrections,
     judge,
     preferences,
     write_preferences,
 )
 from mmpo_jax.picture_world.records import prompt_records
-from mmpo_jax.picture_world.world import KINDS, Kind, Scene, Thing, sample_scene
+from mmpo_jax.picture_world.world import Scene, Thing
 
 SCENE = Scene((Thing(0, 0, "star", "red"), Thing(1, 1, "star", "red"), Thing(2, 0, "ring", "blue")))
 RIGHT = "there are two red stars and a blue ring ."
@@ -74,53 +71,22 @@ def test_spans_are_what_is_wrong(asked):
     assert {s.weight for s in worst.spans} == {5.0}
 
 
-def test_corrections_deny_what_is_false_and_affirm_what_is_true():
-    turns = corrections(judge(MISCOUNTED, SCENE), SCENE)
-    assert [(t.role, t.text) for t in turns] == [
-        ("user", "are there three red stars in the picture ?"),
-        ("assistant", "no"),
-        ("user", "are there two red stars in the picture ?"),
-        ("assistant", "yes"),
-    ]
-    left_out = corrections(judge(SHORT, SCENE), SCENE)
-    assert [t.text for t in left_out] == ["is there a red star in the picture ?", "yes"]
-    recoloured = corrections(judge("there is a red ring .", SCENE), SCENE)
-    assert "is there a blue ring in the picture ?" in [t.text for t in recoloured]
-
-
-def test_corrections_are_true_of_every_scene():
-    claims = [make_claim(number, kind) for number in (1, 2, 3, 4) for kind in KINDS]
-    claim_of = {question(claim): claim for claim in claims}
-    answers = {"yes": True, "no": False}
-    for index in range(100):
-        scene, other = (sample_scene("align", seed, index) for seed in (0, 1))
-        captions = [
-            hallucinated_caption(scene, np.random.default_rng(index)),
-            true_caption(other, np.random.default_rng(index)),
-        ]
-        for caption in captions:
-            turns = corrections(judge(caption, scene), scene)
-            assert len(turns) <= 2 * MAX_CORRECTIONS
-            for asked, answer in zip(turns[::2], turns[1::2], strict=True):
-                assert is_true(claim_of[asked.text], scene) == answers[answer.text]
+def test_a_true_caption_against_the_worst(asked):
+    right, worst = preferences(asked, [SHORT, WORST], SCENE)["true_pairs"].responses
+    assert (right.text, right.rank, worst.text, worst.rank) == (RIGHT, 1, WORST, 2)
+    assert judge(right.text, SCENE).faults == 0
 
 
 def test_files_are_read_again(tmp_path, asked):
     second = dataclasses.replace(prompt_records("align", 0, 2, image_size=24)[1], id="second")
     said = [(asked, [RIGHT, WORST, SHORT], SCENE), (second, [RIGHT, RIGHT], SCENE)]
     files = write_preferences(str(tmp_path), said)
-    assert files.keys() == {"rankings", "pairs", "verdicts", "corrections"}
+    assert files.keys() == {"rankings", "pairs", "verdicts", "true_pairs"}
     for kind, file in files.items():
         (record,), skipped = read_records(file)
         expected = preferences(asked, [RIGHT, WORST, SHORT], SCENE)[kind]
         assert not skipped
         assert record.responses == expected.responses
         assert record.prompt == asked.prompt
+        assert Scene.from_dict(record.solution) == SCENE
         assert record.images[0].read() == asked.images[0].read()
-
-
-def test_a_kind_in_a_number_without_a_counterpart():
-    turns = corrections(judge("there are two green crosses .", SCENE), SCENE)
-    assert turns[0].text == "are there two green crosses in the picture ?"
-    assert turns[2].text == "is there a red star in the picture ?"
-    assert SCENE.counts()[Kind("red", "star")] == 2

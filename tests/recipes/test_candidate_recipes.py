@@ -153,7 +153,7 @@ def test_mistakes_are_told_by_their_path(tmp_path):
     [
         ("mixed_candidates", ["policy", "qwen", "llava_next"]),
         ("sima", ["greedy", "policy"]),
-        ("seva", ["greedy", "edited_image"]),
+        ("seva_7b", ["greedy", "edited_image"]),
         ("noisy_image_pairs", ["data", "edited_image"]),
         ("rlaif_v_7b_vllm", ["served"]),
         ("hidden_image_pairs", ["data", "hidden_image"]),

@@ -29,6 +29,7 @@ from mmpo_jax.recipes.objectives import ObjectiveSection
 from mmpo_jax.recipes.recipe import (
     AlignRecipe,
     Base,
+    CorrectRecipe,
     Devices,
     EvaluateRecipe,
     GenerateRecipe,
@@ -46,7 +47,10 @@ from mmpo_jax.rewards import REWARDS
 
 PACKAGE = Path(mmpo_jax.__file__).parent
 CONFIGS = sorted((PACKAGE.parent / "configs").rglob("*.yaml"))
-KINDS = (TrainRecipe, AlignRecipe, GenerateRecipe, ScoreRecipe, SelectRecipe, EvaluateRecipe)
+KINDS = (
+    *(TrainRecipe, AlignRecipe, GenerateRecipe, ScoreRecipe, SelectRecipe, EvaluateRecipe),
+    CorrectRecipe,
+)
 GOOD = {"output": "out", "model": "builtin:picture_world", "data": {"source": "picture_world"}}
 
 

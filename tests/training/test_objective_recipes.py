@@ -8,6 +8,7 @@ import pytest
 
 import mmpo_jax
 from mmpo_jax.checkpoints.huggingface import load_model
+from mmpo_jax.commands.correct import run_correction
 from mmpo_jax.commands.train import run_training
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.objectives.catalog import OBJECTIVES
@@ -16,7 +17,7 @@ from mmpo_jax.picture_world.language import hallucinated_caption, true_caption
 from mmpo_jax.picture_world.preferences import write_preferences
 from mmpo_jax.picture_world.records import prompt_records, scenes
 from mmpo_jax.recipes.files import load_recipe
-from mmpo_jax.recipes.recipe import TrainRecipe
+from mmpo_jax.recipes.recipe import CorrectRecipe, TrainRecipe
 from mmpo_jax.training.metrics import FILE, read_metrics
 
 RECIPES = sorted((Path(mmpo_jax.__file__).parent.parent / "configs/objectives").glob("*.yaml"))
@@ -44,7 +45,10 @@ def data(tmp_path_factory):
             strict=True,
         )
     ]
-    return write_preferences(str(tmp_path_factory.mktemp("preferences")), asked)
+    files = write_preferences(str(tmp_path_factory.mktemp("preferences")), asked)
+    corrected = files["pairs"].replace("pairs", "corrections")
+    recipe = {"output": corrected, "data": {"path": files["pairs"]}, "max_errors": 2}
+    return {**files, "corrections": run_correction(CorrectRecipe.model_validate(recipe))}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

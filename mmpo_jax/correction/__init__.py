@@ -1,0 +1,1 @@
+"""What is wrong with rejected responses, as questions and answers to learn from (nSFT)."""

@@ -1,0 +1,59 @@
+"""Who corrects rejected responses: the `corrector` of a recipe for `mmpo correct`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import pydantic
+from pydantic import Field
+
+from mmpo_jax.core.sections import PositiveInt, Section, type_by_default
+from mmpo_jax.recipes.feedback import ChatAsked, CheckpointAsked, Judging, Speaking
+
+Layout = Literal["dialogue", "apart"]
+"""Where corrections stand, see `CorrectRecipe.layout`."""
+
+
+class RuleCorrecting(Section):
+    """Rules, for answers of a few words and for captions of the picture world, whose rows have the
+    scene as their `answer`."""
+
+    type: Literal["rule"] = "rule"
+    max_words: PositiveInt = 12
+    """Words of an answer; what is longer is for a language model to correct."""
+
+
+class Correcting(Judging, Speaking):
+    """How a language model is asked what is wrong with a response."""
+
+    prompt: str | None = None
+    """What is asked instead of the built-in prompt, with {question}, {chosen}, {rejected},
+    {codebook} and {max_errors} in it."""
+    show_image: bool = False
+    """Whether the model is shown the row's images too; else it compares the two responses."""
+
+    @pydantic.model_validator(mode="after")
+    def _tells_all(self) -> Correcting:
+        places = ("{question}", "{chosen}", "{rejected}", "{codebook}", "{max_errors}")
+        lacking = [place for place in places if self.prompt and place not in self.prompt]
+        if lacking:
+            raise ValueError(f"prompt: it has no {lacking[0]}")
+        return self
+
+
+class ChatCorrecting(ChatAsked, Correcting):
+    """A served language model that finds errors and asks about them."""
+
+
+class CheckpointCorrecting(CheckpointAsked, Correcting):
+    """A checkpoint, of a text family too, that finds errors and asks about them."""
+
+    model: str
+    """Folder, hub id or bucket."""
+
+
+Corrector = Annotated[
+    RuleCorrecting | ChatCorrecting | CheckpointCorrecting,
+    Field(discriminator="type"),
+    pydantic.BeforeValidator(type_by_default("rule")),
+]
