@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from picture_world_preferences import make_preferences
+from picture_world_preferences import LAST, make_preferences
 
 from mmpo_jax.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from mmpo_jax.commands.train import run_training
@@ -28,7 +28,7 @@ from mmpo_jax.data.tokenization import TokenizedRecord, tokenize_records
 from mmpo_jax.evaluation.picture_world import evaluate_picture_world
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipes.files import load_recipe
-from mmpo_jax.recipes.recipe import EvaluateRecipe, TrainRecipe
+from mmpo_jax.recipes.recipe import EvaluateRecipe, Evaluation, TrainRecipe
 from mmpo_jax.scoring.log_probs import score_records
 from mmpo_jax.training.validation import hold_out
 
@@ -73,7 +73,7 @@ class Bench:
     def __init__(self, folder: str, seed: int, prompts: int):
         self.folder, self.seed = folder, seed
         self.data = os.path.join(folder, "data")
-        if not os.path.exists(os.path.join(self.data, "rankings.jsonl")):
+        if not os.path.exists(os.path.join(self.data, LAST)):
             make_preferences(self.data, prompts, seed)
         # The seed moves the scenes, their captions, the order of training and what is sampled.
         path = os.path.join(CONFIGS, "picture_world_evaluate.yaml")
@@ -91,33 +91,51 @@ class Bench:
         """(the name of a recipe, its figures); without a path, those of the start model."""
         name = START if path is None else os.path.splitext(os.path.basename(path))[0]
         name = name.removeprefix("picture_world_")
-        file = os.path.join(self.folder, f"{name}.json")
+        if path is None:
+            return name, self.measured(name, self.evaluation.evaluation)
+        data = load_recipe(TrainRecipe, path).data[0]
+        file = os.path.basename(data.path) if isinstance(data, FileData) else None
+        return name, self.measured(name, self.evaluation.evaluation, path, file, overrides)
+
+    def measured(
+        self,
+        name: str,
+        evaluation: Evaluation,
+        path: str | None = None,
+        data: str | None = None,
+        overrides: Sequence[str] = (),
+    ) -> Result:
+        """The figures of a run, which are kept in a JSON file.
+
+        Args:
+          name: of the run's folder and its JSON file.
+          evaluation: the scenes; those of another split have a file of their own.
+          path: of the recipe that is trained; None for the start model.
+          data: file of this seed's that is learned from; None for the recipe's.
+          overrides: of the recipe.
+        """
+        split = "" if evaluation.data.split == "test" else f".{evaluation.data.split}"
+        file = os.path.join(self.folder, f"{name}{split}.json")
         if os.path.exists(file):
             with open(file) as text:
-                return name, json.load(text)
+                return json.load(text)
         started = time.perf_counter()
         checkpoint, result = self.start, {}
         if path is not None:
-            folder = self.train(path, os.path.join(self.folder, name), overrides)
+            folder = self.train(path, os.path.join(self.folder, name), data, overrides)
             result["seconds"] = time.perf_counter() - started
             checkpoint = load_checkpoint(folder, self.mesh)
             result |= reward_accuracies(self.held, self.score(checkpoint), self.reference)
-        result |= evaluate_picture_world(
-            checkpoint,
-            self.evaluation.evaluation,
-            self.evaluation.lengths,
-            self.mesh,
-        )
+        lengths = self.evaluation.lengths
+        result |= evaluate_picture_world(checkpoint, evaluation, lengths, self.mesh)
         write_atomic(file, json.dumps(result, indent=1).encode())
-        return name, result
+        return result
 
-    def train(self, path: str, output: str, overrides: Sequence[str]) -> str:
+    def train(self, path: str, output: str, data: str | None, overrides: Sequence[str]) -> str:
         """The folder of the trained model."""
         settings = [f"seed={self.seed}", f"output={output}", *overrides]
-        data = load_recipe(TrainRecipe, path).data[0]
-        if isinstance(data, FileData):
-            own = os.path.join(self.data, os.path.basename(data.path))
-            settings.append(f"data.path={own}")
+        if data is not None:
+            settings.append(f"data.path={os.path.join(self.data, data)}")
         return run_training(load_recipe(TrainRecipe, path, settings))
 
     def score(self, checkpoint: Checkpoint) -> list[list[float]]:
