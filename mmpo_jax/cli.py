@@ -162,7 +162,11 @@ def _tell_to_end(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _run(options: argparse.Namespace) -> None:
-    if options.command in RECIPES:
+    if options.command == "evaluate" and options.benchmark is not None:
+        if processes.is_first():
+            with processes.alone():
+                _module("evaluate_answers").main(options)
+    elif options.command in RECIPES:
         _join_others()
         _run_recipe(options)
     elif options.command == "convert":

@@ -120,6 +120,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         if name in FLAGS:
             _add_flags(command, name)
             continue
+        if name == "evaluate":
+            _add_benchmark(command)
+            continue
         command.add_argument("recipe", help="YAML file")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="a.b.c=value")
     others = {
@@ -135,6 +138,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     _add_plan(others["plan"])
     _add_data_commands(subparsers)
     options, rest = parser.parse_known_args(arguments)
+    if options.command == "evaluate":
+        _check_benchmark(subparsers.choices["evaluate"], options)
     behind = "recipe" if options.command in FLAGS else "overrides"
     more = getattr(options, behind, None)
     if rest and (more is None or any(text[:1] == "-" or "=" not in text for text in rest)):
@@ -196,6 +201,40 @@ def _add_flags(command: argparse.ArgumentParser, name: str) -> None:
             group.add_argument(flag, dest=key, action="store_const", const=value, help=help)
         else:
             group.add_argument(flag, dest=key, metavar=flag[2:].upper(), help=help)
+
+
+BENCHMARK_FLAGS = {
+    "--benchmark": "score answers that are there, without a model: pope, mmstar, ...",
+    "--data": "folder of the benchmark's published files",
+    "--responses": "file of the answers: JSONL, JSON, Parquet, xlsx, tsv",
+    "--output": "JSON file",
+}
+
+
+def _add_benchmark(command: argparse.ArgumentParser) -> None:
+    command.add_argument("recipe", nargs="?", help="YAML file, if a model is evaluated")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="a.b.c=value")
+    for flag, help in BENCHMARK_FLAGS.items():
+        command.add_argument(flag, metavar=flag[2:].upper(), help=help)
+    help = "rule of the benchmark; `mmpo evaluate --benchmark NAME` lists them"
+    command.add_argument("--rule", action="append", default=[], metavar="NAME=VALUE", help=help)
+
+
+def _check_benchmark(command: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Ends with what is wrong where neither a recipe nor a whole benchmark is named."""
+    given = {flag: getattr(options, flag[2:]) for flag in BENCHMARK_FLAGS}
+    if options.recipe is not None:
+        wrong = [flag for flag, value in given.items() if value is not None]
+        if wrong or options.rule:
+            command.error(
+                f"{[*wrong, '--rule'][0]} is for answers that are there, not for a recipe"
+            )
+    elif options.benchmark is None:
+        command.error("name a recipe, or a benchmark: --benchmark NAME")
+    elif any(value is not None for flag, value in given.items() if flag != "--benchmark"):
+        missing = [flag for flag, value in given.items() if value is None]
+        if missing:
+            command.error(f"--benchmark {options.benchmark} needs {', '.join(missing)}")
 
 
 def _add_data_commands(subparsers: Any) -> None:

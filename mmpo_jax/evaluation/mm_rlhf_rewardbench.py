@@ -1,0 +1,64 @@
+"""MM-RLHF-RewardBench: which of two responses is better, Zhang et al. 2025 (arXiv 2502.10391)."""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from mmpo_jax.core.errors import MmpoError
+from mmpo_jax.evaluation.benchmark import Files, Scores, benchmark, share
+from mmpo_jax.evaluation.rewards import has_rewards, rewards_in_order
+from mmpo_jax.evaluation.tables import Row
+
+CATEGORIES = ("mcq", "long", "short", "safety", "video")
+"""Each is part of the path of its rows' images."""
+
+
+@benchmark(
+    source="github.com/yfzhang114/r1_reward, inference/MM-RLHF-Reward/mm_reward_bench.jsonl",
+    answers="`rewards: [of chosen, of rejected]`, a row for every row of the benchmark, in order",
+)
+def mm_rlhf_rewardbench(files: Files, answers: Sequence[Row]) -> Scores:
+    """Share of pairs whose chosen response has the larger reward (Accuracy), and of questions all
+    of whose pairs have (ACC+), of all and of every category. A tie is wrong.
+    """
+    if not has_rewards(answers):
+        raise MmpoError(f"{answers[0].file}: not all rows have `rewards`")
+    matched = rewards_in_order(files.rows("mm_reward_bench*.jsonl", "*.jsonl"), answers, "id")
+    rows: list[dict[str, Any]] = [
+        {
+            "id": str(question.need("id")),
+            "path": _path(question),
+            "rewards": rewards,
+            "right": rewards[0] > rewards[1],
+        }
+        for question, rewards in matched
+    ]
+    metrics: dict[str, float] = {}
+    for category in CATEGORIES:
+        of_category = [row for row in rows if _category(row["path"]) == category]
+        metrics |= _accuracies(category, of_category)
+    metrics |= _accuracies("Overall", rows)
+    ties = sum(row["rewards"][0] == row["rewards"][1] for row in rows)
+    missing = sum(any(math.isnan(value) for value in row["rewards"]) for row in rows)
+    return Scores(metrics, {"ties": ties, "without_rewards": missing, "pairs": len(rows)}, rows)
+
+
+def _accuracies(name: str, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    questions: dict[str, list[bool]] = collections.defaultdict(list)
+    for row in rows:
+        questions[row["id"]].append(row["right"])
+    return {
+        f"{name} Accuracy": share(sum(row["right"] for row in rows), len(rows)),
+        f"{name} ACC+": share(sum(all(right) for right in questions.values()), len(questions)),
+    }
+
+
+def _path(row: Row) -> str:
+    return row.text("image", "video")
+
+
+def _category(path: str) -> str | None:
+    return next((category for category in CATEGORIES if category in path), None)

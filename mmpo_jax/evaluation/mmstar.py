@@ -1,0 +1,90 @@
+"""MMStar: multiple choice that needs the picture, Chen et al. 2024 (arXiv 2403.20330)."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from mmpo_jax.evaluation.benchmark import Files, Scores, benchmark, share
+from mmpo_jax.evaluation.tables import Row, match_by_id
+
+Average = Literal["official", "lmms_eval"]
+_BEGINNINGS = ("", "(", "option ", "the answer is ")
+"""What may stand before the letter."""
+
+
+@benchmark(
+    source="huggingface.co/datasets/Lin-Chen/MMStar, mmstar.parquet",
+    answers="`prediction` or `response` with the question's `index` or `id`",
+)
+def mmstar(files: Files, answers: Sequence[Row], *, average: Average = "official") -> Scores:
+    """Share of right choices, of all and of every capability.
+
+    An answer is right if the letter begins it, perhaps behind "(", "option " or "the answer is ",
+    in any case. The official score is that of all questions; `lmms_eval` takes the means of
+    sub-skills, each of the same weight, for capabilities and for all.
+    """
+    questions = (
+        answers if _complete(answers) else files.rows("*.parquet", "*.jsonl", "*.xlsx", "*.tsv")
+    )
+    rows = [
+        _judged(question, answer) for question, answer in match_by_id(questions, answers, "index")
+    ]
+    capabilities: dict[str, list[bool]] = collections.defaultdict(list)
+    skills: dict[str, list[bool]] = collections.defaultdict(list)
+    for row in rows:
+        capabilities[row["category"]].append(row["right"])
+        skills[f"{row['category']} / {row['l2_category']}"].append(row["right"])
+    shares = {name: share(sum(right), len(right)) for name, right in skills.items()}
+    if average == "official":
+        metrics = {name: share(sum(right), len(right)) for name, right in capabilities.items()}
+        final = share(sum(row["right"] for row in rows), len(rows))
+    else:
+        metrics = {
+            name: _mean(
+                [value for skill, value in shares.items() if skill.startswith(f"{name} / ")]
+            )
+            for name in capabilities
+        }
+        final = _mean(list(shares.values()))
+    beside = {
+        "correct": sum(row["right"] for row in rows),
+        "unreadable": sum(row["read"] is None for row in rows),
+        "answers": len(rows),
+        "questions": len(questions),
+    }
+    return Scores({"final score": final, **metrics, **shares}, beside, rows)
+
+
+def choice(answer: str) -> str | None:
+    """The letter that an answer chooses by the official rule, in lower case; None without one."""
+    text = answer.strip().lower()
+    for beginning in _BEGINNINGS:
+        letter = text[len(beginning) : len(beginning) + 1]
+        if text.startswith(beginning) and letter in ("a", "b", "c", "d"):
+            return letter
+    return None
+
+
+def _complete(answers: Sequence[Row]) -> bool:
+    """Whether answers come with their questions, as the official files of predictions do."""
+    return all(row.get("answer") is not None and row.get("l2_category") for row in answers)
+
+
+def _judged(question: Row, answer: Row) -> dict[str, Any]:
+    said = str(answer.get("prediction", "response") or "")
+    letter = str(question.need("answer")).strip().lower()
+    return {
+        "id": str(question.need("index")),
+        "category": question.text("category"),
+        "l2_category": question.text("l2_category"),
+        "label": letter,
+        "answer": said,
+        "read": choice(said),
+        "right": choice(said) == letter,
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return share(sum(values), len(values))

@@ -1,0 +1,126 @@
+"""POPE: yes/no questions about objects, Li et al. 2023 (arXiv 2305.10355)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from mmpo_jax.core.errors import MmpoError
+from mmpo_jax.evaluation.benchmark import Files, Scores, benchmark, share
+from mmpo_jax.evaluation.tables import Row, match_by_id, match_by_order, read_table
+
+Reading = Literal["official", "whole_word"]
+
+
+@benchmark(
+    source="github.com/AoiDragon/POPE, output/coco/coco_pope_{random,popular,adversarial}.json",
+    answers="`answer` or `response`, in the order of the questions or with their `question_id`",
+)
+def pope(files: Files, answers: Sequence[Row], *, reading: Reading = "official") -> Scores:
+    """Accuracy, precision, recall and F1 of yes/no answers; yes is positive.
+
+    The official script reads an answer as no if one of `No`, `no`, `not` is a word of what stands
+    before its first full stop, and as yes otherwise: `NO`, `None` and `isn't` are a yes. With
+    `whole_word` it is the first word that is yes or no, in any case; an answer without either is
+    wrong and counted.
+    """
+    questions = _asked(files, answers)
+    matched = _matched(questions, answers)
+    read = official if reading == "official" else whole_word
+    rows: list[dict[str, Any]] = [
+        {
+            "id": str(question.need("question_id", "image_id")),
+            "label": question.text("label").strip().lower(),
+            "answer": answer.text("answer", "response", "text"),
+            "read": read(answer.text("answer", "response", "text")),
+        }
+        for question, answer in matched
+    ]
+    right = [row["read"] == row["label"] for row in rows]
+    said = [row["read"] == "yes" for row in rows]
+    true_positives = sum(yes and correct for yes, correct in zip(said, right, strict=True))
+    precision = share(true_positives, sum(said))
+    recall = share(true_positives, sum(row["label"] == "yes" for row in rows))
+    metrics = {
+        "Accuracy": share(sum(right), len(rows)),
+        "Precision": precision,
+        "Recall": recall,
+        "F1 score": f1(precision, recall),
+        "Yes ratio": share(sum(said), len(rows)),
+    }
+    beside = {
+        "no_ratio": share(sum(row["read"] == "no" for row in rows), len(rows)),
+        "neither_yes_nor_no": sum(whole_word(row["answer"]) is None for row in rows),
+        "read_otherwise_by_whole_word": sum(
+            official(row["answer"]) != whole_word(row["answer"]) for row in rows
+        ),
+        "answers": len(rows),
+        "questions": len(questions),
+    }
+    return Scores(metrics, beside, rows)
+
+
+def official(answer: str) -> str:
+    """What POPE's `evaluate.py` reads in an answer."""
+    words = answer.split(".")[0].replace(",", "").split(" ")
+    return "no" if {"No", "no", "not"} & set(words) else "yes"
+
+
+def whole_word(answer: str) -> str | None:
+    """The first word of an answer that is yes or no; None without one."""
+    words = "".join(c if c.isalpha() else " " for c in answer.lower()).split()
+    return next((word for word in words if word in ("yes", "no")), None)
+
+
+def f1(precision: float, recall: float) -> float:
+    """The harmonic mean of precision and recall; NaN where it is undefined."""
+    if math.isnan(precision) or math.isnan(recall):
+        return math.nan
+    return share(2 * precision * recall, precision + recall)
+
+
+def _asked(files: Files, answers: Sequence[Row]) -> list[Row]:
+    """The questions of the file that the answers are of, which have the same numbers in all.
+
+    Raises:
+      MmpoError: no file fits, or several do.
+    """
+    paths = files.find("*_pope_*.json", "*.json", "*.jsonl")
+    tables = [read_table(path) for path in paths]
+    if len(tables) == 1:
+        return tables[0]
+    if all(answer.get("question") is not None for answer in answers):
+        tables = [table for table in tables if _same_texts(table, answers)]
+    else:
+        named = [
+            table
+            for path, table in zip(paths, tables, strict=True)
+            if path.stem.split("_")[-1] in stem(answers[0].file)
+        ]
+        tables = named or tables
+    if len(tables) == 1:
+        return tables[0]
+    raise MmpoError(
+        f"{answers[0].file}: {'none' if not tables else 'more than one'} of the question files in "
+        f"{files.root} fits the answers: name one, as --data {paths[0]}"
+    )
+
+
+def stem(file: str) -> str:
+    """The name of a file without folders and ending."""
+    return file.rsplit("/", 1)[-1].rsplit(".", 1)[0]
+
+
+def _same_texts(questions: Sequence[Row], answers: Sequence[Row]) -> bool:
+    """Whether answers repeat the questions, in their order."""
+    return len(answers) <= len(questions) and all(
+        question.get("text", "query") == answer.get("question")
+        for question, answer in zip(questions, answers, strict=False)
+    )
+
+
+def _matched(questions: Sequence[Row], answers: Sequence[Row]) -> list[tuple[Row, Row]]:
+    if all(answer.get("id", "question_id") is not None for answer in answers):
+        return match_by_id(questions, answers, "question_id")
+    return match_by_order(questions, answers)
