@@ -57,10 +57,10 @@ def mmpo_loader(folder: str) -> Callable[[], int]:
     from mmpo_jax.checkpoints.huggingface import load_params
     from mmpo_jax.core.trees import flatten
     from mmpo_jax.models.model import Model
-    from mmpo_jax.parallel.mesh import make_mesh, param_shardings
+    from mmpo_jax.parallel.mesh import make_mesh, placed_shapes
 
     model = Model.create(load_config(folder))
-    places = param_shardings(model.abstract_params(), model.rules, make_mesh())
+    places = placed_shapes(model.abstract_params(), model.rules, make_mesh())
     return lambda: sum(leaf.nbytes for leaf in flatten(load_params(folder, model, places)).values())
 
 

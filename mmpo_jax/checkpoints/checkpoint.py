@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -28,7 +28,8 @@ from mmpo_jax.data.processor import Processor
 from mmpo_jax.models.config import ModelConfig, ModelError
 from mmpo_jax.models.lora import adapted_layers, merge_adapters, without_adapters
 from mmpo_jax.models.model import Model, Params
-from mmpo_jax.parallel.mesh import param_shardings, put_params
+from mmpo_jax.models.vocabulary import TABLES
+from mmpo_jax.parallel.mesh import placed_shapes, put_params
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +149,7 @@ def load_weights(
     """
     shapes = model.abstract_params()
     if location.is_orbax:
-        shapes = unflatten(checkpoint_shapes(location.weights))
+        shapes = _without_added(checkpoint_shapes(location.weights), model)
         check_params(location.weights, without_adapters(shapes), model)
     if not location.adapters and not adapted_layers(shapes):
         params = _read_weights(location, model, shapes, mesh, dtype)
@@ -167,6 +168,20 @@ def load_weights(
     for path in flat:
         flat[path] = flat[path].astype(dtype)
     return check_finite(location.weights, unflatten(flat), dtype)
+
+
+def _without_added(saved: Mapping[str, jax.ShapeDtypeStruct], model: Model) -> Params:
+    """Shapes of a run's parameters, whose vocabulary its mesh may have filled up."""
+    expected = flatten(model.abstract_params())
+
+    def own(path: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        larger = path in TABLES and path in expected
+        larger = larger and all(
+            a >= b for a, b in zip(leaf.shape, expected[path].shape, strict=True)
+        )
+        return jax.ShapeDtypeStruct(expected[path].shape if larger else leaf.shape, leaf.dtype)
+
+    return unflatten({path: own(path, leaf) for path, leaf in saved.items()})
 
 
 def check_finite(folder: str, params: Params, dtype: Any = None) -> Params:
@@ -194,13 +209,12 @@ def _read_weights(
     location: Location, model: Model, shapes: Params, mesh: Mesh | None, dtype: Any
 ) -> Params:
     """What the files at `location.weights` hold, which is of these shapes."""
-    shardings = None if mesh is None else param_shardings(shapes, model.rules, mesh)
+    places = None if mesh is None else placed_shapes(shapes, model.rules, mesh)
     if not location.is_orbax:
-        return load_params(location.weights, model, shardings, dtype)
-    places = {} if shardings is None else flatten(shardings)
+        return load_params(location.weights, model, places, dtype)
     wanted = {
-        path: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=places.get(path))
-        for path, leaf in flatten(shapes).items()
+        path: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=leaf.sharding)
+        for path, leaf in flatten(shapes if places is None else places).items()
     }
     return load_checkpoint_params(location.weights, wanted)
 
@@ -217,6 +231,11 @@ def load_model_config(location: Location) -> ModelConfig:
     tied = HEAD not in checkpoint_shapes(location.weights)
     decoder = dataclasses.replace(config.decoder, tie_word_embeddings=tied)
     return dataclasses.replace(config, decoder=decoder)
+
+
+def model_config(name: str) -> ModelConfig:
+    """`load_model_config` of a checkpoint by its name."""
+    return load_model_config(locate(name))
 
 
 def load_processor(name: str, template: str = "auto") -> Processor:

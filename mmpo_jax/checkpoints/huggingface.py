@@ -46,6 +46,7 @@ from mmpo_jax.models.family import Renaming
 from mmpo_jax.models.merging import SCALE, A, B, kernel_and_adapter, merge, wide
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.precision import weights_dtype
+from mmpo_jax.models.vocabulary import TABLES, without_added
 
 log = logging.getLogger(__name__)
 
@@ -64,26 +65,26 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[Model, Params]:
 
 
 def load_params(
-    folder: str | os.PathLike[str], model: Model, shardings: Params | None = None, dtype: Any = None
+    folder: str | os.PathLike[str], model: Model, places: Params | None = None, dtype: Any = None
 ) -> Params:
     """Reads the weights of a checkpoint folder into the model's parameter tree.
 
     Args:
       folder: on this machine or in a bucket.
       model: the architecture.
-      shardings: a tree of `NamedSharding`s; every process reads what its devices hold.
+      places: `ShapeDtypeStruct`s with shardings, as `placed_shapes` has them; every process reads
+        what its devices hold. What a shape has beyond the file's is 0.
       dtype: to cast to; None for that of the files.
 
     Returns:
-      A nested dict of arrays: on devices where shardings are given, else NumPy's.
+      A nested dict of arrays: on devices where places are given, else NumPy's.
 
     Raises:
       ModelError: naming the file and the tensor that is missing, unexpected or of another shape.
         That is known before any weight is read.
     """
     sources = match_tensors(folder, model)
-    places = None if shardings is None else flatten(shardings)
-    return unflatten(load_arrays(sources, places, dtype))
+    return unflatten(load_arrays(sources, None if places is None else flatten(places), dtype))
 
 
 def match_tensors(folder: str | os.PathLike[str], model: Model) -> dict[str, StoredParameter]:
@@ -284,7 +285,7 @@ def new_tensors(params: Params, model: Model) -> list[NewTensor]:
         are merged then, one layer at a time, into kernels of float32.
       model: the architecture.
     """
-    flat = flatten(params)
+    flat, tokens = flatten(params), model.config.decoder.vocab_size
     tensors = []
     for path, leaf in flat.items():
         if path.endswith((f"/{A}", f"/{B}", f"/{SCALE}")):
@@ -292,17 +293,21 @@ def new_tensors(params: Params, model: Model) -> list[NewTensor]:
         parts = kernel_and_adapter(flat, path)
         dtype = np.dtype(leaf.dtype if len(parts) == 1 else wide(leaf.dtype))
         stacked = _is_stacked(path)
-        shape = leaf.shape[1:] if stacked else leaf.shape
+        shape = tuple(leaf.shape[1:] if stacked else leaf.shape)
+        if path in TABLES:
+            shape = tuple(
+                tokens if axis == TABLES[path] else size for axis, size in enumerate(shape)
+            )
         for layer in range(leaf.shape[0]) if stacked else (None,):
             key = key_of(path, layer, model.family.write_keys)
             theirs = _their_shape(path, layer, shape, model)
-            fetch = functools.partial(_fetch, path, parts, layer, theirs)
+            fetch = functools.partial(_fetch, path, parts, layer, tokens, theirs)
             tensors.append(NewTensor(key, dtype, theirs, fetch))
     return tensors
 
 
 def _fetch(
-    path: str, parts: Sequence[Any], layer: int | None, shape: tuple[int, ...]
+    path: str, parts: Sequence[Any], layer: int | None, tokens: int, shape: tuple[int, ...]
 ) -> np.ndarray:
     """A layer of a parameter, or all of one that is not stacked, as it is written."""
     leaf, *adapter = parts if layer is None else [part[layer] for part in parts]
@@ -310,7 +315,7 @@ def _fetch(
         leaf = merge(leaf, *adapter)
     if isinstance(leaf, jax.Array) and layer is None and not adapter:
         leaf = jnp.copy(leaf)  # because arrays keep on the host what was fetched of them
-    array = to_host(leaf)
+    array = without_added(path, to_host(leaf), tokens)
     return (_transpose(array) if _is_transposed(path) else array).reshape(shape)
 
 

@@ -54,6 +54,11 @@ class StoredParameter:
         return len(self.shape) - 1 if self.transposed else int(self.stacked)
 
     @property
+    def rows(self) -> int:
+        """How many rows a tensor has."""
+        return self.shape[self.row_axis]
+
+    @property
     def row_shape(self) -> tuple[int, ...]:
         """The other axes of a layer."""
         inner = self.shape[int(self.stacked) :]
@@ -72,14 +77,15 @@ class StoredParameter:
 
 def load_arrays(
     sources: Mapping[str, StoredParameter],
-    shardings: Mapping[str, NamedSharding] | None,
+    places: Mapping[str, jax.ShapeDtypeStruct] | None,
     dtype: Any,
 ) -> dict[str, Any]:
     """Reads parameters one after another.
 
     Args:
       sources: by parameter path.
-      shardings: by parameter path; None for NumPy arrays on the host.
+      places: by parameter path, shapes with shardings; rows that a shape has beyond those of the
+        files are 0. None for NumPy arrays on the host.
       dtype: to cast to; None for that of the files.
 
     Raises:
@@ -89,38 +95,38 @@ def load_arrays(
     with ThreadPoolExecutor(READERS) as pool:
         for path, source in counted(sources.items(), "reading weights", "parameters"):
             wanted = source.dtype if dtype is None else np.dtype(dtype)
-            if shardings is None:
+            if places is None:
                 loaded[path] = _read(source, [_whole(source)], wanted, pool)[_whole(source)]
             else:
-                loaded[path] = _load_sharded(source, shardings[path], wanted, pool)
+                loaded[path] = _load_sharded(source, places[path], wanted, pool)
     return loaded
 
 
 def _load_sharded(
-    source: StoredParameter, sharding: NamedSharding, dtype: np.dtype, pool: ThreadPoolExecutor
+    source: StoredParameter, place: jax.ShapeDtypeStruct, dtype: np.dtype, pool: ThreadPoolExecutor
 ) -> jax.Array:
     """A parameter on its devices, of which this process may have a part only."""
-    first = _reading_sharding(source, sharding)
-    indices = first.addressable_devices_indices_map(source.shape).values()
-    held = {_bounds(index, source.shape) for index in indices}
+    shape, sharding = place.shape, place.sharding
+    first = _reading_sharding(source, place)
+    indices = first.addressable_devices_indices_map(shape).values()
+    held = {_bounds(index, shape) for index in indices}
     buffers = _read(source, sorted(held), dtype, pool)
-    array = jax.make_array_from_callback(
-        source.shape, first, lambda index: buffers[_bounds(index, source.shape)]
-    )
+    array = jax.make_array_from_callback(shape, first, lambda index: buffers[_bounds(index, shape)])
     if first != sharding:
         array = jax.jit(lambda array: array, out_shardings=sharding)(array)
     return array.block_until_ready()  # the buffers are let go before the next ones are made
 
 
-def _reading_sharding(source: StoredParameter, sharding: NamedSharding) -> NamedSharding:
+def _reading_sharding(source: StoredParameter, place: jax.ShapeDtypeStruct) -> NamedSharding:
     """How devices share the reading.
 
     Rows are read whole, but matrices are also split along their rows. With several processes each
     would read nearly everything; so there every device gets a share of the rows first, and the
     devices exchange among themselves.
     """
+    sharding: NamedSharding = place.sharding
     devices = sharding.mesh.size
-    rows = source.shape[source.row_axis]
+    rows = place.shape[source.row_axis]
     if sharding.is_fully_addressable or source.columns == 1 or rows % devices:
         return sharding
     axes: list[Any] = [None] * len(source.shape)
@@ -133,6 +139,11 @@ def _read(
 ) -> dict[Bounds, np.ndarray]:
     """New buffers for the given parts of a parameter, filled by the pool's threads."""
     buffers = {bounds: _aligned([stop - start for start, stop in bounds], dtype) for bounds in held}
+    for bounds, buffer in buffers.items():
+        first, end = bounds[source.row_axis]
+        if end > source.rows:
+            axis = (slice(None),) * source.row_axis
+            buffer[(*axis, slice(max(0, source.rows - first), None))] = 0
     list(pool.map(lambda task: _copy_rows(source, buffers, *task), _tasks(source, held)))
     return buffers
 
@@ -147,6 +158,7 @@ def _tasks(source: StoredParameter, held: Sequence[Bounds]) -> Iterator[tuple[in
             if not source.stacked or bounds[0][0] <= layer < bounds[0][1]
         }
         for first, end in sorted(needed):
+            end = min(end, source.rows)
             for start in range(first, end, step):
                 yield layer, start, min(start + step, end)
 

@@ -137,12 +137,9 @@ class Checkpoints:
         restored = self.manager.restore(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(abstract({**state.params, **state.frozen})),
-                optimizer=ocp.args.StandardRestore(abstract(state.optimizer)),
-                **{
-                    name: ocp.args.StandardRestore(abstract(tree))
-                    for name, tree in _others(state).items()
-                },
+                params=_wanted({**state.params, **state.frozen}),
+                optimizer=_wanted(state.optimizer),
+                **{name: _wanted(tree) for name, tree in _others(state).items()},
             ),
         )
         params = restored["params"]
@@ -175,8 +172,7 @@ class Checkpoints:
 
     def restore_best(self, state: TrainState) -> TrainState:
         """The state with the best parameters."""
-        shapes = abstract({**state.params, **state.frozen})
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(shapes))
+        args = ocp.args.Composite(params=_wanted({**state.params, **state.frozen}))
         params = self.best.restore(self.best.latest_step(), args=args)["params"]
         return dataclasses.replace(
             state,
@@ -333,7 +329,12 @@ def load_checkpoint_params(
         for name, leaf in wanted.items()
     }
     with _whole_checkpoint(step_folder) as (checkpointer, path):
-        return unflatten(checkpointer.restore(path, targets))
+        # Not strict: another mesh may have filled up the vocabulary by another number of zeros.
+        found = checkpointer.restore(path, targets, strict=False)
+    for name, leaf in found.items():
+        if isinstance(leaf, np.ndarray):
+            found[name] = leaf[tuple(slice(size) for size in wanted[name].shape)]
+    return unflatten(found)
 
 
 @contextlib.contextmanager
@@ -361,6 +362,14 @@ def _is_step(folder: str, name: str) -> bool:
     """Whether a step is whole: in a bucket a file that is written last says so."""
     step = epath.Path(folder) / name
     return is_folder(step / "params") and ocp.utils.is_checkpoint_finalized(step)
+
+
+def _wanted(tree: Any) -> ocp.args.StandardRestore:
+    """What is restored like the arrays of a tree. A mesh fills vocabularies up with zeros, so those
+    of another mesh are cut off or added to; but for moments in 8 bits, whose blocks may be others
+    then."""
+    in_blocks = any(leaf.dtype in (np.int8, np.uint8) for leaf in jax.tree.leaves(tree))
+    return ocp.args.StandardRestore(abstract(tree), strict=in_blocks)
 
 
 def abstract(tree: Any) -> Any:

@@ -82,6 +82,8 @@ def response_statistics(
     packed = isinstance(batch, PackedBatch)
     assert not packed or len(partners) == 1, "a record's contexts do not stand in packed rows"
 
+    vocab_size = model.config.decoder.vocab_size
+
     def predictors(params: Params, remat: str) -> tuple[jax.Array, jax.Array]:
         module = model.bind(params)
         if isinstance(batch, PackedBatch):
@@ -95,7 +97,9 @@ def response_statistics(
         other = jax.lax.stop_gradient(predictors(jax.lax.stop_gradient(reference), "none"))
     hidden, kernel = predictors(params, remat)
     labels = batch.target[:, None] if isinstance(batch, PackedBatch) else batch.response_ids
-    found = token_statistics(hidden, kernel, labels, names, other, chunk, partners, temperature)
+    found = token_statistics(
+        hidden, kernel, labels, names, other, chunk, partners, temperature, vocab_size
+    )
     if isinstance(batch, PackedBatch):
         return {name: unpack(values[:, 0], batch) for name, values in found.items()}
     return {name: values * batch.response_mask for name, values in found.items()}
@@ -148,6 +152,7 @@ def token_statistics(
     chunk: int | None = None,
     partners: Sequence[int] = (0,),
     temperature: float = 1.0,
+    vocab_size: int | None = None,
 ) -> dict[str, Float[Array, "B R T"]]:
     """log softmax(hidden @ kernel / temperature)[labels], and more, without storing the logits.
 
@@ -167,6 +172,7 @@ def token_statistics(
       chunk: positions of T per step; the backward pass recomputes each step's logits.
       partners: rows come in groups of C; for each of a group, the place of its partner in it.
       temperature: all logits are divided by it, the reference's too.
+      vocab_size: tokens that there are; the kernel may have more, see `vocabulary`. None for V.
 
     Returns:
       name -> float32[B, R, T]: `log_probs`, `names`, and if there is a reference
@@ -188,7 +194,7 @@ def token_statistics(
         targets, *states = inputs
         logits, normaliser, chosen = [], [], []
         for x, (_, kernel) in zip(states, heads, strict=True):
-            logits.append(split_vocabulary(project(x, kernel)) / temperature)
+            logits.append(split_vocabulary(project(x, kernel, vocab_size)) / temperature)
             normaliser.append(jax.nn.logsumexp(logits[-1], axis=-1, keepdims=True))
             chosen.append(jnp.take_along_axis(logits[-1], targets[..., None], axis=-1))
         log_probs = [value - norm for value, norm in zip(chosen, normaliser, strict=True)]
@@ -257,13 +263,19 @@ def next_token_logits(
     module: VisionLanguageModel, hidden: Float[Array, "*b D"]
 ) -> Float[Array, "*b V"]:
     """[..., D] -> float32 logits [..., V]; for a few positions only."""
-    return project(hidden, module.language_model.head_kernel())
+    vocab_size = module.config.decoder.vocab_size
+    return project(hidden, module.language_model.head_kernel(), vocab_size)
 
 
-def project(hidden: Float[Array, "*b D"], kernel: Float[Array, "D V"]) -> Float[Array, "*b V"]:
-    """hidden [..., D] @ kernel [D, V] in float32 at least: bfloat16 logits are 0.06 off at 20."""
+def project(
+    hidden: Float[Array, "*b D"], kernel: Float[Array, "D W"], vocab_size: int | None = None
+) -> Float[Array, "*b V"]:
+    """hidden [..., D] @ kernel [D, W] in float32 at least: bfloat16 logits are 0.06 off at 20.
+
+    Of a kernel that was filled up the first V = `vocab_size` columns are tokens.
+    """
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-    return matmul(hidden, kernel, dtype)
+    return matmul(hidden, kernel, dtype)[..., :vocab_size]
 
 
 def sum_log_probs(

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.trees import map_with_path
 from mmpo_jax.models.lora import adapter_spec, described_by
+from mmpo_jax.models.vocabulary import filled, filled_shape
+
+log = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
@@ -43,22 +48,94 @@ WHOLE = Share()
 
 
 def make_mesh(
-    data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None
+    data: int | None = None,
+    fsdp: int | None = None,
+    tensor: int | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Mesh:
-    """A mesh of all devices, or of those given; one size may be -1 and takes what the others leave.
+    """A mesh of all devices, or of those given.
+
+    Slices of TPUs are joined by the network of the data centre, which is slower than what joins
+    the chips of one: `data` goes over them, so only gradients cross it, once a step. The other two
+    axes stay within a slice.
+
+    Args:
+      data: a multiple of the number of slices, which it is by default.
+      fsdp: by default what the others leave.
+      tensor: 1 by default.
+      devices: all by default.
+
+    One size may be -1 and takes what the others leave.
 
     Raises:
-      MmpoError: the sizes do not multiply to the number of devices.
+      MmpoError: the sizes do not multiply to the number of devices, or do not fit the slices.
     """
+    devices = jax.devices() if devices is None else list(devices)
+    slices = by_slice(devices)
+    sizes = _resolved(data, fsdp, tensor, len(devices), len(slices))
+    if len(slices) == 1:
+        mesh = jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    else:
+        mesh = Mesh(over_slices(sizes, slices), AXES, axis_types=(AxisType.Auto,) * 3)
+    log.info("%s", told(mesh.shape, len(slices)))
+    return mesh
+
+
+def by_slice(devices: Sequence[Any]) -> list[list[Any]]:
+    """Devices by the slices that they are in: one, but on TPUs that are joined by a network."""
+    slices: dict[int, list[Any]] = {}
+    for device in devices:
+        of_several = device.platform == "tpu"
+        number = getattr(device, "slice_index", 0) if of_several else 0
+        slices.setdefault(number or 0, []).append(device)
+    return [slices[number] for number in sorted(slices)]
+
+
+def over_slices(sizes: tuple[int, int, int], slices: Sequence[Sequence[Any]]) -> np.ndarray:
+    """The devices of several slices as an array of such sizes, the first of them over slices.
+
+    Raises:
+      MmpoError: the sizes do not fit the slices.
+    """
+    count, own = len(slices), len(slices[0])
+    data, fsdp, tensor = sizes
+    if any(len(devices) != own for devices in slices):
+        raise MmpoError(f"the slices have {', '.join(str(len(each)) for each in slices)} devices")
+    if data % count:
+        raise MmpoError(
+            f"devices.data is {data}, of {count} slices: rows are split over slices and weights "
+            f"within one, so make it a multiple of {count}: devices.data={count} devices.fsdp=-1"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // count, fsdp, tensor), (count, 1, 1), [device for each in slices for device in each]
+    )
+
+
+def told(sizes: Mapping[str, int], slices: int = 1) -> str:
+    """Sizes of a mesh for people, "mesh data 1 x fsdp 8 x tensor 1 of 8 devices"."""
+    axes = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+    count = int(np.prod(list(sizes.values())))
+    return f"mesh {axes} of {count} devices" + (f" in {slices} slices" if slices > 1 else "")
+
+
+def _resolved(
+    data: int | None, fsdp: int | None, tensor: int | None, count: int, slices: int
+) -> tuple[int, int, int]:
+    """Sizes that multiply to a number of devices.
+
+    Raises:
+      MmpoError: these do not.
+    """
+    data, tensor = slices if data is None else data, 1 if tensor is None else tensor
+    if fsdp is None:
+        fsdp = 1 if -1 in (data, tensor) else -1
     sizes = [data, fsdp, tensor]
-    count = jax.device_count() if devices is None else len(devices)
     known = int(np.prod([size for size in sizes if size != -1]))
-    if sizes.count(-1) > 1 or (-1 in sizes and count % known):
+    if sizes.count(-1) < 2 and count % known == 0:
+        sizes = [count // known if size == -1 else size for size in sizes]
+    if int(np.prod(sizes)) != count or -1 in sizes:
         raise MmpoError(f"mesh {dict(zip(AXES, sizes, strict=True))} does not fit {count} devices")
-    sizes = [count // known if size == -1 else size for size in sizes]
-    if int(np.prod(sizes)) != count:
-        raise MmpoError(f"mesh {dict(zip(AXES, sizes, strict=True))} does not fit {count} devices")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return sizes[0], sizes[1], sizes[2]
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -66,11 +143,36 @@ def batch_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def vocabulary_shards(mesh: Mesh) -> int:
+    """Over how many devices the tokens of the vocabulary are split; tables are filled up to a
+    multiple of it, see `models.vocabulary`."""
+    return mesh.shape["fsdp"] * mesh.shape["tensor"]
+
+
+def placed_shapes(abstract: Any, rules: tuple[tuple[str, PartitionSpec], ...], mesh: Mesh) -> Any:
+    """Parameters as they lie on a mesh: shapes, with filled up vocabularies, and shardings.
+
+    Args:
+      abstract: parameter tree with shapes and dtypes.
+      rules, mesh: see `param_shardings`.
+    """
+    shards = vocabulary_shards(mesh)
+    shapes = map_with_path(
+        lambda path, leaf: jax.ShapeDtypeStruct(filled_shape(path, leaf.shape, shards), leaf.dtype),
+        abstract,
+    )
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        param_shardings(shapes, rules, mesh),
+    )
+
+
 def param_shardings(abstract: Any, rules: tuple[tuple[str, PartitionSpec], ...], mesh: Mesh) -> Any:
     """A NamedSharding for every parameter, from the first rule that matches its whole path.
 
-    A dimension that its axis does not divide (a vocabulary of 32,003 over 8) stays whole. Adapters
-    follow the rule of the kernel beside them.
+    A dimension that its axis does not divide stays whole. Adapters follow the rule of the kernel
+    beside them.
 
     Args:
       abstract: parameter tree with shapes.
@@ -148,7 +250,9 @@ def _replicate(mesh: Mesh) -> Any:
 
 
 def put_params(params: Any, rules: tuple[tuple[str, PartitionSpec], ...], mesh: Mesh) -> Any:
-    """Parameters on the mesh, sharded by the rules."""
+    """Parameters on the mesh, sharded by the rules, vocabularies filled up."""
+    shards = vocabulary_shards(mesh)
+    params = map_with_path(lambda path, leaf: filled(path, leaf, shards), params)
     return jax.tree.map(put_whole, params, param_shardings(params, rules, mesh))
 
 

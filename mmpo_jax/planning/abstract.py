@@ -24,7 +24,7 @@ from mmpo_jax.models.lora import add_adapters
 from mmpo_jax.models.model import Model
 from mmpo_jax.objectives.registry import is_field
 from mmpo_jax.objectives.terms import Term, needs, rows_read
-from mmpo_jax.parallel.mesh import BATCH, param_shardings
+from mmpo_jax.parallel.mesh import BATCH, placed_shapes
 from mmpo_jax.recipes.training import NoReference, Training
 from mmpo_jax.training.losses import Loss, needs_reference
 from mmpo_jax.training.rounding import widened
@@ -160,11 +160,9 @@ def shapes_of(model: Model) -> Any:
 
 def params(model: Model, mesh: Mesh, dtype: Any) -> Any:
     """The parameters by the model's rules, all of one dtype."""
-    shapes = shapes_of(model)
     return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place),
-        shapes,
-        param_shardings(shapes, model.rules, mesh),
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding),
+        placed_shapes(shapes_of(model), model.rules, mesh),
     )
 
 
@@ -191,17 +189,16 @@ def train_state(
     start = shapes_of(model)
     if config.lora is not None:
         start = add_adapters(start, model, config.lora, config.freeze, seed=0)
-    places = flatten(param_shardings(start, model.rules, mesh))
-    flat = flatten(start)
+    flat = flatten(placed_shapes(start, model.rules, mesh))
     trained = {
         path: jax.ShapeDtypeStruct(
-            flat[path].shape, jnp.dtype(config.param_dtype), sharding=places[path]
+            flat[path].shape, jnp.dtype(config.param_dtype), sharding=flat[path].sharding
         )
         for path in trainable_paths(list(flat), config.freeze)
     }
     frozen = {
         path: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype if "/lora_" in path else dtype, sharding=places[path]
+            leaf.shape, leaf.dtype if "/lora_" in path else dtype, sharding=leaf.sharding
         )
         for path, leaf in flat.items()
         if path not in trained

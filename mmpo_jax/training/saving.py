@@ -26,7 +26,7 @@ from mmpo_jax.data.pipeline import Example, held_out_batches
 from mmpo_jax.inference.plan import packed_over
 from mmpo_jax.models.lora import Lora
 from mmpo_jax.models.model import Model, Params
-from mmpo_jax.parallel.mesh import batch_share, param_shardings
+from mmpo_jax.parallel.mesh import batch_share, placed_shapes
 from mmpo_jax.recipes.training import NoReference, SaveDtype, Training
 from mmpo_jax.training.losses import make_loss, needs_reference, recipe_terms
 from mmpo_jax.training.plan import micro_batch_size
@@ -167,8 +167,8 @@ def save_weights(
     )
     saved = SavedWeights(dtype, share, unknown="" if dtype == "float32" else before.unknown)
     if dtype != "float32":
-        shardings = param_shardings(start.model.abstract_params(), start.model.rules, mesh)
-        read = load_params(target, start.model, shardings)  # as whoever loads it has it
+        places = placed_shapes(start.model.abstract_params(), start.model.rules, mesh)
+        read = load_params(target, start.model, places)  # as whoever loads it has it
         saved = _compare(saved, measure(trained), measure(read))
         write_card(target, dataclasses.replace(card, saved=saved))
     tell_saved(target, saved, run)

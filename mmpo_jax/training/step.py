@@ -18,10 +18,11 @@ from mmpo_jax.checkpoints.train_state import TrainState
 from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.models.lora import cast_params, is_adapter, with_dropout
 from mmpo_jax.models.model import Model, Params
+from mmpo_jax.models.vocabulary import filled
 from mmpo_jax.objectives.registry import State
 from mmpo_jax.objectives.sums import Sums
 from mmpo_jax.objectives.terms import Metrics
-from mmpo_jax.parallel.mesh import param_shardings, put_whole
+from mmpo_jax.parallel.mesh import param_shardings, put_whole, vocabulary_shards
 from mmpo_jax.recipes.training import MovingReference
 from mmpo_jax.training.losses import Loss
 from mmpo_jax.training.rounding import narrowed, widened
@@ -80,8 +81,9 @@ def create_state(
         trained: of adapters only, where these are; None where no reference runs.
       keeps: first values of what objectives keep from step to step.
     """
-    shardings = flatten(param_shardings(params, model.rules, mesh))
-    flat = flatten(params)
+    shards = vocabulary_shards(mesh)
+    flat = {path: filled(path, leaf, shards) for path, leaf in flatten(params).items()}
+    shardings = flatten(param_shardings(unflatten(flat), model.rules, mesh))
     kept = trainable_paths(list(flat), frozen)
 
     def place(path: str) -> jax.Array:
