@@ -21,10 +21,7 @@ from mmpo_jax.alignment.candidates import (
 from mmpo_jax.alignment.report import RoundReport, read_report, write_report
 from mmpo_jax.alignment.round import Round, pair_data, run_round
 from mmpo_jax.checkpoints.cards import ModelCard, SavedWeights, make_card, read_saved, write_card
-from mmpo_jax.checkpoints.checkpoint import (
-    Checkpoint,
-    load_checkpoint,
-)
+from mmpo_jax.checkpoints.checkpoint import Checkpoint, load_checkpoint, model_config
 from mmpo_jax.checkpoints.fingerprints import fingerprint_model, has_fingerprint
 from mmpo_jax.checkpoints.orbax import check_holds_checkpoints
 from mmpo_jax.core import progress
@@ -48,9 +45,8 @@ from mmpo_jax.evaluation.picture_world import VERSION, evaluate_picture_world
 from mmpo_jax.feedback.judge import Judge
 from mmpo_jax.feedback.judges import Models, make_judge
 from mmpo_jax.feedback.served import Servers
-from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipes.recipe import AlignRecipe
-from mmpo_jax.training.plan import check_training
+from mmpo_jax.training.plan import check_training, training_mesh
 from mmpo_jax.training.saving import MODEL, load_before, measure_weights, save_weights
 from mmpo_jax.training.tracking import check_tracking
 
@@ -72,7 +68,8 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
     """
     check_holds_checkpoints(recipe.output)
     check_tracking(recipe.training.wandb)
-    mesh = make_mesh(**recipe.devices.model_dump())
+    decoder = model_config(recipe.model).decoder
+    mesh = training_mesh(recipe.devices, recipe.training, decoder)
     with Servers(recipe.output) as servers:
         models = Models(
             mesh,

@@ -10,14 +10,16 @@ from typing import Any
 from jax.sharding import Mesh
 
 from mmpo_jax.core import progress
-from mmpo_jax.parallel.mesh import AXES, make_mesh
+from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.planning.collectives import summed
 from mmpo_jax.planning.commands import plan_stages
 from mmpo_jax.planning.compiling import Compiled, compile_program
+from mmpo_jax.planning.opened import open_config
 from mmpo_jax.planning.roofline import Roofline, roofline
 from mmpo_jax.planning.stages import Assumed, Run
 from mmpo_jax.planning.topology import Topology
-from mmpo_jax.recipes.recipe import Base
+from mmpo_jax.recipes.recipe import AlignRecipe, Base, TrainRecipe
+from mmpo_jax.training.plan import training_mesh
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +173,11 @@ def plan_recipe(
 
 def mesh_of(recipe: Base, topology: Topology, **sizes: int) -> Mesh:
     """The recipe's mesh on a slice, or one of other sizes."""
-    chosen: Mapping[str, int] = sizes or recipe.devices.model_dump(include=set(AXES))
+    if isinstance(recipe, AlignRecipe | TrainRecipe) and not sizes:
+        opened = open_config(recipe.model, recipe.attention, recipe.template)
+        decoder = opened.model.config.decoder
+        return training_mesh(recipe.devices, recipe.training, decoder, topology.devices)
+    chosen: Mapping[str, int] = sizes or recipe.devices.model_dump()
     return make_mesh(**chosen, devices=topology.devices)
 
 

@@ -39,11 +39,15 @@ from mmpo_jax.recipes.training import Rollout, Training
 
 
 class Devices(Section):
-    """Mesh sizes; -1 takes the devices the others leave."""
+    """Mesh sizes; -1 takes the devices the others leave. Where none is given, a training chooses
+    them by its batch and its model."""
 
-    data: MeshSize = 1
-    fsdp: MeshSize = -1
-    tensor: MeshSize = 1
+    data: MeshSize | None = None
+    """By default the number of slices."""
+    fsdp: MeshSize | None = None
+    """By default what the others leave."""
+    tensor: MeshSize | None = None
+    """By default 1."""
 
 
 class Pairing(Section):

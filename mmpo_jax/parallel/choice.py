@@ -1,0 +1,73 @@
+"""The mesh of a training whose recipe leaves it open: by its devices, its rows and its model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from mmpo_jax.core.errors import MmpoError
+from mmpo_jax.models.config import DecoderConfig
+from mmpo_jax.parallel.mesh import by_slice
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Sizes of the axes of a mesh, and why it has them."""
+
+    data: int
+    fsdp: int
+    tensor: int
+    why: str
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+
+
+def choose_sizes(devices: Sequence[Any], rows: int, decoder: DecoderConfig) -> Choice:
+    """The sizes for so many rows at a time.
+
+    Rows are split over `data` and `fsdp`, weights over `fsdp` and `tensor`. Where every device can
+    have a row of its own, `fsdp` takes all of a slice. Where there are fewer rows, as many devices
+    as can share them do, and `tensor` takes the other factor: rows over few, weights over all. It
+    divides the heads where it can, since heads that it does not divide are computed by all of its
+    devices.
+
+    Args:
+      devices: of the mesh.
+      rows: at a time.
+      decoder: of the model.
+
+    Raises:
+      MmpoError: so few rows are not for so many devices, naming what would be.
+    """
+    count, slices = len(devices), len(by_slice(devices))
+    if rows % count == 0:
+        own = rows // count
+        return Choice(slices, count // slices, 1, f"{rows} rows at a time are {own} a device")
+    possible = [
+        shards
+        for shards in range(slices, count + 1, slices)
+        if count % shards == 0 and count // shards <= decoder.num_heads
+    ]
+    fitting = [shards for shards in possible if rows % shards == 0]
+    if not fitting:
+        raise MmpoError(
+            f"training: {rows} rows at a time cannot be split over {count} devices"
+            + (f" in {slices} slices" if slices > 1 else "")
+            + f", and {decoder.num_heads} heads not over so many; make batch_size (or "
+            f"micro_batch_size) a multiple of {possible[0]}, better of {count}"
+        )
+    heads = math.gcd(decoder.num_heads, decoder.num_kv_heads)
+    evenly = [shards for shards in fitting if heads % (count // shards) == 0]
+    chosen = max(evenly or fitting)
+    tensor = count // chosen
+    why = f"{rows} rows at a time are split over {chosen} of {count} devices, weights over all"
+    if not evenly:
+        why += (
+            f"; {tensor} does not divide the {decoder.num_heads} heads, so attention is computed "
+            f"{tensor} times: a larger batch_size is faster"
+        )
+    return Choice(slices, chosen // slices, tensor, why)

@@ -1,0 +1,107 @@
+"""Meshes over slices, and those of recipes that leave them open; the devices are described only."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from mmpo_jax.core.errors import MmpoError
+from mmpo_jax.models.config import DecoderConfig
+from mmpo_jax.parallel.choice import choose_sizes
+from mmpo_jax.parallel.mesh import by_slice, make_mesh, over_slices
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What JAX says of a TPU."""
+
+    id: int
+    coords: tuple[int, int, int]
+    slice_index: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def chips(rows, columns, slices=1):
+    """Chips of slices of this size, in an order that tells nothing."""
+    found = [
+        Chip(number * rows * columns + row * columns + column, (column, row, 0), number)
+        for number in range(slices)
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    return [found[at] for at in np.random.default_rng(0).permutation(len(found))]
+
+
+def decoder(heads, kv_heads=None):
+    names = [field.name for field in dataclasses.fields(DecoderConfig)]
+    values = dict.fromkeys(names) | {"num_heads": heads, "num_kv_heads": kv_heads or heads}
+    return DecoderConfig(**values)
+
+
+@pytest.mark.parametrize("sizes", [(2, 4, 1), (2, 2, 2), (4, 2, 1), (8, 1, 1)])
+def test_rows_go_over_slices_and_weights_stay_within(sizes):
+    arranged = over_slices(sizes, by_slice(chips(2, 2, slices=2)))
+    assert arranged.shape == sizes
+    of_slice = np.vectorize(lambda chip: chip.slice_index)(arranged)
+    per = sizes[0] // 2
+    for place in range(sizes[0]):
+        assert np.all(of_slice[place] == place // per)
+    assert len({chip.id for chip in arranged.flat}) == 8
+
+
+def test_what_does_not_go_over_slices_is_refused():
+    slices = by_slice(chips(2, 2, slices=2))
+    with pytest.raises(MmpoError, match=r"devices.data is 1, of 2 slices: .*devices.data=2"):
+        over_slices((1, 8, 1), slices)
+    with pytest.raises(MmpoError, match=r"a multiple of 3"):
+        over_slices((4, 3, 1), by_slice(chips(2, 2, slices=3)))
+    with pytest.raises(MmpoError, match="the slices have 4, 3 devices"):
+        over_slices((2, 2, 1), [slices[0], slices[1][:3]])
+
+
+def test_only_slices_of_tpus_count():
+    """GPUs and CPUs number their hosts so, which share a fast network."""
+    hosts = [dataclasses.replace(chip, platform="gpu") for chip in chips(2, 2, slices=2)]
+    assert len(by_slice(hosts)) == 1
+    assert make_mesh().shape == {"data": 1, "fsdp": 8, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "heads", "expected"),
+    [
+        # Every chip has rows of its own.
+        ((8, 8, 1), 256, (32, 32), (1, 64, 1)),
+        # RLAIF-V's batch, of LLaVA-1.5-7B and of the heads that eight divides.
+        ((8, 8, 1), 8, (32, 32), (1, 8, 8)),
+        ((8, 8, 1), 8, (64, 8), (1, 8, 8)),
+        # More heads than keys and values: fewer chips on `tensor`, if rows allow it.
+        ((4, 4, 1), 8, (28, 4), (1, 8, 2)),
+        ((4, 4, 1), 4, (28, 4), (1, 4, 4)),
+        ((8, 8, 1), 48, (32, 8), (1, 16, 4)),
+        # `data` is the number of slices.
+        ((4, 4, 2), 64, (32, 32), (2, 16, 1)),
+        ((4, 4, 2), 8, (32, 32), (2, 4, 4)),
+    ],
+)
+def test_sizes_for_rows(shape, rows, heads, expected):
+    choice = choose_sizes(chips(*shape), rows, decoder(*heads))
+    assert tuple(choice.sizes.values()) == expected
+    assert math.prod(expected) == math.prod(shape)
+    assert "heads" not in choice.why
+
+
+def test_heads_that_tensor_does_not_divide_are_told_of():
+    choice = choose_sizes(chips(8, 8), 8, decoder(28, 4))
+    assert tuple(choice.sizes.values()) == (1, 8, 8)
+    assert "8 does not divide the 28 heads" in choice.why
+
+
+def test_too_few_rows_are_refused():
+    with pytest.raises(MmpoError, match="a multiple of 2, better of 64"):
+        choose_sizes(chips(8, 8), 7, decoder(32))
+    with pytest.raises(MmpoError, match=r"in 2 slices.* a multiple of 2, better of 32"):
+        choose_sizes(chips(4, 4, slices=2), 9, decoder(32))
