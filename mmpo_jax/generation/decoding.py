@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mmpo_jax.generation.places import Pool, Prompts, Samples, bind, only_finite, placed
 from mmpo_jax.generation.sampler import NOT_FINITE, choose_token
 from mmpo_jax.models.attention import cached_attention, in_window
+from mmpo_jax.models.layers import constrain_batch
 from mmpo_jax.models.log_probs import next_token_logits
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.vlm import VisionLanguageModel
@@ -207,11 +208,12 @@ def decode_token(
         return out.reshape(query.shape), (own, carry[1] & whole), None
 
     hidden, (cache, whole), _ = module.language_model(
-        module.language_model.embed_tokens(token),
+        module.language_model.embed(token),
         positions,
         attend_caches,
         carry=(pool.cache, jnp.ones(token.shape, bool)),
         layer_inputs=(jnp.arange(len(pool.cache[0])), tuple(prompt.cache for prompt in prompts)),
+        split=constrain_batch,  # places are few
     )
     released = (owned & grouped(ended)[..., None]).any(axis=2)
     pool = Pool(cache, jnp.where(released, -1, owner), written, pool.used + len(member))

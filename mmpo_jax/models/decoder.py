@@ -22,6 +22,7 @@ from mmpo_jax.models.layers import (
     keep_dtype,
     linear,
     rematerialise,
+    split_tokens,
     stack_layers,
 )
 from mmpo_jax.models.rope import Tables, rope_tables, rotate
@@ -103,11 +104,14 @@ class DecoderLayer(nnx.Module):
         window: Any,
         carry: Any,
         inputs: Any,
+        split: Callable[[jax.Array], jax.Array],
     ) -> tuple[Float[Array, "B S D"], Any, Any]:
-        query, key, value = self.self_attn.project(self.input_layernorm(x), rope)
+        read = constrain_batch(self.input_layernorm(x))
+        query, key, value = self.self_attn.project(read, rope)
         attended, carry, outputs = attend(query, key, value, window, carry, inputs)
-        x = x + self.self_attn.o_proj(attended.reshape(*x.shape[:2], -1))
-        return x + self.mlp(self.post_attention_layernorm(x)), carry, outputs
+        x = split(x + self.self_attn.o_proj(attended.reshape(*x.shape[:2], -1)))
+        read = constrain_batch(self.post_attention_layernorm(x))
+        return split(x + self.mlp(read)), carry, outputs
 
 
 class Decoder(nnx.Module):
@@ -137,6 +141,7 @@ class Decoder(nnx.Module):
         carry: Any = None,
         layer_inputs: Any = None,
         remat: str = "none",
+        split: Callable[[jax.Array], jax.Array] = split_tokens,
     ) -> tuple[Float[Array, "B S D"], Any, Any]:
         """Runs the layers and the final norm over embedded tokens.
 
@@ -147,6 +152,7 @@ class Decoder(nnx.Module):
           carry: state that `attend` threads through the layers (a cache it writes to).
           layer_inputs: pytree with a leading layer axis, sliced for `attend`.
           remat: rematerialisation policy, see `layers.rematerialise`.
+          split: where the residual stream lies between two products, see `layers.split_tokens`.
 
         Returns:
           (hidden states [B, S, D], the final carry, `attend`'s outputs stacked over layers).
@@ -160,14 +166,25 @@ class Decoder(nnx.Module):
             parameters, own, layer_inputs = inputs
             layer = nnx.merge(graphdef, parameters)
             window = common if own is None else own
-            x, carry, outputs = layer(x, rope, attend, window, carry, layer_inputs)
-            return (constrain_batch(x), carry), outputs
+            x, carry, outputs = layer(x, rope, attend, window, carry, layer_inputs, split)
+            return (x, carry), outputs
 
         inputs = parameters, own, layer_inputs
-        (x, carry), outputs = jax.lax.scan(
-            rematerialise(body, remat), (constrain_batch(x), carry), inputs
-        )
-        return self.norm(x), carry, outputs
+        (x, carry), outputs = jax.lax.scan(rematerialise(body, remat), (split(x), carry), inputs)
+        return constrain_batch(self.norm(x)), carry, outputs
+
+    def embed(self, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+        """Embeddings of tokens.
+
+        On a mesh every device looks up its part of the width for the rows of all that share the
+        axis `fsdp`, and they exchange what they have found: left to itself, the compiler makes it
+        whole on every device.
+        """
+        found = self.embed_tokens(ids)
+        mesh = jax.sharding.get_abstract_mesh()
+        if not mesh.empty:
+            found = jax.lax.with_sharding_constraint(found, PartitionSpec("data", None, "fsdp"))
+        return constrain_batch(found)
 
     def _windows(self) -> tuple[int | None, Int[Array, " L"] | None]:
         """(the window that all layers have in common, or each layer's own: int32[L])."""

@@ -167,6 +167,23 @@ def constrain_batch(x: Float[Array, "*d"]) -> Float[Array, "*d"]:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
+def split_tokens(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    """Spreads the tokens of an activation over the mesh's axis `tensor`, which has them whole else.
+
+    What lies between two products of a layer, residual stream and norms, is computed for a token at
+    a time, so no device needs more than its share of them; the products gather what they read
+    (Korthikanti et al. 2022, arXiv 2205.05198, section 4.2). What travels is the same: a sum over
+    devices is a sum that is spread and a gathering. Where `tensor` does not divide the tokens, they
+    stay whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    tensor = 1 if mesh.empty else mesh.shape.get("tensor", 1)
+    if tensor == 1 or x.shape[1] % tensor:
+        return constrain_batch(x)
+    spec = jax.sharding.PartitionSpec(batch_axes(mesh), "tensor", None)
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
 def batch_axes(mesh: jax.sharding.AbstractMesh | jax.sharding.Mesh) -> tuple[str, ...]:
     """The mesh's axes that the rows of a batch are split over."""
     return tuple(axis for axis in ("data", "fsdp") if axis in mesh.axis_names)

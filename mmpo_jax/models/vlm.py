@@ -11,6 +11,7 @@ from mmpo_jax.models.attention import packed_attention, shared_prompt_attention
 from mmpo_jax.models.batch import Batch, PackedBatch
 from mmpo_jax.models.config import ModelConfig
 from mmpo_jax.models.decoder import Decoder
+from mmpo_jax.models.layers import constrain_batch
 
 
 class VisionLanguageModel(nnx.Module):
@@ -41,7 +42,9 @@ class VisionLanguageModel(nnx.Module):
 
     def pool(self, batch: Batch | PackedBatch, remat: str) -> Float[Array, "B F D"] | None:
         """`image_features` [B, F, D]; None where the batch has no images."""
-        return self.image_features(batch, remat) if batch.pixel_values.shape[1] else None
+        if not batch.pixel_values.shape[1]:
+            return None
+        return constrain_batch(self.image_features(batch, remat))
 
     def embed(
         self,
@@ -58,7 +61,7 @@ class VisionLanguageModel(nnx.Module):
           pool: [B, F, D], what they choose from.
         """
         is_image = index[..., :1] >= 0
-        text = self.language_model.embed_tokens(jnp.where(is_image[..., 0], 0, ids))
+        text = self.language_model.embed(jnp.where(is_image[..., 0], 0, ids))
         if pool is None:
             return text
         image = jnp.zeros_like(text)
@@ -75,7 +78,7 @@ class VisionLanguageModel(nnx.Module):
         ids = batch.response_ids.reshape(b, r * t)
         if batch.shown is None:
             positions = response_positions(batch, jnp.tile(jnp.arange(t), r))
-            return self.language_model.embed_tokens(ids), positions
+            return self.language_model.embed(ids), positions
         index, weight = (
             field.reshape(b, r * t, -1)
             for field in (batch.shown.feature_index, batch.shown.feature_weight)
