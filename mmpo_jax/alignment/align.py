@@ -45,8 +45,9 @@ from mmpo_jax.evaluation.picture_world import VERSION, evaluate_picture_world
 from mmpo_jax.feedback.judge import Judge
 from mmpo_jax.feedback.judges import Models, make_judge
 from mmpo_jax.feedback.served import Servers
+from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipes.recipe import AlignRecipe
-from mmpo_jax.training.plan import check_training, training_mesh
+from mmpo_jax.training.plan import check_training, mesh_sizes
 from mmpo_jax.training.saving import MODEL, load_before, measure_weights, save_weights
 from mmpo_jax.training.tracking import check_tracking
 
@@ -69,7 +70,7 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
     check_holds_checkpoints(recipe.output)
     check_tracking(recipe.training.wandb)
     decoder = model_config(recipe.model).decoder
-    mesh = training_mesh(recipe.devices, recipe.training, decoder)
+    mesh = make_mesh(**mesh_sizes(recipe.devices, recipe.training, decoder))
     with Servers(recipe.output) as servers:
         models = Models(
             mesh,

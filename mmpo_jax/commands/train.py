@@ -27,6 +27,7 @@ from mmpo_jax.data.tokenized_rows import (
     prefixed,
 )
 from mmpo_jax.data.usable import usable_records
+from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.picture_world.source import PictureWorldData
 from mmpo_jax.recipes.recipe import TrainRecipe
 from mmpo_jax.recipes.training import Training
@@ -34,7 +35,7 @@ from mmpo_jax.training.examples import LearnedExamples, fingerprint_fields, fing
 from mmpo_jax.training.loop import TrainingData
 from mmpo_jax.training.losses import recipe_terms
 from mmpo_jax.training.on_policy import with_token_limit
-from mmpo_jax.training.plan import check_training, rows_to_see, training_mesh
+from mmpo_jax.training.plan import check_training, mesh_sizes, rows_to_see
 from mmpo_jax.training.row_use import LearnedUse, PromptUse
 from mmpo_jax.training.stage import VALIDATION, TrainingStage, stage_data, train_stage
 from mmpo_jax.training.tracking import check_tracking
@@ -62,7 +63,7 @@ def run_training(recipe: TrainRecipe) -> str:
         for section in recipe.rollout.rewards:
             section.key()  # which loads a function of the user's, before anything heavy
     decoder = model_config(recipe.model).decoder
-    mesh = training_mesh(recipe.devices, recipe.training, decoder)
+    mesh = make_mesh(**mesh_sizes(recipe.devices, recipe.training, decoder))
     start = load_start(recipe.model, _random_seed(recipe), mesh, recipe.attention, recipe.template)
     training = recipe.training
     if recipe.rollout is not None:

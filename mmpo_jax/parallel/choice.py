@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.models.config import DecoderConfig
 from mmpo_jax.parallel.mesh import by_slice
 
@@ -40,8 +39,9 @@ def choose_sizes(devices: Sequence[Any], rows: int, decoder: DecoderConfig) -> C
       rows: at a time.
       decoder: of the model.
 
-    Raises:
-      MmpoError: so few rows are not for so many devices, naming what would be.
+    Returns:
+      The sizes; with a `tensor` of 1, which so few rows are refused with, where the heads are too
+      few for the other factor.
     """
     count, slices = len(devices), len(by_slice(devices))
     if rows % count == 0:
@@ -54,12 +54,8 @@ def choose_sizes(devices: Sequence[Any], rows: int, decoder: DecoderConfig) -> C
     ]
     fitting = [shards for shards in possible if rows % shards == 0]
     if not fitting:
-        raise MmpoError(
-            f"training: {rows} rows at a time cannot be split over {count} devices"
-            + (f" in {slices} slices" if slices > 1 else "")
-            + f", and {decoder.num_heads} heads not over so many; make batch_size (or "
-            f"micro_batch_size) a multiple of {possible[0]}, better of {count}"
-        )
+        why = f"{rows} rows at a time are too few for {count} devices"
+        return Choice(slices, count // slices, 1, why)
     heads = math.gcd(decoder.num_heads, decoder.num_kv_heads)
     evenly = [shards for shards in fitting if heads % (count // shards) == 0]
     chosen = max(evenly or fitting)

@@ -34,7 +34,7 @@ from mmpo_jax.models.flops import (
 )
 from mmpo_jax.models.log_probs import head_chunk
 from mmpo_jax.models.model import Model
-from mmpo_jax.parallel.mesh import batch_shards, param_shardings
+from mmpo_jax.parallel.mesh import batch_shards, param_shardings, placed_shapes
 from mmpo_jax.planning.abstract import Sizes, shapes_of
 from mmpo_jax.planning.parts import (
     Product,
@@ -122,6 +122,10 @@ class Computation:
     def tensor(self) -> int:
         return self.mesh.shape["tensor"]
 
+    def params(self) -> dict[str, Any]:
+        """The parameters' shapes on the mesh, by path."""
+        return flatten(placed_shapes(shapes_of(self.model), self.model.rules, self.mesh))
+
     def product(self, product: Product, passes: Passes) -> Work:
         """One product in its passes. Parameters that are split over `fsdp` are gathered for every
         pass that reads them, and their gradients added up over all rows by all-reduce."""
@@ -204,7 +208,7 @@ def forward_work(
     """
     per_response = 1 if last_only else sizes.response
     tokens = sizes.rows * sizes.responses * per_response if head else 0
-    flat = flatten(shapes_of(computation.model))
+    flat = computation.params()
     return _passed(computation, flat, sizes, tokens, lambda _: Passes(), Passes(), Passes())
 
 
@@ -246,7 +250,7 @@ def train_work(
     of_tower = passes(TOWER)
     micro = _passed(computation, params, sizes, head, passes, inner, of_tower)
     if reference:
-        base = flatten(shapes_of(computation.model))
+        base = computation.params()
         micro += _passed(computation, base, sizes, head, lambda _: Passes(), Passes(), Passes())
     own = sum(math.prod(params[path].shape) / _ways(computation, params, path) for path in trained)
     gathered = 2 * 4 * own if micro_batches > 1 else 0.0
@@ -312,7 +316,7 @@ def decode_work(computation: Computation, layout: Layout, prompt: int, decoding:
     once, and of every row the caches of its prompts and of the tokens sampled so far."""
     decoder = computation.model.config.decoder
     places = layout.rows * layout.places
-    params = flatten(shapes_of(computation.model))
+    params = computation.params()
     work = Work(0, 0, 0)
     for product in products(
         computation.model, params, computation.mesh, decoder=places, head=places, slots=0

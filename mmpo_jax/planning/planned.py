@@ -19,7 +19,7 @@ from mmpo_jax.planning.roofline import Roofline, roofline
 from mmpo_jax.planning.stages import Assumed, Run
 from mmpo_jax.planning.topology import Topology
 from mmpo_jax.recipes.recipe import AlignRecipe, Base, TrainRecipe
-from mmpo_jax.training.plan import training_mesh
+from mmpo_jax.training.plan import mesh_sizes
 
 log = logging.getLogger(__name__)
 
@@ -173,11 +173,11 @@ def plan_recipe(
 
 def mesh_of(recipe: Base, topology: Topology, **sizes: int) -> Mesh:
     """The recipe's mesh on a slice, or one of other sizes."""
+    chosen: Mapping[str, Any] = sizes or recipe.devices.model_dump()
     if isinstance(recipe, AlignRecipe | TrainRecipe) and not sizes:
         opened = open_config(recipe.model, recipe.attention, recipe.template)
         decoder = opened.model.config.decoder
-        return training_mesh(recipe.devices, recipe.training, decoder, topology.devices)
-    chosen: Mapping[str, int] = sizes or recipe.devices.model_dump()
+        chosen = mesh_sizes(recipe.devices, recipe.training, decoder, topology.devices)
     return make_mesh(**chosen, devices=topology.devices)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from mmpo_jax.models.config import DecoderConfig
 from mmpo_jax.models.lora import targeted_layers
 from mmpo_jax.models.model import Model
 from mmpo_jax.parallel.choice import choose_sizes
-from mmpo_jax.parallel.mesh import batch_shards, make_mesh
+from mmpo_jax.parallel.mesh import batch_shards
 from mmpo_jax.recipes.recipe import Devices
 from mmpo_jax.recipes.training import Training
 from mmpo_jax.training.step import trainable_paths
@@ -29,27 +30,24 @@ class TrainingError(MmpoError):
     """Training cannot start, or had to stop."""
 
 
-def training_mesh(
+def mesh_sizes(
     sizes: Devices, config: Training, decoder: DecoderConfig, devices: Sequence[Any] | None = None
-) -> Mesh:
-    """The mesh of a recipe that trains: of the sizes that it gives, else of those that its batch
-    and its model need, which the log says with the reason.
+) -> dict[str, Any]:
+    """Sizes of the mesh of a recipe that trains: those that it gives, or where it gives none those
+    that its batch and its model need, which the log says with the reason.
 
     Args:
       sizes: the recipe's section.
       config: its training section.
       decoder: of the model.
       devices: all by default.
-
-    Raises:
-      MmpoError: the sizes, or the rows at a time, do not fit the devices.
     """
     if sizes != Devices():
-        return make_mesh(**sizes.model_dump(), devices=devices)
+        return sizes.model_dump()
     rows = config.micro_batch_size or config.batch_size
     choice = choose_sizes(jax.devices() if devices is None else devices, rows, decoder)
     log.info("`devices` is left out: %s", choice.why)
-    return make_mesh(**choice.sizes, devices=devices)
+    return dict(choice.sizes)
 
 
 def check_training(config: Training, model: Model, mesh: Mesh) -> None:
@@ -107,9 +105,15 @@ def micro_batch_size(config: Training, mesh: Mesh) -> int:
     micro = config.micro_batch_size or config.batch_size
     shards = batch_shards(mesh)
     if micro % shards:
+        data = mesh.shape["data"]
+        way_out = f"make batch_size (or micro_batch_size) a multiple of {shards}"
+        if micro % data == 0:
+            fsdp = math.gcd(micro // data, mesh.size // data)
+            way_out += (
+                ", or split rows over fewer of them and weights over all: "
+                f"devices.data={data} devices.fsdp={fsdp} devices.tensor=-1"
+            )
         raise TrainingError(
-            f"training: {micro} rows at a time cannot be split over {shards} devices; make "
-            "batch_size (or micro_batch_size) a multiple of it, or leave `devices` out, so that "
-            "rows are split over fewer devices and weights over all"
+            f"training: {micro} rows at a time cannot be split over {shards} devices; {way_out}"
         )
     return micro

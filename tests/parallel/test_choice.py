@@ -1,6 +1,7 @@
 """Meshes over slices, and those of recipes that leave them open; the devices are described only."""
 
 import dataclasses
+import logging
 import math
 
 import numpy as np
@@ -10,6 +11,9 @@ from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.models.config import DecoderConfig
 from mmpo_jax.parallel.choice import choose_sizes
 from mmpo_jax.parallel.mesh import by_slice, make_mesh, over_slices
+from mmpo_jax.recipes.recipe import Devices
+from mmpo_jax.recipes.training import Training
+from mmpo_jax.training.plan import check_training, mesh_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +104,25 @@ def test_heads_that_tensor_does_not_divide_are_told_of():
     assert "8 does not divide the 28 heads" in choice.why
 
 
-def test_too_few_rows_are_refused():
-    with pytest.raises(MmpoError, match="a multiple of 2, better of 64"):
-        choose_sizes(chips(8, 8), 7, decoder(32))
-    with pytest.raises(MmpoError, match=r"in 2 slices.* a multiple of 2, better of 32"):
-        choose_sizes(chips(4, 4, slices=2), 9, decoder(32))
+def test_too_few_rows_are_refused_by_the_training():
+    choice = choose_sizes(chips(8, 8), 7, decoder(32))
+    assert tuple(choice.sizes.values()) == (1, 64, 1)
+    assert "too few for 64 devices" in choice.why
+
+
+def test_what_would_do_is_said(tiny_model):
+    config = Training(objective={"type": "dpo"}, batch_size=4)
+    with pytest.raises(MmpoError, match=r"multiple of 8, or .* devices.fsdp=4 devices.tensor=-1"):
+        check_training(config, tiny_model[0], make_mesh(1, 8, 1))
+
+
+def test_sizes_of_a_recipe(tiny_model, caplog):
+    decoder = tiny_model[0].config.decoder
+    config = Training(objective={"type": "dpo"}, batch_size=4)
+    with caplog.at_level(logging.INFO):
+        chosen = mesh_sizes(Devices(), config, decoder)
+        assert make_mesh(**chosen).shape == {"data": 1, "fsdp": 4, "tensor": 2}
+    assert "4 rows at a time are split over 4 of 8 devices, weights over all" in caplog.text
+    assert "mesh data 1 x fsdp 4 x tensor 2 of 8 devices" in caplog.text
+    given = Devices(tensor=4)
+    assert make_mesh(**mesh_sizes(given, config, decoder)).shape["tensor"] == 4
