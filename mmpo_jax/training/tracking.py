@@ -37,18 +37,27 @@ def _check(config: WandB) -> None:
         return
     try:
         wandb.login(force=True)  # which asks for a key where somebody sits at a terminal
-    except wandb.errors.Error as error:
+    except wandb.errors.UsageError as error:
         raise MmpoError(
-            f"training.wandb: {error}; set WANDB_API_KEY, or take `mode: offline` and `wandb sync` "
-            "afterwards"
+            f"training.wandb: {str(error).rstrip('.')}; set WANDB_API_KEY, or take `mode: offline` "
+            "and `wandb sync` afterwards"
         ) from error
+    except wandb.errors.Error as error:
+        log.warning("training.wandb: %s", error)  # the server may be up when training starts
 
 
 def track_run(
     config: WandB | None, name: str, run_id: str, identity: Mapping[str, Any], folder: str
 ) -> WandbRun | None:
-    """The run on Weights & Biases, see `WandbRun`; None where nothing is tracked."""
-    return None if config is None else WandbRun(config, name, run_id, identity, folder)
+    """The run on Weights & Biases, see `WandbRun`; None where nothing is tracked, or where the
+    server cannot be reached: a training that is started again does not depend on it."""
+    if config is None:
+        return None
+    try:
+        return WandbRun(config, name, run_id, identity, folder)
+    except Exception as error:  # whatever the package raises
+        log.warning("training.wandb: no run can be opened, and nothing is sent: %s", error)
+        return None
 
 
 def _package() -> Any:
@@ -73,25 +82,20 @@ class WandbRun:
           run_id: by which it is found again.
           identity: what the run is made of, as JSON.
           folder: of this machine, in which the package keeps its files, in `wandb/`.
-
-        Raises:
-          MmpoError: it cannot be opened.
         """
         wandb = _package()
-        try:
-            self.run = wandb.init(
-                project=config.project,
-                entity=config.entity,
-                name=config.name or name,
-                id=run_id,
-                resume="allow",
-                mode=config.mode,
-                dir=folder,
-                config=dict(identity),
-                settings=wandb.Settings(console="off"),
-            )
-        except wandb.errors.Error as error:
-            raise MmpoError(f"training.wandb: no run can be opened: {error}") from error
+        self.run = wandb.init(
+            project=config.project,
+            entity=config.entity,
+            name=config.name or name,
+            id=run_id,
+            resume="allow",
+            mode=config.mode,
+            dir=folder,
+            config=dict(identity),
+            # What is printed is ours, and so is what the package would sum up at the end.
+            settings=wandb.Settings(console="off", quiet=True),
+        )
         # Steps after the last checkpoint come again; by its own count the package would drop them.
         self.run.define_metric(STEP)
         self.run.define_metric("*", step_metric=STEP)

@@ -21,8 +21,12 @@ from mmpo_jax.training.tracking import WandbRun, check_tracking
 OPTIONS = WandB(project="alignment", entity="team", mode="offline")
 
 
-class Refused(Exception):
+class Failed(Exception):
     """As the package says that something is wrong."""
+
+
+class Refused(Failed):
+    """As it says that it cannot do what it is told to."""
 
 
 class FakeRun:
@@ -45,7 +49,7 @@ def wandb(monkeypatch):
     """A stand-in for the package; `runs` are those that were opened, in order."""
     package = types.ModuleType("wandb")
     package.runs, package.logins = [], []
-    package.errors = types.SimpleNamespace(Error=Refused)
+    package.errors = types.SimpleNamespace(Error=Failed, UsageError=Refused)
     package.Settings = lambda **options: options
     package.login = lambda **options: package.logins.append(options)
 
@@ -75,7 +79,7 @@ def test_a_run_is_opened_by_its_id(wandb):
         "mode": "offline",
         "dir": "there",
         "config": {"seed": 1},
-        "settings": {"console": "off"},
+        "settings": {"console": "off", "quiet": True},
     }
     assert run.steps == {"step": None, "*": "step"}
 
@@ -110,13 +114,14 @@ def test_a_failure_ends_no_training(wandb, caplog):
     ]
 
 
-def test_a_run_that_cannot_be_opened(wandb):
+def test_a_server_that_is_down_ends_no_training(wandb, run, tmp_path, caplog):
     def init(**_):
-        raise Refused("no such project")
+        raise Failed("the server does not answer")
 
     wandb.init = init
-    with pytest.raises(MmpoError, match=r"training\.wandb: no run can be opened: no such project"):
-        open_run()
+    run(tmp_path, config=CONFIG.model_copy(update={"wandb": OPTIONS}))
+    assert "no run can be opened, and nothing is sent: the server does not answer" in caplog.text
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == STEPS
 
 
 @pytest.mark.parametrize(
@@ -143,11 +148,20 @@ def test_nothing_is_asked_for_where_nothing_is_tracked(monkeypatch):
 
 def test_without_a_key(wandb):
     def login(**_):
-        raise Refused("api_key not configured")
+        raise Refused("No API key configured.")
 
     wandb.login = login
-    with pytest.raises(MmpoError, match="api_key not configured; set WANDB_API_KEY"):
+    with pytest.raises(MmpoError, match="No API key configured; set WANDB_API_KEY"):
         check_tracking(OPTIONS.model_copy(update={"mode": "online"}))
+
+
+def test_a_server_that_does_not_answer_is_asked_again_later(wandb, caplog):
+    def login(**_):
+        raise Failed("the server does not answer")
+
+    wandb.login = login
+    check_tracking(OPTIONS.model_copy(update={"mode": "online"}))
+    assert caplog.messages == ["training.wandb: the server does not answer"]
 
 
 @pytest.mark.parametrize(
