@@ -268,6 +268,8 @@ def _add_data_commands(subparsers: Any) -> None:
     convert.add_argument("--drop", type=lambda text: text.split(","), default=(), help=help)
     help = "join the pairs of one prompt into a ranking, where they agree"
     convert.add_argument("--join-pairs", action="store_true", help=help)
+    help = "write every pair as a question which answer is better, in both orders"
+    convert.add_argument("--ask-which", action="store_true", help=help)
     help = "share of unusable rows above which nothing is written"
     convert.add_argument("--max-skipped", type=float, default=0.1, help=help)
 

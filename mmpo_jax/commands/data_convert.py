@@ -21,6 +21,7 @@ from mmpo_jax.data.formats.format import Format
 from mmpo_jax.data.formats.writing import STRIP, CannotHold, Embed, Writer, fields_of, without
 from mmpo_jax.data.joining import Joined, join_pairs
 from mmpo_jax.data.notes import Notes
+from mmpo_jax.data.pair_questions import pairs_as_questions
 from mmpo_jax.data.readers import TFDS, iter_records, left_out_rows
 from mmpo_jax.data.records import Record
 from mmpo_jax.data.rows import Row
@@ -60,6 +61,7 @@ def main(options: argparse.Namespace) -> None:
             drop=options.drop,
             max_skipped=options.max_skipped,
             join=options.join_pairs,
+            ask_which=options.ask_which,
         )
     print(f"{options.target}: {done.written} rows", *done.told, sep="\n")
     if done.skipped:
@@ -76,6 +78,7 @@ def convert_data(
     drop: Collection[str] = (),
     max_skipped: float = 0.1,
     join: bool = False,
+    ask_which: bool = False,
 ) -> Converted:
     """Writes the usable rows of `source` to the file `target`.
 
@@ -92,6 +95,8 @@ def convert_data(
       drop: fields, of `STRIP`, that are left out.
       max_skipped: share of unusable rows above which nothing is written.
       join: the pairs of one prompt into a ranking, see `join_pairs`.
+      ask_which: write every two responses as a question which is better, in both orders, see
+        `pairs_as_questions`.
 
     Raises:
       MmpoError: an unknown field, or the target is the source.
@@ -134,7 +139,9 @@ def convert_data(
                 skipped.append(broken)
 
     joined = join_pairs(records()) if join else None
-    made = list(rows(records() if joined is None else joined.records))
+    kept = list(records() if joined is None else joined.records)
+    read = len(kept) + len(skipped)
+    made = list(rows(pairs_as_questions(kept) if ask_which else kept))
     skipped_file = f"{stem}.{SKIPPED_FILE}"
     if skipped or partly:
         write_skipped(skipped_file, [*skipped, *partly])
@@ -142,7 +149,7 @@ def convert_data(
         epath.Path(skipped_file).unlink(missing_ok=True)
     merged = 0 if joined is None else joined.absorbed
     try:
-        check_skipped(skipped, len(made) + merged + len(skipped), max_skipped)
+        check_skipped(skipped, read + merged, max_skipped)
     except DataError as error:
         if not had_copies:
             shutil.rmtree(copies, ignore_errors=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from mmpo_jax.core.prompts import fill
 from mmpo_jax.correction.codebook import Codebook
 from mmpo_jax.correction.corrections import Answers, Case, Error, Found, kept
 from mmpo_jax.correction.prompts import CORRECT_PROMPT, errors_schema, read_errors
@@ -12,7 +13,6 @@ from mmpo_jax.correction.short_answers import short_answer_error
 from mmpo_jax.feedback.judge import check_failed
 from mmpo_jax.feedback.judges import text_model
 from mmpo_jax.feedback.models import Models
-from mmpo_jax.feedback.split_prompts import fill
 from mmpo_jax.feedback.text_model import Ask, TextModel, Unread, ask_until_read, speaking_key
 from mmpo_jax.picture_world.corrections import caption_errors
 from mmpo_jax.picture_world.language import ANSWERS

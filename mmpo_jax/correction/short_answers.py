@@ -7,9 +7,9 @@ from __future__ import annotations
 import re
 import string
 
+from mmpo_jax.core.prompts import fill
 from mmpo_jax.correction.codebook import Codebook
 from mmpo_jax.correction.corrections import Case, Error, Found, drawn_order
-from mmpo_jax.feedback.split_prompts import fill
 
 SHORT_ANSWER = "answer"
 """Kind of an error that no codebook names: a short answer is another."""

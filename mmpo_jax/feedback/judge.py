@@ -1,8 +1,8 @@
 """The one seam through which texts get a value: what a judge is asked, and what it gives.
 
 A round samples responses, a judge gives each a score, and pairs are made of scores whoever gave
-them. `claims.py`, `self_reward.py`, `implicit_judge.py`, `reward_judge.py` and `given_judges.py`
-have judges; `judges.py` makes the one that a recipe names.
+them. `claims.py`, `self_reward.py`, `pair_judge.py`, `implicit_judge.py`, `reward_judge.py` and
+`given_judges.py` have judges; `judges.py` makes the one that a recipe names.
 """
 
 from __future__ import annotations

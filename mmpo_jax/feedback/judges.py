@@ -15,6 +15,7 @@ from mmpo_jax.feedback.implicit_judge import ImplicitJudge
 from mmpo_jax.feedback.judge import Judge
 from mmpo_jax.feedback.labeler import CheckpointLabeler, Labeler, answer_tokens
 from mmpo_jax.feedback.models import Models
+from mmpo_jax.feedback.pair_judge import PairJudge
 from mmpo_jax.feedback.reward_judge import RewardJudge
 from mmpo_jax.feedback.self_reward import SelfRewardJudge
 from mmpo_jax.feedback.served import ServedTextModel
@@ -35,6 +36,7 @@ from mmpo_jax.recipes.feedback import (
     CheckpointSplitting,
     Feedback,
     ImplicitFeedback,
+    PairFeedback,
     PictureWorldSplitting,
     ScoresFeedback,
     SelfRewardFeedback,
@@ -66,6 +68,9 @@ def make_judge(feedback: Feedback, models: Models) -> Judge:
     if isinstance(feedback, SelfRewardFeedback):
         model, key, check = text_model(feedback.labeler, feedback, models)
         return SelfRewardJudge(feedback, model, key, [check])
+    if isinstance(feedback, PairFeedback):
+        model, key, check = text_model(feedback.labeler, feedback, models)
+        return PairJudge(feedback, model, key, [check])
     splitter, checks = make_splitter(feedback.splitter, models)
     labeler, labeler_key, check = make_labeler(feedback.labeler, models)
     return ClaimsJudge(feedback, splitter, labeler, labeler_key, [*checks, check])

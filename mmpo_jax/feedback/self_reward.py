@@ -11,10 +11,10 @@ import pyarrow as pa
 
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import fingerprint_items, fingerprint_json
+from mmpo_jax.core.prompts import fill
 from mmpo_jax.core.stages import StageOutput, run_told_stage
 from mmpo_jax.data.records import Record, question_with_beginning
 from mmpo_jax.feedback.judge import EMPTY, Judgement, Responses, check_failed, judged_table
-from mmpo_jax.feedback.split_prompts import fill
 from mmpo_jax.feedback.text_model import (
     Ask,
     TextModel,

@@ -88,12 +88,6 @@ FENCE = "```"
 _BULLET = re.compile(r"\s*(?:[-*\u2022\u2013]|\d+[.)])\s+")
 
 
-def fill(prompt: str, **values: str) -> str:
-    """A prompt with its places filled, all at once: what is filled in is not looked at again."""
-    names = "|".join(values)
-    return re.sub(r"\{(" + names + r")\}", lambda found: values[found[1]], prompt)
-
-
 def read_claims(reply: str) -> list[tuple[str, str]]:
     """(claim, question) of a reply in style `json`, which may stand in the one code fence there is.
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from mmpo_jax.core.prompts import fill
 from mmpo_jax.feedback.judge import EMPTY
 from mmpo_jax.feedback.split_prompts import (
     CLAIMS_PROMPT,
@@ -14,7 +15,6 @@ from mmpo_jax.feedback.split_prompts import (
     QUESTIONS_PROMPT,
     WHOLE_PROMPT,
     as_list,
-    fill,
     read_claims,
     read_list,
 )

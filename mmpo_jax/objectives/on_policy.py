@@ -83,6 +83,7 @@ def grpo(
     ratio: Ratio = "token",
     normalization: Normalization = "dapo",
     max_tokens: Count | None = None,
+    max_log_ratio: NonNegative | None = None,
 ) -> tuple[Float[Array, "N S"], Float[Array, "N S"]]:
     """GRPO: -min(w A, clip(w, 1 - e_low, 1 + e_high) A) + beta w (e^(ref - p) - (ref - p) - 1).
 
@@ -94,6 +95,9 @@ def grpo(
     normalization: grpo, beta: 0.2`. How rewards become A is said by the `rollout`: its `scale` is
     `group`, `batch` or `none` (Dr. GRPO, arXiv 2503.20783), its `aggregation` of several rewards
     `sum_then_normalize` or `normalize_then_sum` (GDPO, arXiv 2601.05242), see `advantages`.
+
+    `max_log_ratio` holds log w within plus and minus it before anything else (the pre-clip of
+    R1-Reward, arXiv 2505.02835, ln 1000 there); a token beyond has no gradient.
 
     A is the field `advantages`; log pi_old the field `old_log_probs`, and without it the policy
     itself, as in the first update with a rollout.
@@ -114,14 +118,14 @@ def grpo(
       ValueError: `dr_grpo` without `max_tokens`.
     """
     advantage = jax.lax.stop_gradient(responses.fields["advantages"])[..., None]
-    weight = jnp.exp(log_weights(responses, ratio))
+    weight = jnp.exp(log_weights(responses, ratio, max_log_ratio))
     gain = weight * advantage
     if clip:
         clipped = jnp.clip(weight, 1 - epsilon_low, 1 + epsilon_high)
         gain = jnp.minimum(gain, clipped * advantage)
     loss = -gain
     if beta:
-        loss = loss + beta * kl_estimate(responses, ratio, bias_corrected_kl)
+        loss = loss + beta * kl_estimate(responses, ratio, bias_corrected_kl, max_log_ratio)
     loss = (loss * responses.mask).sum(axis=-1)
     if normalization == "grpo":
         return loss / responses.length, responses.present
@@ -132,17 +136,23 @@ def grpo(
     return loss, responses.length * responses.present
 
 
-def log_weights(responses: Responses, ratio: Ratio) -> Float[Array, "N S T"]:
-    """float32[N, S, T]: log pi - log pi_old of every token, or their mean over the response."""
+def log_weights(
+    responses: Responses, ratio: Ratio, limit: float | None = None
+) -> Float[Array, "N S T"]:
+    """float32[N, S, T]: log pi - log pi_old of every token, or their mean over the response, within
+    plus and minus a limit."""
     old = responses.fields.get("old_log_probs", responses.log_probs)
     gap = (responses.log_probs - jax.lax.stop_gradient(old)) * responses.mask
     if ratio == "sequence":
         mean = gap.sum(axis=-1, keepdims=True) / responses.length[..., None]
         gap = jnp.broadcast_to(mean, gap.shape)
+    gap = gap if limit is None else jnp.clip(gap, -limit, limit)
     return jnp.minimum(gap, EXPONENT_LIMIT)
 
 
-def kl_estimate(responses: Responses, ratio: Ratio, bias_corrected: bool) -> Float[Array, "N S T"]:
+def kl_estimate(
+    responses: Responses, ratio: Ratio, bias_corrected: bool, limit: float | None = None
+) -> Float[Array, "N S T"]:
     """float32[N, S, T]: an unbiased estimate of KL(policy || reference) that is never negative.
 
     "k3" of Schulman 2020, "Approximating KL divergence": e^d - d - 1, d = log ref - log p; times
@@ -150,7 +160,7 @@ def kl_estimate(responses: Responses, ratio: Ratio, bias_corrected: bool) -> Flo
     """
     gap = -responses.token_ratios
     k3 = jnp.exp(jnp.minimum(gap, EXPONENT_LIMIT)) - gap - 1
-    return k3 * jnp.exp(log_weights(responses, ratio)) if bias_corrected else k3
+    return k3 * jnp.exp(log_weights(responses, ratio, limit)) if bias_corrected else k3
 
 
 def _metrics(
@@ -164,7 +174,7 @@ def _metrics(
         kl = kl_estimate(responses, options["ratio"], options["bias_corrected_kl"])
         metrics["kl"] = weighted(kl, counted)
     if options["clip"]:
-        weight = jnp.exp(log_weights(responses, options["ratio"]))
+        weight = jnp.exp(log_weights(responses, options["ratio"], options["max_log_ratio"]))
         advantage = responses.fields["advantages"][..., None]
         low = (weight < 1 - options["epsilon_low"]) & (advantage < 0)
         high = (weight > 1 + options["epsilon_high"]) & (advantage > 0)

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from mmpo_jax.data.batching import fitting_sizes
+from mmpo_jax.data.pair_questions import PAIR_PROMPT
 from mmpo_jax.feedback import self_reward, split_prompts
 from mmpo_jax.feedback.labeler import QUESTIONS_AT_ONCE, USUAL_QUESTIONS
 from mmpo_jax.generation.responses import PROMPTS_PER_PART
@@ -20,6 +21,7 @@ from mmpo_jax.recipes.feedback import (
     CheckpointSplitting,
     ClaimsFeedback,
     ImplicitFeedback,
+    PairFeedback,
     SelfRewardFeedback,
 )
 from mmpo_jax.recipes.recipe import AlignRecipe
@@ -52,14 +54,14 @@ def judge_stages(
             program = scoring("implicit reward", scored, stages.mesh, sizes, dtype)
             batches = None if prompts is None else prompts * rounds / rows
             stages.add("judging", [program], [batches])
-    elif isinstance(feedback, SelfRewardFeedback):
+    elif isinstance(feedback, SelfRewardFeedback | PairFeedback):
         if not isinstance(feedback.labeler, CheckpointAsked):
             stages.notes.append("feedback.labeler is a server, which is not planned")
             return
         labeler = _asked(stages, feedback.labeler, recipe, opened)
-        text = feedback.prompt or self_reward.PROMPT
-        answer = recipe.sampling.max_new_tokens
-        _speak(stages, "judging", labeler, feedback.labeler, feedback, text, answer, count)
+        text, answer, asks = _judging(feedback, recipe.sampling.max_new_tokens, responses)
+        asked = None if count is None else count * asks
+        _speak(stages, "judging", labeler, feedback.labeler, feedback, text, answer, asked)
     elif isinstance(feedback, ClaimsFeedback):
         _split(stages, recipe, feedback, opened, count)
         if not isinstance(feedback.labeler, CheckpointLabeling):
@@ -69,6 +71,16 @@ def judge_stages(
         _label(stages, feedback.labeler, labeler, prompts, responses, rounds)
     else:
         stages.notes.append(f"feedback of type {feedback.type} takes no program of ours")
+
+
+def _judging(
+    feedback: SelfRewardFeedback | PairFeedback, answer: int, responses: float
+) -> tuple[str, int, float]:
+    """(prompt of a judge in words, tokens of answers in it, requests for a response)."""
+    if isinstance(feedback, SelfRewardFeedback):
+        return feedback.prompt or self_reward.PROMPT, answer, 1
+    others = responses - 1 if feedback.opponents is None else feedback.opponents
+    return feedback.prompt or PAIR_PROMPT, 2 * answer, max(0, min(others, responses - 1))
 
 
 def _split(

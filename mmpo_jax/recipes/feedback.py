@@ -182,6 +182,33 @@ class SelfRewardFeedback(Judging, Speaking):
         return self
 
 
+class PairFeedback(Judging, Speaking):
+    """A language model that says which of two responses is better, asked in both orders.
+
+    The score is the share of comparisons that a response wins; one that the orders disagree on is
+    half won.
+    """
+
+    type: Literal["pair_judge"] = "pair_judge"
+    labeler: Annotated[CheckpointAsked | ChatAsked, Field(discriminator="type")] = CheckpointAsked()
+    prompt: str | None = None
+    """What is asked instead of the built-in prompt, with {question}, {first} and {second} in it. A
+    reply ends with `<answer> 1 </answer>`, with `[[A]]`, or with "Overall Judgment: Answer 1 is
+    better"."""
+    opponents: PositiveInt | None = None
+    """How many others a response is compared with; by default all, which for n different responses
+    are n (n - 1) questions a prompt."""
+    max_new_tokens: PositiveInt = 512
+
+    @pydantic.model_validator(mode="after")
+    def _asks(self) -> PairFeedback:
+        places = ("{question}", "{first}", "{second}")
+        lacking = [place for place in places if self.prompt and place not in self.prompt]
+        if lacking:
+            raise ValueError(f"prompt: it has no {lacking[0]}")
+        return self
+
+
 class ImplicitFeedback(ImplicitReward):
     """DPO's own reward under two checkpoints, such as an aligned model and what it started from."""
 
@@ -227,6 +254,7 @@ if TYPE_CHECKING:
     Feedback = (
         ClaimsFeedback
         | SelfRewardFeedback
+        | PairFeedback
         | ImplicitFeedback
         | SourceFeedback
         | ScoresFeedback
@@ -238,6 +266,7 @@ else:
         (
             ClaimsFeedback,
             SelfRewardFeedback,
+            PairFeedback,
             ImplicitFeedback,
             SourceFeedback,
             ScoresFeedback,

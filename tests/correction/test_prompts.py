@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmpo_jax.core.prompts import fill
 from mmpo_jax.correction.corrections import Error
 from mmpo_jax.correction.prompts import CORRECT_PROMPT, errors_schema, read_errors
-from mmpo_jax.feedback.split_prompts import fill
 from mmpo_jax.feedback.text_model import UnreadableReply
 
 KINDS = ("object", "count")

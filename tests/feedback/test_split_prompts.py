@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmpo_jax.core.prompts import fill
 from mmpo_jax.feedback import split_prompts
-from mmpo_jax.feedback.split_prompts import as_list, fill, read_claims, read_list
+from mmpo_jax.feedback.split_prompts import as_list, read_claims, read_list
 from mmpo_jax.feedback.text_model import UnreadableReply
 
 TEXTS = st.text(st.characters(exclude_categories=("Cs",)), min_size=1).filter(str.strip)

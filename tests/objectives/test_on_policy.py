@@ -69,6 +69,24 @@ def test_grpo(normalization, ratio, clip, beta, corrected):
         assert 0 < float(metrics["clip_ratio/region_mean"]) < 1
 
 
+@pytest.mark.parametrize("limit", [0.3, 100.0])
+def test_log_ratios_within_a_limit(limit):
+    """R1-Reward's pre-clip: beyond it a token has the limit's weight and no gradient."""
+    responses = make()
+    old, mask = responses.fields["old_log_probs"], responses.mask
+    gap = responses.log_probs - old
+    beyond = mask & (np.abs(gap) > limit)
+    assert beyond.any() == (limit < 1)
+    weights = np.exp(np.clip(gap, -limit, limit))
+    with jax.enable_x64(True):
+        loss, _, _ = loss_of("grpo", responses, clip=False, max_log_ratio=limit)
+        slope = gradient_of("grpo", responses, clip=False, max_log_ratio=limit)
+    expected = -(weights * np.asarray(ADVANTAGES)[..., None] * mask).sum() / mask.sum()
+    assert float(loss) == pytest.approx(expected, rel=1e-12)
+    learned = mask.astype(bool) & (np.asarray(ADVANTAGES)[..., None] != 0) & ~beyond
+    assert not slope[beyond].any() and slope[learned].all()
+
+
 def test_first_update_is_the_policy_gradient():
     """Without old log-probs the weights are 1 and have the gradient of the log-probs."""
     responses = make(old=False)

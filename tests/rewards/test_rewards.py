@@ -19,6 +19,7 @@ SCENE = Scene((Thing(0, 0, "star", "red"), Thing(1, 1, "ring", "blue"), Thing(2,
 ANSWERS = {name: [[0, 0, 10, 10]] for name in BOXES} | {
     "exact_match": "cat",
     "think_format": None,
+    "pair_verdict": "2",
     "picture_world_caption": SCENE.to_dict(),
 }
 OF_ONE_TEXT = [name for name, reward in REWARDS.items() if not reward.of_texts]
@@ -301,11 +302,31 @@ def test_picture_world_caption(caption, value):
 @pytest.mark.parametrize("name", sorted(set(OF_ONE_TEXT) - {"think_format"}))
 @pytest.mark.parametrize("answer", [None, 3, {"boxes": [[0, 0, 0, 0]]}, [[1, 2, 3]], {"things": 1}])
 def test_answers_that_cannot_be_used_are_refused(name, answer):
-    with pytest.raises(
-        DataError, match=name if name in ("exact_match", "picture_world_caption") else "boxes"
-    ):
+    with pytest.raises(DataError, match="boxes" if name in BOXES else name):
         score(name, "", answer)
 
 
 def test_true_boxes():
     assert true_boxes({"boxes": []}).shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("<think>Answer 2 is better.</think><answer>2</answer>", 1.5 + 0.5),
+        ("<think>Answer 1 is better.</think><answer>2</answer>", 0.5 + 0.5),
+        ("<think>hm</think><answer>2</answer>", 1 + 0.5),
+        ("Answer 2 is better. [[B]]", 1.5),
+        ("<think>Answer 1 is better.</think><answer>1</answer>", 0.5),
+        ("nothing", 0.0),
+    ],
+)
+def test_verdicts_on_pairs(text, value):
+    """R1-Reward: 0.5 format + right (1 + 0.5 consistency)."""
+    assert score("pair_verdict", text, "2") == value
+    assert score("pair_verdict", text, 2, format=0, consistency=0) == (value >= 1)
+
+
+def test_a_solution_that_is_no_verdict():
+    with pytest.raises(DataError, match="pair_verdict compares with 1, 2 or tie, not with 'left'"):
+        score("pair_verdict", "<answer>1</answer>", "left")
