@@ -71,9 +71,10 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
     check_tracking(recipe.training.wandb)
     decoder = model_config(recipe.model).decoder
     mesh = make_mesh(**mesh_sizes(recipe.devices, recipe.training, decoder))
+    inference = recipe.inference_devices
     with Servers(recipe.output) as servers:
         models = Models(
-            mesh,
+            mesh if inference is None else make_mesh(**inference.model_dump()),
             recipe.attention,
             servers,
             base=recipe.model,
@@ -86,14 +87,14 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
         if not _is_judged(recipe):
             judge.check(prompts.records)
             check_servers(recipe, servers)
-        return _run_rounds(recipe, prompts, judge, models)
+        return _run_rounds(recipe, prompts, judge, models, mesh)
 
 
 def _run_rounds(
-    recipe: AlignRecipe, prompts: RecordSet, judge: Judge, models: Models
+    recipe: AlignRecipe, prompts: RecordSet, judge: Judge, models: Models, mesh: Mesh
 ) -> list[RoundReport]:
-    mesh = models.mesh
-    start = load_checkpoint(recipe.model, mesh, recipe.attention, recipe.template)
+    inference = models.mesh
+    start = load_checkpoint(recipe.model, inference, recipe.attention, recipe.template)
     card = make_card(
         recipe,
         start.model,
@@ -114,7 +115,7 @@ def _run_rounds(
     by_id = {record.id: record for record in tokenized}
 
     with _telling(0, recipe):
-        reports = [RoundReport(0, evaluate_round(0, start, recipe, mesh))]
+        reports = [RoundReport(0, evaluate_round(0, start, recipe, inference))]
     for index, records in enumerate(shares, start=1):
         folder = round_folder(recipe, index)
         work = Round(
@@ -125,6 +126,7 @@ def _run_rounds(
             tokenized=[by_id[record.id] for record in records],
             recipe=recipe,
             mesh=mesh,
+            inference_mesh=inference,
             card=card,
             servers=models.servers,
         )
@@ -132,8 +134,8 @@ def _run_rounds(
         with _telling(index, recipe):
             trained = run_round(work, judge)
             start.release()
-            start = load_checkpoint(trained, mesh, recipe.attention)
-            metrics = evaluate_round(index, start, recipe, mesh)
+            start = load_checkpoint(trained, inference, recipe.attention)
+            metrics = evaluate_round(index, start, recipe, inference)
         read = functools.partial(read_report, index, folder, metrics, responses_name(recipe))
         reports.append(on_one(read))
         on_one(functools.partial(write_report, recipe.output, reports))
@@ -170,7 +172,8 @@ def save_last(recipe: AlignRecipe, work: Round, trained: Checkpoint, card: Model
         names = responses_name(recipe), "pairs"
         files = [os.path.join(work.folder, f"{name}.parquet") for name in names]
         generated, pairs = on_one(lambda: [read_table(file) for file in files])
-        work = dataclasses.replace(work, start=work.start.reloaded(work.mesh))
+        work = dataclasses.replace(work, start=work.start.moved(work.mesh))
+        trained = trained.moved(work.mesh)
         measure = functools.partial(
             measure_weights,
             work.start,

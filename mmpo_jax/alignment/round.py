@@ -71,6 +71,9 @@ class Round:
     tokenized: list[TokenizedRecord]
     recipe: AlignRecipe
     mesh: Mesh
+    """Devices as the training has them."""
+    inference_mesh: Mesh
+    """The same as all else has them."""
     card: ModelCard
     """Card of the alignment's result, without metrics."""
     servers: Servers
@@ -103,7 +106,7 @@ def judged_responses(work: Round, judge: Judge) -> tuple[StageOutput, StageOutpu
         work.records,
         work.tokenized,
         work.recipe,
-        work.mesh,
+        work.inference_mesh,
         work.folder,
         work.index,
         work.servers,
@@ -208,8 +211,8 @@ def train_round(work: Round, generated: StageOutput, pairs: StageOutput) -> str:
             f"round {work.index}: no preference pair is left; what became of the responses: "
             f"{pairs.table.schema.metadata[b'counts'].decode()}"
         )
-    # Judges may have taken its place on the devices.
-    work = dataclasses.replace(work, start=work.start.reloaded(work.mesh))
+    # Judges may have taken its place on the devices, or it lies as they have it.
+    work = dataclasses.replace(work, start=work.start.moved(work.mesh))
     stage = training_stage(work)
     data = pair_data(work, generated.table, pairs.table)
     on_one(lambda: _discard_other_run(stage.run_folder, identity))

@@ -129,6 +129,18 @@ class Checkpoint:
             raise ModelError(f"{self.folder}: is no more what was loaded from it")
         return dataclasses.replace(self, params=self.origin.load(self.model, mesh))
 
+    def moved(self, mesh: Mesh) -> Checkpoint:
+        """The checkpoint with all of its parameters on a mesh, read again where they lie on another
+        one, which everyone who holds it has to do without.
+
+        Raises:
+          ModelError, CheckpointError: as `reloaded`.
+        """
+        meshes = {getattr(leaf.sharding, "mesh", mesh) for leaf in jax.tree.leaves(self.params)}
+        if meshes - {mesh}:
+            self.release()
+        return self.reloaded(mesh)
+
 
 def load_weights(
     location: Location, model: Model, mesh: Mesh | None = None, dtype: Any = None

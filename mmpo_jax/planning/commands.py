@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from mmpo_jax.data.pipeline import MixtureEntry
 from mmpo_jax.generation.responses import PROMPTS_PER_PART
 from mmpo_jax.planning.judging import judge_stages
+from mmpo_jax.planning.opened import Opened
 from mmpo_jax.planning.programs import Sampled, validation
 from mmpo_jax.planning.stages import Assumed, Plan, Stages
 from mmpo_jax.recipes.candidates import (
@@ -108,6 +109,25 @@ def _align(stages: Stages, recipe: AlignRecipe) -> None:
     if prompts is None:
         prompts = stages.rows(recipe.data)
     sizes = stages.sizes(opened, recipe.lengths, 2)
+    with stages.on(recipe.inference_devices):
+        responses = _candidates(stages, recipe, opened, prompts)
+        judge_stages(stages, recipe, start, prompts, responses)
+    pairs = None if prompts is None else prompts * recipe.pairing.max_pairs_per_prompt
+    config = recipe.training
+    steps = None if pairs is None else total_steps(config, [MixtureEntry(pairs)])
+    if steps is None:
+        steps = config.max_steps
+    if pairs is not None:
+        stages.notes.append(
+            f"every prompt has {recipe.pairing.max_pairs_per_prompt} pairs, as many as allowed"
+        )
+    total = None if steps is None else steps * rounds
+    stages.training(opened, config, sizes, total, None if pairs is None else pairs * rounds)
+
+
+def _candidates(stages: Stages, recipe: AlignRecipe, opened: Opened, prompts: int | None) -> float:
+    """Adds the sampling of all sources; how many responses a prompt has."""
+    sizes = stages.sizes(opened, recipe.lengths, 2)
     responses = 0.0
     for source in recipe.candidates:
         if not isinstance(
@@ -123,19 +143,8 @@ def _align(stages: Stages, recipe: AlignRecipe) -> None:
         responses += drawn.num_samples
         sampled = Sampled(PROMPTS_PER_PART, drawn.batch_size, drawn)
         name = "generation" if isinstance(source, PolicyCandidates) else source.name
-        stages.sample(name, own, sizes, sampled, prompts, rounds)
-    judge_stages(stages, recipe, start, prompts, responses)
-    pairs = None if prompts is None else prompts * recipe.pairing.max_pairs_per_prompt
-    config = recipe.training
-    steps = None if pairs is None else total_steps(config, [MixtureEntry(pairs)])
-    if steps is None:
-        steps = config.max_steps
-    if pairs is not None:
-        stages.notes.append(
-            f"every prompt has {recipe.pairing.max_pairs_per_prompt} pairs, as many as allowed"
-        )
-    total = None if steps is None else steps * rounds
-    stages.training(opened, config, sizes, total, None if pairs is None else pairs * rounds)
+        stages.sample(name, own, sizes, sampled, prompts, recipe.rounds)
+    return responses
 
 
 def _generate(stages: Stages, recipe: GenerateRecipe) -> None:

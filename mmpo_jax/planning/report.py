@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from jax.sharding import Mesh
+
 from mmpo_jax.parallel.chips import GIB
-from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.planning.collectives import summed
 from mmpo_jax.planning.planned import Planned, PlannedRun
 from mmpo_jax.planning.search import Choice
@@ -17,16 +18,18 @@ SPEED = ("program", "TFLOP", "GB moved", "GB sent", "ms", "bound by", "per secon
 def told(planned: Planned) -> str:
     """The plan in tables of memory, speed and hours, then what was assumed."""
     topology, memory = planned.topology, planned.topology.chip.memory
-    sizes = " x ".join(f"{axis} {planned.mesh.shape[axis]}" for axis in AXES)
     limit = "no limit" if memory is None else f"{memory / GIB:.2f} GiB each"
-    devices = len(topology.devices)
+    devices, sizes = len(topology.devices), _mesh(planned.mesh)
     count = f"{topology.chips} chips"
     if devices != topology.chips:
         count += f" of {topology.chip.devices_per_chip} devices"
-    lines = [f"{topology.name}: {count} on {topology.hosts} hosts, {limit}; mesh {sizes}", ""]
+    lines = [f"{topology.name}: {count} on {topology.hosts} hosts, {limit}; {sizes}", ""]
     for run in planned.runs:
         program = run.run.program
-        lines.append(f"{program.name}: {program.checkpoint}, {program.dtype}, {program.shape}")
+        line = f"{program.name}: {program.checkpoint}, {program.dtype}, {program.shape}"
+        if program.mesh.shape != planned.mesh.shape:
+            line += f", {_mesh(program.mesh)}"
+        lines.append(line)
     lines += ["", *_memory(planned.runs)]
     if any(run.roofline for run in planned.runs):
         lines += ["", "At the roofline, of one run (a token of every place in decode):"]
@@ -36,6 +39,11 @@ def told(planned: Planned) -> str:
     if planned.notes:
         lines += ["", "Assumed:", *(f"- {note}" for note in planned.notes)]
     return "\n".join(lines)
+
+
+def _mesh(mesh: Mesh) -> str:
+    """Sizes of its axes."""
+    return "mesh " + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
 
 
 def told_choices(choices: Sequence[Choice]) -> str:

@@ -185,7 +185,7 @@ def changed_recipe(recipe: Base, changes: Sequence[tuple[str, Any]]) -> Base:
 
 def _planned(topology: Topology, plan: Plan, recipe: Base, known: dict[Any, Compiled]) -> Planned:
     runs = [judged(run, topology, known.get(_key(run.program, recipe))) for run in plan.runs]
-    return Planned(topology, plan.runs[0].program.mesh, tuple(runs), plan.notes)
+    return Planned(topology, mesh_of(recipe, topology), tuple(runs), plan.notes)
 
 
 def _may_fit(choice: Choice) -> bool:

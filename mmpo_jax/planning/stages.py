@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
@@ -15,12 +16,12 @@ from mmpo_jax.data.batching import bucket, fitting_sizes
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.models.family import Size
 from mmpo_jax.objectives.terms import needs, rows_read
-from mmpo_jax.parallel.mesh import batch_shards
+from mmpo_jax.parallel.mesh import batch_shards, make_mesh
 from mmpo_jax.picture_world.source import PictureWorldData
 from mmpo_jax.planning.abstract import Sizes
 from mmpo_jax.planning.opened import Opened, open_config
 from mmpo_jax.planning.programs import Program, Sampled, generating, scoring, training
-from mmpo_jax.recipes.recipe import Base, TrainRecipe
+from mmpo_jax.recipes.recipe import Base, Devices, TrainRecipe
 from mmpo_jax.recipes.training import Training
 from mmpo_jax.training.losses import needs_reference, recipe_terms
 from mmpo_jax.training.plan import check_training, micro_batch_size
@@ -79,9 +80,26 @@ class Stages:
           assumed: what it does not say.
         """
         self.recipe, self.mesh, self.assumed = recipe, mesh, assumed
-        self.shards = batch_shards(mesh)
         self.notes: list[str] = []
         self.runs: list[Run] = []
+
+    @property
+    def shards(self) -> int:
+        """Devices, or groups of them, that rows are split over."""
+        return batch_shards(self.mesh)
+
+    @contextlib.contextmanager
+    def on(self, devices: Devices | None) -> Iterator[None]:
+        """What is added within runs on a mesh of the same devices with these sizes.
+
+        Args:
+          devices: its sizes; None for the stages' own mesh.
+        """
+        own = self.mesh
+        if devices is not None:
+            self.mesh = make_mesh(**devices.model_dump(), devices=own.devices.flatten().tolist())
+        yield
+        self.mesh = own
 
     def plan(self) -> Plan:
         """What was added so far."""

@@ -192,6 +192,9 @@ class TrainRecipe(Base):
 class AlignRecipe(Base):
     """`mmpo align`: rounds of generate, judge, pair, train."""
 
+    inference_devices: Devices | None = None
+    """Mesh of sampling, judging and evaluation, where it is another than the training's: sampling
+    wants whole weights on few devices (`tensor`), training many rows. By default `devices`."""
     data: Data
     lengths: Lengths = Lengths()
     rounds: PositiveInt = 4
