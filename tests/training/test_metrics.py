@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -89,6 +90,32 @@ def test_in_a_bucket(monkeypatch, tmp_path):
     assert [row["loss"] for row in read_metrics(path)] == [1.0, 3.0]
     assert len(system.ls("gs://bucket/run/tensorboard")) >= 1
     assert not list(tmp_path.glob("outputs/*"))
+
+
+class Kept:
+    """A tracker with a file of its own."""
+
+    def __init__(self, folder):
+        self.path = Path(folder, "wandb", "run.txt")
+        self.path.parent.mkdir()
+
+    def log(self, row):
+        with open(self.path, "a") as file:
+            file.write(f"{row['step']}\n")
+
+    def close(self):
+        with open(self.path, "a") as file:
+            file.write("closed\n")
+
+
+def test_what_a_tracker_keeps_goes_to_the_bucket(monkeypatch, tmp_path):
+    monkeypatch.setenv("MMPO_CACHE", str(tmp_path))
+    system = buckets.empty_bucket(monkeypatch)
+    writer = MetricsWriter("gs://bucket/run", -1, 2, Kept)
+    writer.record(1, {"loss": 1.0})
+    writer.record(2, {"loss": 2.0})
+    writer.close()
+    assert system.cat("gs://bucket/run/wandb/run.txt") == b"1\n2\nclosed\n"
 
 
 @pytest.mark.slow
