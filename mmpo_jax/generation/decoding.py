@@ -10,7 +10,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mmpo_jax.generation.places import Pool, Prompts, Samples, bind, only_finite, placed
+from mmpo_jax.generation.places import (
+    Pool,
+    Prompts,
+    Samples,
+    beginning_of,
+    bind,
+    only_finite,
+    placed,
+)
 from mmpo_jax.generation.sampler import NOT_FINITE, choose_token
 from mmpo_jax.models.attention import cached_attention, in_window
 from mmpo_jax.models.layers import constrain_batch
@@ -134,7 +142,9 @@ def _start(prompts: tuple[Prompts, ...], samples: Samples, given: Int[Array, " B
     hidden = samples.hidden
     for which, prompt in enumerate(prompts):
         its = begins & (sample // n == which)
-        hidden = jnp.where(its[..., None], prompt.hidden[:, None], hidden)
+        begun = beginning_of(sample, n, prompt.hidden.shape[1])
+        first = jnp.take_along_axis(prompt.hidden, begun[..., None], axis=1)
+        hidden = jnp.where(its[..., None], first, hidden)
     return dataclasses.replace(
         samples,
         started=samples.started + begins.sum(axis=1, dtype=jnp.int32),
@@ -177,9 +187,10 @@ def decode_token(
     to_own = position[..., None] - written[:, :, None]
     n = prompts[0].keys.shape[1]
     its = [sample // n == which for which in range(len(prompts))]
+    begun = [_begun(prompt, sample) for prompt in prompts]
     first = sum(
-        jnp.where(mine, prompt.next_position[:, None, None], 0)
-        for mine, prompt in zip(its, prompts, strict=True)
+        jnp.where(mine, prompt.next_position[:, None, None] + tokens, 0)
+        for mine, prompt, (_, tokens) in zip(its, prompts, begun, strict=True)
     )
     positions = (first + position).reshape(rows, 1, -1)
     positions = jnp.broadcast_to(
@@ -192,20 +203,25 @@ def decode_token(
         new_key = grouped(key).transpose(0, 1, 3, 4, 2)[None]
         new_value = grouped(value).swapaxes(2, 3)[None]
         start = layer, 0, 0, 0
-        own = (
+        pooled = (
             jax.lax.dynamic_update_slice(carry[0][0], new_key, (*start, 0, pool.used)),
             jax.lax.dynamic_update_slice(carry[0][1], new_value, (*start, pool.used, 0)),
         )
         own_key, own_value = (
-            jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False) for cache in own
+            jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False) for cache in pooled
         )
         parts = [(own_key, own_value, owned & in_window(to_own, window))]
-        for mine, prompt, cache in zip(its, prompts, caches, strict=True):
+        for mine, prompt, cache, (begins, tokens) in zip(its, prompts, caches, begun, strict=True):
             place, length = jnp.arange(cache[1].shape[2]), prompt.length[:, None, None, None]
-            seen = (place < length) & in_window(length + position[..., None] - place, window)
+            behind = (tokens + position)[..., None]
+            seen = (place < length) & in_window(length + behind - place, window)
+            if prompt.begun.shape[1]:
+                at = place - begins[..., None]
+                own = (at >= 0) & (at < tokens[..., None])
+                seen |= own & in_window(behind - at, window)
             parts.append((*cache, seen & mine[..., None]))
         out = cached_attention(grouped(query), parts, query.shape[-1] ** -0.5)
-        return out.reshape(query.shape), (own, carry[1] & whole), None
+        return out.reshape(query.shape), (pooled, carry[1] & whole), None
 
     hidden, (cache, whole), _ = module.language_model(
         module.language_model.embed(token),
@@ -218,6 +234,19 @@ def decode_token(
     released = (owned & grouped(ended)[..., None]).any(axis=2)
     pool = Pool(cache, jnp.where(released, -1, owner), written, pool.used + len(member))
     return jnp.where(whole[..., None], hidden, jnp.nan), pool
+
+
+def _begun(
+    prompt: Prompts, sample: Int[Array, "B G M"]
+) -> tuple[Int[Array, "B G M"], Int[Array, "B G M"]]:
+    """(where in the cache the beginning of every place's sample stands, its tokens); 0 where
+    samples go on from the prompt."""
+    count = prompt.begun.shape[1]
+    if not count:
+        return jnp.zeros_like(sample), jnp.zeros_like(sample)
+    which = beginning_of(sample, prompt.keys.shape[1], count)
+    take = jax.vmap(lambda of_row, at: of_row[at])
+    return take(prompt.start, which), take(prompt.begun, which)
 
 
 def _append(

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from mmpo_jax.models.attention import shared_prompt_attention
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.layers import batch_axes
+from mmpo_jax.models.log_probs import states_at_ends
 from mmpo_jax.models.lora import cast_params
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.precision import inference_dtype
@@ -28,17 +29,27 @@ from mmpo_jax.models.vlm import VisionLanguageModel, prompt_lengths
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """One prompt for each of B rows, as its samples read it."""
+    """One prompt for each of B rows, as its samples read it.
+
+    Samples go on from the prompt, or from E beginnings of answers to it: the first n / E of them
+    from the first, and so on. A beginning sees the prompt and not the others.
+    """
 
     cache: tuple[jax.Array, jax.Array]
-    """Keys [L, B, K, d, P] and values [L, B, K, P, d], as `cached_attention` multiplies them."""
+    """Keys [L, B, K, d, P] and values [L, B, K, P, d], as `cached_attention` multiplies them: of
+    the prompt, then of its beginnings."""
     length: jax.Array
     """int32[B]; tokens of the prompt."""
+    start: jax.Array
+    """int32[B, E]; where of the P the beginning stands; E = 0 where samples go on from the
+    prompt."""
+    begun: jax.Array
+    """int32[B, E]; tokens of the beginning."""
     next_position: jax.Array
-    """int32[B]; where a sample's first token stands, on all axes."""
+    """int32[B]; where the first token behind the prompt stands, on all axes."""
     hidden: jax.Array
-    """[B, D]; what a sample's first token is drawn from, NaN where the prompt's keys or values are
-    not finite."""
+    """[B, max(1, E), D]; what a sample's first token is drawn from, NaN where keys or values before
+    it are not finite."""
     keys: jax.Array
     """PRNG keys [B, n] of the samples."""
 
@@ -115,34 +126,66 @@ def bind(model: Model, params: Params) -> VisionLanguageModel:
     return model.bind(cast_params(params, inference_dtype(params)))
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def prefill(model: Model, params: Params, batch: Batch, keys: Key[Array, "B n"]) -> Prompts:
+@functools.partial(jax.jit, static_argnames=("model", "begun"))
+def prefill(
+    model: Model, params: Params, batch: Batch, keys: Key[Array, "B n"], begun: bool = False
+) -> Prompts:
     """Runs prompts once.
 
     Args:
       model: the architecture.
       params: its parameters, cast to their `inference_dtype`.
-      batch: the prompts; its responses are not read.
+      batch: the prompts.
       keys: PRNG keys of the samples, [B, n].
+      begun: whether samples go on from the batch's responses, which else are not read.
     """
     module = bind(model, params)
-    no_responses = jnp.zeros((batch.prompt_ids.shape[0], 0, 0), bool)
+    x, positions, beginnings = _embedded(module, batch, begun)
+    rows, size = len(x), batch.prompt_ids.shape[1]
+    real = jnp.concatenate([batch.prompt_mask, beginnings.reshape(rows, -1)], axis=1)
 
     def attend_prompt(query, key, value, window, carry, inputs):
         del inputs
-        masks = batch.prompt_mask, no_responses
+        masks = batch.prompt_mask, beginnings
         out = shared_prompt_attention(query, key, value, *masks, window, module.attention)
         (key, value), whole = only_finite(key, value)
-        carry &= (whole | ~batch.prompt_mask).all(axis=1)
+        carry &= (whole | ~real).all(axis=1)
         return out, carry, (key.transpose(0, 2, 3, 1), value.swapaxes(1, 2))
 
-    x = module.embed_prompt(batch)
-    every = jnp.ones(len(x), bool)
-    x, whole, cache = module.language_model(x, batch.positions, attend_prompt, carry=every)
+    every = jnp.ones(rows, bool)
+    x, whole, cache = module.language_model(x, positions, attend_prompt, carry=every)
     length = prompt_lengths(batch)
     last = jax.vmap(lambda rows, at: rows[at])(x, length - 1)
-    last = jnp.where(whole[:, None], last, jnp.nan)
-    return placed(Prompts(cache, length, batch.next_position, last, keys))
+    ends = last[:, None]
+    if begun:
+        ends = states_at_ends((last, x[:, size:].reshape(*beginnings.shape, -1)), batch)
+    ends = jnp.where(whole[:, None, None], ends, jnp.nan)
+    count, width = beginnings.shape[1:]
+    start = jnp.broadcast_to(size + width * jnp.arange(count), (rows, count))
+    tokens = beginnings.sum(axis=2, dtype=jnp.int32)
+    made = Prompts(cache, length, start.astype(jnp.int32), tokens, batch.next_position, ends, keys)
+    return placed(made)
+
+
+def _embedded(
+    module: VisionLanguageModel, batch: Batch, begun: bool
+) -> tuple[Float[Array, "B S D"], Int[Array, "B A S"], Bool[Array, "B E T"]]:
+    """(embeddings, positions, mask of the beginnings) of prompts, and of their responses if samples
+    go on from these."""
+    if not begun:
+        nothing = jnp.zeros((batch.prompt_ids.shape[0], 0, 0), bool)
+        return module.embed_prompt(batch), batch.positions, nothing
+    pool = module.pool(batch, "none")
+    prompts = module.embed(batch.prompt_ids, batch.feature_index, batch.feature_weight, pool)
+    responses, own = module.embed_responses(batch, pool)
+    x = jnp.concatenate([prompts, responses], axis=1)
+    return x, jnp.concatenate([batch.positions, own], axis=2), batch.response_mask
+
+
+def beginning_of(sample: Int[Array, "*s"], n: int, count: int) -> Int[Array, "*s"]:
+    """Which of `count` beginnings a sample goes on from; `sample` counts those of all prompts of a
+    row, n of each."""
+    return (sample % n) // (n // count)
 
 
 def only_finite(
@@ -186,7 +229,7 @@ def empty_rows(
         done=jnp.ones((rows, samples), bool),
         sample=jnp.full((rows, places), -1, jnp.int32),
         position=jnp.zeros((rows, places), jnp.int32),
-        hidden=jnp.zeros((rows, places, like.hidden.shape[1]), like.hidden.dtype),
+        hidden=jnp.zeros((rows, places, like.hidden.shape[-1]), like.hidden.dtype),
         steps=jnp.int32(0),
     )
     return placed((prompts, state))
@@ -253,7 +296,8 @@ def _write(leaf: jax.Array, new: jax.Array, *, rows: Int[Array, "Z F"]) -> jax.A
     axis = row_axis(leaf)
 
     def split(x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:axis], len(rows), -1, *x.shape[axis + 1 :])
+        size = x.shape[axis] // len(rows)
+        return x.reshape(*x.shape[:axis], len(rows), size, *x.shape[axis + 1 :])
 
     def write(own: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
         return own.at[(slice(None),) * axis + (at,)].set(new, mode="drop")

@@ -131,6 +131,7 @@ def sample_batches(
     decoding: Decoding,
     eos_ids: tuple[int, ...],
     pad_id: int,
+    begun: bool = False,
     work: Work | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Samples responses to all prompts of some batches.
@@ -147,13 +148,14 @@ def sample_batches(
       decoding: temperature, truncation and length.
       eos_ids: tokens that end a sample.
       pad_id: what follows the end.
+      begun: whether samples go on from the batches' responses, see `places.Prompts`.
       work: is told what was computed.
 
     Yields:
       (number of a record, its samples int32[n, T]) as prompts are done, EOS included where it was
       sampled. A sample whose logits are NaN or infinite ends with `NOT_FINITE`.
     """
-    state = _State(model, params, layout, mesh, decoding, eos_ids, pad_id)
+    state = _State(model, params, layout, mesh, decoding, eos_ids, pad_id, begun)
     share = batch_share(mesh)
     made = made_ahead(batch.make(share) for batch in batches)
     for planned, (prompts, keys) in zip(batches, made, strict=True):
@@ -179,7 +181,9 @@ class _State:
         decoding: Decoding,
         eos_ids: tuple[int, ...],
         pad_id: int,
+        begun: bool,
     ):
+        self.begun = begun
         self.model, self.params, self.layout, self.mesh = model, params, layout, mesh
         self.shards = batch_shards(mesh)
         self.decoding, self.eos_ids, self.pad_id = decoding, eos_ids, pad_id
@@ -216,7 +220,8 @@ class _State:
         """Runs the prompts of a batch and gives them to free rows."""
         to, which = self._seat(planned)
         with jax.set_mesh(self.mesh):
-            new = prefill(self.model, self.params, put_batch(prompts, self.mesh), keys)
+            batch = put_batch(prompts, self.mesh)
+            new = prefill(self.model, self.params, batch, keys, self.begun)
             if not self.prompts:
                 self._begin(new)
             self.prompts, self.samples = give(

@@ -111,48 +111,67 @@ def sample_tokens(
     seed: int,
     round_index: int = 0,
     count: SampleCount | None = None,
+    beginnings: Sequence[Sequence[str]] | None = None,
 ) -> list[np.ndarray]:
     """Samples `decoding.num_samples` responses to every record's prompt.
 
     A response depends on the seed, the round, the prompt's id and the sample's number only. Where
     an id comes again, the numbers go on, so all its samples are drawn independently.
 
+    Samples may also go on from E beginnings of answers to each prompt, so many from each. A prompt
+    is run once for all of them.
+
     Args:
       checkpoint: its parameters on the mesh.
-      records: tokenized; their responses are not read.
+      records: tokenized; their responses are read as beginnings only.
       decoding: how tokens are chosen.
-      lengths: bucket sizes of the prompts.
+      lengths: bucket sizes of the prompts, and of beginnings.
       mesh: the devices.
       batch_size: prompts at a time, rounded up to what the mesh needs.
       seed: of the run.
       round_index: of the alignment round or of the update, 0 outside of one.
       count: adds up what was computed.
+      beginnings: names of the responses of every record, E each, which stand for the prompt's id;
+        None where samples go on from the prompt.
 
     Returns:
-      int32[n, max_new_tokens] for every record, see `read_response`.
+      int32[n, max_new_tokens] for every record, see `read_response`; of beginnings [E * n, ...],
+      those of the first first.
 
     Raises:
       DataError: an image cannot be read, the model's positions end before a response may, or it
         computes logits that are not finite.
     """
     model, params, processor = checkpoint.model, checkpoint.params, checkpoint.processor
+    begun = beginnings is not None
+    names = [[record.id] for record in records] if beginnings is None else beginnings
+    several = len(names[0]) if names else 1
+    assert all(len(own) == several for own in names), "as many beginnings of every record"
     limit = model.config.decoder.rope.limit
+    behind = [
+        max((len(response.ids) for response in record.responses), default=0) if begun else 0
+        for record in records
+    ]
     longest = max((len(record.prompt_ids) for record in records), default=0)
-    last = max((len(record.whole_prompt) for record in records), default=0)
+    pairs = zip(records, behind, strict=True)
+    last = max((len(record.whole_prompt) + more for record, more in pairs), default=0)
     if limit is not None and last + decoding.max_new_tokens > limit:
         raise DataError(
             f"a prompt of {last} tokens and {decoding.max_new_tokens} new ones go beyond the "
             f"{limit} positions of {processor.folder}; lower max_new_tokens"
         )
-    numbers, repeats = np.zeros((2, len(records)), np.uint32)
+    numbers, repeats = np.zeros((2, len(records), several), np.uint32)
     seen: Counter[str] = Counter()
-    for row, record in enumerate(records):
-        numbers[row], repeats[row] = prompt_number(record.id), seen[record.id]
-        seen[record.id] += 1
+    for row, own in enumerate(names):
+        for column, name in enumerate(own):
+            numbers[row, column], repeats[row, column] = prompt_number(name), seen[name]
+            seen[name] += 1
 
     shards = batch_shards(mesh)
-    layout = choose_layout(len(records), longest, decoding, batch_size, shards)
-    plan = plan_padded(records, processor, lengths, rows=layout.batch, with_responses=False)
+    whole = decoding.model_copy(update={"num_samples": several * decoding.num_samples})
+    longest += several * max(behind, default=0)
+    layout = choose_layout(len(records), longest, whole, batch_size, shards)
+    plan = plan_padded(records, processor, lengths, rows=layout.batch, with_responses=begun)
     # Shorter prompts first: rows grow with them.
     plan.sort(key=lambda batch: batch.computed)
     draw = functools.partial(sample_keys, seed, round_index, num_samples=decoding.num_samples)
@@ -164,9 +183,10 @@ def sample_tokens(
         batches,
         layout,
         mesh,
-        decoding=decoding,
+        decoding=whole,
         eos_ids=processor.eos_ids,
         pad_id=processor.pad_id,
+        begun=begun,
         work=work,
     )
     dtype = inference_dtype(params).name
@@ -218,14 +238,15 @@ def _with_keys(
       batch: makes a `Batch`.
       rows: of it.
       draw: `sample_keys` of the prompts' numbers and repeats.
-      numbers, repeats: uint32[N] of all records, see `sample_keys`.
+      numbers, repeats: uint32[N, E] of all records and their beginnings, see `sample_keys`.
     """
 
     def make(share: Share = WHOLE) -> tuple[Batch, jax.Array]:
-        arrays: Any = np.zeros((2, rows), np.uint32)
+        arrays: Any = np.zeros((2, rows, numbers.shape[1]), np.uint32)
         for number, row in batch.places:
             arrays[:, row] = numbers[number], repeats[number]
-        return batch.make(share), draw(prompt_numbers=arrays[0], repeats=arrays[1])
+        keys = draw(prompt_numbers=arrays[0].ravel(), repeats=arrays[1].ravel())
+        return batch.make(share), keys.reshape(rows, -1)
 
     return dataclasses.replace(batch, make=make)
 

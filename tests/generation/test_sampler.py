@@ -192,7 +192,7 @@ def test_samples_follow_the_distribution(tiny_model, batch):
     def logits(params, batch):
         module = model.bind(params)
         keys = sample_keys(0, 0, NUMBERS[:1], 1)
-        return next_token_logits(module, prefill(model, params, batch, keys).hidden)
+        return next_token_logits(module, prefill(model, params, batch, keys).hidden[:, 0])
 
     count, temperature = 4000, 0.6
     one = take(batch, [0])
