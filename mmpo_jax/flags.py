@@ -16,7 +16,8 @@ RECIPES = {
     "train": ("TrainRecipe", "Run one training stage on data that is there."),
     "generate": ("GenerateRecipe", "Sample responses to prompts."),
     "score": ("ScoreRecipe", "Compute the log-probs of responses."),
-    "select": ("SelectRecipe", "Take the best of several responses by the model's own reward."),
+    "reward": ("RewardRecipe", "Score responses by a reward model."),
+    "select": ("SelectRecipe", "Take the best of several responses by a reward."),
     "correct": (
         "CorrectRecipe",
         "Ask about what is wrong in rejected responses, for nSFT.",
@@ -62,9 +63,19 @@ FLAGS = {
         "--tokens": ("scoring.tokens", "write the ids of prompts and responses too"),
         "--batch-size": ("scoring.batch_size", "rows at a time"),
     },
+    "reward": FILES
+    | {
+        "--critiques": ("rewarding.critiques", "critiques to write of each response: 1, or 0"),
+        "--temperature": ("rewarding.temperature", "of critiques: 0, and 0.7 of several"),
+        "--given-critiques": ("rewarding.given_critiques", "read the critiques of the data"),
+        "--max-new-tokens": ("rewarding.max_new_tokens", "where a critique is cut off"),
+        "--batch-size": ("rewarding.batch_size", "rows at a time"),
+        "--seed": ("seed", "of the critiques"),
+    },
     "select": {
         "--policy": ("model", "trained checkpoint, the key `model`; any name of one"),
         "--reference": ("reference", "checkpoint that the policy was trained from"),
+        "--reward-model": ("reward_model.model", "checkpoint with a reward head, instead"),
         "--data": ("data.path", "prompts, which the policy answers"),
         "--responses": ("responses", "file of responses that are there, to score in their place"),
         **{flag: FILES[flag] for flag in ("--format", "--image-root", "--output", "--template")},
@@ -90,12 +101,23 @@ FLAGS = {
     },
 }
 """Flags of the commands that need no recipe file, and the recipe's keys that they stand for."""
-SWITCHES = {"--tokens": True, "--per-token": True, "--summed": False}
+SWITCHES = {
+    "--tokens": True,
+    "--given-critiques": True,
+    "--per-token": True,
+    "--summed": False,
+}
 """Flags without a value, and what they set their key to."""
-EXCLUSIVE = (("--data", "--responses"), ("--per-token", "--summed"))
+EXCLUSIVE = (
+    ("--data", "--responses"),
+    ("--reference", "--reward-model"),
+    ("--critiques", "--given-critiques"),
+    ("--per-token", "--summed"),
+)
 """Flags of which a command takes one."""
 AS_THEY_ARE = {
-    *("responses", "reference", "corrector.url", "corrector.model", "codebook"),
+    *("responses", "reference", "reward_model.model"),
+    *("corrector.url", "corrector.model", "codebook"),
     *(key for key, _ in FILES.values()),
 }
 """Keys whose values on the command line are taken as they are, not as YAML."""

@@ -21,7 +21,12 @@ from mmpo_jax.alignment.candidates import (
 from mmpo_jax.alignment.report import RoundReport, read_report, write_report
 from mmpo_jax.alignment.round import Round, pair_data, run_round
 from mmpo_jax.checkpoints.cards import ModelCard, SavedWeights, make_card, read_saved, write_card
-from mmpo_jax.checkpoints.checkpoint import Checkpoint, load_checkpoint, model_config
+from mmpo_jax.checkpoints.checkpoint import (
+    Checkpoint,
+    check_speaker,
+    load_checkpoint,
+    model_config,
+)
 from mmpo_jax.checkpoints.fingerprints import fingerprint_model, has_fingerprint
 from mmpo_jax.checkpoints.orbax import check_holds_checkpoints
 from mmpo_jax.core import progress
@@ -94,6 +99,7 @@ def _run_rounds(
     recipe: AlignRecipe, prompts: RecordSet, judge: Judge, models: Models, mesh: Mesh
 ) -> list[RoundReport]:
     inference = models.mesh
+    check_speaker(recipe.model, "mmpo align")
     start = load_checkpoint(recipe.model, inference, recipe.attention, recipe.template)
     card = make_card(
         recipe,

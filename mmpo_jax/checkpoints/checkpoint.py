@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mmpo_jax.checkpoints.configs import load_config
+from mmpo_jax.checkpoints.configs import load_config, without_language_head
 from mmpo_jax.checkpoints.folders import is_on_hub
 from mmpo_jax.checkpoints.huggingface import check_params, load_params
 from mmpo_jax.checkpoints.locations import Location, fingerprint_location, locate
 from mmpo_jax.checkpoints.orbax import checkpoint_shapes, load_checkpoint_params
-from mmpo_jax.checkpoints.peft import with_adapter
+from mmpo_jax.checkpoints.peft import adapter_head, with_adapter
 from mmpo_jax.checkpoints.safetensors_files import all_finite
 from mmpo_jax.core import progress
 from mmpo_jax.core.files import fingerprint_json
@@ -28,6 +28,7 @@ from mmpo_jax.data.processor import Processor
 from mmpo_jax.models.config import ModelConfig, ModelError
 from mmpo_jax.models.lora import adapted_layers, merge_adapters, without_adapters
 from mmpo_jax.models.model import Model, Params
+from mmpo_jax.models.reward_head import new_head, without_reward_head
 from mmpo_jax.models.vocabulary import TABLES
 from mmpo_jax.parallel.mesh import placed_shapes, put_params
 
@@ -37,6 +38,10 @@ HEAD = "language_model/lm_head/kernel"
 """What the parameters have where the head is not the token embedding."""
 
 
+ChangeConfig = Callable[[ModelConfig], ModelConfig]
+"""The config that is wanted instead of that of the files."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Origin:
     """What parameters are made of: the files of a checkpoint, or a seed."""
@@ -44,6 +49,8 @@ class Origin:
     location: Location
     random_seed: int | None = None
     """Seed of new weights for the config of the location; None for those of its files."""
+    head_seed: int | None = None
+    """Seed of a new reward head on top of these weights; None where the files have the head."""
 
     def fingerprint(self, config: ModelConfig) -> str:
         """Digest of all files, or of seed and config, where weights that lie there do not matter.
@@ -52,7 +59,10 @@ class Origin:
           ModelError, DataError: naming the file that is missing or cannot be read.
         """
         if self.random_seed is None:
-            return fingerprint_location(self.location)
+            files = fingerprint_location(self.location)
+            if self.head_seed is None:
+                return files
+            return fingerprint_json([files, repr(config.reward_head), self.head_seed])
         fingerprint = fingerprint_json(["random", self.random_seed, dataclasses.asdict(config)])
         check_same(f"{self.location.base}: the config", lambda: fingerprint)
         return fingerprint
@@ -61,10 +71,20 @@ class Origin:
         """The parameters, on the mesh or as NumPy arrays on the host; see `load_weights`."""
         if self.random_seed is None:
             with progress.doing(f"loading {self.location.weights}"):
-                return load_weights(self.location, model, mesh)
+                if self.head_seed is None:
+                    return load_weights(self.location, model, mesh)
+                return self._with_new_head(model, mesh)
         with progress.doing("making random weights"):
             params = model.init(self.random_seed)
         return params if mesh is None else put_params(params, model.rules, mesh)
+
+    def _with_new_head(self, model: Model, mesh: Mesh | None) -> Params:
+        assert self.head_seed is not None
+        params = flatten(load_weights(self.location, model, mesh))
+        head = unflatten(jax.tree.map(np.asarray, new_head(model.config, self.head_seed)))
+        if mesh is not None:
+            head = put_params(head, model.rules, mesh)
+        return unflatten({**params, **flatten(head)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +168,8 @@ def load_weights(
     """The parameters of a checkpoint, straight onto the mesh or as NumPy arrays on the host.
 
     Adapters are merged into them: those of the location, and those that a run trained. All is
-    float32 then, as what an adapter adds is mostly below the steps of a narrower kernel.
+    float32 then, as what an adapter adds is mostly below the steps of a narrower kernel. A reward
+    head that the files lack is not among them, unless an adapter brings it.
 
     Args:
       location: of the files.
@@ -159,6 +180,9 @@ def load_weights(
     Raises:
       ModelError, CheckpointError: naming the file that is missing or wrong.
     """
+    whole = model
+    if model.config.reward_head is not None and _config_of_files(location).reward_head is None:
+        model = Model.create(without_reward_head(model.config), model.attention)
     shapes = model.abstract_params()
     if location.is_orbax:
         shapes = _without_added(checkpoint_shapes(location.weights), model)
@@ -171,8 +195,10 @@ def load_weights(
     params = _read_weights(location, model, shapes, mesh, np.float32)
     params = merge_adapters(params, in_place=True)
     for folder in location.adapters:
-        params = merge_adapters(with_adapter(params, folder, model), in_place=True)
+        params = merge_adapters(with_adapter(params, folder, whole), in_place=True)
     check_finite(location.weights, params)
+    if mesh is not None:  # where an adapter's reward head is not yet
+        params = put_params(params, whole.rules, mesh)
     if dtype is None:
         return params
     flat = flatten(params)
@@ -232,15 +258,27 @@ def _read_weights(
 
 
 def load_model_config(location: Location) -> ModelConfig:
-    """The configuration of a checkpoint: its `config.json`, and whether its weights tie the head.
+    """The configuration of a checkpoint: its `config.json`, whether its weights tie the head, and
+    the reward head that an adapter brings.
 
     Raises:
       ModelError, CheckpointError: naming the file that is missing or wrong.
     """
+    config = _config_of_files(location)
+    heads = (adapter_head(folder) for folder in location.adapters)
+    for head in filter(None, heads):
+        config = dataclasses.replace(config, reward_head=head)
+    return config
+
+
+def _config_of_files(location: Location) -> ModelConfig:
+    """`load_model_config` without adapters."""
     if not location.is_orbax:
         return load_config(location.base, location.weights)
     config = load_config(location.base)
     tied = HEAD not in checkpoint_shapes(location.weights)
+    if tied and config.reward_head is not None and not config.decoder.tie_word_embeddings:
+        return without_language_head(config)
     decoder = dataclasses.replace(config.decoder, tie_word_embeddings=tied)
     return dataclasses.replace(config, decoder=decoder)
 
@@ -276,6 +314,8 @@ def load_start(
     mesh: Mesh | None = None,
     attention: str = "auto",
     template: str = "auto",
+    change: ChangeConfig | None = None,
+    seed: int = 0,
 ) -> Checkpoint:
     """Loads a Hugging Face folder, an Orbax checkpoint, an adapter's folder, or a built-in model.
 
@@ -286,30 +326,71 @@ def load_start(
       mesh: see `load_weights`.
       attention: of the model, see `attention.BACKENDS`.
       template: of the dialogues, see `Processor`.
+      change: of the files' config; a reward head that these lack is new, by the seed.
+      seed: of a new reward head.
 
     Raises:
       ModelError, ProcessorError, CheckpointError: naming the file that is missing or wrong.
     """
-    opened, origin = _opened(name, random_seed, attention, template)
+    opened, origin = _opened(name, random_seed, attention, template, change, seed)
     params = origin.load(opened.model, mesh)
     fingerprint = origin.fingerprint(opened.model.config)
     return dataclasses.replace(opened, params=params, fingerprint=fingerprint)
 
 
 def _opened(
-    name: str, random_seed: int | None, attention: str, template: str
+    name: str,
+    random_seed: int | None,
+    attention: str,
+    template: str,
+    change: ChangeConfig | None = None,
+    seed: int = 0,
 ) -> tuple[Checkpoint, Origin]:
     """A checkpoint before any weight is read, and the origin of its parameters."""
     hub_id = name if is_on_hub(name) else None
     location = locate(name)
-    model = Model.create(load_model_config(location), attention)
+    of_files = load_model_config(location)
+    config = of_files if change is None else change(of_files)
+    model = Model.create(config, attention)
     processor = Processor(location.base, model.config, template)
     _tell_template(processor)
-    origin = Origin(location, random_seed)
+    is_new = config.reward_head is not None and of_files.reward_head is None
+    origin = Origin(location, random_seed, seed if is_new and random_seed is None else None)
     folder = (
         location.weights if random_seed is not None else (location.weights, *location.adapters)[-1]
     )
     return Checkpoint(model, processor, {}, "", folder, hub_id, origin), origin
+
+
+def check_speaker(name: str, why: str) -> None:
+    """Looks at a checkpoint's config alone.
+
+    Args:
+      name: as a recipe has it.
+      why: what it is wanted for, for the message.
+
+    Raises:
+      ModelError: it is a reward model, or see `load_model_config`.
+    """
+    if model_config(name).reward_head is not None:
+        raise ModelError(
+            f"{name}: is a reward model, which scores responses (`mmpo reward --model {name}`); "
+            f"{why} takes a policy, such as the checkpoint that it was trained from"
+        )
+
+
+def open_reward_model(name: str, attention: str = "auto", template: str = "auto") -> Checkpoint:
+    """`open_checkpoint` of a model with a reward head.
+
+    Raises:
+      ModelError: it has none, or see `open_checkpoint`.
+    """
+    if model_config(name).reward_head is None:
+        raise ModelError(
+            f"{name}: has no reward head, so it scores nothing; `mmpo train` makes a reward model "
+            "of it (docs/reward.md)"
+        )
+    return open_checkpoint(name, attention, template)
 
 
 def load_checkpoint(

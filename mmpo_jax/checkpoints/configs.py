@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
 
 import transformers
 
-from mmpo_jax.checkpoints.safetensors_files import equal_tensors, read_header, weight_files
+from mmpo_jax.checkpoints.safetensors_files import (
+    StoredTensor,
+    equal_tensors,
+    read_header,
+    weight_files,
+)
 from mmpo_jax.models.config import ModelConfig, ModelError
 from mmpo_jax.models.model import check_kind, read_config
 
@@ -53,9 +59,25 @@ def load_config(
         )
         config.tie_word_embeddings = False
     try:
-        return read_config(config)
+        made = read_config(config)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
+    tied = made.decoder.tie_word_embeddings
+    if made.reward_head is None or tied or has_language_head(weights or folder):
+        return made
+    return without_language_head(made)
+
+
+def without_language_head(config: ModelConfig) -> ModelConfig:
+    """The config of a reward model that says nothing, as transformers' classes have it."""
+    decoder = dataclasses.replace(config.decoder, language_head=False)
+    return dataclasses.replace(config, decoder=decoder)
+
+
+def has_language_head(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder's weights have a language-model head; also where there are no weights."""
+    names = [tensor.name for tensor in _tensors(folder)]
+    return not names or any(name.endswith("lm_head.weight") for name in names)
 
 
 def has_own_head(folder: str | os.PathLike[str]) -> bool:
@@ -66,12 +88,17 @@ def has_own_head(folder: str | os.PathLike[str]) -> bool:
     Raises:
       ModelError: one of the two cannot be read.
     """
-    try:
-        tensors = [tensor for file in weight_files(folder) for tensor in read_header(file)]
-    except ModelError:  # told where the weights are read
-        return False
+    tensors = _tensors(folder)
     heads, embeddings = (
         [tensor for tensor in tensors if tensor.name.endswith(f"{name}.weight")]
         for name in ("lm_head", "embed_tokens")
     )
     return bool(heads and embeddings) and not equal_tensors(heads[0], embeddings[0])
+
+
+def _tensors(folder: str | os.PathLike[str]) -> list[StoredTensor]:
+    """What a folder's files hold; nothing where they cannot be read, which is told later."""
+    try:
+        return [tensor for file in weight_files(folder) for tensor in read_header(file)]
+    except ModelError:
+        return []

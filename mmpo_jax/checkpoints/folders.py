@@ -23,6 +23,8 @@ from mmpo_jax.core.files import (
     write_atomic,
 )
 from mmpo_jax.models.config import ModelError
+from mmpo_jax.models.model import Model
+from mmpo_jax.models.reward_head import reward_head_entries
 
 BUILTIN = {"builtin:picture_world": Path(__file__).parent.parent / "picture_world" / "checkpoint"}
 """Checkpoints that ship with the package."""
@@ -237,4 +239,15 @@ def write_dtype(folder: str | os.PathLike[str], name: str) -> None:
         return
     for part, key in stated:
         part[key] = name
+    write_atomic(path, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def write_reward_head(folder: str | os.PathLike[str], model: Model) -> None:
+    """Makes `config.json` say what reward head the weights have, if they have one."""
+    head = model.config.reward_head
+    if head is None:
+        return
+    path = epath.Path(folder) / "config.json"
+    reward_class = model.family.reward_classes.get(model.config.family)
+    config = read_json(path) | reward_head_entries(head, reward_class)
     write_atomic(path, (json.dumps(config, indent=2) + "\n").encode())

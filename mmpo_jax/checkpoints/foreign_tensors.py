@@ -11,9 +11,11 @@ KNOWN = (
         "`model.pretrained_model.save_pretrained(...)`",
     ),
     (
-        r"(score|classifier|reward_head)\.",
-        "the head of a reward or classification model, which answers nothing; take the checkpoint "
-        "that it was made of",
+        r"(score|classifier|reward_head|rm_head)\.",
+        "the head of a reward or classification model, of which config.json says nothing. A reward "
+        'model\'s config has `"reward_head": {"type": "linear"}` for score.weight, '
+        "and the type two_layer for rm_head.dense and rm_head.out_proj; to sample or to train a "
+        "policy take the checkpoint that it was made of",
     ),
     (
         r"module\.",

@@ -22,7 +22,12 @@ from jax.experimental import multihost_utils
 
 from mmpo_jax.checkpoints.cards import ModelCard, write_card
 from mmpo_jax.checkpoints.configs import load_config
-from mmpo_jax.checkpoints.folders import copy_base, write_dtype, write_untied
+from mmpo_jax.checkpoints.folders import (
+    copy_base,
+    write_dtype,
+    write_reward_head,
+    write_untied,
+)
 from mmpo_jax.checkpoints.foreign_tensors import explain
 from mmpo_jax.checkpoints.loading import COPY_ROWS, StoredParameter, load_arrays
 from mmpo_jax.checkpoints.rounding import Survival, rounded, stored_dtype
@@ -233,6 +238,7 @@ def save_model(
         write_dtype(staging, stored.name)
         if not model.config.decoder.tie_word_embeddings:
             write_untied(staging)
+        write_reward_head(staging, model)
         if card is not None:
             write_card(staging, card)
 

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from mmpo_jax.checkpoints.cards import ModelCard, save_card
-from mmpo_jax.checkpoints.folders import BASE, copy_base
+from mmpo_jax.checkpoints.folders import BASE, copy_base, write_reward_head
 from mmpo_jax.checkpoints.train_state import TrainState
 from mmpo_jax.core import progress
 from mmpo_jax.core.buckets import absolute, entries, is_folder, remove_tree
@@ -27,7 +27,7 @@ from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.files import check_reachable, is_local
 from mmpo_jax.core.processes import on_one
 from mmpo_jax.core.trees import flatten, unflatten
-from mmpo_jax.models.model import Params
+from mmpo_jax.models.model import Model, Params
 from mmpo_jax.parallel.mesh import put_whole
 
 log = logging.getLogger(__name__)
@@ -230,6 +230,7 @@ def save_base(
     source: str | os.PathLike[str],
     chat_template: str | None = None,
     card: ModelCard | None = None,
+    model: Model | None = None,
 ) -> str:
     """Copies what a checkpoint needs to be run beside it: config, tokenizer, processor.
 
@@ -238,6 +239,7 @@ def save_base(
       source: a checkpoint folder.
       chat_template: in place of the source's.
       card: of what will be converted from the run.
+      model: whose reward head the config is to say, where the source's does not.
 
     Returns:
       The folder.
@@ -246,6 +248,8 @@ def save_base(
 
     def save() -> None:
         copy_base(source, base, chat_template)
+        if model is not None:
+            write_reward_head(base, model)
         if card is not None:
             save_card(base, card)
 

@@ -8,6 +8,7 @@ all of their names are read, those of transformers 5 are written.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import json
 import os
@@ -20,19 +21,26 @@ from etils import epath
 from mmpo_jax.checkpoints.folders import ADAPTER_CONFIG as CONFIG_FILE
 from mmpo_jax.checkpoints.folders import ADAPTER_WEIGHTS as WEIGHTS_FILE
 from mmpo_jax.checkpoints.folders import is_on_hub, split_hub_id
-from mmpo_jax.checkpoints.huggingface import key_of, path_of, write_folder
+from mmpo_jax.checkpoints.huggingface import key_of, new_tensors, path_of, write_folder
 from mmpo_jax.checkpoints.safetensors_files import NewTensor, read_header, read_tensor
 from mmpo_jax.core.trees import flatten, to_host, unflatten
-from mmpo_jax.models.config import ModelError
+from mmpo_jax.models.config import ModelError, RewardHead
 from mmpo_jax.models.lora import SCALE, A, B, adapted_layers, dense_layers
 from mmpo_jax.models.model import Model, Params
+from mmpo_jax.models.reward_head import (
+    KEY,
+    MODULES,
+    parse_reward_head,
+    reward_head_entries,
+)
+from mmpo_jax.models.reward_head import is_reward_head as is_head
 
+PREFIX = "base_model.model."
 TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 
 UNSUPPORTED = (
     "alora_invocation_tokens",
     "layer_replication",
-    "modules_to_save",
     "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
@@ -40,6 +48,9 @@ UNSUPPORTED = (
     "use_qalora",
 )
 """Options of `LoraConfig` that change what is computed, beyond the product of two factors."""
+
+HEADS = {"score", "rm_head", "classifier"}
+"""`modules_to_save` that may stand there: heads of reward models, by whatever name PEFT lists."""
 
 INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 """`init_lora_weights` that leave the base weights alone."""
@@ -75,6 +86,12 @@ def read_adapter_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
                 f"{path}: {key} is {given[key]!r}, which this version does not implement; "
                 "merge the adapter with PEFT and load the whole model"
             )
+    others = sorted({*(given.get("modules_to_save") or ())} - HEADS)
+    if others:
+        raise ModelError(
+            f"{path}: modules_to_save has {others[0]!r}, and only reward heads are read; merge the "
+            "adapter with PEFT and load the whole model"
+        )
     if given.get("init_lora_weights", True) not in INITS:
         raise ModelError(
             f"{path}: init_lora_weights {given['init_lora_weights']!r} changes the base weights; "
@@ -99,6 +116,18 @@ def base_model(folder: str | os.PathLike[str]) -> str:
     return f"{name}@{revision}" if revision and is_on_hub(f"{name}@{revision}") else str(name)
 
 
+def adapter_head(folder: str | os.PathLike[str]) -> RewardHead | None:
+    """The reward head that an adapter brings along; None where it brings none.
+
+    Raises:
+      ModelError: its config cannot be read.
+    """
+    config = read_adapter_config(folder)
+    if config.get(KEY) is not None:
+        return parse_reward_head(config[KEY])
+    return RewardHead("linear") if "score" in (config.get("modules_to_save") or ()) else None
+
+
 def load_adapter(folder: str | os.PathLike[str], model: Model) -> dict[str, np.ndarray]:
     """Reads an adapter for a model.
 
@@ -110,7 +139,8 @@ def load_adapter(folder: str | os.PathLike[str], model: Model) -> dict[str, np.n
       model: the architecture of the base.
 
     Returns:
-      Leaves by path, float32, as `lora` puts them beside the kernels.
+      Leaves by path, float32, as `lora` puts them beside the kernels, and those of the reward head
+      that the adapter brings.
 
     Raises:
       ModelError: naming the file and the module that is unknown, missing or of another shape.
@@ -125,11 +155,24 @@ def load_adapter(folder: str | os.PathLike[str], model: Model) -> dict[str, np.n
     shapes = dense_layers(model)
     factors: dict[str, dict[str, np.ndarray]] = collections.defaultdict(dict)
     modules: dict[str, dict[int, str]] = collections.defaultdict(dict)
+    leaves: dict[str, np.ndarray] = {}
+    heads = {p: leaf.shape for p, leaf in flatten(model.abstract_params()).items() if is_head(p)}
     for tensor in read_header(file):
+        head, _ = path_of(tensor.name.removeprefix(PREFIX), model)
+        if head in heads:
+            leaf = read_tensor(tensor).astype(np.float32)
+            leaves[head] = leaf.T if head.endswith("/kernel") else leaf
+            if leaves[head].shape != heads[head]:
+                raise ModelError(
+                    f"{file}: {tensor.name} has shape {tensor.shape}, the model gives "
+                    f"{heads[head][::-1]}"
+                )
+            continue
         match = TENSOR.fullmatch(tensor.name)
         if match is None:
             raise ModelError(
-                f"{file}: unexpected tensor {tensor.name}; only lora_A and lora_B are read"
+                f"{file}: unexpected tensor {tensor.name}; only lora_A, lora_B and the head of a "
+                "reward model are read"
             )
         module = match["module"]
         path, layer = path_of(f"{module}.weight", model)
@@ -142,7 +185,6 @@ def load_adapter(folder: str | os.PathLike[str], model: Model) -> dict[str, np.n
         modules[path][layer or 0] = module
     if not modules:
         raise ModelError(f"{file}: there is no adapter in it")
-    leaves: dict[str, np.ndarray] = {}
     for path, named in modules.items():
         is_stack = len(shapes[path]) == 3
         depth = shapes[path][0] if is_stack else 1
@@ -165,7 +207,8 @@ def with_adapter(params: Params, folder: str | os.PathLike[str], model: Model) -
 def save_adapter(
     folder: str | os.PathLike[str], model: Model, params: Params, *, base: str, dropout: float
 ) -> None:
-    """Writes the adapters among the parameters in PEFT's format.
+    """Writes the adapters among the parameters in PEFT's format, and the reward head if there is
+    one, which PEFT has among `modules_to_save`.
 
     Args:
       folder: written whole, by rename.
@@ -178,6 +221,11 @@ def save_adapter(
       ModelError: the weights cannot be written, the disk being full for instance.
     """
     tensors, ranks, alphas = _tensors(model, params)
+    heads = {path: leaf for path, leaf in flatten(params).items() if is_head(path)}
+    tensors += [
+        dataclasses.replace(tensor, name=PREFIX + tensor.name)
+        for tensor in new_tensors(unflatten(heads), model)
+    ]
     rank, alpha = (
         collections.Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas)
     )
@@ -195,6 +243,7 @@ def save_adapter(
         "use_rslora": False,
         "bias": "none",
         "inference_mode": True,
+        **_head_entries(model),
     }
 
     def write_config(staging: str) -> None:
@@ -202,6 +251,17 @@ def save_adapter(
             json.dump(config, file, indent=2, sort_keys=True)
 
     write_folder(folder, {WEIGHTS_FILE: tensors}, write_config)
+
+
+def _head_entries(model: Model) -> dict[str, Any]:
+    """What an adapter's config says of the model's reward head."""
+    head = model.config.reward_head
+    if head is None:
+        return {}
+    reward_class = model.family.reward_classes.get(model.config.family)
+    task = {"task_type": "SEQ_CLS"} if head.kind == "linear" and reward_class else {}
+    said = reward_head_entries(head, None)
+    return {**said, **task, "modules_to_save": [MODULES[head.kind]]}
 
 
 def _tensors(

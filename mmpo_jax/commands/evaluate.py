@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 
-from mmpo_jax.checkpoints.checkpoint import load_checkpoint
+from mmpo_jax.checkpoints.checkpoint import check_speaker, load_checkpoint
 from mmpo_jax.core.files import check_reachable, write_atomic
 from mmpo_jax.core.processes import on_one
 from mmpo_jax.evaluation.picture_world import evaluate_picture_world
@@ -26,6 +26,7 @@ def run_evaluation(recipe: EvaluateRecipe) -> dict[str, float]:
     """
     check_reachable(recipe.output)
     mesh = make_mesh(**recipe.devices.model_dump())
+    check_speaker(recipe.model, "mmpo evaluate")
     checkpoint = load_checkpoint(recipe.model, mesh, recipe.attention, recipe.template)
     metrics = evaluate_picture_world(
         checkpoint,

@@ -8,7 +8,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from mmpo_jax.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from mmpo_jax.checkpoints.checkpoint import Checkpoint, check_speaker, load_checkpoint
 from mmpo_jax.commands.results import Results
 from mmpo_jax.data.batching import fitting_lengths
 from mmpo_jax.data.formats.writing import messages, template_columns
@@ -39,6 +39,7 @@ def run_generation(recipe: GenerateRecipe) -> str:
     results = Results.at(recipe.output, "responses", recipe.data)
     record_set = recipe.data.load(supervised=False)
     mesh = make_mesh(**recipe.devices.model_dump())
+    check_speaker(recipe.model, "mmpo generate")
     checkpoint = load_checkpoint(recipe.model, mesh, recipe.attention, recipe.template)
     record_set, tokenized = usable_records(
         record_set, checkpoint.processor, recipe.lengths, results.skipped

@@ -1,16 +1,24 @@
-"""`mmpo select`: the best of several responses by the model's own reward, as JSONL."""
+"""`mmpo select`: the best of several responses, by the model's own reward or a reward model's."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float
 
-from mmpo_jax.checkpoints.checkpoint import Checkpoint
+from mmpo_jax.checkpoints.checkpoint import (
+    Checkpoint,
+    check_speaker,
+    open_checkpoint,
+    open_reward_model,
+)
 from mmpo_jax.commands.generate import sampled_responses
 from mmpo_jax.commands.results import Results
 from mmpo_jax.commands.score import without_responses
@@ -27,7 +35,6 @@ from mmpo_jax.data.sources import RecordSet
 from mmpo_jax.data.tokenization import Tokenize, TokenizedRecord, tokenize_records
 from mmpo_jax.data.usable import any_row, usable_records, without_shown_media
 from mmpo_jax.feedback.implicit import (
-    ImplicitRewards,
     of_policy,
     open_both,
     reward_stage,
@@ -37,6 +44,8 @@ from mmpo_jax.feedback.selection import Selection, best_of, describe_selection
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipes.recipe import SelectRecipe
 from mmpo_jax.recipes.sampling import Candidates
+from mmpo_jax.recipes.scoring import RewardModelAsked
+from mmpo_jax.reward_models.scoring import Reading, Rewarded, score_responses
 from mmpo_jax.scoring.log_probs import chosen_dtype
 
 log = logging.getLogger(__name__)
@@ -46,9 +55,57 @@ REPORT = "selection.json"
 
 
 def main(recipe: SelectRecipe) -> None:
+    if recipe.reward_model is not None:
+        print(f"best: {run_reward_model(recipe, recipe.reward_model)}")
+        return
     path, selection = run_selection(recipe)
     print(*selection.lines(), sep="\n")
     print(f"best: {path}")
+
+
+def run_reward_model(recipe: SelectRecipe, asked: RewardModelAsked) -> str:
+    """Samples responses, or takes those of the data, and has a reward model choose.
+
+    Returns:
+      The file, as that of `run_selection`, with the `critiques` of every response.
+    """
+    results = Results.at(recipe.output, "best", recipe.data)
+    record_set = recipe.data.load(supervised=recipe.sampling is None)
+    mesh = make_mesh(**recipe.devices.model_dump())
+    judge = open_reward_model(asked.model, recipe.attention, asked.template)
+    reading = Reading.of(asked, judge.model, asked.model)
+    if recipe.sampling is not None:
+        check_speaker(recipe.model, "mmpo select")
+        policy = open_checkpoint(recipe.model, recipe.attention, recipe.template)
+        record_set, prompts = usable_records(
+            record_set, policy.processor, recipe.lengths, results.skipped
+        )
+        samples = _sampled(recipe, recipe.sampling, policy, prompts, mesh, results)
+        answered = [_answered(record, samples[record.id]) for record in record_set.records]
+        record_set = dataclasses.replace(record_set, records=answered)
+    record_set, records = usable_records(
+        record_set,
+        judge.processor,
+        recipe.lengths,
+        results.skipped,
+        reading.unfit,
+        reading.tokenize,
+    )
+    rewarded = score_responses(
+        judge.reloaded(mesh),
+        record_set.records,
+        reading,
+        asked,
+        recipe.lengths,
+        mesh,
+        folder=results.parts,
+        seed=recipe.seed,
+    )
+    texts = [[response.text for response in record.responses] for record in record_set.records]
+    lines = map(_line, records, texts, [one.rewards for one in rewarded])
+    critiques = map(_critiques_line, records, rewarded)
+    pairs = zip(lines, critiques, strict=True)
+    return results.write(line | own for line, own in pairs)
 
 
 def run_selection(recipe: SelectRecipe) -> tuple[str, Selection]:
@@ -59,6 +116,7 @@ def run_selection(recipe: SelectRecipe) -> tuple[str, Selection]:
       equal ones the first; and what choosing does to lengths, which is also in `REPORT`. A response
       that could not be used is null, and so is its reward.
     """
+    assert recipe.reference is not None
     results = Results.at(recipe.output, "best", recipe.data)
     record_set = recipe.data.load(supervised=recipe.sampling is None)
     mesh = make_mesh(**recipe.devices.model_dump())
@@ -94,8 +152,8 @@ def run_selection(recipe: SelectRecipe) -> tuple[str, Selection]:
     fingerprints = {"policy": policy.fingerprint, "reference": reference.fingerprint}
     report = json.dumps(fingerprints | selection.to_json(), indent=1) + "\n"
     on_one(lambda: write_atomic(results.beside(REPORT), report.encode()))
-    lines = map(_line, records, rewards, [recipe.reward.per_token] * len(records))
-    return results.write(lines), selection
+    values = [row.per_token if recipe.reward.per_token else row.summed for row in rewards]
+    return results.write(map(_line, records, texts, values)), selection
 
 
 def _sampled(
@@ -152,13 +210,21 @@ def _tokenized(
     return kept
 
 
-def _line(record: TokenizedRecord, rewards: ImplicitRewards, per_token: bool) -> dict[str, Any]:
-    chosen = rewards.per_token if per_token else rewards.summed
-    texts: list[str | None] = [response.source.text for response in record.responses]
-    values: list[float | None] = chosen.tolist()
-    best = best_of(chosen)
+def _line(
+    record: TokenizedRecord, said: Sequence[str], rewards: Float[np.ndarray, " R"]
+) -> dict[str, Any]:
+    texts: list[str | None] = [*said]
+    values = [None if math.isnan(reward) else float(reward) for reward in rewards]
+    best = best_of(np.where(np.isnan(rewards), -np.inf, rewards))
     for place in record.left_out:  # in order
         texts.insert(place, None)
         values.insert(place, None)
         best += place <= best
     return {"id": record.id, "responses": texts, "rewards": values, "best": best}
+
+
+def _critiques_line(record: TokenizedRecord, rewarded: Rewarded) -> dict[str, Any]:
+    critiques = [*rewarded.critiques]
+    for place in record.left_out:  # in order
+        critiques.insert(place, [])
+    return {"critiques": critiques}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 from typing import Any
@@ -17,7 +18,7 @@ from mmpo_jax.core.files import fingerprint_items
 from mmpo_jax.data.pipeline import MixtureEntry
 from mmpo_jax.data.row_stage import can_be_stored, tokenized_rows
 from mmpo_jax.data.skipped import SKIPPED_FILE
-from mmpo_jax.data.sources import LearnedFile, scored_by
+from mmpo_jax.data.sources import LearnedFile, with_scores
 from mmpo_jax.data.tokenized_rows import (
     KnownRows,
     ListedRows,
@@ -35,7 +36,7 @@ from mmpo_jax.training.examples import LearnedExamples, fingerprint_fields, fing
 from mmpo_jax.training.loop import TrainingData
 from mmpo_jax.training.losses import recipe_terms
 from mmpo_jax.training.on_policy import with_token_limit
-from mmpo_jax.training.plan import check_training, mesh_sizes, rows_to_see
+from mmpo_jax.training.plan import check_training, mesh_sizes, rows_to_see, trained_config
 from mmpo_jax.training.row_use import LearnedUse, PromptUse
 from mmpo_jax.training.stage import VALIDATION, TrainingStage, stage_data, train_stage
 from mmpo_jax.training.tracking import check_tracking
@@ -60,11 +61,19 @@ def run_training(recipe: TrainRecipe) -> str:
     check_holds_checkpoints(recipe.output)
     check_tracking(recipe.training.wandb)
     if recipe.rollout is not None:
-        for section in recipe.rollout.rewards:
+        for section in recipe.rollout.rules:
             section.key()  # which loads a function of the user's, before anything heavy
     decoder = model_config(recipe.model).decoder
     mesh = make_mesh(**mesh_sizes(recipe.devices, recipe.training, decoder))
-    start = load_start(recipe.model, _random_seed(recipe), mesh, recipe.attention, recipe.template)
+    start = load_start(
+        recipe.model,
+        _random_seed(recipe),
+        mesh,
+        recipe.attention,
+        recipe.template,
+        functools.partial(trained_config, recipe.training, recipe.reward_head),
+        recipe.seed,
+    )
     training = recipe.training
     if recipe.rollout is not None:
         training = with_token_limit(training, recipe.rollout)
@@ -205,8 +214,8 @@ def usable_rows(
             workers=training.workers,
         )
     record_set = data.load(supervised=use.supervised, messages_as=use.messages_as)
-    if isinstance(data, LearnedFile) and data.score is not None and use.supervised:
-        record_set = scored_by(record_set, data.score)
+    if isinstance(data, LearnedFile) and use.supervised:
+        record_set = with_scores(record_set, data)
     _, records = usable_records(
         record_set, start.processor, recipe.lengths, skipped, use.unfit, use.tokenize
     )

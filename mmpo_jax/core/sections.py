@@ -27,6 +27,7 @@ SectionType = TypeVar("SectionType", bound=Section)
 
 # Strict, or `true` would be taken for 1.
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
+NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
 MeshSize = PositiveInt | Literal[-1]
 

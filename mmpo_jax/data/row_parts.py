@@ -26,7 +26,7 @@ from mmpo_jax.data.records import SOLUTIONS, Record
 from mmpo_jax.data.row_tables import encode_rows, open_table, table_bytes
 from mmpo_jax.data.rows import MessagesAs
 from mmpo_jax.data.skipped import Problem, SkippedRow
-from mmpo_jax.data.sources import FileData, LearnedFile, scored, without_prompt
+from mmpo_jax.data.sources import FileData, scored_record, without_prompt
 from mmpo_jax.data.tally import Tally
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.data.usable import tokenize_usable
@@ -164,7 +164,7 @@ def _records(
     for row in rows:
         if isinstance(row, Record):
             shown.append(row)
-            yield _scored(row, data)
+            yield scored_record(row, data)
             continue
         record = parse_row(
             row,
@@ -192,13 +192,7 @@ def _records(
                 tally.without_prompt.append(without_prompt(data.path, record))
                 continue
             record = dataclasses.replace(record, responses=())
-        yield _scored(record, data)
-
-
-def _scored(record: Record, data: FileData) -> Record:
-    if isinstance(data, LearnedFile) and data.score is not None:
-        return scored(record, data.score)
-    return record
+        yield scored_record(record, data)
 
 
 def notes_of(file: str) -> dict[str, Any]:

@@ -25,8 +25,10 @@ from mmpo_jax.core import progress
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import (
     cache_folder,
+    fingerprint_bytes,
     fingerprint_json,
     is_local,
+    read_bytes,
     read_json,
     write_atomic,
 )
@@ -154,10 +156,15 @@ def _made_of(
     lengths: Lengths | None,
     files: Sequence[epath.Path],
 ) -> dict[str, Any]:
+    section = data.model_dump(mode="json", exclude={"max_skipped", "weight"})
+    if section.get("rewards") is None:  # as it was before there were any
+        section.pop("rewards", None)
+    else:
+        section["rewards"] = fingerprint_bytes(read_bytes(section["rewards"]))
     return {
         "rules": RULES,
         "rows": fingerprint_rows(files),
-        "data": data.model_dump(mode="json", exclude={"max_skipped", "weight"}),
+        "data": section,
         "use": use.key(),
         "limits": limits_of(lengths),
         **processor.fingerprints(),

@@ -126,9 +126,14 @@ def decode_row(
         rows = zip(responses, sources, context["responses"], strict=True)
         spoken_responses = tuple(
             TokenizedResponse(
-                tokens[piece], spoken[piece], truncated, source, tuple(map(tuple, spans))
+                tokens[piece],
+                spoken[piece],
+                truncated,
+                source,
+                tuple(map(tuple, spans)),
+                criticised=bool(more),
             )
-            for piece, source, (truncated, spans) in rows
+            for piece, source, (truncated, spans, *more) in rows
         )
         contexts.append(
             dataclasses.replace(
@@ -254,8 +259,14 @@ def _encode_context(context: TokenizedRecord, encoded: list[bytes]) -> dict[str,
         "ranked": context.ranked,
         "left_out": context.left_out,
         "shows_later": context.shows_later,
-        "responses": [[response.truncated, response.span_tokens] for response in context.responses],
+        "responses": [_encode_response(response) for response in context.responses],
     }
+
+
+def _encode_response(response: TokenizedResponse) -> list[Any]:
+    """[truncated, span_tokens], and true where it is criticised."""
+    criticised = [True] if response.criticised else []
+    return [response.truncated, response.span_tokens, *criticised]
 
 
 def _decode_context(

@@ -56,12 +56,14 @@ SkipReason = Literal[
     "prompt_too_long",  # over the largest bucket; its image tokens are never cut
     "prompt_differs",  # from the beginning of the whole dialogues that are given as answers
     "question_too_long",
-    "response_too_long",  # over the largest bucket, with images beyond it
+    "response_too_long",  # over the largest bucket, with images or the end that is scored beyond it
+    "no_critique",  # a response without one, where the data are to give it
     "no_spans",  # no part of a response is marked, where these are learned from
     "span_not_found",  # the chat template changes the text that spans are of
     "template_refuses",  # the chat template does not take such a dialogue
     "rank_count",  # ranks and responses differ in number
     "same_responses",  # chosen equals rejected as training sees them, maybe where they were cut
+    "several_turns",  # a prompt of several turns, where a reward model is told one question
     "score_count",  # scores and responses differ in number
     "turn_order",  # a prompt in which nobody asks anything
     "unfinished",  # a response that was cut, where something is to follow it

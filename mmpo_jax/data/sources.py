@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from typing import Literal
 
+import pydantic
 from pydantic import Field
 
 from mmpo_jax.core.sections import Section
@@ -14,6 +15,7 @@ from mmpo_jax.data.media_check import check_images
 from mmpo_jax.data.notes import Notes
 from mmpo_jax.data.readers import left_out_rows, read_records
 from mmpo_jax.data.records import SCORE, Record, Response
+from mmpo_jax.data.reward_files import rewarded
 from mmpo_jax.data.rows import FormatName, MessagesAs
 from mmpo_jax.data.skipped import SkippedRow
 
@@ -83,6 +85,15 @@ class LearnedFile(FileData):
     """Which of several scores is `score`, by its name; responses without it have none then."""
     join_pairs: bool = False
     """Join the pairs of one prompt into a ranking, where they agree (docs/data.md)."""
+    rewards: str | None = None
+    """File of `mmpo reward` about these rows: its rewards are the responses' scores."""
+
+    @pydantic.model_validator(mode="after")
+    def _one_score(self) -> LearnedFile:
+        if self.rewards is not None and (self.score is not None or self.join_pairs):
+            other = "join_pairs" if self.join_pairs else "score"
+            raise ValueError(f"rewards: are scores of rows as they are; leave {other} out")
+        return self
 
 
 def load_file(data: FileData, supervised: bool, messages_as: MessagesAs) -> RecordSet:
@@ -124,15 +135,24 @@ def load_file(data: FileData, supervised: bool, messages_as: MessagesAs) -> Reco
     )
 
 
-def scored_by(record_set: RecordSet, name: str) -> RecordSet:
-    """The records with a score of every response as the one that is called `SCORE`.
-
-    Args:
-      record_set: with the records.
-      name: of the score; a response that has none of it gets no scores.
-    """
-    records = [scored(record, name) for record in record_set.records]
+def with_scores(record_set: RecordSet, data: LearnedFile) -> RecordSet:
+    """The records with the scores that a recipe's section asks for, see `scored_record`."""
+    records = [scored_record(record, data) for record in record_set.records]
     return dataclasses.replace(record_set, records=records)
+
+
+def scored_record(record: Record, data: FileData) -> Record:
+    """A record with the scores that a recipe's section asks for: those of one name, or the rewards
+    of a file.
+
+    Raises:
+      DataError: naming the file and the row of it that cannot be read.
+    """
+    if not isinstance(data, LearnedFile):
+        return record
+    if data.rewards is not None:
+        return rewarded(record, data.rewards)
+    return record if data.score is None else scored(record, data.score)
 
 
 def scored(record: Record, name: str) -> Record:

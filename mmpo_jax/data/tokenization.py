@@ -46,6 +46,8 @@ class TokenizedResponse:
     """[start, end) of the tokens of each of the source's spans; may end beyond those left."""
     mismatched: bool = False
     """Whether it answers another record's prompt."""
+    criticised: bool = False
+    """Whether it ends with a critique of itself, see `data.critiques`."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ from mmpo_jax.feedback.labeler import CheckpointLabeler, Labeler, answer_tokens
 from mmpo_jax.feedback.models import Models
 from mmpo_jax.feedback.pair_judge import PairJudge
 from mmpo_jax.feedback.reward_judge import RewardJudge
+from mmpo_jax.feedback.reward_model_judge import RewardModelJudge
 from mmpo_jax.feedback.self_reward import SelfRewardJudge
 from mmpo_jax.feedback.served import ServedTextModel
 from mmpo_jax.feedback.splitters import (
@@ -38,6 +39,7 @@ from mmpo_jax.recipes.feedback import (
     ImplicitFeedback,
     PairFeedback,
     PictureWorldSplitting,
+    RewardModelFeedback,
     ScoresFeedback,
     SelfRewardFeedback,
     SourceFeedback,
@@ -65,6 +67,8 @@ def make_judge(feedback: Feedback, models: Models) -> Judge:
         return ScoresJudge(feedback)
     if isinstance(feedback, ImplicitFeedback):
         return ImplicitJudge(feedback, models)
+    if isinstance(feedback, RewardModelFeedback):
+        return RewardModelJudge(feedback, models)
     if isinstance(feedback, SelfRewardFeedback):
         model, key, check = text_model(feedback.labeler, feedback, models)
         return SelfRewardJudge(feedback, model, key, [check])

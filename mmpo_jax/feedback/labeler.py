@@ -28,11 +28,10 @@ from mmpo_jax.data.tokenization import UNLIMITED, RowRejected, TokenizedRecord, 
 from mmpo_jax.inference.loop import TokenCount, run_batches
 from mmpo_jax.inference.plan import plan_responses
 from mmpo_jax.models.batch import Batch, PackedBatch
-from mmpo_jax.models.log_probs import next_token_logits, rows_at
+from mmpo_jax.models.log_probs import next_token_logits, states_at_ends
 from mmpo_jax.models.lora import cast_params
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.precision import check_finite, inference_dtype
-from mmpo_jax.models.vlm import VisionLanguageModel
 
 YES, NO = ("yes", "Yes"), ("no", "No")
 PROBABILITIES = "probabilities"
@@ -231,23 +230,10 @@ def answer_probabilities(
     Computed in the parameters' `inference_dtype`.
     """
     module = model.bind(cast_params(params, inference_dtype(params)))
-    hidden = _states_at_ends(module, batch)
+    hidden = states_at_ends(module.states(batch), batch)
     probabilities = jax.nn.softmax(next_token_logits(module, hidden), axis=-1)
     sums = [probabilities[..., list(ids)].sum(axis=-1) for ids in (yes_ids, no_ids)]
     return jnp.stack(sums, axis=-1)
-
-
-def _states_at_ends(module: VisionLanguageModel, batch: Batch | PackedBatch) -> jax.Array:
-    """Hidden states of the last token of every response, [B, R, D] or [Z * C, R, D]."""
-    if isinstance(batch, PackedBatch):
-        states = module.packed_states(batch)
-        last = batch.last.reshape(len(states), -1)
-        return rows_at(states, last).reshape(*batch.last.shape, -1)
-    last, responses = module.hidden_states(batch)
-    lengths = batch.response_mask.sum(axis=-1)
-    at_end = jax.vmap(jax.vmap(lambda rows, at: rows[at]))(responses, jnp.maximum(lengths - 1, 0))
-    # A question that is wholly part of the shared prompt ends where the prompt does.
-    return jnp.where((lengths == 0)[..., None], last[:, None], at_end)
 
 
 def answer_tokens(

@@ -8,7 +8,7 @@ them is in its file under `families/`.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.models.layers import ACTIVATIONS
@@ -41,6 +41,21 @@ class DecoderConfig:
     windows: tuple[int, ...]
     """Number of tokens that a query sees in each layer, itself included; 0 for all."""
     tie_word_embeddings: bool
+    language_head: bool = True
+    """Whether there is a language-model head; transformers' sequence classification has none."""
+
+
+HeadKind = Literal["linear", "two_layer"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardHead:
+    """A head that says what a response is worth, see `models.reward_head`."""
+
+    kind: HeadKind
+    critique_prompt: str | None = None
+    """What the user says behind a response, upon which the model writes the critique that its head
+    reads too; None for a head that reads the response alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +65,8 @@ class ModelConfig:
     family: str
     """config.json's `model_type`."""
     decoder: DecoderConfig
+    reward_head: RewardHead | None = dataclasses.field(default=None, kw_only=True)
+    """Head of a reward model; None for a model that only speaks."""
 
 
 DECODER_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen2_5_vl_text")

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from mmpo_jax.models.config import DecoderConfig
+from mmpo_jax.models.config import DecoderConfig, ModelError
 from mmpo_jax.models.layers import (
     GatedMlp,
     constrain_batch,
@@ -129,7 +129,8 @@ class Decoder(nnx.Module):
         self.layers = stack_layers(lambda r: DecoderLayer(config, r), config.num_layers, rngs)
         self.norm = nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, rngs=rngs)
         self.tied = config.tie_word_embeddings
-        if not self.tied:
+        self.speaks = self.tied or config.language_head
+        if self.speaks and not self.tied:
             self.lm_head = linear(config.hidden_size, config.vocab_size, False, rngs)
 
     def __call__(
@@ -194,5 +195,11 @@ class Decoder(nnx.Module):
         return None, jnp.array([window or unlimited for window in self.windows], jnp.int32)
 
     def head_kernel(self) -> Float[Array, "D V"]:
-        """The language-model head as [D, V]."""
+        """The language-model head as [D, V].
+
+        Raises:
+          ModelError: there is none.
+        """
+        if not self.speaks:
+            raise ModelError("this reward model has no language-model head, so it writes nothing")
         return self.embed_tokens.embedding[...].T if self.tied else self.lm_head.kernel[...]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,6 +90,9 @@ class Family:
     )
     """The way from written names to those of the modules in transformers 5, under which PEFT keeps
     adapters; by default LLaVA's and its successors'."""
+    reward_classes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """`model_type` -> transformers' class of a decoder under a linear head with one output, where
+    there is one."""
     images: Images | None = None
     videos: Videos | None = None
     tensor_shapes: Callable[[Any], dict[str, tuple[int, ...]]] = lambda config: {}

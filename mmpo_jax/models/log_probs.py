@@ -16,7 +16,10 @@ from jaxtyping import Array, Float, Int
 from mmpo_jax.models.batch import Batch, PackedBatch
 from mmpo_jax.models.layers import matmul
 from mmpo_jax.models.model import Model, Params
-from mmpo_jax.models.vlm import VisionLanguageModel
+from mmpo_jax.models.vlm import States, VisionLanguageModel
+
+REWARDS = "rewards"
+"""Name of what the reward head says of every response."""
 
 HEAD_BYTES = 64 * 2**20
 """How much one chunk of the head may hold per device: logits, and what it gathers for them."""
@@ -65,7 +68,8 @@ def response_statistics(
     chunk: int | None = None,
     partners: Sequence[int] = (0,),
     temperature: float = 1.0,
-) -> dict[str, Float[Array, "B R T"]]:
+    rewards: bool = False,
+) -> dict[str, Float[Array, "B R ..."]]:
     """`response_log_probs` and other numbers of every response token, from the same logits.
 
     Args:
@@ -73,36 +77,81 @@ def response_statistics(
       names: of the statistics, see `token_statistics`; `kl` needs a reference.
       reference: parameters of a second model of the same architecture; never has a gradient.
       partners: see `token_statistics`.
+      rewards: whether `REWARDS` are wanted too, from the same hidden states.
 
     Returns:
       name -> float32[B, R, T], 0 at padding: `log_probs`, those asked for, and where there is a
       reference `reference_log_probs` and what else is asked for of it; of a packed batch see
-      `response_log_probs`.
+      `response_log_probs`. `REWARDS` is [B, R], see `response_rewards`.
     """
     packed = isinstance(batch, PackedBatch)
     assert not packed or len(partners) == 1, "a record's contexts do not stand in packed rows"
 
     vocab_size = model.config.decoder.vocab_size
-
-    def predictors(params: Params, remat: str) -> tuple[jax.Array, jax.Array]:
-        module = model.bind(params)
-        if isinstance(batch, PackedBatch):
-            hidden = rows_at(module.packed_states(batch, remat), batch.predictor)[:, None]
-        else:
-            hidden = shift_right(*module.hidden_states(batch, remat))
-        return hidden, module.language_model.head_kernel()
-
     other = None
     if reference is not None:
-        other = jax.lax.stop_gradient(predictors(jax.lax.stop_gradient(reference), "none"))
-    hidden, kernel = predictors(params, remat)
+        module = model.bind(jax.lax.stop_gradient(reference))
+        hidden = predicting_states(module.states(batch), batch)
+        other = jax.lax.stop_gradient((hidden, module.language_model.head_kernel()))
+    module = model.bind(params)
+    states = module.states(batch, remat)
+    hidden, kernel = predicting_states(states, batch), module.language_model.head_kernel()
     labels = batch.target[:, None] if isinstance(batch, PackedBatch) else batch.response_ids
     found = token_statistics(
         hidden, kernel, labels, names, other, chunk, partners, temperature, vocab_size
     )
     if isinstance(batch, PackedBatch):
-        return {name: unpack(values[:, 0], batch) for name, values in found.items()}
-    return {name: values * batch.response_mask for name, values in found.items()}
+        found = {name: unpack(values[:, 0], batch) for name, values in found.items()}
+    else:
+        found = {name: values * batch.response_mask for name, values in found.items()}
+    return found | ({REWARDS: rewards_at_ends(module, states, batch)} if rewards else {})
+
+
+def response_rewards(
+    model: Model, params: Params, batch: Batch | PackedBatch, *, remat: str = "none"
+) -> Float[Array, "B R"]:
+    """What the reward head says at the end of every response, float32[B, R] (float64 for float64
+    parameters); of a packed batch [Z * C, R]. 0 where there is no response.
+
+    The language-model head, of which not every reward model has one, is not applied.
+
+    Args:
+      model: the architecture, with a reward head.
+      params, batch, remat: see `response_log_probs`.
+    """
+    module = model.bind(params)
+    return rewards_at_ends(module, module.states(batch, remat), batch)
+
+
+def rewards_at_ends(
+    module: VisionLanguageModel, states: States, batch: Batch | PackedBatch
+) -> Float[Array, "B R"]:
+    """`response_rewards` of the states of a batch."""
+    return module.rewards(states_at_ends(states, batch)) * batch.loss_mask.any(axis=-1)
+
+
+def states_at_ends(states: States, batch: Batch | PackedBatch) -> Float[Array, "B R D"]:
+    """Hidden states of the last token of every response, [B, R, D] or [Z * C, R, D].
+
+    A response without tokens, one that is wholly part of the shared prompt, ends where that does.
+    """
+    if isinstance(batch, PackedBatch):
+        assert not isinstance(states, tuple)
+        last = batch.last.reshape(len(states), -1)
+        return rows_at(states, last).reshape(*batch.last.shape, -1)
+    of_prompt, responses = states
+    lengths = batch.response_mask.sum(axis=-1)
+    at_end = jax.vmap(jax.vmap(lambda rows, at: rows[at]))(responses, jnp.maximum(lengths - 1, 0))
+    return jnp.where((lengths == 0)[..., None], of_prompt[:, None], at_end)
+
+
+def predicting_states(states: States, batch: Batch | PackedBatch) -> Float[Array, "B R T D"]:
+    """Hidden states that predict each response token, [B, R, T, D]; of a packed batch those of its
+    targets, [Z, 1, M, D]."""
+    if isinstance(batch, PackedBatch):
+        assert not isinstance(states, tuple)
+        return rows_at(states, batch.predictor)[:, None]
+    return shift_right(*states)
 
 
 def rows_at(rows: Float[Array, "Z X D"], at: Int[Array, "Z M"]) -> Float[Array, "Z M D"]:

@@ -29,6 +29,7 @@ from pydantic import Field
 
 from mmpo_jax.core.sections import PositiveInt, Section
 from mmpo_jax.core.trees import flatten, unflatten
+from mmpo_jax.models import reward_head
 from mmpo_jax.models.merging import SCALE, A, B, kernel_and_adapter, merge
 from mmpo_jax.models.model import Model, Params
 
@@ -57,9 +58,9 @@ class Lora(Section):
 
 KEY, RATE = "lora_key", "lora_rate"
 
-WITHOUT = r"language_model/lm_head|.*/patch_embedding"
-"""Dense layers that can have no adapter: the head is applied in chunks, by its kernel alone, and
-patch embeddings are convolutions for PEFT."""
+WITHOUT = rf"language_model/lm_head|.*/patch_embedding|{reward_head.LAYERS}"
+"""Dense layers that can have no adapter: the head is applied in chunks, by its kernel alone, patch
+embeddings are convolutions for PEFT, and a reward head is trained whole."""
 
 
 def dense_layers(model: Model) -> dict[str, tuple[int, ...]]:

@@ -11,6 +11,7 @@ import jax
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from mmpo_jax.models import reward_head
 from mmpo_jax.models.config import ModelConfig, ModelError
 from mmpo_jax.models.families import FAMILIES
 from mmpo_jax.models.family import Family
@@ -46,7 +47,8 @@ class Model:
     def rules(self) -> tuple[tuple[str, PartitionSpec], ...]:
         """(regular expression over a parameter's whole path, its PartitionSpec); the first match
         counts."""
-        return self.family.rules
+        head = () if self.config.reward_head is None else reward_head.SHARDING_RULES
+        return (*head, *self.family.rules)
 
     def bind(self, params: Params) -> VisionLanguageModel:
         """The module with these parameters in it, for use inside a pure function.
@@ -81,7 +83,8 @@ def read_config(config: Any) -> ModelConfig:
       ModelError: an architecture or a switch that is not implemented.
     """
     check_kind(config.model_type)
-    return FAMILIES[config.model_type].read_config(config)
+    made = FAMILIES[config.model_type].read_config(config)
+    return dataclasses.replace(made, reward_head=reward_head.read_reward_head(config))
 
 
 def check_kind(kind: object, where: str = "") -> None:

@@ -9,9 +9,13 @@ from jaxtyping import Array, Float, Int
 
 from mmpo_jax.models.attention import packed_attention, shared_prompt_attention
 from mmpo_jax.models.batch import Batch, PackedBatch
-from mmpo_jax.models.config import ModelConfig
+from mmpo_jax.models.config import ModelConfig, ModelError
 from mmpo_jax.models.decoder import Decoder
-from mmpo_jax.models.layers import constrain_batch
+from mmpo_jax.models.layers import constrain_batch, linear
+from mmpo_jax.models.reward_head import TwoLayerHead, linear_reward
+
+States = jax.Array | tuple[jax.Array, jax.Array]
+"""Final hidden states of a batch: `hidden_states`, or `packed_states` of a packed one."""
 
 
 class VisionLanguageModel(nnx.Module):
@@ -26,6 +30,24 @@ class VisionLanguageModel(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
         self.language_model = Decoder(config.decoder, rngs)
+        if config.reward_head is not None:
+            width = config.decoder.hidden_size
+            if config.reward_head.kind == "linear":
+                self.score = linear(width, 1, False, rngs)
+            else:
+                self.rm_head = TwoLayerHead(width, rngs)
+
+    def rewards(self, hidden: Float[Array, "*b D"]) -> Float[Array, "*b"]:
+        """What the reward head says of final hidden states [..., D], float32[...].
+
+        Raises:
+          ModelError: the model has no such head.
+        """
+        if self.config.reward_head is None:
+            raise ModelError("this model has no reward head")
+        if self.config.reward_head.kind == "linear":
+            return linear_reward(self.score, hidden)
+        return self.rm_head(hidden)
 
     def image_features(self, batch: Batch | PackedBatch, remat: str) -> Float[Array, "B F D"]:
         """The pool of vectors that `feature_index` points into, [B, F, D] in the decoder's width.
@@ -85,6 +107,12 @@ class VisionLanguageModel(nnx.Module):
         )
         positions = batch.shown.positions.reshape(b, -1, r * t)
         return self.embed(ids, index, weight, pool), positions
+
+    def states(self, batch: Batch | PackedBatch, remat: str = "none") -> States:
+        """The decoder's final hidden states of a batch, each prompt run once."""
+        if isinstance(batch, PackedBatch):
+            return self.packed_states(batch, remat)
+        return self.hidden_states(batch, remat)
 
     def hidden_states(
         self, batch: Batch, remat: str = "none"

@@ -55,8 +55,6 @@ def render_entry(
 
 def _render(objective: Objective) -> str:
     needs = _names(objective.needs | objective.rows(objective.defaults).views) or "nothing"
-    if objective.needs & HEADS.keys():
-        needs += " (which no model has yet: a recipe with it is refused)"
     conditional = [
         f"{_names(more)} with {option}"
         for option, more in objective.option_needs.items()

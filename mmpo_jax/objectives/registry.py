@@ -45,6 +45,7 @@ FIELDS = {
     "turn": "turns of the assistant after the response",
     "other_models": "log-probs per token under other models: scores called `log_prob/MODEL`",
     "critique": "which tokens are those of a critique",
+    "ranks": "a rank of every response; those of a row may all be the same",
     "advantages": "rewards of sampled responses against each other: on-policy training makes them",
 }
 """What the data have to say of every response, by the names objectives use."""
@@ -86,9 +87,21 @@ VIEWS = {
 """Names of views: the same texts after another prompt, or others after the same."""
 
 HEADS = {
-    "reward_head": "a model with a head that gives a response a reward",
+    "reward_head": "a model with a head that gives a response a reward (`reward_head`)",
 }
-"""What models may have beside their language-model head; none has one yet."""
+"""What models may have beside their language-model head."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """How responses are read that a reward head scores: to their end, and none of their tokens is
+    learned but those of a critique."""
+
+    critique_prompt: str | None = None
+    """What the user says behind a response, before its critique; None where critiques are not
+    read."""
+    markers: bool = False
+    """Whether the tokens that the chat template writes around turns are learned too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +117,8 @@ class Rows:
     """Whether prompts are learned with the responses."""
     mismatched: bool = False
     """Whether responses of another record are read after this one's prompt."""
+    scored: Scored | None = None
+    """How a reward head reads responses; None where none does."""
 
     @property
     def views(self) -> frozenset[str]:

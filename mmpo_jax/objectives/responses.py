@@ -29,6 +29,8 @@ class Responses:
     """name -> float32[...] or [..., T]: what the data say, see `registry.FIELDS`."""
     views: dict[str, Responses] = dataclasses.field(default_factory=dict)
     """name -> the same texts after another prompt or image; see `registry.VIEWS`."""
+    rewards: jax.Array | None = None
+    """float32[...]: what the policy's reward head says at the end of every response."""
 
     @property
     def present(self) -> Float[Array, "*d"]:

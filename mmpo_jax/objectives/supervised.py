@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mmpo_jax.objectives.registry import NonNegative, Objective, State, register
+from mmpo_jax.objectives.registry import NonNegative, Objective, RowOptions, State, register
 from mmpo_jax.objectives.responses import Responses
 from mmpo_jax.objectives.sums import Sums, weighted
 
@@ -18,7 +18,9 @@ DIVERGENCE = {"kl_weight": ("kl", "reference_model")}
 
 
 def tokenwise(
-    *needs: str, option_needs: Mapping[str, tuple[str, ...]] | None = None
+    *needs: str,
+    option_needs: Mapping[str, tuple[str, ...]] | None = None,
+    rows: RowOptions | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function (responses [N, S], **options) -> (loss, weight), float32[N, S, T] each.
 
@@ -28,7 +30,9 @@ def tokenwise(
     Args:
       *needs: names, see `Objective.needs`.
       option_needs: see `Objective.option_needs`.
+      rows: options that say which rows it reads.
     """
+    read = rows or RowOptions()
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         def apply(
@@ -37,10 +41,11 @@ def tokenwise(
             state: State,
             options: Mapping[str, Any],
         ) -> tuple[Sums, State]:
-            loss, counted = function(responses, **options)
+            own = {name: value for name, value in options.items() if name not in read.options}
+            loss, counted = function(responses, **own)
             counted = counted * weights[:, None, None]
-            own = (-3, -2, -1)
-            sums = (loss * counted).sum(axis=own), counted.sum(axis=own)
+            axes = (-3, -2, -1)
+            sums = (loss * counted).sum(axis=axes), counted.sum(axis=axes)
             metrics = {"nll_loss": weighted(-responses.log_probs, counted)}
             return Sums(*sums, metrics), state
 
@@ -52,6 +57,8 @@ def tokenwise(
                 apply=apply,
                 needs=frozenset(needs),
                 option_needs=option_needs or {},
+                shared_options=read.options,
+                rows=read.rows,
             )
         )
         return function

@@ -71,13 +71,16 @@ def needs(terms: Sequence[Term]) -> frozenset[str]:
 
 
 def rows_read(terms: Sequence[Term]) -> Rows:
-    """What all of the terms read; another image is one for all of them."""
+    """What all of the terms read; another image is one for all of them, and so are critiques."""
     rows = [term.rows for term in terms]
     changing = next((each for each in rows if each.other_image is not None), Rows())
+    scored = [each.scored for each in rows if each.scored is not None]
+    critiques = [each for each in scored if each.critique_prompt is not None]
     return dataclasses.replace(
         changing,
         joint=any(each.joint for each in rows),
         mismatched=any(each.mismatched for each in rows),
+        scored=next(iter([*critiques, *scored]), None),
     )
 
 

@@ -16,6 +16,7 @@ from mmpo_jax.data.formats import FORMATS
 from mmpo_jax.data.formats.writing import Writer
 from mmpo_jax.data.records import SCORE, Record, Response, Span, Turn
 from mmpo_jax.picture_world.claims import Claim, is_true, parse
+from mmpo_jax.picture_world.critiques import critique
 from mmpo_jax.picture_world.language import mention, statement
 from mmpo_jax.picture_world.world import Kind, Scene
 
@@ -64,7 +65,7 @@ def preferences(asked: Record, captions: Sequence[str], scene: Scene) -> dict[st
     Returns:
       Nothing where all captions are equally good. Else, of the first distinct captions:
         rankings: all of them, with ranks (fewer faults are better, equal numbers are a tie),
-          scores (minus the faults) and spans over what is wrong;
+          scores (minus the faults), critiques, and spans over what is wrong;
         pairs: the same, of the best and the worst;
         verdicts: all of them, without ranks; without a fault is desirable;
         true_pairs: a caption of all that is there, and the worst.
@@ -75,7 +76,7 @@ def preferences(asked: Record, captions: Sequence[str], scene: Scene) -> dict[st
     numbers = sorted({one.faults for one in judged})
     if len(numbers) < 2:
         return {}
-    ranked = tuple(_response(one, 1 + numbers.index(one.faults)) for one in judged)
+    ranked = tuple(_response(one, 1 + numbers.index(one.faults), scene) for one in judged)
     best = min(range(len(judged)), key=lambda i: judged[i].faults)
     worst = max(range(len(judged)), key=lambda i: judged[i].faults)
     verdicts = (
@@ -83,7 +84,7 @@ def preferences(asked: Record, captions: Sequence[str], scene: Scene) -> dict[st
         for r, one in zip(ranked, judged, strict=True)
     )
     groups = [(number, kind) for kind, number in scene.counts().items()]
-    true = _response(judge(statement(groups), scene), 1)
+    true = _response(judge(statement(groups), scene), 1, scene)
     return {
         "rankings": dataclasses.replace(asked, responses=ranked),
         "pairs": dataclasses.replace(asked, responses=(ranked[best], ranked[worst])),
@@ -115,11 +116,12 @@ def write_preferences(
     return files
 
 
-def _response(judged: Judged, rank: int) -> Response:
+def _response(judged: Judged, rank: int, scene: Scene) -> Response:
     return Response(
         (Turn("assistant", judged.caption),),
         rank=rank,
         scores={SCORE: float(-judged.faults)},
+        critique=critique(judged.caption, scene, judged.missing, judged.faults),
         spans=_spans(judged),
     )
 

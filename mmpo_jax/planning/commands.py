@@ -30,7 +30,7 @@ from mmpo_jax.recipes.recipe import (
 )
 from mmpo_jax.recipes.sampling import Decoding
 from mmpo_jax.training.on_policy import with_token_limit
-from mmpo_jax.training.plan import total_steps
+from mmpo_jax.training.plan import total_steps, trained_config
 
 
 def plan_stages(recipe: Base, mesh: Mesh, assumed: Assumed) -> Plan:
@@ -58,6 +58,9 @@ def plan_stages(recipe: Base, mesh: Mesh, assumed: Assumed) -> Plan:
 
 def _train(stages: Stages, recipe: TrainRecipe) -> None:
     opened = stages.open(recipe.model, recipe.template)
+    opened = opened.with_config(
+        trained_config(recipe.training, recipe.reward_head, opened.model.config)
+    )
     rows = [stages.rows(data) for data in recipe.data]
     parts = [
         MixtureEntry(count, data.weight)
@@ -176,6 +179,9 @@ def _select(stages: Stages, recipe: SelectRecipe) -> None:
         sizes = stages.sizes(opened, recipe.lengths, responses, limit)
         sampled = Sampled(PROMPTS_PER_PART, recipe.batch_size, recipe.sampling)
         stages.sample("generation", opened, sizes, sampled, rows, 1)
+    if recipe.reference is None:
+        stages.notes.append("the reward model is not planned")
+        return
     for name in (recipe.model, recipe.reference):
         scored = stages.open(name, recipe.template)
         sizes = stages.sizes(scored, recipe.lengths, responses)

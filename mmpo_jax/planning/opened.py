@@ -17,6 +17,7 @@ from mmpo_jax.checkpoints.locations import Location, locate
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.data.processor import Processor
+from mmpo_jax.models.config import ModelConfig
 from mmpo_jax.models.family import Size
 from mmpo_jax.models.model import Model
 from mmpo_jax.models.precision import inference_dtype
@@ -47,6 +48,13 @@ class Opened:
         """What generation, labelling and scoring by `auto` compute in."""
         shapes = {p: np.empty(0, self.dtype) for p in flatten(shapes_of(self.model))}
         return inference_dtype(unflatten(shapes))
+
+    def with_config(self, config: ModelConfig) -> Opened:
+        """The checkpoint under a reward head, say."""
+        model = self.model
+        if config != model.config:
+            model = Model.create(config, model.attention)
+        return dataclasses.replace(self, model=model)
 
     def with_dtype(self, dtype: Any) -> Opened:
         """The checkpoint with weights of another dtype, as a training saves them."""

@@ -12,7 +12,7 @@ from pydantic import Field
 from mmpo_jax.chat.server import ChatServer
 from mmpo_jax.core.sections import PositiveInt, Section
 from mmpo_jax.recipes.rewards import SECTIONS, RewardSection
-from mmpo_jax.recipes.scoring import ImplicitReward
+from mmpo_jax.recipes.scoring import ImplicitReward, RewardModelAsked
 
 Template = Literal["auto", "vicuna_v1"]
 
@@ -221,6 +221,12 @@ class ImplicitFeedback(ImplicitReward):
     """Prompts at a time."""
 
 
+class RewardModelFeedback(RewardModelAsked):
+    """What a reward model says of every response, the mean over its critiques (docs/reward.md)."""
+
+    type: Literal["reward_model"] = "reward_model"
+
+
 class SourceFeedback(Section):
     """The order of sources: what comes from an earlier one is better, and nobody is asked."""
 
@@ -256,6 +262,7 @@ if TYPE_CHECKING:
         | SelfRewardFeedback
         | PairFeedback
         | ImplicitFeedback
+        | RewardModelFeedback
         | SourceFeedback
         | ScoresFeedback
         | RewardSection
@@ -268,6 +275,7 @@ else:
             SelfRewardFeedback,
             PairFeedback,
             ImplicitFeedback,
+            RewardModelFeedback,
             SourceFeedback,
             ScoresFeedback,
             *SECTIONS.values(),

@@ -13,6 +13,7 @@ from pydantic import Field
 from mmpo_jax.core.sections import MeshSize, PositiveInt, Section, Seed
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.sources import FileData, LearnedFile
+from mmpo_jax.models.config import HeadKind
 from mmpo_jax.objectives.catalog import OBJECTIVES
 from mmpo_jax.objectives.registry import FIELDS
 from mmpo_jax.picture_world.source import PictureWorldData
@@ -33,7 +34,7 @@ from mmpo_jax.recipes.feedback import (
     SourceFeedback,
 )
 from mmpo_jax.recipes.sampling import Candidates, LongSampling, Sampling
-from mmpo_jax.recipes.scoring import ImplicitReward, Scoring
+from mmpo_jax.recipes.scoring import ImplicitReward, Rewarding, RewardModelAsked, Scoring
 from mmpo_jax.recipes.sentences import Sentences
 from mmpo_jax.recipes.training import Rollout, Training
 
@@ -69,6 +70,13 @@ class Pairing(Section):
 
 class PreferenceTraining(Training):
     """The training stage of an alignment round, which has pairs to learn from."""
+
+    @pydantic.model_validator(mode="after")
+    def _trains_policies(self) -> PreferenceTraining:
+        for section in self.objective:
+            if section.term().rows.scored is not None:
+                raise ValueError(f"objective: {section.type} trains reward models, not policies")
+        return self
 
     @pydantic.model_validator(mode="after")
     def _reads_pairs(self) -> PreferenceTraining:
@@ -143,6 +151,9 @@ class TrainRecipe(Base):
 
     weights: Literal["pretrained", "random"] = "pretrained"
     """`random` takes only the config and the processor from the model folder."""
+    reward_head: HeadKind | None = None
+    """A new head that makes a reward model of a policy, of this type; a reward model goes on with
+    the head that it has."""
     data: Mixture
     lengths: Lengths = Lengths()
     rollout: Rollout | None = None
@@ -322,11 +333,23 @@ class ScoreRecipe(Base):
     scoring: Scoring = Scoring()
 
 
-class SelectRecipe(Base):
-    """`mmpo select`: of several responses to a prompt the one with the best implicit reward."""
+class RewardRecipe(Base):
+    """`mmpo reward`: rewards of responses under a reward model, as JSONL."""
 
-    reference: str
-    """Checkpoint that the policy, `model`, was trained from; any name that `model` may have."""
+    data: FileData
+    lengths: Lengths | None = None
+    """Bucket sizes; by default those that the data need, and nothing is left out for its length."""
+    rewarding: Rewarding = Rewarding()
+
+
+class SelectRecipe(Base):
+    """`mmpo select`: of several responses to a prompt the one with the best reward."""
+
+    reference: str | None = None
+    """Checkpoint that the policy, `model`, was trained from, for DPO's own reward; any name that
+    `model` may have."""
+    reward_model: RewardModelAsked | None = None
+    """A reward model, in place of a reference."""
     data: Data
     """Prompts; rows with their responses where `sampling` is null."""
     lengths: Lengths | None = None
@@ -346,6 +369,12 @@ class SelectRecipe(Base):
                 f"sampling.max_new_tokens {self.sampling.max_new_tokens} is more than is scored of "
                 "a response; give lengths.response a size of as many"
             )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _one_reward(self) -> SelectRecipe:
+        if (self.reference is None) == (self.reward_model is None):
+            raise ValueError("give either reference, for DPO's own reward, or reward_model")
         return self
 
     @pydantic.model_validator(mode="after")

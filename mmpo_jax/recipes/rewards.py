@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mmpo_jax.core.sections import Section, any_of, section_of
+from mmpo_jax.recipes.scoring import RewardModelAsked
 from mmpo_jax.rewards import REWARDS
 from mmpo_jax.rewards.registry import Question, Value
 from mmpo_jax.rewards.user_function import check_function, fingerprint_function
@@ -58,13 +59,21 @@ class RewardSection(Section):
         return key
 
 
+class RewardModelReward(RewardModelAsked):
+    """What a reward model says of a text, which is on the devices beside the policy."""
+
+    type: Literal["reward_model"] = "reward_model"
+    weight: float = 1.0
+    """Factor of its values: how much it counts beside the others of a rollout."""
+
+
 SECTIONS = {
     name: section_of(RewardSection, name, reward.formula, reward.options)
     for name, reward in REWARDS.items()
 }
 
 if TYPE_CHECKING:
-    Rewards = tuple[RewardSection, ...]
+    Rewards = tuple[RewardSection | RewardModelReward, ...]
 else:
-    Rewards = any_of(SECTIONS.values())
+    Rewards = any_of([*SECTIONS.values(), RewardModelReward])
     """A list of rewards, or one of them, by `type`."""

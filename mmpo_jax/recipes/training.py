@@ -11,10 +11,10 @@ from mmpo_jax.core.dtypes import SaveDtype
 from mmpo_jax.core.sections import PositiveInt, Section
 from mmpo_jax.models.lora import Lora
 from mmpo_jax.objectives.on_policy import Aggregation, Scale
-from mmpo_jax.objectives.registry import HEADS, REFERENCES, VIEWS
+from mmpo_jax.objectives.registry import REFERENCES, VIEWS
 from mmpo_jax.recipes.objectives import SECTIONS, Objectives
 from mmpo_jax.recipes.optimizers import AdamW, Cosine, Optimizer, Schedule
-from mmpo_jax.recipes.rewards import Rewards
+from mmpo_jax.recipes.rewards import RewardModelReward, Rewards, RewardSection
 
 
 class CachedReference(Section):
@@ -128,7 +128,6 @@ class Training(Section):
         micro = self.micro_batch_size
         if micro is not None and self.batch_size % micro:
             raise ValueError(f"batch_size {self.batch_size} is no multiple of {micro}")
-        self._check_model()
         self._check_reference()
         self._check_contexts()
         if self.lora is not None and self.param_dtype != "float32":
@@ -153,14 +152,16 @@ class Training(Section):
             raise ValueError("objective: give all of the list the same image and noise_step")
         if joint and len(joint) < len(rows):
             raise ValueError(f"objective: {joint[0]} with joint reads rows otherwise")
-
-    def _check_model(self) -> None:
-        for section in self.objective:
-            lacking = section.term().needs & HEADS.keys()
-            if lacking:
-                raise ValueError(
-                    f"objective: {section.type} needs {HEADS[min(lacking)]}, and none has one yet"
-                )
+        scored = [name for name, each in rows if each.scored is not None]
+        others = [name for name, each in rows if each.scored is None]
+        if scored and others:
+            raise ValueError(
+                f"objective: {scored[0]} is of reward models and {others[0]} of policies; train "
+                "with one of them"
+            )
+        critiques = {each.scored for _, each in rows if each.scored and each.scored.critique_prompt}
+        if len(critiques) > 1:
+            raise ValueError("objective: give all critiques of the list the same options")
 
     def _check_reference(self) -> None:
         enough = {
@@ -228,6 +229,16 @@ class Rollout(Section):
         if cut:
             raise ValueError(f"{cut[0]}: the loss is that of samples of the whole distribution")
         return options
+
+    @property
+    def rules(self) -> list[RewardSection]:
+        """The rewards that are functions of texts."""
+        return [section for section in self.rewards if isinstance(section, RewardSection)]
+
+    @property
+    def reward_models(self) -> list[RewardModelReward]:
+        """The rewards that are models."""
+        return [section for section in self.rewards if isinstance(section, RewardModelReward)]
 
     @pydantic.field_validator("rewards")
     @classmethod

@@ -13,6 +13,7 @@ from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import fingerprint_items
 from mmpo_jax.data.contexts import all_names, arranged, tokenize_contexts
+from mmpo_jax.data.critiques import tokenize_scored
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.pipeline import Example, Examples
 from mmpo_jax.data.skipped import Problem
@@ -21,7 +22,7 @@ from mmpo_jax.data.tokenized_rows import ContextRows, KnownRows, known
 from mmpo_jax.objectives.registry import FIELDS, is_field
 from mmpo_jax.objectives.terms import Term, needs, rows_read
 from mmpo_jax.recipes.training import NoReference, Reference, Training
-from mmpo_jax.training.fields import lacks, score_names
+from mmpo_jax.training.fields import says, score_names
 from mmpo_jax.training.losses import needs_reference, recipe_terms
 from mmpo_jax.training.mismatched import with_mismatched
 from mmpo_jax.training.reference import check_given, reference_stage
@@ -106,6 +107,8 @@ def tokenizer_for(terms: Sequence[Term], seed: int) -> Tokenize:
       seed: of what is random in other images.
     """
     use = LearnedUse.of(terms, NoReference(), seed)
+    if use.scored is not None:
+        return functools.partial(tokenize_scored, scored=use.scored)
     return functools.partial(tokenize_contexts, other=use.other, joint=use.joint)
 
 
@@ -161,7 +164,7 @@ def make_examples(
     rows = known(records)
     fields = sorted(filter(is_field, needs))
     for field in fields:
-        if len(rows) and not any(lacks(_own(record), field) is None for record in rows):
+        if len(rows) and not any(says(_own(record), field) for record in rows):
             raise DataError(
                 f"no row has the field {field!r}, which the objective needs: "
                 f"{FIELDS[field.partition('/')[0]]}"

@@ -17,6 +17,8 @@ from mmpo_jax.data.tokenization import TokenizedRecord
 def lacks(record: TokenizedRecord, field: str) -> tuple[SkipReason, str] | None:
     """(reason, detail) why an objective that needs `field` cannot use a record; None if it can."""
     sources = [response.source for response in record.responses]
+    if field == "ranks" and not record.ranked:
+        return "incomplete_pair", "not every response has a rank, or there is only one response"
     if field == "rank" and (not record.ranked or len({x.rank for x in sources}) < 2):
         return "incomplete_pair", "no responses of different ranks, which the objective compares"
     if field in ("score", "win_rate") and _score_name(sources) is None:
@@ -45,6 +47,13 @@ def lacks(record: TokenizedRecord, field: str) -> tuple[SkipReason, str] | None:
             "not every response is said to be desirable or not, or better than others",
         )
     return None
+
+
+def says(record: TokenizedRecord, field: str) -> bool:
+    """Whether a record has a field to learn from; of critiques, of which a row may have none."""
+    if field == "critique":
+        return any(response.criticised for response in filled_responses(record))
+    return lacks(record, field) is None
 
 
 def _unlike_log_probs(sources: Sequence[Response]) -> tuple[SkipReason, str] | None:
@@ -190,6 +199,16 @@ def _turns_of(record: TokenizedRecord) -> list[Int[np.ndarray, " t"]]:
     return found
 
 
+def _critiques(record: TokenizedRecord) -> Float[np.ndarray, "S t"]:
+    """1 at the tokens of critiques, and of what is learned with them."""
+    return _of_tokens(
+        [
+            response.loss_mask * np.float32(response.criticised)
+            for response in filled_responses(record)
+        ]
+    )
+
+
 MAKERS: dict[str, Callable[[TokenizedRecord], np.ndarray]] = {
     "rank": _ranks,
     "score": _scores,
@@ -202,6 +221,8 @@ MAKERS: dict[str, Callable[[TokenizedRecord], np.ndarray]] = {
     "changed": _changed,
     "turn": _turns,
     "other_models": _other_models,
+    "critique": _critiques,
+    "ranks": _ranks,
 }
 """How a field comes out of a record; see `maker_of` for those of a name."""
 

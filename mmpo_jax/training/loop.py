@@ -134,7 +134,8 @@ def train(
         if position is not None:
             source.set_state(position)
         # Not before it is known to be this run's folder.
-        save_base(run.folder, start.processor.folder, start.processor.chat_template, run.card)
+        processor = start.processor
+        save_base(run.folder, processor.folder, processor.chat_template, run.card, start.model)
         first = first_start(run.folder, run.identity, run.begun)
         track = functools.partial(track_run, config.wandb, run.name, first.id, run.identity)
         log_memory(state)

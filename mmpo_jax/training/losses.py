@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Shaped
 
 from mmpo_jax.data.contexts import MAIN, OTHER_IMAGE
 from mmpo_jax.data.pipeline import TrainBatch
-from mmpo_jax.models.log_probs import response_statistics
+from mmpo_jax.models.log_probs import REWARDS, response_rewards, response_statistics
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.objectives.registry import REFERENCES, STATISTICS, State
 from mmpo_jax.objectives.responses import Responses
@@ -30,8 +30,8 @@ from mmpo_jax.objectives.terms import (
 )
 from mmpo_jax.recipes.training import Training
 
-Outputs = dict[str, Float[Array, "B S T"]]
-"""name -> float32[B, S, T], as `response_statistics` gives it."""
+Outputs = dict[str, Float[Array, "B S ..."]]
+"""name -> float32[B, S, T], and `REWARDS` [B, S], as `response_statistics` gives them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +69,11 @@ def make_loss(
     """
     statistics = needs(terms) & STATISTICS.keys()
     partners = other_images(contexts)
+    speaks = any(term.objective.kind != "rewards" for term in terms)
 
     def forward(params: Params, reference: Params | None, batch: TrainBatch) -> Outputs:
+        if not speaks:  # no log-prob is read, and the model may have no head for them
+            return {REWARDS: response_rewards(model, params, batch.prompts, remat=remat)}
         return response_statistics(
             model,
             params,
@@ -80,6 +83,7 @@ def make_loss(
             remat=remat,
             partners=partners,
             temperature=temperature,
+            rewards="reward_head" in needs(terms),
         )
 
     def sums(outputs: Outputs, batch: TrainBatch, state: State) -> tuple[list[Sums], State]:
@@ -139,9 +143,10 @@ def gather(outputs: Outputs, batch: TrainBatch, contexts: Sequence[str] = (MAIN,
             sums = (reference_tokens * mask).sum(axis=-1)
         elif batch.reference:
             sums = added(batch.reference["sums"])
-        log_probs = tokens.pop("log_probs")
+        rewards = tokens.pop(REWARDS, None)
+        log_probs = tokens.pop("log_probs") if "log_probs" in tokens else jnp.zeros(mask.shape)
         views[name] = Responses(
-            log_probs, mask, sums, reference_tokens, tokens, batch.fields, views={}
+            log_probs, mask, sums, reference_tokens, tokens, batch.fields, {}, rewards
         )
     main = views.pop(MAIN)
     if "mismatched" in batch.fields:

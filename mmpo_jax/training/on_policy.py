@@ -36,10 +36,12 @@ from mmpo_jax.models.lora import cast_params
 from mmpo_jax.models.model import Params
 from mmpo_jax.objectives.on_policy import STD_FLOOR, advantages
 from mmpo_jax.parallel.mesh import batch_share, gathered, put_batch
+from mmpo_jax.recipes.rewards import RewardModelReward
 from mmpo_jax.recipes.sampling import Decoding
 from mmpo_jax.recipes.training import Rollout, Training
 from mmpo_jax.rewards.registry import Question
 from mmpo_jax.scoring.log_probs import score_batch
+from mmpo_jax.training.model_rewards import LoadedRewardModel
 from mmpo_jax.training.step import whole_params
 
 
@@ -98,6 +100,10 @@ class Rollouts:
         self.micro_batch_size = micro_batch_size
         order = batch_order(prompts.entries, prompts.seed, config.epochs, config.batch_size)
         self.order = iter(order.to_iter_dataset(grain.ReadOptions(num_threads=0)))
+        self.reward_models = [
+            LoadedRewardModel.load(section, mesh, start.model.attention)
+            for section in rollout.reward_models
+        ]
         self.batch: HostBatch | None = None
         self.uses = 0
         self.seconds = 0.0
@@ -169,9 +175,7 @@ class Rollouts:
                 round_index=step,
             )
         read = [self._read(*pair) for pair in zip(records, tokens, strict=True)]
-        # Which may ask the world outside, or be another every time.
-        rewards = on_one(lambda: [self._rewards(record) for record in read])
-        return [Sampled(*pair) for pair in zip(read, rewards, strict=True)]
+        return [Sampled(*pair) for pair in zip(read, self._rewards(read, step), strict=True)]
 
     def _read(self, record: TokenizedRecord, samples: Int[np.ndarray, "S T"]) -> TokenizedRecord:
         """The record with the samples as its responses."""
@@ -184,13 +188,29 @@ class Rollouts:
             )
         return dataclasses.replace(record, responses=tuple(responses))
 
-    def _rewards(self, record: TokenizedRecord) -> Float[np.ndarray, "S K"]:
-        """What the samples of a prompt are worth, before weights."""
+    def _rewards(
+        self, records: Sequence[TokenizedRecord], step: int
+    ) -> list[Float[np.ndarray, "S K"]]:
+        """What the samples of every prompt are worth, before weights."""
+        # Which may ask the world outside, or be another every time.
+        rules = on_one(lambda: [self._by_rules(record) for record in records])
+        models = [model.rewards(records, self.seed, step) for model in self.reward_models]
+        order = [isinstance(section, RewardModelReward) for section in self.rollout.rewards]
+        found = []
+        for number, of_rules in enumerate(rules):
+            by_rule, by_model = iter(of_rules), iter([values[number] for values in models])
+            columns = [next(by_model if is_model else by_rule) for is_model in order]
+            found.append(without_gaps(np.array(columns, np.float32).T))
+        return found
+
+    def _by_rules(self, record: TokenizedRecord) -> list[list[float]]:
+        """What the samples of a prompt are worth by every reward that is a function of texts."""
         texts = [response.source.text for response in record.responses]
         question = Question(record.id, record.question, record.images, record.solution)
-        values = [section.values(question, texts) for section in self.rollout.rewards]
-        scores = np.array([[value.score for value in row] for row in values], np.float32)
-        return without_gaps(scores.T)
+        return [
+            [value.score for value in section.values(question, texts)]
+            for section in self.rollout.rules
+        ]
 
     def _old_log_probs(self, params: Params, arrays: TrainBatch) -> Any:
         """float32[M, B, S, T] of M micro-batches, under the policy that sampled; this process's

@@ -17,13 +17,14 @@ import optax
 from jaxtyping import Array, Float
 from optax import contrib
 
+from mmpo_jax.models import reward_head
 from mmpo_jax.recipes.optimizers import Adafactor, AdamW, Lion, Muon, Optimizer, Schedule
 from mmpo_jax.training.moments import with_moments_as
 
 STACKED = "/layers/"
 """In the paths of parameters that have all layers of a tower."""
 
-NO_HIDDEN_MATRIX = r"language_model/lm_head/.*|.*/patch_embedding/.*"
+NO_HIDDEN_MATRIX = rf"language_model/lm_head/.*|.*/patch_embedding/.*|({reward_head.LAYERS})/.*"
 """Matrices that are the first or the last of a model, which Muon leaves to AdamW."""
 
 MUON_RMS = 0.2

@@ -14,13 +14,17 @@ from jax.sharding import Mesh
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.pipeline import MixtureEntry, num_batches, seen_rows
-from mmpo_jax.models.config import DecoderConfig
+from mmpo_jax.models.config import DecoderConfig, HeadKind, ModelConfig
 from mmpo_jax.models.lora import targeted_layers
 from mmpo_jax.models.model import Model
+from mmpo_jax.models.reward_head import with_reward_head
+from mmpo_jax.objectives.registry import HEADS
+from mmpo_jax.objectives.terms import rows_read
 from mmpo_jax.parallel.choice import choose_sizes
 from mmpo_jax.parallel.mesh import batch_shards
 from mmpo_jax.recipes.recipe import Devices
 from mmpo_jax.recipes.training import Training
+from mmpo_jax.training.losses import recipe_terms
 from mmpo_jax.training.step import trainable_paths
 
 log = logging.getLogger(__name__)
@@ -54,9 +58,11 @@ def check_training(config: Training, model: Model, mesh: Mesh) -> None:
     """What can be known to be wrong before anything heavy starts.
 
     Raises:
-      TrainingError: the batch does not fit the mesh, or `freeze` or `lora.target` the model.
+      TrainingError: the batch does not fit the mesh, or the objectives, `freeze` or `lora.target`
+        the model.
     """
     micro_batch_size(config, mesh)
+    _check_head(config, model)
     try:
         trainable_paths(list(flatten(model.abstract_params())), config.freeze)
     except (ValueError, re.error) as error:
@@ -67,6 +73,45 @@ def check_training(config: Training, model: Model, mesh: Mesh) -> None:
             targeted_layers(model, config.lora.target, config.freeze)
         except ValueError as error:
             raise TrainingError(f"training.lora.target: {error}") from error
+
+
+def trained_config(config: Training, new_head: HeadKind | None, model: ModelConfig) -> ModelConfig:
+    """The config of what a stage trains: with its new reward head, if the recipe makes one, and the
+    prompt that its objectives ask for critiques with.
+
+    Args:
+      config: the recipe's training section.
+      new_head: type of the new head, if there is one.
+      model: config of what the stage starts from.
+
+    Raises:
+      ModelError: a new head would take the place of one that is there.
+    """
+    scored = rows_read(recipe_terms(config)).scored
+    return with_reward_head(model, new_head, None if scored is None else scored.critique_prompt)
+
+
+def _check_head(config: Training, model: Model) -> None:
+    has_head = model.config.reward_head is not None
+    for section in config.objective:
+        needs_head = bool(section.term().needs & HEADS.keys())
+        if needs_head and not has_head:
+            raise TrainingError(
+                f"training.objective: {section.type} needs a model with a reward head, and this "
+                "one has none; `reward_head: linear` (or `two_layer`) in the recipe makes a new one"
+            )
+        if has_head and not needs_head:
+            raise TrainingError(
+                f"training.objective: {section.type} is of policies, and the model is a reward "
+                "model; give the checkpoint that it was trained from"
+            )
+        if section.type == "critique" and not (
+            model.config.decoder.tie_word_embeddings or model.config.decoder.language_head
+        ):
+            raise TrainingError(
+                "training.objective: critique needs a language-model head, and this reward model "
+                "has none; train with bradley_terry alone, or start from a language model"
+            )
 
 
 def total_steps(config: Training, parts: Sequence[MixtureEntry], updates: int = 1) -> int:

@@ -19,13 +19,14 @@ from mmpo_jax.data.contexts import (
     filled_responses,
     tokenize_contexts,
 )
+from mmpo_jax.data.critiques import tokenize_scored
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import Record
 from mmpo_jax.data.rows import MessagesAs
 from mmpo_jax.data.skipped import Problem
-from mmpo_jax.data.tokenization import TokenizedRecord, tokenize
+from mmpo_jax.data.tokenization import RowRejected, TokenizedRecord, tokenize
 from mmpo_jax.data.tokenized_rows import SOLUTION
-from mmpo_jax.objectives.registry import is_field
+from mmpo_jax.objectives.registry import Scored, is_field
 from mmpo_jax.objectives.terms import Term, needs, rows_read
 from mmpo_jax.recipes.training import Reference, Rollout
 from mmpo_jax.rewards.registry import REWARDS
@@ -54,6 +55,8 @@ class LearnedUse:
     """Whether objectives compare responses by their texts alone."""
     given: bool = False
     """Whether the data give the reference's log-probs."""
+    scored: Scored | None = None
+    """How a reward head reads the responses, if one does."""
     supervised: bool = True
     modules: tuple[str, ...] = ()
     columns: tuple[str, ...] = (FIELDS_COLUMN, SCORE_COLUMN, GIVEN_COLUMN)
@@ -70,14 +73,16 @@ class LearnedUse:
           reference: of the recipe.
           seed: of what is random in other images.
         """
-        supervised = all(term.objective.kind == "tokens" for term in terms)
+        rows, other = rows_read(terms), None
+        dialogues = all(term.objective.kind == "tokens" for term in terms)
+        supervised = dialogues and rows.scored is None
         # Without fields but the turn, nothing is read of the responses that are not learned.
         best_only = supervised and {"turn"} >= set(filter(is_field, needs(terms)))
-        rows, other = rows_read(terms), None
         if rows.other_image is not None:
             kind = None if rows.other_image == "data" else rows.other_image
             other = OtherImage(kind, rows.noise_step, seed)
-        compared = [term for term in terms if term.objective.kind in ("pairs", "rankings")]
+        comparing = ("pairs", "rankings", "rewards")
+        compared = [term for term in terms if term.objective.kind in comparing]
         return cls(
             tuple(
                 (term.objective.name, tuple(sorted(filter(is_field, term.needs)))) for term in terms
@@ -89,6 +94,7 @@ class LearnedUse:
             # After another image a text compares with itself.
             compares=bool(compared) and not any(term.rows.other_image for term in compared),
             given=reference.type == "given" and needs_reference(terms),
+            scored=rows.scored,
         )
 
     @property
@@ -98,12 +104,17 @@ class LearnedUse:
 
     def key(self) -> Any:
         """All that the methods depend on, as JSON."""
-        return dataclasses.asdict(self) | {"modules": ()}
+        key = dataclasses.asdict(self) | {"modules": ()}
+        if self.scored is None:  # as it was before there were reward models
+            del key["scored"]
+        return key
 
     def tokenize(
         self, record: Record, processor: Processor, max_prompt: int, max_response: int
     ) -> TokenizedRecord:
         """Tokens of a record in the contexts that the objectives need."""
+        if self.scored is not None:
+            return tokenize_scored(record, processor, max_prompt, max_response, scored=self.scored)
         row = tokenize_contexts(
             record, processor, max_prompt, max_response, other=self.other, joint=self.joint
         )
@@ -123,7 +134,8 @@ class LearnedUse:
                 if problem is not None:
                     reason, detail = problem
                     return reason, f"{name} needs the field {field!r}: {detail}"
-        if self.compares and not differs(record):
+        tied = self.scored is not None and len({r.source.rank for r in record.responses}) < 2
+        if self.compares and not tied and not differs(record):
             cut = any(response.truncated for response in filled_responses(record))
             where = " as far as the largest bucket keeps them" if cut else ""
             return "same_responses", f"better and worse responses are the same tokens{where}"
@@ -163,7 +175,7 @@ class PromptUse:
     @classmethod
     def of(cls, rollout: Rollout) -> PromptUse:
         """The use of rows whose samples are rewarded so."""
-        names = [section.type for section in rollout.rewards]
+        names = [section.type for section in rollout.rules]
         modules = {REWARDS[name].function.__module__ for name in names}
         return cls(rollout.model_dump_json(), tuple(sorted(modules)))
 
@@ -175,12 +187,17 @@ class PromptUse:
         self, record: Record, processor: Processor, max_prompt: int, max_response: int
     ) -> TokenizedRecord:
         """Tokens of a prompt."""
+        if _rollout(self.rollout).reward_models and len(record.prompt) != 1:
+            raise RowRejected(
+                "several_turns",
+                "a reward model is told one question, and the prompt has more turns",
+            )
         return tokenize(record, processor, max_prompt, max_response)
 
     def unfit(self, record: TokenizedRecord) -> Problem | None:
         """(reason, detail) why samples cannot be rewarded; None if they can."""
         try:
-            for section in _rollout(self.rollout).rewards:
+            for section in _rollout(self.rollout).rules:
                 section.check(record.solution)
         except DataError as error:
             return "no_answer", str(error)

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mmpo_jax.checkpoints.cards import MARGIN, ModelCard, SavedWeights, write_card
-from mmpo_jax.checkpoints.checkpoint import Checkpoint, Origin
+from mmpo_jax.checkpoints.checkpoint import Checkpoint, Origin, load_model_config
 from mmpo_jax.checkpoints.huggingface import load_params, save_model
 from mmpo_jax.checkpoints.locations import locate
 from mmpo_jax.checkpoints.peft import save_adapter
@@ -67,7 +67,11 @@ def load_before(card: ModelCard, model: Model, mesh: Mesh) -> Before:
         return Before(None, f"the run does not say what {name} was when it started")
     is_random = card.recipe.get("weights") == "random"
     try:
-        origin = Origin(locate(name), card.recipe["seed"] if is_random else None)
+        location = locate(name)
+        is_new = model.config.reward_head is not None and not is_random
+        is_new = is_new and load_model_config(location).reward_head is None
+        seed = card.recipe["seed"]
+        origin = Origin(location, seed if is_random else None, seed if is_new else None)
         if origin.fingerprint(model.config) != card.base_fingerprint:
             return Before(None, f"{name} is not what the run started from")
         return Before(origin.load(model, mesh))

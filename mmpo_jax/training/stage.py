@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from mmpo_jax.checkpoints.cards import ModelCard
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
+from mmpo_jax.checkpoints.locations import fingerprint_location, locate
 from mmpo_jax.core import progress
 from mmpo_jax.core.processes import on_one
 from mmpo_jax.data.lengths import Lengths
@@ -71,9 +72,13 @@ class TrainingStage:
             identity["validation"] = self.validation.model_dump(mode="json", exclude={"data"})
         if self.rollout is not None:
             identity["rollout"] = self.rollout.model_dump(mode="json")
-            functions = [section.key() for section in self.rollout.rewards if section.of_user]
+            functions = [section.key() for section in self.rollout.rules if section.of_user]
             if functions:
                 identity["functions"] = functions
+            models = [section.model for section in self.rollout.reward_models]
+            if models:
+                prints = [fingerprint_location(locate(name)) for name in models]
+                identity["reward models"] = prints
         return identity
 
 

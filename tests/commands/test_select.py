@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import transformers
 from helpers import tiny
+from helpers.reward_heads import save_headed
 from helpers.score_rows import read_rows, write_rows
 from jax.sharding import AxisType
 
 from mmpo_jax import cli
+from mmpo_jax.checkpoints.huggingface import load_model
 from mmpo_jax.commands import select as command
 from mmpo_jax.generation import responses as generation
 from mmpo_jax.parallel.mesh import AXES
@@ -29,7 +31,7 @@ SHORT = ("--num-samples", "4", "--max-new-tokens", "12", "--temperature", "1")
 def surroundings(monkeypatch):
     monkeypatch.setattr(cli, "start_jax", lambda: None)
     mesh = jax.make_mesh((1,) * 3, AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
-    for module in ("generate", "select"):
+    for module in ("generate", "reward", "select"):
         monkeypatch.setattr(f"mmpo_jax.commands.{module}.make_mesh", lambda **sizes: mesh)
 
 
@@ -213,7 +215,7 @@ class TestRefusals:
 
     def test_whatever_is_missing(self, flags, refused, tmp_path):
         message = refused("--data", flags["--data"])
-        for key in ("output", "model", "reference"):
+        for key in ("output", "model"):
             assert f"\n  {key}: Field required" in message
         nowhere = self.run(refused, flags | {"--reference": tmp_path / "nowhere"})
         assert "nowhere: there is no such checkpoint folder" in nowhere
@@ -265,3 +267,34 @@ class TestRefusals:
         del flags["--data"]
         message = self.run(refused, flags, "data={source: picture_world}", "sampling=null")
         assert "give a file of them" in message
+
+
+def test_by_a_reward_model(prompts, tiny_folder, tiny_model, tmp_path, capsys):
+    """The samples of the policy, scored by a model of another tokenizer; as `mmpo reward` does."""
+    folder = tiny.make_byte_level_folder(tmp_path / "bytes")
+    critic = save_headed(tmp_path / "critic", folder, *load_model(folder), critique_prompt="And?")
+    out = tmp_path / "best.jsonl"
+    given = ["--policy", POLICY, "--reward-model", str(critic), "--output", str(out)]
+    limits = ["reward_model.max_new_tokens=4", "lengths=null"]
+    assert cli.main(["select", *given, "--data", str(prompts), *SHORT, *limits]) == 0
+    assert f"best: {out}" in capsys.readouterr().out
+    rows = read_rows(out)
+    assert [row["id"] for row in rows] == ["0", "1", "2"]
+    for row in rows:
+        assert len(row["responses"]) == len(row["rewards"]) == len(row["critiques"]) == 4
+        assert row["best"] == row["rewards"].index(max(row["rewards"]))
+        assert all(len(own) == 1 for own in row["critiques"])
+    there = tmp_path / "there.jsonl"
+    flags = ["--model", POLICY, "--data", str(prompts), "--output", str(there)]
+    assert cli.main(["generate", *flags, *SHORT]) == 0
+    assert [r["responses"] for r in read_rows(there)] == [row["responses"] for row in rows]
+    scored = tmp_path / "scored.jsonl"
+    flags = ["--model", str(critic), "--data", str(there), "--output", str(scored)]
+    assert cli.main(["reward", *flags, "--max-new-tokens", "4"]) == 0
+    for ours, theirs in zip(rows, read_rows(scored), strict=True):
+        np.testing.assert_allclose(ours["rewards"], theirs["rewards"], rtol=0, atol=2e-5)
+
+
+def test_one_of_two_rewards(refused, prompts, tmp_path):
+    told = refused("--policy", POLICY, "--data", prompts, "--output", tmp_path / "best.jsonl")
+    assert "give either reference, for DPO's own reward, or reward_model" in told

@@ -20,7 +20,7 @@ from mmpo_jax.data.image_states import Seen, changed
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.records import ImageRef
 from mmpo_jax.data.row_stage import tokenized_rows
-from mmpo_jax.data.sources import LearnedFile, scored_by
+from mmpo_jax.data.sources import LearnedFile, with_scores
 from mmpo_jax.data.tokenized_rows import (
     ContextRows,
     ListedRows,
@@ -106,8 +106,7 @@ def make(folder, data, processor, wanted=None, workers=1, name="rows"):
 def at_once(folder, data, processor, wanted=None):
     wanted = wanted or use("dpo")
     record_set = data.load(supervised=True, messages_as=wanted.messages_as)
-    if data.score is not None:
-        record_set = scored_by(record_set, data.score)
+    record_set = with_scores(record_set, data)
     skipped = str(folder / "at-once.jsonl")
     _, records = usable_records(
         record_set, processor, LENGTHS, skipped, wanted.unfit, wanted.tokenize

@@ -22,7 +22,7 @@ from objectives import (
 from mmpo_jax.objectives.catalog import OBJECTIVES
 from mmpo_jax.objectives.listing import render_objectives
 from mmpo_jax.objectives.on_policy import Aggregation, Scale
-from mmpo_jax.objectives.registry import FIELDS, HEADS, REFERENCES, VIEWS, Rows
+from mmpo_jax.objectives.registry import FIELDS, HEADS, REFERENCES, VIEWS, Rows, Scored
 from mmpo_jax.objectives.terms import make_term, rows_read
 
 TABLES = {
@@ -144,6 +144,8 @@ def test_options_need_more(name, options, more):
         ("jpo", {"joint": False}, Rows()),
         ("kto", {}, Rows(mismatched=True)),
         ("bco", {}, Rows()),
+        ("bradley_terry", {}, Rows(scored=Scored())),
+        ("critique", {"prompt": "and ?"}, Rows(scored=Scored("and ?"))),
     ],
 )
 def test_rows_that_an_objective_reads(name, options, rows):
@@ -158,6 +160,8 @@ def test_rows_read_a_list():
     terms = [make_term(name) for name in ("dpo", "mdpo", "jpo", "kto")]
     assert rows_read(terms) == Rows("crop", 500, joint=True, mismatched=True)
     assert rows_read(terms[:1]) == Rows()
+    terms = [make_term("bradley_terry"), make_term("critique", prompt="and ?", markers=True)]
+    assert rows_read(terms) == Rows(scored=Scored("and ?", True))
 
 
 def test_dimensions_name_the_scores_that_are_needed():
@@ -179,7 +183,8 @@ def test_the_listing_says_what_is_needed_and_what_that_means():
     assert "options: beta=0.1, dimensions (required), ld_alpha=None" in blocks["modpo"]
     assert "SPIN" in blocks["dpo"]
     assert "Args:" not in text
-    assert "a recipe with it is refused" in blocks["bradley_terry"]
+    assert "needs: ranks, reward_head; score with margin" in blocks["bradley_terry"]
+    assert "options: prompt=" in blocks["critique"]
     shared = blocks["Options of many objectives:"]
     for name in ("ld_alpha", "wpo", "divergence", "image", "joint"):
         assert f"\n  {name}: " in shared

@@ -33,15 +33,16 @@ from mmpo_jax.recipes.recipe import (
     Devices,
     EvaluateRecipe,
     GenerateRecipe,
+    RewardRecipe,
     Sampling,
     ScoreRecipe,
     Section,
     SelectRecipe,
     TrainRecipe,
 )
-from mmpo_jax.recipes.rewards import RewardSection
+from mmpo_jax.recipes.rewards import RewardModelReward, RewardSection
 from mmpo_jax.recipes.sampling import Decoding
-from mmpo_jax.recipes.scoring import ImplicitReward
+from mmpo_jax.recipes.scoring import ImplicitReward, Rewarding
 from mmpo_jax.recipes.training import Rollout
 from mmpo_jax.rewards import REWARDS
 
@@ -49,7 +50,7 @@ PACKAGE = Path(mmpo_jax.__file__).parent
 CONFIGS = sorted((PACKAGE.parent / "configs").rglob("*.yaml"))
 KINDS = (
     *(TrainRecipe, AlignRecipe, GenerateRecipe, ScoreRecipe, SelectRecipe, EvaluateRecipe),
-    CorrectRecipe,
+    *(CorrectRecipe, RewardRecipe),
 )
 GOOD = {"output": "out", "model": "builtin:picture_world", "data": {"source": "picture_world"}}
 
@@ -305,6 +306,8 @@ def test_every_config_loads_as_its_kind(path):
         and keys <= kind.model_fields.keys()
     ]
     assert fitting, f"{path.name} has the keys of no kind of recipe"
+    if not keys & {"reference", "reward_model"}:  # one of which `mmpo select` needs
+        fitting = [kind for kind in fitting if kind is not SelectRecipe]
     for kind in fitting:
         load_recipe(kind, path)
 
@@ -318,7 +321,7 @@ def test_configs_are_there():
 SPREAD = {Devices: make_mesh, Rollout: Decoding, Drawing: Sampling}
 """Sections given as `**section.model_dump(...)`, and what takes their fields as parameters."""
 OF_JUDGES = (
-    *(Judging, ImplicitReward, ChatServer, CheckpointAsked, Speaking),
+    *(Judging, ImplicitReward, Rewarding, ChatServer, CheckpointAsked, Speaking),
     *(SourceFeedback, ScoresFeedback, PictureWorldSplitting, WholeSplitting),
 )
 """Sections of a judge and of the models that it asks, which take them under other names."""
@@ -365,6 +368,8 @@ def owners(section: type[Section]) -> set[str]:
 
 def taken_by(section: type[Section]) -> set[str]:
     """Names that are given to a function as its parameters."""
+    if issubclass(section, RewardModelReward):  # of all rewards of a rollout
+        return {"weight"}
     if issubclass(section, RewardSection):  # the same of `RewardSection.values`
         return {"weight", *REWARDS[section.model_fields["type"].default].options}
     if issubclass(section, ObjectiveSection):

@@ -5,7 +5,7 @@ import pytest
 
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.data.records import SCORE, Record, Response, Turn
-from mmpo_jax.data.sources import RecordSet, scored_by
+from mmpo_jax.data.sources import LearnedFile, RecordSet, with_scores
 from mmpo_jax.data.tokenization import TokenizedRecord, TokenizedResponse
 from mmpo_jax.objectives.terms import make_term, needs
 from mmpo_jax.training.examples import make_examples
@@ -60,7 +60,7 @@ def test_which_score_is_meant():
     record_set = RecordSet("rows", [Record("r", (), (Turn("user", "?"),), responses)], [], 0.0)
 
     def chosen(name):
-        (row,) = scored_by(record_set, name).records
+        (row,) = with_scores(record_set, LearnedFile(path="rows", score=name)).records
         return record([2, 1], [response.scores for response in row.responses])
 
     for name, expected in (("a", [1, 3]), ("b", [2, 0.5])):

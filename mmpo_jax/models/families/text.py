@@ -25,4 +25,10 @@ FAMILY = Family(
         (r"^language_model\.lm_head\.", "lm_head."),
         (r"^language_model\.", "model."),
     ),
+    reward_classes={
+        "llama": "LlamaForSequenceClassification",
+        "mistral": "MistralForSequenceClassification",
+        "qwen2": "Qwen2ForSequenceClassification",
+        "qwen3": "Qwen3ForSequenceClassification",
+    },
 )

@@ -1,0 +1,69 @@
+"""`mmpo reward`: what a reward model says of every response of every row, as JSONL."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from mmpo_jax.checkpoints.checkpoint import open_reward_model
+from mmpo_jax.commands.results import Results
+from mmpo_jax.data.tokenization import TokenizedRecord
+from mmpo_jax.data.usable import usable_records
+from mmpo_jax.parallel.mesh import make_mesh
+from mmpo_jax.recipes.recipe import RewardRecipe
+from mmpo_jax.reward_models.scoring import Reading, Rewarded, score_responses
+
+
+def main(recipe: RewardRecipe) -> None:
+    print(f"rewards: {run_rewarding(recipe)}")
+
+
+def run_rewarding(recipe: RewardRecipe) -> str:
+    """Scores the responses of every usable row.
+
+    Returns:
+      The file, one line per row: `id`, `rewards`, and of every response its `critiques` and the
+      standard deviation `std` of the rewards over them. A response that could not be used has null.
+    """
+    results = Results.at(recipe.output, "rewards", recipe.data)
+    record_set = recipe.data.load(supervised=True)
+    mesh = make_mesh(**recipe.devices.model_dump())
+    checkpoint = open_reward_model(recipe.model, recipe.attention, recipe.template)
+    reading = Reading.of(recipe.rewarding, checkpoint.model, recipe.model)
+    record_set, tokenized = usable_records(
+        record_set,
+        checkpoint.processor,
+        recipe.lengths,
+        results.skipped,
+        reading.unfit,
+        reading.tokenize,
+    )
+    rewarded = score_responses(
+        checkpoint.reloaded(mesh),
+        record_set.records,
+        reading,
+        recipe.rewarding,
+        recipe.lengths,
+        mesh,
+        folder=results.parts,
+        seed=recipe.seed,
+    )
+    return results.write(map(_line, tokenized, rewarded))
+
+
+def _line(record: TokenizedRecord, rewarded: Rewarded) -> dict[str, Any]:
+    line: dict[str, Any] = {
+        "id": record.id,
+        "rewards": [_or_null(reward) for reward in rewarded.rewards],
+        "critiques": [*rewarded.critiques],
+        "std": [_or_null(value) for value in rewarded.std],
+    }
+    for place in record.left_out:  # in order
+        line["rewards"].insert(place, None)
+        line["critiques"].insert(place, [])
+        line["std"].insert(place, None)
+    return line
+
+
+def _or_null(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)

@@ -1,0 +1,70 @@
+"""Reward models as rewards of sampled responses: on the devices beside the policy."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from jax.sharding import Mesh
+
+from mmpo_jax.checkpoints.checkpoint import Checkpoint, open_reward_model
+from mmpo_jax.core import progress
+from mmpo_jax.data.records import Record, Turn
+from mmpo_jax.data.tokenization import TokenizedRecord
+from mmpo_jax.recipes.rewards import RewardModelReward
+from mmpo_jax.reward_models.scoring import Reading, score_responses
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedRewardModel:
+    """A reward of a rollout with its model on the devices."""
+
+    asked: RewardModelReward
+    checkpoint: Checkpoint
+    reading: Reading
+    mesh: Mesh
+
+    @classmethod
+    def load(cls, asked: RewardModelReward, mesh: Mesh, attention: str) -> LoadedRewardModel:
+        """Reads the model's weights.
+
+        Raises:
+          ModelError, MmpoError: it is not there, has no reward head, or writes no critiques.
+        """
+        opened = open_reward_model(asked.model, attention, asked.template)
+        reading = Reading.of(asked, opened.model, asked.model)
+        return cls(asked, opened.reloaded(mesh), reading, mesh)
+
+    def rewards(
+        self, records: Sequence[TokenizedRecord], seed: int, step: int
+    ) -> list[list[float]]:
+        """What the samples of every prompt are worth, before the weight; NaN for no verdict.
+
+        Args:
+          records: prompts, which ask one question each, with samples as their responses.
+          seed: of critiques.
+          step: of the training.
+        """
+        prompts = [
+            Record(
+                record.id,
+                record.images,
+                (Turn("user", record.question),),
+                tuple(response.source for response in record.responses),
+                record.videos,
+            )
+            for record in records
+        ]
+        with progress.doing("scoring samples by the reward model", len(prompts), "prompts"):
+            found = score_responses(
+                self.checkpoint,
+                prompts,
+                self.reading,
+                self.asked,
+                None,
+                self.mesh,
+                folder=None,
+                seed=seed,
+                round_index=step,
+            )
+        return [rewarded.rewards.tolist() for rewarded in found]
