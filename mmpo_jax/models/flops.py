@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Literal
 
 from mmpo_jax.models.model import Model
+from mmpo_jax.models.reward_head import is_reward_head
 from mmpo_jax.models.vision import VisionConfig
 from mmpo_jax.models.vision_qwen import QwenVisionConfig
 
@@ -98,6 +99,8 @@ def tower_of(config: Any) -> Tower | None:
 def dense_layers(model: Model, params: Mapping[str, Any]) -> list[Dense]:
     """The dense layers of a model, in the order of its tree; a tied embedding is the head.
 
+    Those of a reward head, which one token of a response passes, are left out.
+
     Args:
       model: the architecture.
       params: path -> anything with a shape; adapters among them.
@@ -105,8 +108,8 @@ def dense_layers(model: Model, params: Mapping[str, Any]) -> list[Dense]:
     tower = tower_of(model.config)
     found = []
     for path, leaf in params.items():
-        tied = path == EMBEDDING and HEAD not in params
-        if not (path.endswith(("/kernel", "/lora_a", "/lora_b")) or tied):
+        tied = path == EMBEDDING and model.config.decoder.tie_word_embeddings
+        if not (path.endswith(("/kernel", "/lora_a", "/lora_b")) or tied) or is_reward_head(path):
             continue
         *stack, inputs, outputs = leaf.shape
         part: Part

@@ -1,13 +1,15 @@
 """FLOPs that a model needs, against counts by hand."""
 
+import dataclasses
 import functools
+import math
 
-import jax
 import pytest
 import transformers
 from helpers import tiny
 
 from mmpo_jax.core.trees import flatten
+from mmpo_jax.models.config import RewardHead
 from mmpo_jax.models.flops import input_gradients, model_flops
 from mmpo_jax.models.lora import Lora, add_adapters, is_adapter
 from mmpo_jax.models.model import Model, read_config
@@ -120,14 +122,34 @@ def test_several_models_add_up():
     assert pair(once + once) == 2 * pair(once)
 
 
+def with_decoder(**changes):
+    """(a small model with such a decoder, its parameters' shapes by path)."""
+    config = read_config(tiny.make_config())
+    config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, **changes))
+    model = Model.create(config)
+    return model, flatten(model.abstract_params())
+
+
 def test_a_tied_embedding_is_the_head():
-    model = Model.create(read_config(tiny.make_config()))
-    params = flatten(model.abstract_params())
-    kernel = params.pop("language_model/lm_head/kernel")
-    assert isinstance(kernel, jax.ShapeDtypeStruct)
-    assert model_flops(model, params).target == 2 * kernel.shape[0] * kernel.shape[1]
-    trained = ["language_model/embed_tokens/embedding"]
-    assert model_flops(model, params, trained).target == 3 * 2 * kernel.size
+    model, params = with_decoder(tie_word_embeddings=True)
+    path = "language_model/embed_tokens/embedding"
+    size = math.prod(params[path].shape)
+    assert model_flops(model, params).target == 2 * size
+    assert model_flops(model, params, [path]).target == 3 * 2 * size
+
+
+def test_a_model_without_a_head_predicts_nothing():
+    assert model_flops(*with_decoder(language_head=False)).target == 0
+
+
+@pytest.mark.parametrize("kind", ["linear", "two_layer"])
+def test_a_reward_head_is_no_part_of_the_tower(kind):
+    model, params = with_decoder()
+    config = dataclasses.replace(model.config, reward_head=RewardHead(kind))
+    judge = Model.create(config)
+    judge_params = flatten(judge.abstract_params())
+    assert judge_params.keys() > params.keys()
+    assert model_flops(judge, judge_params) == model_flops(model, params)
 
 
 @pytest.mark.parametrize(
