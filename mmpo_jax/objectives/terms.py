@@ -70,6 +70,11 @@ def needs(terms: Sequence[Term]) -> frozenset[str]:
     return frozenset().union(*(term.needs for term in terms))
 
 
+def reads_log_probs(terms: Sequence[Term]) -> bool:
+    """Whether any of the terms reads log-probs of tokens, and not a model's rewards alone."""
+    return any(term.objective.kind != "rewards" for term in terms)
+
+
 def rows_read(terms: Sequence[Term]) -> Rows:
     """What all of the terms read; another image is one for all of them, and so are critiques."""
     rows = [term.rows for term in terms]

@@ -151,7 +151,7 @@ def train(
             activity.start_at(step)
             validator = make_validator(start, data.held, config, lengths, mesh, writer.rows)
             goodput = Goodput(first.time, writer.rows)
-            performance = measure(start.model, state, mesh, goodput)
+            performance = measure(start.model, state, recipe_terms(config), mesh, goodput)
             reports = Reports(config, steps, checkpoints, writer, validator, performance)
             if position is None:
                 reports.begin(state)

@@ -26,6 +26,7 @@ from mmpo_jax.objectives.terms import (
     loss_sums,
     metrics_of,
     needs,
+    reads_log_probs,
     weighted_loss,
 )
 from mmpo_jax.recipes.training import Training
@@ -69,7 +70,7 @@ def make_loss(
     """
     statistics = needs(terms) & STATISTICS.keys()
     partners = other_images(contexts)
-    speaks = any(term.objective.kind != "rewards" for term in terms)
+    speaks = reads_log_probs(terms)
 
     def forward(params: Params, reference: Params | None, batch: TrainBatch) -> Outputs:
         if not speaks:  # no log-prob is read, and the model may have no head for them

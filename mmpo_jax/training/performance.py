@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from mmpo_jax.data.amounts import Amounts
 from mmpo_jax.models.flops import ModelFlops, model_flops, tower_of
 from mmpo_jax.models.lora import is_adapter
 from mmpo_jax.models.model import Model
+from mmpo_jax.objectives.terms import Term, reads_log_probs
 from mmpo_jax.parallel.chips import GIB, peak_flops
 from mmpo_jax.training.goodput import Goodput
 from mmpo_jax.training.metrics import MEASURED
@@ -85,12 +87,15 @@ class Performance:
         log.info("goodput %.1f %% of %s since the first start", 100 * self.goodput.share(), passed)
 
 
-def measure(model: Model, state: TrainState, mesh: Mesh, goodput: Goodput) -> Performance:
+def measure(
+    model: Model, state: TrainState, terms: Sequence[Term], mesh: Mesh, goodput: Goodput
+) -> Performance:
     """Measures a training from now on.
 
     Args:
       model: the architecture.
       state: of the training.
+      terms: its objectives.
       mesh: the devices.
       goodput: of the run.
     """
@@ -98,18 +103,19 @@ def measure(model: Model, state: TrainState, mesh: Mesh, goodput: Goodput) -> Pe
     return Performance(
         Times(),
         goodput,
-        training_flops(model, state),
+        training_flops(model, state, terms),
         None if peak is None else peak * mesh.size,
         mesh.local_devices,
     )
 
 
-def training_flops(model: Model, state: TrainState) -> ModelFlops | None:
+def training_flops(model: Model, state: TrainState, terms: Sequence[Term]) -> ModelFlops | None:
     """What a training step takes for a batch, with a reference that runs in it.
 
     Args:
       model: the architecture.
       state: says what is trained, by which of its products a gradient is taken.
+      terms: the objectives; where they read rewards alone, no token is predicted.
 
     Returns:
       None for a model whose vision half nobody counts.
@@ -121,7 +127,7 @@ def training_flops(model: Model, state: TrainState) -> ModelFlops | None:
     if state.reference:
         base = {path: leaf for path, leaf in params.items() if not is_adapter(path)}
         flops += model_flops(model, base)
-    return flops
+    return flops if reads_log_probs(terms) else dataclasses.replace(flops, target=0.0)
 
 
 def device_memory(devices: Sequence[jax.Device]) -> dict[str, float]:

@@ -14,6 +14,7 @@ from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.amounts import Amounts
 from mmpo_jax.models.flops import ModelFlops, model_flops
 from mmpo_jax.models.lora import Lora, add_adapters, is_adapter
+from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.recipes.training import Training
 from mmpo_jax.training import goodput, performance, times
 from mmpo_jax.training.goodput import Goodput
@@ -22,6 +23,7 @@ from mmpo_jax.training.performance import Performance, device_memory, training_f
 from mmpo_jax.training.times import Times
 
 GIB = 2**30
+DPO = [make_term("dpo")]
 AMOUNTS = Amounts(
     rows=4, responses=8, pairs=4, tokens=1000, computed=1250, targets=300, seen=50_000, slots=(1, 2)
 )
@@ -168,7 +170,7 @@ def test_the_last_word(measured, clock, caplog):
     assert caplog.messages[-1] == "goodput 75.0 % of 4 s since the first start"
 
 
-def state_of(model, trained, frozen=None, reference=None):
+def state_of(trained, frozen=None, reference=None):
     return types.SimpleNamespace(params=trained, frozen=frozen or {}, reference=reference or {})
 
 
@@ -179,7 +181,7 @@ def test_flops_of_a_training(tiny_model):
     trained = {path: leaf for path, leaf in flat.items() if path.startswith("language_model/")}
     frozen = {path: leaf for path, leaf in flat.items() if path not in trained}
     expected = model_flops(model, flat, trained)
-    assert training_flops(model, state_of(model, trained, frozen)) == expected
+    assert training_flops(model, state_of(trained, frozen), DPO) == expected
     assert expected.token == pytest.approx(3 * model_flops(model, flat).token)
 
 
@@ -189,15 +191,24 @@ def test_a_reference_in_the_step_runs_forward(tiny_model):
     flat = flatten(add_adapters(params, model, Lora(rank=2), (), 0))
     trained = {path: leaf for path, leaf in flat.items() if is_adapter(path)}
     frozen = {path: leaf for path, leaf in flat.items() if path not in trained}
-    alone = training_flops(model, state_of(model, trained, frozen))
-    both = training_flops(model, state_of(model, trained, frozen, reference=trained))
+    alone = training_flops(model, state_of(trained, frozen), DPO)
+    both = training_flops(model, state_of(trained, frozen, reference=trained), DPO)
     assert both.token - alone.token == model_flops(model, flatten(params)).token
+
+
+def test_where_only_rewards_are_read_no_token_is_predicted(tiny_model):
+    model, params = tiny_model
+    rewards = [make_term("bradley_terry")]
+    flops = training_flops(model, state_of(flatten(params)), rewards)
+    speaking = training_flops(model, state_of(flatten(params)), DPO)
+    assert flops.target == 0 < speaking.target
+    assert flops == dataclasses.replace(speaking, target=0.0)
 
 
 def test_a_tower_that_nobody_counts(tiny_model, monkeypatch):
     monkeypatch.setattr(performance, "tower_of", lambda config: None)
     model, params = tiny_model
-    assert training_flops(model, state_of(model, flatten(params))) is None
+    assert training_flops(model, state_of(flatten(params)), DPO) is None
 
 
 def test_it_is_no_part_of_what_makes_a_run_another():
