@@ -21,7 +21,6 @@ from mmpo_jax.generation.places import (
 )
 from mmpo_jax.generation.sampler import NOT_FINITE, choose_token
 from mmpo_jax.models.attention import cached_attention, in_window
-from mmpo_jax.models.layers import constrain_batch
 from mmpo_jax.models.log_probs import next_token_logits
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.vlm import VisionLanguageModel
@@ -229,7 +228,7 @@ def decode_token(
         attend_caches,
         carry=(pool.cache, jnp.ones(token.shape, bool)),
         layer_inputs=(jnp.arange(len(pool.cache[0])), tuple(prompt.cache for prompt in prompts)),
-        split=constrain_batch,  # places are few
+        split=False,  # places are few
     )
     released = (owned & grouped(ended)[..., None]).any(axis=2)
     pool = Pool(cache, jnp.where(released, -1, owner), written, pool.used + len(member))

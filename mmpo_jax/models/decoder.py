@@ -19,9 +19,11 @@ from mmpo_jax.models.config import DecoderConfig, ModelError
 from mmpo_jax.models.layers import (
     GatedMlp,
     constrain_batch,
+    gather_tokens,
     keep_dtype,
     linear,
     rematerialise,
+    scatter_tokens,
     split_tokens,
     stack_layers,
 )
@@ -104,14 +106,15 @@ class DecoderLayer(nnx.Module):
         window: Any,
         carry: Any,
         inputs: Any,
-        split: Callable[[jax.Array], jax.Array],
+        split: bool,
     ) -> tuple[Float[Array, "B S D"], Any, Any]:
-        read = constrain_batch(self.input_layernorm(x))
+        gather, scatter = (gather_tokens, scatter_tokens) if split else (constrain_batch,) * 2
+        read = gather(self.input_layernorm(x))
         query, key, value = self.self_attn.project(read, rope)
         attended, carry, outputs = attend(query, key, value, window, carry, inputs)
-        x = split(x + self.self_attn.o_proj(attended.reshape(*x.shape[:2], -1)))
-        read = constrain_batch(self.post_attention_layernorm(x))
-        return split(x + self.mlp(read)), carry, outputs
+        x = x + scatter(self.self_attn.o_proj(attended.reshape(*x.shape[:2], -1)))
+        read = gather(self.post_attention_layernorm(x))
+        return x + scatter(self.mlp(read)), carry, outputs
 
 
 class Decoder(nnx.Module):
@@ -142,7 +145,7 @@ class Decoder(nnx.Module):
         carry: Any = None,
         layer_inputs: Any = None,
         remat: str = "none",
-        split: Callable[[jax.Array], jax.Array] = split_tokens,
+        split: bool = True,
     ) -> tuple[Float[Array, "B S D"], Any, Any]:
         """Runs the layers and the final norm over embedded tokens.
 
@@ -153,7 +156,8 @@ class Decoder(nnx.Module):
           carry: state that `attend` threads through the layers (a cache it writes to).
           layer_inputs: pytree with a leading layer axis, sliced for `attend`.
           remat: rematerialisation policy, see `layers.rematerialise`.
-          split: where the residual stream lies between two products, see `layers.split_tokens`.
+          split: whether tokens are spread over the mesh's axis `tensor` between two products, see
+            `layers.gather_tokens`.
 
         Returns:
           (hidden states [B, S, D], the final carry, `attend`'s outputs stacked over layers).
@@ -171,8 +175,10 @@ class Decoder(nnx.Module):
             return (x, carry), outputs
 
         inputs = parameters, own, layer_inputs
-        (x, carry), outputs = jax.lax.scan(rematerialise(body, remat), (split(x), carry), inputs)
-        return constrain_batch(self.norm(x)), carry, outputs
+        x = split_tokens(x) if split else constrain_batch(x)
+        (x, carry), outputs = jax.lax.scan(rematerialise(body, remat), (x, carry), inputs)
+        x = self.norm(x)
+        return gather_tokens(x) if split else constrain_batch(x), carry, outputs
 
     def embed(self, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         """Embeddings of tokens.

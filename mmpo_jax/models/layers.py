@@ -170,11 +170,7 @@ def constrain_batch(x: Float[Array, "*d"]) -> Float[Array, "*d"]:
 def split_tokens(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
     """Spreads the tokens of an activation over the mesh's axis `tensor`, which has them whole else.
 
-    What lies between two products of a layer, residual stream and norms, is computed for a token at
-    a time, so no device needs more than its share of them; the products gather what they read
-    (Korthikanti et al. 2022, arXiv 2205.05198, section 4.2). What travels is the same: a sum over
-    devices is a sum that is spread and a gathering. Where `tensor` does not divide the tokens, they
-    stay whole.
+    Where `tensor` does not divide them, they stay whole.
     """
     mesh = jax.sharding.get_abstract_mesh()
     tensor = 1 if mesh.empty else mesh.shape.get("tensor", 1)
@@ -182,6 +178,38 @@ def split_tokens(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         return constrain_batch(x)
     spec = jax.sharding.PartitionSpec(batch_axes(mesh), "tensor", None)
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+@jax.custom_vjp
+def gather_tokens(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    """Tokens that are spread over `tensor`, for a product that reads all of them.
+
+    What lies between two products of a layer, residual stream and norms, is computed for a token at
+    a time, so no device needs more than its share of them; the products gather what they read
+    (Korthikanti et al. 2022, arXiv 2205.05198, section 4.2.2: this is their g, `scatter_tokens`
+    the other). What travels is the same: a sum over devices is a sum that is spread, and a
+    gathering. Both say what they are backwards too, which the compiler does not find by itself.
+    """
+    # Split at first, or the compiler gathers the float32 of a norm before it is cast.
+    return constrain_batch(split_tokens(x))
+
+
+@jax.custom_vjp
+def scatter_tokens(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    """A product's sums over the devices of `tensor`, spread over them; see `gather_tokens`."""
+    return split_tokens(x)
+
+
+def _gathered(x: jax.Array) -> tuple[jax.Array, None]:
+    return constrain_batch(split_tokens(x)), None
+
+
+def _scattered(x: jax.Array) -> tuple[jax.Array, None]:
+    return split_tokens(x), None
+
+
+gather_tokens.defvjp(_gathered, lambda _, gradient: _scattered(gradient)[:1])
+scatter_tokens.defvjp(_scattered, lambda _, gradient: _gathered(gradient)[:1])
 
 
 def batch_axes(mesh: jax.sharding.AbstractMesh | jax.sharding.Mesh) -> tuple[str, ...]:
