@@ -74,7 +74,10 @@ def _of_claim(claim: Claim, scene: Scene, asked: Collection[str]) -> WorldError:
     if kind == ATTRIBUTE and len(colours) == 1:
         yes, no = (attribute_question(claim.shape, colour) for colour in (*colours, claim.colour))
         return WorldError(kind, wrong, yes, no)
-    return WorldError(kind, wrong, _new(_alike(claim.kind, present), asked), question(claim))
+    # Also of "two crosses": were they asked about by their number, nearly every question for two of
+    # something would be answered with no, and its wording would give the answer away.
+    no = existence_question(claim.kind)
+    return WorldError(kind, wrong, _new(_alike(claim.kind, present), asked), no)
 
 
 def _alike(kind: Kind, among: Collection[Kind]) -> Iterator[Kind]:

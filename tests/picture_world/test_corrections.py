@@ -54,6 +54,17 @@ SCENE = Scene((Thing(0, 0, "star", "red"), Thing(1, 1, "star", "red"), Thing(2, 
                 )
             ],
         ),
+        (
+            "there is a red star , a blue ring and two green crosses .",
+            [
+                WorldError(
+                    "object",
+                    "two green crosses",
+                    "is there a blue ring in the picture ?",
+                    "is there a green cross in the picture ?",
+                )
+            ],
+        ),
         # Of two things of a shape nobody knows which is meant.
         (
             "there are two red stars , a yellow star and a blue ring .",
