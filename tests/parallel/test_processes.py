@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from helpers import processes
+from helpers.reward_heads import save_headed
 from helpers.world_files import write_pairs
 from safetensors.numpy import load_file
 
@@ -153,6 +154,30 @@ def test_scores_and_samples(tmp_path, tiny_folder):
         return [*score_commands(*given), *generate_commands(*given)]
 
     assert_same(*run_both(tmp_path, make, 2))
+
+
+@pytest.mark.slow
+def test_reward_models(tmp_path, tiny_folder, tiny_model):
+    """Trained, and asked for rewards behind several critiques of its own."""
+    data = write_pairs(tmp_path / "data", 9)
+    critic = save_headed(tmp_path / "critic", tiny_folder, *tiny_model, critique_prompt="and ?")
+
+    def make(folder):
+        given = ["--model", str(critic), "--data", str(data), "--critiques", "2"]
+        given += ["--output", str(folder / "rewards.jsonl"), "--max-new-tokens", "5"]
+        trained = {
+            "model": str(tiny_folder),
+            "reward_head": "two_layer",
+            "data": {"source": "file", "path": str(data)},
+            "lengths": LENGTHS,
+            "training": TRAINING | {"objective": {"type": "bradley_terry"}},
+        }
+        return [["reward", *given], ["train", recipe(folder, "head", **trained)]]
+
+    one, several = run_both(tmp_path, make, 2)
+    assert_same(one, several)
+    rows = [json.loads(line) for line in (one / "rewards.jsonl").read_text().splitlines()]
+    assert len(rows) == 9 and all(len(own) == 2 for row in rows for own in row["critiques"])
 
 
 @pytest.mark.slow

@@ -105,7 +105,7 @@ Q = "base_model.model.model.language_model.layers.1.self_attn.q_proj"
     [
         ({"peft_type": "IA3"}, r"adapter_config\.json: peft_type is 'IA3'"),
         ({"use_dora": True}, r"adapter_config\.json: use_dora is True"),
-        ({"modules_to_save": ["linear_2"]}, r"modules_to_save is \['linear_2'\], which this"),
+        ({"modules_to_save": ["linear_2"]}, "modules_to_save has .linear_2., and only rew"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' changes the base"),
         ({"base_model_name_or_path": None}, "base_model_name_or_path is missing"),
         ({"base_model_name_or_path": "/none"}, "the model of this adapter: /none"),

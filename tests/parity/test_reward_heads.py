@@ -13,12 +13,15 @@ import transformers
 from helpers import checks, families
 from helpers.reward_heads import KINDS, headed, scored_batch
 
+from mmpo_jax.checkpoints.checkpoint import load_start
 from mmpo_jax.checkpoints.huggingface import load_model, path_of, save_model
-from mmpo_jax.core.trees import flatten
+from mmpo_jax.checkpoints.peft import save_adapter
+from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.pipeline import held_out_batches
 from mmpo_jax.models.batch import PackedBatch
 from mmpo_jax.models.log_probs import response_rewards
+from mmpo_jax.models.lora import Lora, add_adapters, merge_adapters
 from mmpo_jax.objectives.terms import make_term, needs
 from mmpo_jax.training.examples import make_examples, tokenizer_for
 from mmpo_jax.training.losses import make_loss
@@ -123,6 +126,52 @@ def test_folders_of_all_families(family_case, name, kind, tmp_path):
     assert before.keys() == after.keys()
     for path, leaf in before.items():
         np.testing.assert_array_equal(after[path], leaf, err_msg=path)
+
+
+@torch.no_grad()
+def check_rewards(case, theirs, model, params):
+    """Rewards under our parameters are those of a classifier of transformers, or PEFT's of it."""
+    tokenized, batch = scored_batch(asked()[1:], case.processor)
+    ours = np.asarray(response_rewards(model, params, batch))
+    for row, of_row in zip(tokenized, ours, strict=True):
+        for response, reward in zip(row.responses, of_row, strict=True):
+            ids = torch.tensor(np.concatenate([row.prompt_ids, response.ids])[None]).long()
+            wanted = theirs(input_ids=ids).logits.item()
+            assert float(reward) == pytest.approx(wanted, abs=checks.TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_adapters_of_peft(family_case, name, tmp_path):
+    """One that we write, head included, scores under PEFT as here; and one that PEFT writes."""
+    peft = pytest.importorskip("peft")
+    case = family_case(name)
+    model, params = headed(case.model, case.params)
+    rng = np.random.default_rng(0)
+    flat = flatten(add_adapters(params, model, Lora(rank=2), (), 0))
+    trained = unflatten(
+        {
+            path: leaf + 0.2 * rng.standard_normal(leaf.shape).astype("f")
+            if path.endswith("lora_b")
+            else leaf
+            for path, leaf in flat.items()
+        }
+    )
+    save_adapter(tmp_path / "ours", model, trained, base=str(case.folder), dropout=0.0)
+    auto = transformers.AutoModelForSequenceClassification
+    base = auto.from_pretrained(case.folder, num_labels=1)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "ours").eval()
+    check_rewards(case, theirs, model, merge_adapters(trained))
+
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj", "v_proj"])
+    made = peft.get_peft_model(auto.from_pretrained(case.folder, num_labels=1), config).eval()
+    with torch.no_grad():
+        for key, tensor in made.named_parameters():
+            if tensor.requires_grad:
+                tensor.normal_(generator=torch.Generator().manual_seed(len(key)))
+    made.save_pretrained(tmp_path / "peft")
+    read = load_start(str(tmp_path / "peft"))
+    assert read.model.config.reward_head.kind == "linear"
+    check_rewards(case, made, read.model, read.params)
 
 
 class Theirs:
