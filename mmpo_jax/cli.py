@@ -75,10 +75,11 @@ def _set_up_logging(me: processes.Member) -> None:
     else:
         logging.basicConfig(level=logging.WARNING, format=f"process {me.index}: %(message)s")
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
-    for noisy in ("absl", "httpcore2", "httpx2", "jax", "matplotlib", "orbax", "transformers"):
+    for noisy in ("httpcore2", "httpx2", "jax", "matplotlib", "transformers"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    # Orbax leaves its failed tasks to it, a page each; the error itself reaches us.
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    # Of a write that failed Orbax logs every task, a page each; the error itself reaches us.
+    for noisy in ("absl", "asyncio", "orbax"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", ".*decompression bomb")  # images over the limit are skipped
 
 

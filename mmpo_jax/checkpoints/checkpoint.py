@@ -17,9 +17,10 @@ from mmpo_jax.checkpoints.configs import load_config, without_language_head
 from mmpo_jax.checkpoints.folders import is_on_hub
 from mmpo_jax.checkpoints.huggingface import check_params, load_params
 from mmpo_jax.checkpoints.locations import Location, fingerprint_location, locate
-from mmpo_jax.checkpoints.orbax import checkpoint_shapes, load_checkpoint_params
+from mmpo_jax.checkpoints.orbax import load_checkpoint_params
 from mmpo_jax.checkpoints.peft import adapter_head, with_adapter
 from mmpo_jax.checkpoints.safetensors_files import all_finite
+from mmpo_jax.checkpoints.steps import checkpoint_shapes
 from mmpo_jax.core import progress
 from mmpo_jax.core.files import fingerprint_json
 from mmpo_jax.core.processes import check_same

@@ -16,8 +16,9 @@ from mmpo_jax.checkpoints.fingerprints import (
     step_files,
 )
 from mmpo_jax.checkpoints.folders import is_on_hub, resolve_folder, side_files
-from mmpo_jax.checkpoints.orbax import checkpoint_shapes, find_checkpoint
+from mmpo_jax.checkpoints.orbax import find_checkpoint
 from mmpo_jax.checkpoints.peft import base_model, has_model, is_adapter_folder
+from mmpo_jax.checkpoints.steps import checkpoint_shapes
 from mmpo_jax.core import progress
 from mmpo_jax.core.buckets import is_file
 from mmpo_jax.core.files import fingerprint_json

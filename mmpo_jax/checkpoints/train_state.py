@@ -6,8 +6,11 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 
 from mmpo_jax.objectives.registry import State
+
+NOT_HALTED = np.bool_(False)
 
 
 @jax.tree_util.register_dataclass
@@ -27,3 +30,12 @@ class TrainState:
     """path -> array of a reference that runs in the step: what is not in `frozen`; else empty."""
     objective_state: State = dataclasses.field(default_factory=dict)
     """What objectives keep from step to step, float32[] each."""
+    is_halted: jax.Array | np.bool_ = NOT_HALTED
+    """bool[]: whether a step was not finite, behind which nothing changes any more."""
+
+
+def abstract(tree: Any) -> Any:
+    """Shapes, dtypes and shardings of arrays, without their numbers."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree
+    )

@@ -60,6 +60,15 @@ def remove_tree(folder: epath.PathLike) -> None:
         path.rmtree(missing_ok=True)
 
 
+def move(source: str, target: str) -> None:
+    """Renames a file or folder, in the place of what is there."""
+    path = epath.Path(target)
+    if path.is_dir():
+        remove_tree(target)
+    path.unlink(missing_ok=True)
+    epath.Path(source).rename(target)
+
+
 def replace_folder(target: str, write: Callable[[str], Any]) -> None:
     """Puts a folder in place whole: `write(staging)` makes it on this machine.
 

@@ -218,7 +218,8 @@ def train_state(
         }
     keeps = {name: replicated((), jnp.float32, mesh) for name in loss.state}
     step = replicated((), jnp.int32, mesh)
-    parts: Any = step, trained, frozen, moments, reference, keeps  # shapes in place of arrays
+    halted = replicated((), jnp.bool_, mesh)
+    parts: Any = step, trained, frozen, moments, reference, keeps, halted  # shapes, no arrays
     return TrainState(*parts)
 
 

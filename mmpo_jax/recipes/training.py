@@ -116,6 +116,9 @@ class Training(Section):
     log_every: PositiveInt = 10
     save_every: PositiveInt = 100
     keep_checkpoints: PositiveInt = 2
+    """The last so many stay, so that where one is damaged the one before is there."""
+    keep_best: PositiveInt = 1
+    """Of rows held out, so many of the best steps stay in `best/`."""
     profile: Profile | None = None
     wandb: WandB | None = None
     save_dtype: SaveDtype = "float32"
@@ -191,8 +194,8 @@ class Training(Section):
 
     def identity(self) -> dict[str, Any]:
         """The options the trained weights depend on."""
-        without = {"log_every", "save_every", "keep_checkpoints", "profile", "save_dtype"}
-        without |= {"wandb", "workers", "remat"}
+        without = {"log_every", "save_every", "keep_checkpoints", "keep_best", "profile"}
+        without |= {"save_dtype", "wandb", "workers", "remat"}
         if self.lora is None or not self.lora.dropout:  # whose masks follow the micro-batches
             without.add("micro_batch_size")
         return self.model_dump(

@@ -16,8 +16,9 @@ from jax.sharding import Mesh
 
 from mmpo_jax.checkpoints.cards import ModelCard
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
-from mmpo_jax.checkpoints.orbax import Checkpoints, abstract, save_base
-from mmpo_jax.checkpoints.train_state import TrainState
+from mmpo_jax.checkpoints.orbax import save_base
+from mmpo_jax.checkpoints.run_checkpoints import Checkpoints
+from mmpo_jax.checkpoints.train_state import TrainState, abstract
 from mmpo_jax.core import progress
 from mmpo_jax.core.errors import Stopped
 from mmpo_jax.core.processes import is_agreed, several
@@ -39,13 +40,14 @@ from mmpo_jax.recipes.training import MovingReference, NoReference, Rollout, Tra
 from mmpo_jax.training.goodput import Goodput, first_start
 from mmpo_jax.training.losses import Loss, make_loss, needs_reference, recipe_terms
 from mmpo_jax.training.memory import log_memory
-from mmpo_jax.training.metrics import MetricsWriter
+from mmpo_jax.training.metrics import MetricsWriter, from_json
+from mmpo_jax.training.not_finite import Recorder
 from mmpo_jax.training.on_policy import Prompts, Rollouts
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
 from mmpo_jax.training.performance import measure
 from mmpo_jax.training.plan import check_training, micro_batch_size, total_steps
 from mmpo_jax.training.profiling import Profiler
-from mmpo_jax.training.reports import Reports
+from mmpo_jax.training.reports import Reports, StartedStep
 from mmpo_jax.training.step import Update, create_state, make_step, whole_params
 from mmpo_jax.training.stopping import StopSignal
 from mmpo_jax.training.tracking import track_run
@@ -113,7 +115,8 @@ def train(
 
     Raises:
       TrainingError: there is no data, the batch does not fit the mesh, `freeze` does not fit the
-        model, or a step was not finite.
+        model, or a step was not finite: then the state before it is saved.
+      CheckpointError: a checkpoint cannot be written, or none of those that are there is whole.
       Stopped: SIGTERM came, and a checkpoint was saved.
     """
     check_training(config, start.model, mesh)
@@ -128,7 +131,7 @@ def train(
             start.model, recipe_terms(config), data.examples[0].names, config.remat, temperature
         )
         with progress.doing("placing parameters, reading the last checkpoint"):
-            state, update, position = _begin(
+            state, update, position, window = _begin(
                 start, loss, config, mesh, steps, run.seed, checkpoints
             )
         if position is not None:
@@ -152,9 +155,21 @@ def train(
             validator = make_validator(start, data.held, config, lengths, mesh, writer.rows)
             goodput = Goodput(first.time, writer.rows)
             performance = measure(start.model, state, recipe_terms(config), mesh, goodput)
-            reports = Reports(config, steps, checkpoints, writer, validator, performance)
+            reports = Reports(
+                config,
+                steps,
+                checkpoints,
+                writer,
+                validator,
+                performance,
+                Recorder(run.folder, mesh, source.draw_again),
+                position or source.get_state(),
+                from_json(window),
+            )
             if position is None:
                 reports.begin(state)
+            else:
+                reports.resume(step, state)
             times = performance.times
             while step < steps and not reports.is_over():
                 profiler.before(step + 1)
@@ -165,7 +180,8 @@ def train(
                 state, metrics = times.start(update, state, batch)
                 step += 1
                 profiler.after(step, metrics["loss"])
-                reports.started(step, host, metrics)
+                reports.add(StartedStep(step, host.ids, {**metrics, **host.metrics}, position))
+                performance.add(host.amounts)
                 activity.reach(step - 1)  # the one before is done
                 if reports.is_due(step):
                     activity.reach(step)
@@ -179,7 +195,9 @@ def train(
         if validator is not None:
             validator.log_summary(step, steps)
             with progress.doing("reading the best step"):
-                state = checkpoints.restore_best(state)
+                best = validator.best_steps()
+                state = checkpoints.best.restore(best[0], state)
+                checkpoints.best.keep(best)
         return whole_params(state)
 
 
@@ -271,19 +289,19 @@ def _begin(
     steps: int,
     seed: int,
     checkpoints: Checkpoints,
-) -> tuple[TrainState, Update, dict[str, Any] | None]:
-    """(the state to go on from, the compiled step, the data position if that is a checkpoint's),
-    with nothing on the devices beside the state.
+) -> tuple[TrainState, Update, dict[str, Any] | None, list[dict[str, Any]]]:
+    """(the state to go on from, the compiled step, the data position if that is a checkpoint's, its
+    window), with nothing on the devices beside the state.
     """
     state, update = _prepare(start, loss, config, mesh, steps, seed)
     if checkpoints.latest() is None:
         start.release(state.params)  # what is frozen is the state's too
-        return state, update, None
+        return state, update, None, []
     shapes = abstract(state)
     start.release()
     del state
-    state, position = checkpoints.restore(shapes)
-    return state, update, position
+    state, position, window = checkpoints.restore(shapes)
+    return state, update, position, window
 
 
 def _prepare(
@@ -336,6 +354,9 @@ class Batches(Protocol):
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes on from a position."""
 
+    def draw_again(self, position: dict[str, Any], state: TrainState) -> HostBatch | None:
+        """The batch that was drawn at a position; None where it cannot be drawn again."""
+
 
 class FromData:
     """Batches of data, whatever the state."""
@@ -346,6 +367,10 @@ class FromData:
 
     def draw(self, state: TrainState) -> HostBatch:
         return next(self.batches)
+
+    def draw_again(self, position: dict[str, Any], state: TrainState) -> HostBatch:
+        self.set_state(position)
+        return self.draw(state)
 
 
 def _next_batch(

@@ -63,6 +63,28 @@ class Tracker(Protocol):
         """There will be no more."""
 
 
+def as_json(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Metrics of steps, on the host, as JSON; what is not finite is null."""
+
+    def value(number: Any) -> Any:
+        parts = number if isinstance(number, WeightedSum) else [number]
+        found = null_if_not_finite([float(part) for part in parts])
+        return found if isinstance(number, WeightedSum) else found[0]
+
+    return [{name: value(number) for name, number in step.items()} for step in steps]
+
+
+def from_json(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Metrics of which `as_json` made this, with NaN for null."""
+
+    def number(value: Any) -> Any:
+        if isinstance(value, list):
+            return WeightedSum(*(number(part) for part in value))
+        return math.nan if value is None else value
+
+    return [{name: number(value) for name, value in step.items()} for step in steps]
+
+
 class MetricsWriter:
     """Writes `metrics.jsonl` and TensorBoard events; lines after the resumed step are dropped, all
     of them where it is -1. Of several processes the first writes, and all know the lines.

@@ -115,6 +115,15 @@ class Rollouts:
 
     def set_state(self, state: dict[str, Any]) -> None:
         self.order.set_state(state)
+        self.batch = None
+
+    def draw_again(self, position: dict[str, Any], state: TrainState) -> HostBatch | None:
+        """What was drawn at a position, with the parameters of then; None where these may be no
+        more, as several updates learn from a rollout."""
+        if self.rollout.updates_per_rollout > 1:
+            return None
+        self.set_state(position)
+        return self.draw(state)
 
     def draw(self, state: TrainState) -> HostBatch:
         """The batch of the next step: of a new rollout, or the last one's again."""

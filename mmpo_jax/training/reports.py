@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
 
-from mmpo_jax.checkpoints.orbax import Checkpoints
+from mmpo_jax.checkpoints.run_checkpoints import Checkpoints
+from mmpo_jax.checkpoints.steps import CheckpointError, newest
 from mmpo_jax.checkpoints.train_state import TrainState
 from mmpo_jax.core import progress
 from mmpo_jax.core.errors import Stopped
-from mmpo_jax.data.pipeline import HostBatch
 from mmpo_jax.recipes.training import Training
-from mmpo_jax.training.metrics import MetricsWriter, means
+from mmpo_jax.training.metrics import MetricsWriter, as_json, means
+from mmpo_jax.training.not_finite import Recorder, first_not_finite
 from mmpo_jax.training.performance import Performance
 from mmpo_jax.training.plan import TrainingError
 from mmpo_jax.training.validation import Validator
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class StartedStep:
+    """A step whose metrics still lie on the devices."""
+
+    step: int
+    ids: tuple[str, ...]
+    """Ids of its rows."""
+    metrics: Mapping[str, Any]
+    position: dict[str, Any]
+    """Position of the data behind its batch."""
 
 
 class Reports:
@@ -31,6 +48,9 @@ class Reports:
         writer: MetricsWriter,
         validator: Validator | None,
         performance: Performance,
+        recorder: Recorder,
+        position: dict[str, Any],
+        carried: Sequence[Mapping[str, Any]],
     ):
         """
         Args:
@@ -40,23 +60,35 @@ class Reports:
           writer: of its metrics.
           validator: measures held-out rows, if there are any.
           performance: measures the steps.
+          recorder: keeps the batch of a step that was not finite.
+          position: of the data, before the first step.
+          carried: metrics of steps that were done before it and not reported yet.
         """
         self.config, self.steps = config, steps
         self.checkpoints, self.writer, self.validator = checkpoints, writer, validator
-        self.performance, self.times = performance, performance.times
-        self.window = Window(checkpoints)
+        self.performance, self.recorder = performance, recorder
+        self.position, self.carried = position, list(carried)
+        self.window: list[StartedStep] = []
+        """The steps since the last report, but for those `carried`; `position` is before them."""
 
     def begin(self, state: TrainState) -> None:
         """Measures held-out rows before the first step."""
-        self.checkpoints.discard_best()  # of a run that ended before its first checkpoint
+        self.checkpoints.best.forget_after(-1)  # of a run that ended before its first checkpoint
         if self.validator is not None:
             self.writer.record(0, self._validate(self.validator, 0, state))
-            self._save_best(0, state)
+            self._save_best(self.validator, 0, state)
 
-    def started(self, step: int, host: HostBatch, metrics: Mapping[str, Any]) -> None:
-        """A step was started on a batch, which gives these metrics."""
-        self.window.add(step, host.ids, {**metrics, **host.metrics})
-        self.performance.add(host.amounts)
+    def resume(self, step: int, state: TrainState) -> None:
+        """Makes `best/` what it was at the step of a checkpoint that training goes on from."""
+        self.checkpoints.best.forget_after(step)
+        if self.validator is None or step not in self.validator.best_steps():
+            return
+        if not self.checkpoints.best.has(step):  # a kill came between the two
+            self._save_best(self.validator, step, state)
+
+    def add(self, started: StartedStep) -> None:
+        """A step was started."""
+        self.window.append(started)
 
     def is_due(self, step: int) -> bool:
         """Whether there is something to report after this step."""
@@ -71,11 +103,13 @@ class Reports:
 
         Raises:
           Stopped: naming the step.
+          TrainingError: see `report`.
         """
         with progress.doing("saving a checkpoint"):
+            rows = [*self.carried, *self._close_window(state)]
             self.writer.flush()
             if self.checkpoints.latest() != step:
-                self.checkpoints.save(step, state, position)
+                self.checkpoints.save(step, state, position, as_json(rows))
             self.checkpoints.describe_latest()  # which waits until it is written
         raise Stopped(f"saved step {step} of {self.steps}; the same command goes on from there")
 
@@ -88,69 +122,86 @@ class Reports:
           position: of the data, after them.
 
         Raises:
-          TrainingError: naming the first step that was not finite.
+          TrainingError: naming the first step that was not finite; the state before it is saved.
         """
-        values = self.window.close(state)
+        values = means([*self.carried, *self._close_window(state)])
+        self.carried = []
+        del values["finite"]
         if self.validator is not None and self.validator.is_due(step, self.steps):
             values |= self._validate(self.validator, step, state)
-            if self.validator.is_best(step):
-                self._save_best(step, state)
+            if step in self.validator.best_steps():
+                self._save_best(self.validator, step, state)
         self.writer.write_step(step, values | self.performance.close())
         if step % self.config.save_every == 0 or step == self.steps or self.is_over():
-            with progress.doing("saving a checkpoint"), self.times.spending("checkpoint"):
+            with progress.doing("saving a checkpoint"), self._saving():
                 self.writer.flush()
                 self.checkpoints.save(step, state, position)
 
     def _validate(self, validator: Validator, step: int, state: TrainState) -> dict[str, float]:
         """Metrics of held-out rows."""
-        with self.times.spending("validation"):
+        with self.performance.times.spending("validation"):
             return validator.measure(step, state)
 
-    def _save_best(self, step: int, state: TrainState) -> None:
-        with progress.doing("saving the best step"), self.times.spending("checkpoint"):
-            self.checkpoints.save_best(step, state)
+    def _save_best(self, validator: Validator, step: int, state: TrainState) -> None:
+        """Writes the parameters of a step that is among the best. Those before stay as long as a
+        checkpoint is there for which they are the best: it may be the one to go on from."""
+        with progress.doing("saving the best step"), self._saving():
+            untils = (*self.checkpoints.steps(), step)
+            needed = {best for until in untils for best in validator.best_steps(until)}
+            self.checkpoints.best.keep(needed)
+            self.checkpoints.best.save(step, state, validator.score(step))
 
+    def _saving(self) -> contextlib.AbstractContextManager[None]:
+        """Counts what takes place within as time of checkpoints."""
+        return self.performance.times.spending("checkpoint")
 
-class Window:
-    """The steps since the last report, whose metrics still lie on the devices."""
-
-    def __init__(self, checkpoints: Checkpoints):
-        self.checkpoints = checkpoints
-        self.steps: list[tuple[int, tuple[str, ...], Mapping[str, Any]]] = []
-
-    def add(self, step: int, ids: tuple[str, ...], metrics: Mapping[str, Any]) -> None:
-        """A step was started on the rows of these ids."""
-        self.steps.append((step, ids, metrics))
-
-    def close(self, state: TrainState) -> dict[str, float]:
-        """The metrics, see `means`, and begins anew.
+    def _close_window(self, state: TrainState) -> list[Mapping[str, Any]]:
+        """The metrics of the steps since the last report, on the host, and begins anew.
 
         Args:
-          state: after the steps; one that was not finite has not changed it.
+          state: after them; of the last one that was finite.
 
         Raises:
           TrainingError: naming the first step that was not finite.
         """
-        steps, self.steps = self.steps, []
-        rows = jax.device_get([metrics for _, _, metrics in steps])
-        for (step, ids, _), row in zip(steps, rows, strict=True):
-            if not row["finite"]:
-                broken = _not_finite({**state.params, **state.frozen})
-                if broken is not None:
-                    raise TrainingError(
-                        f"step {step}: the weights themselves are not finite, whatever the rows: "
-                        f"{broken}; last good checkpoint: {self.checkpoints.describe_latest()}"
-                    )
-                raise TrainingError(
-                    f"step {step}: the loss is {row['loss']} and the gradient norm "
-                    f"{row['grad_norm']}; rows of this batch: {', '.join(ids)}; "
-                    f"last good checkpoint: {self.checkpoints.describe_latest()}"
-                )
-        together = means(rows)
-        del together["finite"]
-        return together
+        window, self.window = self.window, []
+        rows = jax.device_get([started.metrics for started in window])
+        for place, started in enumerate(window):
+            if not rows[place]["finite"]:
+                self._give_up(started, rows[: place + 1], state)
+            self.position = started.position
+        return rows
 
+    def _give_up(
+        self, started: StartedStep, rows: Sequence[Mapping[str, Any]], state: TrainState
+    ) -> NoReturn:
+        """Keeps what there is of a step that was not finite and of those before it.
 
-def _not_finite(params: Mapping[str, jax.Array]) -> str | None:
-    """The path of a parameter with an infinity or NaN; None where all are finite."""
-    return next((path for path, leaf in params.items() if not jnp.isfinite(leaf).all()), None)
+        Args:
+          started: the step.
+          rows: metrics of the window's steps, the last of which it is.
+          state: before it.
+        """
+        step, metrics = started.step, rows[-1]
+        broken = first_not_finite({**state.params, **state.frozen})
+        if broken is not None:
+            raise TrainingError(
+                f"step {step}: the weights themselves are not finite, whatever the rows: "
+                f"{broken}; last good checkpoint: {self.checkpoints.describe_latest()}"
+            )
+        told = (
+            f"step {step}: the loss is {metrics['loss']} and the gradient norm "
+            f"{metrics['grad_norm']}; rows of this batch: {', '.join(started.ids)}"
+        )
+        try:
+            with progress.doing("saving what was learned before"):
+                if self.checkpoints.latest() != step - 1 and step > 1:
+                    window = as_json([*self.carried, *rows[:-1]])
+                    self.checkpoints.save(step - 1, state, self.position, window)
+                self.checkpoints.describe_latest()  # which waits until it is written
+        except CheckpointError as error:  # which is not what stopped the run
+            log.warning("%s", error)
+        path = self.recorder.record(step, means([metrics]), self.position, state)
+        if path is not None:
+            told = f"{told}; the batch is in {path}"
+        raise TrainingError(f"{told}; last good checkpoint: {newest(self.checkpoints.folder)}")

@@ -111,6 +111,7 @@ def create_state(
         reference,
         # A copy, as above.
         jax.tree.map(lambda leaf: jnp.copy(put_whole(leaf, replicated)), keeps or {}),
+        put_whole(np.bool_(False), replicated),
     )
 
 
@@ -132,8 +133,9 @@ def make_step(
     their outputs, from which the loss of the whole batch and its gradient by every output follow,
     then once more to take these gradients on to the parameters.
 
-    A step whose loss or gradient is not finite changes nothing but the step count, and reports
-    `finite` = 0.
+    A step whose loss or gradient is not finite changes nothing and halts the state: no step behind
+    it changes anything either, and all of them report `finite` = 0. So the state is that of the
+    last good step, however much later somebody looks.
 
     Gradients, updates and moments are those of float32 parameters; where these are kept in
     bfloat16, the updated ones are rounded stochastically, by keys of seed, step and path.
@@ -170,12 +172,12 @@ def make_step(
         return accumulate(loss, forward, state, batches, keys)
 
     def update(state: TrainState, frozen: dict, batches: Any) -> tuple[TrainState, Metrics]:
-        before = dataclasses.replace(state, step=state.step + 1, frozen={})
+        before = dataclasses.replace(state, frozen={})
         state = dataclasses.replace(state, params=widened(state.params), frozen=frozen)
         grads, sums, objective_state = gradients(state, batches)
         grads = jax.lax.with_sharding_constraint(grads, shardings.params)
         value, norm = loss.value(sums), optax.global_norm(grads)
-        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm) & ~state.is_halted
         updates, moments = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         params = narrowed(params, before.params, seed, state.step)
@@ -186,6 +188,7 @@ def make_step(
             followed = jax.tree.map(lambda r, p: r + share * (p - r), followed, params)
         after = TrainState(step, params, {}, moments, followed, objective_state)
         after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
+        after = dataclasses.replace(after, is_halted=~finite)
         metrics = loss.metrics(sums) | {
             "loss": value,
             "grad_norm": norm,

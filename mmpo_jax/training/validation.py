@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -69,7 +70,7 @@ class Validator:
           count: how many batches are held out, to say how far a measurement is.
         """
         self.config, self.batches, self.loss, self.mesh = config, batches, loss, mesh
-        self.count = count
+        self.count, self.keep_best = count, training.keep_best
         self.forward = make_forward(loss, jnp.dtype(training.compute_dtype))
         self.evaluate = jax.jit(loss.sums)
         self.history = [row for row in rows if config.metric in row]
@@ -98,9 +99,16 @@ class Validator:
         """Whether there is something to measure after this step."""
         return step % self.config.every == 0 or step == steps
 
-    def is_best(self, step: int) -> bool:
-        """Whether nothing before or after was better; the first counts of several that are."""
-        return best_row(self.history, self.config).get("step") == step
+    def best_steps(self, until: float = math.inf) -> list[int]:
+        """The `keep_best` best steps measured until one, the best of them first; the start where
+        nothing finite was measured."""
+        rows = best_rows([row for row in self.history if row["step"] <= until], self.config)
+        return [int(row["step"]) for row in rows[: self.keep_best]] or [0]
+
+    def score(self, step: int) -> float:
+        """What was measured at a step, greater where it is better."""
+        sign = 1 if self.config.greater_is_better else -1
+        return sign * next(row[self.config.metric] for row in self.history if row["step"] == step)
 
     def is_over(self) -> bool:
         """Whether the last `patience` measurements brought nothing better."""
@@ -124,9 +132,14 @@ class Validator:
 
 def best_row(rows: Sequence[Mapping[str, float]], config: Validation) -> Mapping[str, float]:
     """The first of the rows of `metrics.jsonl` with the best value; empty where there is none."""
+    return next(iter(best_rows(rows, config)), {})
+
+
+def best_rows(rows: Sequence[Mapping[str, float]], config: Validation) -> list[Mapping[str, float]]:
+    """The rows of `metrics.jsonl` with finite values, the best first, of equal ones the first."""
     sign = -1 if config.greater_is_better else 1
     measured = [row for row in rows if np.isfinite(row.get(config.metric, np.nan))]
-    return min(measured, key=lambda row: sign * row[config.metric], default={})
+    return sorted(measured, key=lambda row: sign * row[config.metric])
 
 
 def measure_batches(

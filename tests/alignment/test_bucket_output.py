@@ -14,7 +14,7 @@ from PIL import Image
 
 from mmpo_jax.alignment.align import run_alignment
 from mmpo_jax.checkpoints.checkpoint import load_start
-from mmpo_jax.checkpoints.orbax import Checkpoints
+from mmpo_jax.checkpoints.run_checkpoints import Checkpoints
 from mmpo_jax.commands.convert import convert
 from mmpo_jax.commands.train import run_training
 from mmpo_jax.core.errors import MmpoError

@@ -20,7 +20,9 @@ from mmpo_jax.checkpoints.configs import load_config
 from mmpo_jax.checkpoints.fingerprints import fingerprint_model
 from mmpo_jax.checkpoints.huggingface import load_model, load_params, save_model
 from mmpo_jax.checkpoints.locations import locate
-from mmpo_jax.checkpoints.orbax import CheckpointError, Checkpoints, find_checkpoint
+from mmpo_jax.checkpoints.orbax import find_checkpoint
+from mmpo_jax.checkpoints.run_checkpoints import Checkpoints
+from mmpo_jax.checkpoints.steps import CheckpointError
 from mmpo_jax.core import progress
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.models.model import Model

@@ -17,7 +17,8 @@ from jax.sharding import AxisType
 
 from mmpo_jax.checkpoints.checkpoint import load_checkpoint
 from mmpo_jax.checkpoints.huggingface import load_params, save_model
-from mmpo_jax.checkpoints.orbax import CheckpointError, find_checkpoint
+from mmpo_jax.checkpoints.orbax import find_checkpoint
+from mmpo_jax.checkpoints.steps import CheckpointError
 from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.training import loop

@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 from PIL import Image
 
 from mmpo_jax.checkpoints.huggingface import load_model
-from mmpo_jax.checkpoints.orbax import CheckpointError
+from mmpo_jax.checkpoints.steps import CheckpointError
 from mmpo_jax.commands import train as run
 from mmpo_jax.commands.train import run_training
 from mmpo_jax.core.trees import flatten

@@ -14,7 +14,7 @@ from jax.sharding import AxisType
 from pydantic import ValidationError
 
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
-from mmpo_jax.checkpoints.orbax import CheckpointError
+from mmpo_jax.checkpoints.steps import CheckpointError
 from mmpo_jax.commands.train import run_training
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.lengths import Lengths

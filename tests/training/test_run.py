@@ -12,7 +12,7 @@ from PIL import Image
 
 from mmpo_jax.checkpoints.checkpoint import load_start
 from mmpo_jax.checkpoints.huggingface import load_model
-from mmpo_jax.checkpoints.orbax import CheckpointError
+from mmpo_jax.checkpoints.steps import CheckpointError
 from mmpo_jax.commands.train import run_training, training_data
 from mmpo_jax.core.errors import DataError, MmpoError
 from mmpo_jax.core.files import read_table

@@ -293,17 +293,37 @@ def test_a_step_that_is_not_finite_changes_nothing(mesh, fault):
     assert metrics["finite"] == 0
     assert np.isfinite(metrics["loss"]) == (fault == "gradient")
     assert not np.isfinite(metrics["grad_norm"])
-    assert int(state.step) == 1
     jax.tree.map(
         np.testing.assert_array_equal,
         host((state.params, state.optimizer)),
         (before.params, before.optimizer),
     )
-    if fault != "gradient":
-        state, metrics = step(state, line_batch())
-        assert metrics["finite"] == 1
-        assert int(state.step) == 2
-        assert np.any(np.asarray(state.params["dense/kernel"]) != before.params["dense/kernel"])
+    assert int(state.step) == 0 and state.is_halted
+
+
+def test_no_step_behind_one_that_is_not_finite_changes_anything(mesh):
+    """Whoever looks later finds the state of the last good step, which goes on where it is not
+    halted."""
+    loss, optimizer = tiny.row_loss(line, squared_error), make_optimizer(AdamW(), CONSTANT)
+    state = create_state(line_params(), LINE, optimizer, (), mesh)
+    step = make_step(loss, optimizer, CONSTANT, state)
+    broken = line_batch()
+    broken[1][0, 2] = np.nan
+    state, metrics = step(state, line_batch())
+    assert metrics["finite"] == 1
+    good = host(state)
+    for batch in (broken, line_batch(), line_batch()):
+        state, metrics = step(state, batch)
+        assert metrics["finite"] == 0
+    assert int(state.step) == 1
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        host((state.params, state.optimizer)),
+        (good.params, good.optimizer),
+    )
+    state, metrics = step(dataclasses.replace(state, is_halted=good.is_halted), line_batch())
+    assert metrics["finite"] == 1 and int(state.step) == 2
+    assert np.any(np.asarray(state.params["dense/kernel"]) != good.params["dense/kernel"])
 
 
 def test_parameters_are_kept_in_float32_and_computed_in_bfloat16(mesh):

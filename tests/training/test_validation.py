@@ -17,8 +17,9 @@ from helpers.run_files import reproducible_rows
 from jax.sharding import AxisType
 
 from mmpo_jax import cli
+from mmpo_jax.checkpoints.best_steps import BestSteps
 from mmpo_jax.checkpoints.huggingface import load_model
-from mmpo_jax.checkpoints.orbax import Checkpoints
+from mmpo_jax.checkpoints.run_checkpoints import Checkpoints
 from mmpo_jax.checkpoints.train_state import TrainState
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.trees import flatten
@@ -106,7 +107,7 @@ def test_measuring_and_saving_are_no_time_of_training(train, monkeypatch):
     """By a clock that only they move."""
     clock, reported = types.SimpleNamespace(now=0.0), []
     monkeypatch.setattr(times, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
-    for owner, name in ((Validator, "measure"), (Checkpoints, "save"), (Checkpoints, "save_best")):
+    for owner, name in ((Validator, "measure"), (Checkpoints, "save"), (BestSteps, "save")):
         original = getattr(owner, name)
 
         def slow(*args, original=original):
