@@ -13,7 +13,7 @@ check_words() { # SUBCOMMAND WORD ...: of the script, and the mmpo command behin
     esac
   done
   case $command in
-    align | train | generate | score | select | evaluate | plan)
+    align | train | generate | score | reward | select | evaluate | plan)
       case $recipe in
         '' | -* | *=* | *://*) ;;
         *) [ -f "$recipe" ] || misused "$command: there is no recipe $recipe here" ;;
