@@ -266,8 +266,9 @@ def run() -> NoReturn:
     if watch.is_failing():  # the others do not come to the end that JAX would wait for
         sys.stderr.flush()
         os._exit(status)
-    if any(not thread.daemon for thread in threading.enumerate()[1:]):
-        sys.exit(status)  # which waits for them
+    # Ends pools and waits for what is no daemon, as `sys.exit` does; but that also unwinds threads
+    # that wait in C++, such as those of `watch`, which aborts the process.
+    threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()

@@ -7,6 +7,9 @@ PROCESS = """
 import atexit, os, sys, threading
 from mmpo_jax import cli
 atexit.register(print, "at exit")
+if "pool" in sys.argv:
+    from concurrent.futures import ThreadPoolExecutor
+    ThreadPoolExecutor(1).submit(print, "done").result()  # whose thread goes on waiting for more
 if "waits" in sys.argv:
     threading.Timer(0.5, print, ["a thread is over"]).start()
 cli.main = lambda: print("said") or 3
@@ -27,6 +30,11 @@ def test_all_is_said_and_what_is_registered_runs():
 def test_threads_are_waited_for():
     said, status = ended("waits")
     assert sorted(said) == ["a thread is over", "at exit", "said"] and status == 3
+
+
+def test_pools_that_nobody_has_ended_end():
+    """As the one by which grain makes batches ready."""
+    assert ended("pool") == (["done", "said", "at exit"], 3)
 
 
 def test_status_of_the_command():
