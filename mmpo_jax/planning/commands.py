@@ -70,6 +70,10 @@ def _train(stages: Stages, recipe: TrainRecipe) -> None:
     config, rollout = recipe.training, recipe.rollout
     if rollout is not None:
         config = with_token_limit(config, rollout)
+        if rollout.reward_models:
+            stages.notes.append(
+                "rollout.rewards: the reward model beside the policy is not planned"
+            )
     updates = rollout.updates_per_rollout if rollout else 1
     known = len(parts) == len(rows)
     steps = total_steps(config, parts, updates) if known else config.max_steps

@@ -22,6 +22,7 @@ from mmpo_jax.recipes.feedback import (
     ClaimsFeedback,
     ImplicitFeedback,
     PairFeedback,
+    RewardModelFeedback,
     SelfRewardFeedback,
 )
 from mmpo_jax.recipes.recipe import AlignRecipe
@@ -69,6 +70,8 @@ def judge_stages(
             return
         labeler = _asked(stages, feedback.labeler, recipe, opened)
         _label(stages, feedback.labeler, labeler, prompts, responses, rounds)
+    elif isinstance(feedback, RewardModelFeedback):
+        stages.notes.append("feedback: the reward model is not planned")
     else:
         stages.notes.append(f"feedback of type {feedback.type} takes no program of ours")
 
