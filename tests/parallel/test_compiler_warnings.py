@@ -11,7 +11,10 @@ import re
 import jax
 import numpy as np
 import pytest
-from helpers import checks, tiny
+from helpers import tiny
+
+pytest.importorskip("torch")
+from helpers import checks, families
 from jax.sharding import PartitionSpec
 
 from mmpo_jax.data.contexts import MAIN, OTHER_IMAGE
@@ -72,8 +75,6 @@ def step_of(case, batch, terms, contexts, mesh):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_train_steps(family_case, said, family):
-    from helpers import families
-
     case = family_case(family)
     _, batch = checks.batch_of(case, families.records(family) * 4)
     inputs = tiny.train_batch(batch, np.zeros((8, 2), np.float32))
@@ -85,8 +86,6 @@ def test_train_steps(family_case, said, family):
 @pytest.mark.slow
 def test_a_train_step_with_two_images_a_record(family_case, said):
     """Every record is two rows, one after each of its images."""
-    from helpers import families
-
     case = family_case("llava")
     shown, _ = families.records("llava")
     _, batch = checks.batch_of(case, [shown] * 16)

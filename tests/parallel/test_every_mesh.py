@@ -11,7 +11,10 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from helpers import checks, tiny
+from helpers import tiny
+
+pytest.importorskip("torch")
+from helpers import checks, families
 from helpers.sampling import one_device, sample
 
 from mmpo_jax.core.trees import flatten
@@ -56,8 +59,6 @@ def batch_of(family_case):
 
     @functools.cache
     def batch_of(family):
-        from helpers import families
-
         case = family_case(family)
         first, second = families.records(family)
         records = [
