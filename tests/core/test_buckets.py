@@ -15,6 +15,7 @@ from mmpo_jax.core.buckets import (
     is_file,
     is_folder,
     local_copy,
+    move,
     remove_tree,
     replace_folder,
 )
@@ -137,3 +138,20 @@ def test_the_cache_is_not_in_a_bucket(monkeypatch):
     monkeypatch.setenv("MMPO_CACHE", "gs://bucket/cache")
     with pytest.raises(MmpoError, match="MMPO_CACHE: gs://bucket/cache: has to be a folder"):
         cache_folder()
+
+
+@pytest.mark.parametrize("place", ["here", "gs://bucket"])
+def test_what_is_moved_replaces_what_is_there(place, tmp_path, monkeypatch):
+    buckets.file_bucket(monkeypatch, tmp_path)
+    root = tmp_path / "bucket" if place.startswith("gs") else tmp_path / "here"
+    name = place if place.startswith("gs") else str(root)
+    for folder in ("old", "new"):
+        (root / folder).mkdir(parents=True)
+        (root / folder / "file").write_text(folder)
+    (root / "new" / "more").write_text("more")
+    move(f"{name}/old", f"{name}/new")
+    assert [path.relative_to(root).as_posix() for path in root.rglob("*")] == ["new", "new/file"]
+    assert (root / "new" / "file").read_text() == "old"
+    (root / "plain").write_text("plain")
+    move(f"{name}/plain", f"{name}/new")
+    assert (root / "new").read_text() == "plain"
