@@ -14,6 +14,7 @@ import tensorboardX
 
 from mmpo_jax.core import progress
 from mmpo_jax.core.buckets import Mirror, is_file, local_copy
+from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.files import is_local, null_if_not_finite, read_bytes
 from mmpo_jax.core.processes import on_one
 from mmpo_jax.objectives.sums import WeightedSum
@@ -21,6 +22,8 @@ from mmpo_jax.objectives.sums import WeightedSum
 FILE = "metrics.jsonl"
 EVENTS = "tensorboard"
 """Folder of TensorBoard's events."""
+MAX_QUEUE = 100_000
+"""Events that wait to be written, at most: more than come between two lines."""
 MEASURED = "perf/"
 """What the names begin with of all that clocks and devices say. It is another every time; all else
 in a line is the same bytes in a run that was stopped as in one that was not."""
@@ -134,7 +137,7 @@ class MetricsWriter:
         os.replace(path + ".new", path)
         self.file = open(path, "a", buffering=1)  # noqa: SIM115 (closed by close())
         self.events = tensorboardX.SummaryWriter(
-            os.path.join(local, EVENTS), purge_step=resumed_step + 1
+            os.path.join(local, EVENTS), purge_step=resumed_step + 1, max_queue=MAX_QUEUE
         )
         self.tracker = track(local)
         if not is_local(folder):
@@ -147,9 +150,19 @@ class MetricsWriter:
         file.write(json.dumps(null_if_not_finite(row), allow_nan=False) + "\n")
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes a line, and says nothing on the terminal."""
+        """Writes a line, and says nothing on the terminal.
+
+        Raises:
+          MmpoError: TensorBoard's events cannot be written.
+          OSError: the line cannot.
+        """
         if self.file is None:
             return
+        if not self._writes_events():
+            raise MmpoError(
+                f"{self.events.logdir}: events cannot be written any more: the disk is full, or "
+                "the like; the same command goes on from the last checkpoint"
+            )
         row = {"step": step, **metrics}
         self._write(self.file, row)
         for name, value in metrics.items():
@@ -177,6 +190,11 @@ class MetricsWriter:
         print(f"step {step}/{self.total}  {text}  {rate:.3g} steps/s  {left} left", flush=True)
         progress.spoken()
 
+    def _writes_events(self) -> bool:
+        """Whether the thread is alive that writes events; a full disk ends it, and whoever waited
+        for it then would wait for ever."""
+        return self.events.file_writer.event_writer._worker.is_alive()
+
     def flush(self) -> None:
         """Copies to a bucket what is written so far, so that a checkpoint has its lines there."""
         if self.mirror is not None:
@@ -188,7 +206,10 @@ class MetricsWriter:
           MmpoError: the files cannot be copied to a bucket.
         """
         if self.file is not None:
-            self.events.close()
+            if self._writes_events():
+                self.events.close()
+            else:  # nor does the end of the process wait for it
+                self.events.file_writer.event_writer._event_queue.cancel_join_thread()
             self.file.close()
         if self.tracker is not None:
             self.tracker.close()

@@ -1,7 +1,10 @@
 """Metrics of several steps: means over all that counts in any of them."""
 
+import contextlib
+import errno
 import json
 import math
+import os
 from pathlib import Path
 
 import jax
@@ -11,9 +14,11 @@ import yaml
 from helpers import buckets
 from helpers.run_files import reproducible_rows
 from jax.sharding import AxisType
+from tensorboardX.record_writer import RecordWriter
 
 from mmpo_jax import cli
 from mmpo_jax.commands import train as training_run
+from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.objectives.sums import WeightedSum
 from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.training.metrics import MetricsWriter, means, read_metrics, reproducible
@@ -167,3 +172,19 @@ def test_reports_of_single_responses(tiny_folder, tmp_path, monkeypatch):
             margin = row["rewards/chosen"] - row["rewards/rejected"]
             assert row["rewards/margins"] == pytest.approx(margin)
     assert any("rewards/margins" in row for row in rows)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_disk_that_is_full_for_events_stops_the_run(tmp_path, monkeypatch):
+    """Their thread ends with its error, which nobody hears; waiting for it would take for ever."""
+
+    def full(self, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with contextlib.closing(MetricsWriter(tmp_path, -1, 9)) as writer:
+        monkeypatch.setattr(RecordWriter, "write", full)
+        thread = writer.events.file_writer.event_writer._worker
+        writer.record(1, {"loss": 0.5})
+        thread.join(60)
+        with pytest.raises(MmpoError, match="tensorboard: events cannot be written any more"):
+            writer.record(2, {"loss": 0.4})
