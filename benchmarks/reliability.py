@@ -238,7 +238,9 @@ def fill(when: str, data: Path, output: Path) -> None:
             run.wait_until((run.output / FULL[when]).exists)
         else:
             run.wait_for(FULL[when])
-        _fill(disk)
+        while not run.is_over():  # also what removed checkpoints leave
+            _fill(disk)
+            time.sleep(0.005)
         [status] = run.end()
         said = run.said().splitlines()[-1].replace(f"{disk}/{output.name}/", "")
         (disk / "filler").unlink()
