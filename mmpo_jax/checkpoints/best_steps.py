@@ -69,6 +69,16 @@ class BestSteps:
             if step not in self.manager.all_steps():
                 self.manager.save(step, args=args, force=True)
 
+    def wait(self) -> None:
+        """Waits until what is being written is there.
+
+        Raises:
+          CheckpointError: it cannot be written.
+        """
+        if "manager" in vars(self):
+            with writing(self.folder, self.checkpoints):
+                self.manager.wait_until_finished()
+
     def keep(self, steps: Collection[int]) -> None:
         """Removes all steps but these, once what is being written is there.
 

@@ -114,6 +114,7 @@ class Checkpoints:
         run = {"identity": self.identity, "position": position, "window": window, "digests": known}
         run = sealed(json.loads(json.dumps(run)))  # as it is read again
         trees = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        self.best.wait()  # a run that goes on from this one needs what was best by then
         with writing(self.folder, self.folder):
             self.manager.save(step, args=ocp.args.Composite(run=ocp.args.JsonSave(run), **trees))
         self._last = step
@@ -184,11 +185,13 @@ class Checkpoints:
         Raises:
           CheckpointError: the last one cannot be written.
         """
-        if "manager" in vars(self):
-            with writing(self.folder, self.folder):
-                self.manager.wait_until_finished()
-                self.manager.close()
-        self.best.close()
+        try:
+            if "manager" in vars(self):
+                with writing(self.folder, self.folder):
+                    self.manager.wait_until_finished()
+                    self.manager.close()
+        finally:
+            self.best.close()
 
 
 def _items(state: TrainState) -> dict[str, Any]:

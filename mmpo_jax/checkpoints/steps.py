@@ -33,11 +33,18 @@ CHECKPOINTS = "checkpoints"
 PARAMS, RUN = "params", "run"
 """Items of every step."""
 PASSING = (
-    *("RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED"),
+    *("RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED"),
     *("PERMISSION_DENIED", "UNAUTHENTICATED"),
-    *map(os.strerror, (errno.EACCES, errno.EMFILE, errno.ENOMEM)),
+    *map(
+        os.strerror,
+        (errno.EACCES, errno.EMFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT),
+    ),
 )
 """Words of errors that say nothing of what is in a file."""
+NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+"""The errors of the system that do."""
+CLIENTS = ("aiohttp", "gcsfs", "google", "requests", "urllib3")
+"""Packages whose errors are those of a network, but for files that are not there."""
 LONGEST = 300
 """Characters of an error of a library that are told, at most."""
 
@@ -67,8 +74,9 @@ def reading(folder: str) -> Iterator[None]:
         while cause.__cause__ is not None:  # TensorStore's own, of which Orbax makes pages
             cause = cause.__cause__
         told = (str(cause).strip().splitlines() or [type(cause).__name__])[0][:LONGEST]
-        passing = isinstance(cause, MemoryError | PermissionError | TimeoutError | ConnectionError)
-        if passing or any(word in str(cause) for word in PASSING):
+        of_system = isinstance(cause, MemoryError | OSError) and not isinstance(cause, NOT_THERE)
+        of_client = type(cause).__module__.partition(".")[0] in CLIENTS
+        if of_system or of_client or any(word in str(cause) for word in PASSING):
             raise CheckpointError(f"{folder}: cannot be read now: {told}") from error
         raise DamagedError(f"{folder}: not a whole checkpoint: {told}") from error
 
@@ -87,7 +95,9 @@ def writing(folder: str, checkpoints: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError) as error:
+    except MmpoError:
+        raise
+    except Exception as error:
         full = os.strerror(errno.ENOSPC)
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = "the disk is full" if full in str(error) else lines[-1]

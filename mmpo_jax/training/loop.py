@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from mmpo_jax.checkpoints.cards import ModelCard
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.checkpoints.orbax import save_base
 from mmpo_jax.checkpoints.run_checkpoints import Checkpoints
+from mmpo_jax.checkpoints.steps import CheckpointError
 from mmpo_jax.checkpoints.train_state import TrainState, abstract
 from mmpo_jax.core import progress
 from mmpo_jax.core.errors import Stopped
@@ -52,6 +54,8 @@ from mmpo_jax.training.step import Update, create_state, make_step, whole_params
 from mmpo_jax.training.stopping import StopSignal
 from mmpo_jax.training.tracking import track_run
 from mmpo_jax.training.validation import Held, Validator
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +213,12 @@ def _closing(checkpoints: Checkpoints) -> Iterator[None]:
         # Processes finish a checkpoint together, and the others may wait elsewhere.
         if several() and not isinstance(error, Stopped) and not is_agreed(error):
             raise
-        _finish(checkpoints)
+        try:
+            _finish(checkpoints)
+        except CheckpointError as second:
+            if isinstance(error, Stopped):  # which says that all is saved
+                raise
+            log.warning("%s", second)
         raise
     _finish(checkpoints)
 
