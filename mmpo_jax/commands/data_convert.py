@@ -21,7 +21,7 @@ from mmpo_jax.data.formats.format import Format
 from mmpo_jax.data.formats.writing import STRIP, CannotHold, Embed, Writer, fields_of, without
 from mmpo_jax.data.joining import Joined, join_pairs
 from mmpo_jax.data.notes import Notes
-from mmpo_jax.data.pair_questions import pairs_as_questions
+from mmpo_jax.data.pair_questions import pairs_as_questions, unfit_for_questions
 from mmpo_jax.data.readers import TFDS, iter_records, left_out_rows
 from mmpo_jax.data.records import Record
 from mmpo_jax.data.rows import Row
@@ -141,6 +141,14 @@ def convert_data(
     joined = join_pairs(records()) if join else None
     kept = list(records() if joined is None else joined.records)
     read = len(kept) + len(skipped)
+    if ask_which:
+        unfit = [(record, unfit_for_questions(record)) for record in kept]
+        kept = [record for record, problem in unfit if problem is None]
+        skipped += [
+            SkippedRow(source, record.row, record.id, *problem)
+            for record, problem in unfit
+            if problem is not None
+        ]
     made = list(rows(pairs_as_questions(kept) if ask_which else kept))
     skipped_file = f"{stem}.{SKIPPED_FILE}"
     if skipped or partly:

@@ -55,4 +55,6 @@ def parse_rules(benchmark: Benchmark, given: list[str]) -> dict[str, object]:
             found[name] = TypeAdapter(kind).validate_python(yaml.safe_load(value), strict=True)
         except ValidationError as error:
             raise MmpoError(f"--rule {text}: {error.errors()[0]['msg']}") from error
+        except yaml.YAMLError as error:
+            raise MmpoError(f"--rule {text}: {value} is no value") from error
     return found

@@ -13,6 +13,7 @@ from typing import Literal
 
 from mmpo_jax.core.prompts import fill
 from mmpo_jax.data.records import Record, Response, Turn, question_with_beginning
+from mmpo_jax.data.skipped import Problem
 
 Verdict = Literal["1", "2", "tie"]
 """The better answer by its place."""
@@ -42,10 +43,10 @@ _ENDINGS = (
 )
 """Forms of a verdict, the strictest first: of R1-Reward, of judges of text, of VL-RewardBench."""
 _LETTERS = {"A": "1", "B": "2", "C": "tie"}
-_CONCLUSION = re.compile(
-    r"\b(?:answer|response)\s*(1|2)\b[^.\n]*?\b(?:is|seems|would be)\b[^.\n]*?\b(better|worse)\b",
-    re.IGNORECASE,
-)
+_SENTENCE = re.compile(r"([^.!?\n]+)([.!?\n]?)")
+_PLACE = re.compile(r"\b(?:answer|response)\s*([12])\b", re.IGNORECASE)
+_JUDGED = re.compile(r"\b(better|worse)\b", re.IGNORECASE)
+_DENIED = re.compile(r"\b(?:not|no|never|neither|hardly)\b|n't\b", re.IGNORECASE)
 
 
 def ask_which(question: str, first: str, second: str, prompt: str = PAIR_PROMPT) -> str:
@@ -72,13 +73,37 @@ def read_verdict(reply: str) -> Verdict | None:
 
 def read_conclusion(reply: str) -> Verdict | None:
     """What the reasoning in front of a verdict comes to: the last sentence of it that calls an
-    answer better or worse; None where there is none."""
-    reasoning = reply.partition("<answer>")[0]
-    found = _CONCLUSION.findall(reasoning)
-    if not found:
-        return None
-    place, word = found[-1]
-    return "1" if (place == "1") == (word.lower() == "better") else "2"
+    answer better or worse, the one that is named last before that word; None where there is none.
+    Questions and denials count as no such sentence.
+    """
+    for text, end in reversed(_SENTENCE.findall(reply.partition("<answer>")[0])):
+        judged = None if end == "?" else _last(_JUDGED, text, len(text))
+        place = None if judged is None else _last(_PLACE, text, judged.start())
+        if judged is None or place is None or _DENIED.search(text, place.end(), judged.start()):
+            continue
+        return "1" if (place[1] == "1") == (judged[1].lower() == "better") else "2"
+    return None
+
+
+def _last(pattern: re.Pattern[str], text: str, end: int) -> re.Match[str] | None:
+    """The last match in front of a character."""
+    return max(pattern.finditer(text, 0, end), key=re.Match.start, default=None)
+
+
+def unfit_for_questions(record: Record) -> Problem | None:
+    """Why a record's responses cannot be compared in a question; None where they can."""
+    if not record.prompt:
+        return "no_prompt", "the row's responses do not share a prompt"
+    if sum(turn.role == "user" for turn in record.prompt) > 1:
+        return "several_turns", "a question is about one question, and the prompt has several turns"
+    for response in record.responses:
+        if response.prompt is not None:
+            return "own_prompt", "a response has a prompt of its own"
+        if response.images is not None:
+            return "own_images", "a response has images of its own"
+        if len(response.turns) > 1:
+            return "several_turns", "a response has several turns"
+    return None
 
 
 def pairs_as_questions(records: Iterable[Record]) -> Iterator[Record]:

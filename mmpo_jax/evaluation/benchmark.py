@@ -12,6 +12,7 @@ import importlib
 import inspect
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -88,8 +89,6 @@ class Benchmark:
     """Where users get its files."""
     answers: str
     """What rows of answers have, in words."""
-    lower_is_better: frozenset[str]
-    """Metrics of which less is better."""
 
     @property
     def options(self) -> dict[str, tuple[Any, Any]]:
@@ -106,14 +105,13 @@ _BENCHMARKS: dict[str, Benchmark] = {}
 
 
 def benchmark(
-    source: str, answers: str, lower_is_better: Sequence[str] = ()
+    source: str, answers: str
 ) -> Callable[[Callable[..., Scores]], Callable[..., Scores]]:
     """Registers a benchmark under its function's name; arguments as in `Benchmark`."""
 
     def add(function: Callable[..., Scores]) -> Callable[..., Scores]:
         name = function.__name__
-        lower = frozenset(lower_is_better)
-        _BENCHMARKS[name] = Benchmark(name, function, source, answers, lower)
+        _BENCHMARKS[name] = Benchmark(name, function, source, answers)
         return function
 
     return add
@@ -147,7 +145,7 @@ def score_answers(
       name: of the benchmark.
       data: folder of its published files.
       answers: file of the answers.
-      output: JSON file: `benchmark`, `metrics`, `beside`, `lower_is_better`, `options`, `rows`.
+      output: JSON file: `benchmark`, `metrics`, `beside`, `options`, `rows`.
       options: of the benchmark, by name.
 
     Raises:
@@ -155,6 +153,9 @@ def score_answers(
     """
     chosen = find_benchmark(name)
     check_reachable(epath.Path(output).parent)
+    for name_of, given in (("--data", data), ("--responses", answers)):
+        if os.path.realpath(given) == os.path.realpath(output):
+            raise MmpoError(f"--output {output} is the file of {name_of}; give another one")
     files = Files(epath.Path(data), chosen.source)
     if not files.root.exists():
         raise MmpoError(f"{data}: there is no such folder; the files are part of {chosen.source}")
@@ -166,7 +167,6 @@ def score_answers(
         "benchmark": name,
         "metrics": scores.metrics,
         "beside": scores.beside,
-        "lower_is_better": sorted(chosen.lower_is_better),
         "options": {
             key: (options or {}).get(key, default) for key, (_, default) in chosen.options.items()
         },

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from mmpo_jax.evaluation.benchmark import Files, Scores, benchmark, share
-from mmpo_jax.evaluation.tables import Row, match_by_id
+from mmpo_jax.evaluation.tables import Row, match_by_id, said
 
 Average = Literal["official", "lmms_eval"]
 _BEGINNINGS = ("", "(", "option ", "the answer is ")
@@ -22,15 +22,18 @@ def mmstar(files: Files, answers: Sequence[Row], *, average: Average = "official
     """Share of right choices, of all and of every capability.
 
     An answer is right if the letter begins it, perhaps behind "(", "option " or "the answer is ",
-    in any case. The official score is that of all questions; `lmms_eval` takes the means of
-    sub-skills, each of the same weight, for capabilities and for all.
+    in any case; a question without an answer is wrong. The official score is that of all questions;
+    `lmms_eval` takes the means of sub-skills, each of the same weight, for capabilities and for
+    all.
     """
     questions = (
         answers if _complete(answers) else files.rows("*.parquet", "*.jsonl", "*.xlsx", "*.tsv")
     )
-    rows = [
-        _judged(question, answer) for question, answer in match_by_id(questions, answers, "index")
-    ]
+    answered = {
+        question.number: _judged(question, said(answer, "prediction", "response"))
+        for question, answer in match_by_id(questions, answers, "index")
+    }
+    rows = [answered.get(question.number) or _judged(question, "") for question in questions]
     capabilities: dict[str, list[bool]] = collections.defaultdict(list)
     skills: dict[str, list[bool]] = collections.defaultdict(list)
     for row in rows:
@@ -51,7 +54,7 @@ def mmstar(files: Files, answers: Sequence[Row], *, average: Average = "official
     beside = {
         "correct": sum(row["right"] for row in rows),
         "unreadable": sum(row["read"] is None for row in rows),
-        "answers": len(rows),
+        "answers": len(answered),
         "questions": len(questions),
     }
     return Scores({"final score": final, **metrics, **shares}, beside, rows)
@@ -72,17 +75,16 @@ def _complete(answers: Sequence[Row]) -> bool:
     return all(row.get("answer") is not None and row.get("l2_category") for row in answers)
 
 
-def _judged(question: Row, answer: Row) -> dict[str, Any]:
-    said = str(answer.get("prediction", "response") or "")
+def _judged(question: Row, answer: str) -> dict[str, Any]:
     letter = str(question.need("answer")).strip().lower()
     return {
         "id": str(question.need("index")),
         "category": question.text("category"),
         "l2_category": question.text("l2_category"),
         "label": letter,
-        "answer": said,
-        "read": choice(said),
-        "right": choice(said) == letter,
+        "answer": answer,
+        "read": choice(answer),
+        "right": choice(answer) == letter,
     }
 
 

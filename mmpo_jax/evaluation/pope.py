@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.evaluation.benchmark import Files, Scores, benchmark, share
-from mmpo_jax.evaluation.tables import Row, match_by_id, match_by_order, read_table
+from mmpo_jax.evaluation.tables import Row, match_by_id, match_by_order, read_table, said
 
 Reading = Literal["official", "whole_word"]
 
@@ -32,22 +32,22 @@ def pope(files: Files, answers: Sequence[Row], *, reading: Reading = "official")
         {
             "id": str(question.need("question_id", "image_id")),
             "label": question.text("label").strip().lower(),
-            "answer": answer.text("answer", "response", "text"),
-            "read": read(answer.text("answer", "response", "text")),
+            "answer": said(answer, "answer", "response", "text"),
+            "read": read(said(answer, "answer", "response", "text")),
         }
         for question, answer in matched
     ]
     right = [row["read"] == row["label"] for row in rows]
-    said = [row["read"] == "yes" for row in rows]
-    true_positives = sum(yes and correct for yes, correct in zip(said, right, strict=True))
-    precision = share(true_positives, sum(said))
+    positive = [row["read"] == "yes" for row in rows]
+    true_positives = sum(yes and correct for yes, correct in zip(positive, right, strict=True))
+    precision = share(true_positives, sum(positive))
     recall = share(true_positives, sum(row["label"] == "yes" for row in rows))
     metrics = {
         "Accuracy": share(sum(right), len(rows)),
         "Precision": precision,
         "Recall": recall,
         "F1 score": f1(precision, recall),
-        "Yes ratio": share(sum(said), len(rows)),
+        "Yes ratio": share(sum(positive), len(rows)),
     }
     beside = {
         "no_ratio": share(sum(row["read"] == "no" for row in rows), len(rows)),
@@ -122,5 +122,13 @@ def _same_texts(questions: Sequence[Row], answers: Sequence[Row]) -> bool:
 
 def _matched(questions: Sequence[Row], answers: Sequence[Row]) -> list[tuple[Row, Row]]:
     if all(answer.get("id", "question_id") is not None for answer in answers):
-        return match_by_id(questions, answers, "question_id")
-    return match_by_order(questions, answers)
+        matched = match_by_id(questions, answers, "question_id", "image_id")
+    else:
+        matched = match_by_order(questions, answers)
+    for question, answer in matched:
+        asked, repeated = question.text("text", "query"), answer.get("question")
+        if isinstance(repeated, str) and not repeated.startswith(asked):
+            raise MmpoError(
+                f"{answer.name}: answers {repeated!r:.80}, and {question.name} asks {asked!r:.80}"
+            )
+    return matched

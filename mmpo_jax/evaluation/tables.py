@@ -65,6 +65,24 @@ class Row:
         return value
 
 
+def said(row: Row, *keys: str) -> str:
+    """The text of an answer, under one of the keys or as the only one of `responses`, as
+    `mmpo generate` writes it; an empty cell of a table is an empty answer.
+
+    Raises:
+      MmpoError: there is none, or there are several.
+    """
+    if any(key in row.values for key in keys):
+        value = row.get(*keys)
+        return "" if value is None else str(value)
+    given = row.get("responses")
+    if given is None:
+        row.need(*keys)
+    if not isinstance(given, list) or len(given) != 1:
+        raise MmpoError(f"{row.name}: `responses` is no list of one answer but {given!r:.80}")
+    return str(given[0])
+
+
 def read_table(path: epath.Path) -> list[Row]:
     """All rows of a file.
 
@@ -96,9 +114,16 @@ def _rows_of_excel(path: epath.Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
 
 def _rows_of_text(delimiter: str) -> Callable[[epath.Path], Any]:
     def read(path: epath.Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
-        text = io.StringIO(read_bytes(path).decode("utf-8-sig"), newline="")
         csv.field_size_limit(1 << 30)  # images in Base64
-        yield from enumerate(csv.DictReader(text, delimiter=delimiter), 2)
+        try:
+            text = io.StringIO(read_bytes(path).decode("utf-8-sig"), newline="")
+            rows = list(csv.DictReader(text, delimiter=delimiter))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise DataError(f"{path}: is no table of text: {error}") from error
+        for number, row in enumerate(rows, 2):
+            if None in row:
+                raise DataError(f"{path}, row {number}: has more cells than the header")
+            yield number, row
 
     return read
 

@@ -23,7 +23,7 @@ SHUFFLE_SEED = 1234
 """Of the official script."""
 
 _JUDGEMENT = re.compile(
-    r"(?:Overall Judgment|Therefore)\s*.*\s*-*\s*"
+    r"(?:Overall Judgment|Therefore).*"
     r"Answer\s*(\d+)\s*is\s*(?:the\s*)?(?:slightly\s*)?better",
     re.IGNORECASE,
 )
@@ -95,13 +95,13 @@ def group_of(name: str) -> str:
 
 def _read(row: Row) -> Judged:
     """A judgement by the official rule, read anew from the judge's words."""
-    meta, ranking = row.need("meta"), row.need("ranking", "human_ranking")
+    meta, ranking = row.need("meta"), _ranking(row)
     responses = row.need("response")
+    if not isinstance(responses, list) or not all(isinstance(one, str) for one in responses):
+        raise MmpoError(f"{row.name}: `response` is no list of texts")
     if not isinstance(meta, Mapping) or not {"filter_choice", "random_number"} <= meta.keys():
         raise MmpoError(f"{row.name}: `meta` has no `filter_choice` and `random_number`")
-    if sorted(ranking) != [0, 1]:
-        raise MmpoError(f"{row.name}: the ranking is {ranking!r}, not [0, 1] or [1, 0]")
-    worse = list(ranking).index(1 if meta["random_number"] == 0 else 0) + 1
+    worse = ranking.index(1 if meta["random_number"] == 0 else 0) + 1
     number = read_judgement(str(meta["filter_choice"]))
     verdict: Verdict = "doesntMatch" if number is None else "reject" if number == worse else "agree"
     name = row.text("id")
@@ -113,9 +113,7 @@ def _of_rewards(files: Files, answers: Sequence[Row]) -> list[Judged]:
     questions = files.rows("test-*.parquet", "*.parquet", "*.jsonl", "*.json")
     found = []
     for place, (question, rewards) in enumerate(rewards_in_order(questions, answers, "id")):
-        ranking = list(question.need("human_ranking", "ranking"))
-        if sorted(ranking) != [0, 1]:
-            raise MmpoError(f"{question.name}: the ranking is {ranking!r}, not [0, 1] or [1, 0]")
+        ranking = _ranking(question)
         better, worse = rewards[ranking.index(0)], rewards[ranking.index(1)]
         verdict: Verdict = (
             "agree" if better > worse else "reject" if worse > better else "doesntMatch"
@@ -123,6 +121,18 @@ def _of_rewards(files: Files, answers: Sequence[Row]) -> list[Judged]:
         name = question.text("id")
         found.append(Judged(f"{place} {name}", name, group_of(name), verdict))
     return found
+
+
+def _ranking(row: Row) -> list[int]:
+    """[0, 1] where the first response is better, [1, 0] where the second is.
+
+    Raises:
+      MmpoError: it is neither.
+    """
+    ranking = row.need("human_ranking", "ranking")
+    if ranking not in ([0, 1], [1, 0]):
+        raise MmpoError(f"{row.name}: the ranking is {ranking!r:.80}, not [0, 1] or [1, 0]")
+    return list(ranking)
 
 
 def _shuffled(judged: list[Judged], coin: random.Random) -> list[Judged]:

@@ -68,6 +68,20 @@ def test_pope_without_a_yes_has_no_precision(tmp_path):
     assert json.loads((tmp_path / "out.json").read_text())["metrics"]["Precision"] is None
 
 
+def test_answers_as_generate_writes_them_and_of_other_questions(tmp_path):
+    answers = [{"id": str(number), "responses": ["no"]} for number in (1, 2)]
+    assert scored("pope", tmp_path, asked(["yes", "no"]), answers).metrics["Accuracy"] == 0.5
+    with pytest.raises(MmpoError, match=r"row 1: `responses` is no list of one answer"):
+        scored("pope", tmp_path, None, [{"id": "1", "responses": ["no", "yes"]}])
+    with pytest.raises(MmpoError, match=r"row 1: answers 'Is there a cat\?', and .* asks"):
+        scored("pope", tmp_path, None, [{"question": "Is there a cat?", "answer": "no"}])
+    with pytest.raises(MmpoError, match=r"row 1: has no 'prediction' or 'response', only index"):
+        folder = tmp_path / "data"
+        rows = [star(0, "math", "geometry", "A", None)]
+        write(folder / "questions.jsonl", [{k: v for k, v in rows[0].items() if v is not None}])
+        scored("mmstar", tmp_path, None, [{"index": 0, "said": "A"}])
+
+
 def test_pope_finds_the_file_that_was_answered(tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
@@ -110,6 +124,14 @@ def star(index, category, skill, label, prediction):
         "l2_category": skill,
         "prediction": prediction,
     }
+
+
+def test_a_question_that_mmstar_has_no_answer_to_is_wrong(tmp_path):
+    questions = [star(n, "math", "geometry", "A", None) for n in range(4)]
+    asked = [{k: v for k, v in row.items() if v is not None} for row in questions]
+    scores = scored("mmstar", tmp_path, asked, [{"id": "2", "response": "A"}])
+    assert scores.metrics["final score"] == 0.25
+    assert (scores.beside["answers"], scores.beside["questions"]) == (1, 4)
 
 
 def test_mmstar_from_a_table_of_excel(tmp_path):
@@ -158,6 +180,10 @@ def test_the_command(tmp_path, capsys):
     [
         (["--benchmark", "nope"], "there is no benchmark 'nope', only mm_rlhf"),
         (["--rule", "reading=never"], "--rule reading=never: Input should be 'official' or"),
+        (["--rule", "reading=["], "--rule reading=[: [ is no value"),
+        (["--output", "{}/answers.jsonl"], "is the file of --responses; give another one"),
+        (["--responses", "{}/long.csv"], "long.csv, row 2: has more cells than the header"),
+        (["--responses", "{}/latin.csv"], "latin.csv: is no table of text"),
         (["--rule", "strict=1"], "pope has the rules: reading"),
         (
             ["--data", "{}/nowhere"],
@@ -174,6 +200,8 @@ def test_the_command(tmp_path, capsys):
 def test_what_is_wrong_is_named(tmp_path, capsys, words, told):
     write(tmp_path / "q.jsonl", asked(["yes", "no"]))
     (tmp_path / "empty").mkdir()
+    (tmp_path / "long.csv").write_text("id,response\n1,no,yes\n")
+    (tmp_path / "latin.csv").write_bytes(b"id,response\n1,\xff\n")
     write(tmp_path / "empty.jsonl", [])
     write(tmp_path / "other.jsonl", [{"id": 9, "response": "no"}])
     write(tmp_path / "twice.jsonl", [{"id": 1, "response": "no"}] * 2)
