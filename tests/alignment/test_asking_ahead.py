@@ -62,7 +62,8 @@ def stage_files(output):
     """All tables and manifests of the round, and its weights."""
     folder = output / "round-1"
     found = [*folder.glob("*.parquet"), *folder.glob("*.json"), output / "model/model.safetensors"]
-    return {path.name: path.read_bytes() for path in found if path.name != "labeler_rate.json"}
+    measured = ("labeler_rate.json", "timings.json")
+    return {path.name: path.read_bytes() for path in found if path.name not in measured}
 
 
 @pytest.fixture

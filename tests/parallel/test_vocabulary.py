@@ -8,7 +8,8 @@ from helpers.sampling import one_device, sample
 
 from mmpo_jax.checkpoints.checkpoint import load_checkpoint
 from mmpo_jax.checkpoints.huggingface import load_model, save_model
-from mmpo_jax.checkpoints.orbax import Checkpoints, save_base
+from mmpo_jax.checkpoints.orbax import save_base
+from mmpo_jax.checkpoints.run_checkpoints import Checkpoints
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.generation.sampler import sample_keys
 from mmpo_jax.models.vocabulary import TABLES, filled, without_added
