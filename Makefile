@@ -1,5 +1,6 @@
 # make align: the main job.  make check: lint, format, types, shellcheck.
 # make test: the tests, but for those marked slow, of over five seconds.  make test-all: those too.
+# make test-processes: a whole alignment and all other commands in two processes, in five minutes.
 # make test-quick: some of every part, in ten minutes, without torch.
 # Each sets up what it needs in .venv; a second run starts at once.
 
@@ -8,13 +9,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RECIPE ?= configs/picture_world_align.yaml
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
-QUICK := $(addprefix tests/, test_xla_flags.py chat/test_client.py cli core/test_stage.py core/test_files.py commands/test_convert.py data feedback \
+QUICK := $(addprefix tests/, test_xla_flags.py chat/test_client.py cli core/test_stage.py core/test_files.py commands/test_convert.py data evaluation feedback \
 	checkpoints/test_huggingface.py models/test_log_probs.py checkpoints/test_saving.py parallel \
 	objectives/test_preference.py objectives/test_registry.py picture_world/test_tfds_builder.py \
 	training/test_loop.py training/test_checkpoints.py training/test_lora.py training/test_step.py generation \
 	alignment/test_align.py alignment/test_align_recipes.py launch/test_run.py launch/test_scripts.py)
 
-.PHONY: align test test-all test-quick check clean
+.PHONY: align test test-all test-processes test-quick check clean
 
 align: $(VENV)/.installed
 	$(BIN)/mmpo align $(RECIPE)
@@ -24,6 +25,9 @@ test: $(VENV)/.installed-test
 
 test-all: $(VENV)/.installed-test
 	$(PYTEST)
+
+test-processes: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m slow tests/parallel/test_processes.py -k 'alignment and 2-2 or adapters or training_and'
 
 test-quick: $(VENV)/.installed-quick
 	$(PYTEST) -m 'not slow' $(QUICK)
