@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 
 pytest.importorskip("torch")
-from helpers import checks, families  # noqa: E402
-from helpers.sampling import one_device  # noqa: E402
-from jax.sharding import AxisType  # noqa: E402
+from helpers import checks, families
+from helpers.sampling import one_device
+from jax.sharding import AxisType
 
-from mmpo_jax.checkpoints.checkpoint import Checkpoint  # noqa: E402
-from mmpo_jax.data.batching import fitting_lengths  # noqa: E402
-from mmpo_jax.data.records import Response, Turn  # noqa: E402
-from mmpo_jax.data.tokenization import tokenize  # noqa: E402
-from mmpo_jax.generation import refill  # noqa: E402
-from mmpo_jax.generation.responses import sample_tokens  # noqa: E402
-from mmpo_jax.parallel.mesh import AXES  # noqa: E402
-from mmpo_jax.recipes.sampling import Decoding  # noqa: E402
+from mmpo_jax.checkpoints.checkpoint import Checkpoint
+from mmpo_jax.data.batching import fitting_lengths
+from mmpo_jax.data.records import Response, Turn
+from mmpo_jax.data.tokenization import tokenize
+from mmpo_jax.generation import refill
+from mmpo_jax.generation.responses import sample_tokens
+from mmpo_jax.parallel.mesh import AXES
+from mmpo_jax.recipes.sampling import Decoding
 
 TEXTS = (
     ("a red star", "two blue ring and a star", "a ring"),
