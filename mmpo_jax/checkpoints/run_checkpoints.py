@@ -133,13 +133,13 @@ class Checkpoints:
         for step in self._found:
             folder = os.path.join(self.folder, str(step))
             try:
-                run = on_one(lambda folder=folder: read_run(folder))  # type: ignore[misc]
+                run = on_one(functools.partial(read_run, folder))
                 self._check_identity(folder, run)
                 items = read_items(folder, abstract(_items(state)), run.get("digests", {}))
             except DamagedError as error:
                 damaged[step] = str(error)
                 continue
-            on_one(lambda step=step: self._set_aside(damaged, step))  # type: ignore[misc]
+            on_one(functools.partial(self._set_aside, damaged, step))
             self._last = step
             log.info("continuing from step %d", step)
             return _resumed(step, items, state), run["position"], run.get("window", [])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import pyarrow as pa
 
@@ -69,6 +70,6 @@ def _content(case: Case, sees: bool) -> list[object]:
     return [case.id, case.question, case.chosen, case.rejected, case.solution, *images]
 
 
-def _found(row: dict[str, object]) -> Found:
-    errors = tuple(Error(**error) for error in row.pop("errors"))  # type: ignore[attr-defined]
-    return Found(errors, **row)  # type: ignore[arg-type]
+def _found(row: dict[str, Any]) -> Found:
+    errors = tuple(Error(**error) for error in row.pop("errors"))
+    return Found(errors, **row)

@@ -10,14 +10,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import pyarrow as pa
 
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import fingerprint_items, null_if_not_finite
-from mmpo_jax.core.stages import Stage, StageOutput
+from mmpo_jax.core.stages import Stage, StageOutput, run_told_stage
 from mmpo_jax.data.records import Record, Response
 from mmpo_jax.feedback.pairing import ScoredResponse
 from mmpo_jax.generation.responses import PROMPTS_PER_PART
@@ -254,6 +254,32 @@ def _details(name: str, details: Mapping[str, Any]) -> str:
 
 def _reason(judgement: Judgement) -> str | None:
     return (judgement.reason or NO_VERDICT) if math.isnan(judgement.score) else None
+
+
+def judge_stage(
+    responses: Responses,
+    judge: Callable[[Responses], Sequence[Judgement]],
+    shown: Callable[[Record], Any],
+    settings: Mapping[str, Any],
+) -> StageOutput:
+    """The stage `judge` of a judge that looks at some prompts at a time, see `Judge.judge`.
+
+    Args:
+      responses: of the round.
+      judge: gives a judgement for every response of a part, in order.
+      shown: all that it looks at of a prompt, as JSON.
+      settings: what else its judgements depend on.
+    """
+
+    def make_part(part: int) -> pa.Table:
+        of_part = responses.part(part)
+        return judged_table(of_part, judge(of_part))
+
+    inputs = {
+        "responses": responses.generated.fingerprint,
+        "questions": fingerprint_items(map(shown, responses.records)),
+    }
+    return run_told_stage(responses.stage("judge", inputs, settings), make_part)
 
 
 def sources_of(generated: pa.Table) -> list[str]:

@@ -8,13 +8,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import pyarrow as pa
-
-from mmpo_jax.core.files import fingerprint_items, fingerprint_json
-from mmpo_jax.core.stages import StageOutput, run_told_stage
+from mmpo_jax.core.files import fingerprint_json
+from mmpo_jax.core.stages import StageOutput
 from mmpo_jax.data.pair_questions import PAIR_PROMPT, Verdict, ask_which, read_verdict
 from mmpo_jax.data.records import Record, question_with_beginning
-from mmpo_jax.feedback.judge import EMPTY, Judgement, Responses, check_failed, judged_table
+from mmpo_jax.feedback.judge import EMPTY, Judgement, Responses, check_failed, judge_stage
 from mmpo_jax.feedback.text_model import (
     Ask,
     TextModel,
@@ -95,16 +93,7 @@ class PairJudge:
 
     def judge(self, responses: Responses) -> StageOutput:
         """See `judge.Judge`: the score of a response is its mean gain, from 0 to 1."""
-
-        def make_part(part: int) -> pa.Table:
-            of_part = responses.part(part)
-            return judged_table(of_part, self._judge(of_part))
-
-        inputs = {
-            "responses": responses.generated.fingerprint,
-            "questions": fingerprint_items(map(_content, responses.records)),
-        }
-        judged = run_told_stage(responses.stage("judge", inputs, {"pairs": self.key}), make_part)
+        judged = judge_stage(responses, self._judge, _content, {"pairs": self.key})
         self.model.release()
         return judged
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import pyarrow as pa
-
 from mmpo_jax.core.errors import DataError
-from mmpo_jax.core.files import fingerprint_items, fingerprint_json
+from mmpo_jax.core.files import fingerprint_json
 from mmpo_jax.core.processes import on_one
-from mmpo_jax.core.stages import StageOutput, run_told_stage
+from mmpo_jax.core.stages import StageOutput
 from mmpo_jax.data.records import Record, last_question
-from mmpo_jax.feedback.judge import VERDICTS, Judgement, Responses, judged_table
+from mmpo_jax.feedback.judge import VERDICTS, Judgement, Responses, judge_stage
 from mmpo_jax.recipes.rewards import RewardSection
 from mmpo_jax.rewards.registry import Question
 
@@ -42,18 +40,11 @@ class RewardJudge:
 
     def judge(self, responses: Responses) -> StageOutput:
         """See `judge.Judge`."""
-
-        def make_part(part: int) -> pa.Table:
-            of_part = responses.part(part)
-            # A function of the user's may ask the world outside, or say something else every time.
-            return judged_table(of_part, on_one(lambda: self._judge(of_part)))
-
-        inputs = {
-            "responses": responses.generated.fingerprint,
-            "questions": fingerprint_items(map(_content, responses.records)),
-        }
         settings = {"rules": RULES, "reward": self.key, "weight": self.options.weight}
-        return run_told_stage(responses.stage("judge", inputs, settings), make_part)
+        # A function of the user's may ask the world outside, or say something else every time.
+        return judge_stage(
+            responses, lambda part: on_one(lambda: self._judge(part)), _content, settings
+        )
 
     def _judge(self, responses: Responses) -> list[Judgement]:
         judgements = []

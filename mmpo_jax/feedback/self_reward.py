@@ -7,14 +7,12 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import pyarrow as pa
-
 from mmpo_jax.core.errors import DataError
-from mmpo_jax.core.files import fingerprint_items, fingerprint_json
+from mmpo_jax.core.files import fingerprint_json
 from mmpo_jax.core.prompts import fill
-from mmpo_jax.core.stages import StageOutput, run_told_stage
+from mmpo_jax.core.stages import StageOutput
 from mmpo_jax.data.records import Record, question_with_beginning
-from mmpo_jax.feedback.judge import EMPTY, Judgement, Responses, check_failed, judged_table
+from mmpo_jax.feedback.judge import EMPTY, Judgement, Responses, check_failed, judge_stage
 from mmpo_jax.feedback.text_model import (
     Ask,
     TextModel,
@@ -85,17 +83,7 @@ class SelfRewardJudge:
 
     def judge(self, responses: Responses) -> StageOutput:
         """See `judge.Judge`."""
-
-        def make_part(part: int) -> pa.Table:
-            of_part = responses.part(part)
-            return judged_table(of_part, self._judge(of_part))
-
-        inputs = {
-            "responses": responses.generated.fingerprint,
-            "questions": fingerprint_items(map(self._content, responses.records)),
-        }
-        settings = {"self_reward": self.key}
-        judged = run_told_stage(responses.stage("judge", inputs, settings), make_part)
+        judged = judge_stage(responses, self._judge, self._content, {"self_reward": self.key})
         self.model.release()
         return judged
 
