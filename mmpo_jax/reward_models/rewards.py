@@ -13,11 +13,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
-from mmpo_jax.core import progress
-from mmpo_jax.core.stages import Stage, run_stage
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.tokenization import TokenizedRecord
-from mmpo_jax.data.tokenized_rows import fingerprint_records
 from mmpo_jax.inference.loop import TokenCount, run_batches
 from mmpo_jax.inference.plan import PlannedBatch, plan_responses
 from mmpo_jax.models.batch import Batch, PackedBatch
@@ -25,8 +22,8 @@ from mmpo_jax.models.log_probs import response_rewards
 from mmpo_jax.models.lora import cast_params
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.precision import check_finite
+from mmpo_jax.scoring.stage import responses_stage
 
-ROWS_PER_PART = 512
 REWARD_RULES = 1
 """Part of the key of rewards: changes with how they are computed of the same rows."""
 
@@ -68,40 +65,27 @@ def reward_stage(
     Raises:
       DataError: naming rows whose rewards are not finite; parts finished before are kept.
     """
-    stage = Stage(
-        folder=folder,
-        name=name,
-        inputs={
-            "model": checkpoint.fingerprint,
-            "rows": fingerprint_records(records),
-            **checkpoint.processor.fingerprints(),
-        },
-        settings={"rules": REWARD_RULES, "compute_dtype": compute_dtype},
-        num_parts=max(1, -(-len(records) // ROWS_PER_PART)),
-    )
-    plan = functools.cache(
-        lambda: plan_responses(checkpoint, records, lengths, mesh, batch_size, ROWS_PER_PART)
-    )
-    count = TokenCount()
 
-    def make_part(part: int) -> pa.Table:
-        activity.start_at(part * ROWS_PER_PART)
-        progress.tell()
-        first = part * ROWS_PER_PART
-        rows = records[first : first + ROWS_PER_PART]
-        batches = plan()[part] if rows else []
+    def compute(rows: range, batches: Sequence[PlannedBatch], count: TokenCount) -> pa.Table:
         found = _compute(checkpoint, records, batches, mesh, compute_dtype, count)
-        rewards = [found[first + row] for row in range(len(rows))]
-        ids = [record.id for record in rows]
+        rewards = [found[row] for row in rows]
+        ids = [records[row].id for row in rows]
         finite = (bool(np.isfinite(row).all()) for row in rewards)
         check_finite("rewards", zip(ids, finite, strict=True), compute_dtype)
         columns = pa.array(ids, pa.string()), pa.array(rewards, pa.list_(pa.float32()))
         return pa.table(columns, ["id", "rewards"])
 
-    with progress.doing(name, len(records), first="compiling") as activity:
-        table = run_stage(stage, make_part).table
-    count.log_summary(name)
-    return table
+    return responses_stage(
+        checkpoint,
+        records,
+        lengths,
+        mesh,
+        compute,
+        name=name,
+        folder=folder,
+        batch_size=batch_size,
+        settings={"rules": REWARD_RULES, "compute_dtype": compute_dtype},
+    )
 
 
 def reward_records(

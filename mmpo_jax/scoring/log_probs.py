@@ -14,11 +14,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
-from mmpo_jax.core import progress
-from mmpo_jax.core.stages import Stage, run_stage
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.tokenization import TokenizedRecord
-from mmpo_jax.data.tokenized_rows import fingerprint_records
 from mmpo_jax.inference.loop import TokenCount, run_batches
 from mmpo_jax.inference.plan import PlannedBatch, plan_responses
 from mmpo_jax.models.batch import Batch, PackedBatch
@@ -27,8 +24,8 @@ from mmpo_jax.models.lora import cast_params
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.precision import check_finite, inference_dtype
 from mmpo_jax.recipes.scoring import ScoringDtype
+from mmpo_jax.scoring.stage import ROWS_PER_PART, responses_stage
 
-ROWS_PER_PART = 512
 SCORE_RULES = 2
 """Part of the key of log-probs: changes with how they are computed of the same rows."""
 STATIC = ("model", "compute_dtype", "per_token", "temperature")
@@ -87,55 +84,37 @@ def score_stage(
     Raises:
       DataError: naming rows whose log-probs are not finite; parts finished before are kept.
     """
-    stage = Stage(
-        folder=folder,
-        name=name,
-        inputs={
-            "model": checkpoint.fingerprint,
-            "rows": fingerprint_records(records),
-            **checkpoint.processor.fingerprints(),
-        },
-        settings={
-            "rules": SCORE_RULES,
-            "compute_dtype": compute_dtype,
-            "per_token": per_token,
-        },
-        num_parts=max(1, -(-len(records) // ROWS_PER_PART)),
-    )
     placed = functools.cache(lambda: checkpoint.placed(mesh))
-    plan = functools.cache(
-        lambda: plan_responses(checkpoint, records, lengths, mesh, batch_size, ROWS_PER_PART)
-    )
-    count = TokenCount()
 
-    def make_part(part: int) -> pa.Table:
-        activity.start_at(part * ROWS_PER_PART)
-        progress.tell()
-        first = part * ROWS_PER_PART
-        rows = records[first : first + ROWS_PER_PART]
-        scores = compute_scores(
-            placed(), records, plan()[part] if rows else [], mesh, compute_dtype, per_token, count
-        )
-        sums = [scores[first + row] for row in range(len(rows))]
+    def compute(rows: range, batches: Sequence[PlannedBatch], count: TokenCount) -> pa.Table:
+        of_part = records[rows.start : rows.stop]
+        scores = compute_scores(placed(), records, batches, mesh, compute_dtype, per_token, count)
+        sums = [scores[row] for row in rows]
         finite = (all(np.isfinite(response).all() for response in row) for row in sums)
-        ids = (record.id for record in rows)
+        ids = [record.id for record in of_part]
         check_finite("log-probs", zip(ids, finite, strict=True), compute_dtype)
         number = pa.list_(pa.float32()) if per_token else pa.float32()
+        tokens = [[int(r.loss_mask.sum()) for r in record.responses] for record in of_part]
         return pa.table(
             {
-                "id": pa.array([record.id for record in rows], pa.string()),
+                "id": pa.array(ids, pa.string()),
                 "log_probs": pa.array(sums, pa.list_(number)),
-                "num_tokens": pa.array(
-                    [[int(r.loss_mask.sum()) for r in record.responses] for record in rows],
-                    pa.list_(pa.int32()),
-                ),
+                "num_tokens": pa.array(tokens, pa.list_(pa.int32())),
             }
         )
 
-    with progress.doing(name, len(records), first="compiling") as activity:
-        table = run_stage(stage, make_part).table
-    count.log_summary(name)
-    return table
+    settings = {"rules": SCORE_RULES, "compute_dtype": compute_dtype, "per_token": per_token}
+    return responses_stage(
+        checkpoint,
+        records,
+        lengths,
+        mesh,
+        compute,
+        name=name,
+        folder=folder,
+        batch_size=batch_size,
+        settings=settings,
+    )
 
 
 def score_records(

@@ -46,7 +46,7 @@ def work_done(monkeypatch):
 
     original = stages.run_stage
     monkeypatch.setattr(stages, "run_stage", count)
-    monkeypatch.setattr("mmpo_jax.scoring.log_probs.run_stage", count)
+    monkeypatch.setattr("mmpo_jax.scoring.stage.run_stage", count)
     monkeypatch.setattr("mmpo_jax.generation.responses.run_stage", count)
     for module, name in ((stage_module, "train"), (align, "evaluate_picture_world")):
         function = getattr(module, name)

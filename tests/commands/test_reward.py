@@ -18,6 +18,7 @@ from mmpo_jax.picture_world.render import png_bytes
 from mmpo_jax.picture_world.world import sample_scene
 from mmpo_jax.reward_models import critiques
 from mmpo_jax.reward_models import rewards as module
+from mmpo_jax.scoring import stage
 
 ASK = "is the star there ?"
 SHORT = ("--max-new-tokens", "8")
@@ -173,7 +174,7 @@ class Killed(BaseException):
 def test_a_killed_run_goes_on(reward, critic, rows, tmp_path, monkeypatch):
     """Critiques that are there are not sampled again, parts of rewards not computed again."""
     whole = reward(critic, rows, *SHORT)
-    monkeypatch.setattr(module, "ROWS_PER_PART", 1)
+    monkeypatch.setattr(stage, "ROWS_PER_PART", 1)
     compute, calls = module._compute, []
 
     def dies(*arguments):

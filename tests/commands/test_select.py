@@ -21,6 +21,7 @@ from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.picture_world.render import png_bytes
 from mmpo_jax.picture_world.world import sample_scene
 from mmpo_jax.scoring import log_probs
+from mmpo_jax.scoring import stage as parts
 
 POLICY = "builtin:picture_world"
 ASK = "describe the picture ."
@@ -172,7 +173,7 @@ class Killed(Exception):
 def test_a_run_that_was_killed_ends_with_the_same_bytes(
     stage, calls, select, prompts, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(log_probs, "ROWS_PER_PART", 1)
+    monkeypatch.setattr(parts, "ROWS_PER_PART", 1)
     monkeypatch.setattr(generation, "PROMPTS_PER_PART", 1)
     select("--data", prompts, *SHORT)
     written = [tmp_path / "best.jsonl", tmp_path / "best.selection.json"]

@@ -10,6 +10,7 @@ from helpers.score_rows import PAIRS, write_rows
 
 from mmpo_jax.core import files
 from mmpo_jax.scoring import log_probs as reference
+from mmpo_jax.scoring import stage
 
 
 def test_cut_responses_have_no_eos(mmpo, tiny_folder, tmp_path):
@@ -101,7 +102,7 @@ class Killed(Exception):
 
 @pytest.mark.slow
 def test_a_run_that_was_killed_goes_on(mmpo, tiny_folder, pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(reference, "ROWS_PER_PART", 1)
+    monkeypatch.setattr(stage, "ROWS_PER_PART", 1)
     data = write_rows(pictures / "rows.jsonl", PAIRS)
     whole = mmpo("score", tiny_folder, data)
     score, scored = reference.compute_scores, []

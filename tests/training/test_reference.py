@@ -22,6 +22,7 @@ from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.picture_world.render import png_bytes
 from mmpo_jax.picture_world.world import sample_scene
 from mmpo_jax.scoring import log_probs as reference
+from mmpo_jax.scoring import stage
 from mmpo_jax.scoring.log_probs import score_records
 from mmpo_jax.training.reference import reference_stage
 
@@ -194,7 +195,7 @@ def test_rows_in_any_order_and_of_any_shape(tiny_model, tiny_processor, mesh):
 def test_parts(cache, monkeypatch):
     """What is cut into parts is put together again."""
     first = cache.ask()
-    monkeypatch.setattr(reference, "ROWS_PER_PART", 2)
+    monkeypatch.setattr(stage, "ROWS_PER_PART", 2)
     (cache.folder / "reference.parquet").unlink()
     calls = cache.calls
     parts = cache.ask()
