@@ -5,8 +5,8 @@ import functools
 import math
 
 import pytest
-import transformers
 from helpers import tiny
+from helpers.llava_7b import BODY, LAYERS, PROJECTOR, TOWER, VOCABULARY, WIDTH, llava_7b
 
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.models.config import RewardHead
@@ -14,43 +14,15 @@ from mmpo_jax.models.flops import input_gradients, model_flops
 from mmpo_jax.models.lora import Lora, add_adapters, is_adapter
 from mmpo_jax.models.model import Model, read_config
 
-LAYERS, WIDTH, WIDE, VOCABULARY = 32, 4096, 11008, 32064
-BODY = LAYERS * (4 * WIDTH**2 + 3 * WIDTH * WIDE)
-TOWER = 23 * (4 * 1024**2 + 2 * 1024 * 4096)
-PROJECTOR = 1024 * WIDTH + WIDTH**2
-
 PROMPT, RESPONSES = 100 + 576, (200, 200)
 TOKENS, TARGETS = PROMPT + sum(RESPONSES), sum(RESPONSES)
 SEEN = PROMPT * (PROMPT + 1) // 2 + sum(n * PROMPT + n * (n + 1) // 2 for n in RESPONSES)
 
 
 @functools.cache
-def llava_7b():
+def shapes_of_7b():
     """(LLaVA-1.5-7B, its parameters' shapes by path)."""
-    model = Model.create(
-        read_config(
-            transformers.LlavaConfig(
-                vision_config=transformers.CLIPVisionConfig(
-                    hidden_size=1024,
-                    intermediate_size=4096,
-                    num_hidden_layers=24,
-                    num_attention_heads=16,
-                    image_size=336,
-                    patch_size=14,
-                ),
-                text_config=transformers.LlamaConfig(
-                    hidden_size=WIDTH,
-                    intermediate_size=WIDE,
-                    num_hidden_layers=LAYERS,
-                    num_attention_heads=32,
-                    num_key_value_heads=32,
-                    vocab_size=VOCABULARY,
-                ),
-                image_token_index=32000,
-                tie_word_embeddings=False,
-            )
-        )
-    )
+    model = llava_7b()
     return model, flatten(model.abstract_params())
 
 
@@ -66,13 +38,13 @@ def pair(flops):
 
 
 def trained_without(*frozen):
-    model, params = llava_7b()
+    model, params = shapes_of_7b()
     return model, params, [path for path in params if not path.startswith(frozen)]
 
 
 def test_a_forward_pass_by_hand():
     by_hand = DECODER + HEAD + PICTURE + OF_PROJECTOR
-    assert pair(model_flops(*llava_7b())) == pytest.approx(by_hand, rel=1e-6)
+    assert pair(model_flops(*shapes_of_7b())) == pytest.approx(by_hand, rel=1e-6)
 
 
 def test_a_pair_that_is_trained_by_hand():
@@ -96,13 +68,13 @@ def test_all_of_it_is_trained():
 
 
 def test_only_the_head_is_trained():
-    model, params = llava_7b()
+    model, params = shapes_of_7b()
     count = pair(model_flops(model, params, ["language_model/lm_head/kernel"]))
     assert count == pytest.approx(DECODER + 2 * HEAD + PICTURE + OF_PROJECTOR, rel=1e-6)
 
 
 def test_adapters_take_no_gradients_of_kernels():
-    model, params = llava_7b()
+    model, params = shapes_of_7b()
     with_adapters = flatten(add_adapters(model.abstract_params(), model, Lora(rank=16), (), 0))
     trained = [path for path in with_adapters if is_adapter(path)]
     assert len(trained) > 0 and with_adapters.keys() > params.keys()
@@ -111,14 +83,14 @@ def test_adapters_take_no_gradients_of_kernels():
 
 
 def test_pictures_count_as_they_are():
-    flops = model_flops(*llava_7b())
+    flops = model_flops(*shapes_of_7b())
     without = flops.of(TOKENS, TARGETS, SEEN, [])
     of_three = flops.of(TOKENS, TARGETS, SEEN, [1, 2])
     assert (of_three - without) == pytest.approx(3 * (PICTURE + OF_PROJECTOR), rel=1e-6)
 
 
 def test_several_models_add_up():
-    once = model_flops(*llava_7b())
+    once = model_flops(*shapes_of_7b())
     assert pair(once + once) == 2 * pair(once)
 
 

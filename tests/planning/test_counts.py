@@ -6,8 +6,8 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-import transformers
 from helpers import tiny
+from helpers.llava_7b import BODY, LAYERS, PROJECTOR, TOWER, VOCABULARY, WIDE, WIDTH, llava_7b
 
 from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.generation.refill import Layout
@@ -22,39 +22,7 @@ from mmpo_jax.planning.parts import computed_pairs, mean_pool
 from mmpo_jax.recipes.sampling import Decoding
 
 BF16 = 2
-LAYERS, WIDTH, WIDE, VOCABULARY = 32, 4096, 11008, 32064
-BODY = LAYERS * (4 * WIDTH**2 + 3 * WIDTH * WIDE)
 HEAD = WIDTH * VOCABULARY
-TOWER = 23 * (4 * 1024**2 + 2 * 1024 * 4096)
-PROJECTOR = 1024 * WIDTH + WIDTH**2
-
-
-@functools.cache
-def llava_7b():
-    return Model.create(
-        read_config(
-            transformers.LlavaConfig(
-                vision_config=transformers.CLIPVisionConfig(
-                    hidden_size=1024,
-                    intermediate_size=4096,
-                    num_hidden_layers=24,
-                    num_attention_heads=16,
-                    image_size=336,
-                    patch_size=14,
-                ),
-                text_config=transformers.LlamaConfig(
-                    hidden_size=WIDTH,
-                    intermediate_size=WIDE,
-                    num_hidden_layers=LAYERS,
-                    num_attention_heads=32,
-                    num_key_value_heads=32,
-                    vocab_size=VOCABULARY,
-                ),
-                image_token_index=32000,
-                tie_word_embeddings=False,
-            )
-        )
-    )
 
 
 def of_7b(**mesh):
