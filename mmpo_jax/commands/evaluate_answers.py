@@ -8,8 +8,8 @@ from typing import get_args
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from mmpo_jax.benchmarks.benchmark import Benchmark, find_benchmark, lines, score_answers
 from mmpo_jax.core.errors import MmpoError
-from mmpo_jax.evaluation.benchmark import Benchmark, find_benchmark, lines, score_answers
 
 
 def main(options: argparse.Namespace) -> None:

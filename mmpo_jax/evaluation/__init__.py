@@ -1,1 +1,1 @@
-"""Hallucination metrics."""
+"""What is measured of a model."""

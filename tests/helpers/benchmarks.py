@@ -1,11 +1,12 @@
 """Files of questions and answers for benchmarks' scorers, and where published ones are."""
 
 import json
+import math
 import os
 
 import pytest
 
-from mmpo_jax.evaluation.benchmark import score_answers
+from mmpo_jax.benchmarks.benchmark import find_benchmark, score_answers, share
 
 published = pytest.mark.skipif(
     "MMPO_EVALUATION_DATA" not in os.environ,
@@ -26,3 +27,13 @@ def scored(name, tmp_path, questions, answers, **options):
         write(folder / "questions.jsonl", questions)
     given = write(tmp_path / "answers.jsonl", answers)
     return score_answers(name, str(folder), given, str(tmp_path / "out.json"), options)
+
+
+def assert_rows_add_up(name, scores):
+    """Whether the rows of some scores give each metric of their benchmark that runs compare."""
+    for metric in find_benchmark(name).metrics:
+        parts = [row["scores"][metric.name] for row in scores.rows]
+        sums = [x if isinstance(x, list) else (x, 1) for x in parts]
+        value = {**scores.metrics, **scores.beside}[metric.name]
+        above, below = (math.fsum(column) for column in zip(*sums, strict=True))
+        assert share(above, below) == pytest.approx(value, nan_ok=True), metric.name

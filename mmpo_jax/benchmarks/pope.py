@@ -3,19 +3,61 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from mmpo_jax.benchmarks.benchmark import Asked, Files, Metric, Scores, benchmark, share
+from mmpo_jax.benchmarks.tables import (
+    Row,
+    as_id,
+    match_by_id,
+    match_by_order,
+    read_table,
+    said,
+)
 from mmpo_jax.core.errors import MmpoError
-from mmpo_jax.evaluation.benchmark import Files, Scores, benchmark, share
-from mmpo_jax.evaluation.tables import Row, match_by_id, match_by_order, read_table, said
+from mmpo_jax.core.sections import PositiveInt
+from mmpo_jax.data.records import Record, Turn
 
 Reading = Literal["official", "whole_word"]
+
+PATTERNS = ("*_pope_*.json", "*.json", "*.jsonl")
+METRICS = (
+    Metric("Accuracy", "more", guards="accuracy", curve=True),
+    Metric("Precision", "more"),
+    Metric("Recall", "more", guards="recall"),
+    Metric("F1 score", "more", curve=True),
+    Metric("Yes ratio"),
+)
+
+
+def questions(files: Files, *, suffix: str = "", max_new_tokens: PositiveInt = 16) -> list[Asked]:
+    """The questions of one file, answered greedily.
+
+    LLaVA asks with `suffix` "\\nAnswer the question using a single word or phrase.", the official
+    repository without any.
+    """
+    paths = files.find(*PATTERNS)
+    if len(paths) > 1:
+        raise MmpoError(f"{files.root}: has several question files; name one, as {paths[0]}")
+    records = [
+        Record(
+            id=as_id(row.need("question_id", "image_id")),
+            images=(files.image(row, "image", "image_name"),),
+            prompt=(Turn("user", row.text("text", "query") + suffix),),
+            responses=(),
+        )
+        for row in read_table(paths[0])
+    ]
+    return [Asked(records, max_new_tokens)]
 
 
 @benchmark(
     source="github.com/AoiDragon/POPE, output/coco/coco_pope_{random,popular,adversarial}.json",
     answers="`answer` or `response`, in the order of the questions or with their `question_id`",
+    metrics=METRICS,
+    asks=questions,
+    images="COCO val2014 (cocodataset.org)",
 )
 def pope(files: Files, answers: Sequence[Row], *, reading: Reading = "official") -> Scores:
     """Accuracy, precision, recall and F1 of yes/no answers; yes is positive.
@@ -28,13 +70,8 @@ def pope(files: Files, answers: Sequence[Row], *, reading: Reading = "official")
     questions = _asked(files, answers)
     matched = _matched(questions, answers)
     read = official if reading == "official" else whole_word
-    rows: list[dict[str, Any]] = [
-        {
-            "id": str(question.need("question_id", "image_id")),
-            "label": question.text("label").strip().lower(),
-            "answer": said(answer, "answer", "response", "text"),
-            "read": read(said(answer, "answer", "response", "text")),
-        }
+    rows = [
+        _row(question, said(answer, "answer", "response", "text"), read)
         for question, answer in matched
     ]
     right = [row["read"] == row["label"] for row in rows]
@@ -59,6 +96,24 @@ def pope(files: Files, answers: Sequence[Row], *, reading: Reading = "official")
         "questions": len(questions),
     }
     return Scores(metrics, beside, rows)
+
+
+def _row(question: Row, answer: str, read: Callable[[str], str | None]) -> dict[str, Any]:
+    label, said_yes = question.text("label").strip().lower(), read(answer) == "yes"
+    true_positive = said_yes and label == "yes"
+    return {
+        "id": as_id(question.need("question_id", "image_id")),
+        "label": label,
+        "answer": answer,
+        "read": read(answer),
+        "scores": {
+            "Accuracy": int(read(answer) == label),
+            "Precision": [int(true_positive), int(said_yes)],
+            "Recall": [int(true_positive), int(label == "yes")],
+            "F1 score": [2 * true_positive, said_yes + (label == "yes")],
+            "Yes ratio": int(said_yes),
+        },
+    }
 
 
 def official(answer: str) -> str:
@@ -86,7 +141,7 @@ def _asked(files: Files, answers: Sequence[Row]) -> list[Row]:
     Raises:
       MmpoError: no file fits, or several do.
     """
-    paths = files.find("*_pope_*.json", "*.json", "*.jsonl")
+    paths = files.find(*PATTERNS)
     tables = [read_table(path) for path in paths]
     if len(tables) == 1:
         return tables[0]

@@ -7,10 +7,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from mmpo_jax.benchmarks.benchmark import Files, Scores, benchmark, share
+from mmpo_jax.benchmarks.rewards import has_rewards, rewards_in_order
+from mmpo_jax.benchmarks.tables import Row
 from mmpo_jax.core.errors import MmpoError
-from mmpo_jax.evaluation.benchmark import Files, Scores, benchmark, share
-from mmpo_jax.evaluation.rewards import has_rewards, rewards_in_order
-from mmpo_jax.evaluation.tables import Row
 
 CATEGORIES = ("mcq", "long", "short", "safety", "video")
 """Each is part of the path of its rows' images."""

@@ -9,10 +9,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from mmpo_jax.benchmarks.benchmark import Files, Scores, benchmark, share
+from mmpo_jax.benchmarks.rewards import has_rewards, rewards_in_order
+from mmpo_jax.benchmarks.tables import Row
 from mmpo_jax.core.errors import MmpoError
-from mmpo_jax.evaluation.benchmark import Files, Scores, benchmark, share
-from mmpo_jax.evaluation.rewards import has_rewards, rewards_in_order
-from mmpo_jax.evaluation.tables import Row
 
 Verdict = Literal["agree", "reject", "doesntMatch"]
 VERDICTS: tuple[Verdict, ...] = ("agree", "reject", "doesntMatch")

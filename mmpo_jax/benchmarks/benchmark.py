@@ -1,8 +1,21 @@
-"""Benchmarks whose answers are there: a registry, and what scoring one gives.
+"""The registry of benchmarks: what a model is asked, and what its answers are worth.
 
 A benchmark is a module with one registered function (files, answers, **options) -> `Scores`. It
 reads the files as their authors publish them, computes what the official script computes, quirks
 included, under the official names, and says beside it what misleads. Nothing here runs a model.
+
+    METRICS = (Metric("Accuracy", "more", guards="accuracy"), Metric("Yes ratio"))
+
+    def questions(files: Files, *, suffix: str = "") -> list[Asked]: ...
+
+    @benchmark(source="github.com/...", answers="...", metrics=METRICS, asks=questions)
+    def name(files: Files, answers: Sequence[Row], *, reading: Reading = "official") -> Scores: ...
+
+Its module is one of `MODULES`. Keyword arguments of both functions are its options: keys of its
+section under `evaluation:` in a recipe, and those of the second one `--rule` of the command. With
+`asks` a model can be measured by it: the answers are written as rows {"id", "response"} and scored
+by the same function as anybody's. `metrics` are what runs show of it and compare, in tables, curves
+and warnings; for that, rows of its `Scores` have `scores`, see there.
 """
 
 from __future__ import annotations
@@ -14,14 +27,17 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from etils import epath
 
+from mmpo_jax.benchmarks.tables import Row, read_table
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.files import check_reachable, null_if_not_finite, write_atomic
 from mmpo_jax.core.sections import keyword_options
-from mmpo_jax.evaluation.tables import Row, read_table
+from mmpo_jax.data.formats.media import MediaFolder
+from mmpo_jax.data.records import ImageRef, Record
+from mmpo_jax.data.skipped import UnusableRow
 
 MODULES = (
     "mm_rlhf_rewardbench",
@@ -42,7 +58,45 @@ class Scores:
     beside: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """What the metrics do not show: answers that could not be read, shares of "no", lengths."""
     rows: Sequence[Mapping[str, Any]] = ()
-    """What became of every answer, as JSON."""
+    """What became of every answer, as JSON, with its `id`. A row's `scores` say what it adds to
+    metrics, by their names: x, or [x, y]. A metric is the sum of x over the rows by that of y,
+    which is 1 where it is not given; so two runs are compared row by row."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A number of `Scores.metrics` or `Scores.beside` that runs show and compare."""
+
+    name: str
+    better: Literal["more", "less"] | None = None
+    """Which way is better; None where neither is."""
+    form: str = ".3f"
+    """Format of its values."""
+    guards: Literal["recall", "length", "accuracy", "reading"] | None = None
+    """What is lost where it gets worse, of which runs warn: things that are mentioned, words,
+    knowledge, or answers that can be read."""
+    heading: str = ""
+    """Of its column, where that is another than the name."""
+    curve: bool = False
+    """Whether it is drawn over the rounds of a run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """Records that a model answers in one way."""
+
+    records: Sequence[Record]
+    """With a prompt, and ids of their own."""
+    max_new_tokens: int
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    seed: int = 0
+    """Seed of the samples."""
+    name: str = ""
+    """Where a benchmark asks in several ways: ids of answers are `NAME/ID` then."""
+    reads: Literal["text", "yes_no"] = "text"
+    """What an answer is: a text, or the more likely of "yes" and "no", without a text."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +107,10 @@ class Files:
     """Their folder, or one of them."""
     source: str
     """Where users get them."""
+    images: epath.Path | None = None
+    """Folder of the images, where a model is asked."""
+    images_source: str = ""
+    """Where users get those."""
 
     def find(self, *patterns: str) -> list[epath.Path]:
         """The files of the first pattern that has any, in the order of their names.
@@ -78,6 +136,22 @@ class Files:
         """
         return [row for path in self.find(*patterns) for row in read_table(path)]
 
+    def image(self, row: Row, *keys: str) -> ImageRef:
+        """The image that a row has under the first of the keys: its bytes, or a path in the folder
+        of images, or else in that of the files.
+
+        Raises:
+          MmpoError: the row has none, or it is not there.
+        """
+        folder = self.images or (self.root if self.root.is_dir() else self.root.parent)
+        try:
+            return MediaFolder(folder).image(row.need(*keys))
+        except UnusableRow as error:
+            told = f"{row.name}: {error.detail}"
+            if self.images_source:
+                told += f"; `images` names the folder of the images of {self.images_source}"
+            raise MmpoError(told) from error
+
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
@@ -89,6 +163,17 @@ class Benchmark:
     """Where users get its files."""
     answers: str
     """What rows of answers have, in words."""
+    metrics: tuple[Metric, ...] = ()
+    """Those that runs show, in order."""
+    asks: Callable[..., Sequence[Asked]] | None = None
+    """What a model is asked, of (files, **options); None where no model can be asked."""
+    images: str = ""
+    """Where users get the images of its questions."""
+
+    @property
+    def asking_options(self) -> dict[str, tuple[Any, Any]]:
+        """What can be chosen of its questions: name -> (type, default)."""
+        return {} if self.asks is None else keyword_options(self.asks)
 
     @property
     def options(self) -> dict[str, tuple[Any, Any]]:
@@ -105,13 +190,17 @@ _BENCHMARKS: dict[str, Benchmark] = {}
 
 
 def benchmark(
-    source: str, answers: str
+    source: str,
+    answers: str,
+    metrics: Sequence[Metric] = (),
+    asks: Callable[..., Sequence[Asked]] | None = None,
+    images: str = "",
 ) -> Callable[[Callable[..., Scores]], Callable[..., Scores]]:
     """Registers a benchmark under its function's name; arguments as in `Benchmark`."""
 
     def add(function: Callable[..., Scores]) -> Callable[..., Scores]:
         name = function.__name__
-        _BENCHMARKS[name] = Benchmark(name, function, source, answers)
+        _BENCHMARKS[name] = Benchmark(name, function, source, answers, (*metrics,), asks, images)
         return function
 
     return add
@@ -120,7 +209,7 @@ def benchmark(
 def benchmarks() -> dict[str, Benchmark]:
     """All benchmarks by their names."""
     for module in MODULES:
-        importlib.import_module(f"mmpo_jax.evaluation.{module}")
+        importlib.import_module(f"mmpo_jax.benchmarks.{module}")
     return dict(sorted(_BENCHMARKS.items()))
 
 

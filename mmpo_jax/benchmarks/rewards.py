@@ -6,8 +6,8 @@ import math
 import re
 from collections.abc import Sequence
 
+from mmpo_jax.benchmarks.tables import Row, as_id
 from mmpo_jax.core.errors import MmpoError
-from mmpo_jax.evaluation.tables import Row, as_id
 
 Pair = tuple[float, float]
 

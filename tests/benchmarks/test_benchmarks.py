@@ -1,6 +1,7 @@
 """POPE and MMStar on answers made up here, the command, and the official scripts' numbers where
 their files are at hand (MMPO_EVALUATION_DATA)."""
 
+import base64
 import itertools
 import json
 import math
@@ -9,13 +10,15 @@ from pathlib import Path
 
 import openpyxl
 import pytest
-from helpers.benchmarks import published, scored, write
+from etils import epath
+from helpers.benchmarks import assert_rows_add_up, published, scored, write
+from helpers.pictures import encode, noise
 
+from mmpo_jax.benchmarks.benchmark import Files, benchmarks, find_benchmark, score_answers
+from mmpo_jax.benchmarks.mmstar import choice
+from mmpo_jax.benchmarks.pope import official, whole_word
 from mmpo_jax.cli import main
 from mmpo_jax.core.errors import MmpoError
-from mmpo_jax.evaluation.benchmark import benchmarks, score_answers
-from mmpo_jax.evaluation.mmstar import choice
-from mmpo_jax.evaluation.pope import official, whole_word
 
 # POPE ---------------------------------------------------------------------------------------------
 
@@ -58,6 +61,7 @@ def test_pope_counts(tmp_path):
             "Yes ratio": 0.6,
         }
     )
+    assert_rows_add_up("pope", scores)
     backwards = [{"id": str(n), "response": s} for n, s in enumerate(said, 1)][::-1]
     assert scored("pope", tmp_path, None, backwards).metrics == scores.metrics
 
@@ -152,8 +156,46 @@ def test_mmstar_from_a_table_of_excel(tmp_path):
     assert scores.metrics["math"] == pytest.approx(2 / 3)
     assert scores.metrics["math / geometry"] == 0.5
     assert scores.beside["unreadable"] == 1
-    means = score_answers("mmstar", *given, {"average": "lmms_eval"}).metrics
-    assert means["math"] == 0.75 and means["final score"] == 0.5
+    assert_rows_add_up("mmstar", scores)
+    means = score_answers("mmstar", *given, {"average": "lmms_eval"})
+    assert means.metrics["math"] == 0.75 and means.metrics["final score"] == 0.5
+    assert_rows_add_up("mmstar", means)
+
+
+# What a model is asked ----------------------------------------------------------------------------
+
+
+def questions(name, data, images=None, **options):
+    chosen = find_benchmark(name)
+    (asked,) = chosen.asks(Files(data, chosen.source, images, chosen.images), **options)
+    return asked
+
+
+def test_questions_of_pope_and_their_images(tmp_path):
+    folder = epath.Path(tmp_path)
+    write(tmp_path / "q.jsonl", asked(["yes", "no"]))
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").write_bytes(b"picture")
+    found = questions("pope", folder / "q.jsonl", folder / "images", suffix=" ?")
+    assert (found.temperature, found.max_new_tokens) == (0, 16)
+    assert [(record.id, record.prompt[0].content) for record in found.records] == [
+        ("1", "Is there a 1? ?"),
+        ("2", "Is there a 2? ?"),
+    ]
+    assert found.records[0].images[0].read() == b"picture"
+    with pytest.raises(MmpoError, match=r"q.jsonl, row 1: .*a.jpg.* images of COCO val2014"):
+        questions("pope", folder / "q.jsonl")
+    write(tmp_path / "r.jsonl", asked(["yes"]))
+    with pytest.raises(MmpoError, match=r"has several question files; name one, as .*q.jsonl"):
+        questions("pope", folder)
+
+
+def test_questions_of_mmstar_hold_their_images(tmp_path):
+    picture = base64.b64encode(encode(noise("RGB", 8, 8))).decode()
+    write(tmp_path / "q.jsonl", [star(7.0, "math", "geometry", "A", None) | {"image": picture}])
+    (record,) = questions("mmstar", epath.Path(tmp_path)).records
+    assert record.id == "7" and record.images[0].read().startswith(b"\x89PNG")
+    assert record.prompt[0].content.endswith("from the given choices directly")
 
 
 # The command --------------------------------------------------------------------------------------
