@@ -166,7 +166,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.command == "evaluate" and options.benchmark is not None:
         if processes.is_first():
             with processes.alone():
-                _module("evaluate_answers").main(options)
+                _module("evaluate_answers").main(options, start_jax)
     elif options.command in RECIPES:
         _join_others()
         _run_recipe(options)

@@ -233,6 +233,10 @@ BENCHMARK_FLAGS = {
 }
 
 
+ANSWER_FLAGS = ("--rule", "--judgements", "--judge")
+"""Flags beside those, of which a benchmark needs none or one."""
+
+
 def _add_benchmark(command: argparse.ArgumentParser) -> None:
     command.add_argument("recipe", nargs="?", help="YAML file, if a model is evaluated")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="a.b.c=value")
@@ -240,17 +244,20 @@ def _add_benchmark(command: argparse.ArgumentParser) -> None:
         command.add_argument(flag, metavar=flag[2:].upper(), help=help)
     help = "rule of the benchmark; `mmpo evaluate --benchmark NAME` lists them"
     command.add_argument("--rule", action="append", default=[], metavar="NAME=VALUE", help=help)
+    help = "file of judgements that are there, the benchmark authors' or ours"
+    command.add_argument("--judgements", metavar="FILE", help=help)
+    help = "option of the judge that is asked, as url=http://host:8000/v1, model=NAME, or its YAML"
+    command.add_argument("--judge", action="append", default=[], metavar="KEY=VALUE", help=help)
 
 
 def _check_benchmark(command: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Ends with what is wrong where neither a recipe nor a whole benchmark is named."""
     given = {flag: getattr(options, flag[2:]) for flag in BENCHMARK_FLAGS}
     if options.recipe is not None:
-        wrong = [flag for flag, value in given.items() if value is not None]
-        if wrong or options.rule:
-            command.error(
-                f"{[*wrong, '--rule'][0]} is for answers that are there, not for a recipe"
-            )
+        more = {flag: getattr(options, flag[2:]) or None for flag in ANSWER_FLAGS}
+        wrong = [flag for flag, value in (given | more).items() if value is not None]
+        if wrong:
+            command.error(f"{wrong[0]} is for answers that are there, not for a recipe")
     elif options.benchmark is None:
         command.error("name a recipe, or a benchmark: --benchmark NAME")
     elif any(value is not None for flag, value in given.items() if flag != "--benchmark"):

@@ -1,6 +1,7 @@
 """The registry of benchmarks: what a model is asked, and what its answers are worth.
 
-A benchmark is a module with one registered function (files, answers, **options) -> `Scores`. It
+A benchmark is a module with one registered function (files, answers, **options) -> `Scores`, or
+(files, answers, judge, **options) where a model judges the answers (`judging.py`). It
 reads the files as their authors publish them, computes what the official script computes, quirks
 included, under the official names, and says beside it what misleads. Nothing here runs a model.
 
@@ -31,6 +32,7 @@ from typing import Any, Literal
 
 from etils import epath
 
+from mmpo_jax.benchmarks.judging import Judge
 from mmpo_jax.benchmarks.tables import Row, read_table
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.files import check_reachable, null_if_not_finite, write_atomic
@@ -169,6 +171,9 @@ class Benchmark:
     """What a model is asked, of (files, **options); None where no model can be asked."""
     images: str = ""
     """Where users get the images of its questions."""
+    judgements: str | None = None
+    """What rows of judgements have that the authors' scripts keep, in words; None where nobody
+    judges."""
 
     @property
     def asking_options(self) -> dict[str, tuple[Any, Any]]:
@@ -195,12 +200,15 @@ def benchmark(
     metrics: Sequence[Metric] = (),
     asks: Callable[..., Sequence[Asked]] | None = None,
     images: str = "",
+    judgements: str | None = None,
 ) -> Callable[[Callable[..., Scores]], Callable[..., Scores]]:
     """Registers a benchmark under its function's name; arguments as in `Benchmark`."""
 
     def add(function: Callable[..., Scores]) -> Callable[..., Scores]:
         name = function.__name__
-        _BENCHMARKS[name] = Benchmark(name, function, source, answers, (*metrics,), asks, images)
+        _BENCHMARKS[name] = Benchmark(
+            name, function, source, answers, (*metrics,), asks, images, judgements
+        )
         return function
 
     return add
@@ -226,7 +234,12 @@ def find_benchmark(name: str) -> Benchmark:
 
 
 def score_answers(
-    name: str, data: str, answers: str, output: str, options: Mapping[str, Any] | None = None
+    name: str,
+    data: str,
+    answers: str,
+    output: str,
+    options: Mapping[str, Any] | None = None,
+    judge: Judge | None = None,
 ) -> Scores:
     """Scores the answers of a file and writes what comes out.
 
@@ -234,8 +247,9 @@ def score_answers(
       name: of the benchmark.
       data: folder of its published files.
       answers: file of the answers.
-      output: JSON file: `benchmark`, `metrics`, `beside`, `options`, `rows`.
+      output: JSON file: `benchmark`, `metrics`, `beside`, `options`, `judges`, `rows`.
       options: of the benchmark, by name.
+      judge: of the answers, for benchmarks that have one.
 
     Raises:
       MmpoError: naming a file or row that is missing or of no use.
@@ -251,7 +265,9 @@ def score_answers(
     rows = read_table(epath.Path(answers))
     if not rows:
         raise MmpoError(f"{answers}: has no rows")
-    scores = chosen.score(files, rows, **(options or {}))
+    judge = judge or Judge()
+    judged = () if chosen.judgements is None else (judge,)
+    scores = chosen.score(files, rows, *judged, **(options or {}))
     report = {
         "benchmark": name,
         "metrics": scores.metrics,
@@ -259,6 +275,7 @@ def score_answers(
         "options": {
             key: (options or {}).get(key, default) for key, (_, default) in chosen.options.items()
         },
+        **({"judges": judge.told} if judge.told else {}),
         "rows": scores.rows,
     }
     text = json.dumps(null_if_not_finite(report), indent=1, ensure_ascii=False)

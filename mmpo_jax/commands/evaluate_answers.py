@@ -3,26 +3,68 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 from typing import get_args
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from mmpo_jax.benchmarks.benchmark import Benchmark, find_benchmark, lines, score_answers
+from mmpo_jax.benchmarks.judging import Judge
 from mmpo_jax.core.errors import MmpoError
 
 
-def main(options: argparse.Namespace) -> None:
+def main(options: argparse.Namespace, start_jax: Callable[[], None]) -> None:
+    """
+    Args:
+      options: of the command line.
+      start_jax: starts it, where a checkpoint judges.
+    """
     chosen = find_benchmark(options.benchmark)
     if options.data is None:
         print("\n".join(described(chosen)))
         return
     rules = parse_rules(chosen, options.rule)
-    scores = score_answers(
-        options.benchmark, options.data, options.responses, options.output, rules
-    )
+    with _judge(chosen, options, start_jax) as judge:
+        scores = score_answers(
+            options.benchmark, options.data, options.responses, options.output, rules, judge
+        )
     print("\n".join(lines(scores)))
+    for name, told in judge.told.items():
+        models = ", ".join(f"{model} ({count})" for model, count in told["models"].items())
+        print(f"judged by {models or 'nobody knows whom'} ({name})")
     print(f"scores: {options.output}")
+
+
+@contextlib.contextmanager
+def _judge(
+    benchmark: Benchmark, options: argparse.Namespace, start_jax: Callable[[], None]
+) -> Iterator[Judge]:
+    """The judge of the command line.
+
+    Raises:
+      MmpoError: the benchmark has none, or its options are wrong.
+    """
+    if benchmark.judgements is None and (options.judge or options.judgements):
+        flag = "--judge" if options.judge else "--judgements"
+        raise MmpoError(f"{flag}: nobody judges answers to {benchmark.name}")
+    if not options.judge:
+        yield Judge(given=options.judgements)
+        return
+    from mmpo_jax.evaluation.judge_models import asked_judge  # takes seconds
+    from mmpo_jax.recipes.files import load_recipe
+    from mmpo_jax.recipes.judging import CheckpointJudging, JudgedAnswers
+
+    path = next((text for text in options.judge if os.path.exists(text)), None)
+    overrides = [f"judge.{text}" for text in options.judge if text != path]
+    recipe = load_recipe(JudgedAnswers, path, overrides, "this judge cannot be asked")
+    if isinstance(recipe.judge, CheckpointJudging):
+        start_jax()
+    folder = f"{os.path.splitext(options.output)[0]}.judge"
+    with asked_judge(recipe.judge, folder, options.judgements) as judge:
+        yield judge
 
 
 def described(benchmark: Benchmark) -> list[str]:
@@ -32,6 +74,11 @@ def described(benchmark: Benchmark) -> list[str]:
         f"  files: {benchmark.source}",
         f"  answers: {benchmark.answers}",
     ]
+    if benchmark.judgements is not None:
+        told += [
+            f"  judgements: {benchmark.judgements}",
+            "  --judge url=http://HOST:PORT/v1 --judge model=NAME asks one (docs/evaluation.md)",
+        ]
     for name, (kind, default) in benchmark.options.items():
         choices = ", ".join(get_args(kind)) or kind.__name__
         told.append(f"  --rule {name}={default}  ({choices})")

@@ -136,7 +136,10 @@ class ServedTextModel:
     def _requests(self, asks: Sequence[Ask], schema: Mapping[str, Any] | None) -> list[ChatRequest]:
         return [
             ChatRequest(
-                messages=(ChatMessage.user(ask.text, ask.images),),
+                messages=(
+                    *([ChatMessage.system(ask.system)] if ask.system else ()),
+                    ChatMessage.user(ask.text, ask.images),
+                ),
                 max_tokens=ask.max_new_tokens,
                 temperature=self.speaking.temperature,
                 top_p=self.speaking.top_p,
@@ -161,4 +164,4 @@ def _reply(outcome: Outcome) -> Reply:
         final = outcome.reason in PASSED_OVER
         return Reply(None, outcome.reason, outcome.detail, final)
     (text,), (finish,) = outcome.texts, outcome.finish_reasons
-    return Reply(text, UNFINISHED if finish == "length" else None)
+    return Reply(text, UNFINISHED if finish == "length" else None, model=outcome.model)

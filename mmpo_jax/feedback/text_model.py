@@ -47,6 +47,8 @@ class Ask:
     """How often the same was asked before."""
     max_new_tokens: int = 1024
     """Limit of the reply."""
+    system: str = ""
+    """What the model is told before; empty for nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Reply:
     """More about the failure."""
     final: bool = False
     """Whether asking again is of no use."""
+    model: str | None = None
+    """Who replied, as a server calls it."""
 
 
 class TextModel(Protocol):
@@ -268,7 +272,8 @@ class CheckpointTextModel:
 
 def _tokenized(ask: Ask, processor: Processor, room: int) -> TokenizedRecord | Reply:
     """The request as tokens, or the reply that it cannot have."""
-    turns = placed((Turn("user", ask.text),), len(ask.images), 0)
+    told = (Turn("system", ask.system),) if ask.system else ()
+    turns = placed((*told, Turn("user", ask.text)), len(ask.images), 0)
     record = Record(ask.id, ask.images, turns, (), plain_text=True)
     try:
         return tokenize(record, processor, room, 1)

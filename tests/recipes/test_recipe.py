@@ -25,6 +25,7 @@ from mmpo_jax.recipes.feedback import (
     WholeSplitting,
 )
 from mmpo_jax.recipes.files import RecipeError, load_recipe
+from mmpo_jax.recipes.judging import JudgedAnswers
 from mmpo_jax.recipes.objectives import ObjectiveSection
 from mmpo_jax.recipes.recipe import (
     AlignRecipe,
@@ -50,7 +51,7 @@ PACKAGE = Path(mmpo_jax.__file__).parent
 CONFIGS = sorted((PACKAGE.parent / "configs").rglob("*.yaml"))
 KINDS = (
     *(TrainRecipe, AlignRecipe, GenerateRecipe, ScoreRecipe, SelectRecipe, EvaluateRecipe),
-    *(CorrectRecipe, RewardRecipe),
+    *(CorrectRecipe, RewardRecipe, JudgedAnswers),
 )
 GOOD = {"output": "out", "model": "builtin:picture_world", "data": {"source": "picture_world"}}
 
