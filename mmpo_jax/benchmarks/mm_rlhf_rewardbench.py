@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import collections
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from mmpo_jax.benchmarks.benchmark import Files, Scores, benchmark, share
-from mmpo_jax.benchmarks.rewards import has_rewards, rewards_in_order
+from mmpo_jax.benchmarks.rewards import has_rewards, match_rewards
 from mmpo_jax.benchmarks.tables import Row
 from mmpo_jax.core.errors import MmpoError
 
@@ -18,21 +17,23 @@ CATEGORIES = ("mcq", "long", "short", "safety", "video")
 
 @benchmark(
     source="github.com/yfzhang114/r1_reward, inference/MM-RLHF-Reward/mm_reward_bench.jsonl",
-    answers="`rewards: [of chosen, of rejected]`, a row for every row of the benchmark, in order",
+    answers="`rewards: [of chosen, of rejected]` of every row of the benchmark, as `mmpo reward` "
+    "writes them or in order; or replies of a judge to pairs as questions",
 )
 def mm_rlhf_rewardbench(files: Files, answers: Sequence[Row]) -> Scores:
     """Share of pairs whose chosen response has the larger reward (Accuracy), and of questions all
-    of whose pairs have (ACC+), of all and of every category. A tie is wrong.
+    of whose pairs have (ACC+), of all and of every category. A tie is wrong, and so is a pair
+    without rewards.
     """
     if not has_rewards(answers):
         raise MmpoError(f"{answers[0].file}: not all rows have `rewards`")
-    matched = rewards_in_order(files.rows("mm_reward_bench*.jsonl", "*.jsonl"), answers, "id")
+    matched = match_rewards(files.rows("mm_reward_bench*.jsonl", "*.jsonl"), answers, "id")
     rows: list[dict[str, Any]] = [
         {
             "id": str(question.need("id")),
             "path": _path(question),
             "rewards": rewards,
-            "right": rewards[0] > rewards[1],
+            "right": rewards is not None and rewards[0] > rewards[1],
         }
         for question, rewards in matched
     ]
@@ -41,8 +42,8 @@ def mm_rlhf_rewardbench(files: Files, answers: Sequence[Row]) -> Scores:
         of_category = [row for row in rows if _category(row["path"]) == category]
         metrics |= _accuracies(category, of_category)
     metrics |= _accuracies("Overall", rows)
-    ties = sum(row["rewards"][0] == row["rewards"][1] for row in rows)
-    missing = sum(any(math.isnan(value) for value in row["rewards"]) for row in rows)
+    given = [row["rewards"] for row in rows if row["rewards"] is not None]
+    ties, missing = sum(first == second for first, second in given), len(rows) - len(given)
     return Scores(metrics, {"ties": ties, "without_rewards": missing, "pairs": len(rows)}, rows)
 
 

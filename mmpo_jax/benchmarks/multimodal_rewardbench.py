@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmpo_jax.benchmarks.benchmark import Files, Scores, benchmark, share
-from mmpo_jax.benchmarks.rewards import has_rewards, rewards_in_order
-from mmpo_jax.benchmarks.tables import Row
+from mmpo_jax.benchmarks.rewards import has_rewards, match_rewards
+from mmpo_jax.benchmarks.tables import Row, said
 from mmpo_jax.core.errors import MmpoError
 
 COIN_SEED = 123
@@ -18,8 +18,10 @@ COIN_SEED = 123
 
 @benchmark(
     source="github.com/facebookresearch/multimodal_rewardbench, data/all_data.json",
-    answers="the judge's `output` with `Label` and `Meta`, as the official script keeps them, or "
-    "`rewards: [of Output1, of Output2]` for every row of all_data.json, in order",
+    answers="the judge's `output` for every row of all_data.json, in order, with or without the "
+    "`ID`, `Label` and `Meta` that the official script keeps; or `rewards: [of Output1, of "
+    "Output2]` of every row, as `mmpo reward` writes them or in order; or replies of a judge to "
+    "pairs as questions",
 )
 def multimodal_rewardbench(
     files: Files, answers: Sequence[Row], *, unparsed_is_wrong: bool = False
@@ -29,9 +31,11 @@ def multimodal_rewardbench(
 
     Of a judge's words, `[[A]]` anywhere is A, else `[[B]]` is B. Where there is neither, the
     official script tosses a coin of a fixed seed, in the order of the file; with
-    `unparsed_is_wrong` such a row is wrong. Equal rewards are wrong.
+    `unparsed_is_wrong` such a row is wrong. Equal rewards are wrong, and so is a row without.
     """
-    rows = _of_rewards(files, answers) if has_rewards(answers) else _of_words(answers)
+    questions = files.rows("all_data*.json", "*.json", "*.jsonl")
+    of_rewards = has_rewards(answers)
+    rows = (_of_rewards if of_rewards else _of_words)(questions, answers)
     if not unparsed_is_wrong:
         coin = random.Random(COIN_SEED)
         for row in rows:
@@ -49,6 +53,8 @@ def multimodal_rewardbench(
         "first_is_preferred": share(sum(row["read"] == "A" for row in rows), len(rows)),
         "rows": len(rows),
     }
+    if of_rewards:
+        beside["without_rewards"] = sum(row["rewards"] is None for row in rows)
     return Scores(metrics, beside, rows)
 
 
@@ -57,40 +63,53 @@ def verdict(output: str) -> str | None:
     return next((letter for letter in "AB" if f"[[{letter}]]" in output), None)
 
 
-def _of_words(answers: Sequence[Row]) -> list[dict[str, Any]]:
-    found = []
-    for answer in answers:
-        meta = answer.need("Meta")
-        if not isinstance(meta, Mapping) or not isinstance(meta.get("Category"), str):
-            raise MmpoError(f"{answer.name}: `Meta` has no `Category`")
-        output = answer.text("output")
-        found.append(
-            {
-                "id": answer.text("ID"),
-                "category": meta["Category"],
-                "label": answer.text("Label"),
-                "output": output,
-                "read": verdict(output),
-            }
+def _of_words(questions: Sequence[Row], answers: Sequence[Row]) -> list[dict[str, Any]]:
+    """What the judge says of every row; what the answers repeat of a row has to be the same.
+
+    Raises:
+      MmpoError: there are more or fewer answers than rows, or one is of another row.
+    """
+    if len(questions) != len(answers):
+        raise MmpoError(
+            f"{answers[0].file}: has {len(answers)} answers, {questions[0].file} has "
+            f"{len(questions)} rows"
         )
+    found = []
+    for question, answer in zip(questions, answers, strict=True):
+        row = _row(question)
+        meta = answer.get("Meta")
+        repeated = {
+            "id": answer.get("ID"),
+            "label": answer.get("Label"),
+            "category": meta.get("Category") if isinstance(meta, Mapping) else None,
+        }
+        for name, value in repeated.items():
+            if value is not None and value != row[name]:
+                raise MmpoError(
+                    f"{answer.name}: has the {name} {value!r}, {question.name} has {row[name]!r}"
+                )
+        output = said(answer, "output")
+        found.append({**row, "output": output, "read": verdict(output)})
     return found
 
 
-def _of_rewards(files: Files, answers: Sequence[Row]) -> list[dict[str, Any]]:
-    matched = rewards_in_order(files.rows("all_data*.json", "*.json"), answers, "ID")
+def _of_rewards(questions: Sequence[Row], answers: Sequence[Row]) -> list[dict[str, Any]]:
     found = []
-    for question, (first, second) in matched:
-        preferred = {first > second: "A", second > first: "B"}.get(True)
-        found.append(
-            {
-                "id": question.text("ID"),
-                "category": question.text("Category"),
-                "label": "B" if question.text("Better") == "Output2" else "A",
-                "rewards": [first, second],
-                "read": preferred,
-            }
-        )
+    for question, pair in match_rewards(questions, answers, "ID"):
+        preferred = None
+        if pair is not None:
+            first, second = pair
+            preferred = {first > second: "A", second > first: "B"}.get(True)
+        found.append({**_row(question), "rewards": pair, "read": preferred})
     return found
+
+
+def _row(question: Row) -> dict[str, Any]:
+    return {
+        "id": question.text("ID"),
+        "category": question.text("Category"),
+        "label": "B" if question.text("Better") == "Output2" else "A",
+    }
 
 
 def _category(category: str, name: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from mmpo_jax.benchmarks.benchmark import Files, Scores, benchmark, share
-from mmpo_jax.benchmarks.rewards import has_rewards, rewards_in_order
+from mmpo_jax.benchmarks.rewards import Pair, has_rewards, match_rewards
 from mmpo_jax.benchmarks.tables import Row
 from mmpo_jax.core.errors import MmpoError
 
@@ -43,7 +43,8 @@ class Judged:
 @benchmark(
     source="huggingface.co/datasets/MMInstruction/VL-RewardBench, data/test-*.parquet",
     answers="judgements as the official script keeps them (`id`, `query`, `response`, `ranking`, "
-    "`meta`), or `rewards: [of the first response, of the second]` for every row, in order",
+    "`meta`); or `rewards: [of the first response, of the second]` of every row, as `mmpo reward` "
+    "writes them or in order; or replies of a judge to pairs as questions",
 )
 def vl_rewardbench(files: Files, answers: Sequence[Row]) -> Scores:
     """Agreement with people's preference, of every group, of all items (Overall Accuracy) and as
@@ -52,11 +53,12 @@ def vl_rewardbench(files: Files, answers: Sequence[Row]) -> Scores:
     Of judgements, the official script shuffles the file, takes the first k of every item, and
     counts the majority; items whose majority could not be read, or that have none, are left out of
     the denominators. It does so for k = 1, 3, 5, 7 and 9. Of rewards there is one judgement an
-    item, and a tie disagrees.
+    item, and a tie disagrees, as an item without rewards does.
     """
+    questions = files.rows("test-*.parquet", "*.parquet", "*.jsonl", "*.json")
     if has_rewards(answers):
-        return _rewards_scores(_of_rewards(files, answers))
-    judged = [_read(row) for row in answers]
+        return _rewards_scores(match_rewards(questions, answers, "id"))
+    judged = _of_words(questions, answers)
     coin = random.Random(SHUFFLE_SEED)
     metrics: dict[str, float] = {}
     beside: dict[str, float] = {}
@@ -66,17 +68,26 @@ def vl_rewardbench(files: Files, answers: Sequence[Row]) -> Scores:
             metrics[f"{name} (k={samples})"] = value
         left_out = sum(value not in ("agree", "reject") for value in majorities.values())
         beside[f"items_left_out (k={samples})"] = left_out
+    beside["items_not_judged"] = len({*map(_item, questions)} - {one.item for one in judged})
     counts = collections.Counter(one.verdict for one in judged)
     beside |= {"unread": share(counts["doesntMatch"], len(judged)), "judgements": len(judged)}
     return Scores(metrics, beside, [dataclasses.asdict(one) for one in judged])
 
 
-def _rewards_scores(judged: Sequence[Judged]) -> Scores:
-    """Of one judgement an item, with ties as disagreement."""
-    counted = {one.item: "agree" if one.verdict == "agree" else "reject" for one in judged}
-    ties = sum(one.verdict == "doesntMatch" for one in judged)
-    rows = [dataclasses.asdict(one) for one in judged]
-    return Scores(_metrics(counted, judged), {"ties": ties, "items": len(judged)}, rows)
+def _rewards_scores(matched: Sequence[tuple[Row, Pair | None]]) -> Scores:
+    """Of one judgement an item; what does not agree disagrees."""
+    judged, counted = [], {}
+    for place, (question, rewards) in enumerate(matched):
+        name, verdict = question.text("id"), _by_rewards(_ranking(question), rewards)
+        one = Judged(f"{place} {name}", name, group_of(name), verdict)
+        judged.append(one)
+        counted[one.item] = "agree" if verdict == "agree" else "reject"
+    beside = {
+        "ties": sum(pair is not None and pair[0] == pair[1] for _, pair in matched),
+        "without_rewards": sum(pair is None for _, pair in matched),
+        "items": len(judged),
+    }
+    return Scores(_metrics(counted, judged), beside, [dataclasses.asdict(one) for one in judged])
 
 
 def read_judgement(text: str) -> int | None:
@@ -93,34 +104,53 @@ def group_of(name: str) -> str:
     return "hallucination" if prefix in ("RLAIF", "RLHF", "hallucination") else "general"
 
 
-def _read(row: Row) -> Judged:
-    """A judgement by the official rule, read anew from the judge's words."""
-    meta, ranking = row.need("meta"), _ranking(row)
+def _of_words(questions: Sequence[Row], answers: Sequence[Row]) -> list[Judged]:
+    """The judgements of a judge's words, each of an item of the benchmark.
+
+    Raises:
+      MmpoError: one is of no such item, or ranks its responses otherwise.
+    """
+    rankings = {_item(question): _ranking(question) for question in questions}
+    judged = []
+    for row in answers:
+        item, ranking = _item(row), _ranking(row)
+        if item not in rankings:
+            raise MmpoError(f"{row.name}: {questions[0].file} has no such query and responses")
+        if ranking != rankings[item]:
+            raise MmpoError(
+                f"{row.name}: ranks the responses as {ranking}, {questions[0].file} as "
+                f"{rankings[item]}"
+            )
+        judged.append(_read(row, item, ranking))
+    return judged
+
+
+def _item(row: Row) -> str:
+    """What two judgements of the same item share: id, query and both responses."""
     responses = row.need("response")
     if not isinstance(responses, list) or not all(isinstance(one, str) for one in responses):
         raise MmpoError(f"{row.name}: `response` is no list of texts")
+    query = row.text("query").replace("<image>\n", "").strip()
+    return row.text("id") + query + "\t".join(sorted(responses))
+
+
+def _read(row: Row, item: str, ranking: Sequence[int]) -> Judged:
+    """A judgement by the official rule, read anew from the judge's words."""
+    meta = row.need("meta")
     if not isinstance(meta, Mapping) or not {"filter_choice", "random_number"} <= meta.keys():
         raise MmpoError(f"{row.name}: `meta` has no `filter_choice` and `random_number`")
     worse = ranking.index(1 if meta["random_number"] == 0 else 0) + 1
     number = read_judgement(str(meta["filter_choice"]))
     verdict: Verdict = "doesntMatch" if number is None else "reject" if number == worse else "agree"
     name = row.text("id")
-    item = name + row.text("query") + "\t".join(sorted(responses))
     return Judged(item, name, group_of(name), verdict)
 
 
-def _of_rewards(files: Files, answers: Sequence[Row]) -> list[Judged]:
-    questions = files.rows("test-*.parquet", "*.parquet", "*.jsonl", "*.json")
-    found = []
-    for place, (question, rewards) in enumerate(rewards_in_order(questions, answers, "id")):
-        ranking = _ranking(question)
-        better, worse = rewards[ranking.index(0)], rewards[ranking.index(1)]
-        verdict: Verdict = (
-            "agree" if better > worse else "reject" if worse > better else "doesntMatch"
-        )
-        name = question.text("id")
-        found.append(Judged(f"{place} {name}", name, group_of(name), verdict))
-    return found
+def _by_rewards(ranking: Sequence[int], rewards: Pair | None) -> Verdict:
+    if rewards is None:
+        return "doesntMatch"
+    better, worse = rewards[ranking.index(0)], rewards[ranking.index(1)]
+    return "agree" if better > worse else "reject" if worse > better else "doesntMatch"
 
 
 def _ranking(row: Row) -> list[int]:

@@ -15,7 +15,7 @@ from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.processes import on_one
 from mmpo_jax.correction.codebook import load_codebook
 from mmpo_jax.correction.corrections import Case, Found, case_of, corrected
-from mmpo_jax.correction.correctors import make_corrector
+from mmpo_jax.correction.correctors import Corrector, make_corrector
 from mmpo_jax.correction.stage import find_errors
 from mmpo_jax.data.formats import FORMATS
 from mmpo_jax.data.formats.writing import Writer
@@ -58,7 +58,7 @@ def run_correction(recipe: CorrectRecipe) -> str:
         corrector = make_corrector(recipe, codebook, models)
         corrector.check()
         record_set = recipe.data.load(supervised=True)
-        pairs, unusable = _pairs(record_set, recipe.layout)
+        pairs, unusable = _pairs(record_set, recipe.layout, corrector)
         _write_left_out(results.skipped, unusable)
         total = len(pairs) + len(unusable)
         check_skipped(unusable, total, record_set.max_skipped)
@@ -81,13 +81,16 @@ def run_correction(recipe: CorrectRecipe) -> str:
 
 
 def _pairs(
-    record_set: RecordSet, layout: Layout
+    record_set: RecordSet, layout: Layout, corrector: Corrector
 ) -> tuple[list[tuple[Record, Case]], list[SkippedRow]]:
     """The records that are pairs, as correctors are asked about them, and the rows that are not."""
     pairs, skipped = [], [*record_set.skipped]
     for record in record_set.records:
         try:
-            pairs.append((record, case_of(record, layout)))
+            case, problem = case_of(record, layout), corrector.unfit(record)
+            if problem is not None:
+                raise UnusableRow(*problem)
+            pairs.append((record, case))
         except UnusableRow as problem:
             skipped.append(
                 SkippedRow(record_set.name, record.row, record.id, problem.reason, problem.detail)

@@ -7,7 +7,7 @@ from typing import Any
 
 from mmpo_jax.checkpoints.checkpoint import open_reward_model
 from mmpo_jax.commands.results import Results
-from mmpo_jax.data.tokenization import TokenizedRecord
+from mmpo_jax.data.records import Record
 from mmpo_jax.data.usable import usable_records
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipes.recipe import RewardRecipe
@@ -22,21 +22,23 @@ def run_rewarding(recipe: RewardRecipe) -> str:
     """Scores the responses of every usable row.
 
     Returns:
-      The file, one line per row: `id`, `rewards`, and of every response its `critiques` and the
-      standard deviation `std` of the rewards over them. A response that could not be used has null.
+      The file, one line per row: `id`, its number `row` in the data, `rewards`, and of every
+      response its `critiques` and the standard deviation `std` of the rewards over them. A response
+      without a reward has null, and the line says why in `problems`.
     """
     results = Results.at(recipe.output, "rewards", recipe.data)
     record_set = recipe.data.load(supervised=True)
     mesh = make_mesh(**recipe.devices.model_dump())
     checkpoint = open_reward_model(recipe.model, recipe.attention, recipe.template)
     reading = Reading.of(recipe.rewarding, checkpoint.model, recipe.model)
-    record_set, tokenized = usable_records(
+    record_set, _ = usable_records(
         record_set,
         checkpoint.processor,
         recipe.lengths,
         results.skipped,
         reading.unfit,
         reading.tokenize,
+        alone=True,
     )
     rewarded = score_responses(
         checkpoint.reloaded(mesh),
@@ -48,20 +50,25 @@ def run_rewarding(recipe: RewardRecipe) -> str:
         folder=results.parts,
         seed=recipe.seed,
     )
-    return results.write(map(_line, tokenized, rewarded))
+    return results.write(map(_line, record_set.records, rewarded))
 
 
-def _line(record: TokenizedRecord, rewarded: Rewarded) -> dict[str, Any]:
+def _line(record: Record, rewarded: Rewarded) -> dict[str, Any]:
     line: dict[str, Any] = {
         "id": record.id,
+        "row": record.row,
         "rewards": [_or_null(reward) for reward in rewarded.rewards],
         "critiques": [*rewarded.critiques],
         "std": [_or_null(value) for value in rewarded.std],
     }
-    for place in record.left_out:  # in order
+    problems = [*rewarded.problems]
+    for place, reason, detail in record.left_out:  # in order
         line["rewards"].insert(place, None)
         line["critiques"].insert(place, [])
         line["std"].insert(place, None)
+        problems.insert(place, (reason, detail))
+    if any(problems):
+        line["problems"] = [None if one is None else f"{one[0]}: {one[1]}" for one in problems]
     return line
 
 

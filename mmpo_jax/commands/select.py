@@ -90,6 +90,7 @@ def run_reward_model(recipe: SelectRecipe, asked: RewardModelAsked) -> str:
         results.skipped,
         reading.unfit,
         reading.tokenize,
+        alone=True,
     )
     rewarded = score_responses(
         judge.reloaded(mesh),

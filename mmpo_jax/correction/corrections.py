@@ -13,7 +13,14 @@ from typing import Any
 import numpy as np
 
 from mmpo_jax.core.files import fingerprint_json
-from mmpo_jax.data.records import ImageRef, Record, Response, Turn, question_with_beginning
+from mmpo_jax.data.records import (
+    ImageRef,
+    Record,
+    Response,
+    Turn,
+    VideoRef,
+    question_with_beginning,
+)
 from mmpo_jax.data.skipped import SkipReason, UnusableRow
 from mmpo_jax.recipes.correction import Layout
 
@@ -47,6 +54,7 @@ class Case:
     chosen: str
     rejected: str
     images: tuple[ImageRef, ...] = ()
+    videos: tuple[VideoRef, ...] = ()
     solution: Any = None
     """What the row has as its answer: of the picture world the scene."""
 
@@ -102,7 +110,7 @@ def case_of(record: Record, layout: Layout) -> Case:
         raise UnusableRow("turn_order", detail)
     question = question_with_beginning(record.prompt)
     said = chosen.text, rejected.text
-    return Case(record.id, question, *said, images=record.images, solution=record.solution)
+    return Case(record.id, question, *said, record.images, record.videos, record.solution)
 
 
 def kept(errors: Iterable[Error], max_errors: int) -> tuple[Error, ...]:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from mmpo_jax.checkpoints.checkpoint import load_processor
 from mmpo_jax.core.prompts import fill
 from mmpo_jax.correction.codebook import Codebook
 from mmpo_jax.correction.corrections import Answers, Case, Error, Found, kept
 from mmpo_jax.correction.prompts import CORRECT_PROMPT, errors_schema, read_errors
 from mmpo_jax.correction.short_answers import short_answer_error
+from mmpo_jax.data.processor import Processor
+from mmpo_jax.data.records import Record
+from mmpo_jax.data.skipped import Problem
+from mmpo_jax.data.usable import unsupported
 from mmpo_jax.feedback.judge import check_failed
 from mmpo_jax.feedback.judges import text_model
 from mmpo_jax.feedback.models import Models
@@ -17,7 +23,7 @@ from mmpo_jax.feedback.text_model import Ask, TextModel, Unread, ask_until_read,
 from mmpo_jax.picture_world.corrections import caption_errors
 from mmpo_jax.picture_world.language import ANSWERS
 from mmpo_jax.picture_world.world import Scene
-from mmpo_jax.recipes.correction import Correcting, RuleCorrecting
+from mmpo_jax.recipes.correction import CheckpointCorrecting, Correcting, RuleCorrecting
 from mmpo_jax.recipes.recipe import CorrectRecipe
 
 CORRECT_RULES = 1
@@ -30,7 +36,7 @@ class Corrector(Protocol):
     key: Any
     """All that they depend on beside the pairs, as JSON."""
     sees: bool
-    """Whether they depend on the images."""
+    """Whether they depend on the images and videos."""
 
     def check(self) -> None:
         """Finds what can be known to be wrong before anything heavy starts.
@@ -38,6 +44,10 @@ class Corrector(Protocol):
         Raises:
           MmpoError: what the user can mend.
         """
+
+    def unfit(self, record: Record) -> Problem | None:
+        """Why a pair's record cannot be asked about; None where it can."""
+        ...
 
     def find(self, cases: Sequence[Case]) -> list[Found]:
         """What is wrong with the rejected response of every pair, in order.
@@ -76,6 +86,11 @@ class RuleCorrector:
     def check(self) -> None:
         """Nothing: a rule needs nothing."""
 
+    def unfit(self, record: Record) -> Problem | None:
+        """None: a rule looks at texts."""
+        del record
+        return None
+
     def find(self, cases: Sequence[Case]) -> list[Found]:
         """See `Corrector`."""
         return [self._find(case) for case in cases]
@@ -112,6 +127,7 @@ class ModelCorrector:
         max_errors: int,
         key: Any,
         check: Callable[[], Any],
+        takes: Callable[[Record], Problem | None],
     ):
         """
         Args:
@@ -121,13 +137,18 @@ class ModelCorrector:
           max_errors: of a response.
           key: of the model.
           check: that it is there.
+          takes: why the model cannot be shown what a record shows; None where it can.
         """
         self.model, self.options, self.codebook = model, options, codebook
-        self.max_errors, self.check = max_errors, check
+        self.max_errors, self.check, self.takes = max_errors, check, takes
         self.sees = options.show_image
         self.prompt = options.prompt or CORRECT_PROMPT
         told = [self.prompt, codebook.listing(), codebook.names, self.sees, max_errors]
         self.key = [CORRECT_RULES, key, speaking_key(options), told]
+
+    def unfit(self, record: Record) -> Problem | None:
+        """See `Corrector`."""
+        return self.takes(record) if self.sees else None
 
     def find(self, cases: Sequence[Case]) -> list[Found]:
         """See `Corrector`."""
@@ -162,8 +183,9 @@ class ModelCorrector:
             codebook=self.codebook.listing(),
             max_errors=str(self.max_errors),
         )
-        images = case.images if self.sees else ()
-        return Ask(case.id, text, images, max_new_tokens=self.options.max_new_tokens)
+        images, videos = (case.images, case.videos) if self.sees else ((), ())
+        room = self.options.max_new_tokens
+        return Ask(case.id, text, images, videos=videos, max_new_tokens=room)
 
     def _found(self, reply: tuple[Error, ...] | Unread) -> Found:
         if not isinstance(reply, Unread):
@@ -191,7 +213,19 @@ def make_corrector(recipe: CorrectRecipe, codebook: Codebook, models: Models) ->
     if isinstance(section, RuleCorrecting):
         return RuleCorrector(section, codebook, recipe.max_errors, recipe.seed)
     model, key, check = text_model(section, section, models)
-    return ModelCorrector(model, section, codebook, recipe.max_errors, key, check)
+
+    def takes(record: Record) -> Problem | None:
+        if isinstance(section, CheckpointCorrecting):
+            return unsupported(record, processor())
+        served: Problem = "unsupported_video", "a chat server is asked about images only"
+        return served if record.videos else None
+
+    @functools.cache
+    def processor() -> Processor:
+        assert isinstance(section, CheckpointCorrecting)
+        return load_processor(*models.name(section))
+
+    return ModelCorrector(model, section, codebook, recipe.max_errors, key, check, takes)
 
 
 def scene_of(solution: Any) -> Scene | None:

@@ -13,6 +13,7 @@ from mmpo_jax.core.processes import check_same
 from mmpo_jax.core.stages import Stage, run_told_stage
 from mmpo_jax.correction.corrections import Case, Error, Found
 from mmpo_jax.correction.correctors import Corrector
+from mmpo_jax.data.records import ImageRef, VideoRef
 
 CASES_PER_PART = 256
 
@@ -66,8 +67,9 @@ def find_errors(cases: Sequence[Case], corrector: Corrector, folder: str) -> lis
 
 
 def _content(case: Case, sees: bool) -> list[object]:
-    images = [image.fingerprint() for image in case.images] if sees else []
-    return [case.id, case.question, case.chosen, case.rejected, case.solution, *images]
+    shown: list[ImageRef | VideoRef] = [*case.images, *case.videos] if sees else []
+    digests = [medium.fingerprint() for medium in shown]
+    return [case.id, case.question, case.chosen, case.rejected, case.solution, *digests]
 
 
 def _found(row: dict[str, Any]) -> Found:

@@ -1,7 +1,7 @@
 """Names for the rows of a file: each its own, and the row's id wherever that is still free."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmpo_jax.data.rows import brief
@@ -34,8 +34,12 @@ class RowIds:
         return name
 
 
-def own_id(row: Mapping[str, Any]) -> str | None:
-    """What a row says its id is: its ``id``, else its ``idx``; None where it has neither.
+ID_COLUMNS = ("id", "idx")
+"""Columns with a row's id, the first that has one."""
+
+
+def own_id(row: Mapping[str, Any], columns: Sequence[str] = ID_COLUMNS) -> str | None:
+    """What a row says its id is, in the first of the columns that says one; None where none does.
 
     Whole numbers count as their digits, also where a table holds 7 as 7.0 since it has NaN, or an
     empty text, in rows without one.
@@ -43,7 +47,7 @@ def own_id(row: Mapping[str, Any]) -> str | None:
     Raises:
       UnusableRow: the id is neither a text nor a whole number.
     """
-    for key in ("id", "idx"):
+    for key in columns:
         value = row.get(key)
         if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
             continue

@@ -88,8 +88,9 @@ def name_rows(rows: Iterable[tuple[int, MaybeRow]], format: str = "auto") -> Ite
             if isinstance(row, UnusableRow):
                 raise row
             present = {name: value for name, value in row.items() if value is not None}
-            convention = (given or choose_format(present)).name
-            own = own_id(present)
+            found = given or choose_format(present)
+            convention = found.name
+            own = own_id(present, found.ids)
         except UnusableRow as unusable:
             yield NamedRow(number, unusable, format=convention)
         else:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmpo_jax.core.errors import DataError
-from mmpo_jax.core.files import read_bytes
+from mmpo_jax.core.files import is_local, read_bytes
 from mmpo_jax.core.known_files import state_of
 from mmpo_jax.data.records import SCORE, Record
 
@@ -46,12 +46,13 @@ def rewarded(record: Record, path: str) -> Record:
 
 
 def read_rewards(path: str) -> Rewards:
-    """The rewards of a file, which is read once as long as it stays as it is.
+    """The rewards of a file, which is read once as long as it stays as it is; one in a bucket is
+    read once by a process, as asking how it is takes as long.
 
     Raises:
       DataError: it cannot be read, a row comes twice, or a reward is no finite number.
     """
-    state = state_of(path)
+    state = state_of(path) if is_local(path) else None
     return _read(path, None if state is None else tuple(state))
 
 

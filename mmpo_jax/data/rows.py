@@ -13,6 +13,8 @@ FormatName = Literal[
     "rlhf_v",
     "mm_rlhf",
     "mm_rlhf_pairs",
+    "vl_rewardbench",
+    "multimodal_rewardbench",
     "picture_world",
     "alpaca",
 ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from mmpo_jax.core import progress
 from mmpo_jax.data.agreement import check_same_records
@@ -27,6 +28,10 @@ Unfit = Callable[[TokenizedRecord], Problem | None]
 """Says why a row is of no use for what it is read for (reason, detail); None where it is."""
 
 
+Tokenized = Callable[[Record], TokenizedRecord]
+"""Tokenizes a record; raises `RowRejected`."""
+
+
 def any_row(record: TokenizedRecord) -> Problem | None:
     """None: the `Unfit` of what takes every row."""
     return None
@@ -39,6 +44,8 @@ def usable_records(
     skipped_file: str,
     unfit: Unfit = any_row,
     function: Tokenize = tokenize,
+    *,
+    alone: bool = False,
 ) -> tuple[RecordSet, list[TokenizedRecord]]:
     """Tokenizes a set of records; what cannot be used goes to a JSONL file with the reason.
 
@@ -49,6 +56,7 @@ def usable_records(
       skipped_file: not written where everything can be used.
       unfit: why a row is of no use for what it is read for (reason, detail); None where it is.
       function: tokenizes a record.
+      alone: whether of several responses those that cannot be tokenized are left out alone.
 
     Raises:
       DataError: more rows were skipped than the recipe allows, or none is left.
@@ -61,7 +69,9 @@ def usable_records(
     with progress.doing(f"tokenising {name}", len(record_set.records)) as activity:
         rows = activity.each(record_set.records)
         used = list(
-            tokenize_usable(rows, name, processor, limits_of(lengths), tally, unfit, function)
+            tokenize_usable(
+                rows, name, processor, limits_of(lengths), tally, unfit, function, alone=alone
+            )
         )
     limit = None if lengths is None else lengths.response[-1]
     settle(tally, name, skipped_file, record_set.max_skipped, processor.images is not None, limit)
@@ -85,6 +95,8 @@ def tokenize_usable(
     tally: Tally,
     unfit: Unfit,
     function: Tokenize,
+    *,
+    alone: bool = False,
 ) -> Iterator[tuple[Record, TokenizedRecord]]:
     """The records that can be used, and their tokens, in order.
 
@@ -94,8 +106,12 @@ def tokenize_usable(
       processor: of the checkpoint.
       limits: most tokens of a prompt and of a response.
       tally: counts; it grows.
-      unfit, function: see `usable_records`.
+      unfit, function, alone: see `usable_records`.
     """
+
+    def tokenized(record: Record) -> TokenizedRecord:
+        return function(record, processor, *limits)
+
     for given in records:
         record = without_shown_media(given, processor)
         tally.shown += len(record.left_out) - len(given.left_out)
@@ -104,7 +120,7 @@ def tokenize_usable(
             tally.unsupported.append(SkippedRow(name, record.row, record.id, *problem))
             continue
         try:
-            row = function(record, processor, *limits)
+            record, row = taken(record, tokenized) if alone else (record, tokenized(record))
         except RowRejected as error:
             skipped = SkippedRow(name, record.row, record.id, error.reason, error.detail)
             tally.too_long.append(skipped)
@@ -154,6 +170,59 @@ def without_shown_media(record: Record, processor: Processor) -> Record:
     kept = [one for one, shows in zip(record.responses, shown, strict=True) if not shows]
     left_out = tuple(sorted((*record.left_out, *told)))
     return dataclasses.replace(record, responses=tuple(kept), left_out=left_out)
+
+
+def rejections(record: Record, function: Tokenized) -> list[Problem | None]:
+    """Of every response of a record, why a function does not tokenize the record with it; None of
+    those with which together it does."""
+    problems: list[Problem | None] = [None] * len(record.responses)
+    try:
+        function(record)
+    except RowRejected as error:
+        whole: Problem = error.reason, error.detail
+    else:
+        return problems
+    for place, response in enumerate(record.responses):
+        try:
+            function(dataclasses.replace(record, responses=(response,)))
+        except RowRejected as error:
+            problems[place] = error.reason, error.detail
+    if any(problems) and not all(problems):
+        others = with_responses(record, [problem is None for problem in problems])
+        rest = iter(rejections(others, function))
+        return [problem or next(rest) for problem in problems]
+    return problems if any(problems) else [whole] * len(problems)
+
+
+def with_responses(record: Record, kept: Sequence[bool]) -> Record:
+    """A record with some of its responses."""
+    responses = itertools.compress(record.responses, kept)
+    return dataclasses.replace(record, responses=tuple(responses))
+
+
+def taken(record: Record, function: Tokenized) -> tuple[Record, TokenizedRecord]:
+    """(a record without the responses that a function does not take, its tokens).
+
+    Raises:
+      RowRejected: it takes none.
+    """
+    try:
+        return record, function(record)
+    except RowRejected:
+        kept = _without(record, rejections(record, function))
+    return kept, function(kept)
+
+
+def _without(record: Record, problems: Sequence[Problem | None]) -> Record:
+    """A record without the responses that have a problem, unless all have."""
+    if all(problems):
+        return record
+    gone = {place for place, *_ in record.left_out}
+    total = len(record.responses) + len(gone)
+    places = [place for place in range(total) if place not in gone]
+    told = [(place, *one) for place, one in zip(places, problems, strict=True) if one is not None]
+    kept = with_responses(record, [problem is None for problem in problems])
+    return dataclasses.replace(kept, left_out=tuple(sorted((*record.left_out, *told))))
 
 
 def _shows_images(record: Record) -> bool:

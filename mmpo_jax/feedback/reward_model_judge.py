@@ -6,13 +6,16 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pyarrow as pa
 
 from mmpo_jax.checkpoints.checkpoint import open_reward_model
+from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.stages import StageOutput, run_told_stage
 from mmpo_jax.data.records import Record
 from mmpo_jax.data.tokenization import UNLIMITED, RowRejected
+from mmpo_jax.data.usable import unsupported
 from mmpo_jax.feedback.judge import Judgement, Responses, judged_table
 from mmpo_jax.feedback.models import Models
 from mmpo_jax.recipes.feedback import RewardModelFeedback
@@ -41,8 +44,14 @@ class RewardModelJudge:
         self.reading = Reading.of(options, self.checkpoint.model, options.model)
 
     def check(self, records: Sequence[Record]) -> None:
-        """Nothing: that the model scores was seen when it was opened."""
-        del records
+        """See `judge.Judge`: that the model takes what the prompts show."""
+        for record in records:
+            problem = unsupported(record, self.checkpoint.processor)
+            if problem is not None:
+                raise DataError(
+                    f"feedback: prompt {record.id!r}: {self.options.model}: {problem[1]}; judge by "
+                    "a reward model that does, or leave such prompts out"
+                )
 
     def judge(self, responses: Responses) -> StageOutput:
         """See `judge.Judge`."""
@@ -104,9 +113,12 @@ class RewardModelJudge:
 
 
 def _of_record(rewarded: Rewarded) -> Iterator[Judgement]:
-    reason = None if rewarded.problem is None else rewarded.problem[0]
-    for reward, std, critiques in zip(
-        rewarded.rewards, rewarded.std, rewarded.critiques, strict=True
+    for reward, std, critiques, problem in zip(
+        rewarded.rewards, rewarded.std, rewarded.critiques, rewarded.problems, strict=True
     ):
-        details = {"critiques": critiques, "std": float(std)} if critiques else {}
-        yield Judgement(float(reward), details, reason)
+        details: dict[str, Any] = {}
+        if problem is not None:
+            details["problem"] = problem[1]
+        elif critiques:
+            details = {"critiques": critiques, "std": float(std)}
+        yield Judgement(float(reward), details, None if problem is None else problem[0])

@@ -14,7 +14,7 @@ from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.core import progress
 from mmpo_jax.data.batching import fitting_lengths
 from mmpo_jax.data.processor import Processor
-from mmpo_jax.data.records import ImageRef, Record, Turn, placed
+from mmpo_jax.data.records import ImageRef, Record, Turn, VideoRef, placed
 from mmpo_jax.data.tokenization import UNLIMITED, RowRejected, TokenizedRecord, tokenize
 from mmpo_jax.generation.responses import generate_responses
 from mmpo_jax.recipes.feedback import CheckpointAsked, Speaking
@@ -43,6 +43,8 @@ class Ask:
     """What the user says."""
     images: tuple[ImageRef, ...] = ()
     """Images, which stand before the text."""
+    videos: tuple[VideoRef, ...] = ()
+    """Videos, which stand behind the images; for checkpoints alone."""
     attempt: int = 0
     """How often the same was asked before."""
     max_new_tokens: int = 1024
@@ -273,8 +275,8 @@ class CheckpointTextModel:
 def _tokenized(ask: Ask, processor: Processor, room: int) -> TokenizedRecord | Reply:
     """The request as tokens, or the reply that it cannot have."""
     told = (Turn("system", ask.system),) if ask.system else ()
-    turns = placed((*told, Turn("user", ask.text)), len(ask.images), 0)
-    record = Record(ask.id, ask.images, turns, (), plain_text=True)
+    turns = placed((*told, Turn("user", ask.text)), len(ask.images), len(ask.videos))
+    record = Record(ask.id, ask.images, turns, (), ask.videos, plain_text=True)
     try:
         return tokenize(record, processor, room, 1)
     except RowRejected as error:

@@ -30,7 +30,8 @@ class Correcting(Judging, Speaking):
     """What is asked instead of the built-in prompt, with {question}, {chosen}, {rejected},
     {codebook} and {max_errors} in it."""
     show_image: bool = False
-    """Whether the model is shown the row's images too; else it compares the two responses."""
+    """Whether the model is shown the row's images and videos too; else it compares the two
+    responses."""
 
     @pydantic.model_validator(mode="after")
     def _tells_all(self) -> Correcting:

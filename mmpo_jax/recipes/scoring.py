@@ -44,6 +44,8 @@ class Rewarding(Section):
     def _possible(self) -> Rewarding:
         if self.given_critiques and self.critiques:
             raise ValueError("critiques: those of the data are read; give one of the two")
+        if self.temperature is not None and (self.given_critiques or self.critiques == 0):
+            raise ValueError("temperature: no critique is sampled; leave it out")
         if (self.critiques or 0) > 1 and self.temperature == 0:
             raise ValueError(f"temperature: at 0 all {self.critiques} critiques would be the same")
         return self

@@ -16,8 +16,10 @@ from mmpo_jax.data.batching import fitting_sizes
 from mmpo_jax.data.critiques import tokenize_asked
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.records import Record, Response
+from mmpo_jax.data.skipped import Problem
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.data.tokenized_rows import fingerprint_records
+from mmpo_jax.data.usable import rejections
 from mmpo_jax.generation.responses import (
     GENERATE_RULES,
     PROMPTS_PER_PART,
@@ -27,8 +29,26 @@ from mmpo_jax.generation.responses import (
 )
 from mmpo_jax.recipes.sampling import Decoding
 
-Critiques = list[list[str]]
-"""Of every response of a record, the texts."""
+
+@dataclasses.dataclass(frozen=True)
+class Critiques:
+    """What is said of a record's responses."""
+
+    texts: list[list[str]]
+    """The critiques of each; none of one that has a problem."""
+    problems: list[Problem | None]
+    """Why a response cannot be asked about; None of one that can."""
+
+    @classmethod
+    def given(cls, record: Record) -> Critiques:
+        """Those of the data; an empty one stands for none."""
+        texts = [[response.critique or ""] for response in record.responses]
+        return cls(texts, [None] * len(texts))
+
+    @classmethod
+    def none(cls, record: Record) -> Critiques:
+        """No critiques."""
+        return cls([[] for _ in record.responses], [None] * len(record.responses))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,26 +72,41 @@ class Critic:
 class Asked:
     """A record whose responses are asked about."""
 
-    row: TokenizedRecord
-    """The distinct responses, each with what asks for its critique."""
+    row: TokenizedRecord | None
+    """The distinct responses, each with what asks for its critique; None where none can be asked
+    about."""
     names: tuple[str, ...]
     """A name for each, by what it says."""
-    places: tuple[int, ...]
-    """Which of them every response of the record is."""
+    places: tuple[int | None, ...]
+    """Which of them every response of the record is; None of one that cannot be asked about."""
+    problems: tuple[Problem | None, ...]
+    """Why every response cannot be asked about."""
 
     @classmethod
     def of(cls, record: Record, critic: Critic) -> Asked:
+        def tokenized(asked: Record) -> TokenizedRecord:
+            return tokenize_asked(asked, critic.checkpoint.processor, critic.prompt)
+
+        problems = rejections(record, tokenized)
         distinct: dict[str, Response] = {}
-        found = []
-        for response in record.responses:
+        found: list[str | None] = []
+        for response, problem in zip(record.responses, problems, strict=True):
+            if problem is not None:
+                found.append(None)
+                continue
             said = fingerprint_json([[turn.role, turn.text] for turn in response.turns])
             name = f"{record.id}#{said[:16]}"
             distinct.setdefault(name, response)
             found.append(name)
-        names = tuple(distinct)
         once = dataclasses.replace(record, responses=tuple(distinct.values()))
-        row = tokenize_asked(once, critic.checkpoint.processor, critic.prompt)
-        return cls(row, names, tuple(map(names.index, found)))
+        names = tuple(distinct)
+        places = tuple(None if name is None else names.index(name) for name in found)
+        return cls(tokenized(once) if names else None, names, places, tuple(problems))
+
+    def critiques(self, texts: Mapping[str, list[str]]) -> Critiques:
+        """Those of every response, of name -> critiques."""
+        own = [[] if place is None else texts[self.names[place]] for place in self.places]
+        return Critiques(own, [*self.problems])
 
 
 def write_critiques(
@@ -80,7 +115,8 @@ def write_critiques(
     """Samples critiques of every response of every record.
 
     A critique depends on the seed, the round, the record's id and what the response says, not on
-    the others beside it; equal responses of a record have the same critiques.
+    the others beside it; equal responses of a record have the same critiques. A response that
+    cannot be asked about has none, and the reason.
 
     Args:
       critic: writes them.
@@ -100,7 +136,7 @@ def critique_stage(critic: Critic, records: Sequence[Record], folder: str) -> li
         name="critiques",
         inputs={
             "model": checkpoint.fingerprint,
-            "rows": fingerprint_records([one.row for one in asked]),
+            "rows": fingerprint_records([one.row for one in asked if one.row is not None]),
             **checkpoint.processor.fingerprints(),
         },
         settings={
@@ -117,13 +153,14 @@ def critique_stage(critic: Critic, records: Sequence[Record], folder: str) -> li
         activity.start_at(part * PROMPTS_PER_PART)
         progress.tell()
         of_part = asked[part * PROMPTS_PER_PART : (part + 1) * PROMPTS_PER_PART]
-        texts = _written(critic, of_part, 0, count)
+        texts = [one.texts for one in _written(critic, of_part, 0, count)]
         return pa.table({"critiques": pa.array(texts, pa.list_(pa.list_(pa.string())))})
 
     with progress.doing("critiques", len(records), first="compiling") as activity:
         table = run_stage(stage, make_part).table
     count.log_summary("critiques")
-    return table["critiques"].to_pylist()
+    texts = table["critiques"].to_pylist()
+    return [Critiques(own, [*one.problems]) for own, one in zip(texts, asked, strict=True)]
 
 
 def _written(
@@ -133,21 +170,18 @@ def _written(
     kinds: dict[int, list[int]] = {}
     for number, one in enumerate(asked):
         kinds.setdefault(len(one.names), []).append(number)
-    texts: dict[int, Mapping[str, list[str]]] = {}
+    texts: dict[int, Mapping[str, list[str]]] = {at: {} for at in kinds.pop(0, ())}
     for numbers in kinds.values():
         of_kind = [asked[number] for number in numbers]
         texts |= zip(numbers, _of_kind(critic, of_kind, round_index, count), strict=True)
-    return [
-        [texts[number][one.names[place]] for place in one.places]
-        for number, one in enumerate(asked)
-    ]
+    return [one.critiques(texts[number]) for number, one in enumerate(asked)]
 
 
 def _of_kind(
     critic: Critic, asked: Sequence[Asked], round_index: int, count: SampleCount
 ) -> list[dict[str, list[str]]]:
     """Of every record, name of a response -> its critiques."""
-    rows = [one.row for one in asked]
+    rows = [one.row for one in asked if one.row is not None]
     sampled = sample_tokens(
         critic.checkpoint,
         rows,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,18 +15,18 @@ from jaxtyping import Float
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.data.batching import fitting_lengths
-from mmpo_jax.data.critiques import tokenize_scored
+from mmpo_jax.data.critiques import tokenize_asked, tokenize_scored
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.records import Record, Response
 from mmpo_jax.data.skipped import Problem
 from mmpo_jax.data.tokenization import RowRejected, TokenizedRecord
-from mmpo_jax.data.usable import limits_of
+from mmpo_jax.data.usable import limits_of, rejections, with_responses
 from mmpo_jax.models.model import Model
 from mmpo_jax.models.precision import inference_dtype
 from mmpo_jax.objectives.registry import Scored
 from mmpo_jax.recipes.sampling import Decoding
 from mmpo_jax.recipes.scoring import Rewarding
-from mmpo_jax.reward_models.critiques import Critic, critique_stage, write_critiques
+from mmpo_jax.reward_models.critiques import Critic, Critiques, critique_stage, write_critiques
 from mmpo_jax.reward_models.rewards import reward_records, reward_stage
 
 log = logging.getLogger(__name__)
@@ -39,13 +40,14 @@ class Rewarded:
     """What a reward model says of a record's R responses."""
 
     rewards: Float[np.ndarray, " R"]
-    """float64[R]: the mean over the critiques of each; NaN where there is none that can be read."""
+    """float64[R]: the mean over the critiques of each; NaN of a response that has a problem."""
     std: Float[np.ndarray, " R"]
     """float64[R]: standard deviation over the critiques, divided by their number; 0 of one."""
     critiques: list[list[str]]
     """Critiques of each response; empty lists where none were read."""
-    problem: Problem | None = None
-    """Why there are no rewards, where the critiques make the record too long."""
+    problems: list[Problem | None]
+    """Why a response has no reward, such as a critique that does not fit into `lengths`; None of
+    one that has."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +77,11 @@ class Reading:
                 f"{name}: was trained to score responses without critiques; leave "
                 "`rewarding.critiques` and `rewarding.given_critiques` out"
             )
+        if prompt is None and options.temperature is not None:
+            raise MmpoError(
+                f"{name}: was trained to score responses without critiques, so none is sampled; "
+                "leave `rewarding.temperature` out"
+            )
         written = options.critiques
         if written is None:
             written = int(prompt is not None and not options.given_critiques)
@@ -86,10 +93,27 @@ class Reading:
     def tokenize(
         self, record: Record, processor: Any, max_prompt: int, max_response: int
     ) -> TokenizedRecord:
+        """Tokens of a record as it is before critiques are written; those of the data count where
+        they are read.
+
+        Raises:
+          RowRejected: see `tokenize_scored` and `tokenize_asked`; or a response has an image or a
+            prompt of its own.
+        """
+        if self.written:
+            plain = (dataclasses.replace(one, critique=None) for one in record.responses)
+            record = dataclasses.replace(record, responses=tuple(plain))
+            assert self.scored.critique_prompt is not None
+            tokenize_asked(record, processor, self.scored.critique_prompt)
+        return self.tokenize_criticised(record, processor, max_prompt, max_response)
+
+    def tokenize_criticised(
+        self, record: Record, processor: Any, max_prompt: int, max_response: int
+    ) -> TokenizedRecord:
         """Tokens of a record with the critiques that its responses have.
 
         Raises:
-          RowRejected: see `tokenize_scored`; or a response has an image or a prompt of its own.
+          RowRejected: see `tokenize`.
         """
         row = tokenize_scored(record, processor, max_prompt, max_response, scored=self.scored)
         if row.others:
@@ -121,11 +145,12 @@ def score_responses(
     """Rewards of all responses: critiques first, if they are written.
 
     All responses of a record, with all of their critiques, stand behind one prompt, which is run
-    once for critiques and once for rewards.
+    once for critiques and once for rewards. A response that cannot be read has no reward, and the
+    others beside it have theirs.
 
     Args:
       checkpoint: with a reward head, its parameters on the mesh.
-      records: with responses that `reading` can tokenise.
+      records: with responses.
       reading: how they are read.
       options: of the recipe.
       lengths: bucket sizes; None for those that fit, and no limits.
@@ -135,65 +160,98 @@ def score_responses(
       round_index: of the update, 0 outside of training.
     """
     critiques = _critiques(checkpoint, records, reading, options, mesh, folder, seed, round_index)
-    tokenized: list[TokenizedRecord] = []
-    found: list[_Criticised] = []
-    for record, of_record in zip(records, critiques, strict=True):
-        criticised = _Criticised.of(record, of_record)
-        try:
-            row = reading.tokenize(criticised.record, checkpoint.processor, *limits_of(lengths))
-        except RowRejected as error:
-            log.warning("%s: no rewards: %s: %s", record.id, error.reason, error.detail)
-            problem = error.reason, error.detail
-            found.append(dataclasses.replace(criticised, problem=problem))
-            continue
-        tokenized.append(row)
-        found.append(criticised)
-    rewards = _rewards(checkpoint, tokenized, options, lengths, mesh, folder) if tokenized else []
-    of_rows = iter(rewards)
-    return [one.averaged(None if one.problem else next(of_rows)) for one in found]
+    limits = limits_of(lengths)
+
+    def tokenized(record: Record) -> TokenizedRecord:
+        return reading.tokenize_criticised(record, checkpoint.processor, *limits)
+
+    found = [_Criticised.of(*pair, tokenized) for pair in zip(records, critiques, strict=True)]
+    _tell_problems([problem for one in found for problem in one.problems])
+    rows = [one.row for one in found if one.row is not None]
+    rewards = iter(_rewards(checkpoint, rows, options, lengths, mesh, folder) if rows else [])
+    return [one.averaged([] if one.row is None else next(rewards)) for one in found]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Criticised:
     """A record's responses with their critiques, each combination once."""
 
-    record: Record
+    row: TokenizedRecord | None
+    """The combinations that can be read; None where none can."""
     critiques: list[list[str]]
     """Critiques of every response of the whole record."""
     places: list[list[int]]
-    """Which of the combinations are those of every response: one for each critique, or for none."""
-    problem: Problem | None = None
+    """Which of the combinations are those of every response: one for each critique, or for none; of
+    a response that has a problem, none."""
+    problems: list[Problem | None]
+    """Why every response has no reward."""
 
     @classmethod
-    def of(cls, record: Record, critiques: list[list[str]]) -> _Criticised:
-        """Equal ones are scored once, so that ties are ties on every backend."""
+    def of(
+        cls, record: Record, critiques: Critiques, tokenized: Callable[[Record], TokenizedRecord]
+    ) -> _Criticised:
+        """Equal ones are scored once, so that ties are ties on every backend.
+
+        A response has no reward if it cannot be read behind one of its critiques, as the mean would
+        be another's.
+
+        Args:
+          record: with responses.
+          critiques: of these.
+          tokenized: makes tokens of a record whose responses have one critique each.
+        """
         distinct: dict[Any, int] = {}
-        responses: list[Response] = []
-        places: list[list[int]] = []
-        for response, own in zip(record.responses, critiques, strict=True):
-            places.append([])
-            each: list[str | None] = [*own] or [None]
-            for critique in each:
-                made = dataclasses.replace(response, critique=critique)
+        combined: list[Response] = []
+        own: list[list[int]] = []
+        problems = [*critiques.problems]
+        for response, texts, problem in zip(
+            record.responses, critiques.texts, problems, strict=True
+        ):
+            each: list[str | None] = [*texts] or [None]
+            own.append([])
+            for critique in each if problem is None else ():
                 key = response.turns, critique
                 if key not in distinct:
-                    distinct[key] = len(responses)
-                    responses.append(made)
-                places[-1].append(distinct[key])
-        return cls(dataclasses.replace(record, responses=tuple(responses)), critiques, places)
+                    distinct[key] = len(combined)
+                    combined.append(dataclasses.replace(response, critique=critique))
+                own[-1].append(distinct[key])
+        whole = dataclasses.replace(record, responses=tuple(combined))
+        rejected = rejections(whole, tokenized)
+        for number, places in enumerate(own):
+            told = next((rejected[place] for place in places if rejected[place]), None)
+            problems[number] = problems[number] or told
+        read = sorted({place for n, part in enumerate(own) if not problems[n] for place in part})
+        kept = with_responses(whole, [place in read for place in range(len(combined))])
+        at = [
+            [] if problem else [read.index(place) for place in part]
+            for part, problem in zip(own, problems, strict=True)
+        ]
+        return cls(tokenized(kept) if read else None, critiques.texts, at, problems)
 
-    def averaged(self, rewards: Sequence[float] | None) -> Rewarded:
+    def averaged(self, rewards: Sequence[float]) -> Rewarded:
         """Means over the critiques, in float64.
 
         Args:
-          rewards: of the combinations; None where there are none.
+          rewards: of the combinations.
         """
-        values = np.full(len(self.record.responses), np.nan)
-        if rewards is not None:
-            values = np.array(rewards, np.float64)
-        own = [values[places] for places in self.places]
+        values = np.array(rewards, np.float64)
+        own = [values[places] if places else np.full(1, np.nan) for places in self.places]
         means, stds = (np.array([f(part) for part in own]) for f in (np.mean, np.std))
-        return Rewarded(means, stds, self.critiques, self.problem)
+        return Rewarded(means, stds, self.critiques, self.problems)
+
+
+def _tell_problems(problems: Sequence[Problem | None]) -> None:
+    """Says how many responses have no reward, why, and of the first what exactly is wrong."""
+    found = [problem for problem in problems if problem is not None]
+    if found:
+        counts = Counter(reason for reason, _ in found).most_common()
+        log.warning(
+            "%d of %d responses have no reward: %s; the first: %s",
+            len(found),
+            len(problems),
+            ", ".join(f"{reason} {count}" for reason, count in counts),
+            found[0][1],
+        )
 
 
 def _critiques(
@@ -205,13 +263,13 @@ def _critiques(
     folder: str | None,
     seed: int,
     round_index: int,
-) -> list[list[list[str]]]:
+) -> list[Critiques]:
     """Of every response its critiques: written now, those of the data, or none."""
     prompt = reading.scored.critique_prompt
     if prompt is None:
-        return [[[] for _ in record.responses] for record in records]
+        return [*map(Critiques.none, records)]
     if not reading.written:
-        return [[[response.critique or ""] for response in r.responses] for r in records]
+        return [*map(Critiques.given, records)]
     usual = SEVERAL_AT if reading.written > 1 else 0.0
     decoding = Decoding(
         num_samples=reading.written,

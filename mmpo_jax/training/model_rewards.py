@@ -9,8 +9,10 @@ from jax.sharding import Mesh
 
 from mmpo_jax.checkpoints.checkpoint import Checkpoint, open_reward_model
 from mmpo_jax.core import progress
+from mmpo_jax.core.errors import DataError
 from mmpo_jax.data.records import Record, Turn
 from mmpo_jax.data.tokenization import TokenizedRecord
+from mmpo_jax.data.usable import unsupported
 from mmpo_jax.recipes.rewards import RewardModelReward
 from mmpo_jax.reward_models.scoring import Reading, score_responses
 
@@ -44,6 +46,9 @@ class LoadedRewardModel:
           records: prompts, which ask one question each, with samples as their responses.
           seed: of critiques.
           step: of the training.
+
+        Raises:
+          DataError: the model does not take what a prompt shows.
         """
         prompts = [
             Record(
@@ -55,6 +60,13 @@ class LoadedRewardModel:
             )
             for record in records
         ]
+        for prompt in prompts:
+            problem = unsupported(prompt, self.checkpoint.processor)
+            if problem is not None:
+                raise DataError(
+                    f"rollout: prompt {prompt.id!r}: {self.asked.model}: {problem[1]}; reward by a "
+                    "model that does, or leave such prompts out"
+                )
         with progress.doing("scoring samples by the reward model", len(prompts), "prompts"):
             found = score_responses(
                 self.checkpoint,

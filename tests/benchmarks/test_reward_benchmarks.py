@@ -44,13 +44,86 @@ def test_accuracy_of_pairs_and_of_questions(tmp_path):
     assert scores.metrics["mcq Accuracy"] == 0.5 and scores.metrics["mcq ACC+"] == 0
     assert math.isnan(scores.metrics["safety Accuracy"])
     assert scores.beside["ties"] == 1
+    # By the names that our commands give rows: in any order, and some may be missing.
+    turned = scored("mm_rlhf_rewardbench", tmp_path, questions, answers[2:] + answers[:2])
+    assert (turned.metrics["Overall ACC+"], turned.rows) == (1 / 3, scores.rows)
+    fewer = scored("mm_rlhf_rewardbench", tmp_path, questions, answers[1:])
+    assert fewer.metrics["mcq Accuracy"] == 0 and fewer.beside["without_rewards"] == 1
+    assert fewer.beside["ties"] == 1
+    with pytest.raises(MmpoError, match=r"row 2: .* has no row called 'id mcq/1.png \(row 3\)'"):
+        wrong = [answers[0], {**answers[1], "id": "id mcq/1.png (row 3)"}, *answers[2:]]
+        scored("mm_rlhf_rewardbench", tmp_path, questions, wrong)
+    # By their order, where they have the benchmark's own ids, or none.
+    given = [
+        {"id": question["id"], "rewards": pair}
+        for question, pair in zip(questions, rewards, strict=True)
+    ]
+    ordered = scored("mm_rlhf_rewardbench", tmp_path, questions, given)
+    assert ordered.rows == scores.rows
     with pytest.raises(MmpoError, match=r"row 1: has the id 'id long/2.png', the question there"):
-        scored("mm_rlhf_rewardbench", tmp_path, questions, answers[2:] + answers[:2])
+        scored("mm_rlhf_rewardbench", tmp_path, questions, given[2:] + given[:2])
     with pytest.raises(MmpoError, match=r"rewards of 3 rows, .* has 4"):
-        scored("mm_rlhf_rewardbench", tmp_path, questions, answers[:3])
+        scored("mm_rlhf_rewardbench", tmp_path, questions, given[:3])
     with pytest.raises(MmpoError, match=r"row 2: `rewards` are not two numbers but \[1\]"):
         wrong = [answers[0], {**answers[1], "rewards": [1]}, *answers[2:]]
         scored("mm_rlhf_rewardbench", tmp_path, questions, wrong)
+
+
+@pytest.mark.parametrize(
+    "name", ["mm_rlhf_rewardbench", "vl_rewardbench", "multimodal_rewardbench"]
+)
+def test_rewards_that_are_no_numbers(tmp_path, name):
+    """Null is a response without a reward, which is wrong and no tie; NaN is refused."""
+    questions = {
+        "mm_rlhf_rewardbench": reward_questions(),
+        "vl_rewardbench": vl_questions(["mmmu_1", "RLAIF-V_2", "RLAIF-V_2", "politics"]),
+        "multimodal_rewardbench": multimodal_questions(["Math1", "code2", "pairs3", "x"]),
+    }[name]
+    rewards = [[2, 1], [None, 1], [None, None], [1, 1]]
+    scores = scored(name, tmp_path, questions, [{"rewards": pair} for pair in rewards])
+    assert scores.beside["without_rewards"] == 2
+    assert scores.beside.get("ties", 1) == 1
+    overall = {"vl_rewardbench": "Overall Accuracy", "multimodal_rewardbench": "acc all"}
+    total = 100 if name == "vl_rewardbench" else 1
+    assert scores.metrics[overall.get(name, "Overall Accuracy")] == total / 4
+    for value in (math.nan, math.inf):
+        wrong = [{"rewards": pair} for pair in (*rewards[:2], [1, value], [0, 1])]
+        with pytest.raises(MmpoError, match=r"row 3: `rewards` are \[1, \w+\], no finite numbers"):
+            scored(name, tmp_path, questions, wrong)
+
+
+def vl_questions(names, ranking=(0, 1)):
+    return [
+        {"id": name, "query": f"<image>\n{n}", "response": ["a", "b"], "human_ranking": [*ranking]}
+        for n, name in enumerate(names)
+    ]
+
+
+def multimodal_questions(names, better="Output1", category="reasoning"):
+    return [{"ID": name, "Category": category, "Better": better} for name in names]
+
+
+def test_replies_of_a_judge_to_pairs_as_questions(tmp_path):
+    """Both orders count a half each, a judge that goes by places has ties, and what cannot be read
+    counts nothing."""
+    questions = vl_questions(["politics", "politics"], ranking=(1, 0))
+    names = ["politics", "politics (row 2)"]
+
+    def replies(*said):
+        pairs = [(name, order) for name in names for order in "12"]
+        return [
+            {"id": f"{name}/1-0/{order}", "prompt": "?", "responses": [text]}
+            for (name, order), text in zip(pairs, said, strict=True)
+        ]
+
+    def accuracy(*said):
+        scores = scored("vl_rewardbench", tmp_path, questions, replies(*said))
+        return scores.metrics["general"], scores.beside["ties"], scores.beside["without_rewards"]
+
+    one, two = "<answer> 1 </answer>", "<answer> 2 </answer>"
+    assert accuracy(one, two, one, two) == (100, 0, 0)
+    assert accuracy(two, one, one, one) == (0, 1, 0)
+    assert accuracy(one, "none", "none", "none") == (50, 0, 1)
 
 
 def test_the_coin_of_multimodal_rewardbench(tmp_path):
@@ -65,13 +138,27 @@ def test_the_coin_of_multimodal_rewardbench(tmp_path):
     random.seed(123)
     tossed = [random.random() < 0.5 for _ in range(3)]
     right = [True, tossed[0], False, tossed[1], tossed[2]]
-    metrics = scored("multimodal_rewardbench", tmp_path, [], answers).metrics
+    questions = [
+        {"ID": name, "Category": category, "Better": "Output1"}
+        for name, category in zip(names, categories, strict=True)
+    ]
+    metrics = scored("multimodal_rewardbench", tmp_path, questions, answers).metrics
     assert metrics["acc all"] == sum(right) / 5
     assert metrics["acc safety/bias"] == 1 and metrics["acc reasoning/math"] == 0
     assert metrics["acc safety/toxicity"] == tossed[0]
     assert metrics["acc reasoning/coding"] == tossed[2]
-    strict = scored("multimodal_rewardbench", tmp_path, [], answers, unparsed_is_wrong=True)
+    strict = scored("multimodal_rewardbench", tmp_path, questions, answers, unparsed_is_wrong=True)
     assert strict.metrics["acc all"] == 1 / 5 and strict.beside["unparsed"] == 3
+    alone = [{"output": text} for text in outputs]  # as the leaderboard wants them
+    assert scored("multimodal_rewardbench", tmp_path, questions, alone).metrics == metrics
+    with pytest.raises(MmpoError, match=r"row 1: has the id 'pairs1', .*row 1 has 'hate'"):
+        turned = [questions[1], questions[0], *questions[2:]]
+        scored("multimodal_rewardbench", tmp_path, turned, answers)
+    with pytest.raises(MmpoError, match=r"row 3: has the label 'A', .*row 3 has 'B'"):
+        other = [*questions[:2], questions[2] | {"Better": "Output2"}, *questions[3:]]
+        scored("multimodal_rewardbench", tmp_path, other, answers)
+    with pytest.raises(MmpoError, match=r"has 4 answers, .* has 5 rows"):
+        scored("multimodal_rewardbench", tmp_path, questions, answers[:4])
 
 
 def test_rewards_of_multimodal_rewardbench(tmp_path):
@@ -180,11 +267,30 @@ def majority_accuracies(rows):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_majorities_of_judgements(tmp_path, seed):
     rows = list(judgements(seed))
-    metrics = scored("vl_rewardbench", tmp_path, [], rows).metrics
+    items = {row["id"]: row for row in rows}.values()
+    questions = [
+        {"id": row["id"], "query": "?", "response": ["a", "b"], "human_ranking": row["ranking"]}
+        for row in items
+    ]
+    scores = scored("vl_rewardbench", tmp_path, [*questions, *vl_questions(["x"])], rows)
+    metrics = scores.metrics
+    assert scores.beside["items_not_judged"] == 1
     names = ["reasoning", "hallucination", "general", "Overall Accuracy", "Macro Average Acc"]
     for k, values in majority_accuracies(rows).items():
         ours = [metrics[f"{name} (k={k})"] for name in names]
         assert ours == pytest.approx(values)
+
+
+def test_judgements_of_what_is_not_there(tmp_path):
+    rows = list(judgements(0))[:1]
+    name, ranking = rows[0]["id"], rows[0]["ranking"]
+    question = {"id": name, "query": "<image>\n?", "response": ["a", "b"]}
+    scored("vl_rewardbench", tmp_path, [question | {"human_ranking": ranking}], rows)
+    with pytest.raises(MmpoError, match=r"row 1: .* has no such query and responses"):
+        scored("vl_rewardbench", tmp_path, vl_questions(["x"]), rows)
+    with pytest.raises(MmpoError, match=r"row 1: ranks the responses as .*questions.jsonl as"):
+        turned = question | {"human_ranking": ranking[::-1]}
+        scored("vl_rewardbench", tmp_path, [turned], rows)
 
 
 def test_rewards_of_vl_rewardbench(tmp_path):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers.reward_heads import save_headed, write_jsonl
 from helpers.score_rows import read_rows
@@ -160,10 +162,73 @@ def test_a_scalar_model_writes_nothing(reward, scalar, rows):
 
 
 def test_responses_that_cannot_be_used_keep_their_places(reward, scalar, tmp_path):
-    row = {"id": "a", "prompt": "a star ?", "responses": ["yes", 7, "no"]}
-    (found,) = reward(scalar, [row])
-    assert found["rewards"][1] is None and found["std"][1] is None
+    row = {"id": "a", "prompt": "a star ?", "responses": ["yes", 7, "no", "a ring " * 9]}
+    (found,) = reward(scalar, [row], "lengths={prompt: [24], response: [12]}")
+    assert found["rewards"][1::2] == found["std"][1::2] == [None, None]
     assert None not in (found["rewards"][0], found["rewards"][2])
+    assert found["critiques"] == [[]] * 4
+    bad, long = found["problems"][1::2]
+    assert found["problems"][::2] == [None, None] and bad.startswith("bad_message: ")
+    assert long.startswith("response_too_long: ") and "the limit is 12" in long
+    left_out = read_rows(tmp_path / "out.rejected_rows.jsonl")
+    assert [row["detail"].partition(":")[0] for row in left_out] == ["response 2", "response 4"]
+    (whole,) = reward(scalar, [row | {"responses": ["yes", "no"]}])
+    assert "problems" not in whole
+    assert found["rewards"][::2] == pytest.approx(whole["rewards"], abs=2e-5)
+
+
+def published_rows(name, folder):
+    """A file of rows in the published layout of a benchmark."""
+    said = [("yes", "no"), ("a red star", "two ring"), ("a star", "blue"), ("red", "ring")]
+    for number in range(4):
+        (folder / f"{number}.png").write_bytes(png_bytes(sample_scene("test", 0, number), 24))
+    if name == "multimodal_rewardbench":
+        rows = [
+            {"ID": f"Math{n}", "Category": "reasoning", "Image": f"{n}.png", "Text": "a star ?"}
+            | {"Output1": first, "Output2": second, "Better": f"Output{n % 2 + 1}"}
+            for n, (first, second) in enumerate(said)
+        ]
+        (folder / "all_data.json").write_text(json.dumps(rows))
+        return folder / "all_data.json"
+    rows = [
+        {"id": "RLAIF-V_1" if n < 2 else "wildvision", "query": "a star ?", "response": [*pair]}
+        | {"human_ranking": [n % 2, 1 - n % 2]}
+        | {"image": {"bytes": (folder / f"{n}.png").read_bytes(), "path": None}}
+        for n, pair in enumerate(said)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "test-00000-of-00001.parquet")
+    return folder / "test-00000-of-00001.parquet"
+
+
+@pytest.mark.parametrize("name", ["vl_rewardbench", "multimodal_rewardbench"])
+def test_from_published_rows_to_the_official_numbers(reward, scalar, tmp_path, capsys, name):
+    """Two commands, with ids that repeat and a row whose image is not there."""
+    data = tmp_path / "data"
+    data.mkdir()
+    path = published_rows(name, data)
+    gone = name == "multimodal_rewardbench"
+    if gone:
+        (data / "0.png").unlink()
+    found = reward(scalar, path, "data.max_skipped=0.5")
+    flags = ["--data", str(data), "--responses", str(tmp_path / "out.jsonl")]
+    out = tmp_path / "scores.json"
+    assert cli.main(["evaluate", "--benchmark", name, *flags, "--output", str(out)]) == 0
+    capsys.readouterr()
+    scores = json.loads(out.read_text())
+    assert len(found) == 4 - gone
+    right = [
+        (row["rewards"][0] > row["rewards"][1]) == (place % 2 == 0)
+        for place, row in enumerate(found, start=int(gone))
+    ]
+    share = sum(right) / 4
+    overall = {"vl_rewardbench": "Overall Accuracy", "multimodal_rewardbench": "acc all"}[name]
+    assert scores["metrics"][overall] == (share if gone else 100 * share)
+    assert scores["beside"]["without_rewards"] == gone
+    if not gone:
+        names = ["RLAIF-V_1", "RLAIF-V_1 (row 2)", "wildvision", "wildvision (row 4)"]
+        assert [row["id"] for row in found] == names
+        groups = [scores["metrics"][group] for group in ("hallucination", "general")]
+        assert groups == [50 * sum(right[:2]), 50 * sum(right[2:])]
 
 
 class Killed(BaseException):

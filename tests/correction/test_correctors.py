@@ -8,12 +8,21 @@ from helpers.judged import Scripted, prompt
 from mmpo_jax.correction import stage
 from mmpo_jax.correction.codebook import load_codebook
 from mmpo_jax.correction.corrections import Case, Error
-from mmpo_jax.correction.correctors import ModelCorrector, RuleCorrector, scene_of
+from mmpo_jax.correction.correctors import (
+    ModelCorrector,
+    RuleCorrector,
+    make_corrector,
+    scene_of,
+)
 from mmpo_jax.correction.stage import find_errors
+from mmpo_jax.data.records import Record, Turn, VideoRef
 from mmpo_jax.feedback.judge import TooManyFailed
+from mmpo_jax.feedback.models import Models
+from mmpo_jax.feedback.served import Servers
 from mmpo_jax.feedback.text_model import UNFINISHED, Reply
 from mmpo_jax.picture_world.world import Scene, Thing
 from mmpo_jax.recipes.correction import ChatCorrecting, RuleCorrecting
+from mmpo_jax.recipes.recipe import CorrectRecipe
 
 BOOK = load_codebook(None)
 SCENE = Scene((Thing(0, 0, "star", "red"), Thing(1, 1, "ring", "blue")))
@@ -76,7 +85,8 @@ def rejected_of(text):
 def of_model(says, max_errors=3, **options):
     model = Scripted(says)
     section = ChatCorrecting(**SERVER, **options)
-    return ModelCorrector(model, section, BOOK, max_errors, "key", lambda: None), model
+    nothing = lambda *_: None  # noqa: E731
+    return ModelCorrector(model, section, BOOK, max_errors, "key", nothing, nothing), model
 
 
 class TestModels:
@@ -195,6 +205,7 @@ def test_the_stage_knows_what_it_was_made_of(tmp_path):
         3,
         "key",
         lambda: None,
+        lambda record: None,
     )
     find_errors(TestModels.CASES, other, str(tmp_path))
     assert len(model.rounds) == 2
@@ -202,3 +213,28 @@ def test_the_stage_knows_what_it_was_made_of(tmp_path):
     for number in (0, 1):
         find_errors([case("bus", images=prompt("p", number).images)], seeing, str(tmp_path))
     assert len(shown.rounds) == 2
+    for number in (0, 1):
+        frames = prompt("p", number).images * 2
+        find_errors([case("bus", videos=(VideoRef("v", frames),))], seeing, str(tmp_path))
+    assert [len(asks[0].videos) for asks in shown.rounds] == [0, 0, 1, 1]
+
+
+def test_videos_are_shown_or_rows_left_out(tiny_folder, tmp_path):
+    """To a checkpoint as it takes them; not to a server, and where texts are compared they do not
+    count."""
+    video = Record("p", (), (Turn("user", "?"),), (), (VideoRef("v", prompt("p").images),))
+    models = Models(None, "auto", Servers(str(tmp_path)), "", "auto", 0)
+
+    def told(record, **corrector):
+        data = {"path": "a.jsonl"}
+        recipe = CorrectRecipe(output="o.jsonl", data=data, corrector=corrector)
+        return make_corrector(recipe, BOOK, models).unfit(record)
+
+    checkpoint = {"type": "checkpoint", "model": str(tiny_folder)}
+    assert told(video, **checkpoint) is None
+    reason, detail = told(video, **checkpoint, show_image=True)
+    assert (reason, detail) == ("unsupported_video", "this model takes no videos")
+    assert told(prompt("p"), **checkpoint, show_image=True) is None
+    served = {"type": "chat", **SERVER, "show_image": True}
+    assert told(video, **served)[0] == "unsupported_video"
+    assert told(prompt("p"), **served) is None and told(video, type="rule") is None

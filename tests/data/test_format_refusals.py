@@ -188,7 +188,11 @@ def comparable(record):
     extra = {name: v for name, v in record.extra.items() if name != "logps"}
     join = STRIP["places"]  # texts that stand in pieces are written as one where tags are
     whole = record if any(turn.media for turn in turns_of(record)) else join(record)
-    return dataclasses.replace(whole, videos=videos, extra=extra, own_id=None, left_out=())
+    responses = whole.responses
+    if whole.ranked:  # a chosen response is written before the rejected one
+        responses = tuple(sorted(responses, key=lambda response: response.rank))
+    kept = {"videos": videos, "extra": extra, "responses": responses}
+    return dataclasses.replace(whole, **kept, own_id=None, left_out=())
 
 
 def turns_of(record):

@@ -15,11 +15,13 @@ from helpers.format_rows import (
     MM_RLHF,
     MM_RLHF_PAIRS,
     MS_SWIFT,
+    MULTIMODAL_REWARDBENCH,
     PROMPT,
     QUESTION,
     RLAIF_V,
     RLHF_V,
     ROWS,
+    VL_REWARDBENCH,
     answers,
     assistant,
     png,
@@ -202,6 +204,26 @@ def test_mm_rlhf_factor_is_of_the_score_difference(folder, difference):
     (back,) = read_jsonl(folder / "back.jsonl")
     assert back.pop("ls_factor") == pytest.approx(factor, abs=1e-12)
     assert back == MM_RLHF_PAIRS[0]
+
+
+def test_published_reward_benchmarks(folder):
+    """Responses keep their order, ranks say which is better, and ids are told apart."""
+    for rows, name in ((VL_REWARDBENCH, "a"), (MULTIMODAL_REWARDBENCH, "Math7")):
+        rows = [{"id": "a"} | row if "ID" not in row else row for row in rows]
+        records, skipped = read_records(write_jsonl(folder / "rows.jsonl", rows))
+        assert skipped == []
+        assert [record.id for record in records] == [name, f"{name} (row 2)"]
+        for record in records:
+            assert [response.text for response in record.responses] == ["A dog.", "A cat."]
+            assert record.images[0].read() == png() and record.prompt == PROMPT
+    assert [[r.rank for r in record.responses] for record in records] == [[1, 2], [2, 1]]
+    for row, reason in (
+        (VL_REWARDBENCH[0] | {"human_ranking": [0, 0]}, "bad_rank"),
+        (VL_REWARDBENCH[0] | {"response": ["a"]}, "incomplete_pair"),
+        (MULTIMODAL_REWARDBENCH[0] | {"Better": "A"}, "bad_rank"),
+    ):
+        ((), (skip,)) = read_records(write_jsonl(folder / "rows.jsonl", [row]))
+        assert skip.reason == reason
 
 
 def test_a_format_that_is_given_is_used(folder):

@@ -7,7 +7,9 @@ from helpers.reward_heads import write_jsonl
 from pydantic import ValidationError
 
 from mmpo_jax.core.errors import DataError
+from mmpo_jax.data import reward_files
 from mmpo_jax.data.lengths import Lengths
+from mmpo_jax.data.records import Record, Response
 from mmpo_jax.data.reward_files import read_rewards
 from mmpo_jax.data.row_stage import tokenized_rows
 from mmpo_jax.data.sources import LearnedFile, with_scores
@@ -93,6 +95,19 @@ def test_what_is_refused(data, rewards, told):
     given = data(rewards=rewards)
     with pytest.raises(DataError, match=told):
         with_scores(given.load(supervised=True), given)
+
+
+def test_a_file_in_a_bucket_is_asked_for_once(monkeypatch):
+    """Not for every record: asking how it is takes as long as reading it."""
+    asked, read = [], []
+    text = "".join(json.dumps(row) + "\n" for row in REWARDS).encode()
+    monkeypatch.setattr(reward_files, "state_of", lambda path: asked.append(path))
+    monkeypatch.setattr(reward_files, "read_bytes", lambda path: read.append(path) or text)
+    record = Record("a", (), (), (Response.of("yes"), Response.of("no")))
+    for _ in range(3):
+        found = reward_files.rewarded(record, "gs://bucket/rewards of test_reward_files.jsonl")
+        assert [one.scores for one in found.responses] == [{"score": 1.5}, {"score": -0.5}]
+    assert (len(asked), len(read)) == (0, 1)
 
 
 def test_a_missing_file_and_options_that_do_not_go_together(data, tmp_path):

@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 
 from mmpo_jax.checkpoints.checkpoint import open_reward_model
 from mmpo_jax.core.errors import MmpoError
-from mmpo_jax.data.records import Response
+from mmpo_jax.data.records import Response, VideoRef
 from mmpo_jax.feedback.judges import make_judge
 from mmpo_jax.feedback.models import Models
 from mmpo_jax.feedback.served import Servers
@@ -79,11 +79,17 @@ def test_equals_what_the_model_says(judge_of, critic, mesh, tmp_path, options):
     assert again.fingerprint == judged.fingerprint
 
 
-def test_refusals(judge_of, tiny_folder, tiny_model, tmp_path):
+def test_refusals(judge_of, critic, tiny_folder, tiny_model, tmp_path):
     with pytest.raises(MmpoError, match="has no reward head, so it scores nothing"):
         judge_of(tiny_folder)
     scalar = save_headed(tmp_path / "scalar", tiny_folder, *tiny_model)
     with pytest.raises(MmpoError, match="was trained to score responses without critiques"):
         judge_of(scalar, critiques=1)
+    judge = judge_of(critic)
+    picture = responses_of(tmp_path / "round-2", TEXTS).records[0]
+    judge.check([picture])
+    video = dataclasses.replace(picture, videos=(VideoRef("v", picture.images),))
+    with pytest.raises(MmpoError, match=r"prompt 'p': .*critic.*: this model takes no videos"):
+        judge.check([picture, video])
     with pytest.raises(ValueError, match="given_critiques: of sampled responses nobody"):
         RewardModelFeedback(model="m", given_critiques=True)

@@ -233,12 +233,39 @@ RLHF_V = [
         "image_path": "000.jpg",
     }
 ]
+VL_REWARDBENCH = [
+    {
+        "image": "a.png",
+        "query": QUESTION,
+        "response": ["A dog.", "A cat."],
+        "human_ranking": ranking,
+        "models": ["m", "n"],
+        "query_source": "RLAIF-V",
+    }
+    for ranking in ([1, 0], [0, 1])
+]
+MULTIMODAL_REWARDBENCH = [
+    {
+        "ID": "Math7",
+        "Category": "reasoning",
+        "Image": "a.png",
+        "Text": QUESTION,
+        "Output1": "A dog.",
+        "Output2": "A cat.",
+        "Better": better,
+    }
+    for better in ("Output1", "Output2")
+]
+
+
 ROWS = {
     "trl": TRL,
     "llama_factory": LLAMA_FACTORY,
     "ms_swift": MS_SWIFT,
     "mm_rlhf": MM_RLHF,
     "mm_rlhf_pairs": MM_RLHF_PAIRS,
+    "vl_rewardbench": VL_REWARDBENCH,
+    "multimodal_rewardbench": MULTIMODAL_REWARDBENCH,
 }
 
 

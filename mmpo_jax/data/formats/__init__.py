@@ -1,7 +1,16 @@
 """Conventions for rows, one a file, and the choice between them."""
 
 from mmpo_jax.core.errors import DataError
-from mmpo_jax.data.formats import alpaca, llama_factory, mm_rlhf, ms_swift, record, rlaif_v, trl
+from mmpo_jax.data.formats import (
+    alpaca,
+    llama_factory,
+    mm_rlhf,
+    ms_swift,
+    record,
+    reward_benchmarks,
+    rlaif_v,
+    trl,
+)
 from mmpo_jax.data.formats.format import Format
 from mmpo_jax.data.rows import Row
 
@@ -11,6 +20,8 @@ FORMATS: dict[str, Format] = {
         record.FORMAT,
         mm_rlhf.RANKING,
         mm_rlhf.PAIRS,
+        reward_benchmarks.VL_REWARDBENCH,
+        reward_benchmarks.MULTIMODAL_REWARDBENCH,
         rlaif_v.RLAIF_V,
         rlaif_v.RLHF_V,
         llama_factory.FORMAT,

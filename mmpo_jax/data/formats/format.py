@@ -17,6 +17,7 @@ from mmpo_jax.data.formats.turns import (
     template_arguments,
 )
 from mmpo_jax.data.formats.writing import Writer
+from mmpo_jax.data.ids import ID_COLUMNS
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn, VideoRef
 from mmpo_jax.data.rows import MessagesAs, Row, brief
 from mmpo_jax.data.skipped import SkipReason, UnusableRow
@@ -66,6 +67,8 @@ class Format:
     """(record, writer) -> a row, of a record whose fields it can hold; raises `CannotHold`."""
     holds: frozenset[str]
     """Names of `writing.STRIP` that its rows have a place for."""
+    ids: tuple[str, ...] = ID_COLUMNS
+    """Columns with a row's id, the first that has one."""
 
 
 def finish(draft: Draft, id_: str, number: int, folder: MediaFolder) -> Record:
