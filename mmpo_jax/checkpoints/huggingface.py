@@ -51,6 +51,7 @@ from mmpo_jax.models.family import Renaming
 from mmpo_jax.models.merging import SCALE, A, B, kernel_and_adapter, merge, wide
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.precision import weights_dtype
+from mmpo_jax.models.reward_head import is_reward_head
 from mmpo_jax.models.vocabulary import TABLES, without_added
 
 log = logging.getLogger(__name__)
@@ -151,8 +152,13 @@ def _check_tensor(
     shape = shape if layer is None else shape[1:]
     if _our_shape(path, tensor.shape, len(shape)) != shape:
         theirs = _their_shape(path, layer, shape, model)
+        hint = (
+            "; a head is of the model that it was trained on: take that one's folder, or one "
+            "without a head, of which `reward_head` in a recipe makes a new one"
+        )
         raise ModelError(
             f"{tensor.file}: {tensor.name} has shape {tensor.shape}, the config gives {theirs}"
+            f"{hint if is_reward_head(path) else ''}"
         )
 
 

@@ -23,7 +23,16 @@ from mmpo_jax.core.known_files import state_of
 from mmpo_jax.data.contexts import all_contexts
 from mmpo_jax.data.images import image_size
 from mmpo_jax.data.processor import Processor
-from mmpo_jax.data.records import Edit, ImageRef, Response, Span, VideoRef
+from mmpo_jax.data.records import (
+    Edit,
+    ImageRef,
+    Medium,
+    Record,
+    Response,
+    Span,
+    Turn,
+    VideoRef,
+)
 from mmpo_jax.data.tokenization import TokenizedRecord, TokenizedResponse, content_of, prompt_digest
 
 SIZES = ("prompt", "response", "responses", "tokens", "targets", "slots", "truncated")
@@ -142,6 +151,7 @@ def decode_row(
                 responses=spoken_responses,
                 solution=more["solution"],
                 question=more["question"],
+                asked=_decode_asked(more["asked"], made) if "asked" in more else None,
             )
         )
     first, *others = contexts
@@ -214,6 +224,8 @@ def _encode(record: TokenizedRecord) -> dict[str, Any]:
         "sources": [_encode_source(response.source) for response in record.responses],
         "contexts": [_encode_context(context, encoded) for context in contexts],
     }
+    if record.asked is not None:
+        more["asked"] = _encode_asked(record.asked)
     return {
         "id": record.id,
         "token_ids": np.concatenate(pieces),
@@ -227,6 +239,41 @@ def _encode(record: TokenizedRecord) -> dict[str, Any]:
         "content": fingerprint_json(content_of(record)),
         "prompt_digest": prompt_digest(record),
     }
+
+
+def _encode_asked(asked: Record) -> dict[str, Any]:
+    """The texts of a prompt, without its media."""
+    return {
+        "turns": [
+            [turn.role, _encode_content(turn), turn.keys, turn.tagged] for turn in asked.prompt
+        ],
+        "template": asked.template,
+        "plain_text": asked.plain_text,
+    }
+
+
+def _encode_content(turn: Turn) -> str | list[str | list[str]]:
+    """A text, or texts and, each in a list of its own, the names of media."""
+    if isinstance(turn.content, str):
+        return turn.content
+    return [piece if isinstance(piece, str) else [piece.value] for piece in turn.content]
+
+
+def _decode_asked(said: dict[str, Any], made: TokenizedRecord) -> Record:
+    """The prompt that `_encode_asked` describes, with a record's media."""
+    turns = tuple(
+        Turn(
+            role,
+            content
+            if isinstance(content, str)
+            else tuple(piece if isinstance(piece, str) else Medium(piece[0]) for piece in content),
+            keys,
+            tagged=tagged,
+        )
+        for role, content, keys, tagged in said["turns"]
+    )
+    template, plain = said["template"], said["plain_text"]
+    return Record(made.id, made.images, turns, (), made.videos, template=template, plain_text=plain)
 
 
 def _encode_source(source: Response) -> dict[str, Any]:

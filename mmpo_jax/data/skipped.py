@@ -63,7 +63,7 @@ SkipReason = Literal[
     "template_refuses",  # the chat template does not take such a dialogue
     "rank_count",  # ranks and responses differ in number
     "same_responses",  # chosen equals rejected as training sees them, maybe where they were cut
-    "several_turns",  # a prompt of several turns, where a reward model is told one question
+    "several_turns",  # a prompt or a response of several turns, where pairs become questions
     "score_count",  # scores and responses differ in number
     "turn_order",  # a prompt in which nobody asks anything
     "unfinished",  # a response that was cut, where something is to follow it

@@ -80,6 +80,8 @@ class TokenizedRecord:
     """What rewards compare with, as `Record.solution`."""
     question: str = ""
     """What the user says last in the prompt, as rewards are told."""
+    asked: Record | None = dataclasses.field(default=None, hash=False)
+    """The record without its responses, where a reward model is to be told the whole prompt."""
     order: tuple[int, ...] = ()
     """Places of the layouts' media among the images, then the videos; () for this very order."""
     shows_later: bool = False

@@ -44,7 +44,7 @@ FIELDS = {
     "changed": "spans of changed segments, or pairs, whose texts are compared",
     "turn": "turns of the assistant after the response",
     "other_models": "log-probs per token under other models: scores called `log_prob/MODEL`",
-    "critique": "which tokens are those of a critique",
+    "critique": "a critique of any response; of data without, leave `critique` out",
     "ranks": "a rank of every response; those of a row may all be the same",
     "advantages": "rewards of sampled responses against each other: on-policy training makes them",
 }

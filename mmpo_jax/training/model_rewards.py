@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from mmpo_jax.checkpoints.checkpoint import Checkpoint, open_reward_model
 from mmpo_jax.core import progress
 from mmpo_jax.core.errors import DataError
-from mmpo_jax.data.records import Record, Turn
+from mmpo_jax.data.records import Record
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.data.usable import unsupported
 from mmpo_jax.recipes.rewards import RewardModelReward
@@ -43,23 +43,14 @@ class LoadedRewardModel:
         """What the samples of every prompt are worth, before the weight; NaN for no verdict.
 
         Args:
-          records: prompts, which ask one question each, with samples as their responses.
+          records: prompts with samples as their responses, as `PromptUse` makes them.
           seed: of critiques.
           step: of the training.
 
         Raises:
           DataError: the model does not take what a prompt shows.
         """
-        prompts = [
-            Record(
-                record.id,
-                record.images,
-                (Turn("user", record.question),),
-                tuple(response.source for response in record.responses),
-                record.videos,
-            )
-            for record in records
-        ]
+        prompts = [_answered(record) for record in records]
         for prompt in prompts:
             problem = unsupported(prompt, self.checkpoint.processor)
             if problem is not None:
@@ -80,3 +71,10 @@ class LoadedRewardModel:
                 round_index=step,
             )
         return [rewarded.rewards.tolist() for rewarded in found]
+
+
+def _answered(record: TokenizedRecord) -> Record:
+    """The whole prompt with the texts of its samples, which another tokenizer may have to read."""
+    assert record.asked is not None
+    responses = tuple(response.source for response in record.responses)
+    return dataclasses.replace(record.asked, id=record.id, responses=responses)

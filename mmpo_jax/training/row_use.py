@@ -24,7 +24,7 @@ from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import Record
 from mmpo_jax.data.rows import MessagesAs
 from mmpo_jax.data.skipped import Problem
-from mmpo_jax.data.tokenization import RowRejected, TokenizedRecord, tokenize
+from mmpo_jax.data.tokenization import TokenizedRecord, tokenize
 from mmpo_jax.data.tokenized_rows import SOLUTION
 from mmpo_jax.objectives.registry import Scored, is_field
 from mmpo_jax.objectives.terms import Term, needs, rows_read
@@ -181,18 +181,22 @@ class PromptUse:
 
     def key(self) -> Any:
         """All that the methods depend on, as JSON."""
-        return dataclasses.asdict(self) | {"modules": ()}
+        key = dataclasses.asdict(self) | {"modules": ()}
+        return key | {"asked": True} if self._asks_a_model else key
+
+    @property
+    def _asks_a_model(self) -> bool:
+        """Whether a reward model is told the prompts."""
+        return bool(_rollout(self.rollout).reward_models)
 
     def tokenize(
         self, record: Record, processor: Processor, max_prompt: int, max_response: int
     ) -> TokenizedRecord:
         """Tokens of a prompt."""
-        if _rollout(self.rollout).reward_models and len(record.prompt) != 1:
-            raise RowRejected(
-                "several_turns",
-                "a reward model is told one question, and the prompt has more turns",
-            )
-        return tokenize(record, processor, max_prompt, max_response)
+        row = tokenize(record, processor, max_prompt, max_response)
+        if self._asks_a_model:
+            row = dataclasses.replace(row, asked=dataclasses.replace(record, responses=()))
+        return row
 
     def unfit(self, record: TokenizedRecord) -> Problem | None:
         """(reason, detail) why samples cannot be rewarded; None if they can."""

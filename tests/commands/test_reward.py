@@ -13,6 +13,7 @@ import pytest
 from helpers.reward_heads import save_headed, write_jsonl
 from helpers.score_rows import read_rows
 from jax.sharding import AxisType
+from safetensors.numpy import load_file, save_file
 
 from mmpo_jax import cli
 from mmpo_jax.parallel.mesh import AXES
@@ -298,6 +299,14 @@ def test_a_head_of_another_size(refused, scalar, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     told = refused("reward", folder)
     assert "unexpected tensor score.weight" in told
+    score = np.zeros((1, 7), "f")
+    files = [*folder.glob("*.safetensors")]
+    held = {name: value for file in files for name, value in load_file(file).items()}
+    config["reward_head"]["type"] = "linear"
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(held | {"score.weight": score}, files[0])
+    told = refused("reward", folder)
+    assert "score.weight has shape (1, 7), the config gives (1, 32); a head is of the model" in told
     config["reward_head"]["type"] = "three_layer"
     (folder / "config.json").write_text(json.dumps(config))
     told = refused("reward", folder)
@@ -312,27 +321,45 @@ def test_a_head_of_another_size(refused, scalar, tmp_path):
     "MMPO_MM_REWARD_BENCH" not in os.environ,
     reason="MMPO_MM_REWARD_BENCH does not name MM-RLHF's mm_reward_bench.jsonl",
 )
-@pytest.mark.parametrize("flags", [("--given-critiques",), ("--max-new-tokens", "4")])
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("qwen2_5_vl", ("--given-critiques",)),
+        ("llava_onevision", ("--given-critiques",)),
+        ("llava_onevision", ("--max-new-tokens", "4")),
+    ],
+)
 @pytest.mark.slow
-def test_the_published_reward_bench(reward, critic, tmp_path, flags):
-    """Its pairs with images, 145; a model that takes no videos leaves 25 out. The media are no part
-    of the file and made here."""
+def test_the_published_reward_bench(reward, family_case, tmp_path, capsys, name, flags):
+    """Its 170 pairs with images and videos, and then its numbers. The media are no part of the file
+    and made here."""
+    case = family_case(name)
     folder = tmp_path / "critic"
-    shutil.copytree(critic, folder)
+    save_headed(folder, case.folder, case.model, case.params, kind="two_layer", critique_prompt=ASK)
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["max_position_embeddings"] = 2**20
     (folder / "config.json").write_text(json.dumps(config))
-    rows = read_rows(Path(os.environ["MMPO_MM_REWARD_BENCH"]))
-    for row in rows:
-        name = row["image"] if "image" in row else f"{row['video']}/1.png"
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(png_bytes(sample_scene("test", 0, 0), 24))
-    found = reward(folder, rows, *flags, "--batch-size", "32", "data.max_skipped=0.2")
-    images = [row for row in rows if "image" in row]
-    assert [row["id"].partition(" (row ")[0] for row in found] == [row["id"] for row in images]
-    assert len(found) == 145 and len({row["id"] for row in found}) == 145
+    bench = Path(os.environ["MMPO_MM_REWARD_BENCH"])
+    rows = read_rows(bench)
+    for number, row in enumerate(rows):
+        picture = png_bytes(sample_scene("test", 0, number % 7), 28)
+        frames = [row["image"]] if "image" in row else [f"{row['video']}/{n}.png" for n in (1, 2)]
+        for file in frames:
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / file).write_bytes(picture)
+    found = reward(folder, rows, *flags, "--batch-size", "32")
+    assert [row["id"].partition(" (row ")[0] for row in found] == [row["id"] for row in rows]
+    assert len(found) == 170 and len({row["id"] for row in found}) == 170
     values = np.array([row["rewards"] for row in found])
-    assert values.shape == (145, 2) and np.isfinite(values).all() and values.std() > 0
+    assert values.shape == (170, 2) and np.isfinite(values).all() and values.std() > 0
     if "--given-critiques" in flags:
-        for row, given in zip(found, images, strict=True):
+        for row, given in zip(found, rows, strict=True):
             assert row["critiques"] == [[given["chosen_reason"]], [given["rejected_reason"]]]
+    out = tmp_path / "scores.json"
+    files = ["--data", str(bench), "--responses", str(tmp_path / "out.jsonl")]
+    command = ["evaluate", "--benchmark", "mm_rlhf_rewardbench", *files, "--output", str(out)]
+    assert cli.main(command) == 0, capsys.readouterr().err
+    scores = json.loads(out.read_text())
+    assert scores["beside"]["pairs"] == 170 and scores["beside"]["without_rewards"] == 0
+    accuracy = np.mean(values[:, 0] > values[:, 1])
+    assert scores["metrics"]["Overall Accuracy"] == pytest.approx(accuracy)

@@ -22,7 +22,9 @@ from mmpo_jax.data.pipeline import held_out_batches
 from mmpo_jax.models.batch import PackedBatch
 from mmpo_jax.models.log_probs import response_rewards
 from mmpo_jax.models.lora import Lora, add_adapters, merge_adapters
+from mmpo_jax.objectives.registry import Scored
 from mmpo_jax.objectives.terms import make_term, needs
+from mmpo_jax.parallel.mesh import make_mesh, put_batch
 from mmpo_jax.training.examples import make_examples, tokenizer_for
 from mmpo_jax.training.losses import make_loss
 
@@ -236,6 +238,47 @@ class Theirs:
             + centring * mean(both)
             + critique_weight * mean(critiques)
         )
+
+
+@torch.no_grad()
+def their_states(case, record, ids, side):
+    """float64[D]: the state at the end of a dialogue that is padded on one side."""
+    pad = np.full(5, checks.PAD_ID)
+    row = np.concatenate([ids, pad] if side == "right" else [pad, ids])
+    more = families.inputs(case)(record, row)
+    more = {k: v.double() if v.is_floating_point() else v for k, v in more.items()}
+    mask = torch.tensor((row != checks.PAD_ID)[None]).long()
+    said = case.theirs.model(input_ids=torch.tensor(row[None]).long(), attention_mask=mask, **more)
+    return said.last_hidden_state[0, len(ids) - 1 if side == "right" else -1]
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+@pytest.mark.slow
+def test_rewards_over_eight_devices(family_case, name, tmp_path):
+    """Of every family under both heads, in float64, behind critiques and without; transformers pads
+    every dialogue on the left, and on the right."""
+    case, records = family_case(name), asked(name)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    case.theirs.double()
+    for kind in KINDS:
+        model, params = headed(case.model, case.params, kind, PROMPT)
+        folder = tmp_path / kind
+        save_model(folder, model, params, case.folder)
+        placed = load_start(str(folder), mesh=mesh)
+        scored = Scored(PROMPT)
+        tokenized, batch = scored_batch(records, placed.processor, scored, rows=4)
+        with jax.enable_x64(True), jax.set_mesh(mesh):
+            wide = jax.tree.map(lambda leaf: leaf.astype("float64"), placed.params)
+            reward = jax.jit(response_rewards, static_argnums=0)
+            found = np.asarray(reward(placed.model, wide, put_batch(batch, mesh)))
+        theirs = Theirs(case, params, kind)
+        for record, row, rewards in zip(records, tokenized, found, strict=False):
+            for response, value in zip(row.responses, rewards, strict=True):
+                ids = np.concatenate([row.prompt_ids, response.ids])
+                for side in ("left", "right"):
+                    wanted = theirs.reward(their_states(case, record, ids, side)).item()
+                    assert value == pytest.approx(wanted, abs=2e-5), (record.id, side)
+    case.theirs.float()
 
 
 def ours(model, params, processor, records, terms, packed):

@@ -1,19 +1,25 @@
 """GRPO by a reward model: what rollouts are worth is what it says of their texts."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from helpers.loop_runs import make_start
-from helpers.reward_heads import save_headed
+from helpers.reward_heads import save_headed, write_jsonl
 from jax.sharding import AxisType
 
 from mmpo_jax.checkpoints.checkpoint import open_reward_model
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.pipeline import MixtureEntry
-from mmpo_jax.data.records import Record, Response, Turn
-from mmpo_jax.data.tokenization import RowRejected, tokenize_records
+from mmpo_jax.data.records import IMAGE, Record, Response, Turn
+from mmpo_jax.data.row_stage import tokenized_rows
+from mmpo_jax.data.sources import LearnedFile
+from mmpo_jax.data.tokenization import tokenize_records
 from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.picture_world.records import prompt_records
+from mmpo_jax.picture_world.render import png_bytes
+from mmpo_jax.picture_world.world import sample_scene
 from mmpo_jax.recipes.training import Rollout, Training
 from mmpo_jax.reward_models.scoring import Reading, score_responses
 from mmpo_jax.training.on_policy import Prompts, Rollouts
@@ -47,9 +53,22 @@ class State:
         self.params, self.frozen, self.step = flatten(params), {}, np.int32(0)
 
 
+def dialogues():
+    """Prompts of one turn and of several, with the picture in the first or behind a text."""
+    for number, record in enumerate(prompt_records("align", 0, 4, 24)):
+        (asked,) = record.prompt
+        shown = Turn("user", ("a star ?", IMAGE)) if number == 2 else Turn("user", "a star ?")
+        earlier = (shown, Turn("assistant", "yes")) if number else ()
+        yield dataclasses.replace(record, prompt=(*earlier, asked))
+
+
 @pytest.mark.slow
 def test_samples_are_worth_what_the_model_says(tiny_model, tiny_processor, rollout, mesh):
-    records, _ = tokenize_records(prompt_records("align", 0, 4, 24), tiny_processor, LENGTHS)
+    """After the whole prompt, whatever turns it has."""
+    given = [*dialogues()]
+    use = PromptUse.of(rollout)
+    records, _ = tokenize_records(given, tiny_processor, LENGTHS, function=use.tokenize)
+    assert [use.unfit(record) for record in records] == [None] * 4
     start = make_start(tiny_model, tiny_processor)
     rollouts = Rollouts(
         start, Prompts(records, [MixtureEntry(4)], 3), CONFIG, rollout, LENGTHS, mesh, 4
@@ -64,15 +83,14 @@ def test_samples_are_worth_what_the_model_says(tiny_model, tiny_processor, rollo
     rollouts._sample = noting
     host = rollouts.draw(State(tiny_model[1]))
     (asked,) = rollout.reward_models
+    by_id = {record.id: record for record in given}
+    assert sorted(len(by_id[one.record.id].prompt) for one in seen["found"]) == [1, 3, 3, 3]
     opened = open_reward_model(asked.model)
     checkpoint = opened.reloaded(mesh)
     for one in seen["found"]:
-        record = Record(
-            one.record.id,
-            one.record.images,
-            (Turn("user", one.record.question),),
-            tuple(Response.of(r.source.text) for r in one.record.responses),
-        )
+        prompt = by_id[one.record.id].prompt
+        texts = tuple(Response.of(r.source.text) for r in one.record.responses)
+        record = Record(one.record.id, one.record.images, prompt, texts)
         reading = Reading.of(asked, opened.model, "critic")
         (wanted,) = score_responses(
             checkpoint, [record], reading, asked, None, mesh, folder=None, seed=3
@@ -85,12 +103,27 @@ def test_samples_are_worth_what_the_model_says(tiny_model, tiny_processor, rollo
     assert "rewards/reward_model/mean" in host.metrics
 
 
-def test_prompts_of_several_turns_are_left_out(rollout, tiny_processor):
-    (record,) = prompt_records("align", 0, 1, 24)
+def test_whole_prompts_are_kept_on_disk(rollout, tiny_processor, tmp_path):
+    """Turns, places of media and what else a template may read, to the letter."""
+    (tmp_path / "a.png").write_bytes(png_bytes(sample_scene("test", 0, 0), 24))
+    parts = [{"type": "text", "text": "a  star"}, {"type": "image"}, {"type": "text", "text": "?"}]
+    turns = [
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": "yes", "name": "b"},
+        {"role": "user", "content": "a ring ?"},
+    ]
+    rows = [{"id": "a", "images": ["a.png"], "prompt": turns, "chat_template_kwargs": {"x": [1]}}]
+    rows += [{"id": "b", "images": ["a.png"], "prompt": "<image>\na star ?"}]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
     use = PromptUse.of(rollout)
-    assert use.unfit(use.tokenize(record, tiny_processor, 64, 64)) is None
-    more = (*record.prompt, Turn("assistant", "yes"), Turn("user", "a star ?"))
-    several = Record(record.id, record.images, more, ())
-    with pytest.raises(RowRejected, match="a reward model is told one question") as error:
-        use.tokenize(several, tiny_processor, 64, 64)
-    assert error.value.reason == "several_turns"
+    options = {"folder": str(tmp_path / "out"), "name": "rows", "workers": 1}
+    files = {"skipped_file": str(tmp_path / "skipped.jsonl")}
+    data = LearnedFile(path=str(path))
+    lengths = Lengths(prompt=(48,), response=(8,))
+    found = tokenized_rows(data, use, tiny_processor, lengths, **options, **files)
+    for row, record in zip(found, data.load(supervised=False).records, strict=True):
+        told = dataclasses.replace(record, prompt=row.asked.prompt)
+        again = use.tokenize(told, tiny_processor, 48, 8)
+        assert row.asked.prompt == record.prompt and row.asked.template == record.template
+        np.testing.assert_array_equal(again.prompt_ids, row.prompt_ids)
+        assert row.asked.images == row.images

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.reward_heads import headed
+from helpers.reward_heads import headed, write_jsonl
 from jax.sharding import AxisType
 
 import mmpo_jax
@@ -18,6 +18,7 @@ from mmpo_jax import cli
 from mmpo_jax.checkpoints.checkpoint import load_start
 from mmpo_jax.checkpoints.huggingface import load_model
 from mmpo_jax.commands.train import run_training
+from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.pipeline import training_batches
@@ -160,6 +161,12 @@ def test_refusals(train, tmp_path):
     folder = tmp_path / "preferences" / "rankings.jsonl"
     rows = [json.loads(line) for line in folder.read_text().splitlines()]
     assert all(r["critique"].endswith(("thing .", "things .")) for r in rows[0]["responses"])
+    for row in rows:
+        for response in row["responses"]:
+            del response["critique"]
+    other = write_jsonl(folder.parent / "others.jsonl", rows)
+    with pytest.raises(DataError, match=r"no row has the field 'critique'.*leave `critique` out"):
+        train(f"data.path={other}")
 
 
 def mesh_of(*sizes):
