@@ -42,6 +42,8 @@ from mmpo_jax.data.records import ImageRef, Record
 from mmpo_jax.data.skipped import UnusableRow
 
 MODULES = (
+    "amber",
+    "chair",
     "mm_rlhf_rewardbench",
     "mmstar",
     "multimodal_rewardbench",
@@ -63,6 +65,8 @@ class Scores:
     """What became of every answer, as JSON, with its `id`. A row's `scores` say what it adds to
     metrics, by their names: x, or [x, y]. A metric is the sum of x over the rows by that of y,
     which is 1 where it is not given; so two runs are compared row by row."""
+    made_with: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """What computed them besides this library, with versions: word lists, models, judges."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +118,11 @@ class Files:
     images_source: str = ""
     """Where users get those."""
 
+    @property
+    def folder(self) -> epath.Path:
+        """Their folder, also where one of them was named."""
+        return self.root if self.root.is_dir() else self.root.parent
+
     def find(self, *patterns: str) -> list[epath.Path]:
         """The files of the first pattern that has any, in the order of their names.
 
@@ -145,9 +154,8 @@ class Files:
         Raises:
           MmpoError: the row has none, or it is not there.
         """
-        folder = self.images or (self.root if self.root.is_dir() else self.root.parent)
         try:
-            return MediaFolder(folder).image(row.need(*keys))
+            return MediaFolder(self.images or self.folder).image(row.need(*keys))
         except UnusableRow as error:
             told = f"{row.name}: {error.detail}"
             if self.images_source:
@@ -247,7 +255,7 @@ def score_answers(
       name: of the benchmark.
       data: folder of its published files.
       answers: file of the answers.
-      output: JSON file: `benchmark`, `metrics`, `beside`, `options`, `judges`, `rows`.
+      output: JSON file: `benchmark`, `metrics`, `beside`, `options`, `made_with`, `judges`, `rows`.
       options: of the benchmark, by name.
       judge: of the answers, for benchmarks that have one.
 
@@ -275,6 +283,7 @@ def score_answers(
         "options": {
             key: (options or {}).get(key, default) for key, (_, default) in chosen.options.items()
         },
+        "made_with": scores.made_with,
         **({"judges": judge.told} if judge.told else {}),
         "rows": scores.rows,
     }
@@ -297,3 +306,5 @@ def lines(scores: Scores) -> Iterator[str]:
         yield "beside them:"
     for name, value in scores.beside.items():
         yield f"{name:{width}s}  {value:.4f}" if value % 1 else f"{name:{width}s}  {value:.0f}"
+    for name, told in scores.made_with.items():
+        yield f"made with {name}: {told}"

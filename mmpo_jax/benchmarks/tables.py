@@ -10,6 +10,7 @@ import collections
 import csv
 import dataclasses
 import io
+import json
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -93,6 +94,16 @@ def read_table(path: epath.Path) -> list[Row]:
     return [Row(str(path), number, values) for number, values in reader(path)]
 
 
+def _rows_of_json(path: epath.Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
+    """The rows; an object that is the whole file is one, as some scripts write their results."""
+    text = read_bytes(path).decode("utf-8-sig", errors="replace")
+    try:
+        whole = json.loads(text) if text.lstrip()[:1] == "{" else None
+    except ValueError:  # objects on lines of their own
+        whole = None
+    return _rows_of_data(path) if whole is None else [(1, whole)]
+
+
 def _rows_of_data(path: epath.Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
     for number, row in file_rows(path):
         if isinstance(row, UnusableRow):
@@ -129,6 +140,7 @@ def _rows_of_text(delimiter: str) -> Callable[[epath.Path], Any]:
 
 
 _READERS: dict[str, Callable[[epath.Path], Iterable[tuple[int, Mapping[str, Any]]]]] = {
+    ".json": _rows_of_json,
     ".xlsx": _rows_of_excel,
     ".tsv": _rows_of_text("\t"),
     ".csv": _rows_of_text(","),

@@ -220,7 +220,7 @@ def test_the_command(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--benchmark", "nope"], "there is no benchmark 'nope', only mm_rlhf"),
+        (["--benchmark", "nope"], "there is no benchmark 'nope', only amber, "),
         (["--rule", "reading=never"], "--rule reading=never: Input should be 'official' or"),
         (["--rule", "reading=["], "--rule reading=[: [ is no value"),
         (["--output", "{}/answers.jsonl"], "is the file of --responses; give another one"),

@@ -29,11 +29,13 @@ def scored(name, tmp_path, questions, answers, **options):
     return score_answers(name, str(folder), given, str(tmp_path / "out.json"), options)
 
 
-def assert_rows_add_up(name, scores):
+def assert_rows_add_up(name, scores, tolerance=1e-9):
     """Whether the rows of some scores give each metric of their benchmark that runs compare."""
     for metric in find_benchmark(name).metrics:
         parts = [row["scores"][metric.name] for row in scores.rows]
         sums = [x if isinstance(x, list) else (x, 1) for x in parts]
         value = {**scores.metrics, **scores.beside}[metric.name]
         above, below = (math.fsum(column) for column in zip(*sums, strict=True))
-        assert share(above, below) == pytest.approx(value, nan_ok=True), metric.name
+        assert share(above, below) == pytest.approx(value, rel=1e-6, abs=tolerance, nan_ok=True), (
+            metric.name
+        )

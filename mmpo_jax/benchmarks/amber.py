@@ -1,0 +1,448 @@
+"""AMBER: what descriptions invent, and yes/no questions, Wang et al. 2023 (arXiv 2311.07397)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from etils import epath
+
+from mmpo_jax.benchmarks.benchmark import Asked, Files, Metric, Scores, benchmark, share
+from mmpo_jax.benchmarks.english import English, Tokenizer
+from mmpo_jax.benchmarks.pope import whole_word
+from mmpo_jax.benchmarks.similar_words import (
+    SOURCE,
+    SimilarWords,
+    amber_folder,
+    read_relations,
+    read_similar_words,
+    words_of,
+)
+from mmpo_jax.benchmarks.tables import Row, as_id, read_table, said
+from mmpo_jax.core.errors import MmpoError
+from mmpo_jax.core.files import read_bytes
+from mmpo_jax.core.progress import counted
+from mmpo_jax.core.sections import PositiveInt
+from mmpo_jax.data.records import Record, Turn
+
+METRICS = (
+    Metric("CHAIR", "less", ".1f", curve=True),
+    Metric("Cover", "more", ".1f", guards="recall"),
+    Metric("Hal", "less", ".1f", curve=True),
+    Metric("Cog", "less", ".1f"),
+    Metric("Accuracy", "more", ".1f", guards="accuracy"),
+    Metric("F1", "more", ".1f", curve=True),
+    Metric("words_per_description", None, ".1f", guards="length", heading="words"),
+    Metric("no_ratio", heading="no"),
+    Metric("neither_ratio", "less", guards="reading", heading="neither"),
+)
+
+EvaluationType = Literal["a", "g", "d", "de", "da", "dr"]
+"""All, generative, discriminative, and of these existence, attribute and relation."""
+Reading = Literal["official", "whole_word"]
+
+DESCRIPTIONS = 1004
+"""Ids up to it are descriptions, the others yes/no questions."""
+
+QUERIES: dict[EvaluationType, str] = {
+    "a": "all",
+    "g": "generative",
+    "d": "discriminative",
+    "de": "discriminative-existence",
+    "da": "discriminative-attribute",
+    "dr": "discriminative-relation",
+}
+"""What the files of queries are called."""
+
+KINDS = {
+    "discriminative-attribute-state": "as_",
+    "discriminative-attribute-number": "an_",
+    "discriminative-attribute-action": "aa_",
+    "discriminative-hallucination": "ha_",
+    "discriminative-relation": "asso_",
+    "relation": "asso_",
+}
+"""Types of questions -> what the names of their sums in `metrics.txt` begin with."""
+
+SUMS = ("qa_correct", "qa_no", "qa_ans_no")
+"""Right answers; questions whose answer is no; answers that are no."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Accuracy, precision, recall and F1 of some kinds of questions."""
+
+    name: str
+    kinds: tuple[str, ...]
+    printed: tuple[str, ...]
+    """Evaluation types by which the script prints it."""
+    epsilon: float = 0.0001
+    """In F1's denominator."""
+
+
+BLOCKS = (
+    Block("", ("",), ("a", "d")),
+    Block("Existence ", ("ha_",), ("a", "d", "de"), 0.001),
+    Block("Attribute ", ("as_", "an_", "aa_"), ("a", "d", "da")),
+    Block("State ", ("as_",), ("a", "d", "da")),
+    Block("Number ", ("an_",), ("a", "d", "da")),
+    Block("Action ", ("aa_",), ("a", "d", "da")),
+    Block("Relation ", ("asso_",), ("a", "d", "dr")),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdicts:
+    """What the nouns of a description say of its picture."""
+
+    unsafe: tuple[str, ...]
+    """Nouns that are nowhere in the picture."""
+    covered: frozenset[int]
+    """Places of objects in the picture that are mentioned."""
+    hit: frozenset[int]
+    """Places of expected inventions that are mentioned."""
+
+
+def questions(
+    files: Files,
+    *,
+    queries: EvaluationType = "a",
+    suffix: str = "",
+    max_new_tokens: PositiveInt = 512,
+) -> list[Asked]:
+    """The queries of all dimensions or of one, answered greedily; nothing official says how.
+
+    `suffix` goes behind the yes/no questions, as " Answer with Yes or No." may, and their answers
+    have at most 16 tokens.
+    """
+    folder = amber_folder(files.folder)
+    path = folder / "query" / f"query_{QUERIES[queries]}.json"
+    described: list[Record] = []
+    asked: list[Record] = []
+    for row in read_table(path):
+        place = int(row.need("id"))
+        into, end = (described, "") if place <= DESCRIPTIONS else (asked, suffix)
+        turn = Turn("user", row.text("query") + end)
+        into.append(Record(str(place), (files.image(row, "image"),), (turn,), ()))
+    ways = [
+        Asked(described, max_new_tokens, name="descriptions"),
+        Asked(asked, min(16, max_new_tokens), name="questions"),
+    ]
+    return [way for way in ways if way.records]
+
+
+@benchmark(
+    source=SOURCE,
+    answers="`id` of the query and `response`: a description (1 to 1004) or Yes or No; all or some",
+    metrics=METRICS,
+    asks=questions,
+    images="AMBER (its README has the link)",
+)
+def amber(
+    files: Files,
+    answers: Sequence[Row],
+    *,
+    evaluation_type: EvaluationType = "a",
+    reading: Reading = "official",
+    tokenizer: Tokenizer = "nltk_3.8",
+) -> Scores:
+    """What descriptions invent (CHAIR, Hal, Cog) and mention (Cover), and accuracy, precision,
+    recall and F1 of yes/no questions, in percent; "no" is positive.
+
+    As in the official script, every denominator begins at 0.001 (`metrics.txt`), F1 is that of
+    rounded precision and recall, and only `Yes` and `No`, written so, are answers; with
+    `whole_word` it is the first word that is yes or no, in any case. `evaluation_type` says which
+    numbers there are: a all, g of descriptions, d of questions, de, da and dr of one dimension.
+    Words are divided as by nltk 3.8, of AMBER's time, or as by the installed one.
+    """
+    folder = amber_folder(files.folder)
+    questions = read_table(folder / "annotations.json")
+    asked = [
+        (_question(questions, answer), said(answer, "response", "answer")) for answer in answers
+    ]
+    sums = _first_sums(folder)
+    kinds = {question.text("type") for question, _ in asked}
+    descriptions = Descriptions.read(folder, tokenizer) if "generative" in kinds else None
+    rows: list[dict[str, Any]] = []
+    for question, text in counted(asked, "scoring AMBER's answers"):
+        if descriptions is not None and question.text("type") == "generative":
+            row = descriptions.score(question, text, sums)
+        else:
+            row = _answered(question, text, reading, sums)
+        rows.append({"id": question.number, "type": question.text("type"), **row})
+        rows[-1]["scores"] = _added(rows[-1], question)
+    made_with = {} if descriptions is None else descriptions.made_with()
+    metrics = _metrics(sums, evaluation_type)
+    generative = [row for row in rows if row["type"] == "generative"]
+    if evaluation_type == "a":
+        both = 0 < len(generative) < len(rows)
+        score = (100 - metrics["CHAIR"] + metrics["F1"]) / 2 if both else math.nan
+        metrics["AMBER Score"] = score
+    return Scores(metrics, _beside(rows, questions), rows, made_with)
+
+
+@dataclasses.dataclass(frozen=True)
+class Descriptions:
+    """What descriptions are scored with."""
+
+    relations: Mapping[str, Sequence[str]]
+    words: frozenset[str]
+    """All words that count; other nouns are not looked at."""
+    safe: frozenset[str]
+    similar: SimilarWords
+    english: English
+
+    @classmethod
+    def read(cls, folder: epath.Path, tokenizer: Tokenizer = "nltk_3.8") -> Descriptions:
+        """From AMBER's folder and nltk's data.
+
+        Raises:
+          MmpoError: a file is missing; where to get it.
+        """
+        relations = read_relations(folder)
+        safe = frozenset(_text(folder / "safe_words.txt").splitlines())
+        similar = read_similar_words(folder)
+        return cls(relations, frozenset(words_of(relations)), safe, similar, English(tokenizer))
+
+    def nouns(self, text: str) -> list[str]:
+        """The singulars of all words that are tagged as nouns."""
+        tagged = self.english.tags(self.english.tokens(text))
+        return [self.english.singular(word) for word, tag in tagged if tag.startswith("NN")]
+
+    def score(self, question: Row, text: str, sums: dict[str, float]) -> dict[str, Any]:
+        """What a description names; adds it to the sums, under the script's names."""
+        said_nouns = self.nouns(text)
+        nouns = [noun for noun in said_nouns if noun in self.words]
+        truth, hallu = (
+            _words(question, "truth", self.relations),
+            _words(question, "hallu", self.relations),
+        )
+        verdicts = judge(nouns, truth, hallu, self.relations, self.safe, self.similar.similar)
+        sums["chair_score"] += len(verdicts.unsafe)
+        sums["chair_num"] += len(nouns)
+        sums["safe_cover_score"] += len(verdicts.covered)
+        sums["safe_cover_num"] += len(truth)
+        sums["hallu_cover_score"] += len(verdicts.hit)
+        sums["hallu_cover_num"] += len(hallu)
+        sums["non_hallu_score"] += not verdicts.unsafe
+        sums["non_hallu_num"] += 1
+        capitals = [noun for noun in said_nouns if noun not in self.words]
+        return {
+            "nouns": nouns,
+            "unsafe": list(verdicts.unsafe),
+            "covered": [truth[place] for place in sorted(verdicts.covered)],
+            "hit": [hallu[place] for place in sorted(verdicts.hit)],
+            "words": len(text.split()),
+            "nouns_lost_to_capitals": sum(
+                self.english.singular(noun.lower()) in self.words for noun in capitals
+            ),
+        }
+
+    def made_with(self) -> dict[str, str]:
+        return {"similar_words": self.similar.made_by, **self.english.made_with()}
+
+
+def judge(
+    nouns: Sequence[str],
+    truth: Sequence[str],
+    hallu: Sequence[str],
+    relations: Mapping[str, Sequence[str]],
+    safe: frozenset[str],
+    similar: Callable[[str, str], bool],
+) -> Verdicts:
+    """The official verdicts of a description's nouns, in their order.
+
+    What is in the picture, or may be invented, is a list of all words' associations and then the
+    words themselves, and the first fitting one of it counts, for the word that it is listed under.
+
+    Args:
+      nouns: of the description, each as often as it stands there.
+      truth: words for what is in the picture.
+      hallu: words for what models invent there.
+      relations: associated words of every word.
+      safe: words that are always right, and count for nothing.
+      similar: whether two words mean about the same.
+    """
+    in_picture, inventions = _with_relations(truth, relations), _with_relations(hallu, relations)
+    unsafe: list[str] = []
+    covered: set[int] = set()
+    hit: set[int] = set()
+    for noun in nouns:
+        if noun in safe:
+            continue
+        named = next((place for word, place in in_picture if word == noun), None)
+        if named is not None:
+            covered.add(named)
+            continue
+        for fits in (noun.__eq__, lambda word, noun=noun: similar(noun, word)):
+            hit.update([place for word, place in inventions if fits(word)][:1])
+        alike = next((place for word, place in in_picture if similar(noun, word)), None)
+        if alike is None:
+            unsafe.append(noun)
+        else:
+            covered.add(alike)
+    return Verdicts(tuple(unsafe), frozenset(covered), frozenset(hit))
+
+
+def _with_relations(
+    words: Sequence[str], relations: Mapping[str, Sequence[str]]
+) -> list[tuple[str, int]]:
+    """(word, place of the word that it stands for): associations first, then the words."""
+    associated = [(other, place) for place, word in enumerate(words) for other in relations[word]]
+    return associated + [(word, place) for place, word in enumerate(words)]
+
+
+def _first_sums(folder: epath.Path) -> dict[str, float]:
+    """What the sums of `metrics.txt` begin with."""
+    path = folder / "metrics.txt"
+    sums: dict[str, float] = {}
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        name, equals, value = line.partition("=")
+        try:
+            if equals:
+                sums[name.strip()] = float(value)
+        except ValueError as error:
+            raise MmpoError(f"{path}, line {number}: {value!r} is no number") from error
+    kinds = ["", *dict.fromkeys(KINDS.values())]
+    parts = ("chair", "safe_cover", "hallu_cover", "non_hallu")
+    names = [*parts, *(f"{kind}{part}" for kind in kinds for part in SUMS)]
+    missing = {f"{name}_{end}" for name in names for end in ("score", "num")} - sums.keys()
+    if missing:
+        raise MmpoError(f"{path}: has no {', '.join(sorted(missing))}")
+    return sums
+
+
+def _text(path: epath.Path) -> str:
+    try:
+        return read_bytes(path).decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MmpoError(f"{path}: cannot be read: {error}") from error
+
+
+def _question(questions: Sequence[Row], answer: Row) -> Row:
+    """The annotation of an answer, which is that of the id's number."""
+    named = answer.need("id")
+    try:
+        place = int(as_id(named).rsplit("/", 1)[-1])
+    except (TypeError, ValueError) as error:
+        raise MmpoError(f"{answer.name}: the id is {named!r:.80} and no number") from error
+    if not 1 <= place <= len(questions):
+        raise MmpoError(f"{answer.name}: the id is {place}, not one of 1 to {len(questions)}")
+    question = questions[place - 1]
+    if question.get("id") not in (None, place):
+        raise MmpoError(f"{question.name}: has the id {question.get('id')}, ids count from 1")
+    return question
+
+
+def _words(question: Row, key: str, relations: Mapping[str, Sequence[str]]) -> list[str]:
+    """The words of an annotation, all of which have relations.
+
+    Raises:
+      MmpoError: one has none.
+    """
+    words = question.need(key)
+    unknown = [word for word in words if word not in relations]
+    if unknown:
+        raise MmpoError(f"{question.name}: {unknown[0]!r} of {key!r} is not in relation.json")
+    return list(words)
+
+
+def _answered(question: Row, text: str, reading: Reading, sums: dict[str, float]) -> dict[str, Any]:
+    """What an answer says; adds it to the sums of all and of its kind."""
+    truth = question.text("truth")
+    read = _read(text, reading)
+    no, right = read == "no", read == truth
+    for kind in ("", KINDS.get(question.text("type"), "asso_")):
+        sums[f"{kind}qa_correct_num"] += 1
+        sums[f"{kind}qa_correct_score"] += right
+        if truth == "no":
+            sums[f"{kind}qa_no_num"] += 1
+            sums[f"{kind}qa_no_score"] += no
+        if no:
+            sums[f"{kind}qa_ans_no_num"] += 1
+            sums[f"{kind}qa_ans_no_score"] += truth == "no"
+    return {"truth": truth, "answer": text, "read": read, "right": right}
+
+
+def _read(text: str, reading: Reading) -> str | None:
+    if reading == "official":
+        return text.lower() if text in ("Yes", "No") else None
+    return whole_word(text)
+
+
+def _metrics(sums: Mapping[str, float], evaluation_type: EvaluationType) -> dict[str, float]:
+    """The numbers that the script prints, rounded as it rounds them."""
+
+    def percent(*names: str) -> float:
+        score = sum(sums[f"{name}_score"] for name in names)
+        return score / sum(sums[f"{name}_num"] for name in names) * 100
+
+    metrics: dict[str, float] = {}
+    if evaluation_type in ("a", "g"):
+        metrics["CHAIR"] = round(percent("chair"), 1)
+        metrics["Cover"] = round(percent("safe_cover"), 1)
+        metrics["Hal"] = round(100 - percent("non_hallu"), 1)
+        metrics["Cog"] = round(percent("hallu_cover"), 1)
+    for block in BLOCKS:
+        if evaluation_type not in block.printed:
+            continue
+        accuracy, recall, precision = (
+            round(percent(*(kind + part for kind in block.kinds)), 1) for part in SUMS
+        )
+        p, r = precision / 100, recall / 100
+        metrics[f"{block.name}Accuracy"] = accuracy
+        metrics[f"{block.name}Precision"] = precision
+        metrics[f"{block.name}Recall"] = recall
+        metrics[f"{block.name}F1"] = round(2 * p * r / (p + r + block.epsilon) * 100, 1)
+    return metrics
+
+
+def _added(row: Mapping[str, Any], question: Row) -> dict[str, list[float]]:
+    """What a row adds to the metrics that runs compare, but for what every sum begins with."""
+    added: dict[str, list[float]] = {metric.name: [0, 0] for metric in METRICS}
+    if row["type"] == "generative":
+        unsafe, nouns = len(row["unsafe"]), len(row["nouns"])
+        added["CHAIR"] = [100 * unsafe, nouns]
+        added["Hal"] = [100 * bool(unsafe), 1]
+        added["Cover"] = [100 * len(row["covered"]), len(question.need("truth"))]
+        added["Cog"] = [100 * len(row["hit"]), len(question.need("hallu"))]
+        added["words_per_description"] = [row["words"], 1]
+    else:
+        no, truly = row["read"] == "no", row["truth"] == "no"
+        added["Accuracy"] = [100 * row["right"], 1]
+        added["F1"] = [200 * (no and truly), no + truly]
+        added["no_ratio"] = [no, 1]
+        added["neither_ratio"] = [row["read"] is None, 1]
+    return added
+
+
+def _beside(rows: Sequence[Mapping[str, Any]], questions: Sequence[Row]) -> dict[str, float]:
+    described = [row for row in rows if row["type"] == "generative"]
+    asked = [row for row in rows if row["type"] != "generative"]
+    beside: dict[str, float] = {
+        "descriptions": len(described),
+        "answers": len(asked),
+        "questions_without_an_answer": len(questions) - len({row["id"] for row in rows}),
+    }
+    if described:
+        beside |= {
+            "words_per_description": share(sum(row["words"] for row in described), len(described)),
+            "nouns_per_description": share(
+                sum(len(row["nouns"]) for row in described), len(described)
+            ),
+            "descriptions_without_nouns": sum(not row["nouns"] for row in described),
+            "nouns_lost_to_capitals": sum(row["nouns_lost_to_capitals"] for row in described),
+        }
+    if asked:
+        by_words = [whole_word(row["answer"]) for row in asked]
+        beside |= {
+            "no_ratio": share(sum(row["read"] == "no" for row in asked), len(asked)),
+            "neither_ratio": share(sum(row["read"] is None for row in asked), len(asked)),
+            "read_otherwise_by_whole_word": sum(
+                _read(row["answer"], "official") != word
+                for row, word in zip(asked, by_words, strict=True)
+            ),
+        }
+    return beside
