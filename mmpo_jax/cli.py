@@ -199,6 +199,9 @@ def _run_recipe(options: argparse.Namespace) -> None:
     from mmpo_jax.core.output import claimed
 
     recipe = _load_recipe(options)
+    if options.command == "serve":  # which writes nothing
+        _module(options.command, starts_jax=True).main(recipe)
+        return
     is_file = options.command in FLAGS and recipe.output.endswith(".jsonl")
     with claimed(recipe.output, is_file):
         _module(options.command, starts_jax=True).main(recipe)

@@ -22,6 +22,7 @@ RECIPES = {
         "CorrectRecipe",
         "Ask about what is wrong in rejected responses, for nSFT.",
     ),
+    "serve": ("ServeRecipe", "Answer the clients of OpenAI's chat protocol."),
     "evaluate": ("EvaluateRecipe", "Measure hallucination of a checkpoint."),
 }
 """Commands that run a recipe: name -> (its class, help)."""
@@ -99,6 +100,18 @@ FLAGS = {
         "--image-root": FILES["--image-root"],
         "--seed": ("seed", "of the order of the questions"),
     },
+    "serve": {
+        "--model": FILES["--model"],
+        "--template": FILES["--template"],
+        "--host": ("serving.host", "address to listen on: 127.0.0.1, which this machine reaches"),
+        "--port": ("serving.port", "8000; 0 takes a free one"),
+        "--name": ("serving.name", "of the model in requests; that of its folder by default"),
+        "--api-key-env": ("serving.api_key_env", "variable with the key that clients give"),
+        "--max-samples": ("serving.max_samples", "decoded at a time: 16"),
+        "--max-requests": ("serving.max_requests", "at a time, with those that wait: 256"),
+        "--max-prompt-tokens": ("serving.max_prompt_tokens", "with those of images: 4096"),
+        "--max-new-tokens": ("serving.max_new_tokens", "of a response, at most: 2048"),
+    },
 }
 """Flags of the commands that need no recipe file, and the recipe's keys that they stand for."""
 SWITCHES = {
@@ -118,6 +131,7 @@ EXCLUSIVE = (
 AS_THEY_ARE = {
     *("responses", "reference", "reward_model.model"),
     *("corrector.url", "corrector.model", "codebook"),
+    *("serving.host", "serving.name", "serving.api_key_env"),
     *(key for key, _ in FILES.values()),
 }
 """Keys whose values on the command line are taken as they are, not as YAML."""

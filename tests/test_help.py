@@ -24,6 +24,7 @@ finally:
         ["plan"],
         ["generate"],
         ["select"],
+        ["serve"],
         ["correct"],
         ["objectives"],
         ["data"],

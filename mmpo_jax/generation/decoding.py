@@ -101,7 +101,9 @@ def decode(
         tokens = _at_sample(samples.tokens, busy, samples, said)
         done = _at_sample(samples.done, ended, samples)
         token = jnp.where(busy & finite, token, pad_id)
-        hidden, pool = decode_token(module, prompts, samples, pool, token, ended)
+        hidden, pool = decode_token(
+            module, prompts, samples.sample, samples.position, pool, token, ended
+        )
         samples = dataclasses.replace(
             samples,
             tokens=tokens,
@@ -156,7 +158,8 @@ def _start(prompts: tuple[Prompts, ...], samples: Samples, given: Int[Array, " B
 def decode_token(
     module: VisionLanguageModel,
     prompts: tuple[Prompts, ...],
-    samples: Samples,
+    sample: Int[Array, "B M"],
+    position: Int[Array, "B M"],
     pool: Pool,
     token: Int[Array, "B M"],
     ended: Bool[Array, "B M"],
@@ -165,7 +168,9 @@ def decode_token(
 
     Args:
       module: the bound model.
-      prompts, samples, pool: before this token.
+      prompts, pool: before this token.
+      sample, position: int32[B, G * M], what every place decodes and where the token stands in it,
+        see `Samples`.
       token: int32[B, G * M].
       ended: bool[B, G * M], samples that have no token behind this one.
 
@@ -178,7 +183,7 @@ def decode_token(
     def grouped(x: jax.Array) -> jax.Array:
         return x.reshape(rows, groups, -1, *x.shape[2:])
 
-    sample, position = grouped(samples.sample), grouped(samples.position)
+    sample, position = grouped(sample), grouped(position)
     member = jnp.arange(sample.shape[2])
     owner = _append(pool.owner, jnp.where(sample >= 0, member, -1), pool.used)
     written = _append(pool.position, position, pool.used)

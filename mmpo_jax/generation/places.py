@@ -216,12 +216,7 @@ def empty_rows(
       pad_id: what follows a sample's end.
     """
 
-    def empty(leaf: jax.Array) -> jax.Array:
-        shape = list(leaf.shape)
-        shape[row_axis(leaf)] = rows
-        return jnp.broadcast_to(jnp.zeros_like(leaf, shape=()), shape)
-
-    prompts = tuple(jax.tree.map(empty, like) for _ in range(width))
+    prompts = empty_prompts(like, rows=rows, width=width)
     samples = width * like.keys.shape[1]
     state = Samples(
         started=jnp.zeros(rows, jnp.int32),
@@ -233,6 +228,18 @@ def empty_rows(
         steps=jnp.int32(0),
     )
     return placed((prompts, state))
+
+
+@functools.partial(jax.jit, static_argnames=("rows", "width"))
+def empty_prompts(like: Prompts, *, rows: int, width: int) -> tuple[Prompts, ...]:
+    """Q = `width` times B = `rows` prompts that are not there, see `empty_rows`."""
+
+    def empty(leaf: jax.Array) -> jax.Array:
+        shape = list(leaf.shape)
+        shape[row_axis(leaf)] = rows
+        return jnp.broadcast_to(jnp.zeros_like(leaf, shape=()), shape)
+
+    return placed(tuple(jax.tree.map(empty, like) for _ in range(width)))
 
 
 @functools.partial(jax.jit, static_argnames=("groups", "size"))
@@ -262,13 +269,7 @@ def give(
       which: int32[Z, F], which of that row's Q prompts it replaces.
       pad_id: what follows a sample's end.
     """
-    longest = max(prompts[0].cache[1].shape[3], new.cache[1].shape[3])
-    new = _widened(new, longest)
     width, none = len(prompts), len(samples.started) // to.shape[0]
-    kept = []
-    for number, prompt in enumerate(prompts):
-        write = functools.partial(_write, rows=jnp.where(which == number, to, none))
-        kept.append(jax.tree.map(write, _widened(prompt, longest), new))
     n = new.keys.shape[1]
 
     def begin(leaf: jax.Array, value: Any) -> jax.Array:
@@ -279,7 +280,22 @@ def give(
         return _write(by_prompt, fresh, rows=rows).reshape(leaf.shape)
 
     tokens, done = begin(samples.tokens, pad_id), begin(samples.done, False)
-    return placed((tuple(kept), dataclasses.replace(samples, tokens=tokens, done=done)))
+    given = replaced(prompts, new, to, which)
+    return given, placed(dataclasses.replace(samples, tokens=tokens, done=done))
+
+
+@functools.partial(jax.jit, donate_argnames="prompts")
+def replaced(
+    prompts: tuple[Prompts, ...], new: Prompts, to: Int[Array, "Z F"], which: Int[Array, "Z F"]
+) -> tuple[Prompts, ...]:
+    """The prompts of rows with new ones in the place of some, see `give`; as wide as the widest."""
+    longest = max(prompts[0].cache[1].shape[3], new.cache[1].shape[3])
+    none = len(prompts[0].length) // to.shape[0]
+    new, kept = _widened(new, longest), []
+    for number, prompt in enumerate(prompts):
+        write = functools.partial(_write, rows=jnp.where(which == number, to, none))
+        kept.append(jax.tree.map(write, _widened(prompt, longest), new))
+    return placed(tuple(kept))
 
 
 def _widened(prompts: Prompts, length: int) -> Prompts:

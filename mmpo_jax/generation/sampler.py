@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from mmpo_jax.recipes.sampling import Decoding
 
@@ -72,6 +72,56 @@ def truncate(logits: Float[Array, "*b V"], top_k: int, top_p: float) -> Float[Ar
         smallest = jnp.where(before < top_p, ordered, jnp.inf).min(axis=-1, keepdims=True)
         logits = jnp.where(logits < smallest, -jnp.inf, logits)
     return logits
+
+
+def choose_each(
+    logits: Float[Array, "B n V"],
+    keys: Key[Array, "B n"],
+    position: Int[Array, "B n"],
+    temperature: Float[Array, "B n"],
+    top_k: Int[Array, "B n"],
+    top_p: Float[Array, "B n"],
+    busy: Bool[Array, "B n"],
+) -> Int[Array, "B n"]:
+    """`choose_token`, every sample by options of its own; what is not busy gets any token.
+
+    Vocabularies are sorted only where a sample truncates them, and random numbers made only where
+    one is not greedy.
+    """
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    draws = busy & (temperature > 0)
+    truncates = draws & ((top_k > 0) | (top_p < 1))
+
+    def draw(
+        key: Key[Array, ""], position: Int[Array, ""], logits: Float[Array, " V"]
+    ) -> Int[Array, ""]:
+        return draw_token(jax.random.fold_in(key, position), logits)
+
+    def drawn() -> Int[Array, "B n"]:
+        scaled = logits / jnp.where(draws, temperature, 1)[..., None]
+        kept = jax.lax.cond(
+            truncates.any(), lambda: truncate_each(scaled, top_k, top_p), lambda: scaled
+        )
+        token = jax.vmap(jax.vmap(draw))(keys, position, kept).astype(jnp.int32)
+        return jnp.where(draws, token, greedy)
+
+    return jax.lax.cond(draws.any(), drawn, lambda: greedy)
+
+
+def truncate_each(
+    logits: Float[Array, "*b V"], top_k: Int[Array, "*b"], top_p: Float[Array, "*b"]
+) -> Float[Array, "*b V"]:
+    """`truncate`, every row by a k and a p of its own."""
+    last = logits.shape[-1] - 1
+    ordered = jnp.sort(logits, axis=-1)[..., ::-1]
+    at = jnp.where(top_k > 0, jnp.minimum(top_k - 1, last), last)
+    kth = jnp.take_along_axis(ordered, at[..., None], axis=-1)
+    ordered = jnp.where(ordered < kth, -jnp.inf, ordered)
+    probabilities = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    kept = (before < top_p[..., None]) | (top_p[..., None] >= 1)
+    smallest = jnp.where(kept, ordered, jnp.inf).min(axis=-1, keepdims=True)
+    return jnp.where(logits < jnp.maximum(kth, smallest), -jnp.inf, logits)
 
 
 def sample_keys(

@@ -36,6 +36,7 @@ from mmpo_jax.recipes.feedback import (
 from mmpo_jax.recipes.sampling import Candidates, LongSampling, Sampling
 from mmpo_jax.recipes.scoring import ImplicitReward, Rewarding, RewardModelAsked, Scoring
 from mmpo_jax.recipes.sentences import Sentences
+from mmpo_jax.recipes.serving import Serving
 from mmpo_jax.recipes.training import Rollout, Training
 
 
@@ -382,6 +383,18 @@ class SelectRecipe(Base):
         if self.sampling is None and isinstance(self.data, PictureWorldData):
             raise ValueError("sampling: null takes responses of the data; give a file of them")
         return self
+
+
+class ServeRecipe(Section):
+    """`mmpo serve`: a checkpoint behind OpenAI's chat protocol."""
+
+    model: str
+    """Checkpoint, by any name that `model` of other recipes may have."""
+    template: Literal["auto", "vicuna_v1"] = "auto"
+    """How dialogues become text."""
+    devices: Devices = Devices()
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    serving: Serving = Serving()
 
 
 class CorrectRecipe(Section):

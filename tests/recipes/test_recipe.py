@@ -51,7 +51,7 @@ PACKAGE = Path(mmpo_jax.__file__).parent
 CONFIGS = sorted((PACKAGE.parent / "configs").rglob("*.yaml"))
 KINDS = (
     *(TrainRecipe, AlignRecipe, GenerateRecipe, ScoreRecipe, SelectRecipe, EvaluateRecipe),
-    *(CorrectRecipe, RewardRecipe, JudgedAnswers),
+    *(CorrectRecipe, RewardRecipe, JudgedAnswers, ServeRecipe),
 )
 GOOD = {"output": "out", "model": "builtin:picture_world", "data": {"source": "picture_world"}}
 

@@ -1,0 +1,98 @@
+"""The one thread that the devices work for: takes who asks and who hangs up, and tells them."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+
+from mmpo_jax.generation.engine import Asked, Engine, Part
+
+log = logging.getLogger(__name__)
+
+FAILURES = 3
+"""Failures of the devices one behind the other after which nothing more is tried."""
+
+Tell = Callable[[list[Part] | Exception], None]
+"""Is called in the worker's thread with what there is, or with what ended it."""
+
+
+class Worker:
+    """An engine in a thread of its own."""
+
+    def __init__(self, engine: Engine, gave_up: Callable[[Exception], None]):
+        """
+        Args:
+          engine: nobody else calls it.
+          gave_up: is called in the worker's thread where the devices fail again and again.
+        """
+        self._engine, self._gave_up = engine, gave_up
+        self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._tells: dict[Asked, Tell] = {}
+        self._failures = 0
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    def ask(self, asked: Asked, tell: Tell) -> None:
+        """Asks for samples; `tell` is called until all have ended."""
+
+        def begin() -> None:
+            self._tells[asked] = tell
+            self._engine.add(asked)
+
+        self._orders.put(begin)
+
+    def drop(self, asked: Asked, number: int | None = None) -> None:
+        """Nobody waits any more for a sample, or for all of a request."""
+
+        def end() -> None:
+            self._engine.drop(asked, number)
+            if number is None:
+                self._tells.pop(asked, None)
+
+        self._orders.put(end)
+
+    def stop(self) -> None:
+        """Ends the thread; who still waits is told nothing more."""
+        self._orders.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while self._take_orders():
+            try:
+                parts = self._engine.advance()
+                self._failures = 0
+            except Exception as error:  # whatever JAX raises
+                self._fail(error)
+                if self._failures == FAILURES:
+                    self._gave_up(error)
+                    return
+                continue
+            by_request: dict[Asked, list[Part]] = {}
+            for part in parts:
+                by_request.setdefault(part.asked, []).append(part)
+            for asked, own in by_request.items():
+                if asked in self._tells:
+                    self._tells[asked](own)
+
+    def _take_orders(self) -> bool:
+        """Does what was ordered, and waits for orders where there is nothing else to do; False
+        where the thread is to end."""
+        while True:
+            try:
+                order = self._orders.get(block=not self._engine.works)
+            except queue.Empty:
+                return True
+            if order is None:
+                return False
+            order()
+
+    def _fail(self, error: Exception) -> None:
+        """Tells everybody what ended their samples, and begins anew."""
+        log.exception("the devices failed; all requests that were served are told")
+        self._failures += 1
+        tells, self._tells = self._tells, {}
+        for tell in tells.values():
+            tell(error)
+        self._engine.reset()
