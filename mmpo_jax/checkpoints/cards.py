@@ -121,7 +121,7 @@ def make_card(
         task="text-generation" if model.family.images is None else "image-text-to-text",
         method="+".join(section.type for section in recipe.training.objective),
         data=recipe.model_dump(mode="json")["data"],
-        recipe=recipe.model_dump(mode="json", exclude={"output"}),
+        recipe=recipe.model_dump(mode="json", exclude={"output", "hub"}),
         metrics=metrics,
         base_fingerprint=base_fingerprint,
     )

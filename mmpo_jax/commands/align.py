@@ -6,16 +6,21 @@ import os
 
 from mmpo_jax.alignment.align import run_alignment
 from mmpo_jax.alignment.report import render_sources, render_table, warnings
+from mmpo_jax.checkpoints.upload import check_hub, upload_result
 from mmpo_jax.recipes.recipe import AlignRecipe
 
 
 def main(recipe: AlignRecipe) -> None:
+    check_hub(recipe.hub)
     reports = run_alignment(recipe)
     print(render_table(reports))
     if sources := render_sources(reports):
         print(f"\n{sources}\n")
     for warning in warnings(reports):
         print(f"warning: {warning}")
-    print(f"model: {os.path.join(recipe.output, 'model')}")
+    model = os.path.join(recipe.output, "model")
+    print(f"model: {model}")
     if recipe.evaluation is not None:
         print(f"curves: {os.path.join(recipe.output, 'curves.png')}")
+    if place := upload_result(model, recipe.hub):
+        print(f"hub: {place}")

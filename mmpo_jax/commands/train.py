@@ -13,6 +13,7 @@ import numpy as np
 from mmpo_jax.checkpoints.cards import make_card
 from mmpo_jax.checkpoints.checkpoint import Checkpoint, load_start, model_config
 from mmpo_jax.checkpoints.orbax import check_holds_checkpoints
+from mmpo_jax.checkpoints.upload import check_hub, upload_result
 from mmpo_jax.core import progress
 from mmpo_jax.core.files import fingerprint_items
 from mmpo_jax.data.pipeline import MixtureEntry
@@ -49,7 +50,11 @@ ROWS = "data"
 
 
 def main(recipe: TrainRecipe) -> None:
-    print(f"model: {run_training(recipe)}")
+    check_hub(recipe.hub)
+    folder = run_training(recipe)
+    print(f"model: {folder}")
+    if place := upload_result(folder, recipe.hub):
+        print(f"hub: {place}")
 
 
 def run_training(recipe: TrainRecipe) -> str:

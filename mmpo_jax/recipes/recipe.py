@@ -33,6 +33,7 @@ from mmpo_jax.recipes.feedback import (
     ScoresFeedback,
     SourceFeedback,
 )
+from mmpo_jax.recipes.hub import Hub
 from mmpo_jax.recipes.sampling import Candidates, LongSampling, Sampling
 from mmpo_jax.recipes.scoring import ImplicitReward, Rewarding, RewardModelAsked, Scoring
 from mmpo_jax.recipes.sentences import Sentences
@@ -161,6 +162,8 @@ class TrainRecipe(Base):
     """Sampling and rewards, for objectives of sampled responses such as GRPO alone."""
     training: Training = Training()
     validation: Validation | None = None
+    hub: Hub | None = None
+    """Repository that the result is uploaded to; none by default."""
 
     @pydantic.model_validator(mode="after")
     def _samples(self) -> TrainRecipe:
@@ -221,6 +224,8 @@ class AlignRecipe(Base):
     pairing: Pairing = Pairing()
     training: PreferenceTraining = PreferenceTraining()
     evaluation: Evaluation | None = None
+    hub: Hub | None = None
+    """Repository that the model of the last round is uploaded to; none by default."""
 
     @pydantic.model_validator(mode="after")
     def _responses_differ(self) -> AlignRecipe:

@@ -39,6 +39,7 @@ from mmpo_jax.recipes.recipe import (
     ScoreRecipe,
     Section,
     SelectRecipe,
+    ServeRecipe,
     TrainRecipe,
 )
 from mmpo_jax.recipes.rewards import RewardModelReward, RewardSection
