@@ -8,7 +8,7 @@ import hmac
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any
 
 import pydantic
@@ -80,7 +80,7 @@ class Service:
         self._gave_up(error)
 
     @contextlib.contextmanager
-    def admitted(self) -> Any:
+    def admitted(self) -> Iterator[None]:
         """A request is one of those that are not answered yet.
 
         Raises:
@@ -171,22 +171,19 @@ class Service:
 async def _chat_completions(request: Request) -> Response:
     service: Service = request.app.state.service
     service.check_key(request)
-    admission = service.admitted()
-    admission.__enter__()
-    try:
-        body = _parsed(await _read(request, service.serving.max_body_mb * 2**20))
+    with contextlib.ExitStack() as admission:
+        admission.enter_context(service.admitted())
+        try:
+            data = await _read(request, service.serving.max_body_mb * 2**20)
+        except ClientDisconnect:
+            return Response(status_code=HUNG_UP)
+        body = _parsed(data)
         service.check_model(body.model)
         asked = await asyncio.to_thread(service.prompts.asked, body)
         reply = Reply(body, asked, service.processor, service.texts)
         if body.stream:
-            return _Stream(_events(service, asked, reply), admission)
+            return _Stream(_events(service, asked, reply), admission.pop_all())
         answer = await _unless_hung_up(request, _whole(service, asked, reply))
-    except ClientDisconnect:
-        answer = None
-    except BaseException:
-        admission.__exit__(None, None, None)
-        raise
-    admission.__exit__(None, None, None)
     return Response(status_code=HUNG_UP) if answer is None else JSONResponse(answer)
 
 
@@ -263,17 +260,15 @@ async def _events(service: Service, asked: Asked, reply: Reply) -> AsyncGenerato
 class _Stream(StreamingResponse):
     """Server-sent events; the request is over when they are, or when the client has gone."""
 
-    def __init__(self, events: AsyncGenerator[bytes, None], admission: Any):
+    def __init__(self, events: AsyncGenerator[bytes, None], admission: contextlib.ExitStack):
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._events, self._admission = events, admission
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        try:
+        with self._admission:
             async with contextlib.aclosing(self._events):
                 await super().__call__(scope, receive, send)
-        finally:
-            self._admission.__exit__(None, None, None)
 
 
 async def _models(request: Request) -> Response:
