@@ -1,13 +1,17 @@
 """Requests that come one by one: the same samples as where all prompts are known before."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from helpers.sampling import one_device
 
 from mmpo_jax.checkpoints.checkpoint import load_checkpoint
+from mmpo_jax.core.trees import map_with_path
 from mmpo_jax.data.batching import fitting_lengths
 from mmpo_jax.data.tokenization import tokenize_records
+from mmpo_jax.generation import engine as engines
 from mmpo_jax.generation.engine import ROW, Asked, Engine
 from mmpo_jax.generation.responses import generate_responses
 from mmpo_jax.generation.sampler import truncate, truncate_each
@@ -58,8 +62,13 @@ def serve(engine, asked, at_once=3, dropped=()):
     return found
 
 
-@pytest.mark.parametrize("places", [1, 8])
-def test_greedy_responses_are_those_of_generate(checkpoint, records, greedy, places):
+@pytest.mark.parametrize(("places", "pool"), [(1, engines.POOL), (8, 4)])
+def test_greedy_responses_are_those_of_generate(
+    checkpoint, records, greedy, places, pool, monkeypatch
+):
+    """Also where pools begin so small that they are full again and again, and grow."""
+    monkeypatch.setattr(engines, "POOL", pool)
+    monkeypatch.setattr(engines, "POOL_GROWS", 2)
     engine = Engine(checkpoint, one_device(), places=places, max_prompt=64)
     asked = [Asked(record, LENGTH, num_samples=1 + 2 * (n % 3)) for n, record in enumerate(records)]
     found = serve(engine, asked)
@@ -126,6 +135,22 @@ def test_what_is_told_beside_tokens(checkpoint, records):
                 np.testing.assert_allclose(log_prob, values[ids == token][0], rtol=1e-6)
         if part.asked is cold:
             assert (part.ids == part.top_ids[:, 0]).all()
+
+
+def test_logits_that_are_not_finite_end_a_sample(checkpoint, records):
+    def spoilt(path, leaf):
+        return leaf * np.nan if path == "language_model/norm/scale" else leaf
+
+    broken = dataclasses.replace(checkpoint, params=map_with_path(spoilt, checkpoint.params))
+    engine = Engine(broken, one_device(), places=ROW, max_prompt=64)
+    engine.add(asked := Asked(records[0], LENGTH, num_samples=2))
+    parts = engine.advance()
+    assert [(part.asked, part.number, len(part.ids)) for part in parts] == [
+        (asked, 0, 0),
+        (asked, 1, 0),
+    ]
+    assert all(isinstance(part.error, FloatingPointError) for part in parts)
+    assert not engine.works
 
 
 def test_a_mesh_serves_the_same(checkpoint, records, greedy):
