@@ -33,6 +33,7 @@ OTHERS = {
     "plan": "Say what a recipe takes of TPUs that are not there: memory, exchange, hours.",
     "objectives": "List the objectives and rewards with formula, source, options and what they "
     "need.",
+    "report": "Write a page about runs: curves, tables, and their prompts to browse.",
 }
 
 DATA_COMMANDS = {
@@ -172,6 +173,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     command.add_argument("--dtype", choices=get_args(SaveDtype), help=help)
     others["objectives"].add_argument("names", nargs="*", help="all by default")
     _add_plan(others["plan"])
+    _add_report(others["report"])
     _add_data_commands(subparsers)
     options, rest = parser.parse_known_args(arguments)
     if options.command == "evaluate":
@@ -338,6 +340,15 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
     command.add_argument("--responses", type=int, default=2, help="of a row that is scored: 2")
     help = "WIDTHxHEIGHT of a prompt's picture: 896x896"
     command.add_argument("--image", type=_image_size, help=help)
+
+
+def _add_report(command: argparse.ArgumentParser) -> None:
+    help = "folder that mmpo align or mmpo train wrote, finished or not"
+    command.add_argument("runs", nargs="+", metavar="RUN", help=help)
+    help = "HTML file; RUN/report.html by default, if there is one run"
+    command.add_argument("--output", metavar="FILE", help=help)
+    help = "prompts that can be browsed, of all rounds alike: 2000, or all"
+    command.add_argument("--prompts", metavar="N", help=help)
 
 
 def _image_size(text: str) -> tuple[int, int]:

@@ -52,6 +52,8 @@ from mmpo_jax.feedback.judges import Models, make_judge
 from mmpo_jax.feedback.served import Servers
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipes.recipe import AlignRecipe
+from mmpo_jax.reporting import page
+from mmpo_jax.reporting.runs import save_recipe
 from mmpo_jax.training.plan import check_training, mesh_sizes
 from mmpo_jax.training.saving import MODEL, load_before, measure_weights, save_weights
 from mmpo_jax.training.tracking import check_tracking
@@ -64,7 +66,7 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
 
     Writes to the recipe's output folder: `round-0/` (the start model's evaluation), `round-<i>/`
     (a file per stage, checkpoints, the trained `model/`), `model/` (the last round's), and the
-    report so far (`rounds.txt`, `rounds.json`, `curves.png`).
+    report so far (`rounds.txt`, `rounds.json`, `curves.png`), and at the end `report.html`.
 
     Returns:
       One row per round, the start model's first.
@@ -109,6 +111,7 @@ def _run_rounds(
         base_fingerprint=start.fingerprint,
     )
     check_training(recipe.training, start.model, mesh)
+    on_one(lambda: save_recipe(recipe.output, card.recipe))
     record_set, tokenized = usable_records(
         prompts,
         start.processor,
@@ -148,7 +151,18 @@ def _run_rounds(
         last = dataclasses.replace(card, metrics=reports[-1].values())
         write_card(trained, dataclasses.replace(last, saved=SavedWeights("float32")))
     save_last(recipe, work, start, last)
+    on_one(lambda: write_page(recipe.output))
     return reports
+
+
+def write_page(folder: str) -> None:
+    """Writes the page about an alignment. What goes wrong is said and no more: it is not worth
+    losing the end of a run, and `mmpo report` tries again."""
+    try:
+        with progress.doing("writing the report"):
+            page.write_report([folder], os.path.join(folder, page.FILE))
+    except Exception as error:
+        log.warning("%s: the report cannot be written: %r", folder, error)
 
 
 def save_last(recipe: AlignRecipe, work: Round, trained: Checkpoint, card: ModelCard) -> None:

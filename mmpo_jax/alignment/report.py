@@ -11,12 +11,11 @@ from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 
-from mmpo_jax.core.buckets import entries
 from mmpo_jax.core.files import read_json, read_table, write_atomic
-from mmpo_jax.core.timings import rates, read_timings
 from mmpo_jax.feedback.judge import VERDICTS, scored_responses
 from mmpo_jax.feedback.rate import read_rate
 from mmpo_jax.feedback.scores import accepted
+from mmpo_jax.reporting.runs import stage_rates
 from mmpo_jax.training.metrics import FILE, read_metrics
 
 RECALL_LOSS = 0.03
@@ -163,26 +162,6 @@ def read_report(index: int, folder: str, metrics: dict[str, float], responses: s
         sources=count_sources(generated, judged, pairs),
         stages=stage_rates(folder),
     )
-
-
-def stage_rates(folder: str) -> dict[str, dict[str, float | None]]:
-    """What the stages of a round took, over all runs of it and in all of its folders.
-
-    Returns:
-      By the stage's name: `seconds`, `rows`, `rows_per_second` and `tokens_per_second`, None where
-      a stage has no such thing.
-    """
-    found: dict[str, dict[str, float | None]] = {}
-    for place in ("", *entries(folder)):
-        for name, took in read_timings(os.path.join(folder, place)).items():
-            rate = rates(took)
-            found[os.path.join(place, name)] = {
-                "seconds": took["seconds"],
-                "rows": took.get("rows"),
-                "rows_per_second": rate.get("rows"),
-                "tokens_per_second": rate.get("tokens"),
-            }
-    return found
 
 
 def count_sources(

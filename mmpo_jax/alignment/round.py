@@ -49,6 +49,7 @@ from mmpo_jax.feedback.judge import (
 from mmpo_jax.feedback.pairing import Balance, PairingResult, ScoredResponse, make_pairs
 from mmpo_jax.feedback.served import Servers
 from mmpo_jax.recipes.recipe import AlignRecipe
+from mmpo_jax.reporting.prompts import write_prompts
 from mmpo_jax.training.loop import TrainingData
 from mmpo_jax.training.saving import MODEL
 from mmpo_jax.training.stage import TrainingStage, stage_data, train_stage
@@ -95,6 +96,7 @@ def run_round(work: Round, judge: Judge) -> str:
     prompts = begun_records(work.records, generated.table)
     left_out = pairs_left_out(work, generated, judged, [prompt.id for prompt in prompts[:PROMPTS]])
     write_examples(work.folder, prompts, generated.table, judged.table, pairs.table, left_out)
+    write_prompts(work.folder, prompts)
     return train_round(work, generated, pairs)
 
 

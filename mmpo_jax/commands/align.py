@@ -7,7 +7,9 @@ import os
 from mmpo_jax.alignment.align import run_alignment
 from mmpo_jax.alignment.report import render_sources, render_table, warnings
 from mmpo_jax.checkpoints.upload import check_hub, upload_result
+from mmpo_jax.core.buckets import is_file
 from mmpo_jax.recipes.recipe import AlignRecipe
+from mmpo_jax.reporting.page import FILE
 
 
 def main(recipe: AlignRecipe) -> None:
@@ -22,5 +24,8 @@ def main(recipe: AlignRecipe) -> None:
     print(f"model: {model}")
     if recipe.evaluation is not None:
         print(f"curves: {os.path.join(recipe.output, 'curves.png')}")
+    page = os.path.join(recipe.output, FILE)
+    if is_file(page):
+        print(f"report: {page}")
     if place := upload_result(model, recipe.hub):
         print(f"hub: {place}")

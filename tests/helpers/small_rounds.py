@@ -8,7 +8,7 @@ from mmpo_jax.recipes.recipe import AlignRecipe
 PROMPTS, SAMPLES, ROUNDS = 12, 3, 2
 
 
-STAGES = ("generate", "divide", "conquer", "judge", "pairs", "reference")
+STAGES = ("generate", "divide", "conquer", "judge", "pairs", "prompts", "reference")
 
 
 class WordSplitter:

@@ -89,7 +89,7 @@ def files(folder):
     """Path below the folder -> path, but for what differs from run to run."""
     found = (path for path in folder.rglob("*") if path.is_file())
     left_out = ("tensorboard/", "checkpoints/", "best/", "labeler_rate.json", "rounds.txt")
-    left_out += ("run.json", "timings.json")
+    left_out += ("run.json", "timings.json", "report.html")
     names = ((path.relative_to(folder).as_posix(), path) for path in found)
     return {name: path for name, path in names if not any(part in name for part in left_out)}
 

@@ -1,0 +1,1 @@
+"""What a person looks at of runs: one page with curves, tables and prompts."""

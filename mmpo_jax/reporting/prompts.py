@@ -1,0 +1,76 @@
+"""The prompts of a round as a page shows them: question and small pictures, in a stage."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow as pa
+
+from mmpo_jax.core.files import fingerprint_items
+from mmpo_jax.core.processes import on_one
+from mmpo_jax.core.stages import Stage, run_told_stage
+from mmpo_jax.data.records import Record, question_with_beginning
+from mmpo_jax.reporting.thumbnails import VERSION, make_thumbnail
+
+STAGE = "prompts"
+PER_PART = 512
+"""Prompts of a part."""
+MAX_PICTURES = 4
+"""Pictures of a prompt that are kept, the first ones."""
+MAX_NAME = 200
+"""Characters of a picture's name that are kept."""
+
+SHOWN = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("question", pa.string()),
+        ("images", pa.list_(pa.string())),
+        ("thumbnails", pa.list_(pa.binary())),
+    ]
+)
+"""Columns of the stage: `images` has the names of all pictures, `thumbnails` the first ones as
+WebP, null where one cannot be opened."""
+
+
+def write_prompts(folder: str, records: Sequence[Record]) -> None:
+    """Writes the prompts of a round as the stage `prompts`, in the first process.
+
+    Args:
+      folder: of the round.
+      records: its prompts.
+    """
+    on_one(lambda: _write(folder, records))
+
+
+def _write(folder: str, records: Sequence[Record]) -> None:
+    shown = (
+        [
+            record.id,
+            question_with_beginning(record.prompt),
+            [(image.name[:MAX_NAME], image.fingerprint()) for image in record.images],
+        ]
+        for record in records
+    )
+    inputs = {"prompts": fingerprint_items(shown)}
+    settings = {"thumbnails": VERSION, "pictures": MAX_PICTURES}
+    parts = max(1, -(-len(records) // PER_PART))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def make_part(part: int) -> pa.Table:
+            of_part = records[part * PER_PART : (part + 1) * PER_PART]
+            images = [image for record in of_part for image in record.images[:MAX_PICTURES]]
+            made = iter(pool.map(make_thumbnail, images))
+            rows = [
+                {
+                    "prompt_id": record.id,
+                    "question": question_with_beginning(record.prompt),
+                    "images": [image.name[:MAX_NAME] for image in record.images],
+                    "thumbnails": [next(made) for _ in record.images[:MAX_PICTURES]],
+                }
+                for record in of_part
+            ]
+            return pa.Table.from_pylist(rows, schema=SHOWN)
+
+        run_told_stage(Stage(folder, STAGE, inputs, settings, parts), make_part)
