@@ -27,7 +27,7 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from etils import epath
@@ -44,10 +44,14 @@ from mmpo_jax.data.skipped import UnusableRow
 MODULES = (
     "amber",
     "chair",
+    "llava_bench",
     "mm_rlhf_rewardbench",
+    "mm_rlhf_safetybench",
+    "mmhal",
     "mmstar",
     "multimodal_rewardbench",
     "pope",
+    "refomb",
     "vl_rewardbench",
 )
 """Modules of this package that register a benchmark."""
@@ -295,6 +299,12 @@ def score_answers(
 def share(part: float, whole: float) -> float:
     """part / whole; NaN of nothing."""
     return part / whole if whole else math.nan
+
+
+def mean_words(texts: Iterable[str | None]) -> float:
+    """Words of a text, between blanks, on average; those that are not known are left out."""
+    known = [text for text in texts if text is not None]
+    return share(sum(len(text.split()) for text in known), len(known))
 
 
 def lines(scores: Scores) -> Iterator[str]:

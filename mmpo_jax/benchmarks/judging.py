@@ -166,6 +166,11 @@ class Judge:
             for row in on_one(lambda: read_table(epath.Path(path))):
                 self._rows[row.text("key")].append(dict(row.values))
 
+    @property
+    def is_there(self) -> bool:
+        """Whether there are a model or judgements."""
+        return self.model is not None or self._given is not None
+
     def ask(
         self,
         prompt: JudgePrompt,
@@ -206,8 +211,8 @@ class Judge:
         return found
 
     def tell(self, prompt: JudgePrompt, models: Sequence[str | None]) -> None:
-        """Notes who made judgements that were published, one name for each."""
-        self.told[prompt.name] = {
+        """Notes who made judgements that were published, in words of their own: a name for each."""
+        self.told[f"{prompt.name.rpartition('-')[0]}-published"] = {
             "judge": None,
             "judgements": self._given,
             "models": _counted(models),

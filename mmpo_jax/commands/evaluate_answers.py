@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from typing import get_args
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -80,9 +80,16 @@ def described(benchmark: Benchmark) -> list[str]:
             "  --judge url=http://HOST:PORT/v1 --judge model=NAME asks one (docs/evaluation.md)",
         ]
     for name, (kind, default) in benchmark.options.items():
-        choices = ", ".join(get_args(kind)) or kind.__name__
+        choices = _choices(kind)
         told.append(f"  --rule {name}={default}  ({choices})")
     return told
+
+
+def _choices(kind: Any) -> str:
+    """What an option may be, for a person."""
+    if get_origin(kind) is Literal:
+        return ", ".join(get_args(kind))
+    return (get_args(kind) or (kind,))[0].__name__
 
 
 def parse_rules(benchmark: Benchmark, given: list[str]) -> dict[str, object]:
