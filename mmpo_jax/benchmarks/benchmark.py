@@ -50,6 +50,7 @@ MODULES = (
     "mmhal",
     "mmstar",
     "multimodal_rewardbench",
+    "object_halbench",
     "pope",
     "refomb",
     "vl_rewardbench",

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
-from mmpo_jax.benchmarks.benchmark import Asked, Files, Metric, Scores, benchmark, share
+from mmpo_jax.benchmarks.benchmark import Asked, Files, Metric, Scores, benchmark
 from mmpo_jax.benchmarks.coco import (
     COCO_SOURCE,
     Mentions,
     Totals,
     Vocabulary,
+    beside_of,
     first_file,
     held_by,
     image_number,
@@ -38,6 +39,9 @@ DOUBLES = (
     *("mobile phone", "teddy bear", "hair drier", "potted plant", "laptop computer"),
 )
 """Names of classes that are two words."""
+
+TABLES = ("synonyms.txt", "data/synonyms.txt", "chair_original_synonyms.txt")
+"""What the table of synonyms is called."""
 
 METRICS = (
     Metric("CHAIRs", "less", curve=True),
@@ -101,7 +105,10 @@ def chair(
     singular = singular_by_rules if singulars == "pattern" else english.singular
     classes = read_classes(first_file(files, *TABLES), stripped=False)
     vocabulary = Vocabulary.of(classes, DOUBLES)
-    words_of = _words_of(english, vocabulary, singular)
+
+    def words_of(text: str) -> list[str]:
+        return vocabulary.joined([singular(word) for word in english.tokens(text.lower())])
+
     captions = [row for answer in answers for row in _captions(answer)]
     images = [image_number(row.need("image_id", "id"), row.name) for row in captions]
     held = held_by(images, files.folder, vocabulary, words_of)
@@ -111,52 +118,18 @@ def chair(
     ]
     totals = Totals.of(mentions)
     metrics = {**_copied(answers), "CHAIRs": totals.of_all, "CHAIRi": totals.of_mentions}
-    rows = [caption_row(one) for one in mentions]
+    rows = [_row(one) for one in mentions]
     return Scores(metrics, beside_of(totals, mentions), rows, english.made_with())
 
 
-TABLES = ("synonyms.txt", "data/synonyms.txt", "chair_original_synonyms.txt")
-"""What the table of synonyms is called."""
-
-
-def caption_row(one: Mentions) -> dict[str, Any]:
-    """What became of a caption, as JSON."""
-    words = len(one.caption.split())
-    return {
-        "id": one.image,
-        "caption": one.caption,
-        "mentioned": [list(pair) for pair in one.named],
-        "invented": [list(pair) for pair in one.invented],
-        "in_the_image": sorted(one.held),
-        "scores": {
-            "CHAIRs": bool(one.invented),
-            "CHAIRs_refine": [bool(one.invented), bool(one.named)],
-            "CHAIRi": [len(one.invented), len(one.named)],
-            "recall": [len(one.right), len(one.held)],
-            "words_per_caption": words,
-        },
+def _row(one: Mentions) -> dict[str, Any]:
+    scores = {
+        "CHAIRs": bool(one.invented),
+        "CHAIRi": [len(one.invented), len(one.named)],
+        "recall": [len(one.right), len(one.held)],
+        "words_per_caption": len(one.caption.split()),
     }
-
-
-def beside_of(totals: Totals, mentions: Sequence[Mentions]) -> dict[str, float]:
-    """What the numbers of captions hide."""
-    words = sum(len(one.caption.split()) for one in mentions)
-    return {
-        "CHAIRs_of_captions_with_objects": totals.of_those_with_objects,
-        "recall": totals.recall,
-        "words_per_caption": share(words, len(mentions)),
-        "captions": totals.captions,
-        "captions_without_objects": totals.captions - totals.with_objects,
-        "images": len({one.image for one in mentions}),
-        "mentions": totals.mentions,
-        "inventions": totals.inventions,
-    }
-
-
-def _words_of(
-    english: English, vocabulary: Vocabulary, singular: Callable[[str], str]
-) -> Callable[[str], list[str]]:
-    return lambda text: vocabulary.joined([singular(word) for word in english.tokens(text.lower())])
+    return {**one.told(), "scores": scores}
 
 
 def _captions(answer: Row) -> list[Row]:

@@ -95,6 +95,16 @@ class Mentions:
     def right(self) -> frozenset[str]:
         return frozenset(name for _, name in self.named) & self.held
 
+    def told(self) -> dict[str, Any]:
+        """What became of the caption, as JSON."""
+        return {
+            "id": self.image,
+            "caption": self.caption,
+            "mentioned": [list(pair) for pair in self.named],
+            "invented": [list(pair) for pair in self.invented],
+            "in_the_image": sorted(self.held),
+        }
+
 
 @dataclasses.dataclass(frozen=True)
 class Totals:
@@ -140,6 +150,22 @@ class Totals:
     @property
     def recall(self) -> float:
         return share(self.right, self.held)
+
+
+def beside_of(totals: Totals, mentions: Sequence[Mentions]) -> dict[str, float]:
+    """What numbers of captions hide."""
+    return {
+        "CHAIRs_of_captions_with_objects": totals.of_those_with_objects,
+        "recall": totals.recall,
+        "words_per_caption": share(
+            sum(len(one.caption.split()) for one in mentions), len(mentions)
+        ),
+        "captions": totals.captions,
+        "captions_without_objects": totals.captions - totals.with_objects,
+        "images": len({one.image for one in mentions}),
+        "mentions": totals.mentions,
+        "inventions": totals.inventions,
+    }
 
 
 def read_classes(path: epath.Path, stripped: bool) -> dict[str, str]:
