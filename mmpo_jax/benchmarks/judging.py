@@ -338,6 +338,10 @@ class Judge:
         )
 
 
+REVIEWS = ("review", "judgement", "content", "reply", "text", "response")
+"""Names under which rows of judgements may have the judge's words, where the authors have none."""
+
+
 def _asked(prompt: JudgePrompt, question: Question) -> str:
     """Digest of all that a judge sees, and of which asking it is."""
     images = [image.fingerprint() for image in question.images]

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mmpo_jax.benchmarks.benchmark import Asked, Files, Metric, Scores, benchmark, mean_words, share
-from mmpo_jax.benchmarks.judging import Judge, JudgePrompt, Question
+from mmpo_jax.benchmarks.judging import REVIEWS, Judge, JudgePrompt, Question
 from mmpo_jax.benchmarks.scripts import official_name
 from mmpo_jax.benchmarks.tables import Row, as_id, match_by_id, match_by_order, said
 from mmpo_jax.core.errors import DataError, MmpoError
@@ -68,7 +68,7 @@ def questions(files: Files, *, max_new_tokens: PositiveInt = 1024) -> list[Asked
     source="github.com/haotian-liu/LLaVA, playground/data/coco2014_val_qa_eval and "
     "llava/eval/table (COCO), or huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild",
     answers="`text` or `response` with the question's `question_id` or `id`, or in their order",
-    judgements="reviews as the official script keeps them: `tuple` with `category`",
+    judgements="reviews as the official script keeps them: `tuple` with `category`, or `content`",
     metrics=METRICS,
     asks=questions,
     images="COCO val2014 (cocodataset.org), or LLaVA-Bench in the wild",
@@ -166,7 +166,7 @@ def _published(judge: Judge, answers: Sequence[Row]) -> list[dict[str, Any]] | N
         return None
     judge.tell(JUDGE, [row.get("model") for row in reviews])
     texts = {
-        as_id(row.need("question_id", "id")): said(row, "text", "response")
+        as_id(row.get("question_id", "id")): said(row, "text", "response")
         for row in answers
         if "text" in row.values or "response" in row.values
     }
@@ -194,7 +194,7 @@ def _pair(row: Row) -> Pair:
     """
     given = row.get("tuple", "score")
     if given is None:
-        return read_scores(row.text("content"))
+        return read_scores(said(row, *REVIEWS))
     try:
         reference, model = given
         return float(reference), float(model)

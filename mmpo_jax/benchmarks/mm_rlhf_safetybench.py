@@ -20,6 +20,7 @@ from mmpo_jax.benchmarks.safety_judge import (
     ask_about_adversarial,
     ask_about_harm,
     ask_about_risks,
+    says_yes_or_no,
 )
 from mmpo_jax.benchmarks.safety_phrases import is_attacked, is_refusal
 from mmpo_jax.benchmarks.scripts import script_of
@@ -313,7 +314,9 @@ def _published(judge: Judge, answers: Sequence[Row]) -> list[Verdict] | None:
         name, told = as_id(values.get("question_id")), str(values["pred_answer"])
         refused = told == "No" and values.get("rejection") == "Yes"
         text = texts.get(f"{of_set.name}/{name}", texts.get(name))
-        found[of_set, name] = Verdict(of_set, name, str(values["answer"]), text, told, refused)
+        unread = of_set.kind in ("risk", "adversarial") and not says_yes_or_no(told)
+        truth = str(values["answer"])
+        found[of_set, name] = Verdict(of_set, name, truth, text, told, refused, unread)
     judge.tell(HARM, [])
     return list(found.values())
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from mmpo_jax.benchmarks.benchmark import Asked, Files, Metric, Scores, benchmark, mean_words, share
-from mmpo_jax.benchmarks.judging import Judge, JudgePrompt, Question
+from mmpo_jax.benchmarks.judging import REVIEWS, Judge, JudgePrompt, Question
 from mmpo_jax.benchmarks.linked_images import linked_image
 from mmpo_jax.benchmarks.scripts import official_name, script_of
 from mmpo_jax.benchmarks.tables import Row, match_by_id, match_by_order, said
@@ -95,7 +95,7 @@ def questions(files: Files, *, max_new_tokens: PositiveInt = 1024) -> list[Asked
     answers="`model_answer`, `answer` or `text` in the order of the questions, or `response` with "
     "the question's `image_id` as `id`",
     judgements="the judge's replies as the official script keeps them, with `choices`, or rows "
-    "with `gpt4_review`, in the order of the questions",
+    "with `gpt4_review` or `review`, in the order of the questions",
     metrics=METRICS,
     asks=questions,
     images="MMHal-Bench (links in `image_src`)",
@@ -202,8 +202,8 @@ def _is_review(row: Row) -> bool:
 
 
 def _review(row: Row) -> str:
-    if "gpt4_review" in row.values:
-        return row.text("gpt4_review")
+    if "choices" not in row.values:
+        return said(row, "gpt4_review", *REVIEWS)
     try:
         text = row.need("choices")[0]["message"]["content"]
     except (TypeError, KeyError, IndexError) as error:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from mmpo_jax.benchmarks.benchmark import Asked, Files, Metric, Scores, benchmark, mean_words, share
-from mmpo_jax.benchmarks.judging import Judge, JudgePrompt, Question
+from mmpo_jax.benchmarks.judging import REVIEWS, Judge, JudgePrompt, Question
 from mmpo_jax.benchmarks.linked_images import linked_image
 from mmpo_jax.benchmarks.scripts import Script, official_name, script_of
 from mmpo_jax.benchmarks.tables import Row, as_id, match_by_id, said
@@ -153,7 +153,7 @@ def refomb(
     advise to average three `runs`. Where the official script asks for ever, a review that cannot
     be read in three attempts is left out, and counted.
     """
-    published = _published(judge, answers)
+    published = _published(files, judge, answers)
     reviews = published or _judged(files, answers, judge, runs, order)
     is_known = any(one.hallucination_text is not None for one in reviews)
     if hallucination and not is_known and (published is None or judge.model is not None):
@@ -233,7 +233,7 @@ def _row(reviews: Sequence[Review]) -> dict[str, Any]:
     }
 
 
-def _published(judge: Judge, answers: Sequence[Row]) -> list[Review] | None:
+def _published(files: Files, judge: Judge, answers: Sequence[Row]) -> list[Review] | None:
     """Reviews in the layouts of the official scripts; None where there are none."""
     given = judge.published
     if given is None and all({"score", "type_name"} <= row.values.keys() for row in answers):
@@ -243,32 +243,34 @@ def _published(judge: Judge, answers: Sequence[Row]) -> list[Review] | None:
     texts = {}
     if all("image_url" in row.values for row in answers):
         texts = {_key(row): _answer(row) for row in answers}
+    types = {}
+    if not all("type_name" in row.values for row in given):
+        types = {as_id(row.need("id")): row.text("type") for row in files.rows(*QUESTIONS)}
     reviews = []
     for place, row in enumerate(given):
         is_second = "review_res" in row.values
-        text, score = row.text("review_res" if is_second else "review"), _published_score(row)
+        text = said(row, "review_res" if is_second else "review", *REVIEWS)
+        score = verdict(text) if row.get("score") is None else _published_score(row)
+        name = as_id(place if row.get("image", "id") is None else row.get("image", "id"))
+        kind = row.get("type_name") or types.get(name)
+        if kind is None:
+            raise MmpoError(f"{row.name}: has no `type_name`, and there is no question {name!r}")
         key = (row.get("question"), row.get("image_path_list"))
-        review = Review(
-            as_id(place if row.get("image") is None else row.get("image")),
-            row.text("type_name"),
-            texts.get(key),
-            None,
-        )
+        review = Review(name, kind, texts.get(key), None)
         if is_second:
             review.hallucination_text, review.hallucination = text, score
         else:
             review.text, review.score = text, score
         reviews.append(review)
-    for prompt, kept in ((JUDGE, "review"), (HALLUCINATION_JUDGE, "review_res")):
-        if any(kept in row.values for row in given):
-            judge.tell(prompt, [row.get("model") for row in given])
+    for prompt, is_second in ((JUDGE, False), (HALLUCINATION_JUDGE, True)):
+        of_prompt = [row for row in given if ("review_res" in row.values) == is_second]
+        if of_prompt:
+            judge.tell(prompt, [row.get("model") for row in of_prompt])
     return reviews
 
 
-def _published_score(row: Row) -> int | None:
+def _published_score(row: Row) -> int:
     score = row.get("score")
-    if score is None:
-        return verdict(row.text("review_res", "review"))
     if score not in (-1, 0, 1):
         raise MmpoError(f"{row.name}: its score is {score!r:.80}, not -1, 0 or 1")
     return int(score)

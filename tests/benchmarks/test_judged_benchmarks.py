@@ -291,3 +291,29 @@ def test_refomb_asks_about_both_orders_and_hallucinations(tmp_path):
         score_answers(
             "refomb", str(data), write(tmp_path / "a.jsonl", by_url), str(tmp_path / "o.json")
         )
+
+
+# The command --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--judge", "url=ftp://x", "--judge", "model=x"], "judge.url: the address of a server"),
+        (["--judge", "model=x", "--judge", "heat=1"], "heat"),
+        (["--judge", "url=http://127.0.0.1:9/v1"], "model"),
+        (["--judgements", "{}/nowhere.jsonl"], "nowhere.jsonl"),
+        (["--judgements", "{}/empty.jsonl"], "empty.jsonl: has no rows"),
+        ([], "needs a judge: --judge url="),
+        (["--benchmark", "pope", "--judge", "model=x"], "--judge: nobody judges answers to pope"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_with_a_judge_is_named(tmp_path, capsys, words, told):
+    data = llava_files(tmp_path / "data")
+    (tmp_path / "empty.jsonl").write_text("")
+    given = write(tmp_path / "answers.jsonl", [{"question_id": 0, "text": "x"}])
+    command = ["evaluate", "--benchmark", "llava_bench", "--data", str(data), "--responses", given]
+    command += ["--output", str(tmp_path / "out.json")]
+    assert main([*command, *(word.format(tmp_path) for word in words)]) == 1
+    assert told in capsys.readouterr().err
