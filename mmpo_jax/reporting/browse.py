@@ -17,9 +17,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmpo_jax.core.buckets import is_file
+from mmpo_jax.core.buckets import entries, is_file
 from mmpo_jax.core.errors import DataError
-from mmpo_jax.core.files import fingerprint_bytes, read_table
+from mmpo_jax.core.files import fingerprint_bytes, read_bytes, read_json, read_table
 from mmpo_jax.feedback.judge import VERDICTS, sources_of
 from mmpo_jax.feedback.scores import accepted
 from mmpo_jax.reporting.prompts import STAGE
@@ -27,6 +27,7 @@ from mmpo_jax.reporting.runs import RunFiles
 
 log = logging.getLogger(__name__)
 
+_QUESTIONS = f"-{STAGE}.parquet"
 RESPONSES = ("responses", "generate")
 """Stages with the responses of a round: of all sources, where there are several, or the
 policy's."""
@@ -73,6 +74,7 @@ class Sighting:
     run: int
     """Number of the run on the page."""
     round: int
+    """Number of the round or, in a training, of the update."""
     responses: Sequence[SeenResponse]
     pairs: Sequence[SeenPair]
 
@@ -88,6 +90,8 @@ class SeenPrompt:
     thumbnails: Sequence[bytes | None]
     """Of the first ones."""
     seen: Sequence[Sighting]
+    benchmark: str = ""
+    """Name of the benchmark that asks; empty where a round did."""
 
     @property
     def rejected(self) -> int:
@@ -137,19 +141,22 @@ def read_prompts(runs: Sequence[RunFiles], limit: int | None) -> tuple[list[Seen
       limit: how many sightings of prompts are read, evenly from all rounds; None for all.
 
     Returns:
-      (the prompts, in the order of the rounds; how many there are in all).
+      (the prompts, in the order of the rounds, those of benchmarks last; how many there are).
     """
-    places = []
+    places: list[tuple[int, int, _Tables | _Answers]] = []
     for number, run in enumerate(runs):
         for one in run.rounds:
             tables = _tables(one.folder)
             if tables is not None:
                 places.append((number, one.index, tables))
-    counts = [len(tables.prompt_ids) for *_, tables in places]
+    for number, run in enumerate(runs):
+        for each in run.measurements:
+            places += [(number, each.place, answers) for answers in _answers(each.folder)]
+    counts = [len(source.prompt_ids) for *_, source in places]
     found: dict[Any, SeenPrompt] = {}
-    for (number, index, tables), many in zip(places, _shares(counts, limit), strict=True):
-        for prompt in tables.read(number, index, many):
-            key = (prompt.id, prompt.question, _digests(prompt.thumbnails))
+    for (number, index, source), many in zip(places, _shares(counts, limit), strict=True):
+        for prompt in source.read(number, index, many):
+            key = (prompt.benchmark, prompt.id, prompt.question, _digests(prompt.thumbnails))
             before = found.get(key)
             if before is not None:
                 prompt = dataclasses.replace(before, seen=[*before.seen, *prompt.seen])
@@ -269,3 +276,57 @@ def _table(folder: str, name: str) -> pa.Table | None:
     except DataError as error:
         log.warning("left out: %s", error)
         return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Answers:
+    """What a model answered to the questions of a benchmark that are kept for pages."""
+
+    benchmark: str
+    prompts: pa.Table
+    answers: Mapping[str, Mapping[str, Any]]
+    scores: Mapping[str, Mapping[str, Any]]
+    """What the benchmark says of every answer."""
+
+    @property
+    def prompt_ids(self) -> list[str]:
+        return [name for name in self.prompts["prompt_id"].to_pylist() if name in self.answers]
+
+    def read(self, run: int, index: int, many: int) -> list[SeenPrompt]:
+        """So many of its questions, the first ones."""
+        rows = {row["prompt_id"]: row for row in _of(self.prompts, self.prompt_ids).to_pylist()}
+        return [
+            SeenPrompt(
+                id=name,
+                question=rows[name]["question"],
+                images=rows[name]["images"],
+                thumbnails=rows[name]["thumbnails"],
+                seen=[Sighting(run, index, [self._response(name)], [])],
+                benchmark=self.benchmark,
+            )
+            for name in self.prompt_ids[:many]
+        ]
+
+    def _response(self, name: str) -> SeenResponse:
+        said, scored = dict(self.answers[name]), dict(self.scores.get(name, {}))
+        text = said.pop("response")
+        details = {**scored.pop("scores", {}), **said, **scored}
+        known = {key: value for key, value in details.items() if key != "id" and value is not None}
+        return SeenResponse(0, "", text, True, None, None, details=known)
+
+
+def _answers(folder: str) -> list[_Answers]:
+    """The benchmarks of a folder whose answers and questions are there."""
+    found = []
+    for file in entries(folder):
+        name = file.removesuffix(_QUESTIONS)
+        path = os.path.join(folder, f"{name}.answers.jsonl")
+        if name == file or not is_file(path):
+            continue
+        prompts = _table(folder, file.removesuffix(".parquet"))
+        if prompts is not None:
+            rows = [json.loads(line) for line in read_bytes(path).splitlines()]
+            scores = read_json(os.path.join(folder, f"{name}.scores.json")).get("rows", [])
+            by_id = [{row["id"]: row for row in each if "id" in row} for each in (rows, scores)]
+            found.append(_Answers(name, prompts, *by_id))
+    return found

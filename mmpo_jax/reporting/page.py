@@ -26,7 +26,7 @@ from mmpo_jax.feedback.judge import VERDICTS
 from mmpo_jax.recipes.candidates import POLICY
 from mmpo_jax.reporting.browse import SeenPrompt, SeenResponse, read_prompts
 from mmpo_jax.reporting.charts import draw, legend
-from mmpo_jax.reporting.curves import speed_charts, training_charts
+from mmpo_jax.reporting.curves import HELD_OUT, speed_charts, training_charts
 from mmpo_jax.reporting.measured import Benchmark, Group, chart_benchmark, group_runs, measured
 from mmpo_jax.reporting.runs import RunFiles, read_runs
 from mmpo_jax.reporting.tables import (
@@ -147,7 +147,8 @@ class _Packed:
     prompts: Sequence[Mapping[str, Any]]
     pictures: Sequence[str]
     """Base64 of their thumbnails, each once."""
-    runs: Sequence[str] = ()
+    runs: Sequence[tuple[str, str]] = ()
+    """Name and kind."""
 
 
 def _chunks(seen: Sequence[SeenPrompt], room: int) -> list[list[SeenPrompt]]:
@@ -188,7 +189,7 @@ def _pack(runs: Sequence[RunFiles], seen: Sequence[SeenPrompt]) -> _Packed:
                 pictures.append(base64.b64encode(data).decode())
             numbers.append(places[digest])
         prompts.append(_packed_prompt(prompt, numbers))
-    return _Packed(prompts, pictures, [run.name for run in runs])
+    return _Packed(prompts, pictures, [(run.name, run.kind) for run in runs])
 
 
 def _packed_prompt(prompt: SeenPrompt, pictures: Sequence[int | None]) -> dict[str, Any]:
@@ -196,6 +197,7 @@ def _packed_prompt(prompt: SeenPrompt, pictures: Sequence[int | None]) -> dict[s
     return {
         "id": prompt.id,
         "q": prompt.question,
+        "b": prompt.benchmark.replace("_", " "),
         "names": list(prompt.images),
         "pictures": list(pictures),
         "seen": [
@@ -256,6 +258,7 @@ def _sections(runs: Sequence[RunFiles]) -> dict[str, Any]:
         "speed": {"front": speed[0], "behind": speed[1]},
         "stages": bars,
         "has_rounds": any(sum(bool(one.curves) for one in run.rounds) > 1 for run in runs),
+        "has_held_out": any(HELD_OUT in line.name for line in drawn),
         "has_bins": any(point.low is not None for line in drawn for point in line.points),
     }
 

@@ -1,4 +1,4 @@
-"""The prompts of a round as a page shows them: question and small pictures, in a stage."""
+"""Prompts of a round or a benchmark as a page shows them: question and small pictures."""
 
 from __future__ import annotations
 
@@ -34,17 +34,18 @@ SHOWN = pa.schema(
 WebP, null where one cannot be opened."""
 
 
-def write_prompts(folder: str, records: Sequence[Record]) -> None:
-    """Writes the prompts of a round as the stage `prompts`, in the first process.
+def write_prompts(folder: str, records: Sequence[Record], name: str = STAGE) -> None:
+    """Writes prompts as a stage, in the first process.
 
     Args:
-      folder: of the round.
-      records: its prompts.
+      folder: of the round, or of a benchmark's answers.
+      records: the prompts.
+      name: of the stage; `NAME-prompts` is that of the benchmark whose section is called so.
     """
-    on_one(lambda: _write(folder, records))
+    on_one(lambda: _write(folder, records, name))
 
 
-def _write(folder: str, records: Sequence[Record]) -> None:
+def _write(folder: str, records: Sequence[Record], name: str) -> None:
     shown = (
         [
             record.id,
@@ -73,4 +74,4 @@ def _write(folder: str, records: Sequence[Record]) -> None:
             ]
             return pa.Table.from_pylist(rows, schema=SHOWN)
 
-        run_told_stage(Stage(folder, STAGE, inputs, settings, parts), make_part)
+        run_told_stage(Stage(folder, name, inputs, settings, parts), make_part)

@@ -30,6 +30,8 @@ CARD = os.path.join("base", "card.json")
 """In a training's folder: the card of its result, which holds the recipe."""
 EVALUATION = "evaluation.json"
 ROUNDS = "rounds.json"
+ANSWERS = "evaluation"
+"""In a round's folder, or a training's, there by step: what benchmarks asked, and their scores."""
 TAX = "tax.json"
 TRAINED = "train.json"
 """In a round's folder: what is known of its training, once that is over."""
@@ -61,6 +63,8 @@ class Measurement:
     """Number of the round or, in a training, of the update; 0 is the start model."""
     values: Mapping[str, float]
     """By `BENCHMARK/METRIC`."""
+    folder: str
+    """Folder of its answers and their scores."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +161,7 @@ def _read_alignment(folder: str, name: str, indices: Sequence[int]) -> RunFiles:
         )
     told = [read_json(os.path.join(one.folder, EVALUATION)) for one in rounds]
     measurements = [
-        Measurement(one.index, _finite(each["metrics"]))
+        Measurement(one.index, _finite(each["metrics"]), os.path.join(one.folder, ANSWERS))
         for one, each in zip(rounds, told, strict=True)
         if each.get("metrics")
     ]
@@ -220,7 +224,9 @@ def _read_training(folder: str, name: str, there: Sequence[str]) -> RunFiles:
     for row in curves:
         values = {key: value for key, value in row.items() if key.startswith(benchmarks)}
         if values:
-            measurements.append(Measurement(int(row["step"]), values))
+            step = int(row["step"])
+            place = os.path.join(folder, ANSWERS, f"step-{step:06d}")
+            measurements.append(Measurement(step, values, place))
         rest.append({key: value for key, value in row.items() if key not in values})
     one = Round(1, folder, {}, rest, stage_rates(folder))
     return RunFiles(

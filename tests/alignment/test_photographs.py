@@ -5,6 +5,7 @@ MMPO_RLAIF_V_EXAMPLES names a folder of real ones: `prompts.jsonl` of id, image 
 the images.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("trl")
 from helpers import pictures  # noqa: E402
+from helpers.browser import NoBrowser, look_at  # noqa: E402
 from helpers.chat_server import ChatTestServer  # noqa: E402
 from helpers.kinds import KINDS, make_checkpoint  # noqa: E402
 from helpers.served_rounds import MODELS, Feedback  # noqa: E402
@@ -163,6 +165,9 @@ def test_with_checkpoints(model, splitter, data, tmp_path):
     divided = read_table(tmp_path / "round-1" / "divide.parquet")
     said = {claim for claims in divided["claims"].to_pylist() for claim in claims}
     assert len(said) > 1
+    with contextlib.suppress(NoBrowser):
+        seen = look_at(tmp_path / "report.html")
+        assert (seen.prompts, seen.pictures) == (PROMPTS, PROMPTS)
 
 
 def test_served(model, data, tmp_path):

@@ -4,6 +4,7 @@ It is the Chromium that `MMPO_CHROMIUM` names, one on the path, or Playwright's 
 """
 
 import contextlib
+import dataclasses
 import os
 import shutil
 
@@ -59,3 +60,40 @@ def opened_page(browser, file, **context):
         page.wait_for_selector("html[data-ready]", state="attached")
         yield page
         assert said == []
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What a browser shows of a report."""
+
+    text: str
+    prompts: int
+    """Prompts in it."""
+    pictures: int
+    """Pictures of those on its first page; all of them open."""
+    charts: int
+
+
+def look_at(file):
+    """Opens a report, filters and sorts its prompts; fails where the console says anything.
+
+    Raises:
+      NoBrowser: see `opened_browser`.
+    """
+    with opened_browser() as browser, opened_page(browser, file) as page:
+        images = page.locator("#cards img")
+        opened = images.evaluate_all(
+            "images => Promise.all(images.map((image) => "
+            "(image.loading = 'eager', image.decode().then(() => image.naturalWidth > 0))))"
+        )
+        assert all(opened)
+        total = page.evaluate("report.prompts.length")
+        page.select_option("#f-show", "rejected")
+        page.select_option("#f-sort", "rejected")
+        counts = page.evaluate("report.found.map((prompt) => prompt.n.rejected)")
+        assert counts == sorted(counts, reverse=True) and (not counts or counts[-1] > 0)
+        page.select_option("#f-show", "")
+        page.fill("#f-text", page.evaluate("report.prompts[0].id"))
+        assert 1 <= page.evaluate("report.found.length") <= total
+        charts = page.locator("svg.chart").count()
+        return Seen(page.inner_text("body"), total, len(opened), charts)

@@ -182,7 +182,27 @@ def world_tax(rounds, seed):
     return tax | {"warnings": [f"round {rounds}: recall fell"]}
 
 
-def write_alignment(folder, prompts=12, rounds=2, seed=0, same_prompts=False, **of_round):
+def write_answers(folder, index, questions=6):
+    """What a model answered to a benchmark's questions, of which all but the last are kept."""
+    rows = [
+        {"id": f"q{number}", "response": f"yes , {number} circles" + " and a star" * (index == 2)}
+        for number in range(questions)
+    ]
+    folder.mkdir()
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / f"{WORLD}.answers.jsonl").write_text(lines)
+    scored = [{"id": row["id"], "scores": {"sampled/chair_s": 1}, "read": "yes"} for row in rows]
+    (folder / f"{WORLD}.scores.json").write_text(json.dumps({"rows": scored}))
+    records = [
+        Record(f"q{number}", (ImageRef("q.png", data=picture(99)),), (Turn("user", "What ?"),), ())
+        for number in range(questions - 1)
+    ]
+    write_prompts(str(folder), records, f"{WORLD}-prompts")
+
+
+def write_alignment(
+    folder, prompts=12, rounds=2, seed=0, same_prompts=False, questions=0, **of_round
+):
     """A finished alignment; its folder."""
     folder.mkdir(parents=True)
     recipe = {**RECIPE, "rounds": rounds, "seed": seed}
@@ -194,6 +214,8 @@ def write_alignment(folder, prompts=12, rounds=2, seed=0, same_prompts=False, **
         metrics = world_metrics(index, seed)
         told = {"metrics": metrics, "shown": world_shown()}
         (place / "evaluation.json").write_text(json.dumps(told))
+        if questions:
+            write_answers(place / "evaluation", index, questions)
         add_time(place, "evaluate", "k", {"seconds": 4.0 + index})
         row = {"index": index, "metrics": metrics, "sources": {}}
         if index:

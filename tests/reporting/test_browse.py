@@ -69,3 +69,16 @@ def test_a_round_under_way(tmp_path):
     assert [(len(p.thumbnails), p.rejected > 0) for p in prompts[4:]] == [(0, False)] * 4
     assert all(prompt.margin is None for prompt in prompts)
     assert all(one.score is None for p in prompts[4:] for one in p.seen[0].responses)
+
+
+def test_answers_to_benchmarks(tmp_path):
+    run = write_alignment(tmp_path / "run", prompts=2, questions=4)
+    prompts, total = prompts_of([run])
+    assert (len(prompts), total) == (4 + 3, 4 + 3 * 3)
+    asked = [prompt for prompt in prompts if prompt.benchmark == "picture_world"]
+    assert [prompt.id for prompt in asked] == ["q0", "q1", "q2"]
+    assert [seen.round for seen in asked[1].seen] == [0, 1, 2]
+    texts = [one.text for seen in asked[1].seen for one in seen.responses]
+    assert texts == ["yes , 1 circles"] * 2 + ["yes , 1 circles and a star"]
+    assert asked[0].seen[0].responses[0].details == {"sampled/chair_s": 1, "read": "yes"}
+    assert asked[0].change > 0 and asked[0].margin is None

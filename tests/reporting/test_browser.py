@@ -197,3 +197,17 @@ def test_several_runs(browser, tmp_path):
         assert count(page) == "5 of 10 prompts"
         page.select_option("#f-place", "2")
         assert count(page) == "10 of 10 prompts"
+
+
+def test_benchmarks(browser, tmp_path):
+    run = write_alignment(tmp_path / "run", prompts=5, questions=4)
+    write_report([str(run)], str(tmp_path / "report.html"))
+    with opened_page(browser, tmp_path / "report.html") as page:
+        page.select_option("#f-benchmark", "picture world")
+        assert ids(page) == ["q0", "q1", "q2"]
+        blocks = page.locator(".prompt").first.locator(".response")
+        assert blocks.locator("b").all_text_contents() == ["start", "round 1", "round 2"]
+        new = blocks.nth(2).locator(".only-chosen").all_text_contents()
+        assert new == ["and", "a", "star"]
+        page.select_option("#f-benchmark", "rounds")
+        assert count(page) == "10 of 13 prompts"

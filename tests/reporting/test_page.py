@@ -83,7 +83,7 @@ def test_several_runs_side_by_side(tmp_path):
     write_report(folders, str(tmp_path / "report.html"))
     html = (tmp_path / "report.html").read_text()
     assert "(3 seeds)" in html and "not finished: 300 updates done" in html
-    assert data_of(html)["runs"] == ["seed0", "seed1", "seed2", "train"]
+    assert [name for name, _ in data_of(html)["runs"]] == ["seed0", "seed1", "seed2", "train"]
 
 
 def test_the_command(tmp_path, capsys):

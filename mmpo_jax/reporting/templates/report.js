@@ -185,7 +185,7 @@ class Browser {
     this.pictures = pictures;
     this.page = 0;
     this.found = [];
-    this.fields = Object.fromEntries(["text", "show", "place", "sort"].map((name) => [name, byId(`f-${name}`)]));
+    this.fields = Object.fromEntries(["text", "show", "benchmark", "place", "sort"].map((name) => [name, byId(`f-${name}`)]));
     this.diff = byId("f-diff");
     this.fillPlaces();
     if (!this.prompts.some((prompt) => prompt.n.change !== null)) this.fields.sort.querySelector("[value=change]").disabled = true;
@@ -200,20 +200,25 @@ class Browser {
   }
 
   placeName(run, round) {
-    return this.runs.length > 1 ? `${this.runs[run]}, round ${round}` : `round ${round}`;
+    const [name, kind] = this.runs[run];
+    const place = round === 0 ? "start" : kind === "align" ? `round ${round}` : `update ${round.toLocaleString("en")}`;
+    return this.runs.length > 1 ? `${name}, ${place}` : place;
   }
 
   fillPlaces() {
     const places = new Map();
     for (const prompt of this.prompts) {
       for (const seen of prompt.seen) {
-        if (this.runs.length > 1) places.set(`${seen.run}`, this.runs[seen.run]);
+        if (this.runs.length > 1) places.set(`${seen.run}`, this.runs[seen.run][0]);
         places.set(`${seen.run}/${seen.round}`, this.placeName(seen.run, seen.round));
       }
     }
     const order = [...places.keys()].sort((a, b) => a.localeCompare(b, "en", { numeric: true }));
     for (const place of order) this.fields.place.append(make("option", { value: place }, places.get(place)));
     this.fields.place.parentElement.hidden = order.length < 2;
+    const benchmarks = [...new Set(this.prompts.map((prompt) => prompt.b))];
+    for (const name of benchmarks) this.fields.benchmark.append(make("option", { value: name || "rounds" }, name || "rounds"));
+    this.fields.benchmark.parentElement.hidden = benchmarks.length < 2;
   }
 
   readHash() {
@@ -243,10 +248,10 @@ class Browser {
   }
 
   update() {
-    const { show: shown, place, sort } = Object.fromEntries(Object.entries(this.fields).map(([name, field]) => [name, field.value]));
+    const { show: shown, benchmark, place, sort } = Object.fromEntries(Object.entries(this.fields).map(([name, field]) => [name, field.value]));
     const sought = this.fields.text.value.toLowerCase().split(/\s+/).filter(Boolean);
     const passes = { "": () => true, rejected: (n) => n.rejected > 0, failed: (n) => n.failed > 0, pairs: (n) => n.pairs > 0, unpaired: (n) => n.pairs === 0 }[shown];
-    this.found = this.prompts.filter((prompt) => passes(prompt.n) && (!place || this.isAt(prompt, place)) && sought.every((word) => this.textOf(prompt).includes(word)));
+    this.found = this.prompts.filter((prompt) => passes(prompt.n) && (!benchmark || (prompt.b || "rounds") === benchmark) && (!place || this.isAt(prompt, place)) && sought.every((word) => this.textOf(prompt).includes(word)));
     if (sort) this.found.sort((a, b) => (b.n[sort] ?? -Infinity) - (a.n[sort] ?? -Infinity) || 0);
     this.page = Math.min(this.page, Math.max(0, Math.ceil(this.found.length / PER_PAGE) - 1));
     byId("count").textContent = `${this.found.length.toLocaleString("en")} of ${many(this.prompts.length, "prompt")}`;
@@ -277,7 +282,7 @@ class Browser {
 
   card(prompt) {
     const { n } = prompt;
-    const badges = [];
+    const badges = prompt.b ? [make("span", { class: "badge" }, prompt.b)] : [];
     if (n.claims) badges.push(make("span", { class: `badge ${n.rejected ? "no" : "ok"}` }, `${n.rejected ? "✗" : "✓"} ${n.rejected} of ${many(n.claims, "claim")} rejected`));
     if (n.failed) badges.push(make("span", { class: "badge no" }, `${many(n.failed, "response")} without a score`));
     if (n.margin !== null) badges.push(make("span", { class: "badge" }, `margin ${show(n.margin)}`));
@@ -301,7 +306,7 @@ class Browser {
 
   fill(said, prompt) {
     const { seen } = prompt;
-    if (seen.length > 1 && seen.every((one) => one.r.length === 1)) {
+    if (seen.every((one) => one.r.length === 1 && !one.p.length)) {
       const first = seen[0].r[0][2];
       said.append(make("div", { class: "side" }, ...seen.map((one, place) => {
         const block = responseBlock(one.r[0], "", place && this.diff.checked ? first : null);
