@@ -255,9 +255,9 @@ def published_file(folder: epath.Path, name: str) -> epath.Path:
     Raises:
       MmpoError: it is not there; where to get it.
     """
-    for path in (folder / name, folder / "annotations" / name):
-        if path.exists():
-            return path
+    for below in ("", "annotations", "coco/annotations", "coco2014/annotations"):
+        if (folder / below / name).exists():
+            return folder / below / name
     raise MmpoError(f"{folder}: has no {name}; it is part of {COCO_SOURCE}")
 
 

@@ -147,11 +147,14 @@ def by_spacy(
     if not len(nlp.vocab.vectors):
         raise MmpoError(f"--spacy {model}: the model has no word vectors; take {model[:-3]}_lg")
     documents = {word: nlp(word) for word in words}
-    return (
-        lambda one, other: float(documents[one].similarity(documents[other])),
-        f"spaCy {spacy.__version__}, {model} {nlp.meta['version']}",
-        [word for word, document in documents.items() if not document.vector_norm],
-    )
+    without = [word for word, document in documents.items() if not document.vector_norm]
+
+    def similarity(one: str, other: str) -> float:
+        if one in without or other in without:  # spaCy says 0 too, with a warning
+            return 0.0
+        return float(documents[one].similarity(documents[other]))
+
+    return similarity, f"spaCy {spacy.__version__}, {model} {nlp.meta['version']}", without
 
 
 def by_vectors(
@@ -159,14 +162,14 @@ def by_vectors(
 ) -> tuple[Callable[[str, str], float], str, list[str]]:
     """(similarity of two words, what computes it, words without a vector) by a file of vectors.
 
-    The vector of a word is that of the word as it is written, else in lower case, else, of one with
-    a hyphen, the sum of its parts', hyphens included, as spaCy divides such words.
+    The vector of a word is that of the word as it is written, else in lower case; of one with a
+    hyphen it is the sum of its parts', hyphens included, as spaCy divides such words.
 
     Raises:
       MmpoError: the file cannot be read as lines of a word and its numbers.
     """
     parts = {word: _parts(word) for word in words}
-    forms = {form for word in words for part in (word, *parts[word]) for form in _forms(part)}
+    forms = {form for word in words for part in parts[word] for form in _forms(part)}
     known = dict(_vectors(path, forms))
 
     def one(word: str) -> np.ndarray | None:
@@ -174,7 +177,7 @@ def by_vectors(
 
     vectors: dict[str, np.ndarray] = {}
     for word in words:
-        found = [one(word)] if one(word) is not None else [one(part) for part in parts[word]]
+        found = [one(part) for part in parts[word]]
         total = sum((vector for vector in found if vector is not None), np.zeros(1))
         if np.linalg.norm(total):
             vectors[word] = total / np.linalg.norm(total)
