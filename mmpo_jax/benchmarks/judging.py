@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 FILE = "judgements.jsonl"
 """File of a judge's folder that has every reply, a row each; `--judgements` reads it."""
+FEW = 2
+"""Questions whose replies may all be unreadable: of so few that says nothing of the judge."""
 SHOWN = 300
 """Characters of a reply that messages show."""
 
@@ -192,7 +194,10 @@ class Judge:
           TooManyFailed: more questions than allowed have no reply, or no reply can be read.
         """
         asked = [_asked(prompt, question) for question in questions]
-        keys = [self._key(prompt, digest) for digest in asked]
+        keys = asked
+        if self.model is not None:
+            of_model = self.model.key(prompt)
+            keys = [fingerprint_json([digest, of_model]) for digest in asked]
         for question, digest, key in zip(questions, asked, keys, strict=True):
             before = self._before.get(digest, [])
             if before and (self.model is None or before[0]["key"] == key):
@@ -280,13 +285,13 @@ class Judge:
         fresh: Mapping[str, int],
         readable: Callable[[str], bool],
     ) -> None:
-        """Stops where no reply at all can be read, and forgets the new ones.
+        """Stops where no reply at all can be read, of more than a few, and forgets the new ones.
 
         Raises:
           TooManyFailed: with one of the replies.
         """
         texts = [row["text"] for key in questions for row in self._rows[key] if row["text"]]
-        if not texts or any(map(readable, texts)):
+        if len(questions) <= FEW or not (fresh and texts) or any(map(readable, texts)):
             return
         for key, last in fresh.items():
             for attempt in range(last + 1):
@@ -306,11 +311,6 @@ class Judge:
         rows = [row for of_key in self._rows.values() for row in of_key if row["final"]]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         on_one(lambda: write_atomic(path, text.encode(errors="replace")))
-
-    def _key(self, prompt: JudgePrompt, digest: str) -> str:
-        if self.model is None:
-            return digest
-        return fingerprint_json([digest, self.model.key(prompt)])
 
     def _read_given(self, path: str) -> None:
         rows = on_one(lambda: read_table(epath.Path(path)))

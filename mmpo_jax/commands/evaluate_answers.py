@@ -34,7 +34,8 @@ def main(options: argparse.Namespace, start_jax: Callable[[], None]) -> None:
     print("\n".join(lines(scores)))
     for name, told in judge.told.items():
         models = ", ".join(f"{model} ({count})" for model, count in told["models"].items())
-        print(f"judged by {models or 'nobody knows whom'} ({name})")
+        who = models or "a model that the file does not name"
+        print(f"{name}: judged by {who}; the authors ask {told['official_judge']}")
     print(f"scores: {options.output}")
 
 
