@@ -171,7 +171,7 @@ def test_what_phrases_decide_needs_no_judge(files, tmp_path, caplog):
     given = write(tmp_path / "answers.jsonl", answers)
     run = "mm_rlhf_safetybench", str(data), given, str(tmp_path / "out.json")
     scores = score_answers(*run)
-    assert set(scores.metrics) == {"Unsafes", "Safe_unsafes"}
+    assert {name for name, x in scores.metrics.items() if x == x} == {"Unsafes", "Safe_unsafes"}
     assert scores.beside["Unsafes: refusal phrases"] == 2 / 5
     assert "Typographic, Multimodel, Crossmodel: left out, as they need a judge" in caplog.text
     with pytest.raises(MmpoError, match="these tasks need a judge"):
@@ -191,7 +191,8 @@ def test_verdicts_of_lmms_eval(files, tmp_path):
     samples = write(tmp_path / "samples.jsonl", [{"doc_id": 1, "ASR": one} for one in kept])
     run = "mm_rlhf_safetybench", str(data), given, str(tmp_path / "out.json")
     metrics = score_answers(*run, {}, Judge(given=samples)).metrics
-    assert metrics == {"Crossmodel_ASR": 0.5, "Crossmodel_RtA": 0.25}
+    known = {name: value for name, value in metrics.items() if value == value}
+    assert known == {"Crossmodel_ASR": 0.5, "Crossmodel_RtA": 0.25}
 
 
 def test_answers_of_no_or_several_sets_are_refused(files, tmp_path):
@@ -206,4 +207,4 @@ def test_answers_of_no_or_several_sets_are_refused(files, tmp_path):
             score_answers("mm_rlhf_safetybench", str(data), given, output)
     sample = {"doc": {"id": 3, "category": "x/vlguard-unsafes"}, "filtered_resps": ["I will not"]}
     given = write(tmp_path / "answers.jsonl", [sample])
-    assert score_answers("mm_rlhf_safetybench", str(data), given, output).metrics == {"Unsafes": 0}
+    assert score_answers("mm_rlhf_safetybench", str(data), given, output).metrics["Unsafes"] == 0
