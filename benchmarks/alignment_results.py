@@ -18,6 +18,8 @@ from mmpo_jax.picture_world.language import QUESTION_KINDS
 from mmpo_jax.recipes.files import load_recipe
 from mmpo_jax.recipes.recipe import AlignRecipe
 
+WORLD = "picture_world/"
+"""What names of its metrics begin with in a run."""
 ROWS = (
     ("sampled/chair_s", "CHAIR_s, sampled"),
     ("greedy/chair_s", "CHAIR_s, greedy"),
@@ -65,7 +67,8 @@ def table(runs: list[list[RoundReport]]) -> str:
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for key, name in ROWS:
         digits = 4 if key == "yes_no_accuracy" else 3  # which hardly moves
-        cells = [_spread([run[index].metrics[key] for run in runs], digits) for index in rounds]
+        values = [[run[index].metrics[WORLD + key] for run in runs] for index in rounds]
+        cells = [_spread(of_round, digits) for of_round in values]
         lines.append("| " + " | ".join([name, *cells]) + " |")
     for key, name in (("pairs", "pairs"), ("rejected_claims", "rejected claims")):
         values = [[run[index].value(key) for run in runs] for index in rounds if index]
@@ -76,7 +79,7 @@ def table(runs: list[list[RoundReport]]) -> str:
 def goals(runs: list[list[RoundReport]]) -> list[tuple[str, bool]]:
     """(goal with the figures, met) for the means over the runs."""
     start, end = (
-        {key: statistics.fmean(run[index].metrics[key] for run in runs) for key, _ in ROWS}
+        {key: statistics.fmean(run[index].metrics[WORLD + key] for run in runs) for key, _ in ROWS}
         for index in (0, -1)
     )
 

@@ -94,9 +94,8 @@ class Runs:
 
     def measure(self, name: str, rate: str, split: str) -> Result:
         """The figures of a method at a learning rate, or of the start model, on a split."""
-        evaluation = self.bench.evaluation.evaluation
-        data = evaluation.data.model_copy(update={"split": split, "size": self.scenes})
-        evaluation = evaluation.model_copy(update={"data": data})
+        scenes = {"split": split, "size": self.scenes}
+        evaluation = self.bench.evaluation.model_copy(update=scenes)
         if name == START:
             return self.bench.measured(START, evaluation)
         method = METHODS[name]

@@ -25,10 +25,12 @@ from mmpo_jax.commands.train import run_training
 from mmpo_jax.core.files import write_atomic
 from mmpo_jax.data.sources import FileData
 from mmpo_jax.data.tokenization import TokenizedRecord, tokenize_records
-from mmpo_jax.evaluation.picture_world import evaluate_picture_world
+from mmpo_jax.evaluation.answers import Measuring
+from mmpo_jax.evaluation.measure import measure
 from mmpo_jax.parallel.mesh import make_mesh
+from mmpo_jax.recipes.evaluation import BenchmarkSection
 from mmpo_jax.recipes.files import load_recipe
-from mmpo_jax.recipes.recipe import EvaluateRecipe, Evaluation, TrainRecipe
+from mmpo_jax.recipes.recipe import EvaluateRecipe, TrainRecipe
 from mmpo_jax.scoring.log_probs import score_records
 from mmpo_jax.training.validation import hold_out
 
@@ -77,11 +79,12 @@ class Bench:
             make_preferences(self.data, prompts, seed)
         # The seed moves the scenes, their captions, the order of training and what is sampled.
         path = os.path.join(CONFIGS, "picture_world_evaluate.yaml")
-        self.evaluation = load_recipe(EvaluateRecipe, path, [f"evaluation.seeds=[{seed}]"])
+        recipe = load_recipe(EvaluateRecipe, path, [f"evaluation.seeds=[{seed}]"])
+        (self.evaluation,), self.lengths = recipe.evaluation, recipe.lengths
         self.mesh = make_mesh()
-        self.start = load_checkpoint(self.evaluation.model, self.mesh)
+        self.start = load_checkpoint(recipe.model, self.mesh)
         source = FileData(path=os.path.join(self.data, "rankings.jsonl")).load(supervised=True)
-        rows, _ = tokenize_records(source.records, self.start.processor, self.evaluation.lengths)
+        rows, _ = tokenize_records(source.records, self.start.processor, self.lengths)
         # As the recipes hold out, by picture and prompt: nearly the same in all files. In one
         # with fewer prompts some at the edge of the share are on the other side.
         self.held = hold_out([rows], 0.1)[0][1]
@@ -92,15 +95,15 @@ class Bench:
         name = START if path is None else os.path.splitext(os.path.basename(path))[0]
         name = name.removeprefix("picture_world_")
         if path is None:
-            return name, self.measured(name, self.evaluation.evaluation)
+            return name, self.measured(name, self.evaluation)
         data = load_recipe(TrainRecipe, path).data[0]
         file = os.path.basename(data.path) if isinstance(data, FileData) else None
-        return name, self.measured(name, self.evaluation.evaluation, path, file, overrides)
+        return name, self.measured(name, self.evaluation, path, file, overrides)
 
     def measured(
         self,
         name: str,
-        evaluation: Evaluation,
+        evaluation: BenchmarkSection,
         path: str | None = None,
         data: str | None = None,
         overrides: Sequence[str] = (),
@@ -114,7 +117,7 @@ class Bench:
           data: file of this seed's that is learned from; None for the recipe's.
           overrides: of the recipe.
         """
-        split = "" if evaluation.data.split == "test" else f".{evaluation.data.split}"
+        split = "" if evaluation.split == "test" else f".{evaluation.split}"
         file = os.path.join(self.folder, f"{name}{split}.json")
         if os.path.exists(file):
             with open(file) as text:
@@ -126,8 +129,10 @@ class Bench:
             result["seconds"] = time.perf_counter() - started
             checkpoint = load_checkpoint(folder, self.mesh)
             result |= reward_accuracies(self.held, self.score(checkpoint), self.reference)
-        lengths = self.evaluation.lengths
-        result |= evaluate_picture_world(checkpoint, evaluation, lengths, self.mesh)
+        folder = os.path.join(self.folder, f"{name}{split}.evaluation")
+        at = Measuring(checkpoint, self.mesh, folder, self.lengths)
+        (measured,) = measure([evaluation], at)
+        result |= measured.scores.metrics
         write_atomic(file, json.dumps(result, indent=1).encode())
         return result
 
@@ -140,13 +145,8 @@ class Bench:
 
     def score(self, checkpoint: Checkpoint) -> list[list[float]]:
         """Summed log-probs of the held-out captions."""
-        lengths = self.evaluation.lengths
         return score_records(
-            checkpoint,
-            self.held,
-            lengths,
-            self.mesh,
-            self.evaluation.evaluation.batch_size,
+            checkpoint, self.held, self.lengths, self.mesh, self.evaluation.batch_size
         )
 
 

@@ -277,7 +277,7 @@ def _check_benchmark(command: argparse.ArgumentParser, options: argparse.Namespa
     elif options.benchmark is None:
         command.error("name a recipe, or a benchmark: --benchmark NAME")
     elif any(value is not None for flag, value in given.items() if flag != "--benchmark"):
-        missing = [flag for flag, value in given.items() if value is None]
+        missing = [flag for flag, value in given.items() if value is None and flag != "--data"]
         if missing:
             command.error(f"--benchmark {options.benchmark} needs {', '.join(missing)}")
 

@@ -18,14 +18,18 @@ from mmpo_jax.alignment.candidates import (
     load_prompts,
     responses_name,
 )
-from mmpo_jax.alignment.report import RoundReport, read_report, write_report
+from mmpo_jax.alignment.findings import Findings, round_folder
+from mmpo_jax.alignment.report import RoundReport, read_report
 from mmpo_jax.alignment.round import Round, pair_data, run_round
+from mmpo_jax.alignment.selection import FOLDER as HELD_OUT
+from mmpo_jax.alignment.selection import split_held_out
 from mmpo_jax.checkpoints.cards import ModelCard, SavedWeights, make_card, read_saved, write_card
 from mmpo_jax.checkpoints.checkpoint import (
     Checkpoint,
     check_speaker,
     load_checkpoint,
     model_config,
+    open_checkpoint,
 )
 from mmpo_jax.checkpoints.fingerprints import fingerprint_model, has_fingerprint
 from mmpo_jax.checkpoints.orbax import check_holds_checkpoints
@@ -33,20 +37,17 @@ from mmpo_jax.core import progress
 from mmpo_jax.core.buckets import copy_folder, is_file, replace_folder
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.files import (
-    fingerprint_json,
     null_if_not_finite,
     read_json,
     read_table,
     write_atomic,
 )
 from mmpo_jax.core.processes import on_one
-from mmpo_jax.core.timings import timed
 from mmpo_jax.data.records import Record
 from mmpo_jax.data.skipped import SKIPPED_FILE, SkipReason
 from mmpo_jax.data.sources import RecordSet
 from mmpo_jax.data.tokenization import TokenizedRecord, tokenize_prompt
 from mmpo_jax.data.usable import usable_records
-from mmpo_jax.evaluation.picture_world import VERSION, evaluate_picture_world
 from mmpo_jax.feedback.judge import Judge
 from mmpo_jax.feedback.judges import Models, make_judge
 from mmpo_jax.feedback.served import Servers
@@ -65,8 +66,9 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
     """Runs or finishes all rounds.
 
     Writes to the recipe's output folder: `round-0/` (the start model's evaluation), `round-<i>/`
-    (a file per stage, checkpoints, the trained `model/`), `model/` (the last round's), and the
-    report so far (`rounds.txt`, `rounds.json`, `curves.png`), and at the end `report.html`.
+    (a file per stage, checkpoints, the trained `model/`), `model/` (the last round's, or that
+    of `selection`), the report so far (`rounds.txt`, `rounds.json`, `tax.json`, `curves.png`), and
+    at the end `report.html`.
 
     Returns:
       One row per round, the start model's first.
@@ -120,16 +122,19 @@ def _run_rounds(
         _unfit,
         tokenize_prompt,
     )
-    shares = split_prompts(record_set.records, recipe)
+    records, held = record_set.records, None
+    if recipe.selection is not None:
+        records, held = split_held_out(records, tokenized, recipe.selection)
+    shares = split_prompts(records, recipe)
     by_id = {record.id: record for record in tokenized}
-
+    findings = Findings(recipe, judge, models, held)
+    done: dict[int, tuple[Round, ModelCard]] = {}
     with _telling(0, recipe):
-        reports = [RoundReport(0, evaluate_round(0, start, recipe, inference))]
+        findings.add(RoundReport(0, findings.look_at(0, start)))
     for index, records in enumerate(shares, start=1):
-        folder = round_folder(recipe, index)
         work = Round(
             index=index,
-            folder=folder,
+            folder=round_folder(recipe, index),
             start=start,
             records=records,
             tokenized=[by_id[record.id] for record in records],
@@ -144,15 +149,20 @@ def _run_rounds(
             trained = run_round(work, judge)
             start.release()
             start = load_checkpoint(trained, inference, recipe.attention)
-            metrics = evaluate_round(index, start, recipe, inference)
-        read = functools.partial(read_report, index, folder, metrics, responses_name(recipe))
-        reports.append(on_one(read))
-        on_one(functools.partial(write_report, recipe.output, reports))
-        last = dataclasses.replace(card, metrics=reports[-1].values())
-        write_card(trained, dataclasses.replace(last, saved=SavedWeights("float32")))
-    save_last(recipe, work, start, last)
+            metrics = findings.look_at(index, start)
+        names = work.folder, metrics, responses_name(recipe)
+        report = on_one(functools.partial(read_report, index, *names))
+        findings.add(report)
+        done[index] = work, dataclasses.replace(card, metrics=report.values(findings.shown))
+        write_card(trained, dataclasses.replace(done[index][1], saved=SavedWeights("float32")))
+    findings.tell_result()
+    if findings.result != index:
+        chosen = os.path.join(done[findings.result][0].folder, MODEL)
+        start = open_checkpoint(chosen, recipe.attention)
+    work, last = done[findings.result]
+    save_result(recipe, work, start, last)
     on_one(lambda: write_page(recipe.output))
-    return reports
+    return findings.reports
 
 
 def write_page(folder: str) -> None:
@@ -165,21 +175,21 @@ def write_page(folder: str) -> None:
         log.warning("%s: the report cannot be written: %r", folder, error)
 
 
-def save_last(recipe: AlignRecipe, work: Round, trained: Checkpoint, card: ModelCard) -> None:
-    """Writes the model of the last round as the alignment's, in the recipe's dtype.
+def save_result(recipe: AlignRecipe, work: Round, trained: Checkpoint, card: ModelCard) -> None:
+    """Writes the model of a round as the alignment's, in the recipe's dtype.
 
     What a narrower dtype keeps is measured on that round's pairs, and of the update of all rounds.
 
     Args:
       recipe: of the alignment.
-      work: the last round.
+      work: the round.
       trained: its model, as its folder has it.
       card: of the model.
     """
     result, dtype = os.path.join(recipe.output, MODEL), recipe.training.save_dtype
     manifest = os.path.join(recipe.output, "model.json")
     of = [trained.fingerprint, dtype]
-    done = on_one(lambda: _read_saved_last(manifest, result, of))
+    done = on_one(lambda: _read_saved(manifest, result, of))
     if done:
         saved = read_saved(done["saved"])
         write_card(result, dataclasses.replace(card, saved=saved))
@@ -215,7 +225,7 @@ def save_last(recipe: AlignRecipe, work: Round, trained: Checkpoint, card: Model
     on_one(note)
 
 
-def _read_saved_last(manifest: str, result: str, of: list[str]) -> dict[str, Any]:
+def _read_saved(manifest: str, result: str, of: list[str]) -> dict[str, Any]:
     """What is noted of a result, where it is there and made of this; empty otherwise."""
     done = read_json(manifest)
     return done if done.get("of") == of and has_fingerprint(result, done["model"]) else {}
@@ -247,48 +257,13 @@ def split_prompts(records: list[Record], recipe: AlignRecipe) -> list[list[Recor
     return [records[i * share : (i + 1) * share] for i in range(recipe.rounds)]
 
 
-def evaluate_round(
-    index: int, checkpoint: Checkpoint, recipe: AlignRecipe, mesh: Mesh
-) -> dict[str, float]:
-    """The held-out metrics of a round's model, from its file if it is of this model."""
-    if recipe.evaluation is None:
-        return {}
-    path = os.path.join(round_folder(recipe, index), "evaluation.json")
-    key = fingerprint_json(
-        [
-            VERSION,
-            checkpoint.fingerprint,
-            recipe.template,
-            recipe.evaluation.model_dump(mode="json"),
-            recipe.lengths.model_dump(),
-        ]
-    )
-    saved = on_one(lambda: read_json(path))
-    if saved.get("key") == key:
-        return saved["metrics"]
-    took = timed(round_folder(recipe, index), "evaluate", key, {})
-    with progress.doing("evaluate"), took:
-        progress.tell()
-        metrics = evaluate_picture_world(
-            checkpoint,
-            recipe.evaluation,
-            recipe.lengths,
-            mesh,
-        )
-    text = json.dumps({"key": key, "metrics": metrics}, indent=1)
-    on_one(lambda: write_atomic(path, text.encode()))
-    return metrics
-
-
-def round_folder(recipe: AlignRecipe, index: int) -> str:
-    """Where a round keeps its files."""
-    return os.path.join(recipe.output, f"round-{index}")
-
-
 def _is_judged(recipe: AlignRecipe) -> bool:
     """Whether all rounds have their verdicts, so that servers need not be up any more. Where they
     turn out to be of another recipe, who is asked says what is wrong."""
     folders = [round_folder(recipe, index) for index in range(1, recipe.rounds + 1)]
+    if recipe.selection is not None:
+        looked_at = [round_folder(recipe, 0), *folders]
+        folders += [os.path.join(folder, HELD_OUT) for folder in looked_at]
     files = [os.path.join(folder, "judge.json") for folder in folders]
     return on_one(lambda: all(map(is_file, files)))
 

@@ -5,31 +5,33 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
 
+from mmpo_jax.alignment.selection import count_verdicts
+from mmpo_jax.benchmarks.benchmark import write_json
 from mmpo_jax.core.files import read_json, read_table, write_atomic
-from mmpo_jax.feedback.judge import VERDICTS, scored_responses
+from mmpo_jax.evaluation.measure import Shown
+from mmpo_jax.evaluation.tax import FILE as TAX
+from mmpo_jax.evaluation.tax import render_tax
+from mmpo_jax.feedback.judge import scored_responses
 from mmpo_jax.feedback.rate import read_rate
-from mmpo_jax.feedback.scores import accepted
 from mmpo_jax.reporting.runs import stage_rates
 from mmpo_jax.training.metrics import FILE, read_metrics
-
-RECALL_LOSS = 0.03
-LENGTH_LOSS = 0.15
-"""Losses of recall and of length, against the start model, from which on the report warns of
-silence."""
-UNPARSED_GAIN = 0.05
-"""Gain in pieces that cannot be read from which on the report warns of them."""
 
 DPO_UPDATES = 10
 """Updates before the steps whose accuracy and margin the report warns of: earlier ones have hardly
 moved the model, and before the first there is nothing but rounding."""
 DPO_LOSS = 1e-3
 """Margin, below 0, from which on the report warns of it; less is rounding."""
+
+PANELS_ACROSS = 4
+"""Curves side by side, at most."""
 
 COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("round", "round", "d"),
@@ -45,15 +47,10 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("against", "rejected_words", ".1f"),
     ("dpo acc", "dpo_accuracy", ".2f"),
     ("margin", "dpo_margin", ".2f"),
-    ("CHAIR_i", "sampled/chair_i", ".3f"),
-    ("CHAIR_s", "sampled/chair_s", ".3f"),
-    ("recall", "sampled/recall", ".3f"),
-    ("length", "sampled/mean_length", ".1f"),
-    ("greedy CHAIR_s", "greedy/chair_s", ".3f"),
-    ("greedy recall", "greedy/recall", ".3f"),
-    ("yes/no", "yes_no_accuracy", ".3f"),
+    ("held out", "held_out/rejected_share", ".3f"),
+    ("held score", "held_out/score", ".3g"),
 )
-"""(heading, key, format) of the table."""
+"""(heading, key, format) of the table; behind them stand those of the benchmarks."""
 
 SOURCE_COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("responses", "responses", "d"),
@@ -113,10 +110,17 @@ class RoundReport:
             return self.index
         return self.metrics.get(key, getattr(self, key, None))
 
-    def values(self) -> dict[str, float]:
+    def values(self, shown: Sequence[Shown] = ()) -> dict[str, float]:
         """Everything the table shows, by key, but for a rate, which is another every time."""
-        values = {key: self.value(key) for _, key, _ in COLUMNS if key != "questions_per_second"}
+        keys = [key for _, key, _ in columns(shown) if key != "questions_per_second"]
+        values = {key: self.value(key) for key in keys}
         return {key: value for key, value in values.items() if value is not None}
+
+
+def columns(shown: Sequence[Shown]) -> list[tuple[str, str, str]]:
+    """(heading, key, format) of the table of a run that shows these metrics."""
+    measured = [(one.heading, one.key, one.metric.form) for one in shown if one.metric.column]
+    return [*COLUMNS, *measured]
 
 
 def read_report(index: int, folder: str, metrics: dict[str, float], responses: str) -> RoundReport:
@@ -131,13 +135,7 @@ def read_report(index: int, folder: str, metrics: dict[str, float], responses: s
     judged = read_table(os.path.join(folder, "judge.parquet"))
     pairs = read_table(os.path.join(folder, "pairs.parquet"))
     generated = read_table(os.path.join(folder, f"{responses}.parquet"))
-    details = [json.loads(text) for text in judged["details"].to_pylist()]
-    verdicts = [
-        accepted(verdict["p_yes"], verdict["p_no"])
-        for said in details
-        for verdict in said.get(VERDICTS, [])
-        if None not in (verdict["p_yes"], verdict["p_no"])
-    ]
+    claims, rejected = count_verdicts(judged)
     failed = len(judged) - judged["reason"].null_count
     # A person may have removed the training's files, which are large, and kept the model.
     trained = read_metrics(os.path.join(folder, "train", FILE))
@@ -148,8 +146,8 @@ def read_report(index: int, folder: str, metrics: dict[str, float], responses: s
         prompts=len(set(judged["prompt_id"].to_pylist())),
         responses=judged.num_rows,
         failed=failed or None,
-        claims=len(verdicts) or None,
-        rejected_claims=verdicts.count(False) if verdicts else None,
+        claims=claims or None,
+        rejected_claims=rejected if claims else None,
         questions_per_second=read_rate(folder),
         pairs=pairs.num_rows,
         trained=read_json(os.path.join(folder, "train.json")).get("trained"),
@@ -213,16 +211,22 @@ def _late_mean(rows: list[dict[str, float]], name: str) -> float | None:
     return _mean([row[name] for row in rows[len(rows) // 2 :] if name in row])
 
 
-def render_table(reports: Sequence[RoundReport]) -> str:
+def render_table(reports: Sequence[RoundReport], shown: Sequence[Shown] = ()) -> str:
     """The table as text, without columns that have no value, and without that of the trained pairs
-    where these are all pairs."""
-    empty = {key for _, key, _ in COLUMNS if all(report.value(key) is None for report in reports)}
+    where these are all pairs.
+
+    Args:
+      reports: of the rounds.
+      shown: metrics of the benchmarks that the run is measured by.
+    """
+    known = columns(shown)
+    empty = {key for _, key, _ in known if all(report.value(key) is None for report in reports)}
     if all(report.trained in (None, report.pairs) for report in reports):
         empty.add("trained")
-    shown = [column for column in COLUMNS if column[1] not in empty]
-    rows = [[heading for heading, _, _ in shown]]
+    kept = [column for column in known if column[1] not in empty]
+    rows = [[heading for heading, _, _ in kept]]
     for report in reports:
-        rows.append([_cell(report.value(key), form) for _, key, form in shown])
+        rows.append([_cell(report.value(key), form) for _, key, form in kept])
     return _aligned(rows)
 
 
@@ -267,32 +271,15 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def warnings(reports: list[RoundReport]) -> list[str]:
-    """What a person should know: counting rejected claims rewards saying less."""
-    found = []
-    start = reports[0].metrics
+def warnings(reports: Sequence[RoundReport], tax: Mapping[str, Any] | None = None) -> list[str]:
+    """What a person should know.
+
+    Args:
+      reports: of the rounds.
+      tax: see `evaluation.tax`; None where nothing was measured.
+    """
+    found = [] if tax is None else list(tax["warnings"])
     for report in reports[1:]:
-        for decoding in ("sampled", "greedy"):
-            recall, length = f"{decoding}/recall", f"{decoding}/mean_length"
-            if recall not in start or recall not in report.metrics:
-                continue
-            lost = start[recall] - report.metrics[recall]
-            shorter = 1 - report.metrics[length] / start[length] if start[length] else 0.0
-            if lost > RECALL_LOSS:
-                found.append(
-                    f"round {report.index}: {decoding} recall fell by {lost:.3f} since the start; "
-                    "the model avoids errors by saying less (lower the learning rate or epochs)"
-                )
-            elif shorter > LENGTH_LOSS and decoding == "sampled":
-                found.append(
-                    f"round {report.index}: responses are {shorter:.0%} shorter than at the start"
-                )
-        unparsed = "sampled/unparsed"
-        if report.metrics.get(unparsed, 0) - start.get(unparsed, 0) > UNPARSED_GAIN:
-            found.append(
-                f"round {report.index}: {report.metrics[unparsed]:.0%} of the responses hold "
-                "pieces that cannot be read; the model is coming apart (lower the learning rate)"
-            )
         if _prefers_rejected(report):
             found.append(
                 f"round {report.index}: DPO prefers the rejected responses; it did not learn"
@@ -308,43 +295,63 @@ def _prefers_rejected(report: RoundReport) -> bool:
     return accuracy < 0.5 and margin < -DPO_LOSS and updates >= DPO_UPDATES
 
 
-def write_report(folder: str, reports: list[RoundReport]) -> None:
-    """Writes `rounds.json`, `rounds.txt` and `curves.png`."""
+def write_report(
+    folder: str,
+    reports: list[RoundReport],
+    shown: Sequence[Shown] = (),
+    tax: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes `rounds.json` and `rounds.txt`, and of what was measured `tax.json` and `curves.png`;
+    arguments as of `render_table` and `warnings`."""
     rows = [dataclasses.asdict(report) for report in reports]
-    write_atomic(os.path.join(folder, "rounds.json"), json.dumps(rows, indent=1).encode())
+    write_json(os.path.join(folder, "rounds.json"), rows)
+    if tax is not None:
+        write_json(os.path.join(folder, TAX), tax)
     sources, stages = render_sources(reports), render_stages(reports)
-    told = [render_table(reports), *(["", sources, ""] if sources else []), *warnings(reports)]
-    text = "\n".join([*told, *(["", stages] if stages else []), ""])
+    parts = [
+        render_table(reports, shown),
+        sources,
+        "\n".join(warnings(reports, tax)),
+        "" if tax is None else render_tax(tax),
+        stages,
+    ]
+    text = "\n\n".join(filter(None, parts)) + "\n"
     write_atomic(os.path.join(folder, "rounds.txt"), text.encode())
-    if len(reports) > 1 and reports[0].metrics:
-        draw_curves(os.path.join(folder, "curves.png"), reports)
+    if len(reports) > 1 and any(one.metric.panel for one in shown):
+        draw_curves(os.path.join(folder, "curves.png"), reports, shown)
 
 
-def draw_curves(path: str, reports: list[RoundReport]) -> None:
-    """Hallucination, recall and length over the rounds."""
+def draw_curves(path: str, reports: Sequence[RoundReport], shown: Sequence[Shown]) -> None:
+    """The metrics that have a curve over the rounds, those of one title in one panel."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = (
-        ("CHAIR_s (lower is better)", "chair_s"),
-        ("CHAIR_i (lower is better)", "chair_i"),
-        ("recall", "recall"),
-        ("mean length [words]", "mean_length"),
-    )
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(14, 3.2))
+    panels: dict[tuple[str, str], list[Shown]] = {}
+    for one in shown:
+        if one.metric.panel:
+            panels.setdefault((one.benchmark, one.metric.panel), []).append(one)
+    several = len({benchmark for benchmark, _ in panels}) > 1
+    across = min(len(panels), PANELS_ACROSS)
+    down = -(-len(panels) // across)
+    figure, axes = pyplot.subplots(down, across, figsize=(3.5 * across, 3.2 * down), squeeze=False)
     rounds = [report.index for report in reports]
-    for axis, (title, name) in zip(axes, panels, strict=True):
-        for decoding in ("sampled", "greedy"):
-            values = [report.metrics[f"{decoding}/{name}"] for report in reports]
-            axis.plot(rounds, values, marker="o", label=decoding)
-        axis.set_title(title, fontsize=10)
+    for axis, ((benchmark, title), lines) in zip(axes.flat, panels.items(), strict=False):
+        for one in lines:
+            values = [report.metrics.get(one.key, math.nan) for report in reports]
+            axis.plot(rounds, values, marker="o", label=one.metric.name.partition("/")[0])
+        better = lines[0].metric.better
+        told = {"less": " (lower is better)", "more": "", None: ""}[better]
+        axis.set_title(f"{f'{benchmark}: ' if several else ''}{title}{told}", fontsize=10)
         axis.set_xlabel("round")
         axis.set_xticks(rounds)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-    axes[0].legend()
+        if len(lines) > 1:
+            axis.legend()
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
     figure.tight_layout()
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=120)

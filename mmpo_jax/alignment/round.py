@@ -53,6 +53,7 @@ from mmpo_jax.reporting.prompts import write_prompts
 from mmpo_jax.training.loop import TrainingData
 from mmpo_jax.training.saving import MODEL
 from mmpo_jax.training.stage import TrainingStage, stage_data, train_stage
+from mmpo_jax.training.validation import hold_out
 
 PAIR_RULES = 3
 """Part of the key of pairs: changes with what makes them."""
@@ -250,15 +251,21 @@ def training_stage(work: Round) -> TrainingStage:
         seed=recipe.seed + work.index,
         name=f"{os.path.basename(os.path.normpath(recipe.output))}/round-{work.index}",
         card=work.card,
+        validation=recipe.validation,
     )
 
 
 def pair_data(work: Round, generated: pa.Table, pairs: pa.Table) -> TrainingData:
-    """The round's pairs as training takes them, with the reference's log-probs."""
+    """The round's pairs as training takes them, with the reference's log-probs; a share of them is
+    held out where the recipe says so."""
     records = pair_records(begun_records(work.records, generated), generated, pairs)
     name = f"round {work.index}: pairs"
-    rows = pair_rows(name, records, work.start.processor, work.recipe)
-    return stage_data(training_stage(work), rows)
+    rows: Sequence[TokenizedRecord] = pair_rows(name, records, work.start.processor, work.recipe)
+    held: Sequence[TokenizedRecord] = []
+    validation = work.recipe.validation
+    if validation is not None and validation.share is not None:
+        ((rows, held),) = hold_out([rows], validation.share)
+    return stage_data(training_stage(work), rows, held=held)
 
 
 def _is_trained(manifest: str, target: str, identity: str) -> bool:

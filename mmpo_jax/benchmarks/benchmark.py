@@ -36,6 +36,7 @@ from mmpo_jax.benchmarks.judging import Judge
 from mmpo_jax.benchmarks.tables import Row, read_table
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.files import check_reachable, null_if_not_finite, write_atomic
+from mmpo_jax.core.known_files import kept_fingerprint
 from mmpo_jax.core.sections import keyword_options
 from mmpo_jax.data.formats.media import MediaFolder
 from mmpo_jax.data.records import ImageRef, Record
@@ -51,6 +52,7 @@ MODULES = (
     "mmstar",
     "multimodal_rewardbench",
     "object_halbench",
+    "picture_world",
     "pope",
     "refomb",
     "vl_rewardbench",
@@ -88,8 +90,15 @@ class Metric:
     knowledge, or answers that can be read."""
     heading: str = ""
     """Of its column, where that is another than the name."""
-    curve: bool = False
-    """Whether it is drawn over the rounds of a run."""
+    column: bool = True
+    """Whether it has one in the table of a run's rounds."""
+    curve: bool | str = False
+    """Whether it is drawn over the rounds of a run; metrics with one title share a panel."""
+
+    @property
+    def panel(self) -> str:
+        """Title of the panel in which it is drawn; empty where it is not."""
+        return (self.heading or self.name) if self.curve is True else self.curve or ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +131,8 @@ class Files:
     """Folder of the images, where a model is asked."""
     images_source: str = ""
     """Where users get those."""
+    found: dict[str, epath.Path] = dataclasses.field(default_factory=dict, compare=False)
+    """The files that were asked for so far, by their names in the folder."""
 
     @property
     def folder(self) -> epath.Path:
@@ -135,13 +146,26 @@ class Files:
           MmpoError: there are none.
         """
         if not self.root.is_dir() and self.root.exists():
+            self.found[self.root.name] = self.root
             return [self.root]
         for pattern in patterns:
             found = sorted(self.root.glob(pattern))
             if found:
+                self.found.update({str(path.relative_to(self.root)): path for path in found})
                 return found
         raise MmpoError(
             f"{self.root}: has no {' or '.join(patterns)}; the file is part of {self.source}"
+        )
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the files that were asked for so far, by name."""
+        return {name: kept_fingerprint(path) for name, path in sorted(self.found.items())}
+
+    def are(self, digests: Mapping[str, str]) -> bool:
+        """Whether files are what they were, see `digests`."""
+        paths = {self.folder / name: digest for name, digest in digests.items()}
+        return all(
+            path.exists() and kept_fingerprint(path) == digest for path, digest in paths.items()
         )
 
     def rows(self, *patterns: str) -> list[Row]:
@@ -175,7 +199,7 @@ class Benchmark:
     name: str
     score: Callable[..., Scores]
     source: str
-    """Where users get its files."""
+    """Where users get its files; empty where it has none."""
     answers: str
     """What rows of answers have, in words."""
     metrics: tuple[Metric, ...] = ()
@@ -197,6 +221,31 @@ class Benchmark:
     def options(self) -> dict[str, tuple[Any, Any]]:
         """Its rules that can be chosen: name -> (type, default)."""
         return keyword_options(self.score)
+
+    def files(self, data: str | None, images: str | None = None) -> Files:
+        """Its files in a folder of the user's.
+
+        Args:
+          data: the folder, or one of the files.
+          images: folder of the images, where a model is asked.
+
+        Raises:
+          MmpoError: there is no such folder, or one is given and the benchmark has no files.
+        """
+        if not self.source:
+            if data is not None:
+                raise MmpoError(f"{data}: {self.name} has no files; leave `data` out")
+            return Files(epath.Path("."), "")
+        if data is None:
+            raise MmpoError(f"{self.name}: `data` names the folder of its files: {self.source}")
+        for folder in (data, *([] if images is None else [images])):
+            if not epath.Path(folder).exists():
+                source = self.source if folder == data else self.images
+                raise MmpoError(
+                    f"{folder}: there is no such folder; the files are part of {source}"
+                )
+        place = None if images is None else epath.Path(images)
+        return Files(epath.Path(data), self.source, place, self.images)
 
     @property
     def summary(self) -> str:
@@ -248,19 +297,19 @@ def find_benchmark(name: str) -> Benchmark:
 
 def score_answers(
     name: str,
-    data: str,
+    data: str | None,
     answers: str,
     output: str,
     options: Mapping[str, Any] | None = None,
     judge: Judge | None = None,
 ) -> Scores:
-    """Scores the answers of a file and writes what comes out.
+    """Scores the answers of a file and writes what comes out, see `as_report`.
 
     Args:
       name: of the benchmark.
-      data: folder of its published files.
+      data: folder of its published files; None for one that has none.
       answers: file of the answers.
-      output: JSON file: `benchmark`, `metrics`, `beside`, `options`, `made_with`, `judges`, `rows`.
+      output: JSON file.
       options: of the benchmark, by name.
       judge: of the answers, for benchmarks that have one.
 
@@ -270,31 +319,67 @@ def score_answers(
     chosen = find_benchmark(name)
     check_reachable(epath.Path(output).parent)
     for name_of, given in (("--data", data), ("--responses", answers)):
-        if os.path.realpath(given) == os.path.realpath(output):
+        if given is not None and os.path.realpath(given) == os.path.realpath(output):
             raise MmpoError(f"--output {output} is the file of {name_of}; give another one")
-    files = Files(epath.Path(data), chosen.source)
-    if not files.root.exists():
-        raise MmpoError(f"{data}: there is no such folder; the files are part of {chosen.source}")
+    files = chosen.files(data)
     rows = read_table(epath.Path(answers))
     if not rows:
         raise MmpoError(f"{answers}: has no rows")
     judge = judge or Judge()
-    judged = () if chosen.judgements is None else (judge,)
-    scores = chosen.score(files, rows, *judged, **(options or {}))
-    report = {
-        "benchmark": name,
+    scores = score_rows(chosen, files, rows, options or {}, judge)
+    write_json(output, as_report(chosen, scores, options or {}, judge))
+    return scores
+
+
+def score_rows(
+    benchmark: Benchmark,
+    files: Files,
+    rows: Sequence[Row],
+    options: Mapping[str, Any],
+    judge: Judge | None = None,
+) -> Scores:
+    """What a benchmark makes of answers; arguments as of `score_answers`."""
+    judged = () if benchmark.judgements is None else (judge or Judge(),)
+    return benchmark.score(files, rows, *judged, **options)
+
+
+def as_report(
+    benchmark: Benchmark,
+    scores: Scores,
+    options: Mapping[str, Any],
+    judge: Judge | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """What is written of scores: `benchmark`, `metrics`, `beside`, `options`, `rows`, each as in
+    `Scores`, `made_with` too, `judges`, who judged and how, and whatever else is known of them."""
+    return {
+        "benchmark": benchmark.name,
         "metrics": scores.metrics,
         "beside": scores.beside,
         "options": {
-            key: (options or {}).get(key, default) for key, (_, default) in chosen.options.items()
+            key: options.get(key, default) for key, (_, default) in benchmark.options.items()
         },
         "made_with": scores.made_with,
-        **({"judges": judge.told} if judge.told else {}),
+        **({"judges": judge.told} if judge is not None and judge.told else {}),
+        **more,
         "rows": scores.rows,
     }
+
+
+def read_scores(report: Mapping[str, Any]) -> Scores:
+    """The scores of what `as_report` made, as JSON; null is NaN."""
+
+    def numbers(values: Mapping[str, float | None]) -> dict[str, float]:
+        return {name: math.nan if x is None else x for name, x in values.items()}
+
+    metrics, beside = numbers(report["metrics"]), numbers(report["beside"])
+    return Scores(metrics, beside, report["rows"], report["made_with"])
+
+
+def write_json(path: str, report: Any) -> None:
+    """Writes a report, with null for what is not finite."""
     text = json.dumps(null_if_not_finite(report), indent=1, ensure_ascii=False)
-    write_atomic(output, text.encode())
-    return scores
+    write_atomic(path, text.encode())
 
 
 def share(part: float, whole: float) -> float:

@@ -142,7 +142,7 @@ class Checkpoint:
         Raises:
           ModelError, CheckpointError: they are no more what they were, or cannot be read.
         """
-        if flatten(self.params).keys() == flatten(self.model.abstract_params()).keys():
+        if flatten(self.params).keys() >= flatten(self.model.abstract_params()).keys():
             return self
         if self.origin is None:
             raise ModelError("the parameters were released, and no file has them")

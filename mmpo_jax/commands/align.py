@@ -8,6 +8,9 @@ from mmpo_jax.alignment.align import run_alignment
 from mmpo_jax.alignment.report import render_sources, render_table, warnings
 from mmpo_jax.checkpoints.upload import check_hub, upload_result
 from mmpo_jax.core.buckets import is_file
+from mmpo_jax.core.processes import on_one
+from mmpo_jax.evaluation.measure import shown_metrics
+from mmpo_jax.evaluation.tax import read_tax, render_tax
 from mmpo_jax.recipes.recipe import AlignRecipe
 from mmpo_jax.reporting.page import FILE
 
@@ -15,10 +18,14 @@ from mmpo_jax.reporting.page import FILE
 def main(recipe: AlignRecipe) -> None:
     check_hub(recipe.hub)
     reports = run_alignment(recipe)
-    print(render_table(reports))
+    shown = shown_metrics(recipe.evaluation or ())
+    tax = on_one(lambda: read_tax(recipe.output)) if shown else None
+    print(render_table(reports, shown))
     if sources := render_sources(reports):
         print(f"\n{sources}\n")
-    for warning in warnings(reports):
+    if tax is not None:
+        print(f"\n{render_tax(tax)}\n")
+    for warning in warnings(reports, tax):
         print(f"warning: {warning}")
     model = os.path.join(recipe.output, "model")
     print(f"model: {model}")

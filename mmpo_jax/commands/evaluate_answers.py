@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -23,7 +23,7 @@ def main(options: argparse.Namespace, start_jax: Callable[[], None]) -> None:
       start_jax: starts it, where a checkpoint judges.
     """
     chosen = find_benchmark(options.benchmark)
-    if options.data is None:
+    if options.responses is None:
         print("\n".join(described(chosen)))
         return
     rules = parse_rules(chosen, options.rule)
@@ -72,7 +72,7 @@ def described(benchmark: Benchmark) -> list[str]:
     """What a benchmark takes and gives, for a person."""
     told = [
         f"{benchmark.name}: {benchmark.summary}",
-        f"  files: {benchmark.source}",
+        f"  files: {benchmark.source or 'none, so no --data'}",
         f"  answers: {benchmark.answers}",
     ]
     if benchmark.judgements is not None:
@@ -81,16 +81,16 @@ def described(benchmark: Benchmark) -> list[str]:
             "  --judge url=http://HOST:PORT/v1 --judge model=NAME asks one (docs/evaluation.md)",
         ]
     for name, (kind, default) in benchmark.options.items():
-        choices = _choices(kind)
-        told.append(f"  --rule {name}={default}  ({choices})")
+        told.append(f"  --rule {name}={default}  ({_choices(kind)})")
     return told
 
 
 def _choices(kind: Any) -> str:
-    """What an option may be, for a person."""
+    """What an option may be, in words."""
     if get_origin(kind) is Literal:
         return ", ".join(get_args(kind))
-    return (get_args(kind) or (kind,))[0].__name__
+    plain = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    return getattr(plain, "__name__", str(plain))
 
 
 def parse_rules(benchmark: Benchmark, given: list[str]) -> dict[str, object]:

@@ -28,7 +28,10 @@ KINDS = {
     "select": "SelectRecipe",
 }
 """Command -> class of its recipe."""
-OF_ALIGN = {"rounds", "prompts_per_round", "candidates", "feedback", "pairing", "sampling"}
+OF_ALIGN = {
+    *("rounds", "prompts_per_round", "candidates", "feedback", "pairing", "sampling"),
+    "selection",
+}
 """Keys that of the recipes with `training` only an alignment has."""
 
 

@@ -29,6 +29,8 @@ from mmpo_jax.data.tokenized_rows import (
     prefixed,
 )
 from mmpo_jax.data.usable import usable_records
+from mmpo_jax.evaluation.along import along_training, write_tax
+from mmpo_jax.evaluation.tax import render_tax
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.picture_world.source import PictureWorldData
 from mmpo_jax.recipes.recipe import TrainRecipe
@@ -109,7 +111,14 @@ def run_training(recipe: TrainRecipe) -> str:
     data = stage_data(stage, rows.records, rows.parts, rows.held)
     with progress.doing("checksums of the data"):
         identity = stage.identity() | _data_identity(rows, data, training)
+    if recipe.evaluation is not None:
+        along = along_training(recipe.evaluation, recipe.evaluate_every, stage, identity)
+        data = dataclasses.replace(data, measurements=along)
     folder = train_stage(stage, data, identity)
+    if recipe.evaluation is not None:
+        with progress.doing("comparing what was measured"):
+            tax = write_tax(recipe.evaluation, stage, folder, recipe.attention)
+        print(render_tax(tax))
     if recipe.rollout is None:
         _tell_cuts(rows, stage)
     return folder

@@ -7,8 +7,7 @@ absent or its number wrong ("a" is never too few).
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mmpo_jax.picture_world.claims import Claim, is_true, parse
 from mmpo_jax.picture_world.world import Scene
@@ -27,6 +26,24 @@ def error_type(claim: Claim, scene: Scene) -> str | None:
     if claim.kind in scene.counts():
         return "count"
     return "colour" if claim.shape in {thing.shape for thing in scene.things} else "object"
+
+
+def caption_counts(caption: str, scene: Scene) -> dict[str, tuple[int, int]]:
+    """What a caption of a scene adds to the metrics of `caption_metrics`: (above, below) of each,
+    which are sums of the one over sums of the other."""
+    parsed, there = parse(caption), scene.counts()
+    wrong = [e for claim in parsed.claims if (e := error_type(claim, scene))]
+    mentions = len(parsed.claims)
+    found = {claim.kind for claim in parsed.claims} & there.keys()
+    words = sum(any(c.isalnum() for c in word) for word in caption.split())
+    return {
+        "chair_i": (len(wrong), mentions),
+        "chair_s": (int(bool(wrong)), 1),
+        **{f"error_{name}": (wrong.count(name), mentions) for name in ERROR_TYPES},
+        "recall": (len(found), len(there)),
+        "mean_length": (words, 1),
+        "unparsed": (int(bool(parsed.unparsed)), 1),
+    }
 
 
 def caption_metrics(captions: Sequence[str], scenes: Sequence[Scene]) -> dict[str, float]:
@@ -52,23 +69,10 @@ def caption_metrics(captions: Sequence[str], scenes: Sequence[Scene]) -> dict[st
         raise ValueError(f"{len(captions)} captions but {len(scenes)} scenes")
     if not captions:
         raise ValueError("no captions to measure")
-    errors: Counter[str] = Counter()
-    mentions = hallucinated_captions = found = present = words = unparsed = 0
-    for caption, scene in zip(captions, scenes, strict=True):
-        parsed = parse(caption)
-        wrong = [e for claim in parsed.claims if (e := error_type(claim, scene))]
-        errors.update(wrong)
-        mentions += len(parsed.claims)
-        hallucinated_captions += bool(wrong)
-        found += len({claim.kind for claim in parsed.claims} & scene.counts().keys())
-        present += len(scene.counts())
-        words += sum(any(c.isalnum() for c in word) for word in caption.split())
-        unparsed += bool(parsed.unparsed)
-    return {
-        "chair_i": errors.total() / max(mentions, 1),
-        "chair_s": hallucinated_captions / len(captions),
-        **{f"error_{name}": errors[name] / max(mentions, 1) for name in ERROR_TYPES},
-        "recall": found / present,
-        "mean_length": words / len(captions),
-        "unparsed": unparsed / len(captions),
-    }
+    return ratios([caption_counts(*pair) for pair in zip(captions, scenes, strict=True)])
+
+
+def ratios(counts: Sequence[Mapping[str, tuple[int, int]]]) -> dict[str, float]:
+    """The metrics of several captions by what each adds; 0 where there is nothing to divide by."""
+    sums = {name: map(sum, zip(*(c[name] for c in counts), strict=True)) for name in counts[0]}
+    return {name: above / max(below, 1) for name, (above, below) in sums.items()}

@@ -21,7 +21,7 @@ class PictureWorldData(RecordSource):
     seed: Seed = 0
     image_size: int = Field(48, ge=24)  # below, shapes could not be told apart
     questions: int = Field(3, ge=0)
-    """Yes/no questions per scene in supervised data and in evaluation."""
+    """Yes/no questions per scene in supervised data."""
     hallucination_rate: float = Field(0.5, ge=0, le=1)
     """Share of supervised captions with one invented thing."""
 

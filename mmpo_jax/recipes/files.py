@@ -134,13 +134,29 @@ def _apply(values: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as error:
         raise RecipeError(f"override {override!r}: {error}") from error
     *parents, name = key.split(".")
-    node = values
+    node: Any = values
     for parent in parents:
-        child = node.setdefault(parent, {})
-        if not isinstance(child, dict):
+        if isinstance(node, dict):
+            node.setdefault(parent, {})
+        node = node[_place(node, parent, override)]
+        if not isinstance(node, dict | list):
             raise RecipeError(f"override {override!r}: {parent} is no group of keys")
-        node = child
-    node[name] = value
+    node[_place(node, name, override)] = value
+
+
+def _place(node: dict[str, Any] | list[Any], part: str, override: str) -> Any:
+    """Where a part of an override's path leads: a key, or the number of a list's entry from 0.
+
+    Raises:
+      RecipeError: the list has no such entry.
+    """
+    if isinstance(node, dict):
+        return part
+    if not part.isdigit() or int(part) >= len(node):
+        raise RecipeError(
+            f"override {override!r}: {part} is none of the numbers 0 to {len(node) - 1} of a list"
+        )
+    return int(part)
 
 
 def _explain(kind: type[pydantic.BaseModel], problem: Any, values: Any) -> str:

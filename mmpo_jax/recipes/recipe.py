@@ -27,9 +27,11 @@ from mmpo_jax.recipes.candidates import (
 )
 from mmpo_jax.recipes.correction import Corrector, Layout, RuleCorrecting
 from mmpo_jax.recipes.data import Data, Mixture
+from mmpo_jax.recipes.evaluation import Benchmarks
 from mmpo_jax.recipes.feedback import (
     ClaimsFeedback,
     Feedback,
+    PairFeedback,
     ScoresFeedback,
     SourceFeedback,
 )
@@ -97,16 +99,6 @@ class PreferenceTraining(Training):
         return self
 
 
-class Evaluation(Section):
-    """How the picture world's held-out scenes are captioned and questioned."""
-
-    data: PictureWorldData = PictureWorldData(split="test", size=500, questions=8)
-    batch_size: PositiveInt = 50
-    max_new_tokens: PositiveInt = 64
-    seeds: tuple[Seed, ...] = Field((0,), min_length=1)
-    """Seeds of the sampled captions: one caption per scene and seed."""
-
-
 class Base(Section):
     """What every recipe has."""
 
@@ -148,6 +140,19 @@ class Validation(Section):
         return self
 
 
+class Selection(Section):
+    """How the model of a run is chosen among those of its rounds: by prompts of the user's own that
+    no round is trained on. Benchmarks choose nothing."""
+
+    share: float = Field(0.05, gt=0, lt=1)
+    """Share of the prompts that are held out, all rows of one prompt on the same side."""
+    by: Literal["rejected_share", "score"] = "rejected_share"
+    """What is best: the smallest share of claims that the labeler of `feedback` rejects, or the
+    largest mean score of its judge."""
+    num_samples: PositiveInt = 4
+    """Responses to every held-out prompt, drawn as `sampling` says."""
+
+
 class TrainRecipe(Base):
     """`mmpo train`: one training stage on data that is there."""
 
@@ -164,6 +169,11 @@ class TrainRecipe(Base):
     validation: Validation | None = None
     hub: Hub | None = None
     """Repository that the result is uploaded to; none by default."""
+    evaluation: Benchmarks | None = None
+    """What the model is measured by as it is trained; no step is chosen by them."""
+    evaluate_every: PositiveInt | None = None
+    """Steps between measurements by benchmarks, beside one before the first step and one at the
+    end."""
 
     @pydantic.model_validator(mode="after")
     def _samples(self) -> TrainRecipe:
@@ -190,6 +200,12 @@ class TrainRecipe(Base):
     def _consistent(self) -> TrainRecipe:
         if self.validation is not None and self.validation.every % self.training.log_every:
             raise ValueError("validation.every must be a multiple of training.log_every")
+        if self.evaluate_every is not None and self.evaluation is None:
+            raise ValueError("evaluate_every: `evaluation` names no benchmark")
+        if self.evaluate_every is not None and self.evaluate_every % self.training.log_every:
+            raise ValueError("evaluate_every must be a multiple of training.log_every")
+        if self.evaluation is not None and self.reward_head is not None:
+            raise ValueError("evaluation: a reward model answers no questions")
         if self.validation is not None and self.rollout is not None:
             raise ValueError(
                 "validation: sampled responses are measured as they come; none held out"
@@ -223,9 +239,43 @@ class AlignRecipe(Base):
     feedback: Feedback = ClaimsFeedback()
     pairing: Pairing = Pairing()
     training: PreferenceTraining = PreferenceTraining()
-    evaluation: Evaluation | None = None
+    validation: Validation | None = None
+    """A share of a round's prompts whose pairs are held out of its training; the model of the round
+    is that of the step where they were best, such as by `metric: eval_rewards/accuracies`, DPO's
+    own reward."""
+    selection: Selection | None = None
+    """How the result is chosen among the rounds; by default it is the last one's."""
+    evaluation: Benchmarks | None = None
+    """What the start model and the model of every round are measured by."""
     hub: Hub | None = None
-    """Repository that the model of the last round is uploaded to; none by default."""
+    """Repository that the result is uploaded to; none by default."""
+
+    @pydantic.model_validator(mode="after")
+    def _holds_out_pairs(self) -> AlignRecipe:
+        if self.validation is None:
+            return self
+        if self.validation.data is not None:
+            raise ValueError("validation.data: a round's pairs are its own; give share")
+        if self.validation.every % self.training.log_every:
+            raise ValueError("validation.every must be a multiple of training.log_every")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _selects_by_one_judge(self) -> AlignRecipe:
+        if self.selection is None:
+            return self
+        claims = isinstance(self.feedback, ClaimsFeedback)
+        if self.selection.by == "rejected_share" and not claims:
+            raise ValueError(
+                "selection.by: only feedback of type claims rejects any; take `by: score`"
+            )
+        if isinstance(self.feedback, SourceFeedback | ScoresFeedback | PairFeedback):
+            raise ValueError(
+                f"selection: feedback of type {self.feedback.type} says nothing of one model alone"
+            )
+        if self.sentences is not None:
+            raise ValueError("selection: sentences are judged on the way, whole responses are not")
+        return self
 
     @pydantic.model_validator(mode="after")
     def _responses_differ(self) -> AlignRecipe:
@@ -428,7 +478,8 @@ class CorrectRecipe(Section):
 
 
 class EvaluateRecipe(Base):
-    """`mmpo evaluate`: hallucination and yes/no accuracy of a model."""
+    """`mmpo evaluate`: a model measured by benchmarks."""
 
-    lengths: Lengths = Lengths()
-    evaluation: Evaluation = Evaluation()
+    lengths: Lengths | None = None
+    """Bucket sizes; by default, and where a question fits none, those that the questions need."""
+    evaluation: Benchmarks

@@ -53,7 +53,7 @@ from mmpo_jax.training.reports import Reports, StartedStep
 from mmpo_jax.training.step import Update, create_state, make_step, whole_params
 from mmpo_jax.training.stopping import StopSignal
 from mmpo_jax.training.tracking import track_run
-from mmpo_jax.training.validation import Held, Validator
+from mmpo_jax.training.validation import Held, Measurements, Validator
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +88,8 @@ class TrainingData:
     """Rows that are measured, if any are held out."""
     rollout: Rollout | None = None
     """How responses are sampled and rewarded, where the examples have none."""
+    measurements: Measurements | None = None
+    """What else is measured."""
 
     @property
     def mixture(self) -> Sequence[MixtureEntry]:
@@ -165,6 +167,7 @@ def train(
                 checkpoints,
                 writer,
                 validator,
+                data.measurements,
                 performance,
                 Recorder(run.folder, mesh, source.draw_again),
                 position or source.get_state(),

@@ -20,7 +20,7 @@ from mmpo_jax.training.metrics import MetricsWriter, as_json, means
 from mmpo_jax.training.not_finite import Recorder, first_not_finite
 from mmpo_jax.training.performance import Performance
 from mmpo_jax.training.plan import TrainingError
-from mmpo_jax.training.validation import Validator
+from mmpo_jax.training.validation import Measurements, Validator
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ class Reports:
         checkpoints: Checkpoints,
         writer: MetricsWriter,
         validator: Validator | None,
+        measurements: Measurements | None,
         performance: Performance,
         recorder: Recorder,
         position: dict[str, Any],
@@ -59,6 +60,7 @@ class Reports:
           checkpoints: of the run.
           writer: of its metrics.
           validator: measures held-out rows, if there are any.
+          measurements: what else is measured, if anything is.
           performance: measures the steps.
           recorder: keeps the batch of a step that was not finite.
           position: of the data, before the first step.
@@ -66,16 +68,23 @@ class Reports:
         """
         self.config, self.steps = config, steps
         self.checkpoints, self.writer, self.validator = checkpoints, writer, validator
+        self.measurements = measurements
         self.performance, self.recorder = performance, recorder
         self.position, self.carried = position, list(carried)
         self.window: list[StartedStep] = []
         """The steps since the last report, but for those `carried`; `position` is before them."""
 
     def begin(self, state: TrainState) -> None:
-        """Measures held-out rows before the first step."""
+        """Measures before the first step."""
         self.checkpoints.best.forget_after(-1)  # of a run that ended before its first checkpoint
+        values: dict[str, float] = {}
         if self.validator is not None:
-            self.writer.record(0, self._validate(self.validator, 0, state))
+            values |= self._validate(self.validator, 0, state)
+        if self.measurements is not None:
+            values |= self._measure(self.measurements, 0, state)
+        if values:
+            self.writer.record(0, values)
+        if self.validator is not None:
             self._save_best(self.validator, 0, state)
 
     def resume(self, step: int, state: TrainState) -> None:
@@ -131,8 +140,11 @@ class Reports:
             values |= self._validate(self.validator, step, state)
             if step in self.validator.best_steps():
                 self._save_best(self.validator, step, state)
+        is_last = step == self.steps or self.is_over()
+        if self.measurements is not None and self.measurements.is_due(step, is_last):
+            values |= self._measure(self.measurements, step, state)
         self.writer.write_step(step, values | self.performance.close())
-        if step % self.config.save_every == 0 or step == self.steps or self.is_over():
+        if step % self.config.save_every == 0 or is_last:
             with progress.doing("saving a checkpoint"), self._saving():
                 self.writer.flush()
                 self.checkpoints.save(step, state, position)
@@ -141,6 +153,13 @@ class Reports:
         """Metrics of held-out rows."""
         with self.performance.times.spending("validation"):
             return validator.measure(step, state)
+
+    def _measure(
+        self, measurements: Measurements, step: int, state: TrainState
+    ) -> Mapping[str, float]:
+        """Values of what else is measured."""
+        with self.performance.times.spending("validation"):
+            return measurements.measure(step, state)
 
     def _save_best(self, validator: Validator, step: int, state: TrainState) -> None:
         """Writes the parameters of a step that is among the best. Those before stay as long as a

@@ -43,6 +43,20 @@ class Held:
     config: Validation
 
 
+@dataclasses.dataclass(frozen=True)
+class Measurements:
+    """What else is measured as training goes on, and shown beside its metrics."""
+
+    measure: Callable[[int, TrainState], Mapping[str, float]]
+    """Values by name, of a step and the state after it."""
+    every: int | None
+    """Steps between them; None for one before the first step and one at the end."""
+
+    def is_due(self, step: int, is_last: bool) -> bool:
+        """Whether there is something to measure after this step."""
+        return is_last or (self.every is not None and step % self.every == 0)
+
+
 class Validator:
     """Measures held-out rows as training goes on, and knows which step was best.
 

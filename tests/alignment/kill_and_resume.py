@@ -30,7 +30,8 @@ from pathlib import Path
 from mmpo_jax.training.metrics import read_metrics, reproducible
 
 ROOT = Path(__file__).parents[2]
-RECIPE = Path("configs", "picture_world_align.yaml")
+ALIGN = "align", str(Path("configs", "picture_world_align.yaml"))
+"""The command and its recipe."""
 OVERRIDES = (
     "rounds=2",
     "prompts_per_round=300",  # more than one part of a stage
@@ -41,7 +42,7 @@ OVERRIDES = (
     "training.batch_size=4",
     "training.log_every=5",
     "training.save_every=10",
-    "evaluation.data.size=32",
+    "evaluation.size=32",
 )
 MOMENTS = (
     "round 0/2, evaluate",
@@ -85,10 +86,12 @@ def freeze_code(folder: Path) -> None:
         shutil.copytree(ROOT / name, folder / "code" / name, dirs_exist_ok=True, ignore=without)
 
 
-def start(output: Path, model: str, overrides: tuple[str, ...]) -> subprocess.Popen[str]:
-    """`mmpo align` in a process group of its own, both streams in one pipe."""
+def start(
+    output: Path, model: str, overrides: tuple[str, ...], mmpo: tuple[str, ...] = ALIGN
+) -> subprocess.Popen[str]:
+    """A command in a process group of its own, both streams in one pipe."""
     code = output.parent / "code"
-    command = [sys.executable, "-m", "mmpo_jax.cli", "align", str(RECIPE), f"output={output}"]
+    command = [sys.executable, "-m", "mmpo_jax.cli", *mmpo, f"output={output}"]
     return subprocess.Popen(
         [*command, f"model={model}", *overrides],
         cwd=code,
@@ -122,7 +125,12 @@ def lines_of(process: subprocess.Popen[str]) -> queue.Queue[str | None]:
 
 
 def run(
-    output: Path, model: str, overrides: tuple[str, ...], until: tuple[str, ...] = (), delay=0.0
+    output: Path,
+    model: str,
+    overrides: tuple[str, ...],
+    until: tuple[str, ...] = (),
+    delay=0.0,
+    mmpo: tuple[str, ...] = ALIGN,
 ) -> tuple[str, Kill]:
     """Runs to the end, or kills `delay` seconds after a line with one of `until` in it.
 
@@ -133,7 +141,7 @@ def run(
       RuntimeError: it failed or hung.
     """
     began = time.monotonic()
-    process = start(output, model, overrides)
+    process = start(output, model, overrides, mmpo)
     said, last, met = [], "(start)", ""
     try:
         lines = lines_of(process)

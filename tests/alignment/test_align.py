@@ -29,6 +29,10 @@ from mmpo_jax.picture_world.world import sample_scene
 from mmpo_jax.training import stage as stage_module
 from mmpo_jax.training.metrics import read_metrics
 
+ASKED = [f"picture_world-{way}" for way in ("sampled-0", "greedy", "questions")]
+"""Stages of an evaluation, which is a piece of work itself, as is its benchmark."""
+EVALUATION = 2 + len(ASKED)
+
 pytestmark = pytest.mark.usefixtures("stubs")
 
 
@@ -48,15 +52,13 @@ def work_done(monkeypatch):
     monkeypatch.setattr(stages, "run_stage", count)
     monkeypatch.setattr("mmpo_jax.scoring.stage.run_stage", count)
     monkeypatch.setattr("mmpo_jax.generation.responses.run_stage", count)
-    for module, name in ((stage_module, "train"), (align, "evaluate_picture_world")):
-        function = getattr(module, name)
+    train = stage_module.train
 
-        def counted(*args, function=function, name=name, **options):
-            folder = Path(args[-1].folder).parent.name if name == "train" else ""
-            done.append((folder, name))
-            return function(*args, **options)
+    def counted(*args):
+        done.append((Path(args[-1].folder).parent.name, "train"))
+        return train(*args)
 
-        monkeypatch.setattr(module, name, counted)
+    monkeypatch.setattr(stage_module, "train", counted)
     return done
 
 
@@ -84,9 +86,10 @@ def test_files_of_the_stages(finished, tiny_folder):
             "timings.json",
             "model",
             "evaluation.json",
+            "evaluation",
         }
     names = {path.name for path in (output / "round-0").iterdir()}
-    assert names == {"evaluation.json", "timings.json"}
+    assert names == {"evaluation.json", "evaluation"}
     assert {path.name for path in output.iterdir()} == {
         "round-0",
         "round-1",
@@ -98,6 +101,7 @@ def test_files_of_the_stages(finished, tiny_folder):
         "rounds.json",
         "rounds.txt",
         "curves.png",
+        "tax.json",
     }
     assert fingerprint_model(output / "model") == fingerprint_model(output / "round-2" / "model")
     assert fingerprint_model(output / "model") != fingerprint_model(tiny_folder)
@@ -112,7 +116,8 @@ def test_reports(finished):
         assert report.pairs == report.counts["pairs"] > 0
         assert 0 <= report.dpo_accuracy <= 1
     for report in reports:
-        assert {"sampled/chair_s", "greedy/recall", "yes_no_accuracy"} <= report.metrics.keys()
+        names = {"sampled/chair_s", "greedy/recall", "yes_no_accuracy"}
+        assert {f"picture_world/{name}" for name in names} <= report.metrics.keys()
     rows = json.loads((output / "rounds.json").read_text())
     assert rows == [dataclasses.asdict(report) for report in reports]
 
@@ -244,7 +249,7 @@ def test_a_changed_setting_makes_again_what_depends_on_it(finished, copy, tiny_f
     # Another model comes out of round 1: all of round 2 is another.
     rest = [name for _, name in work_done[3:]]
     again = [stage for stage in STAGES if stage != "prompts"]
-    assert rest == ["evaluate_picture_world", *again, "train", "evaluate_picture_world"]
+    assert rest == [*ASKED, *again, "train", *ASKED]
     assert reports[1].pairs < finished[1][1].pairs
     assert reports[0] == finished[1][0]
 
@@ -272,7 +277,7 @@ def test_it_goes_on_after_an_interruption_anywhere(finished, tiny_folder, tmp_pa
             break
         except Stop:
             stops += 1
-    assert stops == (ROUNDS + 1) + ROUNDS * (len(STAGES) + 1)
+    assert stops == (ROUNDS + 1) * EVALUATION + ROUNDS * (len(STAGES) + 1)
     assert reports == finished[1]
     assert files(output) == files(finished[0])
 

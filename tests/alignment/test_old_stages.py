@@ -1,12 +1,16 @@
 """Rounds whose stages were done by a version with other rules."""
 
+import dataclasses
+import functools
 import json
 
 from helpers.small_rounds import make_recipe
 
-from mmpo_jax.alignment import align
 from mmpo_jax.alignment.align import run_alignment
+from mmpo_jax.benchmarks import benchmark
+from mmpo_jax.benchmarks.benchmark import find_benchmark
 from mmpo_jax.core.files import encode_table, fingerprint_file, fingerprint_json, read_table
+from mmpo_jax.evaluation import measure
 
 KEYED = "generate", "conquer", "judge", "pairs", "reference"
 
@@ -36,13 +40,18 @@ def test_stages_of_other_rules_are_made_again(finished, copy, tiny_folder):
 
 
 def test_metrics_of_other_rules_are_measured_again(copy, tiny_folder, monkeypatch):
-    evaluate, measured = align.evaluate_picture_world, []
-    monkeypatch.setattr(
-        align, "evaluate_picture_world", lambda *args: measured.append(1) or evaluate(*args)
-    )
-    path = copy / "round-0" / "evaluation.json"
-    with monkeypatch.context() as patch:
-        patch.setattr(align, "VERSION", 2)
-        run_alignment(make_recipe(copy, tiny_folder))
+    world = find_benchmark("picture_world")
+    measured = []
+
+    @functools.wraps(world.score)
+    def score(*args, **options):
+        measured.append(1)
+        return world.score(*args, **options)
+
+    counting = dataclasses.replace(world, score=score)
+    monkeypatch.setitem(benchmark._BENCHMARKS, "picture_world", counting)
+    run_alignment(make_recipe(copy, tiny_folder))
+    assert not measured
+    monkeypatch.setattr(measure, "SCORING_RULES", 0)
+    run_alignment(make_recipe(copy, tiny_folder))
     assert len(measured) == 3
-    assert json.loads(path.read_text())["metrics"]

@@ -183,15 +183,15 @@ def test_train_and_evaluate(mmpo, tiny_folder, tmp_path):
     assert out.splitlines()[-1] == f"model: {model}"
     values = recipe(tmp_path, tmp_path / "out")  # the run's folder: its last checkpoint
     del values["data"]
-    evaluation = {"data": {"source": "picture_world", "size": 3, "questions": 2, "image_size": 24}}
+    evaluation = {"type": "picture_world", "size": 3, "questions": 2, "image_size": 24}
     evaluation |= {"max_new_tokens": 4, "batch_size": 8}
     status, out, err = mmpo("evaluate", values | {"evaluation": evaluation})
     assert status == 0, err
-    assert {"sampled/chair_s", "greedy/recall", "yes_no_accuracy"} <= {
-        line.split()[0] for line in out.splitlines()
-    }
+    metrics = {"sampled/chair_s", "greedy/recall", "yes_no_accuracy"}
+    assert metrics <= {line.split()[0] for line in out.splitlines() if line}
     saved = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert saved["model"] == str(tmp_path / "out")
+    assert {f"picture_world/{name}" for name in metrics} <= saved["metrics"].keys()
 
 
 def test_ctrl_c_is_no_traceback(generation, mmpo, monkeypatch):

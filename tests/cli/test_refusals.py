@@ -91,11 +91,16 @@ class TestBadData:
             assert "rows.jsonl: no row that can be used" in message
         assert len((tmp_path / "out" / "rejected_rows.jsonl").read_text().splitlines()) == 3
 
-    def test_prompts_do_not_fit_the_evaluation(self, tiny_folder, refused, tmp_path):
-        values = recipe(tmp_path, tiny_folder, lengths={"prompt": [8], "response": [16]})
+    def test_questions_without_their_images(self, tiny_folder, refused, tmp_path):
+        values = recipe(tmp_path, tiny_folder)
         del values["data"]
-        message = refused("evaluate", values, "evaluation.data={source: picture_world, size: 2}")
-        assert "give lengths.prompt a larger size" in message
+        row = {"question_id": 1, "image": "a.png", "text": "is there a star ?", "label": "yes"}
+        path = write_rows(tmp_path, [row])
+        message = refused("evaluate", values | {"evaluation": {"type": "pope", "data": path}})
+        assert "rows.jsonl, row 1: " in message and "COCO val2014" in message
+        (tmp_path / "a.png").write_bytes(b"no picture")
+        message = refused("evaluate", values | {"evaluation": {"type": "pope", "data": path}})
+        assert "pope: question '1': " in message and "a.png" in message
 
     def test_pairs_without_a_common_prompt(self, generation, refused, tmp_path):
         """Two whole dialogues are something to learn from, but nothing to answer."""
@@ -139,8 +144,8 @@ class TestFullDisk:
     def test_evaluate(self, tiny_folder, refused, tmp_path):
         values = recipe(tmp_path, tiny_folder)
         del values["data"]
-        data = {"source": "picture_world", "size": 2, "questions": 2, "image_size": 24}
-        values["evaluation"] = {"data": data, "max_new_tokens": 2, "batch_size": 8}
+        world = {"type": "picture_world", "size": 2, "questions": 2, "image_size": 24}
+        values["evaluation"] = world | {"max_new_tokens": 2, "batch_size": 8}
         message = refused("evaluate", values)
         assert "the disk is full while writing /full/disk" in message
         assert "the same command goes on from there" in message

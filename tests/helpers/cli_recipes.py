@@ -18,7 +18,7 @@ POSSIBLE = {
     "align": {"sampling": {"max_new_tokens": 4}},
     "generate": {},
     "score": {},
-    "evaluate": {},
+    "evaluate": {"evaluation": {"type": "picture_world", "size": 2, "image_size": 24}},
 }
 """What a command needs beside the keys above: their defaults do not go together."""
 

@@ -70,7 +70,7 @@ def make_recipe(output, model, **changes) -> AlignRecipe:
                 "save_every": 2,
             },
             "evaluation": {
-                "data": {"split": "test", "size": 8, "questions": 2, "image_size": 24},
+                **{"type": "picture_world", "size": 8, "questions": 2, "image_size": 24},
                 "batch_size": 8,
                 "max_new_tokens": 6,
             },

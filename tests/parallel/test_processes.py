@@ -65,8 +65,8 @@ def generate_commands(folder, model, data):
 
 
 def evaluate_commands(folder, model):
-    world = {"split": "test", "size": 9, "questions": 2, "image_size": 24}
-    evaluation = {"data": world, "batch_size": 8, "max_new_tokens": 6}
+    world = {"type": "picture_world", "size": 9, "questions": 2, "image_size": 24}
+    evaluation = world | {"batch_size": 8, "max_new_tokens": 6}
     keys = {"model": str(model), "lengths": LENGTHS, "evaluation": evaluation}
     return [["evaluate", recipe(folder, "evaluated", **keys)]]
 
@@ -240,7 +240,7 @@ def align_commands(folder, rounds):
         "training.max_steps": 4,
         "training.log_every": 1,
         "training.save_every": 2,
-        "evaluation.data.size": 8,
+        "evaluation.size": 8,
         "evaluation.batch_size": 8,
         "output": folder / "align",
     }

@@ -10,11 +10,14 @@ import pytest
 import yaml
 
 import mmpo_jax
+from mmpo_jax.benchmarks.benchmark import find_benchmark
 from mmpo_jax.chat.server import ChatServer
+from mmpo_jax.data.sources import RecordSource
 from mmpo_jax.objectives.catalog import OBJECTIVES
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.picture_world.render import MIN_IMAGE_SIZE
 from mmpo_jax.recipes.candidates import Candidate, Drawing
+from mmpo_jax.recipes.evaluation import BenchmarkSection
 from mmpo_jax.recipes.feedback import (
     CheckpointAsked,
     Judging,
@@ -165,11 +168,39 @@ def test_wrong_types_and_impossible_values(problem, override, told):
     [
         ("training.objective={type: dpo}", TrainRecipe, "dialogues hold no preferences"),
         ("sampling.max_new_tokens=65", AlignRecipe, "sampling.max_new_tokens 65 is more than"),
-        ("evaluation={seeds: []}", AlignRecipe, "evaluation.seeds: "),
+        ("evaluation={type: picture_world, seeds: []}", AlignRecipe, "evaluation.seeds: "),
+        ("evaluation={type: popes, data: a}", AlignRecipe, "type: there is no 'popes'; did you"),
+        ("evaluation={type: pope, readin: official, data: a}", AlignRecipe, "mean reading?"),
+        (
+            "evaluation=[{type: pope, data: a}, {type: pope, data: b}]",
+            AlignRecipe,
+            "evaluation: two benchmarks are called pope; give one another `name`",
+        ),
     ],
 )
 def test_options_that_cannot_go_together(problem, override, kind, told):
     assert told in problem(override, kind=kind)
+
+
+def test_overrides_reach_into_lists(load, problem):
+    keys = {"output": "out", "model": "m", "evaluation": [{"type": "picture_world", "size": 9}]}
+    options = {"text": yaml.safe_dump(keys), "kind": EvaluateRecipe}
+    (section,) = load("evaluation.0.size=3", **options).evaluation
+    assert section.size == 3
+    assert "1 is none of the numbers 0 to 0" in problem("evaluation.1.size=3", **options)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("validation={share: 0.1, every: 3}", "must be a multiple of training.log_every"),
+        ("validation={data: {source: picture_world}}", "a round's pairs are its own; give share"),
+        ("feedback={type: exact_match}", "selection.by: only feedback of type claims rejects any"),
+        ("sentences={clean: 0}", "selection: sentences are judged on the way"),
+    ],
+)
+def test_what_rounds_hold_out(problem, override, told):
+    assert told in problem("selection={share: 0.1}", override, kind=AlignRecipe)
 
 
 def test_shares_that_never_differ_so_much(problem):
@@ -310,6 +341,8 @@ def test_every_config_loads_as_its_kind(path):
     assert fitting, f"{path.name} has the keys of no kind of recipe"
     if not keys & {"reference", "reward_model"}:  # one of which `mmpo select` needs
         fitting = [kind for kind in fitting if kind is not SelectRecipe]
+    if not keys & AlignRecipe.model_fields.keys() - TrainRecipe.model_fields.keys():
+        fitting = [kind for kind in fitting if kind is not AlignRecipe]
     for kind in fitting:
         load_recipe(kind, path)
 
@@ -365,6 +398,10 @@ def owners(section: type[Section]) -> set[str]:
         passed |= {"source"}
     if issubclass(section, OF_JUDGES):
         passed |= {"options", "asked", "server", "_server", "speaking", "splitting", "labeling"}
+    if issubclass(section, BenchmarkSection):
+        passed |= {"section", "self"}
+    if issubclass(section, RecordSource):
+        passed |= {"self"}
     return passed | ({*held, "config", "recipe"} if held else {"recipe"})
 
 
@@ -374,6 +411,9 @@ def taken_by(section: type[Section]) -> set[str]:
         return {"weight"}
     if issubclass(section, RewardSection):  # the same of `RewardSection.values`
         return {"weight", *REWARDS[section.model_fields["type"].default].options}
+    if issubclass(section, BenchmarkSection):  # the same of `BenchmarkSection.options`
+        of = find_benchmark(section.model_fields["type"].default)
+        return {*of.options, *of.asking_options}
     if issubclass(section, ObjectiveSection):
         # `ObjectiveSection.term` reads them all by name.
         return {"weight", *OBJECTIVES[section.model_fields["type"].default].options}

@@ -21,7 +21,7 @@ def test_weights_that_are_not_finite_are_not_blamed_on_rows():
     weights = jnp.array([1.0, jnp.inf])
     state = TrainState(jnp.int32(0), {"a": jnp.ones(2)}, {"b/kernel": weights}, ())
     checkpoints = types.SimpleNamespace(describe_latest=lambda: "none was saved yet")
-    reports = Reports(CONFIG, 8, checkpoints, None, None, None, None, {}, [])
+    reports = Reports(CONFIG, 8, checkpoints, None, None, None, None, None, {}, [])
     reports.add(
         StartedStep(1, ("row-1",), {"finite": False, "loss": jnp.nan, "grad_norm": jnp.nan}, {})
     )

@@ -1,0 +1,185 @@
+"""A model measured by the benchmarks of a recipe: answers in stages, then scores, in a folder.
+
+    NAME.parquet, NAME-WAY.parquet   what the model says, a stage for every way of asking
+    NAME.answers.jsonl               the same in the layout that `mmpo evaluate --responses` reads
+    NAME.scores.json                 scores in the layout that `mmpo evaluate --output` writes
+
+Scores are made of the file of answers, by the function that scores anybody's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from mmpo_jax.benchmarks.benchmark import (
+    Benchmark,
+    Files,
+    Metric,
+    Scores,
+    as_report,
+    read_scores,
+    score_rows,
+    write_json,
+)
+from mmpo_jax.benchmarks.judging import Judge
+from mmpo_jax.benchmarks.tables import read_table
+from mmpo_jax.core import progress
+from mmpo_jax.core.files import fingerprint_file, fingerprint_json, read_json
+from mmpo_jax.core.processes import on_one
+from mmpo_jax.evaluation.answers import Measuring, write_answers
+from mmpo_jax.evaluation.judge_models import asked_judge
+from mmpo_jax.recipes.evaluation import BenchmarkSection, JudgedSection
+
+SCORING_RULES = 1
+"""Part of the key of scores: changes with what any benchmark makes of answers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What a benchmark says of a model."""
+
+    name: str
+    """That of its section."""
+    benchmark: Benchmark
+    scores: Scores
+
+    def values(self) -> dict[str, float]:
+        """`NAME/METRIC` -> value: its metrics, and what runs show of what stands beside them."""
+        shown = {metric.name for metric in self.benchmark.metrics}
+        beside = {name: x for name, x in self.scores.beside.items() if name in shown}
+        return {f"{self.name}/{key}": x for key, x in {**self.scores.metrics, **beside}.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """A metric of a benchmark in a run."""
+
+    benchmark: str
+    """Name of its section."""
+    metric: Metric
+    heading: str
+    """Of its column; with the benchmark's name where several are measured."""
+
+    @property
+    def key(self) -> str:
+        """Its name among the values of a run."""
+        return f"{self.benchmark}/{self.metric.name}"
+
+
+def shown_metrics(sections: Sequence[BenchmarkSection]) -> list[Shown]:
+    """The metrics that a run shows, in order."""
+    return [
+        Shown(
+            section.called,
+            metric,
+            (f"{section.called} " if len(sections) > 1 else "") + (metric.heading or metric.name),
+        )
+        for section in sections
+        for metric in section.benchmark.metrics
+    ]
+
+
+def measure(sections: Sequence[BenchmarkSection], at: Measuring) -> list[Measured]:
+    """What benchmarks say of a model, made now as far as it is not in the folder.
+
+    Raises:
+      MmpoError: whatever the user can mend, naming it.
+    """
+    found = []
+    for section in sections:
+        with progress.doing(section.called):
+            progress.tell()
+            found.append(_measured(section, at))
+    return found
+
+
+def read_measured(sections: Sequence[BenchmarkSection], folder: str) -> list[Measured]:
+    """What `measure` left in a folder."""
+    found = []
+    for section in sections:
+        report = read_json(os.path.join(folder, f"{section.called}.scores.json"))
+        found.append(Measured(section.called, section.benchmark, read_scores(report)))
+    return found
+
+
+def all_values(measured: Sequence[Measured]) -> dict[str, float]:
+    """The values of several benchmarks."""
+    return {key: value for one in measured for key, value in one.values().items()}
+
+
+def describe(measured: Sequence[Measured], shown: Sequence[Shown]) -> dict[str, Any]:
+    """All values, and what runs show of them, as JSON: `metrics`, value by `NAME/METRIC`, and
+    `shown`, a list of `key`, `benchmark`, `heading`, `better`, `format` and `guards`, see `Metric`.
+    """
+    return {
+        "metrics": all_values(measured),
+        "shown": [
+            {
+                "key": one.key,
+                "benchmark": one.benchmark,
+                "heading": one.heading,
+                "better": one.metric.better,
+                "format": one.metric.form,
+                "guards": one.metric.guards,
+            }
+            for one in shown
+        ],
+    }
+
+
+def _measured(section: BenchmarkSection, at: Measuring) -> Measured:
+    benchmark = section.benchmark
+    files = section.files()
+    assert benchmark.asks is not None
+    asked = benchmark.asks(files, **section.options(benchmark.asking_options))
+    answers = write_answers(section, asked, at)
+    if isinstance(section, JudgedSection):
+        return Measured(section.called, benchmark, _judged(section, files, answers, at))
+    scores = on_one(lambda: _scored(section, files, answers, at))
+    return Measured(section.called, benchmark, scores)
+
+
+def _scored(section: BenchmarkSection, files: Files, answers: str, at: Measuring) -> Scores:
+    """Scores of a file of answers, from their own file where nothing that they depend on is new, as
+    far as the benchmark's files are asked for by `Files.find`."""
+    options = section.options(section.benchmark.options)
+    key = fingerprint_json([SCORING_RULES, section.type, options, fingerprint_file(answers)])
+    saved = read_json(_scores_file(section, at))
+    known = bool(files.found) or not section.benchmark.source
+    if known and saved.get("key") == key and files.are(saved["files"]):
+        return read_scores(saved)
+    scores = score_rows(section.benchmark, files, read_table(epath.Path(answers)), options)
+    return _kept(section, scores, at, files=files.digests(), key=key)
+
+
+def _judged(section: JudgedSection, files: Files, answers: str, at: Measuring) -> Scores:
+    """Scores of a file of answers that a model judges, of which each is asked about once."""
+    options = section.options(section.benchmark.options)
+    rows = on_one(lambda: read_table(epath.Path(answers)))
+    with asked_judge(section.judge, os.path.join(at.folder, f"{section.called}.judge")) as judge:
+        scores = score_rows(section.benchmark, files, rows, options, judge)
+        return on_one(lambda: _kept(section, scores, at, judge, files=files.digests()))
+
+
+def _kept(
+    section: BenchmarkSection,
+    scores: Scores,
+    at: Measuring,
+    judge: Judge | None = None,
+    **more: Any,
+) -> Scores:
+    """Writes scores; as they are read again."""
+    options = section.options(section.benchmark.options)
+    more = {"name": section.called, "model": at.checkpoint.fingerprint, **more}
+    report = as_report(section.benchmark, scores, options, judge, **more)
+    write_json(_scores_file(section, at), report)
+    return read_scores(read_json(_scores_file(section, at)))
+
+
+def _scores_file(section: BenchmarkSection, at: Measuring) -> str:
+    return os.path.join(at.folder, f"{section.called}.scores.json")
