@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from mmpo_jax.benchmarks.benchmark import Files
 from mmpo_jax.benchmarks.coco import image_number
-from mmpo_jax.benchmarks.judging import Judge, JudgePrompt, Question
+from mmpo_jax.benchmarks.judging import REVIEWS, Judge, JudgePrompt, Question
 from mmpo_jax.benchmarks.scripts import official_name, script_of
 from mmpo_jax.benchmarks.tables import Row
 from mmpo_jax.core.errors import MmpoError
@@ -23,9 +23,6 @@ SHORT = 3
 
 SCRIPTS = ("eval_gpt_obj_halbench.py", "eval/eval_gpt_obj_halbench.py")
 """The file of RLAIF-V's and RLHF-V's repositories that has the judge's prompt."""
-
-NO_LIST = "-1\n<no_response>"
-"""What the script notes where no reply was a list."""
 
 PROMPT = """\
 You read a question about a picture and somebody's answer, and list the things that the answer \
@@ -96,8 +93,10 @@ def asked_objects(
     return found
 
 
-def published_objects(judge: Judge, captions: Sequence[Caption]) -> list[Extracted] | None:
-    """Those of a file in the layout of the official script; None where there is none.
+def published_objects(
+    judge: Judge, captions: Sequence[Caption], reading: Reading
+) -> list[Extracted] | None:
+    """Those of a file in a layout of the official script, or of replies; None without a file.
 
     Raises:
       MmpoError: it has none of a description, or those of another text.
@@ -108,7 +107,7 @@ def published_objects(judge: Judge, captions: Sequence[Caption]) -> list[Extract
     for row in _sentences(judge.published):
         rows[image_number(row.need("image_id", "id"), row.name)].append(row)
     judge.tell(JUDGE, [])
-    return [_published(one, rows[one.image], judge.published[0].file) for one in captions]
+    return [_published(one, rows[one.image], judge.published[0].file, reading) for one in captions]
 
 
 def read_objects(reply: str, reading: Reading = "official") -> list[str] | None:
@@ -163,7 +162,7 @@ def _sentences(published: Sequence[Row]) -> list[Row]:
     return found
 
 
-def _published(caption: Caption, rows: list[Row], file: str) -> Extracted:
+def _published(caption: Caption, rows: list[Row], file: str, reading: Reading) -> Extracted:
     """The first row of an image that nobody has taken yet."""
     if not rows:
         raise MmpoError(f"{file}: has no objects of the description of image {caption.image}")
@@ -176,10 +175,10 @@ def _published(caption: Caption, rows: list[Row], file: str) -> Extracted:
     nouns = row.get("objs", "words")
     if nouns is not None:
         return Extracted(names=_listed(row, row.get("extract_objs")), nouns=_listed(row, nouns))
-    listed: Any = row.need("extract_objs", "objs", "words")
-    if listed == NO_LIST:
-        return Extracted(reply=NO_LIST)
-    return Extracted(names=_listed(row, listed))
+    listed: Any = row.need("extract_objs", "objects", *REVIEWS)
+    if isinstance(listed, str):
+        return Extracted(read_objects(listed, reading), reply=listed)
+    return Extracted(_listed(row, listed))
 
 
 def _listed(row: Row, names: Any) -> list[str] | None:

@@ -70,8 +70,8 @@ def questions(files: Files, *, max_new_tokens: PositiveInt = 1024) -> list[Asked
     source=SOURCE,
     answers="`text`, `answer` or `response` with `image_id` (or `id`), or in the questions' order; "
     "`prompt` or `question` where a judge is asked without the file of questions",
-    judgements="`extract_objs` (what a judge found) or `objs` (the nouns of it) by `image_id`, or "
-    "hall_*.json of the official script",
+    judgements="`extract_objs` (a list), `objs` (the nouns of it) or `reply` (a judge's) by "
+    "`image_id`, or hall_*.json of the official script",
     metrics=METRICS,
     asks=questions,
     images="COCO (in the file of questions)",
@@ -108,7 +108,7 @@ def object_halbench(
     if objects == "words":
         found = [Extracted(nouns=words_of(one.text)) for one in captions]
     else:
-        published = published_objects(judge, captions)
+        published = published_objects(judge, captions, reading)
         found = published or asked_objects(files, judge, captions, reading)
         if any(one.names and one.nouns is None for one in found):
             parse, made_with["nouns"] = parser_of(nouns, english)
