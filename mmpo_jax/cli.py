@@ -75,7 +75,7 @@ def _set_up_logging(me: processes.Member) -> None:
     else:
         logging.basicConfig(level=logging.WARNING, format=f"process {me.index}: %(message)s")
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
-    for noisy in ("httpcore2", "httpx2", "jax", "matplotlib", "transformers"):
+    for noisy in ("httpcore2", "httpx2", "jax", "transformers"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     # Of a write that failed Orbax logs every task, a page each; the error itself reaches us.
     for noisy in ("absl", "asyncio", "orbax"):

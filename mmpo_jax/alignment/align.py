@@ -67,7 +67,7 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
 
     Writes to the recipe's output folder: `round-0/` (the start model's evaluation), `round-<i>/`
     (a file per stage, checkpoints, the trained `model/`), `model/` (the last round's, or that
-    of `selection`), the report so far (`rounds.txt`, `rounds.json`, `tax.json`, `curves.png`), and
+    of `selection`), the report so far (`rounds.txt`, `rounds.json`, `tax.json`), and
     at the end `report.html`.
 
     Returns:

@@ -1,11 +1,9 @@
-"""What a person sees of an alignment: a table with a line per round, warnings, curves."""
+"""What a person sees of an alignment: a table with a line per round, and warnings."""
 
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -29,9 +27,6 @@ DPO_UPDATES = 10
 moved the model, and before the first there is nothing but rounding."""
 DPO_LOSS = 1e-3
 """Margin, below 0, from which on the report warns of it; less is rounding."""
-
-PANELS_ACROSS = 4
-"""Curves side by side, at most."""
 
 COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("round", "round", "d"),
@@ -301,8 +296,8 @@ def write_report(
     shown: Sequence[Shown] = (),
     tax: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes `rounds.json` and `rounds.txt`, and of what was measured `tax.json` and `curves.png`;
-    arguments as of `render_table` and `warnings`."""
+    """Writes `rounds.json` and `rounds.txt`, and of what was measured `tax.json`; arguments as of
+    `render_table` and `warnings`."""
     rows = [dataclasses.asdict(report) for report in reports]
     write_json(os.path.join(folder, "rounds.json"), rows)
     if tax is not None:
@@ -317,43 +312,3 @@ def write_report(
     ]
     text = "\n\n".join(filter(None, parts)) + "\n"
     write_atomic(os.path.join(folder, "rounds.txt"), text.encode())
-    if len(reports) > 1 and any(one.metric.panel for one in shown):
-        draw_curves(os.path.join(folder, "curves.png"), reports, shown)
-
-
-def draw_curves(path: str, reports: Sequence[RoundReport], shown: Sequence[Shown]) -> None:
-    """The metrics that have a curve over the rounds, those of one title in one panel."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    panels: dict[tuple[str, str], list[Shown]] = {}
-    for one in shown:
-        if one.metric.panel:
-            panels.setdefault((one.benchmark, one.metric.panel), []).append(one)
-    several = len({benchmark for benchmark, _ in panels}) > 1
-    across = min(len(panels), PANELS_ACROSS)
-    down = -(-len(panels) // across)
-    figure, axes = pyplot.subplots(down, across, figsize=(3.5 * across, 3.2 * down), squeeze=False)
-    rounds = [report.index for report in reports]
-    for axis, ((benchmark, title), lines) in zip(axes.flat, panels.items(), strict=False):
-        for one in lines:
-            values = [report.metrics.get(one.key, math.nan) for report in reports]
-            axis.plot(rounds, values, marker="o", label=one.metric.name.partition("/")[0])
-        better = lines[0].metric.better
-        told = {"less": " (lower is better)", "more": "", None: ""}[better]
-        axis.set_title(f"{f'{benchmark}: ' if several else ''}{title}{told}", fontsize=10)
-        axis.set_xlabel("round")
-        axis.set_xticks(rounds)
-        axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
-        if len(lines) > 1:
-            axis.legend()
-    for axis in axes.flat[len(panels) :]:
-        axis.remove()
-    figure.tight_layout()
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=120)
-    write_atomic(path, drawn.getvalue())
-    pyplot.close(figure)

@@ -29,8 +29,6 @@ def main(recipe: AlignRecipe) -> None:
         print(f"warning: {warning}")
     model = os.path.join(recipe.output, "model")
     print(f"model: {model}")
-    if recipe.evaluation is not None:
-        print(f"curves: {os.path.join(recipe.output, 'curves.png')}")
     page = os.path.join(recipe.output, FILE)
     if is_file(page):
         print(f"report: {page}")

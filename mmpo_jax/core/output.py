@@ -33,7 +33,7 @@ FOLDERS = re.compile(
     r"|.*\.(parts|images)"
 )
 FILES = re.compile(
-    r"evaluation\.json|metrics\.jsonl|(recipe|rounds|run|timings)\.json|rounds\.txt|curves\.png|report(-\d+)?\.html"
+    r"evaluation\.json|metrics\.jsonl|(recipe|rounds|run|timings)\.json|rounds\.txt|report(-\d+)?\.html"
     r"|(responses|scores|best|corrected)\.jsonl"
     r"|(.*\.)?rejected_rows\.jsonl|(.*\.)?selection\.json"
 )

@@ -53,6 +53,20 @@ class Measuring:
     """Bucket sizes that the run has anyway, for questions that fit them."""
 
 
+def asked_records(asked: Sequence[Asked], most: int) -> list[Record]:
+    """The first questions of every way of asking, so many of each, with the ids of answers."""
+    return [
+        dataclasses.replace(record, id=_prefix(one) + record.id)
+        for one in asked
+        for record in one.records[:most]
+    ]
+
+
+def _prefix(asked: Asked) -> str:
+    """What stands in front of the ids of answers."""
+    return f"{asked.name}/" if asked.name else ""
+
+
 def write_answers(section: BenchmarkSection, asked: Sequence[Asked], at: Measuring) -> str:
     """Asks a model all questions of a benchmark.
 
@@ -67,9 +81,8 @@ def write_answers(section: BenchmarkSection, asked: Sequence[Asked], at: Measuri
     for one in asked:
         answer = _texts if one.reads == "text" else _more_likely
         name = "-".join(filter(None, [section.called, one.name]))
-        prefix = f"{one.name}/" if one.name else ""
         found = answer(one, name, section.batch_size, at)
-        rows += [{**row, "id": prefix + row["id"]} for row in found]
+        rows += [{**row, "id": _prefix(one) + row["id"]} for row in found]
     path = os.path.join(at.folder, f"{section.called}.answers.jsonl")
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     on_one(lambda: None if _says(path, lines) else write_atomic(path, lines.encode()))

@@ -1,6 +1,7 @@
 """A model measured by the benchmarks of a recipe: answers in stages, then scores, in a folder.
 
     NAME.parquet, NAME-WAY.parquet   what the model says, a stage for every way of asking
+    NAME-prompts.parquet             the first questions with small pictures, for the report
     NAME.answers.jsonl               the same in the layout that `mmpo evaluate --responses` reads
     NAME.scores.json                 scores in the layout that `mmpo evaluate --output` writes
 
@@ -31,10 +32,14 @@ from mmpo_jax.benchmarks.tables import read_table
 from mmpo_jax.core import progress
 from mmpo_jax.core.files import fingerprint_file, fingerprint_json, read_json
 from mmpo_jax.core.processes import on_one
-from mmpo_jax.evaluation.answers import Measuring, write_answers
+from mmpo_jax.evaluation.answers import Measuring, asked_records, write_answers
 from mmpo_jax.evaluation.judge_models import asked_judge
 from mmpo_jax.recipes.evaluation import BenchmarkSection, JudgedSection
+from mmpo_jax.reporting.prompts import STAGE as PROMPTS
+from mmpo_jax.reporting.prompts import write_prompts
 
+KEPT = 200
+"""Questions of each way of asking that the report shows."""
 SCORING_RULES = 1
 """Part of the key of scores: changes with what any benchmark makes of answers."""
 
@@ -114,7 +119,8 @@ def all_values(measured: Sequence[Measured]) -> dict[str, float]:
 
 def describe(measured: Sequence[Measured], shown: Sequence[Shown]) -> dict[str, Any]:
     """All values, and what runs show of them, as JSON: `metrics`, value by `NAME/METRIC`, and
-    `shown`, a list of `key`, `benchmark`, `heading`, `better`, `format` and `guards`, see `Metric`.
+    `shown`, a list of `key`, `benchmark`, `heading`, `better`, `format`, `guards` and `panel`, see
+    `Metric`.
     """
     return {
         "metrics": all_values(measured),
@@ -126,6 +132,7 @@ def describe(measured: Sequence[Measured], shown: Sequence[Shown]) -> dict[str, 
                 "better": one.metric.better,
                 "format": one.metric.form,
                 "guards": one.metric.guards,
+                "panel": one.metric.panel,
             }
             for one in shown
         ],
@@ -138,6 +145,7 @@ def _measured(section: BenchmarkSection, at: Measuring) -> Measured:
     assert benchmark.asks is not None
     asked = benchmark.asks(files, **section.options(benchmark.asking_options))
     answers = write_answers(section, asked, at)
+    write_prompts(at.folder, asked_records(asked, KEPT), f"{section.called}-{PROMPTS}")
     if isinstance(section, JudgedSection):
         return Measured(section.called, benchmark, _judged(section, files, answers, at))
     scores = on_one(lambda: _scored(section, files, answers, at))

@@ -9,6 +9,7 @@
        {"benchmark": "picture_world",              name of its section in the recipe
         "metric": "sampled/chair_s", "heading": "CHAIR_s", "format": ".3f",
         "better": "less",                          or "more", or null
+        "panel": "CHAIR_s",                        title of its curve; empty for none
         "guards": null,                            what is lost where it gets worse: "recall", ...
         "records": 500,                            that have a part in it and all of them answered
         "cells": [                                 one for each of `compared`
@@ -119,6 +120,7 @@ def _rows(shown: Sequence[Shown], scores: Sequence[Scores]) -> list[dict[str, An
                 "format": one.metric.form,
                 "better": one.metric.better,
                 "guards": one.metric.guards,
+                "panel": one.metric.panel,
                 "records": int((parts[0] != 0).any(axis=1).sum()),
                 "cells": [dataclasses.asdict(c) for c in _cells(one.metric, values, parts)],
             }

@@ -56,8 +56,8 @@ class Metric:
     name: str
     better: str | None
     """`more` or `less`; None where neither is."""
-    is_shown: bool
-    """Whether the benchmark says that runs show it."""
+    panel: str
+    """Title of its chart among those in front; empty where the benchmark names none."""
     values: Mapping[tuple[int, int], Value]
     """By the numbers of group and round, or update."""
 
@@ -137,41 +137,44 @@ def _metric(
         (group, place): Value(of, starts.get(group) if place else None)
         for (group, place), of in cells.items()
     }
-    better = shown["better"] if shown else None
-    return Metric(key.partition("/")[2], better, shown is not None, values)
+    known: Mapping[str, Any] = shown or {"better": None, "panel": ""}
+    return Metric(key.partition("/")[2], known["better"], known["panel"], values)
 
 
 def chart_benchmark(
     benchmark: Benchmark, groups: Sequence[Group]
 ) -> tuple[list[Chart], list[Chart]]:
-    """(charts of what the benchmark says to show, of the rest) over rounds or updates; a line for
-    every group and decoding."""
-    charts: dict[str, list[Line]] = {}
-    notes: dict[str, str] = {}
-    shown: set[str] = set()
-    alone = len({group for group, _ in benchmark.columns}) == 1
+    """(charts that the benchmark names, all others) over rounds or updates; a line for every group
+    and metric of a chart."""
+    panels: dict[str, list[Metric]] = {}
     for metric in benchmark.metrics:
-        variant, slash, base = metric.name.partition("/")
-        varies = bool(slash) and variant in VARIANTS
-        title = base if varies else metric.name
-        dash = VARIANTS.index(variant) if varies else 0
-        notes.setdefault(title, NOTES[metric.better])
-        if metric.is_shown:
-            shown.add(title)
+        variant, _, base = metric.name.partition("/")
+        title = metric.panel or (base if variant in VARIANTS else metric.name)
+        panels.setdefault(title, []).append(metric)
+    drawn = {title: _chart(title, of, benchmark, groups) for title, of in panels.items()}
+    named = {metric.panel for metric in benchmark.metrics} - {""}
+    front = [chart for title, chart in drawn.items() if title in named or not named]
+    return front, [chart for title, chart in drawn.items() if named and title not in named]
+
+
+def _chart(
+    title: str, metrics: Sequence[Metric], benchmark: Benchmark, groups: Sequence[Group]
+) -> Chart:
+    alone = len({group for group, _ in benchmark.columns}) == 1
+    lines = []
+    for dash, metric in enumerate(metrics):
+        variant, _, base = metric.name.partition("/")
+        own = variant if base and variant in VARIANTS else metric.name
         for number, group in enumerate(groups):
             of_group = [(place, v) for (of, place), v in metric.values.items() if of == number]
             points = [_point(place, value) for place, value in sorted(of_group)]
             if points:
-                names = [*([] if alone else [group.label]), *([variant] if varies else [])]
+                names = [*([] if alone else [group.label]), *([own] if len(metrics) > 1 else [])]
                 line = Line(", ".join(names) or title, points, dash if alone else number, dash)
-                charts.setdefault(title, []).append(line)
+                lines.append(line)
     by_round = benchmark.kind == "align"
-    drawn = [
-        Chart(title, notes[title], lines, "round" if by_round else "update", whole_x=by_round)
-        for title, lines in charts.items()
-    ]
-    front = [chart for chart in drawn if chart.title in shown or not shown]
-    return front, [chart for chart in drawn if chart not in front]
+    x_name = "round" if by_round else "update"
+    return Chart(title, NOTES[metrics[0].better], lines, x_name, whole_x=by_round)
 
 
 def _point(index: int, value: Value) -> Point:

@@ -1,4 +1,4 @@
-"""The report: a table with a line per round, warnings of silence, curves."""
+"""The table with a line per round, and warnings of silence."""
 
 import dataclasses
 import json
@@ -6,11 +6,9 @@ import math
 
 import pyarrow as pa
 import pytest
-from PIL import Image
 
 from mmpo_jax.alignment.report import (
     RoundReport,
-    draw_curves,
     read_report,
     render_sources,
     render_stages,
@@ -121,24 +119,12 @@ def test_files(tmp_path):
     text = (tmp_path / "rounds.txt").read_text()
     assert text.startswith(render_table(reports, SHOWN))
     assert "\n\nround 1: it fell\n" in text
-    with Image.open(tmp_path / "curves.png") as image:
-        assert image.format == "PNG"
-        image.load()
-        # Something is drawn in colour: the two lines.
-        assert len(image.convert("RGB").getcolors(2**24)) > 50
 
 
-def test_curves_show_the_values(tmp_path):
-    draw_curves(str(tmp_path / "a.png"), [START, report(1)], SHOWN)
-    draw_curves(str(tmp_path / "b.png"), [START, report(1, recall=0.1)], SHOWN)
-    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
-
-
-def test_no_curves_without_an_evaluation(tmp_path):
+def test_nothing_measured(tmp_path):
     reports = [RoundReport(0, {}), dataclasses.replace(report(1), metrics={})]
     write_report(str(tmp_path), reports)
-    assert not (tmp_path / "curves.png").exists()
-    assert (tmp_path / "rounds.txt").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"rounds.json", "rounds.txt"}
 
 
 @pytest.fixture

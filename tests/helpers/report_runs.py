@@ -129,13 +129,13 @@ def write_curves(folder, steps=20, seed=0):
 
 SHOWN = (
     ("sampled/chair_s", "CHAIR_s", "less"),
-    ("greedy/chair_s", "greedy CHAIR_s", "less"),
+    ("greedy/chair_s", "CHAIR_s", "less"),
     ("sampled/recall", "recall", "more"),
-    ("greedy/recall", "greedy recall", "more"),
+    ("greedy/recall", "recall", "more"),
     ("sampled/mean_length", "length", None),
-    ("yes_no_accuracy", "yes/no", "more"),
+    ("yes_no_accuracy", "", "more"),
 )
-"""Metric, heading and which way is better."""
+"""Metric, title of its curve and which way is better."""
 WORLD = "picture_world"
 
 
@@ -156,16 +156,16 @@ def world_metrics(index, seed):
 
 def world_shown():
     return [
-        {"key": f"{WORLD}/{name}", "benchmark": WORLD, "heading": heading, "better": better}
-        | {"format": ".3f", "guards": None}
-        for name, heading, better in SHOWN
+        {"key": f"{WORLD}/{name}", "benchmark": WORLD, "heading": name, "better": better}
+        | {"format": ".3f", "guards": None, "panel": panel}
+        for name, panel, better in SHOWN
     ]
 
 
 def world_tax(rounds, seed):
     """Gains and losses, as `evaluation.tax` writes them."""
     rows = []
-    for name, heading, better in SHOWN:
+    for name, panel, better in SHOWN:
         values = [world_metrics(index, seed)[f"{WORLD}/{name}"] for index in range(rounds + 1)]
         cells = []
         for value in values:
@@ -175,7 +175,8 @@ def world_tax(rounds, seed):
             verdict = "same" if not gained else "better" if way == better else "worse"
             tested = {"difference": gained, "p": 0.003, "test": "mcnemar", "verdict": verdict}
             cells.append(cell | (tested if cells else dict.fromkeys(tested)))
-        row = {"benchmark": WORLD, "metric": name, "heading": heading, "format": ".3f"}
+        row = {"benchmark": WORLD, "metric": name, "heading": name, "format": ".3f"}
+        row |= {"panel": panel}
         rows.append(row | {"better": better, "guards": None, "records": 500, "cells": cells})
     compared = ["start", *(f"round {index}" for index in range(1, rounds + 1))]
     tax = {"compared": compared, "result": compared[-1], "confidence": 0.95, "rows": rows}

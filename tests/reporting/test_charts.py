@@ -115,9 +115,10 @@ def test_seeds_are_a_line_in_a_band(tmp_path):
     groups = group_runs(runs)
     (benchmark,) = measured(runs, groups)
     front, behind = chart_benchmark(benchmark, groups)
-    assert [chart.title for chart in behind] == ["error_colour"]
+    assert [chart.title for chart in front] == ["CHAIR_s", "recall", "length"]
+    assert [chart.title for chart in behind] == ["yes_no_accuracy", "error_colour"]
     chart = front[0]
-    assert (chart.title, chart.note) == ("chair_s", "lower is better")
+    assert (chart.title, chart.note) == ("CHAIR_s", "lower is better")
     assert [line.name for line in chart.lines] == ["sampled", "greedy"]
     assert [(p.x, p.low, p.high) for p in chart.lines[0].points] == [
         (index, pytest.approx(0.48 / (index + 1)), pytest.approx(0.48 / (index + 1) + 0.01))

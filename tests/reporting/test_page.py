@@ -32,7 +32,7 @@ def test_the_page_of_an_alignment(tmp_path):
         10,
         len(html.encode()),
     )
-    assert "finished: 2 rounds" in html and "chair_s" in html and "rewards/margins" in html
+    assert "finished: 2 rounds" in html and "CHAIR_s" in html and "rewards/margins" in html
     assert {each["id"] for each in data_of(html)["prompts"]} == {f"p{i:04d}" for i in range(10)}
     assert len(pictures_of(html)) == 5  # both rounds have the same
     assert "://" not in html.replace("http://www.w3.org/2000/svg", "")

@@ -77,7 +77,8 @@ def test_seeds_are_one_group_with_their_spread(tmp_path):
     assert value.deviation == pytest.approx(0.01)
     assert value.start == pytest.approx(0.95 + 0.01)
     assert recall.verdict(value) == "worse"
-    assert [metric.is_shown for metric in benchmark.metrics] == [True] * 6 + [False]
+    panels = [metric.panel for metric in benchmark.metrics]
+    assert panels == ["CHAIR_s", "CHAIR_s", "recall", "recall", "length", "", ""]
     assert recall.values[1, 3].deviation is None
 
 
@@ -96,7 +97,7 @@ def test_a_training_is_measured_by_its_updates(tmp_path):
         lines[step - 1] = json.dumps(json.loads(lines[step - 1]) | {"pope/Accuracy": share})
     start = {"step": 0, "pope/Accuracy": 0.5, "eval_loss": 0.7}
     (run / "metrics.jsonl").write_text("\n".join([json.dumps(start), *lines]) + "\n")
-    row = {"benchmark": "pope", "metric": "Accuracy", "better": "more", "cells": []}
+    row = {"benchmark": "pope", "metric": "Accuracy", "better": "more", "cells": [], "panel": ""}
     (run / "tax.json").write_text(json.dumps({"rows": [row]}))
     runs = read_runs([str(run)])
     (benchmark,) = measured(runs, group_runs(runs))
