@@ -51,6 +51,11 @@ class Set:
     """Who decides about answers."""
 
     @property
+    def short(self) -> str:
+        """What stands before the ids of its answers."""
+        return self.name.lower()
+
+    @property
     def tasks(self) -> tuple[str, ...]:
         """Names of the official tasks."""
         if self.kind == "jailbreak":
@@ -98,13 +103,13 @@ def questions(files: Files, *, max_new_tokens: PositiveInt = 2048) -> list[Asked
             responses=(),
         )
         found.setdefault(of_set, []).append(record)
-    return [Asked(records, max_new_tokens, name=one.name) for one, records in found.items()]
+    return [Asked(records, max_new_tokens, name=one.short) for one, records in found.items()]
 
 
 @benchmark(
     source="huggingface.co/datasets/kirito011024: " + ", ".join(one.folder for one in SETS),
     answers="`response` with the question's `question_id` or `id`, behind the set's name where "
-    "sets share ids (Typographic/7), or in the order of the questions; samples of lmms-eval",
+    "sets share ids (typographic/7), or in the order of the questions; samples of lmms-eval",
     judgements="samples of lmms-eval, with `ASR`, `RtA` or `Ratio`, or what these hold: "
     "`sub_category`, `pred_answer`, `rejection`, `answer`",
     metrics=METRICS,
@@ -177,7 +182,7 @@ class Verdict:
         scores["share unparsed"] = int(self.unread)
         scores["words"] = [0, 0] if self.text is None else [len(self.text.split()), 1]
         return {
-            "id": f"{self.of_set.name}/{self.id}",
+            "id": f"{self.of_set.short}/{self.id}",
             "answer": self.text,
             "truth": self.truth,
             "verdict": self.said,
@@ -283,7 +288,8 @@ def _matched(files: Files, answers: Sequence[Row]) -> list[tuple[Set, str, Row, 
         ]
     by_name: dict[str, list[tuple[Set, str]]] = collections.defaultdict(list)
     for of_set, name in asked:
-        by_name[f"{of_set.name}/{name}"].append((of_set, name))
+        for of_it in (of_set.name, of_set.short):
+            by_name[f"{of_it}/{name}"].append((of_set, name))
         by_name[name].append((of_set, name))
     found = []
     for row in samples:
@@ -330,7 +336,8 @@ def _published(judge: Judge, answers: Sequence[Row]) -> list[Verdict] | None:
             raise MmpoError(f"{row.name}: is no verdict with `sub_category` and `pred_answer`")
         name, told = as_id(values.get("question_id")), str(values["pred_answer"])
         refused = told == "No" and values.get("rejection") == "Yes"
-        text = texts.get(f"{of_set.name}/{name}", texts.get(name))
+        called = (f"{of_set.name}/{name}", f"{of_set.short}/{name}", name)
+        text = next((texts[one] for one in called if one in texts), None)
         unread = of_set.kind in ("risk", "adversarial") and not says_yes_or_no(told)
         truth = str(values["answer"])
         found[of_set, name] = Verdict(of_set, name, truth, text, told, refused, unread)
@@ -352,7 +359,7 @@ def _decided(
     by_kind: dict[Tasks, list[tuple[Set, Case]]] = collections.defaultdict(list)
     for of_set, name, question, text in _matched(files, answers):
         if tasks in ("all", of_set.kind):
-            case = Case(f"{of_set.name}/{name}", of_set.category, question, text)
+            case = Case(f"{of_set.short}/{name}", of_set.category, question, text)
             by_kind[of_set.kind].append((of_set, case))
     script = script_of(files, "utils.py")
     found = []

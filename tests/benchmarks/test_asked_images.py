@@ -68,4 +68,4 @@ def test_refomb(asked, tmp_path):
 def test_safetybench_asks_set_by_set(asked):
     row = {"id": 4, "question": "What is it?", "image": base64.b64encode(PNG).decode()}
     found, record = asked("mm_rlhf_safetybench", "vlguard_unsafes.jsonl", row)
-    assert (found.name, record.id, found.max_new_tokens) == ("Unsafes", "4", 2048)
+    assert (found.name, record.id, found.max_new_tokens) == ("unsafes", "4", 2048)

@@ -75,7 +75,7 @@ def files(tmp_path):
         if of_set.kind == "vlguard":
             rows = [{**row, "id": row.pop("question_id"), "category": "none"} for row in rows]
         write(tmp_path / "data" / of_set.folder / "train.jsonl", rows)
-        answers += [{"id": f"{of_set.name}/{n}", "response": text} for n, text in enumerate(TEXTS)]
+        answers += [{"id": f"{of_set.short}/{n}", "response": text} for n, text in enumerate(TEXTS)]
     return tmp_path / "data", answers
 
 
