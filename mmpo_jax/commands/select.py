@@ -45,7 +45,8 @@ from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipes.recipe import SelectRecipe
 from mmpo_jax.recipes.sampling import Candidates
 from mmpo_jax.recipes.scoring import RewardModelAsked
-from mmpo_jax.reward_models.scoring import Reading, Rewarded, score_responses
+from mmpo_jax.reward_models.reading import Reading
+from mmpo_jax.reward_models.scoring import Rewarded, score_responses
 from mmpo_jax.scoring.log_probs import chosen_dtype
 
 log = logging.getLogger(__name__)

@@ -5,6 +5,10 @@
 
 The critique is the assistant's next answer. A record's responses share its prompt, each with its
 own further turns, so an image is encoded once for all of them and for all critiques of each.
+
+MM-RLHF's released code has another layout, `one_turn`, in which each has a prompt of its own:
+
+    what asks for the critique, question and response in it   critique EOS
 """
 
 from __future__ import annotations
@@ -14,9 +18,10 @@ import dataclasses
 import numpy as np
 from jaxtyping import Bool
 
+from mmpo_jax.core.prompts import fill
 from mmpo_jax.data.contexts import tokenize_contexts
 from mmpo_jax.data.processor import Processor
-from mmpo_jax.data.records import Record, Response, Turn
+from mmpo_jax.data.records import IMAGE, VIDEO, Record, Response, Turn
 from mmpo_jax.data.tokenization import (
     UNLIMITED,
     RowRejected,
@@ -42,26 +47,31 @@ def tokenize_scored(
       scored: how critiques are asked for. An empty critique counts as none.
 
     Raises:
-      RowRejected: see `tokenize_contexts`; or a response would lose its end.
+      RowRejected: see `tokenize_contexts` and `evaluation`; or a response would lose its end.
     """
-    responses = tuple(_going_on(one, scored.critique_prompt) for one in record.responses)
+    responses = tuple(_going_on(record, one, scored) for one in record.responses)
     prepared = dataclasses.replace(record, responses=responses)
     row = tokenize_contexts(prepared, processor, max_prompt, UNLIMITED)
     return _masked(row, processor, max_response, scored.markers)
 
 
-def tokenize_asked(record: Record, processor: Processor, prompt: str) -> TokenizedRecord:
+def tokenize_asked(record: Record, processor: Processor, scored: Scored) -> TokenizedRecord:
     """A record whose responses end where their critiques begin, token by token as
     `tokenize_scored` has them; nothing is cut.
 
     Args:
-      record: with responses.
+      record: with responses; in `one_turn` with one, which becomes part of the prompt.
       processor: of the reward model.
-      prompt: what asks for a critique.
+      scored: how critiques are asked for.
 
     Raises:
-      RowRejected: see `tokenize`.
+      RowRejected: see `tokenize` and `evaluation`.
     """
+    prompt = scored.critique_prompt
+    assert prompt is not None
+    if scored.layout == "one_turn":
+        (response,) = record.responses
+        return tokenize(evaluation(record, response, prompt), processor, UNLIMITED, UNLIMITED)
     responses = tuple(
         dataclasses.replace(
             response,
@@ -76,13 +86,42 @@ def tokenize_asked(record: Record, processor: Processor, prompt: str) -> Tokeniz
     return tokenize(asked, processor, UNLIMITED, UNLIMITED)
 
 
-def _going_on(response: Response, prompt: str | None) -> Response:
-    """The response with its critique as further turns, if it has one that is read."""
+def evaluation(record: Record, response: Response, prompt: str) -> Record:
+    """A response as part of the question for its critique, to which nothing is answered yet.
+
+    Args:
+      record: of the response.
+      response: one answer to one question.
+      prompt: with {question} and {response} in it.
+
+    Raises:
+      RowRejected: question or response have several turns.
+    """
+    turns = record.prompt if response.prompt is None else response.prompt
+    before = tuple(turn for turn in turns if turn.role in ("system", "developer"))
+    if [turn.role for turn in turns[len(before) :]] != ["user"] or len(response.turns) > 1:
+        detail = "a prompt that holds question and response holds one of each"
+        raise RowRejected("several_turns", detail)
+    text = fill(prompt, question=turns[-1].text, response=response.text)
+    images = record.images if response.images is None else response.images
+    shown = (*[IMAGE] * len(images), *[VIDEO] * len(record.videos))
+    asked = Turn("user", (*shown, text) if shown else text)
+    return dataclasses.replace(record, images=images, prompt=(*before, asked), responses=())
+
+
+def _going_on(record: Record, response: Response, scored: Scored) -> Response:
+    """The response with its critique, if it has one that is read: as further turns, or in place of
+    the response behind a prompt of its own."""
+    prompt = scored.critique_prompt
     plain = dataclasses.replace(response, finished=True, spans=(), critique=None)
     if prompt is None or not response.critique:
         return plain
-    said = (dataclasses.replace(turn, learned=False) for turn in response.turns)
-    turns = (*said, Turn("user", prompt), Turn("assistant", response.critique))
+    if scored.layout == "one_turn":
+        asked = evaluation(record, response, prompt).prompt
+        said = (Turn("assistant", response.critique),)
+        return dataclasses.replace(plain, turns=said, prompt=asked, critique=response.critique)
+    before = (dataclasses.replace(turn, learned=False) for turn in response.turns)
+    turns = (*before, Turn("user", prompt), Turn("assistant", response.critique))
     return dataclasses.replace(plain, turns=turns, critique=response.critique)
 
 

@@ -19,7 +19,8 @@ from mmpo_jax.data.usable import unsupported
 from mmpo_jax.feedback.judge import Judgement, Responses, judged_table
 from mmpo_jax.feedback.models import Models
 from mmpo_jax.recipes.feedback import RewardModelFeedback
-from mmpo_jax.reward_models.scoring import Reading, Rewarded, score_responses
+from mmpo_jax.reward_models.reading import Reading
+from mmpo_jax.reward_models.scoring import Rewarded, score_responses
 
 RULES = 1
 """Part of the key of scores: changes with what they are made of."""

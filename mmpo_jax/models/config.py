@@ -13,6 +13,7 @@ from typing import Any, Literal
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.models.layers import ACTIVATIONS
 from mmpo_jax.models.rope import Rope, read_rope
+from mmpo_jax.objectives.registry import CritiqueLayout
 
 
 class ModelError(MmpoError):
@@ -56,6 +57,8 @@ class RewardHead:
     critique_prompt: str | None = None
     """What the user says behind a response, upon which the model writes the critique that its head
     reads too; None for a head that reads the response alone."""
+    critique_layout: CritiqueLayout = "turns"
+    """With `one_turn` that prompt holds {question} and {response}, and stands in their place."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,11 +20,19 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from mmpo_jax.models.config import HeadKind, ModelConfig, ModelError, RewardHead, expect
+from mmpo_jax.models.config import (
+    HeadKind,
+    ModelConfig,
+    ModelError,
+    RewardHead,
+    expect,
+)
 from mmpo_jax.models.layers import Linear, linear, matmul
+from mmpo_jax.objectives.registry import CritiqueLayout
 
 KEY = "reward_head"
-"""Key of config.json: `{"type": ..., "critique_prompt": ...}`."""
+"""Key of config.json: `{"type": ..., "critique_prompt": ...}`, and `critique_layout` where it is
+`one_turn`."""
 
 MODULES: dict[HeadKind, str] = {"linear": "score", "two_layer": "rm_head"}
 """What the head's parameters are called, which PEFT knows as modules to save."""
@@ -83,7 +91,10 @@ def new_head(config: ModelConfig, seed: int) -> dict[str, jax.Array]:
 
 
 def with_reward_head(
-    config: ModelConfig, kind: HeadKind | None, critique_prompt: str | None
+    config: ModelConfig,
+    kind: HeadKind | None,
+    critique_prompt: str | None,
+    critique_layout: CritiqueLayout = "turns",
 ) -> ModelConfig:
     """The config of what a reward model is trained from.
 
@@ -91,6 +102,7 @@ def with_reward_head(
       config: of the checkpoint.
       kind: of a new head; None for the one that is there, if there is one.
       critique_prompt: what critiques are asked for with from now on; None for none.
+      critique_layout: where the response stands then.
 
     Raises:
       ModelError: a new head would take the place of one that is there.
@@ -105,7 +117,9 @@ def with_reward_head(
         return config
     kind = kind if head is None else head.kind
     assert kind is not None
-    return dataclasses.replace(config, reward_head=RewardHead(kind, critique_prompt))
+    return dataclasses.replace(
+        config, reward_head=RewardHead(kind, critique_prompt, critique_layout)
+    )
 
 
 def without_reward_head(config: ModelConfig) -> ModelConfig:
@@ -137,14 +151,16 @@ def parse_reward_head(said: Any) -> RewardHead:
     Raises:
       ModelError: it says something else.
     """
-    known = {"type", "critique_prompt"}
+    known = {"type", "critique_prompt", "critique_layout"}
     if not isinstance(said, dict) or not said.keys() <= known:
         raise ModelError(f"{KEY} is {said!r:.200}; it has the keys {', '.join(sorted(known))}")
     expect(said.get("type"), typing.get_args(HeadKind), f"{KEY}.type")
     prompt = said.get("critique_prompt")
     if not isinstance(prompt, str | None):
         raise ModelError(f"{KEY}.critique_prompt is {prompt!r:.80}; it is a text, or null")
-    return RewardHead(said["type"], prompt)
+    layout = said.get("critique_layout", "turns")
+    expect(layout, typing.get_args(CritiqueLayout), f"{KEY}.critique_layout")
+    return RewardHead(said["type"], prompt, layout)
 
 
 def reward_head_entries(head: RewardHead, reward_class: str | None) -> dict[str, Any]:
@@ -154,7 +170,10 @@ def reward_head_entries(head: RewardHead, reward_class: str | None) -> dict[str,
       head: of the model.
       reward_class: transformers' class that loads such a folder; None where it has none.
     """
-    entries: dict[str, Any] = {KEY: {"type": head.kind, "critique_prompt": head.critique_prompt}}
+    said = {"type": head.kind, "critique_prompt": head.critique_prompt}
+    if head.critique_layout != "turns":
+        said["critique_layout"] = head.critique_layout
+    entries: dict[str, Any] = {KEY: said}
     if head.kind == "linear" and reward_class is not None:
         labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
         entries |= {"architectures": [reward_class], **labels}

@@ -23,6 +23,10 @@ from mmpo_jax.objectives.sums import Sums
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+CritiqueLayout = Literal["turns", "one_turn"]
+"""Where a response stands that a critique is of: `turns`, before the question for the critique, as
+the assistant's answer; `one_turn`, within that question."""
+
 OtherImageKind = Literal["crop", "rotate", "black", "blank", "noise", "data"]
 DiffusionStep = Annotated[int, Field(ge=0, lt=1000)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -102,6 +106,8 @@ class Scored:
     read."""
     markers: bool = False
     """Whether the tokens that the chat template writes around turns are learned too."""
+    layout: CritiqueLayout = "turns"
+    """Where the response stands: before the prompt, or within it."""
 
 
 @dataclasses.dataclass(frozen=True)

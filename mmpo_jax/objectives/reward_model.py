@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Shaped
 
 from mmpo_jax.objectives.rankings import worse_ones
 from mmpo_jax.objectives.registry import (
+    CritiqueLayout,
     NonNegative,
     Objective,
     RowOptions,
@@ -31,6 +32,16 @@ CRITIQUE_PROMPT = (
     "and is it clear?"
 )
 """What the user says behind a response by default, upon which a critique follows."""
+
+EVALUATION_PROMPT = """\
+Here are a question about what is shown and the answer of a model. Judge the answer: what in it is \
+right, what is wrong or missing, and is it clear?
+
+[Question]: {question}
+[LMM Response]: {response}
+
+[Evaluation]:"""
+"""The same where response and question stand within it; its sections are MM-RLHF's."""
 
 
 def bradley_terry(
@@ -115,13 +126,27 @@ register(
 
 
 def _with_critiques(options: Mapping[str, Any]) -> Rows:
-    return Rows(scored=Scored(options["prompt"], options["markers"]))
+    prompt, layout = options["prompt"], options["layout"]
+    within = layout == "one_turn"
+    if prompt is None:
+        prompt = EVALUATION_PROMPT if within else CRITIQUE_PROMPT
+    lacking = [place for place in ("{question}", "{response}") if within and place not in prompt]
+    if lacking:
+        raise ValueError(f"critique: prompt: it has no {lacking[0]}, which layout one_turn needs")
+    return Rows(scored=Scored(prompt, options["markers"], layout))
 
 
 @tokenwise(
     HEAD,
     "critique",
-    rows=RowOptions({"prompt": (str, CRITIQUE_PROMPT), "markers": (bool, False)}, _with_critiques),
+    rows=RowOptions(
+        {
+            "prompt": (str | None, None),
+            "layout": (CritiqueLayout, "turns"),
+            "markers": (bool, False),
+        },
+        _with_critiques,
+    ),
 )
 def critique(responses: Responses) -> tuple[Float[Array, "N S T"], Shaped[Array, "N S T"]]:
     """Critique: -log p per token of a judge's critique of the response.
@@ -129,7 +154,9 @@ def critique(responses: Responses) -> tuple[Float[Array, "N S T"], Shaped[Array,
     MM-RLHF's critique-based reward model (arXiv 2502.10391, section 3), which learns to write the
     critique before the head gives the reward: the two losses count the same. The critique is the
     assistant's answer to `prompt`, which the user says behind the response; the response itself is
-    not learned, and one without a critique costs nothing. With `markers` the tokens that the chat
+    not learned, and one without a critique costs nothing. With `layout` one_turn, the released
+    code's, response and question stand within `prompt`, as {response} and {question}, so that
+    responses share no prompt. With `markers` the tokens that the chat
     template writes around these turns are learned too, as in the released code. That code adds up
     the means of chosen and rejected critiques, which is a weight of 2 here.
     """

@@ -27,6 +27,7 @@ from mmpo_jax.generation.responses import (
     read_response,
     sample_tokens,
 )
+from mmpo_jax.objectives.registry import Scored
 from mmpo_jax.recipes.sampling import Decoding
 
 
@@ -57,8 +58,8 @@ class Critic:
 
     checkpoint: Checkpoint
     """The model, its parameters on the mesh."""
-    prompt: str
-    """What asks for a critique."""
+    scored: Scored
+    """How critiques are asked for."""
     decoding: Decoding
     """How tokens are chosen; so many critiques of every response."""
     mesh: Mesh
@@ -84,8 +85,10 @@ class Asked:
 
     @classmethod
     def of(cls, record: Record, critic: Critic) -> Asked:
+        """The record as a critic is asked about it; in `one_turn` with its only response."""
+
         def tokenized(asked: Record) -> TokenizedRecord:
-            return tokenize_asked(asked, critic.checkpoint.processor, critic.prompt)
+            return tokenize_asked(asked, critic.checkpoint.processor, critic.scored)
 
         problems = rejections(record, tokenized)
         distinct: dict[str, Response] = {}
@@ -101,7 +104,10 @@ class Asked:
         once = dataclasses.replace(record, responses=tuple(distinct.values()))
         names = tuple(distinct)
         places = tuple(None if name is None else names.index(name) for name in found)
-        return cls(tokenized(once) if names else None, names, places, tuple(problems))
+        row = tokenized(once) if names else None
+        if row is not None and not row.responses:
+            row = dataclasses.replace(row, id=names[0])
+        return cls(row, names, places, tuple(problems))
 
     def critiques(self, texts: Mapping[str, list[str]]) -> Critiques:
         """Those of every response, of name -> critiques."""
@@ -192,7 +198,7 @@ def _of_kind(
         seed=critic.seed,
         round_index=round_index,
         count=count,
-        beginnings=[one.names for one in asked],
+        beginnings=[one.names for one in asked] if rows[0].responses else None,
     )
     processor, each = critic.checkpoint.processor, critic.decoding.num_samples
     found = []
@@ -207,5 +213,5 @@ def _few_lengths(rows: Sequence[TokenizedRecord]) -> Lengths:
     """Bucket sizes, fewer than otherwise: every pair of them is compiled."""
     return Lengths(
         prompt=fitting_sizes([len(row.prompt_ids) for row in rows], 2),
-        response=fitting_sizes([len(one.ids) for row in rows for one in row.responses], 1),
+        response=fitting_sizes([len(one.ids) for row in rows for one in row.responses] or [1], 1),
     )

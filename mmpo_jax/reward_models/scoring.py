@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,20 +13,19 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
-from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.data.batching import fitting_lengths
-from mmpo_jax.data.critiques import tokenize_asked, tokenize_scored
+from mmpo_jax.data.critiques import evaluation
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.records import Record, Response
 from mmpo_jax.data.skipped import Problem
 from mmpo_jax.data.tokenization import RowRejected, TokenizedRecord
 from mmpo_jax.data.usable import limits_of, rejections, with_responses
-from mmpo_jax.models.model import Model
 from mmpo_jax.models.precision import inference_dtype
 from mmpo_jax.objectives.registry import Scored
 from mmpo_jax.recipes.sampling import Decoding
 from mmpo_jax.recipes.scoring import Rewarding
 from mmpo_jax.reward_models.critiques import Critic, Critiques, critique_stage, write_critiques
+from mmpo_jax.reward_models.reading import Reading, answered
 from mmpo_jax.reward_models.rewards import reward_records, reward_stage
 
 log = logging.getLogger(__name__)
@@ -48,86 +47,6 @@ class Rewarded:
     problems: list[Problem | None]
     """Why a response has no reward, such as a critique that does not fit into `lengths`; None of
     one that has."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """How a reward model reads responses."""
-
-    scored: Scored
-    written: int
-    """Critiques that it writes of each; 0 where they are given, or none are read."""
-
-    @classmethod
-    def of(cls, options: Rewarding, model: Model, name: str) -> Reading:
-        """How the options have a model read.
-
-        Args:
-          options: of the recipe.
-          model: with a reward head.
-          name: of the model, for messages.
-
-        Raises:
-          MmpoError: critiques are wanted of a model that was trained without.
-        """
-        assert model.config.reward_head is not None
-        prompt = model.config.reward_head.critique_prompt
-        if prompt is None and (options.critiques or options.given_critiques):
-            raise MmpoError(
-                f"{name}: was trained to score responses without critiques; leave "
-                "`rewarding.critiques` and `rewarding.given_critiques` out"
-            )
-        if prompt is None and options.temperature is not None:
-            raise MmpoError(
-                f"{name}: was trained to score responses without critiques, so none is sampled; "
-                "leave `rewarding.temperature` out"
-            )
-        written = options.critiques
-        if written is None:
-            written = int(prompt is not None and not options.given_critiques)
-        if prompt is not None and not (written or options.given_critiques):
-            log.warning("%s: was trained with critiques, and reads none now", name)
-        reads = written or options.given_critiques
-        return cls(Scored(prompt if reads else None), written)
-
-    def tokenize(
-        self, record: Record, processor: Any, max_prompt: int, max_response: int
-    ) -> TokenizedRecord:
-        """Tokens of a record as it is before critiques are written; those of the data count where
-        they are read.
-
-        Raises:
-          RowRejected: see `tokenize_scored` and `tokenize_asked`; or a response has an image or a
-            prompt of its own.
-        """
-        if self.written:
-            plain = (dataclasses.replace(one, critique=None) for one in record.responses)
-            record = dataclasses.replace(record, responses=tuple(plain))
-            assert self.scored.critique_prompt is not None
-            tokenize_asked(record, processor, self.scored.critique_prompt)
-        return self.tokenize_criticised(record, processor, max_prompt, max_response)
-
-    def tokenize_criticised(
-        self, record: Record, processor: Any, max_prompt: int, max_response: int
-    ) -> TokenizedRecord:
-        """Tokens of a record with the critiques that its responses have.
-
-        Raises:
-          RowRejected: see `tokenize`.
-        """
-        row = tokenize_scored(record, processor, max_prompt, max_response, scored=self.scored)
-        if row.others:
-            raise RowRejected("own_prompt", "responses have images or prompts of their own")
-        return row
-
-    def unfit(self, record: TokenizedRecord) -> Problem | None:
-        """Why a row cannot be scored; None where it can."""
-        if not record.responses:
-            return "empty_response", "no response to score"
-        given = self.scored.critique_prompt is not None and not self.written
-        if given and not all(response.criticised for response in record.responses):
-            return "no_critique", "a response without a critique, and given ones are to be read"
-        return None
 
 
 def score_responses(
@@ -159,6 +78,18 @@ def score_responses(
       seed: of sampled critiques.
       round_index: of the update, 0 outside of training.
     """
+    if reading.alone:
+        return _score_alone(
+            checkpoint,
+            records,
+            reading,
+            options,
+            lengths,
+            mesh,
+            folder=folder,
+            seed=seed,
+            round_index=round_index,
+        )
     critiques = _critiques(checkpoint, records, reading, options, mesh, folder, seed, round_index)
     limits = limits_of(lengths)
 
@@ -170,6 +101,73 @@ def score_responses(
     rows = [one.row for one in found if one.row is not None]
     rewards = iter(_rewards(checkpoint, rows, options, lengths, mesh, folder) if rows else [])
     return [one.averaged([] if one.row is None else next(rewards)) for one in found]
+
+
+def _score_alone(
+    checkpoint: Checkpoint,
+    records: Sequence[Record],
+    reading: Reading,
+    options: Rewarding,
+    lengths: Lengths | None,
+    mesh: Mesh,
+    *,
+    folder: str | None,
+    seed: int,
+    round_index: int,
+) -> list[Rewarded]:
+    """`score_responses` where a prompt holds question and response: the critiques are its answers,
+    whose rewards are read at their ends. All critiques of a response share its prompt."""
+    prompt = reading.scored.critique_prompt
+    assert prompt is not None
+    alone: list[Record] = []
+    places: list[list[int]] = []
+    for record in records:
+        distinct: dict[Any, int] = {}
+        places.append([])
+        for response in record.responses:
+            key = response.turns, None if reading.written else response.critique
+            if key not in distinct:
+                distinct[key] = len(alone)
+                alone.append(dataclasses.replace(record, responses=(response,)))
+            places[-1].append(distinct[key])
+    critiques = _critiques(checkpoint, alone, reading, options, mesh, folder, seed, round_index)
+    asked: dict[int, Record] = {}
+    problems: dict[int, Problem] = {}
+    for place, (record, own) in enumerate(zip(alone, critiques, strict=True)):
+        (response,), (texts,), (problem,) = record.responses, own.texts, own.problems
+        if problem is None:
+            try:
+                made = answered(evaluation(record, response, prompt), texts)
+                asked[place] = dataclasses.replace(made, id=f"{record.id}#{place}")
+            except RowRejected as error:
+                problem = error.reason, error.detail
+        if problem is not None:
+            problems[place] = problem
+    plain = Reading(Scored(), 0)
+    rows = [*asked.values()]
+    read = score_responses(
+        checkpoint, rows, plain, options, lengths, mesh, folder=folder, seed=seed
+    )
+    found = dict(zip(asked, read, strict=True))
+    for place, one in found.items():
+        problem = next(filter(None, one.problems), None)
+        if problem is not None:
+            problems[place] = problem
+    return [_together(own, critiques, found, problems) for own in places]
+
+
+def _together(
+    places: Sequence[int],
+    critiques: Sequence[Critiques],
+    found: Mapping[int, Rewarded],
+    problems: Mapping[int, Problem],
+) -> Rewarded:
+    """What is said of a record whose responses were scored alone, each under its place."""
+    nothing = np.full(1, np.nan)
+    own = [nothing if place in problems else found[place].rewards for place in places]
+    means, stds = (np.array([f(part) for part in own]) for f in (np.mean, np.std))
+    texts = [critiques[place].texts[0] for place in places]
+    return Rewarded(means, stds, texts, [problems.get(place) for place in places])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,7 +274,7 @@ def _critiques(
         temperature=usual if options.temperature is None else options.temperature,
         max_new_tokens=options.max_new_tokens,
     )
-    critic = Critic(checkpoint, prompt, decoding, mesh, options.batch_size, seed)
+    critic = Critic(checkpoint, reading.scored, decoding, mesh, options.batch_size, seed)
     if folder is None:
         return write_critiques(critic, records, round_index)
     return critique_stage(critic, records, folder)

@@ -14,7 +14,8 @@ from mmpo_jax.data.records import Record
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.data.usable import unsupported
 from mmpo_jax.recipes.rewards import RewardModelReward
-from mmpo_jax.reward_models.scoring import Reading, score_responses
+from mmpo_jax.reward_models.reading import Reading
+from mmpo_jax.reward_models.scoring import score_responses
 
 
 @dataclasses.dataclass(frozen=True)

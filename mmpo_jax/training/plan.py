@@ -88,7 +88,9 @@ def trained_config(config: Training, new_head: HeadKind | None, model: ModelConf
       ModelError: a new head would take the place of one that is there.
     """
     scored = rows_read(recipe_terms(config)).scored
-    return with_reward_head(model, new_head, None if scored is None else scored.critique_prompt)
+    if scored is None:
+        return with_reward_head(model, new_head, None)
+    return with_reward_head(model, new_head, scored.critique_prompt, scored.layout)
 
 
 def _check_head(config: Training, model: Model) -> None:

@@ -62,6 +62,10 @@ def test_sharding_rules(tiny_model, kind):
 def test_a_head_that_is_there_is_gone_on_with(tiny_folder, tiny_model, tmp_path):
     folder = save_headed(tmp_path / "model", tiny_folder, *tiny_model, critique_prompt="one ?")
     config = load_model(folder)[0].config
+    inside = {"critique_prompt": "{question} {response}", "layout": "one_turn"}
+    other = save_headed(tmp_path / "inside", tiny_folder, *tiny_model, **inside)
+    head = RewardHead("linear", "{question} {response}", "one_turn")
+    assert load_model(other)[0].config.reward_head == head
     again = with_reward_head(config, None, "two ?")
     assert again.reward_head == RewardHead("linear", "two ?")
     with pytest.raises(ModelError, match="there is a head of type linear, which training goes on"):
@@ -87,7 +91,7 @@ def test_tensors_of_a_head_that_the_config_does_not_know(tiny_folder, tiny_model
         load_params(folder, Model.create(load_model_config(locate(str(folder)))))
     config["reward_head"] = {"type": "linear", "labels": 2}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match=r"reward_head is .* it has the keys critique_prompt"):
+    with pytest.raises(ModelError, match=r"reward_head is .* it has the keys critique_l"):
         load_model_config(locate(str(folder)))
 
 

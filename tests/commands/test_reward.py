@@ -43,6 +43,14 @@ def critic(tiny_folder, tiny_model, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def evaluator(tiny_folder, tiny_model, tmp_path_factory):
+    """One that reads question and response within one turn of the user, as MM-RLHF's code."""
+    folder = tmp_path_factory.mktemp("evaluator") / "model"
+    asked = {"critique_prompt": "is {response} there ? {question}", "layout": "one_turn"}
+    return save_headed(folder, tiny_folder, *tiny_model, kind="two_layer", **asked)
+
+
+@pytest.fixture(scope="module")
 def scalar(tiny_folder, tiny_model, tmp_path_factory):
     """A reward model that reads responses alone."""
     folder = tmp_path_factory.mktemp("scalar") / "model"
@@ -118,9 +126,11 @@ def test_a_reward_depends_on_its_row_and_response_alone(reward, critic, rows, fl
                 assert ours[text] == pytest.approx(value, abs=2e-5)
 
 
+@pytest.mark.parametrize("name", ["critic", "evaluator"])
 @pytest.mark.slow
-def test_several_critiques_are_averaged_exactly(reward, critic, rows, tmp_path):
+def test_several_critiques_are_averaged_exactly(reward, request, name, rows, tmp_path):
     """Each is scored as if it were given, in a file of its own."""
+    critic = request.getfixturevalue(name)
     flags = ("--critiques", "3", "--temperature", "1", *SHORT)
     found = reward(critic, rows, *flags)
     assert all(len(own) == 3 for row in found for own in row["critiques"])

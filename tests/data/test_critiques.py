@@ -30,6 +30,7 @@ WITH = Scored(ASK)
 ANSWER = ("yes", ",", "there", "is", "</s>")
 SAID = {"prompt": "a ?", "chosen": "a star", "rejected": "a ring"}
 QUESTION = (Turn("user", "what is in the picture ?"),)
+ASKED = (Turn("assistant", "a star"), Turn("user", "a ring ?"))
 
 
 def record(*critiques, **fields):
@@ -43,8 +44,35 @@ def record(*critiques, **fields):
 
 
 def words(processor, response, mask=None):
-    ids = response.ids if mask is None else response.ids[mask]
+    ids = getattr(response, "ids", response)
+    ids = ids if mask is None else ids[mask]
     return processor.tokenizer.convert_ids_to_tokens(ids.tolist())
+
+
+def test_question_and_response_within_the_prompt(tiny_processor):
+    """The layout of MM-RLHF's code: responses with critiques share no prompt, and the critique
+    alone is learned; one without is read as ever."""
+    within = Scored("is {response} there ? {question}", layout="one_turn")
+    row = tokenize_scored(record("yes", None, "no"), tiny_processor, 99, 99, scored=within)
+    contexts = [row, *(context for _, context in row.others)]
+    prompts = [" ".join(words(tiny_processor, context.prompt_ids)) for context in contexts]
+    asked = "what is in the picture ? ASSISTANT:"
+    assert [prompt.partition("USER: ")[2].replace("<image> ", "") for prompt in prompts] == [
+        f"is a red star there ? {asked}",
+        asked,
+        f"is a ring there ? {asked}",
+    ]
+    assert len({prompt.count("<image>") for prompt in prompts}) == 1
+    read = [[len(one.ids) for one in context.responses] for context in contexts]
+    assert read == [[2, 0, 0], [0, 4, 0], [0, 0, 2]]
+    assert words(tiny_processor, contexts[2].responses[2]) == ["no", "</s>"]
+    flags = [context.responses[n].criticised for n, context in enumerate(contexts)]
+    assert flags == [True, False, True]
+    np.testing.assert_array_equal(maker_of("critique")(row)[0][:2], [1, 1])
+    np.testing.assert_array_equal(maker_of("critique")(row)[1], 0)
+    several = dataclasses.replace(record("yes"), prompt=(*QUESTION, *ASKED))
+    with pytest.raises(RowRejected, match="holds one of each"):
+        tokenize_scored(several, tiny_processor, 99, 99, scored=within)
 
 
 def test_a_critique_is_the_last_answer_and_learned_alone(tiny_processor):

@@ -17,7 +17,8 @@ from mmpo_jax.feedback.models import Models
 from mmpo_jax.feedback.served import Servers
 from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.recipes.feedback import RewardModelFeedback
-from mmpo_jax.reward_models.scoring import Reading, score_responses
+from mmpo_jax.reward_models.reading import Reading
+from mmpo_jax.reward_models.scoring import score_responses
 
 TEXTS = {"p": ["yes", "a red star", ""], "q": ["a ring", "two blue rings"]}
 ASK = "is it there ?"

@@ -17,9 +17,10 @@ from mmpo_jax.objectives.registry import Scored
 KINDS = ("linear", "two_layer")
 
 
-def headed(model, params, kind="linear", critique_prompt=None, seed=0):
+def headed(model, params, kind="linear", critique_prompt=None, layout="turns", seed=0):
     """(model, parameters) with a random head on top."""
-    config = dataclasses.replace(model.config, reward_head=RewardHead(kind, critique_prompt))
+    head = RewardHead(kind, critique_prompt, layout)
+    config = dataclasses.replace(model.config, reward_head=head)
     model = Model.create(config, model.attention)
     rng = np.random.default_rng(seed)
     flat = dict(flatten(params))

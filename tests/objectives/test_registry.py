@@ -146,6 +146,11 @@ def test_options_need_more(name, options, more):
         ("bco", {}, Rows()),
         ("bradley_terry", {}, Rows(scored=Scored())),
         ("critique", {"prompt": "and ?"}, Rows(scored=Scored("and ?"))),
+        (
+            "critique",
+            {"prompt": "{question} {response}", "layout": "one_turn"},
+            Rows(scored=Scored("{question} {response}", layout="one_turn")),
+        ),
     ],
 )
 def test_rows_that_an_objective_reads(name, options, rows):

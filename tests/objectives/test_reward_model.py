@@ -102,6 +102,8 @@ def test_critique_is_learned_token_by_token():
 def test_policies_and_reward_models_are_not_trained_at_once():
     with pytest.raises(ValidationError, match=r"critique is of reward models and dpo of policies"):
         Training(objective=[{"type": "dpo"}, {"type": "critique"}])
+    with pytest.raises(ValidationError, match=r"prompt: it has no \{response\}, which layout one_"):
+        Training(objective=[{"type": "critique", "prompt": "{question} ?", "layout": "one_turn"}])
     lists = [{"type": "critique"}, {"type": "critique", "markers": True}]
     with pytest.raises(ValidationError, match="give all critiques of the list the same options"):
         Training(objective=lists)

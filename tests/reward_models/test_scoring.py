@@ -15,7 +15,8 @@ from mmpo_jax.data.tokenization import RowRejected
 from mmpo_jax.data.usable import rejections, taken
 from mmpo_jax.recipes.scoring import Rewarding
 from mmpo_jax.reward_models import critiques, scoring
-from mmpo_jax.reward_models.scoring import Reading, score_responses
+from mmpo_jax.reward_models.reading import Reading
+from mmpo_jax.reward_models.scoring import score_responses
 
 ASK = "is the star there ?"
 LONG = "there is a red star and a blue ring and a green star and a ring"
@@ -33,9 +34,10 @@ def record(*texts, **fields):
 
 
 @pytest.fixture
-def score(tiny_model, tiny_processor, monkeypatch):
+def score(request, tiny_model, tiny_processor, monkeypatch):
     """What is said of a record's responses."""
-    model, _ = headed(*tiny_model, critique_prompt=ASK)
+    prompt, layout = getattr(request, "param", (ASK, "turns"))
+    model, _ = headed(*tiny_model, critique_prompt=prompt, layout=layout)
     checkpoint = types.SimpleNamespace(model=model, processor=tiny_processor)
     sampled = {}
 
@@ -85,6 +87,27 @@ def test_one_of_several_critiques_that_is_too_long(score):
     assert reasons(found) == [None, "response_too_long"]
     assert found.rewards[0] == whole.rewards[0] and np.isnan(found.rewards[1])
     assert [len(own) for own in found.critiques] == [8, 8]
+
+
+WITHIN = ("is {response} there ? {question}", "one_turn")
+
+
+@pytest.mark.parametrize("score", [WITHIN], indirect=True)
+def test_responses_within_the_prompt(score):
+    """Critiques are answers to a prompt of each response's own, which all of them share."""
+    found = score(record("yes", BAD, "yes", "a ring"), critiques=3)
+    assert reasons(found) == [None, "bad_text", None, None]
+    asked = score.sampled["rows"]
+    assert [len(row.responses) for row in asked] == [0, 0]  # equal responses are one
+    assert len({row.id for row in asked}) == 2
+    ends = [2 + n for n in range(1, 4)]  # red star, red red star, ... and EOS
+    assert found.rewards[0] == found.rewards[2] == found.rewards[3] == np.mean(ends)
+    assert found.std[0] == np.std(ends) and np.isnan(found.rewards[1])
+    assert [len(own) for own in found.critiques] == [3, 0, 3, 3]
+    given = score(record("yes", "no", critique=["a star", LONG]), given_critiques=True)
+    assert reasons(given) == [None, "response_too_long"] and given.rewards[0] == 3
+    plain = score(record("yes", "a ring"), critiques=0)
+    assert plain.rewards.tolist() == [2, 3]
 
 
 @pytest.mark.parametrize("options", [{}, {"critiques": 0}])

@@ -21,7 +21,8 @@ from mmpo_jax.picture_world.records import prompt_records
 from mmpo_jax.picture_world.render import png_bytes
 from mmpo_jax.picture_world.world import sample_scene
 from mmpo_jax.recipes.training import Rollout, Training
-from mmpo_jax.reward_models.scoring import Reading, score_responses
+from mmpo_jax.reward_models.reading import Reading
+from mmpo_jax.reward_models.scoring import score_responses
 from mmpo_jax.training.on_policy import Prompts, Rollouts
 from mmpo_jax.training.row_use import PromptUse
 
