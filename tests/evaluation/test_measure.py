@@ -4,10 +4,12 @@ import json
 
 import jax
 import pytest
-from helpers.benchmarks import assert_rows_add_up
+from helpers.benchmarks import assert_rows_add_up, write
+from helpers.chat_server import ChatTestServer, reply
 from jax.sharding import AxisType
 
 from mmpo_jax.benchmarks.benchmark import score_answers
+from mmpo_jax.benchmarks.judging import FILE, Judge
 from mmpo_jax.checkpoints.checkpoint import load_checkpoint
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.evaluation.answers import Measuring
@@ -132,6 +134,39 @@ def test_a_killed_run_goes_on(model, questions, tmp_path, monkeypatch):
     names = [path.name for path in sorted((tmp_path / "whole").iterdir()) if path.suffix != ".json"]
     for name in names:
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_answers_are_judged_once(model, questions, tmp_path):
+    """Two sets of one benchmark, of which one has a judge."""
+    checkpoint, mesh = model
+    asked = rows_of(questions[0])[:2]
+    for folder, category in (("vlguard_unsafes", "x"), ("safety_multimodal_jailbreaking", "y")):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+        rows = [
+            {"id": place, "question": row["text"], "image": row["image"], "answer": "Yes"}
+            | {"label": "do harm", "category": category}
+            for place, row in enumerate(asked)
+        ]
+        write(tmp_path / "data" / folder / "train.jsonl", rows)
+    at = Measuring(checkpoint, mesh, str(tmp_path / "run"))
+    section = {"type": "mm_rlhf_safetybench", "data": str(tmp_path / "data"), "max_new_tokens": 2}
+    section["images"] = pope(questions)["images"]
+    with ChatTestServer(lambda body, seen: reply(body, "Yes", model="judge-2")) as server:
+        given = sections(section | {"judge": {"url": server.url, "model": "judge"}})
+        (first,) = measure(given, at)
+        asked_before = len(server.bodies)
+    (again,) = measure(given, at)
+    assert again.scores.rows == first.scores.rows and 0 < asked_before <= 2
+    assert first.scores.metrics["Multimodel_ASR"] == 1
+    assert {row["id"] for row in first.scores.rows} == {
+        *("unsafes/0", "unsafes/1", "multimodel/0", "multimodel/1")
+    }
+    kept = Judge(given=str(tmp_path / "run" / "mm_rlhf_safetybench.judge" / FILE))
+    answers = str(tmp_path / "run" / "mm_rlhf_safetybench.answers.jsonl")
+    out = str(tmp_path / "out.json")
+    theirs = score_answers("mm_rlhf_safetybench", section["data"], answers, out, {}, kept)
+    assert theirs.rows == first.scores.rows
+    assert {one.key for one in shown_metrics(given)} <= all_values([first]).keys()
 
 
 def test_questions_that_cannot_be_asked(model, questions, tmp_path):
