@@ -13,8 +13,8 @@ import pyarrow as pa
 from mmpo_jax.core.files import write_atomic
 from mmpo_jax.core.processes import on_one
 from mmpo_jax.data.records import Record, question_with_beginning
-from mmpo_jax.feedback.judge import VERDICTS, sources_of
-from mmpo_jax.feedback.scores import accepted
+from mmpo_jax.feedback.judge import sources_of
+from mmpo_jax.feedback.scores import VERDICTS, accepted
 from mmpo_jax.recipes.candidates import POLICY
 
 FILE = "examples.txt"

@@ -20,8 +20,8 @@ from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.core import progress
 from mmpo_jax.data.records import Record
 from mmpo_jax.data.tokenization import TokenizedRecord
-from mmpo_jax.feedback.judge import VERDICTS, Judge, Responses
-from mmpo_jax.feedback.scores import accepted
+from mmpo_jax.feedback.judge import Judge, Responses
+from mmpo_jax.feedback.scores import VERDICTS, accepted
 from mmpo_jax.generation.responses import generate_stage
 from mmpo_jax.recipes.recipe import AlignRecipe, Selection
 from mmpo_jax.recipes.sampling import Decoding

@@ -19,7 +19,6 @@ from mmpo_jax.core.stages import StageOutput, run_told_stage
 from mmpo_jax.data.records import Record, question_with_beginning
 from mmpo_jax.feedback.ahead import asking_ahead
 from mmpo_jax.feedback.judge import (
-    VERDICTS,
     Judgement,
     Responses,
     check_failed,
@@ -28,7 +27,7 @@ from mmpo_jax.feedback.judge import (
 )
 from mmpo_jax.feedback.labeler import Answer, Labeler
 from mmpo_jax.feedback.rate import BusyTime, add_rate
-from mmpo_jax.feedback.scores import SCORES, ClaimVerdicts
+from mmpo_jax.feedback.scores import SCORES, VERDICTS, ClaimVerdicts
 from mmpo_jax.feedback.splitters import Division, SplitItem, Splitter
 from mmpo_jax.recipes.feedback import (
     ChatLabeling,

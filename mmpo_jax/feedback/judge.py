@@ -34,8 +34,6 @@ JUDGED = pa.schema(
 )
 """Columns of the stage `judge`; `details` is JSON."""
 
-VERDICTS = "verdicts"
-"""Key of the details with a response's claims: mappings of claim, question, p_yes and p_no."""
 NO_VERDICT = "no_verdict"
 """Reason of a response without a score where its judge gives none."""
 

@@ -9,7 +9,8 @@ from mmpo_jax.core.files import fingerprint_json
 from mmpo_jax.core.processes import on_one
 from mmpo_jax.core.stages import StageOutput
 from mmpo_jax.data.records import Record, last_question
-from mmpo_jax.feedback.judge import VERDICTS, Judgement, Responses, judge_stage
+from mmpo_jax.feedback.judge import Judgement, Responses, judge_stage
+from mmpo_jax.feedback.scores import VERDICTS
 from mmpo_jax.recipes.rewards import RewardSection
 from mmpo_jax.rewards.registry import Question
 

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 
 from mmpo_jax.core.errors import DataError
 
+VERDICTS = "verdicts"
+"""Key of a judge's details with a response's claims: mappings of claim, question, p_yes and p_no.
+"""
+
 # log_odds stays finite when a labeler's probability underflows to 0.
 _PROBABILITY_FLOOR = 1e-9
 # Probabilities are sums over spellings ("yes", "Yes") of rounded floats.

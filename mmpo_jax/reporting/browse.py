@@ -20,8 +20,7 @@ import pyarrow.compute as pc
 from mmpo_jax.core.buckets import entries, is_file
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import fingerprint_bytes, read_bytes, read_json, read_table
-from mmpo_jax.feedback.judge import VERDICTS, sources_of
-from mmpo_jax.feedback.scores import accepted
+from mmpo_jax.feedback.scores import VERDICTS, accepted
 from mmpo_jax.reporting.prompts import STAGE
 from mmpo_jax.reporting.runs import RunFiles
 
@@ -39,6 +38,7 @@ class SeenResponse:
 
     sample: int
     source: str
+    """Name of the source of candidates; empty where there is the policy alone."""
     text: str
     finished: bool
     """Whether it ended by itself."""
@@ -201,7 +201,9 @@ class _Tables:
         said = {(row["prompt_id"], row["sample"]): row for row in _of(self.judged, ids).to_pylist()}
         responses: dict[str, list[SeenResponse]] = {name: [] for name in ids}
         columns = ("prompt_id", "sample", "text", "finished")
-        for row, source in zip(rows.select(columns).to_pylist(), sources_of(rows), strict=True):
+        alone = "source" not in rows.column_names
+        sources = [""] * rows.num_rows if alone else rows["source"].to_pylist()
+        for row, source in zip(rows.select(columns).to_pylist(), sources, strict=True):
             judged = said.get((row["prompt_id"], row["sample"]))
             responses[row["prompt_id"]].append(_response(row, source, judged))
         places = {

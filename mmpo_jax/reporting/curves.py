@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from mmpo_jax.reporting.charts import Chart, Line, Point
 from mmpo_jax.reporting.measured import Group
 from mmpo_jax.reporting.runs import RunFiles
-from mmpo_jax.training.metrics import MEASURED
-from mmpo_jax.training.validation import PREFIX as HELD_OUT
+from mmpo_jax.training.metrics import HELD_OUT, MEASURED
 
 MOST_POINTS = 200
 """Points of a line; of more steps each is the mean of several, in a band from least to most."""

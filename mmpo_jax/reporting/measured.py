@@ -137,8 +137,9 @@ def _metric(
         (group, place): Value(of, starts.get(group) if place else None)
         for (group, place), of in cells.items()
     }
-    known: Mapping[str, Any] = shown or {"better": None, "panel": ""}
-    return Metric(key.partition("/")[2], known["better"], known["panel"], values)
+    known: Mapping[str, Any] = shown or {}
+    name = key.partition("/")[2]
+    return Metric(name, known.get("better"), known.get("panel", ""), values)
 
 
 def chart_benchmark(

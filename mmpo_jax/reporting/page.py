@@ -22,8 +22,6 @@ from markupsafe import Markup
 from mmpo_jax.core.buckets import is_file
 from mmpo_jax.core.files import fingerprint_bytes, null_if_not_finite, write_atomic
 from mmpo_jax.core.progress import duration
-from mmpo_jax.feedback.judge import VERDICTS
-from mmpo_jax.recipes.candidates import POLICY
 from mmpo_jax.reporting.browse import SeenPrompt, SeenResponse, read_prompts
 from mmpo_jax.reporting.charts import draw, legend
 from mmpo_jax.reporting.curves import HELD_OUT, speed_charts, training_charts
@@ -221,12 +219,10 @@ def _packed_prompt(prompt: SeenPrompt, pictures: Sequence[int | None]) -> dict[s
 
 
 def _packed_response(one: SeenResponse) -> list[Any]:
-    source = "" if one.source == POLICY else one.source
     claims = [[text, question, _short(yes), _short(no)] for text, question, yes, no in one.claims]
-    details = {name: value for name, value in one.details.items() if name != VERDICTS}
     return [
-        *(one.sample, source, one.text, one.finished, _short(one.score), one.reason),
-        *(claims, null_if_not_finite(details)),
+        *(one.sample, one.source, one.text, one.finished, _short(one.score), one.reason),
+        *(claims, null_if_not_finite(one.details)),
     ]
 
 

@@ -58,6 +58,8 @@ COUNTS: tuple[tuple[str, Callable[[dict[str, Any]], Any]], ...] = (
 """Column of the table of rounds, and its value from a line of `rounds.json`."""
 ARROWS = {"more": "↑", "less": "↓", None: ""}
 """Which way is better."""
+MARKS = {"better": " ✓", "worse": " ✗", "": ""}
+"""What stands behind a change, beside its colour."""
 SOURCES = ("responses", "failed", "mean_score", "mean_words", "chosen", "rejected")
 """Columns of the table of candidates' sources."""
 
@@ -108,7 +110,8 @@ def _value(metric: Metric, value: Value | None) -> Cell:
         return Cell(text)
     change = value.mean - value.start
     told = f"{'+' if change > 0 else '−'}{number(abs(change))}" if change else "="
-    return Cell(text, told, metric.verdict(value))
+    verdict = metric.verdict(value)
+    return Cell(text, told + MARKS[verdict], verdict)
 
 
 def tax_table(run: RunFiles) -> Table | None:
@@ -148,8 +151,8 @@ def _tax_cell(row: Mapping[str, Any], cell: Mapping[str, Any]) -> Cell:
     note = (
         f"{'+' if gained > 0 else '−' if gained < 0 else ''}{told(abs(gained))}, p {cell['p']:.2g}"
     )
-    kind = cell["verdict"] if cell["verdict"] in ("better", "worse") else ""
-    return Cell(text, note, kind)
+    kind = cell["verdict"] if cell["verdict"] in MARKS else ""
+    return Cell(text, note + MARKS[kind], kind)
 
 
 def counts_table(runs: Sequence[RunFiles]) -> Table | None:

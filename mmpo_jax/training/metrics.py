@@ -24,6 +24,8 @@ EVENTS = "tensorboard"
 """Folder of TensorBoard's events."""
 MAX_QUEUE = 100_000
 """Events that wait to be written, at most: more than come between two lines."""
+HELD_OUT = "eval_"
+"""What stands in front of the names of metrics of held-out rows."""
 MEASURED = "perf/"
 """What the names begin with of all that clocks and devices say. It is another every time; all else
 in a line is the same bytes in a run that was stopped as in one that was not."""

@@ -28,11 +28,9 @@ from mmpo_jax.models.lora import cast_params
 from mmpo_jax.recipes.recipe import Validation
 from mmpo_jax.recipes.training import Training
 from mmpo_jax.training.losses import Loss
-from mmpo_jax.training.metrics import means
+from mmpo_jax.training.metrics import HELD_OUT, means
 
 log = logging.getLogger(__name__)
-
-PREFIX = "eval_"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +98,7 @@ class Validator:
             values = measure_batches(
                 self.forward, self.evaluate, self.loss, batches, state, self.mesh
             )
-        named = {PREFIX + name: value for name, value in values.items()}
+        named = {HELD_OUT + name: value for name, value in values.items()}
         if self.config.metric not in named:
             raise MmpoError(
                 f"validation.metric: {self.config.metric!r} is none of {', '.join(named)}"

@@ -108,5 +108,5 @@ def test_gains_and_losses(tmp_path):
     write_report([str(run)], str(tmp_path / "report.html"))
     html = (tmp_path / "report.html").read_text()
     assert "round 2: recall fell" in html and "round 2 (result)" in html
-    cell = '<td>0.160 [0.140, 0.180]<span class="delta better">−0.320, p 0.003</span></td>'
+    cell = '<td>0.160 [0.140, 0.180]<span class="delta better">−0.320, p 0.003 ✓</span></td>'
     assert cell in html
