@@ -11,7 +11,7 @@ RECIPE ?= configs/picture_world_align.yaml
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 QUICK := $(addprefix tests/, test_xla_flags.py chat/test_client.py cli core/test_stage.py core/test_files.py commands/test_convert.py data benchmarks evaluation feedback \
 	checkpoints/test_huggingface.py models/test_log_probs.py checkpoints/test_saving.py parallel \
-	objectives/test_preference.py objectives/test_registry.py picture_world/test_tfds_builder.py \
+	objectives/test_preference.py objectives/test_registry.py picture_world/test_tfds_builder.py reporting \
 	training/test_loop.py training/test_checkpoints.py training/test_lora.py training/test_step.py generation \
 	alignment/test_align.py alignment/test_align_recipes.py launch/test_run.py launch/test_scripts.py)
 

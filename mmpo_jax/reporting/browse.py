@@ -143,12 +143,12 @@ def read_prompts(runs: Sequence[RunFiles], limit: int | None) -> tuple[list[Seen
     Returns:
       (the prompts, in the order of the rounds, those of benchmarks last; how many there are).
     """
-    places: list[tuple[int, int, _Tables | _Answers]] = []
+    places: list[tuple[int, int, _Asked | _Answers]] = []
     for number, run in enumerate(runs):
         for one in run.rounds:
-            tables = _tables(one.folder)
-            if tables is not None:
-                places.append((number, one.index, tables))
+            asked = _asked(one.folder)
+            if asked is not None:
+                places.append((number, one.index, asked))
     for number, run in enumerate(runs):
         for each in run.measurements:
             places += [(number, each.place, answers) for answers in _answers(each.folder)]
@@ -181,43 +181,43 @@ def _shares(counts: Sequence[int], limit: int | None) -> list[int]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tables:
-    """The stages of a round, as far as they are there."""
+class _Asked:
+    """The prompts of a round that has responses. Its tables are read when they are needed, as those
+    of all rounds may be large."""
 
-    generated: pa.Table
-    judged: pa.Table | None
-    pairs: pa.Table | None
-    prompts: pa.Table | None
-
-    @property
-    def prompt_ids(self) -> list[str]:
-        return pc.unique(self.generated["prompt_id"]).to_pylist()
+    folder: str
+    prompt_ids: Sequence[str]
 
     def read(self, run: int, index: int, many: int) -> list[SeenPrompt]:
         """So many of its prompts, the first ones: rounds have theirs in the order of the data, and
         rounds with the same prompts have the same ones."""
         ids = self.prompt_ids[:many]
-        rows = _of(self.generated, ids)
-        said = {(row["prompt_id"], row["sample"]): row for row in _of(self.judged, ids).to_pylist()}
+        if not ids:
+            return []
+        rows = _of(_responses(self.folder), ids)
+        judged, paired, prompts = (
+            _of(_table(self.folder, n), ids) for n in ("judge", "pairs", STAGE)
+        )
+        said = {(row["prompt_id"], row["sample"]): row for row in judged.to_pylist()}
         responses: dict[str, list[SeenResponse]] = {name: [] for name in ids}
         columns = ("prompt_id", "sample", "text", "finished")
         alone = "source" not in rows.column_names
         sources = [""] * rows.num_rows if alone else rows["source"].to_pylist()
         for row, source in zip(rows.select(columns).to_pylist(), sources, strict=True):
-            judged = said.get((row["prompt_id"], row["sample"]))
-            responses[row["prompt_id"]].append(_response(row, source, judged))
+            verdict = said.get((row["prompt_id"], row["sample"]))
+            responses[row["prompt_id"]].append(_response(row, source, verdict))
         places = {
             name: {one.sample: place for place, one in enumerate(of_prompt)}
             for name, of_prompt in responses.items()
         }
         pairs: dict[str, list[SeenPair]] = {name: [] for name in ids}
-        for row in _of(self.pairs, ids).to_pylist():
+        for row in paired.to_pylist():
             of_prompt = places[row["prompt_id"]]
             chosen, rejected = (of_prompt.get(row[f"{s}_sample"]) for s in ("chosen", "rejected"))
             if chosen is not None and rejected is not None:
                 margin = row["chosen_score"] - row["rejected_score"]
                 pairs[row["prompt_id"]].append(SeenPair(chosen, rejected, margin))
-        shown = {row["prompt_id"]: row for row in _of(self.prompts, ids).to_pylist()}
+        shown = {row["prompt_id"]: row for row in prompts.to_pylist()}
         empty: dict[str, Any] = {"question": "", "images": [], "thumbnails": []}
         return [
             SeenPrompt(
@@ -261,12 +261,17 @@ def _of(table: pa.Table | None, ids: Sequence[str]) -> pa.Table:
     return table.filter(pc.is_in(table["prompt_id"], pa.array(ids, pa.string())))
 
 
-def _tables(folder: str) -> _Tables | None:
-    """The stages of a round; None where nothing was generated yet, or it cannot be read."""
-    generated = next(filter(None, (_table(folder, name) for name in RESPONSES)), None)
+def _asked(folder: str) -> _Asked | None:
+    """The prompts of a round; None where nothing was generated yet, or it cannot be read."""
+    generated = _responses(folder)
     if generated is None:
         return None
-    return _Tables(generated, *(_table(folder, name) for name in ("judge", "pairs", STAGE)))
+    return _Asked(folder, pc.unique(generated["prompt_id"]).to_pylist())
+
+
+def _responses(folder: str) -> pa.Table | None:
+    """All responses of a round."""
+    return next((table for name in RESPONSES if (table := _table(folder, name)) is not None), None)
 
 
 def _table(folder: str, name: str) -> pa.Table | None:

@@ -6,9 +6,11 @@ import json
 import re
 from pathlib import Path
 
+from helpers import buckets
 from helpers.report_runs import EVIL, large_prompts, write_alignment, write_training
 
 from mmpo_jax import cli
+from mmpo_jax.alignment import align
 from mmpo_jax.reporting import page
 from mmpo_jax.reporting.page import render, write_report
 from mmpo_jax.reporting.runs import read_runs
@@ -110,3 +112,18 @@ def test_gains_and_losses(tmp_path):
     assert "round 2: recall fell" in html and "round 2 (result)" in html
     cell = '<td>0.160 [0.140, 0.180]<span class="delta better">−0.320, p 0.003 ✓</span></td>'
     assert cell in html
+
+
+def test_runs_and_pages_in_buckets(tmp_path, monkeypatch):
+    buckets.file_bucket(monkeypatch, tmp_path / "buckets")
+    run = write_alignment(tmp_path / "buckets" / "bucket" / "run", prompts=3, questions=2)
+    told = write_report(["gs://bucket/run"], "gs://bucket/run/report.html")
+    assert told.files == ["gs://bucket/run/report.html"]
+    there = (run / "report.html").read_bytes()
+    write_report([str(run)], str(tmp_path / "report.html"))
+    assert (tmp_path / "report.html").read_bytes() == there
+
+
+def test_a_page_that_cannot_be_written_fails_no_run(tmp_path, caplog):
+    align.write_page(str(tmp_path))  # which is no run
+    assert "the report cannot be written" in caplog.text and "is no run" in caplog.text
