@@ -211,6 +211,8 @@ class Benchmark:
     judgements: str | None = None
     """What rows of judgements have that the authors' scripts keep, in words; None where nobody
     judges."""
+    unjudged: tuple[str, str] | None = None
+    """(option, value) with which nobody judges, if there is one."""
 
     @property
     def asking_options(self) -> dict[str, tuple[Any, Any]]:
@@ -263,13 +265,14 @@ def benchmark(
     asks: Callable[..., Sequence[Asked]] | None = None,
     images: str = "",
     judgements: str | None = None,
+    unjudged: tuple[str, str] | None = None,
 ) -> Callable[[Callable[..., Scores]], Callable[..., Scores]]:
     """Registers a benchmark under its function's name; arguments as in `Benchmark`."""
 
     def add(function: Callable[..., Scores]) -> Callable[..., Scores]:
         name = function.__name__
         _BENCHMARKS[name] = Benchmark(
-            name, function, source, answers, (*metrics,), asks, images, judgements
+            name, function, source, answers, (*metrics,), asks, images, judgements, unjudged
         )
         return function
 

@@ -72,6 +72,7 @@ def questions(files: Files, *, max_new_tokens: PositiveInt = 1024) -> list[Asked
     "`prompt` or `question` where a judge is asked without the file of questions",
     judgements="`extract_objs` (a list), `objs` (the nouns of it) or `reply` (a judge's) by "
     "`image_id`, or hall_*.json of the official script",
+    unjudged=("objects", "words"),
     metrics=METRICS,
     asks=questions,
     images="COCO (in the file of questions)",

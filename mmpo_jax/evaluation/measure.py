@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from etils import epath
@@ -169,7 +170,9 @@ def _judged(section: JudgedSection, files: Files, answers: str, at: Measuring) -
     """Scores of a file of answers that a model judges, of which each is asked about once."""
     options = section.options(section.benchmark.options)
     rows = on_one(lambda: read_table(epath.Path(answers)))
-    with asked_judge(section.judge, os.path.join(at.folder, f"{section.called}.judge")) as judge:
+    folder = os.path.join(at.folder, f"{section.called}.judge")
+    asked = nullcontext(Judge()) if section.judge is None else asked_judge(section.judge, folder)
+    with asked as judge:
         scores = score_rows(section.benchmark, files, rows, options, judge)
         return on_one(lambda: _kept(section, scores, at, judge, files=files.digests()))
 

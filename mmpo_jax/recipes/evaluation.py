@@ -56,8 +56,16 @@ class PublishedSection(BenchmarkSection):
 class JudgedSection(PublishedSection):
     """One benchmark whose answers a model judges."""
 
-    judge: BenchmarkJudge
+    judge: BenchmarkJudge | None = None
     """Who judges, see docs/evaluation.md."""
+
+    @pydantic.model_validator(mode="after")
+    def _has_a_judge(self) -> JudgedSection:
+        option, value = self.benchmark.unjudged or ("", "")
+        if self.judge is None and not (option and getattr(self, option) == value):
+            without = f", or `{option}: {value}`" if option else ""
+            raise ValueError(f"judge: name one, as `judge: {{url: ..., model: ...}}`{without}")
+        return self
 
 
 def _section(benchmark: Benchmark) -> type[BenchmarkSection]:

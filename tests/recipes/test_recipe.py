@@ -172,6 +172,12 @@ def test_wrong_types_and_impossible_values(problem, override, told):
         ("evaluation={type: popes, data: a}", AlignRecipe, "type: there is no 'popes'; did you"),
         ("evaluation={type: pope, readin: official, data: a}", AlignRecipe, "mean reading?"),
         (
+            "evaluation={type: mmhal, data: a}",
+            AlignRecipe,
+            "judge: name one, as `judge: {url",
+        ),
+        ("evaluation={type: object_halbench, data: a}", AlignRecipe, "or `objects: words`"),
+        (
             "evaluation=[{type: pope, data: a}, {type: pope, data: b}]",
             AlignRecipe,
             "evaluation: two benchmarks are called pope; give one another `name`",
