@@ -65,7 +65,7 @@ class Chart:
 
 
 def number(value: float) -> str:
-    """A number in four digits or fewer, for axes and tables."""
+    """A number for axes and tables: four digits, three of those below 1."""
     if value == 0:
         return "0"
     size = abs(value)
@@ -73,8 +73,8 @@ def number(value: float) -> str:
         return f"{value:.3g}"
     if size >= 1000:
         return f"{value:,.0f}"
-    digits = max(0, 3 - max(0, math.floor(math.log10(size))))
-    text = f"{value:.{min(digits, 6)}f}"
+    power = math.floor(math.log10(size))
+    text = f"{value:.{3 - power if power >= 0 else 2 - power}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
