@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import ipaddress
-import json
 import logging
-import os
 import posixpath
+
+import transformers
 
 from mmpo_jax.checkpoints.checkpoint import Checkpoint, check_speaker, load_checkpoint
 from mmpo_jax.core import processes, progress
@@ -84,11 +84,9 @@ def _name(model: str) -> str:
 
 def _positions(checkpoint: Checkpoint) -> int:
     """Tokens that the model was made for, at most, as its config says."""
-    path = os.path.join(checkpoint.processor.folder, "config.json")
-    with open(path, encoding="utf-8") as file:
-        config = json.load(file)
-    text = config.get("text_config") or config.get("llm_config") or config
-    return int(text.get("max_position_embeddings") or 2**15)
+    folder = checkpoint.processor.folder
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return config.get_text_config().max_position_embeddings
 
 
 def _warn(name: str, host: str, key: str | None) -> None:

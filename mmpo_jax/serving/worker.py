@@ -67,6 +67,7 @@ class Worker:
                 self._fail(error)
                 if self._failures == FAILURES:
                     self._gave_up(error)
+                    self._refuse(error)
                     return
                 continue
             by_request: dict[Asked, list[Part]] = {}
@@ -87,6 +88,15 @@ class Worker:
             if order is None:
                 return False
             order()
+
+    def _refuse(self, error: Exception) -> None:
+        """Tells everybody who still asks that nothing more is tried, until the thread is to end."""
+        while (order := self._orders.get()) is not None:
+            order()
+            for tell in self._tells.values():
+                tell(error)
+            self._tells.clear()
+            self._engine.reset()
 
     def _fail(self, error: Exception) -> None:
         """Tells everybody what ended their samples, and begins anew."""

@@ -209,6 +209,16 @@ def test_devices_that_fail(checkpoint, monkeypatch):
         served.wait_until_idle(made[0])
 
 
+def test_devices_that_fail_again_and_again(checkpoint, monkeypatch):
+    """The server is told to end, and leaves nobody waiting who was let in before."""
+    with served.service(checkpoint) as made:
+        monkeypatch.setattr(made[0].worker._engine, "_decode", lambda: 1 / 0)
+        assert [post(made, body(user("a"))).status_code for _ in range(3)] == [500] * 3
+        assert post(made, body(user("a"))).status_code == 503
+        made[0].is_ending = False
+        assert post(made, body(user("a"))).status_code == 500
+
+
 def test_data_urls_may_be_of_any_format(service):
     """As VLMEvalKit sends JPEG, and others what they have."""
     answers = set()
