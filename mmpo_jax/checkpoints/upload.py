@@ -37,8 +37,8 @@ def check_hub(hub: Hub | None) -> None:
       hub: of the recipe; None where nothing is uploaded.
 
     Raises:
-      MmpoError: there is no token, or the hub does not take it. A hub that cannot be reached may
-        be reached later, and is warned of.
+      MmpoError: there is no token, the hub does not take it, or `HF_HUB_OFFLINE` is set. A hub that
+        cannot be reached may be reached later, and is warned of.
     """
     if hub is not None:
         on_one(lambda: _check(hub))
@@ -50,6 +50,8 @@ def _check(hub: Hub) -> None:
         raise MmpoError(
             f"hub.repo {hub.repo}: there is no token: run `hf auth login`, or set HF_TOKEN"
         )
+    if huggingface_hub.is_offline_mode():
+        raise MmpoError(f"hub.repo {hub.repo}: HF_HUB_OFFLINE is set, so nothing can be uploaded")
     try:
         huggingface_hub.HfApi(token=token).whoami()
     except UNREACHABLE as error:

@@ -60,6 +60,9 @@ def test_tokens_are_looked_at_before_anything_starts(hub, monkeypatch):
     with pytest.raises(MmpoError, match="the hub does not take the token") as error:
         check_hub(HUB)
     assert "hf_another" not in str(error.value)
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: True)
+    with pytest.raises(MmpoError, match="HF_HUB_OFFLINE is set"):
+        check_hub(HUB)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     with pytest.raises(MmpoError, match="run `hf auth login`, or set HF_TOKEN"):
         check_hub(HUB)
