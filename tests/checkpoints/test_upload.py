@@ -81,9 +81,9 @@ def test_commands_check_first_and_upload_last(hub, result, monkeypatch, capsys):
     done = []
     monkeypatch.setattr(train, "run_training", lambda recipe: done.append("train") or result)
     monkeypatch.setattr(align, "run_alignment", lambda recipe: done.append("align") or [])
-    monkeypatch.setattr(align, "render_table", lambda reports: "")
-    monkeypatch.setattr(align, "warnings", lambda reports: [])
-    monkeypatch.setattr(align, "render_sources", lambda reports: "")
+    monkeypatch.setattr(align, "render_table", lambda *given: "")
+    monkeypatch.setattr(align, "warnings", lambda *given: [])
+    monkeypatch.setattr(align, "render_sources", lambda *given: "")
     common = {"model": "builtin:picture_world", "hub": {"repo": "me/result"}}
     world = {"source": "picture_world"}
     sft = {"objective": [{"type": "sft"}]}
