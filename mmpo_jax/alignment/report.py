@@ -19,14 +19,8 @@ from mmpo_jax.evaluation.tax import FILE as TAX
 from mmpo_jax.evaluation.tax import render_tax
 from mmpo_jax.feedback.judge import scored_responses
 from mmpo_jax.feedback.rate import read_rate
-from mmpo_jax.reporting.runs import stage_rates
+from mmpo_jax.reporting.runs import stage_rates, training_warnings
 from mmpo_jax.training.metrics import FILE, read_metrics
-
-DPO_UPDATES = 10
-"""Updates before the steps whose accuracy and margin the report warns of: earlier ones have hardly
-moved the model, and before the first there is nothing but rounding."""
-DPO_LOSS = 1e-3
-"""Margin, below 0, from which on the report warns of it; less is rounding."""
 
 COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("round", "round", "d"),
@@ -275,19 +269,8 @@ def warnings(reports: Sequence[RoundReport], tax: Mapping[str, Any] | None = Non
     """
     found = [] if tax is None else list(tax["warnings"])
     for report in reports[1:]:
-        if _prefers_rejected(report):
-            found.append(
-                f"round {report.index}: DPO prefers the rejected responses; it did not learn"
-            )
+        found += training_warnings(report.index, dataclasses.asdict(report))
     return found
-
-
-def _prefers_rejected(report: RoundReport) -> bool:
-    """Whether accuracy and margin both say so, after enough updates to say anything."""
-    accuracy, margin, updates = report.dpo_accuracy, report.dpo_margin, report.dpo_updates
-    if accuracy is None or margin is None or updates is None:
-        return False
-    return accuracy < 0.5 and margin < -DPO_LOSS and updates >= DPO_UPDATES
 
 
 def write_report(

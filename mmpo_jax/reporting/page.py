@@ -26,7 +26,7 @@ from mmpo_jax.reporting.browse import SeenPrompt, SeenResponse, read_prompts
 from mmpo_jax.reporting.charts import draw, legend
 from mmpo_jax.reporting.curves import HELD_OUT, speed_charts, training_charts
 from mmpo_jax.reporting.measured import Benchmark, Group, chart_benchmark, group_runs, measured
-from mmpo_jax.reporting.runs import RunFiles, read_runs
+from mmpo_jax.reporting.runs import RunFiles, read_runs, training_warnings
 from mmpo_jax.reporting.tables import (
     benchmark_table,
     counts_table,
@@ -271,11 +271,13 @@ def _benchmark(benchmark: Benchmark, groups: Sequence[Group]) -> dict[str, Any]:
 
 def _warnings(runs: Sequence[RunFiles]) -> list[str]:
     """What a person should know first."""
-    return [
-        warning if len(runs) == 1 else f"{run.name}: {warning}"
-        for run in runs
-        for warning in run.tax.get("warnings", [])
-    ]
+    found: list[str] = []
+    for run in runs:
+        told = [*run.tax.get("warnings", [])]
+        for one in run.rounds:
+            told += training_warnings(one.index, one.counts)
+        found += told if len(runs) == 1 else [f"{run.name}: {warning}" for warning in told]
+    return found
 
 
 def _run(run: RunFiles) -> dict[str, Any]:

@@ -35,6 +35,11 @@ ANSWERS = "evaluation"
 TAX = "tax.json"
 TRAINED = "train.json"
 """In a round's folder: what is known of its training, once that is over."""
+DPO_UPDATES = 10
+"""Updates before the steps whose accuracy and margin runs warn of: earlier ones have hardly
+moved the model, and before the first there is nothing but rounding."""
+DPO_LOSS = 1e-3
+"""Margin, below 0, from which on runs warn of it; less is rounding."""
 _ROUND = re.compile(r"round-(\d+)")
 _PARTS = re.compile(r"(.+)\.parts(-.*)?")
 
@@ -265,6 +270,22 @@ def stage_rates(folder: str) -> dict[str, dict[str, float | None]]:
                 "tokens_per_second": rate.get("tokens"),
             }
     return found
+
+
+def training_warnings(index: int, counts: Mapping[str, Any]) -> list[str]:
+    """What a person should know of a round's training.
+
+    Args:
+      index: of the round.
+      counts: its line of `rounds.json`.
+    """
+    names = ("accuracy", "margin", "updates")
+    accuracy, margin, updates = (counts.get(f"dpo_{name}") for name in names)
+    if accuracy is None or margin is None or updates is None:
+        return []
+    if accuracy >= 0.5 or margin >= -DPO_LOSS or updates < DPO_UPDATES:
+        return []
+    return [f"round {index}: DPO prefers the rejected responses; it did not learn"]
 
 
 def _read_list(path: str) -> list[dict[str, Any]]:

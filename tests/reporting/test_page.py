@@ -107,8 +107,12 @@ def test_the_command(tmp_path, capsys):
 
 def test_gains_and_losses(tmp_path):
     run = write_alignment(tmp_path / "run", prompts=2)
+    rows = json.loads((run / "rounds.json").read_text())
+    rows[1] |= {"dpo_accuracy": 0.4, "dpo_margin": -0.02, "dpo_updates": 10}
+    (run / "rounds.json").write_text(json.dumps(rows))
     write_report([str(run)], str(tmp_path / "report.html"))
     html = (tmp_path / "report.html").read_text()
+    assert "round 1: DPO prefers the rejected responses" in html
     assert "round 2: recall fell" in html and "round 2 (result)" in html
     cell = '<td>0.160 [0.140, 0.180]<span class="delta better">−0.320, p 0.003 ✓</span></td>'
     assert cell in html
