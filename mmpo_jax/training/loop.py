@@ -193,7 +193,7 @@ def train(
                 if reports.is_due(step):
                     activity.reach(step)
                     reports.report(step, state, position)
-                if stop.is_agreed() and step < steps:
+                if stop.is_agreed() and step < steps and source.can_resume():
                     reports.save_and_stop(step, state, position)
             # While the last step ran, or one after which training is over: the caller would go on.
             if stop.is_agreed_in_the_end():
@@ -366,6 +366,9 @@ class Batches(Protocol):
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes on from a position."""
 
+    def can_resume(self) -> bool:
+        """Whether what goes on from the position of now draws what this one does."""
+
     def draw_again(self, position: dict[str, Any], state: TrainState) -> HostBatch | None:
         """The batch that was drawn at a position; None where it cannot be drawn again."""
 
@@ -379,6 +382,9 @@ class FromData:
 
     def draw(self, state: TrainState) -> HostBatch:
         return next(self.batches)
+
+    def can_resume(self) -> bool:
+        return True
 
     def draw_again(self, position: dict[str, Any], state: TrainState) -> HostBatch:
         self.set_state(position)

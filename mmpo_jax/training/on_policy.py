@@ -105,30 +105,44 @@ class Rollouts:
             for section in rollout.reward_models
         ]
         self.batch: HostBatch | None = None
+        self.before: dict[str, Any] = self.order.get_state()
+        """Where the order stood before the rollout in use."""
         self.uses = 0
+        """Updates that were given it."""
         self.seconds = 0.0
         """Time that rollouts took, from the end of the step before them."""
 
     def get_state(self) -> dict[str, Any]:
-        """The position; only between rollouts, as samples are not saved."""
-        return self.order.get_state()
+        """The position. Samples are not saved: within a rollout it says where this was drawn, and
+        how many updates had it."""
+        if self.can_resume():
+            return {"order": self.order.get_state(), "uses": 0}
+        return {"order": self.before, "uses": self.uses}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self.order.set_state(state)
-        self.batch = None
+        self.order.set_state(state["order"])
+        self.batch, self.uses = None, state["uses"]
+
+    def can_resume(self) -> bool:
+        """Whether the position lies between rollouts. Whoever goes on from one within has the same
+        prompts sampled again, by what the policy is by then."""
+        return self.uses in (0, self.rollout.updates_per_rollout)
 
     def draw_again(self, position: dict[str, Any], state: TrainState) -> HostBatch | None:
-        """What was drawn at a position, with the parameters of then; None where these may be no
-        more, as several updates learn from a rollout."""
-        if self.rollout.updates_per_rollout > 1:
+        """What was drawn at a position, with the parameters of then; None within a rollout, as what
+        sampled it is no more."""
+        if position["uses"]:
             return None
         self.set_state(position)
         return self.draw(state)
 
     def draw(self, state: TrainState) -> HostBatch:
         """The batch of the next step: of a new rollout, or the last one's again."""
-        if self.batch is None or self.uses == self.rollout.updates_per_rollout:
-            self.batch, self.uses = self._roll_out(state), 0
+        if self.uses == self.rollout.updates_per_rollout:
+            self.batch, self.uses = None, 0
+        if self.batch is None:
+            self.before = self.order.get_state()
+            self.batch = self._roll_out(state)
         self.uses += 1
         return self.batch
 

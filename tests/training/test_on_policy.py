@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import signal
 import statistics
 
 import jax
@@ -16,6 +17,7 @@ from pydantic import ValidationError
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.checkpoints.steps import CheckpointError
 from mmpo_jax.commands.train import run_training
+from mmpo_jax.core.errors import Stopped
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.pipeline import Example, MixtureEntry
@@ -156,6 +158,49 @@ def test_a_killed_run_ends_as_an_undisturbed_one(before_step, run, undisturbed, 
     for path, value in undisturbed[0].items():
         np.testing.assert_array_equal(params[path], value, err_msg=path)
     assert metrics == undisturbed[1]
+
+
+@pytest.mark.parametrize("after_step", [1, 9])
+@pytest.mark.slow
+def test_a_run_that_is_told_to_stop_ends_its_rollout(after_step, run, undisturbed, tmp_path):
+    """Told in the midst of one; at the last of them there is nothing left to go on with."""
+    put, taken = loop.put_batch, iter(range(1, 100))
+
+    def told(*args, **options):
+        if next(taken) == after_step:
+            signal.raise_signal(signal.SIGTERM)
+        return put(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "put_batch", told)
+        with pytest.raises(Stopped, match=f"saved step {after_step + 1} of {STEPS}"):
+            run(tmp_path)
+    params, metrics = run(tmp_path), reproducible_rows(tmp_path / "metrics.jsonl")
+    for path, value in undisturbed[0].items():
+        np.testing.assert_array_equal(params[path], value, err_msg=path)
+    assert metrics == undisturbed[1]
+
+
+@pytest.mark.slow
+def test_a_position_within_a_rollout(tiny_model, tiny_processor, records, mesh):
+    """Has the same prompts sampled again, for the updates that are left of it."""
+    model, params = tiny_model
+
+    def rollouts():
+        prompts = Prompts(records, [MixtureEntry(len(records))], seed=3)
+        checkpoint = Checkpoint(model, tiny_processor, params)
+        return Rollouts(checkpoint, prompts, CONFIG, ROLLOUT, LENGTHS, mesh, micro_batch_size=2)
+
+    first, second = rollouts(), rollouts()
+    drawn = [first.draw(State(params)).ids]
+    position = first.get_state()
+    assert not first.can_resume()
+    assert first.draw_again(position, State(params)) is None
+    drawn += [first.draw(State(params)).ids for _ in range(2)]
+    second.set_state(position)
+    assert [second.draw(State(params)).ids for _ in range(2)] == drawn[1:]
+    again = first.draw_again({"order": position["order"], "uses": 0}, State(params))
+    assert again is not None and again.ids == drawn[0]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
