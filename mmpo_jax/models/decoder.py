@@ -6,6 +6,7 @@ is only what a query attends to, so each caller hands `Decoder` its own attentio
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ from mmpo_jax.models.layers import (
     rematerialise,
     scatter_tokens,
     split_tokens,
+    spread_gradient,
     stack_layers,
 )
 from mmpo_jax.models.rope import Tables, rope_tables, rotate
@@ -49,6 +51,18 @@ Attention = Callable[..., tuple[jax.Array, Any, Any]]
 Queries and what comes out are [B, S, H, d], keys and values [B, S, K, d]. `window` is None, or
 how many tokens a query sees, itself included: an int where all layers have the same.
 """
+
+
+def _spreading(parameters: Any) -> Any:
+    """The parameters of one layer, whose kernels' gradients are spread, see `spread_gradient`."""
+
+    def of(keys: Any, leaf: jax.Array) -> jax.Array:
+        names = [str(key.key) for key in keys if isinstance(key, jax.tree_util.DictKey)]
+        path = "/".join(["language_model/layers", *names])
+        spec = next((spec for rule, spec in SHARDING_RULES if re.fullmatch(rule, path)), None)
+        return leaf if not spec else spread_gradient(leaf, PartitionSpec(*spec[1:]))
+
+    return jax.tree_util.tree_map_with_path(of, parameters)
 
 
 class SelfAttention(nnx.Module):
@@ -169,7 +183,7 @@ class Decoder(nnx.Module):
         def body(state: tuple, inputs: tuple) -> tuple[tuple, Any]:
             x, carry = state
             parameters, own, layer_inputs = inputs
-            layer = nnx.merge(graphdef, parameters)
+            layer = nnx.merge(graphdef, _spreading(parameters))
             window = common if own is None else own
             x, carry, outputs = layer(x, rope, attend, window, carry, layer_inputs, split)
             return (x, carry), outputs

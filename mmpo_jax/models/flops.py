@@ -160,7 +160,10 @@ def input_gradients(trained: Collection[str]) -> dict[str, bool]:
     """
     tower = any(path.startswith(TOWER) for path in trained)
     projector = tower or any(path.startswith(PROJECTOR) for path in trained)
-    decoder = any(not path.startswith((TOWER, PROJECTOR, HEAD)) for path in trained)
+    decoder = any(
+        not path.startswith((TOWER, PROJECTOR, HEAD)) and not is_reward_head(path)
+        for path in trained
+    )
     return {TOWER: tower, PROJECTOR: projector, LAYERS: projector or decoder}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -20,6 +23,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 """Activations by their Hugging Face names."""
 
+SEVERAL_SIDES = 64
+"""Devices on `fsdp` from which on they take up more than one side of a torus."""
 ATTENDED = "attended"
 """The name under which rematerialisation knows attention's results."""
 
@@ -163,7 +168,7 @@ def constrain_batch(x: Float[Array, "*d"]) -> Float[Array, "*d"]:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    spec = jax.sharding.PartitionSpec(batch_axes(mesh), *([None] * (x.ndim - 1)))
+    spec = PartitionSpec(batch_axes(mesh), *([None] * (x.ndim - 1)))
     return jax.lax.with_sharding_constraint(x, spec)
 
 
@@ -176,7 +181,7 @@ def split_tokens(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
     tensor = 1 if mesh.empty else mesh.shape.get("tensor", 1)
     if tensor == 1 or x.shape[1] % tensor:
         return constrain_batch(x)
-    spec = jax.sharding.PartitionSpec(batch_axes(mesh), "tensor", None)
+    spec = PartitionSpec(batch_axes(mesh), "tensor", None)
     return jax.lax.with_sharding_constraint(x, spec)
 
 
@@ -210,6 +215,50 @@ def _scattered(x: jax.Array) -> tuple[jax.Array, None]:
 
 gather_tokens.defvjp(_gathered, lambda _, gradient: _scattered(gradient)[:1])
 scatter_tokens.defvjp(_scattered, lambda _, gradient: _gathered(gradient)[:1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def spread_gradient(x: Float[Array, "*d"], spec: PartitionSpec) -> Float[Array, "*d"]:
+    """What products of all devices on `fsdp` read, a kernel or what the head is given, whose
+    gradient they sum over one side of their torus after the other.
+
+    A sum of which every device keeps a part is half as much traffic as one that all have whole. For
+    TPUs libtpu (0.0.52) makes the one of the other where it goes over both sides of a torus at
+    once, which also takes seconds to compile for each product. So on many devices the sum over one
+    side is asked for first, with the gradient split by the other; what is left is a sum over the
+    other side. Computed is the same.
+
+    Args:
+      x: the array.
+      spec: how it is split, by the axes of the mesh.
+    """
+    return x
+
+
+def _spread(spec: PartitionSpec, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    mesh = jax.sharding.get_abstract_mesh()
+    fsdp = 1 if mesh.empty else mesh.shape.get("fsdp", 1)
+    inner = 1 << fsdp.bit_length() // 2
+    if fsdp < SEVERAL_SIDES or fsdp % inner:
+        return (gradient,)
+    axes = [(axis,) if isinstance(axis, str) else axis or () for axis in spec]
+    ways = [math.prod(mesh.shape[axis] for axis in over) for over in axes]
+    if any(size % over for size, over in zip(gradient.shape, ways, strict=False)):
+        return (gradient,)
+    sides = {"fsdp": (("fsdp_outer", fsdp // inner), ("fsdp_inner", inner))}
+    refined = [part for axis in mesh.shape.items() for part in sides.get(axis[0], (axis,))]
+    names, lengths = zip(*refined, strict=True)
+    by_side = NamedSharding(
+        AbstractMesh(lengths, names, axis_types=(AxisType.Auto,) * len(names)),
+        PartitionSpec(
+            *(tuple("fsdp_outer" if axis == "fsdp" else axis for axis in over) for over in axes)
+        ),
+    )
+    gradient = jax.lax.with_sharding_constraint(gradient, by_side)
+    return (jax.lax.with_sharding_constraint(gradient, spec),)
+
+
+spread_gradient.defvjp(lambda x, spec: (x, None), _spread)
 
 
 def batch_axes(mesh: jax.sharding.AbstractMesh | jax.sharding.Mesh) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from mmpo_jax.models.batch import Batch, PackedBatch
-from mmpo_jax.models.layers import matmul
+from mmpo_jax.models.layers import batch_axes, matmul, spread_gradient
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.vlm import States, VisionLanguageModel
 
@@ -235,12 +235,16 @@ def token_statistics(
     steps = -(-t // chunk)
     pad = steps * chunk - t
 
+    mesh = jax.sharding.get_abstract_mesh()
+    by_rows = PartitionSpec() if mesh.empty else PartitionSpec(batch_axes(mesh))
+
     def partner(x: jax.Array) -> jax.Array:
         groups = x.reshape(-1, len(partners), *x.shape[1:])
         return groups[:, jnp.array(partners)].reshape(x.shape)
 
     def score(_, inputs):
         targets, *states = inputs
+        states = [spread_gradient(x, by_rows) for x in states]
         logits, normaliser, chosen = [], [], []
         for x, (_, kernel) in zip(states, heads, strict=True):
             logits.append(split_vocabulary(project(x, kernel, vocab_size)) / temperature)

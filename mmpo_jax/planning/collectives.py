@@ -64,7 +64,7 @@ def find_collectives(program: str, loops: int = 1) -> list[Collective]:
             if collective is None:
                 continue
             channel = re.search(r"channel_id=(\d+)", line)
-            key = channel[1] if channel else (name, line)
+            key = (collective.kind, channel[1]) if channel else (name, line)
             before = found.get(key)
             if before is None or before.times < times:
                 found[key] = collective

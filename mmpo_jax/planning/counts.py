@@ -128,7 +128,8 @@ class Computation:
 
     def product(self, product: Product, passes: Passes) -> Work:
         """One product in its passes. Parameters that are split over `fsdp` are gathered for every
-        pass that reads them, and their gradients added up over all rows by all-reduce."""
+        pass that reads them, and their gradients added up over all rows, by reduce-scatter over
+        `fsdp` and by all-reduce over `data`."""
         inputs, outputs = product.split
         over = self.tensor if "tensor" in product.split else 1
         kernel = product.size * self.itemsize / over
@@ -142,12 +143,18 @@ class Computation:
         moved = kernel * (reads * (2 if fsdp > 1 else 1) + passes.weights)
         moved += (x + y) * self.itemsize * passes.computed
         sent = reads * kernel * (fsdp - 1) / fsdp
-        sent += passes.weights * 2 * kernel * (self.shards - 1) / self.shards
+        sent += passes.weights * self._summed(kernel, fsdp)
         if inputs == "tensor":  # each has a part of every sum
             share = 2 * (self.tensor - 1) / self.tensor
             sent += reads * share * y * self.itemsize
         flops = product.flops
         return Work(flops * passes.computed, flops * passes.needed, moved, sent)
+
+    def _summed(self, size: float, fsdp: int) -> float:
+        """Bytes that a device sends for the sum of a gradient over all rows, of which it keeps one
+        of so many parts."""
+        others = self.shards // fsdp
+        return size * (fsdp - 1) / fsdp + 2 * size / fsdp * (others - 1) / others
 
     def attention(self, sizes: Sizes, passes: Passes) -> Work:
         """The decoder's attention over prompts and responses."""

@@ -10,14 +10,22 @@ import numpy as np
 import pytest
 from helpers import tiny
 from helpers.sampling import sample
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.generation.sampler import sample_keys
+from mmpo_jax.models import layers
 from mmpo_jax.models.log_probs import response_log_probs, token_log_probs
 from mmpo_jax.objectives.terms import make_term
-from mmpo_jax.parallel.mesh import AXES, make_mesh, param_shardings, put_batch, put_params
+from mmpo_jax.parallel.mesh import (
+    AXES,
+    BATCH,
+    make_mesh,
+    param_shardings,
+    put_batch,
+    put_params,
+)
 from mmpo_jax.recipes.optimizers import AdamW, Constant
 from mmpo_jax.recipes.sampling import Decoding
 from mmpo_jax.scoring.log_probs import score_batch
@@ -95,9 +103,13 @@ def unsharded(tiny_model, one_device):
     return run(one_device, *tiny_model)
 
 
-@pytest.fixture(scope="module", params=MESHES)
+@pytest.fixture(scope="module", params=[*MESHES, "two-goes"])
 def outcome(request, tiny_model):
-    return run(make_mesh(*MESHES[request.param]), *tiny_model)
+    """Also with gradients that are spread in two goes, as on 64 devices and more."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "two-goes":
+            patch.setattr(layers, "SEVERAL_SIDES", 4)
+        return run(make_mesh(*MESHES.get(request.param, (1, 8, 1))), *tiny_model)
 
 
 def test_same_log_probs_and_losses(unsharded, outcome):
@@ -264,3 +276,24 @@ def test_mesh_sizes():
     for sizes in [(3, -1, 1), (1, 4, 1), (-1, -1, 1), (2, 8, 1)]:
         with pytest.raises(MmpoError, match="8 devices"):
             make_mesh(*sizes)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 4, 1), (1, 4, 2)])
+def test_gradients_that_are_spread_in_two_goes(shape, monkeypatch):
+    """As on 64 devices and more; they are those of one device."""
+    monkeypatch.setattr(layers, "SEVERAL_SIDES", 4)
+    rng = np.random.default_rng(0)
+    kernel, x = rng.standard_normal((16, 24)), rng.standard_normal((32, 16))
+    mesh, spec = make_mesh(*shape), PartitionSpec("fsdp", "tensor")
+
+    def loss(kernel, x):
+        return jnp.square(x @ layers.spread_gradient(kernel, spec)).sum()
+
+    expected = jax.grad(loss)(kernel, x)
+    placed = jax.device_put(kernel, NamedSharding(mesh, spec))
+    rows = jax.device_put(x, NamedSharding(mesh, BATCH))
+    with jax.set_mesh(mesh):
+        step = jax.jit(jax.grad(loss), out_shardings=placed.sharding)
+        found = step(placed, rows)
+        assert "fsdp_outer" in step.lower(placed, rows).as_text()
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
