@@ -2,6 +2,7 @@
 
     python benchmarks/scale.py --json scale.json          # all, as `mmpo plan --fast` has it
     python benchmarks/scale.py --json scale.json --table  # what the file holds
+    python benchmarks/scale.py --json weak.json --weak    # LLaVA-1.5-7B on 8 to 256 chips
 
 Needs `libtpu` and no TPU. What the file holds already is not planned again.
 """
@@ -13,6 +14,7 @@ import dataclasses
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,13 @@ SLICES = {
     "v5p-128": "v5p:4x4x8",
     "v6e-256": "v6e:16x16",
 }
+SMALLER = {
+    "v5e-8": "v5e:2x4",
+    "v5e-16": "v5e:4x4",
+    "v5e-32": "v5e:4x8",
+    "v5e-128": "v5e:8x16",
+}
+"""For weak scaling, beside the above."""
 DPO = {
     "objective": {"type": "dpo", "beta": 0.1},
     "compute_dtype": "bfloat16",
@@ -42,8 +51,12 @@ class Case:
     """Class of the recipe."""
     values: dict[str, Any]
     only: tuple[str, ...]
-    tensor: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Names of the programs."""
+    tensor: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """Slice -> size of the axis `tensor`; 1 where it is not named. `fsdp` takes the rest."""
+    data: int = 1
+    """Size of the axis `data`."""
+    slices: tuple[str, ...] = tuple(SLICES)
 
 
 def dpo(batch: int, prompt: int, response: int) -> dict[str, Any]:
@@ -61,7 +74,7 @@ def labelling() -> dict[str, Any]:
         "lengths": {"prompt": [3072], "response": [512]},
         "sampling": {"num_samples": 10, "max_new_tokens": 512},
         "feedback": {"labeler": {"type": "checkpoint", "batch_size": 64}},
-        "training": DPO,
+        "training": DPO | {"batch_size": 256},
     }
 
 
@@ -92,6 +105,24 @@ CASES = (
 )
 
 
+WEAK = tuple(
+    Case(
+        f"{pairs} pairs a chip" + (f", data {data}" if data > 1 else ""),
+        "LLaVA-1.5-7B",
+        "TrainRecipe",
+        dpo(pairs * chips, 832, 512),
+        STEP,
+        data=data,
+        slices=(f"v5e-{chips}",),
+    )
+    for chips, data, pairs in (
+        *((8, 1, 3), (16, 1, 4), (32, 1, 4), (64, 1, 4), (128, 1, 4), (256, 1, 4)),
+        *((64, 4, 4), (256, 4, 4), (256, 16, 4)),
+    )
+)
+"""As many rows a chip on more and more of them."""
+
+
 def plan(case: Case, slice_name: str, folder: str, optimised: bool) -> dict[str, Any]:
     """One case on one slice, as `mmpo plan --json` has it."""
     from mmpo_jax.planning.planned import plan_recipe
@@ -105,16 +136,23 @@ def plan(case: Case, slice_name: str, folder: str, optimised: bool) -> dict[str,
         "output": "scale",
         "model": folder,
         "data": {"source": "file", "path": "rows.jsonl"},
-        "devices": {"fsdp": -1, "tensor": case.tensor.get(slice_name, 1)},
+        "devices": {
+            "data": case.data,
+            "fsdp": -1,
+            "tensor": case.tensor.get(slice_name, 1),
+        },
         **case.values,
     }
-    topology = find_topology(SLICES[slice_name])
+    topology = find_topology({**SLICES, **SMALLER}[slice_name])
     recipe = getattr(recipes, case.kind).model_validate(values)
     assumed = Assumed(rows=16000)
     return plan_recipe(recipe, topology, assumed, optimised=optimised, only=case.only).to_json()
 
 
-COLUMNS = ("model", "what", "slice", "mesh", "GiB", "fits", "TFLOP", "sent GB", "bound by", "rate")
+COLUMNS = (
+    *("model", "what", "slice", "mesh", "GiB", "fits", "TFLOP", "sent GB", "bound by", "rate"),
+    "compiled in s",
+)
 
 
 def lines(found: dict[str, Any]) -> list[str]:
@@ -142,6 +180,7 @@ def lines(found: dict[str, Any]) -> list[str]:
                 f"{total / 1e9:,.2f}" + ("*" if counted else ""),
                 program["roofline"]["bound"],
                 f"{rates[first]:,.0f} {first}",
+                f"{program['compile_seconds']:.0f}",
             ]
             rows.append("| " + " | ".join(cells) + " |")
     return rows
@@ -153,21 +192,27 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print what the file holds")
     parser.add_argument("--optimised", action="store_true", help="four times as long")
     parser.add_argument("--slices", nargs="+", default=list(SLICES), choices=list(SLICES))
+    parser.add_argument("--weak", action="store_true", help="one model on more and more chips")
     options = parser.parse_args()
     found = json.loads(Path(options.json).read_text()) if os.path.exists(options.json) else {}
     if options.table:
         print("\n".join(lines(found)))
         return
+    chosen = [
+        (case, slice_name)
+        for slice_name in ([*SLICES, *SMALLER] if options.weak else options.slices)
+        for case in (WEAK if options.weak else CASES)
+        if slice_name in case.slices
+    ]
     with tempfile.TemporaryDirectory() as folder:
-        for slice_name in options.slices:
-            for case in CASES:
-                key = f"{case.model}/{case.name}/{slice_name}"
-                if key in found:
-                    continue
-                own = os.path.join(folder, case.model)
-                found[key] = plan(case, slice_name, own, options.optimised)
-                Path(options.json).write_text(json.dumps(found, indent=1))
-                print("\n".join(lines({key: found[key]})[2:]), flush=True)
+        for case, slice_name in chosen:
+            key = f"{case.model}/{case.name}/{slice_name}"
+            if key in found:
+                continue
+            own = os.path.join(folder, case.model)
+            found[key] = plan(case, slice_name, own, options.optimised)
+            Path(options.json).write_text(json.dumps(found, indent=1))
+            print("\n".join(lines({key: found[key]})[2:]), flush=True)
 
 
 if __name__ == "__main__":

@@ -325,7 +325,7 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
     help = "slice of TPUs, as v5e:8x8, v5p:4x4x8, v6e:16x16, v4:4x4x4, tpu7x:2x2x1; or cpu:8"
     command.add_argument("--topology", required=True, help=help)
     command.add_argument("--json", metavar="FILE", help="file for all figures")
-    kinds = ("train", "align", "generate", "score", "select")
+    kinds = ("train", "align", "generate", "score", "reward", "select")
     help = "command that the recipe is of, where its keys do not say it"
     command.add_argument("--as", dest="command_of_recipe", choices=kinds, help=help)
     help = "compile without optimisations: a quarter of the time, memory a few per cent off"

@@ -25,6 +25,7 @@ KINDS = {
     "align": "AlignRecipe",
     "generate": "GenerateRecipe",
     "score": "ScoreRecipe",
+    "reward": "RewardRecipe",
     "select": "SelectRecipe",
 }
 """Command -> class of its recipe."""
@@ -107,7 +108,13 @@ def command_of(keys: set[str]) -> str:
     """
     if "training" in keys:
         return "align" if keys & OF_ALIGN else "train"
-    for key, command in (("reference", "select"), ("scoring", "score"), ("rounds", "align")):
+    for key, command in (
+        ("reference", "select"),
+        ("reward_model", "select"),
+        ("scoring", "score"),
+        ("rewarding", "reward"),
+        ("rounds", "align"),
+    ):
         if key in keys:
             return command
     if "sampling" in keys:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -73,10 +73,8 @@ def make_mesh(
     devices = jax.devices() if devices is None else list(devices)
     slices = by_slice(devices)
     sizes = _resolved(data, fsdp, tensor, len(devices), len(slices))
-    if len(slices) == 1:
-        mesh = jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
-    else:
-        mesh = Mesh(over_slices(sizes, slices), AXES, axis_types=(AxisType.Auto,) * 3)
+    placed = within_slice(sizes, devices) if len(slices) == 1 else over_slices(sizes, slices)
+    mesh = Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
     log.info("%s", told(mesh.shape, len(slices)))
     return mesh
 
@@ -89,6 +87,13 @@ def by_slice(devices: Sequence[Any]) -> list[list[Any]]:
         number = getattr(device, "slice_index", 0) if of_several else 0
         slices.setdefault(number or 0, []).append(device)
     return [slices[number] for number in sorted(slices)]
+
+
+def within_slice(sizes: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices of one slice as an array of such sizes, near ones beside each other."""
+    return _whole_axes_if_possible(
+        functools.partial(mesh_utils.create_device_mesh, sizes, list(devices))
+    )
 
 
 def over_slices(sizes: tuple[int, int, int], slices: Sequence[Sequence[Any]]) -> np.ndarray:
@@ -106,9 +111,24 @@ def over_slices(sizes: tuple[int, int, int], slices: Sequence[Sequence[Any]]) ->
             f"devices.data is {data}, of {count} slices: rows are split over slices and weights "
             f"within one, so make it a multiple of {count}: devices.data={count} devices.fsdp=-1"
         )
-    return mesh_utils.create_hybrid_device_mesh(
-        (data // count, fsdp, tensor), (count, 1, 1), [device for each in slices for device in each]
+    every = [device for each in slices for device in each]
+    return _whole_axes_if_possible(
+        functools.partial(
+            mesh_utils.create_hybrid_device_mesh,
+            (data // count, fsdp, tensor),
+            (count, 1, 1),
+            every,
+        )
     )
+
+
+def _whole_axes_if_possible(make: Callable[..., np.ndarray]) -> np.ndarray:
+    """Devices placed so that whole sides of the torus make an axis of the mesh, or, where its sizes
+    allow no such thing (8 x 32 of 16 x 16 chips), parts of them."""
+    try:
+        return make()
+    except NotImplementedError:
+        return make(allow_split_physical_axes=True)
 
 
 def told(sizes: Mapping[str, int], slices: int = 1) -> str:

@@ -10,9 +10,10 @@ from jax.sharding import Mesh
 
 from mmpo_jax.data.pipeline import MixtureEntry
 from mmpo_jax.generation.responses import PROMPTS_PER_PART
-from mmpo_jax.planning.judging import judge_stages
+from mmpo_jax.planning.judging import in_inference, judge_stages
 from mmpo_jax.planning.opened import Opened
 from mmpo_jax.planning.programs import Sampled, validation
+from mmpo_jax.planning.rewarding import reward_stages
 from mmpo_jax.planning.stages import Assumed, Plan, Stages
 from mmpo_jax.recipes.candidates import (
     CheckpointCandidates,
@@ -24,6 +25,7 @@ from mmpo_jax.recipes.recipe import (
     AlignRecipe,
     Base,
     GenerateRecipe,
+    RewardRecipe,
     ScoreRecipe,
     SelectRecipe,
     TrainRecipe,
@@ -49,6 +51,7 @@ def plan_stages(recipe: Base, mesh: Mesh, assumed: Assumed) -> Plan:
         AlignRecipe: _align,
         GenerateRecipe: _generate,
         ScoreRecipe: _score,
+        RewardRecipe: _reward,
         SelectRecipe: _select,
     }
     stages = Stages(recipe, mesh, assumed)
@@ -70,10 +73,6 @@ def _train(stages: Stages, recipe: TrainRecipe) -> None:
     config, rollout = recipe.training, recipe.rollout
     if rollout is not None:
         config = with_token_limit(config, rollout)
-        if rollout.reward_models:
-            stages.notes.append(
-                "rollout.rewards: the reward model beside the policy is not planned"
-            )
     updates = rollout.updates_per_rollout if rollout else 1
     known = len(parts) == len(rows)
     steps = total_steps(config, parts, updates) if known else config.max_steps
@@ -90,6 +89,18 @@ def _train(stages: Stages, recipe: TrainRecipe) -> None:
         )
         policy = opened.with_dtype(config.compute_dtype)
         stages.sample("rollouts", policy, sizes, sampled, config.batch_size, draws)
+        for asked in rollout.reward_models:
+            rewarded = None if draws is None else draws * config.batch_size
+            reward_stages(
+                stages,
+                "rewards",
+                asked.model,
+                asked.template,
+                asked,
+                None,
+                responses,
+                rewarded,
+            )
     sizes = stages.sizes(opened, recipe.lengths, responses)
     stages.training(opened, config, sizes, steps, records, rollout)
     if recipe.validation is not None:
@@ -108,17 +119,18 @@ def _align(stages: Stages, recipe: AlignRecipe) -> None:
     if recipe.rounds > 1 and start.dtype.name != "float32":
         opened = start.with_dtype("float32")
         stages.notes.append(
-            "rounds after the first start from float32 weights, which all rounds are planned "
-            f"with; the first has {start.dtype.name}"
+            "rounds after the first start from float32 weights, which all are trained from in "
+            f"the plan; the first has {start.dtype.name}"
         )
+    speaking, asked = (in_inference(recipe, each) for each in (opened, start))
     rounds = recipe.rounds
     prompts = recipe.prompts_per_round
     if prompts is None:
         prompts = stages.rows(recipe.data)
     sizes = stages.sizes(opened, recipe.lengths, 2)
     with stages.on(recipe.inference_devices):
-        responses = _candidates(stages, recipe, opened, prompts)
-        judge_stages(stages, recipe, start, prompts, responses)
+        responses = _candidates(stages, recipe, speaking, prompts)
+        judge_stages(stages, recipe, asked, prompts, responses)
     pairs = None if prompts is None else prompts * recipe.pairing.max_pairs_per_prompt
     config = recipe.training
     steps = None if pairs is None else total_steps(config, [MixtureEntry(pairs)])
@@ -146,7 +158,7 @@ def _candidates(stages: Stages, recipe: AlignRecipe, opened: Opened, prompts: in
         drawn = source.drawn(recipe.sampling)
         own = opened
         if isinstance(source, CheckpointCandidates):
-            own = stages.open(source.model, source.template)
+            own = in_inference(recipe, stages.open(source.model, source.template))
         responses += drawn.num_samples
         sampled = Sampled(PROMPTS_PER_PART, drawn.batch_size, drawn)
         name = "generation" if isinstance(source, PolicyCandidates) else source.name
@@ -174,6 +186,19 @@ def _score(stages: Stages, recipe: ScoreRecipe) -> None:
     )
 
 
+def _reward(stages: Stages, recipe: RewardRecipe) -> None:
+    reward_stages(
+        stages,
+        "rewards",
+        recipe.model,
+        recipe.template,
+        recipe.rewarding,
+        recipe.lengths,
+        stages.assumed.responses,
+        stages.rows(recipe.data),
+    )
+
+
 def _select(stages: Stages, recipe: SelectRecipe) -> None:
     opened = stages.open(recipe.model, recipe.template)
     rows, responses = stages.rows(recipe.data), stages.assumed.responses
@@ -183,8 +208,13 @@ def _select(stages: Stages, recipe: SelectRecipe) -> None:
         sizes = stages.sizes(opened, recipe.lengths, responses, limit)
         sampled = Sampled(PROMPTS_PER_PART, recipe.batch_size, recipe.sampling)
         stages.sample("generation", opened, sizes, sampled, rows, 1)
+    asked = recipe.reward_model
+    if asked is not None:
+        lengths = None if recipe.sampling is not None else recipe.lengths
+        reward_stages(
+            stages, "rewards", asked.model, asked.template, asked, lengths, responses, rows
+        )
     if recipe.reference is None:
-        stages.notes.append("the reward model is not planned")
         return
     for name in (recipe.model, recipe.reference):
         scored = stages.open(name, recipe.template)

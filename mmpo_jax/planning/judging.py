@@ -14,6 +14,7 @@ from mmpo_jax.generation.responses import PROMPTS_PER_PART
 from mmpo_jax.planning.abstract import Sizes
 from mmpo_jax.planning.opened import Opened
 from mmpo_jax.planning.programs import Sampled, labelling, scoring
+from mmpo_jax.planning.rewarding import reward_stages
 from mmpo_jax.planning.stages import TEXT_TOKENS, Stages
 from mmpo_jax.recipes.feedback import (
     CheckpointAsked,
@@ -71,7 +72,17 @@ def judge_stages(
         labeler = _asked(stages, feedback.labeler, recipe, opened)
         _label(stages, feedback.labeler, labeler, prompts, responses, rounds)
     elif isinstance(feedback, RewardModelFeedback):
-        stages.notes.append("feedback: the reward model is not planned")
+        scored_rows = None if prompts is None else prompts * rounds
+        reward_stages(
+            stages,
+            "judging",
+            feedback.model,
+            feedback.template,
+            feedback,
+            None,
+            int(responses),
+            scored_rows,
+        )
     else:
         stages.notes.append(f"feedback of type {feedback.type} takes no program of ours")
 
@@ -107,7 +118,7 @@ def _split(
     _speak(stages, "splitting", asked, splitter, splitter, text, answer, count)
     second = asked
     if splitter.question_model is not None:
-        second = stages.open(splitter.question_model, splitter.template)
+        second = in_inference(recipe, stages.open(splitter.question_model, splitter.template))
     text = splitter.question_prompt or split_prompts.QUESTIONS_PROMPT
     facts = round(stages.assumed.claims * stages.assumed.question_tokens)
     _speak(stages, "questions", second, splitter, splitter, text, facts, count)
@@ -174,4 +185,11 @@ def _label(
 
 def _asked(stages: Stages, asked: CheckpointAsked, recipe: AlignRecipe, opened: Opened) -> Opened:
     """The checkpoint that a section means; by default the recipe's own in all rounds."""
-    return opened if asked.model is None else stages.open(asked.model, asked.template)
+    if asked.model is None:
+        return opened
+    return in_inference(recipe, stages.open(asked.model, asked.template))
+
+
+def in_inference(recipe: AlignRecipe, opened: Opened) -> Opened:
+    """A checkpoint as rounds run it without training it."""
+    return opened if recipe.inference_dtype is None else opened.with_dtype(recipe.inference_dtype)

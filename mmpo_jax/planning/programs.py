@@ -32,6 +32,7 @@ from mmpo_jax.planning.counts import (
 from mmpo_jax.planning.opened import Opened
 from mmpo_jax.recipes.sampling import Decoding
 from mmpo_jax.recipes.training import MovingReference, Rollout, Training
+from mmpo_jax.reward_models.rewards import reward_batch
 from mmpo_jax.scoring.log_probs import score_batch
 from mmpo_jax.training.losses import make_loss, needs_reference, recipe_terms
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
@@ -101,6 +102,23 @@ def scoring(
     )
 
 
+def rewarding(opened: Opened, mesh: Mesh, sizes: Sizes, dtype: str) -> Program:
+    """Rewards of responses, with their critiques if these are read."""
+    params = abstract.params(opened.model, mesh, opened.dtype)
+    batch = abstract.batch(opened.model, sizes, mesh)
+    return Program(
+        "rewards",
+        opened.name,
+        mesh,
+        dtype,
+        _told(sizes),
+        lambda: reward_batch.lower(opened.model, params, batch, dtype),
+        forward_work(computation_of(opened, mesh, dtype), sizes, head=False),
+        {"parameters": local_bytes(params), "batch": local_bytes(batch)},
+        {"rewards": sizes.rows * sizes.responses, "tokens": sizes.tokens},
+    )
+
+
 def labelling(opened: Opened, mesh: Mesh, sizes: Sizes) -> Program:
     """Probabilities of yes and no after every question about an image."""
     dtype = opened.inference_dtype
@@ -142,7 +160,7 @@ def training(
     temperature = 1.0 if rollout is None else rollout.temperature
     loss = make_loss(opened.model, terms, contexts, config.remat, temperature)
     schedule = make_schedule(config.schedule, config.optimizer.learning_rate, 1000)
-    optimizer = make_optimizer(config.optimizer, schedule)
+    optimizer = make_optimizer(config.optimizer, schedule, opened.model.config.decoder.vocab_size)
     state = abstract.train_state(opened.model, config, loss, optimizer, mesh, opened.dtype, terms)
     dtype = jnp.dtype(config.compute_dtype)
     kind = config.reference if needs_reference(terms) else None
@@ -200,7 +218,7 @@ def validation(opened: Opened, mesh: Mesh, config: Training, sizes: Sizes) -> Pr
     terms, contexts = recipe_terms(config), contexts_of(config)
     loss = make_loss(opened.model, terms, contexts)
     schedule = make_schedule(config.schedule, config.optimizer.learning_rate, 1000)
-    optimizer = make_optimizer(config.optimizer, schedule)
+    optimizer = make_optimizer(config.optimizer, schedule, opened.model.config.decoder.vocab_size)
     state = abstract.train_state(opened.model, config, loss, optimizer, mesh, opened.dtype, terms)
     sizes = dataclasses.replace(sizes, rows=micro_batch_size(config, mesh))
     batch = abstract.train_batch(opened.model, sizes, mesh, terms, contexts, micro_batches=None)

@@ -15,8 +15,10 @@ import yaml
 from helpers import tiny
 
 from mmpo_jax import cli
+from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.data.contexts import MAIN
 from mmpo_jax.models.lora import add_adapters
+from mmpo_jax.models.reward_head import KEY as HEAD_KEY
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel import chips
 from mmpo_jax.parallel.mesh import make_mesh
@@ -26,6 +28,7 @@ from mmpo_jax.planning.stages import Assumed
 from mmpo_jax.recipes.recipe import (
     AlignRecipe,
     GenerateRecipe,
+    RewardRecipe,
     SelectRecipe,
     TrainRecipe,
 )
@@ -128,6 +131,85 @@ def test_rounds_start_from_float32_and_labelers_from_what_they_are(without_weigh
     assert any("the first has bfloat16" in note for note in notes)
     alone, _ = stages_of(recipe.model_copy(update={"rounds": 1}))
     assert alone["generation", "decode"].program.dtype == "bfloat16"
+    options["training"]["compute_dtype"] = "bfloat16"
+    narrow, _ = stages_of(recipe_of(AlignRecipe, without_weights, rounds=2, **options))
+    assert narrow["generation", "decode"].program.dtype == "bfloat16"
+    before = runs["generation", "decode"].program.held["parameters"]
+    assert narrow["generation", "decode"].program.held["parameters"] == before / 2
+
+
+@pytest.fixture
+def reward_model(without_weights):
+    """A model with a head that reads critiques."""
+    path = Path(without_weights, "config.json")
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {HEAD_KEY: {"type": "linear", "critique_prompt": "why ?"}}))
+    opened.open_config.cache_clear()
+    return without_weights
+
+
+def test_programs_of_a_reward_model(reward_model):
+    recipe = recipe_of(
+        RewardRecipe,
+        reward_model,
+        data={"source": "file", "path": "rows.jsonl"},
+        rewarding={"critiques": 2, "max_new_tokens": 16, "batch_size": 8},
+    )
+    runs, notes = stages_of(recipe, rows=40, responses=3)
+    assert [*runs] == [
+        ("rewards: critiques", "rewards: critiques: prefill"),
+        ("rewards: critiques", "rewards: critiques: decode"),
+        ("rewards", "rewards"),
+    ]
+    decode = runs["rewards: critiques", "rewards: critiques: decode"]
+    made = decode.runs * decode.program.gives["responses"] * decode.program.loops
+    assert made == pytest.approx(40 * 3 * 2)
+    rewards = runs["rewards", "rewards"]
+    assert rewards.runs == 5 and rewards.program.gives["rewards"] == 8 * 3 * 2
+    assert any("critiques are planned as if" in note for note in notes)
+
+
+def test_a_reward_model_is_planned_wherever_one_is_asked(reward_model, tiny_folder):
+    asked = {"model": reward_model, "max_new_tokens": 16}
+    sampling = {"max_new_tokens": 32}
+    aligned = recipe_of(
+        AlignRecipe,
+        str(tiny_folder),
+        sampling=sampling,
+        feedback={"type": "reward_model", **asked},
+        training={"batch_size": 8},
+    )
+    assert ("judging", "rewards") in stages_of(aligned, rows=40)[0]
+    selected = recipe_of(SelectRecipe, str(tiny_folder), reward_model=asked, sampling=sampling)
+    assert ("rewards", "rewards") in stages_of(selected, rows=40)[0]
+    sampled = recipe_of(
+        TrainRecipe,
+        str(tiny_folder),
+        rollout={"max_new_tokens": 32, "rewards": [{"type": "reward_model", **asked}]},
+        training={"objective": {"type": "grpo"}, "batch_size": 8},
+    )
+    assert ("rewards", "rewards") in stages_of(sampled, rows=40)[0]
+    asked = {"model": str(tiny_folder)}
+    without = recipe_of(SelectRecipe, reward_model, reward_model=asked, sampling=sampling)
+    with pytest.raises(MmpoError, match="has no reward head"):
+        stages_of(without, rows=40)
+
+
+def test_the_step_of_a_reward_model(without_weights):
+    """Whose head is new, and which learns critiques too."""
+    objective = [{"type": "bradley_terry"}, {"type": "critique", "prompt": "why ?"}]
+    recipe = recipe_of(
+        TrainRecipe,
+        without_weights,
+        data={"source": "file", "path": "rows.jsonl"},
+        reward_head="linear",
+        training={"objective": objective, "reference": {"type": "none"}, "batch_size": 8},
+    )
+    runs, _ = stages_of(recipe, rows=40)
+    assert [*runs] == [("training", "train step")]
+    program = runs["training", "train step"].program
+    with jax.set_mesh(program.mesh):
+        assert program.lower().as_text()
 
 
 def test_programs_of_other_recipes(without_weights):
@@ -271,6 +353,58 @@ def mmpo(*arguments, **environment):
         check=False,
     )
     return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.slow
+@has_libtpu
+def test_sides_of_a_torus_that_no_axis_is_a_multiple_of(without_weights, tmp_path):
+    """32 of 16 x 16 chips: half a side, and the other one."""
+    recipe = write(tmp_path, model=without_weights, lengths=SIZES, scoring={"batch_size": 8})
+    mesh = ("devices.fsdp=8", "devices.tensor=32")
+    status, out, err = mmpo("plan", recipe, "--topology", "v6e:16x16", "--fast", *mesh)
+    assert status == 0, err
+    assert "mesh data 1 x fsdp 8 x tensor 32" in out
+
+
+SPREAD = """
+from mmpo_jax.planning.topology import find_topology
+devices = find_topology("v5e:8x8").devices
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+from mmpo_jax.models.layers import spread_gradient
+from mmpo_jax.parallel.mesh import make_mesh
+from mmpo_jax.planning.collectives import find_collectives, summed
+
+mesh = make_mesh(fsdp=64, devices=devices)
+split = NamedSharding(mesh, PartitionSpec("fsdp"))
+
+def loss(kernel, x, spread):
+    kernel = spread_gradient(kernel, split.spec) if spread else kernel
+    return (x @ kernel).astype("float32").sum()
+
+arrays = [jax.ShapeDtypeStruct(shape, "bfloat16", sharding=split)
+          for shape in ((1024, 2048), (64 * 256, 1024))]
+with jax.set_mesh(mesh):
+    for spread in (False, True):
+        step = jax.jit(jax.grad(loss), static_argnums=2, out_shardings=split)
+        sent = summed(find_collectives(step.lower(*arrays, spread).compile().as_text()))
+        print("sent", *(sent.get(kind, 0) for kind in ("all-reduce", "reduce-scatter")))
+"""
+
+
+@pytest.mark.slow
+@has_libtpu
+def test_gradients_over_both_sides_of_a_torus_are_spread():
+    """With half of the traffic: of a kernel of 4 MiB."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-c", SPREAD], env=environment, capture_output=True, text=True, check=True
+    )
+    lines = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("sent ")]
+    plain, spread = ([float(number) for number in line] for line in lines)
+    size = 2 * 1024 * 2048
+    assert plain == [pytest.approx(2 * size, rel=0.05), 0]
+    assert spread == [0, pytest.approx(size, rel=0.15)]
 
 
 @pytest.mark.slow
