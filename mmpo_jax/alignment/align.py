@@ -89,6 +89,7 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
             base=recipe.model,
             template=recipe.template,
             seed=recipe.seed,
+            dtype=recipe.inference_dtype,
         )
         judge = make_judge(recipe.feedback, models)
         check_candidates(recipe)
@@ -102,9 +103,9 @@ def run_alignment(recipe: AlignRecipe) -> list[RoundReport]:
 def _run_rounds(
     recipe: AlignRecipe, prompts: RecordSet, judge: Judge, models: Models, mesh: Mesh
 ) -> list[RoundReport]:
-    inference = models.mesh
+    inference, dtype = models.mesh, recipe.inference_dtype
     check_speaker(recipe.model, "mmpo align")
-    start = load_checkpoint(recipe.model, inference, recipe.attention, recipe.template)
+    start = load_checkpoint(recipe.model, inference, recipe.attention, recipe.template, dtype)
     card = make_card(
         recipe,
         start.model,
@@ -148,7 +149,7 @@ def _run_rounds(
         with _telling(index, recipe):
             trained = run_round(work, judge)
             start.release()
-            start = load_checkpoint(trained, inference, recipe.attention)
+            start = load_checkpoint(trained, inference, recipe.attention, dtype=dtype)
             metrics = findings.look_at(index, start)
         names = work.folder, metrics, responses_name(recipe)
         report = on_one(functools.partial(read_report, index, *names))

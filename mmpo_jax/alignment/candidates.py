@@ -286,7 +286,8 @@ def _opened(source: CheckpointCandidates, asked: Asked) -> Checkpoint:
     start = asked.start
     same = opened.fingerprint == start.fingerprint
     same = same and opened.processor.fingerprints() == start.processor.fingerprints()
-    return start if same else opened
+    dtype = asked.recipe.inference_dtype
+    return start if same else dataclasses.replace(opened, dtype=dtype)
 
 
 def _prompts_of(

@@ -202,7 +202,7 @@ def model_folder(start: Checkpoint, mesh: Mesh, target: str) -> str:
             link = functools.partial(_link, own, template)
             on_one(lambda: replace_folder(target, link))
         else:
-            params = start.reloaded(mesh).params
+            params = start.moved(mesh).params
             folder = start.processor.folder
             save_model(target, start.model, params, folder, chat_template=template)
 

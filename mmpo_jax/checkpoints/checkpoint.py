@@ -19,7 +19,7 @@ from mmpo_jax.checkpoints.huggingface import check_params, load_params
 from mmpo_jax.checkpoints.locations import Location, fingerprint_location, locate
 from mmpo_jax.checkpoints.orbax import load_checkpoint_params
 from mmpo_jax.checkpoints.peft import adapter_head, with_adapter
-from mmpo_jax.checkpoints.safetensors_files import all_finite
+from mmpo_jax.checkpoints.safetensors_files import all_finite, stored_dtypes
 from mmpo_jax.checkpoints.steps import checkpoint_shapes
 from mmpo_jax.core import progress
 from mmpo_jax.core.files import fingerprint_json
@@ -68,16 +68,26 @@ class Origin:
         check_same(f"{self.location.base}: the config", lambda: fingerprint)
         return fingerprint
 
-    def load(self, model: Model, mesh: Mesh | None) -> Params:
-        """The parameters, on the mesh or as NumPy arrays on the host; see `load_weights`."""
+    def load(self, model: Model, mesh: Mesh | None, dtype: str | None = None) -> Params:
+        """The parameters, on the mesh or as NumPy arrays on the host; see `load_weights`. New
+        weights and those under a new head have no other dtype."""
         if self.random_seed is None:
             with progress.doing(f"loading {self.location.weights}"):
                 if self.head_seed is None:
-                    return load_weights(self.location, model, mesh)
+                    return load_weights(self.location, model, mesh, dtype)
                 return self._with_new_head(model, mesh)
         with progress.doing("making random weights"):
             params = model.init(self.random_seed)
         return params if mesh is None else put_params(params, model.rules, mesh)
+
+    def is_cast_to(self, dtype: str) -> bool:
+        """Whether reading the parameters in a dtype changes any; runs and merged adapters are
+        float32."""
+        if self.random_seed is not None or self.head_seed is not None:
+            return False
+        if self.location.is_orbax or self.location.adapters:
+            return dtype != "float32"
+        return any(found != dtype for found in stored_dtypes(self.location.weights))
 
     def _with_new_head(self, model: Model, mesh: Mesh | None) -> Params:
         assert self.head_seed is not None
@@ -104,6 +114,9 @@ class Checkpoint:
     """The name that a recipe gave it, if that is one of the hub's."""
     origin: Origin | None = None
     """Origin of the parameters; None where no file has them."""
+    dtype: str | None = None
+    """What the parameters are cast to when they are read; None where they are as the files have
+    them."""
 
     def placed(self, mesh: Mesh) -> Checkpoint:
         """The checkpoint with its parameters on a mesh, by the model's rules."""
@@ -148,19 +161,20 @@ class Checkpoint:
             raise ModelError("the parameters were released, and no file has them")
         if self.origin.fingerprint(self.model.config) != self.fingerprint:
             raise ModelError(f"{self.folder}: is no more what was loaded from it")
-        return dataclasses.replace(self, params=self.origin.load(self.model, mesh))
+        return dataclasses.replace(self, params=self.origin.load(self.model, mesh, self.dtype))
 
     def moved(self, mesh: Mesh) -> Checkpoint:
-        """The checkpoint with all of its parameters on a mesh, read again where they lie on another
-        one, which everyone who holds it has to do without.
+        """The checkpoint with all of its parameters on a mesh, as the files have them; read again
+        where they lie on another one, or are cast, which everyone who holds it has to do without.
 
         Raises:
           ModelError, CheckpointError: as `reloaded`.
         """
         meshes = {getattr(leaf.sharding, "mesh", mesh) for leaf in jax.tree.leaves(self.params)}
-        if meshes - {mesh}:
+        if meshes - {mesh} or self.dtype is not None:
             self.release()
-        return self.reloaded(mesh)
+        own = self if self.dtype is None else dataclasses.replace(self, dtype=None)
+        return own.reloaded(mesh)
 
 
 def load_weights(
@@ -317,6 +331,7 @@ def load_start(
     template: str = "auto",
     change: ChangeConfig | None = None,
     seed: int = 0,
+    dtype: str | None = None,
 ) -> Checkpoint:
     """Loads a Hugging Face folder, an Orbax checkpoint, an adapter's folder, or a built-in model.
 
@@ -329,14 +344,17 @@ def load_start(
       template: of the dialogues, see `Processor`.
       change: of the files' config; a reward head that these lack is new, by the seed.
       seed: of a new reward head.
+      dtype: that the parameters are cast to; None for that of the files.
 
     Raises:
       ModelError, ProcessorError, CheckpointError: naming the file that is missing or wrong.
     """
     opened, origin = _opened(name, random_seed, attention, template, change, seed)
-    params = origin.load(opened.model, mesh)
+    if dtype is not None and not origin.is_cast_to(dtype):
+        dtype = None
+    params = origin.load(opened.model, mesh, dtype)
     fingerprint = origin.fingerprint(opened.model.config)
-    return dataclasses.replace(opened, params=params, fingerprint=fingerprint)
+    return dataclasses.replace(opened, params=params, fingerprint=fingerprint, dtype=dtype)
 
 
 def _opened(
@@ -395,10 +413,14 @@ def open_reward_model(name: str, attention: str = "auto", template: str = "auto"
 
 
 def load_checkpoint(
-    name: str, mesh: Mesh, attention: str = "auto", template: str = "auto"
+    name: str,
+    mesh: Mesh,
+    attention: str = "auto",
+    template: str = "auto",
+    dtype: str | None = None,
 ) -> Checkpoint:
     """`load_start` with the parameters on the mesh."""
-    return load_start(name, mesh=mesh, attention=attention, template=template)
+    return load_start(name, mesh=mesh, attention=attention, template=template, dtype=dtype)
 
 
 def _tell_template(processor: Processor) -> None:

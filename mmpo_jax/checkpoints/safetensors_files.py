@@ -193,6 +193,13 @@ def _check_places(tensors: list[StoredTensor], start: int, size: int) -> list[St
     return tensors
 
 
+def stored_dtypes(folder: str | os.PathLike[str]) -> set[str]:
+    """Names of the dtypes of all tensors in a folder's files, as NumPy has them."""
+    tensors = (tensor for file in weight_files(folder) for tensor in read_header(file))
+    names = {tensor.dtype for tensor in tensors}
+    return {DTYPES[name].name if name in DTYPES else name for name in names}
+
+
 def check_dtype(tensor: StoredTensor) -> None:
     """
     Raises:

@@ -25,6 +25,8 @@ class Models:
     template: str
     """Template of that model's dialogues."""
     seed: int
+    dtype: str | None = None
+    """What checkpoints are run in; None for the dtype of their weights."""
     held: Checkpoint | None = None
     """What the round starts from, once the devices have it."""
 
@@ -33,14 +35,16 @@ class Models:
         return (self.base, self.template) if asked.model is None else (asked.model, asked.template)
 
     def fingerprint(self, asked: CheckpointAsked) -> str:
-        """Digest of a checkpoint's files, and of its template where that is not its own.
+        """Digest of a checkpoint's files, and of its template and what it is run in where these are
+        not its own.
 
         Raises:
           ModelError: it is not there.
         """
         name, template = self.name(asked)
         files = fingerprint_location(locate(name))
-        return files if template == "auto" else fingerprint_json([files, template])
+        others = ([] if template == "auto" else [template]) + ([self.dtype] if self.dtype else [])
+        return fingerprint_json([files, *others]) if others else files
 
     def load(self, asked: CheckpointAsked) -> Checkpoint:
         """The checkpoint on the devices: where it is what the round starts from, with the same
@@ -51,7 +55,7 @@ class Models:
             self.held.restore(self.mesh)
             return self.held
         self.make_room()
-        return load_checkpoint(name, self.mesh, self.attention, template)
+        return load_checkpoint(name, self.mesh, self.attention, template, self.dtype)
 
     def make_room(self) -> None:
         """Lets go of the weights that the round starts from, while others are on the devices."""

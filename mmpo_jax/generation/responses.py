@@ -296,6 +296,7 @@ def generate_stage(
             "decoding": decoding.model_dump(include=set(Decoding.model_fields)),
             "seed": seed,
             "round": round_index,
+            **({} if checkpoint.dtype is None else {"dtype": checkpoint.dtype}),
         },
         num_parts=max(1, -(-len(records) // PROMPTS_PER_PART)),
     )

@@ -32,6 +32,47 @@ def test_a_checkpoint_is_read_again_onto_another_mesh(tiny_folder):
         np.testing.assert_array_equal(leaf, again[path])
 
 
+def test_a_checkpoint_is_cast_until_it_is_trained(tiny_folder):
+    mesh = make_mesh(fsdp=8)
+    files = flatten(load_checkpoint(str(tiny_folder), mesh).params)
+    narrow = load_checkpoint(str(tiny_folder), mesh, dtype="bfloat16")
+    assert {leaf.dtype.name for leaf in flatten(narrow.params).values()} == {"bfloat16"}
+    narrow.release()
+    narrow.restore(mesh)
+    assert {leaf.dtype.name for leaf in flatten(narrow.params).values()} == {"bfloat16"}
+    whole = narrow.moved(mesh)
+    assert not flatten(narrow.params)
+    for path, leaf in flatten(whole.params).items():
+        np.testing.assert_array_equal(leaf, files[path])
+    same = load_checkpoint(str(tiny_folder), mesh, dtype="float32")
+    assert same.dtype is None and same.moved(mesh) is same
+
+
+@pytest.mark.slow
+def test_all_rounds_sample_in_what_training_computes_in(tmp_path, tiny_folder, monkeypatch):
+    """Also from the float32 weights of a round before."""
+    monkeypatch.setattr(judges, "make_splitter", lambda *args: (WordSplitter(), []))
+    labeler = CoinLabeler, "coin", lambda: None
+    monkeypatch.setattr(judges, "make_labeler", lambda *args: labeler)
+    used = []
+    for name in ("round_responses", "train_stage"):
+        function = getattr(rounds, name)
+
+        def looked(first, *arguments, function=function, **options):
+            start = first.start
+            (dtype,) = {leaf.dtype.name for leaf in jax.tree.leaves(start.params)}
+            used.append(dtype)
+            return function(first, *arguments, **options)
+
+        monkeypatch.setattr(rounds, name, looked)
+    training = {"batch_size": 8, "max_steps": 2, "log_every": 1, "compute_dtype": "bfloat16"}
+    recipe = make_recipe(
+        tmp_path / "run", tiny_folder, rounds=2, devices={"fsdp": 8}, training=training
+    )
+    run_alignment(recipe)
+    assert used == ["bfloat16", "float32"] * 2
+
+
 @pytest.mark.slow
 def test_the_pairs_are_those_of_one_mesh(tmp_path, tiny_folder, monkeypatch):
     monkeypatch.setattr(judges, "make_splitter", lambda *args: (WordSplitter(), []))
