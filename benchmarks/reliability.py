@@ -274,13 +274,15 @@ def main() -> None:
         "--moments", type=int, default=10, help="to be killed, and to be stopped at"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the moments and of the bits")
-    parser.add_argument("--keep", type=Path, help="folder to work in, which is not removed")
+    parser.add_argument("--keep", type=Path, help="new folder to work in, which is not removed")
     parser.add_argument("--fill", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.fill:
         when, data, output = options.fill
         fill(when, Path(data), Path(output))
         return
+    if options.keep and options.keep.exists() and any(options.keep.iterdir()):
+        parser.error(f"--keep {options.keep}: is not empty, and runs there would go on")
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         cases = Cases((options.keep or Path(temporary)).absolute(), options.moments, options.seed)

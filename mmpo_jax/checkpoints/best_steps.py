@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+import logging
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import orbax.checkpoint as ocp
 
@@ -15,15 +18,20 @@ from mmpo_jax.checkpoints.steps import (
     CHECKPOINTS,
     PARAMS,
     CheckpointError,
+    DamagedError,
+    check_identity,
     read_items,
     read_run,
     sealed,
+    set_aside,
     steps_in,
     writing,
 )
 from mmpo_jax.checkpoints.train_state import TrainState, abstract
 from mmpo_jax.core.buckets import absolute, remove_tree
 from mmpo_jax.core.processes import on_one
+
+log = logging.getLogger(__name__)
 
 BEST = "best"
 """Folder beside `checkpoints/`."""
@@ -32,11 +40,13 @@ BEST = "best"
 class BestSteps:
     """Writes parameters in the background, and reads those of one step again."""
 
-    def __init__(self, folder: str | os.PathLike[str]):
+    def __init__(self, folder: str | os.PathLike[str], identity: Mapping[str, Any]):
         """
         Args:
           folder: of the run.
+          identity: everything the run is made of, as JSON.
         """
+        self.identity = json.loads(json.dumps(identity))  # as it is read again
         self.folder = absolute(os.path.join(folder, BEST))
         self.checkpoints = absolute(os.path.join(folder, CHECKPOINTS))
 
@@ -46,7 +56,9 @@ class BestSteps:
         # It may be writing while that of the checkpoints is: their barriers need other names.
         processes = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=BEST)
         options = ocp.CheckpointManagerOptions(
-            cleanup_tmp_directories=True, multiprocessing_options=processes
+            cleanup_tmp_directories=True,
+            multiprocessing_options=processes,
+            single_host_load_and_broadcast=True,
         )
         return ocp.CheckpointManager(self.folder, options=options)
 
@@ -63,7 +75,8 @@ class BestSteps:
         """
         params = {**state.params, **state.frozen}
         known = score if math.isfinite(score) else None
-        run = sealed({"score": known, "digests": {PARAMS: digests(params)}})
+        run = {"identity": self.identity, "score": known, "digests": {PARAMS: digests(params)}}
+        run = sealed(run)
         args = ocp.args.Composite(params=ocp.args.StandardSave(params), run=ocp.args.JsonSave(run))
         with writing(self.folder, self.checkpoints):
             if step not in self.manager.all_steps():
@@ -91,9 +104,34 @@ class BestSteps:
                 if step not in steps:
                     self.manager.delete(step)
 
-    def has(self, step: int) -> bool:
-        """Whether a step is there."""
-        return step in on_one(lambda: steps_in(self.folder))
+    def steps(self) -> list[int]:
+        """The steps that are there, whole or not, once what is being written is."""
+        self.wait()
+        return on_one(lambda: steps_in(self.folder))
+
+    def begin(self) -> None:
+        """Removes all steps, which a run that begins anew makes again; before anything is saved.
+
+        Raises:
+          CheckpointError: they are of another run, which may have nothing but these.
+        """
+        on_one(self._check_all)
+        self.forget_after(-1)
+
+    def _check_all(self) -> None:
+        for step in steps_in(self.folder):
+            folder = os.path.join(self.folder, str(step))
+            try:
+                run = read_run(folder)
+            except DamagedError as error:
+                set_aside(folder, str(error), "a new one")
+                continue
+            if "identity" not in run:
+                raise CheckpointError(
+                    f"{folder}: does not say which run it is of, and there is no checkpoint beside "
+                    "it; give another output folder or move it away"
+                )
+            check_identity(self.folder, run["identity"], self.identity)
 
     def forget_after(self, step: int) -> None:
         """Removes the steps after one that a run goes on from, which are made again; before
@@ -106,17 +144,38 @@ class BestSteps:
 
         on_one(remove)
 
+    def first_whole(self, steps: Sequence[int], state: TrainState) -> tuple[int, TrainState] | None:
+        """(the first of some steps that is whole, the state with its parameters); None where none
+        of them is. Damaged ones are set aside, and so told of before a training is over.
+
+        Raises:
+          CheckpointError: one cannot be read now.
+        """
+        for place, step in enumerate(steps):
+            folder = os.path.join(self.folder, str(step))
+            try:
+                return step, self.restore(step, state)
+            except DamagedError as error:
+                others = steps[place + 1 :]
+                instead = f"step {others[0]}" if others else "the last step"
+                if step in self.steps():
+                    on_one(functools.partial(set_aside, folder, str(error), instead))
+                    if "manager" in vars(self):
+                        self.manager.reload()
+                else:
+                    log.warning("%s. Passed over for %s", error, instead)
+        return None
+
     def restore(self, step: int, state: TrainState) -> TrainState:
         """The state with the parameters of a step.
 
         Raises:
-          CheckpointError: they are not there, or not what was saved.
+          DamagedError: they are not there, or not what was saved.
+          CheckpointError: they cannot be read now.
         """
-        with writing(self.folder, self.checkpoints):
-            self.manager.wait_until_finished()
         folder = os.path.join(self.folder, str(step))
-        if not self.has(step):
-            raise CheckpointError(f"{folder}: the best step is not there any more")
+        if step not in self.steps():
+            raise DamagedError(f"{folder}: the best step is not there any more")
         shapes = abstract({**state.params, **state.frozen})
         known = on_one(lambda: read_run(folder)).get("digests", {})
         params = read_items(folder, {PARAMS: shapes}, known)[PARAMS]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, UInt32
 
 from mmpo_jax.core.processes import in_shares, member
@@ -43,7 +43,10 @@ def digests(tree: Any) -> dict[str, int]:
         parts[name] = list(_part_digests(leaf))
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
             shared.add(name)
-    own = {name: sum(map(int, values)) for name, values in jax.device_get(parts).items()}
+    own = {
+        name: sum(np.asarray(value).item() for value in values)
+        for name, values in jax.device_get(parts).items()
+    }
     found = dict(own)
     if shared:
         count = member().count
@@ -61,12 +64,33 @@ def _part_digests(leaf: Any) -> Iterator[Any]:
         # To the host at once, so that one array at a time is on a device.
         yield int(_digest(leaf, np.zeros(np.ndim(leaf), np.uint32)))
         return
-    for shard in leaf.addressable_shards:
-        if shard.replica_id == 0:
-            first = np.array([part.start or 0 for part in shard.index], np.uint32)
-            with jax.set_mesh(_alone(shard.device)):  # and not that of training, if there is one
-                digest = _digest(shard.data, first)
-            yield digest
+    own = [shard for shard in leaf.addressable_shards if shard.replica_id == 0]
+    place = leaf.sharding
+    if isinstance(place, NamedSharding) and place.memory_kind in (None, "device"):
+        with jax.set_mesh(place.mesh):  # which may not be that of training
+            found = _on_all_devices(place.mesh, place.spec)(leaf)
+        by_device = {shard.device: shard.data for shard in found.addressable_shards}
+        yield from (by_device[shard.device] for shard in own)
+        return
+    for shard in own:
+        first = np.array([part.start or 0 for part in shard.index], np.uint32)
+        with jax.set_mesh(_alone(shard.device)):
+            digest = _digest(shard.data, first)
+        yield digest
+
+
+@functools.cache
+def _on_all_devices(mesh: Mesh, spec: PartitionSpec) -> Callable[[Array], UInt32[Array, " D"]]:
+    """Array -> the digest of each device's part, on that device: one program for all of them."""
+
+    def of_part(part: Array) -> UInt32[Array, " 1"]:
+        axes = [*spec, *[None] * (part.ndim - len(spec))]
+        places = [jax.lax.axis_index(axis) if axis else 0 for axis in axes]
+        first = [jnp.uint32(place) * size for place, size in zip(places, part.shape, strict=True)]
+        return _digest(part, jnp.array(first, jnp.uint32))[None]
+
+    over_all = PartitionSpec(mesh.axis_names)
+    return jax.jit(jax.shard_map(of_part, mesh=mesh, in_specs=spec, out_specs=over_all))
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,23 +19,22 @@ from mmpo_jax.checkpoints.steps import (
     PARAMS,
     CheckpointError,
     DamagedError,
+    check_identity,
     newest,
     read_items,
     read_run,
     sealed,
+    set_aside,
     steps_in,
     unfinished_in,
     writing,
 )
 from mmpo_jax.checkpoints.train_state import TrainState, abstract
-from mmpo_jax.core.buckets import absolute, move
+from mmpo_jax.core.buckets import absolute
 from mmpo_jax.core.processes import on_one
 from mmpo_jax.parallel.mesh import put_whole
 
 log = logging.getLogger(__name__)
-
-DAMAGED = ".damaged"
-"""What is put behind the name of a step that is not what was saved."""
 
 
 class Checkpoints:
@@ -51,7 +50,7 @@ class Checkpoints:
         """
         self.identity, self.keep = identity, keep
         self.folder = absolute(os.path.join(folder, CHECKPOINTS))
-        self.best = BestSteps(folder)
+        self.best = BestSteps(folder, identity)
         self._found: list[int] = on_one(self._look)
         self._last = max(self._found, default=None)
 
@@ -65,7 +64,11 @@ class Checkpoints:
     def manager(self) -> ocp.CheckpointManager:
         """What writes. It begins to look at the folder when it is asked for, which is once it is
         known what there is damaged."""
-        options = ocp.CheckpointManagerOptions(max_to_keep=self.keep, cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self.keep,
+            cleanup_tmp_directories=True,
+            single_host_load_and_broadcast=True,  # file systems of networks show hosts other things
+        )
         return ocp.CheckpointManager(self.folder, options=options)
 
     def latest(self) -> int | None:
@@ -158,26 +161,12 @@ class Checkpoints:
         """
         if not {"identity", "position"} <= run.keys():
             raise DamagedError(f"{folder}: not a whole checkpoint: it does not say of which run")
-        changed = list(_changes(run["identity"], self.identity))
-        if changed:
-            more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
-            raise CheckpointError(
-                f"{self.folder}: these checkpoints are of a run with another model, data or "
-                f"recipe: {', '.join(changed[:5])}{more}; give another output folder or remove them"
-            )
+        check_identity(self.folder, run["identity"], self.identity)
 
     def _set_aside(self, damaged: Mapping[int, str], step: int) -> None:
-        """Takes damaged steps out of the way, as training comes by them again."""
+        """Takes damaged steps out of the way of one that is whole."""
         for number, reason in damaged.items():
-            path = os.path.join(self.folder, str(number))
-            move(path, path + DAMAGED)
-            log.warning(
-                "%s. Passed over for step %d; it is kept as %s%s, which may be removed",
-                reason,
-                step,
-                path,
-                DAMAGED,
-            )
+            set_aside(os.path.join(self.folder, str(number)), reason, f"step {step}")
 
     def close(self) -> None:
         """Waits until all is written.
@@ -213,17 +202,3 @@ def _resumed(step: int, items: Mapping[str, Any], like: TrainState) -> TrainStat
         items.get("kept", {}),
         put_whole(np.bool_(False), like.step.sharding),
     )
-
-
-def _changes(before: Any, now: Any, name: str = "") -> Iterator[str]:
-    """What differs between two JSON values, for messages: dotted names, short values with them."""
-    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        before, now = dict(enumerate(before)), dict(enumerate(now))
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        for key in {**now, **before}:
-            inner = f"{name}.{key}" if name else str(key)
-            yield from _changes(before.get(key), now.get(key), inner)
-    elif before != now:
-        texts = [json.dumps(value) for value in (before, now)]
-        short = max(map(len, texts)) < 40  # no fingerprints
-        yield f"{name} ({texts[0]} there, {texts[1]} here)" if short else name

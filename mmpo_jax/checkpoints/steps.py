@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -23,15 +25,19 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from mmpo_jax.checkpoints.digests import digests
-from mmpo_jax.core.buckets import absolute, entries, is_folder
+from mmpo_jax.core.buckets import absolute, entries, is_folder, move
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.files import fingerprint_json, is_local
 from mmpo_jax.core.processes import in_shares, member
+
+log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 """Folder of the steps of a run that it can go on from."""
 PARAMS, RUN = "params", "run"
 """Items of every step."""
+DAMAGED = ".damaged"
+"""What is put behind the name of a step that is not what was saved."""
 PASSING = (
     *("RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED"),
     *("PERMISSION_DENIED", "UNAUTHENTICATED"),
@@ -131,6 +137,40 @@ def read_run(folder: str) -> dict[str, Any]:
         return run
 
 
+def check_identity(folder: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Checks that steps are of the run that finds them.
+
+    Args:
+      folder: of the steps.
+      before: what the run that saved them is made of, as JSON.
+      now: what this one is.
+
+    Raises:
+      CheckpointError: naming what differs.
+    """
+    changed = list(_changes(before, now))
+    if changed:
+        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise CheckpointError(
+            f"{folder}: these checkpoints are of a run with another model, data or "
+            f"recipe: {', '.join(changed[:5])}{more}; give another output folder or remove them"
+        )
+
+
+def _changes(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """What differs between two JSON values, for messages: dotted names, short values with them."""
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        before, now = dict(enumerate(before)), dict(enumerate(now))
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in {**now, **before}:
+            inner = f"{name}.{key}" if name else str(key)
+            yield from _changes(before.get(key), now.get(key), inner)
+    elif before != now:
+        texts = [json.dumps(value) for value in (before, now)]
+        short = max(map(len, texts)) < 40  # no fingerprints
+        yield f"{name} ({texts[0]} there, {texts[1]} here)" if short else name
+
+
 def sealed(run: Mapping[str, Any]) -> dict[str, Any]:
     """What `read_run` reads, with a digest of itself."""
     return {**run, "sha256": fingerprint_json(run)}
@@ -156,14 +196,12 @@ def read_item(folder: str, item: str, target: Any) -> Any:
     """An item of a step in the shapes, dtypes and shardings of a target.
 
     A process reads what its own devices hold, and waits for no other. A mesh fills vocabularies up
-    with zeros, so those of another mesh are cut off or added to; but for moments in 8 bits, whose
-    blocks may be others then.
+    with zeros, so those of another mesh are cut off or added to.
 
     Raises:
       DamagedError: it is not there, or is no such item.
     """
-    in_blocks = any(leaf.dtype in (np.int8, np.uint8) for leaf in jax.tree.leaves(target))
-    wanted = ocp.args.StandardRestore(target, strict=in_blocks)
+    wanted = ocp.args.StandardRestore(target, strict=False)
     with reading(folder):
         found = _reader().restore(_path(folder, item), args=wanted)
         return jax.tree.map(_cut, found, target)
@@ -225,6 +263,24 @@ def check_item(folder: str, item: str, tree: Any, known: Mapping[str, int]) -> N
         raise DamagedError(
             f"{folder}: {item}: {wrong[0]}{more}: the numbers are not those that were saved"
         )
+
+
+def set_aside(folder: str, reason: str, instead: str) -> None:
+    """Takes a damaged step out of the way, as training comes by it again or does without.
+
+    Args:
+      folder: of the step.
+      reason: what is wrong with it, with its name.
+      instead: what is taken in its place.
+    """
+    move(folder, folder + DAMAGED)
+    log.warning(
+        "%s. Passed over for %s; it is kept as %s%s, which may be removed",
+        reason,
+        instead,
+        folder,
+        DAMAGED,
+    )
 
 
 def steps_in(folder: str) -> list[int]:

@@ -24,6 +24,8 @@ COPY_SECONDS = 30.0
 """Time between two copies of what grows, at least."""
 MAX_COPYING = 0.1
 """Share of the time, at most, that goes into such copies."""
+LAST_WAITS = (1.0, 4.0, 16.0)
+"""Seconds between the tries of the last copy, behind which nothing comes."""
 
 
 def absolute(path: epath.PathLike) -> str:
@@ -158,19 +160,26 @@ class Mirror:
             log.warning("%s: cannot be written for now: %s", self.remote, error)
 
     def close(self) -> None:
-        """Copies what has changed, for the last time.
+        """Copies what has changed, for the last time, with some patience.
 
         Raises:
           MmpoError: it cannot be copied.
         """
         self._over.set()
         self._thread.join()
-        try:
-            self._copy()
-        except Exception as error:  # whatever the bucket's library raises
-            raise MmpoError(
-                f"{self.remote}: cannot be written: {error}; it is in {self.local} so far"
-            ) from error
+        for wait in (*LAST_WAITS, None):
+            try:
+                return self._copy()
+            except Exception as error:  # whatever the bucket's library raises
+                if wait is None:
+                    raise MmpoError(
+                        f"{self.remote}: cannot be written: {error}; what is missing there is in "
+                        f"{self.local}, from where the same command on this machine goes on"
+                    ) from error
+                log.warning(
+                    "%s: cannot be written: %s; tried again in %.0f s", self.remote, error, wait
+                )
+                time.sleep(wait)
 
     def _copy(self) -> None:
         with self._lock:

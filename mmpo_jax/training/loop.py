@@ -22,7 +22,7 @@ from mmpo_jax.checkpoints.run_checkpoints import Checkpoints
 from mmpo_jax.checkpoints.steps import CheckpointError
 from mmpo_jax.checkpoints.train_state import TrainState, abstract
 from mmpo_jax.core import progress
-from mmpo_jax.core.errors import Stopped
+from mmpo_jax.core.errors import MmpoError, Stopped
 from mmpo_jax.core.processes import is_agreed, several
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.pipeline import (
@@ -96,6 +96,17 @@ class TrainingData:
         return self.entries or [MixtureEntry(len(self.examples))]
 
 
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """The result of a stage of training."""
+
+    params: Params
+    """Whole, float32 where they were trained; with adapters beside the kernels if the recipe has
+    `lora`."""
+    step: int
+    """After which they are these."""
+
+
 def train(
     start: Checkpoint,
     data: TrainingData,
@@ -103,7 +114,7 @@ def train(
     lengths: Lengths,
     mesh: Mesh,
     run: Run,
-) -> Params:
+) -> Trained:
     """Runs one stage of training, from the last checkpoint in the run's folder if there is one.
 
     Args:
@@ -116,8 +127,8 @@ def train(
       run: its folder, its identity and its seed.
 
     Returns:
-      The whole parameters, float32 where they were trained, of the step where held-out rows were
-      best, or of the last one; with adapters beside the kernels if the recipe has `lora`.
+      The parameters of the step where held-out rows were best, of those in `best/` that are whole,
+      or of the last one.
 
     Raises:
       TrainingError: there is no data, the batch does not fit the mesh, `freeze` does not fit the
@@ -150,7 +161,7 @@ def train(
         log_memory(state)
         step = int(state.step)
         with (
-            contextlib.closing(
+            _writing(
                 MetricsWriter(run.folder, -1 if position is None else step, steps, track)
             ) as writer,
             progress.doing("training", steps, "steps", "compiling") as activity,
@@ -199,13 +210,12 @@ def train(
             if stop.is_agreed_in_the_end():
                 reports.save_and_stop(step, state, position or source.get_state())
             performance.log_summary()
+        result = step
         if validator is not None:
-            validator.log_summary(step, steps)
-            with progress.doing("reading the best step"):
-                best = validator.best_steps()
-                state = checkpoints.best.restore(best[0], state)
-                checkpoints.best.keep(best)
-        return whole_params(state)
+            result, state = reports.best_whole(validator, state) or (step, state)
+            validator.log_summary(step, steps, result)
+            checkpoints.best.keep({result, *validator.best_steps()})
+        return Trained(whole_params(state), result)
 
 
 @contextlib.contextmanager
@@ -224,6 +234,22 @@ def _closing(checkpoints: Checkpoints) -> Iterator[None]:
             log.warning("%s", second)
         raise
     _finish(checkpoints)
+
+
+@contextlib.contextmanager
+def _writing(writer: MetricsWriter) -> Iterator[MetricsWriter]:
+    """Closes it at the end; that this fails hides no other error."""
+    try:
+        yield writer
+    except BaseException as error:
+        try:
+            writer.close()
+        except MmpoError as second:
+            if isinstance(error, Stopped):  # which says that all is saved
+                raise
+            log.warning("%s", second)
+        raise
+    writer.close()
 
 
 def _finish(checkpoints: Checkpoints) -> None:
@@ -324,7 +350,7 @@ def _prepare(
     if config.lora is not None:
         params = add_adapters(params, model, config.lora, config.freeze, seed)
     schedule = make_schedule(config.schedule, config.optimizer.learning_rate, steps)
-    optimizer = make_optimizer(config.optimizer, schedule)
+    optimizer = make_optimizer(config.optimizer, schedule, model.config.decoder.vocab_size)
     dtype = jnp.dtype(config.compute_dtype)
     reference = config.reference if needs_reference(recipe_terms(config)) else NoReference()
     running = {"online": dtype, "ema": jnp.float32}.get(reference.type)

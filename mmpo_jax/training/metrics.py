@@ -127,10 +127,11 @@ class MetricsWriter:
     ) -> list[dict[str, float]]:
         """Opens the files; the lines that stay."""
         rows = read_metrics(os.path.join(folder, FILE))
-        rows = [row for row in rows if row["step"] <= resumed_step]
         local = local_copy(folder)
         if not is_local(folder):
+            rows = _with_uncopied(rows, read_metrics(os.path.join(local, FILE)))
             shutil.rmtree(local, ignore_errors=True)  # of a run that was killed
+        rows = [row for row in rows if row["step"] <= resumed_step]
         os.makedirs(local, exist_ok=True)
         path = os.path.join(local, FILE)
         with open(path + ".new", "w") as file:
@@ -218,6 +219,17 @@ class MetricsWriter:
         if self.mirror is not None:
             self.mirror.close()
             shutil.rmtree(self.mirror.local, ignore_errors=True)
+
+
+def _with_uncopied(
+    rows: list[dict[str, float]], local: list[dict[str, float]]
+) -> list[dict[str, float]]:
+    """The lines in a bucket, with those behind them that the last start left on this machine."""
+
+    def text(lines: Sequence[Mapping[str, float]]) -> str:
+        return json.dumps([null_if_not_finite(line) for line in lines])
+
+    return local if rows and text(local[: len(rows)]) == text(rows) else rows
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key, Shaped, UInt8
 
+from mmpo_jax.models.vocabulary import TABLES
 from mmpo_jax.recipes.optimizers import Moments
 from mmpo_jax.training.rounding import round_stochastically, rounding_key
 
@@ -64,7 +65,9 @@ def with_moments_as(
                 key = rounding_key(0, state.count, f"{moment} {path}")
                 if kind == "bfloat16":
                     return round_stochastically(leaf, key)
-                return leaf if leaf.size < SMALL else quantized(leaf, key, moment == FIRST)
+                if leaf.size < SMALL:
+                    return leaf
+                return quantized(leaf, key, moment == FIRST, _size_of(path, leaf.shape))
 
             return of
 
@@ -77,12 +80,14 @@ def with_moments_as(
         )
 
     def widen(state: Any) -> Any:
-        def of(leaf: Any) -> jax.Array:
-            return restored(leaf) if isinstance(leaf, Blocks) else leaf.astype(jnp.float32)
+        def of(keys: Any, leaf: Any) -> jax.Array:
+            if not isinstance(leaf, Blocks):
+                return leaf.astype(jnp.float32)
+            return restored(leaf, _size_of(keys[-1].key, leaf.codes.shape))
 
         return state._replace(
             **{
-                moment: jax.tree.map(
+                moment: jax.tree_util.tree_map_with_path(
                     of, getattr(state, moment), is_leaf=lambda leaf: isinstance(leaf, Blocks)
                 )
                 for moment in (FIRST, SECOND)
@@ -100,14 +105,15 @@ def with_moments_as(
     return optax.GradientTransformation(init, update)
 
 
-def quantized(x: Float[Array, "*S W"], key: Key[Array, ""], signed: bool) -> Blocks:
+def quantized(x: Float[Array, "*S W"], key: Key[Array, ""], signed: bool, size: int = 0) -> Blocks:
     """The array in 8 bits, whose mean over all keys is the array.
 
     A block's largest magnitude and zeros are exact. A second moment that is not zero stays so,
-    however small: the update is divided by it.
+    however small: the update is divided by it. Blocks have `size` numbers, by default as many as
+    `block_size` gives their dimension.
     """
     levels, power = _scale_of(signed)
-    parts = _in_blocks(x)
+    parts = _in_blocks(x, size)
     scales = jnp.abs(parts).max(axis=-1)
     share = jnp.abs(parts) / jnp.where(scales > 0, scales, 1)[..., None]
     below = jnp.clip(jnp.floor(levels * share ** (1 / power)), 0, levels - 1)
@@ -122,10 +128,10 @@ def quantized(x: Float[Array, "*S W"], key: Key[Array, ""], signed: bool) -> Blo
     return Blocks(_as_it_was(codes, x.shape[-1]), scales)
 
 
-def restored(blocks: Blocks) -> Float[Array, "*S W"]:
-    """The array that the blocks stand for, in float32."""
+def restored(blocks: Blocks, size: int = 0) -> Float[Array, "*S W"]:
+    """The array that the blocks of `size` numbers stand for, in float32; see `quantized`."""
     levels, power = _scale_of(blocks.codes.dtype == jnp.int8)
-    codes = _in_blocks(blocks.codes).astype(jnp.float32)
+    codes = _in_blocks(blocks.codes, size).astype(jnp.float32)
     parts = jnp.sign(codes) * (jnp.abs(codes) / levels) ** power * blocks.scales[..., None]
     return _as_it_was(parts, blocks.codes.shape[-1])
 
@@ -139,15 +145,22 @@ def block_size(width: int) -> int:
     return size
 
 
+def _size_of(path: str, shape: tuple[int, ...]) -> int:
+    """Numbers in a block of a parameter's moments. Along a vocabulary, which is another where more
+    devices share it, blocks are the same on any mesh."""
+    along_tokens = TABLES.get(path) == len(shape) - 1
+    return SMALLEST_BLOCK if along_tokens else block_size(shape[-1])
+
+
 def _scale_of(signed: bool) -> tuple[int, int]:
     """(the highest code, the power that its values follow)."""
     return (127, 2) if signed else (255, 4)
 
 
-def _in_blocks(x: Shaped[Array, "*S W"]) -> Shaped[Array, "*S N B"]:
+def _in_blocks(x: Shaped[Array, "*S W"], size: int) -> Shaped[Array, "*S N B"]:
     """The last dimension in blocks, the last of them filled with zeros."""
     width = x.shape[-1]
-    size = block_size(width)
+    size = size or block_size(width)
     padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -width % size)])
     return padded.reshape(*x.shape[:-1], -1, size)
 

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from optax import contrib
 
 from mmpo_jax.models import reward_head
+from mmpo_jax.models.vocabulary import TABLES
 from mmpo_jax.recipes.optimizers import Adafactor, AdamW, Lion, Muon, Optimizer, Schedule
 from mmpo_jax.training.moments import with_moments_as
 
@@ -65,12 +66,24 @@ def make_schedule(config: Schedule, learning_rate: float, steps: int) -> optax.S
     return schedule
 
 
-def make_optimizer(config: Optimizer, schedule: optax.Schedule) -> optax.GradientTransformation:
+def make_optimizer(
+    config: Optimizer, schedule: optax.Schedule, vocab_size: int | None = None
+) -> optax.GradientTransformation:
     """Clips the global norm, then takes the recipe's direction, with decoupled weight decay of all
-    but biases and norm scales. Parameters are a flat path -> float32 array."""
+    but biases and norm scales. Parameters are a flat path -> float32 array.
+
+    Args:
+      config: the recipe's section.
+      schedule: the learning rate.
+      vocab_size: of the model; moments of what a mesh adds to it (`models/vocabulary.py`) are zero.
+        None where nothing is added.
+    """
+    direction = _direction(config)
+    if vocab_size is not None:
+        direction = without_added_moments(direction, vocab_size)
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
-        _direction(config),
+        direction,
         optax.add_decayed_weights(config.weight_decay, _decayed),
         optax.scale_by_learning_rate(schedule),
     )
@@ -160,6 +173,48 @@ def over_layers(inner: optax.GradientTransformation) -> optax.GradientTransforma
         return {path: updates[path] for path in grads}, after
 
     return optax.GradientTransformation(init, update)
+
+
+def without_added_moments(
+    inner: optax.GradientTransformation, vocab_size: int
+) -> optax.GradientTransformation:
+    """The transformation with zeros in its state for tokens that are none of the model's.
+
+    Their gradients are zero, and so are most moments of them. But Adafactor adds a little to each
+    square, which would be another array on each mesh.
+    """
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, after = inner.update(grads, state, params)
+
+        def cleared(keys: Any, leaf: jax.Array) -> jax.Array:
+            names = [getattr(key, "key", getattr(key, "name", None)) for key in keys]
+            path = next((name for name in names if name in TABLES and name in grads), None)
+            if path is None:
+                return leaf
+            axis = _token_axis(path, grads[path].shape, leaf.shape, "v_col" in names)
+            if axis is None or leaf.shape[axis] <= vocab_size:
+                return leaf
+            places = jax.lax.broadcasted_iota(jnp.int32, leaf.shape, axis)
+            return jnp.where(places < vocab_size, leaf, jnp.zeros_like(leaf))
+
+        return updates, jax.tree_util.tree_map_with_path(cleared, after)
+
+    return optax.GradientTransformation(inner.init, update)
+
+
+def _token_axis(
+    path: str, whole: tuple[int, ...], shape: tuple[int, ...], is_column: bool
+) -> int | None:
+    """The axis of a table's moments that has a place for every token; None where none has."""
+    if len(shape) == len(whole):
+        return TABLES[path] if shape[TABLES[path]] == whole[TABLES[path]] else None
+    if len(shape) != 1 or len(whole) != 2:
+        return None
+    # A row has the shorter side of the matrix, of equal ones the former, and a column the other.
+    shorter = int(whole[1] < whole[0])
+    kept = 1 - shorter if is_column else shorter
+    return 0 if kept == TABLES[path] and shape[0] == whole[kept] else None
 
 
 def _muon_or_adamw(params: Mapping[str, Any]) -> dict[str, str]:

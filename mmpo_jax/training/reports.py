@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -15,6 +15,7 @@ from mmpo_jax.checkpoints.steps import CheckpointError, newest
 from mmpo_jax.checkpoints.train_state import TrainState
 from mmpo_jax.core import progress
 from mmpo_jax.core.errors import Stopped
+from mmpo_jax.core.processes import is_agreed, several
 from mmpo_jax.recipes.training import Training
 from mmpo_jax.training.metrics import MetricsWriter, as_json, means
 from mmpo_jax.training.not_finite import Recorder, first_not_finite
@@ -76,7 +77,7 @@ class Reports:
 
     def begin(self, state: TrainState) -> None:
         """Measures before the first step."""
-        self.checkpoints.best.forget_after(-1)  # of a run that ended before its first checkpoint
+        self.checkpoints.best.begin()  # anew, where a run ended before its first checkpoint
         values: dict[str, float] = {}
         if self.validator is not None:
             values |= self._validate(self.validator, 0, state)
@@ -88,12 +89,28 @@ class Reports:
             self._save_best(self.validator, 0, state)
 
     def resume(self, step: int, state: TrainState) -> None:
-        """Makes `best/` what it was at the step of a checkpoint that training goes on from."""
-        self.checkpoints.best.forget_after(step)
-        if self.validator is None or step not in self.validator.best_steps():
+        """Makes `best/` what it was at the step of a checkpoint that training goes on from, and
+        looks whether the best step is still what was saved."""
+        best = self.checkpoints.best
+        best.forget_after(step)
+        if self.validator is None:
             return
-        if not self.checkpoints.best.has(step):  # a kill came between the two
+        if step in self.validator.best_steps() and step not in best.steps():  # a kill came between
             self._save_best(self.validator, step, state)
+        self.best_whole(self.validator, state)
+
+    def best_whole(self, validator: Validator, state: TrainState) -> tuple[int, TrainState] | None:
+        """(the best step that is still what was saved, the state with its parameters); None where
+        there is none."""
+        with progress.doing("reading the best step"):
+            there = self.checkpoints.best.steps()
+            ranked = validator.ranked_steps()
+            others = [step for step in ranked if step in there]
+            steps = list(dict.fromkeys([*validator.best_steps(), *others]))
+            found = self.checkpoints.best.first_whole(steps, state)
+        damaged = steps[: steps.index(found[0])] if found else steps
+        validator.lost.update(damaged, set(ranked) - set(there))
+        return found
 
     def add(self, started: StartedStep) -> None:
         """A step was started."""
@@ -204,23 +221,50 @@ class Reports:
         step, metrics = started.step, rows[-1]
         broken = first_not_finite({**state.params, **state.frozen})
         if broken is not None:
-            raise TrainingError(
-                f"step {step}: the weights themselves are not finite, whatever the rows: "
-                f"{broken}; last good checkpoint: {self.checkpoints.describe_latest()}"
+            told = (
+                f"step {step}: the weights themselves are not finite, whatever the rows: {broken}"
             )
+            self._finish_saving(told, lambda: None)
+            raise TrainingError(f"{told}; {self._last_good()}")
         told = (
             f"step {step}: the loss is {metrics['loss']} and the gradient norm "
             f"{metrics['grad_norm']}; rows of this batch: {', '.join(started.ids)}"
         )
+
+        def save() -> None:
+            if self.checkpoints.latest() != step - 1 and step > 1:
+                window = as_json([*self.carried, *rows[:-1]])
+                self.checkpoints.save(step - 1, state, self.position, window)
+
+        self._finish_saving(told, save)
+        try:
+            path = self.recorder.record(step, means([metrics]), self.position, state)
+        except Exception as error:  # such as memory, of which there may be none left
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            told = f"{told}; the batch cannot be kept: {reason}"
+        else:
+            told = told if path is None else f"{told}; the batch is in {path}"
+        raise TrainingError(f"{told}; {self._last_good()}")
+
+    def _finish_saving(self, told: str, save: Callable[[], None]) -> None:
+        """Saves, and waits until it is written. That it cannot be is not what stopped the run.
+
+        Args:
+          told: what did.
+          save: begins to write what there is to be saved.
+
+        Raises:
+          TrainingError: it cannot be written in one process of several, for which the others wait
+            until it ends.
+        """
         try:
             with progress.doing("saving what was learned before"):
-                if self.checkpoints.latest() != step - 1 and step > 1:
-                    window = as_json([*self.carried, *rows[:-1]])
-                    self.checkpoints.save(step - 1, state, self.position, window)
-                self.checkpoints.describe_latest()  # which waits until it is written
-        except CheckpointError as error:  # which is not what stopped the run
+                save()
+                self.checkpoints.steps()
+        except CheckpointError as error:
+            if several() and not is_agreed(error):
+                raise TrainingError(f"{told}; {error}") from error
             log.warning("%s", error)
-        path = self.recorder.record(step, means([metrics]), self.position, state)
-        if path is not None:
-            told = f"{told}; the batch is in {path}"
-        raise TrainingError(f"{told}; last good checkpoint: {newest(self.checkpoints.folder)}")
+
+    def _last_good(self) -> str:
+        return f"last good checkpoint: {newest(self.checkpoints.folder)}"

@@ -153,13 +153,15 @@ def train_stage(stage: TrainingStage, data: TrainingData, identity: Mapping[str,
         Run(stage.run_folder, identity, stage.seed, stage.name, stage.card, stage.begun),
     )
     rows = on_one(lambda: read_metrics(os.path.join(stage.run_folder, FILE))) or [{}]
-    measured = rows[-1] if stage.validation is None else best_row(rows, stage.validation)
+    measured: Mapping[str, float] = rows[-1]
+    if stage.validation is not None:
+        measured = best_row([row for row in rows if row["step"] == trained.step], stage.validation)
     examples = data.examples if data.held is None else data.held.examples
     with progress.doing("saving the model"):
         return save_result(
             stage.folder,
             stage.start,
-            trained,
+            trained.params,
             stage.training,
             stage.lengths,
             dataclasses.replace(stage.card, metrics=reproducible(measured)),

@@ -14,6 +14,8 @@ from mmpo_jax.recipes.training import WandB
 
 log = logging.getLogger(__name__)
 
+FINISH_SECONDS = 120.0
+"""How long the end of a training waits for the server, at most."""
 STEP = "step"
 """What charts have on their horizontal axis."""
 
@@ -94,12 +96,18 @@ class WandbRun:
             dir=folder,
             config=dict(identity),
             # What is printed is ours, and so is what the package would sum up at the end.
-            settings=wandb.Settings(console="off", quiet=True),
+            settings=wandb.Settings(
+                console="off",
+                quiet=True,
+                finish_timeout=FINISH_SECONDS,
+                finish_timeout_raises=True,
+            ),
         )
         # Steps after the last checkpoint come again; by its own count the package would drop them.
         self.run.define_metric(STEP)
         self.run.define_metric("*", step_metric=STEP)
         self.is_over = False
+        self.folder = os.path.join(folder, "wandb")
 
     def log(self, row: Mapping[str, float]) -> None:
         """Sends a line of `metrics.jsonl`; what goes wrong is said once, and ends no training."""
@@ -112,8 +120,12 @@ class WandbRun:
             self.is_over = True
 
     def close(self) -> None:
-        """Waits until all is sent."""
+        """Waits until all is sent, for `FINISH_SECONDS` at most."""
         try:
             self.run.finish()
         except Exception as error:  # whatever the package raises
-            log.warning("training.wandb: not all was sent: %s", error)
+            log.warning(
+                "training.wandb: not all was sent: %s; `wandb sync` sends the rest from %s",
+                error,
+                self.folder,
+            )

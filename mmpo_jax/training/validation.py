@@ -86,6 +86,8 @@ class Validator:
         self.forward = make_forward(loss, jnp.dtype(training.compute_dtype))
         self.evaluate = jax.jit(loss.sums)
         self.history = [row for row in rows if config.metric in row]
+        self.lost: set[int] = set()
+        """Steps whose parameters are not there or damaged, so that others are the best."""
 
     def measure(self, step: int, state: TrainState) -> dict[str, float]:
         """Metrics of all held-out rows, named as those of training with `eval_` in front.
@@ -114,8 +116,12 @@ class Validator:
     def best_steps(self, until: float = math.inf) -> list[int]:
         """The `keep_best` best steps measured until one, the best of them first; the start where
         nothing finite was measured."""
+        return self.ranked_steps(until)[: self.keep_best] or [0]
+
+    def ranked_steps(self, until: float = math.inf) -> list[int]:
+        """The steps measured until one with finite values that are not lost, the best first."""
         rows = best_rows([row for row in self.history if row["step"] <= until], self.config)
-        return [int(row["step"]) for row in rows[: self.keep_best]] or [0]
+        return [int(row["step"]) for row in rows if row["step"] not in self.lost]
 
     def score(self, step: int) -> float:
         """What was measured at a step, greater where it is better."""
@@ -129,9 +135,9 @@ class Validator:
         best = best_row(self.history, self.config).get("step", 0)
         return sum(row["step"] > best for row in self.history) >= self.config.patience
 
-    def log_summary(self, step: int, steps: int) -> None:
+    def log_summary(self, step: int, steps: int, result: int) -> None:
         """Says in the log which step is the result, and why training ended before the last one."""
-        best = best_row(self.history, self.config)
+        best = best_row([row for row in self.history if row["step"] == result], self.config)
         if step < steps:
             measured = f"{self.config.patience} measurements without a better one"
             log.info("stopped after step %d of %d: %s", step, steps, measured)

@@ -10,6 +10,8 @@ from mmpo_jax.checkpoints.orbax import find_checkpoint
 from mmpo_jax.checkpoints.steps import CheckpointError, steps_in
 from mmpo_jax.checkpoints.train_state import TrainState
 
+RUN = {"model": "a", "training": {"beta": 0.1}}
+
 
 def state_of(step):
     return TrainState(
@@ -21,7 +23,7 @@ def state_of(step):
 def best(tmp_path):
     """Steps 0, 2 and 4, of which 2 is the best."""
     (tmp_path / "base").mkdir()
-    best = BestSteps(tmp_path)
+    best = BestSteps(tmp_path, RUN)
     for step, score in ((0, float("nan")), (2, 5.0), (4, -1.0)):
         best.save(step, state_of(step), score)
     yield best
@@ -53,9 +55,9 @@ def test_a_step_is_written_once(best, tmp_path):
 
 def test_steps_that_are_done_again_are_forgotten(best, tmp_path):
     best.close()
-    BestSteps(tmp_path).forget_after(2)
+    BestSteps(tmp_path, RUN).forget_after(2)
     assert steps_in(f"{tmp_path}/best") == [2, 0]
-    BestSteps(tmp_path).forget_after(-1)
+    BestSteps(tmp_path, RUN).forget_after(-1)
     assert steps_in(f"{tmp_path}/best") == []
 
 
@@ -69,3 +71,28 @@ def test_a_damaged_one_is_refused(best, tmp_path):
 def test_one_that_is_gone_is_named(best):
     with pytest.raises(CheckpointError, match="best/6: the best step is not there any more"):
         best.restore(6, state_of(9))
+
+
+def test_the_next_best_is_taken_in_place_of_a_damaged_one(best, tmp_path, caplog):
+    best.keep({0, 2, 4})
+    damage.truncate(damage.largest(tmp_path / "best" / "2" / "params"))
+    step, state = best.first_whole([2, 6, 4], state_of(9))
+    assert step == 4
+    np.testing.assert_array_equal(state.params["a"], np.full(3, 4))
+    told = [each.getMessage() for each in caplog.records if each.name.startswith("mmpo_jax")]
+    assert told[0].startswith(f"{tmp_path}/best/2: not a whole checkpoint")
+    assert "Passed over for step 6; it is kept as" in told[0]
+    assert told[1].endswith("is not there any more. Passed over for step 4")
+    assert (tmp_path / "best" / "2.damaged").is_dir()
+    assert best.first_whole([2], state_of(9)) is None
+    best.keep({4})
+    assert steps_in(f"{tmp_path}/best") == [4]
+
+
+def test_those_of_another_run_are_not_removed(best, tmp_path):
+    best.close()
+    with pytest.raises(CheckpointError, match=r"best: .* training.beta \(0.1 there, 0.2 here\)"):
+        BestSteps(tmp_path, {"model": "a", "training": {"beta": 0.2}}).begin()
+    assert steps_in(f"{tmp_path}/best") == [4, 2, 0]
+    BestSteps(tmp_path, RUN).begin()
+    assert steps_in(f"{tmp_path}/best") == []

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from mmpo_jax.checkpoints.digests import digests
+from mmpo_jax.checkpoints.digests import _digest, _on_all_devices, digests
 
 DTYPES = (np.float32, ml_dtypes.bfloat16, np.float16, np.int32, np.uint8, np.int8, np.bool_)
 
@@ -77,3 +77,13 @@ def test_no_sharding_counts(spec):
 def test_names_of_a_tree():
     tree = {"a/b": np.zeros(2), "c": (np.ones(1), {"d": np.int32(1)})}
     assert digests(tree).keys() == {"a/b", "c.0", "c.1.d"}
+
+
+def test_one_program_is_compiled_for_all_devices():
+    mesh = jax.make_mesh((2, 4), ("p", "q"), axis_types=(AxisType.Auto,) * 2)
+    spec = PartitionSpec("p", "q")
+    array = jax.device_put(np.ones((4, 12), np.float32), NamedSharding(mesh, spec))
+    before = _digest._cache_size()
+    assert digest(array) == digest(np.ones((4, 12), np.float32))
+    assert _on_all_devices(mesh, spec)._cache_size() == 1
+    assert _digest._cache_size() <= before + 1  # that of NumPy's

@@ -129,9 +129,29 @@ def test_a_bucket_that_fails_for_a_while(monkeypatch, tmp_path, caplog):
     mirror.copy()
     assert system.exists("gs://bucket/run/lines.txt")
     write(tmp_path, ["more.txt"])
+    waited = []
+    monkeypatch.setattr(module.time, "sleep", waited.append)
     monkeypatch.setattr(type(system), "_open", refuse)
-    with pytest.raises(MmpoError, match="gs://bucket/run: cannot be written: 403"):
+    with pytest.raises(MmpoError, match=f"run: cannot be written: 403; .* is in {tmp_path}"):
         mirror.close()
+    assert waited == list(module.LAST_WAITS)
+
+
+def test_the_last_copy_is_tried_again(monkeypatch, tmp_path):
+    system = buckets.empty_bucket(monkeypatch)
+    write(tmp_path, ["lines.txt"])
+    mirror = Mirror(str(tmp_path), "gs://bucket/run")
+    monkeypatch.setattr(module, "LAST_WAITS", (0.0, 0.0))
+    opening, tries = type(system)._open, iter(range(9))
+
+    def refuse_once(*args, **options):
+        if not next(tries):
+            raise PermissionError("403")
+        return opening(*args, **options)
+
+    monkeypatch.setattr(type(system), "_open", refuse_once)
+    mirror.close()
+    assert system.exists("gs://bucket/run/lines.txt")
 
 
 def test_the_cache_is_not_in_a_bucket(monkeypatch):

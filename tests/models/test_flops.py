@@ -73,6 +73,13 @@ def test_only_the_head_is_trained():
     assert count == pytest.approx(DECODER + 2 * HEAD + PICTURE + OF_PROJECTOR, rel=1e-6)
 
 
+def test_only_a_reward_head_is_trained():
+    """Which lies on top, so that no gradient goes down."""
+    model, params = shapes_of_7b()
+    count = pair(model_flops(model, params, ["score/kernel"]))
+    assert count == pytest.approx(DECODER + HEAD + PICTURE + OF_PROJECTOR, rel=1e-6)
+
+
 def test_adapters_take_no_gradients_of_kernels():
     model, params = shapes_of_7b()
     with_adapters = flatten(add_adapters(model.abstract_params(), model, Lora(rank=16), (), 0))

@@ -1,5 +1,7 @@
 """A vocabulary that eight devices do not share evenly: filled up on them, and nowhere else."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from helpers import tiny
 from helpers.sampling import one_device, sample
 
 from mmpo_jax.checkpoints.checkpoint import load_checkpoint
+from mmpo_jax.checkpoints.digests import digests
 from mmpo_jax.checkpoints.huggingface import load_model, save_model
 from mmpo_jax.checkpoints.orbax import save_base
 from mmpo_jax.checkpoints.run_checkpoints import Checkpoints
@@ -15,8 +18,9 @@ from mmpo_jax.generation.sampler import sample_keys
 from mmpo_jax.models.vocabulary import TABLES, filled, without_added
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import make_mesh, put_batch
-from mmpo_jax.recipes.optimizers import AdamW, Constant
+from mmpo_jax.recipes.optimizers import Adafactor, AdamW, Constant, Muon
 from mmpo_jax.recipes.sampling import Decoding
+from mmpo_jax.training import moments
 from mmpo_jax.training.losses import make_loss
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
 from mmpo_jax.training.step import create_state, make_step
@@ -33,12 +37,12 @@ def folder(tmp_path_factory):
     return tiny.make_folder(tmp_path_factory.mktemp("odd") / "llava", config)
 
 
-def trained(checkpoint, mesh, steps=2):
+def trained(checkpoint, mesh, steps=2, config=OPTIMIZER):
     """(state after some steps, a batch)."""
     model = checkpoint.model
     batch = tiny.random_batch(model.config, [6, 9] * 4, [(3, 5), (5, 1)] * 4)
-    schedule = make_schedule(Constant(warmup_ratio=0), OPTIMIZER.learning_rate, 10)
-    optimizer = make_optimizer(OPTIMIZER, schedule)
+    schedule = make_schedule(Constant(warmup_ratio=0), config.learning_rate, 10)
+    optimizer = make_optimizer(config, schedule, TOKENS)
     reference = np.zeros((8, 2), np.float32)
     inputs = jax.tree.map(lambda leaf: leaf[None], tiny.train_batch(batch, reference))
     with jax.set_mesh(mesh):
@@ -134,6 +138,48 @@ def test_a_run_goes_on_on_other_devices(folder, tmp_path):
         for path, leaf in named.items():
             assert leaf.shape == like.params[path].shape
             np.testing.assert_array_equal(leaf, restored.params[path])
+
+
+OPTIMIZERS = {
+    "adafactor": Adafactor(learning_rate=3e-3, min_dim_size_to_factor=8),
+    "unfactored": Adafactor(learning_rate=3e-3, min_dim_size_to_factor=1024),
+    "int8": AdamW(learning_rate=3e-3, epsilon=1e-3, moments="int8"),
+    "muon": Muon(learning_rate=3e-3, moments="int8"),
+}
+
+
+def updated(checkpoint, mesh, config):
+    """A state whose moments are those of one gradient, the same on any mesh."""
+    schedule = make_schedule(Constant(warmup_ratio=0), config.learning_rate, 10)
+    optimizer = make_optimizer(config, schedule, TOKENS)
+    shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    with jax.set_mesh(mesh):
+        state = create_state(checkpoint.params, checkpoint.model, optimizer, (), mesh)
+        grads = {}
+        for number, (path, leaf) in enumerate(state.params.items()):
+            own = without_added(path, np.zeros(leaf.shape, np.bool_), TOKENS).shape
+            drawn = np.random.default_rng(number).standard_normal(own).astype(np.float32)
+            grads[path] = jax.device_put(filled(path, drawn, shards), leaf.sharding)
+        places = jax.tree.map(lambda leaf: leaf.sharding, state.optimizer)
+        update = jax.jit(lambda *given: optimizer.update(*given)[1], out_shardings=places)
+        after = update(grads, state.optimizer, state.params)
+    return dataclasses.replace(state, optimizer=after)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_moments_are_those_that_were_saved(folder, tmp_path, name, monkeypatch):
+    """Whatever the optimizer keeps of a token, from more devices to fewer and back."""
+    monkeypatch.setattr(moments, "SMALL", 64)
+    config, meshes = OPTIMIZERS[name], {"one": one_device(), "all": make_mesh(2, 1, 4)}
+    starts = {each: load_checkpoint(str(folder), mesh) for each, mesh in meshes.items()}
+    states = {each: updated(starts[each], mesh, config) for each, mesh in meshes.items()}
+    for one, other in (("one", "all"), ("all", "one")):
+        run = Checkpoints(tmp_path / one, {}, keep=1)
+        run.save(2, states[one], {})
+        run.close()
+        restored, *_ = Checkpoints(tmp_path / one, {}, keep=1).restore(states[other])
+        assert digests(restored.optimizer) == digests(states[one].optimizer)
 
 
 def test_tables_alone_are_filled_up():

@@ -48,7 +48,7 @@ def run(tiny_model, tiny_processor, examples, mesh):
                 LENGTHS,
                 mesh,
                 Run(str(folder), identity, 0),
-            )
+            ).params
         return {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
 
     return run

@@ -75,7 +75,7 @@ def run(tiny_model, tiny_processor, examples, mesh):
                 LENGTHS,
                 mesh,
                 Run(str(folder), {}, seed),
-            )
+            ).params
         arrays = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
         return arrays, reproducible_rows(folder / "metrics.jsonl")
 

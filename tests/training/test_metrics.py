@@ -18,6 +18,7 @@ from tensorboardX.record_writer import RecordWriter
 
 from mmpo_jax import cli
 from mmpo_jax.commands import train as training_run
+from mmpo_jax.core import buckets as buckets_module
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.objectives.sums import WeightedSum
 from mmpo_jax.parallel.mesh import AXES
@@ -111,6 +112,29 @@ class Kept:
     def close(self):
         with open(self.path, "a") as file:
             file.write("closed\n")
+
+
+def test_lines_that_did_not_reach_the_bucket(monkeypatch, tmp_path):
+    """Are still on the machine that goes on, and belong to what is there."""
+    monkeypatch.setenv("MMPO_CACHE", str(tmp_path))
+    system = buckets.empty_bucket(monkeypatch)
+    monkeypatch.setattr(buckets_module, "LAST_WAITS", ())
+    writer = MetricsWriter("gs://bucket/run", -1, 4)
+    writer.record(1, {"loss": math.nan})
+    writer.flush()
+    writer.record(2, {"loss": 0.5})
+
+    def refuse(*args, **options):
+        raise PermissionError("403")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(system), "_open", refuse)
+        with pytest.raises(MmpoError, match="cannot be written: 403"):
+            writer.close()
+    again = MetricsWriter("gs://bucket/run", 2, 4)
+    assert [row["step"] for row in again.rows] == [1, 2]
+    again.close()
+    assert len(read_metrics("gs://bucket/run/metrics.jsonl")) == 2
 
 
 def test_what_a_tracker_keeps_goes_to_the_bucket(monkeypatch, tmp_path):

@@ -10,7 +10,9 @@ import pytest
 from helpers.loop_runs import CONFIG, files, poison, same
 from helpers.run_files import contents
 
+from mmpo_jax.checkpoints.steps import CheckpointError
 from mmpo_jax.checkpoints.train_state import TrainState
+from mmpo_jax.training import reports as reports_module
 from mmpo_jax.training.plan import TrainingError
 from mmpo_jax.training.reports import Reports, StartedStep
 
@@ -20,7 +22,7 @@ SELDOM = CONFIG.model_copy(update={"log_every": 4, "save_every": 4})
 def test_weights_that_are_not_finite_are_not_blamed_on_rows():
     weights = jnp.array([1.0, jnp.inf])
     state = TrainState(jnp.int32(0), {"a": jnp.ones(2)}, {"b/kernel": weights}, ())
-    checkpoints = types.SimpleNamespace(describe_latest=lambda: "none was saved yet")
+    checkpoints = types.SimpleNamespace(steps=lambda: [], folder="nowhere")
     reports = Reports(CONFIG, 8, checkpoints, None, None, None, None, None, {}, [])
     reports.add(
         StartedStep(1, ("row-1",), {"finite": False, "loss": jnp.nan, "grad_norm": jnp.nan}, {})
@@ -29,6 +31,50 @@ def test_weights_that_are_not_finite_are_not_blamed_on_rows():
         reports.report(1, state, {})
     assert "b/kernel; last good checkpoint: none" in str(caught.value)
     assert "row-1" not in str(caught.value)
+
+
+class NoMemory:
+    """A recorder that has none left."""
+
+    def record(self, *args):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocator statistics")
+
+
+def not_finite(checkpoints):
+    """What is said of a second step that is not finite."""
+    state = TrainState(jnp.int32(1), {"a": jnp.ones(2)}, {}, ())
+    reports = Reports(CONFIG, 8, checkpoints, None, None, None, None, NoMemory(), {}, [])
+    metrics = {"finite": False, "loss": jnp.nan, "grad_norm": jnp.nan}
+    reports.add(StartedStep(2, ("row-1",), metrics, {}))
+    with pytest.raises(TrainingError) as caught:
+        reports.report(2, state, {})
+    return str(caught.value)
+
+
+def test_the_batch_may_not_be_kept():
+    """Which hides nothing of what is wrong."""
+    saved = []
+    checkpoints = types.SimpleNamespace(
+        steps=lambda: [1], folder="nowhere", latest=lambda: None, save=lambda *all: saved.append(1)
+    )
+    told = not_finite(checkpoints)
+    assert told.startswith("step 2: the loss is nan") and "row-1" in told and saved
+    assert "the batch cannot be kept: RESOURCE_EXHAUSTED: Out of memory; last good" in told
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_checkpoint_that_one_process_cannot_write(several, monkeypatch, caplog):
+    """Ends that process, for which the others wait; where it is the only one, it goes on."""
+
+    def full(*_):
+        raise CheckpointError("checkpoints: the disk is full")
+
+    monkeypatch.setattr(reports_module, "several", lambda: several)
+    checkpoints = types.SimpleNamespace(folder="nowhere", latest=lambda: None, save=full)
+    told = not_finite(checkpoints)
+    assert told.startswith("step 2: the loss is nan")
+    assert ("the disk is full" in told) == several == ("cannot be kept" not in told)
+    assert ("the disk is full" in caplog.text) == (not several)
 
 
 @pytest.fixture(scope="module")

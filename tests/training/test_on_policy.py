@@ -102,7 +102,7 @@ def run(tiny_model, tiny_processor, records, mesh):
             LENGTHS,
             mesh,
             Run(str(folder), {}, 0),
-        )
+        ).params
         return {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
 
     return run

@@ -79,7 +79,12 @@ def test_a_run_is_opened_by_its_id(wandb):
         "mode": "offline",
         "dir": "there",
         "config": {"seed": 1},
-        "settings": {"console": "off", "quiet": True},
+        "settings": {
+            "console": "off",
+            "quiet": True,
+            "finish_timeout": 120.0,  # whatever the network does
+            "finish_timeout_raises": True,
+        },
     }
     assert run.steps == {"step": None, "*": "step"}
 
@@ -110,7 +115,7 @@ def test_a_failure_ends_no_training(wandb, caplog):
     run.close()
     assert [line.partition(": ")[2] for line in caplog.messages] == [
         "nothing more is sent: the connection is lost",
-        "not all was sent: the connection is lost",
+        "not all was sent: the connection is lost; `wandb sync` sends the rest from here/wandb",
     ]
 
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from helpers import tiny
+from helpers import damage, tiny
 from helpers.run_files import reproducible_rows
 from jax.sharding import AxisType
 
@@ -302,3 +302,29 @@ def test_what_was_best_in_an_attempt_without_checkpoints_is_forgotten(train, tmp
     (step,) = (other / "best").iterdir()
     assert step.name == "0"
     assert step.stat().st_mtime_ns > written
+
+
+@pytest.mark.slow
+def test_a_damaged_best_step_is_passed_over(train, tmp_path, caplog):
+    """Told of when the run goes on, and the next best is the result: the card says which."""
+    best = tmp_path / "run" / "best"
+    options = {"save_every": 2, "keep_best": 2}
+    stopped, save = 4, Checkpoints.save
+
+    def stop(self, step, *rest):
+        save(self, step, *rest)
+        if step == stopped:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "save", stop)
+        with pytest.raises(Killed):
+            train(**options)
+    assert {step.name for step in best.iterdir() if step.name.isdigit()} == {"0", "1"}
+    damage.truncate(damage.largest(best / "0" / "params" / "d"))
+    rows = train(**options)
+    told = [each.getMessage() for each in caplog.records if "Passed over" in each.getMessage()]
+    assert len(told) == 1 and "best/0: not a whole" in told[0] and "for step 1;" in told[0]
+    assert {step.name for step in best.iterdir()} == {"0.damaged", "1", "5"}
+    card = (tmp_path / "run" / MODEL / "README.md").read_text()
+    assert f"| eval_loss | {rows[1]['eval_loss']:.6g} |" in card
