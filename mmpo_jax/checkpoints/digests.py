@@ -65,8 +65,9 @@ def _part_digests(leaf: Any) -> Iterator[Any]:
         yield int(_digest(leaf, np.zeros(np.ndim(leaf), np.uint32)))
         return
     own = [shard for shard in leaf.addressable_shards if shard.replica_id == 0]
-    place = leaf.sharding
-    if isinstance(place, NamedSharding) and place.memory_kind in (None, "device"):
+    place: Any = leaf.sharding
+    on_mesh = isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh)
+    if on_mesh and place.memory_kind in (None, "device"):
         with jax.set_mesh(place.mesh):  # which may not be that of training
             found = _on_all_devices(place.mesh, place.spec)(leaf)
         by_device = {shard.device: shard.data for shard in found.addressable_shards}

@@ -141,8 +141,8 @@ def train_batch(
         shape = (*lead, rows, s, t) if per_token else (*lead, rows, s)
         return array(shape, jnp.float32, mesh, spec)
 
-    names = [need for need in needs(terms) if is_field(need)]
-    made = {name: numbers(n, name in TOKEN_FIELDS) for name in names}
+    names = {"rank", *filter(is_field, needs(terms))}  # which all rows have
+    made = {name: numbers(n, name in TOKEN_FIELDS) for name in sorted(names)}
     made |= {name: numbers(n, True) for name in fields}
     if rows_read(terms).mismatched:
         made["mismatched"] = numbers(n, False)
