@@ -153,6 +153,7 @@ def test_logits_that_are_not_finite_end_a_sample(checkpoint, records):
     assert not engine.works
 
 
+@pytest.mark.slow
 def test_a_mesh_serves_the_same(checkpoint, records, greedy):
     mesh = make_mesh(2, 2, 2)
     engine = Engine(load_checkpoint("builtin:picture_world", mesh), mesh, places=8, max_prompt=64)

@@ -133,6 +133,7 @@ ASKED = [
 ]
 
 
+@pytest.mark.slow
 def test_64_at_once_among_those_who_hang_up(service, greedy):
     """Right answers are right, whatever others do."""
     answers = dict(zip(ASKED, greedy(ASKED), strict=True))
