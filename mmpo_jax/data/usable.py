@@ -194,6 +194,20 @@ def rejections(record: Record, function: Tokenized) -> list[Problem | None]:
     return problems if any(problems) else [whole] * len(problems)
 
 
+def read_or_not(
+    record: Record, function: Tokenized
+) -> tuple[TokenizedRecord | None, list[Problem | None]]:
+    """(tokens of the responses that a function takes, None where it takes none; of every response
+    why it does not)."""
+    try:
+        return function(record), [None] * len(record.responses)
+    except RowRejected:
+        problems = rejections(record, function)
+    if all(problems):
+        return None, problems
+    return function(with_responses(record, [problem is None for problem in problems])), problems
+
+
 def with_responses(record: Record, kept: Sequence[bool]) -> Record:
     """A record with some of its responses."""
     responses = itertools.compress(record.responses, kept)

@@ -19,7 +19,7 @@ from mmpo_jax.data.records import Record, Response
 from mmpo_jax.data.skipped import Problem
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.data.tokenized_rows import fingerprint_records
-from mmpo_jax.data.usable import rejections
+from mmpo_jax.data.usable import read_or_not
 from mmpo_jax.generation.responses import (
     GENERATE_RULES,
     PROMPTS_PER_PART,
@@ -90,24 +90,21 @@ class Asked:
         def tokenized(asked: Record) -> TokenizedRecord:
             return tokenize_asked(asked, critic.checkpoint.processor, critic.scored)
 
-        problems = rejections(record, tokenized)
         distinct: dict[str, Response] = {}
-        found: list[str | None] = []
-        for response, problem in zip(record.responses, problems, strict=True):
-            if problem is not None:
-                found.append(None)
-                continue
+        found = []
+        for response in record.responses:
             said = fingerprint_json([[turn.role, turn.text] for turn in response.turns])
             name = f"{record.id}#{said[:16]}"
             distinct.setdefault(name, response)
             found.append(name)
         once = dataclasses.replace(record, responses=tuple(distinct.values()))
-        names = tuple(distinct)
-        places = tuple(None if name is None else names.index(name) for name in found)
-        row = tokenized(once) if names else None
+        row, rejected = read_or_not(once, tokenized)
+        told = dict(zip(distinct, rejected, strict=True))
+        names = tuple(name for name in distinct if told[name] is None)
         if row is not None and not row.responses:
             row = dataclasses.replace(row, id=names[0])
-        return cls(row, names, places, tuple(problems))
+        places = tuple(None if told[name] else names.index(name) for name in found)
+        return cls(row, names, places, tuple(told[name] for name in found))
 
     def critiques(self, texts: Mapping[str, list[str]]) -> Critiques:
         """Those of every response, of name -> critiques."""

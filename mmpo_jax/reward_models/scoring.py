@@ -19,7 +19,7 @@ from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.records import Record, Response
 from mmpo_jax.data.skipped import Problem
 from mmpo_jax.data.tokenization import RowRejected, TokenizedRecord
-from mmpo_jax.data.usable import limits_of, rejections, with_responses
+from mmpo_jax.data.usable import limits_of, read_or_not, with_responses
 from mmpo_jax.models.precision import inference_dtype
 from mmpo_jax.objectives.registry import Scored
 from mmpo_jax.recipes.sampling import Decoding
@@ -214,17 +214,21 @@ class _Criticised:
                     combined.append(dataclasses.replace(response, critique=critique))
                 own[-1].append(distinct[key])
         whole = dataclasses.replace(record, responses=tuple(combined))
-        rejected = rejections(whole, tokenized)
+        row, rejected = read_or_not(whole, tokenized)
         for number, places in enumerate(own):
             told = next((rejected[place] for place in places if rejected[place]), None)
             problems[number] = problems[number] or told
         read = sorted({place for n, part in enumerate(own) if not problems[n] for place in part})
-        kept = with_responses(whole, [place in read for place in range(len(combined))])
+        if not read:
+            row = None
+        elif row is None or len(row.responses) > len(read):  # another critique of theirs is not
+            kept = with_responses(whole, [place in read for place in range(len(combined))])
+            row = tokenized(kept)
         at = [
             [] if problem else [read.index(place) for place in part]
             for part, problem in zip(own, problems, strict=True)
         ]
-        return cls(tokenized(kept) if read else None, critiques.texts, at, problems)
+        return cls(row, critiques.texts, at, problems)
 
     def averaged(self, rewards: Sequence[float]) -> Rewarded:
         """Means over the critiques, in float64.

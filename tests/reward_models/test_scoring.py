@@ -42,6 +42,7 @@ def score(request, tiny_model, tiny_processor, monkeypatch):
     sampled = {}
 
     def counted(checkpoint, rows, *_):
+        assert all(row.responses for row in rows)
         return [[float(len(one.ids)) for one in row.responses] for row in rows]
 
     def of_kind(critic, asked, *_):
