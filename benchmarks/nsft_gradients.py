@@ -17,8 +17,9 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from nsft_results import METHODS, Method
+from nsft_results import METHODS
 from objective_results import CONFIGS
+from tried_rates import Method
 
 from mmpo_jax.checkpoints.checkpoint import Checkpoint, load_start
 from mmpo_jax.commands.train import training_data
@@ -57,7 +58,7 @@ def main() -> None:
 
 
 def recipe_of(method: Method, data: str, output: str) -> TrainRecipe:
-    path = os.path.join(CONFIGS, "objectives", f"picture_world_{method.recipe}.yaml")
+    path = os.path.join(CONFIGS, f"{method.recipe}.yaml")
     own = os.path.join(data, f"{method.data}.jsonl")
     return load_recipe(TrainRecipe, path, [f"data.path={own}", f"output={output}"])
 

@@ -15,7 +15,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from picture_world_preferences import LAST, make_preferences
@@ -36,7 +36,9 @@ from mmpo_jax.training.validation import hold_out
 
 CONFIGS = os.path.join(os.path.dirname(__file__), os.pardir, "configs")
 START = "start"
-COLUMNS = (
+Columns = Sequence[tuple[str, str, int]]
+"""(key of a figure, its head, its digits)."""
+COLUMNS: Columns = (
     ("sampled/chair_s", "CHAIR_s, sampled", 3),
     ("greedy/chair_s", "greedy", 3),
     ("sampled/recall", "recall, sampled", 3),
@@ -118,23 +120,21 @@ class Bench:
           overrides: of the recipe.
         """
         split = "" if evaluation.split == "test" else f".{evaluation.split}"
-        file = os.path.join(self.folder, f"{name}{split}.json")
-        if os.path.exists(file):
-            with open(file) as text:
-                return json.load(text)
-        started = time.perf_counter()
-        checkpoint, result = self.start, {}
-        if path is not None:
-            folder = self.train(path, os.path.join(self.folder, name), data, overrides)
-            result["seconds"] = time.perf_counter() - started
-            checkpoint = load_checkpoint(folder, self.mesh)
-            result |= reward_accuracies(self.held, self.score(checkpoint), self.reference)
-        folder = os.path.join(self.folder, f"{name}{split}.evaluation")
-        at = Measuring(checkpoint, self.mesh, folder, self.lengths)
-        (measured,) = measure([evaluation], at)
-        result |= measured.scores.metrics
-        write_atomic(file, json.dumps(result, indent=1).encode())
-        return result
+        run = os.path.join(self.folder, f"{name}{split}")
+
+        def measured() -> Result:
+            started = time.perf_counter()
+            checkpoint, result = self.start, {}
+            if path is not None:
+                folder = self.train(path, os.path.join(self.folder, name), data, overrides)
+                result["seconds"] = time.perf_counter() - started
+                checkpoint = load_checkpoint(folder, self.mesh)
+                result |= reward_accuracies(self.held, self.score(checkpoint), self.reference)
+            at = Measuring(checkpoint, self.mesh, f"{run}.evaluation", self.lengths)
+            (found,) = measure([evaluation], at)
+            return result | found.scores.metrics
+
+        return kept(f"{run}.json", measured)
 
     def train(self, path: str, output: str, data: str | None, overrides: Sequence[str]) -> str:
         """The folder of the trained model."""
@@ -175,16 +175,26 @@ def reward_accuracies(
     return {name: float(np.mean(values)) for name, values in right.items()}
 
 
-def table(results: Mapping[str, Sequence[Result]]) -> str:
+def kept(file: str, measure: Callable[[], Result]) -> Result:
+    """The figures in a JSON file, which are measured where it is not there."""
+    if os.path.exists(file):
+        with open(file) as text:
+            return json.load(text)
+    result = measure()
+    write_atomic(file, json.dumps(result, indent=1).encode())
+    return result
+
+
+def table(results: Mapping[str, Sequence[Result]], columns: Columns = COLUMNS) -> str:
     """Mean (standard deviation) of every recipe over its seeds."""
-    heads = ["", "seeds", *(head for _, head, _ in COLUMNS)]
+    heads = ["", "seeds", *(head for _, head, _ in columns)]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    return "\n".join([*lines, *(row(name, runs) for name, runs in results.items())])
+    return "\n".join([*lines, *(row(name, runs, columns) for name, runs in results.items())])
 
 
-def row(name: str, runs: Sequence[Result]) -> str:
+def row(name: str, runs: Sequence[Result], columns: Columns = COLUMNS) -> str:
     cells = [
-        _spread([run[key] for run in runs if key in run], digits) for key, _, digits in COLUMNS
+        _spread([run[key] for run in runs if key in run], digits) for key, _, digits in columns
     ]
     return "| " + " | ".join([name, str(len(runs)), *cells]) + " |"
 

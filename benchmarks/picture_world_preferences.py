@@ -39,8 +39,14 @@ def main() -> None:
         print(f"{number:5} {kind}")
 
 
-def make_preferences(folder: str, prompts: int, seed: int) -> dict[str, int]:
+def make_preferences(folder: str, prompts: int, seed: int, split: str = SPLIT) -> dict[str, int]:
     """Writes the files of one seed.
+
+    Args:
+      folder: of the files.
+      prompts: as many scenes.
+      seed: of the scenes and of the samples.
+      split: of the scenes.
 
     Returns:
       How many rows each kind of data has.
@@ -49,7 +55,7 @@ def make_preferences(folder: str, prompts: int, seed: int) -> dict[str, int]:
         "seed": seed,
         "output": os.path.join(folder, "captions"),
         "model": "builtin:picture_world",
-        "data": {"source": "picture_world", "split": SPLIT, "size": prompts, "seed": seed},
+        "data": {"source": "picture_world", "split": split, "size": prompts, "seed": seed},
         "lengths": {"prompt": [24]},
         "sampling": {
             "num_samples": 10,
@@ -59,7 +65,7 @@ def make_preferences(folder: str, prompts: int, seed: int) -> dict[str, int]:
         },
     }
     sampled, _ = read_records(run_generation(GenerateRecipe.model_validate(recipe)))
-    scenes = world_records.scenes(SPLIT, seed, prompts)
+    scenes = world_records.scenes(split, seed, prompts)
     files = write_preferences(
         folder,
         (

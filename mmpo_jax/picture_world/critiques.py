@@ -25,6 +25,10 @@ def critique(caption: str, scene: Scene, missing: tuple[Kind, ...], faults: int)
     """
     said = [f"{question(c)} {ANSWERS[is_true(c, scene)]} ." for c in parse(caption).claims]
     said += [statement([(1, kind)]) for kind in missing]
+    return " ".join([*said[:MAX_SENTENCES], verdict(faults)])
+
+
+def verdict(faults: int) -> str:
+    """The shortest critique, with which every other ends: how many faults there are."""
     count = ANSWERS[False] if not faults else NUMBERS[min(faults, len(NUMBERS)) - 1]
-    verdict = f"{count} {'thing' if faults == 1 else 'things'} ."
-    return " ".join([*said[:MAX_SENTENCES], verdict])
+    return f"{count} {'thing' if faults == 1 else 'things'} ."
