@@ -68,12 +68,12 @@ Rankings = Sequence[Mapping[str, Any]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rates", nargs="+", default=["2.5e-4", "5e-4", "1e-3"])
+    parser.add_argument("--rates", nargs="+", default=["1e-3", "2e-3", "4e-3"])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--pairs", type=int, nargs="+", default=[250, 1000, 4000])
     parser.add_argument("--prompts", type=int, default=1000, help="that pairs are drawn from")
     parser.add_argument("--held-out", type=int, default=150, help="prompts that are measured on")
-    parser.add_argument("--steps", type=int, default=60, help="of every training")
+    parser.add_argument("--steps", type=int, default=300, help="of every training")
     parser.add_argument("--output", default="runs/reward")
     options = parser.parse_args()
     start_jax()
@@ -143,7 +143,7 @@ class Runs:
             f"data.path={self.first_pairs(self.data(method.data, 'align'), pairs)}",
             f"training.optimizer.learning_rate={rate}",
             f"training.max_steps={self.steps}",
-            f"training.epochs={self.steps}",  # as many as there is any need of
+            f"training.epochs={self.steps}",  # more than are needed
             "validation=null",
         ]
         path = os.path.join(CONFIGS, f"{method.recipe}.yaml")
