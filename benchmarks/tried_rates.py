@@ -13,7 +13,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 
-from objective_results import CONFIGS, START, Bench, Result, row, table
+from objective_results import COLUMNS, CONFIGS, START, Bench, Result, row, table
 
 from mmpo_jax.cli import start_jax
 
@@ -21,6 +21,8 @@ MOST_LOST = {"sampled/recall": 0.01, "yes_no_accuracy": 0.002}
 """What a learning rate may lose of the start model's figures to be taken."""
 LEAST = "sampled/chair_s"
 """What it is taken for."""
+SHOWN = [column for column in COLUMNS if column[0] != "seconds"]
+"""Columns. On the second split nothing is trained any more, so seconds would say nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +86,9 @@ def compare(
         for name in (START, *options.methods):
             result = runs.measure(name, chosen.get(name, ""), "test")
             test.setdefault(named(name, chosen.get(name, "")), []).append(result)
-            print(f"seed {seed} {row(name, [result])}", flush=True)
-    print(f"\nlearning rates, seed {options.seeds[0]}, validation:\n{table(tries)}")
-    print(f"\ntest:\n{table(test)}")
+            print(f"seed {seed} {row(name, [result], SHOWN)}", flush=True)
+    print(f"\nlearning rates, seed {options.seeds[0]}, validation:\n{table(tries, SHOWN)}")
+    print(f"\ntest:\n{table(test, SHOWN)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,15 +113,13 @@ class Runs:
         if method.rewards is not None:
             overrides.append(f"data.rewards={os.path.join(self.bench.data, method.rewards)}")
         words = "".join(letter if letter.isalnum() else "_" for letter in name)
-        result = self.bench.measured(
+        return self.bench.measured(
             f"{words}-{rate}",
             evaluation,
             os.path.join(CONFIGS, f"{method.recipe}.yaml"),
             f"{method.data}.jsonl",
             [*overrides, *self.overrides],
         )
-        # On the second split nothing is trained any more, so the seconds say nothing.
-        return {key: value for key, value in result.items() if key != "seconds"}
 
 
 def try_rates(
@@ -134,7 +134,7 @@ def try_rates(
             found = {rate: runs.measure(trying, rate, "validation") for rate in rates}
             for rate, result in found.items():
                 tries[named(trying, rate)] = [result]
-                print(f"try {row(named(trying, rate), [result])}", flush=True)
+                print(f"try {row(named(trying, rate), [result], SHOWN)}", flush=True)
             chosen[trying] = best_rate(found, start)
         chosen[name] = chosen[trying]
     return tries, chosen
