@@ -23,9 +23,9 @@ def run_rewarding(recipe: RewardRecipe) -> str:
     """Scores the responses of every usable row.
 
     Returns:
-      The file, one line per row: `id`, its number `row` in the data, `rewards`, and of every
-      response its `critiques` and the standard deviation `std` of the rewards over them. A response
-      without a reward has null, and the line says why in `problems`.
+      The file, one line per row: `id`, `rewards`, and of every response its `critiques` and the
+      standard deviation `std` of the rewards over them. A response without a reward has null, and
+      the line says why in `problems`.
     """
     results = Results.at(recipe.output, "rewards", recipe.data)
     record_set = recipe.data.load(supervised=True)
@@ -57,7 +57,6 @@ def run_rewarding(recipe: RewardRecipe) -> str:
 def _line(record: Record, rewarded: Rewarded) -> dict[str, Any]:
     line: dict[str, Any] = {
         "id": record.id,
-        "row": record.row,
         "rewards": [_or_null(reward) for reward in rewarded.rewards],
         "critiques": [*rewarded.critiques],
         "std": [_or_null(value) for value in rewarded.std],

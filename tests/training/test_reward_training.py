@@ -40,6 +40,7 @@ from mmpo_jax.training.plan import TrainingError
 from mmpo_jax.training.step import create_state, make_step, trainable_paths
 
 RECIPE = Path(mmpo_jax.__file__).parent.parent / "configs/picture_world_reward.yaml"
+CHAIN = RECIPE.with_name("picture_world_mm_dpo.yaml")
 CRITIC = [make_term("bradley_terry", margin=0.1), make_term("critique", prompt=PROMPT)]
 SCALAR = [make_term("bradley_terry")]
 LENGTHS = Lengths(prompt=(24,), response=(128,))
@@ -118,6 +119,32 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(train, tmp_path, tiny_m
     assert converted.config == model.config
     for path, leaf in flatten(read).items():
         np.testing.assert_array_equal(leaf, params[path], err_msg=path)
+
+
+@pytest.mark.slow
+def test_the_chain_of_mm_dpo(train, tmp_path, tiny_folder, monkeypatch):
+    """A reward model, what it says of the data, and a policy trained with its margins."""
+    monkeypatch.setattr("mmpo_jax.commands.reward.make_mesh", one_device)
+    monkeypatch.setattr(cli, "start_jax", lambda: None)
+    critic, _, _ = train("training.max_steps=1")
+    data, rewards = tmp_path / "preferences" / "rankings.jsonl", tmp_path / "rewards.jsonl"
+    flags = ["--data", str(data), "--output", str(rewards), "--max-new-tokens", "8"]
+    assert cli.main(["reward", "--model", critic, *flags]) == 0
+    found = [json.loads(line) for line in rewards.read_text().splitlines()]
+    gaps = [max(row["rewards"]) - min(row["rewards"]) for row in found]
+    assert len(found) == len(data.read_text().splitlines()) and max(gaps) > 0
+
+    def last(name, *more):
+        made = [f"data.path={data}", f"model={tiny_folder}", f"output={tmp_path / name}"]
+        made += ["training.batch_size=8", "training.max_steps=2", "validation=null", *more]
+        run_training(load_recipe(TrainRecipe, CHAIN, made))
+        return read_metrics(str(tmp_path / name / FILE))[-1]
+
+    given = last("given", f"data.rewards={rewards}")
+    assert given["loss"] == pytest.approx(given["loss/mm_dpo"] + 0.25 * given["loss/sft"])
+    flat = "training.objective=[{type: mm_dpo, w: 0}, {type: sft, weight: 0.25}]"
+    plain = last("plain", f"data.rewards={rewards}", flat)
+    assert given["loss/mm_dpo"] != pytest.approx(plain["loss/mm_dpo"], rel=1e-5)
 
 
 @pytest.mark.slow
