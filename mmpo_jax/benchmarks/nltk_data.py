@@ -1,8 +1,9 @@
 """nltk's English data: found where nltk finds them, in the layouts of its old and new versions.
 
 Sentence ends are `punkt_tab` or `punkt`, the tagger `averaged_perceptron_tagger_eng` or
-`averaged_perceptron_tagger`, each a folder or a zip; the newer layout is taken where both are. The
-older ones are pickles, of which sets, dicts and numbers are made and no code is run.
+`averaged_perceptron_tagger`, each a folder or a zip; the newer layout is taken where a folder of
+the search path has both. The older ones are pickles, of which sets, dicts and numbers are made and
+no code is run.
 """
 
 from __future__ import annotations
@@ -148,14 +149,14 @@ def _lines(package: Package, file: str) -> list[str]:
 
 
 def _find(kind: str, *names: str) -> Package:
-    """The first package of these names that is anywhere on the search path.
+    """The package of the first of these names, in the first folder of the search path that has any.
 
     Raises:
       MmpoError: there is none, and how to get it.
     """
     searched = search_path()
-    for name in names:
-        for root in searched:
+    for root in searched:
+        for name in names:
             folder = os.path.join(root, kind, name)
             if os.path.isdir(folder):
                 return Package(name, folder, functools.partial(_read_file, folder))

@@ -17,7 +17,9 @@ pytest.importorskip("nltk")
 @pytest.mark.parametrize("zipped", [False, True], ids=["folders", "zips"])
 @pytest.mark.parametrize("layout", ["old", "new"])
 def test_every_layout_of_the_data(tmp_path, monkeypatch, layout, zipped):
-    monkeypatch.setenv("NLTK_DATA", str(make_nltk_data(tmp_path, layout, zipped)))
+    monkeypatch.setenv("NLTK_DATA", str(make_nltk_data(tmp_path / "first", layout, zipped)))
+    later = make_nltk_data(tmp_path / "later", {"old": "new", "new": "old"}[layout])
+    monkeypatch.setattr("nltk.data.path", [str(later)])
     english = English()
     tokens = english.tokens("Mr. Bach sees a dog. The cats' women\nsit.")
     assert tokens[:2] == ["Mr.", "Bach"] and tokens[5] == "."
