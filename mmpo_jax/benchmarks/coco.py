@@ -14,6 +14,7 @@ from typing import Any
 from etils import epath
 
 from mmpo_jax.benchmarks.benchmark import Files, share
+from mmpo_jax.benchmarks.tables import as_id
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.files import read_bytes
 from mmpo_jax.core.progress import counted, doing
@@ -283,7 +284,7 @@ def image_number(value: Any, where: str) -> int:
     Raises:
       MmpoError: there is none in it.
     """
-    stem = str(int(value) if isinstance(value, float) else value).rsplit("/", 1)[-1].split(".")[0]
+    stem = as_id(value).rsplit("/", 1)[-1].split(".")[0]
     digits = stem.rsplit("_", 1)[-1]
     if not digits.isdecimal():
         raise MmpoError(f"{where}: {value!r:.80} is no image of COCO")

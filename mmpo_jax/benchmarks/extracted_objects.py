@@ -76,8 +76,9 @@ def asked_objects(
     """Objects that a judge lists, asked in the words of the script where it lies there.
 
     Raises:
-      MmpoError: a description has no question.
+      MmpoError: there is no judge, or a description has no question.
     """
+    judge.check()
     script = script_of(files, *SCRIPTS)
     template = None if script is None else script.constant("prompt_template")
     prompt = JUDGE
@@ -168,14 +169,18 @@ def _published(caption: Caption, rows: list[Row], file: str, reading: Reading) -
         raise MmpoError(f"{file}: has no objects of the description of image {caption.image}")
     row = rows.pop(0)
     text = row.get("caption")
-    if text is not None and text.strip() != caption.text:
+    if text is not None and str(text).strip() != caption.text:
         raise MmpoError(
             f"{row.name}: is about {text!r:.60}, and the description is {caption.text!r:.60}"
         )
     nouns = row.get("objs", "words")
     if nouns is not None:
         return Extracted(names=_listed(row, row.get("extract_objs")), nouns=_listed(row, nouns))
-    listed: Any = row.need("extract_objs", "objects", *REVIEWS)
+    names = ("extract_objs", "objects", *REVIEWS)
+    listed: Any = row.get(*names)
+    if listed is None and any(name in row.values for name in names):
+        return Extracted()
+    listed = row.need(*names)
     if isinstance(listed, str):
         return Extracted(read_objects(listed, reading), reply=listed)
     return Extracted(_listed(row, listed))

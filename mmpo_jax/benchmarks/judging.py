@@ -17,7 +17,7 @@ from typing import Any, NoReturn, Protocol
 
 from etils import epath
 
-from mmpo_jax.benchmarks.tables import Row, read_table
+from mmpo_jax.benchmarks.tables import Row, read_table, said
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.files import fingerprint_json, write_atomic
 from mmpo_jax.core.processes import on_one
@@ -29,6 +29,8 @@ FILE = "judgements.jsonl"
 """File of a judge's folder that has every reply, a row each; `--judgements` reads it."""
 FEW = 2
 """Questions whose replies may all be unreadable: of so few that says nothing of the judge."""
+HOW = "--judge url=http://HOST:PORT/v1 --judge model=NAME asks one"
+"""What messages say of judges."""
 SHOWN = 300
 """Characters of a reply that messages show."""
 
@@ -173,6 +175,16 @@ class Judge:
         """Whether there are a model or judgements."""
         return self.model is not None or self._given is not None
 
+    def check(self) -> None:
+        """
+        Raises:
+          MmpoError: nobody judges.
+        """
+        if not self.is_there:
+            raise MmpoError(
+                f"this benchmark needs a judge: {HOW}, --judgements FILE has judgements"
+            )
+
     def ask(
         self,
         prompt: JudgePrompt,
@@ -193,6 +205,7 @@ class Judge:
           MmpoError: there is no judge and the given file lacks a judgement.
           TooManyFailed: more questions than allowed have no reply, or no reply can be read.
         """
+        self.check()
         asked = [_asked(prompt, question) for question in questions]
         keys = asked
         if self.model is not None:
@@ -329,17 +342,26 @@ class Judge:
             of_question.append(dict(row.values))
 
     def _lacking(self, question: Question) -> str:
-        how = "--judge url=http://HOST:PORT/v1 --judge model=NAME asks one"
-        if self._given is None:
-            return f"this benchmark needs a judge: {how}, --judgements FILE reads judgements"
         return (
             f"{self._given}: has no judgement of the answer to {question.id!r}, which was judged "
-            f"with other words or not at all; {how}"
+            f"with other words or not at all; {HOW}"
         )
 
 
 REVIEWS = ("review", "judgement", "content", "reply", "text", "response")
 """Names under which rows of judgements may have the judge's words, where the authors have none."""
+
+
+def review_of(row: Row, *keys: str) -> str | None:
+    """The judge's words in a row of judgements, under one of the keys or of `REVIEWS`; None where
+    the row says that there are none.
+
+    Raises:
+      MmpoError: the row has none of the keys.
+    """
+    names = (*keys, *REVIEWS)
+    is_empty = row.get(*names) is None and any(name in row.values for name in names)
+    return None if is_empty else said(row, *names)
 
 
 def _asked(prompt: JudgePrompt, question: Question) -> str:
@@ -361,4 +383,4 @@ def _judgement(
 
 def _counted(names: Sequence[str | None]) -> dict[str, int]:
     """Name -> how many judgements are its; those of nobody are left out."""
-    return dict(collections.Counter(name for name in names if name is not None))
+    return dict(collections.Counter(str(name) for name in names if name is not None))

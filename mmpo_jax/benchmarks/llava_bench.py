@@ -14,9 +14,9 @@ from typing import Any, Literal
 import numpy as np
 
 from mmpo_jax.benchmarks.benchmark import Asked, Files, Metric, Scores, benchmark, mean_words, share
-from mmpo_jax.benchmarks.judging import REVIEWS, Judge, JudgePrompt, Question
+from mmpo_jax.benchmarks.judging import Judge, JudgePrompt, Question, review_of
 from mmpo_jax.benchmarks.scripts import official_name
-from mmpo_jax.benchmarks.tables import Row, as_id, match_by_id, match_by_order, said
+from mmpo_jax.benchmarks.tables import Row, as_id, have_ids, match_by_id, match_by_order, said
 from mmpo_jax.core.errors import DataError, MmpoError
 from mmpo_jax.core.files import read_bytes
 from mmpo_jax.core.sections import PositiveInt
@@ -84,7 +84,7 @@ def llava_bench(
     means, that of RLHF-V (`rlhf_v`) leaves them out. Both round the means to three digits before
     they divide.
     """
-    rows = _published(judge, answers) or _judged(files, answers, judge)
+    rows = _published(files, judge, answers) or _judged(files, answers, judge)
     kept = _counted(rows, summary)
     metrics: dict[str, float] = {}
     for name, pairs in _by_category(kept, summary).items():
@@ -130,8 +130,7 @@ def _by_category(rows: Sequence[dict[str, Any]], summary: Summary) -> dict[str, 
     found: dict[str, list[Pair]] = {}
     for row in rows:
         for name in (row["category"], "all"):
-            if name is not None:
-                found.setdefault(name, []).append(row["tuple"])
+            found.setdefault(name, []).append(row["tuple"])
     return dict(sorted(found.items())) if summary == "llava" else found
 
 
@@ -157,8 +156,12 @@ def _scores(row: Mapping[str, Any], counts: bool) -> dict[str, Any]:
     }
 
 
-def _published(judge: Judge, answers: Sequence[Row]) -> list[dict[str, Any]] | None:
-    """Reviews in the layout of the official scripts; None where there are none."""
+def _published(files: Files, judge: Judge, answers: Sequence[Row]) -> list[dict[str, Any]] | None:
+    """Reviews in the layout of the official scripts; None where there are none.
+
+    Raises:
+      MmpoError: a review has no scores, or no category and is of no question.
+    """
     reviews = judge.published
     if reviews is None and all("tuple" in row.values for row in answers):
         reviews = list(answers)
@@ -170,31 +173,40 @@ def _published(judge: Judge, answers: Sequence[Row]) -> list[dict[str, Any]] | N
         for row in answers
         if "text" in row.values or "response" in row.values
     }
+    categories: dict[str, str] = {}
+    if any(row.get("category") is None for row in reviews):
+        contexts = _contexts(files)
+        for question in files.rows(*QUESTIONS):
+            categories[as_id(question.need("question_id"))] = _seen(question, contexts)[1]
     found = []
     for row in reviews:
         name = as_id(row.need("question_id", "id"))
+        category: Any = row.get("category")
+        if category is None and name not in categories:
+            raise MmpoError(f"{row.name}: has no `category`, and there is no question {name!r}")
         found.append(
             {
                 "id": name,
-                "category": row.get("category"),
+                "category": categories[name] if category is None else str(category),
                 "answer": texts.get(name),
                 "reference": None,
-                "review": row.get("content"),
+                "review": row.get("content", "review"),
                 "tuple": _pair(row),
             }
         )
     return found
 
 
-def _pair(row: Row) -> Pair:
-    """The scores that a review's row has, or those in its text.
+def _pair(row: Row) -> Pair | None:
+    """The scores that a review's row has, or those in its text; None where that is null.
 
     Raises:
       MmpoError: it has neither.
     """
     given = row.get("tuple", "score")
     if given is None:
-        return read_scores(said(row, *REVIEWS))
+        review = review_of(row)
+        return None if review is None else read_scores(review)
     try:
         reference, model = given
         return float(reference), float(model)
@@ -205,24 +217,22 @@ def _pair(row: Row) -> Pair:
 def _judged(files: Files, answers: Sequence[Row], judge: Judge) -> list[dict[str, Any]]:
     """The reviews of a judge that is asked, or was."""
     asked = files.rows(*QUESTIONS)
-    if all(row.get("id", "question_id") is not None for row in answers):
+    if have_ids(answers, "question_id"):
         matched = match_by_id(asked, answers, "question_id")
     else:
         matched = match_by_order(asked, answers)
     references = {
         as_id(row.need("question_id")): row.text("text") for row in files.rows(*REFERENCES)
     }
-    contexts = {row.text("image"): row for row in files.rows(*CONTEXTS)}
+    contexts = _contexts(files)
     rules = _rules(files)
     rows: list[dict[str, Any]] = []
     to_ask = []
     for question, answer in matched:
-        name, image = as_id(question.need("question_id")), question.text("image")
-        if name not in references or image not in contexts:
-            lacking = "reference answer" if name not in references else f"context of {image}"
-            raise MmpoError(f"{question.name}: there is no {lacking} to question {name}")
-        context, is_wild = _context(contexts[image])
-        category = (WILD if is_wild else "") + question.text("category")
+        name = as_id(question.need("question_id"))
+        if name not in references:
+            raise MmpoError(f"{question.name}: there is no reference answer to question {name}")
+        context, category = _seen(question, contexts)
         if category not in rules:
             raise MmpoError(f"{question.name}: there is no rule for {category!r}")
         row: dict[str, Any] = {
@@ -257,13 +267,26 @@ def _rules(files: Files) -> dict[str, dict[str, str]]:
         raise DataError(f"{path}: has no rules with `role` and `prompt`: {error}") from error
 
 
-def _context(row: Row) -> tuple[str, bool]:
-    """(what the judge knows of an image, whether it is of the wild)."""
+def _contexts(files: Files) -> dict[str, Row]:
+    """Name of an image -> what is known of it."""
+    return {row.text("image"): row for row in files.rows(*CONTEXTS)}
+
+
+def _seen(question: Row, contexts: Mapping[str, Row]) -> tuple[str, str]:
+    """(what the judge knows of a question's image, the question's category).
+
+    Raises:
+      MmpoError: nothing is known of the image.
+    """
+    image, category = question.text("image"), question.text("category")
+    if image not in contexts:
+        raise MmpoError(f"{question.name}: there is no context of {image}")
+    row = contexts[image]
     if "captions" not in row.values:
         caption = row.need("caption")
-        return (caption if isinstance(caption, str) else "\n".join(caption)), True
+        return (caption if isinstance(caption, str) else "\n".join(caption)), WILD + category
     boxes = [f"{one['category']}: {one['bbox']}" for one in row.need("instances")]
-    return "\n".join(row.need("captions")) + "\n\n" + "\n".join(boxes), False
+    return "\n".join(row.need("captions")) + "\n\n" + "\n".join(boxes), category
 
 
 def _told(context: str, asked: str, reference: str, answer: str, rule: Mapping[str, str]) -> str:

@@ -25,7 +25,7 @@ from mmpo_jax.benchmarks.safety_judge import (
 )
 from mmpo_jax.benchmarks.safety_phrases import is_attacked, is_refusal
 from mmpo_jax.benchmarks.scripts import script_of
-from mmpo_jax.benchmarks.tables import Row, as_id, match_by_order, read_table, said
+from mmpo_jax.benchmarks.tables import Row, as_id, have_ids, match_by_order, read_table, said
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.files import walk
 from mmpo_jax.core.sections import PositiveInt
@@ -280,7 +280,7 @@ def _matched(files: Files, answers: Sequence[Row]) -> list[tuple[Set, str, Row, 
     """
     asked = _questions(files)
     samples = [_sample(row) for row in answers]
-    if not all(row.get("id", "question_id") is not None for row in samples):
+    if not have_ids(samples, "question_id"):
         pairs = match_by_order(list(asked.values()), samples)
         return [
             (*key, question, said(answer, "response", "text", "answer"))

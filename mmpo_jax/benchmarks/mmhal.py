@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from mmpo_jax.benchmarks.benchmark import Asked, Files, Metric, Scores, benchmark, mean_words, share
-from mmpo_jax.benchmarks.judging import REVIEWS, Judge, JudgePrompt, Question
+from mmpo_jax.benchmarks.judging import Judge, JudgePrompt, Question, review_of
 from mmpo_jax.benchmarks.linked_images import linked_image
 from mmpo_jax.benchmarks.scripts import official_name, script_of
-from mmpo_jax.benchmarks.tables import Row, match_by_id, match_by_order, said
+from mmpo_jax.benchmarks.tables import Row, as_id, have_ids, match_by_id, match_by_order, said
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.prompts import fill
 from mmpo_jax.core.sections import PositiveInt
@@ -95,7 +95,7 @@ def questions(files: Files, *, max_new_tokens: PositiveInt = 1024) -> list[Asked
     answers="`model_answer`, `answer` or `text` in the order of the questions, or `response` with "
     "the question's `image_id` as `id`",
     judgements="the judge's replies as the official script keeps them, with `choices`, or rows "
-    "with `gpt4_review` or `review`, in the order of the questions",
+    "with `gpt4_review` or `review`, in the order of the questions or by `image_id` or `id`",
     metrics=METRICS,
     asks=questions,
     images="MMHal-Bench (links in `image_src`)",
@@ -109,7 +109,7 @@ def mmhal(
     A review's rating is the only k of 0 to 6 for which it has "rating: k", in any case. Where there
     are none or several, the official script counts 0, a hallucination; `left_out` counts none.
     """
-    rows = _published(judge, answers) or _judged(files, answers, judge)
+    rows = _published(files, judge, answers) or _judged(files, answers, judge)
     for row in rows:
         row["read"] = rating(row["review"])
         counted = 0 if row["read"] is None and unparsed == "zero" else row["read"]
@@ -166,44 +166,71 @@ def _scores(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _published(judge: Judge, answers: Sequence[Row]) -> list[dict[str, Any]] | None:
+def _published(files: Files, judge: Judge, answers: Sequence[Row]) -> list[dict[str, Any]] | None:
     """The reviews of a file in the authors' layouts; None where there is none.
 
     Raises:
-      MmpoError: there are not 96, whose types go by their places.
+      MmpoError: as `_types`.
     """
     reviews = judge.published
     if reviews is None and all(_is_review(row) for row in answers):
         reviews = list(answers)
     if reviews is None:
         return None
+    judge.tell(JUDGE, [row.get("model") for row in reviews])
+    types = _types(files, reviews)
+    names = [_image(row) or str(place) for place, row in enumerate(reviews)]
+    texts: dict[str, str] = {}
+    if _has_ids(answers):
+        texts = {as_id(row.get("id")): _answer(row) for row in answers}
+    elif len(answers) == len(reviews) and not any("choices" in row.values for row in answers):
+        texts = {name: _answer(row) for name, row in zip(names, answers, strict=True)}
+    return [
+        {"id": name, "question_type": kind, "answer": texts.get(name), "review": _review(row)}
+        for name, kind, row in zip(names, types, reviews, strict=True)
+    ]
+
+
+def _types(files: Files, reviews: Sequence[Row]) -> list[str]:
+    """The types of the questions that reviews are of: by their ids, where they have those of the
+    questions' images, else by their places, as in the official script.
+
+    Raises:
+      MmpoError: some are of no question, or there are not 96 to go by their places.
+    """
+    if all(row.get("question_type") is not None for row in reviews):
+        return [row.text("question_type") for row in reviews]
+    names = [_image(row) for row in reviews]
+    if all(names):
+        asked = files.rows(*PATTERNS)
+        known = {row.text("image_id"): row.text("question_type") for row in asked}
+        unknown = [row for name, row in zip(names, reviews, strict=True) if name not in known]
+        if not unknown:
+            return [known[name] for name in names if name]
+        if len(unknown) < len(reviews):
+            named = _image(unknown[0])
+            raise MmpoError(f"{unknown[0].name}: there is no question {named!r} in {asked[0].file}")
     if len(reviews) != QUESTIONS:
         raise MmpoError(
-            f"{reviews[0].file}: has {len(reviews)} reviews, not {QUESTIONS}; which question is "
-            "of which type goes by their places"
+            f"{reviews[0].file}: has {len(reviews)} reviews, not {QUESTIONS}; without `image_id` "
+            "it goes by their places which question is of which type"
         )
-    judge.tell(JUDGE, [row.get("model") for row in reviews])
-    texts: list[str | None] = [None] * QUESTIONS
-    if len(answers) == QUESTIONS and not any("choices" in row.values for row in answers):
-        texts = [_answer(row) for row in answers]
-    return [
-        {
-            "id": str(row.get("image_id") or place),
-            "question_type": TYPES[place % len(TYPES)],
-            "answer": text,
-            "review": _review(row),
-        }
-        for place, (row, text) in enumerate(zip(reviews, texts, strict=True))
-    ]
+    return [TYPES[place % len(TYPES)] for place in range(QUESTIONS)]
+
+
+def _image(review: Row) -> str | None:
+    """The id of the image that a review is about; replies of OpenAI have ids of their own."""
+    named = review.get("image_id") if "choices" in review.values else review.get("image_id", "id")
+    return None if named is None else as_id(named)
 
 
 def _is_review(row: Row) -> bool:
     return "choices" in row.values or "gpt4_review" in row.values
 
 
-def _review(row: Row) -> str:
+def _review(row: Row) -> str | None:
     if "choices" not in row.values:
-        return said(row, "gpt4_review", *REVIEWS)
+        return review_of(row, "gpt4_review")
     try:
         text = row.need("choices")[0]["message"]["content"]
     except (TypeError, KeyError, IndexError) as error:
@@ -253,8 +280,13 @@ def _judged(files: Files, answers: Sequence[Row], judge: Judge) -> list[dict[str
 
 
 def _has_ids(answers: Sequence[Row]) -> bool:
-    """Whether answers are in our layout; what the authors' scripts read goes by places."""
-    return all(row.get("response", "responses") is not None and row.get("id") for row in answers)
+    """Whether answers are in our layout; what the authors' scripts read goes by places.
+
+    Raises:
+      MmpoError: some are, and lack an id.
+    """
+    ours = all("response" in row.values or "responses" in row.values for row in answers)
+    return ours and have_ids(answers)
 
 
 def _question(template: str | None, question: Row, answer: str) -> str:

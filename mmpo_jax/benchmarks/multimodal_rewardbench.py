@@ -18,10 +18,10 @@ COIN_SEED = 123
 
 @benchmark(
     source="github.com/facebookresearch/multimodal_rewardbench, data/all_data.json",
-    answers="the judge's `output` for every row of all_data.json, in order, with or without the "
-    "`ID`, `Label` and `Meta` that the official script keeps; or `rewards: [of Output1, of "
-    "Output2]` of every row, as `mmpo reward` writes them or in order; or replies of a judge to "
-    "pairs as questions",
+    answers="the judge's `output` or `response` for every row of all_data.json, in order, with or "
+    "without the `ID`, `Label` and `Meta` that the official script keeps; or `rewards: [of "
+    "Output1, of Output2]` of every row, as `mmpo reward` writes them or in order; or replies of a "
+    "judge to pairs as questions",
 )
 def multimodal_rewardbench(
     files: Files, answers: Sequence[Row], *, unparsed_is_wrong: bool = False
@@ -79,7 +79,7 @@ def _of_words(questions: Sequence[Row], answers: Sequence[Row]) -> list[dict[str
         row = _row(question)
         meta = answer.get("Meta")
         repeated = {
-            "id": answer.get("ID"),
+            "id": answer.get("ID", "id"),
             "label": answer.get("Label"),
             "category": meta.get("Category") if isinstance(meta, Mapping) else None,
         }
@@ -88,7 +88,7 @@ def _of_words(questions: Sequence[Row], answers: Sequence[Row]) -> list[dict[str
                 raise MmpoError(
                     f"{answer.name}: has the {name} {value!r}, {question.name} has {row[name]!r}"
                 )
-        output = said(answer, "output")
+        output = said(answer, "output", "response")
         found.append({**row, "output": output, "read": verdict(output)})
     return found
 

@@ -28,7 +28,7 @@ from mmpo_jax.benchmarks.extracted_objects import (
 )
 from mmpo_jax.benchmarks.judging import Judge
 from mmpo_jax.benchmarks.noun_runs import Nouns, Parser, noun_runs, parser_of
-from mmpo_jax.benchmarks.tables import Row, match_by_order, read_table, said
+from mmpo_jax.benchmarks.tables import Row, have_ids, match_by_order, read_table, said
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.sections import PositiveInt
 from mmpo_jax.data.records import Record, Turn
@@ -151,15 +151,17 @@ def _captions(files: Files, answers: Sequence[Row]) -> list[Caption]:
     Raises:
       MmpoError: there are no numbers, and no file of questions.
     """
+    is_named = have_ids(answers, "image_id")
     try:
         asked = read_table(first_file(files, *QUESTIONS))
     except MmpoError:
+        if not is_named:
+            raise
         asked = []
-    if any(row.get("image_id", "id") is None for row in answers):
-        asked = asked or read_table(first_file(files, *QUESTIONS))
-        numbers = [question.need("image_id") for question, _ in match_by_order(asked, answers)]
-    else:
+    if is_named:
         numbers = [row.need("image_id", "id") for row in answers]
+    else:
+        numbers = [question.need("image_id") for question, _ in match_by_order(asked, answers)]
     images = [image_number(n, row.name) for n, row in zip(numbers, answers, strict=True)]
     told = {image_number(row.need("image_id"), row.name): row.get("question") for row in asked}
     return [

@@ -10,6 +10,7 @@ from mmpo_jax.benchmarks.benchmark import Asked, Files, Metric, Scores, benchmar
 from mmpo_jax.benchmarks.tables import (
     Row,
     as_id,
+    have_ids,
     match_by_id,
     match_by_order,
     read_table,
@@ -142,22 +143,19 @@ def _asked(files: Files, answers: Sequence[Row]) -> list[Row]:
       MmpoError: no file fits, or several do.
     """
     paths = files.find(*PATTERNS)
-    tables = [read_table(path) for path in paths]
+    tables = [(path, read_table(path)) for path in paths]
     if len(tables) == 1:
-        return tables[0]
+        return tables[0][1]
     if all(answer.get("question") is not None for answer in answers):
-        tables = [table for table in tables if _same_texts(table, answers)]
-    else:
-        named = [
-            table
-            for path, table in zip(paths, tables, strict=True)
-            if path.stem.split("_")[-1] in stem(answers[0].file)
-        ]
+        tables = [(path, table) for path, table in tables if _same_texts(table, answers)]
+    if len(tables) > 1:
+        of_name = stem(answers[0].file)
+        named = [(path, rows) for path, rows in tables if path.stem.split("_")[-1] in of_name]
         tables = named or tables
     if len(tables) == 1:
-        return tables[0]
+        return tables[0][1]
     raise MmpoError(
-        f"{answers[0].file}: {'none' if not tables else 'more than one'} of the question files in "
+        f"{answers[0].file}: {'more than one' if tables else 'none'} of the question files in "
         f"{files.root} fits the answers: name one, as --data {paths[0]}"
     )
 
@@ -168,15 +166,16 @@ def stem(file: str) -> str:
 
 
 def _same_texts(questions: Sequence[Row], answers: Sequence[Row]) -> bool:
-    """Whether answers repeat the questions, in their order."""
-    return len(answers) <= len(questions) and all(
-        question.get("text", "query") == answer.get("question")
-        for question, answer in zip(questions, answers, strict=False)
-    )
+    """Whether answers repeat the questions that they are matched with."""
+    try:
+        _matched(questions, answers)
+    except MmpoError:
+        return False
+    return True
 
 
 def _matched(questions: Sequence[Row], answers: Sequence[Row]) -> list[tuple[Row, Row]]:
-    if all(answer.get("id", "question_id") is not None for answer in answers):
+    if have_ids(answers, "question_id"):
         matched = match_by_id(questions, answers, "question_id", "image_id")
     else:
         matched = match_by_order(questions, answers)

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from mmpo_jax.benchmarks.benchmark import Asked, Files, Metric, Scores, benchmark, mean_words, share
-from mmpo_jax.benchmarks.judging import REVIEWS, Judge, JudgePrompt, Question
+from mmpo_jax.benchmarks.judging import Judge, JudgePrompt, Question, review_of
 from mmpo_jax.benchmarks.linked_images import linked_image
 from mmpo_jax.benchmarks.scripts import Script, official_name, script_of
-from mmpo_jax.benchmarks.tables import Row, as_id, match_by_id, said
+from mmpo_jax.benchmarks.tables import Row, as_id, have_ids, match_by_id, said
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.prompts import fill
 from mmpo_jax.core.sections import PositiveInt
@@ -240,23 +240,27 @@ def _published(files: Files, judge: Judge, answers: Sequence[Row]) -> list[Revie
         given = list(answers)
     if given is None:
         return None
-    texts = {}
+    texts: dict[Any, str] = {}
     if all("image_url" in row.values for row in answers):
         texts = {_key(row): _answer(row) for row in answers}
+    elif all("response" in row.values for row in answers) and have_ids(answers):
+        texts = {as_id(row.need("id")): _answer(row) for row in answers}
     types = {}
     if not all("type_name" in row.values for row in given):
         types = {as_id(row.need("id")): row.text("type") for row in files.rows(*QUESTIONS)}
     reviews = []
     for place, row in enumerate(given):
         is_second = "review_res" in row.values
-        text = said(row, "review_res" if is_second else "review", *REVIEWS)
-        score = verdict(text) if row.get("score") is None else _published_score(row)
+        text = review_of(row, *(["review_res"] if is_second else []))
+        score = _published_score(row)
+        if score is None and text is not None:
+            score = verdict(text)
         name = as_id(place if row.get("image", "id") is None else row.get("image", "id"))
         kind = row.get("type_name") or types.get(name)
         if kind is None:
             raise MmpoError(f"{row.name}: has no `type_name`, and there is no question {name!r}")
         key = (row.get("question"), row.get("image_path_list"))
-        review = Review(name, kind, texts.get(key), None)
+        review = Review(name, kind, texts.get(key, texts.get(name)), None)
         if is_second:
             review.hallucination_text, review.hallucination = text, score
         else:
@@ -269,11 +273,11 @@ def _published(files: Files, judge: Judge, answers: Sequence[Row]) -> list[Revie
     return reviews
 
 
-def _published_score(row: Row) -> int:
+def _published_score(row: Row) -> int | None:
     score = row.get("score")
-    if score not in (-1, 0, 1):
+    if score not in (None, -1, 0, 1):
         raise MmpoError(f"{row.name}: its score is {score!r:.80}, not -1, 0 or 1")
-    return int(score)
+    return None if score is None else int(score)
 
 
 def _key(row: Row) -> tuple[str, str]:
@@ -317,6 +321,8 @@ def _judged(
     for question, answer in _matched(files.rows(*REFERENCES), answers):
         name, kind = as_id(question.need("id")), question.text("type")
         theirs, ours = question.text("answer"), _answer(answer)
+        if not theirs:
+            raise MmpoError(f"{question.name}: has no answer of GPT-4V, as {REFERENCES[0]} has it")
         for run, swapped in itertools.product(range(runs), (False, True)):
             if swapped and order == "official":
                 continue

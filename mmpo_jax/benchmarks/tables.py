@@ -11,6 +11,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -39,7 +40,8 @@ class Row:
 
     def get(self, *keys: str) -> Any:
         """The first of the keys that the row has; None where it has none of them."""
-        return next((self.values[key] for key in keys if self.values.get(key) is not None), None)
+        found = (self.values.get(key) for key in keys)
+        return next((value for value in found if not _is_missing(value)), None)
 
     def need(self, *keys: str) -> Any:
         """The first of the keys that the row has.
@@ -66,15 +68,22 @@ class Row:
         return value
 
 
+def _is_missing(value: Any) -> bool:
+    """Whether a value is null, or NaN, which pandas writes for it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def said(row: Row, *keys: str) -> str:
     """The text of an answer, under one of the keys or as the only one of `responses`, as
     `mmpo generate` writes it; an empty cell of a table is an empty answer.
 
     Raises:
-      MmpoError: there is none, or there are several.
+      MmpoError: there is none, it is no text, or there are several.
     """
     if any(key in row.values for key in keys):
         value = row.get(*keys)
+        if not isinstance(value, str | int | float | None):
+            raise MmpoError(f"{row.name}: the answer is no text but {value!r:.80}")
         return "" if value is None else str(value)
     given = row.get("responses")
     if given is None:
@@ -145,6 +154,19 @@ _READERS: dict[str, Callable[[epath.Path], Iterable[tuple[int, Mapping[str, Any]
     ".tsv": _rows_of_text("\t"),
     ".csv": _rows_of_text(","),
 }
+
+
+def have_ids(answers: Sequence[Row], *keys: str) -> bool:
+    """Whether answers have ids, under `id` or one of the keys.
+
+    Raises:
+      MmpoError: some have and some have not.
+    """
+    named = [answer.get("id", *keys) is not None for answer in answers]
+    if any(named) and not all(named):
+        row = answers[named.index(False)]
+        raise MmpoError(f"{row.name}: has no {' or '.join(('id', *keys))}, which other rows have")
+    return all(named)
 
 
 def match_by_id(

@@ -77,6 +77,10 @@ def test_answers_as_generate_writes_them_and_of_other_questions(tmp_path):
     assert scored("pope", tmp_path, asked(["yes", "no"]), answers).metrics["Accuracy"] == 0.5
     with pytest.raises(MmpoError, match=r"row 1: `responses` is no list of one answer"):
         scored("pope", tmp_path, None, [{"id": "1", "responses": ["no", "yes"]}])
+    with pytest.raises(MmpoError, match=r"row 1: the answer is no text but \['no'\]"):
+        scored("pope", tmp_path, None, [{"id": "1", "response": ["no"]}])
+    with pytest.raises(MmpoError, match=r"row 2: has no id or question_id, which other rows have"):
+        scored("pope", tmp_path, None, [{"id": "2", "response": "no"}, {"response": "no"}])
     with pytest.raises(MmpoError, match=r"row 1: answers 'Is there a cat\?', and .* asks"):
         scored("pope", tmp_path, None, [{"question": "Is there a cat?", "answer": "no"}])
     with pytest.raises(MmpoError, match=r"row 1: has no 'prediction' or 'response', only index"):
@@ -95,6 +99,10 @@ def test_pope_finds_the_file_that_was_answered(tmp_path):
     given = [{"question": "Is there a dog?", "answer": "yes"}] * 2
     scores = scored("pope", tmp_path, None, given)
     assert scores.beside["questions"] == 2 and scores.metrics["Accuracy"] == 0.5
+    by_pandas = [{**row, "id": math.nan} for row in given]  # which writes that for nothing
+    assert scored("pope", tmp_path, None, by_pandas).metrics == scores.metrics
+    by_id = [{"id": 2, "question": "Is there a dog?\nAnswer shortly.", "answer": "no"}]
+    assert scored("pope", tmp_path, None, by_id).metrics["Accuracy"] == 1
     with pytest.raises(MmpoError, match=r"more than one of the question files .* name one"):
         scored("pope", tmp_path, None, [{"id": "1", "response": "yes"}])
 

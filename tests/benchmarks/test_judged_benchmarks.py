@@ -108,9 +108,29 @@ TEMPLATE = [
 ]
 
 
+def template_in(folder):
+    folder.mkdir()
+    (folder / "response_template.json").write_text(json.dumps(TEMPLATE))
+    return folder
+
+
+def test_mmhal_takes_types_by_ids_where_reviews_have_them(score, tmp_path):
+    data = template_in(tmp_path / "data")
+    answers = [{"id": f"i{place}", "response": "x " * place} for place in range(8)]
+    reviews = [{"id": f"i{place}", "review": f"Rating: {place}"} for place in (5, 3)]
+    scores = score("mmhal", answers, [*reviews, {"id": "i6", "review": None}], data)
+    assert scores.metrics["Average score"] == 4
+    assert [scores.metrics[f"Average score: {TYPES[place]}"] for place in (5, 3)] == [5, 3]
+    assert scores.beside["without_judgement"] == 1 and scores.beside["unparsed"] == 0
+    assert [len(row["answer"].split()) for row in scores.rows] == [5, 3, 6]
+    with pytest.raises(MmpoError, match="row 2: there is no question 'i9' in "):
+        score("mmhal", answers, [reviews[0], {"id": "i9", "review": "Rating: 1"}], data)
+    with pytest.raises(MmpoError, match="row 2: has no id, which other rows have"):
+        score("mmhal", [answers[0], {"response": "x"}], reviews, data)
+
+
 def test_mmhal_asks_a_judge(tmp_path):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "response_template.json").write_text(json.dumps(TEMPLATE))
+    template_in(tmp_path / "data")
     answers = [{"id": f"i{place}", "response": f"said {place}"} for place in (3, 5)]
 
     def script(body, seen):
@@ -129,8 +149,7 @@ def test_mmhal_asks_a_judge(tmp_path):
 
 
 def test_a_judge_is_asked_in_the_words_of_the_authors_script_where_it_lies_there(tmp_path):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "response_template.json").write_text(json.dumps(TEMPLATE))
+    template_in(tmp_path / "data")
     text = "import nothing_there\ntemplate = '''Judge {}: {} / {} / {}\n'''\nraise SystemExit\n"
     (tmp_path / "data" / "eval_gpt_mmhal.py").write_text(text)
     answers = [{"text": f"Assistant: {place} {{}}\n"} for place in range(8)]
@@ -223,6 +242,17 @@ def test_llava_bench_asks_a_judge_by_the_rules_of_the_data(tmp_path):
     assert found["beside"]["unparsed"] == 1
 
 
+def test_llava_bench_takes_categories_of_its_questions_where_reviews_have_none(score, tmp_path):
+    data = llava_files(tmp_path / "data")
+    answers = [{"id": n, "response": "x"} for n in (0, 1)]
+    reviews = [{"id": 1, "review": "4 2\n"}, {"id": 0, "review": None}]
+    scores = score("llava_bench", answers, reviews, data)
+    assert scores.metrics["detail"] == scores.metrics["all"] == 50 and "conv" not in scores.metrics
+    assert scores.beside["without_judgement"] == 1 and scores.beside["unparsed"] == 0
+    with pytest.raises(MmpoError, match="has no `category`, and there is no question '7'"):
+        score("llava_bench", answers, [{"id": 7, "review": "8 7"}], data)
+
+
 # RefoMB -------------------------------------------------------------------------------------------
 
 
@@ -286,6 +316,12 @@ def test_refomb_asks_about_both_orders_and_hallucinations(tmp_path):
         found = ask("refomb", data, answers, tmp_path, server, *more)
     assert found["metrics"]["Score"] == 1 and found["beside"]["reviews"] == 8
     assert [one["swapped"] for one in found["rows"][0]["reviews"]] == [False, True] * 2
+    reviews = write(tmp_path / "reviews.jsonl", [{"id": n, "review": "[[C]]"} for n in (0, 1)])
+    given, output = write(tmp_path / "a.jsonl", answers), str(tmp_path / "o.json")
+    scores = score_answers("refomb", str(data), given, output, {}, Judge(given=reviews))
+    assert scores.metrics["Score"] == 0.5 and scores.beside["words"] == 2
+    with pytest.raises(MmpoError, match="row 1: has no answer of GPT-4V, as gpt4v"):
+        score_answers("refomb", str(data / "RefoMB_dev.jsonl"), given, output)
     by_url = [{"prompt": "What?", "image_url": "https://images/2.jpg", "text": "x"}]
     with pytest.raises(MmpoError, match="row 1: there is no such question in"):
         score_answers(

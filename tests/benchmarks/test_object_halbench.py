@@ -164,6 +164,10 @@ def test_objects_of_files(score, tmp_path):
     path.write_text("\n".join(map(json.dumps, [*replies[:-1], {"id": 2000, "reply": "()"}])))
     assert_numbers(score(Judge(given=str(path))), NAMED)
     assert_numbers(score(Judge(given=str(path)), reading="any_list"), {**NAMED, 2000: []})
+    path.write_text("\n".join(map(json.dumps, [*replies[:-1], {"id": 2000, "reply": None}])))
+    scores = score(Judge(given=str(path)))
+    assert_numbers(scores, NAMED)
+    assert scores.beside["without_judgement"] == 1 and scores.beside["unparsed"] == 0
     path.write_text(json.dumps({**rows[0], "caption": "Another text"}))
     with pytest.raises(MmpoError, match=r"row 1: is about 'Another text', and the description is"):
         score(Judge(given=str(path)))

@@ -151,6 +151,8 @@ def test_the_coin_of_multimodal_rewardbench(tmp_path):
     assert strict.metrics["acc all"] == 1 / 5 and strict.beside["unparsed"] == 3
     alone = [{"output": text} for text in outputs]  # as the leaderboard wants them
     assert scored("multimodal_rewardbench", tmp_path, questions, alone).metrics == metrics
+    ours = [{"id": name, "response": text} for name, text in zip(names, outputs, strict=True)]
+    assert scored("multimodal_rewardbench", tmp_path, questions, ours).metrics == metrics
     with pytest.raises(MmpoError, match=r"row 1: has the id 'pairs1', .*row 1 has 'hate'"):
         turned = [questions[1], questions[0], *questions[2:]]
         scored("multimodal_rewardbench", tmp_path, turned, answers)
