@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from etils import epath
 
+from mmpo_jax.benchmarks.amber_descriptions import Descriptions
 from mmpo_jax.benchmarks.benchmark import Asked, Files, Metric, Scores, benchmark, share
-from mmpo_jax.benchmarks.english import English, Tokenizer
+from mmpo_jax.benchmarks.english import Tokenizer
 from mmpo_jax.benchmarks.pope import whole_word
-from mmpo_jax.benchmarks.similar_words import (
-    SOURCE,
-    SimilarWords,
-    amber_folder,
-    read_relations,
-    read_similar_words,
-    words_of,
-)
+from mmpo_jax.benchmarks.similar_words import SOURCE, amber_folder, read_text
 from mmpo_jax.benchmarks.tables import Row, as_id, read_table, said
 from mmpo_jax.core.errors import MmpoError
-from mmpo_jax.core.files import read_bytes
 from mmpo_jax.core.progress import counted
 from mmpo_jax.core.sections import PositiveInt
 from mmpo_jax.data.records import Record, Turn
@@ -91,18 +84,6 @@ BLOCKS = (
     Block("Action ", ("aa_",), ("a", "d", "da")),
     Block("Relation ", ("asso_",), ("a", "d", "dr")),
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Verdicts:
-    """What the nouns of a description say of its picture."""
-
-    unsafe: tuple[str, ...]
-    """Nouns that are nowhere in the picture."""
-    covered: frozenset[int]
-    """Places of objects in the picture that are mentioned."""
-    hit: frozenset[int]
-    """Places of expected inventions that are mentioned."""
 
 
 def questions(
@@ -183,122 +164,11 @@ def amber(
     return Scores(metrics, _beside(rows, questions), rows, made_with)
 
 
-@dataclasses.dataclass(frozen=True)
-class Descriptions:
-    """What descriptions are scored with."""
-
-    relations: Mapping[str, Sequence[str]]
-    words: frozenset[str]
-    """All words that count; other nouns are not looked at."""
-    safe: frozenset[str]
-    similar: SimilarWords
-    english: English
-
-    @classmethod
-    def read(cls, folder: epath.Path, tokenizer: Tokenizer = "nltk_3.8") -> Descriptions:
-        """From AMBER's folder and nltk's data.
-
-        Raises:
-          MmpoError: a file is missing; where to get it.
-        """
-        relations = read_relations(folder)
-        safe = frozenset(_text(folder / "safe_words.txt").splitlines())
-        similar = read_similar_words(folder)
-        return cls(relations, frozenset(words_of(relations)), safe, similar, English(tokenizer))
-
-    def nouns(self, text: str) -> list[str]:
-        """The singulars of all words that are tagged as nouns."""
-        tagged = self.english.tags(self.english.tokens(text))
-        return [self.english.singular(word) for word, tag in tagged if tag.startswith("NN")]
-
-    def score(self, question: Row, text: str, sums: dict[str, float]) -> dict[str, Any]:
-        """What a description names; adds it to the sums, under the script's names."""
-        said_nouns = self.nouns(text)
-        nouns = [noun for noun in said_nouns if noun in self.words]
-        truth, hallu = (
-            _words(question, "truth", self.relations),
-            _words(question, "hallu", self.relations),
-        )
-        verdicts = judge(nouns, truth, hallu, self.relations, self.safe, self.similar.similar)
-        sums["chair_score"] += len(verdicts.unsafe)
-        sums["chair_num"] += len(nouns)
-        sums["safe_cover_score"] += len(verdicts.covered)
-        sums["safe_cover_num"] += len(truth)
-        sums["hallu_cover_score"] += len(verdicts.hit)
-        sums["hallu_cover_num"] += len(hallu)
-        sums["non_hallu_score"] += not verdicts.unsafe
-        sums["non_hallu_num"] += 1
-        capitals = [noun for noun in said_nouns if noun not in self.words]
-        return {
-            "nouns": nouns,
-            "unsafe": list(verdicts.unsafe),
-            "covered": [truth[place] for place in sorted(verdicts.covered)],
-            "hit": [hallu[place] for place in sorted(verdicts.hit)],
-            "words": len(text.split()),
-            "nouns_lost_to_capitals": sum(
-                self.english.singular(noun.lower()) in self.words for noun in capitals
-            ),
-        }
-
-    def made_with(self) -> dict[str, str]:
-        return {"similar_words": self.similar.made_by, **self.english.made_with()}
-
-
-def judge(
-    nouns: Sequence[str],
-    truth: Sequence[str],
-    hallu: Sequence[str],
-    relations: Mapping[str, Sequence[str]],
-    safe: frozenset[str],
-    similar: Callable[[str, str], bool],
-) -> Verdicts:
-    """The official verdicts of a description's nouns, in their order.
-
-    What is in the picture, or may be invented, is a list of all words' associations and then the
-    words themselves, and the first fitting one of it counts, for the word that it is listed under.
-
-    Args:
-      nouns: of the description, each as often as it stands there.
-      truth: words for what is in the picture.
-      hallu: words for what models invent there.
-      relations: associated words of every word.
-      safe: words that are always right, and count for nothing.
-      similar: whether two words mean about the same.
-    """
-    in_picture, inventions = _with_relations(truth, relations), _with_relations(hallu, relations)
-    unsafe: list[str] = []
-    covered: set[int] = set()
-    hit: set[int] = set()
-    for noun in nouns:
-        if noun in safe:
-            continue
-        named = next((place for word, place in in_picture if word == noun), None)
-        if named is not None:
-            covered.add(named)
-            continue
-        for fits in (noun.__eq__, lambda word, noun=noun: similar(noun, word)):
-            hit.update([place for word, place in inventions if fits(word)][:1])
-        alike = next((place for word, place in in_picture if similar(noun, word)), None)
-        if alike is None:
-            unsafe.append(noun)
-        else:
-            covered.add(alike)
-    return Verdicts(tuple(unsafe), frozenset(covered), frozenset(hit))
-
-
-def _with_relations(
-    words: Sequence[str], relations: Mapping[str, Sequence[str]]
-) -> list[tuple[str, int]]:
-    """(word, place of the word that it stands for): associations first, then the words."""
-    associated = [(other, place) for place, word in enumerate(words) for other in relations[word]]
-    return associated + [(word, place) for place, word in enumerate(words)]
-
-
 def _first_sums(folder: epath.Path) -> dict[str, float]:
     """What the sums of `metrics.txt` begin with."""
     path = folder / "metrics.txt"
     sums: dict[str, float] = {}
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         name, equals, value = line.partition("=")
         try:
             if equals:
@@ -314,13 +184,6 @@ def _first_sums(folder: epath.Path) -> dict[str, float]:
     return sums
 
 
-def _text(path: epath.Path) -> str:
-    try:
-        return read_bytes(path).decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise MmpoError(f"{path}: cannot be read: {error}") from error
-
-
 def _question(questions: Sequence[Row], answer: Row) -> Row:
     """The annotation of an answer, which is that of the id's number."""
     named = answer.need("id")
@@ -334,19 +197,6 @@ def _question(questions: Sequence[Row], answer: Row) -> Row:
     if question.get("id") not in (None, place):
         raise MmpoError(f"{question.name}: has the id {question.get('id')}, ids count from 1")
     return question
-
-
-def _words(question: Row, key: str, relations: Mapping[str, Sequence[str]]) -> list[str]:
-    """The words of an annotation, all of which have relations.
-
-    Raises:
-      MmpoError: one has none.
-    """
-    words = question.need(key)
-    unknown = [word for word in words if word not in relations]
-    if unknown:
-        raise MmpoError(f"{question.name}: {unknown[0]!r} of {key!r} is not in relation.json")
-    return list(words)
 
 
 def _answered(question: Row, text: str, reading: Reading, sums: dict[str, float]) -> dict[str, Any]:

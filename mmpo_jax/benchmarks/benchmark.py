@@ -27,7 +27,7 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from etils import epath
@@ -394,16 +394,3 @@ def mean_words(texts: Iterable[str | None]) -> float:
     """Words of a text, between blanks, on average; those that are not known are left out."""
     known = [text for text in texts if text is not None]
     return share(sum(len(text.split()) for text in known), len(known))
-
-
-def lines(scores: Scores) -> Iterator[str]:
-    """What a person reads of scores."""
-    width = max(map(len, [*scores.metrics, *scores.beside]))
-    for name, value in scores.metrics.items():
-        yield f"{name:{width}s}  {value:.4f}"
-    if scores.beside:
-        yield "beside them:"
-    for name, value in scores.beside.items():
-        yield f"{name:{width}s}  {value:.4f}" if value % 1 else f"{name:{width}s}  {value:.0f}"
-    for name, told in scores.made_with.items():
-        yield f"made with {name}: {told}"

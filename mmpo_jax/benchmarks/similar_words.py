@@ -123,6 +123,18 @@ def read_relations(folder: epath.Path) -> dict[str, list[str]]:
     return relations
 
 
+def read_text(path: epath.Path) -> str:
+    """A file of AMBER's.
+
+    Raises:
+      MmpoError: it is missing or is no text.
+    """
+    try:
+        return read_bytes(path).decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MmpoError(f"{path}: cannot be read: {error}") from error
+
+
 def words_of(relations: Mapping[str, Sequence[str]]) -> list[str]:
     """All words that are ever compared, sorted."""
     return sorted({*relations, *itertools.chain.from_iterable(relations.values())})

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from mmpo_jax.benchmarks.benchmark import Benchmark, find_benchmark, lines, score_answers
-from mmpo_jax.benchmarks.judging import Judge
+from mmpo_jax.benchmarks.benchmark import Benchmark, Scores, find_benchmark, score_answers
+from mmpo_jax.benchmarks.judging import HOW, Judge
 from mmpo_jax.core.errors import MmpoError
 
 
@@ -68,6 +68,19 @@ def _judge(
         yield judge
 
 
+def lines(scores: Scores) -> Iterator[str]:
+    """What a person reads of scores."""
+    width = max(map(len, [*scores.metrics, *scores.beside]))
+    for name, value in scores.metrics.items():
+        yield f"{name:{width}s}  {value:.4f}"
+    if scores.beside:
+        yield "beside them:"
+    for name, value in scores.beside.items():
+        yield f"{name:{width}s}  {value:.4f}" if value % 1 else f"{name:{width}s}  {value:.0f}"
+    for name, told in scores.made_with.items():
+        yield f"made with {name}: {told}"
+
+
 def described(benchmark: Benchmark) -> list[str]:
     """What a benchmark takes and gives, for a person."""
     told = [
@@ -78,7 +91,7 @@ def described(benchmark: Benchmark) -> list[str]:
     if benchmark.judgements is not None:
         told += [
             f"  judgements: {benchmark.judgements}",
-            "  --judge url=http://HOST:PORT/v1 --judge model=NAME asks one (docs/evaluation.md)",
+            f"  {HOW} (docs/evaluation.md)",
         ]
     for name, (kind, default) in benchmark.options.items():
         told.append(f"  --rule {name}={default}  ({_choices(kind)})")

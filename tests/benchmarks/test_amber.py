@@ -11,7 +11,8 @@ from helpers.benchmarks import assert_rows_add_up, published
 from helpers.nltk_data import make_nltk_data
 
 from mmpo_jax.benchmarks import similar_words
-from mmpo_jax.benchmarks.amber import BLOCKS, judge, questions
+from mmpo_jax.benchmarks.amber import BLOCKS, questions
+from mmpo_jax.benchmarks.amber_descriptions import judge
 from mmpo_jax.benchmarks.benchmark import Files, score_answers
 from mmpo_jax.cli import main
 from mmpo_jax.core.errors import MmpoError
