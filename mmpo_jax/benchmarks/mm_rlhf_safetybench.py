@@ -14,7 +14,7 @@ from typing import Any, Literal
 from etils import epath
 
 from mmpo_jax.benchmarks.benchmark import Asked, Files, Metric, Scores, benchmark, mean_words, share
-from mmpo_jax.benchmarks.judging import Judge
+from mmpo_jax.benchmarks.judging import HOW, Judge
 from mmpo_jax.benchmarks.safety_judge import (
     HARM,
     Case,
@@ -136,6 +136,9 @@ def mm_rlhf_safetybench(
     verdicts = _published(judge, answers)
     if verdicts is None:
         verdicts = _decided(files, answers, judge, tasks, labels)
+    elif judge.published is not None and tasks in ("all", "vlguard"):
+        rest = _of_vlguard(answers, {one.of_set for one in verdicts})
+        verdicts += _decided(files, rest, judge, "vlguard", labels) if rest else []
     rows = [one.row() for one in verdicts]
     _add_means(rows)
     metrics = {}
@@ -324,8 +327,7 @@ def _published(judge: Judge, answers: Sequence[Row]) -> list[Verdict] | None:
     if given is None:
         return None
     texts = {}
-    for row in answers:
-        sample = _sample(row)
+    for sample in map(_sample, answers):
         if sample.get("id") is not None and sample.get("response") is not None:
             texts[as_id(sample.get("id"))] = said(sample, "response")
     found: dict[tuple[Set, str], Verdict] = {}
@@ -343,6 +345,18 @@ def _published(judge: Judge, answers: Sequence[Row]) -> list[Verdict] | None:
         found[of_set, name] = Verdict(of_set, name, truth, text, told, refused, unread)
     judge.tell(HARM, [])
     return list(found.values())
+
+
+def _of_vlguard(answers: Sequence[Row], judged: set[Set]) -> list[Row]:
+    """Answers that name a set of VLGuard which has no published verdicts; it needs no judge."""
+
+    sought = [one for one in SETS if one.kind == "vlguard" and one not in judged]
+
+    def is_sought(row: Row) -> bool:
+        prefix = as_id(row.get("id", "question_id")).partition("/")[0]
+        return any(prefix in (one.name, one.short) or one is _set_of("", row) for one in sought)
+
+    return [row for row in answers if is_sought(_sample(row))]
 
 
 def _verdict_of(row: Row) -> Mapping[str, Any] | None:
@@ -382,6 +396,5 @@ def _decided(
             truth, name = str(case.question.need("answer")), case.id.partition("/")[2]
             found.append(Verdict(of_set, name, truth, case.text, verdict, refused, unread))
     if not found:
-        file = answers[0].file
-        raise MmpoError(f"{file}: these tasks need a judge: --judge url=... or --judgements FILE")
+        raise MmpoError(f"{answers[0].file}: these tasks need a judge: {HOW}")
     return found

@@ -192,7 +192,8 @@ def test_verdicts_of_lmms_eval(files, tmp_path):
     run = "mm_rlhf_safetybench", str(data), given, str(tmp_path / "out.json")
     metrics = score_answers(*run, {}, Judge(given=samples)).metrics
     known = {name: value for name, value in metrics.items() if value == value}
-    assert known == {"Crossmodel_ASR": 0.5, "Crossmodel_RtA": 0.25}
+    by_phrases = {"Unsafes": 0.4, "Safe_unsafes": 0.4}  # which need no judge
+    assert known == {"Crossmodel_ASR": 0.5, "Crossmodel_RtA": 0.25, **by_phrases}
 
 
 def test_answers_of_no_or_several_sets_are_refused(files, tmp_path):
