@@ -321,14 +321,17 @@ def score_answers(
     """
     chosen = find_benchmark(name)
     check_reachable(epath.Path(output).parent)
-    for name_of, given in (("--data", data), ("--responses", answers)):
+    if epath.Path(output).is_dir():
+        raise MmpoError(f"--output {output} is a folder; name a file in it")
+    judge = judge or Judge()
+    read = {"--data": data, "--responses": answers, "--judgements": judge.given}
+    for name_of, given in read.items():
         if given is not None and os.path.realpath(given) == os.path.realpath(output):
             raise MmpoError(f"--output {output} is the file of {name_of}; give another one")
     files = chosen.files(data)
     rows = read_table(epath.Path(answers))
     if not rows:
         raise MmpoError(f"{answers}: has no rows")
-    judge = judge or Judge()
     scores = score_rows(chosen, files, rows, options or {}, judge)
     write_json(output, as_report(chosen, scores, options or {}, judge))
     return scores

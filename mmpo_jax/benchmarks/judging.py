@@ -155,7 +155,8 @@ class Judge:
         self.model = model
         self.told: dict[str, dict[str, Any]] = {}
         """Prompt -> who was asked and how, for reports."""
-        self._given = given
+        self.given = given
+        """File of judgements that are there."""
         self._path = None if folder is None or model is None else os.path.join(folder, FILE)
         self._rows: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
         """Key -> its replies, in the order of the attempts."""
@@ -173,7 +174,7 @@ class Judge:
     @property
     def is_there(self) -> bool:
         """Whether there are a model or judgements."""
-        return self.model is not None or self._given is not None
+        return self.model is not None or self.given is not None
 
     def check(self) -> None:
         """
@@ -232,7 +233,7 @@ class Judge:
         """Notes who made judgements that were published, in words of their own: a name for each."""
         self.told[f"{prompt.name.rpartition('-')[0]}-published"] = {
             "judge": None,
-            "judgements": self._given,
+            "judgements": self.given,
             "models": _counted(models),
             "official_judge": prompt.official,
             "order": prompt.order,
@@ -241,7 +242,7 @@ class Judge:
     def _tell(self, prompt: JudgePrompt, found: Sequence[Judgement]) -> None:
         self.told[prompt.name] = {
             "judge": None if self.model is None else self.model.name,
-            "judgements": self._path or self._given,
+            "judgements": self._path or self.given,
             "models": _counted([one.model for one in found]),
             "official_judge": prompt.official,
             "order": prompt.order,
@@ -343,7 +344,7 @@ class Judge:
 
     def _lacking(self, question: Question) -> str:
         return (
-            f"{self._given}: has no judgement of the answer to {question.id!r}, which was judged "
+            f"{self.given}: has no judgement of the answer to {question.id!r}, which was judged "
             f"with other words or not at all; {HOW}"
         )
 

@@ -232,6 +232,7 @@ def test_the_command(tmp_path, capsys):
         (["--rule", "reading=never"], "--rule reading=never: Input should be 'official' or"),
         (["--rule", "reading=["], "--rule reading=[: [ is no value"),
         (["--output", "{}/answers.jsonl"], "is the file of --responses; give another one"),
+        (["--output", "{}"], " is a folder; name a file in it"),
         (["--responses", "{}/long.csv"], "long.csv, row 2: has more cells than the header"),
         (["--responses", "{}/latin.csv"], "latin.csv: is no table of text"),
         (["--rule", "strict=1"], "pope has the rules: reading"),

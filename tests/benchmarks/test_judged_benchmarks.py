@@ -340,6 +340,10 @@ def test_refomb_asks_about_both_orders_and_hallucinations(tmp_path):
         (["--judge", "url=http://127.0.0.1:9/v1"], "model"),
         (["--judgements", "{}/nowhere.jsonl"], "nowhere.jsonl"),
         (["--judgements", "{}/empty.jsonl"], "empty.jsonl: has no rows"),
+        (
+            ["--judgements", "{}/reviews.jsonl", "--output", "{}/reviews.jsonl"],
+            "is the file of --judgements; give another one",
+        ),
         ([], "needs a judge: --judge url="),
         (["--benchmark", "pope", "--judge", "model=x"], "--judge: nobody judges answers to pope"),
     ],
@@ -348,6 +352,7 @@ def test_refomb_asks_about_both_orders_and_hallucinations(tmp_path):
 def test_what_is_wrong_with_a_judge_is_named(tmp_path, capsys, words, told):
     data = llava_files(tmp_path / "data")
     (tmp_path / "empty.jsonl").write_text("")
+    write(tmp_path / "reviews.jsonl", [{"question_id": 0, "content": "8 7"}])
     given = write(tmp_path / "answers.jsonl", [{"question_id": 0, "text": "x"}])
     command = ["evaluate", "--benchmark", "llava_bench", "--data", str(data), "--responses", given]
     command += ["--output", str(tmp_path / "out.json")]
