@@ -29,7 +29,6 @@ from mmpo_jax.benchmarks.extracted_objects import (
 from mmpo_jax.benchmarks.judging import Judge
 from mmpo_jax.benchmarks.noun_runs import Nouns, Parser, noun_runs, parser_of
 from mmpo_jax.benchmarks.tables import Row, have_ids, match_by_order, read_table, said
-from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.sections import PositiveInt
 from mmpo_jax.data.records import Record, Turn
 
@@ -152,12 +151,9 @@ def _captions(files: Files, answers: Sequence[Row]) -> list[Caption]:
       MmpoError: there are no numbers, and no file of questions.
     """
     is_named = have_ids(answers, "image_id")
-    try:
+    asked: list[Row] = []
+    if not is_named or any((files.folder / name).exists() for name in QUESTIONS):
         asked = read_table(first_file(files, *QUESTIONS))
-    except MmpoError:
-        if not is_named:
-            raise
-        asked = []
     if is_named:
         numbers = [row.need("image_id", "id") for row in answers]
     else:

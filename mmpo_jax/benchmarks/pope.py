@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from etils import epath
+
 from mmpo_jax.benchmarks.benchmark import Asked, Files, Metric, Scores, benchmark, share
 from mmpo_jax.benchmarks.tables import (
     Row,
@@ -149,7 +151,7 @@ def _asked(files: Files, answers: Sequence[Row]) -> list[Row]:
     if all(answer.get("question") is not None for answer in answers):
         tables = [(path, table) for path, table in tables if _same_texts(table, answers)]
     if len(tables) > 1:
-        of_name = stem(answers[0].file)
+        of_name = epath.Path(answers[0].file).stem
         named = [(path, rows) for path, rows in tables if path.stem.split("_")[-1] in of_name]
         tables = named or tables
     if len(tables) == 1:
@@ -158,11 +160,6 @@ def _asked(files: Files, answers: Sequence[Row]) -> list[Row]:
         f"{answers[0].file}: {'more than one' if tables else 'none'} of the question files in "
         f"{files.root} fits the answers: name one, as --data {paths[0]}"
     )
-
-
-def stem(file: str) -> str:
-    """The name of a file without folders and ending."""
-    return file.rsplit("/", 1)[-1].rsplit(".", 1)[0]
 
 
 def _same_texts(questions: Sequence[Row], answers: Sequence[Row]) -> bool:

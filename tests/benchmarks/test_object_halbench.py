@@ -246,6 +246,9 @@ def test_questions_and_answers_by_order(score, tmp_path):
     model = FakeModel(dict.fromkeys(TEXTS, "[]"))
     score(Judge(model, str(tmp_path / "judge")))
     assert "What is in 17?" in model.asked[0]
+    file.write_text("{")
+    with pytest.raises(MmpoError, match=r"300_with_image.jsonl, row 1: "):
+        score(objects="words")
     file.unlink()
     with pytest.raises(MmpoError, match=r"has no obj_halbench_300_with_image.jsonl; it is part of"):
         score(objects="words")
