@@ -21,6 +21,8 @@ from mmpo_jax.data.skipped import Problem
 # Where Pillow begins to warn of decompression bombs; 256 MiB in RGB. Stated here because Pillow's
 # limit is a global that other libraries switch off.
 MAX_PIXELS = 89_478_485
+PROGRAMS = ("EPS",)
+"""Formats for which Pillow starts another program, here Ghostscript, on bytes of anybody."""
 
 
 class ImageTooLarge(DataError):
@@ -122,6 +124,8 @@ def _opened(ref: ImageRef, data: bytes | None = None) -> Iterator[Image.Image]:
         raise DataError(f"image {name} is empty (0 bytes)")
     try:
         image = Image.open(io.BytesIO(data))
+        if image.format in PROGRAMS:
+            raise DataError(f"image {name} is {image.format}, which another program would decode")
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise ImageTooLarge(_too_large(name, f"{width} x {height} pixels"))

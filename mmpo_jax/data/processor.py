@@ -6,13 +6,11 @@ see the same ids and the same pixels.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import functools
 import json
 import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +23,7 @@ from mmpo_jax.data.chat_template import REMEMBERED, ChatTemplate, TemplateRefusa
 from mmpo_jax.data.control_tokens import ControlTokens, has_stand_ins, has_written_out, in_texts
 from mmpo_jax.data.edits import edit_pixels, hide_squares
 from mmpo_jax.data.images import image_size, open_image
+from mmpo_jax.data.pixel_cache import PixelCache, pixel_key
 from mmpo_jax.data.processor_files import (
     ProcessorError,
     generation_eos_ids,
@@ -40,8 +39,6 @@ from mmpo_jax.data.templates import TEMPLATES
 from mmpo_jax.models.config import ModelConfig
 from mmpo_jax.models.families import FAMILIES
 from mmpo_jax.models.layout import Layout
-
-PIXEL_CACHE_BYTES = 512 * 2**20
 
 
 class MediaError(DataError):
@@ -81,9 +78,7 @@ class Processor:
             self.video_settings = load_video_settings(self.folder, self.videos.settings)
             placeholder = self.videos.placeholder(config, self.tokenizer)
             self.placeholders = (*self.placeholders, placeholder)
-        self._pixels: collections.OrderedDict[Any, list[np.ndarray]] = collections.OrderedDict()
-        self._pixel_bytes = 0
-        self._lock = threading.Lock()
+        self._kept_pixels = PixelCache()
         # Responses go on from one prompt, which would be encoded for each of them again.
         self._encode_plain = functools.lru_cache(REMEMBERED)(self._encode_text)
         self._check()
@@ -309,13 +304,9 @@ class Processor:
         """
         if not images and not videos:
             return []
-        key = (
-            tuple(_cache_key(image) for image in images),
-            tuple(tuple(_cache_key(frame) for frame in video.frames) for video in videos),
-        )
-        with self._lock:
-            if key in self._pixels:
-                return self._pixels[key]
+        key = pixel_key(images, videos)
+        if (kept := self._kept_pixels.get(key)) is not None:
+            return kept
         made: list[np.ndarray] = []
         if images:
             assert self.images is not None
@@ -336,12 +327,7 @@ class Processor:
             with _named(videos):
                 plain = self.videos.pixels(self.config, self.video_settings, clips)
             made += self._edited(plain, [video.frames[0].edit for video in videos])
-        with self._lock:
-            self._pixels[key] = made
-            self._pixel_bytes += sum(pixels.nbytes for pixels in made)
-            while self._pixel_bytes > PIXEL_CACHE_BYTES:
-                _, oldest = self._pixels.popitem(last=False)
-                self._pixel_bytes -= sum(pixels.nbytes for pixels in oldest)
+        self._kept_pixels.put(key, made)
         return made
 
     def _hidden(self, image: Any, edit: Edit | None, in_views: bool) -> Any:
@@ -426,7 +412,3 @@ def _named(media: Sequence[ImageRef | VideoRef]) -> Iterator[None]:
         yield
     except DataError as error:
         raise MediaError(f"{', '.join(one.name for one in media)}: {error}") from error
-
-
-def _cache_key(image: ImageRef) -> tuple[Any, Edit | None]:
-    return image.place, image.edit

@@ -112,6 +112,12 @@ def test_not_an_image(tmp_path, content, message):
     assert str(tmp_path / "a.jpg") in str(caught.value)
 
 
+def test_no_other_program_decodes(tmp_path):
+    path = save(tmp_path / "a.eps", "RGB")
+    with pytest.raises(DataError, match=r"a\.eps is EPS, which another program would decode"):
+        open_image(ref(path))
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(DataError, match=r"gone\.jpg: No such file"):
         open_image(ref(tmp_path / "gone.jpg"))

@@ -5,11 +5,14 @@ import dataclasses
 import json
 import shutil
 
+import numpy as np
 import pytest
 from helpers import tiny
 
 from mmpo_jax.checkpoints.configs import load_config
 from mmpo_jax.core.errors import DataError
+from mmpo_jax.data import pixel_cache
+from mmpo_jax.data.pixel_cache import PixelCache, pixel_key
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.processor_files import ProcessorError, plain_encoder
 from mmpo_jax.data.records import IMAGE, ImageRef, Turn
@@ -191,6 +194,22 @@ def test_pixels(tiny_processor):
     assert pixels.dtype == "float32"
     with pytest.raises(DataError, match="broken"):
         tiny_processor.pixels([ImageRef("broken", b"\x89PNG no more")])
+
+
+def test_pixels_are_counted_once_whoever_made_them_too(monkeypatch):
+    """As threads of a server do, that are asked about one image at the same time."""
+    pixels = [np.zeros(100, np.uint8)]
+    keys = [pixel_key([ImageRef("a", bytes([n] * 50))], []) for n in range(4)]
+    monkeypatch.setattr(pixel_cache, "MAX_BYTES", 450)
+    kept = PixelCache()
+    for _ in range(20):
+        kept.put(keys[0], pixels)
+    assert kept.get(keys[0]) is pixels
+    for key in keys[1:]:
+        kept.put(key, pixels)
+    assert [kept.get(key) is not None for key in keys] == [False, True, True, True]
+    kept.put(pixel_key([ImageRef("a", b"large")], []), [np.zeros(500, np.uint8)])
+    assert not any(kept.get(key) for key in keys)
 
 
 def test_texts_are_encoded_as_the_tokenizer_does(tiny_processor):
