@@ -22,6 +22,12 @@ from mmpo_jax.serving.refusals import bad_request
 
 RESERVED = frozenset({"messages", "tokenize", "chat_template", "return_tensors"})
 """Arguments of the chat template that are not the client's."""
+GREEDY_BELOW = 1e-5
+"""Temperature below which sampling is greedy: logits divided by it would leave float32; vLLM's."""
+LEAST_TOP_P = 1e-6
+"""In float32 a smaller one may keep no token at all."""
+MOST_TOKENS = 2**31 - 1
+"""What int32 holds, and no vocabulary has."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +69,9 @@ class Prompts:
             record,
             min(body.max_new_tokens or limit, limit),
             num_samples=body.n,
-            temperature=1.0 if body.temperature is None else body.temperature,
-            top_k=max(0, body.top_k or 0),
-            top_p=1.0 if body.top_p is None else body.top_p,
+            temperature=_temperature(body),
+            top_k=min(max(0, body.top_k or 0), MOST_TOKENS),
+            top_p=1.0 if body.top_p is None else max(body.top_p, LEAST_TOP_P),
             seed=seed,
             tells_top=bool(body.top_logprobs),
         )
@@ -78,6 +84,12 @@ class Prompts:
             raise bad_request(error.detail, "messages", error.reason) from error
         except DataError as error:
             raise bad_request(str(error), "messages") from error
+
+
+def _temperature(body: ChatBody) -> float:
+    if body.temperature is None:
+        return 1.0
+    return body.temperature if body.temperature >= GREEDY_BELOW else 0.0
 
 
 def _record(body: ChatBody, processor: Processor, serving: Serving) -> Record:

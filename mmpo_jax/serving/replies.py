@@ -20,7 +20,6 @@ DONE = b"data: [DONE]\n\n"
 @dataclasses.dataclass
 class _Choice:
     text: AnswerText
-    said: list[str] = dataclasses.field(default_factory=list)
     log_probs: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     finish: str | None = None
 
@@ -65,7 +64,6 @@ class Reply:
             choice.log_probs += log_probs
         if not (new or log_probs or choice.finish):
             return None
-        choice.said.append(new)
         return Delta(part.number, new, log_probs, choice.finish)
 
     def _log_prob(self, part: Part, place: int) -> dict[str, Any]:
@@ -85,7 +83,7 @@ class Reply:
                 "index": index,
                 "message": {
                     "role": "assistant",
-                    "content": "".join(choice.said),
+                    "content": choice.text.text,
                     "refusal": None,
                 },
                 "logprobs": self._log_probs(choice.log_probs),

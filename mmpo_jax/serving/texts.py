@@ -43,15 +43,16 @@ class AnswerText:
           ids: the next tokens.
           is_last: whether there will be none behind them.
         """
-        together = [ids.tolist()] if not self.stops else [[token] for token in ids.tolist()]
-        for some in together:
-            if self.is_stopped:
-                break
-            self.ids += some
-            self.text = self.processor.decode(self.ids)
-            at = [place for stop in self.stops if (place := self.text.find(stop)) >= 0]
-            if at:
-                self.text, self.is_stopped = self.text[: min(at)], True
+        before = list(self.ids)
+        self.ids += ids.tolist()
+        self.text, self.is_stopped = self._cut(self.processor.decode(self.ids))
+        if self.is_stopped:  # by which of the tokens: the texts of all before it have no stop
+            self.ids = before
+            for token in ids.tolist():
+                self.ids.append(token)
+                self.text, is_whole = self._cut(self.processor.decode(self.ids))
+                if is_whole:
+                    break
         whole = len(self.text)
         if not (is_last or self.is_stopped):
             known = self.text.rstrip(UNFINISHED)
@@ -59,6 +60,11 @@ class AnswerText:
         new = self.text[self._said : max(whole, self._said)]
         self._said += len(new)
         return new
+
+    def _cut(self, text: str) -> tuple[str, bool]:
+        """(what stands before the first stop, whether there is one)."""
+        at = [place for stop in self.stops if (place := text.find(stop)) >= 0]
+        return text[: min(at, default=None)], bool(at)
 
     def _begun_stop(self, text: str) -> int:
         """How many characters at the end of a text may be the beginning of a stop."""

@@ -46,6 +46,7 @@ def warm_up(service: Service) -> None:
                 raise MmpoError(f"{service.name} gives no answer: {error}") from error
         is_over = isinstance(parts, list) and any(part.finish for part in parts)
     service.worker.drop(asked)
+    service.worker.known = asked
 
 
 def _blank() -> str:

@@ -31,6 +31,9 @@ class Worker:
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._tells: dict[Asked, Tell] = {}
         self._failures = 0
+        self.known: Asked | None = None
+        """A request that was answered once. Where it is answered again, a failure was of what was
+        asked (too much for the devices' memory, say), not of the devices."""
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
@@ -59,9 +62,11 @@ class Worker:
         self._thread.join()
 
     def _work(self) -> None:
-        while self._take_orders():
+        while True:
             try:
-                parts = self._engine.advance()
+                if not self._take_orders():
+                    return
+                self._tell(self._engine.advance())
                 self._failures = 0
             except Exception as error:  # whatever JAX raises
                 self._fail(error)
@@ -69,13 +74,14 @@ class Worker:
                     self._gave_up(error)
                     self._refuse(error)
                     return
-                continue
-            by_request: dict[Asked, list[Part]] = {}
-            for part in parts:
-                by_request.setdefault(part.asked, []).append(part)
-            for asked, own in by_request.items():
-                if asked in self._tells:
-                    self._tells[asked](own)
+
+    def _tell(self, parts: list[Part]) -> None:
+        by_request: dict[Asked, list[Part]] = {}
+        for part in parts:
+            by_request.setdefault(part.asked, []).append(part)
+        for asked, own in by_request.items():
+            if asked in self._tells:
+                self._tells[asked](own)
 
     def _take_orders(self) -> bool:
         """Does what was ordered, and waits for orders where there is nothing else to do; False
@@ -101,8 +107,22 @@ class Worker:
     def _fail(self, error: Exception) -> None:
         """Tells everybody what ended their samples, and begins anew."""
         log.exception("the devices failed; all requests that were served are told")
-        self._failures += 1
         tells, self._tells = self._tells, {}
         for tell in tells.values():
             tell(error)
         self._engine.reset()
+        self._failures = 0 if self._answers_known() else self._failures + 1
+
+    def _answers_known(self) -> bool:
+        if self.known is None:
+            return False
+        self._engine.add(self.known)
+        try:
+            while self._engine.works:
+                if any(part.error for part in self._engine.advance()):
+                    return False
+        except Exception:
+            log.exception("the devices do not answer either what they have answered before")
+            self._engine.reset()
+            return False
+        return True

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import io
 import json
 import random
@@ -15,6 +16,8 @@ import httpx2
 import PIL.Image
 from helpers import served
 from helpers.served import body, data_url, picture, user
+
+from mmpo_jax.serving.warm_up import warm_up
 
 
 def image(url):
@@ -151,7 +154,7 @@ def test_64_at_once_among_those_who_hang_up(service, greedy):
         """Hangs up after a while: before the answer, or in the middle of a stream."""
         long = {"n": 8, "temperature": 2, "max_tokens": 500, "stream": bool(number % 2)}
         asked = client.post("chat/completions", json=body(user(*ASKED[0])) | long)
-        with pytest.raises(TimeoutError):
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asked, rng.uniform(0.01, 0.3))
 
     async def wrong(client, number):
@@ -218,6 +221,32 @@ def test_devices_that_fail_again_and_again(checkpoint, monkeypatch):
         assert post(made, body(user("a"))).status_code == 503
         made[0].is_ending = False
         assert post(made, body(user("a"))).status_code == 500
+
+
+def test_a_request_that_fails_alone(checkpoint, monkeypatch):
+    """However often its client tries again, the server goes on, as it answers what it could."""
+    with served.service(checkpoint) as made:
+        warm_up(made[0])
+        engine = made[0].worker._engine
+        decode = engine._decode
+
+        def fails_at_long_prompts():
+            asked = [seat.asked for seat in engine._taken()]
+            return 1 / 0 if any(len(one.record.prompt_ids) > 40 for one in asked) else decode()
+
+        monkeypatch.setattr(engine, "_decode", fails_at_long_prompts)
+        long = body(user("a star " * 50))
+        assert [post(made, long).status_code for _ in range(5)] == [500] * 5
+        assert post(made, body(user("a"))).status_code == 200
+        served.wait_until_idle(made[0])
+
+
+def test_numbers_that_devices_cannot_hold(service, greedy):
+    """They mean what they say: all tokens, and the most likely one."""
+    (answer,) = greedy(ASKED[:1])
+    for more in ({"temperature": 1e-300}, {"temperature": 1, "top_p": 1e-300}):
+        reply = post(service, body(user(*ASKED[0])) | more | {"top_k": 2**40})
+        assert reply.json()["choices"][0]["message"]["content"] == answer
 
 
 def test_data_urls_may_be_of_any_format(service):
