@@ -60,16 +60,17 @@ def test_more_prompts_go_to_further_files(tmp_path, monkeypatch):
     whole = data_of((tmp_path / "whole.html").read_text())["prompts"]
     empty = write_report([str(run)], str(tmp_path / "empty.html"), prompts=0).size
     monkeypatch.setattr(page, "MAX_BYTES", empty + 20_000)
-    told = write_report([str(run)], str(tmp_path / "report.html"))
+    told = write_report([str(run)], str(tmp_path / "report #1.html"))
     assert len(told.files) > 2
     texts = [Path(file).read_text() for file in told.files]
     assert all(len(text.encode()) <= page.MAX_BYTES for text in texts)
     found = [prompt for text in texts for prompt in data_of(text)["prompts"]]
     assert [prompt["id"] for prompt in found] == [prompt["id"] for prompt in whole]
-    assert all(f'href="report-{n}.html#prompts"' in texts[0] for n in range(2, len(texts) + 1))
+    links = [f'href="./report%20%231-{n}.html#prompts"' for n in range(2, len(texts) + 1)]
+    assert all(link in texts[0] for link in links)
     monkeypatch.undo()
-    told = write_report([str(run)], str(tmp_path / "report.html"))
-    assert sorted(path.name for path in tmp_path.glob("report*")) == ["report.html"]
+    told = write_report([str(run)], str(tmp_path / "report #1.html"))
+    assert sorted(path.name for path in tmp_path.glob("report*")) == ["report #1.html"]
 
 
 def test_a_thousand_prompts_have_at_most_20_mb(tmp_path):

@@ -224,7 +224,7 @@ class Browser {
   readHash() {
     const given = new URLSearchParams(location.hash.replace(/^#prompts\??/, ""));
     for (const [name, field] of Object.entries(this.fields)) if (given.has(name)) field.value = given.get(name);
-    this.page = Math.max(0, Number(given.get("page") || 1) - 1);
+    this.page = Math.max(0, (parseInt(given.get("page"), 10) || 1) - 1);
   }
 
   writeHash() {
