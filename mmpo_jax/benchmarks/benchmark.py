@@ -58,6 +58,8 @@ MODULES = (
     "vl_rewardbench",
 )
 """Modules of this package that register a benchmark."""
+PICTURE = "picture"
+"""In rows of scores of a model that was asked: number of the picture that the question is about."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy.stats import binomtest
 
 SAMPLES = 2000
@@ -23,6 +23,20 @@ AT_ONCE = 1 << 22
 Parts = Float[np.ndarray, "N 2"]
 """What each record adds above and below the fraction: a metric is sum of the one / sum of the
 other. Zeros where a record has no part in it."""
+
+
+def summed(parts: Parts, groups: Int[np.ndarray, " N"]) -> Parts:
+    """What groups of records add, [G, 2]: records that are not independent are resampled together.
+
+    Source: Miller 2024, Adding Error Bars to Evals (clustered questions).
+
+    Args:
+      parts: of N records.
+      groups: number of each record's group, from 0 to G - 1.
+    """
+    found = np.zeros((groups.max() + 1, 2))
+    np.add.at(found, groups, parts)
+    return found
 
 
 def resampled(parts: Sequence[Parts]) -> Float[np.ndarray, "K S"]:

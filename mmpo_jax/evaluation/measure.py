@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 from etils import epath
 
 from mmpo_jax.benchmarks.benchmark import (
+    PICTURE,
+    Asked,
     Benchmark,
     Files,
     Metric,
@@ -41,7 +43,7 @@ from mmpo_jax.reporting.prompts import write_prompts
 
 KEPT = 200
 """Questions of each way of asking that the report shows."""
-SCORING_RULES = 1
+SCORING_RULES = 2
 """Part of the key of scores: changes with what any benchmark makes of answers."""
 
 
@@ -145,15 +147,32 @@ def _measured(section: BenchmarkSection, at: Measuring) -> Measured:
     files = section.files()
     assert benchmark.asks is not None
     asked = benchmark.asks(files, **section.options(benchmark.asking_options))
-    answers = write_answers(section, asked, at)
+    answers, pictures = write_answers(section, asked, at), _pictures(asked)
     write_prompts(at.folder, asked_records(asked, KEPT), f"{section.called}-{PROMPTS}")
     if isinstance(section, JudgedSection):
-        return Measured(section.called, benchmark, _judged(section, files, answers, at))
-    scores = on_one(lambda: _scored(section, files, answers, at))
+        return Measured(section.called, benchmark, _judged(section, files, answers, pictures, at))
+    scores = on_one(lambda: _scored(section, files, answers, pictures, at))
     return Measured(section.called, benchmark, scores)
 
 
-def _scored(section: BenchmarkSection, files: Files, answers: str, at: Measuring) -> Scores:
+def _pictures(asked: Sequence[Asked]) -> dict[str, int]:
+    """Id of a question -> number of the picture that it is about, the same for the same one."""
+    numbers: dict[Any, int] = {}
+    return {
+        record.id: numbers.setdefault(tuple(image.place for image in record.images), len(numbers))
+        for one in asked
+        for record in one.records
+        if record.images
+    }
+
+
+def _scored(
+    section: BenchmarkSection,
+    files: Files,
+    answers: str,
+    pictures: Mapping[str, int],
+    at: Measuring,
+) -> Scores:
     """Scores of a file of answers, from their own file where nothing that they depend on is new, as
     far as the benchmark's files are asked for by `Files.find`."""
     options = section.options(section.benchmark.options)
@@ -163,10 +182,16 @@ def _scored(section: BenchmarkSection, files: Files, answers: str, at: Measuring
     if known and saved.get("key") == key and files.are(saved["files"]):
         return read_scores(saved)
     scores = score_rows(section.benchmark, files, read_table(epath.Path(answers)), options)
-    return _kept(section, scores, at, files=files.digests(), key=key)
+    return _kept(section, scores, pictures, at, files=files.digests(), key=key)
 
 
-def _judged(section: JudgedSection, files: Files, answers: str, at: Measuring) -> Scores:
+def _judged(
+    section: JudgedSection,
+    files: Files,
+    answers: str,
+    pictures: Mapping[str, int],
+    at: Measuring,
+) -> Scores:
     """Scores of a file of answers that a model judges, of which each is asked about once."""
     options = section.options(section.benchmark.options)
     rows = on_one(lambda: read_table(epath.Path(answers)))
@@ -174,17 +199,23 @@ def _judged(section: JudgedSection, files: Files, answers: str, at: Measuring) -
     asked = nullcontext(Judge()) if section.judge is None else asked_judge(section.judge, folder)
     with asked as judge:
         scores = score_rows(section.benchmark, files, rows, options, judge)
-        return on_one(lambda: _kept(section, scores, at, judge, files=files.digests()))
+        return on_one(lambda: _kept(section, scores, pictures, at, judge, files=files.digests()))
 
 
 def _kept(
     section: BenchmarkSection,
     scores: Scores,
+    pictures: Mapping[str, int],
     at: Measuring,
     judge: Judge | None = None,
     **more: Any,
 ) -> Scores:
-    """Writes scores; as they are read again."""
+    """Writes scores, with the numbers of pictures in their rows; as they are read again."""
+    rows = [
+        {**row, PICTURE: pictures[name]} if (name := str(row.get("id"))) in pictures else row
+        for row in scores.rows
+    ]
+    scores = dataclasses.replace(scores, rows=rows)
     options = section.options(section.benchmark.options)
     more = {"name": section.called, "model": at.checkpoint.fingerprint, **more}
     report = as_report(section.benchmark, scores, options, judge, **more)

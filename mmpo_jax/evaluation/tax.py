@@ -21,8 +21,10 @@
           ...]}],
      "warnings": ["round 1: recall fell by ..."]}
 
-Values are the benchmark's own. Where rows of scores do not say what each adds to a metric, it has
-values alone. With twenty numbers one is below 0.05 by chance: p is not corrected for their number.
+Values are the benchmark's own. Intervals and tests are of pictures, where several questions are
+about one: their answers are right or wrong together. Where rows of scores do not say what each adds
+to a metric, it has values alone. With twenty numbers one is below 0.05 by chance: p is not
+corrected for their number.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from typing import Any
 
 import numpy as np
 
-from mmpo_jax.benchmarks.benchmark import Metric, Scores
+from mmpo_jax.benchmarks.benchmark import PICTURE, Metric, Scores
 from mmpo_jax.core.files import read_json
 from mmpo_jax.evaluation.bootstrap import (
     CONFIDENCE,
@@ -47,6 +49,7 @@ from mmpo_jax.evaluation.bootstrap import (
     interval,
     mcnemar_p,
     resampled,
+    summed,
 )
 from mmpo_jax.evaluation.measure import Measured, Shown
 
@@ -108,10 +111,12 @@ def _rows(shown: Sequence[Shown], scores: Sequence[Scores]) -> list[dict[str, An
     """The rows of a benchmark, for the scores of all models."""
     tables = [_by_record(one) for one in scores]
     common = [record for record in tables[0] if all(record in table for table in tables)]
+    pictures = _pictures([tables[0][record] for record in common])
     found = []
     for one in shown:
         parts = [_parts(table, common, one.metric.name) for table in tables]
         values = [_value(of_model, one.metric.name) for of_model in scores]
+        cells = _cells(one.metric, values, parts, pictures)
         found.append(
             {
                 "benchmark": one.benchmark,
@@ -122,41 +127,52 @@ def _rows(shown: Sequence[Shown], scores: Sequence[Scores]) -> list[dict[str, An
                 "guards": one.metric.guards,
                 "panel": one.metric.panel,
                 "records": int((parts[0] != 0).any(axis=1).sum()),
-                "cells": [dataclasses.asdict(c) for c in _cells(one.metric, values, parts)],
+                "cells": [dataclasses.asdict(cell) for cell in cells],
             }
         )
     return found
 
 
 def _by_record(scores: Scores) -> dict[tuple[str, int], Mapping[str, Any]]:
-    """What every record adds to metrics, by its id and how often that came before."""
+    """Rows that add to metrics, by the record's id and how often that came before."""
     seen: Counter[str] = Counter()
     table = {}
     for row in scores.rows:
         if "scores" in row:
-            table[row["id"], seen[row["id"]]] = row["scores"]
+            table[row["id"], seen[row["id"]]] = row
             seen[row["id"]] += 1
     return table
 
 
 def _parts(table: Mapping[Any, Mapping[str, Any]], records: Sequence[Any], metric: str) -> Parts:
-    pairs = [table[record].get(metric, (0, 0)) for record in records]
+    pairs = [table[record]["scores"].get(metric, (0, 0)) for record in records]
     return np.array([x if isinstance(x, list | tuple) else (x, 1) for x in pairs], float).reshape(
         -1, 2
     )
+
+
+def _pictures(rows: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
+    """int[N], the picture of each record; None where no two records have the same."""
+    names = [row.get(PICTURE, f"record {place}") for place, row in enumerate(rows)]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return None if len(numbers) == len(names) else np.array([numbers[name] for name in names])
 
 
 def _value(scores: Scores, metric: str) -> float:
     return {**scores.beside, **scores.metrics}.get(metric, math.nan)
 
 
-def _cells(metric: Metric, values: Sequence[float], parts: Sequence[Parts]) -> list[Cell]:
+def _cells(
+    metric: Metric, values: Sequence[float], parts: Sequence[Parts], pictures: np.ndarray | None
+) -> list[Cell]:
     if not parts[0][:, 1].any():
         return [Cell(value) for value in values]
+    if pictures is not None:
+        parts = [summed(one, pictures) for one in parts]
     samples = resampled(parts)
     cells = [Cell(values[0], *interval(samples[0]))]
     for value, of_model, own in zip(values[1:], samples[1:], parts[1:], strict=True):
-        exact = mcnemar_p(parts[0], own)
+        exact = mcnemar_p(parts[0], own) if pictures is None else None
         p = bootstrap_p(of_model - samples[0]) if exact is None else exact
         low, high = interval(of_model - samples[0])
         difference = value - values[0]

@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mmpo_jax.benchmarks.benchmark import PICTURE
 from mmpo_jax.core.buckets import entries, is_file
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import fingerprint_bytes, read_bytes, read_json, read_table
@@ -318,7 +319,8 @@ class _Answers:
         said, scored = dict(self.answers[name]), dict(self.scores.get(name, {}))
         text = said.pop("response")
         details = {**scored.pop("scores", {}), **said, **scored}
-        known = {key: value for key, value in details.items() if key != "id" and value is not None}
+        hidden = ("id", PICTURE)
+        known = {k: value for k, value in details.items() if k not in hidden and value is not None}
         return SeenResponse(0, "", text, True, None, None, details=known)
 
 

@@ -171,6 +171,26 @@ def test_no_warning_of_what_may_be_chance_or_is_little():
     assert row_of(tax, "length")["cells"][1]["verdict"] == "less" and tax["warnings"] == []
 
 
+def test_questions_about_one_picture_are_one():
+    """Six questions whose answers are right together say as much as one."""
+    alone = {"start": rows(count=60), "x": rows(1, right=0.7, count=60)}
+    apart = {name: measured(of) for name, of in alone.items()}
+    single = row_of(alignment_tax(apart, SHOWN, "x"), "accuracy")["cells"]
+    together = {name: measured([row for row in of for _ in range(6)]) for name, of in alone.items()}
+    for (one,) in together.values():
+        for number, row in enumerate(one.scores.rows):
+            row["picture"] = number // 6
+    tax = alignment_tax(together, SHOWN, "x")
+    assert row_of(tax, "accuracy")["records"] == 360
+    start, other = row_of(tax, "accuracy")["cells"]
+    for name in ("low", "high", "value"):
+        assert start[name] == pytest.approx(single[0][name])
+        assert other[name] == pytest.approx(single[1][name])
+    assert other["test"] == "bootstrap"
+    first, second = resampled([parts([row["accuracy"] for row in of]) for of in alone.values()])
+    assert other["p"] == pytest.approx(bootstrap_p(second - first))
+
+
 def test_records_that_not_all_answered_are_left_out():
     start = measured(rows())
     shorter = measured(rows()[:100])
