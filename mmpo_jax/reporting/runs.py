@@ -224,7 +224,9 @@ def _read_training(folder: str, name: str, there: Sequence[str]) -> RunFiles:
     state = f"finished: {updates}" if is_finished else f"not finished: {updates} done"
     tax = read_json(os.path.join(folder, TAX))
     shown = {f"{row['benchmark']}/{row['metric']}": row for row in tax.get("rows", [])}
-    benchmarks = tuple({f"{row['benchmark']}/" for row in shown.values()})
+    asked = [one.get("name") or one.get("type") for one in recipe.get("evaluation") or ()]
+    names = {*asked, *(row["benchmark"] for row in shown.values())}  # the table comes at the end
+    benchmarks = tuple(f"{name}/" for name in names)
     measurements, rest = [], []
     for row in curves:
         values = {key: value for key, value in row.items() if key.startswith(benchmarks)}

@@ -109,3 +109,11 @@ def test_a_training_is_measured_by_its_updates(tmp_path):
         200: 0.7,
     }
     assert not any("pope/Accuracy" in row for row in runs[0].rounds[0].curves)
+    (run / "tax.json").unlink()  # as of a training that is under way
+    card = json.loads((run / "base" / "card.json").read_text())
+    card["recipe"]["evaluation"] = [{"type": "pope", "name": None}]
+    (run / "base" / "card.json").write_text(json.dumps(card))
+    runs = read_runs([str(run)])
+    (benchmark,) = measured(runs, group_runs(runs))
+    assert [metric.name for metric in benchmark.metrics] == ["Accuracy"]
+    assert not any("pope/Accuracy" in row for row in runs[0].rounds[0].curves)
