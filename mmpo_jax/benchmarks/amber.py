@@ -107,6 +107,8 @@ def questions(
         into, end = (described, "") if place <= DESCRIPTIONS else (asked, suffix)
         turn = Turn("user", row.text("query") + end)
         into.append(Record(str(place), (files.image(row, "image"),), (turn,), ()))
+    if described:  # asking a model may take hours before scores need these
+        Descriptions.read(folder).english.check()
     ways = [
         Asked(described, max_new_tokens, name="descriptions"),
         Asked(asked, min(16, max_new_tokens), name="questions"),

@@ -13,6 +13,7 @@ from mmpo_jax.benchmarks.coco import (
     Totals,
     Vocabulary,
     beside_of,
+    check_can_score,
     first_file,
     held_by,
     image_number,
@@ -63,6 +64,7 @@ def questions(
 
     As papers do, each of which draws its own, so numbers are compared on the same ones alone.
     """
+    check_can_score(files, *TABLES)
     path = published_file(files.folder, "captions_val2014.json")
     listed = sorted(read_annotations(path).get("images", ()), key=lambda image: image["id"])
     drawn = random.Random(seed).sample(listed, min(count, len(listed)))

@@ -14,6 +14,7 @@ from typing import Any
 from etils import epath
 
 from mmpo_jax.benchmarks.benchmark import Files, share
+from mmpo_jax.benchmarks.english import English
 from mmpo_jax.benchmarks.tables import as_id
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.files import read_bytes
@@ -210,25 +211,23 @@ def held_by(
     """
     held: dict[int, set[str]] = {image: set() for image in images}
     known: set[int] = set()
-    for kind in ("instances", "captions"):
-        for split in SPLITS:
-            path = published_file(folder, f"{kind}_{split}2014.json")
-            content = read_annotations(path)
-            names = {one["id"]: one["name"] for one in content.get("categories", ())}
-            known |= {one["id"] for one in content.get("images", ())} & held.keys()
-            for one in counted(content["annotations"], f"reading {path.name}", "annotations"):
-                image = one["image_id"]
-                if image not in held:
-                    continue
-                known.add(image)
-                if kind == "captions":
-                    named = vocabulary.named(words_of(one["caption"]))
-                    held[image] |= {name for _, name in named}
-                    continue
-                name = names[one["category_id"]]
-                if name not in vocabulary.classes:
-                    raise MmpoError(f"{path}: the class {name!r} is not in the table of synonyms")
-                held[image].add(vocabulary.classes[name])
+    for kind, path in annotation_files(folder):
+        content = read_annotations(path)
+        names = {one["id"]: one["name"] for one in content.get("categories", ())}
+        known |= {one["id"] for one in content.get("images", ())} & held.keys()
+        for one in counted(content["annotations"], f"reading {path.name}", "annotations"):
+            image = one["image_id"]
+            if image not in held:
+                continue
+            known.add(image)
+            if kind == "captions":
+                named = vocabulary.named(words_of(one["caption"]))
+                held[image] |= {name for _, name in named}
+                continue
+            name = names[one["category_id"]]
+            if name not in vocabulary.classes:
+                raise MmpoError(f"{path}: the class {name!r} is not in the table of synonyms")
+            held[image].add(vocabulary.classes[name])
     missing = held.keys() - known
     if missing:
         raise MmpoError(
@@ -236,6 +235,34 @@ def held_by(
             "COCO's files of 2014"
         )
     return {image: frozenset(names) for image, names in held.items()}
+
+
+def annotation_files(folder: epath.Path) -> list[tuple[str, epath.Path]]:
+    """(instances or captions, file) of both splits.
+
+    Raises:
+      MmpoError: one is missing; where to get it.
+    """
+    return [
+        (kind, published_file(folder, f"{kind}_{split}2014.json"))
+        for kind in ("instances", "captions")
+        for split in SPLITS
+    ]
+
+
+def check_can_score(files: Files, *tables: str) -> None:
+    """Checks that what scores captions is there, which asking a model may take hours before.
+
+    Args:
+      files: of a benchmark.
+      tables: names of the table of synonyms.
+
+    Raises:
+      MmpoError: something is missing, and where to get it.
+    """
+    first_file(files, *tables)
+    annotation_files(files.folder)
+    English().check()
 
 
 def first_file(files: Files, *names: str) -> epath.Path:

@@ -77,6 +77,13 @@ class English:
             self._singulars[word] = min(nouns_of(word, self._nouns), key=len, default=word)
         return self._singulars[word]
 
+    def check(self) -> None:
+        """
+        Raises:
+          MmpoError: nltk or some of its data are missing, or damaged.
+        """
+        _ = self._tokenizers, self._tagger, self._nouns
+
     def made_with(self) -> dict[str, str]:
         """nltk's version, and the names of the data that were used so far."""
         import nltk

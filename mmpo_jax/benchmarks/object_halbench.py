@@ -13,6 +13,7 @@ from mmpo_jax.benchmarks.coco import (
     Totals,
     Vocabulary,
     beside_of,
+    check_can_score,
     first_file,
     held_by,
     image_number,
@@ -53,6 +54,7 @@ def questions(files: Files, *, max_new_tokens: PositiveInt = 1024) -> list[Asked
     """The 300 questions, answered greedily; the official script also takes temperature 0, but
     searches by three beams.
     """
+    check_can_score(files, *TABLES)
     records = [
         Record(
             id=str(image_number(row.need("image_id"), row.name)),

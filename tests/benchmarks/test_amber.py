@@ -188,7 +188,9 @@ def test_answers_that_are_none(amber, monkeypatch, answers, told):
         run(amber, answers, monkeypatch)
 
 
-def test_questions_for_a_model(amber):
+def test_questions_for_a_model(amber, monkeypatch):
+    pytest.importorskip("nltk")
+    monkeypatch.setenv("NLTK_DATA", str(make_nltk_data(amber.parent / "nltk")))
     (amber / "query").mkdir()
     rows = [
         {"id": n, "image": "AMBER_1.jpg", "query": "Is it?" if n > 1004 else "Describe it."}
@@ -200,6 +202,9 @@ def test_questions_for_a_model(amber):
     assert [r.id for r in described.records] == ["1"] and described.max_new_tokens == 512
     assert asked.records[0].prompt[0].content == "Is it? Yes or No?"
     assert asked.max_new_tokens == 16
+    (amber / "similar_words.json").unlink()
+    with pytest.raises(MmpoError, match=r"similar_words.json: is missing"):
+        questions(Files(amber, ""))
 
 
 # The table of similar words -----------------------------------------------------------------------

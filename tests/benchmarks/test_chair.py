@@ -73,7 +73,8 @@ def test_all_layouts_of_captions(score):
     assert score(lines, "captions.jsonl").metrics == expected()
 
 
-def test_questions_for_a_model(tmp_path):
+def test_questions_for_a_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("NLTK_DATA", str(make_nltk_data(tmp_path / "nltk")))
     make_coco(tmp_path, IMAGES)
     path = tmp_path / "captions_val2014.json"
     rows = [{"id": n, "file_name": f"COCO_val2014_{n:012d}.jpg"} for n in range(9)]
@@ -83,6 +84,9 @@ def test_questions_for_a_model(tmp_path):
     (asked,) = questions(Files(tmp_path, ""), count=4, prompt="What is it?")
     assert len({record.id for record in asked.records}) == 4
     assert asked.records == questions(Files(tmp_path, ""), count=4, prompt="What is it?")[0].records
+    (tmp_path / "instances_train2014.json").unlink()
+    with pytest.raises(MmpoError, match=r"has no instances_train2014.json; it is part of"):
+        questions(Files(tmp_path, ""))
 
 
 def test_singulars_of_wordnet_keep_the_bus(score):
