@@ -186,11 +186,11 @@ class Files:
           MmpoError: the row has none, or it is not there.
         """
         try:
-            return MediaFolder(self.images or self.folder).image(row.need(*keys))
+            return MediaFolder(self.images or self.folder, "images").image(row.need(*keys))
         except UnusableRow as error:
             told = f"{row.name}: {error.detail}"
             if self.images_source:
-                told += f"; `images` names the folder of the images of {self.images_source}"
+                told += f"; these are the images of {self.images_source}"
             raise MmpoError(told) from error
 
 

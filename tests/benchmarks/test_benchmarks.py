@@ -191,7 +191,8 @@ def test_questions_of_pope_and_their_images(tmp_path):
         ("2", "Is there a 2? ?"),
     ]
     assert found.records[0].images[0].read() == b"picture"
-    with pytest.raises(MmpoError, match=r"q.jsonl, row 1: .*a.jpg.* images of COCO val2014"):
+    told = r"q.jsonl, row 1: .*a.jpg.* as images; these are the images of COCO val2014"
+    with pytest.raises(MmpoError, match=told):
         questions("pope", folder / "q.jsonl")
     write(tmp_path / "r.jsonl", asked(["yes"]))
     with pytest.raises(MmpoError, match=r"has several question files; name one, as .*q.jsonl"):

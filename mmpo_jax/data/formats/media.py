@@ -26,10 +26,12 @@ class MediaFolder:
 
     Args:
       root: which no path may leave.
+      option: by which users name it.
     """
 
-    def __init__(self, root: epath.PathLike):
+    def __init__(self, root: epath.PathLike, option: str = "image_root"):
         self.root = epath.Path(root)
+        self.option = option
         self.missed: dict[str, None] = {}
         """Paths where nothing was."""
         self.listed: dict[str, list[str]] = {}
@@ -155,7 +157,7 @@ class MediaFolder:
         self.searched |= deeper
         detail = f"there is no {kind} {brief(path)} in {os.fspath(self.root)}"
         return UnusableRow(
-            "image_missing", f"{detail}; is it elsewhere, name that folder as image_root"
+            "image_missing", f"{detail}; is it elsewhere, name that folder as {self.option}"
         )
 
     def _resolve(self, path: str) -> epath.Path:
