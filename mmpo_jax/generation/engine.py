@@ -304,8 +304,12 @@ class Engine:
         keys = sample_keys(0, 0, np.zeros(len(records), np.uint32), 1)
         model, params = self.checkpoint.model, self.checkpoint.params
         new = prefill(model, params, put_batch(batch, self.mesh), keys)
+        is_alone = len(seats) == sum(1 for _ in self._taken())
+        if is_alone and self.prompts and _width(new) < _width(self.prompts[0]):
+            self.prompts = ()  # a longer prompt was here, and nobody reads it any more
         if not self.prompts:
             self.prompts = empty_prompts(new, rows=self.rows, width=ROW)
+        if self.pool is None:
             self.pool = empty_pool(self.prompts[0], groups=1, size=self._pool_sizes()[0])
             self.hidden = jax.numpy.zeros((self.rows, ROW, new.hidden.shape[-1]), new.hidden.dtype)
         self.prompts = replaced(self.prompts, new, to, which)
@@ -382,6 +386,11 @@ class Engine:
         """The smallest size of a pool that leaves room behind so many tokens."""
         sizes = self._pool_sizes()
         return next(size for size in sizes if live + max(ROW, FREE * size) <= size)
+
+
+def _width(prompts: Prompts) -> int:
+    """Tokens that there is room for."""
+    return prompts.cache[1].shape[3]
 
 
 def _failed(asked: Asked, number: int, error: Exception) -> Part:

@@ -156,7 +156,7 @@ class Service:
                 if isinstance(parts, Exception):
                     raise Refusal(500, f"the devices failed: {type(parts).__name__}")
                 for part in parts:
-                    if part.error is not None:
+                    if part.error is not None and not reply.choices[part.number].finish:
                         raise Refusal(500, str(part.error))
                     delta = reply.add(part)
                     if delta is None:

@@ -10,6 +10,7 @@ from helpers.sampling import one_device
 from mmpo_jax.checkpoints.checkpoint import load_checkpoint
 from mmpo_jax.core.trees import map_with_path
 from mmpo_jax.data.batching import fitting_lengths
+from mmpo_jax.data.records import Record, Turn
 from mmpo_jax.data.tokenization import tokenize_records
 from mmpo_jax.generation import engine as engines
 from mmpo_jax.generation.engine import ROW, Asked, Engine
@@ -112,6 +113,19 @@ def test_places_of_who_hangs_up_go_to_others(checkpoint, records, greedy):
     assert found[one_less].items() >= dict.fromkeys(range(5), greedy[2]).items()
     for one, ids in zip(asked[3:], greedy[3:], strict=True):
         assert found[one] == {0: ids}
+
+
+def test_a_long_prompt_leaves_no_room_behind(checkpoint, records, greedy):
+    """Short ones are as wide as before once it has gone, and say the same."""
+    words = Record("long", (), (Turn("user", "star " * 90),), ())
+    long = tokenize_records([words], checkpoint.processor, None)[0][0]
+    engine = Engine(checkpoint, one_device(), places=ROW, max_prompt=128)
+    widths = []
+    for record in (records[0], long, records[0]):
+        said = serve(engine, [asked := Asked(record, LENGTH)])[asked][0]
+        widths.append(engine.prompts[0].cache[1].shape[3])
+    assert said == greedy[0]
+    assert widths[0] == widths[2] < widths[1]
 
 
 def test_what_is_told_beside_tokens(checkpoint, records):
