@@ -81,6 +81,8 @@ def _set_up_logging(me: processes.Member) -> None:
     for noisy in ("absl", "asyncio", "orbax"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", ".*decompression bomb")  # images over the limit are skipped
+    # Caches grow with the prompts that places are given, so their old memory cannot be theirs.
+    warnings.filterwarnings("ignore", ".*donated buffers were not usable")
 
 
 def _failed(options: argparse.Namespace, error: Exception) -> int:

@@ -23,7 +23,7 @@ RECIPES = {
         "Ask about what is wrong in rejected responses, for nSFT.",
     ),
     "serve": ("ServeRecipe", "Answer the clients of OpenAI's chat protocol."),
-    "evaluate": ("EvaluateRecipe", "Measure hallucination of a checkpoint."),
+    "evaluate": ("EvaluateRecipe", "Measure a checkpoint by benchmarks, or score answers."),
 }
 """Commands that run a recipe: name -> (its class, help)."""
 

@@ -255,6 +255,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     similarity, made_by, without = (
         by_spacy(words, options.spacy) if options.spacy else by_vectors(words, options.vectors)
     )
+    if len(without) == len(words):
+        raise MmpoError(f"{made_by}: none of AMBER's {len(words)} words is among them")
     pairs = similar_pairs(words, similarity)
     table = json.dumps(pairs, ensure_ascii=False).replace("], ", "],\n ").encode() + b"\n"
     origin = {

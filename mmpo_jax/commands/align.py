@@ -9,7 +9,7 @@ from mmpo_jax.alignment.report import render_sources, render_table, warnings
 from mmpo_jax.checkpoints.upload import check_hub, upload_result
 from mmpo_jax.core.buckets import is_file
 from mmpo_jax.core.processes import on_one
-from mmpo_jax.evaluation.measure import shown_metrics
+from mmpo_jax.evaluation.measure import check_questions, shown_metrics
 from mmpo_jax.evaluation.tax import read_tax, render_tax
 from mmpo_jax.recipes.recipe import AlignRecipe
 from mmpo_jax.reporting.page import FILE
@@ -17,6 +17,7 @@ from mmpo_jax.reporting.page import FILE
 
 def main(recipe: AlignRecipe) -> None:
     check_hub(recipe.hub)
+    check_questions(recipe.evaluation or ())
     reports = run_alignment(recipe)
     shown = shown_metrics(recipe.evaluation or ())
     tax = on_one(lambda: read_tax(recipe.output)) if shown else None

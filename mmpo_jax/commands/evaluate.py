@@ -10,7 +10,7 @@ from mmpo_jax.commands.evaluate_answers import lines
 from mmpo_jax.core.files import check_reachable
 from mmpo_jax.core.processes import on_one
 from mmpo_jax.evaluation.answers import Measuring
-from mmpo_jax.evaluation.measure import Measured, describe, measure, shown_metrics
+from mmpo_jax.evaluation.measure import Measured, check_questions, describe, measure, shown_metrics
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipes.recipe import EvaluateRecipe
 
@@ -29,6 +29,7 @@ def run_evaluation(recipe: EvaluateRecipe) -> list[Measured]:
       of the output folder.
     """
     check_reachable(recipe.output)
+    check_questions(recipe.evaluation)
     mesh = make_mesh(**recipe.devices.model_dump())
     check_speaker(recipe.model, "mmpo evaluate")
     checkpoint = load_checkpoint(recipe.model, mesh, recipe.attention, recipe.template)

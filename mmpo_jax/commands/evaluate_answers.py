@@ -32,6 +32,9 @@ def main(options: argparse.Namespace, start_jax: Callable[[], None]) -> None:
             options.benchmark, options.data, options.responses, options.output, rules, judge
         )
     print("\n".join(lines(scores)))
+    answered, questions = (scores.beside.get(name, 0) for name in ("answers", "questions"))
+    if answered < questions and "answers" in scores.beside:
+        print(f"warning: {answered:.0f} of {questions:.0f} questions have an answer")
     for name, told in judge.told.items():
         models = ", ".join(f"{model} ({count})" for model, count in told["models"].items())
         who = models or "a model that the file does not name"

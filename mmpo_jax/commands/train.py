@@ -30,6 +30,7 @@ from mmpo_jax.data.tokenized_rows import (
 )
 from mmpo_jax.data.usable import usable_records
 from mmpo_jax.evaluation.along import along_training, write_tax
+from mmpo_jax.evaluation.measure import check_questions
 from mmpo_jax.evaluation.tax import render_tax
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.picture_world.source import PictureWorldData
@@ -67,6 +68,7 @@ def run_training(recipe: TrainRecipe) -> str:
     """
     check_holds_checkpoints(recipe.output)
     check_tracking(recipe.training.wandb)
+    check_questions(recipe.evaluation or ())
     if recipe.rollout is not None:
         for section in recipe.rollout.rules:
             section.key()  # which loads a function of the user's, before anything heavy

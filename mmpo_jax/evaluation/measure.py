@@ -106,6 +106,17 @@ def measure(sections: Sequence[BenchmarkSection], at: Measuring) -> list[Measure
     return found
 
 
+def check_questions(sections: Sequence[BenchmarkSection]) -> None:
+    """Reads the questions of all benchmarks, before a model is loaded or answers the first.
+
+    Raises:
+      MmpoError: naming the file, row or image that is missing or of no use.
+    """
+    for section in sections:
+        with progress.doing(f"reading the questions of {section.called}"):
+            _asked(section, section.files())
+
+
 def read_measured(sections: Sequence[BenchmarkSection], folder: str) -> list[Measured]:
     """What `measure` left in a folder."""
     found = []
@@ -142,11 +153,17 @@ def describe(measured: Sequence[Measured], shown: Sequence[Shown]) -> dict[str, 
     }
 
 
+def _asked(section: BenchmarkSection, files: Files) -> Sequence[Asked]:
+    """The questions of a benchmark."""
+    asks = section.benchmark.asks
+    assert asks is not None
+    return asks(files, **section.options(section.benchmark.asking_options))
+
+
 def _measured(section: BenchmarkSection, at: Measuring) -> Measured:
     benchmark = section.benchmark
     files = section.files()
-    assert benchmark.asks is not None
-    asked = benchmark.asks(files, **section.options(benchmark.asking_options))
+    asked = _asked(section, files)
     answers, pictures = write_answers(section, asked, at), _pictures(asked)
     write_prompts(at.folder, asked_records(asked, KEPT), f"{section.called}-{PROMPTS}")
     if isinstance(section, JudgedSection):

@@ -225,6 +225,9 @@ def test_the_table_is_made_of_vectors(amber, tmp_path, capsys):
     assert table.similar("owl", "owl") and not table.similar("TV", "dog")
     (amber / "similar_words.json").write_text("[]")
     assert similar_words.read_similar_words(amber).made_by.startswith("unknown vectors")
+    (tmp_path / "vectors.txt").write_text("hound 1 0\n")
+    with pytest.raises(MmpoError, match=r"vectors.txt: none of AMBER's 5 words is among them"):
+        similar_words.main(arguments)
     (tmp_path / "vectors.txt").write_text("dog 1 0\npuppy\n")
     with pytest.raises(MmpoError, match=r"vectors.txt, line 2: is no word with its numbers"):
         similar_words.main(arguments)

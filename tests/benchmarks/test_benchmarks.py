@@ -220,10 +220,14 @@ def test_the_command(tmp_path, capsys):
     assert main(command) == 0
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["benchmark"] == "pope" and report["metrics"]["Accuracy"] == 1.0
-    assert "Accuracy" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "Accuracy" in told and "warning" not in told
     assert main([*command, "--rule", "reading=whole_word"]) == 0
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["metrics"]["Accuracy"] == 0.5 and report["options"] == {"reading": "whole_word"}
+    write(tmp_path / "answers.jsonl", [{"id": 2, "response": "no"}])
+    assert main(command) == 0
+    assert "warning: 1 of 2 questions have an answer" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from jax.sharding import AxisType
 from mmpo_jax.benchmarks.benchmark import score_answers
 from mmpo_jax.benchmarks.judging import FILE, Judge
 from mmpo_jax.checkpoints.checkpoint import load_checkpoint
+from mmpo_jax.cli import main
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.evaluation.answers import Measuring
 from mmpo_jax.evaluation.measure import all_values, measure, read_measured, shown_metrics
@@ -167,6 +168,15 @@ def test_answers_are_judged_once(model, questions, tmp_path):
     theirs = score_answers("mm_rlhf_safetybench", section["data"], answers, out, {}, kept)
     assert theirs.rows == first.scores.rows
     assert {one.key for one in shown_metrics(given)} <= all_values([first]).keys()
+
+
+def test_all_questions_are_read_before_a_model_is_loaded(questions, tmp_path, capsys):
+    missing = pope(questions, name="missing") | {"data": str(tmp_path / "nowhere.json")}
+    recipe = {"output": str(tmp_path / "run"), "model": "builtin:picture_world"}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe | {"evaluation": [WORLD, missing]}))
+    assert main(["evaluate", str(tmp_path / "recipe.yaml")]) == 1
+    assert "nowhere.json: there is no such folder" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "picture_world.answers.jsonl").exists()
 
 
 def test_questions_that_cannot_be_asked(model, questions, tmp_path):
