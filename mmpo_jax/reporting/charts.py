@@ -59,7 +59,7 @@ class Chart:
     lines: Sequence[Line]
     x_name: str
     whole_x: bool = False
-    """Whether only whole numbers are ticks, all of them."""
+    """Whether every place has a tick, where they are few."""
     rules: Sequence[tuple[float, str]] = ()
     """Vertical lines, such as where a round begins: place and label."""
 
@@ -92,6 +92,11 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     return [low, high]
 
 
+def _whole(places: Iterable[float]) -> list[float]:
+    """Those of whole numbers: between two rounds or updates there is nothing."""
+    return [place for place in places if math.isclose(place, round(place), abs_tol=1e-9)]
+
+
 def _span(values: Iterable[float]) -> tuple[float, float]:
     """(low, high) of an axis that shows these."""
     known = [value for value in values if math.isfinite(value)] or [0.0]
@@ -120,7 +125,8 @@ def draw(chart: Chart) -> Markup:
     def at_y(y: float) -> float:
         return HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
 
-    x_ticks = sorted(set(xs)) if chart.whole_x and len(set(xs)) <= 12 else ticks(x0, x1, 6)
+    all_xs = chart.whole_x and len(set(xs)) <= 12
+    x_ticks = sorted(set(xs)) if all_xs else _whole(ticks(x0, x1, 6))
     parts = [
         *_grid(y0, y1, at_y),
         *_x_axis(chart, x_ticks, at_x),

@@ -46,6 +46,12 @@ def test_ticks_are_few_and_between(one, other):
     assert all(low - slack <= tick <= high + slack for tick in found)
 
 
+def test_updates_are_whole():
+    svg = drawn(Chart("t", "", [Line("a", [Point(1, 0.5), Point(2, 0.7)])], "update"))
+    marks = [text.text for text in svg.iter("text") if text.get("text-anchor") == "middle"]
+    assert marks == ["1", "2", "update"]
+
+
 def test_ticks_stand_at_their_values():
     points = [Point(0, 10.0), Point(10, 20.0)]
     svg = drawn(Chart("t", "", [Line("a", points)], "update"))
