@@ -52,8 +52,9 @@ def _check(hub: Hub) -> None:
         )
     if huggingface_hub.is_offline_mode():
         raise MmpoError(f"hub.repo {hub.repo}: HF_HUB_OFFLINE is set, so nothing can be uploaded")
+    api = huggingface_hub.HfApi(token=token)
     try:
-        huggingface_hub.HfApi(token=token).whoami()
+        api.whoami()
     except UNREACHABLE as error:
         told = _told(error, token)
         response = getattr(error, "response", None)
@@ -61,7 +62,10 @@ def _check(hub: Hub) -> None:
             raise MmpoError(
                 f"hub.repo {hub.repo}: the hub does not take the token: {told}"
             ) from error
-        log.warning("hub.repo %s: the hub is out of reach now: %s", hub.repo, told)
+        log.warning(
+            "hub.repo %s: %s is out of reach now, and is asked again at the end: %s",
+            *(hub.repo, api.endpoint, told),
+        )
 
 
 def upload_result(folder: str, hub: Hub | None) -> str | None:
@@ -99,9 +103,9 @@ def _send(here: str, folder: str, hub: Hub) -> str:
                 repo_id=hub.repo, folder_path=here, commit_message="Upload the result of mmpo"
             )
     except UNREACHABLE as error:
-        private = " --private" if hub.private else ""
+        private, told = " --private" if hub.private else "", _told(error, token)
         raise MmpoError(
-            f"{folder} is saved, but it did not get to {hub.repo}: {_told(error, token)}\n"
+            f"{folder} is saved, but it did not get to {api.endpoint}/{hub.repo}: {told}\n"
             f"run `hf upload {hub.repo} {folder} .{private}`, or the same command again"
         ) from error
     log.info("%s is uploaded to %s", folder, place)

@@ -243,6 +243,13 @@ def read_tax(folder: str) -> dict[str, Any]:
     return tax
 
 
+LEGEND = (
+    "[95 % of bootstrap samples over the records]  p of a paired test against the start; below "
+    "0.05:  + better  - worse  * another, and neither"
+)
+"""Below the table."""
+
+
 def render_tax(tax: Mapping[str, Any]) -> str:
     """The table for a person: values with intervals, and of the others than the start the
     difference's p; `+` what got better, `-` worse, `*` only different."""
@@ -263,4 +270,4 @@ def render_tax(tax: Mapping[str, Any]) -> str:
     table += [[row["heading"], *(cell(row, of) for of in row["cells"])] for row in tax["rows"]]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in table]
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join([*(line.rstrip() for line in lines), LEGEND])

@@ -137,6 +137,7 @@ def test_the_table(tmp_path):
     text = render_tax(read)
     assert text == render_tax(tax)
     assert text.splitlines()[0].split() == ["start", "round", "1"]
+    assert "+ better  - worse" in text.splitlines()[-1]
     line = next(line for line in text.splitlines() if line.startswith("hallucination"))
     assert line.endswith("+")
     assert json.loads((tmp_path / FILE).read_text())["rows"][5]["cells"][0]["p"] is None
