@@ -244,7 +244,7 @@ def read_tax(folder: str) -> dict[str, Any]:
 
 
 LEGEND = (
-    "[95 % of bootstrap samples over the records]  p of a paired test against the start; below "
+    "[95 % of bootstrap samples]  p of a paired test against the start; below "
     "0.05:  + better  - worse  * another, and neither"
 )
 """Below the table."""
