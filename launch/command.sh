@@ -13,13 +13,13 @@ check_words() { # SUBCOMMAND WORD ...: of the script, and the mmpo command behin
     esac
   done
   case $command in
-    align | train | generate | score | reward | select | evaluate | plan)
+    align | train | generate | score | reward | select | evaluate | plan | serve)
       case $recipe in
         '' | -* | *=* | *://*) ;;
         *) [ -f "$recipe" ] || misused "$command: there is no recipe $recipe here" ;;
       esac
       ;;
-    convert | correct | objectives | data | -h | --help) ;;
+    convert | correct | objectives | report | data | -h | --help) ;;
     *) misused "mmpo has no subcommand '$command'" ;;
   esac
 }

@@ -31,9 +31,9 @@ def test_a_misspelt_key_before_anything_starts(command, refused, tmp_path, monke
 
     monkeypatch.setattr(cli, "start_jax", start)
     message = refused(
-        command, recipe(tmp_path, "builtin:picture_world"), "sead=3", "devices.tensr=1"
+        command, recipe(tmp_path, "builtin:picture_world"), "attenton=a", "devices.tensr=1"
     )
-    assert "sead: unknown key; did you mean seed?" in message
+    assert "attenton: unknown key; did you mean attention?" in message
     assert "devices.tensr: unknown key; did you mean tensor?" in message
     assert not (tmp_path / "out").exists()
 

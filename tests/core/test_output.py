@@ -21,7 +21,7 @@ COMMANDS = {
     "align": {"data": {"source": "picture_world"}},
     "generate": {"data": {"source": "picture_world"}},
     "score": {"data": {"source": "picture_world"}},
-    "evaluate": {},
+    "evaluate": {"evaluation": {"type": "picture_world"}},
 }
 
 HOLDER = """

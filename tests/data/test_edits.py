@@ -13,6 +13,7 @@ from PIL import Image
 
 from mmpo_jax.data.edits import edit_image, edit_pixels
 from mmpo_jax.data.images import open_image
+from mmpo_jax.data.pixel_cache import PixelCache
 from mmpo_jax.data.records import Edit, ImageRef
 
 SIZE = (120, 90)
@@ -135,7 +136,7 @@ def test_the_same_every_time_and_another_for_another_seed(gradient, tiny_process
     plain = ImageRef("a", png(gradient))
 
     def pixels(seed):
-        tiny_processor._pixels.clear()  # what is made again, not what was kept
+        tiny_processor._kept_pixels = PixelCache()  # what is made again, not what was kept
         (made,) = tiny_processor.pixels(
             [dataclasses.replace(plain, edit=Edit(kind, seed, 500, 0.5))]
         )
