@@ -1,11 +1,8 @@
 """`mmpo align`, killed twice and started again, ends as if nothing had been."""
 
-import os
 
 import pytest
 from alignment import kill_and_resume
-
-from mmpo_jax.checkpoints.folders import BUILTIN
 
 SMALL = (
     *kill_and_resume.OVERRIDES,
@@ -20,8 +17,6 @@ SMALL = (
 
 @pytest.mark.slow
 def test_killed_while_it_trains_and_while_it_saves(tmp_path, monkeypatch):
-    if not os.path.isfile(BUILTIN["builtin:picture_world"] / "model.safetensors"):
-        pytest.skip("the built-in checkpoint has no weights yet")
     monkeypatch.setattr(kill_and_resume, "MOMENTS", ("step 5/", "round 1/1, reference"))
     killed, expected, different = kill_and_resume.kill_and_resume(
         tmp_path, 2, 0, "builtin:picture_world", SMALL

@@ -1,11 +1,9 @@
 """`mmpo evaluate` of the shipped checkpoint, killed at five moments, ends as if undisturbed."""
 
-import os
 
 import pytest
 from alignment import kill_and_resume
 
-from mmpo_jax.checkpoints.folders import BUILTIN
 from mmpo_jax.picture_world.pope import write_questions
 
 MOMENTS = (
@@ -19,8 +17,6 @@ MOMENTS = (
 
 @pytest.mark.slow
 def test_killed_at_five_moments(tmp_path):
-    if not os.path.isfile(BUILTIN["builtin:picture_world"] / "model.safetensors"):
-        pytest.skip("the built-in checkpoint has no weights yet")
     kill_and_resume.freeze_code(tmp_path)
     data = tmp_path / "data"
     write_questions(str(data), size=120)
