@@ -1,6 +1,5 @@
 """`mmpo align`, killed twice and started again, ends as if nothing had been."""
 
-
 import pytest
 from alignment import kill_and_resume
 

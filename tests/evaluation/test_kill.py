@@ -1,6 +1,5 @@
 """`mmpo evaluate` of the shipped checkpoint, killed at five moments, ends as if undisturbed."""
 
-
 import pytest
 from alignment import kill_and_resume
 
