@@ -46,8 +46,9 @@ from mmpo_jax.checkpoints.safetensors_files import (
 from mmpo_jax.core.buckets import replace_folder
 from mmpo_jax.core.processes import alone
 from mmpo_jax.core.trees import flatten, to_host, unflatten
-from mmpo_jax.models.config import ModelError
+from mmpo_jax.models.config import DecoderConfig, ModelError
 from mmpo_jax.models.family import Renaming
+from mmpo_jax.models.layer_kinds import LAYERS, Stack
 from mmpo_jax.models.merging import SCALE, A, B, kernel_and_adapter, merge, wide
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.precision import weights_dtype
@@ -57,7 +58,8 @@ from mmpo_jax.models.vocabulary import TABLES, without_added
 log = logging.getLogger(__name__)
 
 
-EMBEDDING = "language_model/embed_tokens/embedding"
+DECODER = "language_model"
+EMBEDDING = f"{DECODER}/embed_tokens/embedding"
 
 
 def load_model(folder: str | os.PathLike[str]) -> tuple[Model, Params]:
@@ -132,7 +134,7 @@ def match_tensors(folder: str | os.PathLike[str], model: Model) -> dict[str, Sto
         raise ModelError(f"{where}: no weights for {', '.join(missing[:5])} ({names})")
     return {
         path: StoredParameter(
-            _in_order(found[path], path, leaf.shape, where),
+            _in_order(found[path], path, leaf.shape[0] if leaf.shape else 1, where, model),
             leaf.shape,
             stacked=_is_stacked(path),
             transposed=_is_transposed(path),
@@ -163,7 +165,7 @@ def _check_tensor(
 
 
 def _in_order(
-    layers: Mapping[int | None, StoredTensor], path: str, shape: tuple[int, ...], where: str
+    layers: Mapping[int | None, StoredTensor], path: str, depth: int, where: str, model: Model
 ) -> tuple[StoredTensor, ...]:
     """
     Raises:
@@ -171,13 +173,14 @@ def _in_order(
     """
     if not _is_stacked(path):
         return (layers[None],)
-    numbers = {layer for layer in layers if layer is not None}
-    missing = sorted(set(range(shape[0])) - numbers)
-    extra = sorted(numbers - set(range(shape[0])))
+    places = {layer for layer in layers if layer is not None}
+    missing = sorted(set(range(depth)) - places)
+    extra = sorted(places - set(range(depth)))
     if missing or extra:
-        what = f"no layer {missing[0]}" if missing else f"a layer {extra[0]}"
-        raise ModelError(f"{where}: {path} has {what}; the config has {shape[0]} layers")
-    return tuple(layers[number] for number in range(shape[0]))
+        numbers = layer_numbers(path, depth, model)
+        what = f"no layer {numbers[missing[0]]}" if missing else f"a layer {extra[0]}"
+        raise ModelError(f"{where}: {path} has {what}; the config has {depth} layers")
+    return tuple(layers[place] for place in range(depth))
 
 
 def check_params(folder: str, params: Params, model: Model) -> Params:
@@ -311,7 +314,7 @@ def new_tensors(params: Params, model: Model) -> list[NewTensor]:
                 tokens if axis == TABLES[path] else size for axis, size in enumerate(shape)
             )
         for layer in range(leaf.shape[0]) if stacked else (None,):
-            key = key_of(path, layer, model.family.write_keys)
+            key = key_of(path, layer, model)
             theirs = _their_shape(path, layer, shape, model)
             fetch = functools.partial(_fetch, path, parts, layer, tokens, theirs)
             tensors.append(NewTensor(key, dtype, theirs, fetch))
@@ -332,7 +335,8 @@ def _fetch(
 
 
 def path_of(key: str, model: Model) -> tuple[str | None, int | None]:
-    """The parameter path and layer index of a Hugging Face key; None for what is not stored."""
+    """The parameter path of a Hugging Face key, and the layer's place in its stack; None for what
+    is not stored."""
     for pattern, replacement in model.family.read_keys:
         key = re.sub(pattern, replacement, key)
     if key == "language_model.lm_head.weight" and model.config.decoder.tie_word_embeddings:
@@ -340,7 +344,11 @@ def path_of(key: str, model: Model) -> tuple[str | None, int | None]:
     if key.endswith(("position_ids", "rotary_emb.inv_freq")):
         return None, None  # buffers that old versions stored
     layer = re.search(r"\.layers\.(\d+)\.", key)
-    path = re.sub(r"\.layers\.\d+\.", ".layers.", key).replace(".", "/")
+    place = int(layer.group(1)) if layer else None
+    stack = LAYERS
+    if place is not None and key.startswith(f"{DECODER}."):
+        stack, place = _places(model.config.decoder).get(place, (LAYERS, place))
+    path = re.sub(r"\.layers\.\d+\.", f".{stack}.", key).replace(".", "/")
     stem, _, name = path.rpartition("/")
     if name == "weight":
         if re.search(r"norm\d?$", stem):
@@ -349,21 +357,54 @@ def path_of(key: str, model: Model) -> tuple[str | None, int | None]:
             name = "embedding"
         else:
             name = "kernel"
-    return f"{stem}/{name}" if stem else name, int(layer.group(1)) if layer else None
+    return f"{stem}/{name}" if stem else name, place
 
 
-def key_of(path: str, layer: int | None, names: Renaming) -> str:
-    """The Hugging Face key of a parameter path."""
-    key = re.sub(r"/(kernel|scale|embedding)$", "/weight", path).replace("/", ".")
-    if layer is not None:
-        key = key.replace(".layers.", f".layers.{layer}.")
-    for pattern, replacement in names:
+def key_of(path: str, place: int | None, model: Model, others: Renaming = ()) -> str:
+    """The Hugging Face key of a parameter path.
+
+    Args:
+      path: of the parameter.
+      place: of the layer in its stack; None where it is not stacked.
+      model: the architecture.
+      others: names that are changed behind those that files have.
+    """
+    key = re.sub(r"/(kernel|scale|embedding)$", "/weight", path)
+    if place is not None:
+        stack = stack_of(path, model)
+        layer = place if stack is None else stack.numbers[place]
+        inner = LAYERS if stack is None else stack.path
+        key = key.replace(f"/{inner}/", f"/{LAYERS}/{layer}/", 1)
+    key = key.replace("/", ".")
+    for pattern, replacement in (*model.family.write_keys, *others):
         key = re.sub(pattern, replacement, key)
     return key
 
 
+def stack_of(path: str, model: Model) -> Stack | None:
+    """The decoder's stack that a parameter belongs to; None for all others."""
+    stacks = model.config.decoder.stacks
+    return next((s for s in stacks if path.startswith(f"{DECODER}/{s.path}/")), None)
+
+
+def layer_numbers(path: str, depth: int, model: Model) -> tuple[int, ...]:
+    """Which layers of the model the `depth` ones of a stacked parameter are."""
+    stack = stack_of(path, model)
+    return tuple(range(depth)) if stack is None else stack.numbers
+
+
+@functools.lru_cache(maxsize=8)
+def _places(decoder: DecoderConfig) -> dict[int, tuple[str, int]]:
+    """(path of its stack, place in it) of every layer."""
+    return {
+        number: (stack.path.replace("/", "."), place)
+        for stack in decoder.stacks
+        for place, number in enumerate(stack.numbers)
+    }
+
+
 def _first_key(path: str, model: Model) -> str:
-    return key_of(path, 0 if _is_stacked(path) else None, model.family.write_keys)
+    return key_of(path, 0 if _is_stacked(path) else None, model)
 
 
 def _is_stacked(path: str) -> bool:
@@ -389,7 +430,7 @@ def _our_shape(path: str, shape: tuple[int, ...], ndim: int) -> tuple[int, ...]:
 def _their_shape(
     path: str, layer: int | None, shape: tuple[int, ...], model: Model
 ) -> tuple[int, ...]:
-    key = key_of(path, layer, model.family.write_keys)
+    key = key_of(path, layer, model)
     other = model.family.tensor_shapes(model.config).get(key)
     return other or (shape[::-1] if _is_transposed(path) else shape)
 

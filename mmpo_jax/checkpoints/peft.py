@@ -21,7 +21,13 @@ from etils import epath
 from mmpo_jax.checkpoints.folders import ADAPTER_CONFIG as CONFIG_FILE
 from mmpo_jax.checkpoints.folders import ADAPTER_WEIGHTS as WEIGHTS_FILE
 from mmpo_jax.checkpoints.folders import is_on_hub, split_hub_id
-from mmpo_jax.checkpoints.huggingface import key_of, new_tensors, path_of, write_folder
+from mmpo_jax.checkpoints.huggingface import (
+    key_of,
+    layer_numbers,
+    new_tensors,
+    path_of,
+    write_folder,
+)
 from mmpo_jax.checkpoints.safetensors_files import NewTensor, read_header, read_tensor
 from mmpo_jax.core.trees import flatten, to_host, unflatten
 from mmpo_jax.models.config import ModelError, RewardHead
@@ -188,7 +194,8 @@ def load_adapter(folder: str | os.PathLike[str], model: Model) -> dict[str, np.n
     for path, named in modules.items():
         is_stack = len(shapes[path]) == 3
         depth = shapes[path][0] if is_stack else 1
-        _check_layers(file, named, depth, is_stack, config)
+        numbers = layer_numbers(path, depth, model) if is_stack else None
+        _check_layers(file, named, numbers, config)
         pairs = {
             layer: _read_factors(file, module, factors[module], shapes[path], config)
             for layer, module in named.items()
@@ -292,25 +299,32 @@ def _tensors(
 
 def _module_name(path: str, layer: int | None, model: Model) -> str:
     """What transformers calls a dense layer."""
-    renaming = (*model.family.write_keys, *model.family.module_keys)
-    return key_of(f"{path}/kernel", layer, renaming).removesuffix(".weight")
+    key = key_of(f"{path}/kernel", layer, model, model.family.module_keys)
+    return key.removesuffix(".weight")
 
 
 def _check_layers(
-    file: str, named: dict[int, str], depth: int, is_stack: bool, config: dict[str, Any]
+    file: str, named: dict[int, str], numbers: tuple[int, ...] | None, config: dict[str, Any]
 ) -> None:
     """
+    Args:
+      file: for errors.
+      named: module by place in the stack.
+      numbers: which layers of the model the stack's are; None for what is not stacked.
+      config: PEFT's.
+
     Raises:
       ModelError: a layer of a stack is beyond it, lacks its adapter, or has one that the config
         does not name.
     """
-    example = next(iter(named.values()))
-    for layer in sorted({*range(depth), *named}):
-        module = named.get(layer, re.sub(r"\.\d+\.", f".{layer}.", example, count=1))
-        if layer >= depth:
-            raise ModelError(f"{file}: {module}: the model has {depth} layers")
-        if (layer in named) != _is_target(config, module, layer if is_stack else None):
-            has = "has an adapter" if layer in named else "has none"
+    example, depth = next(iter(named.values())), len(numbers or [0])
+    for place in sorted({*range(depth), *named}):
+        if place >= depth:
+            raise ModelError(f"{file}: {named[place]}: the model has {depth} layers")
+        layer = None if numbers is None else numbers[place]
+        module = named.get(place, re.sub(r"\.\d+\.", f".{layer}.", example, count=1))
+        if (place in named) != _is_target(config, module, layer):
+            has = "has an adapter" if place in named else "has none"
             raise ModelError(f"{file}: {module} {has}, against target_modules in {CONFIG_FILE}")
 
 

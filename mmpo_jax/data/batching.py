@@ -135,7 +135,7 @@ def _pad_shown(
       processor: of the checkpoint.
       responses, length: R and T.
     """
-    images, axes = processor.images, processor.config.decoder.rope.axes
+    images, axes = processor.images, processor.config.decoder.position_axes
     width = images.vectors if images else 1
     shape = len(records), responses, length
     positions: Any = np.zeros((shape[0], axes, *shape[1:]), np.int32)
@@ -165,7 +165,7 @@ def place_media(ids: np.ndarray, record: TokenizedRecord, processor: Processor) 
         processor.placeholders,
         extras=images.extras if images else 0,
         width=images.vectors if images else 1,
-        axes=processor.config.decoder.rope.axes,
+        axes=processor.config.decoder.position_axes,
     )
     if seen is None:
         return placed
@@ -189,7 +189,7 @@ def _pad_images(
       length: P.
       slots: I.
     """
-    images, axes = processor.images, processor.config.decoder.rope.axes
+    images, axes = processor.images, processor.config.decoder.position_axes
     rows, width = len(records), images.vectors if images else 1
     index = np.full((rows, length, width), -1, np.int32)
     weight = np.zeros((rows, length, width), np.float32)

@@ -255,7 +255,7 @@ def _pack_group(
     group: Sequence[Sequence[TokenizedRecord]], processor: Processor, sizes: PackedSizes
 ) -> Mapping[str, Any]:
     """The arrays of `PackedBatch` for one group, with their leading axis."""
-    images, axes = processor.images, processor.config.decoder.rope.axes
+    images, axes = processor.images, processor.config.decoder.position_axes
     width = images.vectors if images else 1
     shape = sizes.rows, sizes.tokens
     tokens = {

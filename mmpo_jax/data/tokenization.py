@@ -174,7 +174,7 @@ def tokenize(
         raise RowRejected(
             "prompt_too_long", f"the prompt has {len(prompt)} tokens, the limit is {max_prompt}"
         )
-    limit = processor.config.decoder.rope.limit
+    limit = processor.config.decoder.position_limit
     longest = max(sum(len(piece.ids) for piece in encoded.pieces) for encoded in made)
     if limit is not None and min(longest, len(prompt) + max_response) > limit:
         raise RowRejected(

@@ -197,7 +197,7 @@ def tokenizer_for_both(reference: Processor) -> Tokenize:
         asked = dataclasses.replace(record, responses=())
         theirs = tokenize(asked, reference, max_prompt, max_response)
         longest = max((len(response.ids) for response in ours.responses), default=0)
-        limit = reference.config.decoder.rope.limit
+        limit = reference.config.decoder.position_limit
         if limit is not None and len(theirs.prompt_ids) + longest > limit:
             raise RowRejected(
                 "prompt_too_long",

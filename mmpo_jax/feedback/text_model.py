@@ -237,7 +237,7 @@ class CheckpointTextModel:
         if self._checkpoint is None:
             self._checkpoint = self.load()
         checkpoint = self._checkpoint
-        limit = checkpoint.model.config.decoder.rope.limit
+        limit = checkpoint.model.config.decoder.position_limit
         room = UNLIMITED if limit is None else limit - max_new_tokens
         tokenized = [_tokenized(ask, checkpoint.processor, room) for ask in asks]
         records = [record for record in tokenized if isinstance(record, TokenizedRecord)]

@@ -10,17 +10,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from mmpo_jax.generation.caches import PromptSeen, Step, chosen
 from mmpo_jax.generation.places import (
     Pool,
     Prompts,
     Samples,
     beginning_of,
     bind,
-    only_finite,
     placed,
 )
 from mmpo_jax.generation.sampler import NOT_FINITE, choose_token
-from mmpo_jax.models.attention import cached_attention, in_window
 from mmpo_jax.models.log_probs import next_token_logits
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.vlm import VisionLanguageModel
@@ -188,52 +187,43 @@ def decode_token(
     owner = _append(pool.owner, jnp.where(sample >= 0, member, -1), pool.used)
     written = _append(pool.position, position, pool.used)
     owned = owner[:, :, None] == member[:, None]
-    to_own = position[..., None] - written[:, :, None]
     n = prompts[0].keys.shape[1]
-    its = [sample // n == which for which in range(len(prompts))]
-    begun = [_begun(prompt, sample) for prompt in prompts]
+    seen = tuple(
+        PromptSeen(
+            sample // n == which, prompt.length, *_begun(prompt, sample), bool(prompt.begun.size)
+        )
+        for which, prompt in enumerate(prompts)
+    )
+    step = Step(position, owned, written, pool.used, seen)
     first = sum(
-        jnp.where(mine, prompt.next_position[:, None, None] + tokens, 0)
-        for mine, prompt, (_, tokens) in zip(its, prompts, begun, strict=True)
+        jnp.where(of.mine, prompt.next_position[:, None, None] + of.begun, 0)
+        for of, prompt in zip(seen, prompts, strict=True)
     )
     positions = (first + position).reshape(rows, 1, -1)
-    positions = jnp.broadcast_to(
-        positions, (rows, module.config.decoder.rope.axes, positions.shape[2])
-    )
+    axes = module.config.decoder.position_axes
+    positions = jnp.broadcast_to(positions, (rows, axes, positions.shape[2]))
 
-    def attend_caches(query, key, value, window, carry, inputs):
-        layer, caches = inputs
-        (key, value), whole = only_finite(key, value)
-        new_key = grouped(key).transpose(0, 1, 3, 4, 2)[None]
-        new_value = grouped(value).swapaxes(2, 3)[None]
-        start = layer, 0, 0, 0
-        pooled = (
-            jax.lax.dynamic_update_slice(carry[0][0], new_key, (*start, 0, pool.used)),
-            jax.lax.dynamic_update_slice(carry[0][1], new_value, (*start, pool.used, 0)),
-        )
-        own_key, own_value = (
-            jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False) for cache in pooled
-        )
-        parts = [(own_key, own_value, owned & in_window(to_own, window))]
-        for mine, prompt, cache, (begins, tokens) in zip(its, prompts, caches, begun, strict=True):
-            place, length = jnp.arange(cache[1].shape[2]), prompt.length[:, None, None, None]
-            behind = (tokens + position)[..., None]
-            seen = (place < length) & in_window(length + behind - place, window)
-            if prompt.begun.shape[1]:
-                at = place - begins[..., None]
-                own = (at >= 0) & (at < tokens[..., None])
-                seen |= own & in_window(behind - at, window)
-            parts.append((*cache, seen & mine[..., None]))
-        out = cached_attention(grouped(query), parts, query.shape[-1] ** -0.5)
-        return out.reshape(query.shape), (pooled, carry[1] & whole), None
+    def attend_caches(made, stack, carry, inputs):
+        (cache, finite), (layer, kept) = carry, inputs
+        mixer, own = stack.layer.mixer, cache[stack.path]
+        out, own, whole = own.advance(made, mixer, step, layer, kept)
+        return out, (cache | {stack.path: own}, finite & whole), None
 
+    stacks = module.config.decoder.stacks
     hidden, (cache, whole), _ = module.language_model(
         module.language_model.embed(token),
         positions,
         attend_caches,
         carry=(pool.cache, jnp.ones(token.shape, bool)),
-        layer_inputs=(jnp.arange(len(pool.cache[0])), tuple(prompt.cache for prompt in prompts)),
+        layer_inputs={
+            stack.path: (
+                jnp.arange(len(stack.numbers)),
+                tuple(prompt.cache[stack.path] for prompt in prompts),
+            )
+            for stack in stacks
+        },
         split=False,  # places are few
+        in_place=True,
     )
     released = (owned & grouped(ended)[..., None]).any(axis=2)
     pool = Pool(cache, jnp.where(released, -1, owner), written, pool.used + len(member))
@@ -265,17 +255,8 @@ def compact(pool: Pool, *, size: int) -> Pool:
     ones have to go in."""
     nobody = pool.owner < 0
     order = jnp.argsort(nobody, axis=2, stable=True)[:, :, :size]
-    padding = size - order.shape[2]
-
-    def gather(x: jax.Array, axis: int) -> jax.Array:
-        at = order
-        if x.ndim > order.ndim:
-            at = jnp.expand_dims(order, (0, 3, 9 - axis))
-        taken = jnp.take_along_axis(x, at, axis=axis)
-        return jnp.pad(taken, [(0, padding if a == axis else 0) for a in range(x.ndim)])
-
     free = jnp.arange(size) >= (~nobody).sum(axis=2, keepdims=True)
-    owner = jnp.where(free, -1, gather(pool.owner, 2))
+    owner = jnp.where(free, -1, chosen(pool.owner, order, size, 2))
     used = (~nobody).sum(axis=2).max().astype(jnp.int32)
-    cache = gather(pool.cache[0], 5), gather(pool.cache[1], 4)
-    return placed(Pool(cache, owner, gather(pool.position, 2), used))
+    cache = {path: kept.compacted(order, size) for path, kept in pool.cache.items()}
+    return placed(Pool(cache, owner, chosen(pool.position, order, size, 2), used))

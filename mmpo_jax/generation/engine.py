@@ -305,7 +305,7 @@ class Engine:
         model, params = self.checkpoint.model, self.checkpoint.params
         new = prefill(model, params, put_batch(batch, self.mesh), keys)
         is_alone = len(seats) == sum(1 for _ in self._taken())
-        if is_alone and self.prompts and _width(new) < _width(self.prompts[0]):
+        if is_alone and self.prompts and new.width < self.prompts[0].width:
             self.prompts = ()  # a longer prompt was here, and nobody reads it any more
         if not self.prompts:
             self.prompts = empty_prompts(new, rows=self.rows, width=ROW)
@@ -386,11 +386,6 @@ class Engine:
         """The smallest size of a pool that leaves room behind so many tokens."""
         sizes = self._pool_sizes()
         return next(size for size in sizes if live + max(ROW, FREE * size) <= size)
-
-
-def _width(prompts: Prompts) -> int:
-    """Tokens that there is room for."""
-    return prompts.cache[1].shape[3]
 
 
 def _failed(asked: Asked, number: int, error: Exception) -> Part:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from mmpo_jax.generation.caches import Kept, KeyValues
 from mmpo_jax.models.attention import shared_prompt_attention
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.layers import batch_axes
@@ -35,9 +36,8 @@ class Prompts:
     from the first, and so on. A beginning sees the prompt and not the others.
     """
 
-    cache: tuple[jax.Array, jax.Array]
-    """Keys [L, B, K, d, P] and values [L, B, K, P, d], as `cached_attention` multiplies them: of
-    the prompt, then of its beginnings."""
+    cache: dict[str, Kept]
+    """By the path of a stack of layers, what they keep of the prompt and its beginnings."""
     length: jax.Array
     """int32[B]; tokens of the prompt."""
     start: jax.Array
@@ -52,6 +52,8 @@ class Prompts:
     it are not finite."""
     keys: jax.Array
     """PRNG keys [B, n] of the samples."""
+    width: int = dataclasses.field(metadata={"static": True})
+    """P, tokens that there is room for."""
 
 
 @jax.tree_util.register_dataclass
@@ -78,15 +80,15 @@ class Samples:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """Keys and values of sampled tokens; M places share each of B * G pools of C tokens.
+    """What layers keep of sampled tokens; M places share each of B * G pools of C tokens.
 
     Every step writes M tokens behind those that are there, so all pools are written at the same
     index, however far each sample is. What a sample wrote is nobody's once it has ended, and goes
     when the pool is full (`compact`).
     """
 
-    cache: tuple[jax.Array, jax.Array]
-    """Keys [L, B, G, K, d, C] and values [L, B, G, K, C, d]."""
+    cache: dict[str, Kept]
+    """By the path of a stack of layers, what they keep of these tokens."""
     owner: jax.Array
     """int32[B, G, C]; which of the M places reads the token, -1 for none."""
     position: jax.Array
@@ -144,13 +146,13 @@ def prefill(
     rows, size = len(x), batch.prompt_ids.shape[1]
     real = jnp.concatenate([batch.prompt_mask, beginnings.reshape(rows, -1)], axis=1)
 
-    def attend_prompt(query, key, value, window, carry, inputs):
+    def attend_prompt(made, stack, carry, inputs):
         del inputs
-        masks = batch.prompt_mask, beginnings
-        out = shared_prompt_attention(query, key, value, *masks, window, module.attention)
-        (key, value), whole = only_finite(key, value)
-        carry &= (whole | ~real).all(axis=1)
-        return out, carry, (key.transpose(0, 2, 3, 1), value.swapaxes(1, 2))
+        query, key, value = made
+        masks, scores = (batch.prompt_mask, beginnings), stack.layer.mixer.scores
+        out = shared_prompt_attention(query, key, value, *masks, backend=module.attention, **scores)
+        kept, whole = KeyValues.of_prompt(key, value)
+        return out, carry & (whole | ~real).all(axis=1), kept
 
     every = jnp.ones(rows, bool)
     x, whole, cache = module.language_model(x, positions, attend_prompt, carry=every)
@@ -163,8 +165,10 @@ def prefill(
     count, width = beginnings.shape[1:]
     start = jnp.broadcast_to(size + width * jnp.arange(count), (rows, count))
     tokens = beginnings.sum(axis=2, dtype=jnp.int32)
-    made = Prompts(cache, length, start.astype(jnp.int32), tokens, batch.next_position, ends, keys)
-    return placed(made)
+    start = start.astype(jnp.int32)
+    return placed(
+        Prompts(cache, length, start, tokens, batch.next_position, ends, keys, real.shape[1])
+    )
 
 
 def _embedded(
@@ -186,19 +190,6 @@ def beginning_of(sample: Int[Array, "*s"], n: int, count: int) -> Int[Array, "*s
     """Which of `count` beginnings a sample goes on from; `sample` counts those of all prompts of a
     row, n of each."""
     return (sample % n) // (n // count)
-
-
-def only_finite(
-    key: Float[Array, "B S K d"], value: Float[Array, "B S K d"]
-) -> tuple[tuple[Float[Array, "B S K d"], Float[Array, "B S K d"]], Bool[Array, "B S"]]:
-    """((key, value), whether they are finite bool[B, S]), 0 where they are not.
-
-    In a cache that several samples have in sight, NaN spoils all of them: it stays NaN times
-    weight 0.
-    """
-    both = jnp.isfinite(key), jnp.isfinite(value)
-    whole = both[0].all(axis=(2, 3)) & both[1].all(axis=(2, 3))
-    return (jnp.where(both[0], key, 0), jnp.where(both[1], value, 0)), whole
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "width", "places", "length", "pad_id"))
@@ -245,10 +236,9 @@ def empty_prompts(like: Prompts, *, rows: int, width: int) -> tuple[Prompts, ...
 @functools.partial(jax.jit, static_argnames=("groups", "size"))
 def empty_pool(like: Prompts, *, groups: int, size: int) -> Pool:
     """Pools of `size` tokens, `groups` of them for every row of some prompts."""
-    depth, rows, heads, _, d = like.cache[1].shape
-    value = jnp.zeros((depth, rows, groups, heads, size, d), like.cache[1].dtype)
-    nobody = jnp.full((rows, groups, size), -1, jnp.int32)
-    return placed(Pool((value.swapaxes(4, 5), value), nobody, jnp.zeros_like(nobody), jnp.int32(0)))
+    cache = {path: kept.pool(groups, size) for path, kept in like.cache.items()}
+    nobody = jnp.full((len(like.length), groups, size), -1, jnp.int32)
+    return placed(Pool(cache, nobody, jnp.zeros_like(nobody), jnp.int32(0)))
 
 
 @functools.partial(jax.jit, static_argnames="pad_id", donate_argnames=("prompts", "samples"))
@@ -289,7 +279,7 @@ def replaced(
     prompts: tuple[Prompts, ...], new: Prompts, to: Int[Array, "Z F"], which: Int[Array, "Z F"]
 ) -> tuple[Prompts, ...]:
     """The prompts of rows with new ones in the place of some, see `give`; as wide as the widest."""
-    longest = max(prompts[0].cache[1].shape[3], new.cache[1].shape[3])
+    longest = max(prompts[0].width, new.width)
     none = len(prompts[0].length) // to.shape[0]
     new, kept = _widened(new, longest), []
     for number, prompt in enumerate(prompts):
@@ -300,11 +290,8 @@ def replaced(
 
 def _widened(prompts: Prompts, length: int) -> Prompts:
     """With room for so many tokens."""
-    key, value = prompts.cache
-    padding = (0, length - value.shape[3])
-    key = jnp.pad(key, [(0, 0)] * 4 + [padding])
-    value = jnp.pad(value, [(0, 0)] * 3 + [padding, (0, 0)])
-    return dataclasses.replace(prompts, cache=(key, value))
+    cache = {path: kept.widened(length) for path, kept in prompts.cache.items()}
+    return dataclasses.replace(prompts, cache=cache, width=length)
 
 
 def _write(leaf: jax.Array, new: jax.Array, *, rows: Int[Array, "Z F"]) -> jax.Array:

@@ -147,7 +147,7 @@ def sample_tokens(
     names = [[record.id] for record in records] if beginnings is None else beginnings
     several = len(names[0]) if names else 1
     assert all(len(own) == several for own in names), "as many beginnings of every record"
-    limit = model.config.decoder.rope.limit
+    limit = model.config.decoder.position_limit
     behind = [
         max((len(response.ids) for response in record.responses), default=0) if begun else 0
         for record in records

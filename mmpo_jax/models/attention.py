@@ -32,7 +32,10 @@ MAX_QUERY_BLOCKS = 8
 
 
 def attend(
-    query: Float[Array, "B R T H d"], parts: Sequence[KeyValues], scale: float
+    query: Float[Array, "B R T H d"],
+    parts: Sequence[KeyValues],
+    scale: float,
+    softcap: float | None = None,
 ) -> Float[Array, "B R T H d"]:
     """Softmax attention of queries over several key-value parts at once.
 
@@ -46,22 +49,31 @@ def attend(
         a mask that broadcasts to [B, R, T, S]; a part of each group's own has [B, R, S, K, d].
         Masks are bool, True where a query sees a key; None where it sees all.
       scale: factor of the scores, usually 1/sqrt(d).
+      softcap: what scores are kept below, see `capped`.
 
     Returns:
       [B, R, T, H, d] in the query's dtype. A query that sees no key gets a finite value.
     """
-    return checkpoint_name(_attend(query, parts, scale), ATTENDED)
+    return checkpoint_name(_attend(query, parts, scale, softcap), ATTENDED)
 
 
-@functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
+def capped(scores: Float[Array, "*b"], softcap: float | None) -> Float[Array, "*b"]:
+    """c tanh(scores / c) (Gemma 2, arXiv 2408.00118, section 2); as they are without a c."""
+    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+
+
+@functools.partial(jax.checkpoint, static_argnums=(2, 3), prevent_cse=False)
 def _attend(
-    query: Float[Array, "B R T H d"], parts: Sequence[KeyValues], scale: float
+    query: Float[Array, "B R T H d"],
+    parts: Sequence[KeyValues],
+    scale: float,
+    softcap: float | None,
 ) -> Float[Array, "B R T H d"]:
     b, r, t, h, d = query.shape
     k = parts[0][0].shape[-2]
     # Heads in front make every product one of contiguous matrices, in this order of the axes.
     query = (query * scale).reshape(b, r, t, k, h // k, d).transpose(0, 3, 1, 4, 2, 5)
-    scored = [_score(query, key, mask) for key, _, mask in parts]
+    scored = [_score(query, key, mask, softcap) for key, _, mask in parts]
     highest = functools.reduce(jnp.maximum, [s.max(axis=-1, keepdims=True) for s in scored])
     highest = jax.lax.stop_gradient(highest)
     # Dividing after the product with the values spares a pass over [T, S] here and two in the
@@ -80,11 +92,12 @@ def _score(
     query: Float[Array, "B K R G T d"],
     key: Float[Array, "B *R S K d"],
     mask: Bool[Array, "..."] | None,
+    softcap: float | None,
 ) -> Float[Array, "B K R G T S"]:
     """Scores [B, K, R, G, T, S] of queries [B, K, R, G, T, d], very low where masked."""
     subscripts = "bkrgtd,bskd->bkrgts" if key.ndim == 4 else "bkrgtd,brskd->bkrgts"
     dtype = jnp.promote_types(query.dtype, jnp.float32)
-    score = jnp.einsum(subscripts, query, key, preferred_element_type=dtype)
+    score = capped(jnp.einsum(subscripts, query, key, preferred_element_type=dtype), softcap)
     if mask is None:
         return score
     b, _, r, _, t, s = score.shape
@@ -97,6 +110,7 @@ def cached_attention(
     query: Float[Array, "B G M H d"],
     parts: Sequence[tuple[jax.Array, jax.Array, jax.Array]],
     scale: float,
+    softcap: float | None = None,
 ) -> Float[Array, "B G M H d"]:
     """`attend` for decoding: keys and values come as caches lie, and are multiplied as they lie.
 
@@ -105,7 +119,7 @@ def cached_attention(
       parts: (key, value, mask) each. A part shared by all groups has keys [B, K, d, S] and values
         [B, K, S, d], a part of each group's own [B, G, K, d, S] and [B, G, K, S, d]. Masks are bool
         and broadcast to [B, G, M, S].
-      scale: factor of the scores, usually 1/sqrt(d).
+      scale, softcap: as `attend` takes them.
 
     Returns:
       [B, G, M, H, d] in the query's dtype. A query that sees no key gets a finite value.
@@ -131,7 +145,7 @@ def cached_attention(
     scored = []
     for key, _, mask in parts:
         arranged = (to_all if key.ndim == 4 else to_own)(query)
-        score = back(jnp.matmul(arranged, key, preferred_element_type=dtype))
+        score = capped(back(jnp.matmul(arranged, key, preferred_element_type=dtype)), softcap)
         seen = jnp.broadcast_to(mask, (b, g, m, key.shape[-1]))[:, :, None, :, None]
         scored.append(jnp.where(seen, score, jnp.finfo(dtype).min / 2))
     highest = functools.reduce(jnp.maximum, [s.max(axis=-1, keepdims=True) for s in scored])
@@ -151,8 +165,11 @@ def shared_prompt_attention(
     value: Float[Array, "B S K d"],
     prompt_mask: Bool[Array, "B P"],
     response_mask: Bool[Array, "B R T"],
-    window: Int[Array, ""] | int | None = None,
+    window: int | None = None,
     backend: str = "auto",
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "B S H d"]:
     """Attention of a prompt and R responses to it, laid out as one sequence.
 
@@ -176,21 +193,25 @@ def shared_prompt_attention(
       prompt_mask: bool[B, P].
       response_mask: bool[B, R, T]; R may be 0. Both masks are True from their start on and False
         from their end on.
-      window: int or int32[], how many tokens a query sees, itself included; None for all.
+      window: how many tokens a query sees, itself included; None for all.
       backend: one of `BACKENDS`; see `choose_backend`.
+      scale: factor of the scores; None for 1/sqrt(d).
+      softcap: what scores are kept below, see `capped`.
 
     Returns:
       [B, S, H, d]. What padding sees depends on the backend and is finite.
     """
-    if isinstance(window, int) and window >= prompt_mask.shape[1] + response_mask.shape[2]:
+    if window is not None and window >= prompt_mask.shape[1] + response_mask.shape[2]:
         window = None
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     arguments = query, key, value, prompt_mask, response_mask
-    chosen = choose_backend(backend, query, prompt_mask, response_mask, window)
+    chosen = choose_backend(backend, query, prompt_mask, response_mask, window, softcap)
     if chosen == "splash":
-        return splash.splash_attention(*arguments, interpret=platform() != "tpu")
+        interpret = platform() != "tpu"
+        return splash.splash_attention(*arguments, scale, softcap, interpret=interpret)
     if chosen == "cudnn":
-        return cudnn.cudnn_attention(*arguments)
-    return xla_attention(*arguments, window)
+        return cudnn.cudnn_attention(*arguments, scale)
+    return xla_attention(*arguments, window, scale, softcap)
 
 
 def choose_backend(
@@ -198,14 +219,15 @@ def choose_backend(
     query: Float[Array, "B S H d"],
     prompt_mask: Bool[Array, "B P"],
     response_mask: Bool[Array, "B R T"],
-    window: Int[Array, ""] | int | None,
+    window: int | None,
+    softcap: float | None = None,
 ) -> str:
     """The backend of `shared_prompt_attention` for its arguments.
 
     Args:
       asked: one of `BACKENDS`. "auto" is splash attention on TPU, cuDNN on GPU, XLA elsewhere.
         Splash attention is interpreted where there is no TPU, which only tests want.
-      query, prompt_mask, response_mask, window: of `shared_prompt_attention`.
+      query, prompt_mask, response_mask, window, softcap: of `shared_prompt_attention`.
 
     Returns:
       "xla", "splash" or "cudnn"; XLA, and a line in the log that says why, where the kernel does
@@ -226,7 +248,7 @@ def choose_backend(
     elif chosen == "cudnn":
         reason = f"{own} is no GPU"
         if own == "gpu":
-            reason = cudnn.unsupported(query, prompt_mask, response_mask, window)
+            reason = cudnn.unsupported(query, prompt_mask, response_mask, window, softcap)
     if reason is None:
         return chosen
     _warn_once(f"attention is computed by xla and not by {chosen}: {reason}")
@@ -253,25 +275,28 @@ def xla_attention(
     value: Float[Array, "B S K d"],
     prompt_mask: Bool[Array, "B P"],
     response_mask: Bool[Array, "B R T"],
-    window: Int[Array, ""] | int | None,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
 ) -> Float[Array, "B S H d"]:
     """`shared_prompt_attention` on any platform, in plain JAX.
 
-    Prompt queries are taken in blocks, each against the keys up to its own end.
+    Prompt queries are taken in blocks, each against the keys from the first that its window
+    reaches up to its own end.
     """
     b, _, h, d = query.shape
     p, (r, t) = prompt_mask.shape[1], response_mask.shape[1:]
     k = key.shape[2]
     prompt_key, prompt_value = key[:, :p], value[:, :p]
-    scale = d**-0.5
     out = []
     block = max(MIN_QUERY_BLOCK, -(-p // MAX_QUERY_BLOCKS))
     for start in range(0, p, block):
         stop = min(start + block, p)
-        seen = in_window(jnp.arange(start, stop)[:, None] - jnp.arange(stop), window)
-        mask = seen & prompt_mask[:, None, None, :stop]
-        part = prompt_key[:, :stop], prompt_value[:, :stop], mask
-        out.append(attend(query[:, None, start:stop], [part], scale)[:, 0])
+        first = 0 if window is None else max(0, start + 1 - window)
+        seen = in_window(jnp.arange(start, stop)[:, None] - jnp.arange(first, stop), window)
+        mask = seen & prompt_mask[:, None, None, first:stop]
+        part = prompt_key[:, first:stop], prompt_value[:, first:stop], mask
+        out.append(attend(query[:, None, start:stop], [part], scale, softcap)[:, 0])
     if r:
         steps = jnp.arange(t)
         own = in_window(steps[:, None] - steps, window) & response_mask[:, :, None, :]
@@ -288,6 +313,7 @@ def xla_attention(
                 (own_key, own_value, own),
             ],
             scale,
+            softcap,
         )
         out.append(responses.reshape(b, r * t, h, d))
     return jnp.concatenate(out, axis=1)
@@ -298,7 +324,10 @@ def packed_attention(
     key: Float[Array, "B S K d"],
     value: Float[Array, "B S K d"],
     batch: PackedBatch,
-    window: Int[Array, ""] | int | None = None,
+    window: int | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "B S H d"]:
     """Attention in rows that hold several records, each a prompt and the responses to it.
 
@@ -309,13 +338,14 @@ def packed_attention(
       query: [B, S, H, d].
       key, value: [B, S, K, d].
       batch: says what the rows hold.
-      window: int or int32[], how many tokens a query sees, itself included; None for all.
+      window, scale, softcap: as `shared_prompt_attention` takes them.
 
     Returns:
       [B, S, H, d]. Padding sees padding.
     """
     s, d = query.shape[1], query.shape[-1]
-    if isinstance(window, int) and window >= batch.reach:
+    scale = d**-0.5 if scale is None else scale
+    if window is not None and window >= batch.reach:
         window = None
     out = []
     for queries, seen in packed_blocks(s, batch.reach, batch.prompt, batch.loss_mask.shape[-1]):
@@ -323,7 +353,7 @@ def packed_attention(
             (key[:, keys], value[:, keys], _packed_mask(batch, queries, keys, window)[:, None])
             for keys in seen
         ]
-        out.append(attend(query[:, None, queries], parts, d**-0.5)[:, 0])
+        out.append(attend(query[:, None, queries], parts, scale, softcap)[:, 0])
     return jnp.concatenate(out, axis=1)
 
 
@@ -352,7 +382,7 @@ def packed_blocks(
 
 
 def _packed_mask(
-    batch: PackedBatch, queries: slice, keys: slice, window: Int[Array, ""] | int | None
+    batch: PackedBatch, queries: slice, keys: slice, window: int | None
 ) -> Bool[Array, "B T S"]:
     """Whether a query of some columns sees a key of others, bool[B, queries, keys]."""
     same = batch.record[:, queries, None] == batch.record[:, None, keys]
@@ -362,22 +392,22 @@ def _packed_mask(
     return seen & in_window(distance, window)
 
 
-def is_packed(backend: str, windows: Sequence[int] = ()) -> bool:
+def is_packed(backend: str, windows: Sequence[int]) -> bool:
     """Whether batches are made as `PackedBatch`es.
 
     Kernels have the layout of `Batch` in their masks; plain JAX computes either.
 
     Args:
       backend: one of `BACKENDS`.
-      windows: of the layers, 0 for none; where there are any, no kernel computes them.
+      windows: of the layers, 0 for none; layers that have one are computed by no kernel.
     """
-    if any(windows):
+    if all(windows):
         return True
     chosen = PLATFORM_BACKENDS.get(platform(), "xla") if backend == "auto" else backend
     return chosen == "xla"
 
 
-def in_window(distance: Int[Array, "*d"], window: Int[Array, ""] | int | None) -> Bool[Array, "*d"]:
+def in_window(distance: Int[Array, "*d"], window: int | None) -> Bool[Array, "*d"]:
     """Whether a query sees the key that stands `distance` tokens before it, as bool."""
     seen = distance >= 0
     return seen if window is None else seen & (distance < window)

@@ -11,6 +11,14 @@ import dataclasses
 from typing import Any, Literal
 
 from mmpo_jax.core.errors import MmpoError
+from mmpo_jax.models.layer_kinds import (
+    AttentionConfig,
+    LayerConfig,
+    MlpConfig,
+    Segment,
+    Stack,
+    segments_of,
+)
 from mmpo_jax.models.layers import ACTIVATIONS
 from mmpo_jax.models.rope import Rope, read_rope
 from mmpo_jax.objectives.registry import CritiqueLayout
@@ -22,28 +30,57 @@ class ModelError(MmpoError):
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """A Llama-like decoder with grouped-query attention: Llama, Mistral, Qwen2, Qwen3."""
+    """A decoder of layers that may differ: Llama, Mistral, Qwen2, Qwen3 and their kin."""
 
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    hidden_act: str
+    layers: tuple[LayerConfig, ...]
     rms_norm_eps: float
-    rope: Rope
-    qkv_bias: bool
-    out_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
-    """Whether queries and keys are normalised per head (Qwen3)."""
-    windows: tuple[int, ...]
-    """Number of tokens that a query sees in each layer, itself included; 0 for all."""
     tie_word_embeddings: bool
+    norm_offset: bool = False
+    """Whether norms multiply by 1 + their scale (Gemma)."""
     language_head: bool = True
     """Whether there is a language-model head; transformers' sequence classification has none."""
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        return segments_of(self.layers)
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The stacks of all segments."""
+        return tuple(stack for segment in self.segments for stack in segment.stacks)
+
+    @property
+    def attentions(self) -> tuple[AttentionConfig, ...]:
+        """Of every layer that has attention."""
+        mixers = (layer.mixer for layer in self.layers)
+        return tuple(mixer for mixer in mixers if isinstance(mixer, AttentionConfig))
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """`AttentionConfig.window` of every layer that has attention."""
+        return tuple(attention.window for attention in self.attentions)
+
+    @property
+    def query_channels(self) -> int:
+        """Of all heads of all layers that have attention."""
+        return sum(attention.num_heads * attention.head_dim for attention in self.attentions)
+
+    @property
+    def position_axes(self) -> int:
+        """A: how many positions a token has."""
+        return max(attention.rope.axes for attention in self.attentions)
+
+    @property
+    def position_limit(self) -> int | None:
+        """How many tokens the rotary frequencies hold for; None for any number."""
+        limits = [attention.rope.limit for attention in self.attentions]
+        return min((limit for limit in limits if limit is not None), default=None)
 
 
 HeadKind = Literal["linear", "two_layer"]
@@ -97,24 +134,40 @@ def read_decoder(text: Any, tied: bool, key: str = "text_config") -> DecoderConf
         rope = read_rope(text.rope_parameters, head_dim, text.max_position_embeddings)
     except ValueError as error:
         raise ModelError(f"{key}.rope_parameters: {error}") from error
+    mlp = MlpConfig(text.intermediate_size, text.hidden_act, bool(getattr(text, "mlp_bias", False)))
+
+    def layer(window: int) -> LayerConfig:
+        name = "sliding_attention" if window else "full_attention"
+        attention = AttentionConfig(
+            num_heads=text.num_attention_heads,
+            num_kv_heads=text.num_key_value_heads,
+            head_dim=head_dim,
+            rope=rope,
+            scale=head_dim**-0.5,
+            window=window,
+            softcap=None,
+            qkv_bias=is_qwen2 or bias,
+            out_bias=bias and not is_qwen2,
+            qk_norm=kind == "qwen3",
+        )
+        return LayerConfig(name, attention, mlp)
+
     return DecoderConfig(
         vocab_size=text.vocab_size,
         hidden_size=text.hidden_size,
-        intermediate_size=text.intermediate_size,
-        num_layers=text.num_hidden_layers,
-        num_heads=text.num_attention_heads,
-        num_kv_heads=text.num_key_value_heads,
-        head_dim=head_dim,
-        hidden_act=text.hidden_act,
+        layers=tuple(map(layer, _windows(text))),
         rms_norm_eps=text.rms_norm_eps,
-        rope=rope,
-        qkv_bias=is_qwen2 or bias,
-        out_bias=bias and not is_qwen2,
-        mlp_bias=bool(getattr(text, "mlp_bias", False)),
-        qk_norm=kind == "qwen3",
-        windows=_windows(text),
         tie_word_embeddings=bool(tied),
     )
+
+
+def with_rope(decoder: DecoderConfig, rope: Rope) -> DecoderConfig:
+    """The decoder with another rotary embedding in all layers."""
+    layers = (
+        dataclasses.replace(layer, mixer=dataclasses.replace(layer.mixer, rope=rope))
+        for layer in decoder.layers
+    )
+    return dataclasses.replace(decoder, layers=tuple(layers))
 
 
 def _windows(text: Any) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -16,13 +17,16 @@ def unsupported(
     query: Float[Array, "B S H d"],
     prompt_mask: Bool[Array, "B P"],
     response_mask: Bool[Array, "B R T"],
-    window: Any,
+    window: int | None,
+    softcap: float | None,
 ) -> str | None:
     """Why these arguments of `shared_prompt_attention` are none for cuDNN, if they are not."""
     d = query.shape[-1]
     p, (r, t) = prompt_mask.shape[1], response_mask.shape[1:]
     if window is not None:
         return "windows are not implemented for it"
+    if softcap is not None:
+        return "it does not keep scores below a limit"
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it computes in bfloat16 and float16, and not in {query.dtype}"
     if d % 8 or d > 128:
@@ -38,6 +42,7 @@ def cudnn_attention(
     value: Float[Array, "B S K d"],
     prompt_mask: Bool[Array, "B P"],
     response_mask: Bool[Array, "B R T"],
+    scale: float,
     *,
     implementation: Any = "cudnn",
 ) -> Float[Array, "B S H d"]:
@@ -48,17 +53,17 @@ def cudnn_attention(
 
     Args:
       query, key, value, prompt_mask, response_mask: as `shared_prompt_attention` takes them.
+      scale: factor of the scores.
       implementation: of `jax.nn.dot_product_attention`; another one than cuDNN's for tests.
 
     Returns:
       [B, S, H, d].
     """
     p, (r, t) = prompt_mask.shape[1], response_mask.shape[1:]
-    out = [
-        jax.nn.dot_product_attention(
-            query[:, :p], key[:, :p], value[:, :p], is_causal=True, implementation=implementation
-        )
-    ]
+    attend = functools.partial(
+        jax.nn.dot_product_attention, scale=scale, implementation=implementation
+    )
+    out = [attend(query[:, :p], key[:, :p], value[:, :p], is_causal=True)]
     if r:
         places = jnp.arange(r * t)
         siblings = places[:, None] // t == places // t
@@ -71,9 +76,5 @@ def cudnn_attention(
             ],
             axis=-1,
         )
-        out.append(
-            jax.nn.dot_product_attention(
-                query[:, p:], key, value, mask=mask[:, None], implementation=implementation
-            )
-        )
+        out.append(attend(query[:, p:], key, value, mask=mask[:, None]))
     return checkpoint_name(jnp.concatenate(out, axis=1), ATTENDED)

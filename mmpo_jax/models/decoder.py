@@ -1,4 +1,4 @@
-"""The decoder of Llama and its kin: stacked layers, scanned, with the attention passed in.
+"""The decoder of Llama and its kin: stacks of layers, scanned, with the attention passed in.
 
 The same layers serve training (one prompt and many responses), prefill and decoding: what differs
 is only what a query attends to, so each caller hands `Decoder` its own attention.
@@ -6,17 +6,18 @@ is only what a query attends to, so each caller hands `Decoder` its own attentio
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from mmpo_jax.models.config import DecoderConfig, ModelError
+from mmpo_jax.models.layer_kinds import LAYERS, AttentionConfig, LayerConfig, Stack
 from mmpo_jax.models.layers import (
     GatedMlp,
     constrain_batch,
@@ -24,33 +25,37 @@ from mmpo_jax.models.layers import (
     keep_dtype,
     linear,
     rematerialise,
+    rms_norm,
     scatter_tokens,
     split_tokens,
     spread_gradient,
     stack_layers,
 )
-from mmpo_jax.models.rope import Tables, rope_tables, rotate
+from mmpo_jax.models.rope import Rope, Tables, rope_tables, rotate
+from mmpo_jax.models.scanning import scan_segment
 
 SHARDING_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"language_model/embed_tokens/embedding", PartitionSpec("tensor", "fsdp")),
     (r"language_model/lm_head/kernel", PartitionSpec("fsdp", "tensor")),
     (
-        r"language_model/layers/(self_attn/[qkv]_proj|mlp/(gate|up)_proj)/kernel",
+        r"language_model/layers/(\w+/)?(self_attn/[qkv]_proj|mlp/(gate|up)_proj)/kernel",
         PartitionSpec(None, "fsdp", "tensor"),
     ),
     (
-        r"language_model/layers/(self_attn/o_proj|mlp/down_proj)/kernel",
+        r"language_model/layers/(\w+/)?(self_attn/o_proj|mlp/down_proj)/kernel",
         PartitionSpec(None, "tensor", "fsdp"),
     ),
     (r"language_model/.*/bias|language_model/(.*/)?[a-z_]*norm/scale", PartitionSpec()),
 )
 
-Attention = Callable[..., tuple[jax.Array, Any, Any]]
-"""attend(query, key, value, window, carry, layer_inputs) -> (out, carry, outputs).
+Attention = Callable[[Any, Stack, Any, Any], tuple[jax.Array, Any, Any]]
+"""attend(made, stack, carry, layer_inputs) -> (out, carry, outputs).
 
-Queries and what comes out are [B, S, H, d], keys and values [B, S, K, d]. `window` is None, or
-how many tokens a query sees, itself included: an int where all layers have the same.
+`made` is what the layer's mixer makes of its tokens, of attention `QueryKeyValue`; `stack` says of
+which layers it is one; what comes out is [B, S, H, d].
 """
+
+QueryKeyValue = tuple[Float[Array, "B S H d"], Float[Array, "B S K d"], Float[Array, "B S K d"]]
 
 
 def _spreading(parameters: Any) -> Any:
@@ -68,74 +73,84 @@ def _spreading(parameters: Any) -> Any:
 class SelfAttention(nnx.Module):
     """The projections of grouped-query attention; what is attended to is the caller's."""
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        self.head_dim = config.head_dim
-        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        bias = config.qkv_bias
-        self.q_proj = linear(config.hidden_size, queries, bias, rngs)
-        self.k_proj = linear(config.hidden_size, keys, bias, rngs)
-        self.v_proj = linear(config.hidden_size, keys, bias, rngs)
-        residual_layers = 2 * config.num_layers
-        self.o_proj = linear(queries, config.hidden_size, config.out_bias, rngs, residual_layers)
-        self.qk_norm = config.qk_norm
+    def __init__(self, decoder: DecoderConfig, config: AttentionConfig, rngs: nnx.Rngs):
+        self.config = config
+        size, head_dim, bias = decoder.hidden_size, config.head_dim, config.qkv_bias
+        queries, keys = config.num_heads * head_dim, config.num_kv_heads * head_dim
+        self.q_proj = linear(size, queries, bias, rngs)
+        self.k_proj = linear(size, keys, bias, rngs)
+        self.v_proj = linear(size, keys, bias, rngs)
+        residual_layers = 2 * decoder.num_layers
+        self.o_proj = linear(queries, size, config.out_bias, rngs, residual_layers)
         if config.qk_norm:
-            self.q_norm = nnx.RMSNorm(config.head_dim, epsilon=config.rms_norm_eps, rngs=rngs)
-            self.k_norm = nnx.RMSNorm(config.head_dim, epsilon=config.rms_norm_eps, rngs=rngs)
+            norm = decoder.rms_norm_eps, decoder.norm_offset, rngs
+            self.q_norm = rms_norm(head_dim, *norm)
+            self.k_norm = rms_norm(head_dim, *norm)
 
-    def project(
-        self,
-        x: Float[Array, "B S D"],
-        rope: Tables,
-    ) -> tuple[Float[Array, "B S H d"], Float[Array, "B S K d"], Float[Array, "B S K d"]]:
+    def project(self, x: Float[Array, "B S D"], ropes: Mapping[Rope, Tables]) -> QueryKeyValue:
         """[B, S, D] -> query [B, S, H, d], key and value [B, S, K, d], rotated."""
-        heads = (*x.shape[:2], -1, self.head_dim)
+        heads = (*x.shape[:2], -1, self.config.head_dim)
         query, key, value = (f(x).reshape(heads) for f in (self.q_proj, self.k_proj, self.v_proj))
-        if self.qk_norm:
+        if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
+        rope = ropes[self.config.rope]
         return rotate(query, rope), rotate(key, rope), value
+
+    def merge(self, attended: Float[Array, "B S H d"]) -> Float[Array, "B S D"]:
+        """What heads read, as it is added to the residual stream."""
+        return self.o_proj(attended.reshape(*attended.shape[:2], -1))
 
 
 class DecoderLayer(nnx.Module):
     """One pre-norm layer; `attend` decides what is seen."""
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        size, epsilon = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = nnx.RMSNorm(size, epsilon=epsilon, rngs=rngs)
-        self.self_attn = SelfAttention(config, rngs)
-        self.post_attention_layernorm = nnx.RMSNorm(size, epsilon=epsilon, rngs=rngs)
+    def __init__(self, decoder: DecoderConfig, config: LayerConfig, rngs: nnx.Rngs):
+        self.sandwich = config.sandwich
+        size = decoder.hidden_size
+
+        def norm() -> Any:
+            return rms_norm(size, decoder.rms_norm_eps, decoder.norm_offset, rngs)
+
+        self.input_layernorm = norm()
+        self.self_attn = SelfAttention(decoder, config.mixer, rngs)
+        self.post_attention_layernorm = norm()
+        if config.sandwich:
+            self.pre_feedforward_layernorm, self.post_feedforward_layernorm = norm(), norm()
+        mlp, residual_layers = config.mlp, 2 * decoder.num_layers
         self.mlp = GatedMlp(
-            size,
-            config.intermediate_size,
-            config.hidden_act,
-            config.mlp_bias,
-            2 * config.num_layers,
-            rngs,
+            size, mlp.intermediate_size, mlp.hidden_act, mlp.bias, residual_layers, rngs
         )
 
     def __call__(
         self,
         x: Float[Array, "B S D"],
-        rope: Any,
+        ropes: Mapping[Rope, Tables],
         attend: Attention,
-        window: Any,
+        stack: Stack,
         carry: Any,
         inputs: Any,
         split: bool,
     ) -> tuple[Float[Array, "B S D"], Any, Any]:
         gather, scatter = (gather_tokens, scatter_tokens) if split else (constrain_batch,) * 2
         read = gather(self.input_layernorm(x))
-        query, key, value = self.self_attn.project(read, rope)
-        attended, carry, outputs = attend(query, key, value, window, carry, inputs)
-        x = x + scatter(self.self_attn.o_proj(attended.reshape(*x.shape[:2], -1)))
-        read = gather(self.post_attention_layernorm(x))
-        return x + scatter(self.mlp(read)), carry, outputs
+        made = self.self_attn.project(read, ropes)
+        attended, carry, outputs = attend(made, stack, carry, inputs)
+        added = scatter(self.self_attn.merge(attended))
+        if not self.sandwich:
+            x = x + added
+            read = gather(self.post_attention_layernorm(x))
+            return x + scatter(self.mlp(read)), carry, outputs
+        x = x + self.post_attention_layernorm(added)
+        read = gather(self.pre_feedforward_layernorm(x))
+        x = x + self.post_feedforward_layernorm(scatter(self.mlp(read)))
+        return x, carry, outputs
 
 
 class Decoder(nnx.Module):
     """Token embedding, layers, final norm and head; the parameter names are Hugging Face's."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        self.rope, self.windows = config.rope, config.windows
+        self.config = config
         self.embed_tokens = nnx.Embed(
             config.vocab_size,
             config.hidden_size,
@@ -143,8 +158,14 @@ class Decoder(nnx.Module):
             promote_dtype=keep_dtype,
             rngs=rngs,
         )
-        self.layers = stack_layers(lambda r: DecoderLayer(config, r), config.num_layers, rngs)
-        self.norm = nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, rngs=rngs)
+        made = {}
+        for stack in config.stacks:
+            make = functools.partial(DecoderLayer, config, stack.layer)
+            made[stack.path] = stack_layers(make, len(stack.numbers), rngs)
+        self.layers: Any = made.get(LAYERS) or nnx.Dict(
+            {path.removeprefix(f"{LAYERS}/"): layers for path, layers in made.items()}
+        )
+        self.norm = rms_norm(config.hidden_size, config.rms_norm_eps, config.norm_offset, rngs)
         self.tied = config.tie_word_embeddings
         self.speaks = self.tied or config.language_head
         if self.speaks and not self.tied:
@@ -157,10 +178,11 @@ class Decoder(nnx.Module):
         attend: Attention,
         *,
         carry: Any = None,
-        layer_inputs: Any = None,
+        layer_inputs: Mapping[str, Any] | None = None,
         remat: str = "none",
         split: bool = True,
-    ) -> tuple[Float[Array, "B S D"], Any, Any]:
+        in_place: bool = False,
+    ) -> tuple[Float[Array, "B S D"], Any, dict[str, Any]]:
         """Runs the layers and the final norm over embedded tokens.
 
         Args:
@@ -168,31 +190,41 @@ class Decoder(nnx.Module):
           positions: int32[B, A, S], rotary positions.
           attend: see `Attention`; called once per layer.
           carry: state that `attend` threads through the layers (a cache it writes to).
-          layer_inputs: pytree with a leading layer axis, sliced for `attend`.
+          layer_inputs: by the path of a stack, a pytree with a leading layer axis, sliced for
+            `attend`.
           remat: rematerialisation policy, see `layers.rematerialise`.
           split: whether tokens are spread over the mesh's axis `tensor` between two products, see
             `layers.gather_tokens`.
+          in_place: for few tokens and no gradients, see `scanning.scan_segment`.
 
         Returns:
-          (hidden states [B, S, D], the final carry, `attend`'s outputs stacked over layers).
+          (hidden states [B, S, D], the final carry, `attend`'s outputs by the path of a stack,
+          stacked over its layers).
         """
-        rope = rope_tables(positions, self.rope)
-        graphdef, parameters = nnx.split(self.layers)
-        common, own = self._windows()
-
-        def body(state: tuple, inputs: tuple) -> tuple[tuple, Any]:
-            x, carry = state
-            parameters, own, layer_inputs = inputs
-            layer = nnx.merge(graphdef, _spreading(parameters))
-            window = common if own is None else own
-            x, carry, outputs = layer(x, rope, attend, window, carry, layer_inputs, split)
-            return (x, carry), outputs
-
-        inputs = parameters, own, layer_inputs
+        ropes = {
+            rope: rope_tables(positions, rope)
+            for rope in dict.fromkeys(attention.rope for attention in self.config.attentions)
+        }
         x = split_tokens(x) if split else constrain_batch(x)
-        (x, carry), outputs = jax.lax.scan(rematerialise(body, remat), (x, carry), inputs)
+        state: Any = (x, carry)
+        outputs: dict[str, Any] = {}
+        for segment in self.config.segments:
+            bodies, given = {}, {}
+            for stack in segment.stacks:
+                graphdef, parameters = nnx.split(self._stack(stack))
+                run = functools.partial(_run_layer, graphdef, ropes, attend, stack, split)
+                bodies[stack.path] = rematerialise(run, remat)
+                given[stack.path] = parameters, (layer_inputs or {}).get(stack.path)
+            state, made = scan_segment(segment, bodies, state, given, in_place=in_place)
+            outputs |= made
+        x, carry = state
         x = self.norm(x)
         return gather_tokens(x) if split else constrain_batch(x), carry, outputs
+
+    def _stack(self, stack: Stack) -> DecoderLayer:
+        *_, name = stack.path.split("/")
+        layers: DecoderLayer = self.layers if stack.path == LAYERS else self.layers[name]
+        return layers
 
     def embed(self, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         """Embeddings of tokens.
@@ -207,13 +239,6 @@ class Decoder(nnx.Module):
             found = jax.lax.with_sharding_constraint(found, PartitionSpec("data", None, "fsdp"))
         return constrain_batch(found)
 
-    def _windows(self) -> tuple[int | None, Int[Array, " L"] | None]:
-        """(the window that all layers have in common, or each layer's own: int32[L])."""
-        if len(set(self.windows)) == 1:
-            return self.windows[0] or None, None
-        unlimited = jnp.iinfo(jnp.int32).max
-        return None, jnp.array([window or unlimited for window in self.windows], jnp.int32)
-
     def head_kernel(self) -> Float[Array, "D V"]:
         """The language-model head as [D, V].
 
@@ -223,3 +248,20 @@ class Decoder(nnx.Module):
         if not self.speaks:
             raise ModelError("this reward model has no language-model head, so it writes nothing")
         return self.embed_tokens.embedding[...].T if self.tied else self.lm_head.kernel[...]
+
+
+def _run_layer(
+    graphdef: Any,
+    ropes: Mapping[Rope, Tables],
+    attend: Attention,
+    stack: Stack,
+    split: bool,
+    state: tuple[jax.Array, Any],
+    given: tuple[Any, Any],
+) -> tuple[tuple[jax.Array, Any], Any]:
+    """The body of a scan over the layers of a stack."""
+    x, carry = state
+    parameters, inputs = given
+    layer = nnx.merge(graphdef, _spreading(parameters))
+    x, carry, outputs = layer(x, ropes, attend, stack, carry, inputs, split)
+    return (x, carry), outputs

@@ -227,13 +227,11 @@ def model_flops(
         part = next((part for part in below if dense.path.startswith(part)), LAYERS)
         products = 1 + below[part] + (dense.path in trained)
         needed[dense.part] += 2.0 * dense.size * products
-    decoder = model.config.decoder
-    width = decoder.num_layers * decoder.num_heads * decoder.head_dim
     of_slot = passing(tower, decoder=0, head=0, slots=1)
     return ModelFlops(
         token=needed["decoder"],
         target=needed["head"],
-        pair=4.0 * width * (1 + 2 * below[LAYERS]),
+        pair=4.0 * model.config.decoder.query_channels * (1 + 2 * below[LAYERS]),
         slot=sum(of_slot[part] * flops for part, flops in needed.items()),
         score=4.0 * tower.width * (1 + 2 * below[TOWER]) if tower is not None else 0.0,
         scores=tower.scores if tower is not None else _no_scores,

@@ -130,6 +130,27 @@ def layer_norm(size: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(size, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
 
 
+class OffsetRmsNorm(nnx.Module):
+    """RMS norm [..., D] that multiplies by 1 + scale, in float32 (Gemma)."""
+
+    def __init__(self, size: int, epsilon: float):
+        self.epsilon = epsilon
+        self.scale = nnx.Param(jnp.zeros(size))
+
+    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
+        wide = promote(x)
+        mean = jnp.square(wide).mean(axis=-1, keepdims=True)
+        normed = wide * jax.lax.rsqrt(mean + self.epsilon)
+        return (normed * (1 + promote(self.scale[...]))).astype(x.dtype)
+
+
+def rms_norm(size: int, epsilon: float, offset: bool, rngs: nnx.Rngs) -> Any:
+    """An RMS norm over the last axis; with `offset` it multiplies by 1 + its scale."""
+    if offset:
+        return OffsetRmsNorm(size, epsilon)
+    return nnx.RMSNorm(size, epsilon=epsilon, rngs=rngs)
+
+
 def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> Any:
     """`depth` layers as one module whose parameters have a leading axis, ready for `scan`."""
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,14 +54,14 @@ class SharedPromptMask(splash_attention_mask.Mask):
         return (key <= query) & ((key < self.prompt) | (key >= own))
 
 
-def unsupported(query: Float[Array, "B S H d"], window: Any) -> str | None:
+def unsupported(query: Float[Array, "B S H d"], window: int | None) -> str | None:
     """Why these arguments of `shared_prompt_attention` are none for this kernel, if they are not.
 
     A window reaches back from a response to the end of its own prompt, which is another one in
     every row, while the kernel's mask is one for all rows and known when it is compiled.
     """
     if window is not None:
-        return "it has no windows that differ by layer or begin at each prompt's own end"
+        return "it has no windows that begin at each prompt's own end"
     if query.dtype not in (jnp.bfloat16, jnp.float32):
         return f"it computes in bfloat16 and float32, and not in {query.dtype}"
     return None
@@ -74,6 +73,8 @@ def splash_attention(
     value: Float[Array, "B S K d"],
     prompt_mask: Bool[Array, "B P"],
     response_mask: Bool[Array, "B R T"],
+    scale: float,
+    softcap: float | None,
     *,
     interpret: bool,
 ) -> Float[Array, "B S H d"]:
@@ -87,13 +88,15 @@ def splash_attention(
     key, and its values, which nothing reads, are finite.
 
     Args:
-      query, key, value, prompt_mask, response_mask: as `shared_prompt_attention` takes them.
+      query, key, value, prompt_mask, response_mask, softcap: as `shared_prompt_attention` takes
+        them.
+      scale: factor of the scores.
       interpret: runs the kernel's program without a TPU, for tests.
 
     Returns:
       [B, S, H, d].
     """
-    s, d = query.shape[1], query.shape[-1]
+    s = query.shape[1]
     p, t = prompt_mask.shape[1], response_mask.shape[2]
     block = block_size(s)
     fill = -s % block
@@ -102,11 +105,11 @@ def splash_attention(
     segments = jnp.concatenate([prompt_mask, after], axis=1).astype(jnp.int32)
     heads_first = (
         jnp.pad(x, ((0, 0), (0, fill), (0, 0), (0, 0))).swapaxes(1, 2)
-        for x in (query * d**-0.5, key, value)
+        for x in (query * scale, key, value)
     )
 
     def attend(query: jax.Array, key: jax.Array, value: jax.Array, rows: jax.Array) -> jax.Array:
-        kernel = _make_kernel(mask, query.shape[1], block, interpret)
+        kernel = _make_kernel(mask, query.shape[1], block, softcap, interpret)
         both = splash_attention_kernel.SegmentIds(rows, rows)
         return jax.vmap(kernel)(query, key, value, both)
 
@@ -122,7 +125,7 @@ def block_size(length: int) -> int:
 
 
 def _make_kernel(
-    mask: SharedPromptMask, heads: int, block: int, interpret: bool
+    mask: SharedPromptMask, heads: int, block: int, softcap: float | None, interpret: bool
 ) -> Callable[..., jax.Array]:
     sizes = splash_attention_kernel.BlockSizes(
         block_q=block,
@@ -137,6 +140,7 @@ def _make_kernel(
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
+        attn_logits_soft_cap=softcap,
         # What the backward pass needs of the forward one: without it, it would run twice.
         residual_checkpoint_name=ATTENDED,
         interpret=interpret,

@@ -130,10 +130,13 @@ class VisionLanguageModel(nnx.Module):
         x = jnp.concatenate([prompts, responses], axis=1)
         positions = jnp.concatenate([batch.positions, own], axis=2)
 
-        def attend(query, key, value, window, carry, inputs):
+        def attend(made, stack, carry, inputs):
             del inputs
-            masks = batch.prompt_mask, batch.response_mask
-            attended = shared_prompt_attention(query, key, value, *masks, window, self.attention)
+            query, key, value = made
+            masks, scores = (batch.prompt_mask, batch.response_mask), stack.layer.mixer.scores
+            attended = shared_prompt_attention(
+                query, key, value, *masks, backend=self.attention, **scores
+            )
             return attended, carry, None
 
         x, _, _ = self.language_model(x, positions, attend, remat=remat)
@@ -158,9 +161,11 @@ class VisionLanguageModel(nnx.Module):
         else:
             x = self.embed(batch.token_ids, index, batch.feature_weight, None)
 
-        def attend(query, key, value, window, carry, inputs):
+        def attend(made, stack, carry, inputs):
             del inputs
-            return packed_attention(query, key, value, batch, window), carry, None
+            query, key, value = made
+            scores = stack.layer.mixer.scores
+            return packed_attention(query, key, value, batch, **scores), carry, None
 
         x, _, _ = self.language_model(x, batch.positions, attend, remat=remat)
         return x.reshape(groups, -1, x.shape[-1])

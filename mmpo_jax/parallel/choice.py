@@ -47,23 +47,25 @@ def choose_sizes(devices: Sequence[Any], rows: int, decoder: DecoderConfig) -> C
     if rows % count == 0:
         own = rows // count
         return Choice(slices, count // slices, 1, f"{rows} rows at a time are {own} a device")
+    heads = [attention.num_heads for attention in decoder.attentions]
+    fewest = min(heads)
     possible = [
         shards
         for shards in range(slices, count + 1, slices)
-        if count % shards == 0 and count // shards <= decoder.num_heads
+        if count % shards == 0 and count // shards <= fewest
     ]
     fitting = [shards for shards in possible if rows % shards == 0]
     if not fitting:
         why = f"{rows} rows at a time are too few for {count} devices"
         return Choice(slices, count // slices, 1, why)
-    heads = math.gcd(decoder.num_heads, decoder.num_kv_heads)
-    evenly = [shards for shards in fitting if heads % (count // shards) == 0]
+    common = math.gcd(*heads, *(attention.num_kv_heads for attention in decoder.attentions))
+    evenly = [shards for shards in fitting if common % (count // shards) == 0]
     chosen = max(evenly or fitting)
     tensor = count // chosen
     why = f"{rows} rows at a time are split over {chosen} of {count} devices, weights over all"
     if not evenly:
         why += (
-            f"; {tensor} does not divide the {decoder.num_heads} heads, so attention is computed "
+            f"; {tensor} does not divide the {fewest} heads, so attention is computed "
             f"{tensor} times: a larger batch_size is faster"
         )
     return Choice(slices, chosen // slices, tensor, why)

@@ -95,7 +95,7 @@ def batch(model: Model, sizes: Sizes, mesh: Mesh, micro_batches: int | None = No
     return Batch(
         prompt_ids=rows((p,), jnp.int32),
         prompt_mask=rows((p,), bool),
-        positions=rows((model.config.decoder.rope.axes, p), jnp.int32),
+        positions=rows((model.config.decoder.position_axes, p), jnp.int32),
         next_position=rows((), jnp.int32),
         pixel_values=rows((i, *slot), jnp.float32),
         patches={name: rows(patch.shape, patch.dtype) for name, patch in patches.items()},

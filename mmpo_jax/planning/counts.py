@@ -12,8 +12,11 @@ A shared prompt counts once, as it is run once.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import functools
 import math
+import operator
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -32,6 +35,7 @@ from mmpo_jax.models.flops import (
     input_gradients,
     tower_of,
 )
+from mmpo_jax.models.layer_kinds import AttentionConfig
 from mmpo_jax.models.log_probs import head_chunk
 from mmpo_jax.models.model import Model
 from mmpo_jax.parallel.mesh import batch_shards, param_shardings, placed_shapes
@@ -112,7 +116,7 @@ class Computation:
     itemsize: int
     """Bytes of a number in the dtype that is computed in."""
     backend: str
-    """Of attention: "splash" or "xla"."""
+    """Of attention without a window: "splash" or "xla", which computes what has one."""
 
     @property
     def shards(self) -> int:
@@ -121,6 +125,10 @@ class Computation:
     @property
     def tensor(self) -> int:
         return self.mesh.shape["tensor"]
+
+    def ways(self, heads: int) -> int:
+        """Over how many devices of `tensor` so many heads are split."""
+        return self.tensor if heads % self.tensor == 0 else 1
 
     def params(self) -> dict[str, Any]:
         """The parameters' shapes on the mesh, by path."""
@@ -158,16 +166,23 @@ class Computation:
 
     def attention(self, sizes: Sizes, passes: Passes) -> Work:
         """The decoder's attention over prompts and responses."""
-        decoder = self.model.config.decoder
-        width = decoder.num_layers * decoder.num_heads * decoder.head_dim
-        pair = 4.0 * width * sizes.rows
-        backward = BACKWARD[self.backend] if passes.inputs else 0.0
-        flops = pair * computed_pairs(sizes, self.backend) * (passes.forward + backward)
+        alike = collections.Counter(self.model.config.decoder.attentions)
+        works = (self._attention(*layers, sizes, passes) for layers in alike.items())
+        return functools.reduce(operator.add, works)
+
+    def _attention(
+        self, attention: AttentionConfig, layers: int, sizes: Sizes, passes: Passes
+    ) -> Work:
+        pair = 4.0 * layers * attention.num_heads * attention.head_dim * sizes.rows
+        backend = "xla" if attention.window else self.backend
+        backward = BACKWARD[backend] if passes.inputs else 0.0
+        computed = computed_pairs(sizes, backend, attention.window or None)
+        flops = pair * computed * (passes.forward + backward)
         seen = seen_pairs(sizes.prompt, [sizes.response] * sizes.responses)
         needed = pair * seen * (1 + 2 * passes.inputs)
-        heads = 2 * (decoder.num_heads + decoder.num_kv_heads) * decoder.head_dim
+        heads = 2 * (attention.num_heads + attention.num_kv_heads) * attention.head_dim
         rows = sizes.tokens / self.shards / self.tensor
-        moved = decoder.num_layers * rows * heads * self.itemsize
+        moved = layers * rows * heads * self.itemsize
         return Work(flops, needed, moved * (passes.forward + 2.5 * passes.inputs))
 
     def tower(self, sizes: Sizes, passes: Passes) -> Work:
@@ -331,9 +346,11 @@ def decode_work(computation: Computation, layout: Layout, prompt: int, decoding:
         work += computation.product(product, Passes())
     pool = layout.members * mean_pool(decoding.max_new_tokens)
     keys = layout.width * prompt + pool
-    flops = 4.0 * decoder.num_layers * decoder.num_heads * decoder.head_dim * places * keys
+    flops = 4.0 * decoder.query_channels * places * keys
     cached = layout.rows * (layout.width * prompt + layout.groups * pool)
-    heads = 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim
-    tensor = computation.tensor if decoder.num_kv_heads % computation.tensor == 0 else 1
-    moved = cached * heads * computation.itemsize / computation.shards / tensor
+    heads = sum(
+        2 * attention.num_kv_heads * attention.head_dim / computation.ways(attention.num_kv_heads)
+        for attention in decoder.attentions
+    )
+    moved = cached * heads * computation.itemsize / computation.shards
     return work + Work(flops, flops, moved)

@@ -75,7 +75,7 @@ def shape_tree(flat: Mapping[str, Any]) -> Any:
 
 
 @functools.lru_cache(maxsize=64)
-def computed_pairs(sizes: Sizes, backend: str) -> float:
+def computed_pairs(sizes: Sizes, backend: str, window: int | None = None) -> float:
     """Pairs of a row that attention computes: whole blocks of those that are seen."""
     p, r, t = sizes.prompt, sizes.responses, sizes.response
     if backend == "splash":
@@ -88,7 +88,10 @@ def computed_pairs(sizes: Sizes, backend: str) -> float:
         return float(visited * block**2)
     block = max(MIN_QUERY_BLOCK, -(-p // MAX_QUERY_BLOCKS))
     stops = {start: min(start + block, p) for start in range(0, p, block)}
-    prompt = sum((stop - start) * stop for start, stop in stops.items())
+    reach = p if window is None else window
+    prompt = sum(
+        (stop - start) * (stop - max(0, start + 1 - reach)) for start, stop in stops.items()
+    )
     return float(prompt + r * t * (p + t))
 
 

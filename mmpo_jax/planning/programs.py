@@ -69,12 +69,11 @@ class Program:
 
 
 def backend_of(opened: Opened, mesh: Mesh, dtype: Any) -> str:
-    """What computes attention of a model on a mesh: "splash" or "xla"."""
+    """What computes attention without a window on a mesh: "splash" or "xla"."""
     asked = opened.model.attention
     chosen = PLATFORM_BACKENDS.get(mesh.devices.flat[0].platform, "xla")
     chosen = chosen if asked == "auto" else asked
-    windows = any(opened.model.config.decoder.windows)
-    kernel = chosen == "splash" and not windows and jnp.dtype(dtype).name != "float16"
+    kernel = chosen == "splash" and jnp.dtype(dtype).name != "float16"
     return "splash" if kernel else "xla"
 
 

@@ -123,7 +123,7 @@ def test_a_long_prompt_leaves_no_room_behind(checkpoint, records, greedy):
     widths = []
     for record in (records[0], long, records[0]):
         said = serve(engine, [asked := Asked(record, LENGTH)])[asked][0]
-        widths.append(engine.prompts[0].cache[1].shape[3])
+        widths.append(engine.prompts[0].width)
     assert said == greedy[0]
     assert widths[0] == widths[2] < widths[1]
 

@@ -20,6 +20,7 @@ from mmpo_jax.data.batching import fitting_lengths
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.tokenization import tokenize_records
 from mmpo_jax.generation import refill
+from mmpo_jax.generation.caches import KeyValues
 from mmpo_jax.generation.decoding import compact
 from mmpo_jax.generation.places import Pool
 from mmpo_jax.generation.refill import Layout, Work, choose_layout, pool_sizes
@@ -117,14 +118,24 @@ def test_random_lengths(tiny_model, batch, seed, ends, greedy):
     np.testing.assert_array_equal(draw(tiny_model, batch, layout=layout, **options), expected)
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "windows"])
+def unlike_layers(model):
+    """A model of 2 x (2 layers with a window, 1 without) and one with a window."""
+    full = model.config.decoder.layers[0]
+    mixer = dataclasses.replace(full.mixer, window=4)
+    local = dataclasses.replace(full, name="sliding_attention", mixer=mixer)
+    layers = (local, local, full) * 2 + (local,)
+    decoder = dataclasses.replace(model.config.decoder, layers=layers)
+    model = Model.create(dataclasses.replace(model.config, decoder=decoder))
+    return model, model.init(0)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "unlike-layers"])
 def test_other_models(tiny_model, batch, kind):
     model, params = tiny_model
     if kind == "bfloat16":
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     else:
-        decoder = dataclasses.replace(model.config.decoder, windows=(4, 0))
-        model = Model.create(dataclasses.replace(model.config, decoder=decoder))
+        model, params = unlike_layers(model)
     layout = Layout(rows=3, width=2, groups=2, members=2, batch=3)
     expected = draw((model, params), batch)
     np.testing.assert_array_equal(draw((model, params), batch, layout=layout), expected)
@@ -250,7 +261,8 @@ def test_compaction_keeps_what_places_read():
     owner[:, :, 25:] = -1
     key = rng.standard_normal((1, 2, 2, 2, 4, 30)).astype(np.float32)
     position = rng.integers(0, 50, owner.shape).astype(np.int32)
-    pool = Pool((key, key.swapaxes(4, 5)), owner, position, np.int32(25))
+    kept = {"layers": KeyValues(key, key.swapaxes(4, 5))}
+    pool = Pool(kept, owner, position, np.int32(25))
     for size in (25, 48):
         made = jax.tree.map(np.asarray, compact(pool, size=size))
         assert made.owner.shape[2] == size
@@ -259,7 +271,8 @@ def test_compaction_keeps_what_places_read():
             kept, there = owner[at] >= 0, made.owner[at] >= 0
             np.testing.assert_array_equal(made.owner[at][there], owner[at][kept])
             np.testing.assert_array_equal(made.position[at][there], position[at][kept])
-            np.testing.assert_array_equal(made.cache[0][0][at][..., there], key[0][at][..., kept])
-            values = made.cache[1][0][at].swapaxes(1, 2)
+            cache = made.cache["layers"]
+            np.testing.assert_array_equal(cache.key[0][at][..., there], key[0][at][..., kept])
+            values = cache.value[0][at].swapaxes(1, 2)
             np.testing.assert_array_equal(values[..., there], key[0][at][..., kept])
             assert not there[made.used :].any()

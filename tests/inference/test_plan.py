@@ -174,7 +174,8 @@ def test_rows_of_one_record_with_many_responses(tiny_processor, window):
     whole = dataclasses.replace(batch, prompt=0)
     query, key, value = rng.standard_normal((3, *batch.token_ids.shape, 2, 8), np.float32)
     split, plain = (
-        jax.jit(packed_attention)(query, key, value, one, window) for one in (batch, whole)
+        jax.jit(packed_attention, static_argnums=4)(query, key, value, one, window)
+        for one in (batch, whole)
     )
     real = batch.record >= 0
     np.testing.assert_allclose(split[real], plain[real], rtol=1e-5, atol=1e-6)

@@ -65,7 +65,7 @@ def draw(case: Case):
     return arrays, (prompt_mask, response_mask), real
 
 
-def dense(query, key, value, prompt_mask, response_mask, window=None):
+def dense(query, key, value, prompt_mask, response_mask, window=None, scale=None, softcap=None):
     """Softmax over what a query may see by the tokens' own positions, written out."""
     b, s, h, d = query.shape
     p, (r, t) = prompt_mask.shape[1], response_mask.shape[1:]
@@ -80,7 +80,9 @@ def dense(query, key, value, prompt_mask, response_mask, window=None):
         seen &= apart < window
     seen |= ~real[:, :, None] & np.eye(s, dtype=bool)  # padding must not divide by zero here
     key, value = (jnp.repeat(x, h // x.shape[2], axis=2) for x in (key, value))
-    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) * d**-0.5
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) * (scale or d**-0.5)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
     weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf))
     return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
 
@@ -133,8 +135,22 @@ def test_splash_equals_xla(compared):
 def test_cudnn_arrangement_equals_xla(compared):
     """Everything but cuDNN itself, which needs a GPU."""
     inputs, expected = compared
-    arranged = functools.partial(cudnn.cudnn_attention, implementation="xla")
+    scale = inputs[0][0].shape[-1] ** -0.5
+    arranged = functools.partial(cudnn.cudnn_attention, scale=scale, implementation="xla")
     assert_same(values_and_gradients(arranged, *inputs), expected)
+
+
+@pytest.mark.parametrize("name", ["xla", "splash"])
+def test_scores_of_another_scale_and_below_a_limit(name):
+    scores = {"scale": 0.7, "softcap": 1.5}
+    inputs = draw(CASES["grouped-queries"])
+    expected = values_and_gradients(functools.partial(dense, **scores), *inputs)
+    given = functools.partial(shared_prompt_attention, backend=name, **scores)
+    assert_same(values_and_gradients(given, *inputs), expected)
+    inputs = draw(dataclasses.replace(CASES["grouped-queries"], d=32))
+    only_scaled = functools.partial(cudnn.cudnn_attention, scale=0.7, implementation="xla")
+    expected = values_and_gradients(functools.partial(dense, scale=0.7), *inputs)
+    assert_same(values_and_gradients(only_scaled, *inputs), expected)
 
 
 @pytest.mark.parametrize("window", [2, 4, 9])
@@ -142,9 +158,8 @@ def test_windows_equal_softmax_written_out(window):
     """Counted over a prompt's real tokens; known when it is compiled, or not."""
     inputs = draw(CASES["grouped-queries"])
     expected = values_and_gradients(functools.partial(dense, window=window), *inputs)
-    for given in (window, jnp.int32(window)):
-        windowed = functools.partial(shared_prompt_attention, window=given)
-        assert_same(values_and_gradients(windowed, *inputs), expected)
+    windowed = functools.partial(shared_prompt_attention, window=window)
+    assert_same(values_and_gradients(windowed, *inputs), expected)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +182,7 @@ def test_splash_on_a_mesh(case):
 def test_empty_blocks_are_not_visited():
     """A prompt of 2 blocks sees 3, each of 4 responses of a block sees 3: 15 of 36."""
     mask = splash.SharedPromptMask(6 * 128, 2 * 128, 128)
-    kernel = splash._make_kernel(mask, 2, 128, True)
+    kernel = splash._make_kernel(mask, 2, 128, None, True)
     for info in (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info):
         assert (np.asarray(info.block_mask) > 0).sum() == 15
     # The grid of the forward pass is as wide as the longest row of blocks.
@@ -227,7 +242,7 @@ def test_every_platform_has_its_own(monkeypatch, caplog):
 @pytest.mark.parametrize(
     ("platform", "options", "reason"),
     [
-        ("tpu", {"window": jnp.int32(4)}, "windows"),
+        ("tpu", {"window": 4}, "windows"),
         ("tpu", {"dtype": jnp.float16}, "bfloat16 and float32, and not in float16"),
         ("gpu", {"window": 4}, "windows"),
         ("gpu", {"dtype": jnp.float32}, "bfloat16 and float16, and not in float32"),
@@ -269,7 +284,8 @@ def test_cudnn_is_what_a_gpu_program_calls(monkeypatch):
         ((2, 2, 4), bool),
     ]
     arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
-    gradient = jax.jit(jax.grad(lambda *xs: cudnn.cudnn_attention(*xs).sum(), argnums=(0, 1, 2)))
+    scaled = functools.partial(cudnn.cudnn_attention, scale=0.125)
+    gradient = jax.jit(jax.grad(lambda *xs: scaled(*xs).sum(), argnums=(0, 1, 2)))
     text = gradient.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
     calls = re.findall(r"__cudnn\$(\w+)", text)
     assert sum(call.endswith("Softmax") for call in calls) == 2

@@ -90,7 +90,8 @@ def plain_log_probs(model, params, rows: Batch) -> jax.Array:
     module = model.bind(params)
     s = rows.prompt_ids.shape[1]
 
-    def attend(query, key, value, window, carry, inputs):
+    def attend(made, stack, carry, inputs):
+        query, key, value = made
         groups = query.shape[2] // key.shape[2]
         key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(query.shape[-1])

@@ -9,6 +9,7 @@ import pytest
 
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.models.config import DecoderConfig
+from mmpo_jax.models.layer_kinds import AttentionConfig, LayerConfig
 from mmpo_jax.parallel.choice import choose_sizes
 from mmpo_jax.parallel.mesh import by_slice, make_mesh, over_slices
 from mmpo_jax.recipes.recipe import Devices
@@ -41,9 +42,11 @@ def chips(rows, columns, slices=1):
 
 
 def decoder(heads, kv_heads=None):
-    names = [field.name for field in dataclasses.fields(DecoderConfig)]
-    values = dict.fromkeys(names) | {"num_heads": heads, "num_kv_heads": kv_heads or heads}
-    return DecoderConfig(**values)
+    def empty(kind, **values):
+        return kind(**dict.fromkeys(f.name for f in dataclasses.fields(kind)) | values)
+
+    mixer = empty(AttentionConfig, num_heads=heads, num_kv_heads=kv_heads or heads)
+    return empty(DecoderConfig, layers=(empty(LayerConfig, mixer=mixer),))
 
 
 @pytest.mark.parametrize("sizes", [(2, 4, 1), (2, 2, 2), (4, 2, 1), (8, 1, 1)])

@@ -61,6 +61,14 @@ CASES = {
         sliding_window=5,
         max_window_layers=1,
     ),
+    "qwen2-two-segments": transformers.Qwen2Config(
+        **SIZES | {"num_hidden_layers": 7},
+        use_sliding_window=True,
+        sliding_window=5,
+        layer_types=[
+            "full_attention" if number in (2, 5) else "sliding_attention" for number in range(7)
+        ],
+    ),
     "qwen3": transformers.Qwen3Config(**SIZES, head_dim=16),
     "qwen3-tied-biases": transformers.Qwen3Config(
         **SIZES | {"tie_word_embeddings": True}, head_dim=8, attention_bias=True

@@ -19,7 +19,13 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.models import decoder, vision_qwen
-from mmpo_jax.models.config import DecoderConfig, ModelConfig, ModelError, read_decoder
+from mmpo_jax.models.config import (
+    DecoderConfig,
+    ModelConfig,
+    ModelError,
+    read_decoder,
+    with_rope,
+)
 from mmpo_jax.models.family import Clip, Family, Images, Size, Videos
 from mmpo_jax.models.layout import Layout
 from mmpo_jax.models.torch_resize import FrameBackend
@@ -88,14 +94,14 @@ def read_config(config: Any) -> Qwen25VLConfig:
 
 
 def _with_sections(text: DecoderConfig) -> DecoderConfig:
-    sections = text.rope.sections or SECTIONS
-    if len(sections) != 3 or 2 * sum(sections) != text.head_dim:
+    attention = text.attentions[0]  # they are alike but for windows
+    sections = attention.rope.sections or SECTIONS
+    if len(sections) != 3 or 2 * sum(sections) != attention.head_dim:
         raise ModelError(
             f"text_config.rope_parameters.mrope_section is {list(sections)}, expected three "
-            f"numbers that add up to half of a head's {text.head_dim} channels"
+            f"numbers that add up to half of a head's {attention.head_dim} channels"
         )
-    rope = dataclasses.replace(text.rope, sections=sections)
-    return dataclasses.replace(text, rope=rope)
+    return with_rope(text, dataclasses.replace(attention.rope, sections=sections))
 
 
 class Qwen25VL(VisionLanguageModel):

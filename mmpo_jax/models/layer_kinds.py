@@ -1,0 +1,141 @@
+"""What layers of a decoder are, and how those that are alike lie together.
+
+Parameters of like layers are stacked, so that a scan runs them with a body that is compiled once.
+A decoder whose layers are all alike is one stack. One of unlike layers is a few segments, each a
+pattern of runs of like layers that is repeated: `6 x (5 sliding, 1 full)` and a rest of
+`1 x (2 sliding)`. Every run of a pattern is a stack: of all repeats, one behind the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from typing import Any
+
+from mmpo_jax.models.rope import Rope
+
+LAYERS = "layers"
+"""Where stacks lie in the decoder: the only one here, else each under its own name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """Grouped-query attention of a layer."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope: Rope
+    scale: float
+    """Factor of the scores."""
+    window: int
+    """Number of tokens that a query sees, itself included; 0 for all."""
+    softcap: float | None
+    """c of c tanh(score / c) in place of a score (Gemma 2, arXiv 2408.00118, section 2); None for
+    the score itself."""
+    qkv_bias: bool
+    out_bias: bool
+    qk_norm: bool
+    """Whether queries and keys are normalised per head (Qwen3)."""
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        """Who sees whom and how much: keyword arguments of the functions in `attention`."""
+        return {"window": self.window or None, "scale": self.scale, "softcap": self.softcap}
+
+
+@dataclasses.dataclass(frozen=True)
+class MlpConfig:
+    """A dense layer with a gate, see `layers.GatedMlp`."""
+
+    intermediate_size: int
+    hidden_act: str
+    bias: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerConfig:
+    """One layer: how its tokens read one another, and what is made of each."""
+
+    name: str
+    """What layers of this kind are called where not all are alike: transformers' `layer_types`."""
+    mixer: AttentionConfig
+    mlp: MlpConfig
+    sandwich: bool = False
+    """Whether what mixer and MLP add to the residual stream is normalised too (Gemma 2)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """A run of like layers in the pattern of a segment, of all repeats."""
+
+    path: str
+    """Where its parameters lie in the decoder: `layers`, or `layers/NAME`."""
+    layer: LayerConfig
+    count: int
+    """Layers of the run in one repeat."""
+    numbers: tuple[int, ...]
+    """Which layers of the decoder these are, in their order."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """A pattern of runs of like layers, and how often it is repeated."""
+
+    repeats: int
+    stacks: tuple[Stack, ...]
+
+
+@functools.cache
+def segments_of(layers: tuple[LayerConfig, ...]) -> tuple[Segment, ...]:
+    """The segments of a decoder: the fewest stacks, of those the fewest segments, and of those the
+    most layers in the first one."""
+    best: list[tuple[int, int, tuple[tuple[int, int, int], ...]]] = [(0, 0, ())]
+    depth = len(layers)
+    for start in range(depth - 1, -1, -1):  # best[0] is that of layers[start + 1:]
+        found = []
+        for period in range(1, depth - start + 1):
+            pattern = layers[start : start + period]
+            runs = sum(1 for _ in itertools.groupby(pattern))
+            repeats = 0
+            while layers[start + repeats * period :][:period] == pattern:
+                repeats += 1
+                stacks, segments, rest = best[start + repeats * period - start - 1]
+                first = (start, period, repeats)
+                found.append((stacks + runs, segments + 1, (first, *rest)))
+        best.insert(0, min(found, key=_preference))
+    return _named(layers, best[0][2])
+
+
+def _preference(found: tuple[int, int, tuple[tuple[int, int, int], ...]]) -> tuple[int, ...]:
+    stacks, segments, ((_, period, repeats), *_) = found
+    return stacks, segments, -period * repeats, period
+
+
+def _named(
+    layers: tuple[LayerConfig, ...], cuts: tuple[tuple[int, int, int], ...]
+) -> tuple[Segment, ...]:
+    """Segments of (first layer, layers of the pattern, repeats)."""
+    is_alike = len(set(layers)) == 1
+    seen: dict[str, int] = {}
+
+    def path(name: str) -> str:
+        if is_alike:
+            return LAYERS
+        seen[name] = seen.get(name, 0) + 1
+        return f"{LAYERS}/{name}" + (f"_{seen[name]}" if seen[name] > 1 else "")
+
+    segments = []
+    for start, period, repeats in cuts:
+        stacks, first = [], start
+        for layer, run in itertools.groupby(layers[start : start + period]):
+            count = len(list(run))
+            numbers = [first + r * period + i for r in range(repeats) for i in range(count)]
+            stacks.append(Stack(path(layer.name), layer, count, tuple(numbers)))
+            first += count
+        if len(stacks) == 1:  # a pattern of one run is the run
+            (stack,) = stacks
+            stacks, repeats = [dataclasses.replace(stack, count=len(stack.numbers))], 1
+        segments.append(Segment(repeats, tuple(stacks)))
+    return tuple(segments)
