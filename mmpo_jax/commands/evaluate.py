@@ -37,5 +37,6 @@ def run_evaluation(recipe: EvaluateRecipe) -> list[Measured]:
     measured = measure(recipe.evaluation, at)
     model = {"model": recipe.model, "fingerprint": checkpoint.fingerprint}
     told = model | describe(measured, shown_metrics(recipe.evaluation))
+    told["recipe"] = recipe.model_dump(mode="json", exclude={"output"})
     on_one(lambda: write_json(os.path.join(recipe.output, "evaluation.json"), told))
     return measured

@@ -1,4 +1,4 @@
-"""Runs as `mmpo align` and `mmpo train` leave them, finished or not."""
+"""Runs as `mmpo align`, `mmpo train` and `mmpo evaluate` leave them, finished or not."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ DPO_LOSS = 1e-3
 _ROUND = re.compile(r"round-(\d+)")
 _PARTS = re.compile(r"(.+)\.parts(-.*)?")
 
-Kind = Literal["align", "train"]
+Kind = Literal["align", "train", "evaluate"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,9 +143,11 @@ def read_run(folder: str, name: str) -> RunFiles:
         return _read_alignment(folder, name, indices)
     if METRICS in there or is_file(os.path.join(folder, CARD)):
         return _read_training(folder, name, there)
+    if EVALUATION in there:
+        return _read_evaluation(folder, name)
     raise MmpoError(
         f"{folder}: is no run: it has neither rounds, which `mmpo align` leaves, nor {METRICS}, "
-        "which `mmpo train` does"
+        f"which `mmpo train` does, nor {EVALUATION}, which `mmpo evaluate` does"
     )
 
 
@@ -238,6 +240,17 @@ def _read_training(folder: str, name: str, there: Sequence[str]) -> RunFiles:
     one = Round(1, folder, {}, rest, stage_rates(folder))
     return RunFiles(
         folder, name, "train", recipe, [one], measurements, shown, tax, is_finished, state
+    )
+
+
+def _read_evaluation(folder: str, name: str) -> RunFiles:
+    told = read_json(os.path.join(folder, EVALUATION))
+    one = Round(0, folder, {}, [], stage_rates(folder))
+    measured = Measurement(0, _finite(told.get("metrics", {})), folder)
+    shown = {each["key"]: each for each in told.get("shown", [])}
+    recipe = told.get("recipe", {})
+    return RunFiles(
+        folder, name, "evaluate", recipe, [one], [measured], shown, {}, True, "finished"
     )
 
 

@@ -72,7 +72,10 @@ def shown(value: Any) -> str:
 
 
 def place_name(kind: Kind, place: int) -> str:
-    """How a round, or an update of a training, is called; number 0 is the start model."""
+    """How a round, or an update of a training, is called; number 0 is the start model, or the one
+    that is evaluated."""
+    if kind == "evaluate":
+        return "model"
     if not place:
         return "start"
     return f"round {place}" if kind == "align" else f"update {place:,}"
@@ -96,7 +99,8 @@ def benchmark_table(benchmark: Benchmark, groups: Sequence[Group]) -> Table:
         for metric in benchmark.metrics
     ]
     head = [rounds] if len(top) == 2 and len(groups) == 1 else [top, rounds]
-    told = "with the change since the start; ↑ more is better, ↓ less is"
+    since = "" if benchmark.kind == "evaluate" else "with the change since the start; "
+    told = f"{since}↑ more is better, ↓ less is"
     return Table(f"{benchmark.name}: every metric, {told}", head, rows)
 
 
@@ -187,7 +191,7 @@ def sources_table(runs: Sequence[RunFiles]) -> Table | None:
 
 
 def _place(runs: Sequence[RunFiles], run: RunFiles, one: Round) -> str:
-    place = place_name(run.kind, one.index) if run.kind == "align" else "training"
+    place = "training" if run.kind == "train" else place_name(run.kind, one.index)
     return place if len(runs) == 1 else f"{run.name}, {place}"
 
 

@@ -10,6 +10,17 @@ from helpers.report_runs import write_alignment, write_training
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.reporting.measured import group_runs, measured
 from mmpo_jax.reporting.runs import read_runs
+from mmpo_jax.reporting.tables import benchmark_table
+
+
+def write_evaluation(folder, model):
+    """What `mmpo evaluate` leaves, with as many points as the model's name has letters."""
+    key = "world/points"
+    shown = {"key": key, "benchmark": "world", "heading": "points", "better": "more"}
+    told = {"model": model, "recipe": {"model": model}, "metrics": {key: len(model)}}
+    folder.mkdir()
+    (folder / "evaluation.json").write_text(json.dumps({**told, "shown": [shown]}))
+    return folder
 
 
 def state(folder):
@@ -43,11 +54,26 @@ def test_how_far_a_training_came(tmp_path):
     assert state(write_training(tmp_path / "b", finished=False)) == "not finished: 300 updates done"
 
 
+def test_an_evaluation_is_one_model(tmp_path):
+    folders = [str(write_evaluation(tmp_path / name, name)) for name in ("first", "aligned")]
+    runs = read_runs(folders)
+    groups = group_runs(runs)
+    assert [(run.kind, run.state) for run in runs] == [("evaluate", "finished")] * 2
+    (benchmark,) = measured(runs, groups)
+    assert list(benchmark.columns) == [(0, 0), (1, 0)]
+    (metric,) = benchmark.metrics
+    assert [metric.values[column].mean for column in benchmark.columns] == [5, 7]
+    assert metric.verdict(metric.values[1, 0]) == ""  # nobody says which of them is the start
+    assert "start" not in str(benchmark_table(benchmark, groups).head)
+
+
 def test_what_is_no_run(tmp_path):
     with pytest.raises(MmpoError, match="there is no such folder"):
         read_runs([str(tmp_path / "missing")])
     (tmp_path / "other").mkdir()
-    with pytest.raises(MmpoError, match=r"other: is no run: .*mmpo align.*mmpo train"):
+    with pytest.raises(
+        MmpoError, match=r"other: is no run: .*mmpo align.*mmpo train.*mmpo evaluate"
+    ):
         read_runs([str(tmp_path / "other")])
 
 

@@ -201,7 +201,7 @@ class Browser {
 
   placeName(run, round) {
     const [name, kind] = this.runs[run];
-    const place = round === 0 ? "start" : kind === "align" ? `round ${round}` : `update ${round.toLocaleString("en")}`;
+    const place = kind === "evaluate" ? "model" : round === 0 ? "start" : kind === "align" ? `round ${round}` : `update ${round.toLocaleString("en")}`;
     return this.runs.length > 1 ? `${name}, ${place}` : place;
   }
 
