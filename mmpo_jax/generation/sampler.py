@@ -31,7 +31,7 @@ def choose_token(
       decoding: temperature and truncation.
     """
     if decoding.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return most_likely(logits)
     logits = truncate(logits / decoding.temperature, decoding.top_k, decoding.top_p)
 
     def draw(
@@ -40,6 +40,18 @@ def choose_token(
         return draw_token(jax.random.fold_in(key, position), logits)
 
     return jax.vmap(jax.vmap(draw))(keys, position, logits).astype(jnp.int32)
+
+
+def most_likely(logits: Float[Array, "*b V"]) -> Int[Array, "*b"]:
+    """int32[...]: the first of the tokens with the largest logit, the last where that is NaN.
+
+    `jnp.argmax` carries index and value through one reduction, which XLA does not vectorise on CPU;
+    two plain ones take a third of the time.
+    """
+    size = logits.shape[-1]
+    index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    highest = logits.max(axis=-1, keepdims=True)
+    return jnp.where(logits == highest, index, size - 1).min(axis=-1)
 
 
 def draw_token(key: Key[Array, ""], logits: Float[Array, " V"]) -> Int[Array, ""]:
@@ -88,7 +100,7 @@ def choose_each(
     Vocabularies are sorted only where a sample truncates them, and random numbers made only where
     one is not greedy.
     """
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    greedy = most_likely(logits)
     draws = busy & (temperature > 0)
     truncates = draws & ((top_k > 0) | (top_p < 1))
 

@@ -13,7 +13,13 @@ from helpers.sampling import sample
 
 from mmpo_jax.core.trees import map_with_path
 from mmpo_jax.generation.places import prefill
-from mmpo_jax.generation.sampler import NOT_FINITE, choose_token, sample_keys, truncate
+from mmpo_jax.generation.sampler import (
+    NOT_FINITE,
+    choose_token,
+    most_likely,
+    sample_keys,
+    truncate,
+)
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.log_probs import next_token_logits, response_log_probs
 from mmpo_jax.recipes.sampling import Decoding
@@ -277,3 +283,10 @@ def test_temperature_sharpens_before_truncation():
     assert set(np.unique(warm)) == {0, 1}
     greedy = choose_token(logits, keys, first, Decoding(num_samples=300, temperature=0))
     assert set(np.unique(greedy)) == {0}
+
+
+def test_the_most_likely_token_is_the_first_of_the_largest():
+    logits = np.random.default_rng(0).integers(0, 5, (3, 4, 33)).astype(np.float32)  # many ties
+    np.testing.assert_array_equal(most_likely(jnp.asarray(logits)), logits.argmax(axis=-1))
+    assert most_likely(jnp.full(7, -jnp.inf)) == 0
+    assert most_likely(jnp.array([1.0, jnp.nan, 2.0])) == 2  # a token of the vocabulary
