@@ -8,6 +8,7 @@ place through a layer. Prompts and pools hold one for every stack of the decoder
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mmpo_jax.models.attention import cached_attention, in_window
+from mmpo_jax.models.attention import CachedPart, cached_attention, in_window
 from mmpo_jax.models.layer_kinds import AttentionConfig
 
 
@@ -32,6 +33,8 @@ class PromptSeen:
     begun: Int[Array, "B G M"]
     """Tokens of it."""
     has_beginnings: bool
+    is_read: Bool[Array, ""] | None
+    """Whether any place goes on from it; None where it is the only one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +115,7 @@ class KeyValues:
           attention: of the layer.
           step: who sees what.
           layer: its number in the stack.
-          prompts: what this layer has kept of each, without the axis L.
+          prompts: what the stack has kept of each.
 
         Returns:
           (what is read, the pools with these tokens, whether key and value are finite).
@@ -126,17 +129,22 @@ class KeyValues:
             jax.lax.dynamic_update_slice(self.key, new_key, (*start, 0, step.used)),
             jax.lax.dynamic_update_slice(self.value, new_value, (*start, step.used, 0)),
         )
-        own_key, own_value = (
-            jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)
-            for cache in (pools.key, pools.value)
-        )
-        window = attention.window or None
-        parts = [(own_key, own_value, step.sees_own(window))]
+        window, heads = attention.window or None, key.shape[2]
+        parts = [CachedPart(heads, lambda: pools.at(layer), step.sees_own(window))]
         for prompt, kept in zip(step.prompts, prompts, strict=True):
-            seen = step.sees(prompt, kept.value.shape[2], window)
-            parts.append((kept.key, kept.value, seen))
+            seen = step.sees(prompt, kept.value.shape[3], window)
+            load = functools.partial(kept.at, layer)
+            parts.append(CachedPart(heads, load, seen, prompt.is_read))
         out = cached_attention(step.grouped(query), parts, attention.scale, attention.softcap)
         return out.reshape(query.shape), pools, whole
+
+    def at(self, layer: Int[Array, ""]) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of one layer."""
+        key, value = (
+            jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)
+            for cache in (self.key, self.value)
+        )
+        return key, value
 
     def compacted(self, order: Int[Array, "B G S"], size: int) -> KeyValues:
         """Of pools, tokens in another order and with room for `size`."""

@@ -190,7 +190,11 @@ def decode_token(
     n = prompts[0].keys.shape[1]
     seen = tuple(
         PromptSeen(
-            sample // n == which, prompt.length, *_begun(prompt, sample), bool(prompt.begun.size)
+            sample // n == which,
+            prompt.length,
+            *_begun(prompt, sample),
+            bool(prompt.begun.size),
+            (sample // n == which).any() if len(prompts) > 1 else None,
         )
         for which, prompt in enumerate(prompts)
     )
@@ -203,9 +207,10 @@ def decode_token(
     axes = module.config.decoder.position_axes
     positions = jnp.broadcast_to(positions, (rows, axes, positions.shape[2]))
 
-    def attend_caches(made, stack, carry, inputs):
-        (cache, finite), (layer, kept) = carry, inputs
+    def attend_caches(made, stack, carry, layer):
+        cache, finite = carry
         mixer, own = stack.layer.mixer, cache[stack.path]
+        kept = [prompt.cache[stack.path] for prompt in prompts]
         out, own, whole = own.advance(made, mixer, step, layer, kept)
         return out, (cache | {stack.path: own}, finite & whole), None
 
@@ -215,13 +220,7 @@ def decode_token(
         positions,
         attend_caches,
         carry=(pool.cache, jnp.ones(token.shape, bool)),
-        layer_inputs={
-            stack.path: (
-                jnp.arange(len(stack.numbers)),
-                tuple(prompt.cache[stack.path] for prompt in prompts),
-            )
-            for stack in stacks
-        },
+        layer_inputs={stack.path: jnp.arange(len(stack.numbers)) for stack in stacks},
         split=False,  # places are few
         in_place=True,
     )

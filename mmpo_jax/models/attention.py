@@ -5,9 +5,10 @@ Queries, keys and values are grouped: H query heads share K key-value heads, H a
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -106,9 +107,24 @@ def _score(
     return score + jnp.where(mask, 0, jnp.finfo(score.dtype).min / 2)
 
 
+@dataclasses.dataclass(frozen=True)
+class CachedPart:
+    """Keys and values of a cache, which queries of all groups see, or those of each group."""
+
+    heads: int
+    """K."""
+    load: Callable[[], tuple[jax.Array, jax.Array]]
+    """Keys [B, K, d, S] and values [B, K, S, d], or of each group [B, G, K, d, S] and
+    [B, G, K, S, d]."""
+    mask: Bool[Array, "..."]
+    """Which a query sees; broadcasts to [B, G, M, S]."""
+    is_read: Bool[Array, ""] | None = None
+    """Whether any query sees any of them, where that is to be asked."""
+
+
 def cached_attention(
     query: Float[Array, "B G M H d"],
-    parts: Sequence[tuple[jax.Array, jax.Array, jax.Array]],
+    parts: Sequence[CachedPart],
     scale: float,
     softcap: float | None = None,
 ) -> Float[Array, "B G M H d"]:
@@ -116,47 +132,61 @@ def cached_attention(
 
     Args:
       query: [B, G, M, H, d], G groups of M queries.
-      parts: (key, value, mask) each. A part shared by all groups has keys [B, K, d, S] and values
-        [B, K, S, d], a part of each group's own [B, G, K, d, S] and [B, G, K, S, d]. Masks are bool
-        and broadcast to [B, G, M, S].
+      parts: what is read; one that no query sees takes no time.
       scale, softcap: as `attend` takes them.
 
     Returns:
       [B, G, M, H, d] in the query's dtype. A query that sees no key gets a finite value.
     """
     b, g, m, h, d = query.shape
-    heads = parts[0][0].shape[-3]
+    heads = parts[0].heads
     # Heads in front, and behind them the queries that share them.
     query = (query * scale).reshape(b, g, m, heads, h // heads, d).transpose(0, 1, 3, 2, 4, 5)
+    found = [_read(query, part, softcap) for part in parts]
+    highest = functools.reduce(jnp.maximum, [of_part for of_part, _, _ in found])
+    out, total = jnp.zeros((), highest.dtype), jnp.zeros((), highest.dtype)
+    for of_part, weight, read in found:
+        share = jnp.exp(of_part - highest)
+        total += share * weight
+        out += share * read
+    out = (out / total).astype(query.dtype)
+    return out.transpose(0, 1, 3, 2, 4, 5).reshape(b, g, m, h, d)
+
+
+def _read(
+    query: Float[Array, "B G K M r d"], part: CachedPart, softcap: float | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What queries read of one part: (the highest score [B, G, K, M, r, 1], the sum of weights
+    against it, the values by these weights [B, G, K, M, r, d])."""
+    b, g, heads, m, r, _ = query.shape
     dtype = jnp.promote_types(query.dtype, jnp.float32)
 
-    def to_all(x: jax.Array) -> jax.Array:
-        """[B, G, K, M, r, e] -> [B, K, G * M * r, e], as keys of all groups are multiplied."""
-        return x.swapaxes(1, 2).reshape(b, heads, -1, x.shape[-1])
-
-    def to_own(x: jax.Array) -> jax.Array:
+    def arranged(x: jax.Array, whole: jax.Array) -> jax.Array:
+        """Queries as the part's keys are multiplied: with those of all groups, or of each."""
+        if whole.ndim == 4:
+            return x.swapaxes(1, 2).reshape(b, heads, -1, x.shape[-1])
         return x.reshape(b, g, heads, -1, x.shape[-1])
 
     def back(x: jax.Array) -> jax.Array:
         if x.ndim == 5:
-            return x.reshape(b, g, heads, m, -1, x.shape[-1])
-        return x.reshape(b, heads, g, m, -1, x.shape[-1]).swapaxes(1, 2)
+            return x.reshape(b, g, heads, m, r, x.shape[-1])
+        return x.reshape(b, heads, g, m, r, x.shape[-1]).swapaxes(1, 2)
 
-    scored = []
-    for key, _, mask in parts:
-        arranged = (to_all if key.ndim == 4 else to_own)(query)
-        score = capped(back(jnp.matmul(arranged, key, preferred_element_type=dtype)), softcap)
-        seen = jnp.broadcast_to(mask, (b, g, m, key.shape[-1]))[:, :, None, :, None]
-        scored.append(jnp.where(seen, score, jnp.finfo(dtype).min / 2))
-    highest = functools.reduce(jnp.maximum, [s.max(axis=-1, keepdims=True) for s in scored])
-    out, total = jnp.zeros((), dtype), jnp.zeros((), dtype)
-    for score, (_, value, _) in zip(scored, parts, strict=True):
+    def seen() -> tuple[jax.Array, jax.Array, jax.Array]:
+        key, value = part.load()
+        score = back(jnp.matmul(arranged(query, key), key, preferred_element_type=dtype))
+        mask = jnp.broadcast_to(part.mask, (b, g, m, key.shape[-1]))[:, :, None, :, None]
+        score = jnp.where(mask, capped(score, softcap), jnp.finfo(dtype).min / 2)
+        highest = score.max(axis=-1, keepdims=True)
         weights = jnp.exp(score - highest)
-        total += weights.sum(axis=-1, keepdims=True)
-        arranged = (to_all if value.ndim == 4 else to_own)(weights.astype(value.dtype))
-        out += back(jnp.matmul(arranged, value))
-    out = (out / total).astype(query.dtype)
-    return out.transpose(0, 1, 3, 2, 4, 5).reshape(b, g, m, h, d)
+        read = back(jnp.matmul(arranged(weights.astype(value.dtype), value), value))
+        return highest, weights.sum(axis=-1, keepdims=True), read.astype(dtype)
+
+    def unseen() -> tuple[jax.Array, jax.Array, jax.Array]:
+        lowest = jnp.full((b, g, heads, m, r, 1), jnp.finfo(dtype).min / 2, dtype)
+        return lowest, jnp.zeros_like(lowest), jnp.zeros(query.shape, dtype)
+
+    return seen() if part.is_read is None else jax.lax.cond(part.is_read, seen, unseen)
 
 
 def shared_prompt_attention(

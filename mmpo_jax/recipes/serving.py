@@ -36,6 +36,9 @@ class Serving(Section):
     cut here."""
     max_body_mb: PositiveInt = 64
     """Size of a request's body in MiB."""
+    max_held_mb: PositiveInt = 4096
+    """Size in MiB of the bodies of all requests that are not answered yet; those for which there is
+    no room are refused with 429."""
     max_images: NonNegativeInt = 16
     """Images of a request."""
     max_megapixels: PositiveInt = 50

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import hmac
 import logging
 import threading
@@ -39,6 +40,12 @@ HUNG_UP = 499
 """Status of a request whose client has gone, which nobody sees; nginx's."""
 
 
+@dataclasses.dataclass
+class _Held:
+    size: int = 0
+    """Bytes of a request's body."""
+
+
 class Service:
     """A checkpoint that answers requests; its methods are the event loop's."""
 
@@ -70,6 +77,8 @@ class Service:
         self.is_ending = False
         self.requests = 0
         """Requests that are not answered yet."""
+        self.held_bytes = 0
+        """Size of their bodies."""
         self._usual_seconds = 1.0
         self._created = int(time.time())
         self._gave_up = gave_up
@@ -80,7 +89,7 @@ class Service:
         self._gave_up(error)
 
     @contextlib.contextmanager
-    def admitted(self) -> Iterator[None]:
+    def admitted(self) -> Iterator[_Held]:
         """A request is one of those that are not answered yet.
 
         Raises:
@@ -89,20 +98,36 @@ class Service:
         if self.is_ending:
             raise Refusal(503, "the server is about to end", code="ending", retry_after=30)
         if self.requests >= self.serving.max_requests:
-            raise Refusal(
-                429,
-                f"{self.requests} requests wait or are served; this server takes no more",
-                code="too_many_requests",
-                retry_after=max(1, min(60, round(self._usual_seconds))),
-            )
+            raise self._busy(f"{self.requests} requests wait or are served")
         self.requests += 1
-        begun = time.monotonic()
+        begun, held = time.monotonic(), _Held()
         try:
-            yield
+            yield held
         finally:
             self.requests -= 1
+            self.held_bytes -= held.size
             self._usual_seconds += 0.1 * (time.monotonic() - begun - self._usual_seconds)
             progress.advance()
+
+    def hold(self, held: _Held, size: int) -> None:
+        """So many more bytes of a request's body are there.
+
+        Raises:
+          Refusal: there is no room for them.
+        """
+        limit = self.serving.max_held_mb
+        if self.held_bytes + size > limit * 2**20:
+            raise self._busy(f"the requests that wait or are served have {limit} MiB")
+        self.held_bytes += size
+        held.size += size
+
+    def _busy(self, why: str) -> Refusal:
+        return Refusal(
+            429,
+            f"{why}; this server takes no more",
+            code="too_many_requests",
+            retry_after=max(1, min(60, round(self._usual_seconds))),
+        )
 
     def check_key(self, request: Request) -> None:
         """
@@ -172,9 +197,9 @@ async def _chat_completions(request: Request) -> Response:
     service: Service = request.app.state.service
     service.check_key(request)
     with contextlib.ExitStack() as admission:
-        admission.enter_context(service.admitted())
+        held = admission.enter_context(service.admitted())
         try:
-            data = await _read(request, service.serving.max_body_mb * 2**20)
+            data = await _read(request, service, held)
         except ClientDisconnect:
             return Response(status_code=HUNG_UP)
         body = _parsed(data)
@@ -187,19 +212,21 @@ async def _chat_completions(request: Request) -> Response:
     return Response(status_code=HUNG_UP) if answer is None else JSONResponse(answer)
 
 
-async def _read(request: Request, limit: int) -> bytes:
+async def _read(request: Request, service: Service, held: _Held) -> bytes:
     """The body of a request.
 
     Raises:
-      Refusal: it has more bytes than the limit, or does not come.
+      Refusal: it has more bytes than the limit, there is no room for it, or it does not come.
       ClientDisconnect: the client has gone.
     """
+    limit = service.serving.max_body_mb * 2**20
     chunks, size = [], 0
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for chunk in request.stream():
                 size += len(chunk)
                 if size <= limit:
+                    service.hold(held, len(chunk))
                     chunks.append(chunk)
                 elif size > READ_ANYWAY * limit:
                     break

@@ -198,6 +198,24 @@ def test_more_than_enough_are_refused(checkpoint):
         assert httpx2.get(made[1].replace("/v1", "/health")).status_code == 503
 
 
+def test_more_than_there_is_room_for_is_refused(checkpoint):
+    """The bodies of all requests count, until these are answered."""
+    with served.service(checkpoint, max_held_mb=1) as made:
+        waits = body(user("a"), n=64, temperature=3, max_tokens=900, stream=True)
+        large = body(user("a"), user="u" * 600_000)
+        assert post(made, large).status_code == 200  # so there is room for one
+        waits["user"] = large["user"]
+        with httpx2.stream("POST", f"{made[1]}/chat/completions", json=waits, timeout=60) as first:
+            assert first.status_code == 200
+            refused = post(made, large)
+            assert refused.status_code == 429 and "Retry-After" in refused.headers
+            assert "have 1 MiB" in refused.json()["error"]["message"]
+            assert post(made, body(user("a"))).status_code == 200
+        served.wait_until_idle(made[0])
+        assert made[0].held_bytes == 0
+        assert post(made, large).status_code == 200
+
+
 def test_devices_that_fail(checkpoint, monkeypatch):
     """Who was served is told, and the next ones are served."""
     with served.service(checkpoint) as made:
