@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Int, Key
 
 from mmpo_jax.generation.caches import Kept, KeyValues
 from mmpo_jax.models.attention import shared_prompt_attention
@@ -142,7 +142,8 @@ def prefill(
       begun: whether samples go on from the batch's responses, which else are not read.
     """
     module = bind(model, params)
-    x, positions, beginnings = _embedded(module, batch, begun)
+    x, positions, added = module.embed_batch(batch, responses=begun)
+    beginnings = batch.response_mask if begun else jnp.zeros((len(x), 0, 0), bool)
     rows, size = len(x), batch.prompt_ids.shape[1]
     real = jnp.concatenate([batch.prompt_mask, beginnings.reshape(rows, -1)], axis=1)
 
@@ -155,7 +156,7 @@ def prefill(
         return out, carry & (whole | ~real).all(axis=1), kept
 
     every = jnp.ones(rows, bool)
-    x, whole, cache = module.language_model(x, positions, attend_prompt, carry=every)
+    x, whole, cache = module.language_model(x, positions, attend_prompt, carry=every, added=added)
     length = prompt_lengths(batch)
     last = jax.vmap(lambda rows, at: rows[at])(x, length - 1)
     ends = last[:, None]
@@ -169,21 +170,6 @@ def prefill(
     return placed(
         Prompts(cache, length, start, tokens, batch.next_position, ends, keys, real.shape[1])
     )
-
-
-def _embedded(
-    module: VisionLanguageModel, batch: Batch, begun: bool
-) -> tuple[Float[Array, "B S D"], Int[Array, "B A S"], Bool[Array, "B E T"]]:
-    """(embeddings, positions, mask of the beginnings) of prompts, and of their responses if samples
-    go on from these."""
-    if not begun:
-        nothing = jnp.zeros((batch.prompt_ids.shape[0], 0, 0), bool)
-        return module.embed_prompt(batch), batch.positions, nothing
-    pool = module.pool(batch, "none")
-    prompts = module.embed(batch.prompt_ids, batch.feature_index, batch.feature_weight, pool)
-    responses, own = module.embed_responses(batch, pool)
-    x = jnp.concatenate([prompts, responses], axis=1)
-    return x, jnp.concatenate([batch.positions, own], axis=2), batch.response_mask
 
 
 def beginning_of(sample: Int[Array, "*s"], n: int, count: int) -> Int[Array, "*s"]:

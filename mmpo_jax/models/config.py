@@ -109,7 +109,7 @@ class ModelConfig:
     """Head of a reward model; None for a model that only speaks."""
 
 
-DECODER_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen2_5_vl_text")
+DECODER_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen2_5_vl_text", "qwen3_vl_text")
 
 
 def read_decoder(text: Any, tied: bool, key: str = "text_config") -> DecoderConfig:
@@ -148,7 +148,7 @@ def read_decoder(text: Any, tied: bool, key: str = "text_config") -> DecoderConf
             softcap=None,
             qkv_bias=is_qwen2 or bias,
             out_bias=bias and not is_qwen2,
-            qk_norm=kind == "qwen3",
+            qk_norm=kind in ("qwen3", "qwen3_vl_text"),
         )
         return LayerConfig(name, attention, mlp)
 

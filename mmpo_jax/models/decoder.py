@@ -6,12 +6,14 @@ is only what a query attends to, so each caller hands `Decoder` its own attentio
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
@@ -54,6 +56,17 @@ Attention = Callable[[Any, Stack, Any, Any], tuple[jax.Array, Any, Any]]
 `made` is what the layer's mixer makes of its tokens, of attention `QueryKeyValue`; `stack` says of
 which layers it is one; what comes out is [B, S, H, d].
 """
+
+
+@dataclasses.dataclass(frozen=True)
+class Added:
+    """What is added to the hidden states behind each of the first layers."""
+
+    layers: int
+    """Their number."""
+    of: Callable[[Int[Array, ""]], Float[Array, "B S D"]]
+    """Number of a layer -> [B, S, D]."""
+
 
 QueryKeyValue = tuple[Float[Array, "B S H d"], Float[Array, "B S K d"], Float[Array, "B S K d"]]
 
@@ -181,6 +194,7 @@ class Decoder(nnx.Module):
         layer_inputs: Mapping[str, Any] | None = None,
         remat: str = "none",
         split: bool = True,
+        added: Added | None = None,
         in_place: bool = False,
     ) -> tuple[Float[Array, "B S D"], Any, dict[str, Any]]:
         """Runs the layers and the final norm over embedded tokens.
@@ -195,6 +209,7 @@ class Decoder(nnx.Module):
           remat: rematerialisation policy, see `layers.rematerialise`.
           split: whether tokens are spread over the mesh's axis `tensor` between two products, see
             `layers.gather_tokens`.
+          added: to the outputs of the first layers, before the next ones read them.
           in_place: for few tokens and no gradients, see `scanning.scan_segment`.
 
         Returns:
@@ -212,9 +227,12 @@ class Decoder(nnx.Module):
             bodies, given = {}, {}
             for stack in segment.stacks:
                 graphdef, parameters = nnx.split(self._stack(stack))
-                run = functools.partial(_run_layer, graphdef, ropes, attend, stack, split)
+                more = added if added and min(stack.numbers) < added.layers else None
+                run = functools.partial(_run_layer, graphdef, ropes, attend, stack, split, more)
                 bodies[stack.path] = rematerialise(run, remat)
-                given[stack.path] = parameters, (layer_inputs or {}).get(stack.path)
+                inputs = (layer_inputs or {}).get(stack.path)
+                numbers = jnp.array(stack.numbers) if more else None
+                given[stack.path] = parameters, inputs, numbers
             state, made = scan_segment(segment, bodies, state, given, in_place=in_place)
             outputs |= made
         x, carry = state
@@ -256,12 +274,18 @@ def _run_layer(
     attend: Attention,
     stack: Stack,
     split: bool,
+    added: Added | None,
     state: tuple[jax.Array, Any],
-    given: tuple[Any, Any],
+    given: tuple[Any, Any, Any],
 ) -> tuple[tuple[jax.Array, Any], Any]:
     """The body of a scan over the layers of a stack."""
     x, carry = state
-    parameters, inputs = given
+    parameters, inputs, number = given
     layer = nnx.merge(graphdef, _spreading(parameters))
     x, carry, outputs = layer(x, ropes, attend, stack, carry, inputs, split)
+    if added is not None:
+        place = split_tokens if split else constrain_batch
+        x = jax.lax.cond(
+            number < added.layers, lambda x: x + place(added.of(number)), lambda x: x, x
+        )
     return (x, carry), outputs

@@ -103,6 +103,18 @@ class GatedMlp(nnx.Module):
         return self.down_proj(ACTIVATIONS[self.act](self.gate_proj(x)) * self.up_proj(x))
 
 
+class Mlp(nnx.Module):
+    """Two dense layers with biases, an activation between."""
+
+    def __init__(self, size: int, wide: int, act: str, residual_layers: int, rngs: nnx.Rngs):
+        self.act = act
+        self.fc1 = linear(size, wide, True, rngs)
+        self.fc2 = linear(wide, size, True, rngs, residual_layers)
+
+    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
+        return self.fc2(ACTIVATIONS[self.act](self.fc1(x)))
+
+
 def matmul(
     x: Float[Array, "*b D"], kernel: Float[Array, "D F"], dtype: Any = None
 ) -> Float[Array, "*b F"]:

@@ -35,7 +35,10 @@ class Layout:
     """int32[3, m]: time, row and column of every feature, for decoders with several position
     axes."""
     span: int = 0
-    """Number of positions that the text moves on by over the medium, where `steps` are given."""
+    """Number of positions that the text moves on by over the medium, where `steps` are given; over
+    each run of its features, where there is text between."""
+    times: tuple[float, ...] = ()
+    """Seconds from the beginning at which a video's time steps are, where tokens say so."""
 
     @classmethod
     def plain(cls, token: int, count: int, slots: int = 1) -> Layout:
@@ -117,7 +120,8 @@ def _positions(
     """int32[A, length], and the position after them.
 
     With several axes, a medium's tokens stand at their own time, row and column behind the text
-    before them, and the text after goes on behind its span (Qwen2-VL, section 2.1).
+    before them, and the text after goes on behind its span (Qwen2-VL, section 2.1). Where text
+    stands between the frames of a video, each is a medium of its own in this.
     """
     if axes == 1:
         return np.arange(length, dtype=np.int32)[None], length
@@ -125,13 +129,17 @@ def _positions(
     done = token = following = 0
     for layout in layouts:
         own = at[done : done + len(layout.index)]
-        text = own[0] - token
-        positions[:, token : own[0]] = following + np.arange(text)
-        following += text
         assert layout.steps is not None
-        positions[:, own] = following + layout.steps
-        following += layout.span
-        done, token = done + len(own), own[-1] + 1
+        breaks = np.flatnonzero(np.diff(own) > 1) + 1
+        parts = np.split(own, breaks), np.split(layout.steps, breaks, axis=1)
+        for run, steps in zip(*parts, strict=True):
+            text = run[0] - token
+            positions[:, token : run[0]] = following + np.arange(text)
+            following += text
+            positions[:, run] = following + steps
+            following += layout.span
+            token = run[-1] + 1
+        done += len(own)
     positions[:, token:] = following + np.arange(length - token)
     return positions, int(positions.max()) + 1
 

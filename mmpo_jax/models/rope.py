@@ -29,6 +29,9 @@ class Rope:
     2.1). Empty for the one axis of text."""
     limit: int | None = None
     """How many tokens these frequencies hold for; None for any number."""
+    interleaved: bool = False
+    """Whether axes take turns, each as often as its section says and the first one else (Qwen3-VL),
+    instead of having their frequencies in a row."""
 
     @property
     def axes(self) -> int:
@@ -132,12 +135,22 @@ def rope_tables(positions: Int[Array, "B A S"], rope: Rope) -> Tables:
     Returns:
       float32[B, S, 1, d/2] each.
     """
-    axis = np.repeat(np.arange(len(rope.sections)), rope.sections) if rope.sections else 0
-    axis = np.broadcast_to(axis, len(rope.frequencies))
+    axis = frequency_axes(rope)
     frequencies = jnp.array(rope.frequencies, jnp.float32)
     angles = positions.astype(jnp.float32)[:, axis].swapaxes(1, 2) * frequencies
     cos, sin = jnp.cos(angles) * rope.scale, jnp.sin(angles) * rope.scale
     return cos[:, :, None], sin[:, :, None]
+
+
+def frequency_axes(rope: Rope) -> Int[np.ndarray, " c"]:
+    """int[d/2]: the position axis of every frequency."""
+    axes = np.zeros(len(rope.frequencies), int)
+    if rope.interleaved:
+        for axis, size in enumerate(rope.sections[1:], 1):
+            axes[axis : len(rope.sections) * size : len(rope.sections)] = axis
+    elif rope.sections:
+        axes[:] = np.repeat(np.arange(len(rope.sections)), rope.sections)
+    return axes
 
 
 def rotate(x: Float[Array, "B S H d"], tables: Tables) -> Float[Array, "B S H d"]:

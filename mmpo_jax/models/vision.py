@@ -15,6 +15,7 @@ from mmpo_jax.models.attention import attend
 from mmpo_jax.models.config import ModelError, expect
 from mmpo_jax.models.layers import (
     ACTIVATIONS,
+    Mlp,
     constrain_batch,
     layer_norm,
     linear,
@@ -202,17 +203,6 @@ class SelfAttention(nnx.Module):
         return self.out_proj(attended.reshape(m, s, d))
 
 
-class Mlp(nnx.Module):
-    def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
-        self.act = config.hidden_act
-        size, wide = config.hidden_size, config.intermediate_size
-        self.fc1 = linear(size, wide, True, rngs)
-        self.fc2 = linear(wide, size, True, rngs, 2 * config.num_layers)
-
-    def __call__(self, x: Float[Array, "M S D"]) -> Float[Array, "M S D"]:
-        return self.fc2(ACTIVATIONS[self.act](self.fc1(x)))
-
-
 class EncoderLayer(nnx.Module):
     """One pre-norm transformer layer."""
 
@@ -220,7 +210,13 @@ class EncoderLayer(nnx.Module):
         self.layer_norm1 = _norm(config, rngs)
         self.self_attn = SelfAttention(config, rngs)
         self.layer_norm2 = _norm(config, rngs)
-        self.mlp = Mlp(config, rngs)
+        self.mlp = Mlp(
+            config.hidden_size,
+            config.intermediate_size,
+            config.hidden_act,
+            2 * config.num_layers,
+            rngs,
+        )
         self.scaled = config.layer_scale
         if self.scaled:
             self.attention_factor = nnx.Param(jnp.full(config.hidden_size, 0.1))

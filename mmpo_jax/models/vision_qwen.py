@@ -1,15 +1,17 @@
-"""The vision transformer of Qwen2.5-VL: patches of images of any size, most layers in windows.
+"""The vision transformers of Qwen2.5-VL and Qwen3-VL: patches of images of any size.
 
-Patches come in *slots*, the rows of `Batch.pixel_values`. A slot has room for one full attention
-window and holds whole windows, so that attention within windows is attention within slots. Where
-patches go is worked out on the host (`families/qwen2_5_vl.py`).
+Patches come in *slots*, the rows of `Batch.pixel_values`. In Qwen2.5-VL most layers attend within
+windows: a slot has room for one full window and holds whole windows, so that attention within
+windows is attention within slots. Where patches go is worked out on the host (`qwen_media.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,15 +19,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from mmpo_jax.models.attention import attend
 from mmpo_jax.models.config import ModelError, expect
 from mmpo_jax.models.layers import (
     ACTIVATIONS,
     GatedMlp,
+    Mlp,
     constrain_batch,
+    keep_dtype,
+    layer_norm,
     linear,
+    promote,
     rematerialise,
     stack_layers,
 )
@@ -33,17 +39,16 @@ from mmpo_jax.models.rope import Rope, Tables, rope_tables, rotate
 
 SHARDING_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"vision_tower/patch_embedding/kernel", PartitionSpec(None, "fsdp")),
+    (r"vision_tower/position_embedding/embedding", PartitionSpec(None, "fsdp")),
     (
-        r"vision_tower/layers/(attn/qkv|mlp/(gate|up)_proj)/kernel",
+        r"vision_tower/layers/(attn/qkv|mlp/(gate_proj|up_proj|fc1))/kernel",
         PartitionSpec(None, "fsdp", "tensor"),
     ),
     (
-        r"vision_tower/layers/(attn/proj|mlp/down_proj)/kernel",
+        r"vision_tower/layers/(attn/proj|mlp/(down_proj|fc2))/kernel",
         PartitionSpec(None, "tensor", "fsdp"),
     ),
-    (r"multi_modal_projector/linear_1/kernel", PartitionSpec("fsdp", "tensor")),
-    (r"multi_modal_projector/linear_2/kernel", PartitionSpec("tensor", "fsdp")),
-    (r"(vision_tower|multi_modal_projector)/.*(bias|scale)", PartitionSpec()),
+    (r"vision_tower/.*(bias|scale)", PartitionSpec()),
 )
 
 NORM_EPS = 1e-6
@@ -73,11 +78,23 @@ class QwenVisionConfig:
     merge_size: int
     """Patches along a side of the square that becomes one token."""
     window: int
-    """Tokens along a side of an attention window."""
+    """Tokens along a side of an attention window; a slot has room for its square."""
     full_layers: tuple[int, ...]
     """Layers that attend to whole images instead of windows."""
     rope: Rope
     """Its two position axes are row and column."""
+    gated: bool
+    """Whether the layers have RMS norms and gated MLPs (Qwen2.5-VL), or layer norms and plain ones,
+    and the patch embedding a bias (Qwen3-VL)."""
+    position_side: int = 0
+    """Learned positions along a side of the square that is resampled to an image's patches; 0 for
+    none."""
+    deep_layers: tuple[int, ...] = ()
+    """Layers whose outputs the decoder's first layers read beside the last one's, ascending."""
+
+    @property
+    def windowed(self) -> bool:
+        return len(self.full_layers) < self.num_layers
 
     @property
     def slot_tokens(self) -> int:
@@ -98,10 +115,7 @@ def read_vision(config: Any, key: str = "vision_config") -> QwenVisionConfig:
     Raises:
       ModelError: a switch that is not implemented.
     """
-    expect(config.hidden_act, tuple(ACTIVATIONS), f"{key}.hidden_act")
-    for name in ("patch_size", "temporal_patch_size"):
-        if not isinstance(getattr(config, name), int):
-            raise ModelError(f"{key}.{name} is {getattr(config, name)!r}, expected one number")
+    _check_patches(config, key)
     return QwenVisionConfig(
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -114,14 +128,64 @@ def read_vision(config: Any, key: str = "vision_config") -> QwenVisionConfig:
         merge_size=config.spatial_merge_size,
         window=config.window_size // config.patch_size // config.spatial_merge_size,
         full_layers=tuple(config.fullatt_block_indexes),
-        rope=_axial_rope(
-            config.rope_parameters["rope_theta"], config.hidden_size // config.num_heads
-        ),
+        rope=_axial_rope(config, key),
+        gated=True,
     )
 
 
-def _axial_rope(theta: float, head_dim: int) -> Rope:
+SLOT_SIDE = 4
+"""Tokens along a side of a slot's square where attention has no windows: pictures leave little of
+their last slot empty."""
+
+
+def read_deep_vision(config: Any, key: str = "vision_config") -> QwenVisionConfig:
+    """The tower of a transformers `Qwen3VLVisionConfig`.
+
+    Raises:
+      ModelError: a switch that is not implemented.
+    """
+    _check_patches(config, key)
+    side = math.isqrt(config.num_position_embeddings)
+    if side**2 != config.num_position_embeddings:
+        raise ModelError(
+            f"{key}.num_position_embeddings is {config.num_position_embeddings}, expected a square"
+        )
+    deep = tuple(config.deepstack_visual_indexes)
+    if deep != tuple(sorted(set(deep) & set(range(config.depth)))):
+        raise ModelError(
+            f"{key}.deepstack_visual_indexes is {list(deep)}, expected numbers of its "
+            f"{config.depth} layers, ascending"
+        )
+    return QwenVisionConfig(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_layers=config.depth,
+        num_heads=config.num_heads,
+        hidden_act=config.hidden_act,
+        num_channels=config.in_channels,
+        patch_size=config.patch_size,
+        temporal_patch_size=config.temporal_patch_size,
+        merge_size=config.spatial_merge_size,
+        window=SLOT_SIDE,
+        full_layers=tuple(range(config.depth)),
+        rope=_axial_rope(config, key),
+        gated=False,
+        position_side=side,
+        deep_layers=deep,
+    )
+
+
+def _check_patches(config: Any, key: str) -> None:
+    expect(config.hidden_act, tuple(ACTIVATIONS), f"{key}.hidden_act")
+    for name in ("patch_size", "temporal_patch_size"):
+        if not isinstance(getattr(config, name), int):
+            raise ModelError(f"{key}.{name} is {getattr(config, name)!r}, expected one number")
+
+
+def _axial_rope(config: Any, key: str) -> Rope:
     """Half of a head's channels turn by the row, half by the column, by the same frequencies."""
+    expect(config.rope_parameters["rope_type"], ("axial",), f"{key}.rope_parameters.rope_type")
+    theta, head_dim = config.rope_parameters["rope_theta"], config.hidden_size // config.num_heads
     exponents = np.arange(0, head_dim // 2, 2, dtype=np.float32) / np.float32(head_dim // 2)
     axis = tuple(map(float, 1 / np.float32(theta) ** exponents))
     return Rope(axis + axis, sections=(len(axis), len(axis)))
@@ -149,12 +213,15 @@ class EncoderLayer(nnx.Module):
     """One pre-norm transformer layer."""
 
     def __init__(self, config: QwenVisionConfig, rngs: nnx.Rngs):
-        size = config.hidden_size
-        self.norm1 = nnx.RMSNorm(size, epsilon=NORM_EPS, rngs=rngs)
+        size, wide, act = config.hidden_size, config.intermediate_size, config.hidden_act
+        residual_layers = 2 * config.num_layers
+        self.norm1 = norm(config, size, rngs)
         self.attn = SelfAttention(config, rngs)
-        self.norm2 = nnx.RMSNorm(size, epsilon=NORM_EPS, rngs=rngs)
-        self.mlp = GatedMlp(
-            size, config.intermediate_size, config.hidden_act, True, 2 * config.num_layers, rngs
+        self.norm2 = norm(config, size, rngs)
+        self.mlp: nnx.Module = (
+            GatedMlp(size, wide, act, True, residual_layers, rngs)
+            if config.gated
+            else Mlp(size, wide, act, residual_layers, rngs)
         )
 
     def __call__(
@@ -164,60 +231,105 @@ class EncoderLayer(nnx.Module):
         return x + self.mlp(self.norm2(x))
 
 
+def norm(config: QwenVisionConfig, size: int, rngs: nnx.Rngs) -> nnx.Module:
+    if config.gated:
+        return nnx.RMSNorm(size, epsilon=NORM_EPS, rngs=rngs)
+    return layer_norm(size, NORM_EPS, rngs)
+
+
 class QwenVisionTower(nnx.Module):
     """Patches to features, both in slots."""
 
     def __init__(self, config: QwenVisionConfig, rngs: nnx.Rngs):
         self.config = config
-        self.patch_embedding = linear(config.patch_inputs, config.hidden_size, False, rngs)
+        size = config.hidden_size
+        self.patch_embedding = linear(config.patch_inputs, size, not config.gated, rngs)
+        if config.position_side:
+            self.position_embedding = nnx.Embed(
+                config.position_side**2,
+                size,
+                embedding_init=nnx.initializers.normal(0.5),  # see `vision.PatchEmbeddings`
+                promote_dtype=keep_dtype,
+                rngs=rngs,
+            )
         self.layers = stack_layers(lambda r: EncoderLayer(config, r), config.num_layers, rngs)
 
     def __call__(
         self,
         pixels: Float[Array, "B I S inputs"],
-        places: Int[Array, "B I S 2"],
-        frames: Int[Array, "B I S"],
+        patches: Mapping[str, Shaped[Array, "B I S *n"]],
         remat: str,
-    ) -> Float[Array, "B I S D"]:
-        """The last layer's output, without a norm; every merged square is contiguous.
+    ) -> tuple[Float[Array, "B I S D"], Float[Array, "B L I S D"] | None]:
+        """The last layer's output, without a norm, and those of `deep_layers`; every merged square
+        is contiguous.
 
         Args:
           pixels: [B, I, S, C*t*h*w], I slots of S patches.
-          places: int32[B, I, S, 2], row and column of every patch in its image.
-          frames: int32[B, I, S], which frame of the prompt's images and videos it is of, 0 for
-            padding, which sees nothing but itself and is not seen.
+          patches: what is known of every patch: `places` int32[B, I, S, 2], row and column in its
+            image; `frames` int32[B, I, S], which frame of the prompt's images and videos it is of,
+            0 for padding, which sees nothing but itself and is not seen; with learned positions
+            `grid` float32[B, I, S, 2], where in their square it lies.
           remat: rematerialisation policy, see `layers.rematerialise`.
 
         Returns:
-          [B, I, S, D].
+          ([B, I, S, D], [B, L, I, S, D] or None where there are none).
         """
+        config, places, frames = self.config, patches["places"], patches["frames"]
         b, i, s = frames.shape
         x = self.patch_embedding(pixels.astype(self.patch_embedding.kernel.dtype))
         x = constrain_batch(x.reshape(b, i * s, -1))
-        rope = rope_tables(places.reshape(b, i * s, 2).swapaxes(1, 2), self.config.rope)
-        side = self.config.window * self.config.merge_size
+        if config.position_side:
+            x += self._positions(patches["grid"].reshape(b, i * s, 2)).astype(x.dtype)
+        rope = rope_tables(places.reshape(b, i * s, 2).swapaxes(1, 2), config.rope)
+        side = config.window * config.merge_size
         windows = jnp.concatenate([frames[..., None], places // side], axis=-1)
         graphdef, parameters = nnx.split(self.layers)
 
-        def body(x: Float[Array, "B S D"], inputs: tuple) -> tuple[Float[Array, "B S D"], None]:
-            parameters, full = inputs
+        def attention(full: Bool[Array, ""], *qkv: Heads) -> Heads:
+            if not config.windowed:
+                return attend_frames(frames, *qkv)
+            whole, parts = (
+                lambda *qkv: attend_frames(frames, *qkv),
+                lambda *qkv: attend_windows(windows, *qkv),
+            )
+            return jax.lax.cond(full, whole, parts, *qkv)
 
-            def attention(query: Heads, key: Heads, value: Heads) -> Heads:
-                return jax.lax.cond(
-                    full,
-                    lambda *qkv: attend_frames(frames, *qkv),
-                    lambda *qkv: attend_windows(windows, *qkv),
-                    query,
-                    key,
-                    value,
-                )
+        # What `deep_layers` give is written behind one another; all other layers write to a place
+        # of their own that nobody reads. A branch would keep what is written for the backward pass.
+        places_of = {layer: place for place, layer in enumerate(config.deep_layers)}
+        count = len(config.deep_layers)
+        deep = jnp.zeros((b, count + 1, *x.shape[1:]), x.dtype) if count else None
 
+        def body(state: tuple, inputs: tuple) -> tuple[tuple, None]:
+            x, deep = state
+            parameters, full, place = inputs
             layer = nnx.merge(graphdef, parameters)
-            return constrain_batch(layer(x, rope, attention)), None
+            x = constrain_batch(layer(x, rope, functools.partial(attention, full)))
+            if deep is not None:
+                deep = constrain_batch(jax.lax.dynamic_update_index_in_dim(deep, x, place, 1))
+            return (x, deep), None
 
-        full = jnp.array(np.isin(np.arange(self.config.num_layers), self.config.full_layers))
-        x, _ = jax.lax.scan(rematerialise(body, remat), x, (parameters, full))
-        return x.reshape(b, i, s, -1)
+        full = jnp.array(np.isin(np.arange(config.num_layers), config.full_layers))
+        place = jnp.array([places_of.get(layer, count) for layer in range(config.num_layers)])
+        inputs = parameters, full, place
+        (x, deep), _ = jax.lax.scan(rematerialise(body, remat), (x, deep), inputs)
+        if deep is not None:
+            deep = deep[:, :count].reshape(b, count, i, s, -1)
+        return x.reshape(b, i, s, -1), deep
+
+    def _positions(self, grid: Float[Array, "B S 2"]) -> Float[Array, "B S D"]:
+        """The learned positions at places between them, bilinearly, in float32 at least."""
+        side, table = self.config.position_side, self.position_embedding.embedding[...]
+        if not jax.sharding.get_abstract_mesh().empty:
+            table = jax.lax.with_sharding_constraint(table, PartitionSpec())
+        first = jnp.floor(grid)
+        found = jnp.zeros((), promote(table).dtype)
+        for down, right in itertools.product(range(2), repeat=2):
+            step = jnp.array([down, right], grid.dtype)
+            weight = (1 - jnp.abs(grid - first - step)).prod(axis=-1, keepdims=True)
+            row, column = jnp.moveaxis(jnp.minimum(first + step, side - 1).astype(jnp.int32), -1, 0)
+            found += table[row * side + column] * weight
+        return found
 
 
 def attend_windows(windows: Int[Array, "B I P 3"], query: Heads, key: Heads, value: Heads) -> Heads:
@@ -263,18 +375,3 @@ def attend_frames(frames: Int[Array, "B I P"], query: Heads, key: Heads, value: 
 
     attended = jax.lax.map(block, (split(query), split(frames)))
     return jnp.moveaxis(attended, 0, 1).reshape(query.shape)
-
-
-class PatchMerger(nnx.Module):
-    """Squares of neighbouring patches to one token each, in the decoder's width."""
-
-    def __init__(self, config: QwenVisionConfig, outputs: int, rngs: nnx.Rngs):
-        self.inputs = config.hidden_size * config.merge_size**2
-        self.norm = nnx.RMSNorm(config.hidden_size, epsilon=NORM_EPS, rngs=rngs)
-        self.linear_1 = linear(self.inputs, self.inputs, True, rngs)
-        self.linear_2 = linear(self.inputs, outputs, True, rngs)
-
-    def __call__(self, x: Float[Array, "B I S D"]) -> Float[Array, "B M F"]:
-        """[B, I, S, D], the patches of a square one after another -> [B, squares, outputs]."""
-        merged = self.norm(x).reshape(x.shape[0], -1, self.inputs)
-        return self.linear_2(ACTIVATIONS["gelu"](self.linear_1(merged)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from mmpo_jax.models.attention import packed_attention, shared_prompt_attention
 from mmpo_jax.models.batch import Batch, PackedBatch
 from mmpo_jax.models.config import ModelConfig, ModelError
-from mmpo_jax.models.decoder import Decoder
+from mmpo_jax.models.decoder import Added, Decoder
 from mmpo_jax.models.layers import constrain_batch, linear
 from mmpo_jax.models.reward_head import TwoLayerHead, linear_reward
 
@@ -26,6 +28,8 @@ class VisionLanguageModel(nnx.Module):
 
     attention: str = "auto"
     """What computes attention over prompts and responses, see `attention.BACKENDS`."""
+    levels: int = 0
+    """L: of how many early layers of the tower the pool has features too."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
@@ -52,15 +56,11 @@ class VisionLanguageModel(nnx.Module):
     def image_features(self, batch: Batch | PackedBatch, remat: str) -> Float[Array, "B F D"]:
         """The pool of vectors that `feature_index` points into, [B, F, D] in the decoder's width.
 
-        Learned vectors come first, then the features of every slot in order. A family without
+        Learned vectors come first, then the features of every slot in order; where early layers of
+        the tower have features too, F is 1 + L times as many, level after level. A family without
         images has none.
         """
         raise NotImplementedError(f"{self.config.family} has no images")
-
-    def embed_prompt(self, batch: Batch, remat: str = "none") -> Float[Array, "B P D"]:
-        """Prompt embeddings [B, P, D], image features in the places of the placeholders."""
-        index, weight = batch.feature_index, batch.feature_weight
-        return self.embed(batch.prompt_ids, index, weight, self.pool(batch, remat))
 
     def pool(self, batch: Batch | PackedBatch, remat: str) -> Float[Array, "B F D"] | None:
         """`image_features` [B, F, D]; None where the batch has no images."""
@@ -86,27 +86,65 @@ class VisionLanguageModel(nnx.Module):
         text = self.language_model.embed(jnp.where(is_image[..., 0], 0, ids))
         if pool is None:
             return text
-        image = jnp.zeros_like(text)
-        for k in range(index.shape[-1]):
-            chosen = jax.vmap(lambda rows, at: rows[at])(pool, jnp.maximum(index[..., k], 0))
-            image += chosen * weight[..., k : k + 1].astype(chosen.dtype)
-        return jnp.where(is_image, image, text)
+        return jnp.where(is_image, mixed(pool, index, weight), text)
 
-    def embed_responses(
-        self, batch: Batch, pool: Float[Array, "B F D"] | None
-    ) -> tuple[Float[Array, "B S D"], Int[Array, "B A S"]]:
-        """(embeddings [B, R * T, D], positions int32[B, A, R * T]) of the responses."""
+    def embed_batch(
+        self, batch: Batch, remat: str = "none", responses: bool = True
+    ) -> tuple[Float[Array, "B S D"], Int[Array, "B A S"], Added | None]:
+        """What the decoder reads of a batch: the prompts, and behind them their responses, if these
+        are wanted.
+
+        Returns:
+          (embeddings [B, P + R * T, D], positions int32[B, A, P + R * T], see `Decoder`).
+        """
+        pool = self.pool(batch, remat)
+        index, weight = batch.feature_index, batch.feature_weight
+        prompts = self.embed(batch.prompt_ids, index, weight, pool)
+        if not responses:
+            return prompts, batch.positions, self.added(pool, index, weight)
         b, r, t = batch.response_ids.shape
-        ids = batch.response_ids.reshape(b, r * t)
-        if batch.shown is None:
-            positions = response_positions(batch, jnp.tile(jnp.arange(t), r))
-            return self.language_model.embed(ids), positions
-        index, weight = (
-            field.reshape(b, r * t, -1)
-            for field in (batch.shown.feature_index, batch.shown.feature_weight)
-        )
-        positions = batch.shown.positions.reshape(b, -1, r * t)
-        return self.embed(ids, index, weight, pool), positions
+        ids, shown = batch.response_ids.reshape(b, r * t), batch.shown
+        if shown is None:
+            said = self.language_model.embed(ids)
+            own = response_positions(batch, jnp.tile(jnp.arange(t), r))
+            behind = (0, 0), (0, r * t), (0, 0)
+            index = jnp.pad(index, behind, constant_values=-1)
+            weight = jnp.pad(weight, behind)
+        else:
+            reads = [x.reshape(b, r * t, -1) for x in (shown.feature_index, shown.feature_weight)]
+            said = self.embed(ids, *reads, pool)
+            own = shown.positions.reshape(b, -1, r * t)
+            index = jnp.concatenate([index, reads[0]], axis=1)
+            weight = jnp.concatenate([weight, reads[1]], axis=1)
+        x = jnp.concatenate([prompts, said], axis=1)
+        positions = jnp.concatenate([batch.positions, own], axis=2)
+        return x, positions, self.added(pool, index, weight)
+
+    def added(
+        self,
+        pool: Float[Array, "B F D"] | None,
+        index: Int[Array, "B *S K"],
+        weight: Float[Array, "B *S K"],
+        size: int | None = None,
+    ) -> Added | None:
+        """What the decoder's first layers add to tokens that read the pool: the same features on
+        its further levels. None where there are none.
+
+        Args:
+          pool: [B, (1 + L) * F, D], or several of them as one.
+          index, weight: [B, ..., K], see `Batch.feature_index`.
+          size: vectors of one; None for all of them.
+        """
+        if pool is None or not self.levels:
+            return None
+        features = (size or pool.shape[1]) // (1 + self.levels)
+
+        def of(number: Int[Array, ""]) -> Float[Array, "B S D"]:
+            found = mixed(pool, index + (1 + number) * features, weight)
+            found = jnp.where(index[..., :1] >= 0, found, 0)
+            return found.reshape(-1, *found.shape[-2:])
+
+        return Added(self.levels, of)
 
     def states(self, batch: Batch | PackedBatch, remat: str = "none") -> States:
         """The decoder's final hidden states of a batch, each prompt run once."""
@@ -124,11 +162,7 @@ class VisionLanguageModel(nnx.Module):
         """
         b, r, t = batch.response_ids.shape
         p = batch.prompt_ids.shape[1]
-        pool = self.pool(batch, remat)
-        prompts = self.embed(batch.prompt_ids, batch.feature_index, batch.feature_weight, pool)
-        responses, own = self.embed_responses(batch, pool)
-        x = jnp.concatenate([prompts, responses], axis=1)
-        positions = jnp.concatenate([batch.positions, own], axis=2)
+        x, positions, added = self.embed_batch(batch, remat)
 
         def attend(made, stack, carry, inputs):
             del inputs
@@ -139,19 +173,23 @@ class VisionLanguageModel(nnx.Module):
             )
             return attended, carry, None
 
-        x, _, _ = self.language_model(x, positions, attend, remat=remat)
+        x, _, _ = self.language_model(x, positions, attend, remat=remat, added=added)
         last = jax.vmap(lambda rows, at: rows[at])(x, prompt_lengths(batch) - 1)
         return last, x[:, p:].reshape(b, r, t, -1)
 
     def packed_states(self, batch: PackedBatch, remat: str = "none") -> Float[Array, "Z X D"]:
         """The decoder's final hidden states of a packed batch, [Z, b * S, D]."""
         groups = batch.predictor.shape[0]
-        pool, index = self.pool(batch, remat), batch.feature_index
+        pool, index, added = self.pool(batch, remat), batch.feature_index, None
         if pool is not None:
             rows = batch.token_ids.shape[0] // groups
             size = pool.shape[1]
             pool = pool.reshape(groups, -1, pool.shape[-1])
             index = jnp.where(index < 0, -1, index + size * batch.feature_row[..., None])
+            in_rows = groups, rows, *index.shape[1:]
+            added = self.added(
+                pool, index.reshape(in_rows), batch.feature_weight.reshape(in_rows), size
+            )
             ids, index, weight = (
                 x.reshape(groups, rows * x.shape[1], *x.shape[2:])
                 for x in (batch.token_ids, index, batch.feature_weight)
@@ -167,8 +205,19 @@ class VisionLanguageModel(nnx.Module):
             scores = stack.layer.mixer.scores
             return packed_attention(query, key, value, batch, **scores), carry, None
 
-        x, _, _ = self.language_model(x, batch.positions, attend, remat=remat)
+        x, _, _ = self.language_model(x, batch.positions, attend, remat=remat, added=added)
         return x.reshape(groups, -1, x.shape[-1])
+
+
+def mixed(
+    pool: Float[Array, "B F D"], index: Int[Array, "B *S K"], weight: Float[Array, "B *S K"]
+) -> Float[Array, "B *S D"]:
+    """Sums of K vectors of a pool each, anything where the index is negative."""
+    total: Any = 0
+    for k in range(index.shape[-1]):
+        chosen = jax.vmap(lambda rows, at: rows[at])(pool, jnp.maximum(index[..., k], 0))
+        total += chosen * weight[..., k : k + 1].astype(chosen.dtype)
+    return total
 
 
 def prompt_lengths(batch: Batch) -> Int[Array, " B"]:

@@ -46,6 +46,7 @@ def check(processor):
         "llava_onevision",
         "internvl",
         "qwen2_5_vl",
+        "qwen3_vl",
     ],
 )
 def test_published_templates(name, tmp_path):

@@ -68,7 +68,7 @@ def draw(start, records, mesh, temperature, beginnings=None, batch_size=2, count
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("name", ["llama", "mistral", "llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "llava", "qwen2_5_vl", "qwen3_vl"])
 @pytest.mark.slow
 def test_equal_to_prompts_of_their_own(family_case, name, temperature):
     case = family_case(name)

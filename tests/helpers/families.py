@@ -37,6 +37,17 @@ QWEN_TOWER = {
     "fullatt_block_indexes": [1],
 }
 QWEN_SETTINGS = {"patch_size": 7, "min_pixels": 4 * 14**2, "max_pixels": 12 * 14**2}
+DEEP_TOWER = {
+    "depth": 2,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "patch_size": 7,
+    "num_position_embeddings": 9,
+    "deepstack_visual_indexes": [0],
+}
+DEEP_VIDEOS = {"patch_size": 7, "size": {"shortest_edge": 4 * 14**2, "longest_edge": 48 * 14**2}}
 NAMED = {
     "internvl": {
         "context_image_token": IMAGE,
@@ -45,6 +56,12 @@ NAMED = {
         "video_token": VIDEO,
     },
     "qwen2_5_vl": {"image_token": IMAGE, "video_token": VIDEO},
+    "qwen3_vl": {
+        "image_token": IMAGE,
+        "video_token": VIDEO,
+        "vision_start_token": "<vision>",
+        "vision_end_token": "</vision>",
+    },
 }
 """Tokens that tokenizer_config.json names."""
 
@@ -129,17 +146,33 @@ def internvl(tied: bool) -> Any:
 QWEN_MEDIA = ("<vision>", "</vision>", IMAGE, VIDEO)
 
 
-def qwen2_5_vl(tied: bool) -> Any:
+QWEN = ("qwen2_5_vl", "qwen3_vl")
+"""Families whose positions are of time, row and column."""
+
+
+def qwen_sizes(tied: bool, **text: Any) -> dict[str, Any]:
     ids = checks.token_ids(*QWEN_MEDIA)
+    return {
+        "text_config": text_sizes(QWEN_MEDIA, tied) | text,
+        "image_token_id": ids[IMAGE],
+        "video_token_id": ids[VIDEO],
+        "vision_start_token_id": ids["<vision>"],
+        "vision_end_token_id": ids["</vision>"],
+        "tie_word_embeddings": tied,
+    }
+
+
+def qwen2_5_vl(tied: bool) -> Any:
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}
     return transformers.Qwen2_5_VLConfig(
-        text_config=text_sizes(QWEN_MEDIA, tied) | {"rope_parameters": rope},
-        vision_config=QWEN_TOWER,
-        image_token_id=ids[IMAGE],
-        video_token_id=ids[VIDEO],
-        vision_start_token_id=ids["<vision>"],
-        vision_end_token_id=ids["</vision>"],
-        tie_word_embeddings=tied,
+        **qwen_sizes(tied, rope_parameters=rope), vision_config=QWEN_TOWER
+    )
+
+
+def qwen3_vl(tied: bool) -> Any:
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [4, 2, 2]}
+    return transformers.Qwen3VLConfig(
+        **qwen_sizes(tied, rope_parameters=rope, head_dim=16), vision_config=DEEP_TOWER
     )
 
 
@@ -169,6 +202,7 @@ FAMILIES = {
     "qwen2_5_vl": Tiny(
         qwen2_5_vl, QWEN_MEDIA, transformers.Qwen2VLImageProcessorPil(**QWEN_SETTINGS)
     ),
+    "qwen3_vl": Tiny(qwen3_vl, QWEN_MEDIA, transformers.Qwen2VLImageProcessorPil(**QWEN_SETTINGS)),
     "llama": only_text(transformers.LlamaConfig),
     "mistral": only_text(transformers.MistralConfig, sliding_window=None),
     "qwen2": only_text(transformers.Qwen2Config),
@@ -180,6 +214,7 @@ VIDEO_SETTINGS = {
     "llava_onevision": {"size": SQUARE},
     "internvl": {"size": SQUARE},
     "qwen2_5_vl": QWEN_SETTINGS,
+    "qwen3_vl": DEEP_VIDEOS,
 }
 
 
@@ -196,7 +231,7 @@ def make_theirs(name: str, tied: bool = False) -> Any:
 def make_case(name: str, folder: Path, tied: bool = False) -> checks.Case:
     """The family's checkpoint with large random weights."""
     tiny = FAMILIES[name]
-    frame = "<vision> {} </vision>" if name == "qwen2_5_vl" else "{}"
+    frame = "<vision> {} </vision>" if name in QWEN else "{}"
     written = {"image": frame.format(IMAGE), "video": frame.format(VIDEO)}
     checks.save_tokenizer(folder, *tiny.media, **written)
     if name in NAMED:
@@ -224,7 +259,7 @@ def inputs(case: checks.Case) -> checks.Inputs:
         made: dict[str, Any] = {}
         if record.images:
             made = dict(tiny.prepare(case.processor.image_processor, checks.load(record.images)))
-        if case.model.config.family == "qwen2_5_vl":
+        if case.model.config.family in QWEN:
             made["mm_token_type_ids"] = torch.tensor(
                 (ids == checks.token_ids(*tiny.media)[IMAGE])[None]
             ).long()

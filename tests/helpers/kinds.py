@@ -66,6 +66,9 @@ KINDS = {
     "qwen2_5_vl": Kind(
         "qwen2_5_vl", published("qwen2_5_vl"), special=VISION, image="<|image_pad|>", cases=SYSTEM
     ),
+    "qwen3_vl": Kind(
+        "qwen3_vl", published("qwen3_vl"), special=VISION, image="<|image_pad|>", cases=SYSTEM
+    ),
 }
 
 
@@ -80,7 +83,7 @@ def save_tokenizer(folder: Path, kind: Kind) -> Any:
         tokenizer.chat_template = kind.template
     if kind.family in families.NAMED:
         named = families.NAMED[kind.family]
-        if kind.family == "qwen2_5_vl":
+        if kind.family in families.QWEN:
             named = {"image_token": VISION[2], "video_token": VISION[3]}
         tokenizer.save_pretrained(folder)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, extra_special_tokens=named)

@@ -56,7 +56,7 @@ def their_inputs(kind: Kind, case: checks.Case, record: Any, ids: np.ndarray) ->
     loaded = checks.load(record.images)
     prepared = families.FAMILIES[kind.family].prepare(case.processor.image_processor, loaded)
     made = dict(prepared)
-    if kind.family == "qwen2_5_vl":
+    if kind.family in families.QWEN:
         made["mm_token_type_ids"] = torch.tensor(
             np.isin(ids, case.processor.placeholders)[None]
         ).long()

@@ -115,7 +115,7 @@ def test_pixels_equal_the_video_processor(family_case, name, size):
     clip = VideoRef("clip", tuple(ImageRef("frame", pictures.encode(frame)) for frame in shown))
     made = processor([as_video(shown)], return_tensors="np")["pixel_values_videos"]
     (ours,) = case.processor.pixels((), [clip])
-    if name == "qwen2_5_vl":
+    if name in families.QWEN:
         (layout,) = case.processor.layouts((), [clip])
         tokens = ours.reshape(layout.features, -1)[layout.index[:, 0]]
         ours, made = tokens.reshape(-1, ours.shape[-1]), [made]
@@ -126,4 +126,5 @@ FULL_NAMES = {
     "llava_onevision": "LlavaOnevision",
     "internvl": "InternVL",
     "qwen2_5_vl": "Qwen2VL",
+    "qwen3_vl": "Qwen3VL",
 }

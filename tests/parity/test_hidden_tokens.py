@@ -31,7 +31,7 @@ def their_logits(case, record, ids, hidden):
     ).logits[0]
 
 
-@pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl"])
 def test_what_is_left_out_is_what_a_mask_hides(name, tmp_path):
     case = families.make_case(name, tmp_path / name)
     record, without_image = families.records(name)

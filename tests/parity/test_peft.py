@@ -89,6 +89,12 @@ CONFIGS = {
         "layers_to_transform": [1],
         "layers_pattern": "blocks",
     },
+    "qwen3_vl-everything": {
+        "r": 3,
+        "lora_alpha": 4,
+        "target_modules": "all-linear",
+        "rank_pattern": {"attn.qkv": 5, r"deepstack_merger_list\.0\.linear_fc1": 2},
+    },
     "llama-attention": {"r": 2, "lora_alpha": 4, "target_modules": r".*\.self_attn\..*"},
     "mistral-rank-stabilised": {
         "r": 4,
@@ -191,7 +197,7 @@ def test_a_recipe_can_name_an_adapter(trained_elsewhere):
 
 @pytest.mark.parametrize(
     "trained_elsewhere",
-    ["llava-everything", "qwen2-ranks-by-layer", "qwen2_5_vl-everything"],
+    ["llava-everything", "qwen2-ranks-by-layer", "qwen2_5_vl-everything", "qwen3_vl-everything"],
     indirect=True,
 )
 @pytest.mark.slow

@@ -6,14 +6,23 @@ import json
 
 import numpy as np
 import pytest
-from helpers import pictures
-from helpers.pictures import encode, noise, refs
-from PIL import Image
 
 torch = pytest.importorskip("torch")
 import safetensors.torch  # noqa: E402
 import transformers  # noqa: E402
-from helpers import checks  # noqa: E402
+from helpers import checks, qwen_media  # noqa: E402
+from helpers.pictures import encode, noise  # noqa: E402
+from helpers.qwen_media import (  # noqa: E402
+    IMAGES,
+    MEDIA,
+    RECORDS,
+    TIMED,
+    VIDEOS,
+    in_their_order,
+    row,
+    their_images,
+    video,
+)
 
 from mmpo_jax.checkpoints.huggingface import load_model, save_model  # noqa: E402
 from mmpo_jax.core.trees import flatten  # noqa: E402
@@ -21,12 +30,10 @@ from mmpo_jax.data.processor import MediaError, Processor  # noqa: E402
 from mmpo_jax.data.records import ImageRef, VideoRef  # noqa: E402
 from mmpo_jax.data.tokenization import RowRejected, tokenize  # noqa: E402
 from mmpo_jax.models.config import ModelError  # noqa: E402
-from mmpo_jax.models.layout import place  # noqa: E402
 from mmpo_jax.models.model import read_config  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
-MEDIA = ("<vision>", "</vision>", "<image>", "<video>")
 IDS = checks.token_ids(*MEDIA)
 TEXT = {
     "vocab_size": len(IDS) + 2,
@@ -61,14 +68,8 @@ YARN = {
 
 
 def make_config(text=(), vision=(), **switches):
-    return transformers.Qwen2_5_VLConfig(
-        text_config=TEXT | dict(text),
-        vision_config=VISION | dict(vision),
-        image_token_id=IDS["<image>"],
-        video_token_id=IDS["<video>"],
-        vision_start_token_id=IDS["<vision>"],
-        vision_end_token_id=IDS["</vision>"],
-        **switches,
+    return qwen_media.make_config(
+        transformers.Qwen2_5_VLConfig, IDS, TEXT | dict(text), VISION | dict(vision), **switches
     )
 
 
@@ -95,35 +96,6 @@ CASES = {
 }
 
 
-IMAGES = {name: refs(name)[0] for name in pictures.IMAGES}
-
-
-def video(name, width, height, frames, fps):
-    rng = np.random.default_rng(frames)
-    shades = rng.integers(0, 256, (frames, 1, 1, 3)) + np.asarray(noise("RGB", width, height))
-    encoded = [encode(Image.fromarray((shade % 256).astype(np.uint8))) for shade in shades]
-    frames = tuple(ImageRef(f"{name}-{i}", data) for i, data in enumerate(encoded))
-    return VideoRef(name, frames, fps)
-
-
-def row(name, text, images=(), videos=(), responses=("a red star", "two blue ring and a")):
-    record = checks.record(name, text, [IMAGES[image] for image in images], *responses)
-    return dataclasses.replace(record, videos=tuple(videos))
-
-
-RECORDS = [
-    row("0", "what is this ?", ["photograph"]),
-    row("1", "a ring and a star ?", ["wide", "one-pixel", "tall"]),
-    row("2", "red green blue what is a ?"),
-    row("3", "is this a ring ?", ["grey", "turned-by-exif"]),
-    row("4", "two", ["transparent", "palette", "sixteen-bits", "cmyk"]),
-]
-VIDEOS = [
-    row("5", "what is this ?", (), [video("odd", 50, 70, 5, 4.0)]),
-    row("6", "is this a", ["cmyk"], [video("a", 40, 30, 4, None), video("b", 30, 60, 2, 2.0)]),
-]
-
-
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory):
     return make_case(tmp_path_factory.mktemp("qwen") / request.param, CASES[request.param])
@@ -135,59 +107,25 @@ def published(tmp_path_factory):
 
 
 def make_case(folder, config):
-    written = {kind: f"<vision> <{kind}> </vision>" for kind in ("image", "video")}
-    checks.save_tokenizer(folder, *MEDIA, **written)
+    qwen_media.save_tokenizer(folder, MEDIA)
     theirs = transformers.Qwen2_5_VLForConditionalGeneration(config)
-    tower = config.vision_config
-    area = (tower.patch_size * tower.spatial_merge_size) ** 2
-    settings = {
-        "patch_size": tower.patch_size,
-        "temporal_patch_size": tower.temporal_patch_size,
-        "merge_size": tower.spatial_merge_size,
-        "min_pixels": 4 * area,
-        "max_pixels": 40 * area,
-    }
-    return checks.make_case(folder, theirs, transformers.Qwen2VLImageProcessorPil(**settings))
-
-
-def their_images(case, record):
-    processor = transformers.Qwen2VLImageProcessorPil.from_pretrained(case.folder)
-    return processor(images=checks.load(record.images), return_tensors="pt")
-
-
-def their_frames(case, clip):
-    """(pixels, [1, rows, columns] of patches) of each frame, resized by torch."""
-    record = dataclasses.replace(RECORDS[2], images=clip.frames)
-    grids = their_images(case, record)["image_grid_thw"]
-    size = (grids[0, 1:] * case.theirs.config.vision_config.patch_size).tolist()
-    shown = np.stack([np.asarray(frame) for frame in checks.load(clip.frames)])
-    resized = torch.nn.functional.interpolate(
-        torch.tensor(shown).permute(0, 3, 1, 2), size, mode="bicubic", antialias=True
-    )
-    processor = transformers.Qwen2VLImageProcessorPil.from_pretrained(case.folder)
-    options = {"do_resize": False, "input_data_format": "channels_first"}
-    made = processor(images=list(resized.numpy()), return_tensors="pt", **options)
-    assert torch.equal(made["image_grid_thw"], grids)
-    return made
+    return checks.make_case(folder, theirs, qwen_media.image_processor(config.vision_config))
 
 
 def their_video(case, record):
-    """What the video processor makes, which cannot be built without torchvision; where it can,
-    `test_frames.py` compares with it."""
+    """(pixels, [time steps, rows, columns], seconds of a time step) of a record's videos."""
     tower = case.theirs.config.vision_config
-    depth, edge, merge = tower.temporal_patch_size, tower.patch_size, tower.spatial_merge_size
     values, grids, seconds = [], [], []
     for clip in record.videos:
-        made = their_frames(case, clip)
-        _, height, width = made["image_grid_thw"][0].tolist()
-        steps = -(-len(clip.frames) // depth)
-        frames = made["pixel_values"].view(len(clip.frames), height * width, 3, depth, edge, edge)
-        for step in range(steps):
-            at = [min(step * depth + i, len(frames) - 1) for i in range(depth)]
-            values.append(torch.stack([frames[i, :, :, 0] for i in at], dim=2).flatten(1))
-        grids.append([steps, height, width])
-        seconds.append(depth / (clip.fps or 24))
-        assert height % merge == width % merge == 0
+        # Frames are as large as images.
+        images = dataclasses.replace(RECORDS[2], images=clip.frames[:1])
+        _, rows, columns = their_images(case, images)["image_grid_thw"][0].tolist()
+        made, grid = qwen_media.their_video(
+            case, clip, (rows * tower.patch_size, columns * tower.patch_size)
+        )
+        values.append(made)
+        grids.append(grid)
+        seconds.append(tower.temporal_patch_size / (clip.fps or 24))
     return torch.cat(values), torch.tensor(grids), torch.tensor(seconds)
 
 
@@ -222,24 +160,9 @@ def test_round_trip(case, tmp_path):
     checks.check_round_trip(case, tmp_path / "out")
 
 
-def in_their_order(case, pixels, layout):
-    """Patches out of their slots: [tokens * patches, numbers]."""
-    tokens = pixels.reshape(layout.features, -1)[layout.index[:, 0]]
-    return tokens.reshape(-1, pixels.shape[-1])
-
-
 @pytest.mark.parametrize("name", IMAGES)
 def test_pixels_equal_the_hugging_face_processor(published, name):
-    record = row("0", "", [name])
-    expected = their_images(published, record)
-    (layout,) = published.processor.layouts(record.images)
-    (pixels,) = published.processor.pixels(record.images)
-    assert pixels.shape == (layout.slots, *published.processor.slot_shape)
-    assert len(layout.ids) == expected["image_grid_thw"].prod() // 4
-    actual = in_their_order(published, pixels, layout)
-    np.testing.assert_array_equal(actual, expected["pixel_values"].numpy())
-    # Nothing but the image is in the slots.
-    assert np.abs(pixels).sum() == pytest.approx(np.abs(actual).sum(), rel=1e-4)
+    qwen_media.check_image_pixels(published, name)
 
 
 def test_frames_equal_torch_resizing(case):
@@ -248,49 +171,18 @@ def test_frames_equal_torch_resizing(case):
     expected = their_video(case, record)[0]
     layouts = case.processor.layouts((), record.videos)
     made = case.processor.pixels((), record.videos)
-    actual = np.concatenate(
-        [in_their_order(case, *both) for both in zip(made, layouts, strict=True)]
-    )
+    actual = np.concatenate([in_their_order(*both) for both in zip(made, layouts, strict=True)])
     np.testing.assert_allclose(actual, expected.numpy(), rtol=0, atol=1e-5)
 
 
 def test_positions(published):
-    slow = video("slow", 84, 56, 8, 0.5)
-    quick = video("quick", 56, 84, 3, 30.0)
-    records = [*RECORDS, *VIDEOS, row("7", "is this", ["grey", "cmyk"], [slow, quick])]
-    for record in records:
-        tokens = tokenize(record, published.processor, 2**20, 2**20)
-        ids = tokens.prompt_ids
-        placeholders = published.processor.placeholders
-        placed = place(ids, tokens.layouts, placeholders, axes=3)
-        made = their_inputs(published)(record, ids)
-        if record.images or record.videos:
-            grids = {name: made.get(name) for name in ("image_grid_thw", "video_grid_thw")}
-            expected, delta = published.theirs.model.get_rope_index(
-                torch.tensor(ids[None]),
-                made["mm_token_type_ids"],
-                second_per_grid_ts=made.get("second_per_grid_ts"),
-                **grids,
-            )
-            np.testing.assert_array_equal(placed.positions, expected[:, 0].numpy())
-            assert placed.next_position == len(ids) + delta.item()
-        else:
-            np.testing.assert_array_equal(placed.positions, np.tile(np.arange(len(ids)), (3, 1)))
-            assert placed.next_position == len(ids)
+    for record in [*RECORDS, *VIDEOS, *TIMED]:
+        ids = tokenize(record, published.processor, 2**20, 2**20).prompt_ids
+        qwen_media.check_positions(published, record, their_inputs(published)(record, ids))
 
 
 def test_nothing_sees_the_padding(published):
-    _, batch = checks.batch_of(published, RECORDS[:3])
-    padding = batch.patches["frames"] == 0
-    assert padding.mean() > 0.2
-    other = np.where(padding[..., None], np.float32(1e3), batch.pixel_values)
-    logits = [
-        checks.response_logits(
-            published.model, published.params, dataclasses.replace(batch, pixel_values=pixels)
-        )
-        for pixels in (batch.pixel_values, other)
-    ]
-    np.testing.assert_array_equal(*logits)
+    qwen_media.check_padding(published)
 
 
 def test_cut_windows_share_slots(published):

@@ -324,6 +324,7 @@ WEIGHT = 1.7
         ("llava", "linear", False),
         ("llava_onevision", "two_layer", True),
         ("qwen2_5_vl", "linear", True),
+        ("qwen3_vl", "linear", True),
         ("internvl", "two_layer", False),
         ("llava", "two_layer within", False),
     ],

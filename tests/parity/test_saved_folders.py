@@ -75,12 +75,14 @@ PROCESSORS = {
     "llava_onevision": ("LlavaOnevisionProcessor", {"num_image_tokens": 4}),
     "internvl": ("InternVLProcessor", {"image_seq_length": 1}),
     "qwen2_5_vl": ("Qwen2_5_VLProcessor", {}),
+    "qwen3_vl": ("Qwen3VLProcessor", {}),
 }
 """Of transformers, with what their files say beside the processors of images and videos."""
 VIDEO_PROCESSORS = {
     "llava_onevision": "LlavaOnevisionVideoProcessor",
     "internvl": "InternVLVideoProcessor",
     "qwen2_5_vl": "Qwen2VLVideoProcessor",
+    "qwen3_vl": "Qwen3VLVideoProcessor",
 }
 OLD, NEW = "transformers 4", "transformers 5"
 

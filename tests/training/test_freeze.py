@@ -22,8 +22,8 @@ from mmpo_jax.training.step import create_state, make_step, trainable_paths
 TOWER, PROJECTOR = "vision_tower/.*", "multi_modal_projector/.*"
 EMBEDDINGS, MLP = "language_model/embed_tokens/.*", "language_model/layers/mlp/.*"
 THEIRS = {
-    TOWER: r"model\.(vision_tower\..*|visual\.(?!merger).*)",
-    PROJECTOR: r"model\.(multi_modal_projector\..*|visual\.merger\..*)",
+    TOWER: r"model\.(vision_tower\..*|visual\.(?!(deepstack_)?merger).*)",
+    PROJECTOR: r"model\.(multi_modal_projector\..*|visual\.(deepstack_)?merger.*)",
     "language_model/.*": r"model\.(language_model|embed_tokens|layers|norm)\..*|lm_head\..*",
     "image_newline": r"model\.image_newline",
 }

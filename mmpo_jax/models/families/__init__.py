@@ -1,6 +1,14 @@
 """The architectures that are implemented, a file for each."""
 
-from mmpo_jax.models.families import internvl, llava, llava_next, llava_onevision, qwen2_5_vl, text
+from mmpo_jax.models.families import (
+    internvl,
+    llava,
+    llava_next,
+    llava_onevision,
+    qwen2_5_vl,
+    qwen3_vl,
+    text,
+)
 from mmpo_jax.models.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -11,6 +19,7 @@ FAMILIES: dict[str, Family] = {
         llava_onevision.FAMILY,
         internvl.FAMILY,
         qwen2_5_vl.FAMILY,
+        qwen3_vl.FAMILY,
         text.FAMILY,
     )
     for name in family.model_types
