@@ -217,7 +217,7 @@ def describe(config: QwenVLConfig, media: Sequence[Layout], slots: int) -> dict[
         sizes[at] = merge * height, merge * width
         start, seen = start + layout.features, seen + number[-1] + 1
     places += np.moveaxis(np.indices((merge, merge)), 0, -1)
-    described = {
+    described: dict[str, np.ndarray] = {
         "places": places.reshape(slots, tower.slot_patches, 2),
         "frames": np.repeat(frames, merge**2).reshape(slots, tower.slot_patches),
     }

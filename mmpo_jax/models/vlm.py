@@ -111,11 +111,12 @@ class VisionLanguageModel(nnx.Module):
             index = jnp.pad(index, behind, constant_values=-1)
             weight = jnp.pad(weight, behind)
         else:
-            reads = [x.reshape(b, r * t, -1) for x in (shown.feature_index, shown.feature_weight)]
-            said = self.embed(ids, *reads, pool)
+            read = shown.feature_index.reshape(b, r * t, -1)
+            share = shown.feature_weight.reshape(b, r * t, -1)
+            said = self.embed(ids, read, share, pool)
             own = shown.positions.reshape(b, -1, r * t)
-            index = jnp.concatenate([index, reads[0]], axis=1)
-            weight = jnp.concatenate([weight, reads[1]], axis=1)
+            index = jnp.concatenate([index, read], axis=1)
+            weight = jnp.concatenate([weight, share], axis=1)
         x = jnp.concatenate([prompts, said], axis=1)
         positions = jnp.concatenate([batch.positions, own], axis=2)
         return x, positions, self.added(pool, index, weight)

@@ -23,7 +23,7 @@ from mmpo_jax.models.vlm import VisionLanguageModel
 SECTIONS = (24, 20, 20)
 """transformers' rotary sections where a config has none."""
 
-VIDEO_DEFAULTS = {
+VIDEO_DEFAULTS: dict[str, Any] = {
     "size": {"shortest_edge": 128 * 32**2, "longest_edge": 768 * 32**2},
     "image_mean": [0.5] * 3,
     "image_std": [0.5] * 3,
@@ -111,7 +111,7 @@ def _frame_size(config: QwenVLConfig, settings: Mapping[str, Any], frames: int, 
     Raises:
       DataError: there are too few frames, or they are too narrow.
     """
-    known = VIDEO_DEFAULTS | {key: value for key, value in settings.items() if value is not None}
+    known = {**VIDEO_DEFAULTS, **{key: x for key, x in settings.items() if x is not None}}
     least, most = known["size"]["shortest_edge"], known["size"]["longest_edge"]
     edge, depth = config.edge, config.vision.temporal_patch_size
     if known.get("cap_pixels_per_frame"):
