@@ -73,6 +73,15 @@ VICUNA_13B = decoder(5120, 13824, 40, 40, 40, 32064, 1e4)
 YI_34B = decoder(7168, 20480, 60, 56, 8, 64064, 5e6)
 QWEN_7B = decoder(3584, 18944, 28, 28, 4, 152064, 1e6)
 QWEN_72B = decoder(8192, 29568, 80, 64, 8, 152064, 1e6)
+QWEN3_8B = decoder(4096, 12288, 36, 32, 8, 151936, 1e6, head_dim=128)
+QWEN3_30B_A3B = decoder(
+    *(2048, 6144, 48, 32, 4, 151936, 1e6),
+    head_dim=128,
+    num_experts=128,
+    num_experts_per_tok=8,
+    moe_intermediate_size=768,
+    norm_topk_prob=True,
+)
 LLAMA_3_8B = decoder(4096, 14336, 32, 32, 8, 128256, 5e5)
 NEXT_GRIDS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 ONEVISION_GRIDS = [[384 * i, 384 * j] for i in range(1, 7) for j in range(1, 7)]
@@ -139,9 +148,36 @@ def qwen_vl(text: dict[str, Any], wide: int) -> Any:
     )
 
 
-def internvl(text: dict[str, Any]) -> Any:
+def qwen3_vl(kind: Any, text: dict[str, Any]) -> Any:
+    sections = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]}
+    return kind(
+        vision_config={
+            "depth": 27,
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_heads": 16,
+            "out_hidden_size": text["hidden_size"],
+            "patch_size": 16,
+            "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": [8, 16, 24],
+        },
+        text_config={k: v for k, v in text.items() if k != "norm_topk_prob"}
+        | {"rope_parameters": sections},
+        image_token_id=151655,
+        video_token_id=151656,
+        vision_start_token_id=151652,
+        vision_end_token_id=151653,
+        tie_word_embeddings=False,
+    )
+
+
+def internvl3(text: dict[str, Any]) -> Any:
     rope = {"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0}
     text = text | {"vocab_size": 151674, "rope_parameters": rope}
+    return internvl(transformers.Qwen2Config(**text), 151667)
+
+
+def internvl(text: Any, image_token: int) -> Any:
     return transformers.InternVLConfig(
         vision_config=transformers.InternVLVisionConfig(
             hidden_size=1024,
@@ -153,8 +189,8 @@ def internvl(text: dict[str, Any]) -> Any:
             patch_size=14,
             layer_scale_init_value=0.1,
         ),
-        text_config=transformers.Qwen2Config(**text),
-        image_token_id=151667,
+        text_config=text,
+        image_token_id=image_token,
         tie_word_embeddings=False,
     )
 
@@ -169,6 +205,9 @@ OF_INTERNVL = transformers.GotOcr2ImageProcessorPil(
 )
 QWEN_SETTINGS = {"patch_size": 14, "min_pixels": 56 * 56, "max_pixels": 28 * 28 * 1280}
 OF_QWEN = transformers.Qwen2VLImageProcessorPil(**QWEN_SETTINGS)
+OF_QWEN3 = transformers.Qwen2VLImageProcessorPil(
+    patch_size=16, size={"shortest_edge": 256 * 256, "longest_edge": 32 * 32 * 1280}
+)
 QWEN_MEDIA = {
     "<|vision_start|>": 151652,
     "<|vision_end|>": 151653,
@@ -183,6 +222,12 @@ INTERNVL_NAMES = {
     "video_token": "<video>",
 }
 INTERNVL_MEDIA = {"<img>": 151665, "</img>": 151666, "<IMG_CONTEXT>": 151667, "<video>": 151668}
+INTERNVL35_MEDIA = {
+    "<img>": 151669,
+    "</img>": 151670,
+    "<IMG_CONTEXT>": 151671,
+    "<video>": 151678,
+}
 
 PUBLISHED = {
     "LLaVA-1.5-7B": Published(lambda: llava(VICUNA_7B), OF_CLIP, {"<image>": 32000}),
@@ -201,13 +246,34 @@ PUBLISHED = {
     "Qwen2.5-VL-72B": Published(
         lambda: qwen_vl(QWEN_72B, 3456), OF_QWEN, QWEN_MEDIA, picture=QWEN_PICTURE
     ),
+    "Qwen3-VL-30B-A3B": Published(
+        lambda: qwen3_vl(transformers.Qwen3VLMoeConfig, QWEN3_30B_A3B),
+        OF_QWEN3,
+        QWEN_MEDIA,
+        picture=QWEN_PICTURE,
+    ),
     "InternVL3-8B": Published(
-        lambda: internvl(QWEN_7B),
+        lambda: internvl3(QWEN_7B),
         OF_INTERNVL,
         INTERNVL_MEDIA,
         INTERNVL_NAMES,
         picture="<IMG_CONTEXT>",
     ),
+    "InternVL3.5-8B": Published(
+        lambda: internvl(transformers.Qwen3Config(**QWEN3_8B), 151671),
+        OF_INTERNVL,
+        INTERNVL35_MEDIA,
+        INTERNVL_NAMES,
+        picture="<IMG_CONTEXT>",
+    ),
+    "InternVL3.5-30B-A3B": Published(
+        lambda: internvl(transformers.Qwen3MoeConfig(**QWEN3_30B_A3B), 151671),
+        OF_INTERNVL,
+        INTERNVL35_MEDIA,
+        INTERNVL_NAMES,
+        picture="<IMG_CONTEXT>",
+    ),
+    "Qwen3-30B-A3B": Published(lambda: transformers.Qwen3MoeConfig(**QWEN3_30B_A3B)),
     # RLAIF-V's splitters are tuned from it.
     "Llama-3-8B": Published(lambda: transformers.LlamaConfig(**LLAMA_3_8B)),
 }

@@ -7,6 +7,7 @@ Reads every layout that transformers has written for a family; writes the oldest
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
 import os
@@ -22,6 +23,7 @@ from jax.experimental import multihost_utils
 
 from mmpo_jax.checkpoints.cards import ModelCard, write_card
 from mmpo_jax.checkpoints.configs import load_config
+from mmpo_jax.checkpoints.expert_tensors import join_experts, parts_of
 from mmpo_jax.checkpoints.folders import (
     copy_base,
     write_dtype,
@@ -58,6 +60,10 @@ from mmpo_jax.models.vocabulary import TABLES, without_added
 log = logging.getLogger(__name__)
 
 
+Place = tuple[int, ...]
+"""Of a tensor in a stacked parameter: its layer in the stack, of experts also its expert."""
+
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
 DECODER = "language_model"
 EMBEDDING = f"{DECODER}/embed_tokens/embedding"
 
@@ -103,13 +109,15 @@ def match_tensors(folder: str | os.PathLike[str], model: Model) -> dict[str, Sto
         or dtype.
     """
     expected = flatten(model.abstract_params())
-    found: dict[str, dict[int | None, StoredTensor]] = {path: {} for path in expected}
+    found: dict[str, dict[Place, StoredTensor]] = {path: {} for path in expected}
+    size = model.config.decoder.hidden_size
     files = weight_files(folder)
     if os.path.join(folder, SINGLE_FILE) in files and (epath.Path(folder) / INDEX_FILE).exists():
         log.warning("%s is read and not what %s names, as in transformers", files[0], INDEX_FILE)
     tied_head = None
-    for tensor in (tensor for file in files for tensor in read_header(file)):
-        path, layer = path_of(tensor.name, model)
+    stored = (whole for file in files for whole in read_header(file))
+    for tensor in (part for whole in stored for part in parts_of(whole, size)):
+        path, place = place_of(tensor.name, model)
         if path is None:
             if tensor.name.endswith("lm_head.weight"):
                 tied_head = tensor
@@ -118,42 +126,52 @@ def match_tensors(folder: str | os.PathLike[str], model: Model) -> dict[str, Sto
             raise ModelError(
                 f"{tensor.file}: unexpected tensor {tensor.name}{explain(tensor.name)}"
             )
-        _check_tensor(tensor, path, layer, expected[path].shape, model)
-        twin = found[path].setdefault(layer, tensor)
+        _check_tensor(tensor, path, place, expected[path].shape, model)
+        twin = found[path].setdefault(place, tensor)
         if twin is not tensor:
             raise ModelError(
                 f"{tensor.file}: {tensor.name} is there again; {twin.file} has {twin.name}"
             )
     if tied_head is not None and not found[EMBEDDING]:  # the one of the two that some tools keep
-        _check_tensor(tied_head, EMBEDDING, None, expected[EMBEDDING].shape, model)
-        found[EMBEDDING][None] = tied_head
+        _check_tensor(tied_head, EMBEDDING, (), expected[EMBEDDING].shape, model)
+        found[EMBEDDING][()] = tied_head
     where = files[0] if len(files) == 1 else os.path.join(folder, INDEX_FILE)
     missing = [path for path, tensors in found.items() if not tensors]
     if missing:
         names = ", ".join(_first_key(path, model) for path in missing[:5])
         raise ModelError(f"{where}: no weights for {', '.join(missing[:5])} ({names})")
     return {
-        path: StoredParameter(
-            _in_order(found[path], path, leaf.shape[0] if leaf.shape else 1, where, model),
-            leaf.shape,
-            stacked=_is_stacked(path),
-            transposed=_is_transposed(path),
-        )
+        path: _stored(_in_order(found[path], path, leaf.shape, where, model), path, leaf.shape)
         for path, leaf in expected.items()
     }
 
 
+def _stored(
+    tensors: tuple[StoredTensor, ...], path: str, shape: tuple[int, ...]
+) -> StoredParameter:
+    """
+    Raises:
+      ModelError: some experts are stored one way and some another.
+    """
+    other = next((t for t in tensors if t.inputs_first != tensors[0].inputs_first), None)
+    if other is not None:
+        raise ModelError(f"{other.file}: {other.name} is stored otherwise than {tensors[0].name}")
+    transposed = _is_transposed(path) and not tensors[0].inputs_first
+    return StoredParameter(tensors, shape, _stack_axes(path), transposed)
+
+
 def _check_tensor(
-    tensor: StoredTensor, path: str, layer: int | None, shape: tuple[int, ...], model: Model
+    tensor: StoredTensor, path: str, place: Place, shape: tuple[int, ...], model: Model
 ) -> None:
     """
     Raises:
       ModelError: the tensor is not of the parameter's shape, or of no dtype for weights.
     """
     check_dtype(tensor)
-    shape = shape if layer is None else shape[1:]
-    if _our_shape(path, tensor.shape, len(shape)) != shape:
-        theirs = _their_shape(path, layer, shape, model)
+    shape = shape[len(place) :]
+    found = tensor.shape if tensor.inputs_first else _our_shape(path, tensor.shape, len(shape))
+    if found != shape:
+        theirs = shape if tensor.inputs_first else _their_shape(path, place, shape, model)
         hint = (
             "; a head is of the model that it was trained on: take that one's folder, or one "
             "without a head, of which `reward_head` in a recipe makes a new one"
@@ -165,22 +183,32 @@ def _check_tensor(
 
 
 def _in_order(
-    layers: Mapping[int | None, StoredTensor], path: str, depth: int, where: str, model: Model
+    tensors: Mapping[Place, StoredTensor],
+    path: str,
+    shape: tuple[int, ...],
+    where: str,
+    model: Model,
 ) -> tuple[StoredTensor, ...]:
     """
     Raises:
-      ModelError: a layer is missing, or there is one too many.
+      ModelError: a layer or an expert is missing, or there is one too many.
     """
-    if not _is_stacked(path):
-        return (layers[None],)
-    places = {layer for layer in layers if layer is not None}
-    missing = sorted(set(range(depth)) - places)
-    extra = sorted(places - set(range(depth)))
+    axes = _stack_axes(path)
+    wanted = list(itertools.product(*map(range, shape[:axes])))
+    missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
     if missing or extra:
-        numbers = layer_numbers(path, depth, model)
-        what = f"no layer {numbers[missing[0]]}" if missing else f"a layer {extra[0]}"
-        raise ModelError(f"{where}: {path} has {what}; the config has {depth} layers")
-    return tuple(layers[place] for place in range(depth))
+        numbers = layer_numbers(path, shape[0], model)
+        article = "a" if axes == 1 else "an"
+        what = f"no {_told(missing[0], numbers)}" if missing else f"{article} {_told(extra[0])}"
+        raise ModelError(f"{where}: {path} has {what}; the config has {shape[0]} layers")
+    return tuple(tensors[place] for place in wanted)
+
+
+def _told(place: Place, numbers: Sequence[int] = ()) -> str:
+    """A place for people; `numbers` are those of the layers that the stack has."""
+    layer, *expert = place
+    named = f"layer {numbers[layer] if layer < len(numbers) else layer}"
+    return f"expert {expert[0]} in {named}" if expert else named
 
 
 def check_params(folder: str, params: Params, model: Model) -> Params:
@@ -307,31 +335,47 @@ def new_tensors(params: Params, model: Model) -> list[NewTensor]:
             continue
         parts = kernel_and_adapter(flat, path)
         dtype = np.dtype(leaf.dtype if len(parts) == 1 else wide(leaf.dtype))
-        stacked = _is_stacked(path)
-        shape = tuple(leaf.shape[1:] if stacked else leaf.shape)
+        axes = _stack_axes(path)
+        shape = tuple(leaf.shape[axes:])
         if path in TABLES:
             shape = tuple(
                 tokens if axis == TABLES[path] else size for axis, size in enumerate(shape)
             )
-        for layer in range(leaf.shape[0]) if stacked else (None,):
-            key = key_of(path, layer, model)
-            theirs = _their_shape(path, layer, shape, model)
-            fetch = functools.partial(_fetch, path, parts, layer, tokens, theirs)
+        for place in itertools.product(*map(range, leaf.shape[:axes])):
+            key = key_at(path, place, model)
+            theirs = _their_shape(path, place, shape, model)
+            fetch = functools.partial(_fetch, path, parts, place, tokens, theirs)
             tensors.append(NewTensor(key, dtype, theirs, fetch))
-    return tensors
+    return join_experts(tensors) if model.family.joins_experts else tensors
 
 
 def _fetch(
-    path: str, parts: Sequence[Any], layer: int | None, tokens: int, shape: tuple[int, ...]
+    path: str, parts: Sequence[Any], place: Place, tokens: int, shape: tuple[int, ...]
 ) -> np.ndarray:
-    """A layer of a parameter, or all of one that is not stacked, as it is written."""
-    leaf, *adapter = parts if layer is None else [part[layer] for part in parts]
+    """What a parameter has at a place of its stack, or all of one that is not stacked, as it is
+    written."""
+    leaf, *adapter = [part[place] for part in parts] if place else parts
     if adapter:
         leaf = merge(leaf, *adapter)
-    if isinstance(leaf, jax.Array) and layer is None and not adapter:
+    if isinstance(leaf, jax.Array) and not place and not adapter:
         leaf = jnp.copy(leaf)  # because arrays keep on the host what was fetched of them
     array = without_added(path, to_host(leaf), tokens)
     return (_transpose(array) if _is_transposed(path) else array).reshape(shape)
+
+
+def place_of(key: str, model: Model) -> tuple[str | None, Place]:
+    """The parameter path of a Hugging Face key and the place in its stack; None for what is not
+    stored."""
+    expert = EXPERT.search(key)
+    path, layer = path_of(EXPERT.sub(".experts.", key), model)
+    place = () if layer is None else (layer,)
+    return path, place if expert is None else (*place, int(expert.group(1)))
+
+
+def key_at(path: str, place: Place, model: Model) -> str:
+    """The Hugging Face key of what a parameter has at a place of its stack."""
+    key = key_of(path, place[0] if place else None, model)
+    return key.replace(".experts.", f".experts.{place[1]}.") if len(place) > 1 else key
 
 
 def path_of(key: str, model: Model) -> tuple[str | None, int | None]:
@@ -404,12 +448,13 @@ def _places(decoder: DecoderConfig) -> dict[int, tuple[str, int]]:
 
 
 def _first_key(path: str, model: Model) -> str:
-    return key_of(path, 0 if _is_stacked(path) else None, model)
+    return key_at(path, (0,) * _stack_axes(path), model)
 
 
-def _is_stacked(path: str) -> bool:
-    """Whether a parameter holds all layers, and files have a tensor for each."""
-    return "/layers/" in path
+def _stack_axes(path: str) -> int:
+    """How many axes of a parameter files have a tensor for each place of: layers, and of each the
+    experts."""
+    return int("/layers/" in path) + int("/experts/" in path)
 
 
 def _is_transposed(path: str) -> bool:
@@ -427,10 +472,8 @@ def _our_shape(path: str, shape: tuple[int, ...], ndim: int) -> tuple[int, ...]:
     return shape
 
 
-def _their_shape(
-    path: str, layer: int | None, shape: tuple[int, ...], model: Model
-) -> tuple[int, ...]:
-    key = key_of(path, layer, model)
+def _their_shape(path: str, place: Place, shape: tuple[int, ...], model: Model) -> tuple[int, ...]:
+    key = key_at(path, place, model)
     other = model.family.tensor_shapes(model.config).get(key)
     return other or (shape[::-1] if _is_transposed(path) else shape)
 

@@ -40,10 +40,12 @@ class StoredParameter:
     """Where a parameter's values lie."""
 
     tensors: tuple[StoredTensor, ...]
-    """The tensor of every layer where the parameter is stacked, else the only one."""
+    """The tensor of every layer where the parameter is stacked, of experts those of a layer behind
+    each other; else the only one."""
     shape: tuple[int, ...]
-    """Shape of the parameter; [L, ...] where it is stacked."""
-    stacked: bool
+    """Shape of the parameter; [L, ...] where it is stacked, [L, E, ...] of experts."""
+    stack: int
+    """How many axes of the shape a tensor does not have: 0, 1 for layers, 2 for their experts."""
     transposed: bool
     """Whether a tensor's rows are the last axis of the parameter: dense layers, [out, in] in
     files."""
@@ -51,7 +53,7 @@ class StoredParameter:
     @property
     def row_axis(self) -> int:
         """The parameter's axis along which a tensor's rows lie."""
-        return len(self.shape) - 1 if self.transposed else int(self.stacked)
+        return len(self.shape) - 1 if self.transposed else self.stack
 
     @property
     def rows(self) -> int:
@@ -60,14 +62,18 @@ class StoredParameter:
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        """The other axes of a layer."""
-        inner = self.shape[int(self.stacked) :]
+        """The other axes of a tensor."""
+        inner = self.shape[self.stack :]
         return inner[:-1] if self.transposed else inner[1:]
 
     @property
     def columns(self) -> int:
         """How many numbers a row has."""
         return math.prod(self.row_shape)
+
+    def at(self, number: int) -> tuple[int, ...]:
+        """Where in the stack a tensor is."""
+        return tuple(map(int, np.unravel_index(number, self.shape[: self.stack])))
 
     @property
     def dtype(self) -> np.dtype:
@@ -149,47 +155,50 @@ def _read(
 
 
 def _tasks(source: StoredParameter, held: Sequence[Bounds]) -> Iterator[tuple[int, int, int]]:
-    """(layer, first row, end) of what is read at once; no row that no buffer needs."""
-    for layer, tensor in enumerate(source.tensors):
+    """(number of a tensor, first row, end) of what is read at once; no row that no buffer needs."""
+    for number, tensor in enumerate(source.tensors):
         step = max(1, READ_BYTES // (source.columns * DTYPES[tensor.dtype].itemsize))
-        needed = {
-            bounds[source.row_axis]
-            for bounds in held
-            if not source.stacked or bounds[0][0] <= layer < bounds[0][1]
-        }
+        needed = {bounds[source.row_axis] for bounds in held if _holds(bounds, source.at(number))}
         for first, end in sorted(needed):
             end = min(end, source.rows)
             for start in range(first, end, step):
-                yield layer, start, min(start + step, end)
+                yield number, start, min(start + step, end)
+
+
+def _holds(bounds: Bounds, at: tuple[int, ...]) -> bool:
+    """Whether a part of a parameter has something of the tensor at this place in the stack."""
+    return all(start <= place < stop for (start, stop), place in zip(bounds, at, strict=False))
 
 
 def _copy_rows(
-    source: StoredParameter, buffers: Mapping[Bounds, np.ndarray], layer: int, start: int, stop: int
+    source: StoredParameter,
+    buffers: Mapping[Bounds, np.ndarray],
+    number: int,
+    start: int,
+    stop: int,
 ) -> None:
     """Reads rows of one tensor and copies them to every buffer that holds them."""
-    rows = read_rows(source.tensors[layer], start, stop, source.columns)
+    tensor, at = source.tensors[number], source.at(number)
+    rows = read_rows(tensor, start, stop, source.columns)
     rows = rows.reshape(len(rows), *source.row_shape)
     for bounds, buffer in buffers.items():
-        inner = bounds
-        if source.stacked:
-            first, end = bounds[0]
-            if not first <= layer < end:
-                continue
-            buffer, inner = buffer[layer - first], bounds[1:]
+        if not _holds(bounds, at):
+            continue
+        buffer = buffer[tuple(place - bounds[axis][0] for axis, place in enumerate(at))]
+        inner = bounds[source.stack :]
         if source.transposed:
             buffer, inner = buffer.T, inner[::-1]
         first, end = inner[0]
         if not first <= start < end:
             continue
         held = rows[(slice(None), *(slice(*other) for other in inner[1:]))]
-        for at in range(0, len(held), COPY_ROWS):
-            block = held[at : at + COPY_ROWS]
+        for done in range(0, len(held), COPY_ROWS):
+            block = held[done : done + COPY_ROWS]
             if not np.can_cast(block.dtype, buffer.dtype):
                 with np.errstate(over="ignore"):  # told by name
                     block = block.astype(buffer.dtype)
-                tensor = source.tensors[layer]
                 check_range(block, f"{tensor.file}: {tensor.name}")
-            buffer[start - first + at :][: len(block)] = block
+            buffer[start - first + done :][: len(block)] = block
 
 
 def _whole(source: StoredParameter) -> Bounds:

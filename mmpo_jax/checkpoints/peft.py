@@ -21,17 +21,13 @@ from etils import epath
 from mmpo_jax.checkpoints.folders import ADAPTER_CONFIG as CONFIG_FILE
 from mmpo_jax.checkpoints.folders import ADAPTER_WEIGHTS as WEIGHTS_FILE
 from mmpo_jax.checkpoints.folders import is_on_hub, split_hub_id
-from mmpo_jax.checkpoints.huggingface import (
-    key_of,
-    layer_numbers,
-    new_tensors,
-    path_of,
-    write_folder,
-)
+from mmpo_jax.checkpoints.huggingface import layer_numbers, new_tensors, path_of, write_folder
+from mmpo_jax.checkpoints.peft_experts import expert_adapters, is_of_experts, read_experts
+from mmpo_jax.checkpoints.peft_names import alpha_of, module_name, rank_of, scale_of
 from mmpo_jax.checkpoints.safetensors_files import NewTensor, read_header, read_tensor
 from mmpo_jax.core.trees import flatten, to_host, unflatten
 from mmpo_jax.models.config import ModelError, RewardHead
-from mmpo_jax.models.lora import SCALE, A, B, adapted_layers, dense_layers
+from mmpo_jax.models.lora import EXPERTS, SCALE, A, B, adapted_layers, dense_layers
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.reward_head import (
     KEY,
@@ -47,7 +43,6 @@ TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.
 UNSUPPORTED = (
     "alora_invocation_tokens",
     "layer_replication",
-    "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
     "use_dora",
@@ -162,6 +157,7 @@ def load_adapter(folder: str | os.PathLike[str], model: Model) -> dict[str, np.n
     factors: dict[str, dict[str, np.ndarray]] = collections.defaultdict(dict)
     modules: dict[str, dict[int, str]] = collections.defaultdict(dict)
     leaves: dict[str, np.ndarray] = {}
+    of_experts: dict[str, dict[str, np.ndarray]] = collections.defaultdict(dict)
     heads = {p: leaf.shape for p, leaf in flatten(model.abstract_params()).items() if is_head(p)}
     for tensor in read_header(file):
         head, _ = path_of(tensor.name.removeprefix(PREFIX), model)
@@ -181,6 +177,9 @@ def load_adapter(folder: str | os.PathLike[str], model: Model) -> dict[str, np.n
                 "reward model are read"
             )
         module = match["module"]
+        if is_of_experts(module):
+            of_experts[module][match["factor"]] = read_tensor(tensor).astype(np.float32)
+            continue
         path, layer = path_of(f"{module}.weight", model)
         path = (path or "").removesuffix("/kernel")
         if path not in shapes:
@@ -189,7 +188,7 @@ def load_adapter(folder: str | os.PathLike[str], model: Model) -> dict[str, np.n
             )
         factors[module][match["factor"]] = read_tensor(tensor).astype(np.float32)
         modules[path][layer or 0] = module
-    if not modules:
+    if not modules and not of_experts:
         raise ModelError(f"{file}: there is no adapter in it")
     for path, named in modules.items():
         is_stack = len(shapes[path]) == 3
@@ -200,10 +199,10 @@ def load_adapter(folder: str | os.PathLike[str], model: Model) -> dict[str, np.n
             layer: _read_factors(file, module, factors[module], shapes[path], config)
             for layer, module in named.items()
         }
-        stacked = _stack(pairs, depth, {i: _scale(config, named[i], pairs[i]) for i in named})
+        stacked = _stack(pairs, depth, {i: scale_of(config, named[i]) for i in named})
         for name, leaf in zip((A, B, SCALE), stacked, strict=True):
             leaves[f"{path}/{name}"] = leaf if is_stack else leaf[0]
-    return leaves
+    return leaves | read_experts(file, of_experts, config, model, shapes)
 
 
 def with_adapter(params: Params, folder: str | os.PathLike[str], model: Model) -> Params:
@@ -228,6 +227,11 @@ def save_adapter(
       ModelError: the weights cannot be written, the disk being full for instance.
     """
     tensors, ranks, alphas = _tensors(model, params)
+    modules = sorted(ranks)
+    experts = expert_adapters(model, params)
+    for name, adapter in experts.items():
+        tensors += adapter.tensors
+        ranks[name], alphas[name] = adapter.rank, adapter.alpha
     heads = {path: leaf for path, leaf in flatten(params).items() if is_head(path)}
     tensors += [
         dataclasses.replace(tensor, name=PREFIX + tensor.name)
@@ -243,10 +247,11 @@ def save_adapter(
         "revision": revision,
         "r": rank,
         "lora_alpha": alpha,
-        "lora_dropout": dropout,
+        "lora_dropout": 0.0 if experts else dropout,  # of which experts' have none
         "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
         "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
-        "target_modules": sorted(ranks),
+        "target_modules": modules or None,
+        **({"target_parameters": sorted(experts)} if experts else {}),
         "use_rslora": False,
         "bias": "none",
         "inference_mode": True,
@@ -280,27 +285,22 @@ def _tensors(
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for path in adapted_layers(params):
+        if EXPERTS in path:
+            continue
         parts = [to_host(flat[f"{path}/{name}"]) for name in (A, B, SCALE)]
         is_stack = parts[-1].ndim == 1
         layers = zip(*parts, strict=True) if is_stack else [tuple(parts)]
         for layer, (a, b, scale) in enumerate(layers):
             if not scale:  # a layer without an adapter
                 continue
-            name = _module_name(path, layer if is_stack else None, model)
+            name = module_name(path, layer if is_stack else None, model)
             for factor, array in (("A", a.T), ("B", b.T)):
                 key = f"base_model.model.{name}.lora_{factor}.weight"
                 fetch = functools.partial(np.asarray, array)
                 tensors.append(NewTensor(key, array.dtype, array.shape, fetch))
             ranks[name] = a.shape[1]
-            alpha = float(f"{float(scale) * a.shape[1]:.7g}")  # as it was before the division
-            alphas[name] = int(alpha) if alpha.is_integer() else alpha
+            alphas[name] = alpha_of(scale, a.shape[1])
     return tensors, ranks, alphas
-
-
-def _module_name(path: str, layer: int | None, model: Model) -> str:
-    """What transformers calls a dense layer."""
-    key = key_of(f"{path}/kernel", layer, model, model.family.module_keys)
-    return key.removesuffix(".weight")
 
 
 def _check_layers(
@@ -357,7 +357,7 @@ def _read_factors(
       ModelError: one of them is missing or does not fit.
     """
     inputs, outputs = kernel[-2:]
-    rank = _by_pattern(config.get("rank_pattern"), module, config["r"])
+    rank = rank_of(config, module)
     for factor, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
         if factor not in found:
             raise ModelError(f"{file}: {module} has no lora_{factor}")
@@ -367,21 +367,6 @@ def _read_factors(
                 f"{CONFIG_FILE} give {shape}"
             )
     return found["A"].T, found["B"].T
-
-
-def _scale(config: dict[str, Any], module: str, pair: tuple[np.ndarray, np.ndarray]) -> float:
-    """alpha / r, or with rank stabilisation alpha / sqrt(r) (Kalajdzievski 2023)."""
-    alpha = _by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
-    rank = pair[0].shape[1]
-    return alpha / (rank**0.5 if config["use_rslora"] else rank)
-
-
-def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of a module's name."""
-    for pattern, value in (patterns or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            return value
-    return default
 
 
 def _stack(

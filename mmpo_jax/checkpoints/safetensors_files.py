@@ -60,6 +60,11 @@ class StoredTensor:
     offset: int
     """Bytes of the file before it."""
     num_bytes: int
+    pitch: int | None = None
+    """Numbers from one row to the next, of a part of a tensor that has less of each row."""
+    inputs_first: bool = False
+    """Whether it is a dense layer's kernel as it is multiplied, [inputs, outputs], of experts that
+    lie in one tensor; torch's own are [outputs, inputs]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,17 +235,23 @@ def read_rows(tensor: StoredTensor, start: int, stop: int, columns: int) -> np.n
       ModelError: the file cannot be read, or became shorter since its header was, or a number is
         not finite.
     """
-    dtype = DTYPES[tensor.dtype]
-    row_bytes = columns * dtype.itemsize
+    dtype, pitch = DTYPES[tensor.dtype], tensor.pitch or columns
+    wanted = ((stop - start - 1) * pitch + columns) * dtype.itemsize
     try:
         with epath.Path(tensor.file).open("rb") as handle:
-            handle.seek(tensor.offset + start * row_bytes)
-            data = handle.read((stop - start) * row_bytes)
+            handle.seek(tensor.offset + start * pitch * dtype.itemsize)
+            data = handle.read(wanted)
     except OSError as error:
         raise ModelError(f"{tensor.file}: tensor {tensor.name}: {error}") from error
-    if len(data) != (stop - start) * row_bytes:
+    if len(data) != wanted:
         raise ModelError(f"{tensor.file}: truncated while tensor {tensor.name} was read")
-    rows = np.frombuffer(data, dtype).reshape(stop - start, columns)
+    numbers = np.frombuffer(data, dtype)
+    rows = np.lib.stride_tricks.as_strided(
+        numbers,
+        (stop - start, columns),
+        (pitch * dtype.itemsize, dtype.itemsize),
+        writeable=False,
+    )
     if not all_finite(rows):
         raise ModelError(
             f"{tensor.file}: tensor {tensor.name} has numbers that are not finite (NaN or "

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.models.layer_kinds import (
     AttentionConfig,
+    ExpertsConfig,
     LayerConfig,
     MlpConfig,
     Segment,
@@ -62,6 +63,12 @@ class DecoderConfig:
         return tuple(mixer for mixer in mixers if isinstance(mixer, AttentionConfig))
 
     @property
+    def experts(self) -> tuple[ExpertsConfig, ...]:
+        """Of every layer that has some."""
+        mlps = (layer.mlp for layer in self.layers)
+        return tuple(mlp for mlp in mlps if isinstance(mlp, ExpertsConfig))
+
+    @property
     def windows(self) -> tuple[int, ...]:
         """`AttentionConfig.window` of every layer that has attention."""
         return tuple(attention.window for attention in self.attentions)
@@ -109,7 +116,16 @@ class ModelConfig:
     """Head of a reward model; None for a model that only speaks."""
 
 
-DECODER_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen2_5_vl_text", "qwen3_vl_text")
+DECODER_TYPES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "qwen2_5_vl_text",
+    "qwen3_vl_text",
+    "qwen3_vl_moe_text",
+)
 
 
 def read_decoder(text: Any, tied: bool, key: str = "text_config") -> DecoderConfig:
@@ -134,10 +150,12 @@ def read_decoder(text: Any, tied: bool, key: str = "text_config") -> DecoderConf
         rope = read_rope(text.rope_parameters, head_dim, text.max_position_embeddings)
     except ValueError as error:
         raise ModelError(f"{key}.rope_parameters: {error}") from error
-    mlp = MlpConfig(text.intermediate_size, text.hidden_act, bool(getattr(text, "mlp_bias", False)))
+    mlps = _mlps(text)
 
-    def layer(window: int) -> LayerConfig:
+    def layer(window: int, mlp: MlpConfig | ExpertsConfig) -> LayerConfig:
         name = "sliding_attention" if window else "full_attention"
+        if len(set(mlps)) > 1:
+            name += "_sparse" if isinstance(mlp, ExpertsConfig) else "_dense"
         attention = AttentionConfig(
             num_heads=text.num_attention_heads,
             num_kv_heads=text.num_key_value_heads,
@@ -148,17 +166,38 @@ def read_decoder(text: Any, tied: bool, key: str = "text_config") -> DecoderConf
             softcap=None,
             qkv_bias=is_qwen2 or bias,
             out_bias=bias and not is_qwen2,
-            qk_norm=kind in ("qwen3", "qwen3_vl_text"),
+            qk_norm=kind.startswith("qwen3"),
         )
         return LayerConfig(name, attention, mlp)
 
     return DecoderConfig(
         vocab_size=text.vocab_size,
         hidden_size=text.hidden_size,
-        layers=tuple(map(layer, _windows(text))),
+        layers=tuple(map(layer, _windows(text), mlps)),
         rms_norm_eps=text.rms_norm_eps,
         tie_word_embeddings=bool(tied),
     )
+
+
+def _mlps(text: Any) -> list[MlpConfig | ExpertsConfig]:
+    """Of every layer."""
+    act, depth = text.hidden_act, text.num_hidden_layers
+    dense = MlpConfig(text.intermediate_size, act, bool(getattr(text, "mlp_bias", False)))
+    if not getattr(text, "num_experts", 0):
+        return [dense] * depth
+    experts = ExpertsConfig(
+        num_experts=text.num_experts,
+        top_k=text.num_experts_per_tok,
+        intermediate_size=text.moe_intermediate_size,
+        hidden_act=act,
+        # Qwen3-VL's are normalised whatever a config says, in transformers too.
+        normalised=text.model_type == "qwen3_vl_moe_text" or text.norm_topk_prob,
+    )
+    step, without = text.decoder_sparse_step, text.mlp_only_layers
+    return [
+        experts if (number + 1) % step == 0 and number not in without else dense
+        for number in range(depth)
+    ]
 
 
 def with_rope(decoder: DecoderConfig, rope: Rope) -> DecoderConfig:

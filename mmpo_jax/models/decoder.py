@@ -19,7 +19,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from mmpo_jax.models.config import DecoderConfig, ModelError
-from mmpo_jax.models.layer_kinds import LAYERS, AttentionConfig, LayerConfig, Stack
+from mmpo_jax.models.experts import SHARDING_RULES as OF_EXPERTS
+from mmpo_jax.models.experts import Routing, SparseMlp
+from mmpo_jax.models.layer_kinds import LAYERS, AttentionConfig, ExpertsConfig, LayerConfig, Stack
 from mmpo_jax.models.layers import (
     GatedMlp,
     constrain_batch,
@@ -32,6 +34,7 @@ from mmpo_jax.models.layers import (
     split_tokens,
     spread_gradient,
     stack_layers,
+    with_expert,
 )
 from mmpo_jax.models.rope import Rope, Tables, rope_tables, rotate
 from mmpo_jax.models.scanning import scan_segment
@@ -48,6 +51,7 @@ SHARDING_RULES: tuple[tuple[str, PartitionSpec], ...] = (
         PartitionSpec(None, "tensor", "fsdp"),
     ),
     (r"language_model/.*/bias|language_model/(.*/)?[a-z_]*norm/scale", PartitionSpec()),
+    *OF_EXPERTS,
 )
 
 Attention = Callable[[Any, Stack, Any, Any], tuple[jax.Array, Any, Any]]
@@ -56,6 +60,9 @@ Attention = Callable[[Any, Stack, Any, Any], tuple[jax.Array, Any, Any]]
 `made` is what the layer's mixer makes of its tokens, of attention `QueryKeyValue`; `stack` says of
 which layers it is one; what comes out is [B, S, H, d].
 """
+
+Observer = Callable[[Routing, Any], Any]
+"""observe(routing, carry) -> carry: is shown where a layer's tokens go."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +85,8 @@ def _spreading(parameters: Any) -> Any:
         names = [str(key.key) for key in keys if isinstance(key, jax.tree_util.DictKey)]
         path = "/".join(["language_model/layers", *names])
         spec = next((spec for rule, spec in SHARDING_RULES if re.fullmatch(rule, path)), None)
+        if spec is None or "expert" in spec:  # gradients of experts are summed where they are
+            return leaf
         return leaf if not spec else spread_gradient(leaf, PartitionSpec(*spec[1:]))
 
     return jax.tree_util.tree_map_with_path(of, parameters)
@@ -130,9 +139,13 @@ class DecoderLayer(nnx.Module):
         if config.sandwich:
             self.pre_feedforward_layernorm, self.post_feedforward_layernorm = norm(), norm()
         mlp, residual_layers = config.mlp, 2 * decoder.num_layers
-        self.mlp = GatedMlp(
-            size, mlp.intermediate_size, mlp.hidden_act, mlp.bias, residual_layers, rngs
-        )
+        self.mlp: GatedMlp | SparseMlp
+        if isinstance(mlp, ExpertsConfig):
+            self.mlp = SparseMlp(size, mlp, residual_layers, rngs)
+        else:
+            self.mlp = GatedMlp(
+                size, mlp.intermediate_size, mlp.hidden_act, mlp.bias, residual_layers, rngs
+            )
 
     def __call__(
         self,
@@ -143,6 +156,7 @@ class DecoderLayer(nnx.Module):
         carry: Any,
         inputs: Any,
         split: bool,
+        observe: Observer | None,
     ) -> tuple[Float[Array, "B S D"], Any, Any]:
         gather, scatter = (gather_tokens, scatter_tokens) if split else (constrain_batch,) * 2
         read = gather(self.input_layernorm(x))
@@ -151,12 +165,22 @@ class DecoderLayer(nnx.Module):
         added = scatter(self.self_attn.merge(attended))
         if not self.sandwich:
             x = x + added
-            read = gather(self.post_attention_layernorm(x))
-            return x + scatter(self.mlp(read)), carry, outputs
+            more, carry = self._mlp(gather(self.post_attention_layernorm(x)), carry, observe)
+            return x + scatter(more), carry, outputs
         x = x + self.post_attention_layernorm(added)
-        read = gather(self.pre_feedforward_layernorm(x))
-        x = x + self.post_feedforward_layernorm(scatter(self.mlp(read)))
-        return x, carry, outputs
+        more, carry = self._mlp(gather(self.pre_feedforward_layernorm(x)), carry, observe)
+        return x + self.post_feedforward_layernorm(scatter(more)), carry, outputs
+
+    def _mlp(
+        self, x: Float[Array, "B S D"], carry: Any, observe: Observer | None
+    ) -> tuple[Float[Array, "B S D"], Any]:
+        """(what the MLP makes of tokens, the carry)."""
+        if not isinstance(self.mlp, SparseMlp):
+            return self.mlp(x), carry
+        routing = self.mlp.route(x)
+        if observe is not None:
+            carry = observe(routing, carry)
+        return self.mlp.mix(x, routing), carry
 
 
 class Decoder(nnx.Module):
@@ -196,6 +220,7 @@ class Decoder(nnx.Module):
         split: bool = True,
         added: Added | None = None,
         in_place: bool = False,
+        observe: Observer | None = None,
     ) -> tuple[Float[Array, "B S D"], Any, dict[str, Any]]:
         """Runs the layers and the final norm over embedded tokens.
 
@@ -211,6 +236,7 @@ class Decoder(nnx.Module):
             `layers.gather_tokens`.
           added: to the outputs of the first layers, before the next ones read them.
           in_place: for few tokens and no gradients, see `scanning.scan_segment`.
+          observe: see `Observer`; called once per layer with experts, behind `attend`.
 
         Returns:
           (hidden states [B, S, D], the final carry, `attend`'s outputs by the path of a stack,
@@ -228,7 +254,9 @@ class Decoder(nnx.Module):
             for stack in segment.stacks:
                 graphdef, parameters = nnx.split(self._stack(stack))
                 more = added if added and min(stack.numbers) < added.layers else None
-                run = functools.partial(_run_layer, graphdef, ropes, attend, stack, split, more)
+                run = functools.partial(
+                    _run_layer, graphdef, ropes, attend, stack, split, more, observe
+                )
                 bodies[stack.path] = rematerialise(run, remat)
                 inputs = (layer_inputs or {}).get(stack.path)
                 numbers = jnp.array(stack.numbers) if more else None
@@ -254,7 +282,8 @@ class Decoder(nnx.Module):
         found = self.embed_tokens(ids)
         mesh = jax.sharding.get_abstract_mesh()
         if not mesh.empty:
-            found = jax.lax.with_sharding_constraint(found, PartitionSpec("data", None, "fsdp"))
+            split = with_expert(PartitionSpec("data", None, "fsdp"), mesh)
+            found = jax.lax.with_sharding_constraint(found, split)
         return constrain_batch(found)
 
     def head_kernel(self) -> Float[Array, "D V"]:
@@ -275,6 +304,7 @@ def _run_layer(
     stack: Stack,
     split: bool,
     added: Added | None,
+    observe: Observer | None,
     state: tuple[jax.Array, Any],
     given: tuple[Any, Any, Any],
 ) -> tuple[tuple[jax.Array, Any], Any]:
@@ -282,7 +312,7 @@ def _run_layer(
     x, carry = state
     parameters, inputs, number = given
     layer = nnx.merge(graphdef, _spreading(parameters))
-    x, carry, outputs = layer(x, ropes, attend, stack, carry, inputs, split)
+    x, carry, outputs = layer(x, ropes, attend, stack, carry, inputs, split, observe)
     if added is not None:
         place = split_tokens if split else constrain_batch
         x = jax.lax.cond(

@@ -95,6 +95,8 @@ class Family:
     there is one."""
     images: Images | None = None
     videos: Videos | None = None
+    joins_experts: bool = False
+    """Whether the oldest layout has all experts of a layer in one tensor."""
     tensor_shapes: Callable[[Any], dict[str, tuple[int, ...]]] = lambda config: {}
     """config -> shapes of the tensors that are written with other axes than ours: patch
     convolutions, vectors with axes of one in front."""

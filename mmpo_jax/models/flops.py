@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Literal
 
+from mmpo_jax.models.lora import EXPERTS
 from mmpo_jax.models.model import Model
 from mmpo_jax.models.reward_head import is_reward_head
 from mmpo_jax.models.vision import VisionConfig
@@ -37,12 +38,16 @@ class Dense:
     part: Part
     layers: int
     """Those that are run."""
+    experts: int
+    """Of a layer; 1 for what is no expert's."""
+    active: int
+    """Those that a token passes."""
     inputs: int
     outputs: int
 
     @property
     def size(self) -> int:
-        return self.layers * self.inputs * self.outputs
+        return self.layers * self.active * self.inputs * self.outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,13 +118,15 @@ def dense_layers(model: Model, params: Mapping[str, Any]) -> list[Dense]:
             continue
         *stack, inputs, outputs = leaf.shape
         part: Part
-        layers = math.prod(stack)
+        layers, experts, active = math.prod(stack), 1, 1
         if tied:
             inputs, outputs = outputs, inputs
         if path == HEAD or tied:
             part = "head"
         elif path.startswith(LAYERS):
             part = "decoder"
+            if EXPERTS in path:
+                (layers, experts), active = stack, model.config.decoder.experts[0].top_k
         elif path.startswith(PROJECTOR):
             part = "projector"
         elif stack:
@@ -127,7 +134,7 @@ def dense_layers(model: Model, params: Mapping[str, Any]) -> list[Dense]:
             part, layers = "tower", tower.layers
         else:
             part = "patches"
-        found.append(Dense(path, part, layers, inputs, outputs))
+        found.append(Dense(path, part, layers, experts, active, inputs, outputs))
     return found
 
 

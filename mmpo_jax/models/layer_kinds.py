@@ -55,13 +55,29 @@ class MlpConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExpertsConfig:
+    """A router and experts in place of one MLP, see `experts.SparseMlp`."""
+
+    num_experts: int
+    top_k: int
+    """Experts that a token passes."""
+    intermediate_size: int
+    """Of one expert."""
+    hidden_act: str
+    normalised: bool
+    """Whether the shares of a token's experts add up to 1."""
+    shared_size: int = 0
+    """Intermediate size of the expert that all tokens pass; 0 where there is none."""
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerConfig:
     """One layer: how its tokens read one another, and what is made of each."""
 
     name: str
     """What layers of this kind are called where not all are alike: transformers' `layer_types`."""
     mixer: AttentionConfig
-    mlp: MlpConfig
+    mlp: MlpConfig | ExpertsConfig
     sandwich: bool = False
     """Whether what mixer and MLP add to the residual stream is normalised too (Gemma 2)."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -270,11 +270,12 @@ def spread_gradient(x: Float[Array, "*d"], spec: PartitionSpec) -> Float[Array, 
 
 def _spread(spec: PartitionSpec, _: None, gradient: jax.Array) -> tuple[jax.Array]:
     mesh = jax.sharding.get_abstract_mesh()
+    spec = with_expert(spec, mesh)
     fsdp = 1 if mesh.empty else mesh.shape.get("fsdp", 1)
     inner = 1 << fsdp.bit_length() // 2
     if fsdp < SEVERAL_SIDES or fsdp % inner:
         return (gradient,)
-    axes = [(axis,) if isinstance(axis, str) else axis or () for axis in spec]
+    axes = [named_axes(entry) for entry in spec]
     ways = [math.prod(mesh.shape[axis] for axis in over) for over in axes]
     if any(size % over for size, over in zip(gradient.shape, ways, strict=False)):
         return (gradient,)
@@ -296,7 +297,42 @@ spread_gradient.defvjp(lambda x, spec: (x, None), _spread)
 
 def batch_axes(mesh: jax.sharding.AbstractMesh | jax.sharding.Mesh) -> tuple[str, ...]:
     """The mesh's axes that the rows of a batch are split over."""
-    return tuple(axis for axis in ("data", "fsdp") if axis in mesh.axis_names)
+    return tuple(axis for axis in ("data", "fsdp", "expert") if axis in mesh.axis_names)
+
+
+def named_axes(entry: Any) -> tuple[str, ...]:
+    """The axes of the mesh that an entry of a `PartitionSpec` names."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def with_expert(
+    spec: PartitionSpec, mesh: jax.sharding.AbstractMesh | jax.sharding.Mesh
+) -> PartitionSpec:
+    """The split of what is no expert's on a mesh that splits experts: what is over `fsdp` is over
+    `expert` too."""
+    if "expert" in spec or "expert" not in mesh.axis_names:
+        return spec
+    return PartitionSpec(*(("fsdp", "expert") if axis == "fsdp" else axis for axis in spec))
+
+
+def divisible(
+    spec: PartitionSpec,
+    shape: Sequence[int],
+    mesh: jax.sharding.AbstractMesh | jax.sharding.Mesh,
+) -> PartitionSpec:
+    """The split of an array without the axes that do not divide its dimensions, which stay whole.
+
+    Of several axes of one dimension, the first ones that divide it together count; those that the
+    mesh does not have split nothing.
+    """
+
+    def of(size: int, axes: Any) -> Any:
+        names = [name for name in named_axes(axes) if name in mesh.axis_names]
+        while names and size % math.prod(mesh.shape[name] for name in names):
+            names.pop()
+        return (names[0] if len(names) == 1 else tuple(names)) if names else None
+
+    return PartitionSpec(*(of(*pair) for pair in zip(shape, spec, strict=False)))
 
 
 def promote(x: Float[Array, "*d"]) -> Float[Array, "*d"]:

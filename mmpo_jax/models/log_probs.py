@@ -20,6 +20,8 @@ from mmpo_jax.models.vlm import States, VisionLanguageModel
 
 REWARDS = "rewards"
 """Name of what the reward head says of every response."""
+LOADS = "expert_loads"
+"""Name of how tokens spread over experts, see `VisionLanguageModel.states_and_loads`."""
 
 HEAD_BYTES = 64 * 2**20
 """How much one chunk of the head may hold per device: logits, and what it gathers for them."""
@@ -69,6 +71,7 @@ def response_statistics(
     partners: Sequence[int] = (0,),
     temperature: float = 1.0,
     rewards: bool = False,
+    loads: bool = False,
 ) -> dict[str, Float[Array, "B R ..."]]:
     """`response_log_probs` and other numbers of every response token, from the same logits.
 
@@ -78,11 +81,13 @@ def response_statistics(
       reference: parameters of a second model of the same architecture; never has a gradient.
       partners: see `token_statistics`.
       rewards: whether `REWARDS` are wanted too, from the same hidden states.
+      loads: whether `LOADS` are.
 
     Returns:
       name -> float32[B, R, T], 0 at padding: `log_probs`, those asked for, and where there is a
       reference `reference_log_probs` and what else is asked for of it; of a packed batch see
-      `response_log_probs`. `REWARDS` is [B, R], see `response_rewards`.
+      `response_log_probs`. `REWARDS` is [B, R], see `response_rewards`, and `LOADS` [B, 2, E] of
+      every row that the decoder reads.
     """
     packed = isinstance(batch, PackedBatch)
     assert not packed or len(partners) == 1, "a record's contexts do not stand in packed rows"
@@ -94,7 +99,11 @@ def response_statistics(
         hidden = predicting_states(module.states(batch), batch)
         other = jax.lax.stop_gradient((hidden, module.language_model.head_kernel()))
     module = model.bind(params)
-    states = module.states(batch, remat)
+    spread = {}
+    if loads:
+        states, spread[LOADS] = module.states_and_loads(batch, remat)
+    else:
+        states = module.states(batch, remat)
     hidden, kernel = predicting_states(states, batch), module.language_model.head_kernel()
     labels = batch.target[:, None] if isinstance(batch, PackedBatch) else batch.response_ids
     found = token_statistics(
@@ -104,7 +113,8 @@ def response_statistics(
         found = {name: unpack(values[:, 0], batch) for name, values in found.items()}
     else:
         found = {name: values * batch.response_mask for name, values in found.items()}
-    return found | ({REWARDS: rewards_at_ends(module, states, batch)} if rewards else {})
+    found |= {REWARDS: rewards_at_ends(module, states, batch)} if rewards else {}
+    return found | spread
 
 
 def response_rewards(

@@ -8,7 +8,9 @@ beside the kernel that they adapt:
     .../q_proj/lora_b      [L, r, outputs], zero at first
     .../q_proj/lora_scale  float32[L], 0 in layers without an adapter
 
-so placing, saving and training them is like any parameter's, and the tree says what a model
+and for experts [L, E, ...], all of a layer or none.
+
+So placing, saving and training them is like any parameter's, and the tree says what a model
 computes: with these leaves the adapted model, without them the base. Layers that are not stacked
 lack the axis L.
 """
@@ -18,6 +20,7 @@ from __future__ import annotations
 import difflib
 import re
 import zlib
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -58,14 +61,18 @@ class Lora(Section):
 
 KEY, RATE = "lora_key", "lora_rate"
 
-WITHOUT = rf"language_model/lm_head|.*/patch_embedding|{reward_head.LAYERS}"
+EXPERTS = "/mlp/experts/"
+"""What the paths of experts have in them."""
+
+WITHOUT = rf"language_model/lm_head|.*/patch_embedding|.*/mlp/gate|{reward_head.LAYERS}"
 """Dense layers that can have no adapter: the head is applied in chunks, by its kernel alone, patch
-embeddings are convolutions for PEFT, and a reward head is trained whole."""
+embeddings are convolutions for PEFT, the router of experts is none of its layers, and a reward head
+is trained whole."""
 
 
 def dense_layers(model: Model) -> dict[str, tuple[int, ...]]:
-    """Path of every layer that can have an adapter -> its kernel's shape, [L, inputs, outputs] or
-    [inputs, outputs]."""
+    """Path of every layer that can have an adapter -> its kernel's shape: [inputs, outputs], of a
+    stack [L, inputs, outputs], of experts [L, E, inputs, outputs]."""
     abstract = flatten(model.abstract_params())
     kernels = {p.removesuffix("/kernel"): p for p in abstract if p.endswith("/kernel")}
     return {
@@ -101,6 +108,19 @@ def targeted_layers(model: Model, target: str, frozen: tuple[str, ...]) -> list[
     return kept
 
 
+def check_dropout(layers: Iterable[str], dropout: float) -> None:
+    """
+    Raises:
+      ValueError: there is dropout, and some of the layers are experts, in which PEFT has none.
+    """
+    experts = next((layer for layer in layers if EXPERTS in layer), None)
+    if dropout and experts is not None:
+        raise ValueError(
+            f"lora.dropout is {dropout}, and adapters of experts, such as {experts}, have none: "
+            "make it 0, or leave experts out of lora.target"
+        )
+
+
 def add_adapters(
     params: Params, model: Model, lora: Lora, frozen: tuple[str, ...], seed: int
 ) -> Params:
@@ -109,11 +129,13 @@ def add_adapters(
     B is zero, so the model computes what it did; A is uniform in +-1/sqrt(inputs), as PEFT has it.
 
     Raises:
-      ValueError: see `targeted_layers`.
+      ValueError: see `targeted_layers` and `check_dropout`.
     """
     shapes = dense_layers(model)
     flat = flatten(params)
-    for layer in targeted_layers(model, lora.target, frozen):
+    targeted = targeted_layers(model, lora.target, frozen)
+    check_dropout(targeted, lora.dropout)
+    for layer in targeted:
         *stack, inputs, outputs = shapes[layer]
         rng = np.random.default_rng([seed, zlib.crc32(layer.encode())])
         a = rng.uniform(-1, 1, (*stack, inputs, lora.rank)) / np.sqrt(inputs)

@@ -27,10 +27,11 @@ def merge(kernel: Any, a: Any, b: Any, scale: Any, *, in_place: bool = False) ->
     a weight, and of its sum in bfloat16 little would be left. Layer by layer.
 
     Args:
-      kernel: [inputs, outputs] or [L, inputs, outputs], of NumPy or on devices.
-      a: [(L,) inputs, r].
-      b: [(L,) r, outputs].
-      scale: float32[] or float32[L].
+      kernel: [inputs, outputs], [L, inputs, outputs] or [L, E, inputs, outputs], of NumPy or on
+        devices.
+      a: [(L, E,) inputs, r].
+      b: [(L, E,) r, outputs].
+      scale: float32[], float32[L] or float32[L, E].
       in_place: uses the memory of the kernel, which is gone then, if that is as wide.
     """
     dtype = wide(kernel.dtype)
@@ -39,7 +40,7 @@ def merge(kernel: Any, a: Any, b: Any, scale: Any, *, in_place: bool = False) ->
         return _on_devices(kernel.sharding, in_place)(kernel, a, b, scale)
     if not in_place or not kernel.flags.writeable:
         kernel = kernel.astype(dtype)
-    layers = zip(kernel, a, b, scale, strict=True) if kernel.ndim == 3 else [(kernel, a, b, scale)]
+    layers = zip(kernel, a, b, scale, strict=True) if kernel.ndim > 2 else [(kernel, a, b, scale)]
     for layer, *adapter in layers:
         layer[...] = _sum(layer, *adapter)
     return kernel
@@ -70,4 +71,4 @@ def wide(dtype: Any) -> Any:
 
 def _sum(kernel: Any, a: Any, b: Any, scale: Any) -> Any:
     dtype = wide(kernel.dtype)
-    return (kernel.astype(dtype) + scale * (a @ b)).astype(dtype)
+    return (kernel.astype(dtype) + scale[..., None, None] * (a @ b)).astype(dtype)

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 
 from mmpo_jax.models import reward_head
 from mmpo_jax.models.config import ModelConfig, ModelError
+from mmpo_jax.models.experts import ExpertLinear
 from mmpo_jax.models.families import FAMILIES
 from mmpo_jax.models.family import Family
 from mmpo_jax.models.layers import Linear
@@ -61,7 +62,9 @@ class Model:
         module = nnx.merge(self.graphdef, nnx.traversals.unflatten_mapping(flat))
         for (*parents, name), leaf in adapters.items():
             layer = functools.reduce(getattr, parents, module)
-            assert isinstance(layer, Linear), f"{'/'.join(parents)} cannot have an adapter"
+            assert isinstance(layer, Linear | ExpertLinear), (
+                f"{'/'.join(parents)} cannot have an adapter"
+            )
             setattr(layer, name, nnx.Param(leaf))
         module.attention = self.attention
         return module

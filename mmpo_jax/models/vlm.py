@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from mmpo_jax.models.attention import packed_attention, shared_prompt_attention
 from mmpo_jax.models.batch import Batch, PackedBatch
 from mmpo_jax.models.config import ModelConfig, ModelError
-from mmpo_jax.models.decoder import Added, Decoder
+from mmpo_jax.models.decoder import Added, Decoder, Observer
+from mmpo_jax.models.experts import loads_of
 from mmpo_jax.models.layers import constrain_batch, linear
 from mmpo_jax.models.reward_head import TwoLayerHead, linear_reward
 
@@ -153,6 +155,24 @@ class VisionLanguageModel(nnx.Module):
             return self.packed_states(batch, remat)
         return self.hidden_states(batch, remat)
 
+    def states_and_loads(
+        self, batch: Batch | PackedBatch, remat: str = "none"
+    ) -> tuple[States, Float[Array, "B 2 E"]]:
+        """`states`, and how the layers' tokens spread over experts, see `experts.loads_of`; the
+        sums over layers, of every row.
+
+        Raises:
+          ModelError: the model has no experts.
+        """
+        experts = self.config.decoder.experts
+        if not experts:
+            raise ModelError("this model has no experts")
+        dtype = jnp.promote_types(self.language_model.embed_tokens.embedding.dtype, jnp.float32)
+        loads = jnp.zeros((len(real_tokens(batch)), 2, experts[0].num_experts), dtype)
+        if isinstance(batch, PackedBatch):
+            return self._packed_states(batch, remat, constrain_batch(loads))
+        return self._hidden_states(batch, remat, constrain_batch(loads))
+
     def hidden_states(
         self, batch: Batch, remat: str = "none"
     ) -> tuple[Float[Array, "B D"], Float[Array, "B R T D"]]:
@@ -161,6 +181,12 @@ class VisionLanguageModel(nnx.Module):
         Returns:
           (last prompt token's [B, D], responses' [B, R, T, D]).
         """
+        return self._hidden_states(batch, remat, None)[0]
+
+    def _hidden_states(
+        self, batch: Batch, remat: str, loads: jax.Array | None
+    ) -> tuple[tuple[jax.Array, jax.Array], Any]:
+        """(`hidden_states`, `loads` with those of the layers added, if there are any)."""
         b, r, t = batch.response_ids.shape
         p = batch.prompt_ids.shape[1]
         x, positions, added = self.embed_batch(batch, remat)
@@ -174,12 +200,19 @@ class VisionLanguageModel(nnx.Module):
             )
             return attended, carry, None
 
-        x, _, _ = self.language_model(x, positions, attend, remat=remat, added=added)
+        run = functools.partial(self.language_model, remat=remat, added=added)
+        x, loads, _ = run(x, positions, attend, carry=loads, observe=_observer(batch, loads))
         last = jax.vmap(lambda rows, at: rows[at])(x, prompt_lengths(batch) - 1)
-        return last, x[:, p:].reshape(b, r, t, -1)
+        return (last, x[:, p:].reshape(b, r, t, -1)), loads
 
     def packed_states(self, batch: PackedBatch, remat: str = "none") -> Float[Array, "Z X D"]:
         """The decoder's final hidden states of a packed batch, [Z, b * S, D]."""
+        return self._packed_states(batch, remat, None)[0]
+
+    def _packed_states(
+        self, batch: PackedBatch, remat: str, loads: jax.Array | None
+    ) -> tuple[jax.Array, Any]:
+        """(`packed_states`, `loads` with those of the layers added, if there are any)."""
         groups = batch.predictor.shape[0]
         pool, index, added = self.pool(batch, remat), batch.feature_index, None
         if pool is not None:
@@ -206,8 +239,27 @@ class VisionLanguageModel(nnx.Module):
             scores = stack.layer.mixer.scores
             return packed_attention(query, key, value, batch, **scores), carry, None
 
-        x, _, _ = self.language_model(x, batch.positions, attend, remat=remat, added=added)
-        return x.reshape(groups, -1, x.shape[-1])
+        run = functools.partial(self.language_model, remat=remat, added=added)
+        x, loads, _ = run(x, batch.positions, attend, carry=loads, observe=_observer(batch, loads))
+        return x.reshape(groups, -1, x.shape[-1]), loads
+
+
+def _observer(batch: Batch | PackedBatch, loads: jax.Array | None) -> Observer | None:
+    """Adds up how a batch's tokens spread over experts; None where that is not wanted."""
+    if loads is None:
+        return None
+    counted = real_tokens(batch)
+    return lambda routing, loads: loads + loads_of(routing, counted)
+
+
+def real_tokens(batch: Batch | PackedBatch) -> Bool[Array, "B S"]:
+    """bool[B, S]: which tokens that the decoder reads are some record's, in the order of
+    `hidden_states` or of a packed batch's rows."""
+    if isinstance(batch, PackedBatch):
+        return batch.record >= 0
+    rows = len(batch.prompt_mask)
+    tokens = jnp.concatenate([batch.prompt_mask, batch.response_mask.reshape(rows, -1)], axis=1)
+    return tokens & (batch.weights > 0)[:, None]
 
 
 def mixed(

@@ -19,20 +19,20 @@ class Choice:
     fsdp: int
     tensor: int
     why: str
+    expert: int = 1
 
     @property
     def sizes(self) -> dict[str, int]:
-        return {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        """`expert` only where it splits something."""
+        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        return sizes if self.expert == 1 else sizes | {"expert": self.expert}
 
 
 def choose_sizes(devices: Sequence[Any], rows: int, decoder: DecoderConfig) -> Choice:
     """The sizes for so many rows at a time.
 
-    Rows are split over `data` and `fsdp`, weights over `fsdp` and `tensor`. Where every device can
-    have a row of its own, `fsdp` takes all of a slice. Where there are fewer rows, as many devices
-    as can share them do, and `tensor` takes the other factor: rows over few, weights over all. It
-    divides the heads where it can, since heads that it does not divide are computed by all of its
-    devices.
+    Of a mixture, a part of what weights and rows are split over is `expert`: the largest there can
+    be, see `expert_sizes`.
 
     Args:
       devices: of the mesh.
@@ -42,6 +42,30 @@ def choose_sizes(devices: Sequence[Any], rows: int, decoder: DecoderConfig) -> C
     Returns:
       The sizes; with a `tensor` of 1, which so few rows are refused with, where the heads are too
       few for the other factor.
+    """
+    choice = _of_rows(devices, rows, decoder)
+    expert = max(expert_sizes(choice.fsdp, decoder))
+    return dataclasses.replace(choice, fsdp=choice.fsdp // expert, expert=expert)
+
+
+def expert_sizes(fsdp: int, decoder: DecoderConfig) -> list[int]:
+    """How large the part of `fsdp` can be that is `expert`: it divides the experts, and is not more
+    than a token's experts, up to which devices that gather each other's tokens send no more than
+    tokens that go to their experts' devices would."""
+    counts = [experts.num_experts for experts in decoder.experts]
+    most = min((experts.top_k for experts in decoder.experts), default=1)
+    common = math.gcd(fsdp, *counts)
+    return [size for size in range(1, most + 1) if common % size == 0]
+
+
+def _of_rows(devices: Sequence[Any], rows: int, decoder: DecoderConfig) -> Choice:
+    """`choose_sizes` without `expert`.
+
+    Rows are split over `data` and `fsdp`, weights over `fsdp` and `tensor`. Where every device can
+    have a row of its own, `fsdp` takes all of a slice. Where there are fewer rows, as many devices
+    as can share them do, and `tensor` takes the other factor: rows over few, weights over all. It
+    divides the heads where it can, since heads that it does not divide are computed by all of its
+    devices.
     """
     count, slices = len(devices), len(by_slice(devices))
     if rows % count == 0:

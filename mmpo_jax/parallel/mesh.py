@@ -1,10 +1,12 @@
-"""The mesh with the axes `data`, `fsdp` and `tensor`, and arrays placed on it by rules."""
+"""The mesh with the axes `data`, `fsdp` and `tensor`, for mixtures also `expert`, and arrays placed
+on it by rules."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import logging
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -16,16 +18,19 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.trees import map_with_path
+from mmpo_jax.models.layers import batch_axes, divisible, with_expert
 from mmpo_jax.models.lora import adapter_spec, described_by
 from mmpo_jax.models.vocabulary import filled, filled_shape
 
 log = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = PartitionSpec(("data", "fsdp"))
-"""Batches are split over these axes, row by row."""
+AXES_OF_EXPERTS = ("data", "fsdp", "expert", "tensor")
+"""Of a mesh that splits experts."""
 
 Row = TypeVar("Row")
+Sizes = tuple[int, int, int, int]
+"""Of `AXES_OF_EXPERTS`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +57,13 @@ def make_mesh(
     fsdp: int | None = None,
     tensor: int | None = None,
     devices: Sequence[Any] | None = None,
+    *,
+    expert: int | None = None,
 ) -> Mesh:
     """A mesh of all devices, or of those given.
 
     Slices of TPUs are joined by the network of the data centre, which is slower than what joins
-    the chips of one: `data` goes over them, so only gradients cross it, once a step. The other two
+    the chips of one: `data` goes over them, so only gradients cross it, once a step. The other
     axes stay within a slice.
 
     Args:
@@ -64,6 +71,8 @@ def make_mesh(
       fsdp: by default what the others leave.
       tensor: 1 by default.
       devices: all by default.
+      expert: 1 by default, and then no axis of the mesh. Experts are split over it; all else is as
+        over a larger `fsdp`.
 
     One size may be -1 and takes what the others leave.
 
@@ -72,9 +81,13 @@ def make_mesh(
     """
     devices = jax.devices() if devices is None else list(devices)
     slices = by_slice(devices)
-    sizes = _resolved(data, fsdp, tensor, len(devices), len(slices))
+    sizes = _resolved((data, fsdp, expert, tensor), len(devices), len(slices))
     placed = within_slice(sizes, devices) if len(slices) == 1 else over_slices(sizes, slices)
-    mesh = Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
+    axes = AXES if sizes[2] == 1 else AXES_OF_EXPERTS
+    placed = placed.reshape(
+        [size for size, axis in zip(sizes, AXES_OF_EXPERTS, strict=True) if axis in axes]
+    )
+    mesh = Mesh(placed, axes, axis_types=(AxisType.Auto,) * len(axes))
     log.info("%s", told(mesh.shape, len(slices)))
     return mesh
 
@@ -89,21 +102,21 @@ def by_slice(devices: Sequence[Any]) -> list[list[Any]]:
     return [slices[number] for number in sorted(slices)]
 
 
-def within_slice(sizes: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
+def within_slice(sizes: Sizes, devices: Sequence[Any]) -> np.ndarray:
     """The devices of one slice as an array of such sizes, near ones beside each other."""
     return _whole_axes_if_possible(
         functools.partial(mesh_utils.create_device_mesh, sizes, list(devices))
     )
 
 
-def over_slices(sizes: tuple[int, int, int], slices: Sequence[Sequence[Any]]) -> np.ndarray:
+def over_slices(sizes: Sizes, slices: Sequence[Sequence[Any]]) -> np.ndarray:
     """The devices of several slices as an array of such sizes, the first of them over slices.
 
     Raises:
       MmpoError: the sizes do not fit the slices.
     """
     count, own = len(slices), len(slices[0])
-    data, fsdp, tensor = sizes
+    data, *others = sizes
     if any(len(devices) != own for devices in slices):
         raise MmpoError(f"the slices have {', '.join(str(len(each)) for each in slices)} devices")
     if data % count:
@@ -115,8 +128,8 @@ def over_slices(sizes: tuple[int, int, int], slices: Sequence[Sequence[Any]]) ->
     return _whole_axes_if_possible(
         functools.partial(
             mesh_utils.create_hybrid_device_mesh,
-            (data // count, fsdp, tensor),
-            (count, 1, 1),
+            (data // count, *others),
+            (count, *[1] * len(others)),
             every,
         )
     )
@@ -138,35 +151,40 @@ def told(sizes: Mapping[str, int], slices: int = 1) -> str:
     return f"mesh {axes} of {count} devices" + (f" in {slices} slices" if slices > 1 else "")
 
 
-def _resolved(
-    data: int | None, fsdp: int | None, tensor: int | None, count: int, slices: int
-) -> tuple[int, int, int]:
+def _resolved(given: tuple[int | None, ...], count: int, slices: int) -> Sizes:
     """Sizes that multiply to a number of devices.
 
     Raises:
       MmpoError: these do not.
     """
-    data, tensor = slices if data is None else data, 1 if tensor is None else tensor
-    if fsdp is None:
-        fsdp = 1 if -1 in (data, tensor) else -1
-    sizes = [data, fsdp, tensor]
+    left = 1 if -1 in given else -1
+    defaults = (slices, left, 1, 1)
+    sizes = [own if size is None else size for size, own in zip(given, defaults, strict=True)]
     known = int(np.prod([size for size in sizes if size != -1]))
     if sizes.count(-1) < 2 and count % known == 0:
         sizes = [count // known if size == -1 else size for size in sizes]
     if int(np.prod(sizes)) != count or -1 in sizes:
-        raise MmpoError(f"mesh {dict(zip(AXES, sizes, strict=True))} does not fit {count} devices")
-    return sizes[0], sizes[1], sizes[2]
+        axes = dict(zip(AXES_OF_EXPERTS, sizes, strict=True))
+        named = {axis: size for axis, size in axes.items() if axis != "expert" or size != 1}
+        raise MmpoError(f"mesh {named} does not fit {count} devices")
+    data, fsdp, expert, tensor = sizes
+    return data, fsdp, expert, tensor
+
+
+def batch_spec(mesh: Mesh) -> PartitionSpec:
+    """How batches are split, row by row."""
+    return PartitionSpec(batch_axes(mesh))
 
 
 def batch_shards(mesh: Mesh) -> int:
     """Over how many devices the rows of a batch are split; batch sizes are multiples of it."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return math.prod(mesh.shape[axis] for axis in batch_axes(mesh))
 
 
 def vocabulary_shards(mesh: Mesh) -> int:
     """Over how many devices the tokens of the vocabulary are split; tables are filled up to a
     multiple of it, see `models.vocabulary`."""
-    return mesh.shape["fsdp"] * mesh.shape["tensor"]
+    return mesh.size // mesh.shape["data"]
 
 
 def placed_shapes(abstract: Any, rules: tuple[tuple[str, PartitionSpec], ...], mesh: Mesh) -> Any:
@@ -191,8 +209,9 @@ def placed_shapes(abstract: Any, rules: tuple[tuple[str, PartitionSpec], ...], m
 def param_shardings(abstract: Any, rules: tuple[tuple[str, PartitionSpec], ...], mesh: Mesh) -> Any:
     """A NamedSharding for every parameter, from the first rule that matches its whole path.
 
-    A dimension that its axis does not divide stays whole. Adapters follow the rule of the kernel
-    beside them.
+    A dimension that its axis does not divide stays whole. What a rule splits over `fsdp` is split
+    over `expert` too, unless it names that itself. Adapters follow the rule of the kernel beside
+    them.
 
     Args:
       abstract: parameter tree with shapes.
@@ -207,18 +226,10 @@ def param_shardings(abstract: Any, rules: tuple[tuple[str, PartitionSpec], ...],
         for pattern, spec in rules:
             if re.fullmatch(pattern, described_by(path)):
                 spec = adapter_spec(path, spec, leaf.ndim)
-                return NamedSharding(mesh, _divisible(spec, leaf.shape, mesh))
+                return NamedSharding(mesh, divisible(with_expert(spec, mesh), leaf.shape, mesh))
         raise ValueError(f"no sharding rule matches the parameter {path}")
 
     return map_with_path(sharding, abstract)
-
-
-def _divisible(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    axes = [
-        axis if axis is None or size % mesh.shape[axis] == 0 else None
-        for axis, size in zip(spec, shape, strict=False)
-    ]
-    return PartitionSpec(*axes)
 
 
 def batch_share(mesh: Mesh) -> Share:
@@ -238,7 +249,7 @@ def put_batch(batch: Any, mesh: Mesh, leading: int = 0) -> Any:
       mesh: the devices.
       leading: axes in front of the row axis (1 for stacked micro-batches).
     """
-    sharding = NamedSharding(mesh, PartitionSpec(*([None] * leading), *BATCH))
+    sharding = NamedSharding(mesh, PartitionSpec(*([None] * leading), *batch_spec(mesh)))
     share = batch_share(mesh)
 
     def put(own: np.ndarray) -> jax.Array:

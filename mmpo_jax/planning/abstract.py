@@ -24,7 +24,7 @@ from mmpo_jax.models.lora import add_adapters
 from mmpo_jax.models.model import Model
 from mmpo_jax.objectives.registry import is_field
 from mmpo_jax.objectives.terms import Term, needs, rows_read
-from mmpo_jax.parallel.mesh import BATCH, placed_shapes
+from mmpo_jax.parallel.mesh import batch_spec, placed_shapes
 from mmpo_jax.recipes.training import NoReference, Training
 from mmpo_jax.training.losses import Loss, needs_reference
 from mmpo_jax.training.rounding import widened
@@ -85,9 +85,9 @@ def batch(model: Model, sizes: Sizes, mesh: Mesh, micro_batches: int | None = No
     slot = images.slot_shape(model.config) if images else ()
     patches = images.describe(model.config, [], i) if images else {}
     lead: tuple[int, ...] = ()
-    spec = BATCH
+    spec = batch_spec(mesh)
     if micro_batches is not None:
-        lead, spec = (micro_batches,), PartitionSpec(None, *BATCH)
+        lead, spec = (micro_batches,), PartitionSpec(None, *spec)
 
     def rows(shape: Sequence[int], dtype: Any) -> Any:
         return array((*lead, b, *shape), dtype, mesh, spec)
@@ -132,9 +132,9 @@ def train_batch(
       micro_batches: see `batch`.
     """
     lead: tuple[int, ...] = ()
-    spec = BATCH
+    spec = batch_spec(mesh)
     if micro_batches is not None:
-        lead, spec = (micro_batches,), PartitionSpec(None, *BATCH)
+        lead, spec = (micro_batches,), PartitionSpec(None, *spec)
     n, s, t = sizes.rows, sizes.responses, sizes.response
 
     def numbers(rows: int, per_token: bool) -> Any:

@@ -36,7 +36,9 @@ from mmpo_jax.models.flops import (
     tower_of,
 )
 from mmpo_jax.models.layer_kinds import AttentionConfig
+from mmpo_jax.models.layers import named_axes
 from mmpo_jax.models.log_probs import head_chunk
+from mmpo_jax.models.lora import EXPERTS
 from mmpo_jax.models.model import Model
 from mmpo_jax.parallel.mesh import batch_shards, param_shardings, placed_shapes
 from mmpo_jax.planning.abstract import Sizes, shapes_of
@@ -52,6 +54,8 @@ from mmpo_jax.recipes.sampling import Decoding
 PARAMETER_BYTES = 3 * 4
 """Bytes that an update moves for a parameter beside the optimizer's state, which is read and
 written: it reads value and gradient and writes the value, each float32."""
+DOWN = f"{EXPERTS}down_proj/kernel"
+"""The last product of experts, behind which tokens go back to where they came from."""
 MOMENT_BYTES = 2 * 4
 """Of AdamW's state."""
 BACKWARD = {"splash": 3.5, "xla": 3.0}
@@ -135,33 +139,41 @@ class Computation:
         return flatten(placed_shapes(shapes_of(self.model), self.model.rules, self.mesh))
 
     def product(self, product: Product, passes: Passes) -> Work:
-        """One product in its passes. Parameters that are split over `fsdp` are gathered for every
-        pass that reads them, and their gradients added up over all rows, by reduce-scatter over
-        `fsdp` and by all-reduce over `data`."""
+        """One product in its passes. Parameters that are split over `fsdp`, and `expert` if there
+        is one, are gathered for every pass that reads them, and their gradients added up over all
+        rows, by reduce-scatter over these and by all-reduce over `data`."""
         inputs, outputs = product.split
         over = self.tensor if "tensor" in product.split else 1
-        kernel = product.size * self.itemsize / over
+        axes = [axis for entry in product.split for axis in named_axes(entry) if axis != "tensor"]
         tokens = product.tokens / self.shards
+        # Of few tokens not every expert has one.
+        experts = min(product.experts / product.expert, product.active * tokens)
+        kernel = product.layers * experts * product.inputs * product.outputs * self.itemsize / over
+        rows = product.layers * product.active * tokens
         x, y = (
-            product.layers * tokens * width / (self.tensor if axis == "tensor" else 1)
+            rows * width / (self.tensor if axis == "tensor" else 1)
             for width, axis in ((product.inputs, inputs), (product.outputs, outputs))
         )
         reads = passes.forward + passes.inputs
-        fsdp = self.mesh.shape["fsdp"] if "fsdp" in product.split else 1
+        fsdp = math.prod(self.mesh.shape[axis] for axis in axes)
         moved = kernel * (reads * (2 if fsdp > 1 else 1) + passes.weights)
         moved += (x + y) * self.itemsize * passes.computed
         sent = reads * kernel * (fsdp - 1) / fsdp
-        sent += passes.weights * self._summed(kernel, fsdp)
+        sent += passes.weights * self._summed(kernel, fsdp, self.shards // fsdp // product.expert)
+        if product.path.endswith(DOWN):
+            # What experts make of a token is added up before it is sent.
+            y *= product.expert / product.active
+            exchanged = (product.expert - 1) * product.layers * tokens * product.outputs
+            sent += reads * 2 * exchanged * self.itemsize
         if inputs == "tensor":  # each has a part of every sum
             share = 2 * (self.tensor - 1) / self.tensor
             sent += reads * share * y * self.itemsize
         flops = product.flops
         return Work(flops * passes.computed, flops * passes.needed, moved, sent)
 
-    def _summed(self, size: float, fsdp: int) -> float:
+    def _summed(self, size: float, fsdp: int, others: int) -> float:
         """Bytes that a device sends for the sum of a gradient over all rows, of which it keeps one
-        of so many parts."""
-        others = self.shards // fsdp
+        of `fsdp` parts, as so many others do."""
         return size * (fsdp - 1) / fsdp + 2 * size / fsdp * (others - 1) / others
 
     def attention(self, sizes: Sizes, passes: Passes) -> Work:
@@ -295,7 +307,11 @@ def kept_bytes(
     own = sum(math.prod(params[path].shape) / _ways(computation, params, path) for path in trained)
     inputs = decoder.num_layers * decoder.hidden_size * tokens
     given = sum(
-        product.layers * product.outputs / (computation.tensor if product.split[1] else 1) * tokens
+        product.layers
+        * product.active
+        * product.outputs
+        / (computation.tensor if product.split[1] else 1)
+        * tokens
         for product in products(
             computation.model, params, computation.mesh, decoder=1, head=0, slots=0
         )

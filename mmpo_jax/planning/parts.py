@@ -29,6 +29,8 @@ class Product(Dense):
     """Rows that are multiplied, over all devices."""
     split: tuple[Any, Any]
     """Axes of the mesh that inputs and outputs are split over."""
+    expert: int
+    """Over how many devices experts are split; 1 for what is no expert's."""
 
     @property
     def flops(self) -> float:
@@ -59,11 +61,15 @@ def products(
     found = []
     for dense in dense_layers(model, params):
         size = len(params[dense.path].shape)
-        spec = (*shardings[dense.path].spec, *[None] * size)[:size][-2:]
+        whole = (*shardings[dense.path].spec, *[None] * size)[:size]
+        spec = whole[-2:]
+        expert = mesh.shape["expert"] if "expert" in whole[:-2] else 1
         if dense.path == EMBEDDING:
             spec = spec[::-1]
         if tokens[dense.part]:
-            found.append(Product(**vars(dense), tokens=tokens[dense.part], split=tuple(spec)))
+            found.append(
+                Product(**vars(dense), tokens=tokens[dense.part], split=tuple(spec), expert=expert)
+            )
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from mmpo_jax.core import progress
+from mmpo_jax.models.config import DecoderConfig
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.planning.collectives import summed
 from mmpo_jax.planning.commands import plan_stages
@@ -175,10 +176,15 @@ def mesh_of(recipe: Base, topology: Topology, **sizes: int) -> Mesh:
     """The recipe's mesh on a slice, or one of other sizes."""
     chosen: Mapping[str, Any] = sizes or recipe.devices.model_dump()
     if isinstance(recipe, AlignRecipe | TrainRecipe) and not sizes:
-        opened = open_config(recipe.model, recipe.attention, recipe.template)
-        decoder = opened.model.config.decoder
+        decoder = decoder_of(recipe)
         chosen = mesh_sizes(recipe.devices, recipe.training, decoder, topology.devices)
     return make_mesh(**chosen, devices=topology.devices)
+
+
+def decoder_of(recipe: Base) -> DecoderConfig:
+    """The decoder of the recipe's model."""
+    opened = open_config(recipe.model, recipe.attention, recipe.template)
+    return opened.model.config.decoder
 
 
 def judged(run: Run, topology: Topology, compiled: Compiled | None) -> PlannedRun:

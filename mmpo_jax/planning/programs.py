@@ -18,7 +18,7 @@ from mmpo_jax.generation.places import empty_pool, empty_rows, prefill
 from mmpo_jax.generation.refill import Layout, choose_layout, pool_sizes
 from mmpo_jax.models.attention import PLATFORM_BACKENDS
 from mmpo_jax.objectives.terms import needs, rows_read
-from mmpo_jax.parallel.mesh import BATCH, batch_shards
+from mmpo_jax.parallel.mesh import batch_shards, batch_spec
 from mmpo_jax.planning import abstract
 from mmpo_jax.planning.abstract import Sizes, local_bytes
 from mmpo_jax.planning.counts import (
@@ -157,7 +157,8 @@ def training(
     terms = recipe_terms(config)
     contexts = contexts_of(config)
     temperature = 1.0 if rollout is None else rollout.temperature
-    loss = make_loss(opened.model, terms, contexts, config.remat, temperature)
+    balance = config.router_aux_loss_coef
+    loss = make_loss(opened.model, terms, contexts, config.remat, temperature, balance)
     schedule = make_schedule(config.schedule, config.optimizer.learning_rate, 1000)
     optimizer = make_optimizer(config.optimizer, schedule, opened.model.config.decoder.vocab_size)
     state = abstract.train_state(opened.model, config, loss, optimizer, mesh, opened.dtype, terms)
@@ -278,7 +279,7 @@ def generating(
     params = abstract.params(opened.model, mesh, opened.dtype)
     batch = abstract.batch(opened.model, sizes, mesh)
     key = jax.eval_shape(lambda: jax.random.key(0)).dtype
-    keys = abstract.array((layout.batch, decoding.num_samples), key, mesh, BATCH)
+    keys = abstract.array((layout.batch, decoding.num_samples), key, mesh, batch_spec(mesh))
     computation = computation_of(opened, mesh, dtype)
     first = Program(
         f"{name}prefill",

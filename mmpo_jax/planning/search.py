@@ -14,10 +14,12 @@ from typing import Any
 
 from mmpo_jax.core import progress
 from mmpo_jax.core.errors import MmpoError
-from mmpo_jax.parallel.mesh import AXES
+from mmpo_jax.models.config import DecoderConfig
+from mmpo_jax.parallel.choice import expert_sizes
+from mmpo_jax.parallel.mesh import batch_shards
 from mmpo_jax.planning.commands import plan_stages
 from mmpo_jax.planning.compiling import Compiled, compile_program
-from mmpo_jax.planning.planned import Planned, PlannedRun, judged, mesh_of
+from mmpo_jax.planning.planned import Planned, PlannedRun, decoder_of, judged, mesh_of
 from mmpo_jax.planning.programs import Program
 from mmpo_jax.planning.stages import Assumed, Plan
 from mmpo_jax.planning.topology import Topology
@@ -111,7 +113,7 @@ def counted_choices(recipe: Base, topology: Topology, assumed: Assumed) -> list[
     found: list[Choice] = []
     refusal: MmpoError | None = None
     with progress.doing("counting meshes"):
-        for sizes in meshes(len(topology.devices)):
+        for sizes in meshes(len(topology.devices), decoder_of(recipe)):
             try:
                 found.append(_counted(recipe, topology, assumed, tuple(sizes.items())))
             except MmpoError as error:
@@ -127,25 +129,24 @@ def counted_choices(recipe: Base, topology: Topology, assumed: Assumed) -> list[
         for choice in found[:MESHES]:
             for changes in _variations(training, choice.planned):
                 try:
-                    varied.append(
-                        _counted(recipe, topology, assumed, choice.changes[: len(AXES)] + changes)
-                    )
+                    varied.append(_counted(recipe, topology, assumed, choice.changes + changes))
                 except MmpoError:
                     continue
     return varied
 
 
-def meshes(count: int) -> Iterator[dict[str, int]]:
-    """Sizes of the axes that multiply to a number of devices."""
+def meshes(count: int, decoder: DecoderConfig) -> Iterator[dict[str, int]]:
+    """Sizes of the axes that multiply to a number of devices; of a dense decoder without the axis
+    `expert`."""
     for tensor in _divisors(count):
         if tensor > MOST_TENSOR:
             break
         for data in _divisors(count // tensor):
-            fsdp = count // tensor // data
-            yield {
-                f"devices.{axis}": size
-                for axis, size in zip(AXES, (data, fsdp, tensor), strict=True)
-            }
+            both = count // tensor // data
+            for expert in expert_sizes(both, decoder):
+                sizes = {"data": data, "fsdp": both // expert, "tensor": tensor}
+                sizes |= {"expert": expert} if decoder.experts else {}
+                yield {f"devices.{axis}": size for axis, size in sizes.items()}
 
 
 def _divisors(count: int) -> list[int]:
@@ -154,7 +155,7 @@ def _divisors(count: int) -> list[int]:
 
 def _variations(training: Any, planned: Planned) -> Iterator[tuple[tuple[str, Any], ...]]:
     """Changes of micro-batches and rematerialisation but the recipe's own."""
-    shards = planned.mesh.shape["data"] * planned.mesh.shape["fsdp"]
+    shards = batch_shards(planned.mesh)
     batch = training.batch_size
     micro = [size for size in _divisors(batch) if size % shards == 0]
     own = training.micro_batch_size or batch, training.remat

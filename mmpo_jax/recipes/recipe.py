@@ -51,6 +51,8 @@ class Devices(Section):
     """By default the number of slices."""
     fsdp: MeshSize | None = None
     """By default what the others leave."""
+    expert: MeshSize | None = None
+    """Experts are split over it, and all else as over a larger `fsdp`. By default 1."""
     tensor: MeshSize | None = None
     """By default 1."""
 

@@ -105,6 +105,8 @@ class Training(Section):
     """Regular expressions over whole parameter paths; what they match is not trained."""
     lora: Lora | None = None
     """Trains adapters instead of the weights."""
+    router_aux_loss_coef: float = Field(0.0, ge=0)
+    """Weight of the loss by which tokens spread over a mixture's experts; 0 for none."""
     workers: PositiveInt = 2
     """Processes that tokenise the data before, and threads that make batches ready while a step
     runs."""

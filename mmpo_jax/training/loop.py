@@ -145,7 +145,12 @@ def train(
     with jax.set_mesh(mesh), _closing(checkpoints):
         temperature = 1.0 if rollout is None else rollout.temperature
         loss = make_loss(
-            start.model, recipe_terms(config), data.examples[0].names, config.remat, temperature
+            start.model,
+            recipe_terms(config),
+            data.examples[0].names,
+            config.remat,
+            temperature,
+            config.router_aux_loss_coef,
         )
         with progress.doing("placing parameters, reading the last checkpoint"):
             state, update, position, window = _begin(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,11 +14,12 @@ from jaxtyping import Array, Float, Shaped
 
 from mmpo_jax.data.contexts import MAIN, OTHER_IMAGE
 from mmpo_jax.data.pipeline import TrainBatch
-from mmpo_jax.models.log_probs import REWARDS, response_rewards, response_statistics
+from mmpo_jax.models.experts import load_balancing_loss
+from mmpo_jax.models.log_probs import LOADS, REWARDS, response_rewards, response_statistics
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.objectives.registry import REFERENCES, STATISTICS, State
 from mmpo_jax.objectives.responses import Responses
-from mmpo_jax.objectives.sums import Sums
+from mmpo_jax.objectives.sums import Sums, WeightedSum, mean
 from mmpo_jax.objectives.terms import (
     Metrics,
     Term,
@@ -31,8 +33,12 @@ from mmpo_jax.objectives.terms import (
 )
 from mmpo_jax.recipes.training import Training
 
+AUX_LOSS = "aux_loss"
+"""Name of the load-balancing loss among metrics, before its weight; TRL's."""
+
 Outputs = dict[str, Float[Array, "B S ..."]]
-"""name -> float32[B, S, T], and `REWARDS` [B, S], as `response_statistics` gives them."""
+"""name -> float32[B, S, T], `REWARDS` [B, S] and `LOADS` [B, 2, E], as `response_statistics` gives
+them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +65,7 @@ def make_loss(
     contexts: Sequence[str] = (MAIN,),
     remat: str = "none",
     temperature: float = 1.0,
+    balance: float = 0.0,
 ) -> Loss:
     """The loss of weighted terms under a model.
 
@@ -67,6 +74,8 @@ def make_loss(
       terms: as `terms.make_term` gives them.
       contexts: of every record, by name.
       remat, temperature: see `response_log_probs`.
+      balance: weight of a mixture's load-balancing loss, which is one of the whole batch; 0 for
+        none.
     """
     statistics = needs(terms) & STATISTICS.keys()
     partners = other_images(contexts)
@@ -85,21 +94,31 @@ def make_loss(
             partners=partners,
             temperature=temperature,
             rewards="reward_head" in needs(terms),
+            loads=balance > 0,
         )
 
     def sums(outputs: Outputs, batch: TrainBatch, state: State) -> tuple[list[Sums], State]:
-        responses = gather(outputs, batch, contexts)
+        loads = outputs.get(LOADS)
+        of_responses = {name: values for name, values in outputs.items() if name != LOADS}
+        responses = gather(of_responses, batch, contexts)
         weights = batch.prompts.weights[:: len(contexts)]
-        return loss_sums(terms, responses, weights, state)
+        made, state = loss_sums(terms, responses, weights, state)
+        if loads is not None:
+            top_k = model.config.decoder.experts[0].top_k
+            aux = load_balancing_loss(loads, top_k)
+            metrics = {AUX_LOSS: WeightedSum(aux, jnp.ones(()))}
+            made.append(Sums(balance * aux, jnp.ones(()), metrics))
+        return made, state
 
-    return Loss(
-        forward,
-        sums,
-        functools.partial(weighted_loss, terms),
-        functools.partial(metrics_of, terms),
-        coupled(terms),
-        first_state(terms),
-    )
+    def value(sums: Sequence[Sums]) -> Float[Array, ""]:
+        of_terms, others = sums[: len(terms)], sums[len(terms) :]
+        return weighted_loss(terms, of_terms) + sum(mean(part.loss, part.weight) for part in others)
+
+    def metrics(sums: Sequence[Sums]) -> Metrics:
+        others = (part.metrics for part in sums[len(terms) :])
+        return functools.reduce(operator.or_, others, metrics_of(terms, sums[: len(terms)]))
+
+    return Loss(forward, sums, value, metrics, coupled(terms) or balance > 0, first_state(terms))
 
 
 def other_images(contexts: Sequence[str]) -> tuple[int, ...]:

@@ -15,11 +15,11 @@ from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.pipeline import MixtureEntry, num_batches, seen_rows
 from mmpo_jax.models.config import DecoderConfig, HeadKind, ModelConfig
-from mmpo_jax.models.lora import targeted_layers
+from mmpo_jax.models.lora import check_dropout, targeted_layers
 from mmpo_jax.models.model import Model
 from mmpo_jax.models.reward_head import with_reward_head
 from mmpo_jax.objectives.registry import HEADS
-from mmpo_jax.objectives.terms import rows_read
+from mmpo_jax.objectives.terms import reads_log_probs, rows_read
 from mmpo_jax.parallel.choice import choose_sizes
 from mmpo_jax.parallel.mesh import batch_shards
 from mmpo_jax.recipes.recipe import Devices
@@ -63,6 +63,7 @@ def check_training(config: Training, model: Model, mesh: Mesh) -> None:
     """
     micro_batch_size(config, mesh)
     _check_head(config, model)
+    _check_balance(config, model)
     try:
         trainable_paths(list(flatten(model.abstract_params())), config.freeze)
     except (ValueError, re.error) as error:
@@ -70,7 +71,8 @@ def check_training(config: Training, model: Model, mesh: Mesh) -> None:
         raise TrainingError(f"training.freeze: {message}") from error
     if config.lora is not None:
         try:
-            targeted_layers(model, config.lora.target, config.freeze)
+            layers = targeted_layers(model, config.lora.target, config.freeze)
+            check_dropout(layers, config.lora.dropout)
         except ValueError as error:
             raise TrainingError(f"training.lora.target: {error}") from error
 
@@ -91,6 +93,15 @@ def trained_config(config: Training, new_head: HeadKind | None, model: ModelConf
     if scored is None:
         return with_reward_head(model, new_head, None)
     return with_reward_head(model, new_head, scored.critique_prompt, scored.layout)
+
+
+def _check_balance(config: Training, model: Model) -> None:
+    if not config.router_aux_loss_coef:
+        return
+    if not model.config.decoder.experts:
+        raise TrainingError("training.router_aux_loss_coef: the model has no experts to balance")
+    if not reads_log_probs(recipe_terms(config)):
+        raise TrainingError("training.router_aux_loss_coef: a reward model's training has none")
 
 
 def _check_head(config: Training, model: Model) -> None:

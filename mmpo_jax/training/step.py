@@ -262,7 +262,7 @@ def _accumulate_coupled(
     _, outputs = jax.lax.scan(run, None, (batches, keys))
 
     def value(outputs: Any) -> tuple[Float[Array, ""], Any]:
-        outputs, batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (outputs, batches))
+        outputs, batch = jax.tree.map(_joined, (outputs, batches))
         sums, objective_state = loss.sums(outputs, batch, state.objective_state)
         return loss.value(sums), (sums, objective_state)
 
@@ -275,6 +275,11 @@ def _accumulate_coupled(
 
     grads, _ = jax.lax.scan(add, _zeros(state.params), (batches, keys, by_output))
     return grads, sums, objective_state
+
+
+def _joined(x: jax.Array) -> jax.Array:
+    """Micro-batches as one batch; -1 would not do for what is empty, as pixels of texts are."""
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
 def _weights(

@@ -11,8 +11,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mmpo_jax.parallel.mesh import AXES
-
 
 class StopSignal:
     """Listens for SIGTERM while training runs, which then ends with a checkpoint."""
@@ -24,7 +22,7 @@ class StopSignal:
         """
         self.asked = False
         self._several = jax.process_count() > 1
-        self._split = NamedSharding(mesh, PartitionSpec(AXES))
+        self._split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._any = jax.jit(
             lambda flags: flags.any(), out_shardings=NamedSharding(mesh, PartitionSpec())
         )

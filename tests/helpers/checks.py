@@ -53,6 +53,9 @@ TEXT = {
 }
 """A small decoder's sizes, without its vocabulary's."""
 
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+"""Of a small mixture."""
+
 TEMPLATE = """\
 {{- '<s>' -}}
 {%- for message in messages -%}

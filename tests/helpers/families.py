@@ -48,6 +48,12 @@ DEEP_TOWER = {
     "deepstack_visual_indexes": [0],
 }
 DEEP_VIDEOS = {"patch_size": 7, "size": {"shortest_edge": 4 * 14**2, "longest_edge": 48 * 14**2}}
+QWEN3_NAMED = {
+    "image_token": IMAGE,
+    "video_token": VIDEO,
+    "vision_start_token": "<vision>",
+    "vision_end_token": "</vision>",
+}
 NAMED = {
     "internvl": {
         "context_image_token": IMAGE,
@@ -56,12 +62,8 @@ NAMED = {
         "video_token": VIDEO,
     },
     "qwen2_5_vl": {"image_token": IMAGE, "video_token": VIDEO},
-    "qwen3_vl": {
-        "image_token": IMAGE,
-        "video_token": VIDEO,
-        "vision_start_token": "<vision>",
-        "vision_end_token": "</vision>",
-    },
+    "qwen3_vl": QWEN3_NAMED,
+    "qwen3_vl_moe": QWEN3_NAMED,
 }
 """Tokens that tokenizer_config.json names."""
 
@@ -146,7 +148,7 @@ def internvl(tied: bool) -> Any:
 QWEN_MEDIA = ("<vision>", "</vision>", IMAGE, VIDEO)
 
 
-QWEN = ("qwen2_5_vl", "qwen3_vl")
+QWEN = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 """Families whose positions are of time, row and column."""
 
 
@@ -176,6 +178,12 @@ def qwen3_vl(tied: bool) -> Any:
     )
 
 
+def qwen3_vl_moe(tied: bool) -> Any:
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [4, 2, 2]}
+    sizes = qwen_sizes(tied, rope_parameters=rope, head_dim=16, **checks.EXPERTS)
+    return transformers.Qwen3VLMoeConfig(**sizes, vision_config=DEEP_TOWER)
+
+
 SQUARE = {"height": TILE, "width": TILE}
 SHORTEST = {"size": {"shortest_edge": TILE}, "crop_size": SQUARE}
 
@@ -203,10 +211,14 @@ FAMILIES = {
         qwen2_5_vl, QWEN_MEDIA, transformers.Qwen2VLImageProcessorPil(**QWEN_SETTINGS)
     ),
     "qwen3_vl": Tiny(qwen3_vl, QWEN_MEDIA, transformers.Qwen2VLImageProcessorPil(**QWEN_SETTINGS)),
+    "qwen3_vl_moe": Tiny(
+        qwen3_vl_moe, QWEN_MEDIA, transformers.Qwen2VLImageProcessorPil(**QWEN_SETTINGS)
+    ),
     "llama": only_text(transformers.LlamaConfig),
     "mistral": only_text(transformers.MistralConfig, sliding_window=None),
     "qwen2": only_text(transformers.Qwen2Config),
     "qwen3": only_text(transformers.Qwen3Config, head_dim=16),
+    "qwen3_moe": only_text(transformers.Qwen3MoeConfig, head_dim=16, **checks.EXPERTS),
 }
 """By `model_type`."""
 
@@ -215,6 +227,7 @@ VIDEO_SETTINGS = {
     "internvl": {"size": SQUARE},
     "qwen2_5_vl": QWEN_SETTINGS,
     "qwen3_vl": DEEP_VIDEOS,
+    "qwen3_vl_moe": DEEP_VIDEOS,
 }
 
 

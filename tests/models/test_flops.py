@@ -11,6 +11,7 @@ from helpers.llava_7b import BODY, LAYERS, PROJECTOR, TOWER, VOCABULARY, WIDTH, 
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.models.config import RewardHead
 from mmpo_jax.models.flops import input_gradients, model_flops
+from mmpo_jax.models.layer_kinds import ExpertsConfig, MlpConfig
 from mmpo_jax.models.lora import Lora, add_adapters, is_adapter
 from mmpo_jax.models.model import Model, read_config
 
@@ -142,3 +143,21 @@ def test_a_reward_head_is_no_part_of_the_tower(kind):
 )
 def test_where_gradients_pass(trained, below):
     assert tuple(input_gradients(trained).values()) == below
+
+
+def test_a_mixture_needs_the_experts_of_a_token(tiny_model):
+    """As a dense model of the same active size does, and a router; its kernels are all there."""
+    config = tiny_model[0].config
+    decoder = config.decoder
+    size, depth = decoder.hidden_size, len(decoder.layers)
+    experts = ExpertsConfig(8, 3, 16, "silu", normalised=True)
+
+    def flops(mlp):
+        layers = tuple(dataclasses.replace(layer, mlp=mlp) for layer in decoder.layers)
+        changed = dataclasses.replace(decoder, layers=layers)
+        model = Model.create(dataclasses.replace(config, decoder=changed))
+        return model_flops(model, flatten(model.abstract_params()))
+
+    dense, mixture = flops(MlpConfig(3 * 16, "silu", bias=False)), flops(experts)
+    assert mixture.token == dense.token + 2 * depth * size * 8
+    assert mixture.target == dense.target

@@ -9,7 +9,7 @@ import pytest
 
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.models.config import DecoderConfig
-from mmpo_jax.models.layer_kinds import AttentionConfig, LayerConfig
+from mmpo_jax.models.layer_kinds import AttentionConfig, ExpertsConfig, LayerConfig
 from mmpo_jax.parallel.choice import choose_sizes
 from mmpo_jax.parallel.mesh import by_slice, make_mesh, over_slices
 from mmpo_jax.recipes.recipe import Devices
@@ -41,12 +41,12 @@ def chips(rows, columns, slices=1):
     return [found[at] for at in np.random.default_rng(0).permutation(len(found))]
 
 
-def decoder(heads, kv_heads=None):
+def decoder(heads, kv_heads=None, mlp=None):
     def empty(kind, **values):
         return kind(**dict.fromkeys(f.name for f in dataclasses.fields(kind)) | values)
 
     mixer = empty(AttentionConfig, num_heads=heads, num_kv_heads=kv_heads or heads)
-    return empty(DecoderConfig, layers=(empty(LayerConfig, mixer=mixer),))
+    return empty(DecoderConfig, layers=(empty(LayerConfig, mixer=mixer, mlp=mlp),))
 
 
 @pytest.mark.parametrize("sizes", [(2, 4, 1), (2, 2, 2), (4, 2, 1), (8, 1, 1)])
@@ -99,6 +99,23 @@ def test_sizes_for_rows(shape, rows, heads, expected):
     assert tuple(choice.sizes.values()) == expected
     assert math.prod(expected) == math.prod(shape)
     assert "heads" not in choice.why
+
+
+@pytest.mark.parametrize(
+    ("shape", "experts", "top_k", "expected"),
+    [
+        ((8, 8, 1), 128, 8, {"data": 1, "fsdp": 8, "tensor": 1, "expert": 8}),
+        ((4, 4, 2), 128, 8, {"data": 2, "fsdp": 2, "tensor": 1, "expert": 8}),
+        ((8, 8, 1), 60, 4, {"data": 1, "fsdp": 16, "tensor": 1, "expert": 4}),
+        ((4, 4, 1), 128, 6, {"data": 1, "fsdp": 4, "tensor": 1, "expert": 4}),
+        ((4, 4, 1), 5, 2, {"data": 1, "fsdp": 16, "tensor": 1}),
+    ],
+)
+def test_a_mixture_has_a_part_of_fsdp_for_its_experts(shape, experts, top_k, expected):
+    """No more than a token's experts, and they divide all of them."""
+    of_layer = ExpertsConfig(experts, top_k, 8, "silu", normalised=True)
+    choice = choose_sizes(chips(*shape), 64, decoder(32, mlp=of_layer))
+    assert choice.sizes == expected
 
 
 def test_heads_that_tensor_does_not_divide_are_told_of():

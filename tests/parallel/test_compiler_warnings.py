@@ -28,6 +28,7 @@ from mmpo_jax.training.step import create_state, make_step
 
 WARNING = r"Involuntary full rematerialization"
 SHAPE = (2, 2, 2)
+WITH_EXPERT = {"fsdp": 2, "expert": 2, "tensor": 2}
 
 
 @pytest.fixture
@@ -79,6 +80,17 @@ def test_train_steps(family_case, said, family):
     _, batch = checks.batch_of(case, families.records(family) * 4)
     inputs = tiny.train_batch(batch, np.zeros((8, 2), np.float32))
     mesh = make_mesh(*SHAPE)
+    step, arguments = step_of(case, inputs, [make_term("dpo", beta=0.1)], (MAIN,), mesh)
+    assert said(step, *arguments, mesh=mesh) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_vl_moe"])
+def test_a_train_step_of_a_mixture(family_case, said, family):
+    case = family_case(family)
+    _, batch = checks.batch_of(case, families.records(family) * 4)
+    inputs = tiny.train_batch(batch, np.zeros((8, 2), np.float32))
+    mesh = make_mesh(**WITH_EXPERT)
     step, arguments = step_of(case, inputs, [make_term("dpo", beta=0.1)], (MAIN,), mesh)
     assert said(step, *arguments, mesh=mesh) == []
 

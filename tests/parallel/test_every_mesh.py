@@ -33,9 +33,29 @@ from mmpo_jax.training.step import create_state, make_step, whole_params
 
 SHAPES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(shape) == 8]
 """Sizes of `data`, `fsdp` and `tensor`."""
+WITH_EXPERT = [
+    shape
+    for shape in itertools.product((1, 2, 4, 8), repeat=4)
+    if np.prod(shape) == 8 and shape[-1] > 1
+]
+"""Sizes of these and of `expert`, which splits something."""
+MIXTURES = ("qwen3_moe", "qwen3_vl_moe")
+
+
+def shapes_of(family):
+    """Of a dense model one with `expert` will do: there it is a part of `fsdp`."""
+    return SHAPES + (WITH_EXPERT if family in MIXTURES else [(1, 2, 2, 2)])
+
+
+def mesh_of(shape):
+    data, fsdp, tensor, *expert = shape
+    return make_mesh(data, fsdp, tensor, expert=expert[0] if expert else None)
+
+
 CASES = [
     pytest.param(family, shape, id=f"{family}-{'x'.join(map(str, shape))}")
-    for family, shape in itertools.product(FAMILIES, SHAPES)
+    for family in FAMILIES
+    for shape in shapes_of(family)
 ]
 ROWS, STEPS = 8, 3
 UNEVEN = "internvl"
@@ -51,6 +71,7 @@ OPTIMIZER = AdamW(learning_rate=3e-3, epsilon=1e-3)
 
 def test_there_are_ten_shapes():
     assert len(SHAPES) == len(set(SHAPES)) == 10
+    assert len(WITH_EXPERT) == len(set(WITH_EXPERT)) == 10
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +120,8 @@ def test_log_probs_with_all_three_axes(batch_of, family):
     expected = np.asarray(on(one_device()))
     assert expected.std() > 0.5
     np.testing.assert_allclose(on(make_mesh(2, 2, 2)), expected, rtol=0, atol=CLOSE)
+    if family in MIXTURES:
+        np.testing.assert_allclose(on(mesh_of((1, 2, 2, 2))), expected, rtol=0, atol=CLOSE)
 
 
 def derivatives(case, batch, mesh):
@@ -132,7 +155,7 @@ def expected_derivatives(batch_of):
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "shape"), CASES)
 def test_log_probs_loss_and_gradients(batch_of, expected_derivatives, family, shape):
-    log_probs, loss, grads = derivatives(*batch_of(family), make_mesh(*shape))
+    log_probs, loss, grads = derivatives(*batch_of(family), mesh_of(shape))
     expected, expected_loss, expected_grads = expected_derivatives(family)
     assert log_probs.dtype == np.float64
     assert expected.std() > 0.5
@@ -179,7 +202,7 @@ def expected_steps(batch_of):
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "shape"), CASES)
 def test_steps_and_samples(batch_of, expected_steps, family, shape):
-    metrics, params, tokens = steps_and_samples(*batch_of(family), make_mesh(*shape))
+    metrics, params, tokens = steps_and_samples(*batch_of(family), mesh_of(shape))
     expected_metrics, expected_params, expected_tokens = expected_steps(family)
     for actual, expected in zip(metrics, expected_metrics, strict=True):
         assert actual["finite"] == 1

@@ -20,7 +20,7 @@ from mmpo_jax.models.log_probs import response_log_probs, token_log_probs
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import (
     AXES,
-    BATCH,
+    batch_spec,
     make_mesh,
     param_shardings,
     put_batch,
@@ -291,7 +291,7 @@ def test_gradients_that_are_spread_in_two_goes(shape, monkeypatch):
 
     expected = jax.grad(loss)(kernel, x)
     placed = jax.device_put(kernel, NamedSharding(mesh, spec))
-    rows = jax.device_put(x, NamedSharding(mesh, BATCH))
+    rows = jax.device_put(x, NamedSharding(mesh, batch_spec(mesh)))
     with jax.set_mesh(mesh):
         step = jax.jit(jax.grad(loss), out_shardings=placed.sharding)
         found = step(placed, rows)

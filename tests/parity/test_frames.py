@@ -127,4 +127,5 @@ FULL_NAMES = {
     "internvl": "InternVL",
     "qwen2_5_vl": "Qwen2VL",
     "qwen3_vl": "Qwen3VL",
+    "qwen3_vl_moe": "Qwen3VL",
 }

@@ -90,6 +90,18 @@ CASES = {
         downsample_ratio=0.25,
         tie_word_embeddings=False,
     ),
+    # As InternVL3.5-1B and -8B: heads of a size of their own, queries and keys normalised.
+    "qwen3-tied": make_config(
+        transformers.Qwen3Config(**TEXT, head_dim=16, tie_word_embeddings=True),
+        {"attention_bias": True},
+        tie_word_embeddings=True,
+    ),
+    # As InternVL3.5-30B-A3B and -241B-A28B.
+    "qwen3-mixture": make_config(
+        transformers.Qwen3MoeConfig(**TEXT, **checks.EXPERTS, head_dim=16, norm_topk_prob=True),
+        {"attention_bias": True},
+        tie_word_embeddings=False,
+    ),
 }
 VIDEO = dataclasses.replace(
     checks.record("v", "what is", (), "two", "a"), videos=(pictures.clip(3),)

@@ -103,6 +103,21 @@ CONFIGS = {
         "use_rslora": True,
     },
     "qwen3-everything": {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"},
+    "qwen3_moe-attention-and-experts": {
+        "r": 3,
+        "lora_alpha": 5,
+        "target_modules": ["q_proj", "o_proj"],
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        "rank_pattern": {r"layers.1.mlp.experts.gate_up_proj": 2},
+        "alpha_pattern": {"experts.down_proj": 4},
+    },
+    "qwen3_moe-experts-of-one-layer": {
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["v_proj"],
+        "target_parameters": ["layers.1.mlp.experts.down_proj"],
+        "use_rslora": True,
+    },
 }
 """Names begin with the family's."""
 
@@ -285,7 +300,10 @@ def test_ours_loads_in_peft(base, tmp_path, family, target):
     save_adapter(tmp_path / "a", case.model, params, base=str(case.folder), dropout=0.0)
     compare(case, check_loads_in_peft(tmp_path / "a", case), params, 1e-4)
     config = json.loads((tmp_path / "a" / CONFIG_FILE).read_text())
-    assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (4, 6, {})
+    assert (config["r"], config["lora_alpha"]) == (4, 6)
+    # Gates of experts and what they multiply have one A there, so it takes both of ours.
+    assert set(config["rank_pattern"].values()) <= {8}
+    assert all(name.endswith("experts.gate_up_proj") for name in config["rank_pattern"])
     if target == ".*":  # but for the head, all that PEFT calls linear
         linear = [n for n, part in case.theirs.named_modules() if isinstance(part, torch.nn.Linear)]
         assert sorted(config["target_modules"]) == sorted(set(linear) - {"lm_head"})

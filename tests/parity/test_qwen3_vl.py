@@ -68,10 +68,14 @@ YARN = {
 }
 
 
-def make_config(text=(), vision=(), **switches):
-    return qwen_media.make_config(
-        transformers.Qwen3VLConfig, IDS, TEXT | dict(text), VISION | dict(vision), **switches
-    )
+def make_config(text=(), vision=(), kind=transformers.Qwen3VLConfig, **switches):
+    return qwen_media.make_config(kind, IDS, TEXT | dict(text), VISION | dict(vision), **switches)
+
+
+def make_mixture(text=(), vision=(), **switches):
+    kind = transformers.Qwen3VLMoeConfig
+    untied = {"tie_word_embeddings": False}
+    return make_config(untied | checks.EXPERTS | dict(text), vision, kind, **switches)
 
 
 CASES = {
@@ -92,6 +96,16 @@ CASES = {
         {"num_hidden_layers": 2, "num_key_value_heads": 4, "hidden_act": "gelu"},
         {"patch_size": 4, "depth": 2, "num_position_embeddings": 1}
         | {"deepstack_visual_indexes": []},
+    ),
+    "mixture": make_mixture(),
+    "mixture-dense-layer-biases": make_mixture(
+        {"mlp_only_layers": [1], "attention_bias": True, "num_experts_per_tok": 3},
+        {"patch_size": 6, "deepstack_visual_indexes": [1, 2]},
+    ),
+    # 2 F is D: transformers takes the axes of such tensors to be as they are in memory.
+    "mixture-every-other-layer": make_mixture(
+        {"decoder_sparse_step": 2, "num_experts": 4, "moe_intermediate_size": 16},
+        {"patch_size": 4, "deepstack_visual_indexes": []},
     ),
 }
 
@@ -116,7 +130,7 @@ def make_case(folder, config):
     sizes = {"size": {"shortest_edge": 8 * area, "longest_edge": 80 * area}}
     patches = {"patch_size": tower.patch_size, "merge_size": tower.spatial_merge_size}
     checks.write_json(folder / "video_preprocessor_config.json", sizes | patches)
-    theirs = transformers.Qwen3VLForConditionalGeneration(config)
+    theirs = transformers.AutoModelForImageTextToText.from_config(config)
     halves = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     return checks.make_case(folder, theirs, qwen_media.image_processor(tower, **halves))
 

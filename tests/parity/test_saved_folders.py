@@ -76,6 +76,7 @@ PROCESSORS = {
     "internvl": ("InternVLProcessor", {"image_seq_length": 1}),
     "qwen2_5_vl": ("Qwen2_5_VLProcessor", {}),
     "qwen3_vl": ("Qwen3VLProcessor", {}),
+    "qwen3_vl_moe": ("Qwen3VLProcessor", {}),
 }
 """Of transformers, with what their files say beside the processors of images and videos."""
 VIDEO_PROCESSORS = {
@@ -83,6 +84,7 @@ VIDEO_PROCESSORS = {
     "internvl": "InternVLVideoProcessor",
     "qwen2_5_vl": "Qwen2VLVideoProcessor",
     "qwen3_vl": "Qwen3VLVideoProcessor",
+    "qwen3_vl_moe": "Qwen3VLVideoProcessor",
 }
 OLD, NEW = "transformers 4", "transformers 5"
 

@@ -76,6 +76,38 @@ CASES = {
     "qwen3-window": transformers.Qwen3Config(
         **SIZES, head_dim=8, use_sliding_window=True, sliding_window=6, max_window_layers=1
     ),
+    "qwen3_moe": transformers.Qwen3MoeConfig(
+        **SIZES, **checks.EXPERTS, head_dim=16, norm_topk_prob=True
+    ),
+    "qwen3_moe-tied-biases": transformers.Qwen3MoeConfig(
+        **SIZES | {"tie_word_embeddings": True},
+        **checks.EXPERTS | {"num_experts": 5, "num_experts_per_tok": 5},
+        head_dim=8,
+        attention_bias=True,
+        norm_topk_prob=False,
+    ),
+    "qwen3_moe-dense-layers": transformers.Qwen3MoeConfig(
+        **SIZES | {"num_hidden_layers": 4},
+        **checks.EXPERTS,
+        head_dim=8,
+        mlp_only_layers=[1],
+        decoder_sparse_step=1,
+        norm_topk_prob=True,
+    ),
+    "qwen3_moe-every-other-layer": transformers.Qwen3MoeConfig(
+        **SIZES | {"num_hidden_layers": 4},
+        **checks.EXPERTS,
+        head_dim=8,
+        decoder_sparse_step=2,
+    ),
+    "qwen3_moe-window-one-expert": transformers.Qwen3MoeConfig(
+        **SIZES,
+        **checks.EXPERTS | {"num_experts_per_tok": 1},
+        head_dim=8,
+        use_sliding_window=True,
+        sliding_window=6,
+        norm_topk_prob=False,
+    ),
 }
 RECORDS = [
     checks.record("0", "what is this ?", (), "a red star", "two blue ring and a green star"),

@@ -1,9 +1,14 @@
 """Searches on simulated devices that are said to have peaks and limits."""
 
+import dataclasses
+import math
+
 import pytest
 
 from mmpo_jax.core.errors import MmpoError
+from mmpo_jax.models.layer_kinds import ExpertsConfig
 from mmpo_jax.parallel import chips
+from mmpo_jax.parallel.mesh import AXES_OF_EXPERTS
 from mmpo_jax.planning import search
 from mmpo_jax.planning.stages import Assumed
 from mmpo_jax.planning.topology import find_topology
@@ -40,13 +45,25 @@ def recipe(tiny_folder):
     return recipe
 
 
-def test_meshes_of_eight_devices():
-    found = [tuple(sizes.values()) for sizes in search.meshes(8)]
+def test_meshes_of_eight_devices(tiny_model):
+    decoder = tiny_model[0].config.decoder
+    found = [tuple(sizes.values()) for sizes in search.meshes(8, decoder)]
     assert len(found) == len(set(found)) == 10
     assert all(data * fsdp * tensor == 8 for data, fsdp, tensor in found)
-    assert all(
-        sizes[2] <= search.MOST_TENSOR for sizes in map(tuple, map(dict.values, search.meshes(256)))
-    )
+    many = [tuple(sizes.values()) for sizes in search.meshes(256, decoder)]
+    assert all(tensor <= search.MOST_TENSOR for _, _, tensor in many)
+
+
+def test_meshes_of_a_mixture(tiny_model):
+    """`expert` divides the experts, and is not more than a token's."""
+    decoder = tiny_model[0].config.decoder
+    experts = ExpertsConfig(12, 4, 8, "silu", normalised=True)
+    layers = tuple(dataclasses.replace(layer, mlp=experts) for layer in decoder.layers)
+    found = list(search.meshes(8, dataclasses.replace(decoder, layers=layers)))
+    sizes = [tuple(each[f"devices.{axis}"] for axis in AXES_OF_EXPERTS) for each in found]
+    assert len(sizes) == len(set(sizes))
+    assert all(math.prod(each) == 8 for each in sizes)
+    assert {expert for _, _, expert, _ in sizes} == {1, 2, 4}
 
 
 @pytest.mark.slow

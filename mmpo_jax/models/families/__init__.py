@@ -7,6 +7,7 @@ from mmpo_jax.models.families import (
     llava_onevision,
     qwen2_5_vl,
     qwen3_vl,
+    qwen3_vl_moe,
     text,
 )
 from mmpo_jax.models.family import Family
@@ -20,6 +21,7 @@ FAMILIES: dict[str, Family] = {
         internvl.FAMILY,
         qwen2_5_vl.FAMILY,
         qwen3_vl.FAMILY,
+        qwen3_vl_moe.FAMILY,
         text.FAMILY,
     )
     for name in family.model_types
