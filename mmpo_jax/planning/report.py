@@ -55,7 +55,7 @@ def told_choices(choices: Sequence[Choice]) -> str:
             [
                 choice.overrides,
                 f"{max(peaks, default=0.0) / GIB:.2f}",
-                f"{choice.seconds / 3600:.2f}",
+                f"{choice.seconds / 3600:.4g}",
                 "yes" if choice.planned.fits else "NO",
             ]
         )
@@ -142,8 +142,8 @@ def _hours(planned: Planned) -> list[str]:
     if not stages:
         return []
     lines = ["", "Hours at the roofline, which nothing reaches (30 to 60 % of it is usual):"]
-    lines += [f"  {stage}: {seconds / 3600:.2f}" for stage, seconds in stages.items()]
+    lines += [f"  {stage}: {seconds / 3600:.3g}" for stage, seconds in stages.items()]
     if planned.seconds is not None:
         hours = planned.seconds / 3600
-        lines.append(f"  all: {hours:.2f}, {hours * planned.topology.chips:,.0f} chip-hours")
+        lines.append(f"  all: {hours:.3g}, {hours * planned.topology.chips:,.0f} chip-hours")
     return lines
