@@ -354,13 +354,34 @@ def _fetch(
 ) -> np.ndarray:
     """What a parameter has at a place of its stack, or all of one that is not stacked, as it is
     written."""
-    leaf, *adapter = [part[place] for part in parts] if place else parts
+    leaf, *adapter = [_at(part, place) for part in parts]
     if adapter:
         leaf = merge(leaf, *adapter)
     if isinstance(leaf, jax.Array) and not place and not adapter:
         leaf = jnp.copy(leaf)  # because arrays keep on the host what was fetched of them
     array = without_added(path, to_host(leaf), tokens)
     return (_transpose(array) if _is_transposed(path) else array).reshape(shape)
+
+
+def _at(array: Any, place: Place) -> Any:
+    """What a parameter has at a place of its stack; all of it where it is none.
+
+    Of experts that devices share it is put together on the host: on the devices, the compiler
+    gathers all experts of all layers for every one of them.
+    """
+    if not place:
+        return array
+    is_shared = isinstance(array, jax.Array) and array.is_fully_addressable
+    if len(place) == 1 or not is_shared:
+        return array[place]
+    made, axes = np.empty(array.shape[len(place) :], array.dtype), len(place)
+    for shard in array.addressable_shards:
+        own = [part.indices(size) for part, size in zip(shard.index, array.shape, strict=True)]
+        held = zip(place, own[:axes], strict=True)
+        if shard.replica_id == 0 and all(start <= at < stop for at, (start, stop, _) in held):
+            at = tuple(number - start for number, (start, _, _) in zip(place, own, strict=False))
+            made[shard.index[axes:]] = np.asarray(shard.data[at])
+    return made
 
 
 def place_of(key: str, model: Model) -> tuple[str | None, Place]:

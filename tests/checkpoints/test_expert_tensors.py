@@ -9,8 +9,10 @@ from helpers import families
 
 from mmpo_jax.checkpoints.expert_tensors import join_experts
 from mmpo_jax.checkpoints.huggingface import load_model, load_params, new_tensors
-from mmpo_jax.core.trees import flatten
+from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.models.config import ModelError
+from mmpo_jax.models.lora import Lora, add_adapters
+from mmpo_jax.parallel.mesh import make_mesh, put_params
 
 EXPERTS = "model.layers.{}.mlp.experts"
 
@@ -80,6 +82,25 @@ def test_joined_experts_are_written(loaded, stored, tmp_path):
         fetched = tensor.fetch()
         assert fetched.shape == tensor.shape
         np.testing.assert_array_equal(fetched, expected[name], err_msg=name)
+
+
+def test_experts_of_a_mesh_are_written(loaded, stored):
+    """Split by expert, fsdp and tensor, and with an adapter merged."""
+    model, params = loaded
+    lora = Lora(target=".*experts.*", rank=2)
+    flat = flatten(add_adapters(params, model, lora, (), 0))
+    rng = np.random.default_rng(0)
+    for path, leaf in flat.items():
+        if path.endswith("/lora_b"):
+            flat[path] = rng.standard_normal(leaf.shape).astype(np.float32)
+    mesh = make_mesh(fsdp=2, expert=2, tensor=2)
+    for tree in (params, unflatten(flat)):
+        expected = {tensor.name: tensor.fetch() for tensor in new_tensors(tree, model)}
+        for tensor in new_tensors(put_params(tree, model.rules, mesh), model):
+            np.testing.assert_allclose(
+                tensor.fetch(), expected[tensor.name], rtol=0, atol=1e-6, err_msg=tensor.name
+            )
+    assert any(np.abs(value - stored[name]).max() > 0.1 for name, value in expected.items())
 
 
 def test_what_does_not_fit(loaded, stored, tmp_path):
