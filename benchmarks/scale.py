@@ -95,6 +95,9 @@ CASES = (
     Case("9 tiles", "LLaVA-OneVision-7B", "TrainRecipe", dpo(256, 7680, 512), STEP),
     Case("batch of 256", "Qwen2.5-VL-72B", "TrainRecipe", dpo(256, 1152, 512), STEP),
     Case(
+        "batch of 256", "Qwen3-VL-8B", "TrainRecipe", dpo(256, 1152, 512), STEP, slices=("v5e-64",)
+    ),
+    Case(
         "sampling",
         "Qwen2.5-VL-72B",
         "GenerateRecipe",
