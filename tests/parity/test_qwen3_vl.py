@@ -346,6 +346,8 @@ def test_video_settings(published, tmp_path):
     assert tokens(video_preprocessor_config={}) == 4 * 81  # 768 of all 8 frames
     assert tokens(video_preprocessor_config=clip) == 4 * 16
     assert tokens(video_preprocessor_config=capped) == 4 * 4
+    shared = clip | {"cap_pixels_per_frame": True}
+    assert tokens(video_preprocessor_config=shared) == 4 * 16
     floored = {"shortest_edge": 25 * area, "longest_edge": 2**24}
     assert tokens(processor_config={"video_processor": capped | {"size": floored}}) == 4 * 25
 
