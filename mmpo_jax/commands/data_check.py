@@ -186,7 +186,7 @@ def _images(record: Record) -> Iterator[ImageRef]:
     yield from record.images
     yield from record.other_images or ()
     for video in record.videos:
-        yield from video.frames
+        yield from video.parts
     for response in record.responses:
         yield from response.images or ()
 

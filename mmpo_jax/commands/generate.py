@@ -13,7 +13,7 @@ from mmpo_jax.commands.results import Results
 from mmpo_jax.data.batching import fitting_lengths
 from mmpo_jax.data.formats.writing import messages, template_columns
 from mmpo_jax.data.lengths import Lengths
-from mmpo_jax.data.records import Record
+from mmpo_jax.data.records import Record, VideoRef
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.data.usable import usable_records
 from mmpo_jax.generation.responses import generate_stage
@@ -83,6 +83,13 @@ def sampled_responses(
     return responses
 
 
+def _named(video: VideoRef, results: Results) -> Any:
+    """The frames of a video, or its file, as a row names them."""
+    if video.file is not None:
+        return results.name_image(video.file)
+    return [results.name_image(frame) for frame in video.frames]
+
+
 def _line(record: Record, responses: list[dict[str, Any]], results: Results) -> dict[str, Any]:
     """A row that `mmpo score` and `mmpo train` read again."""
     line: dict[str, Any] = {"id": record.id}
@@ -90,7 +97,7 @@ def _line(record: Record, responses: list[dict[str, Any]], results: Results) -> 
         line["images"] = [results.name_image(image) for image in record.images]
     if record.videos:
         line["videos"] = [
-            {"frames": [results.name_image(frame) for frame in video.frames], "fps": video.fps}
+            {"frames" if video.file is None else "video": _named(video, results), "fps": video.fps}
             for video in record.videos
         ]
     said = messages(record.prompt, record)

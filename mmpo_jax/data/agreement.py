@@ -76,7 +76,7 @@ def _digest(media: ImageRef | VideoRef) -> str:
 def _state(media: ImageRef | VideoRef) -> Any:
     """What is the same for the same file on one file system, and for equal bytes in rows."""
     if isinstance(media, VideoRef):
-        return [media.fps, [_state(frame) for frame in media.frames]]
+        return [media.fps, [_state(part) for part in media.parts]]
     if media.path is None:
         return media.fingerprint()
     edit = None if media.edit is None else dataclasses.asdict(media.edit)

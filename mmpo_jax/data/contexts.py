@@ -271,8 +271,7 @@ def changed_images(record: AnyRecord, other: OtherImage) -> AnyRecord:
 
 
 def _changed_video(video: VideoRef, edit: Edit) -> VideoRef:
-    frames = tuple(dataclasses.replace(frame, edit=edit) for frame in video.frames)
-    return dataclasses.replace(video, frames=frames)
+    return video.with_parts(dataclasses.replace(part, edit=edit) for part in video.parts)
 
 
 def _spread(row: TokenizedRecord, context: _Context, record: Record) -> TokenizedRecord:

@@ -60,14 +60,14 @@ def seen_by(records: Iterable[Record], media: MediaFolder) -> Seen:
 
 
 def images_of(records: Iterable[Record]) -> Iterator[ImageRef]:
-    """All images and frames that records show."""
+    """All images, frames and video files that records show."""
     for record in records:
         yield from record.images
         yield from record.other_images or ()
         for response in record.responses:
             yield from response.images or ()
         for video in record.videos:
-            yield from video.frames
+            yield from video.parts
 
 
 def changed(seen: Sequence[Seen], done: Callable[[], None]) -> list[int]:

@@ -9,6 +9,7 @@ from mmpo_jax.core.processes import check_same, in_shares
 from mmpo_jax.data.images import image_problem, image_size
 from mmpo_jax.data.records import ImageRef, Record, VideoRef
 from mmpo_jax.data.skipped import Problem, SkippedRow
+from mmpo_jax.data.videos import video_facts, video_problem
 
 
 def check_images(
@@ -46,9 +47,14 @@ def check_images(
 def media_problem(record: Record) -> Problem | None:
     """Why an image or a video of a record cannot be used; None where all can."""
     frames = [frame for video in record.videos for frame in video.frames]
+    files = [video.file for video in record.videos if video.file is not None]
     own = [image for response in record.responses for image in response.images or ()]
     for image in (*record.images, *(record.other_images or ()), *own, *frames):
         problem = image_problem(image)
+        if problem is not None:
+            return problem
+    for file in files:
+        problem = video_problem(file)
         if problem is not None:
             return problem
     uneven = next(filter(None, map(_uneven, record.videos)), None)
@@ -64,9 +70,7 @@ def with_known_images(record: Record) -> Record:
         record,
         images=_known(record.images),
         other_images=None if others is None else _known(others),
-        videos=tuple(
-            dataclasses.replace(video, frames=_known(video.frames)) for video in record.videos
-        ),
+        videos=tuple(map(_known_video, record.videos)),
         responses=tuple(
             dataclasses.replace(response, images=_known(response.images))
             if response.images
@@ -85,6 +89,14 @@ def _known(images: Iterable[ImageRef]) -> tuple[ImageRef, ...]:
         )
         for image in images
     )
+
+
+def _known_video(video: VideoRef) -> VideoRef:
+    if video.file is None:
+        return video.with_parts(_known(video.frames))
+    digest = dataclasses.replace(video.file, edit=None).fingerprint()
+    file = dataclasses.replace(video.file, digest=digest)
+    return dataclasses.replace(video, file=file, facts=video_facts(video))
 
 
 def _uneven(video: VideoRef) -> str | None:

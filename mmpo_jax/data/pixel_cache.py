@@ -43,7 +43,10 @@ def pixel_key(images: Sequence[ImageRef], videos: Sequence[VideoRef]) -> Any:
     """What pixels depend on: where each image and frame is, or it itself, and what is changed."""
     return (
         tuple((image.place, image.edit) for image in images),
-        tuple(tuple((frame.place, frame.edit) for frame in video.frames) for video in videos),
+        tuple(
+            (*((part.place, part.edit) for part in video.parts), (video.fps, None))
+            for video in videos
+        ),
     )
 
 

@@ -36,8 +36,11 @@ from mmpo_jax.data.processor_files import (
 )
 from mmpo_jax.data.records import Edit, ImageRef, Medium, Response, Turn, VideoRef
 from mmpo_jax.data.templates import TEMPLATES
+from mmpo_jax.data.videos import read_frames, video_facts
 from mmpo_jax.models.config import ModelConfig
 from mmpo_jax.models.families import FAMILIES
+from mmpo_jax.models.family import Clip
+from mmpo_jax.models.frame_sampling import FRAME_RATE
 from mmpo_jax.models.layout import Layout
 
 
@@ -250,8 +253,8 @@ class Processor:
         if videos:
             if self.videos is None:
                 raise DataError(f"{self.folder}: this model takes no videos")
-            clips = [(len(v.frames), *image_size(v.frames[0]), v.fps) for v in videos]
             with _named(videos):
+                clips = [self._clip(video)[0] for video in videos]
                 plain = self.videos.layouts(self.config, self.video_settings, clips)
             made += [self.videos.frame(self.tokenizer, layout) for layout in plain]
         return made
@@ -323,12 +326,33 @@ class Processor:
             made += self._edited(plain, [None if done else edit for edit, done in rest])
         if videos:
             assert self.videos is not None
-            clips = [[open_image(frame) for frame in video.frames] for video in videos]
+            clips = [self._shown(video) for video in videos]
             with _named(videos):
                 plain = self.videos.pixels(self.config, self.video_settings, clips)
-            made += self._edited(plain, [video.frames[0].edit for video in videos])
+            made += self._edited(plain, [video.parts[0].edit for video in videos])
         self._kept_pixels.put(key, made)
         return made
+
+    def _clip(self, video: VideoRef) -> tuple[Clip, Sequence[int]]:
+        """(what is shown of a video, the numbers of its frames in a file)."""
+        assert self.videos is not None
+        if video.file is None:
+            size = image_size(video.frames[0])
+            return Clip(len(video.frames), size, video.fps), range(len(video.frames))
+        facts, settings = video_facts(video), self.video_settings
+        if video.fps is not None:
+            settings = {**settings, "fps": video.fps, "num_frames": None, "do_sample_frames": True}
+        chosen = self.videos.sample(settings, facts.frames, facts.rate)
+        rate = facts.rate or FRAME_RATE
+        times = tuple((chosen / rate).tolist())
+        shown = Clip(len(chosen), facts.size, len(chosen) / facts.frames * rate, times)
+        return shown, chosen.tolist()
+
+    def _shown(self, video: VideoRef) -> list[Image.Image]:
+        """The frames of a video that are shown, in RGB."""
+        if video.file is None:
+            return [open_image(frame) for frame in video.frames]
+        return read_frames(video.file, self._clip(video)[1])
 
     def _hidden(self, image: Any, edit: Edit | None, in_views: bool) -> Any:
         """A picture whose parts are hidden in all of its views, if that is its change."""

@@ -2,7 +2,7 @@
 
 import enum
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -164,26 +164,57 @@ class ImageRef:
 
 
 @dataclass(frozen=True)
+class VideoFacts:
+    """What decoding a video file tells."""
+
+    frames: int
+    rate: float | None
+    """Frames per second, where the file says so."""
+    size: tuple[int, int]
+    """Height and width of the frames."""
+
+
+@dataclass(frozen=True)
 class VideoRef:
-    """A video as its frames, in order."""
+    """A video as its frames, in order; or as a file of which frames are chosen by a checkpoint's
+    video processor."""
 
     name: str
     """How messages call the video."""
-    frames: tuple[ImageRef, ...]
+    frames: tuple[ImageRef, ...] = ()
+    """None where there is a file."""
     fps: float | None = None
-    """Frames per second of these frames, where known."""
+    """Frames per second: of these frames, where known; of a file those to be chosen, where the row
+    says so in place of the video processor."""
+    file: ImageRef | None = None
+    """The encoded video, MP4 or WebM, which is where an image may be."""
+    facts: VideoFacts | None = field(default=None, compare=False, repr=False)
+    """What is known of the file."""
 
     def __post_init__(self) -> None:
-        if not self.frames:
-            raise ValueError(f"video {self.name!r} has no frames")
+        if bool(self.frames) == (self.file is not None):
+            raise ValueError(f"video {self.name!r} needs either frames or a file")
+
+    @property
+    def parts(self) -> tuple[ImageRef, ...]:
+        """What is read: the frames, or the file."""
+        return self.frames if self.file is None else (self.file,)
+
+    def with_parts(self, parts: Iterable[ImageRef]) -> "VideoRef":
+        """The video with others in place of its `parts`."""
+        if self.file is None:
+            return replace(self, frames=tuple(parts))
+        (file,) = parts
+        return replace(self, file=file)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the encoded frames and their rate.
+        """SHA-256 of the encoded frames or the file, and their rate.
 
         Raises:
           DataError: a file is missing or cannot be read.
         """
-        return fingerprint_json([self.fps, [frame.fingerprint() for frame in self.frames]])
+        whole = [] if self.file is None else ["file"]
+        return fingerprint_json([self.fps, [part.fingerprint() for part in self.parts], *whole])
 
 
 SOLUTIONS = ("answer", "solution")

@@ -31,9 +31,11 @@ from mmpo_jax.data.records import (
     Response,
     Span,
     Turn,
+    VideoFacts,
     VideoRef,
 )
 from mmpo_jax.data.tokenization import TokenizedRecord, TokenizedResponse, content_of, prompt_digest
+from mmpo_jax.data.videos import video_facts
 
 SIZES = ("prompt", "response", "responses", "tokens", "targets", "slots", "truncated")
 """Columns of whole numbers, see `row_sizes`."""
@@ -299,7 +301,12 @@ def _encode_context(context: TokenizedRecord, encoded: list[bytes]) -> dict[str,
         "id": context.id,
         "images": [_encode_image(image, encoded) for image in context.images],
         "videos": [
-            [video.name, video.fps, [_encode_image(frame, encoded) for frame in video.frames]]
+            [
+                video.name,
+                video.fps,
+                [_encode_image(frame, encoded) for frame in video.frames],
+                *([] if video.file is None else [_encode_file(video, encoded)]),
+            ]
             for video in context.videos
         ],
         "order": context.order,
@@ -322,8 +329,10 @@ def _decode_context(
     """The media of a context, without its tokens."""
     images = tuple(_decode_image(image, held) for image in context["images"])
     videos = tuple(
-        VideoRef(name, tuple(_decode_image(frame, held) for frame in frames), fps)
-        for name, fps, frames in context["videos"]
+        _decode_file(name, fps, file[0], held)
+        if file
+        else VideoRef(name, tuple(_decode_image(frame, held) for frame in frames), fps)
+        for name, fps, frames, *file in context["videos"]
     )
     layouts = processor.layouts(images, videos)
     return TokenizedRecord(
@@ -342,6 +351,24 @@ def _decode_context(
 
 def _encode_image(image: ImageRef, encoded: list[bytes]) -> list[Any]:
     """[name, path or place in `encoded`, SHA-256 of the file, size, edit] of an image."""
+    return _encode_ref(image, image_size(image), encoded)
+
+
+def _encode_file(video: VideoRef, encoded: list[bytes]) -> list[Any]:
+    """`_encode_image` of a video file, and how many frames it has and how many a second."""
+    assert video.file is not None
+    facts = video_facts(video)
+    return [*_encode_ref(video.file, facts.size, encoded), facts.frames, facts.rate]
+
+
+def _decode_file(name: str, fps: float | None, fields: list[Any], held: EncodedImage) -> VideoRef:
+    *image, frames, rate = fields
+    file = _decode_image(image, held)
+    assert file.size is not None
+    return VideoRef(name, fps=fps, file=file, facts=VideoFacts(frames, rate, file.size))
+
+
+def _encode_ref(image: ImageRef, size: tuple[int, int], encoded: list[bytes]) -> list[Any]:
     plain = dataclasses.replace(image, edit=None)
     place: str | int
     if image.path is not None:
@@ -352,7 +379,7 @@ def _encode_image(image: ImageRef, encoded: list[bytes]) -> list[Any]:
             encoded.append(data)
         place = encoded.index(data)
     edit = None if image.edit is None else dataclasses.astuple(image.edit)
-    return [image.name, place, plain.fingerprint(), image_size(image), edit]
+    return [image.name, place, plain.fingerprint(), size, edit]
 
 
 def _decode_image(fields: list[Any], held: EncodedImage) -> ImageRef:

@@ -27,7 +27,7 @@ SkipReason = Literal[
     "bad_span",  # no range of characters of the response's last answer
     "bad_token",  # ids of sampled tokens that are no list of whole numbers
     "bad_text",  # text that is no valid Unicode, or has characters that are used here
-    "bad_video_entry",  # no list of frames of one size, or a rate that is no positive number
+    "bad_video_entry",  # no file, no frames of one size, or a rate that is no positive number
     "empty_prompt",  # a user turn that says nothing and shows nothing
     "empty_response",
     "dialogues_differ",  # responses that do not go on from one rendered prompt

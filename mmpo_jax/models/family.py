@@ -10,14 +10,26 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from mmpo_jax.models.config import ModelConfig
+from mmpo_jax.models.frame_sampling import evenly
 from mmpo_jax.models.layout import Layout
 from mmpo_jax.models.vlm import VisionLanguageModel
 
 Size = tuple[int, int]
 """(height, width) of an upright image in pixels."""
 
-Clip = tuple[int, int, int, float | None]
-"""(frames, height, width, frames per second where known) of a video."""
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """What layouts depend on of a video."""
+
+    frames: int
+    size: Size
+    rate: float | None = None
+    """Frames per second of these frames, where known."""
+    times: tuple[float, ...] = ()
+    """Seconds at which the frames are, where they are chosen from a file; else they are at even
+    distances from 0 on."""
+
 
 Renaming = tuple[tuple[str, str], ...]
 """(regular expression, replacement), applied in order."""
@@ -37,6 +49,8 @@ class Videos:
     """(config, settings, RGB frames of a prompt's videos) -> float32[slots, *slot_shape] each."""
     frame: Callable[[Any, Layout], Layout] = lambda tokenizer, layout: layout
     """(tokenizer, a video's layout) -> the layout with the tokens that stand around its frames."""
+    sample: Callable[[Mapping[str, Any], int, float | None], np.ndarray] = evenly
+    """Which frames of a file are shown, see `frame_sampling.evenly`."""
 
 
 @dataclasses.dataclass(frozen=True)

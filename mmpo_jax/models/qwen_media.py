@@ -39,9 +39,6 @@ FRAME_SETTINGS = (
 )
 """Settings that a video processor shares with the image processor."""
 
-FRAME_RATE = 24.0
-"""What transformers takes frames of unknown rate to be."""
-
 
 @dataclasses.dataclass(frozen=True)
 class QwenVLConfig(ModelConfig):

@@ -210,7 +210,8 @@ def test_parts_that_mean_the_next_of_the_columns(folder, part):
     [
         ("image_url", {"type": "image_url", "image_url": {"url": "https://example.com/x.png"}}),
         ("bad_video_entry", {"type": "video_url", "video_url": {"url": "https://example.com/x"}}),
-        ("bad_video_entry", {"type": "video", "video": "clip.mp4"}),
+        ("bad_video_entry", {"type": "video", "video": "clip.avi"}),
+        ("image_missing", {"type": "video", "video": "clip.mp4"}),
         ("bad_image_entry", {"type": "input_image", "file_id": "file-1"}),
         ("image_missing", {"type": "image", "image": "gone.png"}),
     ],

@@ -30,6 +30,7 @@ from mmpo_jax.data.processor import MediaError, Processor  # noqa: E402
 from mmpo_jax.data.records import ImageRef, VideoRef  # noqa: E402
 from mmpo_jax.data.tokenization import RowRejected, tokenize  # noqa: E402
 from mmpo_jax.models.config import ModelError  # noqa: E402
+from mmpo_jax.models.family import Clip  # noqa: E402
 from mmpo_jax.models.model import read_config  # noqa: E402
 
 pytestmark = pytest.mark.parity
@@ -272,7 +273,7 @@ def video_tokens(published, folder, **files):
         (folder / f"{name}.json").write_text(json.dumps(settings))
     processor = Processor(folder, published.model.config)
     (layout,) = processor.videos.layouts(
-        processor.config, processor.video_settings, [(8, 280, 280, None)]
+        processor.config, processor.video_settings, [Clip(8, (280, 280))]
     )
     return len(layout.ids)
 

@@ -28,6 +28,7 @@ from mmpo_jax.data.processor import MediaError, Processor  # noqa: E402
 from mmpo_jax.data.records import ImageRef, VideoRef  # noqa: E402
 from mmpo_jax.data.tokenization import RowRejected, tokenize  # noqa: E402
 from mmpo_jax.models.config import ModelError  # noqa: E402
+from mmpo_jax.models.family import Clip  # noqa: E402
 from mmpo_jax.models.model import read_config  # noqa: E402
 
 pytestmark = pytest.mark.parity
@@ -316,7 +317,7 @@ def test_frame_sizes(published, frames, limits):
     config = published.model.config
     for size in SIZES:
         expected = smart_resize(frames, *size, 2, 32, least, most)
-        (layout,) = published.processor.videos.layouts(config, settings, [(frames, *size, None)])
+        (layout,) = published.processor.videos.layouts(config, settings, [Clip(frames, size)])
         tokens = expected[0] * expected[1] // 32**2
         assert len(layout.ids) == tokens * -(-frames // 2), size
         assert layout.span == max(expected) // 32
@@ -330,7 +331,7 @@ def video_tokens(published, folder, **files):
         (folder / f"{name}.json").write_text(json.dumps(settings))
     processor = Processor(folder, published.model.config)
     (layout,) = processor.videos.layouts(
-        processor.config, processor.video_settings, [(8, 320, 320, None)]
+        processor.config, processor.video_settings, [Clip(8, (320, 320))]
     )
     return len(layout.ids)
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from mmpo_jax.core.errors import DataError
 from mmpo_jax.data.builders.published import IMAGE, TEXT, PublishedBuilder
 from mmpo_jax.data.formats.mm_rlhf import DIMENSIONS
 from mmpo_jax.data.formats.writing import question_of
@@ -63,6 +64,8 @@ class MmRlhf(PublishedBuilder):
 
 
 def _media(record: Record) -> dict[str, Any]:
+    if any(video.file is not None for video in record.videos):
+        raise DataError(f"row {record.row}: this set holds frames of videos, and not their files")
     frames = [frame for video in record.videos for frame in video.frames]
     return {
         "images": [image.read() for image in record.images],

@@ -12,6 +12,7 @@ from mmpo_jax.data.rows import Row, brief
 from mmpo_jax.data.skipped import UnusableRow
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+VIDEO_ENDINGS = (".mp4", ".m4v", ".mov", ".webm", ".mkv")
 Kind = Literal["image", "video"]
 
 PART_KINDS: Mapping[str, Kind] = {
@@ -66,7 +67,30 @@ def read_column(row: Row, medium: Kind) -> str | None:
 
 
 def _is_video(entry: Any) -> bool:
-    return isinstance(entry, list) or (isinstance(entry, Mapping) and "frames" in entry)
+    return (
+        isinstance(entry, list)
+        or is_video_name(entry)
+        or (isinstance(entry, Mapping) and ("frames" in entry or is_video_file(entry)))
+    )
+
+
+def is_video_file(entry: Any) -> bool:
+    """Whether an entry is a video's file: its name, its bytes, or an object with one of these."""
+    if isinstance(entry, bytes | bytearray):
+        return True
+    if isinstance(entry, Mapping):
+        held = any(entry.get(key) is not None for key in _DATA)
+        names = (entry.get(key) for key in ("video", "path", "url"))
+        return held or any(map(is_video_name, names))
+    return is_video_name(entry)
+
+
+def is_video_name(entry: Any) -> bool:
+    """Whether an entry is the name of a video's file, by its ending, or a data URL of a video."""
+    if not isinstance(entry, str):
+        return False
+    name = entry[:1024].lower()
+    return name.startswith("data:video/") or name.endswith(VIDEO_ENDINGS)
 
 
 def read_image(entry: Any, depth: int = 0) -> tuple[bytes | None, str | None]:

@@ -11,7 +11,14 @@ from etils import epath
 
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import walk
-from mmpo_jax.data.formats.entries import IMAGE_ENDINGS, entries, read_image, read_part
+from mmpo_jax.data.formats.entries import (
+    IMAGE_ENDINGS,
+    entries,
+    is_video_file,
+    is_video_name,
+    read_image,
+    read_part,
+)
 from mmpo_jax.data.images import resolve_image
 from mmpo_jax.data.records import ImageRef, VideoRef
 from mmpo_jax.data.rows import Row, brief
@@ -106,22 +113,29 @@ class MediaFolder:
         return found
 
     def video(self, entry: Any, number: int = 1) -> VideoRef:
-        """A video given by its frames: their list, each as an image is, or the folder they lie in,
-        or ``{"frames": ..., "fps": ...}``. Video files are not decoded.
+        """A video given by its file, as an image is; or by its frames: their list, each as an image
+        is, or the folder they lie in. With a rate as ``{"frames": ..., "fps": ...}``, which is that
+        of the frames, or of a file that of the frames to be chosen.
 
         Raises:
           UnusableRow: it is none of these, or as `image`.
         """
         frames, fps = entry, None
         if isinstance(entry, Mapping):
-            frames, fps = entry.get("frames"), entry.get("fps")
+            frames, fps = entry.get("frames", entry.get("video")), entry.get("fps")
+            frames = entry if frames is None else frames
+        if isinstance(frames, list) and len(frames) == 1 and is_video_name(frames[0]):
+            (frames,) = frames  # a list of several that holds one
+        if is_video_file(frames) and not (isinstance(frames, str) and self._is_folder(frames)):
+            file = self.image(frames)
+            return VideoRef(file.name, fps=_rate(fps), file=file)
         if isinstance(frames, str) and frames and self._is_folder(frames):
             found = self.folder_video(frames).frames
             return VideoRef(f"video {number} ({frames})", found, _rate(fps))
         if not isinstance(frames, list) or not frames:
             detail = (
-                f"{brief(entry)} is no list of frames; video files are not decoded: give the "
-                "frames as images, or the folder they lie in"
+                f"{brief(entry)} is no video: give its file (MP4, WebM), a list of its frames, or "
+                "the folder they lie in"
             )
             raise UnusableRow("bad_video_entry", detail)
         found = tuple(self.image(frame) for frame in frames)

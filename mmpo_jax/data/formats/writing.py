@@ -27,6 +27,7 @@ from mmpo_jax.data.records import (
     VideoRef,
     placed,
 )
+from mmpo_jax.data.videos import container_of
 
 Embed = Literal["no", "bytes", "base64"]
 
@@ -133,7 +134,12 @@ class Writer:
         return {"base64": base64.b64encode(data).decode(), "path": path}
 
     def video(self, video: VideoRef, rate: bool = True) -> Any:
-        """What stands in a row for a video: its frames, with their `rate` or as a mere list."""
+        """What stands in a row for a video: its frames, with their `rate` or as a mere list, or its
+        file."""
+        if video.file is not None:
+            file = self.image(video.file)
+            rated = rate and video.fps is not None
+            return {"video": file, "fps": video.fps} if rated else file
         frames = [self.image(frame) for frame in video.frames]
         return {"frames": frames, "fps": video.fps} if rate else frames
 
@@ -145,6 +151,8 @@ class Writer:
         """
         if self.embed != "no":
             raise CannotHold("videos", detail="this format names a folder of frames; write JSONL")
+        if video.file is not None:
+            return place_image(video.file, self.root, self.copies)
         parents = {os.path.dirname(frame.path) for frame in video.frames if frame.path is not None}
         if len(parents) == 1 and all(frame.path is not None for frame in video.frames):
             (parent,) = parents
@@ -180,11 +188,15 @@ def place_image(image: ImageRef, root: str, copies: str) -> str:
     name = None if image.path is None else name_below(root, image.path)
     if name is None:
         data = image.read()
-        copy = epath.Path(copies) / f"{fingerprint_bytes(data)}.{image_format(image)}"
+        copy = epath.Path(copies) / f"{fingerprint_bytes(data)}.{_ending(image, data)}"
         if not copy.exists():
             write_atomic(copy, data)
         name = os.path.relpath(copy, root)
     return name
+
+
+def _ending(file: ImageRef, data: bytes) -> str:
+    return container_of(data) or image_format(file)
 
 
 MESSAGES = frozenset({"system", "places", "message keys", "learned", "template"})

@@ -15,6 +15,7 @@ from mmpo_jax.models import decoder, projector, vision
 from mmpo_jax.models.config import ModelConfig, ModelError, expect, read_decoder
 from mmpo_jax.models.families import llava
 from mmpo_jax.models.family import Clip, Family, Images, Size, Videos
+from mmpo_jax.models.frame_sampling import centred
 from mmpo_jax.models.layers import ACTIVATIONS, layer_norm
 from mmpo_jax.models.layout import Layout
 from mmpo_jax.models.torch_resize import frame_pixels
@@ -136,7 +137,7 @@ def video_layouts(
     config: InternVLConfig, settings: Mapping[str, Any], clips: Sequence[Clip]
 ) -> list[Layout]:
     del settings
-    return [_tiles(config, clip[0]) for clip in clips]
+    return [_tiles(config, clip.frames) for clip in clips]
 
 
 def video_pixels(
@@ -259,6 +260,7 @@ FAMILY = Family(
         layouts=video_layouts,
         pixels=video_pixels,
         frame=frame_video,
+        sample=centred,
     ),
     tensor_shapes=tensor_shapes,
 )

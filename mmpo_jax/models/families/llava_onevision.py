@@ -64,7 +64,7 @@ def video_layouts(
     config: LlavaOnevisionConfig, settings: Mapping[str, Any], clips: Sequence[Clip]
 ) -> list[Layout]:
     del settings
-    return [anyres.video(config.video_token_id, config.vision.side, clip[0]) for clip in clips]
+    return [anyres.video(config.video_token_id, config.vision.side, clip.frames) for clip in clips]
 
 
 def video_pixels(

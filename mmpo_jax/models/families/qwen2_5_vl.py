@@ -16,8 +16,9 @@ from flax import nnx
 from mmpo_jax.models import decoder, patch_merger, qwen_media, vision_qwen
 from mmpo_jax.models.config import read_decoder
 from mmpo_jax.models.family import Clip, Family, Images, Size, Videos
+from mmpo_jax.models.frame_sampling import FRAME_RATE, whole_patches
 from mmpo_jax.models.layout import Layout
-from mmpo_jax.models.qwen_media import FRAME_RATE, QwenVLConfig
+from mmpo_jax.models.qwen_media import QwenVLConfig
 from mmpo_jax.models.vision_qwen import read_vision
 from mmpo_jax.models.vlm import VisionLanguageModel
 
@@ -75,10 +76,10 @@ def video_layouts(
     config: Qwen25VLConfig, settings: dict[str, Any], clips: Sequence[Clip]
 ) -> list[Layout]:
     made = []
-    for frames, height, width, rate in clips:
-        size = _frame_size(config, settings, frames, (height, width))
-        grid = qwen_media.grid_of(config, frames, size)
-        seconds = config.vision.temporal_patch_size / (rate or FRAME_RATE)
+    for clip in clips:
+        size = _frame_size(config, settings, clip.frames, clip.size)
+        grid = qwen_media.grid_of(config, clip.frames, size)
+        seconds = config.vision.temporal_patch_size / (clip.rate or FRAME_RATE)
         # In float32, as transformers does: positions are rounded down.
         interval = np.float32(config.tokens_per_second) * np.float32(seconds)
         times = (np.arange(grid[0], dtype=np.float32) * interval).astype(np.int32)
@@ -158,6 +159,7 @@ FAMILY = Family(
         settings="video_preprocessor_config.json",
         layouts=video_layouts,
         pixels=video_pixels,
+        sample=whole_patches,
     ),
     tensor_shapes=lambda config: {
         "visual.patch_embed.proj.weight": qwen_media.patch_shape(config.vision)

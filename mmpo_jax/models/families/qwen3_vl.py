@@ -15,8 +15,9 @@ from mmpo_jax.core.errors import DataError
 from mmpo_jax.models import decoder, patch_merger, qwen_media, vision_qwen
 from mmpo_jax.models.config import expect, read_decoder
 from mmpo_jax.models.family import Clip, Family, Images, Size, Videos
+from mmpo_jax.models.frame_sampling import FRAME_RATE, from_end_to_end
 from mmpo_jax.models.layout import Layout
-from mmpo_jax.models.qwen_media import FRAME_RATE, QwenVLConfig
+from mmpo_jax.models.qwen_media import QwenVLConfig
 from mmpo_jax.models.vision_qwen import read_deep_vision
 from mmpo_jax.models.vlm import VisionLanguageModel
 
@@ -76,12 +77,13 @@ def video_layouts(
 ) -> list[Layout]:
     made = []
     depth = config.vision.temporal_patch_size
-    for frames, height, width, rate in clips:
-        size = _frame_size(config, settings, frames, (height, width))
-        grid = qwen_media.grid_of(config, frames, size)
+    for clip in clips:
+        size = _frame_size(config, settings, clip.frames, clip.size)
+        grid = qwen_media.grid_of(config, clip.frames, size)
         plain = qwen_media.layout(config, config.video_token_id, grid, np.zeros(grid[0], np.int32))
-        shown = [*range(frames), *[frames - 1] * (-frames % depth)]
-        seconds = [frame / (rate or FRAME_RATE) for frame in shown]
+        rate = clip.rate or FRAME_RATE
+        seconds = [*(clip.times or (frame / rate for frame in range(clip.frames)))]
+        seconds += seconds[-1:] * (-clip.frames % depth)
         # Half of the way from the first to the last frame of each patch.
         firsts, lasts = seconds[::depth], seconds[depth - 1 :: depth]
         times = tuple((first + last) / 2 for first, last in zip(firsts, lasts, strict=True))
@@ -199,6 +201,7 @@ FAMILY = Family(
         layouts=video_layouts,
         pixels=video_pixels,
         frame=frame_video,
+        sample=from_end_to_end,
     ),
     tensor_shapes=lambda config: {
         "model.visual.patch_embed.proj.weight": qwen_media.patch_shape(config.vision)

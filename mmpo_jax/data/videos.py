@@ -1,0 +1,188 @@
+"""Video files: what they hold, and single frames of them.
+
+Decoded by PyAV, an extra. The container is told by the first bytes, not by the name, and no other
+is opened: FFmpeg knows playlists, which name further files and addresses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from PIL import Image
+
+from mmpo_jax.core.errors import DataError, MmpoError
+from mmpo_jax.core.files import fingerprint_bytes, is_local
+from mmpo_jax.core.known_files import recall, remember, state_of
+from mmpo_jax.data.edits import edit_image
+from mmpo_jax.data.images import MAX_PIXELS, ImageTooLarge
+from mmpo_jax.data.records import ImageRef, VideoFacts, VideoRef
+from mmpo_jax.data.skipped import Problem
+
+CONTAINERS = {"mp4": "mp4", "webm": "webm"}
+"""Ending of a file -> FFmpeg's name of the container, under which it also opens kin such as MOV and
+Matroska."""
+
+
+def video_problem(file: ImageRef) -> Problem | None:
+    """Why a video file cannot be decoded; None where it can.
+
+    It is decoded once, whole. What is found out about a file is kept while it stays as it is.
+
+    Raises:
+      MmpoError: PyAV is not installed.
+    """
+    problem = _known(file)["problem"]
+    return None if problem is None else (problem[0], problem[1])
+
+
+def video_facts(video: VideoRef) -> VideoFacts:
+    """Frames, rate and size of a video file.
+
+    Raises:
+      DataError: it cannot be decoded.
+      MmpoError: PyAV is not installed.
+    """
+    if video.facts is not None:
+        return video.facts
+    assert video.file is not None
+    known = _known(video.file)
+    if known["problem"] is not None:
+        raise DataError(known["problem"][1])
+    height, width = known["size"]
+    return VideoFacts(known["frames"], known["rate"], (height, width))
+
+
+def read_frames(file: ImageRef, numbers: Sequence[int]) -> list[Image.Image]:
+    """Frames of a video file in RGB; what the reference says to change is changed in each.
+
+    Args:
+      file: the encoded video.
+      numbers: of frames, from 0.
+
+    Raises:
+      DataError: it cannot be decoded, or has fewer frames.
+      MmpoError: PyAV is not installed.
+    """
+    wanted, last = set(numbers), max(numbers)
+    found: dict[int, Image.Image] = {}
+    with _stream(file) as (container, stream):
+        for number, frame in enumerate(container.decode(stream)):
+            if number in wanted:
+                found[number] = Image.fromarray(frame.to_ndarray(format="rgb24"))
+            if number >= last:
+                break
+    if len(found) < len(wanted):
+        raise DataError(f"video {_name(file)} ends before frame {last + 1}")
+    return [edit_image(found[number], file.edit) for number in numbers]
+
+
+def container_of(data: bytes) -> str | None:
+    """A key of `CONTAINERS`, by the first 12 bytes; None for anything else."""
+    if data[4:8] in (b"ftyp", b"moov", b"mdat", b"wide"):
+        return "mp4"
+    return "webm" if data[:4] == b"\x1a\x45\xdf\xa3" else None
+
+
+def _known(file: ImageRef) -> dict[str, Any]:
+    """What decoding a video once tells: `problem`, and where there is none `frames`, `rate` and
+    `size`."""
+    known = {} if file.path is None else recall(file.path)
+    if "video" not in known:
+        before = None if file.path is None else state_of(file.path)
+        known = _examine(file)
+        if file.path is not None and "sha256" in known:
+            remember(file.path, before, known)
+    found: dict[str, Any] = known["video"]
+    return found
+
+
+def _examine(file: ImageRef) -> dict[str, Any]:
+    """`video`, see `_known`, and where it can be read `sha256`."""
+    facts: dict[str, Any] = {}
+    try:
+        facts["sha256"] = fingerprint_bytes(file.read())
+        sizes: dict[tuple[int, int], int] = {}
+        with _stream(file) as (container, stream):
+            rate = stream.average_rate and float(stream.average_rate)
+            for frame in container.decode(stream):
+                size = frame.height, frame.width
+                sizes[size] = sizes.get(size, 0) + 1
+        if len(sizes) != 1:
+            what = f"frames of sizes {sorted(sizes)}" if sizes else "no frames"
+            raise DataError(f"video {_name(file)} has {what}")
+        ((size, count),) = sizes.items()
+        facts["video"] = {"problem": None, "frames": count, "rate": rate or None, "size": size}
+    except ImageTooLarge as error:
+        facts["video"] = {"problem": ("image_too_large", str(error))}
+    except DataError as error:
+        facts["video"] = {"problem": ("image_broken", str(error))}
+    return facts
+
+
+@contextlib.contextmanager
+def _stream(file: ImageRef) -> Iterator[tuple[Any, Any]]:
+    """(container, stream of pictures) of a video; what goes wrong inside becomes a `DataError`."""
+    av, name = _av(), _name(file)
+    with _opened(file) as encoded:
+        kind = CONTAINERS[_container(encoded, name)]
+        try:
+            with av.open(encoded, format=kind) as container:
+                if not container.streams.video:
+                    raise DataError(f"video {name} has no pictures")
+                stream = container.streams.video[0]
+                stream.thread_type = "AUTO"
+                if stream.width * stream.height > MAX_PIXELS:
+                    size = f"{stream.width} x {stream.height} pixels, at most {MAX_PIXELS}"
+                    raise ImageTooLarge(f"video {name} is too large to decode safely ({size})")
+                yield container, stream
+        except DataError:
+            raise
+        except Exception as error:  # decoders that are given damaged bytes raise many types
+            raise DataError(f"video {name} is damaged: {error}") from error
+
+
+@contextlib.contextmanager
+def _opened(file: ImageRef) -> Iterator[Any]:
+    """The encoded video as a stream; a file of this machine is not read at once."""
+    if file.path is None or not is_local(file.path):
+        yield io.BytesIO(file.read())
+        return
+    try:
+        stream = open(file.path, "rb")  # noqa: SIM115  # closed below
+    except OSError as error:
+        raise DataError(f"cannot read video {_name(file)}: {error.strerror or error}") from error
+    with stream:
+        yield stream
+
+
+def _container(stream: Any, name: str) -> str:
+    begins = stream.read(12)
+    stream.seek(0)
+    found = container_of(begins)
+    if found is None:
+        what = "is neither MP4 nor WebM" if begins else "is empty (0 bytes)"
+        raise DataError(f"video {name} {what}")
+    return found
+
+
+def _name(file: ImageRef) -> str:
+    return os.fspath(file.path) if file.path is not None else file.name
+
+
+def _av() -> Any:
+    """
+    Raises:
+      MmpoError: it is not installed.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise MmpoError(
+            "the data has video files, which PyAV decodes: pip install 'mmpo_jax[video]'; or give "
+            "the frames as images"
+        ) from error
+    return av
