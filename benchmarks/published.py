@@ -246,6 +246,12 @@ PUBLISHED = {
     "Qwen2.5-VL-72B": Published(
         lambda: qwen_vl(QWEN_72B, 3456), OF_QWEN, QWEN_MEDIA, picture=QWEN_PICTURE
     ),
+    "Qwen3-VL-8B": Published(
+        lambda: qwen3_vl(transformers.Qwen3VLConfig, QWEN3_8B),
+        OF_QWEN3,
+        QWEN_MEDIA,
+        picture=QWEN_PICTURE,
+    ),
     "Qwen3-VL-30B-A3B": Published(
         lambda: qwen3_vl(transformers.Qwen3VLMoeConfig, QWEN3_30B_A3B),
         OF_QWEN3,
