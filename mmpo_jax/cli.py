@@ -216,7 +216,7 @@ def _load_recipe(options: argparse.Namespace) -> Any:
       MmpoError: naming what is wrong with it.
     """
     from mmpo_jax.recipes import recipe as recipes
-    from mmpo_jax.recipes.files import load_recipe
+    from mmpo_jax.recipes.files import check_files, load_recipe
 
     kind, _ = RECIPES[options.command]
     if options.command in FLAGS:
@@ -225,7 +225,9 @@ def _load_recipe(options: argparse.Namespace) -> Any:
         path, overrides = options.recipe, options.overrides
 
     def load() -> Any:
-        return load_recipe(getattr(recipes, kind), path, overrides)
+        recipe = load_recipe(getattr(recipes, kind), path, overrides)
+        check_files(recipe)
+        return recipe
 
     if not processes.several():
         return load()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
 from collections.abc import Sequence
 from typing import Any, get_args
 
 from mmpo_jax.core.dtypes import SaveDtype
+from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.data.rows import FormatName
 
 RECIPES = {
@@ -136,6 +138,7 @@ AS_THEY_ARE = {
     *(key for key, _ in FILES.values()),
 }
 """Keys whose values on the command line are taken as they are, not as YAML."""
+RECIPE_ENDINGS = (".yaml", ".yml")
 PLACES = {"correct": ("data.path", "output")}
 """Keys that words without a flag stand for, in their order; a word in front of them is a recipe."""
 
@@ -181,10 +184,20 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     behind = "recipe" if options.command in FLAGS else "overrides"
     more = getattr(options, behind, None)
     if rest and (more is None or any(text[:1] == "-" or "=" not in text for text in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        subparsers.choices[options.command].error(
+            _unknown(rest, subparsers.choices[options.command])
+        )
     if more is not None:
         setattr(options, behind, [*more, *rest])
     return options
+
+
+def _unknown(words: Sequence[str], command: argparse.ArgumentParser) -> str:
+    """What to say of words that a command does not know."""
+    known = [flag for action in command._actions for flag in action.option_strings]
+    near = [each for word in words for each in difflib.get_close_matches(word, known, 1)]
+    told = f"unrecognized arguments: {' '.join(words)}"
+    return f"{told}; did you mean {', '.join(near)}?" if near else told
 
 
 def flags_as_overrides(options: argparse.Namespace) -> tuple[str | None, list[str]]:
@@ -214,7 +227,11 @@ def _read_places(options: argparse.Namespace) -> None:
     places = PLACES.get(options.command, ())
     words = [word for word in options.recipe if "=" not in word or os.path.exists(word)]
     given = any(getattr(options, key) is not None for key in places)
-    if not places or given or len(words) < len(places):
+    if not places or given:
+        return
+    if len(words) < len(places):
+        if words and not words[0].endswith(RECIPE_ENDINGS):
+            raise MmpoError(f"{words[0]}: is no recipe, which ends with .yaml; give IN and OUT")
         return
     for key, word in zip(places, words[-len(places) :], strict=True):
         setattr(options, key, word)

@@ -102,9 +102,10 @@ def llava_bench(
         ],
         "model_is_better": share(sum(row["tuple"][1] > row["tuple"][0] for row in kept), len(kept)),
         "words": mean_words(row["answer"] for row in rows),
-        "words_of_reference": mean_words(row["reference"] for row in rows),
-        "reviews": len(rows),
+        "reviews": sum(row["tuple"] is not None for row in rows),
     }
+    if any(row["reference"] is not None for row in rows):  # published reviews have none
+        beside["words_of_reference"] = mean_words(row["reference"] for row in rows)
     return Scores(metrics or {"all": math.nan}, beside, rows)
 
 
@@ -194,7 +195,13 @@ def _published(files: Files, judge: Judge, answers: Sequence[Row]) -> list[dict[
                 "tuple": _pair(row),
             }
         )
-    return found
+    reviewed = {row["id"] for row in found}
+    unjudged = {"category": None, "reference": None, "review": None, "tuple": None}
+    return found + [
+        {"id": name, "answer": text, **unjudged}
+        for name, text in texts.items()
+        if name not in reviewed
+    ]
 
 
 def _pair(row: Row) -> Pair | None:

@@ -19,6 +19,7 @@ from mmpo_jax.correction.correctors import Corrector, make_corrector
 from mmpo_jax.correction.stage import find_errors
 from mmpo_jax.data.formats import FORMATS
 from mmpo_jax.data.formats.writing import Writer
+from mmpo_jax.data.readers import left_out_rows
 from mmpo_jax.data.records import Record
 from mmpo_jax.data.skipped import SkippedRow, UnusableRow, check_skipped, write_skipped
 from mmpo_jax.data.sources import RecordSet
@@ -59,7 +60,9 @@ def run_correction(recipe: CorrectRecipe) -> str:
         corrector.check()
         record_set = recipe.data.load(supervised=True)
         pairs, unusable = _pairs(record_set, recipe.layout, corrector)
-        _write_left_out(results.skipped, unusable)
+        left_out = [*unusable, *left_out_rows(record_set.records, record_set.name)]
+        _write_left_out(results.skipped, left_out)
+        _tell_left_out(record_set.name, unusable, results.skipped)
         total = len(pairs) + len(unusable)
         check_skipped(unusable, total, record_set.max_skipped)
         found = find_errors([case for _, case in pairs], corrector, results.parts)
@@ -70,7 +73,7 @@ def run_correction(recipe: CorrectRecipe) -> str:
             rows.append(corrected(record, one.errors, answers, recipe.seed, recipe.layout))
         else:
             without.append(_left_out(record_set.name, record, one))
-    _write_left_out(results.skipped, [*unusable, *without])
+    _write_left_out(results.skipped, [*left_out, *without])
     _tell(record_set.name, len(pairs), found)
     if not rows:
         raise DataError(
@@ -113,6 +116,12 @@ def _write_left_out(path: str, skipped: Sequence[SkippedRow]) -> None:
             epath.Path(path).unlink(missing_ok=True)
 
     on_one(write)
+
+
+def _tell_left_out(name: str, rows: Sequence[SkippedRow], path: str) -> None:
+    if rows:
+        reasons = _told(Counter(row.reason for row in rows))
+        log.warning("%s: %d rows are left out: %s; %s says which", name, len(rows), reasons, path)
 
 
 def _tell(name: str, pairs: int, found: Sequence[Found]) -> None:

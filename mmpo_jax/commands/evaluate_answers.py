@@ -35,6 +35,9 @@ def main(options: argparse.Namespace, start_jax: Callable[[], None]) -> None:
     answered, questions = (scores.beside.get(name, 0) for name in ("answers", "questions"))
     if answered < questions and "answers" in scores.beside:
         print(f"warning: {answered:.0f} of {questions:.0f} questions have an answer")
+    without = scores.beside.get("without_judgement", 0)
+    if without:
+        print(f"warning: {without:.0f} answers have no judgement and are left out of the numbers")
     for name, told in judge.told.items():
         models = ", ".join(f"{model} ({count})" for model, count in told["models"].items())
         who = models or "a model that the file does not name"

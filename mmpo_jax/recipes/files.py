@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import pydantic
 import yaml
+from etils import epath
 
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.sections import SECRET, Section
+from mmpo_jax.data.readers import TFDS
+from mmpo_jax.data.sources import FileData, LearnedFile
 
 SectionType = TypeVar("SectionType", bound=Section)
 
@@ -54,6 +57,32 @@ def load_recipe(
         lines = "\n".join(f"  {_explain(kind, problem, values)}" for problem in error.errors())
         name = "the options" if path is None else path
         raise RecipeError(f"{name}: {told}:\n{lines}") from error
+
+
+def check_files(recipe: Section) -> None:
+    """
+    Raises:
+      RecipeError: naming the key of a data file that is not there.
+    """
+    for key, path in _data_files(recipe, ""):
+        if not path.startswith(TFDS) and not epath.Path(path).exists():
+            here = "" if os.path.isabs(path) or "://" in path else f" in {os.getcwd()}"
+            raise RecipeError(f"{key}: there is no {path}{here}")
+
+
+def _data_files(section: Section, where: str) -> Iterator[tuple[str, str]]:
+    """(key, path) of the files that sections of data name."""
+    if isinstance(section, FileData):
+        yield f"{where}path", section.path
+    if isinstance(section, LearnedFile) and section.rewards is not None:
+        yield f"{where}rewards", section.rewards
+    for name, value in section:
+        if isinstance(value, Section):
+            yield from _data_files(value, f"{where}{name}.")
+        elif isinstance(value, tuple | list):
+            for number, each in enumerate(value):
+                if isinstance(each, Section):
+                    yield from _data_files(each, f"{where}{name}.{number}.")
 
 
 def read_values(

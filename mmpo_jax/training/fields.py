@@ -38,7 +38,10 @@ def lacks(record: TokenizedRecord, field: str) -> tuple[SkipReason, str] | None:
     if field == "changed" and not spans and len(sources) != 2:
         return "no_spans", "no span says what changed, and the responses are not two to compare"
     if field == "turn" and not any(turns.max() > 0 for turns in _turns_of(record)):
-        return "no_dialogue", "no turn of the assistant follows the response"
+        return (
+            "no_dialogue",
+            "no turn of the assistant follows the response; mmpo correct writes some",
+        )
     if field == "other_models":
         return _unlike_log_probs(sources)
     if field == "desirable" and None in _verdicts(record):
