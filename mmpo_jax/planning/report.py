@@ -145,5 +145,5 @@ def _hours(planned: Planned) -> list[str]:
     lines += [f"  {stage}: {seconds / 3600:.3g}" for stage, seconds in stages.items()]
     if planned.seconds is not None:
         hours = planned.seconds / 3600
-        lines.append(f"  all: {hours:.3g}, {hours * planned.topology.chips:,.0f} chip-hours")
+        lines.append(f"  all: {hours:.3g}, {hours * planned.topology.chips:.4g} chip-hours")
     return lines
