@@ -195,6 +195,16 @@ def internvl(text: Any, image_token: int) -> Any:
     )
 
 
+def qwen3_5(text: dict[str, Any]) -> Any:
+    rope = {"rope_type": "default", "rope_theta": 1e7, "mrope_section": [11, 11, 10]}
+    rope |= {"partial_rotary_factor": 0.25, "mrope_interleaved": True}
+    return transformers.Qwen3_5Config(
+        vision_config={"out_hidden_size": text["hidden_size"]},
+        text_config=text | {"rope_parameters": rope, "head_dim": 256},
+        tie_word_embeddings=False,
+    )
+
+
 SHORTEST = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
 OF_CLIP = transformers.CLIPImageProcessorPil(**SHORTEST)
 OF_ONEVISION = transformers.LlavaOnevisionImageProcessorPil(
@@ -215,6 +225,16 @@ QWEN_MEDIA = {
     "<|video_pad|>": 151656,
 }
 QWEN_PICTURE = "<|vision_start|> <|image_pad|> <|vision_end|>"
+QWEN3_5_27B = decoder(5120, 17408, 64, 24, 4, 248320, 1e7, linear_num_value_heads=48)
+OF_QWEN3_5 = transformers.Qwen2VLImageProcessorPil(
+    patch_size=16, size={"shortest_edge": 2**16, "longest_edge": 2**20}
+)
+QWEN3_5_MEDIA = {
+    "<|vision_start|>": 248053,
+    "<|vision_end|>": 248054,
+    "<|image_pad|>": 248056,
+    "<|video_pad|>": 248057,
+}
 INTERNVL_NAMES = {
     "context_image_token": "<IMG_CONTEXT>",
     "start_image_token": "<img>",
@@ -280,6 +300,9 @@ PUBLISHED = {
         picture="<IMG_CONTEXT>",
     ),
     "Qwen3-30B-A3B": Published(lambda: transformers.Qwen3MoeConfig(**QWEN3_30B_A3B)),
+    "Qwen3.5-27B": Published(
+        lambda: qwen3_5(QWEN3_5_27B), OF_QWEN3_5, QWEN3_5_MEDIA, picture=QWEN_PICTURE
+    ),
     # RLAIF-V's splitters are tuned from it.
     "Llama-3-8B": Published(lambda: transformers.LlamaConfig(**LLAMA_3_8B)),
 }
@@ -315,8 +338,11 @@ def write_folder(name: str, folder: str | Path) -> None:
     ).save_pretrained(folder)
     if model.image_processor is not None:
         model.image_processor.save_pretrained(folder)
-    videos = {"size": {"height": config.vision_config.image_size}} if model.named else QWEN_SETTINGS
     if "<video>" in model.media or model.picture == QWEN_PICTURE:
+        tower = config.vision_config
+        videos = QWEN_SETTINGS | {"patch_size": tower.patch_size}
+        if model.named:
+            videos = {"size": {"height": tower.image_size}}
         (folder / "video_preprocessor_config.json").write_text(json.dumps(videos))
 
 

@@ -401,7 +401,9 @@ def key_at(path: str, place: Place, model: Model) -> str:
 
 def path_of(key: str, model: Model) -> tuple[str | None, int | None]:
     """The parameter path of a Hugging Face key, and the layer's place in its stack; None for what
-    is not stored."""
+    is not stored, or not read."""
+    if any(re.search(pattern, key) for pattern in model.family.unread):
+        return None, None
     for pattern, replacement in model.family.read_keys:
         key = re.sub(pattern, replacement, key)
     if key == "language_model.lm_head.weight" and model.config.decoder.tie_word_embeddings:

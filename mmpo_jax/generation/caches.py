@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mmpo_jax.models.attention import CachedPart, cached_attention, in_window
-from mmpo_jax.models.layer_kinds import AttentionConfig
+from mmpo_jax.models.delta_net import DeltaState, DeltaTokens, run
+from mmpo_jax.models.layer_kinds import AttentionConfig, DeltaNetConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,8 @@ class PromptSeen:
     """Where the beginning stands that the place goes on from."""
     begun: Int[Array, "B G M"]
     """Tokens of it."""
+    beginning: Int[Array, "B G M"]
+    """Its number; 0 where places go on from the prompt."""
     has_beginnings: bool
     is_read: Bool[Array, ""] | None
     """Whether any place goes on from it; None where it is the only one."""
@@ -94,8 +97,10 @@ class KeyValues:
         key = jnp.pad(self.key, [(0, 0)] * 4 + [padding])
         return KeyValues(key, jnp.pad(self.value, [(0, 0)] * 3 + [padding, (0, 0)]))
 
-    def pool(self, groups: int, size: int) -> KeyValues:
-        """Empty pools of `size` tokens, `groups` of them for every row of these prompts."""
+    def pool(self, groups: int, members: int, size: int) -> KeyValues:
+        """Empty pools of `size` tokens, `groups` of them for every row of these prompts, each with
+        so many places."""
+        del members
         depth, rows, heads, _, d = self.value.shape
         value = jnp.zeros((depth, rows, groups, heads, size, d), self.value.dtype)
         return KeyValues(value.swapaxes(4, 5), value)
@@ -151,7 +156,100 @@ class KeyValues:
         return KeyValues(chosen(self.key, order, size, 5), chosen(self.value, order, size, 4))
 
 
-Kept = KeyValues
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DeltaStates:
+    """States of delta nets: behind prompts, or their E beginnings, and of every place."""
+
+    recent: jax.Array
+    """[L, B, max(1, E), 1, v, c] of prompts and [L, B, G, M, 1, v, c] of places, see `DeltaState`,
+    with an axis of one where others have heads, see `places.row_spec`."""
+    memory: jax.Array
+    """float32[L, B, max(1, E), H, e, f] or [L, B, G, M, H, e, f]."""
+
+    @classmethod
+    def of_prompt(cls, prompt: DeltaState, beginnings: DeltaState) -> DeltaStates:
+        """Those of one layer: of the beginnings [B, E, ...] where there are any, else of prompts
+        [B, ...]."""
+        ends = beginnings
+        if not beginnings.memory.shape[1]:
+            ends = jax.tree.map(lambda x: x[:, None], prompt)
+        return cls(jnp.expand_dims(ends.recent, -3), ends.memory)
+
+    def widened(self, length: int) -> DeltaStates:
+        """As they are: states do not grow with tokens."""
+        del length
+        return self
+
+    def pool(self, groups: int, members: int, size: int) -> DeltaStates:
+        """States of the `members` places of each of `groups` in every row of these prompts."""
+        del size
+
+        def empty(x: jax.Array) -> jax.Array:
+            return jnp.zeros((*x.shape[:2], groups, members, *x.shape[3:]), x.dtype)
+
+        return DeltaStates(empty(self.recent), empty(self.memory))
+
+    def advance(
+        self,
+        made: DeltaTokens,
+        config: DeltaNetConfig,
+        step: Step,
+        layer: Int[Array, ""],
+        prompts: Sequence[DeltaStates],
+    ) -> tuple[Float[Array, "B N H f"], DeltaStates, Bool[Array, "B N"]]:
+        """A token of every place through a layer, see `KeyValues.advance`.
+
+        Places at the first token of a sample begin with the state of its prompt. Each has a state
+        of its own, so numbers that are not finite stay with their sample.
+        """
+        own = self.at(layer)
+        own = jax.lax.cond(
+            (step.position == 0).any(),
+            lambda: _forked(own, step, [kept.at(layer) for kept in prompts]),
+            lambda: own,
+        )
+        rows = step.position.size
+
+        def flat(x: jax.Array, axes: int) -> jax.Array:
+            return x.reshape(rows, *x.shape[axes:])
+
+        tokens = jax.tree.map(lambda x: x if x.ndim < 3 else flat(x, 2)[:, None], made)
+        state = DeltaState(flat(own.recent, 4), flat(own.memory, 3))
+        read, state = run(tokens, config, jnp.ones((rows, 1), bool), state)
+
+        def written(states: jax.Array, new: jax.Array) -> jax.Array:
+            new = new.reshape(states.shape[1:])
+            return jax.lax.dynamic_update_index_in_dim(states, new, layer, 0)
+
+        states = DeltaStates(written(self.recent, state.recent), written(self.memory, state.memory))
+        read = read.reshape(*made.channels.shape[:2], *read.shape[2:])
+        return read, states, jnp.ones(made.channels.shape[:2], bool)
+
+    def at(self, layer: Int[Array, ""]) -> DeltaStates:
+        """Those of one layer."""
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), self)
+
+    def compacted(self, order: Int[Array, "B G S"], size: int) -> DeltaStates:
+        """As they are: they are places', and not tokens'."""
+        del order, size
+        return self
+
+
+def _forked(own: DeltaStates, step: Step, prompts: Sequence[DeltaStates]) -> DeltaStates:
+    """States of places [B, G, M, ...] of a layer, those that begin a sample having its prompt's."""
+    for seen, kept in zip(step.prompts, prompts, strict=True):
+        begins = seen.mine & (step.position == 0)
+
+        def begun(mine: jax.Array, of_prompt: jax.Array, begins=begins, seen=seen) -> jax.Array:
+            first = jax.vmap(lambda states, at: states[at])(of_prompt, seen.beginning)
+            return jnp.where(begins.reshape(*begins.shape, *[1] * (mine.ndim - 3)), first, mine)
+
+        own = jax.tree.map(begun, own, kept)
+    return own
+
+
+Kept = KeyValues | DeltaStates
 """What a kind of layers keeps."""
 
 

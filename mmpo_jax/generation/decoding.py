@@ -231,15 +231,15 @@ def decode_token(
 
 def _begun(
     prompt: Prompts, sample: Int[Array, "B G M"]
-) -> tuple[Int[Array, "B G M"], Int[Array, "B G M"]]:
-    """(where in the cache the beginning of every place's sample stands, its tokens); 0 where
-    samples go on from the prompt."""
+) -> tuple[Int[Array, "B G M"], Int[Array, "B G M"], Int[Array, "B G M"]]:
+    """(where in the cache the beginning of every place's sample stands, its tokens, its number); 0
+    where samples go on from the prompt."""
     count = prompt.begun.shape[1]
     if not count:
-        return jnp.zeros_like(sample), jnp.zeros_like(sample)
+        return (jnp.zeros_like(sample),) * 3
     which = beginning_of(sample, prompt.keys.shape[1], count)
     take = jax.vmap(lambda of_row, at: of_row[at])
-    return take(prompt.start, which), take(prompt.begun, which)
+    return take(prompt.start, which), take(prompt.begun, which), which
 
 
 def _append(

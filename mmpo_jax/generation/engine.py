@@ -310,7 +310,8 @@ class Engine:
         if not self.prompts:
             self.prompts = empty_prompts(new, rows=self.rows, width=ROW)
         if self.pool is None:
-            self.pool = empty_pool(self.prompts[0], groups=1, size=self._pool_sizes()[0])
+            sizes = {"groups": 1, "members": ROW, "size": self._pool_sizes()[0]}
+            self.pool = empty_pool(self.prompts[0], **sizes)
             self.hidden = jax.numpy.zeros((self.rows, ROW, new.hidden.shape[-1]), new.hidden.dtype)
         self.prompts = replaced(self.prompts, new, to, which)
 

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Int, Key
 
-from mmpo_jax.generation.caches import Kept, KeyValues
+from mmpo_jax.generation.caches import DeltaStates, Kept, KeyValues
 from mmpo_jax.models.attention import shared_prompt_attention
 from mmpo_jax.models.batch import Batch
+from mmpo_jax.models.delta_net import DeltaTokens, shared_prompt_delta
 from mmpo_jax.models.layers import batch_axes
 from mmpo_jax.models.log_probs import states_at_ends
 from mmpo_jax.models.lora import cast_params
@@ -149,8 +150,11 @@ def prefill(
 
     def attend_prompt(made, stack, carry, inputs):
         del inputs
-        query, key, value = made
-        masks, scores = (batch.prompt_mask, beginnings), stack.layer.mixer.scores
+        masks = batch.prompt_mask, beginnings
+        if isinstance(made, DeltaTokens):
+            read, *states = shared_prompt_delta(made, stack.layer.mixer, *masks)
+            return read, carry, DeltaStates.of_prompt(*states)
+        (query, key, value), scores = made, stack.layer.mixer.scores
         out = shared_prompt_attention(query, key, value, *masks, backend=module.attention, **scores)
         kept, whole = KeyValues.of_prompt(key, value)
         return out, carry & (whole | ~real).all(axis=1), kept
@@ -219,10 +223,11 @@ def empty_prompts(like: Prompts, *, rows: int, width: int) -> tuple[Prompts, ...
     return placed(tuple(jax.tree.map(empty, like) for _ in range(width)))
 
 
-@functools.partial(jax.jit, static_argnames=("groups", "size"))
-def empty_pool(like: Prompts, *, groups: int, size: int) -> Pool:
-    """Pools of `size` tokens, `groups` of them for every row of some prompts."""
-    cache = {path: kept.pool(groups, size) for path, kept in like.cache.items()}
+@functools.partial(jax.jit, static_argnames=("groups", "members", "size"))
+def empty_pool(like: Prompts, *, groups: int, members: int, size: int) -> Pool:
+    """Pools of `size` tokens, `groups` of them for every row of some prompts, for so many places
+    each."""
+    cache = {path: kept.pool(groups, members, size) for path, kept in like.cache.items()}
     nobody = jnp.full((len(like.length), groups, size), -1, jnp.int32)
     return placed(Pool(cache, nobody, jnp.zeros_like(nobody), jnp.int32(0)))
 

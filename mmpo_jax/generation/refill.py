@@ -254,7 +254,9 @@ class _State:
             length=self.decoding.max_new_tokens,
             pad_id=self.pad_id,
         )
-        self.pool = empty_pool(self.prompts[0], groups=layout.groups, size=self.sizes[0])
+        self.pool = empty_pool(
+            self.prompts[0], groups=layout.groups, members=layout.members, size=self.sizes[0]
+        )
 
     def decode(self, wanted: np.ndarray) -> list[tuple[int, np.ndarray]]:
         """Decodes until every shard has so many free rows, or nothing is left to decode; may end

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+import logging
 import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -32,6 +34,8 @@ from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.layout import pad_size
 from mmpo_jax.models.model import Model
 from mmpo_jax.parallel.mesh import WHOLE, Share, batch_shards
+
+log = logging.getLogger(__name__)
 
 SHORTEST = 256
 """Up to so many tokens, records are of one class whatever their lengths."""
@@ -144,10 +148,19 @@ def plan_responses(
 
 
 def packed_over(model: Model, mesh: Mesh) -> int | None:
-    """Over how many devices batches of a model are packed; None where they are padded."""
+    """Over how many devices batches of a model are packed; None where they are padded, as they are
+    where layers have states: those are forked where a row's one prompt ends."""
+    if model.config.decoder.delta_nets:
+        _say_padded()
+        return None
     with jax.set_mesh(mesh):
         packed = is_packed(model.attention, model.config.decoder.windows)
     return batch_shards(mesh) if packed else None
+
+
+@functools.cache
+def _say_padded() -> None:
+    log.info("rows are padded and not packed: the model's delta nets have a state per response")
 
 
 def plan_packed(

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.models.layer_kinds import (
     AttentionConfig,
+    DeltaNetConfig,
     ExpertsConfig,
     LayerConfig,
     MlpConfig,
@@ -67,6 +68,12 @@ class DecoderConfig:
         """Of every layer that has some."""
         mlps = (layer.mlp for layer in self.layers)
         return tuple(mlp for mlp in mlps if isinstance(mlp, ExpertsConfig))
+
+    @property
+    def delta_nets(self) -> tuple[DeltaNetConfig, ...]:
+        """Of every layer that has one."""
+        mixers = (layer.mixer for layer in self.layers)
+        return tuple(mixer for mixer in mixers if isinstance(mixer, DeltaNetConfig))
 
     @property
     def windows(self) -> tuple[int, ...]:
@@ -201,10 +208,10 @@ def _mlps(text: Any) -> list[MlpConfig | ExpertsConfig]:
 
 
 def with_rope(decoder: DecoderConfig, rope: Rope) -> DecoderConfig:
-    """The decoder with another rotary embedding in all layers."""
+    """The decoder with another rotary embedding in all layers, of which each has attention."""
     layers = (
-        dataclasses.replace(layer, mixer=dataclasses.replace(layer.mixer, rope=rope))
-        for layer in decoder.layers
+        dataclasses.replace(layer, mixer=dataclasses.replace(attention, rope=rope))
+        for layer, attention in zip(decoder.layers, decoder.attentions, strict=True)
     )
     return dataclasses.replace(decoder, layers=tuple(layers))
 

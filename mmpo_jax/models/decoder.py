@@ -19,15 +19,24 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from mmpo_jax.models.config import DecoderConfig, ModelError
+from mmpo_jax.models.delta_net import GatedDeltaNet
 from mmpo_jax.models.experts import SHARDING_RULES as OF_EXPERTS
 from mmpo_jax.models.experts import Routing, SparseMlp
-from mmpo_jax.models.layer_kinds import LAYERS, AttentionConfig, ExpertsConfig, LayerConfig, Stack
+from mmpo_jax.models.layer_kinds import (
+    LAYERS,
+    AttentionConfig,
+    DeltaNetConfig,
+    ExpertsConfig,
+    LayerConfig,
+    Stack,
+)
 from mmpo_jax.models.layers import (
     GatedMlp,
     constrain_batch,
     gather_tokens,
     keep_dtype,
     linear,
+    promote,
     rematerialise,
     rms_norm,
     scatter_tokens,
@@ -43,13 +52,15 @@ SHARDING_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"language_model/embed_tokens/embedding", PartitionSpec("tensor", "fsdp")),
     (r"language_model/lm_head/kernel", PartitionSpec("fsdp", "tensor")),
     (
-        r"language_model/layers/(\w+/)?(self_attn/[qkv]_proj|mlp/(gate|up)_proj)/kernel",
+        r"language_model/layers/(\w+/)?"
+        r"(self_attn/[qkv]_proj|linear_attn/in_proj_\w+|mlp/(gate|up)_proj)/kernel",
         PartitionSpec(None, "fsdp", "tensor"),
     ),
     (
-        r"language_model/layers/(\w+/)?(self_attn/o_proj|mlp/down_proj)/kernel",
+        r"language_model/layers/(\w+/)?(self_attn/o_proj|linear_attn/out_proj|mlp/down_proj)/kernel",
         PartitionSpec(None, "tensor", "fsdp"),
     ),
+    (r"language_model/.*/linear_attn/(conv1d/kernel|dt_bias|A_log)", PartitionSpec()),
     (r"language_model/.*/bias|language_model/(.*/)?[a-z_]*norm/scale", PartitionSpec()),
     *OF_EXPERTS,
 )
@@ -57,8 +68,8 @@ SHARDING_RULES: tuple[tuple[str, PartitionSpec], ...] = (
 Attention = Callable[[Any, Stack, Any, Any], tuple[jax.Array, Any, Any]]
 """attend(made, stack, carry, layer_inputs) -> (out, carry, outputs).
 
-`made` is what the layer's mixer makes of its tokens, of attention `QueryKeyValue`; `stack` says of
-which layers it is one; what comes out is [B, S, H, d].
+`made` is what the layer's mixer makes of its tokens, of attention `QueryKeyValue` and of a delta
+net `DeltaTokens`; `stack` says of which layers it is one; what comes out is [B, S, H, d].
 """
 
 Observer = Callable[[Routing, Any], Any]
@@ -99,7 +110,7 @@ class SelfAttention(nnx.Module):
         self.config = config
         size, head_dim, bias = decoder.hidden_size, config.head_dim, config.qkv_bias
         queries, keys = config.num_heads * head_dim, config.num_kv_heads * head_dim
-        self.q_proj = linear(size, queries, bias, rngs)
+        self.q_proj = linear(size, queries * (2 if config.gated else 1), bias, rngs)
         self.k_proj = linear(size, keys, bias, rngs)
         self.v_proj = linear(size, keys, bias, rngs)
         residual_layers = 2 * decoder.num_layers
@@ -109,17 +120,28 @@ class SelfAttention(nnx.Module):
             self.q_norm = rms_norm(head_dim, *norm)
             self.k_norm = rms_norm(head_dim, *norm)
 
-    def project(self, x: Float[Array, "B S D"], ropes: Mapping[Rope, Tables]) -> QueryKeyValue:
-        """[B, S, D] -> query [B, S, H, d], key and value [B, S, K, d], rotated."""
-        heads = (*x.shape[:2], -1, self.config.head_dim)
-        query, key, value = (f(x).reshape(heads) for f in (self.q_proj, self.k_proj, self.v_proj))
+    def project(
+        self, x: Float[Array, "B S D"], ropes: Mapping[Rope, Tables]
+    ) -> tuple[QueryKeyValue, Float[Array, "B S H d"] | None]:
+        """[B, S, D] -> (query [B, S, H, d], key and value [B, S, K, d], rotated; the gate)."""
+        heads, gate = (*x.shape[:2], -1, self.config.head_dim), None
+        if self.config.gated:
+            both = self.q_proj(x).reshape(*x.shape[:2], -1, 2 * self.config.head_dim)
+            query, gate = jnp.split(both, 2, axis=-1)
+        else:
+            query = self.q_proj(x).reshape(heads)
+        key, value = (f(x).reshape(heads) for f in (self.k_proj, self.v_proj))
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         rope = ropes[self.config.rope]
-        return rotate(query, rope), rotate(key, rope), value
+        return (rotate(query, rope), rotate(key, rope), value), gate
 
-    def merge(self, attended: Float[Array, "B S H d"]) -> Float[Array, "B S D"]:
+    def merge(
+        self, attended: Float[Array, "B S H d"], gate: Float[Array, "B S H d"] | None
+    ) -> Float[Array, "B S D"]:
         """What heads read, as it is added to the residual stream."""
+        if gate is not None:
+            attended = attended * jax.nn.sigmoid(promote(gate)).astype(attended.dtype)
         return self.o_proj(attended.reshape(*attended.shape[:2], -1))
 
 
@@ -134,7 +156,11 @@ class DecoderLayer(nnx.Module):
             return rms_norm(size, decoder.rms_norm_eps, decoder.norm_offset, rngs)
 
         self.input_layernorm = norm()
-        self.self_attn = SelfAttention(decoder, config.mixer, rngs)
+        if isinstance(config.mixer, DeltaNetConfig):
+            self.linear_attn = GatedDeltaNet(decoder, config.mixer, rngs)
+        else:
+            self.self_attn = SelfAttention(decoder, config.mixer, rngs)
+        self.is_delta_net = isinstance(config.mixer, DeltaNetConfig)
         self.post_attention_layernorm = norm()
         if config.sandwich:
             self.pre_feedforward_layernorm, self.post_feedforward_layernorm = norm(), norm()
@@ -160,9 +186,10 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], Any, Any]:
         gather, scatter = (gather_tokens, scatter_tokens) if split else (constrain_batch,) * 2
         read = gather(self.input_layernorm(x))
-        made = self.self_attn.project(read, ropes)
+        mixer: Any = self.linear_attn if self.is_delta_net else self.self_attn
+        made, gate = mixer.project(read, ropes)
         attended, carry, outputs = attend(made, stack, carry, inputs)
-        added = scatter(self.self_attn.merge(attended))
+        added = scatter(mixer.merge(attended, gate))
         if not self.sandwich:
             x = x + added
             more, carry = self._mlp(gather(self.post_attention_layernorm(x)), carry, observe)

@@ -104,6 +104,8 @@ class Family:
     )
     """The way from written names to those of the modules in transformers 5, under which PEFT keeps
     adapters; by default LLaVA's and its successors'."""
+    unread: tuple[str, ...] = ()
+    """Regular expressions: names of tensors that files may have and transformers does not read."""
     reward_classes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """`model_type` -> transformers' class of a decoder under a linear head with one output, where
     there is one."""

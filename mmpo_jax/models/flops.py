@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Literal
 
+from mmpo_jax.models.config import DecoderConfig
 from mmpo_jax.models.lora import EXPERTS
 from mmpo_jax.models.model import Model
 from mmpo_jax.models.reward_head import is_reward_head
@@ -235,14 +236,20 @@ def model_flops(
         products = 1 + below[part] + (dense.path in trained)
         needed[dense.part] += 2.0 * dense.size * products
     of_slot = passing(tower, decoder=0, head=0, slots=1)
+    of_states = delta_flops(model.config.decoder) * (1 + 2 * below[LAYERS])
     return ModelFlops(
-        token=needed["decoder"],
+        token=needed["decoder"] + of_states,
         target=needed["head"],
         pair=4.0 * model.config.decoder.query_channels * (1 + 2 * below[LAYERS]),
         slot=sum(of_slot[part] * flops for part, flops in needed.items()),
         score=4.0 * tower.width * (1 + 2 * below[TOWER]) if tower is not None else 0.0,
         scores=tower.scores if tower is not None else _no_scores,
     )
+
+
+def delta_flops(decoder: DecoderConfig) -> float:
+    """Of a token in all delta nets, whose states it reads, corrects and is read from."""
+    return 6.0 * sum(net.state_size for net in decoder.delta_nets)
 
 
 def _no_scores(slots: int) -> float:

@@ -38,11 +38,38 @@ class AttentionConfig:
     out_bias: bool
     qk_norm: bool
     """Whether queries and keys are normalised per head (Qwen3)."""
+    gated: bool = False
+    """Whether what heads read is multiplied by a gate, which `q_proj` makes too (Qwen3-Next)."""
 
     @property
     def scores(self) -> dict[str, Any]:
         """Who sees whom and how much: keyword arguments of the functions in `attention`."""
         return {"window": self.window or None, "scale": self.scale, "softcap": self.softcap}
+
+
+@dataclasses.dataclass(frozen=True)
+class DeltaNetConfig:
+    """A gated delta net, see `delta_net`."""
+
+    num_key_heads: int
+    num_value_heads: int
+    key_dim: int
+    """Channels of a key head."""
+    value_dim: int
+    conv_size: int
+    """Tokens that the convolution sees, the token itself included."""
+    hidden_act: str
+    """Behind the convolution."""
+
+    @property
+    def channels(self) -> int:
+        """What the convolution reads: queries, keys and values of all heads."""
+        return 2 * self.num_key_heads * self.key_dim + self.num_value_heads * self.value_dim
+
+    @property
+    def state_size(self) -> int:
+        """Numbers of the state, of all heads."""
+        return self.num_value_heads * self.key_dim * self.value_dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +103,7 @@ class LayerConfig:
 
     name: str
     """What layers of this kind are called where not all are alike: transformers' `layer_types`."""
-    mixer: AttentionConfig
+    mixer: AttentionConfig | DeltaNetConfig
     mlp: MlpConfig | ExpertsConfig
     sandwich: bool = False
     """Whether what mixer and MLP add to the residual stream is normalised too (Gemma 2)."""

@@ -64,10 +64,10 @@ KEY, RATE = "lora_key", "lora_rate"
 EXPERTS = "/mlp/experts/"
 """What the paths of experts have in them."""
 
-WITHOUT = rf"language_model/lm_head|.*/patch_embedding|.*/mlp/gate|{reward_head.LAYERS}"
+WITHOUT = r"language_model/lm_head|.*/patch_embedding|.*/mlp/gate|.*/conv1d|" + reward_head.LAYERS
 """Dense layers that can have no adapter: the head is applied in chunks, by its kernel alone, patch
-embeddings are convolutions for PEFT, the router of experts is none of its layers, and a reward head
-is trained whole."""
+embeddings are convolutions for PEFT, as those of delta nets are, the router of experts is none of
+its layers, and a reward head is trained whole."""
 
 
 def dense_layers(model: Model) -> dict[str, tuple[int, ...]]:

@@ -154,8 +154,13 @@ def frequency_axes(rope: Rope) -> Int[np.ndarray, " c"]:
 
 
 def rotate(x: Float[Array, "B S H d"], tables: Tables) -> Float[Array, "B S H d"]:
-    """Rotates [B, S, heads, d] by halves, Hugging Face's order of the rotary pairs."""
+    """Rotates [B, S, heads, d] by halves, Hugging Face's order of the rotary pairs; channels
+    behind those that have frequencies stay as they are."""
     cos, sin = tables
-    first, second = jnp.split(promote(x), 2, axis=-1)
+    turned = 2 * cos.shape[-1]
+    first, second = jnp.split(promote(x[..., :turned]), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    rotated = rotated.astype(x.dtype)
+    if turned == x.shape[-1]:
+        return rotated
+    return jnp.concatenate([rotated, x[..., turned:]], axis=-1)

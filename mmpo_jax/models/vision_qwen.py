@@ -139,7 +139,8 @@ their last slot empty."""
 
 
 def read_deep_vision(config: Any, key: str = "vision_config") -> QwenVisionConfig:
-    """The tower of a transformers `Qwen3VLVisionConfig`.
+    """The tower of a transformers `Qwen3VLVisionConfig`, or of a `Qwen3_5VisionConfig`, which has
+    no deep layers.
 
     Raises:
       ModelError: a switch that is not implemented.
@@ -150,7 +151,7 @@ def read_deep_vision(config: Any, key: str = "vision_config") -> QwenVisionConfi
         raise ModelError(
             f"{key}.num_position_embeddings is {config.num_position_embeddings}, expected a square"
         )
-    deep = tuple(config.deepstack_visual_indexes)
+    deep = tuple(getattr(config, "deepstack_visual_indexes", ()))
     if deep != tuple(sorted(set(deep) & set(range(config.depth)))):
         raise ModelError(
             f"{key}.deepstack_visual_indexes is {list(deep)}, expected numbers of its "

@@ -14,6 +14,7 @@ from mmpo_jax.models.attention import packed_attention, shared_prompt_attention
 from mmpo_jax.models.batch import Batch, PackedBatch
 from mmpo_jax.models.config import ModelConfig, ModelError
 from mmpo_jax.models.decoder import Added, Decoder, Observer
+from mmpo_jax.models.delta_net import DeltaTokens, shared_prompt_delta
 from mmpo_jax.models.experts import loads_of
 from mmpo_jax.models.layers import constrain_batch, linear
 from mmpo_jax.models.reward_head import TwoLayerHead, linear_reward
@@ -193,8 +194,11 @@ class VisionLanguageModel(nnx.Module):
 
         def attend(made, stack, carry, inputs):
             del inputs
-            query, key, value = made
-            masks, scores = (batch.prompt_mask, batch.response_mask), stack.layer.mixer.scores
+            masks = batch.prompt_mask, batch.response_mask
+            if isinstance(made, DeltaTokens):
+                read, _, _ = shared_prompt_delta(made, stack.layer.mixer, *masks)
+                return read, carry, None
+            (query, key, value), scores = made, stack.layer.mixer.scores
             attended = shared_prompt_attention(
                 query, key, value, *masks, backend=self.attention, **scores
             )
@@ -214,6 +218,7 @@ class VisionLanguageModel(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         """(`packed_states`, `loads` with those of the layers added, if there are any)."""
         groups = batch.predictor.shape[0]
+        assert not self.config.decoder.delta_nets, "states are not forked in packed rows"
         pool, index, added = self.pool(batch, remat), batch.feature_index, None
         if pool is not None:
             rows = batch.token_ids.shape[0] // groups

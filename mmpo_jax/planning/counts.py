@@ -26,12 +26,14 @@ from jax.sharding import Mesh
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.amounts import seen_pairs
 from mmpo_jax.generation.refill import Layout
+from mmpo_jax.models.delta_rule import CHUNK
 from mmpo_jax.models.flops import (
     EMBEDDING,
     HEAD,
     LAYERS,
     PROJECTOR,
     TOWER,
+    delta_flops,
     input_gradients,
     tower_of,
 )
@@ -197,6 +199,22 @@ class Computation:
         moved = layers * rows * heads * self.itemsize
         return Work(flops, needed, moved * (passes.forward + 2.5 * passes.inputs))
 
+    def states(self, sizes: Sizes, passes: Passes) -> Work:
+        """The decoder's delta nets: a state for every chunk of tokens, and products within it."""
+        flops, needed, moved = 0.0, 0.0, 0.0
+        for net in self.model.config.decoder.delta_nets:
+            width = 2 * net.key_dim + 2 * net.value_dim
+            within = 2.0 * CHUNK * net.num_value_heads * width
+            flops += sizes.tokens * (6.0 * net.state_size + within)
+            needed += sizes.tokens * 6.0 * net.state_size
+            rows = sizes.tokens / self.shards / self.ways(net.num_value_heads)
+            moved += 4 * rows * (2 * net.state_size / CHUNK + net.num_value_heads * width)
+        return Work(
+            flops * (passes.forward + 3 * passes.inputs),  # which computes them again
+            needed * (1 + 2 * passes.inputs),
+            moved * (passes.forward + 3 * passes.inputs),
+        )
+
     def tower(self, sizes: Sizes, passes: Passes) -> Work:
         """Attention in the vision tower, whose scores are stored."""
         tower = tower_of(self.model.config)
@@ -346,7 +364,8 @@ def _passed(
             work += computation.head(product, sizes, passes(product.path))
         else:
             work += computation.product(product, passes(product.path))
-    return work + computation.attention(sizes, attention) + computation.tower(sizes, tower)
+    work += computation.attention(sizes, attention) + computation.states(sizes, attention)
+    return work + computation.tower(sizes, tower)
 
 
 def decode_work(computation: Computation, layout: Layout, prompt: int, decoding: Decoding) -> Work:
@@ -369,4 +388,8 @@ def decode_work(computation: Computation, layout: Layout, prompt: int, decoding:
         for attention in decoder.attentions
     )
     moved = cached * heads * computation.itemsize / computation.shards
+    flops += delta_flops(decoder) * places
+    for net in decoder.delta_nets:  # states are read and written
+        over = computation.shards * computation.ways(net.num_value_heads)
+        moved += 2 * 4 * places * net.state_size / over
     return work + Work(flops, flops, moved)

@@ -350,7 +350,8 @@ def _caches(
             pad_id=opened.processor.pad_id,
         )
         size = layout.members * pool_sizes(decoding.max_new_tokens)[-1]
-        pool = made(empty_pool, prompts[0], groups=layout.groups, size=size)
+        groups = {"groups": layout.groups, "members": layout.members}
+        pool = made(empty_pool, prompts[0], **groups, size=size)
     return prompts, samples, pool
 
 

@@ -25,8 +25,11 @@ from mmpo_jax.training.moments import with_moments_as
 STACKED = "/layers/"
 """In the paths of parameters that have all layers of a tower."""
 
-NO_HIDDEN_MATRIX = rf"language_model/lm_head/.*|.*/patch_embedding/.*|({reward_head.LAYERS})/.*"
-"""Matrices that are the first or the last of a model, which Muon leaves to AdamW."""
+NO_HIDDEN_MATRIX = (
+    rf"language_model/lm_head/.*|.*/patch_embedding/.*|.*/conv1d/.*|({reward_head.LAYERS})/.*"
+)
+"""Matrices that are the first or the last of a model, and filters of channels, which Muon leaves to
+AdamW."""
 
 MUON_RMS = 0.2
 """Root mean square of AdamW's steps, in learning rates (Liu et al. 2025, arXiv 2502.16982)."""
@@ -228,7 +231,7 @@ def _muon_or_adamw(params: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _is_matrix(path: str) -> bool:
-    return not path.endswith(("/bias", "/scale"))
+    return not path.endswith(("/bias", "/scale", "/A_log", "/dt_bias"))
 
 
 def _decayed(params: Mapping[str, jax.Array]) -> dict[str, bool]:

@@ -110,7 +110,7 @@ def test_architectures_that_are_not_implemented(folder):
     values = json.loads(original)
     for part in ("text_config", "vision_config"):
         # transformers takes Qwen's towers to be its own whatever the file calls them.
-        qwen = values["model_type"] in ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+        qwen = values["model_type"] in ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5")
         if part not in values or (qwen and part == "vision_config"):
             continue
         for kind in ("gpt2", "evil"):

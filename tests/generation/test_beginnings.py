@@ -68,7 +68,9 @@ def draw(start, records, mesh, temperature, beginnings=None, batch_size=2, count
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("name", ["llama", "mistral", "llava", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize(
+    "name", ["llama", "mistral", "llava", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_text"]
+)
 @pytest.mark.slow
 def test_equal_to_prompts_of_their_own(family_case, name, temperature):
     case = family_case(name)
@@ -100,13 +102,14 @@ def test_windows_reach_over_the_beginning(tmp_path):
     np.testing.assert_array_equal(found, draw(start, singles, one_device(), 1.0))
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3_5_text"])
 @pytest.mark.slow
-def test_places_devices_and_order_change_nothing(family_case, monkeypatch):
+def test_places_devices_and_order_change_nothing(family_case, monkeypatch, name):
     """Rows of two prompts with few places, prompts of other lengths in their places, eight devices
     with the heads split."""
-    case = family_case("llama")
+    case = family_case(name)
     start = Checkpoint(case.model, case.processor, case.params)
-    records = begun("llama") * 4
+    records = begun(name) * 4
     records = [dataclasses.replace(record, id=str(n)) for n, record in enumerate(records)]
     names = [[f"{record.id}#{i}" for i in range(3)] for record in records]
     wanted = draw(start, records, one_device(), 1.0, names, batch_size=8)

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from helpers.sampling import one_device
 
-from mmpo_jax.checkpoints.checkpoint import load_checkpoint
+from mmpo_jax.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from mmpo_jax.core.trees import map_with_path
 from mmpo_jax.data.batching import fitting_lengths
 from mmpo_jax.data.records import Record, Turn
-from mmpo_jax.data.tokenization import tokenize_records
+from mmpo_jax.data.tokenization import tokenize, tokenize_records
 from mmpo_jax.generation import engine as engines
 from mmpo_jax.generation.engine import ROW, Asked, Engine
 from mmpo_jax.generation.responses import generate_responses
@@ -75,6 +75,28 @@ def test_greedy_responses_are_those_of_generate(
     found = serve(engine, asked)
     for one, ids in zip(asked, greedy, strict=True):
         assert found[one] == dict.fromkeys(range(one.num_samples), ids)
+
+
+def test_places_fork_the_states_of_their_prompts(family_case):
+    """Of delta nets, also where a place served another prompt before."""
+    pytest.importorskip("torch")
+    from helpers import checks
+
+    case = family_case("qwen3_5_text")
+    start = Checkpoint(case.model, case.processor, case.params)
+    words = np.random.default_rng(0).choice(checks.WORDS, (5, 8))
+    texts = [" ".join(row[: 4 + n]) for n, row in enumerate(words)]
+    rows = [tokenize(checks.record(str(n), t), case.processor, 99, 99) for n, t in enumerate(texts)]
+    decoding = Decoding(temperature=0, max_new_tokens=LENGTH)
+    lengths = fitting_lengths(rows)
+    made = generate_responses(start, rows, decoding, lengths, one_device(), batch_size=5, seed=0)
+    engine = Engine(start, one_device(), places=ROW, max_prompt=64)
+    asked = [Asked(row, LENGTH, num_samples=3) for row in rows]
+    found = serve(engine, asked, at_once=1)
+    for one, response in zip(asked, made, strict=True):
+        ids = response.token_ids.tolist()
+        assert found[one] == dict.fromkeys(range(one.num_samples), ids)
+    assert len({response.token_ids.tobytes() for response in made}) == len(rows)
 
 
 def test_every_request_has_its_own_sampling(checkpoint, records, greedy):

@@ -170,7 +170,12 @@ def no_images(record: Record, ids: np.ndarray) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def check_logits(case: Case, records: Sequence[Record], inputs: Inputs = no_images) -> None:
+def check_logits(
+    case: Case,
+    records: Sequence[Record],
+    inputs: Inputs = no_images,
+    tolerance: float = TOLERANCE,
+) -> None:
     """Logits of every response, all in one batch here, each in a row of its own there."""
     tokenized, batch = batch_of(case, records)
     ours = np.asarray(response_logits(case.model, case.params, batch))
@@ -182,7 +187,7 @@ def check_logits(case: Case, records: Sequence[Record], inputs: Inputs = no_imag
             ).logits[0, len(tokens.prompt_ids) - 1 : -1]
             assert theirs.std() > 0.5
             np.testing.assert_allclose(
-                ours[row, column, : len(response.ids)], theirs.numpy(), rtol=0, atol=TOLERANCE
+                ours[row, column, : len(response.ids)], theirs.numpy(), rtol=0, atol=tolerance
             )
 
 

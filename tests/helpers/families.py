@@ -36,6 +36,14 @@ QWEN_TOWER = {
     "window_size": 28,
     "fullatt_block_indexes": [1],
 }
+DELTA_NET = {
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 QWEN_SETTINGS = {"patch_size": 7, "min_pixels": 4 * 14**2, "max_pixels": 12 * 14**2}
 DEEP_TOWER = {
     "depth": 2,
@@ -64,6 +72,7 @@ NAMED = {
     "qwen2_5_vl": {"image_token": IMAGE, "video_token": VIDEO},
     "qwen3_vl": QWEN3_NAMED,
     "qwen3_vl_moe": QWEN3_NAMED,
+    "qwen3_5": QWEN3_NAMED,
 }
 """Tokens that tokenizer_config.json names."""
 
@@ -148,7 +157,7 @@ def internvl(tied: bool) -> Any:
 QWEN_MEDIA = ("<vision>", "</vision>", IMAGE, VIDEO)
 
 
-QWEN = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+QWEN = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5")
 """Families whose positions are of time, row and column."""
 
 
@@ -184,6 +193,15 @@ def qwen3_vl_moe(tied: bool) -> Any:
     return transformers.Qwen3VLMoeConfig(**sizes, vision_config=DEEP_TOWER)
 
 
+def qwen3_5(tied: bool) -> Any:
+    rope = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.5}
+    rope["mrope_section"] = [2, 1, 1]
+    tower = {key: x for key, x in DEEP_TOWER.items() if key != "deepstack_visual_indexes"}
+    return transformers.Qwen3_5Config(
+        **qwen_sizes(tied, rope_parameters=rope, **DELTA_NET), vision_config=tower
+    )
+
+
 SQUARE = {"height": TILE, "width": TILE}
 SHORTEST = {"size": {"shortest_edge": TILE}, "crop_size": SQUARE}
 
@@ -214,11 +232,13 @@ FAMILIES = {
     "qwen3_vl_moe": Tiny(
         qwen3_vl_moe, QWEN_MEDIA, transformers.Qwen2VLImageProcessorPil(**QWEN_SETTINGS)
     ),
+    "qwen3_5": Tiny(qwen3_5, QWEN_MEDIA, transformers.Qwen2VLImageProcessorPil(**QWEN_SETTINGS)),
     "llama": only_text(transformers.LlamaConfig),
     "mistral": only_text(transformers.MistralConfig, sliding_window=None),
     "qwen2": only_text(transformers.Qwen2Config),
     "qwen3": only_text(transformers.Qwen3Config, head_dim=16),
     "qwen3_moe": only_text(transformers.Qwen3MoeConfig, head_dim=16, **checks.EXPERTS),
+    "qwen3_5_text": only_text(transformers.Qwen3_5TextConfig, **DELTA_NET),
 }
 """By `model_type`."""
 
@@ -228,6 +248,7 @@ VIDEO_SETTINGS = {
     "qwen2_5_vl": QWEN_SETTINGS,
     "qwen3_vl": DEEP_VIDEOS,
     "qwen3_vl_moe": DEEP_VIDEOS,
+    "qwen3_5": DEEP_VIDEOS,
 }
 
 

@@ -11,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 import transformers  # noqa: E402
 from helpers import checks, qwen_media  # noqa: E402
+from helpers.deep_media import IDS, make_case, their_inputs, their_videos  # noqa: E402
 from helpers.pictures import encode, noise  # noqa: E402
 from helpers.qwen_media import (  # noqa: E402
     IMAGES,
@@ -33,9 +34,6 @@ from mmpo_jax.models.model import read_config  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
-# Times are tokens here, digit by digit.
-MEDIA = (*qwen_media.MEDIA, "<", ".", "seconds>", *map(str, range(10)))
-IDS = checks.token_ids(*MEDIA)
 TEXT = {
     "vocab_size": len(IDS) + 2,
     "hidden_size": 32,
@@ -119,57 +117,6 @@ def case(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     return make_case(tmp_path_factory.mktemp("qwen") / "one", CASES["published-patches"])
-
-
-def make_case(folder, config):
-    qwen_media.save_tokenizer(folder, MEDIA)
-    named = {"vision_start_token": "<vision>", "vision_end_token": "</vision>"}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, extra_special_tokens=named)
-    tokenizer.save_pretrained(folder)
-    tower = config.vision_config
-    area = (tower.patch_size * tower.spatial_merge_size) ** 2
-    sizes = {"size": {"shortest_edge": 8 * area, "longest_edge": 80 * area}}
-    patches = {"patch_size": tower.patch_size, "merge_size": tower.spatial_merge_size}
-    checks.write_json(folder / "video_preprocessor_config.json", sizes | patches)
-    theirs = transformers.AutoModelForImageTextToText.from_config(config)
-    halves = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    return checks.make_case(folder, theirs, qwen_media.image_processor(tower, **halves))
-
-
-def their_videos(case, record):
-    """(pixels, [time steps, rows, columns] of patches) of a record's videos."""
-    tower = case.theirs.config.vision_config
-    edge = tower.patch_size * tower.spatial_merge_size
-    values, grids = [], []
-    for clip in record.videos:
-        shown = checks.load(clip.frames[:1])[0]
-        size = smart_resize(
-            len(clip.frames),
-            shown.height,
-            shown.width,
-            temporal_factor=tower.temporal_patch_size,
-            factor=edge,
-            min_pixels=8 * edge**2,
-            max_pixels=80 * edge**2,
-        )
-        made, grid = qwen_media.their_video(case, clip, size)
-        values.append(made)
-        grids.append(grid)
-    return torch.cat(values), torch.tensor(grids)
-
-
-def their_inputs(case):
-    def inputs(record, ids):
-        kinds = (ids == IDS["<image>"]) + 2 * (ids == IDS["<video>"])
-        made = {"mm_token_type_ids": torch.tensor(kinds[None])}
-        if record.images:
-            made |= dict(their_images(case, record))
-        if record.videos:
-            names = "pixel_values_videos", "video_grid_thw"
-            made |= dict(zip(names, their_videos(case, record), strict=True))
-        return made
-
-    return inputs
 
 
 def test_logits(case):

@@ -77,6 +77,7 @@ PROCESSORS = {
     "qwen2_5_vl": ("Qwen2_5_VLProcessor", {}),
     "qwen3_vl": ("Qwen3VLProcessor", {}),
     "qwen3_vl_moe": ("Qwen3VLProcessor", {}),
+    "qwen3_5": ("Qwen3VLProcessor", {}),
 }
 """Of transformers, with what their files say beside the processors of images and videos."""
 VIDEO_PROCESSORS = {
@@ -85,6 +86,7 @@ VIDEO_PROCESSORS = {
     "qwen2_5_vl": "Qwen2VLVideoProcessor",
     "qwen3_vl": "Qwen3VLVideoProcessor",
     "qwen3_vl_moe": "Qwen3VLVideoProcessor",
+    "qwen3_5": "Qwen3VLVideoProcessor",
 }
 OLD, NEW = "transformers 4", "transformers 5"
 

@@ -20,7 +20,7 @@ from mmpo_jax.training.losses import make_loss
 from mmpo_jax.training.step import create_state, make_step, trainable_paths
 
 TOWER, PROJECTOR = "vision_tower/.*", "multi_modal_projector/.*"
-EMBEDDINGS, MLP = "language_model/embed_tokens/.*", "language_model/layers/mlp/.*"
+EMBEDDINGS, MLP = "language_model/embed_tokens/.*", r"language_model/layers/(\w+/)?mlp/.*"
 THEIRS = {
     TOWER: r"model\.(vision_tower\..*|visual\.(?!(deepstack_)?merger).*)",
     PROJECTOR: r"model\.(multi_modal_projector\..*|visual\.(deepstack_)?merger.*)",

@@ -6,6 +6,7 @@ from mmpo_jax.models.families import (
     llava_next,
     llava_onevision,
     qwen2_5_vl,
+    qwen3_5,
     qwen3_vl,
     qwen3_vl_moe,
     text,
@@ -22,6 +23,8 @@ FAMILIES: dict[str, Family] = {
         qwen2_5_vl.FAMILY,
         qwen3_vl.FAMILY,
         qwen3_vl_moe.FAMILY,
+        qwen3_5.FAMILY,
+        qwen3_5.TEXT,
         text.FAMILY,
     )
     for name in family.model_types
