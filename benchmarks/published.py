@@ -205,6 +205,32 @@ def qwen3_5(text: dict[str, Any]) -> Any:
     )
 
 
+def gemma4(layers: int, **shape: Any) -> Any:
+    return transformers.Gemma4Config(
+        text_config={
+            "num_hidden_layers": layers,
+            "head_dim": 256,
+            "global_head_dim": 512,
+            "attention_k_eq_v": True,
+            "vocab_size": 262144,
+            "sliding_window": 1024,
+            "final_logit_softcapping": 30.0,
+            "hidden_size_per_layer_input": 0,
+            "use_bidirectional_attention": "vision",
+            **shape,
+        },
+        vision_config={
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "head_dim": 72,
+            "standardize": True,
+        },
+    )
+
+
 SHORTEST = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
 OF_CLIP = transformers.CLIPImageProcessorPil(**SHORTEST)
 OF_ONEVISION = transformers.LlavaOnevisionImageProcessorPil(
@@ -302,6 +328,20 @@ PUBLISHED = {
     "Qwen3-30B-A3B": Published(lambda: transformers.Qwen3MoeConfig(**QWEN3_30B_A3B)),
     "Qwen3.5-27B": Published(
         lambda: qwen3_5(QWEN3_5_27B), OF_QWEN3_5, QWEN3_5_MEDIA, picture=QWEN_PICTURE
+    ),
+    "Gemma-4-31B": Published(
+        lambda: gemma4(
+            60,
+            hidden_size=5376,
+            intermediate_size=21504,
+            num_attention_heads=32,
+            num_key_value_heads=16,
+            num_global_key_value_heads=4,
+        ),
+        transformers.Gemma4ImageProcessorPil(),
+        {"<|image>": 255999, "<|image|>": 258880, "<image|>": 258882},
+        {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>"},
+        picture="<|image|>",
     ),
     # RLAIF-V's splitters are tuned from it.
     "Llama-3-8B": Published(lambda: transformers.LlamaConfig(**LLAMA_3_8B)),

@@ -20,9 +20,9 @@ from mmpo_jax.data.batching import image_arrays, place_media
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.data.tokenized_rows import KnownRows
-from mmpo_jax.models.attention import packed_blocks
 from mmpo_jax.models.batch import PackedBatch
 from mmpo_jax.models.layout import pad_size
+from mmpo_jax.models.packed_attention import packed_blocks
 
 STEP = 32
 """What lengths are rounded up to, as far as that is little of them."""

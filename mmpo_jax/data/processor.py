@@ -75,12 +75,18 @@ class Processor:
         self.slot_shape: tuple[int, ...] = ()
         if self.images is not None:
             self.image_processor = load_image_processor(self.folder, self.images.processors)
+            self.images.check(config, self.image_processor)
             self.placeholders = self.images.placeholders(config)
             self.slot_shape = self.images.slot_shape(config)
+            if self.images.slot_shape_of is not None:
+                self.slot_shape = self.images.slot_shape_of(config, self.image_processor)
         if self.videos is not None:
             self.video_settings = load_video_settings(self.folder, self.videos.settings)
             placeholder = self.videos.placeholder(config, self.tokenizer)
             self.placeholders = (*self.placeholders, placeholder)
+        self._spelled: tuple[str, str] | None = None
+        if self.images is not None and self.images.spelled is not None:
+            self._spelled = self.images.spelled(self.tokenizer)
         self._kept_pixels = PixelCache()
         # Responses go on from one prompt, which would be encoded for each of them again.
         self._encode_plain = functools.lru_cache(REMEMBERED)(self._encode_text)
@@ -121,7 +127,9 @@ class Processor:
         """
         if not self.tokenizer.is_fast:
             raise ProcessorError(f"{self.folder}: control tokens in texts need a tokenizer.json")
-        return ControlTokens(self.tokenizer, self.placeholders)
+        written = self._spelled[:1] if self._spelled else ()
+        ids = self.tokenizer.convert_tokens_to_ids(list(written))
+        return ControlTokens(self.tokenizer, (*self.placeholders, *ids))
 
     @property
     def eos_id(self) -> int:
@@ -183,7 +191,7 @@ class Processor:
                 f"{self.folder}: the chat template writes keys of messages, or arguments, as "
                 "Python does, in which typed control tokens cannot stay text"
             )
-        return text
+        return text.replace(*self._spelled) if self._spelled else text
 
     def _as_text(self, turn: Turn, names: Sequence[str] | None) -> Turn:
         """A turn in which these control tokens, typed in its texts and keys, stay text."""

@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mmpo_jax.models.attention import CachedPart, cached_attention, in_window
+from mmpo_jax.models.attention import CachedPart, cached_attention
 from mmpo_jax.models.delta_net import DeltaState, DeltaTokens, run
 from mmpo_jax.models.layer_kinds import AttentionConfig, DeltaNetConfig
+from mmpo_jax.models.sight import in_window
 
 
 @dataclasses.dataclass(frozen=True)

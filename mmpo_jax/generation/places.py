@@ -148,6 +148,10 @@ def prefill(
     rows, size = len(x), batch.prompt_ids.shape[1]
     real = jnp.concatenate([batch.prompt_mask, beginnings.reshape(rows, -1)], axis=1)
 
+    images = module.shown_images(batch)
+    if not begun and images is not None:
+        images = dataclasses.replace(images, responses=None)
+
     def attend_prompt(made, stack, carry, inputs):
         del inputs
         masks = batch.prompt_mask, beginnings
@@ -155,7 +159,8 @@ def prefill(
             read, *states = shared_prompt_delta(made, stack.layer.mixer, *masks)
             return read, carry, DeltaStates.of_prompt(*states)
         (query, key, value), scores = made, stack.layer.mixer.scores
-        out = shared_prompt_attention(query, key, value, *masks, backend=module.attention, **scores)
+        scores |= {"backend": module.attention, "images": images}
+        out = shared_prompt_attention(query, key, value, *masks, **scores)
         kept, whole = KeyValues.of_prompt(key, value)
         return out, carry & (whole | ~real).all(axis=1), kept
 

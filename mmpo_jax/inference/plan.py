@@ -154,7 +154,7 @@ def packed_over(model: Model, mesh: Mesh) -> int | None:
         _say_padded()
         return None
     with jax.set_mesh(mesh):
-        packed = is_packed(model.attention, model.config.decoder.windows)
+        packed = is_packed(model.attention, model.config.decoder.in_kernels)
     return batch_shards(mesh) if packed else None
 
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from mmpo_jax.models import cudnn, splash
-from mmpo_jax.models.batch import PackedBatch
 from mmpo_jax.models.layers import ATTENDED
+from mmpo_jax.models.sight import Images, in_window, same_image
 
 log = logging.getLogger(__name__)
 
@@ -200,6 +200,8 @@ def shared_prompt_attention(
     *,
     scale: float | None = None,
     softcap: float | None = None,
+    sees_images: bool = False,
+    images: Images | None = None,
 ) -> Float[Array, "B S H d"]:
     """Attention of a prompt and R responses to it, laid out as one sequence.
 
@@ -227,6 +229,8 @@ def shared_prompt_attention(
       backend: one of `BACKENDS`; see `choose_backend`.
       scale: factor of the scores; None for 1/sqrt(d).
       softcap: what scores are kept below, see `capped`.
+      sees_images: whether tokens of an image see all others of it, the later ones too.
+      images: what prompt and responses show where; None where there are no images.
 
     Returns:
       [B, S, H, d]. What padding sees depends on the backend and is finite.
@@ -235,13 +239,16 @@ def shared_prompt_attention(
         window = None
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     arguments = query, key, value, prompt_mask, response_mask
-    chosen = choose_backend(backend, query, prompt_mask, response_mask, window, softcap)
+    images = images if sees_images else None
+    chosen = choose_backend(
+        backend, query, prompt_mask, response_mask, window, softcap, images is not None
+    )
     if chosen == "splash":
         interpret = platform() != "tpu"
         return splash.splash_attention(*arguments, scale, softcap, interpret=interpret)
     if chosen == "cudnn":
         return cudnn.cudnn_attention(*arguments, scale)
-    return xla_attention(*arguments, window, scale, softcap)
+    return xla_attention(*arguments, window, scale, softcap, images)
 
 
 def choose_backend(
@@ -251,6 +258,7 @@ def choose_backend(
     response_mask: Bool[Array, "B R T"],
     window: int | None,
     softcap: float | None = None,
+    images: bool = False,
 ) -> str:
     """The backend of `shared_prompt_attention` for its arguments.
 
@@ -258,6 +266,7 @@ def choose_backend(
       asked: one of `BACKENDS`. "auto" is splash attention on TPU, cuDNN on GPU, XLA elsewhere.
         Splash attention is interpreted where there is no TPU, which only tests want.
       query, prompt_mask, response_mask, window, softcap: of `shared_prompt_attention`.
+      images: whether there are images whose tokens see one another.
 
     Returns:
       "xla", "splash" or "cudnn"; XLA, and a line in the log that says why, where the kernel does
@@ -273,13 +282,15 @@ def choose_backend(
     reason = None
     if chosen == "splash":
         reason = splash.unsupported(query, window)
-        if reason is None and own != "tpu":
-            _warn_once(f"splash attention is interpreted, which is slow: {own} is no TPU")
     elif chosen == "cudnn":
         reason = f"{own} is no GPU"
         if own == "gpu":
             reason = cudnn.unsupported(query, prompt_mask, response_mask, window, softcap)
+    if images and chosen != "xla":
+        reason = "it knows no images, whose tokens see one another"
     if reason is None:
+        if chosen == "splash" and own != "tpu":
+            _warn_once(f"splash attention is interpreted, which is slow: {own} is no TPU")
         return chosen
     _warn_once(f"attention is computed by xla and not by {chosen}: {reason}")
     return "xla"
@@ -308,11 +319,12 @@ def xla_attention(
     window: int | None,
     scale: float,
     softcap: float | None,
+    images: Images | None = None,
 ) -> Float[Array, "B S H d"]:
     """`shared_prompt_attention` on any platform, in plain JAX.
 
     Prompt queries are taken in blocks, each against the keys from the first that its window
-    reaches up to its own end.
+    reaches up to its own end, or that of an image which it may be in.
     """
     b, _, h, d = query.shape
     p, (r, t) = prompt_mask.shape[1], response_mask.shape[1:]
@@ -323,13 +335,21 @@ def xla_attention(
     for start in range(0, p, block):
         stop = min(start + block, p)
         first = 0 if window is None else max(0, start + 1 - window)
-        seen = in_window(jnp.arange(start, stop)[:, None] - jnp.arange(first, stop), window)
-        mask = seen & prompt_mask[:, None, None, first:stop]
-        part = prompt_key[:, first:stop], prompt_value[:, first:stop], mask
+        end, same = stop, None
+        if images is not None:
+            end = min(p, stop + images.longest - 1)
+            numbers = images.tokens[:, None]
+            same = same_image(numbers[..., start:stop], numbers[..., first:end])
+        distance = jnp.arange(start, stop)[:, None] - jnp.arange(first, end)
+        mask = in_window(distance, window, same) & prompt_mask[:, None, None, first:end]
+        part = prompt_key[:, first:end], prompt_value[:, first:end], mask
         out.append(attend(query[:, None, start:stop], [part], scale, softcap)[:, 0])
     if r:
         steps = jnp.arange(t)
-        own = in_window(steps[:, None] - steps, window) & response_mask[:, :, None, :]
+        same = None
+        if images is not None and images.responses is not None:
+            same = same_image(images.responses, images.responses)
+        own = in_window(steps[:, None] - steps, window, same) & response_mask[:, :, None, :]
         seen = prompt_mask[:, None, None, :]
         if window is not None:
             # A response begins where its prompt ends, not where the padding does.
@@ -349,95 +369,16 @@ def xla_attention(
     return jnp.concatenate(out, axis=1)
 
 
-def packed_attention(
-    query: Float[Array, "B S H d"],
-    key: Float[Array, "B S K d"],
-    value: Float[Array, "B S K d"],
-    batch: PackedBatch,
-    window: int | None = None,
-    *,
-    scale: float | None = None,
-    softcap: float | None = None,
-) -> Float[Array, "B S H d"]:
-    """Attention in rows that hold several records, each a prompt and the responses to it.
-
-    Tokens see what they see in `shared_prompt_attention`, and nothing of other records. Queries are
-    taken in blocks, see `packed_blocks`.
-
-    Args:
-      query: [B, S, H, d].
-      key, value: [B, S, K, d].
-      batch: says what the rows hold.
-      window, scale, softcap: as `shared_prompt_attention` takes them.
-
-    Returns:
-      [B, S, H, d]. Padding sees padding.
-    """
-    s, d = query.shape[1], query.shape[-1]
-    scale = d**-0.5 if scale is None else scale
-    if window is not None and window >= batch.reach:
-        window = None
-    out = []
-    for queries, seen in packed_blocks(s, batch.reach, batch.prompt, batch.loss_mask.shape[-1]):
-        parts = [
-            (key[:, keys], value[:, keys], _packed_mask(batch, queries, keys, window)[:, None])
-            for keys in seen
-        ]
-        out.append(attend(query[:, None, queries], parts, scale, softcap)[:, 0])
-    return jnp.concatenate(out, axis=1)
-
-
-def packed_blocks(
-    length: int, reach: int, prompt: int, response: int
-) -> Iterator[tuple[slice, list[slice]]]:
-    """Blocks of the queries of packed rows, each with the keys that any of it may see.
-
-    Those are the keys from where a record that ends in the block may have begun. Where every row
-    holds one record, behind its prompt they are the prompt's and those from where a response may
-    have begun.
-
-    Args:
-      length: S, of a row.
-      reach, prompt: see `PackedBatch`.
-      response: T, no response has more tokens.
-    """
-    for first, end in ((0, prompt), (prompt, length)):
-        block = max(MIN_QUERY_BLOCK, -(-(end - first) // MAX_QUERY_BLOCKS))
-        for start in range(first, end, block):
-            stop = min(start + block, end)
-            keys = [slice(max(0, start + 1 - reach), stop)]
-            if 0 < prompt <= start:
-                keys = [slice(0, prompt), slice(max(prompt, start + 1 - response), stop)]
-            yield slice(start, stop), keys
-
-
-def _packed_mask(
-    batch: PackedBatch, queries: slice, keys: slice, window: int | None
-) -> Bool[Array, "B T S"]:
-    """Whether a query of some columns sees a key of others, bool[B, queries, keys]."""
-    same = batch.record[:, queries, None] == batch.record[:, None, keys]
-    owner, other = batch.response[:, queries, None], batch.response[:, None, keys]
-    seen = same & ((other == 0) | (other == owner))
-    distance = batch.place[:, queries, None] - batch.place[:, None, keys]
-    return seen & in_window(distance, window)
-
-
-def is_packed(backend: str, windows: Sequence[int]) -> bool:
+def is_packed(backend: str, in_kernels: bool) -> bool:
     """Whether batches are made as `PackedBatch`es.
 
     Kernels have the layout of `Batch` in their masks; plain JAX computes either.
 
     Args:
       backend: one of `BACKENDS`.
-      windows: of the layers, 0 for none; layers that have one are computed by no kernel.
+      in_kernels: whether kernels compute any of the layers.
     """
-    if all(windows):
+    if not in_kernels:
         return True
     chosen = PLATFORM_BACKENDS.get(platform(), "xla") if backend == "auto" else backend
     return chosen == "xla"
-
-
-def in_window(distance: Int[Array, "*d"], window: int | None) -> Bool[Array, "*d"]:
-    """Whether a query sees the key that stands `distance` tokens before it, as bool."""
-    seen = distance >= 0
-    return seen if window is None else seen & (distance < window)

@@ -41,6 +41,10 @@ class DecoderConfig:
     tie_word_embeddings: bool
     norm_offset: bool = False
     """Whether norms multiply by 1 + their scale (Gemma)."""
+    embedding_scale: float = 1.0
+    """Factor of token embeddings."""
+    softcap: float | None = None
+    """What logits are kept below, see `attention.capped`; None for no limit."""
     language_head: bool = True
     """Whether there is a language-model head; transformers' sequence classification has none."""
 
@@ -76,9 +80,14 @@ class DecoderConfig:
         return tuple(mixer for mixer in mixers if isinstance(mixer, DeltaNetConfig))
 
     @property
-    def windows(self) -> tuple[int, ...]:
-        """`AttentionConfig.window` of every layer that has attention."""
-        return tuple(attention.window for attention in self.attentions)
+    def in_kernels(self) -> bool:
+        """Whether kernels compute the attention of any layer."""
+        return any(attention.in_kernels for attention in self.attentions)
+
+    @property
+    def sees_images(self) -> bool:
+        """Whether there are layers in which an image sees all of itself."""
+        return any(attention.sees_images for attention in self.attentions)
 
     @property
     def query_channels(self) -> int:

@@ -43,6 +43,7 @@ from mmpo_jax.models.layers import (
     split_tokens,
     spread_gradient,
     stack_layers,
+    unit_norm,
     with_expert,
 )
 from mmpo_jax.models.rope import Rope, Tables, rope_tables, rotate
@@ -61,7 +62,11 @@ SHARDING_RULES: tuple[tuple[str, PartitionSpec], ...] = (
         PartitionSpec(None, "tensor", "fsdp"),
     ),
     (r"language_model/.*/linear_attn/(conv1d/kernel|dt_bias|A_log)", PartitionSpec()),
-    (r"language_model/.*/bias|language_model/(.*/)?[a-z_]*norm/scale", PartitionSpec()),
+    (
+        r"language_model/.*/bias|language_model/(.*/)?[a-z_]*norm/scale"
+        r"|language_model/layers/(\w+/)?layer_scalar",
+        PartitionSpec(),
+    ),
     *OF_EXPERTS,
 )
 
@@ -107,12 +112,13 @@ class SelfAttention(nnx.Module):
     """The projections of grouped-query attention; what is attended to is the caller's."""
 
     def __init__(self, decoder: DecoderConfig, config: AttentionConfig, rngs: nnx.Rngs):
-        self.config = config
+        self.config, self.epsilon = config, decoder.rms_norm_eps
         size, head_dim, bias = decoder.hidden_size, config.head_dim, config.qkv_bias
         queries, keys = config.num_heads * head_dim, config.num_kv_heads * head_dim
         self.q_proj = linear(size, queries * (2 if config.gated else 1), bias, rngs)
         self.k_proj = linear(size, keys, bias, rngs)
-        self.v_proj = linear(size, keys, bias, rngs)
+        if not config.keys_are_values:
+            self.v_proj = linear(size, keys, bias, rngs)
         residual_layers = 2 * decoder.num_layers
         self.o_proj = linear(queries, size, config.out_bias, rngs, residual_layers)
         if config.qk_norm:
@@ -130,9 +136,12 @@ class SelfAttention(nnx.Module):
             query, gate = jnp.split(both, 2, axis=-1)
         else:
             query = self.q_proj(x).reshape(heads)
-        key, value = (f(x).reshape(heads) for f in (self.k_proj, self.v_proj))
+        key = self.k_proj(x).reshape(heads)
+        value = key if self.config.keys_are_values else self.v_proj(x).reshape(heads)
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
+        if self.config.value_norm:
+            value = unit_norm(value, self.epsilon)
         rope = ropes[self.config.rope]
         return (rotate(query, rope), rotate(key, rope), value), gate
 
@@ -172,6 +181,9 @@ class DecoderLayer(nnx.Module):
             self.mlp = GatedMlp(
                 size, mlp.intermediate_size, mlp.hidden_act, mlp.bias, residual_layers, rngs
             )
+        self.scaled = config.scaled
+        if config.scaled:
+            self.layer_scalar = nnx.Param(jnp.ones(1))
 
     def __call__(
         self,
@@ -196,7 +208,10 @@ class DecoderLayer(nnx.Module):
             return x + scatter(more), carry, outputs
         x = x + self.post_attention_layernorm(added)
         more, carry = self._mlp(gather(self.pre_feedforward_layernorm(x)), carry, observe)
-        return x + self.post_feedforward_layernorm(scatter(more)), carry, outputs
+        x = x + self.post_feedforward_layernorm(scatter(more))
+        if self.scaled:
+            x = x * self.layer_scalar[...].astype(x.dtype)
+        return x, carry, outputs
 
     def _mlp(
         self, x: Float[Array, "B S D"], carry: Any, observe: Observer | None
@@ -300,7 +315,7 @@ class Decoder(nnx.Module):
         return layers
 
     def embed(self, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
-        """Embeddings of tokens.
+        """Embeddings of tokens, times the config's factor.
 
         On a mesh every device looks up its part of the width for the rows of all that share the
         axis `fsdp`, and they exchange what they have found: left to itself, the compiler makes it
@@ -311,7 +326,9 @@ class Decoder(nnx.Module):
         if not mesh.empty:
             split = with_expert(PartitionSpec("data", None, "fsdp"), mesh)
             found = jax.lax.with_sharding_constraint(found, split)
-        return constrain_batch(found)
+        found = constrain_batch(found)
+        factor = self.config.embedding_scale
+        return found if factor == 1 else found * jnp.asarray(factor, found.dtype)
 
     def head_kernel(self) -> Float[Array, "D V"]:
         """The language-model head as [D, V].

@@ -71,6 +71,15 @@ class Images:
     """Whether layouts depend on the sizes; where not, files need not be opened for them."""
     frame: Callable[[Any, Layout], Layout] = lambda tokenizer, layout: layout
     """(tokenizer, an image's layout) -> the layout with the tokens that stand around it."""
+    spelled: Callable[[Any], tuple[str, str]] | None = None
+    """tokenizer -> (what chat templates write for an image, what stands there for the tokenizer:
+    text, and in it the placeholder), where these differ."""
+    check: Callable[[Any, Any], None] = lambda config, processor: None
+    """(config, image processor); raises `ModelError` for settings that are not implemented, or do
+    not fit the config."""
+    slot_shape_of: Callable[[Any, Any], tuple[int, ...]] | None = None
+    """(config, image processor) -> `slot_shape`, where the processor's settings decide about it;
+    plans, which read none, take the usual one."""
     describe: Callable[[Any, Sequence[Layout], int], dict[str, np.ndarray]] = (
         lambda config, layouts, slots: {}
     )

@@ -20,6 +20,7 @@ from mmpo_jax.models.lora import EXPERTS
 from mmpo_jax.models.model import Model
 from mmpo_jax.models.reward_head import is_reward_head
 from mmpo_jax.models.vision import VisionConfig
+from mmpo_jax.models.vision_gemma import GemmaVisionConfig
 from mmpo_jax.models.vision_qwen import QwenVisionConfig
 
 HEAD = "language_model/lm_head/kernel"
@@ -99,6 +100,17 @@ def tower_of(config: Any) -> Tower | None:
             tower.num_heads,
             scores,
         )
+    if isinstance(tower, GemmaVisionConfig):
+        patches, layers = tower.slot_patches, tower.num_layers
+        return Tower(
+            patches,
+            patches,
+            patches // tower.pool**2,
+            layers,
+            tower.num_heads * tower.head_dim,
+            tower.num_heads,
+            lambda slots: slots * layers * patches**2,
+        )
     return None
 
 
@@ -115,7 +127,8 @@ def dense_layers(model: Model, params: Mapping[str, Any]) -> list[Dense]:
     found = []
     for path, leaf in params.items():
         tied = path == EMBEDDING and model.config.decoder.tie_word_embeddings
-        if not (path.endswith(("/kernel", "/lora_a", "/lora_b")) or tied) or is_reward_head(path):
+        is_dense = path.endswith(("/kernel", "/lora_a", "/lora_b", "_projection_weight")) or tied
+        if not is_dense or is_reward_head(path):
             continue
         *stack, inputs, outputs = leaf.shape
         part: Part

@@ -40,11 +40,27 @@ class AttentionConfig:
     """Whether queries and keys are normalised per head (Qwen3)."""
     gated: bool = False
     """Whether what heads read is multiplied by a gate, which `q_proj` makes too (Qwen3-Next)."""
+    value_norm: bool = False
+    """Whether values are, by a norm without a scale (Gemma 4)."""
+    keys_are_values: bool = False
+    """Whether values are what keys are made of, before their norm and rotation (Gemma 4)."""
+    sees_images: bool = False
+    """Whether tokens of an image see all others of it, the later ones too (Gemma 3)."""
 
     @property
     def scores(self) -> dict[str, Any]:
         """Who sees whom and how much: keyword arguments of the functions in `attention`."""
-        return {"window": self.window or None, "scale": self.scale, "softcap": self.softcap}
+        return {
+            "window": self.window or None,
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "sees_images": self.sees_images,
+        }
+
+    @property
+    def in_kernels(self) -> bool:
+        """Whether kernels compute it: they know who sees whom by place alone."""
+        return not self.window and not self.sees_images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +123,8 @@ class LayerConfig:
     mlp: MlpConfig | ExpertsConfig
     sandwich: bool = False
     """Whether what mixer and MLP add to the residual stream is normalised too (Gemma 2)."""
+    scaled: bool = False
+    """Whether a number that is not trained scales what comes out (Gemma 4)."""
 
 
 @dataclasses.dataclass(frozen=True)

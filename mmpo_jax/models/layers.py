@@ -150,10 +150,15 @@ class OffsetRmsNorm(nnx.Module):
         self.scale = nnx.Param(jnp.zeros(size))
 
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
-        wide = promote(x)
-        mean = jnp.square(wide).mean(axis=-1, keepdims=True)
-        normed = wide * jax.lax.rsqrt(mean + self.epsilon)
+        normed = unit_norm(promote(x), self.epsilon)
         return (normed * (1 + promote(self.scale[...]))).astype(x.dtype)
+
+
+def unit_norm(x: Float[Array, "*b D"], epsilon: float) -> Float[Array, "*b D"]:
+    """An RMS norm over the last axis that has no scale."""
+    wide = promote(x)
+    mean = jnp.square(wide).mean(axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(mean + epsilon)).astype(x.dtype)
 
 
 def rms_norm(size: int, epsilon: float, offset: bool, rngs: nnx.Rngs) -> Any:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from mmpo_jax.models.attention import capped
 from mmpo_jax.models.batch import Batch, PackedBatch
 from mmpo_jax.models.layers import batch_axes, matmul, spread_gradient
 from mmpo_jax.models.model import Model, Params
@@ -92,7 +93,8 @@ def response_statistics(
     packed = isinstance(batch, PackedBatch)
     assert not packed or len(partners) == 1, "a record's contexts do not stand in packed rows"
 
-    vocab_size = model.config.decoder.vocab_size
+    decoder = model.config.decoder
+    vocab_size, softcap = decoder.vocab_size, decoder.softcap
     other = None
     if reference is not None:
         module = model.bind(jax.lax.stop_gradient(reference))
@@ -107,7 +109,7 @@ def response_statistics(
     hidden, kernel = predicting_states(states, batch), module.language_model.head_kernel()
     labels = batch.target[:, None] if isinstance(batch, PackedBatch) else batch.response_ids
     found = token_statistics(
-        hidden, kernel, labels, names, other, chunk, partners, temperature, vocab_size
+        hidden, kernel, labels, names, other, chunk, partners, temperature, vocab_size, softcap
     )
     if isinstance(batch, PackedBatch):
         found = {name: unpack(values[:, 0], batch) for name, values in found.items()}
@@ -212,6 +214,7 @@ def token_statistics(
     partners: Sequence[int] = (0,),
     temperature: float = 1.0,
     vocab_size: int | None = None,
+    softcap: float | None = None,
 ) -> dict[str, Float[Array, "B R T"]]:
     """log softmax(hidden @ kernel / temperature)[labels], and more, without storing the logits.
 
@@ -232,6 +235,7 @@ def token_statistics(
       partners: rows come in groups of C; for each of a group, the place of its partner in it.
       temperature: all logits are divided by it, the reference's too.
       vocab_size: tokens that there are; the kernel may have more, see `vocabulary`. None for V.
+      softcap: what logits are kept below, see `attention.capped`.
 
     Returns:
       name -> float32[B, R, T]: `log_probs`, `names`, and if there is a reference
@@ -257,7 +261,8 @@ def token_statistics(
         states = [spread_gradient(x, by_rows) for x in states]
         logits, normaliser, chosen = [], [], []
         for x, (_, kernel) in zip(states, heads, strict=True):
-            logits.append(split_vocabulary(project(x, kernel, vocab_size)) / temperature)
+            made = split_vocabulary(project(x, kernel, vocab_size, softcap))
+            logits.append(made / temperature)
             normaliser.append(jax.nn.logsumexp(logits[-1], axis=-1, keepdims=True))
             chosen.append(jnp.take_along_axis(logits[-1], targets[..., None], axis=-1))
         log_probs = [value - norm for value, norm in zip(chosen, normaliser, strict=True)]
@@ -326,19 +331,24 @@ def next_token_logits(
     module: VisionLanguageModel, hidden: Float[Array, "*b D"]
 ) -> Float[Array, "*b V"]:
     """[..., D] -> float32 logits [..., V]; for a few positions only."""
-    vocab_size = module.config.decoder.vocab_size
-    return project(hidden, module.language_model.head_kernel(), vocab_size)
+    decoder = module.config.decoder
+    kernel = module.language_model.head_kernel()
+    return project(hidden, kernel, decoder.vocab_size, decoder.softcap)
 
 
 def project(
-    hidden: Float[Array, "*b D"], kernel: Float[Array, "D W"], vocab_size: int | None = None
+    hidden: Float[Array, "*b D"],
+    kernel: Float[Array, "D W"],
+    vocab_size: int | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "*b V"]:
     """hidden [..., D] @ kernel [D, W] in float32 at least: bfloat16 logits are 0.06 off at 20.
 
-    Of a kernel that was filled up the first V = `vocab_size` columns are tokens.
+    Of a kernel that was filled up the first V = `vocab_size` columns are tokens. With a softcap,
+    logits are kept below it, see `attention.capped`.
     """
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-    return matmul(hidden, kernel, dtype)[..., :vocab_size]
+    return capped(matmul(hidden, kernel, dtype)[..., :vocab_size], softcap)
 
 
 def sum_log_probs(

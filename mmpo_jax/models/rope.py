@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from mmpo_jax.models.layers import promote
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic", "proportional")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,8 @@ def read_rope(parameters: Mapping[str, Any], head_dim: int, max_positions: int) 
     kind = parameters.get("rope_type", "default")
     if kind not in ROPE_TYPES:
         raise ValueError(f"rope_type is {kind!r}; this version implements {', '.join(ROPE_TYPES)}")
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+    share = parameters.get("partial_rotary_factor", 1.0)
+    if share != 1.0 and kind != "proportional":
         raise ValueError("partial_rotary_factor other than 1 is not implemented")
     # In float32, as torch does: positions in the thousands show the difference.
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
@@ -67,6 +68,9 @@ def read_rope(parameters: Mapping[str, Any], head_dim: int, max_positions: int) 
         plain = plain / np.float32(parameters["factor"])
     elif kind == "llama3":
         plain = _llama3(plain, parameters)
+    elif kind == "proportional":  # the last pairs do not turn
+        turns = np.arange(head_dim // 2) < int(share * head_dim // 2)
+        plain = np.where(turns, plain / np.float32(parameters.get("factor", 1.0)), 0)
     elif kind == "yarn":
         plain, scale = _yarn(plain, parameters, head_dim, max_positions)
     limit = max_positions if kind == "dynamic" else None

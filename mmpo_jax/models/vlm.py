@@ -10,14 +10,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from mmpo_jax.models.attention import packed_attention, shared_prompt_attention
+from mmpo_jax.models.attention import shared_prompt_attention
 from mmpo_jax.models.batch import Batch, PackedBatch
 from mmpo_jax.models.config import ModelConfig, ModelError
 from mmpo_jax.models.decoder import Added, Decoder, Observer
 from mmpo_jax.models.delta_net import DeltaTokens, shared_prompt_delta
 from mmpo_jax.models.experts import loads_of
 from mmpo_jax.models.layers import constrain_batch, linear
+from mmpo_jax.models.packed_attention import packed_attention
 from mmpo_jax.models.reward_head import TwoLayerHead, linear_reward
+from mmpo_jax.models.sight import Images, image_numbers
 
 States = jax.Array | tuple[jax.Array, jax.Array]
 """Final hidden states of a batch: `hidden_states`, or `packed_states` of a packed one."""
@@ -64,6 +66,30 @@ class VisionLanguageModel(nnx.Module):
         images has none.
         """
         raise NotImplementedError(f"{self.config.family} has no images")
+
+    def image_tokens(self, batch: Batch | PackedBatch) -> int:
+        """How many tokens an image has at most, in families where it sees all of itself."""
+        raise NotImplementedError(f"{self.config.family} has no such images")
+
+    def shown_images(self, batch: Batch) -> Images | None:
+        """What a batch shows where, for layers in which an image sees all of itself; None where
+        there are none."""
+        if not self.config.decoder.sees_images or not batch.pixel_values.shape[1]:
+            return None
+        responses = None
+        if batch.shown is not None:
+            responses = image_numbers(batch.shown.feature_index[..., 0] >= 0)
+        prompts = image_numbers(batch.feature_index[..., 0] >= 0)
+        return Images(prompts, self.image_tokens(batch), responses)
+
+    def packed_images(self, batch: PackedBatch) -> Images | None:
+        """`shown_images` of packed rows."""
+        if not self.config.decoder.sees_images or not batch.pixel_values.shape[1]:
+            return None
+        begins = jnp.diff(batch.record, axis=1, prepend=-1) != 0
+        begins |= jnp.diff(batch.response, axis=1, prepend=0) != 0
+        numbers = image_numbers(batch.feature_index[..., 0] >= 0, begins)
+        return Images(numbers, self.image_tokens(batch))
 
     def pool(self, batch: Batch | PackedBatch, remat: str) -> Float[Array, "B F D"] | None:
         """`image_features` [B, F, D]; None where the batch has no images."""
@@ -191,6 +217,7 @@ class VisionLanguageModel(nnx.Module):
         b, r, t = batch.response_ids.shape
         p = batch.prompt_ids.shape[1]
         x, positions, added = self.embed_batch(batch, remat)
+        images = self.shown_images(batch)
 
         def attend(made, stack, carry, inputs):
             del inputs
@@ -200,7 +227,7 @@ class VisionLanguageModel(nnx.Module):
                 return read, carry, None
             (query, key, value), scores = made, stack.layer.mixer.scores
             attended = shared_prompt_attention(
-                query, key, value, *masks, backend=self.attention, **scores
+                query, key, value, *masks, backend=self.attention, images=images, **scores
             )
             return attended, carry, None
 
@@ -238,11 +265,13 @@ class VisionLanguageModel(nnx.Module):
         else:
             x = self.embed(batch.token_ids, index, batch.feature_weight, None)
 
+        images = self.packed_images(batch)
+
         def attend(made, stack, carry, inputs):
             del inputs
             query, key, value = made
             scores = stack.layer.mixer.scores
-            return packed_attention(query, key, value, batch, **scores), carry, None
+            return packed_attention(query, key, value, batch, images=images, **scores), carry, None
 
         run = functools.partial(self.language_model, remat=remat, added=added)
         x, loads, _ = run(x, batch.positions, attend, carry=loads, observe=_observer(batch, loads))

@@ -122,7 +122,7 @@ class Computation:
     itemsize: int
     """Bytes of a number in the dtype that is computed in."""
     backend: str
-    """Of attention without a window: "splash" or "xla", which computes what has one."""
+    """Of attention that kernels compute: "splash" or "xla"; the other's is XLA."""
 
     @property
     def shards(self) -> int:
@@ -188,7 +188,7 @@ class Computation:
         self, attention: AttentionConfig, layers: int, sizes: Sizes, passes: Passes
     ) -> Work:
         pair = 4.0 * layers * attention.num_heads * attention.head_dim * sizes.rows
-        backend = "xla" if attention.window else self.backend
+        backend = self.backend if attention.in_kernels else "xla"
         backward = BACKWARD[backend] if passes.inputs else 0.0
         computed = computed_pairs(sizes, backend, attention.window or None)
         flops = pair * computed * (passes.forward + backward)

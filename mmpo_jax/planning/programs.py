@@ -69,7 +69,7 @@ class Program:
 
 
 def backend_of(opened: Opened, mesh: Mesh, dtype: Any) -> str:
-    """What computes attention without a window on a mesh: "splash" or "xla"."""
+    """What computes attention that kernels know on a mesh: "splash" or "xla"."""
     asked = opened.model.attention
     chosen = PLATFORM_BACKENDS.get(mesh.devices.flat[0].platform, "xla")
     chosen = chosen if asked == "auto" else asked

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from mmpo_jax.checkpoints.train_state import TrainState
 from mmpo_jax.core.trees import flatten, unflatten
+from mmpo_jax.models.buffers import is_buffer
 from mmpo_jax.models.lora import cast_params, is_adapter, with_dropout
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.reward_head import is_reward_head
@@ -36,7 +37,8 @@ Update = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 def trainable_paths(paths: list[str], frozen: tuple[str, ...]) -> list[str]:
     """The parameter paths that no regular expression in `frozen` matches as a whole.
 
-    Where there are adapters, all else is frozen but for a reward head, which may be new.
+    Where there are adapters, all else is frozen but for a reward head, which may be new. What torch
+    has as a buffer is never trained.
 
     Raises:
       ValueError: a pattern matches nothing, or everything is frozen.
@@ -44,7 +46,7 @@ def trainable_paths(paths: list[str], frozen: tuple[str, ...]) -> list[str]:
     for pattern in frozen:
         if not any(re.fullmatch(pattern, path) for path in paths):
             raise ValueError(f"freeze: {pattern!r} matches no parameter, such as {paths[0]!r}")
-    candidates = paths
+    candidates = [path for path in paths if not is_buffer(path)]
     if any(map(is_adapter, paths)):
         candidates = [path for path in paths if is_adapter(path) or is_reward_head(path)]
     kept = [path for path in candidates if not any(re.fullmatch(p, path) for p in frozen)]

@@ -73,6 +73,8 @@ NAMED = {
     "qwen3_vl": QWEN3_NAMED,
     "qwen3_vl_moe": QWEN3_NAMED,
     "qwen3_5": QWEN3_NAMED,
+    "gemma3": {"image_token": IMAGE, "boi_token": "<boi>", "eoi_token": "<eoi>"},
+    "gemma4": {"image_token": IMAGE, "boi_token": "<boi>", "eoi_token": "<eoi>"},
 }
 """Tokens that tokenizer_config.json names."""
 
@@ -108,7 +110,7 @@ def text_sizes(media: tuple[str, ...], tied: bool) -> dict[str, Any]:
 
 
 def only_text(config: Any, **switches: Any) -> Tiny:
-    return Tiny(lambda tied: config(**text_sizes((), tied), **switches))
+    return Tiny(lambda tied: config(**text_sizes((), tied) | switches))
 
 
 def llava(tied: bool) -> Any:
@@ -202,6 +204,42 @@ def qwen3_5(tied: bool) -> Any:
     )
 
 
+PATTERN = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+"""Layers of decoders that are not all alike: two repeats of two and one."""
+
+
+def gemma3(tied: bool) -> Any:
+    media = tuple(NAMED["gemma3"].values())
+    ids = checks.token_ids(*media)
+    unlike = {"num_hidden_layers": 6, "layer_types": PATTERN, "sliding_window": 12, "head_dim": 8}
+    return transformers.Gemma3Config(
+        text_config=text_sizes(media, tied) | unlike,
+        vision_config=TOWER | {"model_type": "siglip_vision_model", "vision_use_head": False},
+        mm_tokens_per_image=4,
+        image_token_index=ids[IMAGE],
+        boi_token_index=ids["<boi>"],
+        eoi_token_index=ids["<eoi>"],
+        tie_word_embeddings=tied,
+    )
+
+
+def gemma4(tied: bool) -> Any:
+    media = tuple(NAMED["gemma4"].values())
+    ids = checks.token_ids(*media)
+    unlike = {"num_hidden_layers": 6, "layer_types": PATTERN, "sliding_window": 12, "head_dim": 8}
+    unlike |= {"global_head_dim": 16, "hidden_size_per_layer_input": 0, "attention_k_eq_v": True}
+    tower = {"num_key_value_heads": 2, "head_dim": 8, "patch_size": 4, "pooling_kernel_size": 2}
+    tower |= {"position_embedding_size": 160, "standardize": True}
+    return transformers.Gemma4Config(
+        text_config=text_sizes(media, tied) | unlike | {"use_bidirectional_attention": "vision"},
+        vision_config={**TOWER, **tower},
+        image_token_id=ids[IMAGE],
+        boi_token_id=ids["<boi>"],
+        eoi_token_id=ids["<eoi>"],
+        tie_word_embeddings=tied,
+    )
+
+
 SQUARE = {"height": TILE, "width": TILE}
 SHORTEST = {"size": {"shortest_edge": TILE}, "crop_size": SQUARE}
 
@@ -233,12 +271,30 @@ FAMILIES = {
         qwen3_vl_moe, QWEN_MEDIA, transformers.Qwen2VLImageProcessorPil(**QWEN_SETTINGS)
     ),
     "qwen3_5": Tiny(qwen3_5, QWEN_MEDIA, transformers.Qwen2VLImageProcessorPil(**QWEN_SETTINGS)),
+    "gemma3": Tiny(
+        gemma3, tuple(NAMED["gemma3"].values()), transformers.Gemma3ImageProcessorPil(size=SQUARE)
+    ),
+    "gemma4": Tiny(
+        gemma4,
+        tuple(NAMED["gemma4"].values()),
+        transformers.Gemma4ImageProcessorPil(
+            patch_size=4, pooling_kernel_size=2, max_soft_tokens=70
+        ),
+    ),
     "llama": only_text(transformers.LlamaConfig),
     "mistral": only_text(transformers.MistralConfig, sliding_window=None),
     "qwen2": only_text(transformers.Qwen2Config),
     "qwen3": only_text(transformers.Qwen3Config, head_dim=16),
     "qwen3_moe": only_text(transformers.Qwen3MoeConfig, head_dim=16, **checks.EXPERTS),
     "qwen3_5_text": only_text(transformers.Qwen3_5TextConfig, **DELTA_NET),
+    "gemma2": only_text(transformers.Gemma2Config, head_dim=8, sliding_window=12),
+    "gemma3_text": only_text(
+        transformers.Gemma3TextConfig,
+        num_hidden_layers=6,
+        layer_types=PATTERN,
+        sliding_window=12,
+        head_dim=8,
+    ),
 }
 """By `model_type`."""
 
@@ -267,6 +323,8 @@ def make_case(name: str, folder: Path, tied: bool = False) -> checks.Case:
     tiny = FAMILIES[name]
     frame = "<vision> {} </vision>" if name in QWEN else "{}"
     written = {"image": frame.format(IMAGE), "video": frame.format(VIDEO)}
+    if name == "gemma3":
+        written["image"] = "<boi>"
     checks.save_tokenizer(folder, *tiny.media, **written)
     if name in NAMED:
         named = {"extra_special_tokens": NAMED[name]}
@@ -293,8 +351,12 @@ def inputs(case: checks.Case) -> checks.Inputs:
         made: dict[str, Any] = {}
         if record.images:
             made = dict(tiny.prepare(case.processor.image_processor, checks.load(record.images)))
-        if case.model.config.family in QWEN:
-            made["mm_token_type_ids"] = torch.tensor(
+        for unused in ("num_crops", "num_soft_tokens_per_image"):
+            made.pop(unused, None)
+        types = dict.fromkeys((*QWEN, "gemma4"), "mm_token_type_ids")
+        types["gemma3"] = "token_type_ids"
+        if case.model.config.family in types:
+            made[types[case.model.config.family]] = torch.tensor(
                 (ids == checks.token_ids(*tiny.media)[IMAGE])[None]
             ).long()
         return made

@@ -20,7 +20,7 @@ from mmpo_jax.inference.plan import (
     plan_packed,
     plan_padded,
 )
-from mmpo_jax.models.attention import packed_attention, packed_blocks
+from mmpo_jax.models.packed_attention import packed_attention, packed_blocks
 
 
 def text(number, prompt, *responses):

@@ -69,6 +69,42 @@ CASES = {
             "full_attention" if number in (2, 5) else "sliding_attention" for number in range(7)
         ],
     ),
+    "gemma2": transformers.Gemma2Config(
+        **SIZES | {"num_hidden_layers": 3},
+        head_dim=16,
+        query_pre_attn_scalar=20,
+        sliding_window=5,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+    ),
+    "gemma2-no-limits-tied": transformers.Gemma2Config(
+        **SIZES | {"tie_word_embeddings": True},
+        head_dim=8,
+        attn_logit_softcapping=None,
+        final_logit_softcapping=None,
+        attention_bias=True,
+        hidden_activation="silu",
+    ),
+    "gemma3": transformers.Gemma3TextConfig(
+        **SIZES | {"num_hidden_layers": 8},
+        head_dim=8,
+        query_pre_attn_scalar=12,
+        sliding_window=5,
+        sliding_window_pattern=3,
+        rope_parameters={
+            "full_attention": LINEAR,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    ),
+    "gemma3-capped-tied": transformers.Gemma3TextConfig(
+        **SIZES | {"tie_word_embeddings": True},
+        head_dim=16,
+        sliding_window=7,
+        layer_types=["full_attention", "sliding_attention"],
+        final_logit_softcapping=2.0,
+        attention_bias=True,
+        hidden_activation="silu",
+    ),
     "qwen3": transformers.Qwen3Config(**SIZES, head_dim=16),
     "qwen3-tied-biases": transformers.Qwen3Config(
         **SIZES | {"tie_word_embeddings": True}, head_dim=8, attention_bias=True

@@ -13,6 +13,7 @@ from helpers import checks, families
 from jax.sharding import AxisType
 
 from mmpo_jax.core.trees import flatten
+from mmpo_jax.models.buffers import is_buffer
 from mmpo_jax.models.families import FAMILIES
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import AXES
@@ -23,7 +24,7 @@ TOWER, PROJECTOR = "vision_tower/.*", "multi_modal_projector/.*"
 EMBEDDINGS, MLP = "language_model/embed_tokens/.*", r"language_model/layers/(\w+/)?mlp/.*"
 THEIRS = {
     TOWER: r"model\.(vision_tower\..*|visual\.(?!(deepstack_)?merger).*)",
-    PROJECTOR: r"model\.(multi_modal_projector\..*|visual\.(deepstack_)?merger.*)",
+    PROJECTOR: r"model\.(multi_modal_projector\..*|visual\.(deepstack_)?merger.*|embed_vision\..*)",
     "language_model/.*": r"model\.(language_model|embed_tokens|layers|norm)\..*|lm_head\..*",
     "image_newline": r"model\.image_newline",
 }
@@ -41,13 +42,16 @@ def case(request, family_case):
 
 def test_patterns_name_what_they_say(case):
     params, left = flatten(case.params), set(flatten(case.params))
+    stored, theirs_all = case.theirs.state_dict(), dict(case.theirs.named_parameters())
+    theirs_all |= {name: x for name, x in case.theirs.named_buffers() if name in stored}
     for ours, theirs in (THEIRS | PARTS).items():
         matched = [path for path in params if re.fullmatch(ours, path)]
-        named = case.theirs.named_parameters()
+        named = theirs_all.items()
         expected = sum(x.numel() for name, x in named if re.fullmatch(theirs, name))
         assert sum(params[path].size for path in matched) == expected, ours
         if 0 < len(matched) < len(params):
-            assert set(trainable_paths(list(params), (ours,))) == set(params) - set(matched)
+            others = {path for path in params if not is_buffer(path)} - set(matched)
+            assert set(trainable_paths(list(params), (ours,))) == others
         left -= set(matched)
     assert not left
 
@@ -67,7 +71,7 @@ def test_what_is_frozen_keeps_its_bits(case):
     assert metrics["finite"] == 1
     assert state.frozen and not state.params.keys() & state.frozen.keys()
     for path, leaf in state.frozen.items():
-        assert any(re.fullmatch(pattern, path) for pattern in patterns)
+        assert is_buffer(path) or any(re.fullmatch(pattern, path) for pattern in patterns)
         assert np.asarray(leaf).tobytes() == before[path].tobytes(), path
     for path, leaf in state.params.items():
         if path.endswith("/kernel"):

@@ -1,6 +1,9 @@
 """The architectures that are implemented, a file for each."""
 
 from mmpo_jax.models.families import (
+    gemma,
+    gemma3,
+    gemma4,
     internvl,
     llava,
     llava_next,
@@ -25,6 +28,9 @@ FAMILIES: dict[str, Family] = {
         qwen3_vl_moe.FAMILY,
         qwen3_5.FAMILY,
         qwen3_5.TEXT,
+        gemma3.FAMILY,
+        gemma4.FAMILY,
+        gemma.FAMILY,
         text.FAMILY,
     )
     for name in family.model_types

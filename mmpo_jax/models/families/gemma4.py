@@ -1,0 +1,253 @@
+"""Gemma 4: its own vision transformer over patches of images of any shape, a matrix, a decoder of
+local and global layers that differ in their heads.
+
+Tokens of an image see one another in local layers alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from mmpo_jax.core.errors import DataError
+from mmpo_jax.models import decoder, vision_gemma
+from mmpo_jax.models.config import DecoderConfig, ModelConfig, ModelError, expect
+from mmpo_jax.models.families.gemma import FULL, SLIDING
+from mmpo_jax.models.family import Family, Images, Size
+from mmpo_jax.models.layer_kinds import AttentionConfig, LayerConfig, MlpConfig
+from mmpo_jax.models.layers import ACTIVATIONS, linear, unit_norm
+from mmpo_jax.models.layout import Layout
+from mmpo_jax.models.rope import read_rope
+from mmpo_jax.models.vision_gemma import GemmaVisionConfig, GemmaVisionTower, read_vision
+from mmpo_jax.models.vlm import VisionLanguageModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Gemma4Config(ModelConfig):
+    """Gemma 4's own switches."""
+
+    vision: GemmaVisionConfig
+    image_token_id: int
+
+
+def read_config(config: Any) -> Gemma4Config:
+    """
+    Raises:
+      ModelError: a switch that is not implemented.
+    """
+    if config.vision_config is None:
+        raise ModelError("vision_config is missing; this version implements gemma4 with images")
+    if config.audio_config is not None:
+        raise ModelError("audio_config is there; this version implements gemma4 without audio")
+    return Gemma4Config(
+        family=config.model_type,
+        decoder=read_gemma4(config.text_config, config.tie_word_embeddings),
+        vision=read_vision(config.vision_config),
+        image_token_id=config.image_token_id,
+    )
+
+
+def read_gemma4(text: Any, tied: bool, key: str = "text_config") -> DecoderConfig:
+    """The decoder of a transformers `Gemma4TextConfig`.
+
+    Args:
+      text: the config.
+      tied: whether the head is the token embedding.
+      key: how error messages call the config.
+
+    Raises:
+      ModelError: a rope type or a switch that is not implemented.
+    """
+    expect(text.hidden_activation, tuple(ACTIVATIONS), f"{key}.hidden_activation")
+    expect(text.hidden_size_per_layer_input or 0, (0,), f"{key}.hidden_size_per_layer_input")
+    expect(text.num_kv_shared_layers, (0,), f"{key}.num_kv_shared_layers")
+    expect(text.enable_moe_block, (False,), f"{key}.enable_moe_block")
+    seeing = text.use_bidirectional_attention
+    expect(seeing, (None, "vision"), f"{key}.use_bidirectional_attention")
+    mlp = MlpConfig(text.intermediate_size, text.hidden_activation, False)
+
+    def layer(number: int) -> LayerConfig:
+        name, own = text.layer_types[number], text.per_layer_config[number]
+        expect(name, (SLIDING, FULL), f"{key}.layer_types")
+        parameters = text.rope_parameters[name]
+        try:
+            rope = read_rope(parameters, own.head_dim, text.max_position_embeddings)
+        except ValueError as error:
+            raise ModelError(f"{key}.rope_parameters: {error}") from error
+        is_local = name == SLIDING
+        attention = AttentionConfig(
+            num_heads=text.num_attention_heads,
+            num_kv_heads=own.num_key_value_heads,
+            head_dim=own.head_dim,
+            rope=rope,
+            scale=1.0,
+            window=text.sliding_window if is_local else 0,
+            softcap=None,
+            qkv_bias=bool(text.attention_bias),
+            out_bias=bool(text.attention_bias),
+            qk_norm=True,
+            value_norm=True,
+            keys_are_values=bool(text.attention_k_eq_v) and not is_local,
+            sees_images=is_local and seeing == "vision",
+        )
+        return LayerConfig(name, attention, mlp, sandwich=True, scaled=True)
+
+    return DecoderConfig(
+        vocab_size=text.vocab_size,
+        hidden_size=text.hidden_size,
+        layers=tuple(map(layer, range(text.num_hidden_layers))),
+        rms_norm_eps=text.rms_norm_eps,
+        tie_word_embeddings=bool(tied),
+        embedding_scale=text.hidden_size**0.5,
+        softcap=text.final_logit_softcapping,
+    )
+
+
+class Embedder(nnx.Module):
+    """Features in the decoder's width, normalised before."""
+
+    def __init__(self, inputs: int, outputs: int, epsilon: float, rngs: nnx.Rngs):
+        self.epsilon = epsilon
+        self.embedding_projection = linear(inputs, outputs, False, rngs)
+
+    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b F"]:
+        return self.embedding_projection(unit_norm(x, self.epsilon))
+
+
+class Gemma4(VisionLanguageModel):
+    """Every slot of a prompt is an image, its patches line by line."""
+
+    def __init__(self, config: Gemma4Config, rngs: nnx.Rngs):
+        super().__init__(config, rngs)
+        tower = config.vision
+        self.square = tower.pool**2
+        self.vision_tower = GemmaVisionTower(tower, rngs)
+        self.multi_modal_projector = Embedder(
+            tower.hidden_size, config.decoder.hidden_size, tower.rms_norm_eps, rngs
+        )
+
+    def image_tokens(self, batch):
+        return batch.pixel_values.shape[2] // self.square
+
+    def image_features(self, batch, remat):
+        b, i = batch.pixel_values.shape[:2]
+        pixels = batch.pixel_values.reshape(b * i, *batch.pixel_values.shape[2:])
+        features = self.vision_tower(pixels, batch.patches["grid"].reshape(b * i, 2), remat)
+        features = self.multi_modal_projector(features)
+        return features.reshape(b, -1, features.shape[-1])
+
+
+def grid_of(tower: GemmaVisionConfig, tokens: int, size: Size) -> tuple[int, int]:
+    """Columns and rows of squares that an image becomes: as many as there are tokens for, in about
+    its own shape.
+
+    Raises:
+      DataError: it is too long and narrow.
+    """
+    height, width = size
+    square = tower.pool * tower.patch_size
+    factor = math.sqrt(tokens * square**2 / (height * width))
+    columns, rows = (math.floor(factor * edge / square) for edge in (width, height))
+    if not rows and not columns:
+        raise DataError(f"{height} x {width} pixels are too few for {tokens} tokens")
+    if not rows:
+        rows, columns = 1, min(width // height, tokens)
+    elif not columns:
+        columns, rows = 1, min(height // width, tokens)
+    return columns, rows
+
+
+def layouts(config: Gemma4Config, processor: Any, sizes: Sequence[Size]) -> list[Layout]:
+    tokens = processor.max_soft_tokens
+    made = []
+    for size in sizes:
+        columns, rows = grid_of(config.vision, tokens, size)
+        layout = Layout.plain(config.image_token_id, columns * rows)
+        row, column = np.divmod(np.arange(columns * rows, dtype=np.int32), columns)
+        steps = np.stack([np.zeros_like(row), row, column])
+        made.append(dataclasses.replace(layout, features=tokens, steps=steps))
+    return made
+
+
+def describe(config: Gemma4Config, media: Sequence[Layout], slots: int) -> dict[str, np.ndarray]:
+    """Columns and rows of every image's patches."""
+    grid = np.zeros((slots, 2), np.int32)
+    for number, layout in enumerate(media):
+        assert layout.steps is not None
+        grid[number] = config.vision.pool * (1 + layout.steps[:0:-1].max(axis=1))
+    return {"grid": grid}
+
+
+def pixels(config: Gemma4Config, processor: Any, images: Sequence[Any]) -> list[np.ndarray]:
+    del config
+    made = [processor(images=image, return_tensors="np")["pixel_values"] for image in images]
+    return [np.asarray(pixels, np.float32) for pixels in made]
+
+
+def check_processor(config: Gemma4Config, processor: Any) -> None:
+    """
+    Raises:
+      ModelError: it makes other patches than the tower takes, or none.
+    """
+    tower, file = config.vision, "preprocessor_config.json"
+    expect(processor.do_resize, (True,), f"{file}: do_resize")
+    expect(processor.patch_size, (tower.patch_size,), f"{file}: patch_size")
+    expect(processor.pooling_kernel_size, (tower.pool,), f"{file}: pooling_kernel_size")
+
+
+def frame_image(tokenizer: Any, layout: Layout) -> Layout:
+    """With the tokens in front of and behind an image."""
+    ids = [tokenizer.boi_token_id, *layout.ids, tokenizer.eoi_token_id]
+    return dataclasses.replace(layout, ids=np.array(ids, np.int32))
+
+
+READ_KEYS = (
+    (r"^model\.embed_vision\.", "multi_modal_projector."),
+    (r"^model\.", ""),
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^vision_tower\.encoder\.", "vision_tower."),
+    (r"^(vision_tower\.layers\..*_proj)\.linear\.", r"\1."),
+)
+WRITE_KEYS = (
+    (r"^(vision_tower\.layers\..*_proj)\.", r"\1.linear."),
+    (r"^vision_tower\.layers\.", "vision_tower.encoder.layers."),
+    (r"^multi_modal_projector\.", "embed_vision."),
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^(?!lm_head)", "model."),
+)
+
+FAMILY = Family(
+    model_types=("gemma4",),
+    read_config=read_config,
+    module=Gemma4,
+    rules=(
+        *vision_gemma.SHARDING_RULES,
+        (r"multi_modal_projector/embedding_projection/kernel", PartitionSpec("fsdp", "tensor")),
+        *decoder.SHARDING_RULES,
+    ),
+    read_keys=READ_KEYS,
+    write_keys=WRITE_KEYS,
+    module_keys=(),
+    images=Images(
+        processors=("Gemma4ImageProcessor",),
+        placeholders=lambda config: (config.image_token_id,),
+        slot_shape=lambda config: (config.vision.slot_patches, config.vision.patch_inputs),
+        slot_shape_of=lambda config, processor: (
+            processor.max_soft_tokens * config.vision.pool**2,
+            config.vision.patch_inputs,
+        ),
+        layouts=layouts,
+        pixels=pixels,
+        sized=True,
+        frame=frame_image,
+        describe=describe,
+        check=check_processor,
+    ),
+)
