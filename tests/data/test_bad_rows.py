@@ -55,7 +55,7 @@ TWO_IMAGES = {"images": ["a.png", "b.png"]}
         ("bad_message", PAIR | {"chosen": [assistant([{"type": "text", "text": None}])]}),
         ("bad_message", {"prompt": QUESTION, "responses": "text"}),
         ("bad_text", PAIR | {"chosen": "\ud800"}),
-        ("bad_video_entry", PAIR | {"videos": ["clip.mp4"]}),
+        ("bad_video_entry", PAIR | {"videos": ["clip.avi"]}),
         ("bad_video_entry", PAIR | {"video": []}),
         ("bad_video_entry", PAIR | {"video": {"fps": 2}}),
         ("bad_video_entry", PAIR | {"video": {"frames": ["a.png"], "fps": 0}}),
