@@ -251,7 +251,17 @@ def _scattered(x: jax.Array) -> tuple[jax.Array, None]:
     return split_tokens(x), None
 
 
-gather_tokens.defvjp(_gathered, lambda _, gradient: _scattered(gradient)[:1])
+def _gathered_back(_: None, gradient: jax.Array) -> tuple[jax.Array]:
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in batch_axes(mesh))
+    if gradient.shape[0] <= shards:
+        # With one row a device the partitioner merges rows and tokens, and its sums are wrong (jax
+        # 0.10.2): summed whole at first, they are right.
+        gradient = constrain_batch(gradient)
+    return (split_tokens(gradient),)
+
+
+gather_tokens.defvjp(_gathered, _gathered_back)
 scatter_tokens.defvjp(_scattered, lambda _, gradient: _gathered(gradient)[:1])
 
 

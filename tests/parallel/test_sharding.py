@@ -297,3 +297,30 @@ def test_gradients_that_are_spread_in_two_goes(shape, monkeypatch):
         found = step(placed, rows)
         assert "fsdp_outer" in step.lower(placed, rows).as_text()
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 2), (1, 2, 4), (2, 1, 2)])
+def test_gradients_of_one_row_a_device(tiny_model, sizes):
+    """The compiler once summed the gradients of what `tensor` gathers wrongly there."""
+    model, params = tiny_model
+    batch = tiny.random_batch(model.config, [24, 20], [(8, 5, 8), (6, 8, 7)])
+    cotangent = np.random.default_rng(0).normal(size=(2, 3, 8)).astype(np.float32)
+
+    def gradient(mesh):
+        def loss(params, batch):
+            return (response_log_probs(model, params, batch) * cotangent).sum()
+
+        with jax.set_mesh(mesh):
+            placed = put_params(params, model.rules, mesh)
+            return flatten(jax.jit(jax.grad(loss))(placed, put_batch(batch, mesh)))
+
+    devices = jax.devices()
+    expected = gradient(
+        jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:1])
+    )
+    mesh = jax.make_mesh(
+        sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[: math.prod(sizes)]
+    )
+    found = gradient(mesh)
+    for path, leaf in expected.items():
+        np.testing.assert_allclose(found[path], leaf, atol=1e-4, err_msg=path)
