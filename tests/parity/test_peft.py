@@ -210,7 +210,9 @@ def test_merging_changes_nothing(trained_elsewhere):
         for tree in (base, params, merge_adapters(params))
     )
     assert np.abs(apart - without).max() > 0.1
-    np.testing.assert_allclose(merged, apart, rtol=0, atol=3e-5)
+    # Delta nets carry rounding from token to token.
+    atol = 3e-5 if case.model.config.family.startswith("qwen3_5") else 1e-5
+    np.testing.assert_allclose(merged, apart, rtol=0, atol=atol)
 
 
 def test_a_recipe_can_name_an_adapter(trained_elsewhere):
