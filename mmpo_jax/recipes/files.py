@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import pydantic
 import yaml
-from etils import epath
 
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.sections import SECRET, Section
@@ -65,8 +64,9 @@ def check_files(recipe: Section) -> None:
       RecipeError: naming the key of a data file that is not there.
     """
     for key, path in _data_files(recipe, ""):
-        if not path.startswith(TFDS) and not epath.Path(path).exists():
-            here = "" if os.path.isabs(path) or "://" in path else f" in {os.getcwd()}"
+        # URLs are told of where they are read.
+        if "://" not in path and not path.startswith(TFDS) and not os.path.exists(path):
+            here = "" if os.path.isabs(path) else f" in {os.getcwd()}"
             raise RecipeError(f"{key}: there is no {path}{here}")
 
 
