@@ -181,8 +181,9 @@ def run(
         split_heads(jnp.where(real, x, 0)) for x in (tokens.log_decay, tokens.strength)
     )
     if mask.shape[1] == 1:
-        token = (x[:, 0] for x in (query, key, value, log_decay, strength))
-        read, memory = delta_step(*token, state.memory)  # type: ignore[call-arg]
+        query, key, value = query[:, 0], key[:, 0], value[:, 0]
+        log_decay, strength = log_decay[:, 0], strength[:, 0]
+        read, memory = delta_step(query, key, value, log_decay, strength, state.memory)
         read = read[:, None]
     else:
         read, memory = gated_delta_rule(query, key, value, log_decay, strength, state.memory)

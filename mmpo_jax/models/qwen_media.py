@@ -19,7 +19,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.models.config import DecoderConfig, ModelConfig, ModelError, with_rope
-from mmpo_jax.models.family import Size
+from mmpo_jax.models.family import Images, Size
 from mmpo_jax.models.layout import Layout
 from mmpo_jax.models.torch_resize import resize
 from mmpo_jax.models.vision_qwen import QwenVisionConfig
@@ -329,3 +329,15 @@ def patch_shape(tower: QwenVisionConfig) -> tuple[int, ...]:
     """Shape of the patch embedding in files, which is a convolution there."""
     patch = tower.temporal_patch_size, tower.patch_size, tower.patch_size
     return tower.hidden_size, tower.num_channels, *patch
+
+
+IMAGES = Images(
+    processors=("Qwen2VLImageProcessor",),
+    placeholders=lambda config: (config.image_token_id,),
+    slot_shape=lambda config: (config.vision.slot_patches, config.vision.patch_inputs),
+    layouts=layouts,
+    pixels=pixels,
+    sized=True,
+    describe=describe,
+)
+"""What all families with these pictures do to them."""

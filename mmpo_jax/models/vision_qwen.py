@@ -117,15 +117,7 @@ def read_vision(config: Any, key: str = "vision_config") -> QwenVisionConfig:
     """
     _check_patches(config, key)
     return QwenVisionConfig(
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_layers=config.depth,
-        num_heads=config.num_heads,
-        hidden_act=config.hidden_act,
-        num_channels=config.in_channels,
-        patch_size=config.patch_size,
-        temporal_patch_size=config.temporal_patch_size,
-        merge_size=config.spatial_merge_size,
+        **_sizes(config),
         window=config.window_size // config.patch_size // config.spatial_merge_size,
         full_layers=tuple(config.fullatt_block_indexes),
         rope=_axial_rope(config, key),
@@ -158,15 +150,7 @@ def read_deep_vision(config: Any, key: str = "vision_config") -> QwenVisionConfi
             f"{config.depth} layers, ascending"
         )
     return QwenVisionConfig(
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_layers=config.depth,
-        num_heads=config.num_heads,
-        hidden_act=config.hidden_act,
-        num_channels=config.in_channels,
-        patch_size=config.patch_size,
-        temporal_patch_size=config.temporal_patch_size,
-        merge_size=config.spatial_merge_size,
+        **_sizes(config),
         window=SLOT_SIDE,
         full_layers=tuple(range(config.depth)),
         rope=_axial_rope(config, key),
@@ -174,6 +158,21 @@ def read_deep_vision(config: Any, key: str = "vision_config") -> QwenVisionConfi
         position_side=side,
         deep_layers=deep,
     )
+
+
+def _sizes(config: Any) -> dict[str, Any]:
+    """The fields that all of these towers name alike."""
+    return {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_layers": config.depth,
+        "num_heads": config.num_heads,
+        "hidden_act": config.hidden_act,
+        "num_channels": config.in_channels,
+        "patch_size": config.patch_size,
+        "temporal_patch_size": config.temporal_patch_size,
+        "merge_size": config.spatial_merge_size,
+    }
 
 
 def _check_patches(config: Any, key: str) -> None:

@@ -15,7 +15,7 @@ from flax import nnx
 
 from mmpo_jax.models import decoder, patch_merger, qwen_media, vision_qwen
 from mmpo_jax.models.config import read_decoder
-from mmpo_jax.models.family import Clip, Family, Images, Size, Videos
+from mmpo_jax.models.family import Clip, Family, Size, Videos
 from mmpo_jax.models.frame_sampling import FRAME_RATE, whole_patches
 from mmpo_jax.models.layout import Layout
 from mmpo_jax.models.qwen_media import QwenVLConfig
@@ -145,15 +145,7 @@ FAMILY = Family(
     read_keys=READ_KEYS,
     write_keys=WRITE_KEYS,
     module_keys=MODULE_KEYS,
-    images=Images(
-        processors=("Qwen2VLImageProcessor",),
-        placeholders=lambda config: (config.image_token_id,),
-        slot_shape=lambda config: (config.vision.slot_patches, config.vision.patch_inputs),
-        layouts=qwen_media.layouts,
-        pixels=qwen_media.pixels,
-        sized=True,
-        describe=qwen_media.describe,
-    ),
+    images=qwen_media.IMAGES,
     videos=Videos(
         placeholder=lambda config, tokenizer: config.video_token_id,
         settings="video_preprocessor_config.json",
