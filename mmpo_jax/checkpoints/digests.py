@@ -75,8 +75,10 @@ def _part_digests(leaf: Any) -> Iterator[Any]:
         return
     for shard in own:
         first = np.array([part.start or 0 for part in shard.index], np.uint32)
+        waits = place.memory_kind != shard.device.default_memory().kind
+        part = np.asarray(shard.data) if waits else shard.data  # on the host
         with jax.set_mesh(_alone(shard.device)):
-            digest = _digest(shard.data, first)
+            digest = _digest(part, first)
         yield digest
 
 

@@ -27,6 +27,7 @@ from mmpo_jax.objectives.terms import Term, needs, rows_read
 from mmpo_jax.parallel.mesh import batch_spec, placed_shapes
 from mmpo_jax.recipes.training import NoReference, Training
 from mmpo_jax.training.losses import Loss, needs_reference
+from mmpo_jax.training.offload import is_on_host
 from mmpo_jax.training.rounding import widened
 from mmpo_jax.training.sharding import optimizer_shardings
 from mmpo_jax.training.step import trainable_paths
@@ -230,12 +231,13 @@ def on_rows(tree: Any, mesh: Mesh) -> Any:
     )
 
 
-def local_bytes(tree: Any) -> float:
-    """Bytes that every device holds of a tree."""
+def local_bytes(tree: Any, on_host: bool = False) -> float:
+    """Bytes that every device holds of a tree, or that wait for it on the host."""
     return float(
         sum(
             math.prod(leaf.sharding.shard_shape(leaf.shape)) * _itemsize(leaf.dtype)
             for leaf in jax.tree.leaves(tree)
+            if is_on_host(leaf) == on_host
         )
     )
 

@@ -205,6 +205,8 @@ def training(
         "batch": local_bytes(batch),
     }
     told = _told(in_rows) + (f", {count} micro-batches" if count > 1 else "")
+    if waiting := local_bytes(state.optimizer, on_host=True):
+        told += f", {waiting / 2**30:.2f} GiB a device on its host"
     gives = {"pairs": config.batch_size, "tokens": in_rows.tokens * count}
     computation = computation_of(opened, mesh, dtype)
     kept = kept_bytes(computation, params, state.params.keys(), in_rows, config.remat)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+import pydantic
 from pydantic import BeforeValidator, Field
 
 from mmpo_jax.core.sections import PositiveInt, Section, type_by_default
@@ -23,14 +24,29 @@ class OptimizerSection(Section):
     """The global norm that gradients are clipped to."""
 
 
-class AdamW(OptimizerSection):
+class MomentsSection(OptimizerSection):
+    """What optimizers have that keep moments as large as their parameters."""
+
+    moments: Moments = "float32"
+    offload: bool = False
+    """The moments wait in the host's memory, and come to the devices a layer at a time."""
+
+    @pydantic.model_validator(mode="after")
+    def _whole_on_the_host(self) -> MomentsSection:
+        if self.offload and self.moments != "float32":
+            raise ValueError(
+                f"offload: moments on the host are float32, not {self.moments}; leave out one"
+            )
+        return self
+
+
+class AdamW(MomentsSection):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101)."""
 
     type: Literal["adamw"] = "adamw"
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.999, ge=0, lt=1)
     epsilon: float = Field(1e-8, gt=0)
-    moments: Moments = "float32"
 
 
 class Adafactor(OptimizerSection):
@@ -48,17 +64,16 @@ class Adafactor(OptimizerSection):
     """Matrices with a side below have whole second moments."""
 
 
-class Lion(OptimizerSection):
+class Lion(MomentsSection):
     """The sign of a momentum (Chen et al. 2023, arXiv 2302.06675). Its learning rates are 3 to 10
     times smaller than AdamW's, and its weight decay is larger by as much."""
 
     type: Literal["lion"] = "lion"
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.99, ge=0, lt=1)
-    moments: Moments = "float32"
 
 
-class Muon(OptimizerSection):
+class Muon(MomentsSection):
     """Orthogonalised momentum for the matrices of layers and projectors (Jordan et al. 2024), in
     steps of AdamW's size (0.2 sqrt(max(inputs, outputs)), Liu et al. 2025, arXiv 2502.16982), so
     that one learning rate serves both; AdamW for embeddings, the head, biases and norms."""
@@ -72,7 +87,6 @@ class Muon(OptimizerSection):
     """AdamW's, as the next two."""
     beta2: float = Field(0.999, ge=0, lt=1)
     epsilon: float = Field(1e-8, gt=0)
-    moments: Moments = "float32"
 
 
 def _warmup_moved(options: Any) -> Any:

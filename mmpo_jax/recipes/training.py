@@ -201,7 +201,12 @@ class Training(Section):
         if self.lora is None or not self.lora.dropout:  # whose masks follow the micro-batches
             without.add("micro_batch_size")
         return self.model_dump(
-            mode="json", exclude={**dict.fromkeys(without, True), "reference": {"check"}}
+            mode="json",
+            exclude={
+                **dict.fromkeys(without, True),
+                "reference": {"check"},
+                "optimizer": {"offload"},
+            },
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from mmpo_jax.checkpoints.train_state import TrainState
+from mmpo_jax.training.offload import is_on_host
 
 log = logging.getLogger(__name__)
 
@@ -24,10 +25,11 @@ def bytes_per_device(tree: Any) -> int:
 def log_memory(state: TrainState) -> None:
     """Says in the log what parameters, optimizer and reference take, and the bytes of a trained
     parameter."""
+    waits = any(map(is_on_host, jax.tree.leaves(state.optimizer)))
     parts = {
         "trained parameters": state.params,
         "frozen ones": state.frozen,
-        "optimizer": state.optimizer,
+        f"optimizer{' (on the host)' if waits else ''}": state.optimizer,
         "reference": state.reference,
     }
     held = {name: bytes_per_device(tree) for name, tree in parts.items() if jax.tree.leaves(tree)}

@@ -21,9 +21,7 @@ from mmpo_jax.models import reward_head
 from mmpo_jax.models.vocabulary import TABLES
 from mmpo_jax.recipes.optimizers import Adafactor, AdamW, Lion, Muon, Optimizer, Schedule
 from mmpo_jax.training.moments import with_moments_as
-
-STACKED = "/layers/"
-"""In the paths of parameters that have all layers of a tower."""
+from mmpo_jax.training.offload import STACKED, streamed
 
 NO_HIDDEN_MATRIX = (
     rf"language_model/lm_head/.*|.*/patch_embedding/.*|.*/conv1d/.*|({reward_head.LAYERS})/.*"
@@ -84,12 +82,15 @@ def make_optimizer(
     direction = _direction(config)
     if vocab_size is not None:
         direction = without_added_moments(direction, vocab_size)
-    return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm),
+    clip = optax.clip_by_global_norm(config.max_grad_norm)
+    offload = not isinstance(config, Adafactor) and config.offload
+    chain = optax.chain(
+        optax.identity() if offload else clip,  # which keep as little
         direction,
         optax.add_decayed_weights(config.weight_decay, _decayed),
         optax.scale_by_learning_rate(schedule),
     )
+    return streamed(chain, clip) if offload else chain
 
 
 def _direction(config: Optimizer) -> optax.GradientTransformation:

@@ -9,6 +9,8 @@ import jax
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mmpo_jax.training.offload import HOST, Streamed
+
 
 def optimizer_shardings(
     optimizer: optax.GradientTransformation, params: Mapping[str, Any], mesh: Mesh
@@ -17,7 +19,7 @@ def optimizer_shardings(
 
     Arrays shaped as their parameter are split like it. Rows, columns (Adafactor) and scales of
     blocks (8-bit moments) are split along the dimensions that they have of it; counters are
-    everywhere.
+    everywhere. Moments of what is `Streamed` are in the host's memory.
 
     Args:
       optimizer: whose state has its arrays under the paths of their parameters.
@@ -32,6 +34,8 @@ def optimizer_shardings(
         if path is None:
             return everywhere
         param = params[path]
+        if isinstance(optimizer, Streamed):
+            return param.sharding.with_memory_kind(HOST)
         if leaf.shape == param.shape:
             return param.sharding
         axes = [*param.sharding.spec, *[None] * (len(param.shape) - len(param.sharding.spec))]

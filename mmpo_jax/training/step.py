@@ -27,6 +27,7 @@ from mmpo_jax.objectives.terms import Metrics
 from mmpo_jax.parallel.mesh import param_shardings, put_whole, vocabulary_shards
 from mmpo_jax.recipes.training import MovingReference
 from mmpo_jax.training.losses import Loss
+from mmpo_jax.training.offload import Streamed
 from mmpo_jax.training.rounding import narrowed, widened
 from mmpo_jax.training.sharding import optimizer_shardings
 
@@ -180,7 +181,7 @@ def make_step(
         grads = jax.lax.with_sharding_constraint(grads, shardings.params)
         value, norm = loss.value(sums), optax.global_norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(norm) & ~state.is_halted
-        updates, moments = optimizer.update(grads, state.optimizer, state.params)
+        updates, moments = _updated(optimizer, grads, state, finite)
         params = optax.apply_updates(state.params, updates)
         params = narrowed(params, before.params, seed, state.step)
         step = state.step + 1
@@ -188,9 +189,9 @@ def make_step(
         if reference is not None:
             share = jnp.where(step % reference.every == 0, reference.mixup, 0.0)
             followed = jax.tree.map(lambda r, p: r + share * (p - r), followed, params)
-        after = TrainState(step, params, {}, moments, followed, objective_state)
-        after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
-        after = dataclasses.replace(after, is_halted=~finite)
+        after = TrainState(step, params, {}, (), followed, objective_state)
+        after = _accepted(finite, after, dataclasses.replace(before, optimizer=()))
+        after = dataclasses.replace(after, optimizer=moments, is_halted=~finite)
         metrics = loss.metrics(sums) | {
             "loss": value,
             "grad_norm": norm,
@@ -207,6 +208,20 @@ def make_step(
         return dataclasses.replace(updated, frozen=state.frozen), metrics
 
     return step
+
+
+def _updated(
+    optimizer: optax.GradientTransformation, grads: Any, state: TrainState, accept: jax.Array
+) -> tuple[Any, Any]:
+    """(updates, the optimizer's state after them); its state before where `accept` is false."""
+    if isinstance(optimizer, Streamed):
+        return optimizer.update(grads, state.optimizer, state.params, accept=accept)
+    updates, after = optimizer.update(grads, state.optimizer, state.params)
+    return updates, _accepted(accept, after, state.optimizer)
+
+
+def _accepted(accept: jax.Array, after: Any, before: Any) -> Any:
+    return jax.tree.map(lambda new, old: jnp.where(accept, new, old), after, before)
 
 
 def _whole(

@@ -81,7 +81,7 @@ class Running:
                 )
             )
 
-    def wait(self, seconds=600):
+    def wait(self, seconds=1800):
         """(exit status, stdout, stderr) of every process."""
         try:
             said = [process.communicate(timeout=seconds) for process in self.processes]

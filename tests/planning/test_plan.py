@@ -245,8 +245,9 @@ def test_programs_of_other_recipes(without_weights):
         {},
         {"freeze": ["vision_tower/.*"], "reference": {"type": "online"}},
         {"lora": {"rank": 2}, "reference": {"type": "ema", "every": 4}},
+        {"optimizer": {"type": "adamw", "offload": True}},
     ],
-    ids=["all", "frozen", "adapters"],
+    ids=["all", "frozen", "adapters", "offload"],
 )
 def test_the_state_is_that_of_training(tiny_model, options):
     model, params = tiny_model
@@ -267,7 +268,9 @@ def test_the_state_is_that_of_training(tiny_model, options):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
         assert ours.sharding.is_equivalent_to(theirs.sharding, theirs.ndim)
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(made))
-    assert abstract.local_bytes(shapes) == held
+    waiting = abstract.local_bytes(shapes, on_host=True)
+    assert abstract.local_bytes(shapes) + waiting == held
+    assert (waiting > 0) == config.optimizer.offload
 
 
 def test_the_batch_is_that_of_training(tiny_model):
