@@ -42,7 +42,9 @@ class Reply:
         self.id = f"chatcmpl-{secrets.token_hex(16)}"
         self.created = int(time.time())
         self.prompt_tokens = len(asked.record.prompt_ids)
-        self.choices = [_Choice(AnswerText(processor, body.stops)) for _ in range(body.n)]
+        self.choices = [
+            _Choice(AnswerText(processor, body.stops, bool(body.stream))) for _ in range(body.n)
+        ]
 
     @property
     def is_complete(self) -> bool:

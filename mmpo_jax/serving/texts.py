@@ -20,13 +20,14 @@ BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 class AnswerText:
     """The text of one answer as its tokens come."""
 
-    def __init__(self, processor: Processor, stops: Sequence[str]):
+    def __init__(self, processor: Processor, stops: Sequence[str], is_streamed: bool = True):
         """
         Args:
           processor: decodes tokens.
           stops: texts that end the answer; it has none of them.
+          is_streamed: whether what is new is said as it comes, and not the whole at the end.
         """
-        self.processor, self.stops = processor, stops
+        self.processor, self.stops, self.is_streamed = processor, stops, is_streamed
         self.ids: list[int] = []
         self.text = ""
         """The answer so far; of a stopped one what stands before the stop."""
@@ -45,6 +46,8 @@ class AnswerText:
         """
         before = list(self.ids)
         self.ids += ids.tolist()
+        if not (is_last or self.stops or self.is_streamed):  # nobody reads it before it ends
+            return ""
         self.text, self.is_stopped = self._cut(self.processor.decode(self.ids))
         if self.is_stopped:  # by which of the tokens: the texts of all before it have no stop
             self.ids = before

@@ -92,3 +92,21 @@ def test_what_is_said_adds_up_to_the_answer(kind, sizes, stops):
         whole = tokenizer.decode(answer.ids)
         assert any(stop in whole for stop in stops)
         assert not any(stop in tokenizer.decode(answer.ids[:-1]) for stop in stops)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stops", [(), (" A",)])
+def test_an_answer_that_is_said_whole_is_decoded_once(kind, stops, monkeypatch):
+    """But where a stop may end it."""
+    processor, decoded = processor_of(KINDS[kind]), []
+    decode = processor.decode
+    monkeypatch.setattr(processor, "decode", lambda ids: decoded.append(1) or decode(ids))
+    ids = np.array(KINDS[kind](TEXT)["input_ids"], np.int32)
+    answer = AnswerText(processor, stops, is_streamed=False)
+    streamed = AnswerText(processor_of(KINDS[kind]), stops)
+    for place in range(len(ids)):
+        for one in (answer, streamed):
+            if not one.is_stopped:
+                one.add(ids[place : place + 1], is_last=place == len(ids) - 1)
+    assert (answer.text, answer.ids) == (streamed.text, streamed.ids)
+    assert (len(decoded) == 1) == (not stops)
