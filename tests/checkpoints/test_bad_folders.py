@@ -117,11 +117,11 @@ def test_architectures_that_are_not_implemented(folder):
     path = folder / "config.json"
     original = path.read_text()
     values = json.loads(original)
-    # transformers takes Qwen's towers, and both parts of Gemma 4, to be its own whatever the file
+    # transformers takes these towers, and both parts of Gemma 4, to be its own whatever the file
     # calls them.
-    names = "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5"
-    qwen = dict.fromkeys(names, ("vision_config",))
-    unnamed = qwen | {"gemma4": ("text_config", "vision_config")}
+    names = "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "idefics3", "smolvlm"
+    towers = dict.fromkeys(names, ("vision_config",))
+    unnamed = towers | {"gemma4": ("text_config", "vision_config")}
     for part in ("text_config", "vision_config"):
         if part not in values or part in unnamed.get(values["model_type"], ()):
             continue

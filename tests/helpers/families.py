@@ -132,6 +132,33 @@ def llava_next(tied: bool) -> Any:
     )
 
 
+TILES = (
+    IMAGE,
+    "<fake_token_around_image>",
+    "<global-img>",
+    *(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)),
+)
+"""Tokens of families that say where a tile is."""
+
+
+def idefics3(tied: bool) -> Any:
+    return transformers.Idefics3Config(**tiled_sizes(tied))
+
+
+def smolvlm(tied: bool) -> Any:
+    return transformers.SmolVLMConfig(**tiled_sizes(tied))
+
+
+def tiled_sizes(tied: bool) -> dict[str, Any]:
+    return {
+        "vision_config": TOWER,
+        "text_config": transformers.LlamaConfig(**text_sizes(TILES, tied)),
+        "image_token_id": checks.token_ids(*TILES)[IMAGE],
+        "scale_factor": 2,
+        "tie_word_embeddings": tied,
+    }
+
+
 def llava_onevision(tied: bool) -> Any:
     ids = checks.token_ids(IMAGE, VIDEO)
     return transformers.LlavaOnevisionConfig(
@@ -242,6 +269,7 @@ def gemma4(tied: bool) -> Any:
 
 SQUARE = {"height": TILE, "width": TILE}
 SHORTEST = {"size": {"shortest_edge": TILE}, "crop_size": SQUARE}
+LONGEST = {"size": {"longest_edge": 2 * TILE}, "max_image_size": {"longest_edge": TILE}}
 
 
 FAMILIES = {
@@ -263,6 +291,10 @@ FAMILIES = {
         transformers.GotOcr2ImageProcessorPil(size=SQUARE, min_patches=1, max_patches=4),
         cropped,
     ),
+    "idefics3": Tiny(
+        idefics3, TILES, transformers.Idefics3ImageProcessorPil(**LONGEST), one_prompt
+    ),
+    "smolvlm": Tiny(smolvlm, TILES, transformers.SmolVLMImageProcessorPil(**LONGEST), one_prompt),
     "qwen2_5_vl": Tiny(
         qwen2_5_vl, QWEN_MEDIA, transformers.Qwen2VLImageProcessorPil(**QWEN_SETTINGS)
     ),

@@ -14,7 +14,8 @@ pytest.importorskip("torch")
 import torch
 import transformers
 from helpers import checks
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from helpers.word_splits import byte_level, metaspace
+from tokenizers import Tokenizer, models, trainers
 
 from mmpo_jax.checkpoints.huggingface import load_model, save_model
 from mmpo_jax.models.config import ModelError
@@ -214,27 +215,6 @@ def test_a_head_that_only_the_outer_switch_ties(case, tmp_path):
 
 
 LINES = "user\nFrame1: what is this\nFrame2: a star\nsystem two\nFrame3: ring\n" * 3
-QWEN2_WORDS = (  # the published expression that splits text before merging
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def byte_level():
-    """As Qwen2's."""
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(QWEN2_WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-
-
-def metaspace():
-    """As InternLM's: a space in front of the text; lines' ends are tokens of their own."""
-    return pre_tokenizers.Sequence(
-        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Metaspace(prepend_scheme="first")]
-    )
 
 
 @pytest.mark.parametrize("split", [byte_level, metaspace])

@@ -76,6 +76,12 @@ CONFIGS = {
         "target_modules": "all-linear",
         "rank_pattern": {"layer.1.attention.projection_layer": 2},
     },
+    "idefics3-everything": {
+        "r": 3,
+        "lora_alpha": 4,
+        "target_modules": "all-linear",
+        "rank_pattern": {"connector.modality_projection.proj": 2, "vision_model.*q_proj": 5},
+    },
     "qwen2_5_vl-everything": {
         "r": 3,
         "lora_alpha": 4,

@@ -74,6 +74,7 @@ PROCESSORS = {
     "llava_next": ("LlavaNextProcessor", CLIP),
     "llava_onevision": ("LlavaOnevisionProcessor", {"num_image_tokens": 4}),
     "internvl": ("InternVLProcessor", {"image_seq_length": 1}),
+    "idefics3": ("Idefics3Processor", {"image_seq_len": 1}),
     "qwen2_5_vl": ("Qwen2_5_VLProcessor", {}),
     "qwen3_vl": ("Qwen3VLProcessor", {}),
     "qwen3_vl_moe": ("Qwen3VLProcessor", {}),

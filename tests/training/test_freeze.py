@@ -23,15 +23,16 @@ from mmpo_jax.training.step import create_state, make_step, trainable_paths
 TOWER, PROJECTOR = "vision_tower/.*", "multi_modal_projector/.*"
 EMBEDDINGS, MLP = "language_model/embed_tokens/.*", r"language_model/layers/(\w+/)?mlp/.*"
 THEIRS = {
-    TOWER: r"model\.(vision_tower\..*|visual\.(?!(deepstack_)?merger).*)",
-    PROJECTOR: r"model\.(multi_modal_projector\..*|visual\.(deepstack_)?merger.*|embed_vision\..*)",
-    "language_model/.*": r"model\.(language_model|embed_tokens|layers|norm)\..*|lm_head\..*",
+    TOWER: r"model\.(vision_(tower|model)\..*|visual\.(?!(deepstack_)?merger).*)",
+    PROJECTOR: r"model\.((multi_modal_projector|connector|embed_vision)\..*"
+    r"|visual\.(deepstack_)?merger.*)",
+    "language_model/.*": r"model\.((language|text)_model|embed_tokens|layers|norm)\..*|lm_head\..*",
     "image_newline": r"model\.image_newline",
 }
 """Our pattern -> one for transformers' names of the same parameters; each is in one of them."""
 PARTS = {
-    EMBEDDINGS: r"model\.(language_model\.)?embed_tokens\..*",
-    MLP: r"model\.(language_model\.)?layers\.\d+\.mlp\..*",
+    EMBEDDINGS: r"model\.((language|text)_model\.)?embed_tokens\..*",
+    MLP: r"model\.((language|text)_model\.)?layers\.\d+\.mlp\..*",
 }
 
 

@@ -12,6 +12,7 @@ from mmpo_jax.models.families import (
     qwen3_5,
     qwen3_vl,
     qwen3_vl_moe,
+    smolvlm,
     text,
 )
 from mmpo_jax.models.family import Family
@@ -28,6 +29,7 @@ FAMILIES: dict[str, Family] = {
         qwen3_vl_moe.FAMILY,
         qwen3_5.FAMILY,
         qwen3_5.TEXT,
+        smolvlm.FAMILY,
         gemma3.FAMILY,
         gemma4.FAMILY,
         gemma.FAMILY,

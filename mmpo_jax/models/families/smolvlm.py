@@ -1,0 +1,304 @@
+"""SmolVLM, SmolVLM2 and Idefics3: SigLIP over tiles and a small copy of the whole, pixel shuffle, a
+matrix, a Llama decoder.
+
+The tower of transformers takes images that are padded at their edges. Its image processors never
+pad one: whatever the size, they make whole tiles, whose patches have the tower's own positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from mmpo_jax.models import decoder, vision
+from mmpo_jax.models.config import ModelConfig, ModelError, expect, read_decoder
+from mmpo_jax.models.families.internvl import pixel_shuffle
+from mmpo_jax.models.family import Family, Images, Size
+from mmpo_jax.models.layers import ACTIVATIONS, linear
+from mmpo_jax.models.layout import Layout
+from mmpo_jax.models.vision import VisionConfig
+from mmpo_jax.models.vlm import VisionLanguageModel
+
+LARGEST = 4096
+"""Pixels of an image's longer edge at most, whatever a processor's `size` says."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SmolVLMConfig(ModelConfig):
+    """SmolVLM's own switches."""
+
+    vision: VisionConfig
+    image_token_id: int
+    shuffle: int
+    """Patches of a square of so many by so many become the channels of one feature."""
+
+    @property
+    def feature_layer(self) -> int:
+        """Index into the tower's hidden states: the last layer's."""
+        return self.vision.num_layers
+
+    @property
+    def num_image_tokens(self) -> int:
+        """N: features of one tile."""
+        return (self.vision.side // self.shuffle) ** 2
+
+
+def read_config(config: Any) -> SmolVLMConfig:
+    """
+    Raises:
+      ModelError: an architecture or a switch that is not implemented.
+    """
+    tower = read_tower(config.vision_config)
+    if tower.side % config.scale_factor:
+        raise ModelError(
+            f"scale_factor is {config.scale_factor}; it has to divide the tower's {tower.side} "
+            "patches along an edge"
+        )
+    return SmolVLMConfig(
+        family=config.model_type,
+        decoder=read_decoder(config.text_config, config.tie_word_embeddings),
+        vision=tower,
+        image_token_id=config.image_token_id,
+        shuffle=config.scale_factor,
+    )
+
+
+def read_tower(config: Any, key: str = "vision_config") -> VisionConfig:
+    """The tower of a transformers `Idefics3VisionConfig` or `SmolVLMVisionConfig`.
+
+    Raises:
+      ModelError: a switch that is not implemented.
+    """
+    expect(config.hidden_act, tuple(ACTIVATIONS), f"{key}.hidden_act")
+    for name in ("image_size", "patch_size"):
+        if not isinstance(getattr(config, name), int):
+            raise ModelError(f"{key}.{name} is {getattr(config, name)!r}, expected one number")
+    tower = VisionConfig(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        num_channels=config.num_channels,
+        hidden_act=config.hidden_act,
+        layer_norm_eps=config.layer_norm_eps,
+        class_token=False,
+        patch_bias=True,
+        pre_norm=False,
+        qkv_bias=True,
+        qk_norm=False,
+        layer_norm="layer_norm",
+        layer_scale=False,
+        post_norm="applied",
+    )
+    if not has_own_positions(tower.side):
+        raise ModelError(
+            f"{key}.image_size is {config.image_size} and its patch_size {config.patch_size}; "
+            f"transformers rounds the positions of {tower.side} patches to others than their own"
+        )
+    return tower
+
+
+def has_own_positions(side: int) -> bool:
+    """Whether transformers finds every one of `side` patches along an edge at its own position: it
+    looks for their fractions of the edge, in float32, between those of the positions."""
+    number = np.arange(side, dtype=np.float32)
+    fractions = number * (np.float32(1) / np.float32(side))
+    bounds = np.arange(1 / side, 1, 1 / side).astype(np.float32)
+    return np.array_equal(np.searchsorted(bounds, fractions, side="right"), number)
+
+
+class Connector(nnx.Module):
+    """Squares of features, side by side, to the decoder's width."""
+
+    def __init__(self, inputs: int, outputs: int, rngs: nnx.Rngs):
+        self.proj = linear(inputs, outputs, False, rngs)
+
+    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b F"]:
+        return self.proj(x)
+
+
+class SmolVLM(VisionLanguageModel):
+    """Every slot of a prompt is one tile [C, H, W]; its features stay in their order."""
+
+    def __init__(self, config: SmolVLMConfig, rngs: nnx.Rngs):
+        super().__init__(config, rngs)
+        self.feature_layer, self.shuffle = config.feature_layer, config.shuffle
+        self.vision_tower = vision.VisionTower(config.vision, rngs)
+        self.multi_modal_projector = Connector(
+            config.vision.hidden_size * config.shuffle**2, config.decoder.hidden_size, rngs
+        )
+
+    def image_features(self, batch, remat):
+        b, i = batch.pixel_values.shape[:2]
+        pixels = batch.pixel_values.reshape(b * i, *batch.pixel_values.shape[2:])
+        features = self.vision_tower(pixels, (self.feature_layer,), remat)
+        features = self.multi_modal_projector(pixel_shuffle(features, self.shuffle))
+        return features.reshape(b, -1, features.shape[-1])
+
+
+def tile_grid(processor: Any, size: Size) -> tuple[int, int]:
+    """Rows and columns of the tiles that an image is cut into; (0, 0) where the whole is one.
+
+    The longer edge is scaled to the processor's `size`, and then both are stretched to whole tiles.
+    """
+    if not processor.do_image_splitting:
+        return 0, 0
+    tile = processor.max_image_size["longest_edge"]
+    if processor.do_resize:
+        size = _scaled(size, processor.size["longest_edge"])
+    height, width = size
+    ratio = width / height
+    if width >= height:
+        columns = math.ceil(width / tile)
+        rows = math.ceil(int(columns * tile / ratio) / tile)
+    else:
+        rows = math.ceil(height / tile)
+        columns = math.ceil(int(rows * tile * ratio) / tile)
+    return (rows, columns) if rows > 1 or columns > 1 else (0, 0)
+
+
+def _scaled(size: Size, longest: int) -> Size:
+    """Height and width of an image whose longer edge is scaled to so many pixels; the other is
+    made even."""
+    height, width = size
+    ratio = width / height
+    if width >= height:
+        height, width = _even(int(longest / ratio)), longest
+    else:
+        height, width = longest, _even(int(longest * ratio))
+    if longest > LARGEST:
+        ratio = width / height
+        if width >= height:
+            height, width = int(LARGEST / ratio), LARGEST
+        else:
+            height, width = LARGEST, int(LARGEST * ratio)
+    return max(height, 1), max(width, 1)
+
+
+def _even(edge: int) -> int:
+    return max(edge + edge % 2, 1)
+
+
+def layouts(config: SmolVLMConfig, processor: Any, sizes: Sequence[Size]) -> list[Layout]:
+    made = []
+    for size in sizes:
+        rows, columns = tile_grid(processor, size)
+        tiles = rows * columns + 1
+        plain = Layout.plain(config.image_token_id, tiles * config.num_image_tokens, tiles)
+        # Row and column of the tile of every feature, from 1 on; 0 in the copy of the whole.
+        row, column = np.divmod(np.arange(tiles, dtype=np.int32), max(columns, 1))
+        places = np.stack([np.zeros_like(row), row + 1, column + 1])
+        places[:, -1] = 0
+        steps = np.repeat(places, config.num_image_tokens, axis=1)
+        made.append(dataclasses.replace(plain, steps=steps))
+    return made
+
+
+def pixels(config: SmolVLMConfig, processor: Any, images: Sequence[Any]) -> list[np.ndarray]:
+    del config
+    made = [processor(images=image, return_tensors="np")["pixel_values"] for image in images]
+    return [np.asarray(pixels[0], np.float32) for pixels in made]
+
+
+def check_processor(config: SmolVLMConfig, processor: Any) -> None:
+    """
+    Raises:
+      ModelError: it makes tiles of another size than the tower's.
+    """
+    file = "preprocessor_config.json"
+    edge = processor.max_image_size["longest_edge"]
+    expect(edge, (config.vision.image_size,), f"{file}: max_image_size.longest_edge")
+    if processor.do_resize and not processor.size.get("longest_edge"):
+        raise ModelError(f"{file}: size is {processor.size}; this version implements longest_edge")
+
+
+def frame_image(tokenizer: Any, layout: Layout) -> Layout:
+    """Every tile behind its row and column, one line of them a line, and the whole at the end."""
+    assert layout.steps is not None
+    fake, image, whole = _marks(tokenizer)
+    per_tile = len(layout.ids) // layout.slots
+    places = layout.steps[1:, ::per_tile].T.tolist()
+    text, last = "", 1
+    for row, column in places[:-1]:
+        text += "\n" * (row - last) + f"{fake}<row_{row}_col_{column}>{image}"
+        last = row
+    text += "\n\n" * (layout.slots > 1) + f"{fake}{whole}{image}{fake}"
+    ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+    counts = np.where(ids == layout.ids[0], per_tile, 1)
+    return dataclasses.replace(layout, ids=np.repeat(ids, counts))
+
+
+def _marks(tokenizer: Any) -> tuple[str, str, str]:
+    """What stands around tiles, for a feature, and in front of the copy of the whole.
+
+    Raises:
+      ModelError: one of the first two is no token of its own.
+    """
+    known = tokenizer.get_added_vocab()
+    names = {
+        "fake_image_token": "<fake_token_around_image>",
+        "image_token": "<image>",
+        "global_image_token": "<global-img>",
+    }
+    fake, image, whole = (getattr(tokenizer, name, None) or said for name, said in names.items())
+    for token in (fake, image):
+        if token not in known:
+            raise ModelError(f"{tokenizer.name_or_path}: the tokenizer has no token {token}")
+    return fake, image, whole
+
+
+READ_KEYS = (
+    (r"^model\.vision_model\.encoder\.", "vision_tower."),
+    (r"^model\.vision_model\.", "vision_tower."),
+    (r"^model\.connector\.modality_projection\.", "multi_modal_projector."),
+    (r"^model\.text_model\.", "language_model."),
+    (r"^lm_head\.", "language_model.lm_head."),
+)
+WRITE_KEYS = (
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^language_model\.", "model.text_model."),
+    (r"^multi_modal_projector\.", "model.connector.modality_projection."),
+    (r"^vision_tower\.layers\.", "vision_tower.encoder.layers."),
+    (r"^vision_tower\.", "model.vision_model."),
+)
+
+
+def tensor_shapes(config: SmolVLMConfig) -> dict[str, tuple[int, ...]]:
+    tower = config.vision
+    patch = tower.hidden_size, tower.num_channels, tower.patch_size, tower.patch_size
+    return {"model.vision_model.embeddings.patch_embedding.weight": patch}
+
+
+FAMILY = Family(
+    model_types=("idefics3", "smolvlm"),
+    read_config=read_config,
+    module=SmolVLM,
+    rules=(
+        *vision.SHARDING_RULES,
+        (r"multi_modal_projector/proj/kernel", PartitionSpec("fsdp", "tensor")),
+        *decoder.SHARDING_RULES,
+    ),
+    read_keys=READ_KEYS,
+    write_keys=WRITE_KEYS,
+    module_keys=(),  # names of files are those of modules
+    images=Images(
+        processors=("Idefics3ImageProcessor", "SmolVLMImageProcessor"),
+        placeholders=lambda config: (config.image_token_id,),
+        slot_shape=lambda config: config.vision.pixel_shape,
+        layouts=layouts,
+        pixels=pixels,
+        sized=True,
+        frame=frame_image,
+        check=check_processor,
+    ),
+    tensor_shapes=tensor_shapes,
+)
