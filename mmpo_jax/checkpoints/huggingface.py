@@ -51,7 +51,7 @@ from mmpo_jax.core.trees import flatten, to_host, unflatten
 from mmpo_jax.models.config import DecoderConfig, ModelError
 from mmpo_jax.models.family import Renaming
 from mmpo_jax.models.layer_kinds import LAYERS, Stack
-from mmpo_jax.models.merging import SCALE, A, B, kernel_and_adapter, merge, wide
+from mmpo_jax.models.merging import MAGNITUDE, SCALE, A, B, kernel_and_adapter, merge, wide
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.precision import weights_dtype
 from mmpo_jax.models.reward_head import is_reward_head
@@ -331,7 +331,7 @@ def new_tensors(params: Params, model: Model) -> list[NewTensor]:
     flat, tokens = flatten(params), model.config.decoder.vocab_size
     tensors = []
     for path, leaf in flat.items():
-        if path.endswith((f"/{A}", f"/{B}", f"/{SCALE}")):
+        if path.endswith((f"/{A}", f"/{B}", f"/{SCALE}", f"/{MAGNITUDE}")):
             continue
         parts = kernel_and_adapter(flat, path)
         dtype = np.dtype(leaf.dtype if len(parts) == 1 else wide(leaf.dtype))

@@ -1,8 +1,9 @@
 """Adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
 PEFT calls tensors after transformers' modules: `base_model.model.<module>.lora_A.weight` is
-[r, inputs], `lora_B` [outputs, r]. What modules are called has changed with transformers' versions;
-all of their names are read, those of transformers 5 are written.
+[r, inputs], `lora_B` [outputs, r], and DoRA's `lora_magnitude_vector` [outputs]. What modules are
+called has changed with transformers' versions; all of their names are read, those of transformers 5
+are written.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from mmpo_jax.checkpoints.folders import ADAPTER_WEIGHTS as WEIGHTS_FILE
 from mmpo_jax.checkpoints.folders import is_on_hub, split_hub_id
 from mmpo_jax.checkpoints.huggingface import layer_numbers, new_tensors, path_of, write_folder
 from mmpo_jax.checkpoints.peft_experts import expert_adapters, is_of_experts, read_experts
-from mmpo_jax.checkpoints.peft_names import alpha_of, module_name, rank_of, scale_of
+from mmpo_jax.checkpoints.peft_names import alpha_of, is_target, module_name, rank_of, scale_of
 from mmpo_jax.checkpoints.safetensors_files import NewTensor, read_header, read_tensor
 from mmpo_jax.core.trees import flatten, to_host, unflatten
 from mmpo_jax.models.config import ModelError, RewardHead
-from mmpo_jax.models.lora import EXPERTS, SCALE, A, B, adapted_layers, dense_layers
+from mmpo_jax.models.lora import EXPERTS, adapted_layers, dense_layers
+from mmpo_jax.models.merging import MAGNITUDE, SCALE, A, B
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.reward_head import (
     KEY,
@@ -38,14 +40,17 @@ from mmpo_jax.models.reward_head import (
 from mmpo_jax.models.reward_head import is_reward_head as is_head
 
 PREFIX = "base_model.model."
-TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+MAGNITUDES = "lora_magnitude_vector"
+TENSOR = re.compile(
+    rf"base_model\.model\.(?P<module>.+)\.(?P<leaf>lora_A\.weight|lora_B\.weight|{MAGNITUDES})"
+)
 
 UNSUPPORTED = (
     "alora_invocation_tokens",
     "layer_replication",
+    "lora_bias",
     "trainable_token_indices",
     "use_bdlora",
-    "use_dora",
     "use_qalora",
 )
 """Options of `LoraConfig` that change what is computed, beyond the product of two factors."""
@@ -87,6 +92,8 @@ def read_adapter_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
                 f"{path}: {key} is {given[key]!r}, which this version does not implement; "
                 "merge the adapter with PEFT and load the whole model"
             )
+    if given.get("use_dora") and given.get("target_parameters"):
+        raise ModelError(f"{path}: use_dora with target_parameters, of which PEFT has no DoRA")
     others = sorted({*(given.get("modules_to_save") or ())} - HEADS)
     if others:
         raise ModelError(
@@ -98,7 +105,8 @@ def read_adapter_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path}: init_lora_weights {given['init_lora_weights']!r} changes the base weights; "
             "merge the adapter with PEFT and load the whole model"
         )
-    defaults = {"r": 8, "lora_alpha": 8, "use_rslora": False, "target_modules": []}
+    defaults = {"r": 8, "lora_alpha": 8, "target_modules": []}
+    defaults |= {"use_rslora": False, "use_dora": False}
     return defaults | {key: value for key, value in given.items() if value is not None}
 
 
@@ -171,14 +179,15 @@ def load_adapter(folder: str | os.PathLike[str], model: Model) -> dict[str, np.n
                 )
             continue
         match = TENSOR.fullmatch(tensor.name)
-        if match is None:
+        if match is None or (match["leaf"] == MAGNITUDES and not config["use_dora"]):
+            also = f", {MAGNITUDES}" if config["use_dora"] else ""
             raise ModelError(
-                f"{file}: unexpected tensor {tensor.name}; only lora_A, lora_B and the head of a "
-                "reward model are read"
+                f"{file}: unexpected tensor {tensor.name}; only lora_A, lora_B{also} and the head "
+                "of a reward model are read"
             )
-        module = match["module"]
+        module, part = match["module"], match["leaf"].removesuffix(".weight")
         if is_of_experts(module):
-            of_experts[module][match["factor"]] = read_tensor(tensor).astype(np.float32)
+            of_experts[module][part[-1]] = read_tensor(tensor).astype(np.float32)
             continue
         path, layer = path_of(f"{module}.weight", model)
         path = (path or "").removesuffix("/kernel")
@@ -186,7 +195,7 @@ def load_adapter(folder: str | os.PathLike[str], model: Model) -> dict[str, np.n
             raise ModelError(
                 f"{file}: {module} is no layer of this {model.config.family} that can be adapted"
             )
-        factors[module][match["factor"]] = read_tensor(tensor).astype(np.float32)
+        factors[module][part] = read_tensor(tensor).astype(np.float32)
         modules[path][layer or 0] = module
     if not modules and not of_experts:
         raise ModelError(f"{file}: there is no adapter in it")
@@ -195,12 +204,12 @@ def load_adapter(folder: str | os.PathLike[str], model: Model) -> dict[str, np.n
         depth = shapes[path][0] if is_stack else 1
         numbers = layer_numbers(path, depth, model) if is_stack else None
         _check_layers(file, named, numbers, config)
-        pairs = {
-            layer: _read_factors(file, module, factors[module], shapes[path], config)
+        parts = {
+            layer: _read_parts(file, module, factors[module], shapes[path], config)
             for layer, module in named.items()
         }
-        stacked = _stack(pairs, depth, {i: scale_of(config, named[i]) for i in named})
-        for name, leaf in zip((A, B, SCALE), stacked, strict=True):
+        stacked = _stack(parts, depth, {i: scale_of(config, named[i]) for i in named})
+        for name, leaf in stacked.items():
             leaves[f"{path}/{name}"] = leaf if is_stack else leaf[0]
     return leaves | read_experts(file, of_experts, config, model, shapes)
 
@@ -253,6 +262,7 @@ def save_adapter(
         "target_modules": modules or None,
         **({"target_parameters": sorted(experts)} if experts else {}),
         "use_rslora": False,
+        "use_dora": any(tensor.name.endswith(MAGNITUDES) for tensor in tensors),
         "bias": "none",
         "inference_mode": True,
         **_head_entries(model),
@@ -287,15 +297,17 @@ def _tensors(
     for path in adapted_layers(params):
         if EXPERTS in path:
             continue
-        parts = [to_host(flat[f"{path}/{name}"]) for name in (A, B, SCALE)]
-        is_stack = parts[-1].ndim == 1
+        leaves = (f"{path}/{name}" for name in (A, B, SCALE, MAGNITUDE))
+        parts = [to_host(flat[leaf]) for leaf in leaves if leaf in flat]
+        is_stack = parts[0].ndim == 3
         layers = zip(*parts, strict=True) if is_stack else [tuple(parts)]
-        for layer, (a, b, scale) in enumerate(layers):
+        for layer, (a, b, scale, *magnitude) in enumerate(layers):
             if not scale:  # a layer without an adapter
                 continue
             name = module_name(path, layer if is_stack else None, model)
-            for factor, array in (("A", a.T), ("B", b.T)):
-                key = f"base_model.model.{name}.lora_{factor}.weight"
+            theirs = ("lora_A.weight", "lora_B.weight", MAGNITUDES)
+            for leaf, array in zip(theirs, (a.T, b.T, *magnitude), strict=False):
+                key = f"{PREFIX}{name}.{leaf}"
                 fetch = functools.partial(np.asarray, array)
                 tensors.append(NewTensor(key, array.dtype, array.shape, fetch))
             ranks[name] = a.shape[1]
@@ -323,63 +335,59 @@ def _check_layers(
             raise ModelError(f"{file}: {named[place]}: the model has {depth} layers")
         layer = None if numbers is None else numbers[place]
         module = named.get(place, re.sub(r"\.\d+\.", f".{layer}.", example, count=1))
-        if (place in named) != _is_target(config, module, layer):
+        if (place in named) != is_target(config, module, layer):
             has = "has an adapter" if place in named else "has none"
             raise ModelError(f"{file}: {module} {has}, against target_modules in {CONFIG_FILE}")
 
 
-def _is_target(config: dict[str, Any], module: str, layer: int | None) -> bool:
-    """Whether the config names a module, by PEFT's rules."""
-
-    def among(names: Any) -> bool:
-        if isinstance(names, str):
-            return names == "all-linear" or re.fullmatch(names, module) is not None
-        return any(module == name or module.endswith(f".{name}") for name in names)
-
-    if among(config.get("exclude_modules") or ()) or not among(config["target_modules"]):
-        return False
-    chosen = config.get("layers_to_transform")
-    if chosen is None or chosen == []:
-        return True
-    return layer in (chosen if isinstance(chosen, list) else [chosen])
-
-
-def _read_factors(
+def _read_parts(
     file: str,
     module: str,
     found: dict[str, np.ndarray],
     kernel: tuple[int, ...],
     config: dict[str, Any],
-) -> tuple[np.ndarray, np.ndarray]:
-    """(A [inputs, r], B [r, outputs]) of one module.
+) -> dict[str, np.ndarray]:
+    """A [inputs, r], B [r, outputs] and with DoRA the magnitudes [outputs] of one module.
 
     Raises:
       ModelError: one of them is missing or does not fit.
     """
     inputs, outputs = kernel[-2:]
     rank = rank_of(config, module)
-    for factor, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
-        if factor not in found:
-            raise ModelError(f"{file}: {module} has no lora_{factor}")
-        if found[factor].shape != shape:
+    wanted: dict[str, tuple[str, tuple[int, ...]]] = {
+        A: ("lora_A", (rank, inputs)),
+        B: ("lora_B", (outputs, rank)),
+    }
+    if config["use_dora"]:
+        wanted[MAGNITUDE] = MAGNITUDES, (outputs,)
+    for name, shape in wanted.values():
+        if name not in found:
+            raise ModelError(f"{file}: {module} has no {name}")
+        if found[name].shape != shape:
             raise ModelError(
-                f"{file}: {module}: lora_{factor} has shape {found[factor].shape}, the model and "
+                f"{file}: {module}: {name} has shape {found[name].shape}, the model and "
                 f"{CONFIG_FILE} give {shape}"
             )
-    return found["A"].T, found["B"].T
+    return {leaf: found[name].T for leaf, (name, _) in wanted.items()}
 
 
 def _stack(
-    pairs: dict[int, tuple[np.ndarray, np.ndarray]], depth: int, scales: dict[int, float]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """([L, inputs, r], [L, r, outputs], [L]), zero where nothing is."""
-    rank = max(a.shape[1] for a, _ in pairs.values())
-    inputs, outputs = next((len(a), b.shape[1]) for a, b in pairs.values())
-    stacked_a = np.zeros((depth, inputs, rank), np.float32)
-    stacked_b = np.zeros((depth, rank, outputs), np.float32)
-    scale = np.zeros(depth, np.float32)
-    for layer, (a, b) in pairs.items():
-        stacked_a[layer, :, : a.shape[1]] = a
-        stacked_b[layer, : len(b)] = b
-        scale[layer] = scales[layer]
-    return stacked_a, stacked_b, scale
+    layers: dict[int, dict[str, np.ndarray]], depth: int, scales: dict[int, float]
+) -> dict[str, np.ndarray]:
+    """Leaf -> [L, ...]: A, B and the scale, zero where nothing is, and magnitudes if there are
+    any, 1 where nothing is."""
+    first = next(iter(layers.values()))
+    rank = max(parts[B].shape[0] for parts in layers.values())
+    (inputs, _), (_, outputs) = first[A].shape, first[B].shape
+    stacked = {
+        A: np.zeros((depth, inputs, rank), np.float32),
+        B: np.zeros((depth, rank, outputs), np.float32),
+        SCALE: np.zeros(depth, np.float32),
+    }
+    if MAGNITUDE in first:
+        stacked[MAGNITUDE] = np.ones((depth, outputs), np.float32)
+    for layer, parts in layers.items():
+        stacked[SCALE][layer] = scales[layer]
+        for name, part in parts.items():
+            stacked[name][layer][tuple(map(slice, part.shape))] = part
+    return stacked

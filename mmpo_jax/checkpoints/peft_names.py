@@ -15,6 +15,22 @@ def module_name(path: str, layer: int | None, model: Model) -> str:
     return key.removesuffix(".weight")
 
 
+def is_target(config: dict[str, Any], module: str, layer: int | None) -> bool:
+    """Whether the config names a module, by PEFT's rules."""
+
+    def among(names: Any) -> bool:
+        if isinstance(names, str):
+            return names == "all-linear" or re.fullmatch(names, module) is not None
+        return any(module == name or module.endswith(f".{name}") for name in names)
+
+    if among(config.get("exclude_modules") or ()) or not among(config["target_modules"]):
+        return False
+    chosen = config.get("layers_to_transform")
+    if chosen is None or chosen == []:
+        return True
+    return layer in (chosen if isinstance(chosen, list) else [chosen])
+
+
 def rank_of(config: dict[str, Any], name: str) -> int:
     """The rank of the adapter beside a module or a parameter, by an adapter's config."""
     return _by_pattern(config.get("rank_pattern"), name, config["r"])

@@ -35,7 +35,11 @@ ADAPTED = "adapted"
 class Linear(nnx.Linear):
     """A dense layer; with the leaves of an adapter beside its kernel (see `lora`) it computes
 
-    x kernel + bias + scale * dropout(x) a b.
+    x kernel + bias + scale * dropout(x) a b,
+
+    and with DoRA's magnitudes, of f = magnitude / norm,
+
+    x kernel + bias + dropout(x) kernel (f - 1) + scale * dropout(x) a b f.
     """
 
     lora_a: Any = None
@@ -48,20 +52,43 @@ class Linear(nnx.Linear):
     """A PRNG key; None switches dropout off."""
     lora_rate: Any = None
     """float32[]: the share of inputs that dropout zeroes."""
+    lora_magnitude: Any = None
+    """float32[outputs], of DoRA."""
+    lora_norm: Any = None
+    """float32[outputs], beside magnitudes: what `lora.cast_params` makes of them."""
 
     def __call__(self, x: Float[Array, "*b D"], out_sharding: Any = None) -> Float[Array, "*b F"]:
-        y = super().__call__(x, out_sharding)
         if self.lora_a is None:
-            return y
-        if self.lora_key is not None:
-            kept = 1 - self.lora_rate[...]
-            mask = jax.random.bernoulli(self.lora_key[...], kept, x.shape)
-            x = jnp.where(mask, x / kept, 0).astype(x.dtype)
+            return super().__call__(x, out_sharding)
+        dropped = self._dropped(x)
         # Scaled between the two products, where it is cheap to do it in float32.
-        low = matmul(x, self.lora_a[...], jnp.promote_types(x.dtype, jnp.float32))
+        low = matmul(dropped, self.lora_a[...], jnp.promote_types(x.dtype, jnp.float32))
         low = (low * self.lora_scale[...]).astype(x.dtype)
+        update = matmul(low, self.lora_b[...])
+        if self.lora_magnitude is not None:
+            return self._decomposed(x, dropped, update)
         # Rematerialisation keeps the sum instead of both of its terms.
-        return checkpoint_name(y + matmul(low, self.lora_b[...]), ADAPTED)
+        return checkpoint_name(super().__call__(x, out_sharding) + update, ADAPTED)
+
+    def _dropped(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
+        """dropout(x); x itself where dropout is off."""
+        if self.lora_key is None:
+            return x
+        kept = 1 - self.lora_rate[...]
+        mask = jax.random.bernoulli(self.lora_key[...], kept, x.shape)
+        return jnp.where(mask, x / kept, 0).astype(x.dtype)
+
+    def _decomposed(
+        self, x: Float[Array, "*b D"], dropped: Float[Array, "*b D"], update: Float[Array, "*b F"]
+    ) -> Float[Array, "*b F"]:
+        """DoRA's outputs of those of the adapter, as PEFT has them where there is dropout."""
+        factor = self.lora_magnitude[...] / self.lora_norm[...]
+        product = matmul(dropped, self.kernel[...])
+        y = factor * promote(checkpoint_name(product + update, ADAPTED))
+        if dropped is not x:
+            y += promote(matmul(x, self.kernel[...])) - promote(product)
+        y = y.astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...]
 
 
 def linear(

@@ -1,12 +1,16 @@
 """Low-rank adapters: y = x W + scale * dropout(x) A B beside a frozen W, scale = alpha / rank.
 
-Hu et al. 2021 (arXiv 2106.09685), section 4.1. The leaves of an adapter lie in the parameter tree
-beside the kernel that they adapt:
+Hu et al. 2021 (arXiv 2106.09685), section 4.1. DoRA, Liu et al. 2024 (arXiv 2402.09353), trains the
+lengths of columns apart from their directions: of every output, W + scale A B is scaled to a
+magnitude m, (W + scale A B) m / ||W + scale A B||. No gradient is taken of the norm (section 4.3).
+
+The leaves of an adapter lie in the parameter tree beside the kernel that they adapt:
 
     .../q_proj/kernel      [L, inputs, outputs]
     .../q_proj/lora_a      [L, inputs, r]
     .../q_proj/lora_b      [L, r, outputs], zero at first
     .../q_proj/lora_scale  float32[L], 0 in layers without an adapter
+    .../q_proj/lora_magnitude  float32[L, outputs], of DoRA: ||W|| at first
 
 and for experts [L, E, ...], all of a layer or none.
 
@@ -33,7 +37,15 @@ from pydantic import Field
 from mmpo_jax.core.sections import PositiveInt, Section
 from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.models import reward_head
-from mmpo_jax.models.merging import SCALE, A, B, kernel_and_adapter, merge
+from mmpo_jax.models.merging import (
+    MAGNITUDE,
+    SCALE,
+    A,
+    B,
+    column_norms,
+    kernel_and_adapter,
+    merge,
+)
 from mmpo_jax.models.model import Model, Params
 
 
@@ -48,6 +60,8 @@ class Lora(Section):
     """Adapters count alpha / rank times."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of an adapter's inputs that training zeroes."""
+    dora: bool = False
+    """Trains the magnitudes of a kernel's columns apart from their directions (DoRA)."""
 
     @pydantic.field_validator("target")
     @classmethod
@@ -59,7 +73,10 @@ class Lora(Section):
         return target
 
 
-KEY, RATE = "lora_key", "lora_rate"
+KEY, RATE, NORM = "lora_key", "lora_rate", "lora_norm"
+"""Leaves that a forward puts beside an adapter's: what dropout needs, and what DoRA divides by."""
+EXACT = (SCALE, MAGNITUDE, NORM)
+"""Leaves that stay float32 whatever is computed in."""
 
 EXPERTS = "/mlp/experts/"
 """What the paths of experts have in them."""
@@ -108,16 +125,24 @@ def targeted_layers(model: Model, target: str, frozen: tuple[str, ...]) -> list[
     return kept
 
 
-def check_dropout(layers: Iterable[str], dropout: float) -> None:
+def check_experts(layers: Iterable[str], lora: Lora) -> None:
     """
     Raises:
-      ValueError: there is dropout, and some of the layers are experts, in which PEFT has none.
+      ValueError: some of the layers are experts, whose adapters have no dropout and no magnitudes
+        in PEFT, and there is either.
     """
     experts = next((layer for layer in layers if EXPERTS in layer), None)
-    if dropout and experts is not None:
+    if experts is None:
+        return
+    if lora.dropout:
         raise ValueError(
-            f"lora.dropout is {dropout}, and adapters of experts, such as {experts}, have none: "
-            "make it 0, or leave experts out of lora.target"
+            f"lora.dropout is {lora.dropout}, and adapters of experts, such as {experts}, have "
+            "none: make it 0, or leave experts out of lora.target"
+        )
+    if lora.dora:
+        raise ValueError(
+            f"lora.dora: adapters of experts, such as {experts}, have no magnitudes: leave experts "
+            "out of lora.target"
         )
 
 
@@ -129,12 +154,12 @@ def add_adapters(
     B is zero, so the model computes what it did; A is uniform in +-1/sqrt(inputs), as PEFT has it.
 
     Raises:
-      ValueError: see `targeted_layers` and `check_dropout`.
+      ValueError: see `targeted_layers` and `check_experts`.
     """
     shapes = dense_layers(model)
     flat = flatten(params)
     targeted = targeted_layers(model, lora.target, frozen)
-    check_dropout(targeted, lora.dropout)
+    check_experts(targeted, lora)
     for layer in targeted:
         *stack, inputs, outputs = shapes[layer]
         rng = np.random.default_rng([seed, zlib.crc32(layer.encode())])
@@ -142,6 +167,9 @@ def add_adapters(
         flat[f"{layer}/{A}"] = a.astype(np.float32)
         flat[f"{layer}/{B}"] = np.zeros((*stack, lora.rank, outputs), np.float32)
         flat[f"{layer}/{SCALE}"] = np.full(stack, lora.alpha / lora.rank, np.float32)
+        if lora.dora:
+            parts = kernel_and_adapter(flat, f"{layer}/kernel")
+            flat[f"{layer}/{MAGNITUDE}"] = column_norms(*parts)
     return unflatten(flat)
 
 
@@ -153,7 +181,7 @@ def adapted_layers(params: Params) -> list[str]:
 def described_by(path: str) -> str:
     """The parameter whose sharding rule decides about this one's: an adapter's kernel."""
     layer, _, name = path.rpartition("/")
-    return f"{layer}/kernel" if name in (A, B, SCALE) else path
+    return f"{layer}/kernel" if name in (A, B, SCALE, MAGNITUDE, NORM) else path
 
 
 def adapter_spec(path: str, kernel: PartitionSpec, ndim: int) -> PartitionSpec:
@@ -161,28 +189,37 @@ def adapter_spec(path: str, kernel: PartitionSpec, ndim: int) -> PartitionSpec:
     name = path.rpartition("/")[2]
     if name == SCALE:
         return PartitionSpec()
+    if name in (MAGNITUDE, NORM):
+        axes = [*kernel, *[None] * (ndim + 1 - len(kernel))]
+        return PartitionSpec(*axes[:-2], axes[-1])
     if name not in (A, B):
         return kernel
-    axes = list(kernel) + [None] * (ndim - len(kernel))
+    axes = [*kernel, *[None] * (ndim - len(kernel))]
     axes[-1 if name == A else -2] = None
     return PartitionSpec(*axes)
 
 
 def is_adapter(path: str) -> bool:
     """Whether a parameter is one that training an adapter changes."""
-    return path.endswith((f"/{A}", f"/{B}"))
+    return path.endswith((f"/{A}", f"/{B}", f"/{MAGNITUDE}"))
+
+
+def is_exact(path: str) -> bool:
+    """Whether a parameter is float32 whatever is computed in: of factors and norms that outputs are
+    multiplied by, bfloat16 would keep three digits."""
+    return path.rpartition("/")[2] in EXACT
 
 
 def without_adapters(params: Params) -> Params:
     """The base model's parameters: the reference while adapters are trained. Nothing is copied."""
-    leaves = (A, B, SCALE, KEY, RATE)
+    leaves = (A, B, SCALE, MAGNITUDE, KEY, RATE, NORM)
     flat = flatten(params).items()
     return unflatten({path: leaf for path, leaf in flat if path.rpartition("/")[2] not in leaves})
 
 
 def merge_adapters(params: Params, *, in_place: bool = False) -> Params:
-    """Parameters without adapters that compute the same: W + scale A B, in W's place and in
-    float32, see `merging.merge`.
+    """Parameters without adapters that compute the same: W + scale A B, with DoRA's columns, in W's
+    place and in float32, see `merging.merge`.
 
     Args:
       params: with adapters.
@@ -212,11 +249,12 @@ def with_dropout(params: Params, rate: float, key: jax.Array) -> Params:
 
 
 def cast_params(params: Params, dtype: Any) -> Params:
-    """The parameters in the compute dtype; factors of adapters, of which bfloat16 would keep three
-    digits, stay exact."""
-    return unflatten(
-        {
-            path: leaf if path.endswith(f"/{SCALE}") else leaf.astype(dtype)
-            for path, leaf in flatten(params).items()
-        }
-    )
+    """The parameters as a forward takes them: in the compute dtype, but for what `is_exact`, and
+    with the norms that DoRA divides by, of the parameters as they were before."""
+    flat = flatten(params)
+    cast = {path: leaf if is_exact(path) else leaf.astype(dtype) for path, leaf in flat.items()}
+    for layer in adapted_layers(params):
+        if f"{layer}/{MAGNITUDE}" in flat and f"{layer}/{NORM}" not in flat:
+            parts = (flat[f"{layer}/{part}"] for part in ("kernel", A, B, SCALE))
+            cast[f"{layer}/{NORM}"] = column_norms(*map(jax.lax.stop_gradient, parts))
+    return unflatten(cast)

@@ -20,7 +20,7 @@ from mmpo_jax.data.pipeline import TrainBatch
 from mmpo_jax.generation.places import row_spec
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.layout import pad_size
-from mmpo_jax.models.lora import add_adapters
+from mmpo_jax.models.lora import add_adapters, is_exact
 from mmpo_jax.models.model import Model
 from mmpo_jax.objectives.registry import is_field
 from mmpo_jax.objectives.terms import Term, needs, rows_read
@@ -189,7 +189,10 @@ def train_state(
     """
     start = shapes_of(model)
     if config.lora is not None:
-        start = add_adapters(start, model, config.lora, config.freeze, seed=0)
+        lora, frozen_paths = config.lora, config.freeze
+        start = jax.eval_shape(
+            lambda start: add_adapters(start, model, lora, frozen_paths, 0), start
+        )
     flat = flatten(placed_shapes(start, model.rules, mesh))
     trained = {
         path: jax.ShapeDtypeStruct(
@@ -214,7 +217,11 @@ def train_state(
     reference = {}
     if kind.type in running:
         reference = {
-            path: jax.ShapeDtypeStruct(leaf.shape, running[kind.type], sharding=leaf.sharding)
+            path: jax.ShapeDtypeStruct(
+                leaf.shape,
+                leaf.dtype if is_exact(path) else running[kind.type],
+                sharding=leaf.sharding,
+            )
             for path, leaf in trained.items()
         }
     keeps = {name: replicated((), jnp.float32, mesh) for name in loss.state}

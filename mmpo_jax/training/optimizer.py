@@ -232,7 +232,7 @@ def _muon_or_adamw(params: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _is_matrix(path: str) -> bool:
-    return not path.endswith(("/bias", "/scale", "/A_log", "/dt_bias"))
+    return not path.endswith(("/bias", "/scale", "/A_log", "/dt_bias", "/lora_magnitude"))
 
 
 def _decayed(params: Mapping[str, jax.Array]) -> dict[str, bool]:

@@ -15,7 +15,7 @@ from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.pipeline import MixtureEntry, num_batches, seen_rows
 from mmpo_jax.models.config import DecoderConfig, HeadKind, ModelConfig
-from mmpo_jax.models.lora import check_dropout, targeted_layers
+from mmpo_jax.models.lora import check_experts, targeted_layers
 from mmpo_jax.models.model import Model
 from mmpo_jax.models.reward_head import with_reward_head
 from mmpo_jax.objectives.registry import HEADS
@@ -72,7 +72,7 @@ def check_training(config: Training, model: Model, mesh: Mesh) -> None:
     if config.lora is not None:
         try:
             layers = targeted_layers(model, config.lora.target, config.freeze)
-            check_dropout(layers, config.lora.dropout)
+            check_experts(layers, config.lora)
         except ValueError as error:
             raise TrainingError(f"training.lora.target: {error}") from error
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from mmpo_jax.checkpoints.train_state import TrainState
 from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.models.buffers import is_buffer
-from mmpo_jax.models.lora import cast_params, is_adapter, with_dropout
+from mmpo_jax.models.lora import cast_params, is_adapter, is_exact, with_dropout
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.reward_head import is_reward_head
 from mmpo_jax.models.vocabulary import filled
@@ -105,7 +105,10 @@ def create_state(
     replicated = NamedSharding(mesh, PartitionSpec())
     reference = {}
     if reference_dtype is not None:
-        reference = {path: jnp.array(leaf, reference_dtype) for path, leaf in trained.items()}
+        reference = {
+            path: jnp.array(leaf, leaf.dtype if is_exact(path) else reference_dtype)
+            for path, leaf in trained.items()
+        }
     return TrainState(
         put_whole(np.int32(0), replicated),
         trained,

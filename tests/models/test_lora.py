@@ -15,6 +15,8 @@ from mmpo_jax.checkpoints.huggingface import new_tensors, to_huggingface
 from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.models.log_probs import response_log_probs
 from mmpo_jax.models.lora import (
+    MAGNITUDE,
+    NORM,
     SCALE,
     A,
     B,
@@ -22,6 +24,7 @@ from mmpo_jax.models.lora import (
     adapted_layers,
     add_adapters,
     cast_params,
+    check_experts,
     dense_layers,
     merge_adapters,
     targeted_layers,
@@ -47,13 +50,24 @@ def adapted(tiny_model):
     return with_noise(add_adapters(params, model, EVERYWHERE, (), 0))
 
 
+@pytest.fixture(scope="module")
+def decomposed(tiny_model):
+    """The same with DoRA's magnitudes."""
+    model, params = tiny_model
+    lora = EVERYWHERE.model_copy(update={"dora": True})
+    return with_noise(add_adapters(params, model, lora, (), 0))
+
+
 def with_noise(params):
-    """Adapters whose B is not zero."""
+    """Adapters whose B is not zero, and whose magnitudes are not the norms of kernels."""
     rng = np.random.default_rng(0)
     flat = flatten(params)
     for path, leaf in flat.items():
+        drawn = (0.2 * rng.standard_normal(leaf.shape)).astype(np.float32)
         if path.endswith(B):
-            flat[path] = (0.2 * rng.standard_normal(leaf.shape)).astype(np.float32)
+            flat[path] = drawn
+        elif path.endswith(MAGNITUDE):
+            flat[path] = np.asarray(leaf) * (1 + drawn)
     return unflatten(flat)
 
 
@@ -110,22 +124,38 @@ def test_a_fresh_adapter_changes_nothing(tiny_model, log_probs):
     np.testing.assert_array_equal(few[f"{Q}/{A}"], a)  # whatever else is adapted
 
 
-def test_without_adapters_it_is_the_base(tiny_model, adapted, log_probs):
+@pytest.mark.slow
+def test_fresh_magnitudes_change_nothing(tiny_model, log_probs):
+    model, params = tiny_model
+    lora = EVERYWHERE.model_copy(update={"dora": True})
+    fresh = add_adapters(params, model, lora, (), 0)
+    ours = log_probs(cast_params(fresh, np.float32))
+    np.testing.assert_allclose(ours, log_probs(params), rtol=0, atol=1e-5)
+    kernel = flatten(params)[f"{Q}/kernel"].astype(np.float64)
+    magnitude = flatten(fresh)[f"{Q}/{MAGNITUDE}"]
+    np.testing.assert_allclose(magnitude, np.sqrt((kernel**2).sum(axis=1)), rtol=1e-6)
+
+
+def test_without_adapters_it_is_the_base(tiny_model, adapted, decomposed, log_probs):
     """The same arrays, not copies of them."""
-    base, ours = flatten(tiny_model[1]), flatten(without_adapters(adapted))
-    assert base.keys() == ours.keys()
-    assert all(ours[path] is base[path] for path in base)
+    base = flatten(tiny_model[1])
+    for params in (adapted, decomposed):
+        ours = flatten(without_adapters(params))
+        assert base.keys() == ours.keys()
+        assert all(ours[path] is base[path] for path in base)
     assert np.abs(log_probs(adapted) - log_probs(tiny_model[1])).max() > 0.1
 
 
-def test_merged_it_computes_the_same(tiny_model, adapted, batch):
+@pytest.mark.parametrize("kind", ["adapted", "decomposed"])
+def test_merged_it_computes_the_same(tiny_model, kind, batch, request):
+    adapted = request.getfixturevalue(kind)
     with jax.enable_x64(True):
         params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), adapted)
         merged = merge_adapters(params)
         assert not adapted_layers(merged)
         apart, together = (
             np.asarray(jax.jit(functools.partial(response_log_probs, tiny_model[0]))(tree, batch))
-            for tree in (params, merged)
+            for tree in (cast_params(params, np.float64), merged)
         )
     assert apart.dtype == np.float64
     np.testing.assert_allclose(together, apart, rtol=0, atol=1e-10)
@@ -197,9 +227,9 @@ def test_merging_in_place_needs_no_second_copy(tiny_model, adapted):
                 assert before[path].is_deleted()
 
 
-def test_adapters_are_split_as_their_kernels(tiny_model, adapted):
+def test_adapters_are_split_as_their_kernels(tiny_model, decomposed):
     mesh = make_mesh(2, 2, 2)
-    placed = flatten(put_params(adapted, tiny_model[0].rules, mesh))
+    placed = flatten(put_params(decomposed, tiny_model[0].rules, mesh))
     specs = {path: leaf.sharding.spec for path, leaf in placed.items()}
     down = "language_model/layers/mlp/down_proj"  # its kernel is (None, "tensor", "fsdp")
     assert specs[f"{Q}/{A}"] == PartitionSpec(None, "fsdp", None)
@@ -208,6 +238,9 @@ def test_adapters_are_split_as_their_kernels(tiny_model, adapted):
     assert specs[f"{down}/{B}"] == PartitionSpec(None, None, "fsdp")
     assert specs[f"multi_modal_projector/linear_1/{B}"] == PartitionSpec(None, "tensor")
     assert specs[f"{Q}/{SCALE}"] == PartitionSpec()
+    assert specs[f"{Q}/{MAGNITUDE}"] == PartitionSpec(None, "tensor")
+    assert specs[f"{down}/{MAGNITUDE}"] == PartitionSpec(None, "fsdp")
+    assert specs[f"multi_modal_projector/linear_1/{MAGNITUDE}"] == PartitionSpec("tensor")
 
 
 def test_layers_without_and_smaller_ranks_get_no_gradient(tiny_model, adapted, batch):
@@ -286,3 +319,53 @@ def test_casting_leaves_factors_exact(adapted):
     flat = flatten(cast_params(adapted, jnp.bfloat16))
     assert flat[f"{Q}/{A}"].dtype == flat[f"{Q}/kernel"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(flat[f"{Q}/{SCALE}"], flatten(adapted)[f"{Q}/{SCALE}"])
+
+
+def test_norms_are_those_of_what_is_cast(decomposed):
+    """In float64, of one layer of a stack; cast a second time they stay."""
+    flat = flatten(decomposed)
+    cast = cast_params(decomposed, jnp.bfloat16)
+    again = flatten(cast_params(cast, jnp.float32))
+    kernel, a, b = (np.float64(flat[f"{Q}/{name}"][1]) for name in ("kernel", A, B))
+    expected = np.linalg.norm(kernel + 5 / 3 * a @ b, axis=0)
+    np.testing.assert_allclose(again[f"{Q}/{NORM}"][1], expected, rtol=1e-6)
+    np.testing.assert_array_equal(flatten(cast)[f"{Q}/{MAGNITUDE}"], flat[f"{Q}/{MAGNITUDE}"])
+
+
+def test_a_layer_without_an_adapter_has_no_magnitudes(tiny_model, decomposed, batch, log_probs):
+    """Whatever stands in their place, the base is computed there, merged or not."""
+    flat = {path: np.array(leaf) for path, leaf in flatten(decomposed).items()}
+    for path, leaf in flat.items():
+        if path.endswith(SCALE):
+            leaf[...] = 0
+        if path.endswith(MAGNITUDE):
+            leaf[...] = 1
+    base = log_probs(tiny_model[1])
+    np.testing.assert_array_equal(log_probs(merge_adapters(unflatten(flat))), base)
+    ours = log_probs(cast_params(unflatten(flat), np.float32))
+    np.testing.assert_allclose(ours, base, rtol=0, atol=1e-5)
+
+
+def test_experts_have_no_magnitudes():
+    layers = [Q, "language_model/layers/mlp/experts/up_proj"]
+    with pytest.raises(ValueError, match=r"lora.dora: adapters of experts, such as .*/up_proj"):
+        check_experts(layers, Lora(dora=True))
+    check_experts(layers[:1], Lora(dora=True, dropout=0.1))
+
+
+def test_dropout_beside_magnitudes(tiny_model, decomposed):
+    """In float64, by the formula of PEFT's layer in training: the base alone sees inputs whole."""
+    layer = "multi_modal_projector/linear_2"
+    params = with_dropout(cast_params(decomposed, np.float32), 0.25, jax.random.key(0))
+    flat = flatten(params)
+    x = np.random.default_rng(0).standard_normal((1, 5, 32)).astype(np.float32)
+    kept = jax.random.bernoulli(flat[f"{layer}/lora_key"], 0.75, x.shape)
+    dropped = np.where(kept, x / 0.75, 0).astype(np.float64)
+    kernel, bias, a, b, scale, magnitude = (
+        np.float64(flat[f"{layer}/{name}"]) for name in ("kernel", "bias", A, B, SCALE, MAGNITUDE)
+    )
+    factor = magnitude / np.linalg.norm(kernel + scale * a @ b, axis=0)
+    expected = x @ kernel + bias
+    expected += (factor - 1) * (dropped @ kernel) + factor * scale * (dropped @ a @ b)
+    actual = jax.jit(lambda p: tiny_model[0].bind(p).multi_modal_projector.linear_2(x))(params)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)

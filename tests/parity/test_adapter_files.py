@@ -49,8 +49,8 @@ def adapter(family_case, tmp_path):
     return make_adapter(family_case("llava"), tmp_path / "adapter", ".*/q_proj|.*/linear_1")
 
 
-def make_adapter(case, folder, target):
-    lora = Lora(target=target, rank=2, alpha=4)
+def make_adapter(case, folder, target, dora=False):
+    lora = Lora(target=target, rank=2, alpha=4, dora=dora)
     adapted = add_adapters(case.params, case.model, lora, (), 0)
     save_adapter(folder, case.model, adapted, base=str(case.folder), dropout=0.0)
     return case.model, folder
@@ -104,7 +104,13 @@ Q = "base_model.model.model.language_model.layers.1.self_attn.q_proj"
     ("edits", "told"),
     [
         ({"peft_type": "IA3"}, r"adapter_config\.json: peft_type is 'IA3'"),
-        ({"use_dora": True}, r"adapter_config\.json: use_dora is True"),
+        ({"use_qalora": True}, r"adapter_config\.json: use_qalora is True"),
+        ({"lora_bias": True}, r"adapter_config\.json: lora_bias is True"),
+        ({"use_dora": True}, r"q_proj has no lora_magnitude_vector"),
+        (
+            {"use_dora": True, "target_parameters": ["mlp.experts.down_proj"]},
+            "use_dora with target_parameters, of which PEFT has no DoRA",
+        ),
         ({"modules_to_save": ["linear_2"]}, "modules_to_save has .linear_2., and only rew"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' changes the base"),
         ({"base_model_name_or_path": None}, "base_model_name_or_path is missing"),
@@ -154,6 +160,31 @@ def test_what_does_not_fit_is_refused(adapter, edits, told):
     with pytest.raises(ModelError, match=told) as caught:
         load_start(str(folder))
     assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("edits", "told"),
+    [
+        (
+            {"change": lambda key, t: t[:5].clone() if key.endswith("_vector") and Q in key else t},
+            r"1\.self_attn\.q_proj: lora_magnitude_vector has shape \(5,\), .* give \(32,\)",
+        ),
+        (
+            {"change": lambda key, t: None if key.endswith("_vector") and Q in key else t},
+            r"1\.self_attn\.q_proj has no lora_magnitude_vector",
+        ),
+        (
+            {"use_dora": False},
+            r"unexpected tensor .*lora_magnitude_vector; only lora_A, lora_B and",
+        ),
+    ],
+)
+def test_magnitudes_that_do_not_fit_are_refused(family_case, tmp_path, edits, told):
+    _, folder = make_adapter(family_case("llava"), tmp_path / "adapter", ".*/q_proj", dora=True)
+    load_start(str(folder))
+    edit(folder, **edits)
+    with pytest.raises(ModelError, match=told):
+        load_start(str(folder))
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,13 @@ from mmpo_jax.core.trees import flatten, unflatten  # noqa: E402
 from mmpo_jax.models.families import FAMILIES  # noqa: E402
 from mmpo_jax.models.log_probs import response_log_probs  # noqa: E402
 from mmpo_jax.models.lora import (  # noqa: E402
+    MAGNITUDE,
     A,
     B,
     Lora,
     add_adapters,
+    cast_params,
+    is_adapter,
     merge_adapters,
     without_adapters,
 )
@@ -101,6 +104,28 @@ CONFIGS = {
         "target_modules": "all-linear",
         "rank_pattern": {"attn.qkv": 5, r"deepstack_merger_list\.0\.linear_fc1": 2},
     },
+    "llava-dora-everything": {
+        "r": 3,
+        "lora_alpha": 5,
+        "target_modules": "all-linear",
+        "use_dora": True,
+        "rank_pattern": {"linear_1": 2, "layers.0.self_attn.q_proj": 5, "mlp.fc[12]": 1},
+        "alpha_pattern": {"language_model.*down_proj": 8, "linear_2": 1},
+        "use_rslora": True,
+    },
+    "qwen2_5_vl-dora-everything": {
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": "all-linear",
+        "use_dora": True,
+    },
+    "qwen2-dora-some-layers": {
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["q_proj", "down_proj"],
+        "layers_to_transform": [1],
+        "use_dora": True,
+    },
     "llama-attention": {"r": 2, "lora_alpha": 4, "target_modules": r".*\.self_attn\..*"},
     "mistral-rank-stabilised": {
         "r": 4,
@@ -165,7 +190,8 @@ def trained_elsewhere(request, base, tmp_path_factory):
     with torch.no_grad():
         for name, tensor in sorted(theirs.named_parameters()):
             if ".lora_" in name:
-                tensor.copy_(0.3 * torch.randn(tensor.shape, generator=generator))
+                drawn = 0.3 * torch.randn(tensor.shape, generator=generator)
+                tensor.copy_(tensor * (1 + drawn) if "magnitude" in name else drawn)
     folder = tmp_path_factory.mktemp("adapter") / request.param
     theirs.save_pretrained(folder)
     return case, theirs, folder
@@ -175,6 +201,7 @@ def compare(case, theirs, params, tolerance):
     """Our logits against theirs, every response in a row of its own there."""
     records = families.records(case.model.config.family)
     tokenized, batch = checks.batch_of(case, records)
+    params = cast_params(params, np.float32)
     ours = np.asarray(checks.response_logits(case.model, params, batch))
     for row, tokens in enumerate(tokenized):
         for column, response in enumerate(tokens.responses):
@@ -212,7 +239,9 @@ def test_merging_changes_nothing(trained_elsewhere):
     params = unflatten({p: 0.2 * leaf if p.endswith(B) else leaf for p, leaf in flat.items()})
     _, batch = checks.batch_of(case, families.records(case.model.config.family))
     without, apart, merged = (
-        np.asarray(checks.response_logits(case.model, tree, batch))[batch.response_mask]
+        np.asarray(checks.response_logits(case.model, cast_params(tree, np.float32), batch))[
+            batch.response_mask
+        ]
         for tree in (base, params, merge_adapters(params))
     )
     assert np.abs(apart - without).max() > 0.1
@@ -231,7 +260,14 @@ def test_a_recipe_can_name_an_adapter(trained_elsewhere):
 
 @pytest.mark.parametrize(
     "trained_elsewhere",
-    ["llava-everything", "qwen2-ranks-by-layer", "qwen2_5_vl-everything", "qwen3_vl-everything"],
+    [
+        "llava-everything",
+        "qwen2-ranks-by-layer",
+        "qwen2_5_vl-everything",
+        "qwen3_vl-everything",
+        "llava-dora-everything",
+        "qwen2-dora-some-layers",
+    ],
     indirect=True,
 )
 @pytest.mark.slow
@@ -241,12 +277,12 @@ def test_gradients(trained_elsewhere):
     params = flatten(with_adapter(case.params, folder, case.model))
     records = families.records(case.model.config.family)
     tokenized, batch = checks.batch_of(case, records)
-    trained = {path: leaf for path, leaf in params.items() if path.endswith((A, B))}
+    trained = {path: leaf for path, leaf in params.items() if is_adapter(path)}
 
     @jax.jit
     @jax.grad
     def gradient(trained, params):
-        tree = unflatten({**params, **trained})
+        tree = cast_params(unflatten({**params, **trained}), np.float32)
         return response_log_probs(case.model, tree, batch).sum()
 
     ours = flatten(gradient(trained, params))
@@ -261,10 +297,10 @@ def test_gradients(trained_elsewhere):
         if ".lora_" not in name or tensor.grad is None:  # what no feature has passed
             continue
         path, layer = our_path(case.model, name)
-        expected = tensor.grad.T.numpy()
+        expected = tensor.grad.numpy().T
         actual = np.asarray(ours[path] if layer is None else ours[path][layer])
         padded = np.zeros_like(actual)
-        padded[: expected.shape[0], : expected.shape[1]] = expected
+        padded[tuple(map(slice, expected.shape))] = expected
         np.testing.assert_allclose(
             actual, padded, rtol=1e-3, atol=1e-4 * np.abs(expected).max(), err_msg=name
         )
@@ -278,7 +314,8 @@ def our_path(model, name):
 
     module, factor = name.removesuffix(".default.weight").rsplit(".lora_", 1)
     path, layer = path_of(module.removeprefix("base_model.model.") + ".weight", model)
-    return f"{path.removesuffix('/kernel')}/{ {'A': A, 'B': B}[factor] }", layer
+    leaf = {"A": A, "B": B, "magnitude_vector": MAGNITUDE}[factor]
+    return f"{path.removesuffix('/kernel')}/{leaf}", layer
 
 
 def check_loads_in_peft(folder, case):
@@ -304,22 +341,30 @@ def test_saved_again_it_is_the_same_adapter(trained_elsewhere, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("family", "target"),
-    [*((name, ".*") for name in FAMILIES), ("llava", "language_model/layers/self_attn/[qv]_proj")],
+    ("family", "target", "dora"),
+    [
+        *((name, ".*", False) for name in FAMILIES),
+        ("llava", "language_model/layers/self_attn/[qv]_proj", False),
+        ("llava", ".*", True),
+        ("qwen3_5", ".*", True),
+    ],
 )
-def test_ours_loads_in_peft(base, tmp_path, family, target):
+def test_ours_loads_in_peft(base, tmp_path, family, target, dora):
     case = base(family)
-    lora = Lora(target=target, rank=4, alpha=6)
+    lora = Lora(target=target, rank=4, alpha=6, dora=dora)
     flat = flatten(add_adapters(case.params, case.model, lora, (), 0))
     rng = np.random.default_rng(0)
     for path, leaf in flat.items():
+        drawn = (0.3 * rng.standard_normal(leaf.shape)).astype(np.float32)
         if path.endswith(B):
-            flat[path] = (0.3 * rng.standard_normal(leaf.shape)).astype(np.float32)
+            flat[path] = drawn
+        elif path.endswith(MAGNITUDE):
+            flat[path] = np.asarray(leaf * (1 + drawn))
     params = unflatten(flat)
     save_adapter(tmp_path / "a", case.model, params, base=str(case.folder), dropout=0.0)
     compare(case, check_loads_in_peft(tmp_path / "a", case), params, 1e-4)
     config = json.loads((tmp_path / "a" / CONFIG_FILE).read_text())
-    assert (config["r"], config["lora_alpha"]) == (4, 6)
+    assert (config["r"], config["lora_alpha"], config["use_dora"]) == (4, 6, dora)
     # Gates of experts and what they multiply have one A there, so it takes both of ours.
     assert set(config["rank_pattern"].values()) <= {8}
     assert all(name.endswith("experts.gate_up_proj") for name in config["rank_pattern"])

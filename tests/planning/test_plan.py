@@ -246,8 +246,13 @@ def test_programs_of_other_recipes(without_weights):
         {"freeze": ["vision_tower/.*"], "reference": {"type": "online"}},
         {"lora": {"rank": 2}, "reference": {"type": "ema", "every": 4}},
         {"optimizer": {"type": "adamw", "offload": True}},
+        {
+            "lora": {"rank": 2, "dora": True},
+            "reference": {"type": "online"},
+            "compute_dtype": "bfloat16",
+        },
     ],
-    ids=["all", "frozen", "adapters", "offload"],
+    ids=["all", "frozen", "adapters", "offload", "magnitudes"],
 )
 def test_the_state_is_that_of_training(tiny_model, options):
     model, params = tiny_model
@@ -255,7 +260,7 @@ def test_the_state_is_that_of_training(tiny_model, options):
     mesh, terms = make_mesh(fsdp=4, tensor=2), recipe_terms(config)
     loss = make_loss(model, terms)
     optimizer = make_optimizer(config.optimizer, lambda step: 0.0)
-    dtype = {"online": jnp.float32, "ema": jnp.float32}.get(config.reference.type)
+    dtype = {"online": config.compute_dtype, "ema": jnp.float32}.get(config.reference.type)
     start = params
     if config.lora is not None:
         start = add_adapters(params, model, config.lora, config.freeze, 0)

@@ -19,7 +19,16 @@ from mmpo_jax.commands.train import run_training
 from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.records import Response, Turn
-from mmpo_jax.models.lora import SCALE, A, B, Lora, add_adapters, is_adapter, merge_adapters
+from mmpo_jax.models.lora import (
+    MAGNITUDE,
+    SCALE,
+    A,
+    B,
+    Lora,
+    add_adapters,
+    is_adapter,
+    merge_adapters,
+)
 from mmpo_jax.parallel.mesh import make_mesh, put_params
 from mmpo_jax.recipes.optimizers import AdamW, Cosine
 from mmpo_jax.recipes.recipe import TrainRecipe
@@ -47,6 +56,7 @@ CONFIG = Training(
     log_every=1,
     save_every=2,
 )
+DORA = CONFIG.model_copy(update={"lora": CONFIG.lora.model_copy(update={"dora": True})})
 
 
 @pytest.fixture(scope="module")
@@ -82,23 +92,26 @@ def run(tiny_model, tiny_processor, examples, mesh):
     return run
 
 
-@pytest.fixture(scope="module")
-def undisturbed(run, tmp_path_factory):
+@pytest.fixture(scope="module", params=[CONFIG, DORA], ids=["lora", "dora"])
+def undisturbed(request, run, tmp_path_factory):
+    """(the folder, parameters, metrics, the section of the recipe)"""
     folder = tmp_path_factory.mktemp("undisturbed") / "train"
-    return folder, *run(folder)
+    return folder, *run(folder, request.param), request.param
 
 
 def test_only_adapters_change(undisturbed, tiny_model):
-    _, params, metrics = undisturbed
+    _, params, metrics, config = undisturbed
     base = flatten(tiny_model[1])
     same({path: params[path] for path in base}, base)
+    fresh = flatten(add_adapters(tiny_model[1], tiny_model[0], config.lora, (), 0))
     added = params.keys() - base.keys()
-    assert len(added) == 3 * LAYERS
+    assert added == fresh.keys() - base.keys()
+    assert len(added) == (4 if config.lora.dora else 3) * LAYERS
     for path in added:
         if path.endswith(SCALE):
             assert np.all(params[path] == 2)
         else:
-            assert np.abs(params[path]).max() > 1e-2
+            assert np.abs(params[path] - fresh[path]).max() > 1e-2
     assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert metrics[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
     assert metrics[-1]["loss"] < math.log(2) - 0.01
@@ -106,7 +119,7 @@ def test_only_adapters_change(undisturbed, tiny_model):
 
 def test_resume_is_exact(run, undisturbed, tmp_path):
     """Dropout included: the run stops after two steps and goes on."""
-    whole, params, metrics = undisturbed
+    whole, params, metrics, config = undisturbed
     with pytest.MonkeyPatch.context() as patch:
         put_batch, taken = loop.put_batch, []
 
@@ -118,15 +131,15 @@ def test_resume_is_exact(run, undisturbed, tmp_path):
 
         patch.setattr(loop, "put_batch", fragile)
         with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "run")
-    again, rows = run(tmp_path / "run")
+            run(tmp_path / "run", config)
+    again, rows = run(tmp_path / "run", config)
     same(again, params)
     assert rows == metrics
     assert contents(tmp_path / "run" / "metrics.jsonl") == contents(whole / "metrics.jsonl")
 
 
 def test_an_orbax_run_is_loaded_merged(undisturbed, tiny_model):
-    folder, params, _ = undisturbed
+    folder, params, *_ = undisturbed
     start = flatten(load_start(str(folder)).params)
     expected = flatten(merge_adapters(unflatten(params)))
     same({path: np.asarray(leaf) for path, leaf in start.items()}, expected)
@@ -135,14 +148,14 @@ def test_an_orbax_run_is_loaded_merged(undisturbed, tiny_model):
 
 @pytest.mark.slow
 def test_dropout_depends_on_seed_and_step(run, undisturbed, tmp_path):
-    _, params, metrics = undisturbed
-    without = CONFIG.model_copy(update={"lora": CONFIG.lora.model_copy(update={"dropout": 0.0})})
+    _, params, metrics, config = undisturbed
+    without = config.model_copy(update={"lora": config.lora.model_copy(update={"dropout": 0.0})})
     plain, rows = run(tmp_path / "without", without)
     for first in (rows[0], metrics[0]):
         assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     path = next(path for path in params if path.endswith(f"q_proj/{B}"))
     assert np.abs(plain[path] - params[path]).max() > 1e-3
-    other, _ = run(tmp_path / "other", seed=1)
+    other, _ = run(tmp_path / "other", config, seed=1)
     assert np.abs(other[path] - params[path]).max() > 1e-3
 
 
@@ -150,8 +163,8 @@ def test_dropout_depends_on_seed_and_step(run, undisturbed, tmp_path):
 @pytest.mark.slow
 def test_eight_devices_do_what_one_does(run, undisturbed, tmp_path, sizes):
     """The same dropout masks included."""
-    _, params, metrics = undisturbed
-    ours, rows = run(tmp_path, mesh=make_mesh(*sizes))
+    _, params, metrics, config = undisturbed
+    ours, rows = run(tmp_path, config, mesh=make_mesh(*sizes))
     for path, leaf in params.items():
         np.testing.assert_allclose(ours[path], leaf, rtol=0, atol=2e-5, err_msg=path)
     for row, expected in zip(rows, metrics, strict=True):
@@ -173,6 +186,17 @@ def test_the_state_has_no_moments_for_frozen_weights(tiny_model, mesh):
     for path, leaf in flatten(placed).items():
         ours, theirs = (x.addressable_shards[0].data for x in (state.frozen[path], leaf))
         assert ours.unsafe_buffer_pointer() == theirs.unsafe_buffer_pointer(), path
+
+
+def test_what_runs_beside_the_policy_has_exact_magnitudes(tiny_model, mesh):
+    """Of an online reference in bfloat16, whose outputs they multiply."""
+    model, params = tiny_model
+    adapted = add_adapters(params, model, DORA.lora, (), 0)
+    optimizer = make_optimizer(DORA.optimizer, optax.constant_schedule(1.0))
+    state = create_state(adapted, model, optimizer, (), mesh, reference_dtype="bfloat16")
+    assert state.reference.keys() == state.params.keys()
+    for path, leaf in state.reference.items():
+        assert leaf.dtype == ("float32" if path.endswith(MAGNITUDE) else "bfloat16"), path
 
 
 def test_what_is_frozen_gets_no_adapter(tiny_model, mesh):
