@@ -195,10 +195,10 @@ def internvl(text: Any, image_token: int) -> Any:
     )
 
 
-def qwen3_5(text: dict[str, Any]) -> Any:
+def qwen3_5(text: dict[str, Any], kind: Any = transformers.Qwen3_5Config) -> Any:
     rope = {"rope_type": "default", "rope_theta": 1e7, "mrope_section": [11, 11, 10]}
     rope |= {"partial_rotary_factor": 0.25, "mrope_interleaved": True}
-    return transformers.Qwen3_5Config(
+    return kind(
         vision_config={"out_hidden_size": text["hidden_size"]},
         text_config=text | {"rope_parameters": rope, "head_dim": 256},
         tie_word_embeddings=False,
@@ -252,6 +252,13 @@ QWEN_MEDIA = {
 }
 QWEN_PICTURE = "<|vision_start|> <|image_pad|> <|vision_end|>"
 QWEN3_5_27B = decoder(5120, 17408, 64, 24, 4, 248320, 1e7, linear_num_value_heads=48)
+QWEN3_5_35B_A3B = decoder(
+    *(2048, 0, 40, 16, 2, 248320, 1e7),
+    num_experts=256,
+    num_experts_per_tok=8,
+    moe_intermediate_size=512,
+    shared_expert_intermediate_size=512,
+)
 OF_QWEN3_5 = transformers.Qwen2VLImageProcessorPil(
     patch_size=16, size={"shortest_edge": 2**16, "longest_edge": 2**20}
 )
@@ -328,6 +335,12 @@ PUBLISHED = {
     "Qwen3-30B-A3B": Published(lambda: transformers.Qwen3MoeConfig(**QWEN3_30B_A3B)),
     "Qwen3.5-27B": Published(
         lambda: qwen3_5(QWEN3_5_27B), OF_QWEN3_5, QWEN3_5_MEDIA, picture=QWEN_PICTURE
+    ),
+    "Qwen3.5-35B-A3B": Published(
+        lambda: qwen3_5(QWEN3_5_35B_A3B, transformers.Qwen3_5MoeConfig),
+        OF_QWEN3_5,
+        QWEN3_5_MEDIA,
+        picture=QWEN_PICTURE,
     ),
     "Gemma-4-31B": Published(
         lambda: gemma4(

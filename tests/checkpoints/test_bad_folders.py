@@ -119,8 +119,8 @@ def test_architectures_that_are_not_implemented(folder):
     values = json.loads(original)
     # transformers takes these towers, and both parts of Gemma 4, to be its own whatever the file
     # calls them.
-    names = "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "idefics3", "smolvlm"
-    towers = dict.fromkeys(names, ("vision_config",))
+    qwen = "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"
+    towers = dict.fromkeys((*qwen, "idefics3", "smolvlm"), ("vision_config",))
     unnamed = towers | {"gemma4": ("text_config", "vision_config")}
     for part in ("text_config", "vision_config"):
         if part not in values or part in unnamed.get(values["model_type"], ()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import io
@@ -107,12 +108,14 @@ def write_json(path: Path, settings: Any) -> None:
     path.write_text(json.dumps(settings))
 
 
-def make_case(folder: Path, theirs: Any, image_processor: Any = None, seed: int = 0) -> Case:
+def make_case(
+    folder: Path, theirs: Any, image_processor: Any = None, seed: int = 0, norm: float = 1.0
+) -> Case:
     """Fills a transformers model with large random weights, saves it and loads it here.
 
-    The folder has its tokenizer already.
+    The folder has its tokenizer already. `norm` is what scales of norms are around.
     """
-    randomise(theirs, seed)
+    randomise(theirs, seed, norm)
     theirs.save_pretrained(folder)
     if image_processor is not None:
         image_processor.save_pretrained(folder)
@@ -121,7 +124,7 @@ def make_case(folder: Path, theirs: Any, image_processor: Any = None, seed: int 
 
 
 @torch.no_grad()
-def randomise(theirs: Any, seed: int) -> None:
+def randomise(theirs: Any, seed: int, norm: float = 1.0) -> None:
     """Weights large enough that every part of the model matters."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in sorted(theirs.named_parameters()):
@@ -132,7 +135,7 @@ def randomise(theirs: Any, seed: int) -> None:
         elif name.endswith("bias"):
             tensor.copy_(0.2 * noise)
         else:  # norms, layer scales
-            tensor.copy_(1 + 0.2 * noise)
+            tensor.copy_((norm if "norm" in name else 1) + 0.2 * noise)
 
 
 def record(name: str, text: str, images: Sequence[ImageRef] = (), *responses: str) -> Record:
@@ -189,6 +192,14 @@ def check_logits(
             np.testing.assert_allclose(
                 ours[row, column, : len(response.ids)], theirs.numpy(), rtol=0, atol=tolerance
             )
+
+
+def in_float64(case: Case) -> Case:
+    """The case with transformers' model in float64, for decoders in which its float32 rounds more
+    than ours."""
+    theirs = copy.deepcopy(case.theirs).double()
+    theirs.set_experts_implementation("eager")  # torch's grouped products take no float64
+    return dataclasses.replace(case, theirs=theirs)
 
 
 @torch.no_grad()

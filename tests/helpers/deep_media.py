@@ -18,7 +18,7 @@ MEDIA = (*qwen_media.MEDIA, "<", ".", "seconds>", *map(str, range(10)))
 IDS = checks.token_ids(*MEDIA)
 
 
-def make_case(folder: Path, config: Any) -> checks.Case:
+def make_case(folder: Path, config: Any, **options: Any) -> checks.Case:
     """A random checkpoint of this config."""
     qwen_media.save_tokenizer(folder, MEDIA)
     named = {"vision_start_token": "<vision>", "vision_end_token": "</vision>"}
@@ -31,7 +31,8 @@ def make_case(folder: Path, config: Any) -> checks.Case:
     checks.write_json(folder / "video_preprocessor_config.json", sizes | patches)
     theirs = transformers.AutoModelForImageTextToText.from_config(config)
     halves = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    return checks.make_case(folder, theirs, qwen_media.image_processor(tower, **halves))
+    processor = qwen_media.image_processor(tower, **halves)
+    return checks.make_case(folder, theirs, processor, **options)
 
 
 def their_videos(case: checks.Case, record: Record) -> tuple[torch.Tensor, torch.Tensor]:

@@ -44,6 +44,7 @@ DELTA_NET = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
 }
+SHARED_EXPERT = checks.EXPERTS | {"shared_expert_intermediate_size": 40}
 QWEN_SETTINGS = {"patch_size": 7, "min_pixels": 4 * 14**2, "max_pixels": 12 * 14**2}
 DEEP_TOWER = {
     "depth": 2,
@@ -73,6 +74,7 @@ NAMED = {
     "qwen3_vl": QWEN3_NAMED,
     "qwen3_vl_moe": QWEN3_NAMED,
     "qwen3_5": QWEN3_NAMED,
+    "qwen3_5_moe": QWEN3_NAMED,
     "gemma3": {"image_token": IMAGE, "boi_token": "<boi>", "eoi_token": "<eoi>"},
     "gemma4": {"image_token": IMAGE, "boi_token": "<boi>", "eoi_token": "<eoi>"},
 }
@@ -186,7 +188,7 @@ def internvl(tied: bool) -> Any:
 QWEN_MEDIA = ("<vision>", "</vision>", IMAGE, VIDEO)
 
 
-QWEN = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5")
+QWEN = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 """Families whose positions are of time, row and column."""
 
 
@@ -222,13 +224,16 @@ def qwen3_vl_moe(tied: bool) -> Any:
     return transformers.Qwen3VLMoeConfig(**sizes, vision_config=DEEP_TOWER)
 
 
-def qwen3_5(tied: bool) -> Any:
+def qwen3_5(tied: bool, kind: Any = transformers.Qwen3_5Config, **text: Any) -> Any:
     rope = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.5}
     rope["mrope_section"] = [2, 1, 1]
     tower = {key: x for key, x in DEEP_TOWER.items() if key != "deepstack_visual_indexes"}
-    return transformers.Qwen3_5Config(
-        **qwen_sizes(tied, rope_parameters=rope, **DELTA_NET), vision_config=tower
-    )
+    sizes = qwen_sizes(tied, rope_parameters=rope, **DELTA_NET, **text)
+    return kind(**sizes, vision_config=tower)
+
+
+def qwen3_5_moe(tied: bool) -> Any:
+    return qwen3_5(tied, transformers.Qwen3_5MoeConfig, **SHARED_EXPERT)
 
 
 PATTERN = ["sliding_attention", "sliding_attention", "full_attention"] * 2
@@ -303,6 +308,9 @@ FAMILIES = {
         qwen3_vl_moe, QWEN_MEDIA, transformers.Qwen2VLImageProcessorPil(**QWEN_SETTINGS)
     ),
     "qwen3_5": Tiny(qwen3_5, QWEN_MEDIA, transformers.Qwen2VLImageProcessorPil(**QWEN_SETTINGS)),
+    "qwen3_5_moe": Tiny(
+        qwen3_5_moe, QWEN_MEDIA, transformers.Qwen2VLImageProcessorPil(**QWEN_SETTINGS)
+    ),
     "gemma3": Tiny(
         gemma3, tuple(NAMED["gemma3"].values()), transformers.Gemma3ImageProcessorPil(size=SQUARE)
     ),
@@ -319,6 +327,7 @@ FAMILIES = {
     "qwen3": only_text(transformers.Qwen3Config, head_dim=16),
     "qwen3_moe": only_text(transformers.Qwen3MoeConfig, head_dim=16, **checks.EXPERTS),
     "qwen3_5_text": only_text(transformers.Qwen3_5TextConfig, **DELTA_NET),
+    "qwen3_5_moe_text": only_text(transformers.Qwen3_5MoeTextConfig, **DELTA_NET, **SHARED_EXPERT),
     "gemma2": only_text(transformers.Gemma2Config, head_dim=8, sliding_window=12),
     "gemma3_text": only_text(
         transformers.Gemma3TextConfig,
@@ -337,6 +346,7 @@ VIDEO_SETTINGS = {
     "qwen3_vl": DEEP_VIDEOS,
     "qwen3_vl_moe": DEEP_VIDEOS,
     "qwen3_5": DEEP_VIDEOS,
+    "qwen3_5_moe": DEEP_VIDEOS,
 }
 
 

@@ -85,7 +85,7 @@ def test_train_steps(family_case, said, family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_vl_moe"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_vl_moe", "qwen3_5_moe"])
 def test_a_train_step_of_a_mixture(family_case, said, family):
     case = family_case(family)
     _, batch = checks.batch_of(case, families.records(family) * 4)

@@ -39,7 +39,7 @@ WITH_EXPERT = [
     if np.prod(shape) == 8 and shape[-1] > 1
 ]
 """Sizes of these and of `expert`, which splits something."""
-MIXTURES = ("qwen3_moe", "qwen3_vl_moe")
+MIXTURES = ("qwen3_moe", "qwen3_vl_moe", "qwen3_5_moe", "qwen3_5_moe_text")
 
 
 def shapes_of(family):

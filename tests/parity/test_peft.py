@@ -155,6 +155,19 @@ CONFIGS = {
         "target_modules": "all-linear",
         "rank_pattern": {"in_proj_qkv": 5, r"layers\.1\.self_attn\.q_proj": 2},
     },
+    "qwen3_5_moe-everything": {
+        "r": 3,
+        "lora_alpha": 4,
+        "target_modules": "all-linear",
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        "rank_pattern": {"shared_expert.down_proj": 2},
+    },
+    "qwen3_5_moe_text-shared-expert": {
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["shared_expert.gate_proj", "shared_expert_gate", "q_proj"],
+        "target_parameters": ["mlp.experts.down_proj"],
+    },
     "qwen3_5_text-delta-nets": {
         "r": 2,
         "lora_alpha": 4,

@@ -79,6 +79,7 @@ PROCESSORS = {
     "qwen3_vl": ("Qwen3VLProcessor", {}),
     "qwen3_vl_moe": ("Qwen3VLProcessor", {}),
     "qwen3_5": ("Qwen3VLProcessor", {}),
+    "qwen3_5_moe": ("Qwen3VLProcessor", {}),
 }
 """Of transformers, with what their files say beside the processors of images and videos."""
 VIDEO_PROCESSORS = {
@@ -88,6 +89,7 @@ VIDEO_PROCESSORS = {
     "qwen3_vl": "Qwen3VLVideoProcessor",
     "qwen3_vl_moe": "Qwen3VLVideoProcessor",
     "qwen3_5": "Qwen3VLVideoProcessor",
+    "qwen3_5_moe": "Qwen3VLVideoProcessor",
 }
 OLD, NEW = "transformers 4", "transformers 5"
 

@@ -13,6 +13,7 @@ from mmpo_jax.models.family import Family
 from mmpo_jax.models.layer_kinds import (
     AttentionConfig,
     DeltaNetConfig,
+    ExpertsConfig,
     LayerConfig,
     MlpConfig,
 )
@@ -25,6 +26,7 @@ from mmpo_jax.models.vlm import VisionLanguageModel
 SECTIONS = (11, 11, 10)
 """transformers' rotary sections where a config has none."""
 LAYER_TYPES = ("linear_attention", "full_attention")
+MIXTURE = "qwen3_5_moe_text"
 
 
 def read_config(config: Any) -> QwenVLConfig:
@@ -52,7 +54,7 @@ def read_text_config(config: Any) -> ModelConfig:
 
 
 def read_text(text: Any, tied: bool, key: str, sections: bool = False) -> DecoderConfig:
-    """The decoder of a transformers config of type `qwen3_5_text`.
+    """The decoder of a transformers config of type `qwen3_5_text` or `qwen3_5_moe_text`.
 
     Args:
       text: the config.
@@ -63,7 +65,7 @@ def read_text(text: Any, tied: bool, key: str, sections: bool = False) -> Decode
     Raises:
       ModelError: a switch that is not implemented.
     """
-    expect(text.model_type, ("qwen3_5_text",), f"{key}.model_type")
+    expect(text.model_type, ("qwen3_5_text", MIXTURE), f"{key}.model_type")
     expect(text.hidden_act, tuple(ACTIVATIONS), f"{key}.hidden_act")
     for kind in text.layer_types:
         expect(kind, LAYER_TYPES, f"{key}.layer_types")
@@ -96,7 +98,7 @@ def read_text(text: Any, tied: bool, key: str, sections: bool = False) -> Decode
         conv_size=text.linear_conv_kernel_dim,
         hidden_act=text.hidden_act,
     )
-    mlp = MlpConfig(text.intermediate_size, text.hidden_act, False)
+    mlp = _experts(text) if text.model_type == MIXTURE else _dense(text)
     layers = (
         LayerConfig(kind, delta_net if kind == LAYER_TYPES[0] else attention, mlp)
         for kind in text.layer_types
@@ -108,6 +110,21 @@ def read_text(text: Any, tied: bool, key: str, sections: bool = False) -> Decode
         rms_norm_eps=text.rms_norm_eps,
         tie_word_embeddings=bool(tied),
         norm_offset=True,
+    )
+
+
+def _dense(text: Any) -> MlpConfig:
+    return MlpConfig(text.intermediate_size, text.hidden_act, False)
+
+
+def _experts(text: Any) -> ExpertsConfig:
+    return ExpertsConfig(
+        num_experts=text.num_experts,
+        top_k=text.num_experts_per_tok,
+        intermediate_size=text.moe_intermediate_size,
+        hidden_act=text.hidden_act,
+        normalised=True,
+        shared_size=text.shared_expert_intermediate_size,
     )
 
 
