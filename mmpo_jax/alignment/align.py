@@ -44,12 +44,12 @@ from mmpo_jax.core.files import (
 )
 from mmpo_jax.core.processes import on_one
 from mmpo_jax.data.records import Record
-from mmpo_jax.data.skipped import SKIPPED_FILE, SkipReason
+from mmpo_jax.data.skipped import SKIPPED_FILE
 from mmpo_jax.data.sources import RecordSet
-from mmpo_jax.data.tokenization import TokenizedRecord, tokenize_prompt
+from mmpo_jax.data.tokenization import tokenize_prompt
 from mmpo_jax.data.usable import usable_records
 from mmpo_jax.feedback.judge import Judge
-from mmpo_jax.feedback.judges import Models, make_judge
+from mmpo_jax.feedback.judges import Models, make_judge, unseen_by_judge
 from mmpo_jax.feedback.served import Servers
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipes.recipe import AlignRecipe
@@ -120,7 +120,7 @@ def _run_rounds(
         start.processor,
         recipe.lengths,
         os.path.join(recipe.output, SKIPPED_FILE),
-        _unfit,
+        unseen_by_judge(recipe.feedback, models),
         tokenize_prompt,
     )
     records, held = record_set.records, None
@@ -235,10 +235,6 @@ def _read_saved(manifest: str, result: str, of: list[str]) -> dict[str, Any]:
 def _copy_model(trained: Checkpoint, target: str) -> None:
     if not has_fingerprint(target, trained.fingerprint):
         replace_folder(target, lambda staging: copy_folder(trained.folder, staging))
-
-
-def _unfit(record: TokenizedRecord) -> tuple[SkipReason, str] | None:
-    return ("unsupported_video", "labelers are asked about images only") if record.videos else None
 
 
 def split_prompts(records: list[Record], recipe: AlignRecipe) -> list[list[Record]]:

@@ -72,8 +72,8 @@ def write_examples(
 
 
 def _prompt_lines(record: Record, responses: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    images = ", ".join(image.name for image in record.images) or "no image"
-    yield f"== {record.id} ({images})"
+    shown = ", ".join(media.name for media in record.media) or "no image"
+    yield f"== {record.id} ({shown})"
     yield from _wrapped(question_with_beginning(record.prompt), "")
     for row in responses:
         score = "no score: " + row["reason"] if row["reason"] else f"score {row['score']:.4g}"

@@ -23,7 +23,7 @@ from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.core import progress
 from mmpo_jax.core.files import fingerprint_items, fingerprint_json
 from mmpo_jax.core.stages import Stage, StageOutput, run_stage
-from mmpo_jax.data.records import IMAGE, ImageRef, Record, Turn, placed
+from mmpo_jax.data.records import IMAGE, MediaRef, Record, Turn, placed
 from mmpo_jax.data.skipped import Problem
 from mmpo_jax.feedback.judge import check_failed
 from mmpo_jax.feedback.served import Servers
@@ -121,11 +121,11 @@ def served_stage(
     copy = source.command is not None
     identity = client.server.identity()
     if copy:  # wherever it is up
-        kept = ("model", "extra_body", "image_detail")
+        kept = ("model", "extra_body", "image_detail", "video_frames")
         identity = {name: identity.get(name) for name in kept} | {"command": source.command}
     inputs = {
         "prompts": fingerprint_items(
-            [record.id, *_said(record), *(image.fingerprint() for image in record.images)]
+            [record.id, *_said(record), *(media.fingerprint() for media in record.media)]
             for record in records
         ),
     }
@@ -175,7 +175,7 @@ def _said(record: Record) -> list[Any]:
     """What the turns of a prompt say, as JSON."""
     return [
         [turn.role, [piece if isinstance(piece, str) else piece.value for piece in _pieces(turn)]]
-        for turn in placed(record.prompt, len(record.images), 0)
+        for turn in placed(record.prompt, len(record.images), len(record.videos))
     ]
 
 
@@ -184,15 +184,17 @@ def _pieces(turn: Turn) -> Sequence[Any]:
 
 
 def messages_of(record: Record) -> tuple[ChatMessage, ...]:
-    """A prompt as a server is sent it, its images where the turns have them."""
-    images = iter(record.images)
+    """A prompt as a server is sent it, its images and videos where the turns have them."""
+    images, videos = iter(record.images), iter(record.videos)
 
-    def part(piece: Any) -> str | ImageRef:
-        return next(images) if piece is IMAGE else piece
+    def part(piece: Any) -> str | MediaRef:
+        if isinstance(piece, str):
+            return piece
+        return next(images) if piece is IMAGE else next(videos)
 
     return tuple(
         ChatMessage(turn.role, tuple(part(piece) for piece in _pieces(turn)))  # type: ignore[arg-type]
-        for turn in placed(record.prompt, len(record.images), 0)
+        for turn in placed(record.prompt, len(record.images), len(record.videos))
     )
 
 

@@ -45,7 +45,7 @@ class Asker:
           connection: to the server.
           backoff: waits between tries.
           tally: where requests and retries are counted.
-          encoders: threads that read and encode images.
+          encoders: threads that read and encode images and videos.
         """
         self.left_out: set[str] = set()
         """Fields that the server does not know."""
@@ -89,7 +89,7 @@ class Asker:
             await asyncio.sleep(max(self._backoff.seconds(retries[unreadable]), wait))
 
     async def _encode(self, request: ChatRequest, left_out: frozenset[str]) -> bytes:
-        if not request.images:
+        if not request.media:
             return request.body(self._server, left_out)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._encoders, request.body, self._server, left_out)

@@ -1,4 +1,4 @@
-"""Images as they travel in requests: data URLs of the encoded bytes."""
+"""Images and videos as they travel in requests: data URLs of encoded images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import io
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.data.edits import OF_PIXELS
 from mmpo_jax.data.images import image_format, open_image
-from mmpo_jax.data.records import ImageRef
+from mmpo_jax.data.records import ImageRef, MediaRef, VideoRef
+from mmpo_jax.data.videos import spread_frames
 
 MIME_TYPES = {
     "jpeg": "image/jpeg",
@@ -23,6 +24,29 @@ MIME_TYPES = {
 
 CACHED = 16
 """Data URLs that are kept: questions about one image stand next to each other."""
+CACHED_VIDEOS = 4
+"""Videos whose frames are kept as data URLs, likewise."""
+
+
+def data_urls(media: MediaRef, video_frames: int) -> tuple[str, ...]:
+    """The data URL of an image, or those of a video's frames.
+
+    Args:
+      media: the image or the video.
+      video_frames: of a video, as `videos.spread_frames` takes them.
+
+    Raises:
+      DataError: see `data_url`; or a video cannot be decoded.
+    """
+    if isinstance(media, VideoRef):
+        return _frame_urls(media.fingerprint(), media, video_frames)
+    return (data_url(media),)
+
+
+@functools.lru_cache(maxsize=CACHED_VIDEOS)
+def _frame_urls(fingerprint: str, video: VideoRef, count: int) -> tuple[str, ...]:
+    """As `_data_url`, of a video's frames."""
+    return tuple(map(data_url, spread_frames(video, count)))
 
 
 def data_url(image: ImageRef) -> str:

@@ -1,4 +1,4 @@
-"""What a chat server is asked: messages with images, and how the answer is sampled."""
+"""What a chat server is asked: messages with what they show, and how the answer is sampled."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mmpo_jax.chat.images import data_url
+from mmpo_jax.chat.images import data_urls
 from mmpo_jax.chat.server import ChatServer
 from mmpo_jax.core.files import fingerprint_json
-from mmpo_jax.data.records import ImageRef
+from mmpo_jax.data.records import MediaRef, VideoRef
 
 ChatRole = Literal["system", "user", "assistant"]
 
@@ -27,10 +27,10 @@ MAX_TOKENS = "max_tokens"
 
 @dataclass(frozen=True)
 class ChatMessage:
-    """What one side says: texts and images, in order."""
+    """What one side says: texts, images and videos, in order."""
 
     role: ChatRole
-    parts: tuple[str | ImageRef, ...]
+    parts: tuple[str | MediaRef, ...]
 
     @classmethod
     def system(cls, text: str) -> ChatMessage:
@@ -38,10 +38,10 @@ class ChatMessage:
         return cls("system", (text,))
 
     @classmethod
-    def user(cls, text: str, images: Sequence[ImageRef] = ()) -> ChatMessage:
-        """The message with the images in front, so that all questions about them share a prefix,
-        which servers keep."""
-        return cls("user", (*images, text))
+    def user(cls, text: str, media: Sequence[MediaRef] = ()) -> ChatMessage:
+        """The message with images and videos in front, so that all questions about them share a
+        prefix, which servers keep."""
+        return cls("user", (*media, text))
 
     @classmethod
     def assistant(cls, text: str) -> ChatMessage:
@@ -71,16 +71,17 @@ class ChatRequest:
     again under the next. It is added to the seed."""
 
     @property
-    def images(self) -> tuple[ImageRef, ...]:
-        """The images of all messages, in order."""
+    def media(self) -> tuple[MediaRef, ...]:
+        """The images and videos of all messages, in order."""
         parts = (part for message in self.messages for part in message.parts)
-        return tuple(part for part in parts if isinstance(part, ImageRef))
+        return tuple(part for part in parts if not isinstance(part, str))
 
     def key(self, server: ChatServer) -> str:
-        """SHA-256 of all that the reply depends on: server, model, messages, images, sampling.
+        """SHA-256 of all that the reply depends on: server, model, messages, images and videos,
+        sampling.
 
         Raises:
-          DataError: an image cannot be read.
+          DataError: an image or a video cannot be read.
         """
         return fingerprint_json(
             {
@@ -103,10 +104,10 @@ class ChatRequest:
             has another name for that.
 
         Raises:
-          DataError: an image cannot be sent, see `images.data_url`.
+          DataError: an image or a video cannot be sent, see `images.data_urls`.
         """
         messages = [
-            {"role": message.role, "content": _content(message.parts, server.image_detail)}
+            {"role": message.role, "content": _content(message.parts, server)}
             for message in self.messages
         ]
         body = {"model": server.model, "messages": messages, **self.fields(server, left_out)}
@@ -141,22 +142,25 @@ class ChatRequest:
         return {name: value for name, value in fields.items() if name not in unknown}
 
 
-def _part_identity(part: str | ImageRef) -> Any:
-    return part if isinstance(part, str) else {"image": part.fingerprint()}
+def _part_identity(part: str | MediaRef) -> Any:
+    if isinstance(part, str):
+        return part
+    kind = "video" if isinstance(part, VideoRef) else "image"
+    return {kind: part.fingerprint()}
 
 
-def _content(parts: Sequence[str | ImageRef], detail: str | None) -> Any:
+def _content(parts: Sequence[str | MediaRef], server: ChatServer) -> Any:
     """A text alone is a string, which every chat template takes."""
     if len(parts) == 1 and isinstance(parts[0], str):
         return parts[0]
-    return [_part(part, detail) for part in parts]
+    return [entry for part in parts for entry in _entries(part, server)]
 
 
-def _part(part: str | ImageRef, detail: str | None) -> dict[str, Any]:
+def _entries(part: str | MediaRef, server: ChatServer) -> list[dict[str, Any]]:
+    """A text or an image as an entry of a message's content; a video as one for every frame: the
+    protocol knows images alone, and servers' own entries for videos differ."""
     if isinstance(part, str):
-        return {"type": "text", "text": part}
-    image = {"url": data_url(part)}
-    return {
-        "type": "image_url",
-        "image_url": image if detail is None else image | {"detail": detail},
-    }
+        return [{"type": "text", "text": part}]
+    detail = {} if server.image_detail is None else {"detail": server.image_detail}
+    urls = data_urls(part, server.video_frames)
+    return [{"type": "image_url", "image_url": {"url": url, **detail}} for url in urls]

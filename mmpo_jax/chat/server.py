@@ -61,6 +61,8 @@ class ChatServer(Section):
     """Further fields of every request, such as `chat_template_kwargs`."""
     image_detail: Literal["auto", "low", "high"] | None = None
     """How closely images are looked at, for servers that ask; None leaves it to them."""
+    video_frames: PositiveInt = 8
+    """Frames of a video that are sent, evenly over it, as images; of one with fewer, all."""
 
     @pydantic.field_validator("url")
     @classmethod
@@ -97,8 +99,8 @@ class ChatServer(Section):
 
     def identity(self) -> dict[str, Any]:
         """What replies depend on, as JSON: not how fast or how patiently the server is asked."""
-        chosen = self.model_dump(include={"url", "model", "extra_body", "image_detail"})
-        return {name: value for name, value in chosen.items() if value}
+        chosen = {"url", "model", "extra_body", "image_detail", "video_frames"}
+        return self.model_dump(include=chosen, exclude_defaults=True)
 
 
 def read_key(server: ChatServer) -> str | None:

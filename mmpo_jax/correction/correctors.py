@@ -217,8 +217,7 @@ def make_corrector(recipe: CorrectRecipe, codebook: Codebook, models: Models) ->
     def takes(record: Record) -> Problem | None:
         if isinstance(section, CheckpointCorrecting):
             return unsupported(record, processor())
-        served: Problem = "unsupported_video", "a chat server is asked about images only"
-        return served if record.videos else None
+        return None
 
     @functools.cache
     def processor() -> Processor:

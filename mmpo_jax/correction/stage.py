@@ -13,7 +13,7 @@ from mmpo_jax.core.processes import check_same
 from mmpo_jax.core.stages import Stage, run_told_stage
 from mmpo_jax.correction.corrections import Case, Error, Found
 from mmpo_jax.correction.correctors import Corrector
-from mmpo_jax.data.records import ImageRef, VideoRef
+from mmpo_jax.data.records import MediaRef
 
 CASES_PER_PART = 256
 
@@ -67,7 +67,7 @@ def find_errors(cases: Sequence[Case], corrector: Corrector, folder: str) -> lis
 
 
 def _content(case: Case, sees: bool) -> list[object]:
-    shown: list[ImageRef | VideoRef] = [*case.images, *case.videos] if sees else []
+    shown: list[MediaRef] = [*case.images, *case.videos] if sees else []
     digests = [medium.fingerprint() for medium in shown]
     return [case.id, case.question, case.chosen, case.rejected, case.solution, *digests]
 

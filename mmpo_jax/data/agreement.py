@@ -18,7 +18,7 @@ from mmpo_jax.core.files import fingerprint_items, is_local
 from mmpo_jax.core.known_files import state_of
 from mmpo_jax.core.processes import check_same, member, several
 from mmpo_jax.data.image_states import THREADS, Seen, digest_at
-from mmpo_jax.data.records import ImageRef, VideoRef
+from mmpo_jax.data.records import MediaRef, VideoRef
 from mmpo_jax.data.tokenization import TokenizedRecord, content_of
 
 
@@ -69,11 +69,11 @@ def _fingerprint(records: Sequence[TokenizedRecord], of_media: Any) -> str:
     return fingerprint_items([record.id, content_of(record, of_media)] for record in records)
 
 
-def _digest(media: ImageRef | VideoRef) -> str:
+def _digest(media: MediaRef) -> str:
     return media.fingerprint()
 
 
-def _state(media: ImageRef | VideoRef) -> Any:
+def _state(media: MediaRef) -> Any:
     """What is the same for the same file on one file system, and for equal bytes in rows."""
     if isinstance(media, VideoRef):
         return [media.fps, [_state(part) for part in media.parts]]

@@ -34,7 +34,7 @@ from mmpo_jax.data.processor_files import (
     plain_encoder,
     processor_template,
 )
-from mmpo_jax.data.records import Edit, ImageRef, Medium, Response, Turn, VideoRef
+from mmpo_jax.data.records import Edit, ImageRef, MediaRef, Medium, Response, Turn, VideoRef
 from mmpo_jax.data.templates import TEMPLATES
 from mmpo_jax.data.videos import read_frames, video_facts
 from mmpo_jax.models.config import ModelConfig
@@ -438,7 +438,7 @@ def _masks_views(plain: np.ndarray, edit: Edit | None) -> bool:
 
 
 @contextlib.contextmanager
-def _named(media: Sequence[ImageRef | VideoRef]) -> Iterator[None]:
+def _named(media: Sequence[MediaRef]) -> Iterator[None]:
     """Says whose fault it is where a family cannot take an image."""
     try:
         yield

@@ -217,6 +217,10 @@ class VideoRef:
         return fingerprint_json([self.fps, [part.fingerprint() for part in self.parts], *whole])
 
 
+MediaRef = ImageRef | VideoRef
+"""What a prompt shows."""
+
+
 SOLUTIONS = ("answer", "solution")
 """Columns with what rewards compare sampled responses with."""
 
@@ -317,6 +321,11 @@ class Record:
     """Whether control tokens that are typed in the texts are text like any other."""
     left_out: tuple[tuple[int, SkipReason, str], ...] = ()
     """(place in the row from 0, reason, detail) of responses that could not be used."""
+
+    @property
+    def media(self) -> tuple[MediaRef, ...]:
+        """The images, then the videos."""
+        return *self.images, *self.videos
 
     @property
     def solution(self) -> Any:

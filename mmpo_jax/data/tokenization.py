@@ -21,7 +21,7 @@ from mmpo_jax.data.control_tokens import has_stand_ins
 from mmpo_jax.data.dialogues import Segment, dialogue_of, segments
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.processor import MediaError, Processor
-from mmpo_jax.data.records import ImageRef, Record, Response, VideoRef, last_question
+from mmpo_jax.data.records import ImageRef, MediaRef, Record, Response, VideoRef, last_question
 from mmpo_jax.data.segments import covered_tokens
 from mmpo_jax.data.skipped import SkippedRow, SkipReason
 from mmpo_jax.models.layout import Layout
@@ -251,7 +251,7 @@ def tokenize_records(
 
 def content_of(
     record: TokenizedRecord,
-    of_media: Callable[[ImageRef | VideoRef], Any] = operator.methodcaller("fingerprint"),
+    of_media: Callable[[MediaRef], Any] = operator.methodcaller("fingerprint"),
 ) -> list[Any]:
     """What a model sees of a record, as JSON: tokens, loss masks and digests of encoded images, or
     what else stands for an image and a video."""

@@ -80,6 +80,35 @@ def read_frames(file: ImageRef, numbers: Sequence[int]) -> list[Image.Image]:
     return [edit_image(found[number], file.edit) for number in numbers]
 
 
+def spread_frames(video: VideoRef, count: int) -> list[ImageRef]:
+    """Frames of a video as images, evenly over it: each is the middle of an equal part.
+
+    Args:
+      video: by its frames, which are given as they are; those of a file become PNG.
+      count: how many; of a video with fewer, all.
+
+    Raises:
+      DataError: it cannot be decoded.
+      MmpoError: PyAV is not installed.
+    """
+    total = len(video.frames) if video.file is None else video_facts(video).frames
+    count = min(count, total)
+    numbers = [(2 * part + 1) * total // (2 * count) for part in range(count)]
+    if video.file is None:
+        return [video.frames[number] for number in numbers]
+    decoded = read_frames(video.file, numbers)
+    return [
+        ImageRef(f"{video.name}, frame {number}", _as_png(frame))
+        for number, frame in zip(numbers, decoded, strict=True)
+    ]
+
+
+def _as_png(picture: Image.Image) -> bytes:
+    written = io.BytesIO()
+    picture.save(written, "PNG")
+    return written.getvalue()
+
+
 def container_of(data: bytes) -> str | None:
     """A key of `CONTAINERS`, by the first 12 bytes; None for anything else."""
     if data[4:8] in (b"ftyp", b"moov", b"mdat", b"wide"):

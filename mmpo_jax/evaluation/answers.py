@@ -119,7 +119,7 @@ def _more_likely(asked: Asked, name: str, batch_size: int, at: Measuring) -> lis
     """The more likely of yes and no, for questions that stand next to others about an image."""
     _tokenized(asked, name, at)
     groups = [
-        list(group) for _, group in itertools.groupby(asked.records, key=lambda each: each.images)
+        list(group) for _, group in itertools.groupby(asked.records, key=lambda each: each.media)
     ]
     items = [_question_set(group) for group in groups]
     checkpoint = at.checkpoint
@@ -129,7 +129,7 @@ def _more_likely(asked: Asked, name: str, batch_size: int, at: Measuring) -> lis
         inputs={
             "model": checkpoint.fingerprint,
             "questions": fingerprint_items(
-                [item[0], [image.fingerprint() for image in item[1]], item[2]] for item in items
+                [item[0], [media.fingerprint() for media in item[1]], item[2]] for item in items
             ),
             **checkpoint.processor.fingerprints(),
         },
@@ -164,7 +164,7 @@ _PROBABILITIES = pa.schema([("id", pa.string()), ("p_yes", pa.float64()), ("p_no
 
 def _question_set(records: Sequence[Record]) -> QuestionSet:
     first = records[0]
-    return first.id, first.images, tuple(record.prompt[-1].text for record in records)
+    return first.id, first.media, tuple(record.prompt[-1].text for record in records)
 
 
 def _word(p_yes: float, p_no: float) -> str:

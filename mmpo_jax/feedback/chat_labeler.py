@@ -1,4 +1,4 @@
-"""Conquer, served: a chat server's model answers yes/no questions about images."""
+"""Conquer, served: a chat server's model answers yes/no questions about images and videos."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmpo_jax.chat.replies import NO_LOG_PROB, ChatFailure, ChatReply, Outcome, 
 from mmpo_jax.chat.requests import ChatMessage, ChatRequest
 from mmpo_jax.chat.shared import AnyClient
 from mmpo_jax.core import progress
-from mmpo_jax.data.records import ImageRef
+from mmpo_jax.data.records import MediaRef
 from mmpo_jax.feedback.labeler import Answer, QuestionSet
 from mmpo_jax.recipes.feedback import ChatLabeling
 
@@ -55,16 +55,16 @@ class ChatLabeler:
     def answer(self, items: Sequence[QuestionSet]) -> list[list[Answer]]:
         """See `labeler.Labeler`; questions about one image go out one after another, as servers
         keep the image that they have just seen."""
-        asked = [(images, question) for _, images, questions in items for question in questions]
+        asked = [(media, question) for _, media, questions in items for question in questions]
         with progress.doing("asking the labeler", len(asked), "questions"):
             answers = iter(self._answer(asked))
         return [[next(answers) for _ in questions] for _, _, questions in items]
 
-    def _answer(self, asked: Sequence[tuple[tuple[ImageRef, ...], str]]) -> list[Answer]:
-        """Answers to (images, question)."""
+    def _answer(self, asked: Sequence[tuple[tuple[MediaRef, ...], str]]) -> list[Answer]:
+        """Answers to (images and videos, question)."""
         requests = [
-            ChatRequest((ChatMessage.user(question, images),), max_tokens=1)
-            for images, question in asked
+            ChatRequest((ChatMessage.user(question, media),), max_tokens=1)
+            for media, question in asked
         ]
         if self.options.read == "samples":
             return self._sampled(requests)

@@ -140,8 +140,8 @@ class ClaimsJudge:
         return _divided_table(ids, samples, divisions)
 
     def _conquer(self, responses: Responses, divided: StageOutput) -> StageOutput:
-        """The labeler's answer to every question about every image, each asked once: prompt_id,
-        question, p_yes, p_no, read, failure."""
+        """The labeler's answer to every question about what a prompt shows, each asked once:
+        prompt_id, question, p_yes, p_no, read, failure."""
         loaded = functools.cache(self.labeler)  # goes with this stage: training needs the memory
         questions = _questions(divided.table)
 
@@ -156,7 +156,7 @@ class ClaimsJudge:
         inputs = {
             "claims": divided.fingerprint,
             "labeler": self.labeler_key,
-            "images": responses.images(),
+            "images": responses.media(),
         }
         settings = {"rules": CONQUER_RULES, "suffix": self.options.suffix}
         return run_told_stage(responses.stage("conquer", inputs, settings), make_part)
@@ -181,7 +181,7 @@ class ClaimsJudge:
         """
         suffix = self.options.suffix
         items = [
-            (record.id, record.images, tuple(text + suffix for text in questions[record.id]))
+            (record.id, record.media, tuple(text + suffix for text in questions[record.id]))
             for record in records
         ]
         answers = {

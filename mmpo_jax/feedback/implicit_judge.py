@@ -60,7 +60,7 @@ class ImplicitJudge:
 
         inputs = {
             "responses": responses.generated.fingerprint,
-            "images": responses.images(),
+            "images": responses.media(),
             **{f"policy {name}": key for name, key in self._key(self.policy).items()},
             **{f"reference {name}": key for name, key in self._key(self.reference).items()},
         }

@@ -97,10 +97,10 @@ class Responses:
         """The id of every response's prompt."""
         return self.generated.table["prompt_id"].to_pylist()
 
-    def images(self) -> str:
-        """Fingerprint of all prompts' images, in order."""
+    def media(self) -> str:
+        """Fingerprint of all prompts' images and videos, in order."""
         return fingerprint_items(
-            [image.fingerprint() for image in record.images] for record in self.records
+            [media.fingerprint() for media in record.media] for record in self.records
         )
 
     def sources(self) -> list[str]:

@@ -8,6 +8,9 @@ from typing import Any
 
 from mmpo_jax.checkpoints.checkpoint import load_processor
 from mmpo_jax.core.files import fingerprint_json
+from mmpo_jax.data.skipped import Problem
+from mmpo_jax.data.tokenization import TokenizedRecord
+from mmpo_jax.data.usable import Unfit
 from mmpo_jax.feedback.chat_labeler import CHAT_LABEL_RULES, ChatLabeler
 from mmpo_jax.feedback.claims import ClaimsJudge
 from mmpo_jax.feedback.given_judges import ScoresJudge, SourceJudge
@@ -78,6 +81,32 @@ def make_judge(feedback: Feedback, models: Models) -> Judge:
     splitter, checks = make_splitter(feedback.splitter, models)
     labeler, labeler_key, check = make_labeler(feedback.labeler, models)
     return ClaimsJudge(feedback, splitter, labeler, labeler_key, [*checks, check])
+
+
+def unseen_by_judge(feedback: Feedback, models: Models) -> Unfit:
+    """Why a prompt that the round's model takes cannot be shown to a checkpoint that judges: it has
+    a video, of which that takes none."""
+
+    @functools.cache
+    def without_videos() -> str | None:
+        judging = _checkpoints(feedback, models)
+        return next((name[0] for name in judging if load_processor(*name).videos is None), None)
+
+    def unfit(record: TokenizedRecord) -> Problem | None:
+        if not record.videos or without_videos() is None:
+            return None
+        return "unsupported_video", f"{without_videos()}, which judges, takes no videos"
+
+    return unfit
+
+
+def _checkpoints(feedback: Feedback, models: Models) -> list[tuple[str, str]]:
+    """(name, template) of the checkpoints that are shown prompts; a reward model looks at them
+    itself, see `RewardModelJudge.check`."""
+    if isinstance(feedback, ImplicitFeedback):
+        return [(name, models.template) for name in (feedback.policy, feedback.reference)]
+    asked = getattr(feedback, "labeler", None)
+    return [models.name(asked)] if isinstance(asked, CheckpointAsked) else []
 
 
 def make_splitter(

@@ -1,4 +1,5 @@
-"""Conquer: a labeler answers yes/no questions about images by its next-token probabilities."""
+"""Conquer: a labeler answers yes/no questions about images and videos by its next-token
+probabilities."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from mmpo_jax.data.control_tokens import has_stand_ins
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.processor_files import ProcessorError
-from mmpo_jax.data.records import ImageRef, Record, Response, Turn
+from mmpo_jax.data.records import ImageRef, MediaRef, Record, Response, Turn, VideoRef
 from mmpo_jax.data.tokenization import UNLIMITED, RowRejected, TokenizedRecord, tokenize
 from mmpo_jax.inference.loop import TokenCount, run_batches
 from mmpo_jax.inference.plan import plan_responses
@@ -56,15 +57,15 @@ class Answer(NamedTuple):
 
 
 class Labeler(Protocol):
-    """Answers yes/no questions about images."""
+    """Answers yes/no questions about images and videos."""
 
     def answer(self, items: Sequence[QuestionSet]) -> list[list[Answer]]:
         """The answer to every question of every item, in order."""
         ...
 
 
-QuestionSet = tuple[str, tuple[ImageRef, ...], tuple[str, ...]]
-"""(id, images, questions about them)."""
+QuestionSet = tuple[str, tuple[MediaRef, ...], tuple[str, ...]]
+"""(id, images and videos behind them, questions about these)."""
 
 
 REJECTED = Answer(0.0, 1.0)
@@ -109,8 +110,8 @@ class CheckpointLabeler:
         """See `Labeler`.
 
         Raises:
-          DataError: a question does not fit the bucket sizes that were given, an image cannot be
-            read, or a probability is not finite.
+          DataError: a question does not fit the bucket sizes that were given, an image or a
+            video cannot be read, or a probability is not finite.
         """
         rows: list[tuple[int, list[int], TokenizedRecord]] = []
         answers = [[REJECTED] * len(questions) for _, _, questions in items]
@@ -174,12 +175,15 @@ class CheckpointLabeler:
         Raises:
           RowRejected: the model, or a bucket size, cannot take one of them.
         """
-        name, images, questions = item
+        name, media, questions = item
+        images = tuple(one for one in media if isinstance(one, ImageRef))
+        videos = tuple(one for one in media if isinstance(one, VideoRef))
         asked = tuple(Response((Turn("user", questions[place]),)) for place in places)
         limits = UNLIMITED, UNLIMITED
         if self.lengths is not None:
             limits = self.lengths.prompt[-1], self.lengths.response[-1] - len(self.lead)
-        record = tokenize(Record(name, images, (), asked), self.checkpoint.processor, *limits)
+        shown = Record(name, images, (), asked, videos)
+        record = tokenize(shown, self.checkpoint.processor, *limits)
         lead = np.array(self.lead, np.int32)
         led = tuple(
             dataclasses.replace(

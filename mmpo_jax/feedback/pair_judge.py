@@ -153,7 +153,7 @@ class PairJudge:
         ):
             text = ask_which(question, texts[first], texts[second], self.prompt)
             name = f"{record.id}/{first}-{second}"
-            yield Ask(name, text, record.images, max_new_tokens=room)
+            yield Ask(name, text, record.images, record.videos, max_new_tokens=room)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,4 +244,4 @@ def _tell_preference(compared: Sequence[Comparison]) -> None:
 def _content(record: Record) -> list[str]:
     """Fingerprints of what the judge is shown of a prompt."""
     said = fingerprint_json([record.id, question_with_beginning(record.prompt)])
-    return [said, *(image.fingerprint() for image in record.images)]
+    return [said, *(media.fingerprint() for media in record.media)]

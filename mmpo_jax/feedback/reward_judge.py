@@ -60,10 +60,11 @@ class RewardJudge:
 
 def question_of(record: Record) -> Question:
     """The prompt of a record, as rewards see it."""
-    return Question(record.id, last_question(record.prompt), record.images, record.solution)
+    asked, solution = last_question(record.prompt), record.solution
+    return Question(record.id, asked, record.images, solution, record.videos)
 
 
 def _content(record: Record) -> list[str]:
     """Fingerprints of what a reward may look at."""
     said = fingerprint_json([record.id, last_question(record.prompt), repr(record.solution)])
-    return [said, *(image.fingerprint() for image in record.images)]
+    return [said, *(media.fingerprint() for media in record.media)]

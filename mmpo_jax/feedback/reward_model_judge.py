@@ -64,7 +64,7 @@ class RewardModelJudge:
 
         inputs = {
             "responses": responses.generated.fingerprint,
-            "images": responses.images(),
+            "images": responses.media(),
             "model": self.checkpoint.fingerprint,
             **self.checkpoint.processor.fingerprints(),
         }

@@ -125,7 +125,8 @@ class SelfRewardJudge:
             **({"solution": record.solution} if self.tells_solution else {}),
         )
         room = self.options.max_new_tokens
-        return Ask(f"{record.id}/{number}", prompt, record.images, max_new_tokens=room)
+        name = f"{record.id}/{number}"
+        return Ask(name, prompt, record.images, record.videos, max_new_tokens=room)
 
     def _read(self, _: int, reply: str) -> Judgement:
         score = read_number(reply)
@@ -137,7 +138,7 @@ class SelfRewardJudge:
         """Fingerprints of what the labeler is shown of a prompt."""
         told = [record.solution] if self.tells_solution else []
         said = fingerprint_json([record.id, question_with_beginning(record.prompt), *told])
-        return [said, *(image.fingerprint() for image in record.images)]
+        return [said, *(media.fingerprint() for media in record.media)]
 
 
 def read_number(reply: str) -> float:

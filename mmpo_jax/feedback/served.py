@@ -138,7 +138,7 @@ class ServedTextModel:
             ChatRequest(
                 messages=(
                     *([ChatMessage.system(ask.system)] if ask.system else ()),
-                    ChatMessage.user(ask.text, ask.images),
+                    ChatMessage.user(ask.text, (*ask.images, *ask.videos)),
                 ),
                 max_tokens=ask.max_new_tokens,
                 temperature=self.speaking.temperature,

@@ -44,7 +44,7 @@ class Ask:
     images: tuple[ImageRef, ...] = ()
     """Images, which stand before the text."""
     videos: tuple[VideoRef, ...] = ()
-    """Videos, which stand behind the images; for checkpoints alone."""
+    """Videos, which stand behind the images."""
     attempt: int = 0
     """How often the same was asked before."""
     max_new_tokens: int = 1024

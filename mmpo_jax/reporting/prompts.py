@@ -18,7 +18,7 @@ STAGE = "prompts"
 PER_PART = 512
 """Prompts of a part."""
 MAX_PICTURES = 4
-"""Pictures of a prompt that are kept, the first ones."""
+"""Pictures of a prompt that are kept, the first ones; a video has one."""
 MAX_NAME = 200
 """Characters of a picture's name that are kept."""
 
@@ -30,8 +30,8 @@ SHOWN = pa.schema(
         ("thumbnails", pa.list_(pa.binary())),
     ]
 )
-"""Columns of the stage: `images` has the names of all pictures, `thumbnails` the first ones as
-WebP, null where one cannot be opened."""
+"""Columns of the stage: `images` has the names of all pictures and videos, `thumbnails` the first
+ones as WebP, of a video its middle frame, null where one cannot be opened."""
 
 
 def write_prompts(folder: str, records: Sequence[Record], name: str = STAGE) -> None:
@@ -50,7 +50,7 @@ def _write(folder: str, records: Sequence[Record], name: str) -> None:
         [
             record.id,
             question_with_beginning(record.prompt),
-            [(image.name[:MAX_NAME], image.fingerprint()) for image in record.images],
+            [(media.name[:MAX_NAME], media.fingerprint()) for media in record.media],
         ]
         for record in records
     )
@@ -61,14 +61,14 @@ def _write(folder: str, records: Sequence[Record], name: str) -> None:
 
         def make_part(part: int) -> pa.Table:
             of_part = records[part * PER_PART : (part + 1) * PER_PART]
-            images = [image for record in of_part for image in record.images[:MAX_PICTURES]]
-            made = iter(pool.map(make_thumbnail, images))
+            media = [one for record in of_part for one in record.media[:MAX_PICTURES]]
+            made = iter(pool.map(make_thumbnail, media))
             rows = [
                 {
                     "prompt_id": record.id,
                     "question": question_with_beginning(record.prompt),
-                    "images": [image.name[:MAX_NAME] for image in record.images],
-                    "thumbnails": [next(made) for _ in record.images[:MAX_PICTURES]],
+                    "images": [media.name[:MAX_NAME] for media in record.media],
+                    "thumbnails": [next(made) for _ in record.media[:MAX_PICTURES]],
                 }
                 for record in of_part
             ]

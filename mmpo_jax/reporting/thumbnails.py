@@ -9,7 +9,8 @@ from PIL import Image
 
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.data.images import open_image
-from mmpo_jax.data.records import ImageRef
+from mmpo_jax.data.records import MediaRef, VideoRef
+from mmpo_jax.data.videos import spread_frames
 
 log = logging.getLogger(__name__)
 
@@ -26,10 +27,12 @@ SHRUNK = 0.75
 """Factor of the edges where no quality makes a picture small enough."""
 
 
-def make_thumbnail(ref: ImageRef) -> bytes | None:
-    """A small copy as WebP; None where the picture cannot be opened, which the log says."""
+def make_thumbnail(ref: MediaRef) -> bytes | None:
+    """A small copy as WebP, of a video of its middle frame; None where it cannot be opened, which
+    the log says."""
     try:
-        image = open_image(ref)
+        picture = spread_frames(ref, 1)[0] if isinstance(ref, VideoRef) else ref
+        image = open_image(picture)
     except DataError as error:
         log.warning("no thumbnail: %s", error)
         return None

@@ -20,7 +20,7 @@ from typing import Any
 
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.sections import keyword_options
-from mmpo_jax.data.records import ImageRef
+from mmpo_jax.data.records import ImageRef, VideoRef
 
 MAX_LENGTH = 100_000
 """Characters; a longer text is worth 0 and not read."""
@@ -37,6 +37,8 @@ class Question:
     """Its images, in order; `PIL.Image.open(io.BytesIO(image.read()))` opens one."""
     solution: Any = None
     """What the data say is right; None where they say nothing."""
+    videos: tuple[VideoRef, ...] = ()
+    """Its videos, in order; `mmpo_jax.data.videos.spread_frames(video, 8)` gives images."""
 
 
 @dataclasses.dataclass(frozen=True)

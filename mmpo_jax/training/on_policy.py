@@ -229,7 +229,8 @@ class Rollouts:
     def _by_rules(self, record: TokenizedRecord) -> list[list[float]]:
         """What the samples of a prompt are worth by every reward that is a function of texts."""
         texts = [response.source.text for response in record.responses]
-        question = Question(record.id, record.question, record.images, record.solution)
+        shown = record.images, record.solution, record.videos
+        question = Question(record.id, record.question, *shown)
         return [
             [value.score for value in section.values(question, texts)]
             for section in self.rollout.rules

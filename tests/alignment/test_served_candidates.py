@@ -38,7 +38,7 @@ from mmpo_jax.checkpoints.peft import save_adapter
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.files import read_table
 from mmpo_jax.core.trees import flatten, unflatten
-from mmpo_jax.data.records import IMAGE, Record, Turn
+from mmpo_jax.data.records import IMAGE, VIDEO, Record, Turn, VideoRef
 from mmpo_jax.data.tokenization import tokenize_prompt
 from mmpo_jax.data.usable import usable_records
 from mmpo_jax.feedback import judges
@@ -502,6 +502,17 @@ class TestPrompts:
         assert [message.role for message in messages] == ["system", "user", "assistant", "user"]
         assert messages[1].parts == ("Compare ", first, " with ", second, ".")
         assert messages[3].parts == ("And the colour?",)
+
+    def test_videos_in_their_places(self, start, pairs_file):
+        first, second = (record.images[0] for record in load_records(pairs_file)[:2])
+        video = VideoRef("clip", (first, second))
+        record = self.record(
+            Turn("user", ("Is ", IMAGE, " in ", VIDEO, "?")), images=[first], videos=(video,)
+        )
+        (message,) = messages_of(record)
+        assert message.parts == ("Is ", first, " in ", video, "?")
+        (message,) = messages_of(self.record(Turn("user", "What?"), videos=(video,)))
+        assert message.parts == (video, "What?")
 
     @pytest.mark.parametrize(
         ("record", "told"),

@@ -16,7 +16,7 @@ from mmpo_jax.chat.requests import ChatMessage, ChatRequest
 from mmpo_jax.chat.server import ChatServer
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.data.images import open_image
-from mmpo_jax.data.records import Edit, ImageRef
+from mmpo_jax.data.records import Edit, ImageRef, VideoRef
 
 SERVER = ChatServer(url="http://host/v1", model="judge")
 PLAIN = ChatRequest((ChatMessage.user("Is it red?"),), max_tokens=5)
@@ -84,11 +84,28 @@ def test_all_fields():
 def test_images_stand_in_front_of_the_question():
     image = pictures.refs("photograph")[0]
     request = ChatRequest((ChatMessage.user("Red?", [image, image]),), max_tokens=5)
-    assert request.images == (image, image)
+    assert request.media == (image, image)
     server = ChatServer(url="http://host/v1", model="judge", image_detail="low")
     content = body(request, server)["messages"][0]["content"]
     assert [part["type"] for part in content] == ["image_url", "image_url", "text"]
     assert content[0]["image_url"] == {"url": data_url(image), "detail": "low"}
+
+
+def test_a_video_is_some_of_its_frames():
+    frames = [encoded("JPEG", quality=60 + number) for number in range(6)]
+    video = VideoRef("clip", tuple(ImageRef(f"{n}", data) for n, data in enumerate(frames)))
+    request = ChatRequest((ChatMessage.user("Red?", [video]),), max_tokens=5)
+    assert request.media == (video,)
+    server = ChatServer(url="http://host/v1", model="judge", image_detail="low", video_frames=3)
+    *shown, text = body(request, server)["messages"][0]["content"]
+    expected = [{"url": data_url(video.frames[n]), "detail": "low"} for n in (1, 3, 5)]
+    assert [part["image_url"] for part in shown] == expected
+    assert text == {"type": "text", "text": "Red?"}
+    *shown, _ = body(request, SERVER)["messages"][0]["content"]
+    assert len(shown) == 6
+    asked = [[video], [video.frames[0]], [VideoRef("clip", video.frames[:5])]]
+    keys = [ChatRequest((ChatMessage.user("Red?", shown),), 5).key(SERVER) for shown in asked]
+    assert len({*keys, request.key(server)}) == 4
 
 
 def encoded(kind, **options):

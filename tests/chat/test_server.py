@@ -63,6 +63,7 @@ def test_the_identity_has_what_replies_depend_on():
         {"model": "n"},
         {"extra_body": {"a": 1}},
         {"image_detail": "low"},
+        {"video_frames": 4},
     ):
         assert ChatServer(**({"url": URL, "model": "m"} | other)).identity() != plain.identity()
 

@@ -11,9 +11,10 @@ from helpers import clips
 
 from mmpo_jax.core.errors import DataError, MmpoError
 from mmpo_jax.data import videos
+from mmpo_jax.data.images import open_image
 from mmpo_jax.data.media_check import check_images, media_problem, with_known_images
 from mmpo_jax.data.records import Edit, ImageRef, Record, Turn, VideoFacts, VideoRef
-from mmpo_jax.data.videos import read_frames, video_facts, video_problem
+from mmpo_jax.data.videos import read_frames, spread_frames, video_facts, video_problem
 
 
 def ref(data, name="clip.mp4"):
@@ -39,6 +40,20 @@ def test_facts_and_frames(kind):
 def test_what_is_changed_is_changed_in_every_frame():
     file = dataclasses.replace(ref(clips.encode(3)), edit=Edit("black"))
     assert not any(np.asarray(frame).any() for frame in read_frames(file, [0, 2]))
+
+
+@pytest.mark.parametrize(("count", "numbers"), [(1, [12]), (3, [4, 12, 20]), (30, range(25))])
+def test_frames_that_are_spread_over_a_video(count, numbers):
+    """The middle of every part: of a file as images, of a list the very frames."""
+    file = ref(clips.encode(25, 10))
+    decoded = read_frames(file, list(numbers))
+    spread = spread_frames(VideoRef("clip", file=file), count)
+    assert len(spread) == len(decoded)
+    for image, frame in zip(spread, decoded, strict=True):
+        assert image.data[:4] == b"\x89PNG"
+        np.testing.assert_array_equal(np.asarray(open_image(image)), np.asarray(frame))
+    frames = tuple(ref(b"%d" % number, f"{number}") for number in range(25))
+    assert spread_frames(VideoRef("clip", frames), count) == [frames[n] for n in numbers]
 
 
 def test_a_file_is_decoded_once(tmp_path, monkeypatch):

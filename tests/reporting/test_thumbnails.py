@@ -7,7 +7,7 @@ import pytest
 from helpers.report_runs import picture
 from PIL import Image
 
-from mmpo_jax.data.records import ImageRef
+from mmpo_jax.data.records import ImageRef, VideoRef
 from mmpo_jax.reporting.thumbnails import EDGE, MAX_BYTES, make_thumbnail
 
 
@@ -34,5 +34,12 @@ def test_a_small_picture_is_kept_as_it_is():
     np.testing.assert_array_equal(kept, np.asarray(opened(data)))
 
 
+def test_a_video_is_its_middle_frame():
+    frames = tuple(ImageRef(f"{number}", data=picture(number, 40)) for number in range(5))
+    assert make_thumbnail(VideoRef("clip", frames)) == make_thumbnail(frames[2])
+
+
 def test_a_broken_picture_is_none():
-    assert make_thumbnail(ImageRef("a", data=b"no picture")) is None
+    broken = ImageRef("a", data=b"no picture")
+    assert make_thumbnail(broken) is None
+    assert make_thumbnail(VideoRef("clip", (broken,))) is None

@@ -20,7 +20,7 @@ from mmpo_jax.data.formats.entries import (
     read_part,
 )
 from mmpo_jax.data.images import resolve_image
-from mmpo_jax.data.records import ImageRef, VideoRef
+from mmpo_jax.data.records import ImageRef, MediaRef, VideoRef
 from mmpo_jax.data.rows import Row, brief
 from mmpo_jax.data.skipped import UnusableRow
 
@@ -63,7 +63,7 @@ class MediaFolder:
         found = enumerate(entries(row, "video"), start=1)
         return tuple(self.video(entry, number) for number, entry in found)
 
-    def part(self, part: Mapping[str, Any]) -> ImageRef | VideoRef | None:
+    def part(self, part: Mapping[str, Any]) -> MediaRef | None:
         """What a content part of a message names (its type one of `PART_KINDS`); None where it
         names nothing and so means the next entry of the columns.
 

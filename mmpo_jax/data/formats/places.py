@@ -15,7 +15,17 @@ from mmpo_jax.core.errors import DataError
 from mmpo_jax.data.formats.media import MediaFolder
 from mmpo_jax.data.formats.tags import TAGS, count_tags, split_tags, unescaped
 from mmpo_jax.data.formats.turns import MediaPart, Message, Turns
-from mmpo_jax.data.records import IMAGE, VIDEO, ImageRef, Medium, Piece, Turn, VideoRef, placed
+from mmpo_jax.data.records import (
+    IMAGE,
+    VIDEO,
+    ImageRef,
+    MediaRef,
+    Medium,
+    Piece,
+    Turn,
+    VideoRef,
+    placed,
+)
 from mmpo_jax.data.skipped import UnusableRow
 
 
@@ -148,7 +158,7 @@ def _of_parts(
     return [next(left) if one is None else one for one in named]
 
 
-def _agree(named: ImageRef | VideoRef | None, other: ImageRef | VideoRef) -> bool:
+def _agree(named: MediaRef | None, other: MediaRef) -> bool:
     """Whether a place names nothing, or what the column has there."""
     if named is None:
         return True
