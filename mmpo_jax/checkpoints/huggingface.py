@@ -9,9 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-import math
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -45,12 +43,21 @@ from mmpo_jax.checkpoints.safetensors_files import (
     weight_files,
     write_files,
 )
+from mmpo_jax.checkpoints.tensor_names import (
+    Place,
+    first_key,
+    is_transposed,
+    key_at,
+    layer_numbers,
+    our_shape,
+    place_of,
+    stack_axes,
+    their_shape,
+)
 from mmpo_jax.core.buckets import replace_folder
 from mmpo_jax.core.processes import alone
 from mmpo_jax.core.trees import flatten, to_host, unflatten
-from mmpo_jax.models.config import DecoderConfig, ModelError
-from mmpo_jax.models.family import Renaming
-from mmpo_jax.models.layer_kinds import LAYERS, Stack
+from mmpo_jax.models.config import ModelError
 from mmpo_jax.models.merging import MAGNITUDE, SCALE, A, B, kernel_and_adapter, merge, wide
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.precision import weights_dtype
@@ -60,12 +67,7 @@ from mmpo_jax.models.vocabulary import TABLES, without_added
 log = logging.getLogger(__name__)
 
 
-Place = tuple[int, ...]
-"""Of a tensor in a stacked parameter: its layer in the stack, of experts also its expert."""
-
-EXPERT = re.compile(r"\.experts\.(\d+)\.")
-DECODER = "language_model"
-EMBEDDING = f"{DECODER}/embed_tokens/embedding"
+EMBEDDING = "language_model/embed_tokens/embedding"
 
 
 def load_model(folder: str | os.PathLike[str]) -> tuple[Model, Params]:
@@ -138,7 +140,7 @@ def match_tensors(folder: str | os.PathLike[str], model: Model) -> dict[str, Sto
     where = files[0] if len(files) == 1 else os.path.join(folder, INDEX_FILE)
     missing = [path for path, tensors in found.items() if not tensors]
     if missing:
-        names = ", ".join(_first_key(path, model) for path in missing[:5])
+        names = ", ".join(first_key(path, model) for path in missing[:5])
         raise ModelError(f"{where}: no weights for {', '.join(missing[:5])} ({names})")
     return {
         path: _stored(_in_order(found[path], path, leaf.shape, where, model), path, leaf.shape)
@@ -156,8 +158,8 @@ def _stored(
     other = next((t for t in tensors if t.inputs_first != tensors[0].inputs_first), None)
     if other is not None:
         raise ModelError(f"{other.file}: {other.name} is stored otherwise than {tensors[0].name}")
-    transposed = _is_transposed(path) and not tensors[0].inputs_first
-    return StoredParameter(tensors, shape, _stack_axes(path), transposed)
+    transposed = is_transposed(path) and not tensors[0].inputs_first
+    return StoredParameter(tensors, shape, stack_axes(path), transposed)
 
 
 def _check_tensor(
@@ -169,9 +171,9 @@ def _check_tensor(
     """
     check_dtype(tensor)
     shape = shape[len(place) :]
-    found = tensor.shape if tensor.inputs_first else _our_shape(path, tensor.shape, len(shape))
+    found = tensor.shape if tensor.inputs_first else our_shape(path, tensor.shape, len(shape))
     if found != shape:
-        theirs = shape if tensor.inputs_first else _their_shape(path, place, shape, model)
+        theirs = shape if tensor.inputs_first else their_shape(path, place, shape, model)
         hint = (
             "; a head is of the model that it was trained on: take that one's folder, or one "
             "without a head, of which `reward_head` in a recipe makes a new one"
@@ -193,7 +195,7 @@ def _in_order(
     Raises:
       ModelError: a layer or an expert is missing, or there is one too many.
     """
-    axes = _stack_axes(path)
+    axes = stack_axes(path)
     wanted = list(itertools.product(*map(range, shape[:axes])))
     missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
     if missing or extra:
@@ -335,7 +337,7 @@ def new_tensors(params: Params, model: Model) -> list[NewTensor]:
             continue
         parts = kernel_and_adapter(flat, path)
         dtype = np.dtype(leaf.dtype if len(parts) == 1 else wide(leaf.dtype))
-        axes = _stack_axes(path)
+        axes = stack_axes(path)
         shape = tuple(leaf.shape[axes:])
         if path in TABLES:
             shape = tuple(
@@ -343,7 +345,7 @@ def new_tensors(params: Params, model: Model) -> list[NewTensor]:
             )
         for place in itertools.product(*map(range, leaf.shape[:axes])):
             key = key_at(path, place, model)
-            theirs = _their_shape(path, place, shape, model)
+            theirs = their_shape(path, place, shape, model)
             fetch = functools.partial(_fetch, path, parts, place, tokens, theirs)
             tensors.append(NewTensor(key, dtype, theirs, fetch))
     return join_experts(tensors) if model.family.joins_experts else tensors
@@ -360,7 +362,7 @@ def _fetch(
     if isinstance(leaf, jax.Array) and not place and not adapter:
         leaf = jnp.copy(leaf)  # because arrays keep on the host what was fetched of them
     array = without_added(path, to_host(leaf), tokens)
-    return (_transpose(array) if _is_transposed(path) else array).reshape(shape)
+    return (_transpose(array) if is_transposed(path) else array).reshape(shape)
 
 
 def _at(array: Any, place: Place) -> Any:
@@ -382,123 +384,6 @@ def _at(array: Any, place: Place) -> Any:
             at = tuple(number - start for number, (start, _, _) in zip(place, own, strict=False))
             made[shard.index[axes:]] = np.asarray(shard.data[at])
     return made
-
-
-def place_of(key: str, model: Model) -> tuple[str | None, Place]:
-    """The parameter path of a Hugging Face key and the place in its stack; None for what is not
-    stored."""
-    expert = EXPERT.search(key)
-    path, layer = path_of(EXPERT.sub(".experts.", key), model)
-    place = () if layer is None else (layer,)
-    return path, place if expert is None else (*place, int(expert.group(1)))
-
-
-def key_at(path: str, place: Place, model: Model) -> str:
-    """The Hugging Face key of what a parameter has at a place of its stack."""
-    key = key_of(path, place[0] if place else None, model)
-    return key.replace(".experts.", f".experts.{place[1]}.") if len(place) > 1 else key
-
-
-def path_of(key: str, model: Model) -> tuple[str | None, int | None]:
-    """The parameter path of a Hugging Face key, and the layer's place in its stack; None for what
-    is not stored, or not read."""
-    if any(re.search(pattern, key) for pattern in model.family.unread):
-        return None, None
-    for pattern, replacement in model.family.read_keys:
-        key = re.sub(pattern, replacement, key)
-    if key == "language_model.lm_head.weight" and model.config.decoder.tie_word_embeddings:
-        return None, None  # the same tensor as the embedding, written by some versions
-    if key.endswith(("position_ids", "rotary_emb.inv_freq")):
-        return None, None  # buffers that old versions stored
-    layer = re.search(r"\.layers\.(\d+)\.", key)
-    place = int(layer.group(1)) if layer else None
-    stack = LAYERS
-    if place is not None and key.startswith(f"{DECODER}."):
-        stack, place = _places(model.config.decoder).get(place, (LAYERS, place))
-    path = re.sub(r"\.layers\.\d+\.", f".{stack}.", key).replace(".", "/")
-    stem, _, name = path.rpartition("/")
-    if name == "weight":
-        if re.search(r"norm\d?$", stem):
-            name = "scale"
-        elif stem.endswith(("embed_tokens", "position_embedding")):
-            name = "embedding"
-        else:
-            name = "kernel"
-    return f"{stem}/{name}" if stem else name, place
-
-
-def key_of(path: str, place: int | None, model: Model, others: Renaming = ()) -> str:
-    """The Hugging Face key of a parameter path.
-
-    Args:
-      path: of the parameter.
-      place: of the layer in its stack; None where it is not stacked.
-      model: the architecture.
-      others: names that are changed behind those that files have.
-    """
-    key = re.sub(r"/(kernel|scale|embedding)$", "/weight", path)
-    if place is not None:
-        stack = stack_of(path, model)
-        layer = place if stack is None else stack.numbers[place]
-        inner = LAYERS if stack is None else stack.path
-        key = key.replace(f"/{inner}/", f"/{LAYERS}/{layer}/", 1)
-    key = key.replace("/", ".")
-    for pattern, replacement in (*model.family.write_keys, *others):
-        key = re.sub(pattern, replacement, key)
-    return key
-
-
-def stack_of(path: str, model: Model) -> Stack | None:
-    """The decoder's stack that a parameter belongs to; None for all others."""
-    stacks = model.config.decoder.stacks
-    return next((s for s in stacks if path.startswith(f"{DECODER}/{s.path}/")), None)
-
-
-def layer_numbers(path: str, depth: int, model: Model) -> tuple[int, ...]:
-    """Which layers of the model the `depth` ones of a stacked parameter are."""
-    stack = stack_of(path, model)
-    return tuple(range(depth)) if stack is None else stack.numbers
-
-
-@functools.lru_cache(maxsize=8)
-def _places(decoder: DecoderConfig) -> dict[int, tuple[str, int]]:
-    """(path of its stack, place in it) of every layer."""
-    return {
-        number: (stack.path.replace("/", "."), place)
-        for stack in decoder.stacks
-        for place, number in enumerate(stack.numbers)
-    }
-
-
-def _first_key(path: str, model: Model) -> str:
-    return key_at(path, (0,) * _stack_axes(path), model)
-
-
-def _stack_axes(path: str) -> int:
-    """How many axes of a parameter files have a tensor for each place of: layers, and of each the
-    experts."""
-    return int("/layers/" in path) + int("/experts/" in path)
-
-
-def _is_transposed(path: str) -> bool:
-    """torch stores a dense layer as [out, in]."""
-    return path.endswith("/kernel")
-
-
-def _our_shape(path: str, shape: tuple[int, ...], ndim: int) -> tuple[int, ...]:
-    """A patch embedding is a convolution in files, which is a dense layer over flat patches;
-    single vectors may have axes of one in front."""
-    if _is_transposed(path):
-        return (math.prod(shape[1:]), *shape[:1])
-    while len(shape) > ndim and shape[0] == 1:
-        shape = shape[1:]
-    return shape
-
-
-def _their_shape(path: str, place: Place, shape: tuple[int, ...], model: Model) -> tuple[int, ...]:
-    key = key_at(path, place, model)
-    other = model.family.tensor_shapes(model.config).get(key)
-    return other or (shape[::-1] if _is_transposed(path) else shape)
 
 
 def _transpose(array: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from mmpo_jax.checkpoints.huggingface import key_of
+from mmpo_jax.checkpoints.tensor_names import key_of
 from mmpo_jax.models.model import Model
 
 

@@ -323,7 +323,7 @@ def test_gradients(trained_elsewhere):
 
 def our_path(model, name):
     """(path, layer) of a parameter of PEFT's model."""
-    from mmpo_jax.checkpoints.huggingface import path_of
+    from mmpo_jax.checkpoints.tensor_names import path_of
 
     module, factor = name.removesuffix(".default.weight").rsplit(".lora_", 1)
     path, layer = path_of(module.removeprefix("base_model.model.") + ".weight", model)

@@ -14,8 +14,9 @@ from helpers import checks, families
 from helpers.reward_heads import KINDS, headed, scored_batch
 
 from mmpo_jax.checkpoints.checkpoint import load_start
-from mmpo_jax.checkpoints.huggingface import load_model, path_of, save_model
+from mmpo_jax.checkpoints.huggingface import load_model, save_model
 from mmpo_jax.checkpoints.peft import save_adapter
+from mmpo_jax.checkpoints.tensor_names import path_of
 from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.data.contexts import all_contexts
 from mmpo_jax.data.lengths import Lengths
