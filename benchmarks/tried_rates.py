@@ -31,29 +31,37 @@ class Method:
 
     recipe: str
     """Its file in configs, without its ending."""
-    data: str
-    """File of a seed's data, without its ending."""
+    data: str | None = None
+    """File of a seed's data, without its ending; None for the recipe's own."""
     overrides: tuple[str, ...] = ()
     rewards: str | None = None
     """File of a seed's data with the rewards that are the responses' scores."""
     rate_of: str | None = None
     """The method whose learning rate it takes, in place of tries of its own."""
+    teacher: str | None = None
+    """The method whose result with the same seed teaches it."""
 
 
 Methods = Mapping[str, Method]
 
 
-def parse_options(description: str | None, output: str, methods: Methods) -> argparse.Namespace:
+def parse_options(
+    description: str | None,
+    output: str,
+    methods: Methods,
+    rates: Sequence[str] = ("4e-3", "8e-3", "1.6e-2"),
+) -> argparse.Namespace:
     """The command line, which is the same for all comparisons.
 
     Args:
       description: of the script.
       output: the default of its folder.
       methods: that can be chosen.
+      rates: the learning rates to try, by default.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rates", nargs="+", default=["4e-3", "8e-3", "1.6e-2"])
+    parser.add_argument("--rates", nargs="+", default=list(rates))
     parser.add_argument("--methods", nargs="+", choices=methods, default=list(methods))
     parser.add_argument("--prompts", type=int, default=1000)
     parser.add_argument("--scenes", type=int, default=500, help="that a model is measured on")
@@ -80,9 +88,9 @@ def compare(
     for seed in options.seeds:
         bench = Bench(os.path.join(options.output, f"seed-{seed}"), seed, options.prompts)
         make_files(bench)
-        runs = Runs(bench, methods, options.scenes, options.set)
+        runs = Runs(bench, methods, options.scenes, options.set, chosen)
         if not chosen:
-            tries, chosen = try_rates(runs, options.methods, options.rates)
+            tries = try_rates(runs, options.methods, options.rates)
         for name in (START, *options.methods):
             result = runs.measure(name, chosen.get(name, ""), "test")
             test.setdefault(named(name, chosen.get(name, "")), []).append(result)
@@ -101,6 +109,8 @@ class Runs:
     """Scenes that a model is measured on."""
     overrides: Sequence[str]
     """Of all recipes."""
+    chosen: dict[str, str]
+    """The learning rate that is taken for each method, as far as that is known."""
 
     def measure(self, name: str, rate: str, split: str) -> Result:
         """The figures of a method at a learning rate, or of the start model, on a split."""
@@ -112,22 +122,23 @@ class Runs:
         overrides = [*method.overrides, f"training.optimizer.learning_rate={rate}"]
         if method.rewards is not None:
             overrides.append(f"data.rewards={os.path.join(self.bench.data, method.rewards)}")
-        words = "".join(letter if letter.isalnum() else "_" for letter in name)
+        if method.teacher is not None:
+            taught_by = folder_name(method.teacher, self.chosen[method.teacher])
+            result = os.path.join(self.bench.folder, taught_by, "model")
+            overrides.append(f"training.teacher.model={result}")
         return self.bench.measured(
-            f"{words}-{rate}",
+            folder_name(name, rate),
             evaluation,
             os.path.join(CONFIGS, f"{method.recipe}.yaml"),
-            f"{method.data}.jsonl",
+            None if method.data is None else f"{method.data}.jsonl",
             [*overrides, *self.overrides],
         )
 
 
-def try_rates(
-    runs: Runs, methods: Sequence[str], rates: Sequence[str]
-) -> tuple[dict[str, list[Result]], dict[str, str]]:
-    """(figures of every try, the learning rate that is taken for each method)."""
+def try_rates(runs: Runs, methods: Sequence[str], rates: Sequence[str]) -> dict[str, list[Result]]:
+    """Figures of every try; what is taken goes into `Runs.chosen`."""
     start = runs.measure(START, "", "validation")
-    tries, chosen = {START: [start]}, {}
+    tries, chosen = {START: [start]}, runs.chosen
     for name in methods:
         trying = runs.methods[name].rate_of or name
         if trying not in chosen:
@@ -137,7 +148,7 @@ def try_rates(
                 print(f"try {row(named(trying, rate), [result], SHOWN)}", flush=True)
             chosen[trying] = best_rate(found, start)
         chosen[name] = chosen[trying]
-    return tries, chosen
+    return tries
 
 
 def best_rate(found: Mapping[str, Result], start: Result) -> str:
@@ -151,6 +162,12 @@ def best_rate(found: Mapping[str, Result], start: Result) -> str:
     if not allowed:
         return min(found, key=lost)
     return min(allowed, key=lambda rate: found[rate][LEAST])
+
+
+def folder_name(name: str, rate: str) -> str:
+    """Of the runs of a method at a learning rate."""
+    words = "".join(letter if letter.isalnum() else "_" for letter in name)
+    return f"{words}-{rate}"
 
 
 def named(name: str, rate: str) -> str:

@@ -11,8 +11,8 @@ import pytest
 from helpers import shapes
 from jaxtyping import TypeCheckError
 
+from mmpo_jax.objectives.advantages import advantages
 from mmpo_jax.objectives.batch_rules import quantile_gap
-from mmpo_jax.objectives.on_policy import advantages
 
 
 def test_a_wrong_number_of_axes_is_refused():
@@ -48,7 +48,7 @@ def test_every_module_of_the_packages_is_checked():
 def test_a_run_checks_nothing():
     program = (
         "import sys, jax.numpy as jnp\n"
-        "from mmpo_jax.objectives.on_policy import advantages\n"
+        "from mmpo_jax.objectives.advantages import advantages\n"
         "assert advantages(jnp.ones((2, 3, 1), int), [1.0]).shape == (2, 3)\n"
         "assert 'beartype' not in sys.modules\n"
     )

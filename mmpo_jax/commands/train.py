@@ -215,7 +215,7 @@ def usable_rows(
     training, skipped = recipe.training, os.path.join(recipe.output, name + SKIPPED_FILE)
     use: LearnedUse | PromptUse
     if recipe.rollout is not None:
-        use = PromptUse.of(recipe.rollout)
+        use = PromptUse.of(recipe.rollout, training)
     else:
         use = LearnedUse.of(recipe_terms(training), training.reference, recipe.seed)
     if isinstance(data, LearnedFile) and can_be_stored(data):

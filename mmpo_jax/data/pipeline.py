@@ -116,6 +116,8 @@ class TrainBatch:
     before; empty where there is none."""
     fields: dict[str, jax.Array]
     """name -> float32[N, S] or [N, S, T], see `objectives.registry.FIELDS`."""
+    teacher: Batch | None = None
+    """The same responses in the same places, after what a teacher sees; None without one."""
 
 
 @dataclasses.dataclass(frozen=True)

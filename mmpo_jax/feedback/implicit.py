@@ -11,7 +11,6 @@ prefers short responses).
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +25,7 @@ from mmpo_jax.data.batching import fitting_lengths
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import Record
+from mmpo_jax.data.same_tokens import check_same_tokenizer
 from mmpo_jax.data.tokenization import RowRejected, Tokenize, TokenizedRecord, tokenize
 from mmpo_jax.data.usable import unsupported
 from mmpo_jax.scoring.log_probs import score_records, score_stage
@@ -34,8 +34,6 @@ log = logging.getLogger(__name__)
 
 REFERENCE = "reference"
 """Name of the context that holds a record's responses behind the prompt of the reference."""
-SPLITTING = ("added_tokens", "normalizer", "pre_tokenizer", "model")
-"""Parts of a tokenizer.json that say which ids a text becomes where no special tokens are added."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -220,26 +218,6 @@ def of_reference(records: Sequence[TokenizedRecord]) -> list[TokenizedRecord]:
     return [dict(record.others)[REFERENCE] for record in records]
 
 
-def check_same_tokenizer(policy: Processor, reference: Processor) -> None:
-    """
-    Raises:
-      MmpoError: naming both, where a text is not the same ids for the two, or their vocabularies
-        differ: the tokens of a response would be others.
-    """
-    named = f"{policy.folder} and {reference.folder}: policy and reference have other tokenizers"
-    ours, theirs = policy.tokenizer.get_vocab(), reference.tokenizer.get_vocab()
-    apart = sorted(token for token in ours.keys() | theirs if ours.get(token) != theirs.get(token))
-    if apart:
-        token = apart[0]
-        ids = " and ".join(str(ids.get(token, "none")) for ids in (ours, theirs))
-        raise MmpoError(
-            f"{named}: {len(apart)} tokens have other ids, the first is {token!r} with {ids}; "
-            "rewards compare the same tokens"
-        )
-    if _splitting(policy) != _splitting(reference):
-        raise MmpoError(f"{named}, which split texts differently; rewards compare the same tokens")
-
-
 def have_same_tokenizer(policy: Processor, reference: Processor) -> bool:
     """Whether the same ids mean the same text to both, see `check_same_tokenizer`."""
     try:
@@ -247,12 +225,3 @@ def have_same_tokenizer(policy: Processor, reference: Processor) -> bool:
     except MmpoError:
         return False
     return True
-
-
-def _splitting(processor: Processor) -> Any:
-    """How texts become tokens, but for the vocabulary."""
-    backend = getattr(processor.tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return type(processor.tokenizer).__name__
-    rules = json.loads(backend.to_str())
-    return {name: rules.get(name) for name in SPLITTING}

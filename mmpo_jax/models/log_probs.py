@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ from mmpo_jax.models.batch import Batch, PackedBatch
 from mmpo_jax.models.layers import batch_axes, matmul, spread_gradient
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.vlm import States, VisionLanguageModel
+from mmpo_jax.objectives.distillation import token_divergence
+from mmpo_jax.objectives.registry import Divergence
 
 REWARDS = "rewards"
 """Name of what the reward head says of every response."""
@@ -26,6 +29,32 @@ LOADS = "expert_loads"
 
 HEAD_BYTES = 64 * 2**20
 """How much one chunk of the head may hold per device: logits, and what it gathers for them."""
+
+
+class Teacher(NamedTuple):
+    """A model whose distributions are compared with; never has a gradient."""
+
+    model: Model
+    params: Params
+    batch: Batch
+    """The responses of the policy's batch, in the same places, after the teacher's own prompts."""
+    divergence: Divergence
+    """How they are compared."""
+
+
+class Taught(NamedTuple):
+    """What a teacher says at the places of the responses, and how it is compared."""
+
+    hidden: Float[Array, "B R T E"]
+    """States of the teacher, of its own width E, that predict each response token."""
+    kernel: Float[Array, "E W"]
+    """The teacher's head."""
+    vocab_size: int
+    """Tokens that there are of W."""
+    softcap: float | None
+    """What its logits are kept below, see `attention.capped`."""
+    divergence: Divergence
+    """How they are compared."""
 
 
 def response_log_probs(
@@ -73,16 +102,20 @@ def response_statistics(
     temperature: float = 1.0,
     rewards: bool = False,
     loads: bool = False,
+    teacher: Teacher | None = None,
 ) -> dict[str, Float[Array, "B R ..."]]:
     """`response_log_probs` and other numbers of every response token, from the same logits.
 
     Args:
       model, params, batch, remat, chunk, temperature: see `response_log_probs`.
-      names: of the statistics, see `token_statistics`; `kl` needs a reference.
+      names: of the statistics, see `token_statistics`; `kl` needs a reference, `divergence` a
+        teacher.
       reference: parameters of a second model of the same architecture; never has a gradient.
       partners: see `token_statistics`.
       rewards: whether `REWARDS` are wanted too, from the same hidden states.
       loads: whether `LOADS` are.
+      teacher: of the statistic `divergence`; its vocabulary is the policy's, which either may have
+        filled up with ids that mean nothing.
 
     Returns:
       name -> float32[B, R, T], 0 at padding: `log_probs`, those asked for, and where there is a
@@ -95,11 +128,12 @@ def response_statistics(
 
     decoder = model.config.decoder
     vocab_size, softcap = decoder.vocab_size, decoder.softcap
-    other = None
-    if reference is not None:
-        module = model.bind(jax.lax.stop_gradient(reference))
-        hidden = predicting_states(module.states(batch), batch)
-        other = jax.lax.stop_gradient((hidden, module.language_model.head_kernel()))
+    other = None if reference is None else _fixed_head(model, reference, batch)
+    taught = None
+    if teacher is not None:
+        head = _fixed_head(teacher.model, teacher.params, teacher.batch)
+        theirs = teacher.model.config.decoder
+        taught = Taught(*head, theirs.vocab_size, theirs.softcap, teacher.divergence)
     module = model.bind(params)
     spread = {}
     if loads:
@@ -109,7 +143,17 @@ def response_statistics(
     hidden, kernel = predicting_states(states, batch), module.language_model.head_kernel()
     labels = batch.target[:, None] if isinstance(batch, PackedBatch) else batch.response_ids
     found = token_statistics(
-        hidden, kernel, labels, names, other, chunk, partners, temperature, vocab_size, softcap
+        hidden,
+        kernel,
+        labels,
+        names,
+        other,
+        chunk,
+        partners,
+        temperature,
+        vocab_size,
+        softcap,
+        taught,
     )
     if isinstance(batch, PackedBatch):
         found = {name: unpack(values[:, 0], batch) for name, values in found.items()}
@@ -117,6 +161,15 @@ def response_statistics(
         found = {name: values * batch.response_mask for name, values in found.items()}
     found |= {REWARDS: rewards_at_ends(module, states, batch)} if rewards else {}
     return found | spread
+
+
+def _fixed_head(
+    model: Model, params: Params, batch: Batch | PackedBatch
+) -> tuple[Float[Array, "B R T D"], Float[Array, "D V"]]:
+    """(states that predict the responses, head) of a model that is not trained."""
+    module = model.bind(jax.lax.stop_gradient(params))
+    hidden = predicting_states(module.states(batch), batch)
+    return jax.lax.stop_gradient((hidden, module.language_model.head_kernel()))
 
 
 def response_rewards(
@@ -215,6 +268,7 @@ def token_statistics(
     temperature: float = 1.0,
     vocab_size: int | None = None,
     softcap: float | None = None,
+    teacher: Taught | None = None,
 ) -> dict[str, Float[Array, "B R T"]]:
     """log softmax(hidden @ kernel / temperature)[labels], and more, without storing the logits.
 
@@ -229,13 +283,15 @@ def token_statistics(
       labels: int32[B, R, T].
       names: what else is wanted: `collision` log sum_v p_v^2, `logit` the label's logit, `kl`
         KL(reference || this) over the vocabulary, `own` the log-prob of the token that is most
-        probable in the row's partner.
+        probable in the row's partner, `entropy` that of the distribution, `divergence` that of the
+        teacher's from it.
       reference: hidden states and head of a reference.
       chunk: positions of T per step; the backward pass recomputes each step's logits.
       partners: rows come in groups of C; for each of a group, the place of its partner in it.
       temperature: all logits are divided by it, the reference's too.
       vocab_size: tokens that there are; the kernel may have more, see `vocabulary`. None for V.
       softcap: what logits are kept below, see `attention.capped`.
+      teacher: what a teacher says, for `divergence`.
 
     Returns:
       name -> float32[B, R, T]: `log_probs`, `names`, and if there is a reference
@@ -245,7 +301,8 @@ def token_statistics(
     heads = [(hidden, split_vocabulary(kernel))]
     if reference is not None:
         heads.append((reference[0], split_vocabulary(reference[1])))
-    chunk = chunk or head_chunk(b * r * len(heads), t, *kernel.shape)
+    taught = [] if teacher is None else [(teacher.hidden, split_vocabulary(teacher.kernel))]
+    chunk = chunk or head_chunk(b * r * len(heads + taught), t, *kernel.shape)
     steps = -(-t // chunk)
     pad = steps * chunk - t
 
@@ -259,6 +316,7 @@ def token_statistics(
     def score(_, inputs):
         targets, *states = inputs
         states = [spread_gradient(x, by_rows) for x in states]
+        states, of_teacher = states[: len(heads)], states[len(heads) :]
         logits, normaliser, chosen = [], [], []
         for x, (_, kernel) in zip(states, heads, strict=True):
             made = split_vocabulary(project(x, kernel, vocab_size, softcap))
@@ -282,13 +340,25 @@ def token_statistics(
         if "kl" in names:
             ours, theirs = (x - norm for x, norm in zip(logits, normaliser, strict=True))
             found["kl"] = jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1, keepdims=True)
+        if "entropy" in names:
+            ours = logits[0] - normaliser[0]
+            found["entropy"] = -jnp.sum(jnp.exp(ours) * ours, axis=-1, keepdims=True)
+        if teacher is not None:
+            _, kernel = taught[0]
+            theirs = project(of_teacher[0], kernel, teacher.vocab_size, teacher.softcap)
+            shared = min(theirs.shape[-1], logits[0].shape[-1])
+            ours, theirs = (
+                jax.nn.log_softmax(split_vocabulary(x[..., :shared]), axis=-1)
+                for x in (logits[0], theirs / temperature)
+            )
+            found["divergence"] = token_divergence(ours, theirs, teacher.divergence)[..., None]
         return None, {name: values[..., 0] for name, values in found.items()}
 
     def split(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, ((0, 0), (0, 0), (0, pad), *[(0, 0)] * (x.ndim - 3)))
         return jnp.moveaxis(x.reshape(b, r, steps, chunk, *x.shape[3:]), 2, 0)
 
-    inputs = (split(labels), *(split(x) for x, _ in heads))
+    inputs = (split(labels), *(split(x) for x, _ in heads + taught))
     _, found = jax.lax.scan(jax.checkpoint(score, prevent_cse=False), None, inputs)
     return {
         name: jnp.moveaxis(x, 0, 2).reshape(b, r, steps * chunk)[:, :, :t]

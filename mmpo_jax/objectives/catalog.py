@@ -3,6 +3,7 @@
 from mmpo_jax.objectives import (  # noqa: F401 (they register their functions)
     absolute,
     batch_rules,
+    distillation,
     image_aware,
     joint,
     on_policy,

@@ -14,11 +14,12 @@ from mmpo_jax.objectives.registry import (
     REFERENCES,
     SHARED,
     STATISTICS,
+    TEACHERS,
     VIEWS,
     Objective,
 )
 
-MEANINGS = {**FIELDS, **REFERENCES, **VIEWS, **HEADS}
+MEANINGS = {**FIELDS, **REFERENCES, **VIEWS, **HEADS, **TEACHERS}
 WIDTH = 100
 
 

@@ -27,9 +27,10 @@ CritiqueLayout = Literal["turns", "one_turn"]
 """Where a response stands that a critique is of: `turns`, before the question for the critique, as
 the assistant's answer; `one_turn`, within that question."""
 
-OtherImageKind = Literal["crop", "rotate", "black", "blank", "noise", "data"]
+OtherImageKind = Literal["crop", "rotate", "black", "blank", "noise", "masked", "data"]
 DiffusionStep = Annotated[int, Field(ge=0, lt=1000)]
 Share = Annotated[float, Field(ge=0, le=1)]
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
 Smoothing = Annotated[float, Field(ge=0, lt=0.5)]
 PositiveSmoothing = Annotated[float, Field(gt=0, lt=0.5)]
 Count = Annotated[int, Field(gt=0, strict=True)]
@@ -64,7 +65,8 @@ SHARED = {
     "ld_alpha": "LD-DPO (arXiv 2409.06411), 0 to 1: the weight of tokens beyond the shorter length",
     "wpo": "WPO (arXiv 2406.11827): whether pairs are weighed by how likely the policy says them",
     "divergence": "reverse_kl, forward_kl, js or alpha (arXiv 2309.16240); see divergence_alpha",
-    "image": "the other image: crop, rotate, black, blank, noise (of noise_step of 1000), data",
+    "image": "the other image: crop, rotate, black, blank, noise (of noise_step of 1000), masked "
+    "(of a mask_share of its patches), data",
     "joint": "whether prompts count too, where the two sides have prompts of their own",
 }
 """Options that many objectives have."""
@@ -74,6 +76,8 @@ STATISTICS = {
     "logit": "the logit of the token",
     "kl": "KL(reference || policy) at the token, over the vocabulary",
     "own": "the log-prob of the token that is most probable after the other image",
+    "entropy": "the entropy of the distribution at the token",
+    "divergence": "how far the distribution at the token is from the teacher's, see `Divergence`",
 }
 """What the policy says of every token beside its log-prob."""
 
@@ -94,6 +98,23 @@ HEADS = {
     "reward_head": "a model with a head that gives a response a reward (`reward_head`)",
 }
 """What models may have beside their language-model head."""
+
+TEACHERS = {
+    "teacher": "a teacher (`training.teacher`), whose distributions are learned",
+}
+"""Other models that run in the step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Divergence:
+    """How far a policy is from its teacher, see `distillation.token_divergence`."""
+
+    beta: float
+    """0 is the forward KL divergence, 1 the reverse one, between them the generalized
+    Jensen-Shannon divergence."""
+    top_k: int | None = None
+    """So many of the teacher's most probable tokens count by themselves, and all others as one;
+    None for all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,12 +140,16 @@ class Rows:
     more after the other image."""
     noise_step: int = 0
     """Step of diffusion, of the kind `noise`."""
+    mask_share: float = 0.0
+    """Share of the patches that are hidden, of the kind `masked`."""
     joint: bool = False
     """Whether prompts are learned with the responses."""
     mismatched: bool = False
     """Whether responses of another record are read after this one's prompt."""
     scored: Scored | None = None
     """How a reward head reads responses; None where none does."""
+    divergence: Divergence | None = None
+    """How far a teacher is measured; None where no teacher is read."""
 
     @property
     def views(self) -> frozenset[str]:
@@ -133,8 +158,13 @@ class Rows:
         return frozenset(name for name, is_asked in asked.items() if is_asked)
 
 
-def _own_rows(options: Mapping[str, Any]) -> Rows:
+def own_rows(options: Mapping[str, Any]) -> Rows:
+    """What an objective reads that looks at a record's own responses alone."""
     return Rows()
+
+
+def check_nothing(options: Mapping[str, Any]) -> None:
+    """The check of an objective whose options fit together whatever they are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,15 +173,25 @@ class RowOptions:
 
     options: Mapping[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
     """name -> (type, default)."""
-    rows: Callable[[Mapping[str, Any]], Rows] = _own_rows
+    rows: Callable[[Mapping[str, Any]], Rows] = own_rows
     """See `Objective.rows`."""
 
 
 def other_image(default: OtherImageKind) -> RowOptions:
-    """Options `image` and `noise_step` of an objective that compares with another image."""
+    """Options `image`, `noise_step` and `mask_share` of an objective that compares with another
+    image."""
+
+    def rows(options: Mapping[str, Any]) -> Rows:
+        share = options["mask_share"] if options["image"] == "masked" else 0.0
+        return Rows(options["image"], options["noise_step"], share)
+
     return RowOptions(
-        {"image": (OtherImageKind, default), "noise_step": (DiffusionStep, 500)},
-        lambda options: Rows(other_image=options["image"], noise_step=options["noise_step"]),
+        {
+            "image": (OtherImageKind, default),
+            "noise_step": (DiffusionStep, 500),
+            "mask_share": (PositiveShare, 0.6),
+        },
+        rows,
     )
 
 
@@ -171,7 +211,7 @@ class Objective:
     apply: Callable[[Responses, Float[Array, " N"], State, Mapping[str, Any]], tuple[Sums, State]]
     """(responses [N, S], weights float32[N], state, options) -> (sums, state)."""
     needs: frozenset[str]
-    """Names in `FIELDS`, `STATISTICS`, `REFERENCES` and `HEADS`."""
+    """Names in `FIELDS`, `STATISTICS`, `REFERENCES`, `HEADS` and `TEACHERS`."""
     coupled: bool = False
     """Whether the loss of a row depends on the others of the batch."""
     state: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -181,10 +221,14 @@ class Objective:
     option_needs: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """Option -> what is needed besides where it is used: given, if it is None by default, and
     neither 0 nor False otherwise."""
-    rows: Callable[[Mapping[str, Any]], Rows] = _own_rows
+    rows: Callable[[Mapping[str, Any]], Rows] = own_rows
     """All options -> what is read beside a record's own responses."""
+    coupled_by: frozenset[str] = frozenset()
+    """Options that make the loss of a row depend on the others, where they are used."""
     token_limit: str | None = None
     """Option that is the rollout's limit of tokens where it is not given."""
+    check: Callable[[Mapping[str, Any]], None] = check_nothing
+    """Raises ValueError for options that do not fit together."""
 
     @property
     def options(self) -> dict[str, tuple[Any, Any]]:
@@ -215,7 +259,7 @@ def register(objective: Objective) -> None:
     Raises:
       ValueError: the name is taken, or it needs something that nothing gives.
     """
-    known = {*FIELDS, *STATISTICS, *REFERENCES, *HEADS}
+    known = {*FIELDS, *STATISTICS, *REFERENCES, *HEADS, *TEACHERS}
     unknown = {*objective.needs, *itertools.chain(*objective.option_needs.values())} - known
     if objective.name in OBJECTIVES or unknown:
         raise ValueError(f"objective {objective.name}: taken, or needs {unknown}")

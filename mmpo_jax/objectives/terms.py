@@ -38,14 +38,23 @@ class Term:
         """The objective's needs, what its options need besides, and the views of its rows."""
         needs = {*self.objective.needs, *self.rows.views}
         for option, more in self.objective.option_needs.items():
-            value, default = self.options[option], self.objective.options[option][1]
-            if value is not None if default is None else value:
+            if self.uses(option):
                 needs.update(more)
         if "scores" in needs and "dimensions" in self.options:
             # Not in `option_needs`, as its values are the names of what is needed.
             needs.remove("scores")
             needs |= {f"scores/{name}" for name in self.options["dimensions"]}
         return frozenset(needs)
+
+    @property
+    def coupled(self) -> bool:
+        """Whether the loss of a row depends on the others of the batch."""
+        return self.objective.coupled or any(map(self.uses, self.objective.coupled_by))
+
+    def uses(self, option: str) -> bool:
+        """Whether an option is given, if it is None by default, and not 0 or False otherwise."""
+        value, default = self.options[option], self.objective.options[option][1]
+        return value is not None if default is None else bool(value)
 
 
 def make_term(name: str, weight: float = 1.0, **options: Any) -> Term:
@@ -76,22 +85,25 @@ def reads_log_probs(terms: Sequence[Term]) -> bool:
 
 
 def rows_read(terms: Sequence[Term]) -> Rows:
-    """What all of the terms read; another image is one for all of them, and so are critiques."""
+    """What all of the terms read; another image is one for all of them, and so are critiques and a
+    teacher's divergence."""
     rows = [term.rows for term in terms]
     changing = next((each for each in rows if each.other_image is not None), Rows())
     scored = [each.scored for each in rows if each.scored is not None]
     critiques = [each for each in scored if each.critique_prompt is not None]
+    divergences = [each.divergence for each in rows if each.divergence is not None]
     return dataclasses.replace(
         changing,
         joint=any(each.joint for each in rows),
         mismatched=any(each.mismatched for each in rows),
         scored=next(iter([*critiques, *scored]), None),
+        divergence=next(iter(divergences), None),
     )
 
 
 def coupled(terms: Sequence[Term]) -> bool:
     """Whether the loss of a row depends on the others of the batch."""
-    return any(term.objective.coupled for term in terms)
+    return any(term.coupled for term in terms)
 
 
 def first_state(terms: Sequence[Term]) -> State:

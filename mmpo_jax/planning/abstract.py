@@ -25,8 +25,8 @@ from mmpo_jax.models.model import Model
 from mmpo_jax.objectives.registry import is_field
 from mmpo_jax.objectives.terms import Term, needs, rows_read
 from mmpo_jax.parallel.mesh import batch_spec, placed_shapes
-from mmpo_jax.recipes.training import NoReference, Training
-from mmpo_jax.training.losses import Loss, needs_reference
+from mmpo_jax.recipes.training import Reference, Training
+from mmpo_jax.training.losses import Loss
 from mmpo_jax.training.offload import is_on_host
 from mmpo_jax.training.rounding import widened
 from mmpo_jax.training.sharding import optimizer_shardings
@@ -174,7 +174,7 @@ def train_state(
     optimizer: Any,
     mesh: Mesh,
     dtype: Any,
-    terms: Sequence[Term],
+    reference: Reference,
 ) -> TrainState:
     """The state as `training.step.create_state` makes it.
 
@@ -185,7 +185,7 @@ def train_state(
       optimizer: optax transformation.
       mesh: the devices.
       dtype: of what training starts from, which frozen parameters keep.
-      terms: the objectives.
+      reference: what the policy is compared with.
     """
     start = shapes_of(model)
     if config.lora is not None:
@@ -212,14 +212,13 @@ def train_state(
         jax.eval_shape(lambda params: optimizer.init(widened(params)), trained),
         optimizer_shardings(optimizer, trained, mesh),
     )
-    kind = config.reference if needs_reference(terms) else NoReference()
     running = {"online": jnp.dtype(config.compute_dtype), "ema": jnp.dtype(jnp.float32)}
-    reference = {}
-    if kind.type in running:
-        reference = {
+    followed = {}
+    if reference.type in running:
+        followed = {
             path: jax.ShapeDtypeStruct(
                 leaf.shape,
-                leaf.dtype if is_exact(path) else running[kind.type],
+                leaf.dtype if is_exact(path) else running[reference.type],
                 sharding=leaf.sharding,
             )
             for path, leaf in trained.items()
@@ -227,7 +226,7 @@ def train_state(
     keeps = {name: replicated((), jnp.float32, mesh) for name in loss.state}
     step = replicated((), jnp.int32, mesh)
     halted = replicated((), jnp.bool_, mesh)
-    parts: Any = step, trained, frozen, moments, reference, keeps, halted  # shapes, no arrays
+    parts: Any = step, trained, frozen, moments, followed, keeps, halted  # shapes, no arrays
     return TrainState(*parts)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.data.pipeline import MixtureEntry
 from mmpo_jax.generation.responses import PROMPTS_PER_PART
 from mmpo_jax.planning.judging import in_inference, judge_stages
@@ -60,6 +61,8 @@ def plan_stages(recipe: Base, mesh: Mesh, assumed: Assumed) -> Plan:
 
 
 def _train(stages: Stages, recipe: TrainRecipe) -> None:
+    if recipe.training.teacher is not None:
+        raise MmpoError("training.teacher: a plan does not count a teacher; plan without one")
     opened = stages.open(recipe.model, recipe.template)
     opened = opened.with_config(
         trained_config(recipe.training, recipe.reward_head, opened.model.config)
@@ -73,24 +76,24 @@ def _train(stages: Stages, recipe: TrainRecipe) -> None:
     config, rollout = recipe.training, recipe.rollout
     if rollout is not None:
         config = with_token_limit(config, rollout)
-    updates = rollout.updates_per_rollout if rollout else 1
     known = len(parts) == len(rows)
-    steps = total_steps(config, parts, updates) if known else config.max_steps
+    steps = total_steps(config, parts, rollout) if known else config.max_steps
     records = sum(part.size for part in parts) if known else None
     responses = stages.assumed.responses
     if rollout is not None:
         responses = rollout.num_samples
         sizes = stages.sizes(opened, recipe.lengths, responses)
-        draws = None if steps is None else steps / updates
+        draws = None if steps is None else steps / rollout.steps
+        prompts = config.batch_size * rollout.minibatches
         sampled = Sampled(
-            config.batch_size,
+            prompts,
             config.batch_size,
             Decoding(**rollout.model_dump(include=set(Decoding.model_fields))),
         )
         policy = opened.with_dtype(config.compute_dtype)
-        stages.sample("rollouts", policy, sizes, sampled, config.batch_size, draws)
+        stages.sample("rollouts", policy, sizes, sampled, prompts, draws)
         for asked in rollout.reward_models:
-            rewarded = None if draws is None else draws * config.batch_size
+            rewarded = None if draws is None else draws * prompts
             reward_stages(
                 stages,
                 "rewards",

@@ -11,13 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mmpo_jax.data.contexts import MAIN, OTHER_IMAGE
 from mmpo_jax.feedback.labeler import answer_probabilities
 from mmpo_jax.generation.decoding import decode
 from mmpo_jax.generation.places import empty_pool, empty_rows, prefill
 from mmpo_jax.generation.refill import Layout, choose_layout, pool_sizes
 from mmpo_jax.models.attention import PLATFORM_BACKENDS
-from mmpo_jax.objectives.terms import needs, rows_read
+from mmpo_jax.objectives.terms import needs
 from mmpo_jax.parallel.mesh import batch_shards, batch_spec
 from mmpo_jax.planning import abstract
 from mmpo_jax.planning.abstract import Sizes, local_bytes
@@ -30,11 +29,12 @@ from mmpo_jax.planning.counts import (
     train_work,
 )
 from mmpo_jax.planning.opened import Opened
+from mmpo_jax.recipes.rollout import Rollout
 from mmpo_jax.recipes.sampling import Decoding
-from mmpo_jax.recipes.training import MovingReference, Rollout, Training
+from mmpo_jax.recipes.training import MovingReference, Training
 from mmpo_jax.reward_models.rewards import reward_batch
 from mmpo_jax.scoring.log_probs import score_batch
-from mmpo_jax.training.losses import make_loss, needs_reference, recipe_terms
+from mmpo_jax.training.losses import compared_with, contexts_of, make_loss, recipe_terms
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
 from mmpo_jax.training.plan import micro_batch_size
 from mmpo_jax.training.step import make_step
@@ -161,13 +161,13 @@ def training(
     loss = make_loss(opened.model, terms, contexts, config.remat, temperature, balance)
     schedule = make_schedule(config.schedule, config.optimizer.learning_rate, 1000)
     optimizer = make_optimizer(config.optimizer, schedule, opened.model.config.decoder.vocab_size)
-    state = abstract.train_state(opened.model, config, loss, optimizer, mesh, opened.dtype, terms)
+    kind = compared_with(config, rollout)
+    state = abstract.train_state(opened.model, config, loss, optimizer, mesh, opened.dtype, kind)
     dtype = jnp.dtype(config.compute_dtype)
-    kind = config.reference if needs_reference(terms) else None
     known = None
-    if kind is not None and kind.type in ("cached", "given"):
+    if kind.type in ("cached", "given"):
         known = "log_probs" if "reference_tokens" in needs(terms) else "sums"
-    fields = ("old_log_probs",) if rollout is not None and rollout.updates_per_rollout > 1 else ()
+    fields = ("old_log_probs",) if rollout is not None and rollout.steps > 1 else ()
     sizes = dataclasses.replace(sizes, rows=micro)
     batch = abstract.train_batch(
         opened.model,
@@ -221,7 +221,8 @@ def validation(opened: Opened, mesh: Mesh, config: Training, sizes: Sizes) -> Pr
     loss = make_loss(opened.model, terms, contexts)
     schedule = make_schedule(config.schedule, config.optimizer.learning_rate, 1000)
     optimizer = make_optimizer(config.optimizer, schedule, opened.model.config.decoder.vocab_size)
-    state = abstract.train_state(opened.model, config, loss, optimizer, mesh, opened.dtype, terms)
+    kind = compared_with(config)
+    state = abstract.train_state(opened.model, config, loss, optimizer, mesh, opened.dtype, kind)
     sizes = dataclasses.replace(sizes, rows=micro_batch_size(config, mesh))
     batch = abstract.train_batch(opened.model, sizes, mesh, terms, contexts, micro_batches=None)
     forward: Any = make_forward(loss, jnp.dtype(config.compute_dtype))
@@ -243,12 +244,6 @@ def validation(opened: Opened, mesh: Mesh, config: Training, sizes: Sizes) -> Pr
         held,
         {"rows": sizes.rows, "tokens": in_rows.tokens},
     )
-
-
-def contexts_of(config: Training) -> tuple[str, ...]:
-    """The contexts of every record that the objectives read."""
-    rows = rows_read(recipe_terms(config))
-    return (MAIN,) if rows.other_image is None else (MAIN, OTHER_IMAGE)
 
 
 @dataclasses.dataclass(frozen=True)

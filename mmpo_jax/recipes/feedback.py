@@ -13,6 +13,7 @@ from mmpo_jax.chat.server import ChatServer
 from mmpo_jax.core.sections import PositiveInt, Section
 from mmpo_jax.recipes.rewards import SECTIONS, RewardSection
 from mmpo_jax.recipes.scoring import ImplicitReward, RewardModelAsked
+from mmpo_jax.rewards import REWARDS
 
 Template = Literal["auto", "vicuna_v1"]
 
@@ -253,6 +254,11 @@ class ScoresFeedback(Section):
 
 def _of_claims(given: Any) -> Any:
     """The section with RLAIF-V's judge where it names none."""
+    name = given.get("type") if isinstance(given, dict) else None
+    if name in REWARDS and REWARDS[name].reads == "tokens":
+        raise ValueError(
+            f"{name} reads the tokens of a rollout, which responses of rounds have not"
+        )
     return {"type": "claims", **given} if isinstance(given, dict) else given
 
 
@@ -278,7 +284,7 @@ else:
             RewardModelFeedback,
             SourceFeedback,
             ScoresFeedback,
-            *SECTIONS.values(),
+            *(section for name, section in SECTIONS.items() if REWARDS[name].reads != "tokens"),
         ),
     )
     Feedback = Annotated[_ANY, Field(discriminator="type"), pydantic.BeforeValidator(_of_claims)]

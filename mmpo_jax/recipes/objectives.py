@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Self
 
+import pydantic
 from pydantic import Field
 
 from mmpo_jax.core.sections import Section, any_of, section_of
@@ -17,6 +18,11 @@ class ObjectiveSection(Section):
     type: str
     weight: float = Field(1.0, gt=0)
     """How much it counts beside the others of the list."""
+
+    @pydantic.model_validator(mode="after")
+    def _fits(self) -> Self:
+        OBJECTIVES[self.type].check(self.term().options)
+        return self
 
     def term(self) -> Term:
         """What `training.losses` makes a loss of."""

@@ -36,11 +36,12 @@ from mmpo_jax.recipes.feedback import (
     SourceFeedback,
 )
 from mmpo_jax.recipes.hub import Hub
+from mmpo_jax.recipes.rollout import Rollout
 from mmpo_jax.recipes.sampling import Candidates, LongSampling, Sampling
 from mmpo_jax.recipes.scoring import ImplicitReward, Rewarding, RewardModelAsked, Scoring
 from mmpo_jax.recipes.sentences import Sentences
 from mmpo_jax.recipes.serving import Serving
-from mmpo_jax.recipes.training import Rollout, Training
+from mmpo_jax.recipes.training import RUNNING, Training
 
 
 class Devices(Section):
@@ -185,7 +186,7 @@ class TrainRecipe(Base):
         if kinds != {self.rollout is not None}:
             raise ValueError(
                 "rollout says how responses are sampled: a recipe has it if its objectives are of "
-                "sampled responses (grpo), and only then"
+                "sampled responses (grpo, distillation, ...), and only then"
             )
         if self.rollout is None:
             return self
@@ -194,9 +195,40 @@ class TrainRecipe(Base):
                 f"rollout.max_new_tokens {self.rollout.max_new_tokens} is more than training keeps "
                 "of a response; give lengths.response a size of as many"
             )
-        if self.training.save_every % self.rollout.updates_per_rollout:
-            raise ValueError("training.save_every must be a multiple of updates_per_rollout")
+        if self.training.save_every % self.rollout.steps:
+            raise ValueError(
+                "training.save_every must be a multiple of the steps of a rollout, "
+                f"minibatches times num_iterations, {self.rollout.steps}"
+            )
+        self._check_rollout(self.rollout)
         return self
+
+    def _check_rollout(self, rollout: Rollout) -> None:
+        """Refuses objectives and rollouts that do not fit together."""
+        needs = {section.type: section.term().needs for section in self.training.objective}
+        rewarded = [name for name, need in needs.items() if "advantages" in need]
+        if rewarded and not rollout.rewards:
+            raise ValueError(f"rollout.rewards: {rewarded[0]} learns from rewards; give one")
+        if rewarded and rollout.on_policy < 1:
+            raise ValueError(
+                f"rollout.on_policy: {rewarded[0]} learns from rewarded samples; leave it at 1"
+            )
+        if rollout.reward_models and self.training.teacher is not None:
+            raise ValueError(
+                "rollout.rewards: a reward model reads the prompt that a teacher is shown; take "
+                "one of the two"
+            )
+        if rollout.reward_kl and self.training.reference.type not in RUNNING:
+            raise ValueError(
+                "rollout.reward_kl: needs a reference that runs in the step (reference: online or "
+                "ema)"
+            )
+        for section in self.training.objective:
+            if section.term().rows.other_image == "data":
+                raise ValueError(
+                    f"training.objective: {section.type}: prompts have no other image of the data; "
+                    "take one that is made of the image"
+                )
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> TrainRecipe:

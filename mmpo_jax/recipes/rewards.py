@@ -22,14 +22,19 @@ class RewardSection(Section):
     def _options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in REWARDS[self.type].options}
 
-    def values(self, question: Question, texts: Sequence[str]) -> list[Value]:
+    def values(
+        self, question: Question, texts: Sequence[str], tokens: Sequence[Sequence[int]] = ()
+    ) -> list[Value]:
         """What every text is worth as an answer to a question, before the weight.
+
+        Args:
+          question, texts, tokens: see `Reward.values`.
 
         Raises:
           DataError: the solution is not what the reward compares with, or a function of the user's
             gives no values.
         """
-        return REWARDS[self.type].values(question, texts, **self._options())
+        return REWARDS[self.type].values(question, texts, tokens, **self._options())
 
     def check(self, solution: Any) -> None:
         """Whether a solution is what the reward compares with; a user's function is not asked.
@@ -37,7 +42,7 @@ class RewardSection(Section):
         Raises:
           DataError: it is not.
         """
-        if not REWARDS[self.type].of_texts:
+        if REWARDS[self.type].reads == "text":
             REWARDS[self.type].score("", solution, **self._options())
 
     @property

@@ -10,11 +10,10 @@ from pydantic import Field
 from mmpo_jax.core.dtypes import SaveDtype
 from mmpo_jax.core.sections import PositiveInt, Section
 from mmpo_jax.models.lora import Lora
-from mmpo_jax.objectives.on_policy import Aggregation, Scale
-from mmpo_jax.objectives.registry import REFERENCES, VIEWS
+from mmpo_jax.objectives.registry import REFERENCES, TEACHERS, VIEWS
 from mmpo_jax.recipes.objectives import SECTIONS, Objectives
 from mmpo_jax.recipes.optimizers import AdamW, Cosine, Optimizer, Schedule
-from mmpo_jax.recipes.rewards import RewardModelReward, Rewards, RewardSection
+from mmpo_jax.recipes.teacher import SelfTeacher, Teacher
 
 
 class CachedReference(Section):
@@ -62,6 +61,10 @@ Reference = Annotated[
 ]
 
 
+RUNNING = ("online", "ema")
+"""Types of references that run in the step."""
+
+
 class Profile(Section):
     """Steps that JAX's profiler traces, into `profile/` of the run's folder."""
 
@@ -91,6 +94,8 @@ class Training(Section):
     """One, or a list whose weighted losses are added up; `mmpo objectives` lists them."""
     reference: Reference = CachedReference()
     """What objectives compare the policy with."""
+    teacher: Teacher | None = None
+    """Whose distributions objectives of distillation learn."""
     optimizer: Optimizer = AdamW()
     schedule: Schedule = Cosine()
     """Of the learning rate, over all steps."""
@@ -135,6 +140,7 @@ class Training(Section):
             raise ValueError(f"batch_size {self.batch_size} is no multiple of {micro}")
         self._check_reference()
         self._check_contexts()
+        self._check_teacher()
         if self.lora is not None and self.param_dtype != "float32":
             raise ValueError("param_dtype: adapters are small, and trained in float32")
         if self.save_every % self.log_every:
@@ -152,9 +158,15 @@ class Training(Section):
                 f"objective: {mismatched[-1]} and {changing[-1]} need different rows; "
                 "train with one of them"
             )
-        images = {(each.other_image, each.noise_step) for _, each in rows if each.other_image}
+        images = {
+            (each.other_image, each.noise_step, each.mask_share)
+            for _, each in rows
+            if each.other_image
+        }
         if len(images) > 1:
-            raise ValueError("objective: give all of the list the same image and noise_step")
+            raise ValueError(
+                "objective: give all of the list the same image, noise_step and mask_share"
+            )
         if joint and len(joint) < len(rows):
             raise ValueError(f"objective: {joint[0]} with joint reads rows otherwise")
         scored = [name for name, each in rows if each.scored is not None]
@@ -167,6 +179,29 @@ class Training(Section):
         critiques = {each.scored for _, each in rows if each.scored and each.scored.critique_prompt}
         if len(critiques) > 1:
             raise ValueError("objective: give all critiques of the list the same options")
+
+    def _check_teacher(self) -> None:
+        learning = [s.type for s in self.objective if s.term().needs & TEACHERS.keys()]
+        if learning and self.teacher is None:
+            raise ValueError(f"teacher: {learning[0]} learns from one; give model or self")
+        if self.teacher is not None and not learning:
+            raise ValueError("teacher: no objective learns from it")
+        own = isinstance(self.teacher, SelfTeacher)
+        if own and self.reference.type not in RUNNING:
+            raise ValueError(
+                "teacher: a teacher of type self is the reference; take `reference: {type: online}`"
+                " or ema"
+            )
+        divergences = {section.term().rows.divergence for section in self.objective} - {None}
+        if len(divergences) > 1:
+            raise ValueError(
+                f"objective: give all {learning[0]} of the list the same beta and top_k"
+            )
+        changing = [s.type for s in self.objective if s.term().rows.other_image is not None]
+        if learning and changing:
+            raise ValueError(
+                f"objective: {changing[0]} and {learning[0]} need different rows; train with one"
+            )
 
     def _check_reference(self) -> None:
         enough = {
@@ -208,52 +243,3 @@ class Training(Section):
                 "optimizer": {"offload"},
             },
         )
-
-
-class Rollout(Section):
-    """How an on-policy objective comes by its responses: sampled from the policy and rewarded.
-
-    Samples are of the whole distribution. The loss knows nothing of a cut, so `top_p` and `top_k`
-    would bias it: there are none here.
-    """
-
-    rewards: Rewards
-    """`weight` is how much one counts beside the others."""
-    num_samples: Annotated[int, Field(ge=2, strict=True)] = 8
-    """Responses to every prompt of a batch, which are compared with each other."""
-    temperature: float = Field(1.0, gt=0)
-    """Logits are divided by it in samples and in the loss, as in TRL."""
-    max_new_tokens: PositiveInt = 64
-    updates_per_rollout: PositiveInt = 1
-    """How many steps learn from the same responses."""
-    scale: Scale = "group"
-    """What a response's lead over the others is divided by: the standard deviation of its prompt's
-    rewards, of the batch's, or nothing."""
-    aggregation: Aggregation = "sum_then_normalize"
-    """How several rewards become one; `normalize_then_sum` is GDPO."""
-
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def _whole_distribution(cls, options: Any) -> Any:
-        cut = [name for name in ("top_p", "top_k") if isinstance(options, dict) and name in options]
-        if cut:
-            raise ValueError(f"{cut[0]}: the loss is that of samples of the whole distribution")
-        return options
-
-    @property
-    def rules(self) -> list[RewardSection]:
-        """The rewards that are functions of texts."""
-        return [section for section in self.rewards if isinstance(section, RewardSection)]
-
-    @property
-    def reward_models(self) -> list[RewardModelReward]:
-        """The rewards that are models."""
-        return [section for section in self.rewards if isinstance(section, RewardModelReward)]
-
-    @pydantic.field_validator("rewards")
-    @classmethod
-    def _distinct(cls, rewards: Rewards) -> Rewards:
-        types = [section.type for section in rewards]
-        if len(set(types)) < len(types):
-            raise ValueError("give each type once")
-        return rewards

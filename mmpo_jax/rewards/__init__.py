@@ -3,6 +3,7 @@
 from mmpo_jax.rewards import (  # noqa: F401 (they register theirs)
     answers,
     boxes,
+    lengths,
     pair_verdicts,
     user_function,
 )

@@ -3,8 +3,9 @@
 A reward is a function (text, solution, **options) -> float, most of them from 0 to 1. `text` is
 what the model said and may be anything: what cannot be read is worth 0 and raises nothing.
 `solution` is what the record says is right; one that a reward cannot use is a `DataError`. One that
-sees more is a function (question, texts, **options), see `reward_of_texts`. The docstring begins
-with what a text is worth and goes on with the source; `mmpo objectives` prints both.
+sees more is a function (question, texts, **options), see `reward_of_texts`, and one of sampled
+tokens a function (ids, **options), see `reward_of_tokens`. The docstring begins with what a text is
+worth and goes on with the source; `mmpo objectives` prints both.
 
 On-policy objectives learn from rewards (`rollout: rewards`), and rounds make pairs of them
 (`feedback`).
@@ -16,7 +17,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.sections import keyword_options
@@ -59,8 +60,9 @@ class Reward:
     function: Callable[..., Any]
     solution: str
     """What a record's solution has to be, in words."""
-    of_texts: bool = False
-    """Whether the function takes a question and all texts that answer it."""
+    reads: Literal["text", "texts", "tokens"] = "text"
+    """What the function takes: a text and a solution, a question and all texts that answer it, or
+    the ids that were sampled."""
 
     @property
     def options(self) -> dict[str, tuple[Any, Any]]:
@@ -87,14 +89,30 @@ class Reward:
         """
         return float(self.function(text[: MAX_LENGTH + 1], solution, **options))
 
-    def values(self, question: Question, texts: Sequence[str], **options: Any) -> list[Value]:
+    def values(
+        self,
+        question: Question,
+        texts: Sequence[str],
+        tokens: Sequence[Sequence[int]] = (),
+        **options: Any,
+    ) -> list[Value]:
         """What every text is worth as an answer to a question.
+
+        Args:
+          question: that they answer.
+          texts: what was said.
+          tokens: ids of every text as they were sampled, the end of the response included, for
+            rewards that read them.
+          **options: of the reward.
 
         Raises:
           DataError: the solution is not what the reward compares with, or a function of the user's
             gives something else than a value for each text.
         """
-        if not self.of_texts:
+        if self.reads == "tokens":
+            found = [self.function(ids, **options) for ids, _ in zip(tokens, texts, strict=True)]
+            return [Value(float(score)) for score in found]
+        if self.reads == "text":
             return [Value(self.score(text, question.solution, **options)) for text in texts]
         name = f"{options.get('function', self.name)}, prompt {question.id!r}"
         return _as_values(self.function(question, texts, **options), len(texts), name)
@@ -142,10 +160,18 @@ def reward_of_texts(solution: str) -> Callable[[Callable[..., Any]], Callable[..
     verdict, or a mapping with `score` and details, for every text; `solution` as in `Reward`."""
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
-        REWARDS[function.__name__] = Reward(function.__name__, function, solution, of_texts=True)
+        REWARDS[function.__name__] = Reward(function.__name__, function, solution, "texts")
         return function
 
     return add
+
+
+def reward_of_tokens(function: Callable[..., float]) -> Callable[..., float]:
+    """Registers a function (ids, **options) -> float of a response's ids as they were sampled, the
+    end of the response included; for rollouts, as other responses have none."""
+    solution = "anything, or none: it is not read"
+    REWARDS[function.__name__] = Reward(function.__name__, function, solution, "tokens")
+    return function
 
 
 def between(text: str, start: str, end: str) -> str | None:

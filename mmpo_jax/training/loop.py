@@ -38,9 +38,10 @@ from mmpo_jax.inference.plan import packed_over
 from mmpo_jax.models.lora import add_adapters
 from mmpo_jax.models.model import Params
 from mmpo_jax.parallel.mesh import batch_share, put_batch
-from mmpo_jax.recipes.training import MovingReference, NoReference, Rollout, Training
+from mmpo_jax.recipes.rollout import Rollout
+from mmpo_jax.recipes.training import MovingReference, Training
 from mmpo_jax.training.goodput import Goodput, first_start
-from mmpo_jax.training.losses import Loss, make_loss, needs_reference, recipe_terms
+from mmpo_jax.training.losses import Loss, compared_with, make_loss, recipe_terms
 from mmpo_jax.training.memory import log_memory
 from mmpo_jax.training.metrics import MetricsWriter, from_json
 from mmpo_jax.training.not_finite import Recorder
@@ -52,6 +53,7 @@ from mmpo_jax.training.profiling import Profiler
 from mmpo_jax.training.reports import Reports, StartedStep
 from mmpo_jax.training.step import Update, create_state, make_step, whole_params
 from mmpo_jax.training.stopping import StopSignal
+from mmpo_jax.training.teacher import LoadedTeacher
 from mmpo_jax.training.tracking import track_run
 from mmpo_jax.training.validation import Held, Measurements, Validator
 
@@ -138,24 +140,24 @@ def train(
     """
     check_training(config, start.model, mesh)
     rollout = data.rollout
-    steps = total_steps(config, data.mixture, rollout.updates_per_rollout if rollout else 1)
+    steps = total_steps(config, data.mixture, rollout)
+    teacher = LoadedTeacher.load(config, start, mesh)
     checkpoints = Checkpoints(run.folder, run.identity, config.keep_checkpoints)
-    source = make_batches(start, data, config, lengths, mesh, run.seed)
+    source = make_batches(start, data, config, lengths, mesh, run.seed, teacher)
     # Closed whatever happens: a checkpoint that is being written is finished first.
     with jax.set_mesh(mesh), _closing(checkpoints):
-        temperature = 1.0 if rollout is None else rollout.temperature
         loss = make_loss(
             start.model,
             recipe_terms(config),
             data.examples[0].names,
             config.remat,
-            temperature,
+            1.0 if rollout is None else rollout.temperature,
             config.router_aux_loss_coef,
+            None if teacher is None else teacher.model,
         )
         with progress.doing("placing parameters, reading the last checkpoint"):
-            state, update, position, window = _begin(
-                start, loss, config, mesh, steps, run.seed, checkpoints
-            )
+            begin = Beginning(start, loss, config, rollout, mesh, steps, run.seed, teacher)
+            state, update, position, window = _begin(begin, checkpoints)
         if position is not None:
             source.set_state(position)
         # Not before it is known to be this run's folder.
@@ -269,12 +271,13 @@ def make_batches(
     lengths: Lengths,
     mesh: Mesh,
     seed: int,
+    teacher: LoadedTeacher | None = None,
 ) -> Batches:
     """Batches of the examples, or of what is sampled after their prompts; see `train`."""
     micro = micro_batch_size(config, mesh)
     if data.rollout is not None:
         prompts = Prompts(rows_of(data.examples), data.mixture, seed)
-        return Rollouts(start, prompts, config, data.rollout, lengths, mesh, micro)
+        return Rollouts(start, prompts, config, data.rollout, lengths, mesh, micro, teacher)
     batches = training_batches(
         data.examples,
         start.processor,
@@ -324,19 +327,29 @@ def make_validator(
     return Validator(held.config, make, loss, config, mesh, rows, count)
 
 
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+    """What the first state and the step of a stage are made of."""
+
+    start: Checkpoint
+    loss: Loss
+    config: Training
+    rollout: Rollout | None
+    mesh: Mesh
+    steps: int
+    """Of the whole stage."""
+    seed: int
+    teacher: LoadedTeacher | None = None
+
+
 def _begin(
-    start: Checkpoint,
-    loss: Loss,
-    config: Training,
-    mesh: Mesh,
-    steps: int,
-    seed: int,
-    checkpoints: Checkpoints,
+    beginning: Beginning, checkpoints: Checkpoints
 ) -> tuple[TrainState, Update, dict[str, Any] | None, list[dict[str, Any]]]:
     """(the state to go on from, the compiled step, the data position if that is a checkpoint's, its
     window), with nothing on the devices beside the state.
     """
-    state, update = _prepare(start, loss, config, mesh, steps, seed)
+    start = beginning.start
+    state, update = _prepare(beginning)
     if checkpoints.latest() is None:
         start.release(state.params)  # what is frozen is the state's too
         return state, update, None, []
@@ -347,24 +360,28 @@ def _begin(
     return state, update, position, window
 
 
-def _prepare(
-    start: Checkpoint, loss: Loss, config: Training, mesh: Mesh, steps: int, seed: int
-) -> tuple[TrainState, Update]:
-    """(the state of step 0, the compiled step) of a stage of so many steps."""
-    model, params = start.model, start.params
+def _prepare(beginning: Beginning) -> tuple[TrainState, Update]:
+    """(the state of step 0, the compiled step)."""
+    config, loss, seed, teacher = (
+        beginning.config,
+        beginning.loss,
+        beginning.seed,
+        beginning.teacher,
+    )
+    model, params = beginning.start.model, beginning.start.params
     if config.lora is not None:
         params = add_adapters(params, model, config.lora, config.freeze, seed)
-    schedule = make_schedule(config.schedule, config.optimizer.learning_rate, steps)
+    schedule = make_schedule(config.schedule, config.optimizer.learning_rate, beginning.steps)
     optimizer = make_optimizer(config.optimizer, schedule, model.config.decoder.vocab_size)
     dtype = jnp.dtype(config.compute_dtype)
-    reference = config.reference if needs_reference(recipe_terms(config)) else NoReference()
+    reference = compared_with(config, beginning.rollout)
     running = {"online": dtype, "ema": jnp.float32}.get(reference.type)
     state = create_state(
         params,
         model,
         optimizer,
         config.freeze,
-        mesh,
+        beginning.mesh,
         param_dtype=jnp.dtype(config.param_dtype),
         reference_dtype=running,
         keeps=loss.state,
@@ -378,6 +395,7 @@ def _prepare(
         config.lora.dropout if config.lora else 0.0,
         seed,
         reference if isinstance(reference, MovingReference) else None,
+        None if teacher is None else teacher.params,
     )
     return state, update
 

@@ -15,7 +15,13 @@ from jaxtyping import Array, Float, Shaped
 from mmpo_jax.data.contexts import MAIN, OTHER_IMAGE
 from mmpo_jax.data.pipeline import TrainBatch
 from mmpo_jax.models.experts import load_balancing_loss
-from mmpo_jax.models.log_probs import LOADS, REWARDS, response_rewards, response_statistics
+from mmpo_jax.models.log_probs import (
+    LOADS,
+    REWARDS,
+    Teacher,
+    response_rewards,
+    response_statistics,
+)
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.objectives.registry import REFERENCES, STATISTICS, State
 from mmpo_jax.objectives.responses import Responses
@@ -29,9 +35,12 @@ from mmpo_jax.objectives.terms import (
     metrics_of,
     needs,
     reads_log_probs,
+    rows_read,
     weighted_loss,
 )
-from mmpo_jax.recipes.training import Training
+from mmpo_jax.recipes.rollout import Rollout
+from mmpo_jax.recipes.teacher import SelfTeacher
+from mmpo_jax.recipes.training import NoReference, Reference, Training
 
 AUX_LOSS = "aux_loss"
 """Name of the load-balancing loss among metrics, before its weight; TRL's."""
@@ -45,8 +54,9 @@ them."""
 class Loss:
     """What a train step differentiates, in two halves: the model, and what follows from it."""
 
-    forward: Callable[[Params, Params | None, Any], Any]
-    """(parameters, the reference's, batch) -> outputs, pytree of arrays with leading rows."""
+    forward: Callable[..., Any]
+    """(parameters, the reference's, batch, a teacher's = None) -> outputs, pytree of arrays with
+    leading rows."""
     sums: Callable[[Any, Any, State], tuple[list[Sums], State]]
     """(outputs, batch, state) -> (sums of every term, new state); see `terms.loss_sums`."""
     value: Callable[[Sequence[Sums]], Float[Array, ""]]
@@ -66,6 +76,7 @@ def make_loss(
     remat: str = "none",
     temperature: float = 1.0,
     balance: float = 0.0,
+    teacher: Model | None = None,
 ) -> Loss:
     """The loss of weighted terms under a model.
 
@@ -76,12 +87,31 @@ def make_loss(
       remat, temperature: see `response_log_probs`.
       balance: weight of a mixture's load-balancing loss, which is one of the whole batch; 0 for
         none.
+      teacher: architecture of a teacher that is another model; None where it is the reference.
     """
     statistics = needs(terms) & STATISTICS.keys()
     partners = other_images(contexts)
-    speaks = reads_log_probs(terms)
+    speaks, compares = reads_log_probs(terms), needs_reference(terms)
+    divergence = rows_read(terms).divergence
 
-    def forward(params: Params, reference: Params | None, batch: TrainBatch) -> Outputs:
+    def taught(
+        reference: Params | None, batch: TrainBatch, params: Params | None
+    ) -> Teacher | None:
+        if divergence is None:
+            return None
+        assert batch.teacher is not None
+        if teacher is not None:
+            assert params is not None
+            return Teacher(teacher, params, batch.teacher, divergence)
+        assert reference is not None
+        return Teacher(model, reference, batch.teacher, divergence)
+
+    def forward(
+        params: Params,
+        reference: Params | None,
+        batch: TrainBatch,
+        of_teacher: Params | None = None,
+    ) -> Outputs:
         if not speaks:  # no log-prob is read, and the model may have no head for them
             return {REWARDS: response_rewards(model, params, batch.prompts, remat=remat)}
         return response_statistics(
@@ -89,12 +119,13 @@ def make_loss(
             params,
             batch.prompts,
             statistics,
-            reference=reference,
+            reference=reference if compares else None,
             remat=remat,
             partners=partners,
             temperature=temperature,
             rewards="reward_head" in needs(terms),
             loads=balance > 0,
+            teacher=taught(reference, batch, of_teacher),
         )
 
     def sums(outputs: Outputs, batch: TrainBatch, state: State) -> tuple[list[Sums], State]:
@@ -184,3 +215,18 @@ def needs_reference(terms: Sequence[Term]) -> bool:
 def recipe_terms(config: Training) -> list[Term]:
     """The objectives of a recipe's training section."""
     return [section.term() for section in config.objective]
+
+
+def compared_with(config: Training, rollout: Rollout | None = None) -> Reference:
+    """The recipe's reference where anything reads one: objectives, a teacher that is it, or a
+    penalty in the rewards of a rollout."""
+    taught = isinstance(config.teacher, SelfTeacher)
+    penalised = rollout is not None and rollout.reward_kl > 0
+    read = needs_reference(recipe_terms(config)) or taught or penalised
+    return config.reference if read else NoReference()
+
+
+def contexts_of(config: Training) -> tuple[str, ...]:
+    """The contexts of every record that the objectives read."""
+    rows = rows_read(recipe_terms(config))
+    return (MAIN,) if rows.other_image is None else (MAIN, OTHER_IMAGE)

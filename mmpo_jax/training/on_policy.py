@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import grain
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
@@ -17,32 +15,24 @@ from jaxtyping import Float, Int
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.checkpoints.train_state import TrainState
 from mmpo_jax.core import progress
-from mmpo_jax.core.processes import on_one
+from mmpo_jax.core.trees import unflatten
 from mmpo_jax.data.lengths import Lengths
-from mmpo_jax.data.pipeline import (
-    Example,
-    Examples,
-    HostBatch,
-    MixtureEntry,
-    TrainBatch,
-    batch_maker,
-    batch_order,
-)
+from mmpo_jax.data.pipeline import Examples, HostBatch, MixtureEntry, batch_order, num_batches
 from mmpo_jax.data.records import Response, Turn
 from mmpo_jax.data.tokenization import TokenizedRecord, TokenizedResponse
 from mmpo_jax.data.tokenized_rows import known
 from mmpo_jax.generation.responses import read_response, sample_tokens
 from mmpo_jax.models.lora import cast_params
 from mmpo_jax.models.model import Params
-from mmpo_jax.objectives.on_policy import STD_FLOOR, advantages
-from mmpo_jax.parallel.mesh import batch_share, gathered, put_batch
-from mmpo_jax.recipes.rewards import RewardModelReward
+from mmpo_jax.recipes.rollout import Rollout
 from mmpo_jax.recipes.sampling import Decoding
-from mmpo_jax.recipes.training import Rollout, Training
-from mmpo_jax.rewards.registry import Question
-from mmpo_jax.scoring.log_probs import score_batch
-from mmpo_jax.training.model_rewards import LoadedRewardModel
+from mmpo_jax.recipes.training import Training
+from mmpo_jax.training.losses import contexts_of
+from mmpo_jax.training.rollout_batches import BatchSizes, RolloutBatches
+from mmpo_jax.training.rollout_rewards import Rewarding, reward_metrics
+from mmpo_jax.training.row_use import best
 from mmpo_jax.training.step import whole_params
+from mmpo_jax.training.teacher import LoadedTeacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +73,7 @@ class Rollouts:
         lengths: Lengths,
         mesh: Mesh,
         micro_batch_size: int,
+        teacher: LoadedTeacher | None = None,
     ):
         """
         Args:
@@ -93,22 +84,31 @@ class Rollouts:
           lengths: bucket sizes.
           mesh: the devices.
           micro_batch_size: prompts at a time in an update.
+          teacher: who is shown the samples too, if anybody.
         """
         self.start = dataclasses.replace(start, params={})
         self.records, self.seed = prompts.records, prompts.seed
         self.config, self.rollout, self.lengths, self.mesh = config, rollout, lengths, mesh
-        self.micro_batch_size = micro_batch_size
-        order = batch_order(prompts.entries, prompts.seed, config.epochs, config.batch_size)
+        self.count = config.batch_size * rollout.minibatches
+        """Prompts of a rollout."""
+        epochs = config.epochs
+        if rollout.dynamic_sampling is not None:  # which may need more than the epochs have
+            rows = sum(part.per_epoch for part in prompts.entries)
+            batches = num_batches(rows, epochs, self.count) * rollout.dynamic_sampling
+            epochs = -(-batches * self.count // rows)
+        order = batch_order(prompts.entries, prompts.seed, epochs, self.count)
         self.order = iter(order.to_iter_dataset(grain.ReadOptions(num_threads=0)))
-        self.reward_models = [
-            LoadedRewardModel.load(section, mesh, start.model.attention)
-            for section in rollout.reward_models
-        ]
-        self.batch: HostBatch | None = None
+        self.rewarding = Rewarding.load(rollout, mesh, start.model.attention, prompts.seed)
+        sizes = BatchSizes(config.batch_size, micro_batch_size, lengths)
+        self.batches = RolloutBatches(self.start, config, rollout, sizes, mesh, teacher, self.seed)
+        self.steps = rollout.minibatches * rollout.num_iterations
+        """Updates that learn from a rollout."""
+        self.drawn: list[HostBatch] = []
+        """The minibatches of the rollout in use; none before it is made."""
         self.before: dict[str, Any] = self.order.get_state()
-        """Where the order stood before the rollout in use."""
+        """Where the order stood before it."""
         self.uses = 0
-        """Updates that were given it."""
+        """Updates that were given a batch of it."""
         self.seconds = 0.0
         """Time that rollouts took, from the end of the step before them."""
 
@@ -121,12 +121,12 @@ class Rollouts:
 
     def set_state(self, state: dict[str, Any]) -> None:
         self.order.set_state(state["order"])
-        self.batch, self.uses = None, state["uses"]
+        self.drawn, self.uses = [], state["uses"]
 
     def can_resume(self) -> bool:
         """Whether the position lies between rollouts. Whoever goes on from one within has the same
         prompts sampled again, by what the policy is by then."""
-        return self.uses in (0, self.rollout.updates_per_rollout)
+        return self.uses in (0, self.steps)
 
     def draw_again(self, position: dict[str, Any], state: TrainState) -> HostBatch | None:
         """What was drawn at a position, with the parameters of then; None within a rollout, as what
@@ -137,52 +137,123 @@ class Rollouts:
         return self.draw(state)
 
     def draw(self, state: TrainState) -> HostBatch:
-        """The batch of the next step: of a new rollout, or the last one's again."""
-        if self.uses == self.rollout.updates_per_rollout:
-            self.batch, self.uses = None, 0
-        if self.batch is None:
+        """The batch of the next step: of a new rollout, or another of the last one's, which comes
+        again after all of them."""
+        if self.uses == self.steps:
+            self.drawn, self.uses = [], 0
+        if not self.drawn:
             self.before = self.order.get_state()
-            self.batch = self._roll_out(state)
+            self.drawn = self._roll_out(state)
         self.uses += 1
-        return self.batch
+        return self.drawn[(self.uses - 1) % self.rollout.minibatches]
 
-    def _roll_out(self, state: TrainState) -> HostBatch:
+    def _roll_out(self, state: TrainState) -> list[HostBatch]:
         step = int(state.step)  # which waits for the step that runs
         begun = time.perf_counter()
-        chosen = [self.records[int(index)] for index in next(self.order)]
         params = cast_params(whole_params(state), self.config.compute_dtype)
-        sampled = self._sample(params, chosen, step)
-        rewards = np.stack([each.rewards for each in sampled])
-        weights = [section.weight for section in self.rollout.rewards]
-        better = advantages(
-            jnp.asarray(rewards),
-            weights,
-            scale=self.rollout.scale,
-            aggregation=self.rollout.aggregation,
-        )
-        examples = [
-            Example((each.record,), {"advantages": row})
-            for each, row in zip(sampled, np.asarray(better), strict=True)
-        ]
-        make = batch_maker(
-            examples,
-            self.start.processor,
-            self.lengths,
-            self.config.batch_size,
-            self.micro_batch_size,
-            share=batch_share(self.mesh),
-        )
-        host = make(list(range(len(examples))))
-        arrays = host.arrays
-        if self.rollout.updates_per_rollout > 1:
-            fields = {**arrays.fields, "old_log_probs": self._old_log_probs(params, arrays)}
-            arrays = dataclasses.replace(arrays, fields=fields)
+        given = self._is_given(step)
+        if given:
+            kept = [Sampled(best(record), np.zeros((0, 0))) for record in self._next()]
+            metrics: dict[str, float] = {}
+        else:
+            kept, metrics = self._sampled(params, step)
+        parts = self._parts(kept)
+        drawn = [self.batches.make([each.record for each in part], step) for part in parts]
+        if self.rollout.mask_truncated:
+            cut = [np.array([_cut(each.record) for each in part]) for part in parts]
+            drawn = self._with_field(drawn, "truncated", cut)
+        if self.rollout.rewards and not given:
+            drawn = self._with_advantages(drawn, parts, params, state)
         self.seconds += time.perf_counter() - begun
-        metrics = {**host.metrics, **self._metrics(sampled, rewards)}
-        return dataclasses.replace(host, arrays=arrays, metrics=metrics)
+        return [dataclasses.replace(host, metrics={**host.metrics, **metrics}) for host in drawn]
+
+    def _is_given(self, step: int) -> bool:
+        """Whether this rollout has the responses of the data."""
+        share = self.rollout.on_policy
+        return share < 1 and np.random.default_rng([self.seed, step]).random() >= share
+
+    def _next(self) -> list[TokenizedRecord]:
+        return [self.records[int(index)] for index in next(self.order)]
+
+    def _sampled(self, params: Params, step: int) -> tuple[list[Sampled], dict[str, float]]:
+        """(the prompts to learn from, what is to be reported of all that were sampled)."""
+        draws = self.rollout.dynamic_sampling or 1
+        sampled: list[Sampled] = []
+        kept: list[Sampled] = []
+        for draw in range(draws):
+            # A number of its own for every draw, as samples depend on it.
+            of_draw = self._sample(params, self._next(), step * draws + draw)
+            sampled += of_draw
+            kept += self._teaching(of_draw)
+            if len(kept) >= self.count:
+                break
+        # Of those that teach nothing some are taken where there are not enough for a batch each.
+        least = self.rollout.minibatches
+        if len(kept) < least:
+            kept += [each for each in sampled if all(each is not one for one in kept)]
+            kept = kept[:least]
+        finished = [r.source.finished for each in sampled for r in each.record.responses]
+        rewards = np.stack([each.rewards for each in sampled])
+        metrics = {
+            **reward_metrics(rewards, self.rewarding.weights),
+            "completions/clipped_ratio": float(1 - np.mean(finished)),
+        }
+        return kept[: self.count], metrics
+
+    def _teaching(self, sampled: Sequence[Sampled]) -> list[Sampled]:
+        """Those whose samples are not all worth the same, where others are to be left out."""
+        if self.rollout.dynamic_sampling is None:
+            return list(sampled)
+        differ = self.rewarding.differing(np.stack([each.rewards for each in sampled]))
+        return [each for each, teaches in zip(sampled, differ, strict=True) if teaches]
+
+    def _parts(self, sampled: Sequence[Sampled]) -> list[list[Sampled]]:
+        """The prompts of every minibatch; evenly many where they do not fill all. The last prompts
+        of the data may be fewer than there are minibatches, and then come in several."""
+        least = self.rollout.minibatches
+        some = [sampled[number % len(sampled)] for number in range(max(len(sampled), least))]
+        places = np.array_split(np.arange(len(some)), least)
+        return [[some[int(place)] for place in part] for part in places]
+
+    def _with_advantages(
+        self,
+        drawn: Sequence[HostBatch],
+        parts: Sequence[Sequence[Sampled]],
+        params: Params,
+        state: TrainState,
+    ) -> list[HostBatch]:
+        """The batches with what policy gradients weigh tokens by."""
+        rewards = np.stack([each.rewards for part in parts for each in part])
+        old = [self.batches.log_probs(params, host) for host in drawn] if self.needs_old else []
+        penalty = None
+        if self.rollout.reward_kl:
+            reference = cast_params(
+                unflatten({**state.reference, **state.frozen}), self.config.compute_dtype
+            )
+            apart = [
+                (ours - self.batches.log_probs(reference, host)).sum(axis=-1)[: len(part)]
+                for ours, host, part in zip(old, drawn, parts, strict=True)
+            ]
+            penalty = self.rollout.reward_kl * np.concatenate(apart)
+        better = self.rewarding.advantages(rewards, penalty)
+        ends = np.cumsum([len(part) for part in parts])[:-1]
+        drawn = self._with_field(drawn, "advantages", np.split(better, ends))
+        return self._with_field(drawn, "old_log_probs", old) if self.steps > 1 else drawn
+
+    def _with_field(
+        self, drawn: Sequence[HostBatch], name: str, values: Sequence[np.ndarray]
+    ) -> list[HostBatch]:
+        """The batches with a further field, of whose values each has its own."""
+        pairs = zip(drawn, values, strict=True)
+        return [self.batches.with_field(host, name, of_batch) for host, of_batch in pairs]
+
+    @property
+    def needs_old(self) -> bool:
+        """Whether the log-probs under what sampled are read."""
+        return self.steps > 1 or self.rollout.reward_kl > 0
 
     def _sample(
-        self, params: Params, records: Sequence[TokenizedRecord], step: int
+        self, params: Params, records: Sequence[TokenizedRecord], number: int
     ) -> list[Sampled]:
         """Samples and rewards them; of the ids that were sampled, not of their text."""
         options = self.rollout.model_dump(include=set(Decoding.model_fields))
@@ -195,10 +266,11 @@ class Rollouts:
                 self.mesh,
                 batch_size=self.config.batch_size,
                 seed=self.seed,
-                round_index=step,
+                round_index=number,
             )
         read = [self._read(*pair) for pair in zip(records, tokens, strict=True)]
-        return [Sampled(*pair) for pair in zip(read, self._rewards(read, step), strict=True)]
+        rewards = self.rewarding.rewards(read, number)
+        return [Sampled(*pair) for pair in zip(read, rewards, strict=True)]
 
     def _read(self, record: TokenizedRecord, samples: Int[np.ndarray, "S T"]) -> TokenizedRecord:
         """The record with the samples as its responses."""
@@ -211,105 +283,15 @@ class Rollouts:
             )
         return dataclasses.replace(record, responses=tuple(responses))
 
-    def _rewards(
-        self, records: Sequence[TokenizedRecord], step: int
-    ) -> list[Float[np.ndarray, "S K"]]:
-        """What the samples of every prompt are worth, before weights."""
-        # Which may ask the world outside, or be another every time.
-        rules = on_one(lambda: [self._by_rules(record) for record in records])
-        models = [model.rewards(records, self.seed, step) for model in self.reward_models]
-        order = [isinstance(section, RewardModelReward) for section in self.rollout.rewards]
-        found = []
-        for number, of_rules in enumerate(rules):
-            by_rule, by_model = iter(of_rules), iter([values[number] for values in models])
-            columns = [next(by_model if is_model else by_rule) for is_model in order]
-            found.append(without_gaps(np.array(columns, np.float32).T))
-        return found
 
-    def _by_rules(self, record: TokenizedRecord) -> list[list[float]]:
-        """What the samples of a prompt are worth by every reward that is a function of texts."""
-        texts = [response.source.text for response in record.responses]
-        shown = record.images, record.solution, record.videos
-        question = Question(record.id, record.question, *shown)
-        return [
-            [value.score for value in section.values(question, texts)]
-            for section in self.rollout.rules
-        ]
-
-    def _old_log_probs(self, params: Params, arrays: TrainBatch) -> Any:
-        """float32[M, B, S, T] of M micro-batches, under the policy that sampled; this process's
-        own rows."""
-        share, found = batch_share(self.mesh), []
-        for i in range(len(arrays.prompts.weights)):
-            prompts = jax.tree.map(lambda leaf, i=i: leaf[i], arrays.prompts)
-            with jax.set_mesh(self.mesh):
-                placed = put_batch(prompts, self.mesh)
-                log_probs = score_batch(
-                    self.start.model,
-                    params,
-                    placed,
-                    self.config.compute_dtype,
-                    per_token=True,
-                    temperature=self.rollout.temperature,
-                )
-                found.append(gathered(log_probs, self.mesh))
-        return np.stack([np.stack(share.of([*np.asarray(each)])) for each in found])
-
-    def _metrics(
-        self, sampled: Sequence[Sampled], rewards: Float[np.ndarray, "N S K"]
-    ) -> dict[str, float]:
-        """Means of rewards and lengths, under TRL's names."""
-        weights = {section.type: section.weight for section in self.rollout.rewards}
-        finished = [r.source.finished for each in sampled for r in each.record.responses]
-        return {
-            **reward_metrics(rewards, weights),
-            "completions/clipped_ratio": float(1 - np.mean(finished)),
-        }
+def _cut(record: TokenizedRecord) -> list[float]:
+    """1 for every sample that the length limit cut."""
+    return [float(not response.source.finished) for response in record.responses]
 
 
-def without_gaps(rewards: Float[np.ndarray, "S K"]) -> Float[np.ndarray, "S K"]:
-    """Rewards of a prompt's samples where no verdict (NaN) counts as the mean of the others', which
-    neither favours nor punishes; 0 where no sample has one."""
-    known = ~np.isnan(rewards)
-    total = np.where(known, rewards, 0).sum(axis=0)
-    mean = total / np.maximum(known.sum(axis=0), 1)
-    return np.where(known, rewards, mean).astype(np.float32)
-
-
-def reward_metrics(
-    rewards: Float[np.ndarray, "N S K"], weights: Mapping[str, float]
-) -> dict[str, float]:
-    """What is logged of a rollout's rewards, by TRL's names.
-
-    `reward` and `reward_std` are the mean and the standard deviation, with n - 1 below, of the
-    weighted sums of the rewards, over all samples to all prompts; `rewards/NAME/...` are those of
-    one reward, before its weight. `frac_reward_zero_std` is the share of prompts whose samples are
-    all worth the same, whatever the advantages are divided by.
-
-    Args:
-      rewards: float32[N, S, K], before weights.
-      weights: of the K rewards, by name.
-    """
-    total = rewards @ np.array(list(weights.values()), np.float32)
-    values = {
-        "reward": total.mean(),
-        "reward_std": _std(total),
-        "frac_reward_zero_std": np.mean(total.std(axis=1) < STD_FLOOR),
-    }
-    for place, name in enumerate(weights):
-        values[f"rewards/{name}/mean"] = rewards[..., place].mean()
-        values[f"rewards/{name}/std"] = _std(rewards[..., place])
-    return {name: float(value) for name, value in values.items()}
-
-
-def _std(values: np.ndarray) -> float:
-    """Standard deviation of all values, divided by n - 1; 0 of a single value."""
-    return float(values.std(ddof=1)) if values.size > 1 else 0.0
-
-
-def prompt_examples(records: Sequence[TokenizedRecord]) -> Examples:
+def prompt_examples(records: Sequence[TokenizedRecord], config: Training) -> Examples:
     """Examples without responses."""
-    return Examples(known(records))
+    return Examples(known(records), contexts_of(config))
 
 
 def with_token_limit(config: Training, rollout: Rollout) -> Training:

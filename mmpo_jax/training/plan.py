@@ -23,6 +23,7 @@ from mmpo_jax.objectives.terms import reads_log_probs, rows_read
 from mmpo_jax.parallel.choice import choose_sizes
 from mmpo_jax.parallel.mesh import batch_shards
 from mmpo_jax.recipes.recipe import Devices
+from mmpo_jax.recipes.rollout import Rollout
 from mmpo_jax.recipes.training import Training
 from mmpo_jax.training.losses import recipe_terms
 from mmpo_jax.training.step import trainable_paths
@@ -127,8 +128,15 @@ def _check_head(config: Training, model: Model) -> None:
             )
 
 
-def total_steps(config: Training, parts: Sequence[MixtureEntry], updates: int = 1) -> int:
-    """How many updates a run takes, so many with every batch.
+def total_steps(
+    config: Training, parts: Sequence[MixtureEntry], rollout: Rollout | None = None
+) -> int:
+    """How many updates a run takes.
+
+    Args:
+      config: the recipe's training section.
+      parts: the data sets that stand one after another.
+      rollout: how responses are sampled, if they are.
 
     Raises:
       TrainingError: there is nothing to train on.
@@ -136,7 +144,9 @@ def total_steps(config: Training, parts: Sequence[MixtureEntry], updates: int = 
     if not all(part.size for part in parts):
         raise TrainingError("no row is left to train on")
     rows = sum(part.per_epoch for part in parts)
-    steps = num_batches(rows, config.epochs, config.batch_size) * updates
+    minibatches, steps_each = (1, 1) if rollout is None else (rollout.minibatches, rollout.steps)
+    batches = num_batches(rows, config.epochs, config.batch_size * minibatches)
+    steps = batches * steps_each
     return min(steps, config.max_steps or steps)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pydantic
 
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import fingerprint_json
@@ -28,10 +29,13 @@ from mmpo_jax.data.tokenization import TokenizedRecord, tokenize
 from mmpo_jax.data.tokenized_rows import SOLUTION
 from mmpo_jax.objectives.registry import Scored, is_field
 from mmpo_jax.objectives.terms import Term, needs, rows_read
-from mmpo_jax.recipes.training import Reference, Rollout
+from mmpo_jax.recipes.rollout import Rollout
+from mmpo_jax.recipes.teacher import Teacher
+from mmpo_jax.recipes.training import Reference, Training
 from mmpo_jax.rewards.registry import REWARDS
 from mmpo_jax.training.fields import lacks, maker_of, score_names
-from mmpo_jax.training.losses import needs_reference
+from mmpo_jax.training.losses import contexts_of, needs_reference
+from mmpo_jax.training.teacher import with_teacher
 
 FIELDS_COLUMN, SCORE_COLUMN, GIVEN_COLUMN = "fields", "score_name", "given"
 """Columns: SHA-256 of what objectives read of the responses, what their score is called, and the
@@ -80,7 +84,7 @@ class LearnedUse:
         best_only = supervised and {"turn"} >= set(filter(is_field, needs(terms)))
         if rows.other_image is not None:
             kind = None if rows.other_image == "data" else rows.other_image
-            other = OtherImage(kind, rows.noise_step, seed)
+            other = OtherImage(kind, rows.noise_step, seed, rows.mask_share)
         comparing = ("pairs", "rankings", "rewards")
         compared = [term for term in terms if term.objective.kind in comparing]
         return cls(
@@ -167,17 +171,33 @@ class PromptUse:
 
     rollout: str
     """The recipe's section, as JSON."""
+    teacher: str | None = None
+    """That of its teacher, as JSON; None without one."""
+    changes: bool = False
+    """Whether objectives compare with a changed image."""
     modules: tuple[str, ...] = ()
     messages_as: MessagesAs = "last_turn"
     supervised: bool = False
     columns: tuple[str, ...] = (SOLUTION,)
 
     @classmethod
-    def of(cls, rollout: Rollout) -> PromptUse:
-        """The use of rows whose samples are rewarded so."""
+    def of(cls, rollout: Rollout, training: Training | None = None) -> PromptUse:
+        """The use of rows whose samples are rewarded so.
+
+        Args:
+          rollout: the recipe's section.
+          training: that of the training; None for one with neither teacher nor changed images.
+        """
+        teacher = None if training is None else training.teacher
+        changes = training is not None and len(contexts_of(training)) > 1
         names = [section.type for section in rollout.rules]
         modules = {REWARDS[name].function.__module__ for name in names}
-        return cls(rollout.model_dump_json(), tuple(sorted(modules)))
+        return cls(
+            rollout.model_dump_json(exclude=None if rollout.rewards else {"rewards"}),
+            None if teacher is None else teacher.model_dump_json(),
+            changes,
+            tuple(sorted(modules)),
+        )
 
     def key(self) -> Any:
         """All that the methods depend on, as JSON."""
@@ -194,12 +214,19 @@ class PromptUse:
     ) -> TokenizedRecord:
         """Tokens of a prompt."""
         row = tokenize(record, processor, max_prompt, max_response)
+        if self.teacher is not None:
+            teacher = _teacher(self.teacher)
+            row = with_teacher(row, record, teacher, processor, max_prompt, max_response)
         if self._asks_a_model:
             row = dataclasses.replace(row, asked=dataclasses.replace(record, responses=()))
         return row
 
     def unfit(self, record: TokenizedRecord) -> Problem | None:
-        """(reason, detail) why samples cannot be rewarded; None if they can."""
+        """(reason, detail) why samples cannot be learned from; None if they can."""
+        if self.changes and not (record.images or record.videos):
+            return "no_other_image", "there is no image to change"
+        if _rollout(self.rollout).on_policy < 1 and not record.responses:
+            return "empty_response", "no response, which some batches learn from"
         try:
             for section in _rollout(self.rollout).rules:
                 section.check(record.solution)
@@ -219,6 +246,12 @@ class PromptUse:
 @functools.lru_cache(4)
 def _rollout(text: str) -> Rollout:
     return Rollout.model_validate_json(text)
+
+
+@functools.lru_cache(4)
+def _teacher(text: str) -> Teacher:
+    section: Teacher = pydantic.TypeAdapter(Teacher).validate_json(text)
+    return section
 
 
 def field_values(record: TokenizedRecord, fields: Sequence[str]) -> dict[str, np.ndarray]:

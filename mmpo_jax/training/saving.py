@@ -27,8 +27,8 @@ from mmpo_jax.inference.plan import packed_over
 from mmpo_jax.models.lora import Lora
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.parallel.mesh import batch_share, placed_shapes
-from mmpo_jax.recipes.training import NoReference, SaveDtype, Training
-from mmpo_jax.training.losses import make_loss, needs_reference, recipe_terms
+from mmpo_jax.recipes.training import RUNNING, SaveDtype, Training
+from mmpo_jax.training.losses import compared_with, make_loss, recipe_terms
 from mmpo_jax.training.plan import micro_batch_size
 from mmpo_jax.training.validation import make_forward, measure_batches
 
@@ -241,8 +241,7 @@ def measure_weights(
     chosen = [examples[known[place]] for place in places]
     terms = recipe_terms(training)
     loss = make_loss(start.model, terms, examples[0].names)
-    reference = training.reference if needs_reference(terms) else NoReference()
-    runs = reference.type in ("online", "ema")
+    runs = compared_with(training).type in RUNNING
     state = TrainState(
         jnp.int32(0),
         flatten(params),

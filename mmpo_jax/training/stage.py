@@ -19,7 +19,9 @@ from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.pipeline import Example, MixtureEntry
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.recipes.recipe import Validation
-from mmpo_jax.recipes.training import Rollout, Training
+from mmpo_jax.recipes.rollout import Rollout
+from mmpo_jax.recipes.teacher import ModelTeacher
+from mmpo_jax.recipes.training import Training
 from mmpo_jax.training.examples import prepare_examples
 from mmpo_jax.training.loop import Run, TrainingData, train
 from mmpo_jax.training.metrics import FILE, read_metrics, reproducible
@@ -79,6 +81,9 @@ class TrainingStage:
             if models:
                 prints = [fingerprint_location(locate(name)) for name in models]
                 identity["reward models"] = prints
+        teacher = self.training.teacher
+        if isinstance(teacher, ModelTeacher):
+            identity["teacher"] = fingerprint_location(locate(teacher.model))
         return identity
 
 
@@ -118,7 +123,7 @@ def _examples(
     seen: set[int] | None,
 ) -> Sequence[Example]:
     if stage.rollout is not None:
-        return prompt_examples(records)
+        return prompt_examples(records, stage.training)
     return prepare_examples(
         stage.start,
         records,

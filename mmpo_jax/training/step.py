@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -130,6 +131,7 @@ def make_step(
     dropout: float = 0.0,
     seed: int = 0,
     reference: MovingReference | None = None,
+    teacher: Params | None = None,
 ) -> Update:
     """The compiled train step.
 
@@ -156,31 +158,41 @@ def make_step(
       seed: of the dropout, whose keys are folded from it, the step and the micro-batch, and of
         rounding.
       reference: how it follows the policy, if it does.
+      teacher: parameters of a teacher that is another model, on the mesh; they are neither donated
+        nor kept in the state.
 
     Returns:
       step(state, micro_batches) -> (state, metrics); the state is donated but for `frozen`.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
 
-    def forward(trained: dict, state: TrainState, batch: Any, key: Any) -> Any:
+    def forward(
+        taught: Params | None, trained: dict, state: TrainState, batch: Any, key: Any
+    ) -> Any:
         params = cast_params(unflatten({**trained, **state.frozen}), compute_dtype)
         compared = None
         if state.reference:
             compared = cast_params(unflatten({**state.reference, **state.frozen}), compute_dtype)
-        return loss.forward(with_dropout(params, dropout, key), compared, batch)
+        more = () if taught is None else (taught,)
+        return loss.forward(with_dropout(params, dropout, key), compared, batch, *more)
 
-    def gradients(state: TrainState, batches: Any) -> tuple[Any, list[Sums], State]:
+    def gradients(
+        state: TrainState, taught: Params | None, batches: Any
+    ) -> tuple[Any, list[Sums], State]:
+        run = functools.partial(forward, taught)
         count = jax.tree.leaves(batches)[0].shape[0]
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), count)
         if count == 1:
-            return _whole(loss, forward, state, *jax.tree.map(lambda x: x[0], (batches, keys)))
+            return _whole(loss, run, state, *jax.tree.map(lambda x: x[0], (batches, keys)))
         accumulate = _accumulate_coupled if loss.coupled else _accumulate
-        return accumulate(loss, forward, state, batches, keys)
+        return accumulate(loss, run, state, batches, keys)
 
-    def update(state: TrainState, frozen: dict, batches: Any) -> tuple[TrainState, Metrics]:
+    def update(
+        state: TrainState, frozen: dict, taught: Any, batches: Any
+    ) -> tuple[TrainState, Metrics]:
         before = dataclasses.replace(state, frozen={})
         state = dataclasses.replace(state, params=widened(state.params), frozen=frozen)
-        grads, sums, objective_state = gradients(state, batches)
+        grads, sums, objective_state = gradients(state, taught, batches)
         grads = jax.lax.with_sharding_constraint(grads, shardings.params)
         value, norm = loss.value(sums), optax.global_norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(norm) & ~state.is_halted
@@ -207,7 +219,8 @@ def make_step(
     compiled = jax.jit(update, donate_argnums=0, out_shardings=(changing, None))
 
     def step(state: TrainState, batches: Any) -> tuple[TrainState, Metrics]:
-        updated, metrics = compiled(dataclasses.replace(state, frozen={}), state.frozen, batches)
+        changed = dataclasses.replace(state, frozen={})
+        updated, metrics = compiled(changed, state.frozen, teacher, batches)
         return dataclasses.replace(updated, frozen=state.frozen), metrics
 
     return step

@@ -9,8 +9,50 @@ from helpers import tiny
 from mmpo_jax.checkpoints.huggingface import to_huggingface
 from mmpo_jax.data.pipeline import TrainBatch
 from mmpo_jax.models.batch import Batch
+from mmpo_jax.picture_world.language import CAPTION_PROMPTS
+from mmpo_jax.picture_world.render import render
+from mmpo_jax.picture_world.world import sample_scene
 from mmpo_jax.training.losses import make_loss
 from mmpo_jax.training.metrics import means
+
+ON_CPU = {"bf16": False, "use_cpu": True, "gradient_checkpointing": False, "report_to": "none"}
+"""Options of their trainers in a test."""
+
+
+def their_model(folder):
+    """A LLaVA folder as transformers loads it, in float32."""
+    import torch
+    from transformers import LlavaForConditionalGeneration
+
+    return LlavaForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+
+
+def prompt_rows(count):
+    """Prompts to sample from, each of another picture.
+
+    All of one length: where theirs are padded on the left, float64 has no finite softmax.
+    """
+    return [
+        {
+            "image": render(sample_scene("train", 0, i)),
+            "prompt": [{"role": "user", "content": CAPTION_PROMPTS[0]}],
+        }
+        for i in range(count)
+    ]
+
+
+def sampled_batch(theirs, samples=1) -> Batch:
+    """What their trainer sampled, a completion a row, as prompts with so many responses each."""
+    columns = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+    prompts, prompt_mask, ids, mask = (theirs[name].numpy() for name in columns)
+    prompts = [row[m == 1] for row, m in zip(prompts, prompt_mask, strict=True)]
+    responses = [row[m == 1] for row, m in zip(ids, mask, strict=True)]
+    for row, prompt in enumerate(prompts):
+        np.testing.assert_array_equal(prompt, prompts[row // samples * samples])
+    grouped = [responses[i : i + samples] for i in range(0, len(responses), samples)]
+    return make_batch(prompts[::samples], grouped, theirs["pixel_values"].numpy()[::samples])
 
 
 def make_batch(prompts, responses, pixel_values) -> Batch:
@@ -35,10 +77,12 @@ def make_batch(prompts, responses, pixel_values) -> Batch:
     )
 
 
-def loss_and_gradient(model, params, batch: TrainBatch, term, reference=None, temperature=1.0):
-    """(loss, metrics, gradient) as a step of training has them."""
-    fixed = _Fixed((model, term, temperature))
-    loss, metrics, gradient = _compiled(params, batch, reference, fixed)
+def loss_and_gradient(
+    model, params, batch: TrainBatch, term, reference=None, temperature=1.0, teacher=(None, None)
+):
+    """(loss, metrics, gradient) as a step of training has them; a teacher is (model, params)."""
+    fixed = _Fixed((model, term, temperature, teacher[0]))
+    loss, metrics, gradient = _compiled(params, batch, reference, teacher[1], fixed)
     return loss, means([metrics]), gradient
 
 
@@ -50,12 +94,13 @@ class _Fixed(tuple):
 
 
 @functools.partial(jax.jit, static_argnames="fixed")
-def _compiled(params, batch, reference, fixed):
-    model, term, temperature = fixed
-    loss = make_loss(model, [term], temperature=temperature)
+def _compiled(params, batch, reference, taught, fixed):
+    model, term, temperature, teacher = fixed
+    loss = make_loss(model, [term], temperature=temperature, teacher=teacher)
 
     def value(params):
-        sums, _ = loss.sums(loss.forward(params, reference, batch), batch, loss.state)
+        outputs = loss.forward(params, reference, batch, taught)
+        sums, _ = loss.sums(outputs, batch, loss.state)
         return loss.value(sums), loss.metrics(sums)
 
     (result, metrics), gradient = jax.value_and_grad(value, has_aux=True)(params)

@@ -16,7 +16,7 @@ from mmpo_jax.objectives.sums import mean
 from mmpo_jax.objectives.terms import coupled
 
 UNCOUPLED = [name for name in PAIRWISE if not OBJECTIVES[name].coupled]
-OF_DATA = ("image", "noise_step", "joint")
+OF_DATA = ("image", "noise_step", "mask_share", "joint")
 """Options that say how data are read."""
 OPTIONS = [
     (name, option)

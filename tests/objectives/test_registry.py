@@ -9,6 +9,7 @@ import jax
 import pytest
 from helpers import numeric, rankings
 from objectives import (
+    test_distillation,
     test_image_aware,
     test_on_policy,
     test_pairwise_formulas,
@@ -19,10 +20,19 @@ from objectives import (
     test_unpaired,
 )
 
+from mmpo_jax.objectives.advantages import Aggregation, Scale
 from mmpo_jax.objectives.catalog import OBJECTIVES
 from mmpo_jax.objectives.listing import render_objectives
-from mmpo_jax.objectives.on_policy import Aggregation, Scale
-from mmpo_jax.objectives.registry import FIELDS, HEADS, REFERENCES, VIEWS, Rows, Scored
+from mmpo_jax.objectives.registry import (
+    FIELDS,
+    HEADS,
+    REFERENCES,
+    TEACHERS,
+    VIEWS,
+    Divergence,
+    Rows,
+    Scored,
+)
 from mmpo_jax.objectives.terms import make_term, rows_read
 
 TABLES = {
@@ -56,12 +66,19 @@ TESTS: dict[str, Callable[[], None]] = {
         {"margin": 0.7, "tie_weight": 0.3, "centring": 0.01}
     ),
     "critique": test_reward_model.test_critique_is_learned_token_by_token,
-    "grpo": lambda: test_on_policy.test_grpo("dapo", "token", True, 0.3, True),
+    "cispo": lambda: test_on_policy.test_cispo(1.1),
+    "distillation": lambda: test_distillation.test_the_loss_is_the_mean_over_tokens(),
+    "grpo": lambda: test_on_policy.test_policy_gradients("dapo", "token", "grpo", 0.3, "k3", True),
     "kto": lambda: test_unpaired.test_kto(0),
     "nsft": lambda: test_token_level.TestNsft().test_value_and_gradient(0.3),
+    "papo": lambda: test_on_policy.test_papo(None),
     "plackett_luce": lambda: test_rankings.test_rankings_without_ties(0.7),
     "poft": test_unpaired.test_poft,
+    "reinforce": lambda: test_on_policy.test_policy_gradients(
+        "dapo", "token", "reinforce", 0.3, "k3", True
+    ),
     "rejection_sampling": lambda: only_good_samples("rejection_sampling"),
+    "sapo": lambda: test_on_policy.test_policy_gradients("grpo", "token", "sapo", 0.3, "k3", True),
     "selm": lambda: on_rankings(
         test_pairwise_formulas.test_selm_is_dpo_of_the_others_and_an_extra_response,
         test_pairwise_formulas.RANKS,
@@ -122,6 +139,8 @@ def test_a_test_of_a_formula_sees_the_loss(name):
         ("simpo", {"ld_alpha": 0.4}, set()),
         ("grpo", {}, set()),
         ("grpo", {"beta": 0.1}, {"reference_model"}),
+        ("cispo", {"top_entropy_quantile": 0.2}, {"entropy"}),
+        ("papo", {}, {"other_image"}),
         ("nsft", {}, set()),
         ("nsft", {"kl_weight": 0.1}, {"kl", "reference_model"}),
         ("anchored_sft", {}, {"kl", "reference_model"}),
@@ -140,6 +159,8 @@ def test_options_need_more(name, options, more):
         ("mdpo", {}, Rows(other_image="crop", noise_step=500)),
         ("povid", {"noise_step": 7}, Rows(other_image="noise", noise_step=7)),
         ("re_align", {"image": "data"}, Rows(other_image="data", noise_step=500)),
+        ("papo", {}, Rows(other_image="masked", noise_step=500, mask_share=0.6)),
+        ("distillation", {"beta": 0.5, "top_k": 4}, Rows(divergence=Divergence(0.5, 4))),
         ("jpo", {}, Rows(joint=True)),
         ("jpo", {"joint": False}, Rows()),
         ("kto", {}, Rows(mismatched=True)),
@@ -194,7 +215,7 @@ def test_the_listing_says_what_is_needed_and_what_that_means():
     for name in ("ld_alpha", "wpo", "divergence", "image", "joint"):
         assert f"\n  {name}: " in shared
     legend = blocks["What objectives need:"]
-    for name, meaning in {**FIELDS, **REFERENCES, **VIEWS, **HEADS}.items():
+    for name, meaning in {**FIELDS, **REFERENCES, **VIEWS, **HEADS, **TEACHERS}.items():
         assert f"\n  {name}: {meaning}" in legend
 
 

@@ -207,7 +207,7 @@ def test_adapters_rollouts_selection_and_conversion(tmp_path, tiny_folder):
             "num_samples": 2,
             "max_new_tokens": 6,
             "rewards": [{"type": "picture_world_caption"}],
-            "updates_per_rollout": 2,
+            "num_iterations": 2,
         }
         sampled = TRAINING | {"objective": {"type": "grpo"}}
         full = folder / "full"

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from helpers import tiny
 from helpers.against_trl import (
+    ON_CPU,
     as_float64,
     assert_same_gradients,
     loss_and_gradient,
     make_batch,
     rms_norm,
+    their_model,
 )
 
 from mmpo_jax.checkpoints.huggingface import load_model
@@ -22,10 +24,10 @@ from mmpo_jax.picture_world.render import render
 from mmpo_jax.picture_world.world import sample_scene
 from mmpo_jax.scoring.log_probs import score_batch
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
-from transformers import AutoProcessor, LlavaForConditionalGeneration  # noqa: E402
+from transformers import AutoProcessor  # noqa: E402
 from transformers.models.llama.modeling_llama import LlamaRMSNorm  # noqa: E402
 
 pytestmark = pytest.mark.parity
@@ -59,21 +61,13 @@ def folders(tiny_folder, tmp_path_factory):
 def make_trainer(folders, tmp_path_factory):
     def make(order, **options):
         """The first of `order` is the policy."""
-        policy, reference = (
-            LlavaForConditionalGeneration.from_pretrained(
-                folders[i], dtype=torch.float32, attn_implementation="eager"
-            )
-            for i in order
-        )
+        policy, reference = (their_model(folders[i]) for i in order)
         config = trl.KTOConfig(
             output_dir=str(tmp_path_factory.mktemp("trl")),
             max_length=None,
             per_device_train_batch_size=len(ANSWERS),
-            bf16=False,
-            use_cpu=True,
-            gradient_checkpointing=False,
             remove_unused_columns=False,
-            report_to="none",
+            **ON_CPU,
             **options,
         )
         return trl.KTOTrainer(

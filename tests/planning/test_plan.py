@@ -267,7 +267,9 @@ def test_the_state_is_that_of_training(tiny_model, options):
     made = create_state(
         start, model, optimizer, config.freeze, mesh, reference_dtype=dtype, keeps=loss.state
     )
-    shapes = abstract.train_state(model, config, loss, optimizer, mesh, jnp.float32, terms)
+    shapes = abstract.train_state(
+        model, config, loss, optimizer, mesh, jnp.float32, config.reference
+    )
     assert jax.tree.structure(made) == jax.tree.structure(shapes)
     for ours, theirs in zip(jax.tree.leaves(shapes), jax.tree.leaves(made), strict=True):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)

@@ -46,9 +46,9 @@ from mmpo_jax.recipes.recipe import (
     TrainRecipe,
 )
 from mmpo_jax.recipes.rewards import RewardModelReward, RewardSection
+from mmpo_jax.recipes.rollout import Rollout
 from mmpo_jax.recipes.sampling import Decoding
 from mmpo_jax.recipes.scoring import ImplicitReward, Rewarding
-from mmpo_jax.recipes.training import Rollout
 from mmpo_jax.rewards import REWARDS
 
 PACKAGE = Path(mmpo_jax.__file__).parent

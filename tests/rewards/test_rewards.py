@@ -22,7 +22,7 @@ ANSWERS = {name: [[0, 0, 10, 10]] for name in BOXES} | {
     "pair_verdict": "2",
     "picture_world_caption": SCENE.to_dict(),
 }
-OF_ONE_TEXT = [name for name, reward in REWARDS.items() if not reward.of_texts]
+OF_ONE_TEXT = [name for name, reward in REWARDS.items() if reward.reads == "text"]
 BROKEN = [
     "",
     "nothing at all",

@@ -21,12 +21,13 @@ def accepted(objective, reference="cached"):
 
 def test_one_other_image_for_all():
     mdpo, vdpo = {"type": "mdpo"}, {"type": "vdpo"}
-    refused("the same image and noise_step", [mdpo, vdpo])
+    refused("the same image, noise_step and mask_share", [mdpo, vdpo])
     accepted([mdpo, vdpo | {"image": "crop"}])
     noise = {"image": "noise", "noise_step": 300}
     refused("the same image", [mdpo | noise, vdpo | noise | {"noise_step": 500}])
     refused("less than 1000", mdpo | noise | {"noise_step": 1000})
-    refused("'crop', 'rotate', 'black', 'blank', 'noise' or 'data'", mdpo | {"image": "mirror"})
+    known = "'crop', 'rotate', 'black', 'blank', 'noise', 'masked' or 'data'"
+    refused(known, mdpo | {"image": "mirror"})
 
 
 def test_whole_instructions_are_read_alone():

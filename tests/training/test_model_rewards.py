@@ -2,12 +2,11 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 from helpers.loop_runs import make_start
 from helpers.reward_heads import save_headed, write_jsonl
-from jax.sharding import AxisType
+from helpers.rollouts import State, make_mesh
 
 from mmpo_jax.checkpoints.checkpoint import open_reward_model
 from mmpo_jax.data.lengths import Lengths
@@ -16,11 +15,11 @@ from mmpo_jax.data.records import IMAGE, Record, Response, Turn
 from mmpo_jax.data.row_stage import tokenized_rows
 from mmpo_jax.data.sources import LearnedFile
 from mmpo_jax.data.tokenization import tokenize_records
-from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.picture_world.records import prompt_records
 from mmpo_jax.picture_world.render import png_bytes
 from mmpo_jax.picture_world.world import sample_scene
-from mmpo_jax.recipes.training import Rollout, Training
+from mmpo_jax.recipes.rollout import Rollout
+from mmpo_jax.recipes.training import Training
 from mmpo_jax.reward_models.reading import Reading
 from mmpo_jax.reward_models.scoring import score_responses
 from mmpo_jax.training.on_policy import Prompts, Rollouts
@@ -34,7 +33,7 @@ CONFIG = Training(
 
 @pytest.fixture(scope="module")
 def mesh():
-    return jax.make_mesh((1,) * 3, AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    return make_mesh(1, 1, 1)
 
 
 @pytest.fixture
@@ -43,15 +42,6 @@ def rollout(tiny_folder, tiny_model, tmp_path):
     model = {"type": "reward_model", "model": str(folder), "max_new_tokens": 5, "weight": 0.5}
     rewards = [{"type": "think_format"}, model]
     return Rollout(rewards=rewards, num_samples=3, max_new_tokens=6)
-
-
-class State:
-    """What rollouts read of a train state."""
-
-    def __init__(self, params):
-        from mmpo_jax.core.trees import flatten
-
-        self.params, self.frozen, self.step = flatten(params), {}, np.int32(0)
 
 
 def dialogues():

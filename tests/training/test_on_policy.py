@@ -1,6 +1,5 @@
 """On-policy training: what a rollout holds, exact resume, and that it learns what is rewarded."""
 
-import dataclasses
 import json
 import logging
 import signal
@@ -9,42 +8,37 @@ import statistics
 import jax
 import numpy as np
 import pytest
-from helpers.loop_runs import make_start
+from helpers.loop_runs import Killed, interrupted
+from helpers.rollouts import State, easy_rewards, make_mesh, tokenized_prompts, trained
 from helpers.run_files import reproducible_rows
-from jax.sharding import AxisType
 from pydantic import ValidationError
 
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.checkpoints.steps import CheckpointError
 from mmpo_jax.commands.train import run_training
 from mmpo_jax.core.errors import Stopped
-from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.pipeline import Example, MixtureEntry
 from mmpo_jax.data.skipped import SKIPPED_FILE
-from mmpo_jax.data.tokenization import tokenize_records
 from mmpo_jax.models.log_probs import response_log_probs
-from mmpo_jax.objectives.on_policy import advantages
-from mmpo_jax.parallel.mesh import AXES
+from mmpo_jax.objectives.advantages import advantages
 from mmpo_jax.picture_world.language import CAPTION_PROMPTS
-from mmpo_jax.picture_world.records import prompt_records
 from mmpo_jax.recipes.optimizers import AdamW
 from mmpo_jax.recipes.recipe import TrainRecipe
-from mmpo_jax.recipes.rewards import RewardSection
-from mmpo_jax.recipes.training import Rollout, Training
-from mmpo_jax.rewards.registry import Question, Value
+from mmpo_jax.recipes.rollout import Rollout
+from mmpo_jax.recipes.training import Training
+from mmpo_jax.rewards.registry import Question
 from mmpo_jax.training import loop
-from mmpo_jax.training.loop import Run, TrainingData, train
 from mmpo_jax.training.metrics import read_metrics
-from mmpo_jax.training.on_policy import Prompts, Rollouts, with_token_limit, without_gaps
+from mmpo_jax.training.on_policy import Prompts, Rollouts, with_token_limit
+from mmpo_jax.training.rollout_rewards import without_gaps
 
 LENGTHS = Lengths(prompt=(24,), response=(4, 8))
-PROMPTS = 6
 ROLLOUT = Rollout(
     rewards=[{"type": "picture_world_caption"}, {"type": "think_format", "weight": 0.5}],
     num_samples=4,
     max_new_tokens=6,
-    updates_per_rollout=2,
+    num_iterations=2,
 )
 CONFIG = Training(
     objective={"type": "grpo", "beta": 0.1},
@@ -59,51 +53,27 @@ CONFIG = Training(
 STEPS = 10  # 18 prompts in batches of 4, each used twice
 
 
-class Killed(BaseException):
-    """What nothing expects."""
-
-
 @pytest.fixture(scope="module")
 def mesh():
-    return jax.make_mesh(
-        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
-    )
+    return make_mesh(1, 1, 1)
 
 
 @pytest.fixture(scope="module")
 def records(tiny_processor):
-    given = prompt_records("align", 0, PROMPTS, 24)
-    kept, skipped = tokenize_records(given, tiny_processor, LENGTHS)
-    assert not skipped
-    return kept
+    return tokenized_prompts(tiny_processor, LENGTHS)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def easy_rewards():
-    """Random weights never say what a real reward looks for: here letters are counted."""
-
-    def values(self, question, texts):
-        if self.type == "picture_world_caption":
-            return [Value(text.count("a") - text.count("e")) for text in texts]
-        return [Value(len(text) % 3) for text in texts]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RewardSection, "values", values)
+def rewards():
+    with easy_rewards():
         yield
 
 
 @pytest.fixture(scope="module")
 def run(tiny_model, tiny_processor, records, mesh):
     def run(folder, mesh=mesh, config=CONFIG, rollout=ROLLOUT):
-        params = train(
-            make_start(tiny_model, tiny_processor),
-            TrainingData([Example((record,), {}) for record in records], rollout=rollout),
-            with_token_limit(config, rollout),
-            LENGTHS,
-            mesh,
-            Run(str(folder), {}, 0),
-        ).params
-        return {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
+        examples = [Example((record,), {}) for record in records]
+        return trained(folder, tiny_model, tiny_processor, examples, config, rollout, LENGTHS, mesh)
 
     return run
 
@@ -143,17 +113,8 @@ def test_metrics(undisturbed):
 @pytest.mark.slow
 def test_a_killed_run_ends_as_an_undisturbed_one(before_step, run, undisturbed, tmp_path):
     """Killed before the second step with a rollout, and before the first one."""
-    put, taken = loop.put_batch, iter(range(1, 100))
-
-    def fragile(*args, **options):
-        if next(taken) == before_step:
-            raise Killed
-        return put(*args, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "put_batch", fragile)
-        with pytest.raises(Killed):
-            run(tmp_path)
+    with interrupted(before_step), pytest.raises(Killed):
+        run(tmp_path)
     params, metrics = run(tmp_path), reproducible_rows(tmp_path / "metrics.jsonl")
     for path, value in undisturbed[0].items():
         np.testing.assert_array_equal(params[path], value, err_msg=path)
@@ -284,26 +245,10 @@ def test_the_loss_has_the_temperature_of_the_samples(run, tmp_path):
     assert first["clip_ratio/region_mean"] == 0
 
 
-@dataclasses.dataclass
-class State:
-    """What a rollout reads of a train state."""
-
-    tree: dict
-    step: int = 0
-    frozen: dict = dataclasses.field(default_factory=dict)
-
-    @property
-    def params(self):
-        return flatten(self.tree)
-
-
 @pytest.mark.slow
 def test_devices_change_nothing(run, undisturbed, tmp_path):
     """The samples of the first rollout, and what two steps make of them."""
-    mesh = jax.make_mesh(
-        (1, 2, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:2]
-    )
-    run(tmp_path, mesh=mesh, config=CONFIG.model_copy(update={"max_steps": 2}))
+    run(tmp_path, mesh=make_mesh(1, 2, 1), config=CONFIG.model_copy(update={"max_steps": 2}))
     first = read_metrics(tmp_path / "metrics.jsonl")[0]
     wanted = undisturbed[1][0]
     for name in ("reward", "completions/mean_length", "loss", "grad_norm"):
@@ -371,14 +316,15 @@ def test_rows_without_an_answer_are_left_out(tiny_folder, tmp_path):
         (
             {
                 "rollout": {
-                    "updates_per_rollout": 3,
+                    "num_iterations": 3,
                     "max_new_tokens": 4,
                     "rewards": [{"type": "iou"}],
                 }
             },
-            "save_every must be a multiple of updates_per_rollout",
+            "save_every must be a multiple of the steps of a rollout, .*, 3",
         ),
         ({"rollout": {"rewards": []}}, "at least 1"),
+        ({"rollout": {"max_new_tokens": 4}}, "grpo learns from rewards; give one"),
         ({"rollout": {"rewards": [{"type": "iou"}], "top_p": 0.9}}, "top_p: .* whole distribution"),
         ({"rollout": {"rewards": [{"type": "iou"}], "top_k": 5}}, "top_k: .* whole distribution"),
         ({"rollout": {"rewards": [{"type": "iou"}, {"type": "iou"}]}}, "give each type once"),

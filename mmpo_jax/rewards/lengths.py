@@ -1,0 +1,42 @@
+"""Rewards of how long a sample is, and of what it repeats; of tokens, as limits and lengths are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mmpo_jax.core.errors import DataError
+from mmpo_jax.objectives.registry import Count, NonNegative
+from mmpo_jax.rewards.registry import reward_of_tokens
+
+
+@reward_of_tokens
+def soft_overlong(ids: Sequence[int], *, max_tokens: Count, buffer: Count) -> float:
+    """0 up to max_tokens - buffer tokens, then down in a straight line to -1 at max_tokens, and -1
+    beyond.
+
+    DAPO (Yu et al. 2025, arXiv 2503.14476), eq. 13.
+    """
+    if buffer > max_tokens:
+        raise DataError(f"soft_overlong: a buffer of {buffer} is more than {max_tokens} tokens")
+    return -min(max(len(ids) - (max_tokens - buffer), 0) / buffer, 1.0)
+
+
+@reward_of_tokens
+def length(ids: Sequence[int], *, target: Count, alpha: NonNegative = 0.0003) -> float:
+    """-alpha |target - tokens|.
+
+    LCPO-Exact beside the reward of an answer (Aggarwal and Welleck 2025, arXiv 2503.04697), eq. 1,
+    with one target for all prompts.
+    """
+    return -alpha * abs(target - len(ids))
+
+
+@reward_of_tokens
+def repetition(ids: Sequence[int], *, ngram_size: Count = 3, penalty: NonNegative = 1.0) -> float:
+    """-penalty times the share of the n-grams of tokens that were there before.
+
+    Yeo et al. 2025 (arXiv 2502.03373), appendix C.2, over the whole response; 0 for one shorter
+    than an n-gram.
+    """
+    ngrams = list(zip(*(ids[start:] for start in range(ngram_size)), strict=False))
+    return -penalty * (1 - len(set(ngrams)) / len(ngrams)) if ngrams else 0.0

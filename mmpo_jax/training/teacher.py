@@ -1,0 +1,158 @@
+"""A teacher of distillation: its parameters on the devices, and what it sees of a batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from jax.sharding import Mesh
+
+from mmpo_jax.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from mmpo_jax.core.errors import DataError
+from mmpo_jax.data.lengths import Lengths
+from mmpo_jax.data.pipeline import Example, HostBatch, batch_maker
+from mmpo_jax.data.processor import Processor
+from mmpo_jax.data.records import Record, Turn
+from mmpo_jax.data.same_tokens import check_same_tokenizer
+from mmpo_jax.data.tokenization import RowRejected, TokenizedRecord, tokenize
+from mmpo_jax.models.model import Model, Params
+from mmpo_jax.parallel.mesh import Share
+from mmpo_jax.recipes.teacher import ModelTeacher, Teacher
+from mmpo_jax.recipes.training import Training
+
+TEACHER = "teacher"
+"""Name of the context that has what a teacher sees."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedTeacher:
+    """Who teaches, and how prompts are shown to it."""
+
+    asked: Teacher
+    """The recipe's section."""
+    processor: Processor
+    model: Model | None = None
+    """Its architecture; None where it is the policy's reference."""
+    params: Params | None = None
+    """On the mesh, by the model's rules; they are nobody else's."""
+
+    @classmethod
+    def load(cls, config: Training, start: Checkpoint, mesh: Mesh) -> LoadedTeacher | None:
+        """The teacher of a recipe; None without one.
+
+        Raises:
+          ModelError, ProcessorError, CheckpointError: it is not there, or is wrong.
+          MmpoError: its tokenizer is not the policy's.
+        """
+        asked = config.teacher
+        if not isinstance(asked, ModelTeacher):
+            return None if asked is None else cls(asked, start.processor)
+        opened = open_checkpoint(asked.model, start.model.attention, asked.template)
+        check_same_tokenizer(
+            start.processor,
+            opened.processor,
+            other="teacher",
+            why="a teacher is asked about the tokens that the policy says",
+        )
+        opened = dataclasses.replace(opened, dtype=config.compute_dtype).reloaded(mesh)
+        return cls(asked, opened.processor, opened.model, opened.params)
+
+    def batch(
+        self,
+        records: Sequence[TokenizedRecord],
+        lengths: Lengths,
+        batch_size: int,
+        micro_batch_size: int,
+        share: Share,
+    ) -> Any:
+        """What it sees of prompts that are a batch of the policy's: `HostBatch.arrays.prompts`.
+
+        Args:
+          records: with their responses, as `with_teacher` has prompts.
+          lengths, batch_size, micro_batch_size, share: of the policy's batch.
+
+        Raises:
+          DataError: a prompt is too long for it, or shows what it cannot take.
+        """
+        if self.asked.prompt_lengths is not None:
+            lengths = lengths.model_copy(update={"prompt": self.asked.prompt_lengths})
+        examples = [Example((self._seen(record, lengths),), {}) for record in records]
+        make = batch_maker(
+            examples, self.processor, lengths, batch_size, micro_batch_size, share=share
+        )
+        made: HostBatch = make(list(range(len(examples))))
+        return made.arrays.prompts
+
+    def _seen(self, record: TokenizedRecord, lengths: Lengths) -> TokenizedRecord:
+        """The responses of a record after the prompt that the teacher sees."""
+        prompt = dict(record.others)[TEACHER]
+        if self.model is not None:  # which may have another template, and other image tokens
+            assert prompt.asked is not None
+            try:
+                prompt = tokenize(
+                    prompt.asked, self.processor, lengths.prompt[-1], lengths.response[-1]
+                )
+            except RowRejected as error:
+                raise DataError(
+                    f"teacher: prompt {record.id!r}: {error.reason}: {error.detail}; give "
+                    "teacher.prompt_lengths, or leave such prompts out"
+                ) from error
+        return dataclasses.replace(prompt, id=record.id, responses=record.responses)
+
+
+def with_teacher(
+    row: TokenizedRecord,
+    record: Record,
+    teacher: Teacher,
+    processor: Processor,
+    max_prompt: int,
+    max_response: int,
+) -> TokenizedRecord:
+    """A tokenised prompt with what its teacher sees as a context beside it.
+
+    Args:
+      row: of the record.
+      record: that it was made of.
+      teacher: the recipe's section.
+      processor: the policy's.
+      max_prompt, max_response: see `tokenize`; where the teacher has limits of its own, these.
+
+    Raises:
+      RowRejected: the row has not what the teacher sees, or it is too long.
+    """
+    shown = shown_to(teacher, record)
+    longest = max_prompt if teacher.prompt_lengths is None else teacher.prompt_lengths[-1]
+    view = tokenize(shown, processor, longest, max_response)
+    view = dataclasses.replace(view, id=record.id, asked=shown)
+    return dataclasses.replace(row, others=((TEACHER, view),), asked=shown)
+
+
+def shown_to(teacher: Teacher, record: Record) -> Record:
+    """A record without its responses as a teacher sees it.
+
+    Raises:
+      RowRejected: it has no answer for the hint, or no other image.
+    """
+    shown = dataclasses.replace(record, responses=())
+    if teacher.image == "data":
+        if record.other_images is None:
+            raise RowRejected("no_other_image", "the data give none, which the teacher sees")
+        shown = dataclasses.replace(shown, images=record.other_images)
+    if teacher.hint is None:
+        return shown
+    if record.solution is None:
+        raise RowRejected("no_answer", "none that the teacher could be told")
+    answer = record.solution
+    told = teacher.hint.replace(
+        "{answer}", answer if isinstance(answer, str) else json.dumps(answer)
+    )
+    *before, last = shown.prompt
+    return dataclasses.replace(shown, prompt=(*before, _ending_in(last, told)))
+
+
+def _ending_in(turn: Turn, text: str) -> Turn:
+    content = turn.content
+    more = content + text if isinstance(content, str) else (*content, text)
+    return dataclasses.replace(turn, content=more)
