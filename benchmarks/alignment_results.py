@@ -15,8 +15,8 @@ import time
 from mmpo_jax.alignment.align import run_alignment
 from mmpo_jax.alignment.report import RoundReport
 from mmpo_jax.picture_world.language import QUESTION_KINDS
+from mmpo_jax.recipes.align_recipe import AlignRecipe
 from mmpo_jax.recipes.files import load_recipe
-from mmpo_jax.recipes.recipe import AlignRecipe
 
 WORLD = "picture_world/"
 """What names of its metrics begin with in a run."""

@@ -150,6 +150,7 @@ def run_ours(folder: str, settings: Settings) -> dict:
     from mmpo_jax.checkpoints.checkpoint import Checkpoint
     from mmpo_jax.checkpoints.configs import load_config
     from mmpo_jax.checkpoints.huggingface import load_params
+    from mmpo_jax.data.lengths import Lengths
     from mmpo_jax.data.pipeline import USEFUL_SHARE, Example, training_batches
     from mmpo_jax.data.processor import Processor
     from mmpo_jax.data.readers import read_records
@@ -157,7 +158,6 @@ def run_ours(folder: str, settings: Settings) -> dict:
     from mmpo_jax.inference.plan import packed_over
     from mmpo_jax.models.model import Model
     from mmpo_jax.parallel.mesh import make_mesh, put_batch, put_params
-    from mmpo_jax.recipes import recipe
     from mmpo_jax.recipes import training as recipe_training
     from mmpo_jax.recipes.optimizers import AdamW
     from mmpo_jax.scoring.log_probs import score_records
@@ -175,7 +175,7 @@ def run_ours(folder: str, settings: Settings) -> dict:
     longest = RESPONSE_TOKENS
     if settings.lengths:
         longest = max(map(max, response_lengths(settings.lengths, settings.pairs)))
-    lengths = recipe.Lengths(prompt=(IMAGE_TOKENS + PROMPT_TOKENS,), response=(longest,))
+    lengths = Lengths(prompt=(IMAGE_TOKENS + PROMPT_TOKENS,), response=(longest,))
     model = Model.create(load_config(folder))
     params = load_params(folder, model)
     mesh = make_mesh()

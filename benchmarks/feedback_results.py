@@ -24,8 +24,9 @@ from mmpo_jax.picture_world.claims import is_true, parse
 from mmpo_jax.picture_world.metrics import caption_metrics
 from mmpo_jax.picture_world.records import scene_id, scenes
 from mmpo_jax.picture_world.world import Scene
+from mmpo_jax.recipes.align_recipe import AlignRecipe
+from mmpo_jax.recipes.command_recipes import SelectRecipe
 from mmpo_jax.recipes.files import load_recipe
-from mmpo_jax.recipes.recipe import AlignRecipe, SelectRecipe
 
 CONFIGS = os.path.join(os.path.dirname(__file__), os.pardir, "configs")
 RECIPE = os.path.join(CONFIGS, "picture_world_align.yaml")

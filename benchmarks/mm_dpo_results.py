@@ -20,8 +20,9 @@ from tried_rates import Method, compare, parse_options
 
 from mmpo_jax.commands.reward import run_rewarding
 from mmpo_jax.commands.train import run_training
+from mmpo_jax.recipes.command_recipes import RewardRecipe
 from mmpo_jax.recipes.files import load_recipe
-from mmpo_jax.recipes.recipe import RewardRecipe, TrainRecipe
+from mmpo_jax.recipes.train_recipe import TrainRecipe
 
 RECIPE = "objectives/picture_world_mm_dpo"
 RANKINGS, REWARDS = "rankings", "rewards.jsonl"

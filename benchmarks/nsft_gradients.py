@@ -27,7 +27,7 @@ from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.pipeline import training_batches
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipes.files import load_recipe
-from mmpo_jax.recipes.recipe import TrainRecipe
+from mmpo_jax.recipes.train_recipe import TrainRecipe
 from mmpo_jax.training.examples import prepare_examples
 from mmpo_jax.training.losses import make_loss, recipe_terms
 

@@ -28,9 +28,10 @@ from mmpo_jax.data.tokenization import TokenizedRecord, tokenize_records
 from mmpo_jax.evaluation.answers import Measuring
 from mmpo_jax.evaluation.measure import measure
 from mmpo_jax.parallel.mesh import make_mesh
+from mmpo_jax.recipes.command_recipes import EvaluateRecipe
 from mmpo_jax.recipes.evaluation import BenchmarkSection
 from mmpo_jax.recipes.files import load_recipe
-from mmpo_jax.recipes.recipe import EvaluateRecipe, TrainRecipe
+from mmpo_jax.recipes.train_recipe import TrainRecipe
 from mmpo_jax.scoring.log_probs import score_records
 from mmpo_jax.training.validation import hold_out
 

@@ -18,7 +18,7 @@ from mmpo_jax.commands.generate import run_generation
 from mmpo_jax.data.readers import read_records
 from mmpo_jax.picture_world import records as world_records
 from mmpo_jax.picture_world.preferences import write_preferences
-from mmpo_jax.recipes.recipe import CorrectRecipe, GenerateRecipe
+from mmpo_jax.recipes.command_recipes import CorrectRecipe, GenerateRecipe
 
 SPLIT = "align"
 MAX_ERRORS = 2

@@ -30,8 +30,9 @@ from mmpo_jax.commands.reward import run_rewarding
 from mmpo_jax.commands.train import run_training
 from mmpo_jax.data.files import write_rows
 from mmpo_jax.picture_world.critiques import verdict
+from mmpo_jax.recipes.command_recipes import RewardRecipe
 from mmpo_jax.recipes.files import load_recipe
-from mmpo_jax.recipes.recipe import RewardRecipe, TrainRecipe
+from mmpo_jax.recipes.train_recipe import TrainRecipe
 
 COLUMNS = (("acc", "Acc", 3), ("acc_plus", "Acc+", 3))
 RANKINGS, TERSE = "rankings.jsonl", "terse_rankings.jsonl"

@@ -47,8 +47,8 @@ class Case:
 
     name: str
     model: str
-    kind: str
-    """Class of the recipe."""
+    command: str
+    """Which runs the recipe."""
     values: dict[str, Any]
     only: tuple[str, ...]
     """Names of the programs."""
@@ -82,21 +82,19 @@ SAMPLING = {"num_samples": 10, "max_new_tokens": 512, "batch_size": 64}
 STEP = ("train step",)
 FEW_ROWS = {"v5e-64": 8, "v5e-256": 32, "v5p-128": 16, "v6e-256": 32}
 CASES = (
-    Case("RLAIF-V's step", "LLaVA-1.5-7B", "TrainRecipe", dpo(8, 832, 512), STEP, FEW_ROWS),
-    Case("batch of 256", "LLaVA-1.5-7B", "TrainRecipe", dpo(256, 832, 512), STEP),
+    Case("RLAIF-V's step", "LLaVA-1.5-7B", "train", dpo(8, 832, 512), STEP, FEW_ROWS),
+    Case("batch of 256", "LLaVA-1.5-7B", "train", dpo(256, 832, 512), STEP),
     Case(
         "labeler",
         "LLaVA-NeXT-34B",
-        "AlignRecipe",
+        "align",
         labelling(),
         ("labelling",),
         dict.fromkeys(SLICES, 8),
     ),
-    Case("9 tiles", "LLaVA-OneVision-7B", "TrainRecipe", dpo(256, 7680, 512), STEP),
-    Case("batch of 256", "Qwen2.5-VL-72B", "TrainRecipe", dpo(256, 1152, 512), STEP),
-    Case(
-        "batch of 256", "Qwen3-VL-8B", "TrainRecipe", dpo(256, 1152, 512), STEP, slices=("v5e-64",)
-    ),
+    Case("9 tiles", "LLaVA-OneVision-7B", "train", dpo(256, 7680, 512), STEP),
+    Case("batch of 256", "Qwen2.5-VL-72B", "train", dpo(256, 1152, 512), STEP),
+    Case("batch of 256", "Qwen3-VL-8B", "train", dpo(256, 1152, 512), STEP, slices=("v5e-64",)),
     Case(
         "sampling",
         "Qwen2.5-VL-72B",
@@ -112,7 +110,7 @@ WEAK = tuple(
     Case(
         f"{pairs} pairs a chip" + (f", data {data}" if data > 1 else ""),
         "LLaVA-1.5-7B",
-        "TrainRecipe",
+        "train",
         dpo(pairs * chips, 832, 512),
         STEP,
         data=data,
@@ -131,7 +129,7 @@ def plan(case: Case, slice_name: str, folder: str, optimised: bool) -> dict[str,
     from mmpo_jax.planning.planned import plan_recipe
     from mmpo_jax.planning.stages import Assumed
     from mmpo_jax.planning.topology import find_topology
-    from mmpo_jax.recipes import recipe as recipes
+    from mmpo_jax.recipes.commands import RECIPES
 
     if not Path(folder, "config.json").exists():
         write_folder(case.model, folder)
@@ -147,7 +145,7 @@ def plan(case: Case, slice_name: str, folder: str, optimised: bool) -> dict[str,
         **case.values,
     }
     topology = find_topology({**SLICES, **SMALLER}[slice_name])
-    recipe = getattr(recipes, case.kind).model_validate(values)
+    recipe = RECIPES[case.command].model_validate(values)
     assumed = Assumed(rows=16000)
     return plan_recipe(recipe, topology, assumed, optimised=optimised, only=case.only).to_json()
 

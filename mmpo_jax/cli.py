@@ -215,17 +215,17 @@ def _load_recipe(options: argparse.Namespace) -> Any:
     Raises:
       MmpoError: naming what is wrong with it.
     """
-    from mmpo_jax.recipes import recipe as recipes
+    from mmpo_jax.recipes import commands
     from mmpo_jax.recipes.files import check_files, load_recipe
 
-    kind, _ = RECIPES[options.command]
+    kind = commands.RECIPES[options.command]
     if options.command in FLAGS:
         path, overrides = flags_as_overrides(options)
     else:
         path, overrides = options.recipe, options.overrides
 
     def load() -> Any:
-        recipe = load_recipe(getattr(recipes, kind), path, overrides)
+        recipe = load_recipe(kind, path, overrides)
         check_files(recipe)
         return recipe
 

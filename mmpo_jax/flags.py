@@ -14,20 +14,17 @@ from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.data.rows import FormatName
 
 RECIPES = {
-    "align": ("AlignRecipe", "Run the rounds: generate, check, pair, train, repeat."),
-    "train": ("TrainRecipe", "Run one training stage on data that is there."),
-    "generate": ("GenerateRecipe", "Sample responses to prompts."),
-    "score": ("ScoreRecipe", "Compute the log-probs of responses."),
-    "reward": ("RewardRecipe", "Score responses by a reward model."),
-    "select": ("SelectRecipe", "Take the best of several responses by a reward."),
-    "correct": (
-        "CorrectRecipe",
-        "Ask about what is wrong in rejected responses, for nSFT.",
-    ),
-    "serve": ("ServeRecipe", "Answer the clients of OpenAI's chat protocol."),
-    "evaluate": ("EvaluateRecipe", "Measure a checkpoint by benchmarks, or score answers."),
+    "align": "Run the rounds: generate, check, pair, train, repeat.",
+    "train": "Run one training stage on data that is there.",
+    "generate": "Sample responses to prompts.",
+    "score": "Compute the log-probs of responses.",
+    "reward": "Score responses by a reward model.",
+    "select": "Take the best of several responses by a reward.",
+    "correct": "Ask about what is wrong in rejected responses, for nSFT.",
+    "serve": "Answer the clients of OpenAI's chat protocol.",
+    "evaluate": "Measure a checkpoint by benchmarks, or score answers.",
 }
-"""Commands that run a recipe: name -> (its class, help)."""
+"""Commands that run a recipe, of the class in `recipes.commands`: name -> help."""
 
 OTHERS = {
     "convert": "Turn a run's Orbax checkpoint into a Hugging Face folder, or a folder into a "
@@ -155,7 +152,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """
     parser = argparse.ArgumentParser(prog="mmpo", description="Align vision-language models.")
     subparsers = parser.add_subparsers(dest="command", required=True)
-    for name, (_, help) in RECIPES.items():
+    for name, help in RECIPES.items():
         command = subparsers.add_parser(name, help=help, description=help, allow_abbrev=False)
         if name in FLAGS:
             _add_flags(command, name)

@@ -52,7 +52,7 @@ from mmpo_jax.feedback.judge import Judge
 from mmpo_jax.feedback.judges import Models, make_judge, unseen_by_judge
 from mmpo_jax.feedback.served import Servers
 from mmpo_jax.parallel.mesh import make_mesh
-from mmpo_jax.recipes.recipe import AlignRecipe
+from mmpo_jax.recipes.align_recipe import AlignRecipe
 from mmpo_jax.reporting import page
 from mmpo_jax.reporting.runs import save_recipe
 from mmpo_jax.training.plan import check_training, mesh_sizes

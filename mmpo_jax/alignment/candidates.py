@@ -38,6 +38,7 @@ from mmpo_jax.data.usable import unsupported
 from mmpo_jax.feedback.implicit import have_same_tokenizer
 from mmpo_jax.feedback.served import Servers
 from mmpo_jax.generation.responses import GENERATED, generate_stage
+from mmpo_jax.recipes.align_recipe import AlignRecipe
 from mmpo_jax.recipes.candidates import (
     Candidate,
     CheckpointCandidates,
@@ -48,7 +49,6 @@ from mmpo_jax.recipes.candidates import (
     ServedCandidates,
     data_candidates,
 )
-from mmpo_jax.recipes.recipe import AlignRecipe
 
 log = logging.getLogger(__name__)
 

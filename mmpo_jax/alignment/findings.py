@@ -24,7 +24,7 @@ from mmpo_jax.evaluation.measure import (
 from mmpo_jax.evaluation.tax import START, alignment_tax
 from mmpo_jax.feedback.judge import Judge
 from mmpo_jax.feedback.models import Models
-from mmpo_jax.recipes.recipe import AlignRecipe
+from mmpo_jax.recipes.align_recipe import AlignRecipe
 
 EVALUATION = "evaluation"
 """Folder of a round in which answers and scores of benchmarks are."""

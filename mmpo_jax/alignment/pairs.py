@@ -13,7 +13,7 @@ from mmpo_jax.data.records import Record, Response
 from mmpo_jax.data.tally import warn_of_cuts
 from mmpo_jax.data.tokenization import TokenizedRecord, tokenize_records
 from mmpo_jax.data.usable import count_cut
-from mmpo_jax.recipes.recipe import AlignRecipe
+from mmpo_jax.recipes.align_recipe import AlignRecipe
 from mmpo_jax.training.examples import tokenizer_for, unfit
 from mmpo_jax.training.losses import recipe_terms
 

@@ -48,7 +48,7 @@ from mmpo_jax.feedback.judge import (
 )
 from mmpo_jax.feedback.pairing import Balance, PairingResult, ScoredResponse, make_pairs
 from mmpo_jax.feedback.served import Servers
-from mmpo_jax.recipes.recipe import AlignRecipe
+from mmpo_jax.recipes.align_recipe import AlignRecipe
 from mmpo_jax.reporting.prompts import write_prompts
 from mmpo_jax.training.loop import TrainingData
 from mmpo_jax.training.saving import MODEL

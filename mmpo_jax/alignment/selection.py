@@ -23,7 +23,7 @@ from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.feedback.judge import Judge, Responses
 from mmpo_jax.feedback.scores import VERDICTS, accepted
 from mmpo_jax.generation.responses import generate_stage
-from mmpo_jax.recipes.recipe import AlignRecipe, Selection
+from mmpo_jax.recipes.align_recipe import AlignRecipe, Selection
 from mmpo_jax.recipes.sampling import Decoding
 from mmpo_jax.training.validation import hold_out
 

@@ -15,7 +15,8 @@ from mmpo_jax.checkpoints.folders import split_hub_id
 from mmpo_jax.core.files import null_if_not_finite, read_json, write_atomic
 from mmpo_jax.core.processes import on_one
 from mmpo_jax.models.model import Model
-from mmpo_jax.recipes.recipe import AlignRecipe, TrainRecipe
+from mmpo_jax.recipes.align_recipe import AlignRecipe
+from mmpo_jax.recipes.train_recipe import TrainRecipe
 
 FILE = "README.md"
 SAVED = "card.json"

@@ -11,7 +11,7 @@ from mmpo_jax.core.buckets import is_file
 from mmpo_jax.core.processes import on_one
 from mmpo_jax.evaluation.measure import check_questions, shown_metrics
 from mmpo_jax.evaluation.tax import read_tax, render_tax
-from mmpo_jax.recipes.recipe import AlignRecipe
+from mmpo_jax.recipes.align_recipe import AlignRecipe
 from mmpo_jax.reporting.page import FILE
 
 

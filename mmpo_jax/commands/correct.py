@@ -26,8 +26,8 @@ from mmpo_jax.data.sources import RecordSet
 from mmpo_jax.feedback.models import Models
 from mmpo_jax.feedback.served import Servers
 from mmpo_jax.parallel.mesh import make_mesh
+from mmpo_jax.recipes.command_recipes import CorrectRecipe
 from mmpo_jax.recipes.correction import Layout
-from mmpo_jax.recipes.recipe import CorrectRecipe
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from mmpo_jax.core.processes import on_one
 from mmpo_jax.evaluation.answers import Measuring
 from mmpo_jax.evaluation.measure import Measured, check_questions, describe, measure, shown_metrics
 from mmpo_jax.parallel.mesh import make_mesh
-from mmpo_jax.recipes.recipe import EvaluateRecipe
+from mmpo_jax.recipes.command_recipes import EvaluateRecipe
 
 
 def main(recipe: EvaluateRecipe) -> None:

@@ -18,7 +18,7 @@ from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.data.usable import usable_records
 from mmpo_jax.generation.responses import generate_stage
 from mmpo_jax.parallel.mesh import make_mesh
-from mmpo_jax.recipes.recipe import GenerateRecipe
+from mmpo_jax.recipes.command_recipes import GenerateRecipe
 from mmpo_jax.recipes.sampling import Decoding
 
 log = logging.getLogger(__name__)

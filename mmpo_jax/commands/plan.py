@@ -14,21 +14,28 @@ from mmpo_jax.planning.report import told, told_choices
 from mmpo_jax.planning.search import search
 from mmpo_jax.planning.stages import Assumed
 from mmpo_jax.planning.topology import Topology, find_topology
-from mmpo_jax.recipes import recipe as recipes
+from mmpo_jax.recipes.align_recipe import AlignRecipe
+from mmpo_jax.recipes.base import Base
+from mmpo_jax.recipes.command_recipes import (
+    GenerateRecipe,
+    RewardRecipe,
+    ScoreRecipe,
+    SelectRecipe,
+)
 from mmpo_jax.recipes.files import load_recipe, read_values
-from mmpo_jax.recipes.recipe import Base
+from mmpo_jax.recipes.train_recipe import TrainRecipe
 
 log = logging.getLogger(__name__)
 
-KINDS = {
-    "train": "TrainRecipe",
-    "align": "AlignRecipe",
-    "generate": "GenerateRecipe",
-    "score": "ScoreRecipe",
-    "reward": "RewardRecipe",
-    "select": "SelectRecipe",
+KINDS: dict[str, type[Base]] = {
+    "train": TrainRecipe,
+    "align": AlignRecipe,
+    "generate": GenerateRecipe,
+    "score": ScoreRecipe,
+    "reward": RewardRecipe,
+    "select": SelectRecipe,
 }
-"""Command -> class of its recipe."""
+"""Command -> class of its recipe, of those that are planned."""
 OF_ALIGN = {
     *("rounds", "prompts_per_round", "candidates", "feedback", "pairing", "sampling"),
     "selection",
@@ -44,8 +51,7 @@ def main(options: argparse.Namespace) -> None:
     topology = find_topology(options.topology)
     values = read_values(options.recipe, options.overrides)
     command = options.command_of_recipe or command_of(set(values))
-    kind = getattr(recipes, KINDS[command])
-    recipe = load_recipe(kind, options.recipe, options.overrides)
+    recipe = load_recipe(KINDS[command], options.recipe, options.overrides)
     assumed = Assumed(
         rows=options.rows,
         claims=options.claims,

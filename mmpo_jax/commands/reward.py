@@ -10,7 +10,7 @@ from mmpo_jax.commands.results import Results
 from mmpo_jax.data.records import Record
 from mmpo_jax.data.usable import usable_records
 from mmpo_jax.parallel.mesh import make_mesh
-from mmpo_jax.recipes.recipe import RewardRecipe
+from mmpo_jax.recipes.command_recipes import RewardRecipe
 from mmpo_jax.reward_models.reading import Reading
 from mmpo_jax.reward_models.scoring import Rewarded, score_responses
 

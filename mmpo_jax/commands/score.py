@@ -11,7 +11,7 @@ from mmpo_jax.data.skipped import Problem
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.data.usable import usable_records
 from mmpo_jax.parallel.mesh import make_mesh
-from mmpo_jax.recipes.recipe import ScoreRecipe
+from mmpo_jax.recipes.command_recipes import ScoreRecipe
 from mmpo_jax.scoring.log_probs import chosen_dtype, score_stage
 
 

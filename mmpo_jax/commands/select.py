@@ -42,7 +42,7 @@ from mmpo_jax.feedback.implicit import (
 )
 from mmpo_jax.feedback.selection import Selection, best_of, describe_selection
 from mmpo_jax.parallel.mesh import make_mesh
-from mmpo_jax.recipes.recipe import SelectRecipe
+from mmpo_jax.recipes.command_recipes import SelectRecipe
 from mmpo_jax.recipes.sampling import Candidates
 from mmpo_jax.recipes.scoring import RewardModelAsked
 from mmpo_jax.reward_models.reading import Reading

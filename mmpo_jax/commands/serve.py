@@ -14,7 +14,7 @@ from mmpo_jax.core import processes, progress
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.generation.engine import Engine
 from mmpo_jax.parallel.mesh import make_mesh
-from mmpo_jax.recipes.recipe import ServeRecipe
+from mmpo_jax.recipes.command_recipes import ServeRecipe
 
 log = logging.getLogger(__name__)
 

@@ -34,7 +34,7 @@ from mmpo_jax.evaluation.measure import check_questions
 from mmpo_jax.evaluation.tax import render_tax
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.picture_world.source import PictureWorldData
-from mmpo_jax.recipes.recipe import TrainRecipe
+from mmpo_jax.recipes.train_recipe import TrainRecipe
 from mmpo_jax.recipes.training import Training
 from mmpo_jax.training.examples import LearnedExamples, fingerprint_fields, fingerprint_given
 from mmpo_jax.training.loop import TrainingData

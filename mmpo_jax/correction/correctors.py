@@ -23,8 +23,8 @@ from mmpo_jax.feedback.text_model import Ask, TextModel, Unread, ask_until_read,
 from mmpo_jax.picture_world.corrections import caption_errors
 from mmpo_jax.picture_world.language import ANSWERS
 from mmpo_jax.picture_world.world import Scene
+from mmpo_jax.recipes.command_recipes import CorrectRecipe
 from mmpo_jax.recipes.correction import CheckpointCorrecting, Correcting, RuleCorrecting
-from mmpo_jax.recipes.recipe import CorrectRecipe
 
 CORRECT_RULES = 1
 """Part of the key of what is found: changes with how it is looked for, asked and read."""

@@ -17,9 +17,9 @@ from mmpo_jax.feedback.models import Models
 from mmpo_jax.feedback.served import ServedTextModel, Servers
 from mmpo_jax.feedback.text_model import Ask, TextModel
 from mmpo_jax.parallel.mesh import make_mesh
+from mmpo_jax.recipes.base import Devices
 from mmpo_jax.recipes.feedback import Speaking
 from mmpo_jax.recipes.judging import ChatJudging, CheckpointJudging
-from mmpo_jax.recipes.recipe import Devices
 
 PART = 64
 """Questions after which the replies of a checkpoint are kept."""

@@ -16,22 +16,17 @@ from mmpo_jax.planning.opened import Opened
 from mmpo_jax.planning.programs import Sampled, validation
 from mmpo_jax.planning.rewarding import reward_stages
 from mmpo_jax.planning.stages import Assumed, Plan, Stages
+from mmpo_jax.recipes.align_recipe import AlignRecipe
+from mmpo_jax.recipes.base import Base
 from mmpo_jax.recipes.candidates import (
     CheckpointCandidates,
     EditedImageCandidates,
     GreedyCandidates,
     PolicyCandidates,
 )
-from mmpo_jax.recipes.recipe import (
-    AlignRecipe,
-    Base,
-    GenerateRecipe,
-    RewardRecipe,
-    ScoreRecipe,
-    SelectRecipe,
-    TrainRecipe,
-)
+from mmpo_jax.recipes.command_recipes import GenerateRecipe, RewardRecipe, ScoreRecipe, SelectRecipe
 from mmpo_jax.recipes.sampling import Decoding
+from mmpo_jax.recipes.train_recipe import TrainRecipe
 from mmpo_jax.training.on_policy import with_token_limit
 from mmpo_jax.training.plan import total_steps, trained_config
 

@@ -16,6 +16,7 @@ from mmpo_jax.planning.opened import Opened
 from mmpo_jax.planning.programs import Sampled, labelling, scoring
 from mmpo_jax.planning.rewarding import reward_stages
 from mmpo_jax.planning.stages import TEXT_TOKENS, Stages
+from mmpo_jax.recipes.align_recipe import AlignRecipe
 from mmpo_jax.recipes.feedback import (
     CheckpointAsked,
     CheckpointLabeling,
@@ -26,7 +27,6 @@ from mmpo_jax.recipes.feedback import (
     RewardModelFeedback,
     SelfRewardFeedback,
 )
-from mmpo_jax.recipes.recipe import AlignRecipe
 from mmpo_jax.recipes.sampling import Decoding
 
 

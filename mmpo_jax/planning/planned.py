@@ -19,7 +19,9 @@ from mmpo_jax.planning.opened import open_config
 from mmpo_jax.planning.roofline import Roofline, roofline
 from mmpo_jax.planning.stages import Assumed, Run
 from mmpo_jax.planning.topology import Topology
-from mmpo_jax.recipes.recipe import AlignRecipe, Base, TrainRecipe
+from mmpo_jax.recipes.align_recipe import AlignRecipe
+from mmpo_jax.recipes.base import Base
+from mmpo_jax.recipes.train_recipe import TrainRecipe
 from mmpo_jax.training.plan import mesh_sizes
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from mmpo_jax.planning.planned import Planned, PlannedRun, decoder_of, judged, m
 from mmpo_jax.planning.programs import Program
 from mmpo_jax.planning.stages import Assumed, Plan
 from mmpo_jax.planning.topology import Topology
-from mmpo_jax.recipes.recipe import Base
+from mmpo_jax.recipes.base import Base
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,8 @@ from mmpo_jax.picture_world.source import PictureWorldData
 from mmpo_jax.planning.abstract import Sizes
 from mmpo_jax.planning.opened import Opened, open_config
 from mmpo_jax.planning.programs import Program, Sampled, generating, scoring, training
-from mmpo_jax.recipes.recipe import Base, Devices, TrainRecipe
+from mmpo_jax.recipes.base import Base, Devices
+from mmpo_jax.recipes.train_recipe import TrainRecipe
 from mmpo_jax.recipes.training import Training
 from mmpo_jax.training.losses import needs_reference, recipe_terms
 from mmpo_jax.training.plan import check_training, micro_batch_size

@@ -55,7 +55,7 @@ class Mmpo(lmms):
           model: checkpoint, by any name that recipes may give it.
           batch_size: prompts at a time.
           device, max_batch_size: of lmms-eval; not read, as JAX takes the devices that it finds.
-          template, attention: see `recipes.recipe.Base`.
+          template, attention: see `recipes.base.Base`.
           system_prompt: what the system says first in every dialogue.
           seed: of the samples.
 

@@ -22,7 +22,7 @@ from mmpo_jax.objectives.registry import HEADS
 from mmpo_jax.objectives.terms import reads_log_probs, rows_read
 from mmpo_jax.parallel.choice import choose_sizes
 from mmpo_jax.parallel.mesh import batch_shards
-from mmpo_jax.recipes.recipe import Devices
+from mmpo_jax.recipes.base import Devices
 from mmpo_jax.recipes.rollout import Rollout
 from mmpo_jax.recipes.training import Training
 from mmpo_jax.training.losses import recipe_terms

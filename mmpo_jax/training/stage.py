@@ -18,9 +18,9 @@ from mmpo_jax.core.processes import on_one
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.pipeline import Example, MixtureEntry
 from mmpo_jax.data.tokenization import TokenizedRecord
-from mmpo_jax.recipes.recipe import Validation
 from mmpo_jax.recipes.rollout import Rollout
 from mmpo_jax.recipes.teacher import ModelTeacher
+from mmpo_jax.recipes.train_recipe import Validation
 from mmpo_jax.recipes.training import Training
 from mmpo_jax.training.examples import prepare_examples
 from mmpo_jax.training.loop import Run, TrainingData, train

@@ -25,7 +25,7 @@ from mmpo_jax.data.tokenized_rows import KnownRows, known
 from mmpo_jax.inference.loop import overlapped
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.lora import cast_params
-from mmpo_jax.recipes.recipe import Validation
+from mmpo_jax.recipes.train_recipe import Validation
 from mmpo_jax.recipes.training import Training
 from mmpo_jax.training.losses import Loss
 from mmpo_jax.training.metrics import HELD_OUT, means

@@ -19,7 +19,7 @@ from mmpo_jax.commands.convert import convert
 from mmpo_jax.commands.train import run_training
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.trees import flatten
-from mmpo_jax.recipes.recipe import TrainRecipe
+from mmpo_jax.recipes.train_recipe import TrainRecipe
 
 pytestmark = pytest.mark.usefixtures("stubs")
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 from mmpo_jax.alignment.examples import PROMPTS, write_examples
 from mmpo_jax.alignment.round import pairs_left_out
 from mmpo_jax.data.records import ImageRef, Record, Turn
-from mmpo_jax.recipes.recipe import AlignRecipe, Pairing
+from mmpo_jax.recipes.align_recipe import AlignRecipe, Pairing
 
 IMAGE = (ImageRef("dog.jpg", data=b""),)
 

@@ -29,7 +29,7 @@ from mmpo_jax.checkpoints.fingerprints import fingerprint_model  # noqa: E402
 from mmpo_jax.core.files import read_table  # noqa: E402
 from mmpo_jax.data.records import Turn  # noqa: E402
 from mmpo_jax.parallel.mesh import AXES  # noqa: E402
-from mmpo_jax.recipes.recipe import AlignRecipe  # noqa: E402
+from mmpo_jax.recipes.align_recipe import AlignRecipe  # noqa: E402
 from mmpo_jax.training.metrics import read_metrics  # noqa: E402
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ from mmpo_jax.alignment.align import run_alignment
 from mmpo_jax.alignment.selection import best_round
 from mmpo_jax.checkpoints.fingerprints import fingerprint_model
 from mmpo_jax.core.files import read_table
-from mmpo_jax.recipes.recipe import Selection
+from mmpo_jax.recipes.align_recipe import Selection
 from mmpo_jax.training.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("stubs")

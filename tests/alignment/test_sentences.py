@@ -28,7 +28,7 @@ from mmpo_jax.data.usable import usable_records
 from mmpo_jax.feedback.claims import ClaimsJudge
 from mmpo_jax.feedback.scores import accepted
 from mmpo_jax.generation import responses as responses_module
-from mmpo_jax.recipes.recipe import AlignRecipe
+from mmpo_jax.recipes.align_recipe import AlignRecipe
 
 pytestmark = pytest.mark.usefixtures("stubs")
 

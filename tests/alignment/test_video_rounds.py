@@ -19,8 +19,8 @@ from mmpo_jax.checkpoints.checkpoint import load_checkpoint
 from mmpo_jax.core import progress
 from mmpo_jax.core.files import read_table
 from mmpo_jax.feedback.labeler import CheckpointLabeler
+from mmpo_jax.recipes.align_recipe import AlignRecipe
 from mmpo_jax.recipes.data import FileData
-from mmpo_jax.recipes.recipe import AlignRecipe
 from mmpo_jax.reporting.page import write_report
 from mmpo_jax.training.metrics import read_metrics
 

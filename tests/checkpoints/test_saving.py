@@ -30,7 +30,7 @@ from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.models.config import ModelError
 from mmpo_jax.models.precision import weights_dtype
 from mmpo_jax.parallel.mesh import AXES, put_params
-from mmpo_jax.recipes.recipe import TrainRecipe
+from mmpo_jax.recipes.train_recipe import TrainRecipe
 
 SIZE = 20_000
 PAIR = {"source": "file", "path": "pairs.jsonl"}

@@ -76,7 +76,8 @@ def test_names_of_repositories(repo):
 
 
 def test_commands_check_first_and_upload_last(hub, result, monkeypatch, capsys):
-    from mmpo_jax.recipes.recipe import AlignRecipe, TrainRecipe
+    from mmpo_jax.recipes.align_recipe import AlignRecipe
+    from mmpo_jax.recipes.train_recipe import TrainRecipe
 
     done = []
     monkeypatch.setattr(train, "run_training", lambda recipe: done.append("train") or result)

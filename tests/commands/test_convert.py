@@ -27,7 +27,7 @@ from mmpo_jax.core import progress
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.models.model import Model
 from mmpo_jax.parallel.mesh import AXES
-from mmpo_jax.recipes.recipe import TrainRecipe
+from mmpo_jax.recipes.train_recipe import TrainRecipe
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,8 @@ from mmpo_jax.feedback.models import Models
 from mmpo_jax.feedback.served import Servers
 from mmpo_jax.feedback.text_model import UNFINISHED, Reply
 from mmpo_jax.picture_world.world import Scene, Thing
+from mmpo_jax.recipes.command_recipes import CorrectRecipe
 from mmpo_jax.recipes.correction import ChatCorrecting, RuleCorrecting
-from mmpo_jax.recipes.recipe import CorrectRecipe
 
 BOOK = load_codebook(None)
 SCENE = Scene((Thing(0, 0, "star", "red"), Thing(1, 1, "ring", "blue")))

@@ -15,7 +15,7 @@ from mmpo_jax.data.records import ImageRef, Record, Response, Turn
 from mmpo_jax.data.tokenization import tokenize
 from mmpo_jax.picture_world.render import png_bytes
 from mmpo_jax.picture_world.world import sample_scene
-from mmpo_jax.recipes.recipe import TrainRecipe
+from mmpo_jax.recipes.train_recipe import TrainRecipe
 
 N = 4  # image tokens
 SYSTEM = (

@@ -18,7 +18,7 @@ from mmpo_jax.evaluation.measure import all_values, measure, read_measured, show
 from mmpo_jax.generation import responses
 from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.picture_world.pope import write_questions
-from mmpo_jax.recipes.recipe import EvaluateRecipe
+from mmpo_jax.recipes.command_recipes import EvaluateRecipe
 
 WORLD = {"type": "picture_world", "size": 5, "questions": 2, "image_size": 24, "seeds": (0, 1)}
 

@@ -3,7 +3,7 @@
 from mmpo_jax.core.files import fingerprint_bytes
 from mmpo_jax.feedback.labeler import Answer
 from mmpo_jax.feedback.splitters import Claim, Division
-from mmpo_jax.recipes.recipe import AlignRecipe
+from mmpo_jax.recipes.align_recipe import AlignRecipe
 
 PROMPTS, SAMPLES, ROUNDS = 12, 3, 2
 

@@ -12,7 +12,7 @@ from mmpo_jax.models.config import DecoderConfig
 from mmpo_jax.models.layer_kinds import AttentionConfig, ExpertsConfig, LayerConfig
 from mmpo_jax.parallel.choice import choose_sizes
 from mmpo_jax.parallel.mesh import by_slice, make_mesh, over_slices
-from mmpo_jax.recipes.recipe import Devices
+from mmpo_jax.recipes.base import Devices
 from mmpo_jax.recipes.training import Training
 from mmpo_jax.training.plan import check_training, mesh_sizes
 

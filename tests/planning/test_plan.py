@@ -25,13 +25,9 @@ from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.planning import abstract, opened, planned, topology
 from mmpo_jax.planning.abstract import Sizes
 from mmpo_jax.planning.stages import Assumed
-from mmpo_jax.recipes.recipe import (
-    AlignRecipe,
-    GenerateRecipe,
-    RewardRecipe,
-    SelectRecipe,
-    TrainRecipe,
-)
+from mmpo_jax.recipes.align_recipe import AlignRecipe
+from mmpo_jax.recipes.command_recipes import GenerateRecipe, RewardRecipe, SelectRecipe
+from mmpo_jax.recipes.train_recipe import TrainRecipe
 from mmpo_jax.recipes.training import Training
 from mmpo_jax.training.losses import make_loss, recipe_terms
 from mmpo_jax.training.optimizer import make_optimizer

@@ -12,7 +12,8 @@ from mmpo_jax.parallel.mesh import AXES_OF_EXPERTS
 from mmpo_jax.planning import search
 from mmpo_jax.planning.stages import Assumed
 from mmpo_jax.planning.topology import find_topology
-from mmpo_jax.recipes.recipe import ScoreRecipe, TrainRecipe
+from mmpo_jax.recipes.command_recipes import ScoreRecipe
+from mmpo_jax.recipes.train_recipe import TrainRecipe
 
 ASSUMED = Assumed(rows=64)
 

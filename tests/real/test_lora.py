@@ -10,7 +10,7 @@ import torch  # noqa: E402
 from helpers import smollm2  # noqa: E402
 
 from mmpo_jax.commands.train import run_training  # noqa: E402
-from mmpo_jax.recipes.recipe import TrainRecipe  # noqa: E402
+from mmpo_jax.recipes.train_recipe import TrainRecipe  # noqa: E402
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
 

@@ -7,8 +7,8 @@ import yaml
 from pydantic import ValidationError
 
 import mmpo_jax
+from mmpo_jax.recipes.align_recipe import AlignRecipe
 from mmpo_jax.recipes.files import RecipeError, load_recipe
-from mmpo_jax.recipes.recipe import AlignRecipe
 
 CONFIGS = Path(mmpo_jax.__file__).parent.parent / "configs"
 GOOD = {"output": "out", "model": "DIR", "data": {"source": "file", "path": "a.jsonl"}}

@@ -7,7 +7,7 @@ import yaml
 
 import mmpo_jax
 from mmpo_jax.recipes.files import load_recipe
-from mmpo_jax.recipes.recipe import TrainRecipe
+from mmpo_jax.recipes.train_recipe import TrainRecipe
 
 ROOT = Path(mmpo_jax.__file__).parent.parent
 MM_DPO = {

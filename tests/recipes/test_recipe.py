@@ -12,11 +12,20 @@ import yaml
 import mmpo_jax
 from mmpo_jax.benchmarks.benchmark import find_benchmark
 from mmpo_jax.chat.server import ChatServer
+from mmpo_jax.core.sections import Section
 from mmpo_jax.data.sources import RecordSource
 from mmpo_jax.objectives.catalog import OBJECTIVES
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.picture_world.render import MIN_IMAGE_SIZE
+from mmpo_jax.recipes.align_recipe import AlignRecipe
+from mmpo_jax.recipes.base import Base, Devices
 from mmpo_jax.recipes.candidates import Candidate, Drawing
+from mmpo_jax.recipes.command_recipes import (
+    EvaluateRecipe,
+    GenerateRecipe,
+    SelectRecipe,
+)
+from mmpo_jax.recipes.commands import RECIPES
 from mmpo_jax.recipes.evaluation import BenchmarkSection
 from mmpo_jax.recipes.feedback import (
     CheckpointAsked,
@@ -30,33 +39,16 @@ from mmpo_jax.recipes.feedback import (
 from mmpo_jax.recipes.files import RecipeError, load_recipe
 from mmpo_jax.recipes.judging import JudgedAnswers
 from mmpo_jax.recipes.objectives import ObjectiveSection
-from mmpo_jax.recipes.recipe import (
-    AlignRecipe,
-    Base,
-    CorrectRecipe,
-    Devices,
-    EvaluateRecipe,
-    GenerateRecipe,
-    RewardRecipe,
-    Sampling,
-    ScoreRecipe,
-    Section,
-    SelectRecipe,
-    ServeRecipe,
-    TrainRecipe,
-)
 from mmpo_jax.recipes.rewards import RewardModelReward, RewardSection
 from mmpo_jax.recipes.rollout import Rollout
-from mmpo_jax.recipes.sampling import Decoding
+from mmpo_jax.recipes.sampling import Decoding, Sampling
 from mmpo_jax.recipes.scoring import ImplicitReward, Rewarding
+from mmpo_jax.recipes.train_recipe import TrainRecipe
 from mmpo_jax.rewards import REWARDS
 
 PACKAGE = Path(mmpo_jax.__file__).parent
 CONFIGS = sorted((PACKAGE.parent / "configs").rglob("*.yaml"))
-KINDS = (
-    *(TrainRecipe, AlignRecipe, GenerateRecipe, ScoreRecipe, SelectRecipe, EvaluateRecipe),
-    *(CorrectRecipe, RewardRecipe, JudgedAnswers, ServeRecipe),
-)
+KINDS = (*RECIPES.values(), JudgedAnswers)
 GOOD = {"output": "out", "model": "builtin:picture_world", "data": {"source": "picture_world"}}
 
 
@@ -381,8 +373,12 @@ def sections(kind: type[Section]) -> set[type[Section]]:
 
 
 def names_read() -> set[tuple[str, str]]:
-    """All `owner.name` in the package's code outside of `recipe.py`, as (owner, name)."""
-    files = [path for path in PACKAGE.rglob("*.py") if path.name != "recipe.py"]
+    """All `owner.name` in the package's code outside of whole recipes, as (owner, name)."""
+    files = [
+        path
+        for path in PACKAGE.rglob("*.py")
+        if not path.name.endswith(("recipe.py", "recipes.py"))
+    ]
     nodes = (node for path in files for node in ast.walk(ast.parse(path.read_text())))
     return {
         (getattr(node.value, "attr", getattr(node.value, "id", "")), node.attr)

@@ -8,8 +8,8 @@ import pytest
 from helpers.browser import NoBrowser, look_at
 
 from mmpo_jax.alignment.align import run_alignment
+from mmpo_jax.recipes.align_recipe import AlignRecipe
 from mmpo_jax.recipes.files import load_recipe
-from mmpo_jax.recipes.recipe import AlignRecipe
 from mmpo_jax.reporting.page import write_report
 
 ROOT = Path(__file__).parent.parent.parent

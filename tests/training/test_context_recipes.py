@@ -5,7 +5,7 @@ import pytest
 
 from mmpo_jax.objectives.catalog import OBJECTIVES
 from mmpo_jax.objectives.terms import make_term
-from mmpo_jax.recipes.recipe import PreferenceTraining
+from mmpo_jax.recipes.align_recipe import PreferenceTraining
 from mmpo_jax.recipes.training import Training
 from mmpo_jax.training.examples import tokenizer_for
 

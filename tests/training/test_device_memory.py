@@ -15,7 +15,7 @@ from mmpo_jax.commands.train import run_training
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.models.config import ModelError
 from mmpo_jax.parallel.mesh import AXES
-from mmpo_jax.recipes.recipe import TrainRecipe
+from mmpo_jax.recipes.train_recipe import TrainRecipe
 
 ROWS = [
     {"id": str(i), "prompt": "what is it ?", "chosen": f"a {c} circle .", "rejected": "a star ."}

@@ -26,9 +26,9 @@ from mmpo_jax.picture_world.records import prompt_records
 from mmpo_jax.picture_world.render import png_bytes
 from mmpo_jax.picture_world.world import sample_scene
 from mmpo_jax.recipes.optimizers import AdamW
-from mmpo_jax.recipes.recipe import TrainRecipe
 from mmpo_jax.recipes.rollout import Rollout
 from mmpo_jax.recipes.teacher import SelfTeacher
+from mmpo_jax.recipes.train_recipe import TrainRecipe
 from mmpo_jax.recipes.training import Training
 from mmpo_jax.training.metrics import read_metrics
 from mmpo_jax.training.on_policy import Prompts, Rollouts, prompt_examples

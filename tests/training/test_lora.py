@@ -31,7 +31,7 @@ from mmpo_jax.models.lora import (
 )
 from mmpo_jax.parallel.mesh import make_mesh, put_params
 from mmpo_jax.recipes.optimizers import AdamW, Cosine
-from mmpo_jax.recipes.recipe import TrainRecipe
+from mmpo_jax.recipes.train_recipe import TrainRecipe
 from mmpo_jax.recipes.training import Training
 from mmpo_jax.training import loop
 from mmpo_jax.training.loop import Run, TrainingData, train

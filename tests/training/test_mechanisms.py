@@ -18,7 +18,7 @@ from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.records import ImageRef, Record, Response, Span, Turn
 from mmpo_jax.data.sources import FileData, RecordSet
 from mmpo_jax.parallel.mesh import AXES
-from mmpo_jax.recipes.recipe import TrainRecipe
+from mmpo_jax.recipes.train_recipe import TrainRecipe
 from mmpo_jax.training.metrics import read_metrics
 
 QUESTION = (Turn("user", "what is in the picture ?"),)

@@ -16,8 +16,9 @@ from mmpo_jax.objectives.registry import REFERENCES
 from mmpo_jax.picture_world.language import hallucinated_caption, true_caption
 from mmpo_jax.picture_world.preferences import write_preferences
 from mmpo_jax.picture_world.records import prompt_records, scenes
+from mmpo_jax.recipes.command_recipes import CorrectRecipe
 from mmpo_jax.recipes.files import load_recipe
-from mmpo_jax.recipes.recipe import CorrectRecipe, TrainRecipe
+from mmpo_jax.recipes.train_recipe import TrainRecipe
 from mmpo_jax.training.metrics import FILE, read_metrics
 
 RECIPES = sorted((Path(mmpo_jax.__file__).parent.parent / "configs/objectives").glob("*.yaml"))

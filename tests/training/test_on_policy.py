@@ -24,8 +24,8 @@ from mmpo_jax.models.log_probs import response_log_probs
 from mmpo_jax.objectives.advantages import advantages
 from mmpo_jax.picture_world.language import CAPTION_PROMPTS
 from mmpo_jax.recipes.optimizers import AdamW
-from mmpo_jax.recipes.recipe import TrainRecipe
 from mmpo_jax.recipes.rollout import Rollout
+from mmpo_jax.recipes.train_recipe import TrainRecipe
 from mmpo_jax.recipes.training import Training
 from mmpo_jax.rewards.registry import Question
 from mmpo_jax.training import loop

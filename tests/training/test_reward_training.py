@@ -32,7 +32,7 @@ from mmpo_jax.picture_world.language import hallucinated_caption, true_caption
 from mmpo_jax.picture_world.preferences import preferences, write_preferences
 from mmpo_jax.picture_world.records import prompt_records, scenes
 from mmpo_jax.recipes.files import load_recipe
-from mmpo_jax.recipes.recipe import TrainRecipe
+from mmpo_jax.recipes.train_recipe import TrainRecipe
 from mmpo_jax.training.examples import make_examples, tokenizer_for
 from mmpo_jax.training.losses import make_loss
 from mmpo_jax.training.metrics import FILE, read_metrics

@@ -20,7 +20,7 @@ from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.skipped import SKIPPED_FILE
 from mmpo_jax.objectives.responses import Responses
 from mmpo_jax.objectives.terms import needs
-from mmpo_jax.recipes.recipe import TrainRecipe, Validation
+from mmpo_jax.recipes.train_recipe import TrainRecipe, Validation
 from mmpo_jax.training.examples import make_examples
 from mmpo_jax.training.losses import recipe_terms
 from mmpo_jax.training.metrics import read_metrics

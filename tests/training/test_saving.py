@@ -19,7 +19,7 @@ from mmpo_jax.commands.train import run_training
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.models.lora import merge_adapters
 from mmpo_jax.parallel.mesh import AXES
-from mmpo_jax.recipes.recipe import TrainRecipe
+from mmpo_jax.recipes.train_recipe import TrainRecipe
 from mmpo_jax.training.saving import tell_saved
 
 Q = "language_model/layers/self_attn/q_proj/kernel"

@@ -29,7 +29,7 @@ from mmpo_jax.data.records import Record, Response, Turn
 from mmpo_jax.data.tokenization import TokenizedRecord, tokenize_records
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import AXES
-from mmpo_jax.recipes.recipe import Validation
+from mmpo_jax.recipes.train_recipe import Validation
 from mmpo_jax.recipes.training import Training
 from mmpo_jax.training import loop, times
 from mmpo_jax.training.losses import make_loss
