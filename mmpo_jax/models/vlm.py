@@ -17,6 +17,7 @@ from mmpo_jax.models.decoder import Added, Decoder, Observer
 from mmpo_jax.models.delta_net import DeltaTokens, shared_prompt_delta
 from mmpo_jax.models.experts import loads_of
 from mmpo_jax.models.layers import constrain_batch, linear
+from mmpo_jax.models.mixing import mixed
 from mmpo_jax.models.packed_attention import packed_attention
 from mmpo_jax.models.reward_head import TwoLayerHead, linear_reward
 from mmpo_jax.models.sight import Images, image_numbers
@@ -66,6 +67,11 @@ class VisionLanguageModel(nnx.Module):
         images has none.
         """
         raise NotImplementedError(f"{self.config.family} has no images")
+
+    def pool_rows(self, index: Int[Array, "B *S K"]) -> Int[Array, "B *S K"]:
+        """Where the vectors of `feature_index` are in the pool of `image_features`, where these
+        are padded; what is negative stays."""
+        return index
 
     def image_tokens(self, batch: Batch | PackedBatch) -> int:
         """How many tokens an image has at most, in families where it sees all of itself."""
@@ -127,7 +133,7 @@ class VisionLanguageModel(nnx.Module):
           (embeddings [B, P + R * T, D], positions int32[B, A, P + R * T], see `Decoder`).
         """
         pool = self.pool(batch, remat)
-        index, weight = batch.feature_index, batch.feature_weight
+        index, weight = self.pool_rows(batch.feature_index), batch.feature_weight
         prompts = self.embed(batch.prompt_ids, index, weight, pool)
         if not responses:
             return prompts, batch.positions, self.added(pool, index, weight)
@@ -140,7 +146,7 @@ class VisionLanguageModel(nnx.Module):
             index = jnp.pad(index, behind, constant_values=-1)
             weight = jnp.pad(weight, behind)
         else:
-            read = shown.feature_index.reshape(b, r * t, -1)
+            read = self.pool_rows(shown.feature_index).reshape(b, r * t, -1)
             share = shown.feature_weight.reshape(b, r * t, -1)
             said = self.embed(ids, read, share, pool)
             own = shown.positions.reshape(b, -1, r * t)
@@ -246,7 +252,7 @@ class VisionLanguageModel(nnx.Module):
         """(`packed_states`, `loads` with those of the layers added, if there are any)."""
         groups = batch.predictor.shape[0]
         assert not self.config.decoder.delta_nets, "states are not forked in packed rows"
-        pool, index, added = self.pool(batch, remat), batch.feature_index, None
+        pool, index, added = self.pool(batch, remat), self.pool_rows(batch.feature_index), None
         if pool is not None:
             rows = batch.token_ids.shape[0] // groups
             size = pool.shape[1]
@@ -294,17 +300,6 @@ def real_tokens(batch: Batch | PackedBatch) -> Bool[Array, "B S"]:
     rows = len(batch.prompt_mask)
     tokens = jnp.concatenate([batch.prompt_mask, batch.response_mask.reshape(rows, -1)], axis=1)
     return tokens & (batch.weights > 0)[:, None]
-
-
-def mixed(
-    pool: Float[Array, "B F D"], index: Int[Array, "B *S K"], weight: Float[Array, "B *S K"]
-) -> Float[Array, "B *S D"]:
-    """Sums of K vectors of a pool each, anything where the index is negative."""
-    total: Any = 0
-    for k in range(index.shape[-1]):
-        chosen = jax.vmap(lambda rows, at: rows[at])(pool, jnp.maximum(index[..., k], 0))
-        total += chosen * weight[..., k : k + 1].astype(chosen.dtype)
-    return total
 
 
 def prompt_lengths(batch: Batch) -> Int[Array, " B"]:

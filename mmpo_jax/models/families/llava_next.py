@@ -40,6 +40,8 @@ def tiled_fields(config: Any) -> dict[str, Any]:
 class LlavaNext(Llava):
     """Every slot is a tile or a small copy of the whole; the pool begins with the newline."""
 
+    extras = 1
+
     def __init__(self, config: LlavaConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs)
         size = config.decoder.hidden_size
@@ -81,7 +83,7 @@ FAMILY = Family(
         layouts=layouts,
         pixels=pixels,
         sized=True,
-        extras=1,
+        extras=LlavaNext.extras,
     ),
     tensor_shapes=llava.tensor_shapes,
 )

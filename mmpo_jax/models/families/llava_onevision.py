@@ -87,7 +87,7 @@ FAMILY = Family(
         layouts=layouts,
         pixels=pixels,
         sized=True,
-        extras=1,
+        extras=llava_next.LlavaNext.extras,
         vectors=4,
     ),
     videos=Videos(
