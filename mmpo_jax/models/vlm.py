@@ -132,29 +132,30 @@ class VisionLanguageModel(nnx.Module):
         Returns:
           (embeddings [B, P + R * T, D], positions int32[B, A, P + R * T], see `Decoder`).
         """
-        pool = self.pool(batch, remat)
+        pool, ids, positions = self.pool(batch, remat), batch.prompt_ids, batch.positions
         index, weight = self.pool_rows(batch.feature_index), batch.feature_weight
-        prompts = self.embed(batch.prompt_ids, index, weight, pool)
-        if not responses:
-            return prompts, batch.positions, self.added(pool, index, weight)
+        if responses:
+            # In one piece with the prompts: looked up apart, the embedding's gradient is two.
+            said, own, read, share = self._responses(batch)
+            ids = jnp.concatenate([ids, said], axis=1)
+            positions = jnp.concatenate([positions, own], axis=2)
+            index = jnp.concatenate([index, read], axis=1)
+            weight = jnp.concatenate([weight, share], axis=1)
+        return self.embed(ids, index, weight, pool), positions, self.added(pool, index, weight)
+
+    def _responses(self, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """(ids [B, S], positions [B, A, S], which vectors they read [B, S, K], their weights) of
+        all response tokens of a row, S = R * T."""
         b, r, t = batch.response_ids.shape
         ids, shown = batch.response_ids.reshape(b, r * t), batch.shown
         if shown is None:
-            said = self.language_model.embed(ids)
             own = response_positions(batch, jnp.tile(jnp.arange(t), r))
-            behind = (0, 0), (0, r * t), (0, 0)
-            index = jnp.pad(index, behind, constant_values=-1)
-            weight = jnp.pad(weight, behind)
-        else:
-            read = self.pool_rows(shown.feature_index).reshape(b, r * t, -1)
-            share = shown.feature_weight.reshape(b, r * t, -1)
-            said = self.embed(ids, read, share, pool)
-            own = shown.positions.reshape(b, -1, r * t)
-            index = jnp.concatenate([index, read], axis=1)
-            weight = jnp.concatenate([weight, share], axis=1)
-        x = jnp.concatenate([prompts, said], axis=1)
-        positions = jnp.concatenate([batch.positions, own], axis=2)
-        return x, positions, self.added(pool, index, weight)
+            vectors = b, r * t, batch.feature_index.shape[-1]
+            read = jnp.full(vectors, -1, batch.feature_index.dtype)
+            return ids, own, read, jnp.zeros(vectors, batch.feature_weight.dtype)
+        read = self.pool_rows(shown.feature_index).reshape(b, r * t, -1)
+        share = shown.feature_weight.reshape(b, r * t, -1)
+        return ids, shown.positions.reshape(b, -1, r * t), read, share
 
     def added(
         self,
