@@ -50,7 +50,7 @@ from mmpo_jax.feedback.pairing import Balance, PairingResult, ScoredResponse, ma
 from mmpo_jax.feedback.served import Servers
 from mmpo_jax.recipes.align_recipe import AlignRecipe
 from mmpo_jax.reporting.prompts import write_prompts
-from mmpo_jax.training.loop import TrainingData
+from mmpo_jax.training.batches import TrainingData
 from mmpo_jax.training.saving import MODEL
 from mmpo_jax.training.stage import TrainingStage, stage_data, train_stage
 from mmpo_jax.training.validation import hold_out

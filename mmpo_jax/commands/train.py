@@ -36,8 +36,8 @@ from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.picture_world.source import PictureWorldData
 from mmpo_jax.recipes.train_recipe import TrainRecipe
 from mmpo_jax.recipes.training import Training
+from mmpo_jax.training.batches import TrainingData
 from mmpo_jax.training.examples import LearnedExamples, fingerprint_fields, fingerprint_given
-from mmpo_jax.training.loop import TrainingData
 from mmpo_jax.training.losses import recipe_terms
 from mmpo_jax.training.on_policy import with_token_limit
 from mmpo_jax.training.plan import check_training, mesh_sizes, rows_to_see, trained_config

@@ -8,9 +8,8 @@ import functools
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -26,13 +25,9 @@ from mmpo_jax.core.errors import MmpoError, Stopped
 from mmpo_jax.core.processes import is_agreed, several
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.pipeline import (
-    Example,
     HostBatch,
-    MixtureEntry,
     TrainBatch,
     held_out_batches,
-    rows_of,
-    training_batches,
 )
 from mmpo_jax.inference.plan import packed_over
 from mmpo_jax.models.lora import add_adapters
@@ -40,12 +35,12 @@ from mmpo_jax.models.model import Params
 from mmpo_jax.parallel.mesh import batch_share, put_batch
 from mmpo_jax.recipes.rollout import Rollout
 from mmpo_jax.recipes.training import MovingReference, Training
+from mmpo_jax.training.batches import Batches, TrainingData, make_batches
 from mmpo_jax.training.goodput import Goodput, first_start
 from mmpo_jax.training.losses import Loss, compared_with, make_loss, recipe_terms
 from mmpo_jax.training.memory import log_memory
 from mmpo_jax.training.metrics import MetricsWriter, from_json
 from mmpo_jax.training.not_finite import Recorder
-from mmpo_jax.training.on_policy import Prompts, Rollouts
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
 from mmpo_jax.training.performance import measure
 from mmpo_jax.training.plan import check_training, micro_batch_size, total_steps
@@ -55,7 +50,7 @@ from mmpo_jax.training.step import Update, create_state, make_step, whole_params
 from mmpo_jax.training.stopping import StopSignal
 from mmpo_jax.training.teacher import LoadedTeacher
 from mmpo_jax.training.tracking import track_run
-from mmpo_jax.training.validation import Held, Measurements, Validator
+from mmpo_jax.training.validation import Held, Validator
 
 log = logging.getLogger(__name__)
 
@@ -76,26 +71,6 @@ class Run:
     """Card of the result, kept beside the checkpoints."""
     begun: float = dataclasses.field(default_factory=time.time)
     """When it was begun now, in seconds since 1970."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingData:
-    """What a stage of training learns from, and what is measured as it goes on."""
-
-    examples: Sequence[Example]
-    """Tokenized, with the fields the objective needs."""
-    entries: Sequence[MixtureEntry] = ()
-    """The data sets that stand one after another in `examples`, if there are several."""
-    held: Held | None = None
-    """Rows that are measured, if any are held out."""
-    rollout: Rollout | None = None
-    """How responses are sampled and rewarded, where the examples have none."""
-    measurements: Measurements | None = None
-    """What else is measured."""
-
-    @property
-    def mixture(self) -> Sequence[MixtureEntry]:
-        return self.entries or [MixtureEntry(len(self.examples))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,42 +239,6 @@ def _finish(checkpoints: Checkpoints) -> None:
         checkpoints.close()
 
 
-def make_batches(
-    start: Checkpoint,
-    data: TrainingData,
-    config: Training,
-    lengths: Lengths,
-    mesh: Mesh,
-    seed: int,
-    teacher: LoadedTeacher | None = None,
-) -> Batches:
-    """Batches of the examples, or of what is sampled after their prompts; see `train`."""
-    micro = micro_batch_size(config, mesh)
-    if data.rollout is not None:
-        prompts = Prompts(rows_of(data.examples), data.mixture, seed)
-        return Rollouts(start, prompts, config, data.rollout, lengths, mesh, micro, teacher)
-    batches = training_batches(
-        data.examples,
-        start.processor,
-        lengths,
-        seed=seed,
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        micro_batch_size=micro,
-        parts=data.mixture,
-        workers=config.workers,
-        packed_over=None if _drops(config) else packed_over(start.model, mesh),
-        share=batch_share(mesh),
-    )
-    return FromData(batches)
-
-
-def _drops(config: Training) -> bool:
-    """Whether adapters drop inputs: the masks follow the places of tokens in a batch, which in
-    packed rows depend on the devices, so such rows are padded."""
-    return config.lora is not None and config.lora.dropout > 0
-
-
 def make_validator(
     start: Checkpoint,
     held: Held | None,
@@ -398,46 +337,6 @@ def _prepare(beginning: Beginning) -> tuple[TrainState, Update]:
         None if teacher is None else teacher.params,
     )
     return state, update
-
-
-class Batches(Protocol):
-    """What the batches are made of."""
-
-    seconds: float
-    """Time that went into sampling them."""
-
-    def draw(self, state: TrainState) -> HostBatch:
-        """The batch of the next step."""
-
-    def get_state(self) -> dict[str, Any]:
-        """The position after it."""
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on from a position."""
-
-    def can_resume(self) -> bool:
-        """Whether what goes on from the position of now draws what this one does."""
-
-    def draw_again(self, position: dict[str, Any], state: TrainState) -> HostBatch | None:
-        """The batch that was drawn at a position; None where it cannot be drawn again."""
-
-
-class FromData:
-    """Batches of data, whatever the state."""
-
-    def __init__(self, batches: grain.DatasetIterator):
-        self.batches, self.seconds = batches, 0.0
-        self.get_state, self.set_state = batches.get_state, batches.set_state
-
-    def draw(self, state: TrainState) -> HostBatch:
-        return next(self.batches)
-
-    def can_resume(self) -> bool:
-        return True
-
-    def draw_again(self, position: dict[str, Any], state: TrainState) -> HostBatch:
-        self.set_state(position)
-        return self.draw(state)
 
 
 def _next_batch(

@@ -22,8 +22,9 @@ from mmpo_jax.recipes.rollout import Rollout
 from mmpo_jax.recipes.teacher import ModelTeacher
 from mmpo_jax.recipes.train_recipe import Validation
 from mmpo_jax.recipes.training import Training
+from mmpo_jax.training.batches import TrainingData
 from mmpo_jax.training.examples import prepare_examples
-from mmpo_jax.training.loop import Run, TrainingData, train
+from mmpo_jax.training.loop import Run, train
 from mmpo_jax.training.metrics import FILE, read_metrics, reproducible
 from mmpo_jax.training.on_policy import prompt_examples
 from mmpo_jax.training.plan import rows_to_see

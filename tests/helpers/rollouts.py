@@ -15,7 +15,8 @@ from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.picture_world.records import prompt_records
 from mmpo_jax.recipes.rewards import RewardSection
 from mmpo_jax.rewards.registry import Value
-from mmpo_jax.training.loop import Run, TrainingData, train
+from mmpo_jax.training.batches import TrainingData
+from mmpo_jax.training.loop import Run, train
 from mmpo_jax.training.on_policy import with_token_limit
 
 

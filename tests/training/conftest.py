@@ -17,7 +17,8 @@ from jax.sharding import AxisType
 
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.parallel.mesh import AXES
-from mmpo_jax.training.loop import Run, TrainingData, train
+from mmpo_jax.training.batches import TrainingData
+from mmpo_jax.training.loop import Run, train
 
 
 @pytest.fixture(scope="module")

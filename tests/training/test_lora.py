@@ -34,7 +34,8 @@ from mmpo_jax.recipes.optimizers import AdamW, Cosine
 from mmpo_jax.recipes.train_recipe import TrainRecipe
 from mmpo_jax.recipes.training import Training
 from mmpo_jax.training import loop
-from mmpo_jax.training.loop import Run, TrainingData, train
+from mmpo_jax.training.batches import TrainingData
+from mmpo_jax.training.loop import Run, train
 from mmpo_jax.training.optimizer import make_optimizer
 from mmpo_jax.training.plan import TrainingError, check_training
 from mmpo_jax.training.saving import save_adapters
