@@ -281,6 +281,9 @@ INTERNVL35_MEDIA = {
     "<IMG_CONTEXT>": 151671,
     "<video>": 151678,
 }
+OF_GEMMA4 = transformers.Gemma4ImageProcessorPil()
+GEMMA4_MEDIA = {"<|image>": 255999, "<|image|>": 258880, "<image|>": 258882}
+GEMMA4_NAMES = {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>"}
 
 PUBLISHED = {
     "LLaVA-1.5-7B": Published(lambda: llava(VICUNA_7B), OF_CLIP, {"<image>": 32000}),
@@ -342,6 +345,24 @@ PUBLISHED = {
         QWEN3_5_MEDIA,
         picture=QWEN_PICTURE,
     ),
+    "Gemma-4-26B-A4B": Published(
+        lambda: gemma4(
+            30,
+            hidden_size=2816,
+            intermediate_size=2112,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            num_global_key_value_heads=2,
+            enable_moe_block=True,
+            num_experts=128,
+            top_k_experts=8,
+            moe_intermediate_size=704,
+        ),
+        OF_GEMMA4,
+        GEMMA4_MEDIA,
+        GEMMA4_NAMES,
+        picture="<|image|>",
+    ),
     "Gemma-4-31B": Published(
         lambda: gemma4(
             60,
@@ -351,9 +372,9 @@ PUBLISHED = {
             num_key_value_heads=16,
             num_global_key_value_heads=4,
         ),
-        transformers.Gemma4ImageProcessorPil(),
-        {"<|image>": 255999, "<|image|>": 258880, "<image|>": 258882},
-        {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>"},
+        OF_GEMMA4,
+        GEMMA4_MEDIA,
+        GEMMA4_NAMES,
         picture="<|image|>",
     ),
     # RLAIF-V's splitters are tuned from it.

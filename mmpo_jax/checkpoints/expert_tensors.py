@@ -2,7 +2,8 @@
 
 The oldest layout of most mixtures has `experts.7.gate_proj.weight` [F, D] of every expert. In
 memory transformers 5 has them in `experts.gate_up_proj` [E, 2 F, D], gates in front, and
-`experts.down_proj` [E, D, F]; Qwen3-VL's files have these with the last two axes the other way.
+`experts.down_proj` [E, D, F], and so have Gemma 4's files; Qwen3-VL's have these with the last two
+axes the other way.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -52,10 +54,17 @@ def parts_of(tensor: StoredTensor, hidden_size: int) -> Iterator[StoredTensor]:
             )
 
 
-def join_experts(tensors: Sequence[NewTensor]) -> list[NewTensor]:
-    """The same weights with those of all experts of a layer in two tensors, [E, D, 2 F] with gates
-    in front and [E, F, D]. Square ones are as in memory, for `parts_of` and transformers take them
-    for that."""
+def join_experts(
+    tensors: Sequence[NewTensor], layout: Literal["inputs_first", "outputs_first"]
+) -> list[NewTensor]:
+    """The same weights with those of all experts of a layer in two tensors.
+
+    Args:
+      tensors: of all layers and their experts.
+      layout: "outputs_first" as in memory, [E, 2 F, D] with gates in front and [E, D, F];
+        "inputs_first" with the last two axes the other way. Square ones are as in memory, for
+        `parts_of` and transformers take them for that.
+    """
     layers: dict[str, dict[str, list[NewTensor]]] = {}
     made = []
     for tensor in tensors:
@@ -68,17 +77,22 @@ def join_experts(tensors: Sequence[NewTensor]) -> list[NewTensor]:
         for name, parts in (("gate_up", ("gate", "up")), ("down", ("down",))):
             experts = list(zip(*(named[part] for part in parts), strict=True))
             outputs, inputs = experts[0][0].shape
-            shape = len(experts), inputs, len(parts) * outputs
-            fetch = functools.partial(_joined, experts, shape)
+            shape = len(experts), len(parts) * outputs, inputs
+            as_in_memory = layout == "outputs_first" or shape[1] == shape[2]
+            if not as_in_memory:
+                shape = shape[0], inputs, len(parts) * outputs
+            fetch = functools.partial(_joined, experts, shape, as_in_memory)
             dtype = experts[0][0].dtype
             made.append(NewTensor(f"{stem}.experts.{name}_proj", dtype, shape, fetch))
     return made
 
 
-def _joined(experts: Sequence[Sequence[NewTensor]], shape: tuple[int, int, int]) -> np.ndarray:
+def _joined(
+    experts: Sequence[Sequence[NewTensor]], shape: tuple[int, int, int], as_in_memory: bool
+) -> np.ndarray:
     """The tensor, filled expert by expert, so that no more than it is in memory."""
     made = np.empty(shape, experts[0][0].dtype)
-    in_memory = made if shape[1] == shape[2] else made.swapaxes(1, 2)
+    in_memory = made if as_in_memory else made.swapaxes(1, 2)
     for own, parts in zip(in_memory, experts, strict=True):
         first = 0
         for part in parts:

@@ -348,7 +348,8 @@ def new_tensors(params: Params, model: Model) -> list[NewTensor]:
             theirs = their_shape(path, place, shape, model)
             fetch = functools.partial(_fetch, path, parts, place, tokens, theirs)
             tensors.append(NewTensor(key, dtype, theirs, fetch))
-    return join_experts(tensors) if model.family.joins_experts else tensors
+    layout = model.family.joined_experts
+    return tensors if layout is None else join_experts(tensors, layout)
 
 
 def _fetch(

@@ -56,7 +56,7 @@ def path_of(key: str, model: Model) -> tuple[str | None, int | None]:
     path = re.sub(r"\.layers\.\d+\.", f".{stack}.", key).replace(".", "/")
     stem, _, name = path.rpartition("/")
     if name == "weight":
-        if re.search(r"norm\d?$", stem):
+        if re.search(r"norm(_?\d)?$", stem):
             name = "scale"
         elif stem.endswith(("embed_tokens", "position_embedding")):
             name = "embedding"

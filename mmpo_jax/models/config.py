@@ -70,8 +70,8 @@ class DecoderConfig:
     @property
     def experts(self) -> tuple[ExpertsConfig, ...]:
         """Of every layer that has some."""
-        mlps = (layer.mlp for layer in self.layers)
-        return tuple(mlp for mlp in mlps if isinstance(mlp, ExpertsConfig))
+        parts = (part for layer in self.layers for part in (layer.mlp, layer.experts))
+        return tuple(part for part in parts if isinstance(part, ExpertsConfig))
 
     @property
     def delta_nets(self) -> tuple[DeltaNetConfig, ...]:

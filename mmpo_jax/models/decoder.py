@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from mmpo_jax.models.config import DecoderConfig, ModelError
 from mmpo_jax.models.delta_net import GatedDeltaNet
 from mmpo_jax.models.experts import SHARDING_RULES as OF_EXPERTS
-from mmpo_jax.models.experts import Routing, SparseMlp
+from mmpo_jax.models.experts import Experts, Routing, ScaledRouter, SparseMlp
 from mmpo_jax.models.layer_kinds import (
     LAYERS,
     AttentionConfig,
@@ -63,7 +63,7 @@ SHARDING_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     ),
     (r"language_model/.*/linear_attn/(conv1d/kernel|dt_bias|A_log)", PartitionSpec()),
     (
-        r"language_model/.*/bias|language_model/(.*/)?[a-z_]*norm/scale"
+        r"language_model/.*/bias|language_model/(.*/)?[a-z_]*norm(_\d)?/scale"
         r"|language_model/layers/(\w+/)?layer_scalar",
         PartitionSpec(),
     ),
@@ -181,6 +181,13 @@ class DecoderLayer(nnx.Module):
             self.mlp = GatedMlp(
                 size, mlp.intermediate_size, mlp.hidden_act, mlp.bias, residual_layers, rngs
             )
+        self.has_experts = config.experts is not None
+        if config.experts is not None:
+            self.router = ScaledRouter(size, config.experts, decoder.rms_norm_eps, rngs)
+            self.experts = Experts(size, config.experts, residual_layers, rngs)
+            self.pre_feedforward_layernorm_2 = norm()
+            self.post_feedforward_layernorm_1 = norm()
+            self.post_feedforward_layernorm_2 = norm()
         self.scaled = config.scaled
         if config.scaled:
             self.layer_scalar = nnx.Param(jnp.ones(1))
@@ -208,7 +215,12 @@ class DecoderLayer(nnx.Module):
             return x + scatter(more), carry, outputs
         x = x + self.post_attention_layernorm(added)
         more, carry = self._mlp(gather(self.pre_feedforward_layernorm(x)), carry, observe)
-        x = x + self.post_feedforward_layernorm(scatter(more))
+        more = scatter(more)
+        if self.has_experts:
+            found, carry = self._experts(gather(x), carry, observe)
+            more = self.post_feedforward_layernorm_1(more)
+            more = more + self.post_feedforward_layernorm_2(scatter(found))
+        x = x + self.post_feedforward_layernorm(more)
         if self.scaled:
             x = x * self.layer_scalar[...].astype(x.dtype)
         return x, carry, outputs
@@ -223,6 +235,16 @@ class DecoderLayer(nnx.Module):
         if observe is not None:
             carry = observe(routing, carry)
         return self.mlp.mix(x, routing), carry
+
+    def _experts(
+        self, x: Float[Array, "B S D"], carry: Any, observe: Observer | None
+    ) -> tuple[Float[Array, "B S D"], Any]:
+        """(what experts beside the MLP make of tokens, the carry)."""
+        routing = self.router(x)
+        if observe is not None:
+            carry = observe(routing, carry)
+        read = self.pre_feedforward_layernorm_2(x)
+        return self.experts(read, routing.chosen, routing.weights), carry
 
 
 class Decoder(nnx.Module):

@@ -30,17 +30,19 @@ from mmpo_jax.models.layers import (
     linear,
     named_axes,
     promote,
+    unit_norm,
 )
 
 IN, OUT = PartitionSpec("expert", "fsdp", "tensor"), PartitionSpec("expert", "tensor", "fsdp")
 """How kernels [E, D, F] and [E, F, D] are split."""
 
 SHARDING_RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    (r".*/mlp/experts/(gate|up)_proj/kernel", PartitionSpec(None, *IN)),
-    (r".*/mlp/experts/down_proj/kernel", PartitionSpec(None, *OUT)),
+    (r".*/experts/(gate|up)_proj/kernel", PartitionSpec(None, *IN)),
+    (r".*/experts/down_proj/kernel", PartitionSpec(None, *OUT)),
     (r".*/mlp/shared_expert/(gate|up)_proj/kernel", PartitionSpec(None, "fsdp", "tensor")),
     (r".*/mlp/shared_expert/down_proj/kernel", PartitionSpec(None, "tensor", "fsdp")),
-    (r".*/mlp/(gate|shared_expert_gate)/kernel", PartitionSpec()),
+    (r".*/(mlp/(gate|shared_expert_gate)|router/proj)/kernel", PartitionSpec()),
+    (r".*/router/(scale|per_expert_scale)", PartitionSpec()),
 )
 """Of a stack of layers, whatever it is called."""
 
@@ -53,6 +55,18 @@ class Routing(NamedTuple):
     chosen: Int[Array, "B S k"]
     weights: Float[Array, "B S k"]
     """Of the chosen ones."""
+
+
+def most_probable(
+    logits: Float[Array, "B S E"], top_k: int, normalised: bool
+) -> tuple[Float[Array, "B S E"], Int[Array, "B S k"], Float[Array, "B S k"]]:
+    """(probabilities of all experts, the most probable ones, the shares that these have): their
+    probabilities, if `normalised` divided by their sum; float32."""
+    probs = jax.nn.softmax(promote(logits), axis=-1)
+    weights, chosen = jax.lax.top_k(probs, top_k)
+    if normalised:
+        weights = weights / weights.sum(axis=-1, keepdims=True)
+    return probs, chosen, weights
 
 
 def loads_of(routing: Routing, counted: Bool[Array, "B S"]) -> Float[Array, "B 2 E"]:
@@ -326,12 +340,8 @@ class SparseMlp(nnx.Module):
             self.shared_expert_gate = linear(size, 1, False, rngs)
 
     def route(self, x: Float[Array, "B S D"]) -> Routing:
-        """The k most probable experts of every token, and the shares that they have: their
-        probabilities, divided by the sum of the k where the config says so."""
-        probs = jax.nn.softmax(promote(self.gate(x)), axis=-1)
-        weights, chosen = jax.lax.top_k(probs, self.top_k)
-        if self.normalised:
-            weights = weights / weights.sum(axis=-1, keepdims=True)
+        """The experts of every token, and their shares, see `most_probable`."""
+        probs, chosen, weights = most_probable(self.gate(x), self.top_k, self.normalised)
         return Routing(probs, chosen, weights.astype(x.dtype))
 
     def mix(self, x: Float[Array, "B S D"], routing: Routing) -> Float[Array, "B S D"]:
@@ -343,3 +353,22 @@ class SparseMlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         return self.mix(x, self.route(x))
+
+
+class ScaledRouter(nnx.Module):
+    """A router of experts beside an MLP: it normalises and scales what it reads, and scales the
+    shares of the experts too (Gemma 4)."""
+
+    def __init__(self, size: int, config: ExpertsConfig, epsilon: float, rngs: nnx.Rngs):
+        self.top_k, self.normalised = config.top_k, config.normalised
+        self.epsilon = epsilon
+        self.proj = linear(size, config.num_experts, False, rngs)
+        self.scale = nnx.Param(jnp.ones(size))
+        self.per_expert_scale = nnx.Param(jnp.ones(config.num_experts))
+
+    def __call__(self, x: Float[Array, "B S D"]) -> Routing:
+        """Where tokens go, by the residual stream."""
+        read = unit_norm(x, self.epsilon) * self.scale[...].astype(x.dtype) * x.shape[-1] ** -0.5
+        probs, chosen, weights = most_probable(self.proj(read), self.top_k, self.normalised)
+        weights = weights * promote(self.per_expert_scale[...])[chosen]
+        return Routing(probs, chosen, weights.astype(x.dtype))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jax.sharding import PartitionSpec
@@ -120,8 +120,9 @@ class Family:
     there is one."""
     images: Images | None = None
     videos: Videos | None = None
-    joins_experts: bool = False
-    """Whether the oldest layout has all experts of a layer in one tensor."""
+    joined_experts: Literal["inputs_first", "outputs_first"] | None = None
+    """How the oldest layout has all experts of a layer in one tensor, if it has, see
+    `checkpoints.expert_tensors`."""
     tensor_shapes: Callable[[Any], dict[str, tuple[int, ...]]] = lambda config: {}
     """config -> shapes of the tensors that are written with other axes than ours: patch
     convolutions, vectors with axes of one in front."""

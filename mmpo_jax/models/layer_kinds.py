@@ -99,7 +99,7 @@ class MlpConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExpertsConfig:
-    """A router and experts in place of one MLP, see `experts.SparseMlp`."""
+    """A router and experts, in place of one MLP (`experts.SparseMlp`) or beside it."""
 
     num_experts: int
     top_k: int
@@ -123,6 +123,8 @@ class LayerConfig:
     mlp: MlpConfig | ExpertsConfig
     sandwich: bool = False
     """Whether what mixer and MLP add to the residual stream is normalised too (Gemma 2)."""
+    experts: ExpertsConfig | None = None
+    """Experts beside the MLP of a layer with `sandwich`, each with norms of its own (Gemma 4)."""
     scaled: bool = False
     """Whether a number that is not trained scales what comes out (Gemma 4)."""
 

@@ -78,7 +78,7 @@ KEY, RATE, NORM = "lora_key", "lora_rate", "lora_norm"
 EXACT = (SCALE, MAGNITUDE, NORM)
 """Leaves that stay float32 whatever is computed in."""
 
-EXPERTS = "/mlp/experts/"
+EXPERTS = "/experts/"
 """What the paths of experts have in them."""
 
 WITHOUT = r"language_model/lm_head|.*/patch_embedding|.*/mlp/gate|.*/conv1d|" + reward_head.LAYERS

@@ -75,7 +75,9 @@ def test_joined_experts_are_read(loaded, stored, tmp_path, inputs_first):
 def test_joined_experts_are_written(loaded, stored, tmp_path):
     """As Qwen3-VL has them: inputs first."""
     model, params = loaded
-    tensors = {tensor.name: tensor for tensor in join_experts(new_tensors(params, model))}
+    tensors = {
+        tensor.name: tensor for tensor in join_experts(new_tensors(params, model), "inputs_first")
+    }
     expected = {n: v.swapaxes(1, 2) if v.ndim == 3 else v for n, v in in_memory(stored).items()}
     assert tensors.keys() == expected.keys()
     for name, tensor in tensors.items():

@@ -77,6 +77,7 @@ NAMED = {
     "qwen3_5_moe": QWEN3_NAMED,
     "gemma3": {"image_token": IMAGE, "boi_token": "<boi>", "eoi_token": "<eoi>"},
     "gemma4": {"image_token": IMAGE, "boi_token": "<boi>", "eoi_token": "<eoi>"},
+    "gemma4_26b": {"image_token": IMAGE, "boi_token": "<boi>", "eoi_token": "<eoi>"},
 }
 """Tokens that tokenizer_config.json names."""
 
@@ -255,21 +256,27 @@ def gemma3(tied: bool) -> Any:
     )
 
 
-def gemma4(tied: bool) -> Any:
+def gemma4(tied: bool, **switches: Any) -> Any:
     media = tuple(NAMED["gemma4"].values())
     ids = checks.token_ids(*media)
     unlike = {"num_hidden_layers": 6, "layer_types": PATTERN, "sliding_window": 12, "head_dim": 8}
     unlike |= {"global_head_dim": 16, "hidden_size_per_layer_input": 0, "attention_k_eq_v": True}
     tower = {"num_key_value_heads": 2, "head_dim": 8, "patch_size": 4, "pooling_kernel_size": 2}
     tower |= {"position_embedding_size": 160, "standardize": True}
+    unlike |= {"use_bidirectional_attention": "vision"}
     return transformers.Gemma4Config(
-        text_config=text_sizes(media, tied) | unlike | {"use_bidirectional_attention": "vision"},
+        text_config=text_sizes(media, tied) | unlike | switches,
         vision_config={**TOWER, **tower},
         image_token_id=ids[IMAGE],
         boi_token_id=ids["<boi>"],
         eoi_token_id=ids["<eoi>"],
         tie_word_embeddings=tied,
     )
+
+
+def gemma4_26b(tied: bool) -> Any:
+    experts = {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 24}
+    return gemma4(tied, enable_moe_block=True, **experts)
 
 
 SQUARE = {"height": TILE, "width": TILE}
@@ -321,6 +328,13 @@ FAMILIES = {
             patch_size=4, pooling_kernel_size=2, max_soft_tokens=70
         ),
     ),
+    "gemma4_26b": Tiny(
+        gemma4_26b,
+        tuple(NAMED["gemma4"].values()),
+        transformers.Gemma4ImageProcessorPil(
+            patch_size=4, pooling_kernel_size=2, max_soft_tokens=70
+        ),
+    ),
     "llama": only_text(transformers.LlamaConfig),
     "mistral": only_text(transformers.MistralConfig, sliding_window=None),
     "qwen2": only_text(transformers.Qwen2Config),
@@ -337,7 +351,7 @@ FAMILIES = {
         head_dim=8,
     ),
 }
-"""By `model_type`."""
+"""By `model_type`; of one with unlike members, those after it by names of their own."""
 
 VIDEO_SETTINGS = {
     "llava_onevision": {"size": SQUARE},

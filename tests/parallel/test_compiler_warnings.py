@@ -18,7 +18,6 @@ from helpers import checks, families
 from jax.sharding import PartitionSpec
 
 from mmpo_jax.data.contexts import MAIN, OTHER_IMAGE
-from mmpo_jax.models.families import FAMILIES
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import make_mesh, put_batch
 from mmpo_jax.recipes.optimizers import AdamW
@@ -74,7 +73,7 @@ def step_of(case, batch, terms, contexts, mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families.FAMILIES)
 def test_train_steps(family_case, said, family):
     case = family_case(family)
     _, batch = checks.batch_of(case, families.records(family) * 4)
@@ -85,7 +84,7 @@ def test_train_steps(family_case, said, family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_vl_moe", "qwen3_5_moe"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_vl_moe", "qwen3_5_moe", "gemma4_26b"])
 def test_a_train_step_of_a_mixture(family_case, said, family):
     case = family_case(family)
     _, batch = checks.batch_of(case, families.records(family) * 4)

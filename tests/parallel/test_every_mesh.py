@@ -39,7 +39,7 @@ WITH_EXPERT = [
     if np.prod(shape) == 8 and shape[-1] > 1
 ]
 """Sizes of these and of `expert`, which splits something."""
-MIXTURES = ("qwen3_moe", "qwen3_vl_moe", "qwen3_5_moe", "qwen3_5_moe_text")
+MIXTURES = ("qwen3_moe", "qwen3_vl_moe", "qwen3_5_moe", "qwen3_5_moe_text", "gemma4_26b")
 
 
 def shapes_of(family):
@@ -54,7 +54,7 @@ def mesh_of(shape):
 
 CASES = [
     pytest.param(family, shape, id=f"{family}-{'x'.join(map(str, shape))}")
-    for family in FAMILIES
+    for family in families.FAMILIES
     for shape in shapes_of(family)
 ]
 ROWS, STEPS = 8, 3
@@ -72,6 +72,10 @@ OPTIMIZER = AdamW(learning_rate=3e-3, epsilon=1e-3)
 def test_there_are_ten_shapes():
     assert len(SHAPES) == len(set(SHAPES)) == 10
     assert len(WITH_EXPERT) == len(set(WITH_EXPERT)) == 10
+
+
+def test_there_are_all_families():
+    assert FAMILIES.keys() <= families.FAMILIES.keys()
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +110,7 @@ def batch_of(family_case):
     return batch_of
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families.FAMILIES)
 def test_log_probs_with_all_three_axes(batch_of, family):
     """The quick one, in float32."""
     case, batch = batch_of(family)

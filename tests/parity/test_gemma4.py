@@ -44,6 +44,12 @@ VISION = {
     "pooling_kernel_size": 2,
     "position_embedding_size": 160,
 }
+EXPERTS = {
+    "enable_moe_block": True,
+    "num_experts": 8,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 24,
+}
 LOCAL = {"rope_type": "default", "rope_theta": 100.0}
 
 
@@ -90,6 +96,41 @@ CASES = {
     "one-head-size-untied": make_config(
         {"global_head_dim": 8, "sliding_window": 9, "num_key_value_heads": 4},
         {"patch_size": 6, "rope_parameters": {"rope_type": "axial", "rope_theta": 10.0}},
+        tie_word_embeddings=False,
+    ),
+    "26b": make_config(
+        EXPERTS
+        | {
+            "num_hidden_layers": 6,
+            "layer_types": (["sliding_attention"] * 2 + ["full_attention"]) * 2,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "final_logit_softcapping": 5.0,
+        },
+        {"standardize": True},
+    ),
+    # 2 F is D: axes of joined experts cannot be told apart by their lengths.
+    "mixture-causal-one-expert": make_config(
+        EXPERTS
+        | {
+            "num_experts": 5,
+            "top_k_experts": 1,
+            "moe_intermediate_size": 16,
+            "use_bidirectional_attention": None,
+            "attention_bias": True,
+            "hidden_activation": "silu",
+        },
+        {"num_key_value_heads": 1},
+    ),
+    "mixture-all-experts-untied": make_config(
+        EXPERTS
+        | {
+            "num_experts": 3,
+            "top_k_experts": 3,
+            "moe_intermediate_size": 32,
+            "global_head_dim": 8,
+            "sliding_window": 9,
+        },
         tie_word_embeddings=False,
     ),
 }
@@ -181,13 +222,19 @@ def test_images_that_become_nothing_are_refused():
         grid_of(tower, 0, (3, 3))
 
 
+def reference(case):
+    """Mixtures are held against float64."""
+    return checks.in_float64(case) if case.model.config.decoder.experts else case
+
+
 def test_logits(case, inputs):
-    checks.check_logits(case, RECORDS, inputs)
+    checks.check_logits(reference(case), RECORDS, inputs)
 
 
 def test_greedy_decoding(case, inputs, monkeypatch):
     """A placeholder that is sampled is text here; transformers would embed padding for it."""
-    inner = case.theirs.model
+    theirs = reference(case)
+    inner = theirs.theirs.model
     shown = inner.get_placeholder_mask
 
     def in_prompts(input_ids=None, inputs_embeds=None):
@@ -196,7 +243,7 @@ def test_greedy_decoding(case, inputs, monkeypatch):
         return tuple(mask & (not is_step) for mask in masks)
 
     monkeypatch.setattr(inner, "get_placeholder_mask", in_prompts)
-    checks.check_greedy(case, RECORDS, inputs)
+    checks.check_greedy(theirs, RECORDS, inputs)
 
 
 def test_round_trip(case, tmp_path):
@@ -218,6 +265,8 @@ def test_buffers_are_not_trained(case):
     [
         ({"hidden_size_per_layer_input": 8}, {}, {}, "hidden_size_per_layer_input is 8"),
         ({"num_kv_shared_layers": 1}, {}, {}, "num_kv_shared_layers is 1"),
+        ({"enable_moe_block": True}, {}, {}, "num_experts is None"),
+        (EXPERTS | {"moe_intermediate_size": None}, {}, {}, "moe_intermediate_size is None"),
         ({"use_bidirectional_attention": "all"}, {}, {}, "use_bidirectional_attention is 'all'"),
         ({"hidden_activation": "tanh"}, {}, {}, "hidden_activation is 'tanh'"),
         ({}, {"use_clipped_linears": True}, {}, "use_clipped_linears is True"),

@@ -14,7 +14,6 @@ from helpers import checks, families  # noqa: E402
 from mmpo_jax.checkpoints.checkpoint import load_start  # noqa: E402
 from mmpo_jax.checkpoints.peft import CONFIG_FILE, load_adapter, save_adapter, with_adapter  # noqa: E402
 from mmpo_jax.core.trees import flatten, unflatten  # noqa: E402
-from mmpo_jax.models.families import FAMILIES  # noqa: E402
 from mmpo_jax.models.log_probs import response_log_probs  # noqa: E402
 from mmpo_jax.models.lora import (  # noqa: E402
     MAGNITUDE,
@@ -167,6 +166,19 @@ CONFIGS = {
         "lora_alpha": 4,
         "target_modules": ["shared_expert.gate_proj", "shared_expert_gate", "q_proj"],
         "target_parameters": ["mlp.experts.down_proj"],
+    },
+    "gemma4_26b-everything": {
+        "r": 3,
+        "lora_alpha": 4,
+        "target_modules": r".*language_model.*(_proj|\.proj)",
+        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+        "rank_pattern": {"experts.down_proj": 2, "router.proj": 1},
+    },
+    "gemma4_26b-experts-of-one-layer": {
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": r".*language_model.*q_proj",
+        "target_parameters": ["layers.2.experts.gate_up_proj"],
     },
     "qwen3_5_text-delta-nets": {
         "r": 2,
@@ -356,7 +368,7 @@ def test_saved_again_it_is_the_same_adapter(trained_elsewhere, tmp_path):
 @pytest.mark.parametrize(
     ("family", "target", "dora"),
     [
-        *((name, ".*", False) for name in FAMILIES),
+        *((name, ".*", False) for name in families.FAMILIES),
         ("llava", "language_model/layers/self_attn/[qv]_proj", False),
         ("llava", ".*", True),
         ("qwen3_5", ".*", True),

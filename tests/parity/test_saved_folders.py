@@ -17,7 +17,6 @@ from mmpo_jax.checkpoints.safetensors_files import SINGLE_FILE  # noqa: E402
 from mmpo_jax.core.trees import flatten  # noqa: E402
 from mmpo_jax.data.processor import Processor  # noqa: E402
 from mmpo_jax.data.tokenization import tokenize  # noqa: E402
-from mmpo_jax.models.families import FAMILIES  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -38,7 +37,7 @@ def same_bits(actual, expected):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families.FAMILIES)
 def test_there_and_back(family_case, tmp_path, family, kind):
     tied, dtype, size = KINDS[kind]
     case = family_case(family, tied)
@@ -127,7 +126,7 @@ def source(family_case, version, tmp_path):
     return source
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families.FAMILIES)
 def test_what_lies_beside_the_weights_is_carried(source, tmp_path, family):
     case, saved = source(family), tmp_path / "saved"
     card = ModelCard("base", False, "text-generation", "dpo", {}, {}, {})

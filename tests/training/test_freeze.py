@@ -14,7 +14,6 @@ from jax.sharding import AxisType
 
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.models.buffers import is_buffer
-from mmpo_jax.models.families import FAMILIES
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.training.losses import make_loss
@@ -36,7 +35,7 @@ PARTS = {
 }
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=families.FAMILIES)
 def case(request, family_case):
     return family_case(request.param)
 

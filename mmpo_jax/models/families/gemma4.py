@@ -1,5 +1,5 @@
 """Gemma 4: its own vision transformer over patches of images of any shape, a matrix, a decoder of
-local and global layers that differ in their heads.
+local and global layers that differ in their heads, in the 26B with experts beside every MLP.
 
 Tokens of an image see one another in local layers alone.
 """
@@ -21,7 +21,7 @@ from mmpo_jax.models import decoder, vision_gemma
 from mmpo_jax.models.config import DecoderConfig, ModelConfig, ModelError, expect
 from mmpo_jax.models.families.gemma import FULL, SLIDING
 from mmpo_jax.models.family import Family, Images, Size
-from mmpo_jax.models.layer_kinds import AttentionConfig, LayerConfig, MlpConfig
+from mmpo_jax.models.layer_kinds import AttentionConfig, ExpertsConfig, LayerConfig, MlpConfig
 from mmpo_jax.models.layers import ACTIVATIONS, linear, unit_norm
 from mmpo_jax.models.layout import Layout
 from mmpo_jax.models.rope import read_rope
@@ -68,10 +68,10 @@ def read_gemma4(text: Any, tied: bool, key: str = "text_config") -> DecoderConfi
     expect(text.hidden_activation, tuple(ACTIVATIONS), f"{key}.hidden_activation")
     expect(text.hidden_size_per_layer_input or 0, (0,), f"{key}.hidden_size_per_layer_input")
     expect(text.num_kv_shared_layers, (0,), f"{key}.num_kv_shared_layers")
-    expect(text.enable_moe_block, (False,), f"{key}.enable_moe_block")
     seeing = text.use_bidirectional_attention
     expect(seeing, (None, "vision"), f"{key}.use_bidirectional_attention")
     mlp = MlpConfig(text.intermediate_size, text.hidden_activation, False)
+    experts = _read_experts(text, key) if text.enable_moe_block else None
 
     def layer(number: int) -> LayerConfig:
         name, own = text.layer_types[number], text.per_layer_config[number]
@@ -97,7 +97,7 @@ def read_gemma4(text: Any, tied: bool, key: str = "text_config") -> DecoderConfi
             keys_are_values=bool(text.attention_k_eq_v) and not is_local,
             sees_images=is_local and seeing == "vision",
         )
-        return LayerConfig(name, attention, mlp, sandwich=True, scaled=True)
+        return LayerConfig(name, attention, mlp, sandwich=True, experts=experts, scaled=True)
 
     return DecoderConfig(
         vocab_size=text.vocab_size,
@@ -107,6 +107,23 @@ def read_gemma4(text: Any, tied: bool, key: str = "text_config") -> DecoderConfi
         tie_word_embeddings=bool(tied),
         embedding_scale=text.hidden_size**0.5,
         softcap=text.final_logit_softcapping,
+    )
+
+
+def _read_experts(text: Any, key: str) -> ExpertsConfig:
+    """
+    Raises:
+      ModelError: a size is not given.
+    """
+    for name in ("num_experts", "top_k_experts", "moe_intermediate_size"):
+        if not getattr(text, name):
+            raise ModelError(f"{key}.{name} is {getattr(text, name)}, and enable_moe_block is true")
+    return ExpertsConfig(
+        num_experts=text.num_experts,
+        top_k=text.top_k_experts,
+        intermediate_size=text.moe_intermediate_size,
+        hidden_act=text.hidden_activation,
+        normalised=True,
     )
 
 
@@ -219,6 +236,7 @@ WRITE_KEYS = (
     (r"^(vision_tower\.layers\..*_proj)\.", r"\1.linear."),
     (r"^vision_tower\.layers\.", "vision_tower.encoder.layers."),
     (r"^multi_modal_projector\.", "embed_vision."),
+    (r"\.router\.weight$", ".router.scale"),
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^(?!lm_head)", "model."),
 )
@@ -235,6 +253,7 @@ FAMILY = Family(
     read_keys=READ_KEYS,
     write_keys=WRITE_KEYS,
     module_keys=(),
+    joined_experts="outputs_first",
     images=Images(
         processors=("Gemma4ImageProcessor",),
         placeholders=lambda config: (config.image_token_id,),

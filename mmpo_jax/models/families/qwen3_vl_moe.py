@@ -6,4 +6,6 @@ import dataclasses
 
 from mmpo_jax.models.families import qwen3_vl
 
-FAMILY = dataclasses.replace(qwen3_vl.FAMILY, model_types=("qwen3_vl_moe",), joins_experts=True)
+FAMILY = dataclasses.replace(
+    qwen3_vl.FAMILY, model_types=("qwen3_vl_moe",), joined_experts="inputs_first"
+)
