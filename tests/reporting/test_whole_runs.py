@@ -23,7 +23,7 @@ SMALL = {
     "training.max_steps": 3,
     "training.log_every": 1,
     "training.save_every": 3,
-    "evaluation.data.size": 8,
+    "evaluation.size": 8,
     "evaluation.batch_size": 8,
 }
 
