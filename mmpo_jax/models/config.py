@@ -135,6 +135,7 @@ class ModelConfig:
 DECODER_TYPES = (
     "llama",
     "mistral",
+    "ministral3",
     "qwen2",
     "qwen3",
     "qwen3_moe",
@@ -166,6 +167,7 @@ def read_decoder(text: Any, tied: bool, key: str = "text_config") -> DecoderConf
         rope = read_rope(text.rope_parameters, head_dim, text.max_position_embeddings)
     except ValueError as error:
         raise ModelError(f"{key}.rope_parameters: {error}") from error
+    query_rope = _query_rope(text, rope, key) if kind == "ministral3" else None
     mlps = _mlps(text)
 
     def layer(window: int, mlp: MlpConfig | ExpertsConfig) -> LayerConfig:
@@ -183,6 +185,7 @@ def read_decoder(text: Any, tied: bool, key: str = "text_config") -> DecoderConf
             qkv_bias=is_qwen2 or bias,
             out_bias=bias and not is_qwen2,
             qk_norm=kind.startswith("qwen3"),
+            query_rope=query_rope,
         )
         return LayerConfig(name, attention, mlp)
 
@@ -193,6 +196,15 @@ def read_decoder(text: Any, tied: bool, key: str = "text_config") -> DecoderConf
         rms_norm_eps=text.rms_norm_eps,
         tie_word_embeddings=bool(tied),
     )
+
+
+def _query_rope(text: Any, rope: Rope, key: str) -> Rope:
+    """Queries grow with the number of original lengths that they are behind."""
+    names = "llama_4_scaling_beta", "original_max_position_embeddings"
+    growth, length = (text.rope_parameters.get(name) for name in names)
+    if growth is None or not length:
+        raise ModelError(f"{key}.rope_parameters has no {names[0]}, or no {names[1]}")
+    return dataclasses.replace(rope, growth=(growth, length))
 
 
 def _mlps(text: Any) -> list[MlpConfig | ExpertsConfig]:
@@ -228,7 +240,7 @@ def with_rope(decoder: DecoderConfig, rope: Rope) -> DecoderConfig:
 def _windows(text: Any) -> tuple[int, ...]:
     window = getattr(text, "sliding_window", None) or 0
     kinds = getattr(text, "layer_types", None)
-    if kinds is None:  # Mistral: every layer
+    if kinds is None or text.model_type in ("mistral", "ministral3"):  # which read none
         return (window,) * text.num_hidden_layers
     return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 

@@ -142,8 +142,8 @@ class SelfAttention(nnx.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         if self.config.value_norm:
             value = unit_norm(value, self.epsilon)
-        rope = ropes[self.config.rope]
-        return (rotate(query, rope), rotate(key, rope), value), gate
+        of_query, of_key = (ropes[rope] for rope in self.config.ropes)
+        return (rotate(query, of_query), rotate(key, of_key), value), gate
 
     def merge(
         self, attended: Float[Array, "B S H d"], gate: Float[Array, "B S H d"] | None
@@ -306,10 +306,8 @@ class Decoder(nnx.Module):
           (hidden states [B, S, D], the final carry, `attend`'s outputs by the path of a stack,
           stacked over its layers).
         """
-        ropes = {
-            rope: rope_tables(positions, rope)
-            for rope in dict.fromkeys(attention.rope for attention in self.config.attentions)
-        }
+        used = (rope for attention in self.config.attentions for rope in attention.ropes)
+        ropes = {rope: rope_tables(positions, rope) for rope in dict.fromkeys(used)}
         x = split_tokens(x) if split else constrain_batch(x)
         state: Any = (x, carry)
         outputs: dict[str, Any] = {}

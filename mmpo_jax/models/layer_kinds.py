@@ -46,6 +46,13 @@ class AttentionConfig:
     """Whether values are what keys are made of, before their norm and rotation (Gemma 4)."""
     sees_images: bool = False
     """Whether tokens of an image see all others of it, the later ones too (Gemma 3)."""
+    query_rope: Rope | None = None
+    """Of queries, where theirs is not that of keys (Ministral 3)."""
+
+    @property
+    def ropes(self) -> tuple[Rope, Rope]:
+        """Of queries and of keys."""
+        return self.query_rope or self.rope, self.rope
 
     @property
     def scores(self) -> dict[str, Any]:

@@ -41,17 +41,23 @@ FRAME_SETTINGS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class QwenVLConfig(ModelConfig):
-    """What the families' configs have in common."""
+class PatchesConfig(ModelConfig):
+    """Of a model whose tower takes patches in slots, squares of which become tokens."""
 
     vision: QwenVisionConfig
     image_token_id: int
-    video_token_id: int
 
     @property
     def edge(self) -> int:
         """Pixels along the square that becomes one token."""
         return self.vision.patch_size * self.vision.merge_size
+
+
+@dataclasses.dataclass(frozen=True)
+class QwenVLConfig(PatchesConfig):
+    """What the families' configs have in common."""
+
+    video_token_id: int
 
 
 def with_sections(
@@ -140,7 +146,7 @@ def grid_of(config: QwenVLConfig, frames: int, size: Size) -> Grid:
 
 
 def layout(
-    config: QwenVLConfig, token: int, grid: Grid, times: Int[np.ndarray, " t"] | None = None
+    config: PatchesConfig, token: int, grid: Grid, times: Int[np.ndarray, " t"] | None = None
 ) -> Layout:
     """Tokens row by row, all features of a time step one after another.
 
@@ -195,7 +201,7 @@ def _pack(tower: QwenVisionConfig, grid: Grid) -> tuple[np.ndarray, int]:
     return (starts[windows] + within).astype(np.int32), slots + len(room)
 
 
-def describe(config: QwenVLConfig, media: Sequence[Layout], slots: int) -> dict[str, np.ndarray]:
+def describe(config: PatchesConfig, media: Sequence[Layout], slots: int) -> dict[str, np.ndarray]:
     """What the tower wants to know of every patch, see `QwenVisionTower`."""
     tower = config.vision
     merge, tokens = tower.merge_size, tower.slot_tokens
@@ -231,7 +237,7 @@ def pixels(config: QwenVLConfig, processor: Any, images: Sequence[Any]) -> list[
     for image in images:
         grid = _image_grid(config, processor, (image.height, image.width))
         values = processor(images=image, return_tensors="np")["pixel_values"]
-        made.append(_in_slots(config, values, grid))
+        made.append(in_slots(config, values, grid))
     return made
 
 
@@ -288,10 +294,10 @@ def clip_pixels(
     values = made["pixel_values"].reshape(
         grid[0], depth, -1, tower.num_channels, tower.patch_size**2
     )
-    return _in_slots(config, values.transpose(0, 2, 3, 1, 4), grid)
+    return in_slots(config, values.transpose(0, 2, 3, 1, 4), grid)
 
 
-def _in_slots(config: QwenVLConfig, patches: np.ndarray, grid: Grid) -> np.ndarray:
+def in_slots(config: PatchesConfig, patches: np.ndarray, grid: Grid) -> np.ndarray:
     """float32[slots, S, C*t*h*w] of patches in the order of the tokens that they become.
 
     Raises:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -32,6 +33,9 @@ class Rope:
     interleaved: bool = False
     """Whether axes take turns, each as often as its section says and the first one else (Qwen3-VL),
     instead of having their frequencies in a row."""
+    growth: tuple[float, float] | None = None
+    """(b, n) of a factor 1 + b log(1 + floor(position / n)) of cosine and sine, by which later
+    queries are longer (Llama 4); None for none."""
 
     @property
     def axes(self) -> int:
@@ -142,7 +146,12 @@ def rope_tables(positions: Int[Array, "B A S"], rope: Rope) -> Tables:
     axis = frequency_axes(rope)
     frequencies = jnp.array(rope.frequencies, jnp.float32)
     angles = positions.astype(jnp.float32)[:, axis].swapaxes(1, 2) * frequencies
-    cos, sin = jnp.cos(angles) * rope.scale, jnp.sin(angles) * rope.scale
+    scale: float | jax.Array = rope.scale
+    if rope.growth is not None:
+        growth, length = rope.growth
+        passed = jnp.floor(positions[:, 0].astype(jnp.float32) / length)
+        scale *= (1 + growth * jnp.log1p(passed))[..., None]
+    cos, sin = jnp.cos(angles) * scale, jnp.sin(angles) * scale
     return cos[:, :, None], sin[:, :, None]
 
 

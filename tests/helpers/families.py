@@ -82,12 +82,20 @@ NAMED = {
 """Tokens that tokenizer_config.json names."""
 
 
+WRITTEN = {"gemma3": "<boi>", "mistral3": "[IMG]"}
+"""What templates write for an image, where it is not `IMAGE`."""
+
+
 def each(processor: Any, images: list[Any]) -> Any:
     return processor(images, return_tensors="pt")
 
 
 def one_prompt(processor: Any, images: list[Any]) -> Any:
     return processor([images], return_tensors="pt")
+
+
+def whole_tokens(processor: Any, images: list[Any]) -> Any:
+    return processor(images, patch_size=14, return_tensors="pt")
 
 
 def cropped(processor: Any, images: list[Any]) -> Any:
@@ -160,6 +168,30 @@ def tiled_sizes(tied: bool) -> dict[str, Any]:
         "scale_factor": 2,
         "tie_word_embeddings": tied,
     }
+
+
+LINES = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
+"""Tokens of a family whose images end their lines."""
+GROWING = {
+    "head_dim": 8,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1e6,
+        "factor": 16.0,
+        "original_max_position_embeddings": 8,
+        "llama_4_scaling_beta": 0.1,
+    },
+}
+"""Queries that grow every eight tokens."""
+
+
+def mistral3(tied: bool) -> Any:
+    return transformers.Mistral3Config(
+        vision_config=transformers.PixtralVisionConfig(**TOWER | {"patch_size": 7}),
+        text_config=transformers.Ministral3Config(**text_sizes(LINES, tied), **GROWING),
+        image_token_index=checks.token_ids(*LINES)["[IMG]"],
+        tie_word_embeddings=tied,
+    )
 
 
 def llava_onevision(tied: bool) -> Any:
@@ -307,6 +339,12 @@ FAMILIES = {
         idefics3, TILES, transformers.Idefics3ImageProcessorPil(**LONGEST), one_prompt
     ),
     "smolvlm": Tiny(smolvlm, TILES, transformers.SmolVLMImageProcessorPil(**LONGEST), one_prompt),
+    "mistral3": Tiny(
+        mistral3,
+        LINES,
+        transformers.PixtralImageProcessorPil(size={"longest_edge": 2 * TILE}, patch_size=7),
+        whole_tokens,
+    ),
     "qwen2_5_vl": Tiny(
         qwen2_5_vl, QWEN_MEDIA, transformers.Qwen2VLImageProcessorPil(**QWEN_SETTINGS)
     ),
@@ -337,6 +375,7 @@ FAMILIES = {
     ),
     "llama": only_text(transformers.LlamaConfig),
     "mistral": only_text(transformers.MistralConfig, sliding_window=None),
+    "ministral3": only_text(transformers.Ministral3Config, **GROWING),
     "qwen2": only_text(transformers.Qwen2Config),
     "qwen3": only_text(transformers.Qwen3Config, head_dim=16),
     "qwen3_moe": only_text(transformers.Qwen3MoeConfig, head_dim=16, **checks.EXPERTS),
@@ -379,8 +418,7 @@ def make_case(name: str, folder: Path, tied: bool = False) -> checks.Case:
     tiny = FAMILIES[name]
     frame = "<vision> {} </vision>" if name in QWEN else "{}"
     written = {"image": frame.format(IMAGE), "video": frame.format(VIDEO)}
-    if name == "gemma3":
-        written["image"] = "<boi>"
+    written["image"] = WRITTEN.get(name, written["image"])
     checks.save_tokenizer(folder, *tiny.media, **written)
     if name in NAMED:
         named = {"extra_special_tokens": NAMED[name]}

@@ -84,6 +84,12 @@ CONFIGS = {
         "target_modules": "all-linear",
         "rank_pattern": {"connector.modality_projection.proj": 2, "vision_model.*q_proj": 5},
     },
+    "mistral3-everything": {
+        "r": 3,
+        "lora_alpha": 4,
+        "target_modules": "all-linear",
+        "rank_pattern": {"patch_merger.merging_layer": 2, "attention.q_proj": 5},
+    },
     "qwen2_5_vl-everything": {
         "r": 3,
         "lora_alpha": 4,

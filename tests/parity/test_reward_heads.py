@@ -251,6 +251,8 @@ def their_states(case, record, ids, side):
     more = families.inputs(case)(record, row)
     more = {k: v.to(dtype) if v.is_floating_point() else v for k, v in more.items()}
     mask = torch.tensor((row != checks.PAD_ID)[None]).long()
+    if case.model.config.decoder.attentions[0].query_rope is not None:  # they are not relative
+        more["position_ids"] = (mask.cumsum(-1) - 1).clamp(0)
     said = case.theirs.model(input_ids=torch.tensor(row[None]).long(), attention_mask=mask, **more)
     return said.last_hidden_state[0, len(ids) - 1 if side == "right" else -1].double()
 

@@ -74,6 +74,10 @@ PROCESSORS = {
     "llava_onevision": ("LlavaOnevisionProcessor", {"num_image_tokens": 4}),
     "internvl": ("InternVLProcessor", {"image_seq_length": 1}),
     "idefics3": ("Idefics3Processor", {"image_seq_len": 1}),
+    "mistral3": (
+        "PixtralProcessor",
+        {"patch_size": 7, "spatial_merge_size": 2, "image_token": "[IMG]"},
+    ),
     "qwen2_5_vl": ("Qwen2_5_VLProcessor", {}),
     "qwen3_vl": ("Qwen3VLProcessor", {}),
     "qwen3_vl_moe": ("Qwen3VLProcessor", {}),
@@ -151,8 +155,9 @@ def test_what_lies_beside_the_weights_is_carried(source, tmp_path, family):
 @pytest.mark.parametrize("family", PROCESSORS)
 def test_the_processor_of_transformers(source, tmp_path, family):
     """It loads from the saved folder, and makes of a prompt what ours does."""
-    if family in VIDEO_PROCESSORS and importlib.util.find_spec("torchvision") is None:
-        pytest.skip("its processor of videos needs torchvision")
+    wants = family in (*VIDEO_PROCESSORS, "mistral3")
+    if wants and importlib.util.find_spec("torchvision") is None:
+        pytest.skip("its processor needs torchvision")
     case, saved = source(family), tmp_path / "saved"
     save_model(saved, case.model, case.params, case.folder)
     theirs = transformers.AutoProcessor.from_pretrained(saved)

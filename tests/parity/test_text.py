@@ -36,6 +36,7 @@ YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 128,
 }
+GROWING = YARN | {"original_max_position_embeddings": 8, "llama_4_scaling_beta": 0.5}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
 CASES = {
     "llama": transformers.LlamaConfig(**SIZES),
@@ -50,6 +51,13 @@ CASES = {
     "mistral-window": transformers.MistralConfig(**SIZES, sliding_window=7),
     "mistral-head-dim": transformers.MistralConfig(
         **SIZES | {"num_key_value_heads": 1}, head_dim=16, sliding_window=None
+    ),
+    "ministral3": transformers.Ministral3Config(**SIZES, head_dim=16, rope_parameters=GROWING),
+    "ministral3-window-tied": transformers.Ministral3Config(
+        **SIZES | {"tie_word_embeddings": True},
+        head_dim=8,
+        sliding_window=6,
+        rope_parameters=GROWING | {"mscale": 0.5, "mscale_all_dim": 1.0},
     ),
     "qwen2": transformers.Qwen2Config(**SIZES),
     "qwen2-yarn-tied": transformers.Qwen2Config(

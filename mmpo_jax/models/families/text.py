@@ -1,4 +1,4 @@
-"""Text-only decoders: Llama, Mistral, Qwen2 and Qwen3, dense and a mixture."""
+"""Text-only decoders: Llama, Mistral, Ministral 3, Qwen2 and Qwen3, dense and a mixture."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def read_config(config: Any) -> ModelConfig:
 
 
 FAMILY = Family(
-    model_types=("llama", "mistral", "qwen2", "qwen3", "qwen3_moe"),
+    model_types=("llama", "mistral", "ministral3", "qwen2", "qwen3", "qwen3_moe"),
     read_config=read_config,
     module=VisionLanguageModel,
     rules=decoder.SHARDING_RULES,
@@ -28,6 +28,7 @@ FAMILY = Family(
     reward_classes={
         "llama": "LlamaForSequenceClassification",
         "mistral": "MistralForSequenceClassification",
+        "ministral3": "Ministral3ForSequenceClassification",
         "qwen2": "Qwen2ForSequenceClassification",
         "qwen3": "Qwen3ForSequenceClassification",
         "qwen3_moe": "Qwen3MoeForSequenceClassification",
