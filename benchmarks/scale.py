@@ -98,7 +98,7 @@ CASES = (
     Case(
         "sampling",
         "Qwen2.5-VL-72B",
-        "GenerateRecipe",
+        "generate",
         {"lengths": {"prompt": [1152], "response": [512]}, "sampling": SAMPLING},
         ("prefill", "decode"),
         dict.fromkeys(SLICES, 8),
