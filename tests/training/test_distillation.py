@@ -297,12 +297,13 @@ def test_a_recipe_distills(tiny_folder, larger, tmp_path):
     """Rows of a file with an answer and an enlarged crop; another teacher is another run."""
     rows = [
         {
-            "prompt": "<image>a ring ?",
+            "prompt": [{"role": "user", "content": text}],
+            "responses": [],
             "images": ["0.png"],
             "answer": "yes",
-            "other_images": ["1.png"],
-        },
-        {"prompt": "<image>a star ?", "images": ["0.png"], "answer": "no"},
+            **others,
+        }
+        for text, others in (("a ring ?", {"other_images": ["1.png"]}), ("a star ?", {}))
     ]
     for number in range(2):
         (tmp_path / f"{number}.png").write_bytes(png_bytes(sample_scene("test", 0, number), 24))
