@@ -205,7 +205,7 @@ def qwen3_5(text: dict[str, Any], kind: Any = transformers.Qwen3_5Config) -> Any
     )
 
 
-def gemma4(layers: int, **shape: Any) -> Any:
+def gemma4(layers: int, vision: Any = (), **shape: Any) -> Any:
     return transformers.Gemma4Config(
         text_config={
             "num_hidden_layers": layers,
@@ -227,6 +227,7 @@ def gemma4(layers: int, **shape: Any) -> Any:
             "num_key_value_heads": 16,
             "head_dim": 72,
             "standardize": True,
+            **dict(vision),
         },
     )
 
@@ -280,6 +281,16 @@ INTERNVL35_MEDIA = {
     "</img>": 151670,
     "<IMG_CONTEXT>": 151671,
     "<video>": 151678,
+}
+GEMMA4_SMALL_TOWER = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "head_dim": 64,
+    "standardize": False,
+    "use_clipped_linears": True,
 }
 OF_GEMMA4 = transformers.Gemma4ImageProcessorPil()
 GEMMA4_MEDIA = {"<|image>": 255999, "<|image|>": 258880, "<image|>": 258882}
@@ -344,6 +355,27 @@ PUBLISHED = {
         OF_QWEN3_5,
         QWEN3_5_MEDIA,
         picture=QWEN_PICTURE,
+    ),
+    "Gemma-4-E2B": Published(
+        lambda: gemma4(
+            35,
+            vision=GEMMA4_SMALL_TOWER,
+            hidden_size=1536,
+            intermediate_size=6144,
+            num_attention_heads=8,
+            num_key_value_heads=1,
+            attention_k_eq_v=False,
+            sliding_window=512,
+            layer_types=(["sliding_attention"] * 4 + ["full_attention"]) * 7,
+            hidden_size_per_layer_input=256,
+            num_kv_shared_layers=20,
+            use_double_wide_mlp=True,
+            use_bidirectional_attention=None,
+        ),
+        OF_GEMMA4,
+        GEMMA4_MEDIA,
+        GEMMA4_NAMES,
+        picture="<|image|>",
     ),
     "Gemma-4-26B-A4B": Published(
         lambda: gemma4(

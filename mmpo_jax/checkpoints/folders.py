@@ -227,6 +227,16 @@ def write_untied(folder: str | os.PathLike[str]) -> None:
     write_atomic(path, (json.dumps(config, indent=2) + "\n").encode())
 
 
+def write_left_out(folder: str | os.PathLike[str], model: Model) -> None:
+    """Makes `config.json` name no part of the model that has no weights here."""
+    path = epath.Path(folder) / "config.json"
+    config = read_json(path)
+    parts = [name for name in model.family.left_out if config.get(name) is not None]
+    if parts:
+        config |= dict.fromkeys(parts)
+        write_atomic(path, (json.dumps(config, indent=2) + "\n").encode())
+
+
 def write_dtype(folder: str | os.PathLike[str], name: str) -> None:
     """Makes `config.json` say what dtype the weights have, under the key it has for that."""
     path = epath.Path(folder) / "config.json"

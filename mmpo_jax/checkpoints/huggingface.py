@@ -25,6 +25,7 @@ from mmpo_jax.checkpoints.expert_tensors import join_experts, parts_of
 from mmpo_jax.checkpoints.folders import (
     copy_base,
     write_dtype,
+    write_left_out,
     write_reward_head,
     write_untied,
 )
@@ -278,6 +279,7 @@ def save_model(
         if not model.config.decoder.tie_word_embeddings:
             write_untied(staging)
         write_reward_head(staging, model)
+        write_left_out(staging, model)
         if card is not None:
             write_card(staging, card)
 

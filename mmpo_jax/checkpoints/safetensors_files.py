@@ -399,7 +399,7 @@ def _write_file(path: str, tensors: Sequence[NewTensor]) -> Iterator[NewTensor]:
 
 
 def _bytes(tensor: NewTensor) -> memoryview:
-    array = np.ascontiguousarray(tensor.fetch())
+    array = np.asarray(tensor.fetch(), order="C")
     assert (array.dtype, array.shape) == (tensor.dtype, tensor.shape), tensor.name
     check_range(array, tensor.name)
     return array.reshape(-1).view(np.uint8).data

@@ -12,13 +12,14 @@ import re
 
 from mmpo_jax.models.config import DecoderConfig
 from mmpo_jax.models.family import Renaming
-from mmpo_jax.models.layer_kinds import LAYERS, Stack
+from mmpo_jax.models.layer_kinds import LAYERS, AttentionConfig, Stack
 from mmpo_jax.models.model import Model
 
 Place = tuple[int, ...]
 """Of a tensor in a stacked parameter: its layer in the stack, of experts also its expert."""
 
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
+OF_KEYS = re.compile(r"\.self_attn\.(k_proj|v_proj|k_norm)\.")
 DECODER = "language_model"
 
 
@@ -52,13 +53,15 @@ def path_of(key: str, model: Model) -> tuple[str | None, int | None]:
     place = int(layer.group(1)) if layer else None
     stack = LAYERS
     if place is not None and key.startswith(f"{DECODER}."):
+        if OF_KEYS.search(key) and place in _kv_shared(model.config.decoder):
+            return None, None  # what the layer would read if it had keys of its own
         stack, place = _places(model.config.decoder).get(place, (LAYERS, place))
     path = re.sub(r"\.layers\.\d+\.", f".{stack}.", key).replace(".", "/")
     stem, _, name = path.rpartition("/")
     if name == "weight":
         if re.search(r"norm(_?\d)?$", stem):
             name = "scale"
-        elif stem.endswith(("embed_tokens", "position_embedding")):
+        elif stem.endswith(("embed_tokens", "embed_tokens_per_layer", "position_embedding")):
             name = "embedding"
         else:
             name = "kernel"
@@ -108,6 +111,16 @@ def _places(decoder: DecoderConfig) -> dict[int, tuple[str, int]]:
     }
 
 
+@functools.lru_cache(maxsize=8)
+def _kv_shared(decoder: DecoderConfig) -> frozenset[int]:
+    """Layers that read keys and values of others."""
+    return frozenset(
+        number
+        for number, layer in enumerate(decoder.layers)
+        if isinstance(layer.mixer, AttentionConfig) and layer.mixer.kv_source is not None
+    )
+
+
 def first_key(path: str, model: Model) -> str:
     return key_at(path, (0,) * stack_axes(path), model)
 
@@ -125,9 +138,11 @@ def is_transposed(path: str) -> bool:
 
 def our_shape(path: str, shape: tuple[int, ...], ndim: int) -> tuple[int, ...]:
     """A patch embedding is a convolution in files, which is a dense layer over flat patches;
-    single vectors may have axes of one in front."""
+    single vectors may have axes of one in front, and single numbers have no axis at all."""
     if is_transposed(path):
         return (math.prod(shape[1:]), *shape[:1])
+    if not shape:
+        return (1,) * ndim
     while len(shape) > ndim and shape[0] == 1:
         shape = shape[1:]
     return shape
@@ -135,5 +150,5 @@ def our_shape(path: str, shape: tuple[int, ...], ndim: int) -> tuple[int, ...]:
 
 def their_shape(path: str, place: Place, shape: tuple[int, ...], model: Model) -> tuple[int, ...]:
     key = key_at(path, place, model)
-    other = model.family.tensor_shapes(model.config).get(key)
-    return other or (shape[::-1] if is_transposed(path) else shape)
+    others = model.family.tensor_shapes(model.config)
+    return others.get(key, shape[::-1] if is_transposed(path) else shape)

@@ -74,7 +74,9 @@ class Processor:
         self.placeholders: tuple[int, ...] = ()
         self.slot_shape: tuple[int, ...] = ()
         if self.images is not None:
-            self.image_processor = load_image_processor(self.folder, self.images.processors)
+            self.image_processor = load_image_processor(
+                self.folder, self.images.processors, self.images.load
+            )
             self.images.check(config, self.image_processor)
             self.placeholders = self.images.placeholders(config)
             self.slot_shape = self.images.slot_shape(config)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import transformers
@@ -103,8 +103,16 @@ def load_video_settings(folder: str, name: str) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if is_setting(key)}
 
 
-def load_image_processor(folder: str, known: Sequence[str]) -> Any:
-    """The image processor in its PIL form, which needs neither torch nor torchvision."""
+def load_image_processor(
+    folder: str, known: Sequence[str], load: Callable[..., Any] | None = None
+) -> Any:
+    """The image processor in its PIL form, which needs neither torch nor torchvision.
+
+    Args:
+      folder: of the checkpoint.
+      known: classes that its file may name.
+      load: see `Images.load`.
+    """
     path, settings = _read_settings(folder, "image_processor", ("preprocessor_config.json",))
     kind = settings.get("image_processor_type", known[0])
     kind = re.sub("(Fast|Pil)$", "", kind)
@@ -113,7 +121,7 @@ def load_image_processor(folder: str, known: Sequence[str]) -> Any:
             f"{path}: image_processor_type {kind!r} is not supported; this architecture's "
             f"are {', '.join(known)}"
         )
-    return getattr(transformers, f"{kind}Pil")(**settings)
+    return (load or getattr(transformers, f"{kind}Pil"))(**settings)
 
 
 def _read_settings(folder: str, key: str, names: Sequence[str]) -> tuple[str, dict[str, Any]]:

@@ -135,14 +135,26 @@ class KeyValues:
             jax.lax.dynamic_update_slice(self.key, new_key, (*start, 0, step.used)),
             jax.lax.dynamic_update_slice(self.value, new_value, (*start, step.used, 0)),
         )
-        window, heads = attention.window or None, key.shape[2]
-        parts = [CachedPart(heads, lambda: pools.at(layer), step.sees_own(window))]
+        return pools.read(query, attention, step, layer, prompts), pools, whole
+
+    def read(
+        self,
+        query: Float[Array, "B N H d"],
+        attention: AttentionConfig,
+        step: Step,
+        layer: Int[Array, ""],
+        prompts: Sequence[KeyValues],
+    ) -> Float[Array, "B N H d"]:
+        """What queries of a token of every place read of a layer, into whose pools it is written;
+        see `advance`."""
+        window, heads = attention.window or None, self.key.shape[3]
+        parts = [CachedPart(heads, lambda: self.at(layer), step.sees_own(window))]
         for prompt, kept in zip(step.prompts, prompts, strict=True):
             seen = step.sees(prompt, kept.value.shape[3], window)
             load = functools.partial(kept.at, layer)
             parts.append(CachedPart(heads, load, seen, prompt.is_read))
         out = cached_attention(step.grouped(query), parts, attention.scale, attention.softcap)
-        return out.reshape(query.shape), pools, whole
+        return out.reshape(query.shape)
 
     def at(self, layer: Int[Array, ""]) -> tuple[jax.Array, jax.Array]:
         """Keys and values of one layer."""

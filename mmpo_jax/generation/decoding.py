@@ -209,18 +209,23 @@ def decode_token(
 
     def attend_caches(made, stack, carry, layer):
         cache, finite = carry
-        mixer, own = stack.layer.mixer, cache[stack.path]
-        kept = [prompt.cache[stack.path] for prompt in prompts]
+        path = decoder.kv_source(stack).path
+        mixer, own = stack.layer.mixer, cache[path]
+        kept = [prompt.cache[path] for prompt in prompts]
+        if path != stack.path:
+            return own.read(made[0], mixer, step, jnp.int32(0), kept), carry, None
         out, own, whole = own.advance(made, mixer, step, layer, kept)
-        return out, (cache | {stack.path: own}, finite & whole), None
+        return out, (cache | {path: own}, finite & whole), None
 
-    stacks = module.config.decoder.stacks
+    decoder = module.config.decoder
+    x, stacks = module.language_model.embed(token), decoder.stacks
     hidden, (cache, whole), _ = module.language_model(
-        module.language_model.embed(token),
+        x,
         positions,
         attend_caches,
         carry=(pool.cache, jnp.ones(token.shape, bool)),
         layer_inputs={stack.path: jnp.arange(len(stack.numbers)) for stack in stacks},
+        per_layer=module.language_model.per_layer_inputs(token, x, split=False),
         split=False,  # places are few
         in_place=True,
     )

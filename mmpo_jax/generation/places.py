@@ -143,9 +143,9 @@ def prefill(
       begun: whether samples go on from the batch's responses, which else are not read.
     """
     module = bind(model, params)
-    x, positions, added = module.embed_batch(batch, responses=begun)
-    beginnings = batch.response_mask if begun else jnp.zeros((len(x), 0, 0), bool)
-    rows, size = len(x), batch.prompt_ids.shape[1]
+    embedded = module.embed_batch(batch, responses=begun)
+    rows, size = batch.prompt_ids.shape
+    beginnings = batch.response_mask if begun else jnp.zeros((rows, 0, 0), bool)
     real = jnp.concatenate([batch.prompt_mask, beginnings.reshape(rows, -1)], axis=1)
 
     images = module.shown_images(batch)
@@ -161,11 +161,21 @@ def prefill(
         (query, key, value), scores = made, stack.layer.mixer.scores
         scores |= {"backend": module.attention, "images": images}
         out = shared_prompt_attention(query, key, value, *masks, **scores)
+        if stack.layer.mixer.kv_source is not None:
+            return out, carry, None
         kept, whole = KeyValues.of_prompt(key, value)
         return out, carry & (whole | ~real).all(axis=1), kept
 
     every = jnp.ones(rows, bool)
-    x, whole, cache = module.language_model(x, positions, attend_prompt, carry=every, added=added)
+    x, whole, cache = module.language_model(
+        embedded.x,
+        embedded.positions,
+        attend_prompt,
+        carry=every,
+        added=embedded.added,
+        per_layer=embedded.per_layer,
+    )
+    cache = {path: kept for path, kept in cache.items() if kept is not None}
     length = prompt_lengths(batch)
     last = jax.vmap(lambda rows, at: rows[at])(x, length - 1)
     ends = last[:, None]

@@ -17,6 +17,7 @@ from mmpo_jax.models.layer_kinds import (
     ExpertsConfig,
     LayerConfig,
     MlpConfig,
+    PerLayerConfig,
     Segment,
     Stack,
     segments_of,
@@ -60,6 +61,18 @@ class DecoderConfig:
     def stacks(self) -> tuple[Stack, ...]:
         """The stacks of all segments."""
         return tuple(stack for segment in self.segments for stack in segment.stacks)
+
+    @property
+    def per_layer(self) -> PerLayerConfig | None:
+        """Of the embedding that all layers have parts of; None where there is none."""
+        return self.layers[0].per_layer
+
+    def kv_source(self, stack: Stack) -> Stack:
+        """The stack whose keys and values the layers of this one read: its own, or that of a layer
+        that is a stack by itself."""
+        mixer = stack.layer.mixer
+        number = mixer.kv_source if isinstance(mixer, AttentionConfig) else None
+        return stack if number is None else next(s for s in self.stacks if number in s.numbers)
 
     @property
     def attentions(self) -> tuple[AttentionConfig, ...]:

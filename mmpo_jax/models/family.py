@@ -84,6 +84,9 @@ class Images:
         lambda config, layouts, slots: {}
     )
     """(config, a prompt's layouts, I) -> one row of `Batch.patches`, arrays [I, ...]."""
+    load: Callable[..., Any] | None = None
+    """Settings as keyword arguments -> the image processor, where transformers has none that needs
+    no torchvision."""
     extras: int = 0
     """Learned vectors in front of the pool of image features."""
     vectors: int = 1
@@ -114,7 +117,11 @@ class Family:
     """The way from written names to those of the modules in transformers 5, under which PEFT keeps
     adapters; by default LLaVA's and its successors'."""
     unread: tuple[str, ...] = ()
-    """Regular expressions: names of tensors that files may have and transformers does not read."""
+    """Regular expressions: names of tensors that files may have and transformers does not read, or
+    reads for what is `left_out`."""
+    left_out: tuple[str, ...] = ()
+    """Sections of config.json for parts that are not implemented and without which a model runs;
+    null in folders that are saved."""
     reward_classes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """`model_type` -> transformers' class of a decoder under a linear head with one output, where
     there is one."""

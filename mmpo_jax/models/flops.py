@@ -20,12 +20,15 @@ from mmpo_jax.models.lora import EXPERTS
 from mmpo_jax.models.model import Model
 from mmpo_jax.models.reward_head import is_reward_head
 from mmpo_jax.models.vision import VisionConfig
-from mmpo_jax.models.vision_gemma import GemmaVisionConfig
+from mmpo_jax.models.vision_gemma import SOFT_TOKENS, GemmaVisionConfig
 from mmpo_jax.models.vision_qwen import QwenVisionConfig
+from mmpo_jax.models.vision_squares import SquaresConfig
 
 HEAD = "language_model/lm_head/kernel"
 EMBEDDING = "language_model/embed_tokens/embedding"
 PROJECTOR, TOWER, LAYERS = "multi_modal_projector/", "vision_tower/", "language_model/layers/"
+PER_LAYER = "language_model/per_layer_model_projection/"
+"""What all tokens pass in front of the layers (Gemma 3n)."""
 
 Part = Literal["decoder", "head", "projector", "tower", "patches"]
 """What passes a dense layer: the decoder's tokens, those that are predicted, a picture's features,
@@ -111,6 +114,9 @@ def tower_of(config: Any) -> Tower | None:
             tower.num_heads,
             lambda slots: slots * layers * patches**2,
         )
+    if isinstance(tower, SquaresConfig):
+        tokens = SOFT_TOKENS
+        return Tower(tokens, tokens, tokens, 0, 0, 0, lambda slots: 0.0)
     return None
 
 
@@ -137,7 +143,7 @@ def dense_layers(model: Model, params: Mapping[str, Any]) -> list[Dense]:
             inputs, outputs = outputs, inputs
         if path == HEAD or tied:
             part = "head"
-        elif path.startswith(LAYERS):
+        elif path.startswith((LAYERS, PER_LAYER)):
             part = "decoder"
             if EXPERTS in path:
                 (layers, experts), active = stack, model.config.decoder.experts[0].top_k

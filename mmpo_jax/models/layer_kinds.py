@@ -48,6 +48,10 @@ class AttentionConfig:
     """Whether tokens of an image see all others of it, the later ones too (Gemma 3)."""
     query_rope: Rope | None = None
     """Of queries, where theirs is not that of keys (Ministral 3)."""
+    is_kv_source: bool = False
+    """Whether later layers read its keys and values (Gemma 3n)."""
+    kv_source: int | None = None
+    """Number of the layer whose keys and values it reads; None for its own."""
 
     @property
     def ropes(self) -> tuple[Rope, Rope]:
@@ -105,6 +109,17 @@ class MlpConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PerLayerConfig:
+    """An embedding of tokens that every layer has a part of (Gemma 3n)."""
+
+    size: int
+    """Channels of a layer's part."""
+    vocab_size: int
+    pad_id: int
+    """The token that stands there for features of images."""
+
+
+@dataclasses.dataclass(frozen=True)
 class ExpertsConfig:
     """A router and experts, in place of one MLP (`experts.SparseMlp`) or beside it."""
 
@@ -132,6 +147,8 @@ class LayerConfig:
     """Whether what mixer and MLP add to the residual stream is normalised too (Gemma 2)."""
     experts: ExpertsConfig | None = None
     """Experts beside the MLP of a layer with `sandwich`, each with norms of its own (Gemma 4)."""
+    per_layer: PerLayerConfig | None = None
+    """Of the embedding that a layer with `sandwich` reads behind its MLP; None for none."""
     scaled: bool = False
     """Whether a number that is not trained scales what comes out (Gemma 4)."""
 
@@ -167,6 +184,8 @@ def segments_of(layers: tuple[LayerConfig, ...]) -> tuple[Segment, ...]:
         found = []
         for period in range(1, depth - start + 1):
             pattern = layers[start : start + period]
+            if len({_reads_others(layer) for layer in pattern}) > 1:
+                break  # what they read comes out of an earlier segment
             runs = sum(1 for _ in itertools.groupby(pattern))
             repeats = 0
             while layers[start + repeats * period :][:period] == pattern:
@@ -176,6 +195,10 @@ def segments_of(layers: tuple[LayerConfig, ...]) -> tuple[Segment, ...]:
                 found.append((stacks + runs, segments + 1, (first, *rest)))
         best.insert(0, min(found, key=_preference))
     return _named(layers, best[0][2])
+
+
+def _reads_others(layer: LayerConfig) -> bool:
+    return isinstance(layer.mixer, AttentionConfig) and layer.mixer.kv_source is not None
 
 
 def _preference(found: tuple[int, int, tuple[tuple[int, int, int], ...]]) -> tuple[int, ...]:

@@ -92,7 +92,12 @@ class Linear(nnx.Linear):
 
 
 def linear(
-    inputs: int, outputs: int, use_bias: bool, rngs: nnx.Rngs, residual_layers: int = 1
+    inputs: int,
+    outputs: int,
+    use_bias: bool,
+    rngs: nnx.Rngs,
+    residual_layers: int = 1,
+    kind: type[Linear] = Linear,
 ) -> Linear:
     """A dense layer [inputs, outputs], initialised by its fan-in.
 
@@ -102,9 +107,10 @@ def linear(
     Args:
       residual_layers: how many such layers add to one residual stream; their variance is divided
         by it (Radford et al. 2019, section 2.3), else they drown the embeddings they add to.
+      kind: of the layer.
     """
     init = nnx.initializers.variance_scaling(1 / residual_layers, "fan_in", "truncated_normal")
-    return Linear(
+    return kind(
         inputs, outputs, use_bias=use_bias, kernel_init=init, dot_general=_matmul, rngs=rngs
     )
 
@@ -120,11 +126,12 @@ class GatedMlp(nnx.Module):
         bias: bool,
         residual_layers: int,
         rngs: nnx.Rngs,
+        kind: type[Linear] = Linear,
     ):
         self.act = act
-        self.gate_proj = linear(size, wide, bias, rngs)
-        self.up_proj = linear(size, wide, bias, rngs)
-        self.down_proj = linear(wide, size, bias, rngs, residual_layers)
+        self.gate_proj = linear(size, wide, bias, rngs, kind=kind)
+        self.up_proj = linear(size, wide, bias, rngs, kind=kind)
+        self.down_proj = linear(wide, size, bias, rngs, residual_layers, kind)
 
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
         return self.down_proj(ACTIVATIONS[self.act](self.gate_proj(x)) * self.up_proj(x))

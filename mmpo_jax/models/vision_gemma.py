@@ -18,6 +18,7 @@ from mmpo_jax.models.config import expect
 from mmpo_jax.models.layers import (
     ACTIVATIONS,
     GatedMlp,
+    Linear,
     constrain_batch,
     linear,
     promote,
@@ -42,7 +43,10 @@ SHARDING_RULES: tuple[tuple[str, PartitionSpec], ...] = (
         r"vision_tower/layers/(self_attn/o_proj|mlp/down_proj)/kernel",
         PartitionSpec(None, "tensor", "fsdp"),
     ),
-    (r"vision_tower/.*/scale|vision_tower/std_(bias|scale)", PartitionSpec()),
+    (
+        r"vision_tower/.*/(scale|(in|out)put_(min|max))|vision_tower/std_(bias|scale)",
+        PartitionSpec(),
+    ),
 )
 Ropes = tuple[Tables, Tables]
 """By the column and by the row."""
@@ -70,6 +74,8 @@ class GemmaVisionConfig:
     """Columns and rows of patches that there are learned positions for."""
     pool: int
     """Patches along the edge of a square that becomes one feature."""
+    clipped: bool
+    """Whether inputs and outputs of dense layers are kept between stored limits."""
     standardize: bool
     """Whether features are standardised by a stored mean and deviation."""
     rope: Rope
@@ -92,7 +98,6 @@ def read_vision(config: Any, key: str = "vision_config") -> GemmaVisionConfig:
       ModelError: a switch that is not implemented.
     """
     expect(config.hidden_activation, tuple(ACTIVATIONS), f"{key}.hidden_activation")
-    expect(config.use_clipped_linears, (False,), f"{key}.use_clipped_linears")
     rope = config.rope_parameters
     expect(rope["rope_type"], ("axial",), f"{key}.rope_parameters.rope_type")
     half = config.head_dim // 2
@@ -110,9 +115,32 @@ def read_vision(config: Any, key: str = "vision_config") -> GemmaVisionConfig:
         patch_size=config.patch_size,
         positions=config.position_embedding_size,
         pool=config.pooling_kernel_size,
+        clipped=config.use_clipped_linears,
         standardize=config.standardize,
         rope=Rope(tuple(map(float, frequencies))),
     )
+
+
+class ClippedLinear(Linear):
+    """A dense layer whose inputs and outputs are kept between limits that nothing trains."""
+
+    def __init__(self, *sizes: int, **options: Any):
+        super().__init__(*sizes, **options)
+        far = jnp.finfo(jnp.float32).max
+        self.input_min = nnx.Param(jnp.full(1, -far))
+        self.input_max = nnx.Param(jnp.full(1, far))
+        self.output_min = nnx.Param(jnp.full(1, -far))
+        self.output_max = nnx.Param(jnp.full(1, far))
+
+    def __call__(self, x: Float[Array, "*b D"], out_sharding: Any = None) -> Float[Array, "*b F"]:
+        x = jnp.clip(x, self.input_min[...], self.input_max[...])
+        y = super().__call__(x, out_sharding)
+        return jnp.clip(y, self.output_min[...], self.output_max[...])
+
+
+def kind_of(config: GemmaVisionConfig) -> type[Linear]:
+    """Of the dense layers of attention and MLPs."""
+    return ClippedLinear if config.clipped else Linear
 
 
 class PatchEmbedder(nnx.Module):
@@ -141,10 +169,11 @@ class SelfAttention(nnx.Module):
         self.head_dim, self.epsilon = config.head_dim, config.rms_norm_eps
         size, queries = config.hidden_size, config.num_heads * config.head_dim
         keys = config.num_kv_heads * config.head_dim
-        self.q_proj = linear(size, queries, False, rngs)
-        self.k_proj = linear(size, keys, False, rngs)
-        self.v_proj = linear(size, keys, False, rngs)
-        self.o_proj = linear(queries, size, False, rngs, 2 * config.num_layers)
+        kind = kind_of(config)
+        self.q_proj = linear(size, queries, False, rngs, kind=kind)
+        self.k_proj = linear(size, keys, False, rngs, kind=kind)
+        self.v_proj = linear(size, keys, False, rngs, kind=kind)
+        self.o_proj = linear(queries, size, False, rngs, 2 * config.num_layers, kind)
         self.q_norm = rms_norm(config.head_dim, config.rms_norm_eps, False, rngs)
         self.k_norm = rms_norm(config.head_dim, config.rms_norm_eps, False, rngs)
 
@@ -195,7 +224,13 @@ class EncoderLayer(nnx.Module):
         self.post_attention_layernorm = rms_norm(size, epsilon, False, rngs)
         self.pre_feedforward_layernorm = rms_norm(size, epsilon, False, rngs)
         self.mlp = GatedMlp(
-            size, config.intermediate_size, config.hidden_act, False, 2 * config.num_layers, rngs
+            size,
+            config.intermediate_size,
+            config.hidden_act,
+            False,
+            2 * config.num_layers,
+            rngs,
+            kind_of(config),
         )
         self.post_feedforward_layernorm = rms_norm(size, epsilon, False, rngs)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 from mmpo_jax.models.attention import shared_prompt_attention
 from mmpo_jax.models.batch import Batch, PackedBatch
 from mmpo_jax.models.config import ModelConfig, ModelError
-from mmpo_jax.models.decoder import Added, Decoder, Observer
+from mmpo_jax.models.decoder import Added, Decoder
+from mmpo_jax.models.decoder_layer import Observer
 from mmpo_jax.models.delta_net import DeltaTokens, shared_prompt_delta
 from mmpo_jax.models.experts import loads_of
 from mmpo_jax.models.layers import constrain_batch, linear
@@ -24,6 +24,15 @@ from mmpo_jax.models.sight import Images, image_numbers
 
 States = jax.Array | tuple[jax.Array, jax.Array]
 """Final hidden states of a batch: `hidden_states`, or `packed_states` of a packed one."""
+
+
+class Embedded(NamedTuple):
+    """What the decoder reads, see `Decoder`."""
+
+    x: Float[Array, "B S D"]
+    positions: Int[Array, "B A S"]
+    added: Added | None
+    per_layer: Float[Array, "B S L p"] | None
 
 
 class VisionLanguageModel(nnx.Module):
@@ -123,15 +132,22 @@ class VisionLanguageModel(nnx.Module):
             return text
         return jnp.where(is_image, mixed(pool, index, weight), text)
 
-    def embed_batch(
-        self, batch: Batch, remat: str = "none", responses: bool = True
-    ) -> tuple[Float[Array, "B S D"], Int[Array, "B A S"], Added | None]:
-        """What the decoder reads of a batch: the prompts, and behind them their responses, if these
-        are wanted.
+    def per_layer_inputs(
+        self,
+        ids: Int[Array, "B S"],
+        index: Int[Array, "B S K"],
+        x: Float[Array, "B S D"],
+    ) -> Float[Array, "B S L p"] | None:
+        """`Decoder.per_layer_inputs` of tokens with these embeddings, see `embed`."""
+        config = self.config.decoder.per_layer
+        if config is None:
+            return None
+        ids = jnp.where(index[..., 0] >= 0, config.pad_id, ids)
+        return self.language_model.per_layer_inputs(ids, x)
 
-        Returns:
-          (embeddings [B, P + R * T, D], positions int32[B, A, P + R * T], see `Decoder`).
-        """
+    def embed_batch(self, batch: Batch, remat: str = "none", responses: bool = True) -> Embedded:
+        """What the decoder reads of a batch: the prompts, and behind them their responses, if these
+        are wanted, S = P + R * T tokens."""
         pool, ids, positions = self.pool(batch, remat), batch.prompt_ids, batch.positions
         index, weight = self.pool_rows(batch.feature_index), batch.feature_weight
         if responses:
@@ -141,7 +157,9 @@ class VisionLanguageModel(nnx.Module):
             positions = jnp.concatenate([positions, own], axis=2)
             index = jnp.concatenate([index, read], axis=1)
             weight = jnp.concatenate([weight, share], axis=1)
-        return self.embed(ids, index, weight, pool), positions, self.added(pool, index, weight)
+        x = self.embed(ids, index, weight, pool)
+        per_layer = self.per_layer_inputs(ids, index, x)
+        return Embedded(x, positions, self.added(pool, index, weight), per_layer)
 
     def _responses(self, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """(ids [B, S], positions [B, A, S], which vectors they read [B, S, K], their weights) of
@@ -223,7 +241,7 @@ class VisionLanguageModel(nnx.Module):
         """(`hidden_states`, `loads` with those of the layers added, if there are any)."""
         b, r, t = batch.response_ids.shape
         p = batch.prompt_ids.shape[1]
-        x, positions, added = self.embed_batch(batch, remat)
+        embedded = self.embed_batch(batch, remat)
         images = self.shown_images(batch)
 
         def attend(made, stack, carry, inputs):
@@ -238,8 +256,16 @@ class VisionLanguageModel(nnx.Module):
             )
             return attended, carry, None
 
-        run = functools.partial(self.language_model, remat=remat, added=added)
-        x, loads, _ = run(x, positions, attend, carry=loads, observe=_observer(batch, loads))
+        x, loads, _ = self.language_model(
+            embedded.x,
+            embedded.positions,
+            attend,
+            carry=loads,
+            remat=remat,
+            added=embedded.added,
+            per_layer=embedded.per_layer,
+            observe=_observer(batch, loads),
+        )
         last = jax.vmap(lambda rows, at: rows[at])(x, prompt_lengths(batch) - 1)
         return (last, x[:, p:].reshape(b, r, t, -1)), loads
 
@@ -271,6 +297,7 @@ class VisionLanguageModel(nnx.Module):
             x = x.reshape(*batch.token_ids.shape, x.shape[-1])
         else:
             x = self.embed(batch.token_ids, index, batch.feature_weight, None)
+        per_layer = self.per_layer_inputs(batch.token_ids, batch.feature_index, x)
 
         images = self.packed_images(batch)
 
@@ -280,8 +307,16 @@ class VisionLanguageModel(nnx.Module):
             scores = stack.layer.mixer.scores
             return packed_attention(query, key, value, batch, images=images, **scores), carry, None
 
-        run = functools.partial(self.language_model, remat=remat, added=added)
-        x, loads, _ = run(x, batch.positions, attend, carry=loads, observe=_observer(batch, loads))
+        x, loads, _ = self.language_model(
+            x,
+            batch.positions,
+            attend,
+            carry=loads,
+            remat=remat,
+            added=added,
+            per_layer=per_layer,
+            observe=_observer(batch, loads),
+        )
         return x.reshape(groups, -1, x.shape[-1]), loads
 
 

@@ -31,6 +31,7 @@ from mmpo_jax.models.flops import (
     EMBEDDING,
     HEAD,
     LAYERS,
+    PER_LAYER,
     PROJECTOR,
     TOWER,
     delta_flops,
@@ -290,7 +291,8 @@ def train_work(
     below = input_gradients(trained)
 
     def passes(path: str) -> Passes:
-        part = next((part for part in below if path.startswith(part)), None)
+        beginning = LAYERS if path.startswith(PER_LAYER) else path
+        part = next((part for part in below if beginning.startswith(part)), None)
         if part is None:  # the head, whose chunks are computed again
             inputs = below[LAYERS]
             return Passes(2, int(inputs), int(path in trained))

@@ -98,8 +98,9 @@ def test_rope_types_that_are_not_implemented(folder, kind):
     edit(path, *section, rope_parameters=ropes | {"full_attention": rope} if by_layer else rope)
     where = ".".join((*section, "rope_parameters")) if section else r"config\.json\.rope_parameters"
     told = rf"{where}: rope_type is '{kind}'; this version implements def"
-    if values["model_type"] == "gemma4" and kind == "longrope":  # whose heads are not all alike
-        told = "transformers cannot read it as a gemma4: .*head_dim"
+    gemma4 = "gemma4", "gemma4_unified"
+    if values["model_type"] in gemma4 and kind == "longrope":  # whose heads are not all alike
+        told = rf"transformers cannot read it as a {values['model_type']}: .*head_dim"
     refused(folder, rf"config\.json: {told}")
     if by_layer:
         return
@@ -121,7 +122,7 @@ def test_architectures_that_are_not_implemented(folder):
     # calls them.
     qwen = "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"
     towers = dict.fromkeys((*qwen, "idefics3", "smolvlm"), ("vision_config",))
-    unnamed = towers | {"gemma4": ("text_config", "vision_config")}
+    unnamed = towers | dict.fromkeys(("gemma4", "gemma4_unified"), ("text_config", "vision_config"))
     for part in ("text_config", "vision_config"):
         if part not in values or part in unnamed.get(values["model_type"], ()):
             continue

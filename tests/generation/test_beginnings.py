@@ -69,7 +69,11 @@ def draw(start, records, mesh, temperature, beginnings=None, batch_size=2, count
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize(
-    "name", ["llama", "mistral", "llava", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_text"]
+    "name",
+    [
+        *("llama", "mistral", "llava", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_text"),
+        *("qwen3_5_moe", "gemma4_26b", "gemma4_e2b", "gemma4_unified"),
+    ],
 )
 @pytest.mark.slow
 def test_equal_to_prompts_of_their_own(family_case, name, temperature):
@@ -102,7 +106,7 @@ def test_windows_reach_over_the_beginning(tmp_path):
     np.testing.assert_array_equal(found, draw(start, singles, one_device(), 1.0))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3_5_text"])
+@pytest.mark.parametrize("name", ["llama", "qwen3_5_text", "gemma4_e2b"])
 @pytest.mark.slow
 def test_places_devices_and_order_change_nothing(family_case, monkeypatch, name):
     """Rows of two prompts with few places, prompts of other lengths in their places, eight devices

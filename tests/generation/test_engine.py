@@ -77,12 +77,14 @@ def test_greedy_responses_are_those_of_generate(
         assert found[one] == dict.fromkeys(range(one.num_samples), ids)
 
 
-def test_places_fork_the_states_of_their_prompts(family_case):
-    """Of delta nets, also where a place served another prompt before."""
+@pytest.mark.parametrize("name", ["qwen3_5_text", "gemma4_e2b"])
+def test_places_go_on_from_their_prompts(family_case, name):
+    """From states of delta nets, and keys that later layers read too, also where a place served
+    another prompt before."""
     pytest.importorskip("torch")
     from helpers import checks
 
-    case = family_case("qwen3_5_text")
+    case = family_case(name)
     start = Checkpoint(case.model, case.processor, case.params)
     words = np.random.default_rng(0).choice(checks.WORDS, (5, 8))
     texts = [" ".join(row[: 4 + n]) for n, row in enumerate(words)]

@@ -125,7 +125,8 @@ def make_case(
 
 @torch.no_grad()
 def randomise(theirs: Any, seed: int, norm: float = 1.0) -> None:
-    """Weights large enough that every part of the model matters."""
+    """Weights large enough that every part of the model matters, and numbers that torch trains as
+    little as we do as far from 0 and 1 as trained ones."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in sorted(theirs.named_parameters()):
         noise = torch.randn(tensor.shape, generator=generator)
@@ -135,7 +136,14 @@ def randomise(theirs: Any, seed: int, norm: float = 1.0) -> None:
         elif name.endswith("bias"):
             tensor.copy_(0.2 * noise)
         else:  # norms, layer scales
-            tensor.copy_((norm if "norm" in name else 1) + 0.2 * noise)
+            tensor.copy_(1 + 0.2 * noise)
+    generator = torch.Generator().manual_seed(2)
+    around = dict.fromkeys(("layer_scalar", "std_scale", "std_bias", "put_max"), 0.8)
+    for name, buffer in theirs.named_buffers():
+        for ending, center in (around | {"put_min": -0.8}).items():
+            if name.endswith(ending):
+                noise = torch.randn(buffer.shape, generator=generator)
+                buffer.copy_(center + 0.2 * noise)
 
 
 def record(name: str, text: str, images: Sequence[ImageRef] = (), *responses: str) -> Record:

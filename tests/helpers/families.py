@@ -13,6 +13,7 @@ import transformers
 from helpers import checks, pictures
 
 from mmpo_jax.data.records import Record
+from mmpo_jax.models.families import gemma4_unified
 
 TILE = 28
 """Pixels along an edge of a tile."""
@@ -78,6 +79,8 @@ NAMED = {
     "gemma3": {"image_token": IMAGE, "boi_token": "<boi>", "eoi_token": "<eoi>"},
     "gemma4": {"image_token": IMAGE, "boi_token": "<boi>", "eoi_token": "<eoi>"},
     "gemma4_26b": {"image_token": IMAGE, "boi_token": "<boi>", "eoi_token": "<eoi>"},
+    "gemma4_e2b": {"image_token": IMAGE, "boi_token": "<boi>", "eoi_token": "<eoi>"},
+    "gemma4_unified": {"image_token": IMAGE, "boi_token": "<boi>", "eoi_token": "<eoi>"},
 }
 """Tokens that tokenizer_config.json names."""
 
@@ -100,6 +103,21 @@ def whole_tokens(processor: Any, images: list[Any]) -> Any:
 
 def cropped(processor: Any, images: list[Any]) -> Any:
     return processor(images, crop_to_patches=True, return_tensors="pt")
+
+
+def squares(processor: Any, images: list[Any]) -> Any:
+    """Of Gemma 4's 12B, whose class in transformers needs torchvision."""
+    made = gemma4_unified.pixels(None, processor, images)
+    places = np.full((len(images), processor.max_soft_tokens, 2), -1)
+    for number, image in enumerate(images):
+        patches = processor(images=image, return_tensors="np")["image_position_ids"][0]
+        columns, rows = (patches.max(axis=0) + 1) // processor.pooling_kernel_size
+        row, column = np.divmod(np.arange(columns * rows), columns)
+        places[number, : columns * rows] = np.stack([column, row], axis=1)
+    return {
+        "pixel_values": torch.tensor(np.concatenate(made)),
+        "image_position_ids": torch.tensor(places),
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,7 +306,7 @@ def gemma3(tied: bool) -> Any:
     )
 
 
-def gemma4(tied: bool, **switches: Any) -> Any:
+def gemma4(tied: bool, vision: Any = (), **switches: Any) -> Any:
     media = tuple(NAMED["gemma4"].values())
     ids = checks.token_ids(*media)
     unlike = {"num_hidden_layers": 6, "layer_types": PATTERN, "sliding_window": 12, "head_dim": 8}
@@ -298,7 +316,7 @@ def gemma4(tied: bool, **switches: Any) -> Any:
     unlike |= {"use_bidirectional_attention": "vision"}
     return transformers.Gemma4Config(
         text_config=text_sizes(media, tied) | unlike | switches,
-        vision_config={**TOWER, **tower},
+        vision_config={**TOWER, **tower, **dict(vision)},
         image_token_id=ids[IMAGE],
         boi_token_id=ids["<boi>"],
         eoi_token_id=ids["<eoi>"],
@@ -309,6 +327,30 @@ def gemma4(tied: bool, **switches: Any) -> Any:
 def gemma4_26b(tied: bool) -> Any:
     experts = {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 24}
     return gemma4(tied, enable_moe_block=True, **experts)
+
+
+def gemma4_e2b(tied: bool) -> Any:
+    shared = {"num_kv_shared_layers": 3, "use_double_wide_mlp": True, "num_key_value_heads": 1}
+    per_layer = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 40}
+    causal = {"use_bidirectional_attention": None, "attention_k_eq_v": False}
+    clipped = {"use_clipped_linears": True, "standardize": False}
+    return gemma4(tied, clipped, **shared, **per_layer, **causal)
+
+
+def gemma4_12b(tied: bool) -> Any:
+    media = tuple(NAMED["gemma4"].values())
+    ids = checks.token_ids(*media)
+    unlike = {"num_hidden_layers": 6, "layer_types": PATTERN, "sliding_window": 72, "head_dim": 8}
+    unlike |= {"global_head_dim": 16, "attention_k_eq_v": True}
+    squares = {"patch_size": 4, "pooling_kernel_size": 2, "mm_posemb_size": 72}
+    return transformers.Gemma4UnifiedConfig(
+        text_config=text_sizes(media, tied) | unlike,
+        vision_config=squares | {"mm_embed_dim": 16, "output_proj_dims": 16},
+        image_token_id=ids[IMAGE],
+        boi_token_id=ids["<boi>"],
+        eoi_token_id=ids["<eoi>"],
+        tie_word_embeddings=tied,
+    )
 
 
 SQUARE = {"height": TILE, "width": TILE}
@@ -372,6 +414,21 @@ FAMILIES = {
         transformers.Gemma4ImageProcessorPil(
             patch_size=4, pooling_kernel_size=2, max_soft_tokens=70
         ),
+    ),
+    "gemma4_e2b": Tiny(
+        gemma4_e2b,
+        tuple(NAMED["gemma4"].values()),
+        transformers.Gemma4ImageProcessorPil(
+            patch_size=4, pooling_kernel_size=2, max_soft_tokens=70
+        ),
+    ),
+    "gemma4_unified": Tiny(
+        gemma4_12b,
+        tuple(NAMED["gemma4"].values()),
+        gemma4_unified.Gemma4UnifiedImageProcessorPil(
+            patch_size=4, pooling_kernel_size=2, max_soft_tokens=70
+        ),
+        squares,
     ),
     "llama": only_text(transformers.LlamaConfig),
     "mistral": only_text(transformers.MistralConfig, sliding_window=None),
@@ -447,7 +504,7 @@ def inputs(case: checks.Case) -> checks.Inputs:
             made = dict(tiny.prepare(case.processor.image_processor, checks.load(record.images)))
         for unused in ("num_crops", "num_soft_tokens_per_image"):
             made.pop(unused, None)
-        types = dict.fromkeys((*QWEN, "gemma4"), "mm_token_type_ids")
+        types = dict.fromkeys((*QWEN, "gemma4", "gemma4_unified"), "mm_token_type_ids")
         types["gemma3"] = "token_type_ids"
         if case.model.config.family in types:
             made[types[case.model.config.family]] = torch.tensor(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmpo_jax.models.config import DecoderConfig
 from mmpo_jax.models.layer_kinds import AttentionConfig, LayerConfig, MlpConfig, segments_of
 from mmpo_jax.models.layers import rematerialise
 from mmpo_jax.models.rope import Rope
@@ -55,6 +56,32 @@ def test_every_layer_is_in_one_place(kinds):
     assert len({stack.path for stack in stacks}) == len(stacks)
     for stack in stacks:
         assert {kinds[number] for number in stack.numbers} == {stack.layer.name}
+
+
+def test_layers_that_read_others_keys_are_in_segments_of_their_own():
+    """What they read comes out of an earlier scan: that of the last layer of a kind with its own,
+    which is a stack by itself."""
+    kinds = layers("aab" * 2 + "AAB" * 2)
+    sources = {"A": 4, "B": 5}
+
+    def shared(number, layer):
+        mixer = dataclasses.replace(
+            layer.mixer, is_kv_source=number in (4, 5), kv_source=sources.get(layer.name)
+        )
+        return dataclasses.replace(layer, mixer=mixer)
+
+    changed = tuple(shared(number, layer) for number, layer in enumerate(kinds))
+    found = segments_of(changed)
+    for segment in found:
+        assert len({stack.layer.mixer.kv_source is None for stack in segment.stacks}) == 1
+    stacks = [stack for segment in found for stack in segment.stacks]
+    assert [s.numbers for s in stacks if s.layer.mixer.is_kv_source] == [(4,), (5,)]
+    assert found[-1].repeats == 2
+    decoder = DecoderConfig(8, 4, changed, 1e-6, True)
+    for stack in stacks:
+        expected = sources.get(stack.layer.name)
+        source = decoder.kv_source(stack)
+        assert source.numbers == ((expected,) if expected else stack.numbers)
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])

@@ -98,8 +98,8 @@ def plain_log_probs(model, params, rows: Batch) -> jax.Array:
         scores = jnp.where(jnp.tril(jnp.ones((s, s), bool)), scores, -jnp.inf)
         return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), value), carry, None
 
-    x, positions, _ = module.embed_batch(rows, responses=False)
-    x, _, _ = module.language_model(x, positions, attend)
+    embedded = module.embed_batch(rows, responses=False)
+    x, _, _ = module.language_model(embedded.x, embedded.positions, attend)
     scores = jax.nn.log_softmax(x @ module.language_model.head_kernel())
     return jnp.take_along_axis(scores[:, :-1], jnp.array(rows.prompt_ids)[:, 1:, None], 2)[..., 0]
 

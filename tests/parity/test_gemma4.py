@@ -6,12 +6,16 @@ import pytest
 from helpers import pictures
 
 pytest.importorskip("torch")
+import safetensors.torch
 import torch
 import transformers
-from helpers import checks
+from helpers import checks, gemma_media
+from helpers.gemma_media import IDS, RECORDS, SOFT_TOKENS, TEXT
 from transformers.models.gemma4 import image_processing_pil_gemma4 as theirs_pil
 
+from mmpo_jax.checkpoints.huggingface import load_model, save_model
 from mmpo_jax.core.errors import DataError
+from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.tokenization import tokenize
 from mmpo_jax.models.config import ModelError
 from mmpo_jax.models.families.gemma4 import grid_of
@@ -20,18 +24,13 @@ from mmpo_jax.training.step import trainable_paths
 
 pytestmark = pytest.mark.parity
 
-NAMED = {"image_token": "<image>", "boi_token": "<boi>", "eoi_token": "<eoi>"}
-IDS = checks.token_ids(*NAMED.values())
-SOFT_TOKENS = 70
-TEXT = checks.TEXT | {
-    "vocab_size": len(IDS),
-    "num_hidden_layers": 4,
-    "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "full_attention"],
-    "head_dim": 8,
-    "global_head_dim": 16,
-    "sliding_window": 30,
-    "hidden_size_per_layer_input": 0,
-    "use_bidirectional_attention": "vision",
+AUDIO = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "subsampling_conv_channels": [4, 4],
+    "output_proj_dims": 16,
+    "use_clipped_linears": False,
 }
 VISION = {
     "hidden_size": 16,
@@ -50,6 +49,12 @@ EXPERTS = {
     "top_k_experts": 2,
     "moe_intermediate_size": 24,
 }
+SMALL = {
+    "hidden_size_per_layer_input": 6,
+    "vocab_size_per_layer_input": len(IDS),
+    "use_bidirectional_attention": None,
+}
+"""Of E2B and E4B."""
 LOCAL = {"rope_type": "default", "rope_theta": 100.0}
 
 
@@ -133,13 +138,46 @@ CASES = {
         },
         tie_word_embeddings=False,
     ),
+    "e2b": make_config(
+        SMALL
+        | {
+            "num_hidden_layers": 8,
+            "layer_types": ["sliding_attention", "full_attention"] * 4,
+            "num_kv_shared_layers": 4,
+            "use_double_wide_mlp": True,
+            "num_key_value_heads": 1,
+            "final_logit_softcapping": 5.0,
+        },
+        {"use_clipped_linears": True},
+    ),
+    "one-shared-layer-untied": make_config(
+        SMALL
+        | {
+            "num_kv_shared_layers": 1,
+            "vocab_size_per_layer_input": len(IDS) + 5,
+            "use_bidirectional_attention": "vision",
+            "hidden_activation": "silu",
+        },
+        {"use_clipped_linears": True, "standardize": True},
+        tie_word_embeddings=False,
+    ),
+    "per-layer-alone": make_config(
+        SMALL
+        | {"use_double_wide_mlp": True, "attention_bias": True, "final_logit_softcapping": 5.0}
+    ),
+    "shared-layers-with-experts": make_config(
+        SMALL
+        | EXPERTS
+        | {
+            "num_hidden_layers": 6,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "num_kv_shared_layers": 4,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "sliding_window": 9,
+        }
+    ),
 }
-RECORDS = [
-    checks.record("0", "what is this ?", pictures.refs("photograph"), "a red star", "two ring"),
-    checks.record("1", "a star", pictures.refs("wide", "cmyk"), "blue", "is this a star ?"),
-    checks.record("2", "?", pictures.refs("tall", "transparent", "grey"), "a", "?"),
-    checks.record("3", "is this a star ?", (), "green", "two blue"),
-]
 
 
 def image_processor(config):
@@ -150,30 +188,22 @@ def image_processor(config):
     )
 
 
-@torch.no_grad()
-def with_buffers(theirs):
-    """Numbers that are no parameters, as far from 0 and 1 as trained ones."""
-    generator = torch.Generator().manual_seed(2)
-    for name, buffer in theirs.named_buffers():
-        if name.endswith(("layer_scalar", "std_scale", "std_bias")):
-            buffer.copy_(0.8 + 0.2 * torch.randn(buffer.shape, generator=generator))
-    return theirs
-
-
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("gemma4") / request.param
-    checks.save_tokenizer(folder, *NAMED.values(), image="<image>")
-    named = transformers.AutoTokenizer.from_pretrained(folder, extra_special_tokens=NAMED)
-    named.save_pretrained(folder)
+    gemma_media.save_tokenizer(folder)
     config = CASES[request.param]
     config._attn_implementation = "eager"
-    theirs = with_buffers(transformers.Gemma4ForConditionalGeneration(config))
+    theirs = transformers.Gemma4ForConditionalGeneration(config)
     return checks.make_case(folder, theirs, image_processor(config), seed=1)
 
 
 @pytest.fixture(scope="module")
 def inputs(case):
+    return inputs_of(case)
+
+
+def inputs_of(case):
     processor = image_processor(case.theirs.config)
 
     def inputs(record, ids):
@@ -212,14 +242,13 @@ def test_grids_of_many_sizes():
     for height, width in checks.many_sizes(28).tolist():
         options = {"patch_size": 4, "max_patches": 4 * SOFT_TOKENS, "pooling_kernel_size": 2}
         expected = theirs_pil.get_aspect_ratio_preserving_size(height, width, **options)
-        columns, rows = grid_of(tower, SOFT_TOKENS, (height, width))
+        columns, rows = grid_of(tower.pool * tower.patch_size, SOFT_TOKENS, (height, width))
         assert (8 * rows, 8 * columns) == expected
 
 
 def test_images_that_become_nothing_are_refused():
-    tower = read_config(CASES["31b"]).vision
     with pytest.raises(DataError, match="0 tokens"):
-        grid_of(tower, 0, (3, 3))
+        grid_of(8, 0, (3, 3))
 
 
 def reference(case):
@@ -234,15 +263,7 @@ def test_logits(case, inputs):
 def test_greedy_decoding(case, inputs, monkeypatch):
     """A placeholder that is sampled is text here; transformers would embed padding for it."""
     theirs = reference(case)
-    inner = theirs.theirs.model
-    shown = inner.get_placeholder_mask
-
-    def in_prompts(input_ids=None, inputs_embeds=None):
-        masks = shown(input_ids, inputs_embeds)
-        is_step = masks[0].shape[1] == 1
-        return tuple(mask & (not is_step) for mask in masks)
-
-    monkeypatch.setattr(inner, "get_placeholder_mask", in_prompts)
+    gemma_media.only_in_prompts(theirs, monkeypatch)
     checks.check_greedy(theirs, RECORDS, inputs)
 
 
@@ -252,26 +273,65 @@ def test_round_trip(case, tmp_path):
 
 
 def test_buffers_are_not_trained(case):
-    from mmpo_jax.core.trees import flatten
-
     paths = list(flatten(case.params))
     left = {path.rsplit("/")[-1] for path in set(paths) - set(trainable_paths(paths, ()))}
     standard = {"std_bias", "std_scale"} & {path.rsplit("/")[-1] for path in paths}
-    assert left == {"layer_scalar", *standard}
+    limits = {path.rsplit("/")[-1] for path in paths if path.endswith(("_min", "_max"))}
+    assert left == {"layer_scalar", *standard, *limits}
+    assert bool(limits) == case.theirs.config.vision_config.use_clipped_linears
+
+
+def test_parts_for_audio_are_left_out(tmp_path):
+    """They are not read, and a saved folder has none."""
+    config = make_config(SMALL, audio_config=AUDIO)
+    folder = tmp_path / "audio"
+    gemma_media.save_tokenizer(folder)
+    theirs = transformers.Gemma4ForConditionalGeneration(config)
+    assert any(".audio_tower." in name for name in theirs.state_dict())
+    case = checks.make_case(folder, theirs, image_processor(config), seed=1)
+    checks.check_logits(case, RECORDS, inputs_of(case))
+    saved = tmp_path / "saved"
+    save_model(saved, case.model, case.params, case.folder)
+    again, info = type(theirs).from_pretrained(saved, output_loading_info=True)
+    assert not any(info.values()), info
+    assert again.config.audio_config is None
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, theirs.state_dict()[name]), name
+
+
+def test_keys_of_layers_that_read_others_are_not_read(tmp_path):
+    """Published files have them, and transformers ignores them."""
+    config = CASES["one-shared-layer-untied"]
+    folder = tmp_path / "more"
+    gemma_media.save_tokenizer(folder)
+    theirs = transformers.Gemma4ForConditionalGeneration(config)
+    case = checks.make_case(folder, theirs, image_processor(config))
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    more = {f"model.language_model.layers.3.self_attn.{x}_proj.weight": 0 for x in "kv"}
+    more["model.language_model.layers.3.self_attn.k_norm.weight"] = 0
+    assert not more.keys() & tensors.keys()
+    tensors |= {name: torch.zeros(2, 2) for name in more}
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    found = flatten(load_model(folder)[1])
+    assert found.keys() == flatten(case.params).keys()
+    other = tensors | {"model.language_model.layers.0.self_attn.k_more.weight": torch.zeros(2)}
+    safetensors.torch.save_file(other, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=r"unexpected tensor .*layers\.0\.self_attn\.k_more"):
+        load_model(folder)
 
 
 @pytest.mark.parametrize(
     ("text", "vision", "switches", "message"),
     [
-        ({"hidden_size_per_layer_input": 8}, {}, {}, "hidden_size_per_layer_input is 8"),
-        ({"num_kv_shared_layers": 1}, {}, {}, "num_kv_shared_layers is 1"),
+        (SMALL | {"vocab_size_per_layer_input": 9}, {}, {}, "vocab_size_per_layer_input is 9"),
+        (SMALL | {"pad_token_id": None}, {}, {}, "pad_token_id None"),
+        ({"num_kv_shared_layers": 2}, {}, {}, "num_kv_shared_layers is 2, which leaves no full"),
+        ({"num_kv_shared_layers": 4}, {}, {}, "num_kv_shared_layers is 4, which leaves no full"),
         ({"enable_moe_block": True}, {}, {}, "num_experts is None"),
         (EXPERTS | {"moe_intermediate_size": None}, {}, {}, "moe_intermediate_size is None"),
         ({"use_bidirectional_attention": "all"}, {}, {}, "use_bidirectional_attention is 'all'"),
         ({"hidden_activation": "tanh"}, {}, {}, "hidden_activation is 'tanh'"),
-        ({}, {"use_clipped_linears": True}, {}, "use_clipped_linears is True"),
         ({}, {"hidden_activation": "tanh"}, {}, "hidden_activation is 'tanh'"),
-        ({}, {}, {"audio_config": {}}, "audio_config"),
     ],
 )
 def test_refusals(text, vision, switches, message):

@@ -16,7 +16,7 @@ from helpers import checks, families, pictures
 
 from mmpo_jax.data.records import IMAGE, Record, Response, Turn
 from mmpo_jax.inference.plan import plan_packed
-from mmpo_jax.models.log_probs import response_statistics
+from mmpo_jax.models.log_probs import response_log_probs, response_statistics
 
 pytestmark = pytest.mark.parity
 
@@ -120,6 +120,28 @@ def test_log_probs_and_gradients(name, family_case, tmp_path_factory):
                 total,
                 expected_gradient,
             )
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+@pytest.mark.slow
+def test_responses_to_a_shared_prompt(name, family_case):
+    """Their log-probs are those of every response behind a prompt of its own, in float64."""
+    case = family_case(name)
+    whole = families.records(name)
+    alone = [
+        dataclasses.replace(record, responses=(response,))
+        for record in whole
+        for response in record.responses
+    ]
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), case.params)
+        together, apart = (
+            np.asarray(response_log_probs(case.model, params, checks.batch_of(case, rows)[1]))
+            for rows in (whole, alone)
+        )
+    assert together.std() > 0.5
+    apart = apart.reshape(together.shape[0], together.shape[1], -1)
+    np.testing.assert_allclose(together, apart, rtol=0, atol=TOLERANCE)
 
 
 def with_other_words(row):

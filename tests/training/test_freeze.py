@@ -22,9 +22,10 @@ from mmpo_jax.training.step import create_state, make_step, trainable_paths
 TOWER, PROJECTOR = "vision_tower/.*", "multi_modal_projector/.*"
 EMBEDDINGS, MLP = "language_model/embed_tokens/.*", r"language_model/layers/(\w+/)?mlp/.*"
 THEIRS = {
-    TOWER: r"model\.(vision_(tower|model)\..*|visual\.(?!(deepstack_)?merger).*)",
-    PROJECTOR: r"model\.((multi_modal_projector|connector|embed_vision)\..*"
-    r"|visual\.(deepstack_)?merger.*)",
+    TOWER: r"model\.(vision_(tower|model)\..*|visual\.(?!(deepstack_)?merger).*"
+    r"|embed_vision\.(patch|pos)_.*)",
+    PROJECTOR: r"model\.((multi_modal_projector|connector)\..*|visual\.(deepstack_)?merger.*"
+    r"|embed_vision\.(multimodal_embedder\.)?embedding_projection\..*)",
     "language_model/.*": r"model\.((language|text)_model|embed_tokens|layers|norm)\..*|lm_head\..*",
     "image_newline": r"model\.image_newline",
 }

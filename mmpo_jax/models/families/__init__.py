@@ -4,6 +4,7 @@ from mmpo_jax.models.families import (
     gemma,
     gemma3,
     gemma4,
+    gemma4_unified,
     internvl,
     llava,
     llava_next,
@@ -37,6 +38,7 @@ FAMILIES: dict[str, Family] = {
         mistral3.FAMILY,
         gemma3.FAMILY,
         gemma4.FAMILY,
+        gemma4_unified.FAMILY,
         gemma.FAMILY,
         text.FAMILY,
     )

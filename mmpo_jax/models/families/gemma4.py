@@ -1,5 +1,8 @@
 """Gemma 4: its own vision transformer over patches of images of any shape, a matrix, a decoder of
-local and global layers that differ in their heads, in the 26B with experts beside every MLP.
+local and global layers that differ in their heads.
+
+In the 26B there are experts beside every MLP. In E2B and E4B every layer reads an embedding of its
+own, and the last layers read keys and values of earlier ones. Their parts for audio are left out.
 
 Tokens of an image see one another in local layers alone.
 """
@@ -9,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from flax import nnx
@@ -21,7 +24,13 @@ from mmpo_jax.models import decoder, vision_gemma
 from mmpo_jax.models.config import DecoderConfig, ModelConfig, ModelError, expect
 from mmpo_jax.models.families.gemma import FULL, SLIDING
 from mmpo_jax.models.family import Family, Images, Size
-from mmpo_jax.models.layer_kinds import AttentionConfig, ExpertsConfig, LayerConfig, MlpConfig
+from mmpo_jax.models.layer_kinds import (
+    AttentionConfig,
+    ExpertsConfig,
+    LayerConfig,
+    MlpConfig,
+    PerLayerConfig,
+)
 from mmpo_jax.models.layers import ACTIVATIONS, linear, unit_norm
 from mmpo_jax.models.layout import Layout
 from mmpo_jax.models.rope import read_rope
@@ -44,8 +53,6 @@ def read_config(config: Any) -> Gemma4Config:
     """
     if config.vision_config is None:
         raise ModelError("vision_config is missing; this version implements gemma4 with images")
-    if config.audio_config is not None:
-        raise ModelError("audio_config is there; this version implements gemma4 without audio")
     return Gemma4Config(
         family=config.model_type,
         decoder=read_gemma4(config.text_config, config.tie_word_embeddings),
@@ -54,24 +61,29 @@ def read_config(config: Any) -> Gemma4Config:
     )
 
 
-def read_gemma4(text: Any, tied: bool, key: str = "text_config") -> DecoderConfig:
-    """The decoder of a transformers `Gemma4TextConfig`.
+def read_gemma4(
+    text: Any,
+    tied: bool,
+    key: str = "text_config",
+    image_layers: Literal["local", "all"] = "local",
+) -> DecoderConfig:
+    """The decoder of a transformers `Gemma4TextConfig` or `Gemma4UnifiedTextConfig`.
 
     Args:
       text: the config.
       tied: whether the head is the token embedding.
       key: how error messages call the config.
+      image_layers: in which layers tokens of an image see one another, if they do.
 
     Raises:
       ModelError: a rope type or a switch that is not implemented.
     """
     expect(text.hidden_activation, tuple(ACTIVATIONS), f"{key}.hidden_activation")
-    expect(text.hidden_size_per_layer_input or 0, (0,), f"{key}.hidden_size_per_layer_input")
-    expect(text.num_kv_shared_layers, (0,), f"{key}.num_kv_shared_layers")
     seeing = text.use_bidirectional_attention
     expect(seeing, (None, "vision"), f"{key}.use_bidirectional_attention")
-    mlp = MlpConfig(text.intermediate_size, text.hidden_activation, False)
-    experts = _read_experts(text, key) if text.enable_moe_block else None
+    sources = _read_sources(text, key)
+    per_layer = _read_per_layer(text, key)
+    experts = _read_experts(text, key) if getattr(text, "enable_moe_block", False) else None
 
     def layer(number: int) -> LayerConfig:
         name, own = text.layer_types[number], text.per_layer_config[number]
@@ -81,7 +93,12 @@ def read_gemma4(text: Any, tied: bool, key: str = "text_config") -> DecoderConfi
             rope = read_rope(parameters, own.head_dim, text.max_position_embeddings)
         except ValueError as error:
             raise ModelError(f"{key}.rope_parameters: {error}") from error
-        is_local = name == SLIDING
+        is_local, source = name == SLIDING, sources[number]
+        is_source = number in sources
+        widened = bool(text.use_double_wide_mlp) and source is not None
+        mlp = MlpConfig(
+            text.intermediate_size * (2 if widened else 1), text.hidden_activation, False
+        )
         attention = AttentionConfig(
             num_heads=text.num_attention_heads,
             num_kv_heads=own.num_key_value_heads,
@@ -95,9 +112,15 @@ def read_gemma4(text: Any, tied: bool, key: str = "text_config") -> DecoderConfi
             qk_norm=True,
             value_norm=True,
             keys_are_values=bool(text.attention_k_eq_v) and not is_local,
-            sees_images=is_local and seeing == "vision",
+            sees_images=seeing == "vision" and (is_local or image_layers == "all"),
+            is_kv_source=is_source,
+            kv_source=source,
         )
-        return LayerConfig(name, attention, mlp, sandwich=True, experts=experts, scaled=True)
+        if is_source or source is not None:
+            name += "_kv_source" if is_source else "_kv_shared"
+        return LayerConfig(
+            name, attention, mlp, sandwich=True, experts=experts, per_layer=per_layer, scaled=True
+        )
 
     return DecoderConfig(
         vocab_size=text.vocab_size,
@@ -108,6 +131,39 @@ def read_gemma4(text: Any, tied: bool, key: str = "text_config") -> DecoderConfi
         embedding_scale=text.hidden_size**0.5,
         softcap=text.final_logit_softcapping,
     )
+
+
+def _read_sources(text: Any, key: str) -> list[int | None]:
+    """Of every layer the one whose keys and values it reads, of its own kind; None for its own.
+
+    Raises:
+      ModelError: there is no such layer.
+    """
+    kinds, own = text.layer_types, text.num_hidden_layers - text.num_kv_shared_layers
+    missing = set(kinds) - set(kinds[: max(0, own)])
+    if missing:
+        raise ModelError(
+            f"{key}.num_kv_shared_layers is {text.num_kv_shared_layers}, which leaves no "
+            f"{sorted(missing)[0]} with keys of its own"
+        )
+    last = {kind: number for number, kind in enumerate(kinds[:own])}
+    return [None] * own + [last[kind] for kind in kinds[own:]]
+
+
+def _read_per_layer(text: Any, key: str) -> PerLayerConfig | None:
+    """
+    Raises:
+      ModelError: no token stands for features of images.
+    """
+    if not getattr(text, "hidden_size_per_layer_input", 0):
+        return None
+    size, pad = text.vocab_size_per_layer_input, text.pad_token_id
+    if pad is None or not 0 <= pad < size or size < text.vocab_size:
+        raise ModelError(
+            f"{key}.vocab_size_per_layer_input is {size}, with a vocabulary of {text.vocab_size} "
+            f"and pad_token_id {pad}"
+        )
+    return PerLayerConfig(text.hidden_size_per_layer_input, size, pad)
 
 
 def _read_experts(text: Any, key: str) -> ExpertsConfig:
@@ -161,15 +217,19 @@ class Gemma4(VisionLanguageModel):
         return features.reshape(b, -1, features.shape[-1])
 
 
-def grid_of(tower: GemmaVisionConfig, tokens: int, size: Size) -> tuple[int, int]:
+def grid_of(square: int, tokens: int, size: Size) -> tuple[int, int]:
     """Columns and rows of squares that an image becomes: as many as there are tokens for, in about
     its own shape.
+
+    Args:
+      square: pixels along the edge of one.
+      tokens: squares at most.
+      size: of the image.
 
     Raises:
       DataError: it is too long and narrow.
     """
     height, width = size
-    square = tower.pool * tower.patch_size
     factor = math.sqrt(tokens * square**2 / (height * width))
     columns, rows = (math.floor(factor * edge / square) for edge in (width, height))
     if not rows and not columns:
@@ -182,10 +242,10 @@ def grid_of(tower: GemmaVisionConfig, tokens: int, size: Size) -> tuple[int, int
 
 
 def layouts(config: Gemma4Config, processor: Any, sizes: Sequence[Size]) -> list[Layout]:
-    tokens = processor.max_soft_tokens
+    tokens, square = processor.max_soft_tokens, config.vision.pool * config.vision.patch_size
     made = []
     for size in sizes:
-        columns, rows = grid_of(config.vision, tokens, size)
+        columns, rows = grid_of(square, tokens, size)
         layout = Layout.plain(config.image_token_id, columns * rows)
         row, column = np.divmod(np.arange(columns * rows, dtype=np.int32), columns)
         steps = np.stack([np.zeros_like(row), row, column])
@@ -208,7 +268,7 @@ def pixels(config: Gemma4Config, processor: Any, images: Sequence[Any]) -> list[
     return [np.asarray(pixels, np.float32) for pixels in made]
 
 
-def check_processor(config: Gemma4Config, processor: Any) -> None:
+def check_processor(config: Any, processor: Any) -> None:
     """
     Raises:
       ModelError: it makes other patches than the tower takes, or none.
@@ -225,6 +285,21 @@ def frame_image(tokenizer: Any, layout: Layout) -> Layout:
     return dataclasses.replace(layout, ids=np.array(ids, np.int32))
 
 
+def tensor_shapes(config: Gemma4Config) -> dict[str, tuple[int, ...]]:
+    """Limits of the tower's dense layers, single numbers in files."""
+    tower = config.vision
+    dense = [f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")]
+    dense += [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+    layers = range(tower.num_layers) if tower.clipped else ()
+    return {
+        f"model.vision_tower.encoder.layers.{number}.{name}.{side}_{limit}": ()
+        for number in layers
+        for name in dense
+        for side in ("input", "output")
+        for limit in ("min", "max")
+    }
+
+
 READ_KEYS = (
     (r"^model\.embed_vision\.", "multi_modal_projector."),
     (r"^model\.", ""),
@@ -233,7 +308,7 @@ READ_KEYS = (
     (r"^(vision_tower\.layers\..*_proj)\.linear\.", r"\1."),
 )
 WRITE_KEYS = (
-    (r"^(vision_tower\.layers\..*_proj)\.", r"\1.linear."),
+    (r"^(vision_tower\.layers\..*_proj)\.weight$", r"\1.linear.weight"),
     (r"^vision_tower\.layers\.", "vision_tower.encoder.layers."),
     (r"^multi_modal_projector\.", "embed_vision."),
     (r"\.router\.weight$", ".router.scale"),
@@ -253,7 +328,10 @@ FAMILY = Family(
     read_keys=READ_KEYS,
     write_keys=WRITE_KEYS,
     module_keys=(),
+    unread=(r"^model\.(audio_tower|embed_audio)\.",),
+    left_out=("audio_config",),
     joined_experts="outputs_first",
+    tensor_shapes=tensor_shapes,
     images=Images(
         processors=("Gemma4ImageProcessor",),
         placeholders=lambda config: (config.image_token_id,),
