@@ -215,7 +215,8 @@ def train_round(work: Round, generated: StageOutput, pairs: StageOutput) -> str:
             f"{pairs.table.schema.metadata[b'counts'].decode()}"
         )
     # Judges may have taken its place on the devices, or it lies as they have it.
-    work = dataclasses.replace(work, start=work.start.moved(work.mesh))
+    start = work.start.moved(work.mesh, work.recipe.training.quantization)
+    work = dataclasses.replace(work, start=start)
     stage = training_stage(work)
     data = pair_data(work, generated.table, pairs.table)
     on_one(lambda: _discard_other_run(stage.run_folder, identity))

@@ -27,7 +27,7 @@ from mmpo_jax.checkpoints.steps import (
     steps_in,
     writing,
 )
-from mmpo_jax.checkpoints.train_state import TrainState, abstract
+from mmpo_jax.checkpoints.train_state import TrainState, abstract, saved_params
 from mmpo_jax.core.buckets import absolute, remove_tree
 from mmpo_jax.core.processes import on_one
 
@@ -73,7 +73,7 @@ class BestSteps:
         Raises:
           CheckpointError: these, or those before, cannot be written.
         """
-        params = {**state.params, **state.frozen}
+        params = saved_params(state)
         known = score if math.isfinite(score) else None
         run = {"identity": self.identity, "score": known, "digests": {PARAMS: digests(params)}}
         run = sealed(run)
@@ -176,13 +176,13 @@ class BestSteps:
         folder = os.path.join(self.folder, str(step))
         if step not in self.steps():
             raise DamagedError(f"{folder}: the best step is not there any more")
-        shapes = abstract({**state.params, **state.frozen})
+        shapes = abstract(saved_params(state))
         known = on_one(lambda: read_run(folder)).get("digests", {})
         params = read_items(folder, {PARAMS: shapes}, known)[PARAMS]
         return dataclasses.replace(
             state,
             params={path: params[path] for path in state.params},
-            frozen={path: params[path] for path in state.frozen},
+            frozen={path: params.get(path, leaf) for path, leaf in state.frozen.items()},
         )
 
     def close(self) -> None:

@@ -27,8 +27,10 @@ from mmpo_jax.core.processes import check_same
 from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.models.config import ModelConfig, ModelError
-from mmpo_jax.models.lora import adapted_layers, merge_adapters, without_adapters
+from mmpo_jax.models.lora import adapted_layers, cast_params, merge_adapters, without_adapters
 from mmpo_jax.models.model import Model, Params
+from mmpo_jax.models.quantized import Quantization
+from mmpo_jax.models.quantized_base import as_quantized, quantize_base
 from mmpo_jax.models.reward_head import new_head, without_reward_head
 from mmpo_jax.models.vocabulary import TABLES
 from mmpo_jax.parallel.mesh import placed_shapes, put_params
@@ -68,17 +70,25 @@ class Origin:
         check_same(f"{self.location.base}: the config", lambda: fingerprint)
         return fingerprint
 
-    def load(self, model: Model, mesh: Mesh | None, dtype: str | None = None) -> Params:
+    def load(
+        self,
+        model: Model,
+        mesh: Mesh | None,
+        dtype: str | None = None,
+        quantization: Quantization | None = None,
+    ) -> Params:
         """The parameters, on the mesh or as NumPy arrays on the host; see `load_weights`. New
         weights and those under a new head have no other dtype."""
         if self.random_seed is None:
             with progress.doing(f"loading {self.location.weights}"):
                 if self.head_seed is None:
-                    return load_weights(self.location, model, mesh, dtype)
-                return self._with_new_head(model, mesh)
-        with progress.doing("making random weights"):
-            params = model.init(self.random_seed)
-        return params if mesh is None else put_params(params, model.rules, mesh)
+                    return load_weights(self.location, model, mesh, dtype, quantization)
+                params = self._with_new_head(model, mesh)
+        else:
+            with progress.doing("making random weights"):
+                params = model.init(self.random_seed)
+            params = params if mesh is None else put_params(params, model.rules, mesh)
+        return params if quantization is None else quantize_base(params, model, quantization)
 
     def is_cast_to(self, dtype: str) -> bool:
         """Whether reading the parameters in a dtype changes any; runs and merged adapters are
@@ -117,6 +127,8 @@ class Checkpoint:
     dtype: str | None = None
     """What the parameters are cast to when they are read; None where they are as the files have
     them."""
+    quantization: Quantization | None = None
+    """What the decoder's kernels are quantised to when they are read, if they are."""
 
     def placed(self, mesh: Mesh) -> Checkpoint:
         """The checkpoint with its parameters on a mesh, by the model's rules."""
@@ -161,24 +173,29 @@ class Checkpoint:
             raise ModelError("the parameters were released, and no file has them")
         if self.origin.fingerprint(self.model.config) != self.fingerprint:
             raise ModelError(f"{self.folder}: is no more what was loaded from it")
-        return dataclasses.replace(self, params=self.origin.load(self.model, mesh, self.dtype))
+        params = self.origin.load(self.model, mesh, self.dtype, self.quantization)
+        return dataclasses.replace(self, params=params)
 
-    def moved(self, mesh: Mesh) -> Checkpoint:
-        """The checkpoint with all of its parameters on a mesh, as the files have them; read again
-        where they lie on another one, or are cast, which everyone who holds it has to do without.
+    def moved(self, mesh: Mesh, quantization: Quantization | None = None) -> Checkpoint:
+        """The checkpoint with all of its parameters on a mesh, as the files have them or quantised;
+        read again where they lie on another one, or are cast, or are quantised otherwise, which
+        everyone who holds it has to do without.
 
         Raises:
           ModelError, CheckpointError: as `reloaded`.
         """
         meshes = {getattr(leaf.sharding, "mesh", mesh) for leaf in jax.tree.leaves(self.params)}
-        if meshes - {mesh} or self.dtype is not None:
+        if meshes - {mesh} or self.dtype is not None or self.quantization != quantization:
             self.release()
-        own = self if self.dtype is None else dataclasses.replace(self, dtype=None)
-        return own.reloaded(mesh)
+        return dataclasses.replace(self, dtype=None, quantization=quantization).reloaded(mesh)
 
 
 def load_weights(
-    location: Location, model: Model, mesh: Mesh | None = None, dtype: Any = None
+    location: Location,
+    model: Model,
+    mesh: Mesh | None = None,
+    dtype: Any = None,
+    quantization: Quantization | None = None,
 ) -> Params:
     """The parameters of a checkpoint, straight onto the mesh or as NumPy arrays on the host.
 
@@ -191,6 +208,8 @@ def load_weights(
       model: the architecture.
       mesh: its devices get the parameters, sharded by the model's rules; None for the host.
       dtype: to cast to; None for that of the files, or float32 where adapters are merged.
+      quantization: what the decoder's kernels are quantised to, each as soon as it is read where
+        nothing is merged.
 
     Raises:
       ModelError, CheckpointError: naming the file that is missing or wrong.
@@ -201,11 +220,15 @@ def load_weights(
     shapes = model.abstract_params()
     if location.is_orbax:
         shapes = _without_added(checkpoint_shapes(location.weights), model)
-        check_params(location.weights, without_adapters(shapes), model)
+        if location.below is None:
+            check_params(location.weights, without_adapters(shapes), model)
     if not location.adapters and not adapted_layers(shapes):
-        params = _read_weights(location, model, shapes, mesh, dtype)
+        params = _read_weights(location, model, shapes, mesh, dtype, quantization)
         # Of safetensors files that is known since they were read.
-        return check_finite(location.weights, params, dtype) if location.is_orbax else params
+        if not location.is_orbax:
+            return params
+        check_finite(location.weights, params, dtype)
+        return params if quantization is None else quantize_base(params, model, quantization)
     # The sum is rounded once: it is cast, and not what is summed.
     params = _read_weights(location, model, shapes, mesh, np.float32)
     params = merge_adapters(params, in_place=True)
@@ -214,13 +237,13 @@ def load_weights(
     check_finite(location.weights, params)
     if mesh is not None:  # where an adapter's reward head is not yet
         params = put_params(params, whole.rules, mesh)
-    if dtype is None:
-        return params
-    flat = flatten(params)
-    del params  # so that every parameter goes when it is cast
-    for path in flat:
-        flat[path] = flat[path].astype(dtype)
-    return check_finite(location.weights, unflatten(flat), dtype)
+    if dtype is not None:
+        flat = flatten(params)
+        del params  # so that every parameter goes when it is cast
+        for path in flat:
+            flat[path] = flat[path].astype(dtype)
+        params = check_finite(location.weights, unflatten(flat), dtype)
+    return params if quantization is None else quantize_base(params, whole, quantization)
 
 
 def _without_added(saved: Mapping[str, jax.ShapeDtypeStruct], model: Model) -> Params:
@@ -259,17 +282,43 @@ def check_finite(folder: str, params: Params, dtype: Any = None) -> Params:
 
 
 def _read_weights(
-    location: Location, model: Model, shapes: Params, mesh: Mesh | None, dtype: Any
+    location: Location,
+    model: Model,
+    shapes: Params,
+    mesh: Mesh | None,
+    dtype: Any,
+    quantization: Quantization | None = None,
 ) -> Params:
     """What the files at `location.weights` hold, which is of these shapes."""
     places = None if mesh is None else placed_shapes(shapes, model.rules, mesh)
     if not location.is_orbax:
-        return load_params(location.weights, model, places, dtype)
+        change = None if quantization is None else as_quantized(model, quantization)
+        return load_params(location.weights, model, places, dtype, change)
     wanted = {
         path: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=leaf.sharding)
         for path, leaf in flatten(shapes if places is None else places).items()
     }
-    return load_checkpoint_params(location.weights, wanted)
+    own = load_checkpoint_params(location.weights, wanted)
+    if location.below is None:
+        return own
+    base = flatten(cast_params(_load_below(location, model, mesh), dtype))
+    return unflatten({**base, **flatten(own)})
+
+
+def _load_below(location: Location, model: Model, mesh: Mesh | None) -> Params:
+    """The quantised base of a step that has adapters alone, as it was trained on.
+
+    Raises:
+      ModelError: it is no more what the run started from, or cannot be read.
+    """
+    assert location.below is not None
+    known, base = location.below
+    if fingerprint_location(base) != known.fingerprint:
+        raise ModelError(
+            f"{location.weights}: has adapters alone, and {known.model}, which they were trained "
+            "on, is no more what it was"
+        )
+    return load_weights(base, model, mesh, quantization=known.quantization)
 
 
 def load_model_config(location: Location) -> ModelConfig:
@@ -291,6 +340,8 @@ def _config_of_files(location: Location) -> ModelConfig:
     if not location.is_orbax:
         return load_config(location.base, location.weights)
     config = load_config(location.base)
+    if location.below is not None:
+        return _config_of_files(location.below[1])
     tied = HEAD not in checkpoint_shapes(location.weights)
     if tied and config.reward_head is not None and not config.decoder.tie_word_embeddings:
         return without_language_head(config)
@@ -332,6 +383,7 @@ def load_start(
     change: ChangeConfig | None = None,
     seed: int = 0,
     dtype: str | None = None,
+    quantization: Quantization | None = None,
 ) -> Checkpoint:
     """Loads a Hugging Face folder, an Orbax checkpoint, an adapter's folder, or a built-in model.
 
@@ -345,6 +397,7 @@ def load_start(
       change: of the files' config; a reward head that these lack is new, by the seed.
       seed: of a new reward head.
       dtype: that the parameters are cast to; None for that of the files.
+      quantization: see `load_weights`.
 
     Raises:
       ModelError, ProcessorError, CheckpointError: naming the file that is missing or wrong.
@@ -352,9 +405,11 @@ def load_start(
     opened, origin = _opened(name, random_seed, attention, template, change, seed)
     if dtype is not None and not origin.is_cast_to(dtype):
         dtype = None
-    params = origin.load(opened.model, mesh, dtype)
+    params = origin.load(opened.model, mesh, dtype, quantization)
     fingerprint = origin.fingerprint(opened.model.config)
-    return dataclasses.replace(opened, params=params, fingerprint=fingerprint, dtype=dtype)
+    return dataclasses.replace(
+        opened, params=params, fingerprint=fingerprint, dtype=dtype, quantization=quantization
+    )
 
 
 def _opened(

@@ -30,7 +30,7 @@ from mmpo_jax.checkpoints.folders import (
     write_untied,
 )
 from mmpo_jax.checkpoints.foreign_tensors import explain
-from mmpo_jax.checkpoints.loading import COPY_ROWS, StoredParameter, load_arrays
+from mmpo_jax.checkpoints.loading import COPY_ROWS, Change, StoredParameter, load_arrays
 from mmpo_jax.checkpoints.rounding import Survival, rounded, stored_dtype
 from mmpo_jax.checkpoints.safetensors_files import (
     INDEX_FILE,
@@ -62,6 +62,7 @@ from mmpo_jax.models.config import ModelError
 from mmpo_jax.models.merging import MAGNITUDE, SCALE, A, B, kernel_and_adapter, merge, wide
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.precision import weights_dtype
+from mmpo_jax.models.quantized import SCALES, QuantizedKernel, dequantize
 from mmpo_jax.models.reward_head import is_reward_head
 from mmpo_jax.models.vocabulary import TABLES, without_added
 
@@ -82,7 +83,11 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[Model, Params]:
 
 
 def load_params(
-    folder: str | os.PathLike[str], model: Model, places: Params | None = None, dtype: Any = None
+    folder: str | os.PathLike[str],
+    model: Model,
+    places: Params | None = None,
+    dtype: Any = None,
+    change: Change | None = None,
 ) -> Params:
     """Reads the weights of a checkpoint folder into the model's parameter tree.
 
@@ -92,6 +97,7 @@ def load_params(
       places: `ShapeDtypeStruct`s with shardings, as `placed_shapes` has them; every process reads
         what its devices hold. What a shape has beyond the file's is 0.
       dtype: to cast to; None for that of the files.
+      change: see `load_arrays`.
 
     Returns:
       A nested dict of arrays: on devices where places are given, else NumPy's.
@@ -101,7 +107,8 @@ def load_params(
         That is known before any weight is read.
     """
     sources = match_tensors(folder, model)
-    return unflatten(load_arrays(sources, None if places is None else flatten(places), dtype))
+    places = None if places is None else flatten(places)
+    return unflatten(load_arrays(sources, places, dtype, change))
 
 
 def match_tensors(folder: str | os.PathLike[str], model: Model) -> dict[str, StoredParameter]:
@@ -329,16 +336,17 @@ def new_tensors(params: Params, model: Model) -> list[NewTensor]:
 
     Args:
       params: arrays; only their shapes are looked at until a tensor is fetched. Adapters among them
-        are merged then, one layer at a time, into kernels of float32.
+        are merged then, and quantised kernels made, one layer at a time, in float32.
       model: the architecture.
     """
     flat, tokens = flatten(params), model.config.decoder.vocab_size
     tensors = []
     for path, leaf in flat.items():
-        if path.endswith((f"/{A}", f"/{B}", f"/{SCALE}", f"/{MAGNITUDE}")):
+        if path.endswith((f"/{A}", f"/{B}", f"/{SCALE}", f"/{MAGNITUDE}", f"/{SCALES}")):
             continue
         parts = kernel_and_adapter(flat, path)
-        dtype = np.dtype(leaf.dtype if len(parts) == 1 else wide(leaf.dtype))
+        stored = np.float32 if isinstance(parts[0], QuantizedKernel) else leaf.dtype
+        dtype = np.dtype(stored if len(parts) == 1 else wide(stored))
         axes = stack_axes(path)
         shape = tuple(leaf.shape[axes:])
         if path in TABLES:
@@ -359,9 +367,11 @@ def _fetch(
 ) -> np.ndarray:
     """What a parameter has at a place of its stack, or all of one that is not stacked, as it is
     written."""
-    leaf, *adapter = [_at(part, place) for part in parts]
+    leaf, *adapter = jax.tree.map(lambda part: _at(part, place), parts)
     if adapter:
         leaf = merge(leaf, *adapter)
+    elif isinstance(leaf, QuantizedKernel):
+        leaf = dequantize(leaf)
     if isinstance(leaf, jax.Array) and not place and not adapter:
         leaf = jnp.copy(leaf)  # because arrays keep on the host what was fetched of them
     array = without_added(path, to_host(leaf), tokens)

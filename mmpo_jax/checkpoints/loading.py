@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -33,6 +33,9 @@ ALIGNMENT = 64
 
 Bounds = tuple[tuple[int, int], ...]
 """(start, stop) along every axis: what a device holds of an array."""
+
+Change = Callable[[str, Any], Mapping[str, Any]]
+"""(path, array) -> the arrays that take its place, by path."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +88,7 @@ def load_arrays(
     sources: Mapping[str, StoredParameter],
     places: Mapping[str, jax.ShapeDtypeStruct] | None,
     dtype: Any,
+    change: Change | None = None,
 ) -> dict[str, Any]:
     """Reads parameters one after another.
 
@@ -93,6 +97,7 @@ def load_arrays(
       places: by parameter path, shapes with shardings; rows that a shape has beyond those of the
         files are 0. None for NumPy arrays on the host.
       dtype: to cast to; None for that of the files.
+      change: what becomes of each, before the next is read.
 
     Raises:
       ModelError: a file cannot be read, a number is not finite, or `dtype` does not hold it.
@@ -105,6 +110,8 @@ def load_arrays(
                 loaded[path] = _read(source, [_whole(source)], wanted, pool)[_whole(source)]
             else:
                 loaded[path] = _load_sharded(source, places[path], wanted, pool)
+            if change is not None:
+                loaded |= change(path, loaded.pop(path))
     return loaded
 
 

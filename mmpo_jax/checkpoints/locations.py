@@ -6,7 +6,9 @@ import dataclasses
 import functools
 import logging
 import os
+from typing import Any
 
+from mmpo_jax.checkpoints.below import Below, read_below
 from mmpo_jax.checkpoints.fingerprints import (
     adapter_files,
     fingerprint_adapter,
@@ -48,6 +50,8 @@ class Location:
     is_orbax: bool
     adapters: tuple[str, ...] = ()
     """Folders of what is merged into the weights, in this order."""
+    below: tuple[Below, Location] | None = None
+    """Of a step that has adapters alone, what they are of and where it lies."""
 
 
 def locate(name: str) -> Location:
@@ -105,7 +109,9 @@ def _locate(name: str) -> Location:
             folder = model
         return Location(folder, side_files(folder), False, tuple(adapters))
     step, base = orbax
-    return Location(step, side_files(base), True, tuple(adapters))
+    known = read_below(base)
+    below = None if known is None else (known, _locate(known.model))
+    return Location(step, side_files(base), True, tuple(adapters), below)
 
 
 def checkpoint_folders(name: str) -> list[str]:
@@ -165,9 +171,10 @@ def _states(location: Location) -> str:
     else:
         files = model_files(location.weights)
     found = [files, *map(adapter_files, location.adapters)]
-    return fingerprint_json(
-        [{name: state_of(path) for name, path in each.items()} for each in found]
-    )
+    states: list[Any] = [{name: state_of(path) for name, path in each.items()} for each in found]
+    if location.below is not None:
+        states.append(_states(location.below[1]))
+    return fingerprint_json(states)
 
 
 def _fingerprint(location: Location) -> str:
@@ -177,6 +184,9 @@ def _fingerprint(location: Location) -> str:
         else:
             model = fingerprint_model(location.weights)
         adapters = [fingerprint_adapter(folder) for folder in location.adapters]
+    if location.below is not None:
+        known, base = location.below
+        adapters += [known.quantization, _fingerprint(base)]
     if not adapters and not (location.is_orbax and _has_adapters(location.weights)):
         return model
     return fingerprint_json([model, *adapters, MERGED])

@@ -29,7 +29,7 @@ from mmpo_jax.checkpoints.steps import (
     unfinished_in,
     writing,
 )
-from mmpo_jax.checkpoints.train_state import TrainState, abstract
+from mmpo_jax.checkpoints.train_state import TrainState, abstract, saved_params
 from mmpo_jax.core.buckets import absolute
 from mmpo_jax.core.processes import on_one
 from mmpo_jax.parallel.mesh import put_whole
@@ -127,7 +127,7 @@ class Checkpoints:
         position, the window; see `save`). Damaged ones behind it are set aside.
 
         Args:
-          state: arrays, or what `abstract` leaves of them.
+          state: arrays, or what `abstract` leaves of them; what is not saved is kept of it.
 
         Raises:
           CheckpointError: they are of another run, none is whole, or nothing was saved.
@@ -186,7 +186,7 @@ class Checkpoints:
 def _items(state: TrainState) -> dict[str, Any]:
     """What is saved of a state, by the names of the folders; some only some objectives and
     references have."""
-    items = {PARAMS: {**state.params, **state.frozen}, "optimizer": state.optimizer}
+    items = {PARAMS: saved_params(state), "optimizer": state.optimizer}
     others = {"reference": state.reference, "kept": state.objective_state}
     return items | {name: tree for name, tree in others.items() if tree}
 
@@ -196,7 +196,7 @@ def _resumed(step: int, items: Mapping[str, Any], like: TrainState) -> TrainStat
     return TrainState(
         put_whole(np.int32(step), like.step.sharding),
         {path: params[path] for path in like.params},
-        {path: params[path] for path in like.frozen},
+        {path: params.get(path, leaf) for path, leaf in like.frozen.items()},
         items["optimizer"],
         items.get("reference", {}),
         items.get("kept", {}),

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from mmpo_jax.models.merging import SCALE
+from mmpo_jax.models.quantized_base import is_quantized
 from mmpo_jax.objectives.registry import State
 
 NOT_HALTED = np.bool_(False)
@@ -32,6 +34,15 @@ class TrainState:
     """What objectives keep from step to step, float32[] each."""
     is_halted: jax.Array | np.bool_ = NOT_HALTED
     """bool[]: whether a step was not finite, behind which nothing changes any more."""
+
+
+def saved_params(state: TrainState) -> dict[str, jax.Array]:
+    """What checkpoints hold of a state's parameters, by path: all of them, but of a quantised base,
+    which its own files have, the adapters alone."""
+    if not is_quantized(state.frozen):
+        return {**state.params, **state.frozen}
+    scales = {path: leaf for path, leaf in state.frozen.items() if path.endswith(f"/{SCALE}")}
+    return {**state.params, **scales}
 
 
 def abstract(tree: Any) -> Any:

@@ -15,6 +15,7 @@ from mmpo_jax.checkpoints.checkpoint import Checkpoint, load_start, model_config
 from mmpo_jax.checkpoints.orbax import check_holds_checkpoints
 from mmpo_jax.checkpoints.upload import check_hub, upload_result
 from mmpo_jax.core import progress
+from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.files import fingerprint_items
 from mmpo_jax.data.pipeline import MixtureEntry
 from mmpo_jax.data.row_stage import can_be_stored, tokenized_rows
@@ -72,6 +73,11 @@ def run_training(recipe: TrainRecipe) -> str:
     if recipe.rollout is not None:
         for section in recipe.rollout.rules:
             section.key()  # which loads a function of the user's, before anything heavy
+    if recipe.weights == "random" and recipe.training.quantization is not None:
+        raise MmpoError(
+            "training.lora.quantize_base: with `weights: random` no file has the base, which "
+            "checkpoints of adapters name"
+        )
     decoder = model_config(recipe.model).decoder
     mesh = make_mesh(**mesh_sizes(recipe.devices, recipe.training, decoder))
     start = load_start(
@@ -82,6 +88,7 @@ def run_training(recipe: TrainRecipe) -> str:
         recipe.template,
         functools.partial(trained_config, recipe.training, recipe.reward_head),
         recipe.seed,
+        quantization=recipe.training.quantization,
     )
     training = recipe.training
     if recipe.rollout is not None:

@@ -26,7 +26,6 @@ from mmpo_jax.models.layers import (
     constrain_batch,
     gather_tokens,
     keep_dtype,
-    linear,
     rematerialise,
     rms_norm,
     split_tokens,
@@ -34,6 +33,7 @@ from mmpo_jax.models.layers import (
     stack_layers,
     with_expert,
 )
+from mmpo_jax.models.linear import linear
 from mmpo_jax.models.rope import Rope, Tables, rope_tables
 from mmpo_jax.models.scanning import scan_segment
 
@@ -81,6 +81,8 @@ def _spreading(parameters: Any) -> Any:
         path = "/".join(["language_model/layers", *names])
         spec = next((spec for rule, spec in SHARDING_RULES if re.fullmatch(rule, path)), None)
         if spec is None or "expert" in spec:  # gradients of experts are summed where they are
+            return leaf
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):  # quantised, and without a gradient
             return leaf
         return leaf if not spec else spread_gradient(leaf, PartitionSpec(*spec[1:]))
 

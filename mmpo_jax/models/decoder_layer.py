@@ -25,12 +25,12 @@ from mmpo_jax.models.layers import (
     GatedMlp,
     constrain_batch,
     gather_tokens,
-    linear,
     promote,
     rms_norm,
     scatter_tokens,
     unit_norm,
 )
+from mmpo_jax.models.linear import linear
 from mmpo_jax.models.rope import Rope, Tables, rotate
 
 Attention = Callable[[Any, Stack, Any, Any], tuple[jax.Array, Any, Any]]

@@ -25,7 +25,8 @@ from mmpo_jax.models.delta_rule import (
     unit,
 )
 from mmpo_jax.models.layer_kinds import DeltaNetConfig
-from mmpo_jax.models.layers import ACTIVATIONS, ATTENDED, batch_axes, linear, promote
+from mmpo_jax.models.layers import ACTIVATIONS, ATTENDED, batch_axes, promote
+from mmpo_jax.models.linear import linear
 
 
 @jax.tree_util.register_dataclass

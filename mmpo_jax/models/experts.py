@@ -23,15 +23,14 @@ from mmpo_jax.models.grouped import grouped_matmul
 from mmpo_jax.models.layer_kinds import ExpertsConfig
 from mmpo_jax.models.layers import (
     ACTIVATIONS,
-    ADAPTED,
     GatedMlp,
     batch_axes,
     divisible,
-    linear,
     named_axes,
     promote,
     unit_norm,
 )
+from mmpo_jax.models.linear import ADAPTED, linear
 
 IN, OUT = PartitionSpec("expert", "fsdp", "tensor"), PartitionSpec("expert", "tensor", "fsdp")
 """How kernels [E, D, F] and [E, F, D] are split."""

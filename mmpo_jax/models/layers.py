@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
+
+from mmpo_jax.models.linear import ADAPTED, Linear, linear
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -27,92 +28,6 @@ SEVERAL_SIDES = 64
 """Devices on `fsdp` from which on they take up more than one side of a torus."""
 ATTENDED = "attended"
 """The name under which rematerialisation knows attention's results."""
-
-ADAPTED = "adapted"
-"""The name under which it knows the results of dense layers that have an adapter."""
-
-
-class Linear(nnx.Linear):
-    """A dense layer; with the leaves of an adapter beside its kernel (see `lora`) it computes
-
-    x kernel + bias + scale * dropout(x) a b,
-
-    and with DoRA's magnitudes, of f = magnitude / norm,
-
-    x kernel + bias + dropout(x) kernel (f - 1) + scale * dropout(x) a b f.
-    """
-
-    lora_a: Any = None
-    """[inputs, r]"""
-    lora_b: Any = None
-    """[r, outputs]"""
-    lora_scale: Any = None
-    """float32[]"""
-    lora_key: Any = None
-    """A PRNG key; None switches dropout off."""
-    lora_rate: Any = None
-    """float32[]: the share of inputs that dropout zeroes."""
-    lora_magnitude: Any = None
-    """float32[outputs], of DoRA."""
-    lora_norm: Any = None
-    """float32[outputs], beside magnitudes: what `lora.cast_params` makes of them."""
-
-    def __call__(self, x: Float[Array, "*b D"], out_sharding: Any = None) -> Float[Array, "*b F"]:
-        if self.lora_a is None:
-            return super().__call__(x, out_sharding)
-        dropped = self._dropped(x)
-        # Scaled between the two products, where it is cheap to do it in float32.
-        low = matmul(dropped, self.lora_a[...], jnp.promote_types(x.dtype, jnp.float32))
-        low = (low * self.lora_scale[...]).astype(x.dtype)
-        update = matmul(low, self.lora_b[...])
-        if self.lora_magnitude is not None:
-            return self._decomposed(x, dropped, update)
-        # Rematerialisation keeps the sum instead of both of its terms.
-        return checkpoint_name(super().__call__(x, out_sharding) + update, ADAPTED)
-
-    def _dropped(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
-        """dropout(x); x itself where dropout is off."""
-        if self.lora_key is None:
-            return x
-        kept = 1 - self.lora_rate[...]
-        mask = jax.random.bernoulli(self.lora_key[...], kept, x.shape)
-        return jnp.where(mask, x / kept, 0).astype(x.dtype)
-
-    def _decomposed(
-        self, x: Float[Array, "*b D"], dropped: Float[Array, "*b D"], update: Float[Array, "*b F"]
-    ) -> Float[Array, "*b F"]:
-        """DoRA's outputs of those of the adapter, as PEFT has them where there is dropout."""
-        factor = self.lora_magnitude[...] / self.lora_norm[...]
-        product = matmul(dropped, self.kernel[...])
-        y = factor * promote(checkpoint_name(product + update, ADAPTED))
-        if dropped is not x:
-            y += promote(matmul(x, self.kernel[...])) - promote(product)
-        y = y.astype(x.dtype)
-        return y if self.bias is None else y + self.bias[...]
-
-
-def linear(
-    inputs: int,
-    outputs: int,
-    use_bias: bool,
-    rngs: nnx.Rngs,
-    residual_layers: int = 1,
-    kind: type[Linear] = Linear,
-) -> Linear:
-    """A dense layer [inputs, outputs], initialised by its fan-in.
-
-    Hugging Face's fixed 0.02 suits widths in the thousands; models from random weights are small
-    here, and with it they take hundreds of steps more to look at the image at all.
-
-    Args:
-      residual_layers: how many such layers add to one residual stream; their variance is divided
-        by it (Radford et al. 2019, section 2.3), else they drown the embeddings they add to.
-      kind: of the layer.
-    """
-    init = nnx.initializers.variance_scaling(1 / residual_layers, "fan_in", "truncated_normal")
-    return kind(
-        inputs, outputs, use_bias=use_bias, kernel_init=init, dot_general=_matmul, rngs=rngs
-    )
 
 
 class GatedMlp(nnx.Module):
@@ -147,23 +62,6 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
         return self.fc2(ACTIVATIONS[self.act](self.fc1(x)))
-
-
-def matmul(
-    x: Float[Array, "*b D"], kernel: Float[Array, "D F"], dtype: Any = None
-) -> Float[Array, "*b F"]:
-    """[..., D] @ [D, F] as one product of two matrices, with results of `dtype`.
-
-    The kernel's gradient would else contract several axes at once, for half the speed on CPU.
-    """
-    flat = x.reshape(-1, x.shape[-1])
-    product = jnp.matmul(flat, kernel, preferred_element_type=dtype)
-    return product.reshape(*x.shape[:-1], kernel.shape[-1])
-
-
-def _matmul(x: jax.Array, kernel: jax.Array, dimensions: Any, **options: Any) -> jax.Array:
-    del dimensions, options  # nnx.Linear's are always those of `matmul`
-    return matmul(x, kernel)
 
 
 def keep_dtype(arrays: Any, /, **_: Any) -> Any:

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int
 
 from mmpo_jax.models.attention import capped
 from mmpo_jax.models.batch import Batch, PackedBatch
-from mmpo_jax.models.layers import batch_axes, matmul, spread_gradient
+from mmpo_jax.models.layers import batch_axes, spread_gradient
+from mmpo_jax.models.linear import matmul
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.vlm import States, VisionLanguageModel
 from mmpo_jax.objectives.distillation import token_divergence

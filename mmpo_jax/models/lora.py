@@ -47,6 +47,7 @@ from mmpo_jax.models.merging import (
     merge,
 )
 from mmpo_jax.models.model import Model, Params
+from mmpo_jax.models.quantized import SCALES, Quantization, QuantizedKernel, dequantize
 
 
 class Lora(Section):
@@ -62,6 +63,9 @@ class Lora(Section):
     """Share of an adapter's inputs that training zeroes."""
     dora: bool = False
     """Trains the magnitudes of a kernel's columns apart from their directions (DoRA)."""
+    quantize_base: Quantization | None = None
+    """What the decoder's frozen kernels are kept in (QLoRA); by default they are as the files have
+    them."""
 
     @pydantic.field_validator("target")
     @classmethod
@@ -75,7 +79,7 @@ class Lora(Section):
 
 KEY, RATE, NORM = "lora_key", "lora_rate", "lora_norm"
 """Leaves that a forward puts beside an adapter's: what dropout needs, and what DoRA divides by."""
-EXACT = (SCALE, MAGNITUDE, NORM)
+EXACT = (SCALE, MAGNITUDE, NORM, SCALES)
 """Leaves that stay float32 whatever is computed in."""
 
 EXPERTS = "/experts/"
@@ -181,7 +185,7 @@ def adapted_layers(params: Params) -> list[str]:
 def described_by(path: str) -> str:
     """The parameter whose sharding rule decides about this one's: an adapter's kernel."""
     layer, _, name = path.rpartition("/")
-    return f"{layer}/kernel" if name in (A, B, SCALE, MAGNITUDE, NORM) else path
+    return f"{layer}/kernel" if name in (A, B, *EXACT) else path
 
 
 def adapter_spec(path: str, kernel: PartitionSpec, ndim: int) -> PartitionSpec:
@@ -219,7 +223,7 @@ def without_adapters(params: Params) -> Params:
 
 def merge_adapters(params: Params, *, in_place: bool = False) -> Params:
     """Parameters without adapters that compute the same: W + scale A B, with DoRA's columns, in W's
-    place and in float32, see `merging.merge`.
+    place and in float32, see `merging.merge`. So are kernels that were quantised.
 
     Args:
       params: with adapters.
@@ -231,7 +235,17 @@ def merge_adapters(params: Params, *, in_place: bool = False) -> Params:
     for layer in adapted_layers(params):
         path = f"{layer}/kernel"
         merged[path] = merge(*kernel_and_adapter(flat, path), in_place=in_place)
-    return unflatten(merged)
+        merged.pop(f"{layer}/{SCALES}", None)
+    return dequantize_base(unflatten(merged))
+
+
+def dequantize_base(params: Params) -> Params:
+    """The parameters with kernels of float32 in place of quantised ones."""
+    flat = flatten(params)
+    for path in [path for path in flat if path.endswith(f"/{SCALES}")]:
+        kernel = f"{path.removesuffix(SCALES)}kernel"
+        flat[kernel] = dequantize(QuantizedKernel(flat[kernel], flat.pop(path)))
+    return unflatten(flat)
 
 
 def with_dropout(params: Params, rate: float, key: jax.Array) -> Params:
@@ -249,12 +263,19 @@ def with_dropout(params: Params, rate: float, key: jax.Array) -> Params:
 
 
 def cast_params(params: Params, dtype: Any) -> Params:
-    """The parameters as a forward takes them: in the compute dtype, but for what `is_exact`, and
-    with the norms that DoRA divides by, of the parameters as they were before."""
+    """The parameters as a forward takes them: in the compute dtype, but for what `is_exact` and
+    quantised kernels, and with the norms that DoRA divides by, of the parameters as they were
+    before."""
     flat = flatten(params)
-    cast = {path: leaf if is_exact(path) else leaf.astype(dtype) for path, leaf in flat.items()}
+
+    def as_computed(path: str, leaf: Any) -> Any:
+        is_kept = is_exact(path) or jnp.issubdtype(leaf.dtype, jnp.integer)  # quantised kernels
+        return leaf if is_kept else leaf.astype(dtype)
+
+    cast = {path: as_computed(path, leaf) for path, leaf in flat.items()}
     for layer in adapted_layers(params):
         if f"{layer}/{MAGNITUDE}" in flat and f"{layer}/{NORM}" not in flat:
-            parts = (flat[f"{layer}/{part}"] for part in ("kernel", A, B, SCALE))
-            cast[f"{layer}/{NORM}"] = column_norms(*map(jax.lax.stop_gradient, parts))
+            kernel, a, b, scale, _ = kernel_and_adapter(flat, f"{layer}/kernel")
+            factors = map(jax.lax.stop_gradient, (a, b))
+            cast[f"{layer}/{NORM}"] = column_norms(kernel, *factors, scale)
     return unflatten(cast)

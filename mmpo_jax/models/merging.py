@@ -11,18 +11,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmpo_jax.models.quantized import SCALES, QuantizedKernel, dequantize
+
 A, B, SCALE, MAGNITUDE = "lora_a", "lora_b", "lora_scale", "lora_magnitude"
 """What an adapter's leaves beside a kernel are called; the last is DoRA's."""
 
 
 def kernel_and_adapter(flat: Mapping[str, Any], path: str) -> tuple[Any, ...]:
     """(kernel, A, B, scale) of the kernel at `path`, and its magnitudes if there are any; any other
-    parameter, or a kernel without an adapter, alone."""
+    parameter, or a kernel without an adapter, alone. A quantised kernel is a `QuantizedKernel`."""
     layer, _, name = path.rpartition("/")
-    if name != "kernel" or f"{layer}/{A}" not in flat:
+    if name != "kernel":
         return (flat[path],)
+    scales = flat.get(f"{layer}/{SCALES}")
+    kernel = flat[path] if scales is None else QuantizedKernel(flat[path], scales)
     leaves = (f"{layer}/{part}" for part in (A, B, SCALE, MAGNITUDE))
-    return (flat[path], *(flat[leaf] for leaf in leaves if leaf in flat))
+    return (kernel, *(flat[leaf] for leaf in leaves if leaf in flat))
 
 
 def merge(kernel: Any, *adapter: Any, in_place: bool = False) -> Any:
@@ -31,11 +35,13 @@ def merge(kernel: Any, *adapter: Any, in_place: bool = False) -> Any:
 
     Args:
       kernel: [inputs, outputs], [L, inputs, outputs] or [L, E, inputs, outputs], of NumPy or on
-        devices.
+        devices, or quantised.
       adapter: A [(L, E,) inputs, r], B [(L, E,) r, outputs] and the scale, float32[], float32[L] or
         float32[L, E]; of DoRA also the magnitudes, float32[(L,) outputs].
       in_place: uses the memory of the kernel, which is gone then, if that is as wide.
     """
+    if isinstance(kernel, QuantizedKernel):
+        kernel, in_place = dequantize(kernel), True
     dtype = wide(kernel.dtype)
     in_place = in_place and kernel.dtype == dtype
     if isinstance(kernel, jax.Array):
@@ -86,10 +92,12 @@ def column_norms(kernel: Any, a: Any, b: Any, scale: Any) -> jax.Array:
             return _norms(_sum(*parts), parts[-1])
 
     parts = (kernel, a, b, scale)
-    return of_layer(parts) if kernel.ndim == 2 else jax.lax.map(of_layer, parts)
+    return of_layer(parts) if a.ndim == 2 else jax.lax.map(of_layer, parts)
 
 
 def _sum(kernel: Any, a: Any, b: Any, scale: Any, magnitude: Any = None) -> Any:
+    if isinstance(kernel, QuantizedKernel):
+        kernel = dequantize(kernel)
     dtype = wide(kernel.dtype)
     total = (kernel.astype(dtype) + scale[..., None, None] * (a @ b)).astype(dtype)
     if magnitude is not None:

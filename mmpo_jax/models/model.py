@@ -16,7 +16,8 @@ from mmpo_jax.models.config import ModelConfig, ModelError
 from mmpo_jax.models.experts import ExpertLinear
 from mmpo_jax.models.families import FAMILIES
 from mmpo_jax.models.family import Family
-from mmpo_jax.models.layers import Linear
+from mmpo_jax.models.linear import Linear
+from mmpo_jax.models.quantized import SCALES
 from mmpo_jax.models.vlm import VisionLanguageModel
 
 log = logging.getLogger(__name__)
@@ -55,10 +56,11 @@ class Model:
         """The module with these parameters in it, for use inside a pure function.
 
         The tree says what is computed: where the leaves of an adapter lie beside a kernel (see
-        `lora`), the layer has it.
+        `lora`), or the scales of a quantised one, the layer has them.
         """
         flat = nnx.traversals.flatten_mapping(params)
-        adapters = {path: flat.pop(path) for path in list(flat) if path[-1].startswith("lora_")}
+        beside = (path for path in list(flat) if path[-1].startswith("lora_") or path[-1] == SCALES)
+        adapters = {path: flat.pop(path) for path in beside}
         module = nnx.merge(self.graphdef, nnx.traversals.unflatten_mapping(flat))
         for (*parents, name), leaf in adapters.items():
             layer = functools.reduce(getattr, parents, module)

@@ -8,7 +8,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from mmpo_jax.models.layers import ACTIVATIONS, constrain_batch, linear, stack_layers
+from mmpo_jax.models.layers import ACTIVATIONS, constrain_batch, stack_layers
+from mmpo_jax.models.linear import linear
 from mmpo_jax.models.vision_qwen import QwenVisionConfig, norm
 
 SHARDING_RULES: tuple[tuple[str, PartitionSpec], ...] = (

@@ -24,7 +24,11 @@ def weights_dtype(params: Params) -> np.dtype:
     bfloat16 model it is float32, in which the rest was trained.
     """
     flat = flatten(params)
-    matrices = [leaf for path, leaf in flat.items() if path.endswith(MATRICES)]
+    matrices = [
+        leaf
+        for path, leaf in flat.items()
+        if path.endswith(MATRICES) and jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
     return functools.reduce(
         jnp.promote_types, (np.dtype(leaf.dtype) for leaf in matrices or flat.values())
     )

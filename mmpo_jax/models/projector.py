@@ -6,7 +6,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from mmpo_jax.models.layers import ACTIVATIONS, linear
+from mmpo_jax.models.layers import ACTIVATIONS
+from mmpo_jax.models.linear import linear
 
 SHARDING_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"multi_modal_projector/linear_1/kernel", PartitionSpec("fsdp", "tensor")),

@@ -27,7 +27,7 @@ from mmpo_jax.models.config import (
     RewardHead,
     expect,
 )
-from mmpo_jax.models.layers import Linear, linear, matmul
+from mmpo_jax.models.linear import Linear, linear, matmul
 from mmpo_jax.objectives.registry import CritiqueLayout
 
 KEY = "reward_head"

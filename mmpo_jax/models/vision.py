@@ -18,10 +18,10 @@ from mmpo_jax.models.layers import (
     Mlp,
     constrain_batch,
     layer_norm,
-    linear,
     rematerialise,
     stack_layers,
 )
+from mmpo_jax.models.linear import linear
 
 SHARDING_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"vision_tower/embeddings/class_embedding", PartitionSpec()),

@@ -18,15 +18,14 @@ from mmpo_jax.models.config import expect
 from mmpo_jax.models.layers import (
     ACTIVATIONS,
     GatedMlp,
-    Linear,
     constrain_batch,
-    linear,
     promote,
     rematerialise,
     rms_norm,
     stack_layers,
     unit_norm,
 )
+from mmpo_jax.models.linear import Linear, linear
 from mmpo_jax.models.rope import Rope, Tables, rope_tables, rotate
 
 SHARDING_RULES: tuple[tuple[str, PartitionSpec], ...] = (

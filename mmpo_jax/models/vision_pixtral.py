@@ -22,11 +22,11 @@ from mmpo_jax.models.layers import (
     ACTIVATIONS,
     GatedMlp,
     constrain_batch,
-    linear,
     rematerialise,
     rms_norm,
     stack_layers,
 )
+from mmpo_jax.models.linear import linear
 from mmpo_jax.models.rope import Rope, Tables, rope_tables, rotate
 from mmpo_jax.models.vision_qwen import SLOT_SIDE, Attention, QwenVisionConfig, attend_frames
 

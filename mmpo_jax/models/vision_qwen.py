@@ -30,11 +30,11 @@ from mmpo_jax.models.layers import (
     constrain_batch,
     keep_dtype,
     layer_norm,
-    linear,
     promote,
     rematerialise,
     stack_layers,
 )
+from mmpo_jax.models.linear import linear
 from mmpo_jax.models.rope import Rope, Tables, rope_tables, rotate
 
 SHARDING_RULES: tuple[tuple[str, PartitionSpec], ...] = (

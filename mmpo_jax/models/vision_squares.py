@@ -9,7 +9,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from mmpo_jax.models.layers import constrain_batch, layer_norm, linear
+from mmpo_jax.models.layers import constrain_batch, layer_norm
+from mmpo_jax.models.linear import linear
 
 SHARDING_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"vision_tower/patch_dense/kernel", PartitionSpec(None, "fsdp")),

@@ -16,7 +16,8 @@ from mmpo_jax.models.decoder import Added, Decoder
 from mmpo_jax.models.decoder_layer import Observer
 from mmpo_jax.models.delta_net import DeltaTokens, shared_prompt_delta
 from mmpo_jax.models.experts import loads_of
-from mmpo_jax.models.layers import constrain_batch, linear
+from mmpo_jax.models.layers import constrain_batch
+from mmpo_jax.models.linear import linear
 from mmpo_jax.models.mixing import mixed
 from mmpo_jax.models.packed_attention import packed_attention
 from mmpo_jax.models.reward_head import TwoLayerHead, linear_reward

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mmpo_jax.checkpoints.train_state import TrainState
@@ -22,6 +21,8 @@ from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.layout import pad_size
 from mmpo_jax.models.lora import add_adapters, is_exact
 from mmpo_jax.models.model import Model
+from mmpo_jax.models.quantized import Quantization, itemsize
+from mmpo_jax.models.quantized_base import quantize_base
 from mmpo_jax.objectives.registry import is_field
 from mmpo_jax.objectives.terms import Term, needs, rows_read
 from mmpo_jax.parallel.mesh import batch_spec, placed_shapes
@@ -159,12 +160,17 @@ def shapes_of(model: Model) -> Any:
     return model.abstract_params()
 
 
-def params(model: Model, mesh: Mesh, dtype: Any) -> Any:
-    """The parameters by the model's rules, all of one dtype."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding),
-        placed_shapes(shapes_of(model), model.rules, mesh),
-    )
+def params(model: Model, mesh: Mesh, dtype: Any, quantization: Quantization | None = None) -> Any:
+    """The parameters by the model's rules, all of one dtype but for kernels that are quantised."""
+    return placed_shapes(_loaded(model, dtype, quantization), model.rules, mesh)
+
+
+def _loaded(model: Model, dtype: Any, quantization: Quantization | None) -> Any:
+    """The parameters' shapes as they are read from files of a dtype."""
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes_of(model))
+    if quantization is None:
+        return shapes
+    return jax.eval_shape(lambda shapes: quantize_base(shapes, model, quantization), shapes)
 
 
 def train_state(
@@ -187,7 +193,7 @@ def train_state(
       dtype: of what training starts from, which frozen parameters keep.
       reference: what the policy is compared with.
     """
-    start = shapes_of(model)
+    start = _loaded(model, dtype, config.quantization)
     if config.lora is not None:
         lora, frozen_paths = config.lora, config.freeze
         start = jax.eval_shape(
@@ -200,13 +206,7 @@ def train_state(
         )
         for path in trainable_paths(list(flat), config.freeze)
     }
-    frozen = {
-        path: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype if "/lora_" in path else dtype, sharding=leaf.sharding
-        )
-        for path, leaf in flat.items()
-        if path not in trained
-    }
+    frozen = {path: leaf for path, leaf in flat.items() if path not in trained}
     moments = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         jax.eval_shape(lambda params: optimizer.init(widened(params)), trained),
@@ -241,14 +241,8 @@ def local_bytes(tree: Any, on_host: bool = False) -> float:
     """Bytes that every device holds of a tree, or that wait for it on the host."""
     return float(
         sum(
-            math.prod(leaf.sharding.shard_shape(leaf.shape)) * _itemsize(leaf.dtype)
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * itemsize(leaf.dtype)
             for leaf in jax.tree.leaves(tree)
             if is_on_host(leaf) == on_host
         )
     )
-
-
-def _itemsize(dtype: Any) -> int:
-    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
-        return 8
-    return np.dtype(dtype).itemsize

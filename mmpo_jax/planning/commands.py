@@ -85,7 +85,7 @@ def _train(stages: Stages, recipe: TrainRecipe) -> None:
             config.batch_size,
             Decoding(**rollout.model_dump(include=set(Decoding.model_fields))),
         )
-        policy = opened.with_dtype(config.compute_dtype)
+        policy = opened.with_dtype(config.compute_dtype).quantized(config.quantization)
         stages.sample("rollouts", policy, sizes, sampled, prompts, draws)
         for asked in rollout.reward_models:
             rewarded = None if draws is None else draws * prompts

@@ -21,6 +21,7 @@ from mmpo_jax.models.config import ModelConfig
 from mmpo_jax.models.family import Size
 from mmpo_jax.models.model import Model
 from mmpo_jax.models.precision import inference_dtype
+from mmpo_jax.models.quantized import Quantization
 from mmpo_jax.planning.abstract import shapes_of
 
 USUAL_IMAGE: Size = (896, 896)
@@ -42,6 +43,8 @@ class Opened:
     """Tokens of a prompt's picture; 0 without pictures."""
     slots: int
     """Rows of `pixel_values` that the picture takes."""
+    quantization: Quantization | None = None
+    """What its decoder's kernels are quantised to, if they are."""
 
     @property
     def inference_dtype(self) -> np.dtype:
@@ -59,6 +62,10 @@ class Opened:
     def with_dtype(self, dtype: Any) -> Opened:
         """The checkpoint with weights of another dtype, as a training saves them."""
         return dataclasses.replace(self, dtype=np.dtype(dtype))
+
+    def quantized(self, quantization: Quantization | None) -> Opened:
+        """The checkpoint as it is below adapters."""
+        return dataclasses.replace(self, quantization=quantization)
 
 
 @functools.cache

@@ -86,7 +86,7 @@ def scoring(
     name: str, opened: Opened, mesh: Mesh, sizes: Sizes, dtype: str, per_token: bool = False
 ) -> Program:
     """Log-probs of responses: the reference of training, `mmpo score`, implicit rewards."""
-    params = abstract.params(opened.model, mesh, opened.dtype)
+    params = abstract.params(opened.model, mesh, opened.dtype, opened.quantization)
     batch = abstract.batch(opened.model, sizes, mesh)
     return Program(
         name,
@@ -103,7 +103,7 @@ def scoring(
 
 def rewarding(opened: Opened, mesh: Mesh, sizes: Sizes, dtype: str) -> Program:
     """Rewards of responses, with their critiques if these are read."""
-    params = abstract.params(opened.model, mesh, opened.dtype)
+    params = abstract.params(opened.model, mesh, opened.dtype, opened.quantization)
     batch = abstract.batch(opened.model, sizes, mesh)
     return Program(
         "rewards",
@@ -121,7 +121,7 @@ def rewarding(opened: Opened, mesh: Mesh, sizes: Sizes, dtype: str) -> Program:
 def labelling(opened: Opened, mesh: Mesh, sizes: Sizes) -> Program:
     """Probabilities of yes and no after every question about an image."""
     dtype = opened.inference_dtype
-    params = abstract.params(opened.model, mesh, opened.dtype)
+    params = abstract.params(opened.model, mesh, opened.dtype, opened.quantization)
     batch = abstract.batch(opened.model, sizes, mesh)
     return Program(
         "labelling",
@@ -273,7 +273,7 @@ def generating(
     decoding = Decoding(**sampled.decoding.model_dump(include=set(Decoding.model_fields)))
     layout = choose_layout(sampled.prompts, sizes.prompt, decoding, sampled.batch_size, shards)
     sizes = Sizes(layout.batch, sizes.prompt, slots=sizes.slots)
-    params = abstract.params(opened.model, mesh, opened.dtype)
+    params = abstract.params(opened.model, mesh, opened.dtype, opened.quantization)
     batch = abstract.batch(opened.model, sizes, mesh)
     key = jax.eval_shape(lambda: jax.random.key(0)).dtype
     keys = abstract.array((layout.batch, decoding.num_samples), key, mesh, batch_spec(mesh))

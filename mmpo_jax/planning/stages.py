@@ -134,7 +134,12 @@ class Stages:
             per_token = "reference_tokens" in needs(terms)
             of_reference = dataclasses.replace(sizes, rows=rows)
             program = scoring(
-                "reference", opened, self.mesh, of_reference, config.compute_dtype, per_token
+                "reference",
+                opened.quantized(config.quantization),
+                self.mesh,
+                of_reference,
+                config.compute_dtype,
+                per_token,
             )
             self.add("reference", [program], [_batches(records, rows)])
         step = training(opened, self.mesh, config, sizes, rollout)

@@ -10,6 +10,7 @@ from pydantic import Field
 from mmpo_jax.core.dtypes import SaveDtype
 from mmpo_jax.core.sections import PositiveInt, Section
 from mmpo_jax.models.lora import Lora
+from mmpo_jax.models.quantized import Quantization
 from mmpo_jax.objectives.registry import REFERENCES, TEACHERS, VIEWS
 from mmpo_jax.recipes.objectives import SECTIONS, Objectives
 from mmpo_jax.recipes.optimizers import AdamW, Cosine, Optimizer, Schedule
@@ -146,6 +147,11 @@ class Training(Section):
         if self.save_every % self.log_every:
             raise ValueError("save_every must be a multiple of log_every")
         return self
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """What the frozen kernels below adapters are kept in; None for what the files have."""
+        return None if self.lora is None else self.lora.quantize_base
 
     def _check_contexts(self) -> None:
         """Refuses objectives that need different rows: all see one batch."""

@@ -58,6 +58,7 @@ def responses_stage(
         name=name,
         inputs={
             "model": checkpoint.fingerprint,
+            **({"quantization": checkpoint.quantization} if checkpoint.quantization else {}),
             "rows": fingerprint_records(records),
             **checkpoint.processor.fingerprints(),
         },

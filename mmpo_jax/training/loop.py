@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from mmpo_jax.checkpoints.below import Below, save_below
 from mmpo_jax.checkpoints.cards import ModelCard
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.checkpoints.orbax import save_base
@@ -43,7 +44,7 @@ from mmpo_jax.training.metrics import MetricsWriter, from_json
 from mmpo_jax.training.not_finite import Recorder
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
 from mmpo_jax.training.performance import measure
-from mmpo_jax.training.plan import check_training, micro_batch_size, total_steps
+from mmpo_jax.training.plan import TrainingError, check_training, micro_batch_size, total_steps
 from mmpo_jax.training.profiling import Profiler
 from mmpo_jax.training.reports import Reports, StartedStep
 from mmpo_jax.training.step import Update, create_state, make_step, whole_params
@@ -114,6 +115,11 @@ def train(
       Stopped: SIGTERM came, and a checkpoint was saved.
     """
     check_training(config, start.model, mesh)
+    if start.quantization != config.quantization:
+        raise TrainingError(
+            f"training.lora.quantize_base is {config.quantization}, and the start was loaded with "
+            f"{start.quantization}"
+        )
     rollout = data.rollout
     steps = total_steps(config, data.mixture, rollout)
     teacher = LoadedTeacher.load(config, start, mesh)
@@ -138,6 +144,9 @@ def train(
         # Not before it is known to be this run's folder.
         processor = start.processor
         save_base(run.folder, processor.folder, processor.chat_template, run.card, start.model)
+        if start.quantization is not None:
+            below = Below(start.hub_id or start.folder, start.fingerprint, start.quantization)
+            save_below(run.folder, below)
         first = first_start(run.folder, run.identity, run.begun)
         track = functools.partial(track_run, config.wandb, run.name, first.id, run.identity)
         log_memory(state)
@@ -293,6 +302,8 @@ def _begin(
         start.release(state.params)  # what is frozen is the state's too
         return state, update, None, []
     shapes = abstract(state)
+    if start.quantization is not None:  # no checkpoint has the base
+        shapes = dataclasses.replace(shapes, frozen=state.frozen)
     start.release()
     del state
     state, position, window = checkpoints.restore(shapes)

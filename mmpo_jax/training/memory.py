@@ -9,15 +9,16 @@ from typing import Any
 import jax
 
 from mmpo_jax.checkpoints.train_state import TrainState
+from mmpo_jax.models.quantized import itemsize
 from mmpo_jax.training.offload import is_on_host
 
 log = logging.getLogger(__name__)
 
 
-def bytes_per_device(tree: Any) -> int:
+def bytes_per_device(tree: Any) -> float:
     """Bytes of the largest part that a device holds of these arrays."""
     return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * itemsize(leaf.dtype)
         for leaf in jax.tree.leaves(tree)
     )
 

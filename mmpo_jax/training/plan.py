@@ -14,9 +14,10 @@ from jax.sharding import Mesh
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.pipeline import MixtureEntry, num_batches, seen_rows
-from mmpo_jax.models.config import DecoderConfig, HeadKind, ModelConfig
+from mmpo_jax.models.config import DecoderConfig, HeadKind, ModelConfig, ModelError
 from mmpo_jax.models.lora import check_experts, targeted_layers
 from mmpo_jax.models.model import Model
+from mmpo_jax.models.quantized_base import quantized_paths
 from mmpo_jax.models.reward_head import with_reward_head
 from mmpo_jax.objectives.registry import HEADS
 from mmpo_jax.objectives.terms import reads_log_probs, rows_read
@@ -65,6 +66,7 @@ def check_training(config: Training, model: Model, mesh: Mesh) -> None:
     micro_batch_size(config, mesh)
     _check_head(config, model)
     _check_balance(config, model)
+    _check_quantization(config, model)
     try:
         trainable_paths(list(flatten(model.abstract_params())), config.freeze)
     except (ValueError, re.error) as error:
@@ -103,6 +105,17 @@ def _check_balance(config: Training, model: Model) -> None:
         raise TrainingError("training.router_aux_loss_coef: the model has no experts to balance")
     if not reads_log_probs(recipe_terms(config)):
         raise TrainingError("training.router_aux_loss_coef: a reward model's training has none")
+
+
+def _check_quantization(config: Training, model: Model) -> None:
+    if config.quantization is None:
+        return
+    if model.config.reward_head is not None:
+        raise TrainingError("training.lora.quantize_base: a reward model's base is not quantised")
+    try:
+        quantized_paths(model)
+    except ModelError as error:
+        raise TrainingError(f"training.{error}") from error
 
 
 def _check_head(config: Training, model: Model) -> None:

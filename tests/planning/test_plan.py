@@ -18,10 +18,11 @@ from mmpo_jax import cli
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.data.contexts import MAIN
 from mmpo_jax.models.lora import add_adapters
+from mmpo_jax.models.quantized_base import quantize_base
 from mmpo_jax.models.reward_head import KEY as HEAD_KEY
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel import chips
-from mmpo_jax.parallel.mesh import make_mesh
+from mmpo_jax.parallel.mesh import make_mesh, put_params
 from mmpo_jax.planning import abstract, opened, planned, topology
 from mmpo_jax.planning.abstract import Sizes
 from mmpo_jax.planning.stages import Assumed
@@ -247,8 +248,9 @@ def test_programs_of_other_recipes(without_weights):
             "reference": {"type": "online"},
             "compute_dtype": "bfloat16",
         },
+        {"lora": {"rank": 2, "quantize_base": "int8"}},
     ],
-    ids=["all", "frozen", "adapters", "offload", "magnitudes"],
+    ids=["all", "frozen", "adapters", "offload", "magnitudes", "quantised"],
 )
 def test_the_state_is_that_of_training(tiny_model, options):
     model, params = tiny_model
@@ -258,8 +260,10 @@ def test_the_state_is_that_of_training(tiny_model, options):
     optimizer = make_optimizer(config.optimizer, lambda step: 0.0)
     dtype = {"online": config.compute_dtype, "ema": jnp.float32}.get(config.reference.type)
     start = params
+    if config.quantization is not None:
+        start = quantize_base(put_params(params, model.rules, mesh), model, config.quantization)
     if config.lora is not None:
-        start = add_adapters(params, model, config.lora, config.freeze, 0)
+        start = add_adapters(start, model, config.lora, config.freeze, 0)
     made = create_state(
         start, model, optimizer, config.freeze, mesh, reference_dtype=dtype, keeps=loss.state
     )

@@ -19,8 +19,9 @@ from mmpo_jax.models.config import ModelConfig, ModelError, expect
 from mmpo_jax.models.families import llava
 from mmpo_jax.models.families.gemma import read_gemma
 from mmpo_jax.models.family import Family, Images, Size
-from mmpo_jax.models.layers import matmul, rms_norm
+from mmpo_jax.models.layers import rms_norm
 from mmpo_jax.models.layout import Layout
+from mmpo_jax.models.linear import matmul
 from mmpo_jax.models.vision import VisionConfig, read_vision
 from mmpo_jax.models.vlm import VisionLanguageModel
 

@@ -31,8 +31,9 @@ from mmpo_jax.models.layer_kinds import (
     MlpConfig,
     PerLayerConfig,
 )
-from mmpo_jax.models.layers import ACTIVATIONS, linear, unit_norm
+from mmpo_jax.models.layers import ACTIVATIONS, unit_norm
 from mmpo_jax.models.layout import Layout
+from mmpo_jax.models.linear import linear
 from mmpo_jax.models.rope import read_rope
 from mmpo_jax.models.vision_gemma import GemmaVisionConfig, GemmaVisionTower, read_vision
 from mmpo_jax.models.vlm import VisionLanguageModel

@@ -21,8 +21,9 @@ from mmpo_jax.models import decoder, projector, qwen_media, vision_pixtral
 from mmpo_jax.models.config import ModelError, expect, read_decoder
 from mmpo_jax.models.families import llava
 from mmpo_jax.models.family import Family, Size
-from mmpo_jax.models.layers import ACTIVATIONS, linear, rms_norm
+from mmpo_jax.models.layers import ACTIVATIONS, rms_norm
 from mmpo_jax.models.layout import Layout
+from mmpo_jax.models.linear import linear
 from mmpo_jax.models.vision_pixtral import PixtralTower, read_vision
 from mmpo_jax.models.vlm import VisionLanguageModel
 

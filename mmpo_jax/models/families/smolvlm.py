@@ -21,8 +21,9 @@ from mmpo_jax.models import decoder, vision
 from mmpo_jax.models.config import ModelConfig, ModelError, expect, read_decoder
 from mmpo_jax.models.families.internvl import pixel_shuffle
 from mmpo_jax.models.family import Family, Images, Size
-from mmpo_jax.models.layers import ACTIVATIONS, linear
+from mmpo_jax.models.layers import ACTIVATIONS
 from mmpo_jax.models.layout import Layout
+from mmpo_jax.models.linear import linear
 from mmpo_jax.models.vision import VisionConfig
 from mmpo_jax.models.vlm import VisionLanguageModel
 
