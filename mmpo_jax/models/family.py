@@ -72,8 +72,8 @@ class Images:
     frame: Callable[[Any, Layout], Layout] = lambda tokenizer, layout: layout
     """(tokenizer, an image's layout) -> the layout with the tokens that stand around it."""
     spelled: Callable[[Any], tuple[str, str]] | None = None
-    """tokenizer -> (what chat templates write for an image, what stands there for the tokenizer:
-    text, and in it the placeholder), where these differ."""
+    """tokenizer -> (what chat templates write for an image, or for a video, what stands there for
+    the tokenizer: text, and in it the placeholder), where these differ."""
     check: Callable[[Any, Any], None] = lambda config, processor: None
     """(config, image processor); raises `ModelError` for settings that are not implemented, or do
     not fit the config."""

@@ -21,7 +21,7 @@ from mmpo_jax.data.tokenization import tokenize
 from mmpo_jax.data.videos import read_frames, video_facts
 
 CLIP = clips.encode(24, 8, (56, 84))
-FAMILIES = ("llava_onevision", "internvl", "qwen2_5_vl", "qwen3_vl")
+FAMILIES = ("llava_onevision", "internvl", "smolvlm", "qwen2_5_vl", "qwen3_vl")
 
 
 @pytest.fixture

@@ -163,6 +163,7 @@ def llava_next(tied: bool) -> Any:
 
 TILES = (
     IMAGE,
+    VIDEO,
     "<fake_token_around_image>",
     "<global-img>",
     *(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)),
@@ -452,6 +453,7 @@ FAMILIES = {
 VIDEO_SETTINGS = {
     "llava_onevision": {"size": SQUARE},
     "internvl": {"size": SQUARE},
+    "smolvlm": LONGEST,
     "qwen2_5_vl": QWEN_SETTINGS,
     "qwen3_vl": DEEP_VIDEOS,
     "qwen3_vl_moe": DEEP_VIDEOS,

@@ -17,10 +17,16 @@ from helpers.word_splits import byte_level, metaspace
 from tokenizers import Tokenizer, models, trainers
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import SizeDict
+from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionEmbeddings
+from transformers.models.smolvlm.video_processing_smolvlm import SmolVLMVideoProcessor
+from transformers.video_utils import VideoMetadata
 
+from mmpo_jax.core.errors import DataError
+from mmpo_jax.models import smolvlm_video
 from mmpo_jax.models.config import ModelError
 from mmpo_jax.models.families import smolvlm
+from mmpo_jax.models.family import Clip
 from mmpo_jax.models.model import read_config
 from mmpo_jax.parallel.mesh import make_mesh, param_shardings
 
@@ -99,12 +105,20 @@ CASES = {
         transformers.Idefics3ImageProcessorPil(**CUT, do_resize=False, resample=2),
     ),
 }
+VIDEO = dataclasses.replace(
+    checks.record("v", "what is", (), "two", "a"), videos=(pictures.clip(3),)
+)
 RECORDS = [
     checks.record("0", "what is this ?", pictures.refs("photograph"), "a red star", "two ring"),
     checks.record("1", "a star", pictures.refs("odd-size", "cmyk"), "blue", "is this a star ?"),
     checks.record("2", "?", pictures.refs("one-pixel", "transparent", "palette"), "a", "?"),
     checks.record("3", "is", pictures.refs("turned-by-exif", "sixteen-bits", "grey"), "a", "a two"),
     checks.record("4", "is this a star ?", (), "green", "two blue"),
+]
+FILMED = [
+    VIDEO,
+    dataclasses.replace(VIDEO, id="w", images=pictures.refs("odd-size")),
+    checks.record("5", "is this a star ?", (), "green", "two blue"),
 ]
 SMALL = [record for record in RECORDS if record.id != "0"]
 """Those without the photograph, of which tiles of its own size are many."""
@@ -113,8 +127,11 @@ SMALL = [record for record in RECORDS if record.id != "0"]
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("smolvlm") / request.param
-    checks.save_tokenizer(folder, *MEDIA, image="<image>")
+    checks.save_tokenizer(folder, *MEDIA, image="<image>", video="<video>")
     kind = CASES[request.param]
+    if kind.config.model_type == "smolvlm":
+        settings = CUT | {"resample": 1, "image_std": [0.3, 0.4, 0.5]}
+        checks.write_json(folder / "video_preprocessor_config.json", settings)
     theirs = transformers.AutoModelForImageTextToText.from_config(kind.config)
     return checks.make_case(folder, theirs, kind.processor)
 
@@ -131,15 +148,17 @@ def their_images(case):
 @pytest.fixture(scope="module")
 def inputs(case, their_images):
     def inputs(record, ids):
-        made = dict(their_images(record.images)) if record.images else {}
-        return {key: x for key, x in made.items() if key.startswith("pixel")}
+        shown = [their_images(record.images)["pixel_values"][0]] if record.images else []
+        shown += [torch.tensor(x) for x in case.processor.pixels((), record.videos)]
+        return {"pixel_values": torch.cat(shown)[None]} if shown else {}
 
     return inputs
 
 
 @pytest.fixture(scope="module")
 def records(case):
-    return SMALL if case.processor.image_processor.do_resize is False else RECORDS
+    still = SMALL if case.processor.image_processor.do_resize is False else RECORDS
+    return still + (FILMED if case.processor.videos else [])
 
 
 def expanded(kind, features, made, text):
@@ -156,6 +175,150 @@ def expanded(kind, features, made, text):
     theirs.image_seq_len = features
     number = itertools.count()
     return re.sub("<image>", lambda _: theirs.replace_image_token(made, next(number)), text)
+
+
+def told(monkeypatch, features, video, metadata):
+    """What transformers' processor says of a video; its words for numbers are another package's."""
+    monkeypatch.setattr(processing_smolvlm, "num2words", smolvlm_video.in_words)
+    theirs = object.__new__(transformers.SmolVLMProcessor)
+    theirs.fake_image_token, theirs.image_token, theirs.global_image_token = FAKE, "<image>", WHOLE
+    theirs.image_seq_len = features
+    shown = {"pixel_values": np.zeros((1, video, 3, 1, 1)), "video_metadata": [metadata]}
+    return theirs.replace_video_token(shown, 0)
+
+
+@pytest.mark.parametrize("split", [byte_level, metaspace])
+@pytest.mark.parametrize(
+    ("clip", "metadata"),
+    [
+        (Clip(3, (30, 40)), VideoMetadata(3, frames_indices=[0, 1, 2])),
+        (Clip(30, (30, 40)), VideoMetadata(30, frames_indices=list(range(30)))),
+        (Clip(2, (30, 40), 0.1), VideoMetadata(2, 0.1, frames_indices=[0, 1])),
+        (
+            Clip(3, (30, 40), 3 / 3700 * 25, (0.0, 61.04, 147.96)),
+            VideoMetadata(3700, 25, duration=148.0, frames_indices=[0, 1526, 3699]),
+        ),
+        (
+            Clip(2, (30, 40), 2 / 200_000 * 20, (0.0, 9000.0)),
+            VideoMetadata(200_000, 20, duration=10_000.0, frames_indices=[0, 180_000]),
+        ),
+    ],
+    ids=["three", "thirty", "slow", "file", "hours"],
+)
+@pytest.mark.parametrize("text", ["User: <video>What is this", "a\n<video>\n<video>", "<video> is"])
+def test_texts_around_frames_are_tokenized_as_in_the_whole_text(
+    monkeypatch, split, clip, metadata, text
+):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = split()
+    lines = "User: You are provided the following series of two frames from a 0:00:02 [H:MM:SS] "
+    lines += "video.\n\nFrame from 00:00:\n\n\nWhat is this\n" * 5
+    special = ["<image>", FAKE, WHOLE]
+    tokenizer.train_from_iterator([lines], trainers.BpeTrainer(special_tokens=special))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    said = told(monkeypatch, 4, clip.frames, metadata)
+    expected = tokenizer(text.replace("<video>", said))["input_ids"]
+    place = smolvlm.video_token(None, tokenizer)
+    config = types.SimpleNamespace(
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"), num_image_tokens=4
+    )
+    (plain,) = smolvlm.video_layouts(config, {}, [clip])
+    framed = smolvlm.frame_video(tokenizer, plain).ids.tolist()
+    ids = tokenizer(text.replace(*smolvlm.SMOLVLM.images.spelled(tokenizer)))["input_ids"]
+    ours = [[token] if token != place else framed for token in ids]
+    assert list(itertools.chain(*ours)) == expected
+
+
+def test_tokens_of_several_media(case, their_images, monkeypatch):
+    if not case.processor.videos:
+        pytest.skip("it has none")
+    refs = pictures.refs("odd-size", "grey")
+    videos = (pictures.clip(3), dataclasses.replace(pictures.clip(5), fps=0.5))
+    record = dataclasses.replace(VIDEO, images=refs, videos=videos)
+    features = case.model.config.num_image_tokens
+    metadata = VideoMetadata(3, frames_indices=list(range(3))), VideoMetadata(5, 0.5)
+    metadata[1].frames_indices = list(range(5))
+    written, spelled = smolvlm.SMOLVLM.images.spelled(None)
+    whole = checks.rendered(case, record).replace(spelled, written)
+    whole = expanded("smolvlm", features, their_images(refs), whole)
+    for video, known in zip(videos, metadata, strict=True):
+        said = told(monkeypatch, features, len(video.frames), known)
+        whole = whole.replace("<video>", said, 1)
+    checks.check_tokens(case, record, whole)
+
+
+def test_frames_are_resized_twice_and_normalised(case):
+    if not case.processor.videos:
+        pytest.skip("it has none")
+    clip = pictures.clip(3)
+    shown = torch.tensor(
+        np.stack([np.asarray(x).transpose(2, 0, 1) for x in checks.load(clip.frames)])
+    )
+    for size in (4 * TILE * 3 // 4, 4 * TILE), (TILE, TILE):
+        shown = torch.nn.functional.interpolate(shown, size, mode="lanczos", antialias=True)
+    deviation = np.array([0.3, 0.4, 0.5])[:, None, None]
+    (ours,) = case.processor.pixels((), [clip])
+    np.testing.assert_allclose(ours, (shown.numpy() / 255 - 0.5) / deviation, rtol=0, atol=1e-5)
+
+
+def test_older_settings_of_videos():
+    """In `video_sampling` of the image processor's file."""
+    shown = checks.load(pictures.clip(2).frames)
+    settings = CUT | {
+        "video_sampling": {"fps": 1, "max_frames": 64, "video_size": {"longest_edge": 40}}
+    }
+    ours = smolvlm_video.frame_pixels(settings, shown, (3, TILE, TILE))
+    newer = CUT | {"size": {"longest_edge": 40}}
+    np.testing.assert_array_equal(ours, smolvlm_video.frame_pixels(newer, shown, (3, TILE, TILE)))
+    with pytest.raises(ModelError, match=r"make frames of shape \(3, 28, 28\)"):
+        smolvlm_video.frame_pixels(settings, shown, (3, 56, 56))
+    with pytest.raises(ModelError, match="this version wants longest_edge"):
+        smolvlm_video.frame_pixels(CUT | {"size": {"height": 9, "width": 9}}, shown, (3, 28, 28))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"fps": 1, "num_frames": 64}, {"fps": 2, "num_frames": 5}, {"fps": 0.3, "num_frames": 2}],
+)
+def test_frames_of_a_file_are_those_of_transformers(asked):
+    older = {"video_sampling": {"fps": asked["fps"], "max_frames": asked["num_frames"]}}
+    choose = SmolVLMVideoProcessor.sample_frames
+    for total, rate in [
+        (1, 25.0),
+        (2, 30.0),
+        (7, 1.0),
+        (100, 29.97),
+        (301, 24.0),
+        (1777, 25.0),
+        (60, 0.5),
+    ]:
+        metadata = VideoMetadata(total, rate, duration=total / rate)
+        expected = choose(types.SimpleNamespace(**asked), metadata).tolist()
+        for settings in (asked, older, asked | {"do_sample_frames": True}):
+            assert smolvlm_video.spread(settings, total, rate).tolist() == expected
+
+
+def test_all_frames_of_a_file_are_shown_where_none_are_asked_for():
+    for settings in ({}, {"do_sample_frames": False, "fps": 1, "num_frames": 2}):
+        assert smolvlm_video.spread(settings, 5, 2.0).tolist() == [0, 1, 2, 3, 4]
+    assert smolvlm_video.spread({"fps": 1}, 50, None).tolist() == [0, 49]
+    with pytest.raises(ModelError, match="num_frames is 4, but its fps is missing"):
+        smolvlm_video.spread({"num_frames": 4}, 50, 25.0)
+
+
+def test_numbers_in_words():
+    said = {0: "zero", 7: "seven", 12: "twelve", 20: "twenty", 64: "sixty-four", 100: "one hundred"}
+    said |= {101: "one hundred and one", 320: "three hundred and twenty"}
+    said |= {999: "nine hundred and ninety-nine"}
+    assert {number: smolvlm_video.in_words(number) for number in said} == said
+    theirs = pytest.importorskip("num2words").num2words
+    assert all(smolvlm_video.in_words(number) == theirs(number) for number in range(1000))
+
+
+def test_more_frames_than_words_are_refused():
+    config = types.SimpleNamespace(image_token_id=4, num_image_tokens=1)
+    with pytest.raises(DataError, match="a video of 1000 frames"):
+        smolvlm.video_layouts(config, {}, [Clip(1000, (9, 9))])
 
 
 def check_text(case, record, made):

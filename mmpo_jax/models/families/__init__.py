@@ -35,6 +35,7 @@ FAMILIES: dict[str, Family] = {
         qwen3_5_moe.FAMILY,
         qwen3_5_moe.TEXT,
         smolvlm.FAMILY,
+        smolvlm.SMOLVLM,
         mistral3.FAMILY,
         gemma3.FAMILY,
         gemma4.FAMILY,

@@ -9,23 +9,29 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import transformers
 from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from mmpo_jax.models import decoder, vision
+from mmpo_jax.core.errors import DataError
+from mmpo_jax.models import decoder, smolvlm_video, vision
 from mmpo_jax.models.config import ModelConfig, ModelError, expect, read_decoder
 from mmpo_jax.models.families.internvl import pixel_shuffle
-from mmpo_jax.models.family import Family, Images, Size
+from mmpo_jax.models.family import Clip, Family, Images, Size, Videos
+from mmpo_jax.models.frame_sampling import FRAME_RATE
 from mmpo_jax.models.layers import ACTIVATIONS
 from mmpo_jax.models.layout import Layout
 from mmpo_jax.models.linear import linear
 from mmpo_jax.models.vision import VisionConfig
 from mmpo_jax.models.vlm import VisionLanguageModel
+
+VIDEO = "<video>"
+"""What chat templates write for a video."""
 
 LARGEST = 4096
 """Pixels of an image's longer edge at most, whatever a processor's `size` says."""
@@ -233,9 +239,72 @@ def frame_image(tokenizer: Any, layout: Layout) -> Layout:
         text += "\n" * (row - last) + f"{fake}<row_{row}_col_{column}>{image}"
         last = row
     text += "\n\n" * (layout.slots > 1) + f"{fake}{whole}{image}{fake}"
-    ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
-    counts = np.where(ids == layout.ids[0], per_tile, 1)
+    return _with_text(tokenizer, layout, "", text)
+
+
+def _with_text(tokenizer: Any, layout: Layout, before: str, text: str) -> Layout:
+    """The layout with the tokens of a text that has the placeholder once per tile.
+
+    Args:
+      tokenizer: of the checkpoint.
+      layout: of an image or a video.
+      before: what the prompt has in front of the text, whose tokens end where it does.
+      text: ends with a token of its own.
+    """
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    ids = np.array(encode(before + text)[len(encode(before)) :], np.int32)
+    counts = np.where(ids == layout.ids[0], len(layout.ids) // layout.slots, 1)
     return dataclasses.replace(layout, ids=np.repeat(ids, counts))
+
+
+def video_token(config: SmolVLMConfig, tokenizer: Any) -> int:
+    """Id of what stands for a video in rendered text; added to a tokenizer without one, as text of
+    transformers' processors has it before any tokenizer sees it."""
+    if VIDEO not in tokenizer.get_vocab():
+        tokenizer.add_tokens([transformers.AddedToken(VIDEO, special=True)], special_tokens=True)
+    return tokenizer.convert_tokens_to_ids(VIDEO)
+
+
+def video_layouts(
+    config: SmolVLMConfig, settings: Mapping[str, Any], clips: Sequence[Clip]
+) -> list[Layout]:
+    """
+    Raises:
+      DataError: a video has more frames than there are words for.
+    """
+    del settings
+    made = []
+    for clip in clips:
+        if clip.frames >= 1000:
+            raise DataError(f"a video of {clip.frames} frames; this model is told of 999 at most")
+        rate = clip.rate or FRAME_RATE
+        times = clip.times or tuple(frame / rate for frame in range(clip.frames))
+        # A list of frames has no length but the time of its last.
+        length = round(clip.frames / rate, 6) if clip.times else times[-1]
+        count = clip.frames * config.num_image_tokens
+        plain = Layout.plain(config.image_token_id, count, clip.frames)
+        made.append(dataclasses.replace(plain, times=(*times, length)))
+    return made
+
+
+def video_pixels(
+    config: SmolVLMConfig, settings: Mapping[str, Any], videos: Sequence[Sequence[Any]]
+) -> list[np.ndarray]:
+    shape = config.vision.pixel_shape
+    return [smolvlm_video.frame_pixels(settings, frames, shape) for frames in videos]
+
+
+def frame_video(tokenizer: Any, layout: Layout) -> Layout:
+    """What is said of a video, then every frame behind its time."""
+    fake, image, whole = _marks(tokenizer)
+    *times, length = layout.times
+    text = smolvlm_video.introduced(layout.slots, length)
+    for seconds in times:
+        text += f"{smolvlm_video.label(seconds)}{fake}{whole}{image}{fake}"
+    return _with_text(tokenizer, layout, smolvlm_video.INTRODUCTION, text)
 
 
 def _marks(tokenizer: Any) -> tuple[str, str, str]:
@@ -279,8 +348,19 @@ def tensor_shapes(config: SmolVLMConfig) -> dict[str, tuple[int, ...]]:
     return {"model.vision_model.embeddings.patch_embedding.weight": patch}
 
 
+IMAGES = Images(
+    processors=("Idefics3ImageProcessor", "SmolVLMImageProcessor"),
+    placeholders=lambda config: (config.image_token_id,),
+    slot_shape=lambda config: config.vision.pixel_shape,
+    layouts=layouts,
+    pixels=pixels,
+    sized=True,
+    frame=frame_image,
+    check=check_processor,
+)
+
 FAMILY = Family(
-    model_types=("idefics3", "smolvlm"),
+    model_types=("idefics3",),
     read_config=read_config,
     module=SmolVLM,
     rules=(
@@ -291,15 +371,28 @@ FAMILY = Family(
     read_keys=READ_KEYS,
     write_keys=WRITE_KEYS,
     module_keys=(),  # names of files are those of modules
-    images=Images(
-        processors=("Idefics3ImageProcessor", "SmolVLMImageProcessor"),
-        placeholders=lambda config: (config.image_token_id,),
-        slot_shape=lambda config: config.vision.pixel_shape,
-        layouts=layouts,
-        pixels=pixels,
-        sized=True,
-        frame=frame_image,
-        check=check_processor,
-    ),
+    images=IMAGES,
     tensor_shapes=tensor_shapes,
+)
+"""Images alone."""
+
+SMOLVLM = dataclasses.replace(
+    FAMILY,
+    model_types=("smolvlm",),
+    images=dataclasses.replace(
+        IMAGES,
+        # What stands around every video is text, and tokenized with that beside it.
+        spelled=lambda tokenizer: (
+            VIDEO,
+            f"{smolvlm_video.INTRODUCTION}{VIDEO}{smolvlm_video.END}",
+        ),
+    ),
+    videos=Videos(
+        placeholder=video_token,
+        settings="video_preprocessor_config.json",
+        layouts=video_layouts,
+        pixels=video_pixels,
+        frame=frame_video,
+        sample=smolvlm_video.spread,
+    ),
 )
