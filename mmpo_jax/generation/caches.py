@@ -14,9 +14,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mmpo_jax.models.attention import CachedPart, cached_attention
+from mmpo_jax.models.config import DecoderConfig
 from mmpo_jax.models.delta_net import DeltaState, DeltaTokens, run
 from mmpo_jax.models.layer_kinds import AttentionConfig, DeltaNetConfig
 from mmpo_jax.models.sight import in_window
@@ -264,6 +266,19 @@ def _forked(own: DeltaStates, step: Step, prompts: Sequence[DeltaStates]) -> Del
 
 Kept = KeyValues | DeltaStates
 """What a kind of layers keeps."""
+
+
+def state_tokens(decoder: DecoderConfig, dtype: np.dtype) -> int:
+    """How many tokens' keys and values take as much memory as the states behind one prompt, or of
+    one place, in all layers; 0 of a decoder without delta nets.
+
+    Args:
+      decoder: the architecture.
+      dtype: of keys and values; states are float32.
+    """
+    states = 4 * sum(net.state_size for net in decoder.delta_nets)
+    heads = sum(attention.num_kv_heads * attention.head_dim for attention in decoder.attentions)
+    return -(-states // (2 * heads * dtype.itemsize))
 
 
 def only_finite(

@@ -55,7 +55,12 @@ class Layout:
 
 
 def choose_layout(
-    prompts: int, prompt_tokens: int, decoding: Decoding, batch_size: int, shards: int
+    prompts: int,
+    prompt_tokens: int,
+    decoding: Decoding,
+    batch_size: int,
+    shards: int,
+    state_tokens: int = 0,
 ) -> Layout:
     """A layout whose caches take no more memory than all samples of `batch_size` prompts at once.
 
@@ -69,6 +74,7 @@ def choose_layout(
       decoding: how many samples of each, and their limit.
       batch_size: prompts at a time.
       shards: devices that batches are split over.
+      state_tokens: what a prompt and a place take beside their tokens, see `caches.state_tokens`.
     """
     n, limit = decoding.num_samples, decoding.max_new_tokens
     batch_size = _round_up(batch_size, shards)
@@ -82,8 +88,9 @@ def choose_layout(
     places = round(PLACES * n)
     groups = -(-places // MEMBERS)
     members = places // groups
-    budget = batch_size * (prompt_tokens + n * limit)
-    row = PROMPTS * prompt_tokens + groups * members * limit
+    prompt, sample = prompt_tokens + state_tokens, limit + state_tokens
+    budget = batch_size * (prompt + n * sample)
+    row = PROMPTS * prompt + groups * members * sample
     most = _round_up(-(-prompts // PROMPTS), shards)
     rows = min(most, max(1, budget // row // shards) * shards)
     return Layout(rows, PROMPTS, groups, members, _part(rows, 4, shards))

@@ -22,6 +22,7 @@ from mmpo_jax.core.stages import Stage, StageOutput, run_stage
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.tokenization import TokenizedRecord
+from mmpo_jax.generation.caches import state_tokens
 from mmpo_jax.generation.refill import Work, choose_layout, sample_batches
 from mmpo_jax.generation.sampler import NOT_FINITE, sample_keys
 from mmpo_jax.inference.loop import TokenCount
@@ -170,7 +171,9 @@ def sample_tokens(
     shards = batch_shards(mesh)
     whole = decoding.model_copy(update={"num_samples": several * decoding.num_samples})
     longest += several * max(behind, default=0)
-    layout = choose_layout(len(records), longest, whole, batch_size, shards)
+    dtype = inference_dtype(params)
+    states = state_tokens(model.config.decoder, dtype)
+    layout = choose_layout(len(records), longest, whole, batch_size, shards, states)
     plan = plan_padded(records, processor, lengths, rows=layout.batch, with_responses=begun)
     # Shorter prompts first: rows grow with them.
     plan.sort(key=lambda batch: batch.computed)
@@ -189,10 +192,10 @@ def sample_tokens(
         begun=begun,
         work=work,
     )
-    dtype = inference_dtype(params).name
     sampled: dict[int, np.ndarray] = {}
     for number, tokens in found:
-        check_finite("logits", [(records[number].id, bool((tokens != NOT_FINITE).all()))], dtype)
+        is_finite = bool((tokens != NOT_FINITE).all())
+        check_finite("logits", [(records[number].id, is_finite)], dtype.name)
         sampled[number] = tokens
     if count is not None:
         for batch in plan:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mmpo_jax.feedback.labeler import answer_probabilities
+from mmpo_jax.generation.caches import state_tokens
 from mmpo_jax.generation.decoding import decode
 from mmpo_jax.generation.places import empty_pool, empty_rows, prefill
 from mmpo_jax.generation.refill import Layout, choose_layout, pool_sizes
@@ -271,7 +272,10 @@ def generating(
     dtype = opened.inference_dtype
     shards = batch_shards(mesh)
     decoding = Decoding(**sampled.decoding.model_dump(include=set(Decoding.model_fields)))
-    layout = choose_layout(sampled.prompts, sizes.prompt, decoding, sampled.batch_size, shards)
+    states = state_tokens(opened.model.config.decoder, dtype)
+    layout = choose_layout(
+        sampled.prompts, sizes.prompt, decoding, sampled.batch_size, shards, states
+    )
     sizes = Sizes(layout.batch, sizes.prompt, slots=sizes.slots)
     params = abstract.params(opened.model, mesh, opened.dtype, opened.quantization)
     batch = abstract.batch(opened.model, sizes, mesh)

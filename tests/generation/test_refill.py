@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +22,9 @@ from mmpo_jax.data.batching import fitting_lengths
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.tokenization import tokenize_records
 from mmpo_jax.generation import refill
-from mmpo_jax.generation.caches import KeyValues
+from mmpo_jax.generation.caches import DeltaStates, KeyValues, state_tokens
 from mmpo_jax.generation.decoding import compact
-from mmpo_jax.generation.places import Pool
+from mmpo_jax.generation.places import Pool, prefill
 from mmpo_jax.generation.refill import Layout, Work, choose_layout, pool_sizes
 from mmpo_jax.generation.responses import SampleCount, read_length, sample_tokens
 from mmpo_jax.generation.sampler import NOT_FINITE, sample_keys
@@ -238,16 +240,38 @@ def test_layouts():
     # Short samples of long prompts: no second prompt in a row.
     short = Decoding(num_samples=4, max_new_tokens=32)
     assert choose_layout(99, 600, short, 16, 1) == Layout(16, 1, 1, 4, 4)
-    for prompts, length, n, limit, shards in itertools.product(
-        (40, 1000), (30, 600, 7000), (2, 3, 10, 64), (32, 512), (1, 8)
+    for prompts, length, n, limit, shards, state in itertools.product(
+        (40, 1000), (30, 600, 7000), (2, 3, 10, 64), (32, 512), (1, 8), (0, 2304)
     ):
         decoding = Decoding(num_samples=n, max_new_tokens=limit)
-        layout = choose_layout(prompts, length, decoding, 16, shards)
+        layout = choose_layout(prompts, length, decoding, 16, shards, state)
         assert layout.rows % shards == layout.batch % shards == 0
         assert shards <= layout.batch <= layout.rows
-        taken = layout.rows * (layout.width * length + layout.places * limit)
-        assert taken <= 16 * (length + n * limit) or layout.rows == shards
+        of_row = layout.width * (length + state) + layout.places * (limit + state)
+        assert layout.rows * of_row <= 16 * (length + state + n * (limit + state)) or (
+            layout.rows == shards
+        )
         assert layout.places <= n
+
+
+def test_states_count_as_tokens(family_case, tiny_model):
+    """As many as have their memory, by the arrays that prompts leave."""
+    case = family_case("qwen3_5_text")
+    from helpers import checks, families
+
+    _, batch = checks.batch_of(case, families.records("qwen3_5_text"))
+    keys = sample_keys(0, 0, np.arange(2), 1)
+    made = jax.eval_shape(functools.partial(prefill, case.model), case.params, batch, keys)
+    state, token = 0, 0
+    for kept in made.cache.values():
+        if isinstance(kept, DeltaStates):
+            state += math.prod(kept.memory.shape) * kept.memory.dtype.itemsize
+        else:
+            parts = (kept.key, kept.value)
+            token += sum(math.prod(part.shape) * part.dtype.itemsize for part in parts)
+    expected = math.ceil(state / (token / made.width))
+    assert state_tokens(case.model.config.decoder, np.dtype(np.float32)) == expected > 1
+    assert state_tokens(tiny_model[0].config.decoder, np.dtype(np.float32)) == 0
 
 
 def test_pools_grow_in_few_steps():
