@@ -88,7 +88,7 @@ def test_missing_and_damaged_files(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "idefics3"}, "model_type is 'idefics3'.*implements.*llava"),
+        ({"model_type": "mllama"}, "model_type is 'mllama'.*implements.*llava"),
         ({"vision_feature_layer": -9}, "vision_feature_layer -9 is outside"),
         ({"text_config": {"model_type": "gemma"}}, r"text_config\.model_type is 'gemma'"),
         ({"vision_config": {"model_type": "siglip_vision_model"}}, "vision_use_head is True"),
