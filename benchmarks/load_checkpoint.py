@@ -131,6 +131,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="of the decoder; all by default")
     parser.add_argument("--mesh", action="store_true", help="over eight simulated devices")
     parser.add_argument("--save", action="store_true", help="also writes what was loaded")
+    parser.add_argument("--alone", action="store_true", help="without the comparison")
     parser.add_argument("--max-shard-bytes", type=int, default=5_000_000_000)
     parser.add_argument("--folder", help="where the files go for a while; default: TMPDIR")
     parser.add_argument("--json", help="also write the figures here")
@@ -148,7 +149,8 @@ def main() -> None:
         files = sum(name.endswith(".safetensors") for name in os.listdir(folder))
         print(f"{weights / 1e9:.2f} GB of bfloat16 in {files} files")
         devices = 8 if options.mesh else 1
-        results = {name: measure_fresh(name, folder, save, devices) for name in LOADERS}
+        names = list(LOADERS)[:1] if options.alone else LOADERS
+        results = {name: measure_fresh(name, folder, save, devices) for name in names}
     assert all(result["loaded"] == weights for result in results.values())
     print(f"{'':12s}  {'seconds':>8s}  {'GB/s':>6s}  processor s  {'peak GB':>8s}  peak / weights")
     for name, result in results.items():

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
@@ -22,6 +21,7 @@ from jax.experimental import multihost_utils
 from mmpo_jax.checkpoints.cards import ModelCard, write_card
 from mmpo_jax.checkpoints.configs import load_config
 from mmpo_jax.checkpoints.expert_tensors import join_experts, parts_of
+from mmpo_jax.checkpoints.fetching import at_place, in_strips, is_large, on_host
 from mmpo_jax.checkpoints.folders import (
     copy_base,
     write_dtype,
@@ -30,7 +30,7 @@ from mmpo_jax.checkpoints.folders import (
     write_untied,
 )
 from mmpo_jax.checkpoints.foreign_tensors import explain
-from mmpo_jax.checkpoints.loading import COPY_ROWS, Change, StoredParameter, load_arrays
+from mmpo_jax.checkpoints.loading import Change, StoredParameter, load_arrays
 from mmpo_jax.checkpoints.rounding import Survival, rounded, stored_dtype
 from mmpo_jax.checkpoints.safetensors_files import (
     INDEX_FILE,
@@ -57,7 +57,7 @@ from mmpo_jax.checkpoints.tensor_names import (
 )
 from mmpo_jax.core.buckets import replace_folder
 from mmpo_jax.core.processes import alone
-from mmpo_jax.core.trees import flatten, to_host, unflatten
+from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.models.config import ModelError
 from mmpo_jax.models.merging import MAGNITUDE, SCALE, A, B, kernel_and_adapter, merge, wide
 from mmpo_jax.models.model import Model, Params
@@ -357,7 +357,12 @@ def new_tensors(params: Params, model: Model) -> list[NewTensor]:
             key = key_at(path, place, model)
             theirs = their_shape(path, place, shape, model)
             fetch = functools.partial(_fetch, path, parts, place, tokens, theirs)
-            tensors.append(NewTensor(key, dtype, theirs, fetch))
+            strips = None
+            transposed = is_transposed(path)
+            is_plain = len(parts) == 1 and theirs == (shape[::-1] if transposed else shape)
+            if not place and is_plain and is_large(parts[0]):
+                strips = functools.partial(in_strips, leaf, transposed, theirs[0])
+            tensors.append(NewTensor(key, dtype, theirs, fetch, strips))
     layout = model.family.joined_experts
     return tensors if layout is None else join_experts(tensors, layout)
 
@@ -367,41 +372,11 @@ def _fetch(
 ) -> np.ndarray:
     """What a parameter has at a place of its stack, or all of one that is not stacked, as it is
     written."""
-    leaf, *adapter = jax.tree.map(lambda part: _at(part, place), parts)
+    leaf, *adapter = jax.tree.map(lambda part: at_place(part, place), parts)
     if adapter:
         leaf = merge(leaf, *adapter)
     elif isinstance(leaf, QuantizedKernel):
         leaf = dequantize(leaf)
-    if isinstance(leaf, jax.Array) and not place and not adapter:
-        leaf = jnp.copy(leaf)  # because arrays keep on the host what was fetched of them
-    array = without_added(path, to_host(leaf), tokens)
-    return (_transpose(array) if is_transposed(path) else array).reshape(shape)
-
-
-def _at(array: Any, place: Place) -> Any:
-    """What a parameter has at a place of its stack; all of it where it is none.
-
-    Of experts that devices share it is put together on the host: on the devices, the compiler
-    gathers all experts of all layers for every one of them.
-    """
-    if not place:
-        return array
-    is_shared = isinstance(array, jax.Array) and array.is_fully_addressable
-    if len(place) == 1 or not is_shared:
-        return array[place]
-    made, axes = np.empty(array.shape[len(place) :], array.dtype), len(place)
-    for shard in array.addressable_shards:
-        own = [part.indices(size) for part, size in zip(shard.index, array.shape, strict=True)]
-        held = zip(place, own[:axes], strict=True)
-        if shard.replica_id == 0 and all(start <= at < stop for at, (start, stop, _) in held):
-            at = tuple(number - start for number, (start, _, _) in zip(place, own, strict=False))
-            made[shard.index[axes:]] = np.asarray(shard.data[at])
-    return made
-
-
-def _transpose(array: np.ndarray) -> np.ndarray:
-    """array.T in its own memory, made in strips that fit the processor's cache."""
-    transposed = np.empty(array.shape[::-1], array.dtype)
-    for start in range(0, len(array), COPY_ROWS):
-        transposed[:, start : start + COPY_ROWS] = array[start : start + COPY_ROWS].T
-    return transposed
+    transposed = is_transposed(path)
+    array = without_added(path, on_host(leaf, transposed), tokens)
+    return (array.T if transposed else array).reshape(shape)

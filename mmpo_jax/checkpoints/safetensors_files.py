@@ -76,6 +76,8 @@ class NewTensor:
     shape: tuple[int, ...]
     fetch: Callable[[], np.ndarray]
     """Brings it to this machine; called once, when its turn comes."""
+    strips: Callable[[], Iterator[np.ndarray]] | None = None
+    """The same, some rows after others, of one that is too large to be brought whole."""
 
     @property
     def num_bytes(self) -> int:
@@ -349,7 +351,7 @@ def split_into_files(
 def write_files(folder: str, files: Mapping[str, Sequence[NewTensor]]) -> None:
     """Writes files tensor by tensor, and their index where there are several.
 
-    Never more than one tensor is in memory.
+    Never more than one tensor is in memory, and of a large one a part.
 
     Raises:
       ModelError: a file cannot be written, the disk being full for instance.
@@ -392,14 +394,18 @@ def _write_file(path: str, tensors: Sequence[NewTensor]) -> Iterator[NewTensor]:
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
-            file.write(_bytes(tensor))
+            end = file.tell() + tensor.num_bytes
+            for array in [tensor.fetch()] if tensor.strips is None else tensor.strips():
+                found, expected = ((x.dtype, x.shape[1:]) for x in (array, tensor))
+                assert found == expected, tensor.name
+                file.write(_bytes(array, tensor.name))
+                del array  # before the next is brought
+            assert file.tell() == end, tensor.name
             yield tensor
         file.flush()
         os.fsync(file.fileno())
 
 
-def _bytes(tensor: NewTensor) -> memoryview:
-    array = np.asarray(tensor.fetch(), order="C")
-    assert (array.dtype, array.shape) == (tensor.dtype, tensor.shape), tensor.name
-    check_range(array, tensor.name)
-    return array.reshape(-1).view(np.uint8).data
+def _bytes(array: np.ndarray, name: str) -> memoryview:
+    check_range(array, name)
+    return np.asarray(array, order="C").reshape(-1).view(np.uint8).data

@@ -13,7 +13,7 @@ import safetensors.numpy
 import yaml
 from jax.sharding import AxisType
 
-from mmpo_jax.checkpoints import safetensors_files
+from mmpo_jax.checkpoints import fetching, safetensors_files
 from mmpo_jax.checkpoints.cards import make_card, render_card
 from mmpo_jax.checkpoints.huggingface import load_model, new_tensors, save_model
 from mmpo_jax.checkpoints.rounding import stored_dtype
@@ -127,6 +127,32 @@ def test_one_tensor_in_memory_at_a_time(tiny_model, placed, tmp_path):
     tensors = [watched(tensor) for tensor in new_tensors(placed, tiny_model[0])]
     write_files(str(tmp_path), split_into_files(tensors, SIZE))
     assert len(alive) == len(tensors) == len(read_all(tmp_path))
+    assert all(leaf._npy_value is None for leaf in flatten(placed).values())
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_large_tensors_are_written_in_strips(
+    tiny_folder, tiny_model, placed, tmp_path, monkeypatch, devices
+):
+    """Of those that are not stacked; the files are the same."""
+    model, params = tiny_model
+    params = placed if devices == 8 else jax.tree.map(jax.numpy.asarray, params)
+    save_model(tmp_path / "whole", model, params, tiny_folder)
+    monkeypatch.setattr(fetching, "STRIP_BYTES", 700)
+    monkeypatch.setattr(fetching, "READ_BYTES", 200)
+    sizes = []
+
+    def watched(*args):
+        array = on_host(*args)
+        sizes.append((array.nbytes, args[0].nbytes))
+        return array
+
+    on_host = fetching.on_host
+    monkeypatch.setattr(fetching, "on_host", watched)
+    save_model(tmp_path / "strips", model, params, tiny_folder)
+    assert len(sizes) > 20 and all(own <= 700 < whole for own, whole in sizes)
+    whole, strips = ((tmp_path / name / SINGLE_FILE) for name in ("whole", "strips"))
+    assert strips.read_bytes() == whole.read_bytes()
     assert all(leaf._npy_value is None for leaf in flatten(placed).values())
 
 
