@@ -3,6 +3,7 @@
     python benchmarks/scale.py --json scale.json          # all, as `mmpo plan --fast` has it
     python benchmarks/scale.py --json scale.json --table  # what the file holds
     python benchmarks/scale.py --json weak.json --weak    # LLaVA-1.5-7B on 8 to 256 chips
+    python benchmarks/scale.py --json new.json --models Qwen3.5-27B --slices v6e-64
 
 Needs `libtpu` and no TPU. What the file holds already is not planned again.
 """
@@ -25,14 +26,15 @@ SLICES = {
     "v5e-256": "v5e:16x16",
     "v5p-128": "v5p:4x4x8",
     "v6e-256": "v6e:16x16",
-}
-SMALLER = {
+    "v5p-64": "v5p:4x4x4",
+    "v6e-64": "v6e:8x8",
     "v5e-8": "v5e:2x4",
     "v5e-16": "v5e:4x4",
     "v5e-32": "v5e:4x8",
     "v5e-128": "v5e:8x16",
 }
-"""For weak scaling, beside the above."""
+USUAL = ("v5e-64", "v5e-256", "v5p-128", "v6e-256")
+OF_64 = ("v5e-64", "v5p-64", "v6e-64")
 DPO = {
     "objective": {"type": "dpo", "beta": 0.1},
     "compute_dtype": "bfloat16",
@@ -56,7 +58,9 @@ class Case:
     """Slice -> size of the axis `tensor`; 1 where it is not named. `fsdp` takes the rest."""
     data: int = 1
     """Size of the axis `data`."""
-    slices: tuple[str, ...] = tuple(SLICES)
+    expert: int = 1
+    """Size of the axis `expert`."""
+    slices: tuple[str, ...] = USUAL
 
 
 def dpo(batch: int, prompt: int, response: int) -> dict[str, Any]:
@@ -90,7 +94,7 @@ CASES = (
         "align",
         labelling(),
         ("labelling",),
-        dict.fromkeys(SLICES, 8),
+        dict.fromkeys(USUAL, 8),
     ),
     Case("9 tiles", "LLaVA-OneVision-7B", "train", dpo(256, 7680, 512), STEP),
     Case("batch of 256", "Qwen2.5-VL-72B", "train", dpo(256, 1152, 512), STEP),
@@ -101,7 +105,18 @@ CASES = (
         "generate",
         {"lengths": {"prompt": [1152], "response": [512]}, "sampling": SAMPLING},
         ("prefill", "decode"),
-        dict.fromkeys(SLICES, 8),
+        dict.fromkeys(USUAL, 8),
+    ),
+    Case("batch of 64", "Qwen3.5-27B", "train", dpo(64, 1536, 512), STEP, slices=OF_64),
+    Case("batch of 64", "Gemma-4-31B", "train", dpo(64, 1536, 512), STEP, slices=OF_64),
+    Case(
+        "batch of 64",
+        "Qwen3-VL-30B-A3B",
+        "train",
+        dpo(64, 1536, 512),
+        STEP,
+        expert=8,
+        slices=OF_64,
     ),
 )
 
@@ -141,10 +156,11 @@ def plan(case: Case, slice_name: str, folder: str, optimised: bool) -> dict[str,
             "data": case.data,
             "fsdp": -1,
             "tensor": case.tensor.get(slice_name, 1),
+            **({"expert": case.expert} if case.expert > 1 else {}),
         },
         **case.values,
     }
-    topology = find_topology({**SLICES, **SMALLER}[slice_name])
+    topology = find_topology(SLICES[slice_name])
     recipe = RECIPES[case.command].model_validate(values)
     assumed = Assumed(rows=16000)
     return plan_recipe(recipe, topology, assumed, optimised=optimised, only=case.only).to_json()
@@ -193,6 +209,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print what the file holds")
     parser.add_argument("--optimised", action="store_true", help="four times as long")
     parser.add_argument("--slices", nargs="+", default=list(SLICES), choices=list(SLICES))
+    parser.add_argument("--models", nargs="+", help="of these alone")
     parser.add_argument("--weak", action="store_true", help="one model on more and more chips")
     options = parser.parse_args()
     found = json.loads(Path(options.json).read_text()) if os.path.exists(options.json) else {}
@@ -201,9 +218,9 @@ def main() -> None:
         return
     chosen = [
         (case, slice_name)
-        for slice_name in ([*SLICES, *SMALLER] if options.weak else options.slices)
+        for slice_name in options.slices
         for case in (WEAK if options.weak else CASES)
-        if slice_name in case.slices
+        if slice_name in case.slices and case.model in (options.models or [case.model])
     ]
     with tempfile.TemporaryDirectory() as folder:
         for case, slice_name in chosen:
