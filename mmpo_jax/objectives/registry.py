@@ -164,7 +164,7 @@ def own_rows(options: Mapping[str, Any]) -> Rows:
 
 
 def check_nothing(options: Mapping[str, Any]) -> None:
-    """The check of an objective whose options fit together whatever they are."""
+    """The check of an objective or a reward whose options fit together whatever they are."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import pydantic
 
 from mmpo_jax.core.sections import Section, any_of, section_of
 from mmpo_jax.recipes.scoring import RewardModelAsked
@@ -18,6 +20,11 @@ class RewardSection(Section):
     type: str
     weight: float = 1.0
     """Factor of its values: how much it counts beside the others of a rollout."""
+
+    @pydantic.model_validator(mode="after")
+    def _fits(self) -> Self:
+        REWARDS[self.type].check(self._options())
+        return self
 
     def _options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in REWARDS[self.type].options}

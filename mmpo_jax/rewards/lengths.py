@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from mmpo_jax.core.errors import DataError
 from mmpo_jax.objectives.registry import Count, NonNegative
 from mmpo_jax.rewards.registry import reward_of_tokens
 
 
-@reward_of_tokens
+def _check_buffer(options: Mapping[str, Any]) -> None:
+    buffer, limit = options["buffer"], options["max_tokens"]
+    if buffer > limit:
+        raise ValueError(f"buffer {buffer} is more than max_tokens, {limit}")
+
+
+@reward_of_tokens(check=_check_buffer)
 def soft_overlong(ids: Sequence[int], *, max_tokens: Count, buffer: Count) -> float:
     """0 up to max_tokens - buffer tokens, then down in a straight line to -1 at max_tokens, and -1
     beyond.
 
     DAPO (Yu et al. 2025, arXiv 2503.14476), eq. 13.
     """
-    if buffer > max_tokens:
-        raise DataError(f"soft_overlong: a buffer of {buffer} is more than {max_tokens} tokens")
     return -min(max(len(ids) - (max_tokens - buffer), 0) / buffer, 1.0)
 
 
-@reward_of_tokens
+@reward_of_tokens()
 def length(ids: Sequence[int], *, target: Count, alpha: NonNegative = 0.0003) -> float:
     """-alpha |target - tokens|.
 
@@ -31,7 +35,7 @@ def length(ids: Sequence[int], *, target: Count, alpha: NonNegative = 0.0003) ->
     return -alpha * abs(target - len(ids))
 
 
-@reward_of_tokens
+@reward_of_tokens()
 def repetition(ids: Sequence[int], *, ngram_size: Count = 3, penalty: NonNegative = 1.0) -> float:
     """-penalty times the share of the n-grams of tokens that were there before.
 

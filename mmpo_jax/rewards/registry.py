@@ -22,6 +22,7 @@ from typing import Any, Literal
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.sections import keyword_options
 from mmpo_jax.data.records import ImageRef, VideoRef
+from mmpo_jax.objectives.registry import check_nothing
 
 MAX_LENGTH = 100_000
 """Characters; a longer text is worth 0 and not read."""
@@ -63,6 +64,8 @@ class Reward:
     reads: Literal["text", "texts", "tokens"] = "text"
     """What the function takes: a text and a solution, a question and all texts that answer it, or
     the ids that were sampled."""
+    check: Callable[[Mapping[str, Any]], None] = check_nothing
+    """Raises ValueError for options that do not fit together."""
 
     @property
     def options(self) -> dict[str, tuple[Any, Any]]:
@@ -166,12 +169,20 @@ def reward_of_texts(solution: str) -> Callable[[Callable[..., Any]], Callable[..
     return add
 
 
-def reward_of_tokens(function: Callable[..., float]) -> Callable[..., float]:
+def reward_of_tokens(
+    check: Callable[[Mapping[str, Any]], None] = check_nothing,
+) -> Callable[[Callable[..., float]], Callable[..., float]]:
     """Registers a function (ids, **options) -> float of a response's ids as they were sampled, the
-    end of the response included; for rollouts, as other responses have none."""
+    end of the response included; for rollouts, as other responses have none. `check` as in
+    `Reward`."""
     solution = "anything, or none: it is not read"
-    REWARDS[function.__name__] = Reward(function.__name__, function, solution, "tokens")
-    return function
+
+    def add(function: Callable[..., float]) -> Callable[..., float]:
+        name = function.__name__
+        REWARDS[name] = Reward(name, function, solution, "tokens", check)
+        return function
+
+    return add
 
 
 def between(text: str, start: str, end: str) -> str | None:
