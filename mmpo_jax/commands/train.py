@@ -44,6 +44,7 @@ from mmpo_jax.training.on_policy import with_token_limit
 from mmpo_jax.training.plan import check_training, mesh_sizes, rows_to_see, trained_config
 from mmpo_jax.training.row_use import LearnedUse, PromptUse
 from mmpo_jax.training.stage import VALIDATION, TrainingStage, stage_data, train_stage
+from mmpo_jax.training.teacher import open_teacher
 from mmpo_jax.training.tracking import check_tracking
 from mmpo_jax.training.validation import hold_out
 
@@ -94,6 +95,8 @@ def run_training(recipe: TrainRecipe) -> str:
     if recipe.rollout is not None:
         training = with_token_limit(training, recipe.rollout)
     check_training(training, start.model, mesh)
+    if training.teacher is not None:
+        open_teacher(training.teacher, start)  # which says what is wrong with it
     stage = TrainingStage(
         start,
         training,

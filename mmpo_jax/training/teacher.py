@@ -9,7 +9,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from mmpo_jax.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from mmpo_jax.checkpoints.checkpoint import Checkpoint, check_speaker, open_checkpoint
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.pipeline import Example, HostBatch, batch_maker
@@ -43,19 +43,14 @@ class LoadedTeacher:
         """The teacher of a recipe; None without one.
 
         Raises:
-          ModelError, ProcessorError, CheckpointError: it is not there, or is wrong.
-          MmpoError: its tokenizer is not the policy's.
+          MmpoError: see `open_teacher`.
         """
         asked = config.teacher
-        if not isinstance(asked, ModelTeacher):
-            return None if asked is None else cls(asked, start.processor)
-        opened = open_checkpoint(asked.model, start.model.attention, asked.template)
-        check_same_tokenizer(
-            start.processor,
-            opened.processor,
-            other="teacher",
-            why="a teacher is asked about the tokens that the policy says",
-        )
+        if asked is None:
+            return None
+        opened = open_teacher(asked, start)
+        if opened is None:
+            return cls(asked, start.processor)
         opened = dataclasses.replace(opened, dtype=config.compute_dtype).reloaded(mesh)
         return cls(asked, opened.processor, opened.model, opened.params)
 
@@ -100,6 +95,31 @@ class LoadedTeacher:
                     "teacher.prompt_lengths, or leave such prompts out"
                 ) from error
         return dataclasses.replace(prompt, id=record.id, responses=record.responses)
+
+
+def open_teacher(asked: Teacher, start: Checkpoint) -> Checkpoint | None:
+    """A teacher that is another checkpoint, without its parameters; None for one that is the
+    policy's reference.
+
+    Args:
+      asked: the recipe's section.
+      start: what the policy starts from.
+
+    Raises:
+      ModelError, ProcessorError, CheckpointError: it is not there, is wrong, or says nothing.
+      MmpoError: its tokenizer is not the policy's.
+    """
+    if not isinstance(asked, ModelTeacher):
+        return None
+    check_speaker(asked.model, "training.teacher")
+    opened = open_checkpoint(asked.model, start.model.attention, asked.template)
+    check_same_tokenizer(
+        start.processor,
+        opened.processor,
+        other="teacher",
+        why="a teacher is asked about the tokens that the policy says",
+    )
+    return opened
 
 
 def with_teacher(

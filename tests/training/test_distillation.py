@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers import tiny
 from helpers.loop_runs import make_start
+from helpers.reward_heads import save_headed
 from helpers.rollouts import State, make_mesh, tokenized_prompts, trained
 from pydantic import ValidationError
 
@@ -19,6 +20,7 @@ from mmpo_jax.data.pipeline import MixtureEntry
 from mmpo_jax.data.records import ImageRef, Response
 from mmpo_jax.data.skipped import SKIPPED_FILE
 from mmpo_jax.data.tokenization import RowRejected, tokenize_records
+from mmpo_jax.models.config import ModelError
 from mmpo_jax.objectives.distillation import token_divergence
 from mmpo_jax.objectives.registry import Divergence
 from mmpo_jax.parallel.mesh import WHOLE
@@ -260,6 +262,16 @@ def test_another_tokenizer_is_refused(tiny_model, tiny_processor, tmp_path):
     start = make_start(tiny_model, tiny_processor)
     with pytest.raises(MmpoError, match=r"policy and teacher have other tokenizers: .* ids"):
         LoadedTeacher.load(config, start, make_mesh(1, 1, 1))
+
+
+def test_a_teacher_that_says_nothing_is_refused_first(tiny_folder, tiny_model, tmp_path):
+    """Before any row is read."""
+    scorer = save_headed(tmp_path / "scorer", tiny_folder, *tiny_model)
+    teacher = {"type": "model", "model": str(scorer)}
+    training = {"objective": {"type": "distillation"}, "teacher": teacher}
+    with pytest.raises(ModelError, match=r"is a reward model, .* training.teacher takes a policy"):
+        run_training(recipe(tiny_folder, tmp_path / "run", training=training))
+    assert not (tmp_path / "run").exists()
 
 
 def test_too_long_a_prompt_for_a_teacher_is_left_out(tiny_processor, tiny_folder):
