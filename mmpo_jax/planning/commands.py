@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.data.pipeline import MixtureEntry
 from mmpo_jax.generation.responses import PROMPTS_PER_PART
+from mmpo_jax.planning.abstract import Sizes
 from mmpo_jax.planning.judging import in_inference, judge_stages
 from mmpo_jax.planning.opened import Opened
 from mmpo_jax.planning.programs import Sampled, validation
@@ -25,10 +26,12 @@ from mmpo_jax.recipes.candidates import (
     PolicyCandidates,
 )
 from mmpo_jax.recipes.command_recipes import GenerateRecipe, RewardRecipe, ScoreRecipe, SelectRecipe
+from mmpo_jax.recipes.rollout import Rollout
 from mmpo_jax.recipes.sampling import Decoding
 from mmpo_jax.recipes.train_recipe import TrainRecipe
+from mmpo_jax.recipes.training import Training
 from mmpo_jax.training.on_policy import with_token_limit
-from mmpo_jax.training.plan import total_steps, trained_config
+from mmpo_jax.training.plan import micro_batch_size, total_steps, trained_config
 
 
 def plan_stages(recipe: Base, mesh: Mesh, assumed: Assumed) -> Plan:
@@ -74,32 +77,11 @@ def _train(stages: Stages, recipe: TrainRecipe) -> None:
     known = len(parts) == len(rows)
     steps = total_steps(config, parts, rollout) if known else config.max_steps
     records = sum(part.size for part in parts) if known else None
-    responses = stages.assumed.responses
-    if rollout is not None:
-        responses = rollout.num_samples
-        sizes = stages.sizes(opened, recipe.lengths, responses)
-        draws = None if steps is None else steps / rollout.steps
-        prompts = config.batch_size * rollout.minibatches
-        sampled = Sampled(
-            prompts,
-            config.batch_size,
-            Decoding(**rollout.model_dump(include=set(Decoding.model_fields))),
-        )
-        policy = opened.with_dtype(config.compute_dtype).quantized(config.quantization)
-        stages.sample("rollouts", policy, sizes, sampled, prompts, draws)
-        for asked in rollout.reward_models:
-            rewarded = None if draws is None else draws * prompts
-            reward_stages(
-                stages,
-                "rewards",
-                asked.model,
-                asked.template,
-                asked,
-                None,
-                responses,
-                rewarded,
-            )
+    responses = stages.assumed.responses if rollout is None else rollout.num_samples
     sizes = stages.sizes(opened, recipe.lengths, responses)
+    if rollout is not None:
+        draws = None if steps is None else steps / rollout.steps
+        _rollouts(stages, rollout, opened, config, sizes, draws)
     stages.training(opened, config, sizes, steps, records, rollout)
     if recipe.validation is not None:
         held = recipe.validation.share
@@ -109,6 +91,41 @@ def _train(stages: Stages, recipe: TrainRecipe) -> None:
             batches = times * math.ceil(held * records / config.batch_size)
         program = validation(opened, stages.mesh, config, sizes)
         stages.add("validation", [program], [batches])
+
+
+def _rollouts(
+    stages: Stages,
+    rollout: Rollout,
+    opened: Opened,
+    config: Training,
+    sizes: Sizes,
+    draws: float | None,
+) -> None:
+    """Sampling, log-probs of samples and rewards, of so many rollouts or an unknown number."""
+    prompts = config.batch_size * rollout.minibatches
+    total = None if draws is None else draws * prompts
+    decoding = Decoding(**rollout.model_dump(include=set(Decoding.model_fields)))
+    policy = opened.with_dtype(config.compute_dtype).quantized(config.quantization)
+    sampled = Sampled(prompts, config.batch_size, decoding)
+    stages.sample("rollouts", policy, sizes, sampled, prompts, draws)
+    if rollout.dynamic_sampling is not None:
+        stages.notes.append("rollout.dynamic_sampling: every prompt teaches, and none is replaced")
+    passes = int(rollout.needs_old) + int(rollout.reward_kl > 0)  # under the reference too
+    if passes:
+        rows = micro_batch_size(config, stages.mesh)
+        read = None if total is None else passes * total
+        stages.scored("rollouts", policy, sizes, rows, config.compute_dtype, read)
+    for asked in rollout.reward_models:
+        reward_stages(
+            stages,
+            "rewards",
+            asked.model,
+            asked.template,
+            asked,
+            None,
+            rollout.num_samples,
+            total,
+        )
 
 
 def _align(stages: Stages, recipe: AlignRecipe) -> None:

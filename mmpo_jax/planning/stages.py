@@ -152,7 +152,7 @@ class Stages:
         sizes: Sizes,
         batch_size: int,
         dtype: str,
-        records: int | None,
+        records: float | None,
     ) -> None:
         """Adds log-probs of so many records, or of an unknown number."""
         rows = self.rounded(batch_size)

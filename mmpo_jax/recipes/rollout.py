@@ -95,6 +95,11 @@ class Rollout(Section):
         """Updates that a rollout is learned from in."""
         return self.minibatches * self.num_iterations
 
+    @property
+    def needs_old(self) -> bool:
+        """Whether the log-probs under what sampled are read."""
+        return self.steps > 1 or self.reward_kl > 0
+
     @pydantic.field_validator("rewards")
     @classmethod
     def _distinct(cls, rewards: Rewards) -> Rewards:

@@ -101,7 +101,7 @@ class Rollouts:
         self.rewarding = Rewarding.load(rollout, mesh, start.model.attention, prompts.seed)
         sizes = BatchSizes(config.batch_size, micro_batch_size, lengths)
         self.batches = RolloutBatches(self.start, config, rollout, sizes, mesh, teacher, self.seed)
-        self.steps = rollout.minibatches * rollout.num_iterations
+        self.steps = rollout.steps
         """Updates that learn from a rollout."""
         self.drawn: list[HostBatch] = []
         """The minibatches of the rollout in use; none before it is made."""
@@ -224,7 +224,8 @@ class Rollouts:
     ) -> list[HostBatch]:
         """The batches with what policy gradients weigh tokens by."""
         rewards = np.stack([each.rewards for part in parts for each in part])
-        old = [self.batches.log_probs(params, host) for host in drawn] if self.needs_old else []
+        asked = drawn if self.rollout.needs_old else []
+        old = [self.batches.log_probs(params, host) for host in asked]
         penalty = None
         if self.rollout.reward_kl:
             reference = cast_params(
@@ -246,11 +247,6 @@ class Rollouts:
         """The batches with a further field, of whose values each has its own."""
         pairs = zip(drawn, values, strict=True)
         return [self.batches.with_field(host, name, of_batch) for host, of_batch in pairs]
-
-    @property
-    def needs_old(self) -> bool:
-        """Whether the log-probs under what sampled are read."""
-        return self.steps > 1 or self.rollout.reward_kl > 0
 
     def _sample(
         self, params: Params, records: Sequence[TokenizedRecord], number: int

@@ -220,6 +220,23 @@ def test_programs_of_other_recipes(without_weights):
     runs, _ = stages_of(grpo)
     assert [name for _, name in runs] == ["rollouts: prefill", "rollouts: decode", "train step"]
     assert runs["training", "train step"].program.gives["pairs"] == 8
+    options = {"reward_kl": 0.1, "minibatches": 2, "dynamic_sampling": 3}
+    rloo = recipe_of(
+        TrainRecipe,
+        without_weights,
+        rollout=rollout | options,
+        training={
+            "objective": {"type": "grpo"},
+            "reference": {"type": "online"},
+            "batch_size": 8,
+            "save_every": 20,
+        },
+    )
+    runs, notes = stages_of(rloo, rows=64)
+    assert [name for _, name in runs][2:] == ["log-probs", "train step"]
+    # Of every sample under the policy and under the reference, eight prompts at a time.
+    assert runs["rollouts", "log-probs"].runs == 2 * 64 / 8
+    assert any("dynamic_sampling" in note for note in notes)
     sft = recipe_of(
         TrainRecipe,
         without_weights,
