@@ -53,17 +53,17 @@ def grpo(
     different e_low and e_high are DAPO's (arXiv 2503.14476). `delta` bounds w from above where A is
     negative (two-sided clipping, INTELLECT-2, arXiv 2505.07291). The paper has no w before the KL
     term: with it (`bias_corrected_kl`, as TRL has it) the gradient is that of the KL divergence
-    (DeepSeek-V3.2, arXiv 2512.02556); `kl: k2` is (ref - p)^2 / 2. How rewards become A is said by
-    the `rollout`: its `baseline` is `mean`, `leave_one_out` (RLOO) or `none`, its `scale` `group`,
-    `batch`, `none` (Dr. GRPO, arXiv 2503.20783) or `whiten` (REINFORCE++), its `aggregation` of
-    several rewards `sum_then_normalize` or `normalize_then_sum` (GDPO, arXiv 2601.05242), see
-    `advantages`. `top_entropy_quantile` learns the share of the batch's tokens with the highest
-    entropy alone (arXiv 2506.01939). `max_log_ratio` holds log w within plus and minus it before
-    anything else (the pre-clip of R1-Reward, arXiv 2505.02835, ln 1000 there); a token beyond has
-    no gradient. `normalization`, by TRL's names: `dapo` and `bnpo` are the mean over the tokens of
-    the global batch, `grpo` the mean over responses of the mean over their tokens, `dr_grpo` the
-    sum over tokens by the number of responses times `max_tokens`, which is the rollout's limit
-    unless it is given.
+    (DeepSeek-V3.2, arXiv 2512.02556); `kl: k2` is (ref - p)^2 / 2, whose gradient is that without w
+    (`bias_corrected_kl: false`). How rewards become A is said by the `rollout`: its `baseline` is
+    `mean`, `leave_one_out` (RLOO) or `none`, its `scale` `group`, `batch`, `none` (Dr. GRPO, arXiv
+    2503.20783) or `whiten` (REINFORCE++), its `aggregation` of several rewards `sum_then_normalize`
+    or `normalize_then_sum` (GDPO, arXiv 2601.05242), see `advantages`. `top_entropy_quantile`
+    learns the share of the batch's tokens with the highest entropy alone (arXiv 2506.01939).
+    `max_log_ratio` holds log w within plus and minus it before anything else (the pre-clip of
+    R1-Reward, arXiv 2505.02835, ln 1000 there); a token beyond has no gradient. `normalization`, by
+    TRL's names: `dapo` and `bnpo` are the mean over the tokens of the global batch, `grpo` the mean
+    over responses of the mean over their tokens, `dr_grpo` the sum over tokens by the number of
+    responses times `max_tokens`, which is the rollout's limit unless it is given.
 
     Args:
       sampled: [N, S, T].

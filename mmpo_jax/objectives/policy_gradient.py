@@ -144,8 +144,9 @@ def kl_estimate(responses: Responses, estimator: Estimator = "k3") -> Float[Arra
     """float32[N, S, T]: an estimate of KL(policy || reference) that is never negative.
 
     Schulman 2020, "Approximating KL divergence", with d = log ref - log p: `k3` is e^d - d - 1,
-    unbiased; `k2` is d^2 / 2, whose gradient is unbiased on-policy (REINFORCE++-baseline). Times w
-    both are those of the policy that learns (`bias_corrected_kl`, DeepSeek-V3.2, arXiv 2512.02556).
+    whose gradient is that of the divergence with w as a factor (`bias_corrected_kl`, DeepSeek-V3.2,
+    arXiv 2512.02556); `k2` is d^2 / 2, whose gradient is that on-policy and without the factor
+    (REINFORCE++-baseline, arXiv 2501.03262).
     """
     gap = -responses.token_ratios
     if estimator == "k2":

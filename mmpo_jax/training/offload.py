@@ -21,9 +21,8 @@ STACKED = "/layers/"
 
 
 class Streamed(optax.GradientTransformationExtraArgs):
-    """A transformation whose moments wait on the host. `update` takes `accept`, a
-    bool[], besides: where it is false, the state
-    stays."""
+    """A transformation whose moments wait on the host. `update` takes `accept`, a bool[], besides:
+    where it is false, the state stays."""
 
 
 def is_on_host(leaf: Any) -> bool:
