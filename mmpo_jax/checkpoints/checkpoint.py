@@ -212,8 +212,14 @@ def load_weights(
         nothing is merged.
 
     Raises:
-      ModelError, CheckpointError: naming the file that is missing or wrong.
+      ModelError, CheckpointError: naming the file that is missing or wrong, or what is not to be
+        quantised again.
     """
+    if quantization is not None and location.below is not None:
+        raise ModelError(
+            f"{location.weights}: was trained above a quantised base; to quantise it again would "
+            "round away most of that: leave training.lora.quantize_base out"
+        )
     whole = model
     if model.config.reward_head is not None and _config_of_files(location).reward_head is None:
         model = Model.create(without_reward_head(model.config), model.attention)

@@ -72,6 +72,23 @@ def test_numbers_are_rounded_to_the_nearest_step(kind, steps, group):
     assert error.mean() > 0.2 * step.mean()
 
 
+@pytest.mark.parametrize(("kind", "size"), [("int8", 1e-3), ("int4", 1e-2)])
+def test_an_update_is_rounded_away_where_its_kernel_was_quantised_before(kind, size):
+    """And not where it was not: why what was trained above a quantised base is not quantised."""
+    rng = np.random.default_rng(0)
+    kernel = rng.standard_normal((1, 256, 256)).astype(np.float32)
+    factors = rng.standard_normal((1, 256, 8)), rng.standard_normal((1, 8, 256))
+    update = (size / 8**0.5 * factors[0] @ factors[1]).astype(np.float32)
+    base = np.asarray(dequantize(quantize(kernel, kind=kind)))
+    left = [
+        np.sum((np.asarray(dequantize(quantize(whole + update, kind=kind))) - base) * update)
+        / np.sum(update**2)
+        for whole in (base, kernel)
+    ]
+    assert left[0] < 0.2
+    assert left[1] == pytest.approx(1, abs=0.2)
+
+
 def test_groups_that_do_not_divide_the_inputs_are_smaller():
     kernel = np.random.default_rng(0).standard_normal((1, 96, 8)).astype(np.float32)
     assert quantize(kernel, kind="int4").scales.shape == (1, 3, 8)  # of 32 inputs

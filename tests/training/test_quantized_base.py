@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers.loop_runs import Killed, interrupted, make_start, same
 from helpers.run_files import reproducible_rows
+from pydantic import ValidationError
 
 from mmpo_jax.checkpoints.checkpoint import load_start
 from mmpo_jax.checkpoints.huggingface import load_params, save_model
@@ -24,6 +25,7 @@ from mmpo_jax.models.quantized_base import quantized_paths
 from mmpo_jax.picture_world.language import hallucinated_caption, true_caption
 from mmpo_jax.picture_world.preferences import write_preferences
 from mmpo_jax.picture_world.records import prompt_records, scenes
+from mmpo_jax.recipes.align_recipe import AlignRecipe
 from mmpo_jax.recipes.train_recipe import TrainRecipe
 from mmpo_jax.recipes.training import Training
 from mmpo_jax.training.loop import Run, TrainingData, train
@@ -82,6 +84,9 @@ def test_a_run_ends_with_what_was_trained(recipe, tiny_folder, tiny_model, tmp_p
     below = json.loads((run / "base" / "below.json").read_text())
     assert (below["model"], below["quantization"]) == (str(tiny_folder), kind)
     assert read_adapter_config(run / "adapter")["base_model_name_or_path"] == str(tiny_folder)
+
+    with pytest.raises(ModelError, match="was trained above a quantised base"):
+        load_start(str(run), quantization=kind)
 
     written = flatten(load_params(run / "model", model))
     convert(str(run), str(tmp_path / "converted"))
@@ -165,6 +170,22 @@ def test_another_base_is_refused(recipe, tiny_model, tiny_folder, tmp_path):
     save_model(tmp_path / "model", model, unflatten(flat), tiny_folder)
     with pytest.raises(ModelError, match=r"has adapters alone, and \S+, which they were"):
         load_start(str(tmp_path / "run"))
+
+
+def test_rounds_that_would_be_rounded_away_are_refused():
+    def align(rounds, **lora):
+        return AlignRecipe(
+            output="run",
+            model="model",
+            data={"source": "picture_world", "size": 8},
+            rounds=rounds,
+            training={"lora": lora},
+        )
+
+    with pytest.raises(ValidationError, match="rounds away most of what was learned"):
+        align(2, quantize_base="int8")
+    assert align(1, quantize_base="int8").training.quantization == "int8"
+    assert align(2).training.quantization is None
 
 
 def test_what_is_refused(recipe, tiny_model, tiny_processor, mesh):
