@@ -136,7 +136,7 @@ def randomise(theirs: Any, seed: int, norm: float = 1.0) -> None:
         elif name.endswith("bias"):
             tensor.copy_(0.2 * noise)
         else:  # norms, layer scales
-            tensor.copy_(1 + 0.2 * noise)
+            tensor.copy_((norm if "norm" in name else 1) + 0.2 * noise)
     generator = torch.Generator().manual_seed(2)
     around = dict.fromkeys(("layer_scalar", "std_scale", "std_bias", "put_max"), 0.8)
     for name, buffer in theirs.named_buffers():

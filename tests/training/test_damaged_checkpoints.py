@@ -36,7 +36,8 @@ def test_the_one_before_is_taken(run, undisturbed, copy, caplog, name):
     caplog.set_level(logging.INFO)
     same(run(copy), params)
     assert f"continuing from step {NEWEST if how.is_whole else BEFORE}" in caplog.messages
-    told = warned(caplog)
+    # Threads of other tests may warn of their own.
+    told = [line for line in warned(caplog) if str(copy) in line]
     assert len(told) == (0 if how.is_whole else 1)
     assert all(line.startswith(f"{newest}") for line in told)
     aside = copy / "checkpoints" / f"{NEWEST}.damaged"
