@@ -10,12 +10,12 @@ import shutil
 import numpy as np
 
 from mmpo_jax.checkpoints.cards import ModelCard, SavedWeights, read_card, write_card
-from mmpo_jax.checkpoints.checkpoint import load_model_config, load_weights
 from mmpo_jax.checkpoints.folders import BASE
 from mmpo_jax.checkpoints.huggingface import save_model
 from mmpo_jax.checkpoints.locations import Location, check_same_files, locate
 from mmpo_jax.checkpoints.orbax import save_base, save_start
 from mmpo_jax.checkpoints.rounding import stored_dtype
+from mmpo_jax.checkpoints.weights import load_model_config, load_weights
 from mmpo_jax.core import progress
 from mmpo_jax.core.buckets import incomplete, put_in_place
 from mmpo_jax.core.errors import MmpoError

@@ -11,9 +11,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mmpo_jax.checkpoints.checkpoint import load_model_config
 from mmpo_jax.checkpoints.folders import is_on_hub, resolve_folder
 from mmpo_jax.checkpoints.locations import Location, locate
+from mmpo_jax.checkpoints.weights import load_model_config
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.data.processor import Processor

@@ -14,11 +14,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mmpo_jax.checkpoints.cards import MARGIN, ModelCard, SavedWeights, write_card
-from mmpo_jax.checkpoints.checkpoint import Checkpoint, Origin, load_model_config
+from mmpo_jax.checkpoints.checkpoint import Checkpoint, Origin
 from mmpo_jax.checkpoints.huggingface import load_params, save_model
 from mmpo_jax.checkpoints.locations import locate
 from mmpo_jax.checkpoints.peft import save_adapter
 from mmpo_jax.checkpoints.train_state import TrainState
+from mmpo_jax.checkpoints.weights import load_model_config
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.lengths import Lengths

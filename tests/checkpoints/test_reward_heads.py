@@ -6,15 +6,11 @@ import numpy as np
 import pytest
 from helpers.reward_heads import KINDS, headed, save_headed
 
-from mmpo_jax.checkpoints.checkpoint import (
-    check_speaker,
-    load_model_config,
-    load_start,
-    open_reward_model,
-)
+from mmpo_jax.checkpoints.checkpoint import check_speaker, load_start, open_reward_model
 from mmpo_jax.checkpoints.huggingface import load_model, load_params
 from mmpo_jax.checkpoints.locations import locate
 from mmpo_jax.checkpoints.peft import save_adapter
+from mmpo_jax.checkpoints.weights import load_model_config
 from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.models.config import ModelError, RewardHead
 from mmpo_jax.models.lora import Lora, add_adapters, merge_adapters
