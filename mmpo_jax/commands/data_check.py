@@ -31,6 +31,7 @@ from mmpo_jax.data.skipped import SkippedRow
 from mmpo_jax.data.tally import TextNotes
 from mmpo_jax.data.tokenization import UNLIMITED, RowRejected
 from mmpo_jax.data.usable import unsupported, without_shown_media
+from mmpo_jax.data.videos import video_facts
 
 _SHOWN = 3
 """Examples of each thing that is found."""
@@ -129,7 +130,7 @@ def check_data(
         if processor is not None:
             findings.texts.add(item, processor)
         findings.without_media += not shows_something(item)
-        findings.sizes.update(image_size(image)[::-1] for image in _images(item))
+        findings.sizes.update(_sizes(item))
         if same:
             findings.same_responses.append(item.row)
         _note_duplicate(item, rows_of, findings)
@@ -189,6 +190,14 @@ def _images(record: Record) -> Iterator[ImageRef]:
         yield from video.parts
     for response in record.responses:
         yield from response.images or ()
+
+
+def _sizes(record: Record) -> Iterator[tuple[int, int]]:
+    """(width, height) of the images, of frames in lists, and of video files once each."""
+    files = [video for video in record.videos if video.file is not None]
+    read = {id(video.file) for video in files}
+    yield from (image_size(image)[::-1] for image in _images(record) if id(image) not in read)
+    yield from (video_facts(video).size[::-1] for video in files)
 
 
 def _note_duplicate(record: Record, rows_of: dict[str, int | None], findings: Findings) -> None:

@@ -10,6 +10,7 @@ pytest.importorskip("av")
 from helpers import clips, pictures
 from helpers.format_rows import QUESTION, write_jsonl
 
+from mmpo_jax import cli
 from mmpo_jax.data.formats import FORMATS
 from mmpo_jax.data.formats.media import MediaFolder
 from mmpo_jax.data.formats.writing import Writer
@@ -183,3 +184,14 @@ def test_rows_in_tables(family_case, folder, path):
 
 def test_all_formats_that_hold_videos_are_tried():
     assert set(ROWS) <= set(FORMATS)
+
+
+def test_the_check_tells_sizes_of_frames(folder, capsys):
+    rows = [
+        {"prompt": QUESTION, "chosen": "a", "rejected": "b", "video": name}
+        for name in (NAMED, "b.webm")
+    ]
+    path = write_jsonl(folder / "rows.jsonl", rows)
+    assert cli.main(["data", "check", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "images: 2 of 2 sizes" in said and "84 x 56" in said.replace("×", "x")
