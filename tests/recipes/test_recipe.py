@@ -402,7 +402,7 @@ def owners(section: type[Section]) -> set[str]:
         passed |= {"options", "asked", "server", "_server", "speaking", "splitting", "labeling"}
     if issubclass(section, BenchmarkSection):
         passed |= {"section", "self"}
-    if issubclass(section, RecordSource):
+    if issubclass(section, RecordSource | Rollout):
         passed |= {"self"}
     return passed | ({*held, "config", "recipe"} if held else {"recipe"})
 
