@@ -174,9 +174,11 @@ class Checkpoint:
           ModelError, CheckpointError: as `reloaded`.
         """
         meshes = {getattr(leaf.sharding, "mesh", mesh) for leaf in jax.tree.leaves(self.params)}
-        if meshes - {mesh} or self.dtype is not None or self.quantization != quantization:
+        is_other = self.dtype is not None or self.quantization != quantization
+        if meshes - {mesh} or is_other:
             self.release()
-        return dataclasses.replace(self, dtype=None, quantization=quantization).reloaded(mesh)
+        changes: dict[str, Any] = {"dtype": None, "quantization": quantization}
+        return (dataclasses.replace(self, **changes) if is_other else self).reloaded(mesh)
 
 
 def model_config(name: str) -> ModelConfig:
