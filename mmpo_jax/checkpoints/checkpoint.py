@@ -177,8 +177,10 @@ class Checkpoint:
         is_other = self.dtype is not None or self.quantization != quantization
         if meshes - {mesh} or is_other:
             self.release()
-        changes: dict[str, Any] = {"dtype": None, "quantization": quantization}
-        return (dataclasses.replace(self, **changes) if is_other else self).reloaded(mesh)
+        own = self
+        if is_other:
+            own = dataclasses.replace(self, dtype=None, quantization=quantization)
+        return own.reloaded(mesh)
 
 
 def model_config(name: str) -> ModelConfig:
