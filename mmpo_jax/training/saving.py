@@ -56,7 +56,7 @@ class Before:
 
 
 def load_before(card: ModelCard, model: Model, mesh: Mesh) -> Before:
-    """What a run started from, if that is still where its recipe found it.
+    """What a run started from, quantised where it was, if it is still where its recipe found it.
 
     Args:
       card: of the run.
@@ -75,7 +75,8 @@ def load_before(card: ModelCard, model: Model, mesh: Mesh) -> Before:
         origin = Origin(location, seed if is_random else None, seed if is_new else None)
         if origin.fingerprint(model.config) != card.base_fingerprint:
             return Before(None, f"{name} is not what the run started from")
-        return Before(origin.load(model, mesh))
+        lora = card.recipe["training"].get("lora") or {}  # old cards have no `quantize_base`
+        return Before(origin.load(model, mesh, quantization=lora.get("quantize_base")))
     except MmpoError as error:
         return Before(None, f"{name} cannot be read: {error}")
 

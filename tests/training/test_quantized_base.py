@@ -4,12 +4,14 @@ import dataclasses
 import json
 import math
 
+import jax
 import numpy as np
 import pytest
 from helpers.loop_runs import Killed, interrupted, make_start, same
 from helpers.run_files import reproducible_rows
 from pydantic import ValidationError
 
+from mmpo_jax.checkpoints.cards import make_card
 from mmpo_jax.checkpoints.checkpoint import load_start
 from mmpo_jax.checkpoints.huggingface import load_params, save_model
 from mmpo_jax.checkpoints.peft import read_adapter_config
@@ -28,8 +30,10 @@ from mmpo_jax.picture_world.records import prompt_records, scenes
 from mmpo_jax.recipes.align_recipe import AlignRecipe
 from mmpo_jax.recipes.train_recipe import TrainRecipe
 from mmpo_jax.recipes.training import Training
-from mmpo_jax.training.loop import Run, TrainingData, train
+from mmpo_jax.training.batches import TrainingData
+from mmpo_jax.training.loop import Run, train
 from mmpo_jax.training.plan import TrainingError, check_training
+from mmpo_jax.training.saving import load_before
 
 PAIRS = 128
 LORA = {"target": "language_model/layers/.*/[qv]_proj", "rank": 2, "dora": True}
@@ -103,6 +107,17 @@ def test_a_run_ends_with_what_was_trained(recipe, tiny_folder, tiny_model, tmp_p
             moved.append(path)
         assert (path in quantized_paths(model)) == (not np.array_equal(leaf, base[path])), path
     assert sorted(path.split("/")[-2] for path in moved) == ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize("kind", ["int8", None])
+def test_an_update_is_counted_from_the_base_that_was_trained_above(recipe, tiny_folder, mesh, kind):
+    """Rounding of the base is no part of the update, a share of which cards tell."""
+    start = load_start(str(tiny_folder), mesh=mesh, quantization=kind)
+    given = {"from_hub": False, "base_fingerprint": start.fingerprint}
+    card = make_card(recipe("run", kind), start.model, {}, **given)
+    before = load_before(card, start.model, mesh)
+    assert before.unknown == ""
+    same(*(jax.tree.map(np.asarray, flatten(tree)) for tree in (before.params, start.params)))
 
 
 @pytest.mark.slow
