@@ -45,7 +45,8 @@ def test_an_adapter_of_peft(mmpo, short_folder, short_theirs, tmp_path):
         check(short_theirs, scores, tolerance=0.1)
 
 
-def test_an_adapter_that_is_trained_here(mmpo, short_folder, tmp_path):
+@pytest.mark.parametrize("options", [{}, {"dora": True}], ids=["lora", "dora"])
+def test_an_adapter_that_is_trained_here(mmpo, short_folder, tmp_path, options):
     """PEFT's model with it gives the log-probs of our folders, the adapter's and the merged."""
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     recipe = TrainRecipe.model_validate(
@@ -56,7 +57,7 @@ def test_an_adapter_that_is_trained_here(mmpo, short_folder, tmp_path):
             "lengths": {"prompt": [64], "response": [32]},
             "training": {
                 "objective": {"type": "dpo"},
-                "lora": {"target": ".*", "rank": 4, "alpha": 8},
+                "lora": {"target": ".*", "rank": 4, "alpha": 8, **options},
                 "optimizer": {"learning_rate": 1e-3},
                 "epochs": 3,
                 "batch_size": len(ROWS),

@@ -18,9 +18,9 @@ from mmpo_jax.models.family import Clip, Family, Images, Size, Videos
 from mmpo_jax.models.frame_sampling import centred
 from mmpo_jax.models.layers import ACTIVATIONS, layer_norm
 from mmpo_jax.models.layout import Layout
+from mmpo_jax.models.tiles import TileModel
 from mmpo_jax.models.torch_resize import frame_pixels
 from mmpo_jax.models.vision import VisionConfig, read_vision
-from mmpo_jax.models.vlm import VisionLanguageModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,13 +83,12 @@ class InternVLProjector(projector.Projector):
         return super().__call__(self.layer_norm(x))
 
 
-class InternVL(VisionLanguageModel):
-    """Every slot of a prompt is one tile [C, H, W]; its features stay in their order."""
+class InternVL(TileModel):
+    """A tile's features are squares of patches."""
 
     def __init__(self, config: InternVLConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs)
         self.feature_layer, self.shuffle = config.feature_layer, config.shuffle
-        self.vision_tower = vision.VisionTower(config.vision, rngs)
         self.multi_modal_projector = InternVLProjector(
             config.vision.hidden_size * config.shuffle**2,
             config.decoder.hidden_size,
@@ -97,12 +96,9 @@ class InternVL(VisionLanguageModel):
             rngs,
         )
 
-    def image_features(self, batch, remat):
-        b, i = batch.pixel_values.shape[:2]
-        pixels = batch.pixel_values.reshape(b * i, *batch.pixel_values.shape[2:])
+    def tile_features(self, pixels, remat):
         features = self.vision_tower(pixels, (self.feature_layer,), remat)
-        features = self.multi_modal_projector(pixel_shuffle(features[:, 1:], self.shuffle))
-        return features.reshape(b, -1, features.shape[-1])
+        return pixel_shuffle(features[:, 1:], self.shuffle)
 
 
 def pixel_shuffle(x: Shaped[Array, "M S D"], k: int) -> Shaped[Array, "M N F"]:

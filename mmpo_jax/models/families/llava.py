@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -15,13 +14,8 @@ from mmpo_jax.models.config import ModelConfig, ModelError, expect, read_decoder
 from mmpo_jax.models.family import Family, Images, Size
 from mmpo_jax.models.layers import ACTIVATIONS
 from mmpo_jax.models.layout import Layout
+from mmpo_jax.models.tiles import TileModel
 from mmpo_jax.models.vision import VisionConfig, read_vision
-from mmpo_jax.models.vlm import VisionLanguageModel
-
-TILE_ROWS = 16
-"""Rows of bfloat16 in a tile of a TPU's memory. Slots of so many features, or of a multiple, become
-rows of a pool as they are; SigLIP's 729 would be moved row by row, in code of a minute to compile.
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +35,6 @@ class LlavaConfig(ModelConfig):
     def num_image_tokens(self) -> int:
         """N: how many features the tower makes of one tile."""
         return self.vision.num_tokens - int(not self.keep_first)
-
-    @property
-    def slot_rows(self) -> int:
-        """Rows that a slot takes of the pool: N, and what fills it up to whole tiles of memory."""
-        return -(-self.num_image_tokens // TILE_ROWS) * TILE_ROWS
 
 
 def read_config(config: Any) -> LlavaConfig:
@@ -83,18 +72,13 @@ def _feature_layers(selected: int | list[int], num_layers: int) -> tuple[int, ..
     return resolved
 
 
-class Llava(VisionLanguageModel):
-    """Every slot of a prompt is one tile [C, H, W]; its features stay in their order."""
-
-    extras = 0
-    """Learned vectors that the pool begins with."""
+class Llava(TileModel):
+    """A tile's features are those of chosen layers side by side."""
 
     def __init__(self, config: LlavaConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs)
         self.feature_layers = config.feature_layers
         self.keep_first = config.keep_first
-        self.slot_tokens, self.slot_rows = config.num_image_tokens, config.slot_rows
-        self.vision_tower = vision.VisionTower(config.vision, rngs)
         self.multi_modal_projector = projector.Projector(
             config.vision.hidden_size * len(config.feature_layers),
             config.decoder.hidden_size,
@@ -103,19 +87,9 @@ class Llava(VisionLanguageModel):
             rngs,
         )
 
-    def image_features(self, batch, remat):
-        b, i = batch.pixel_values.shape[:2]
-        pixels = batch.pixel_values.reshape(b * i, *batch.pixel_values.shape[2:])
+    def tile_features(self, pixels, remat):
         features = self.vision_tower(pixels, self.feature_layers, remat)
-        features = features[:, int(not self.keep_first) :]
-        added = self.slot_rows - self.slot_tokens
-        features = self.multi_modal_projector(jnp.pad(features, ((0, 0), (0, added), (0, 0))))
-        return features.reshape(b, -1, features.shape[-1])
-
-    def pool_rows(self, index):
-        slot, token = jnp.divmod(index - self.extras, self.slot_tokens)
-        rows = self.extras + slot * self.slot_rows + token
-        return jnp.where(index < self.extras, index, rows)
+        return features[:, int(not self.keep_first) :]
 
 
 def layouts(config: LlavaConfig, processor: Any, sizes: Sequence[Size]) -> list[Layout]:

@@ -27,8 +27,8 @@ from mmpo_jax.models.frame_sampling import FRAME_RATE
 from mmpo_jax.models.layers import ACTIVATIONS
 from mmpo_jax.models.layout import Layout
 from mmpo_jax.models.linear import linear
+from mmpo_jax.models.tiles import TileModel
 from mmpo_jax.models.vision import VisionConfig
-from mmpo_jax.models.vlm import VisionLanguageModel
 
 VIDEO = "<video>"
 """What chat templates write for a video."""
@@ -133,23 +133,19 @@ class Connector(nnx.Module):
         return self.proj(x)
 
 
-class SmolVLM(VisionLanguageModel):
-    """Every slot of a prompt is one tile [C, H, W]; its features stay in their order."""
+class SmolVLM(TileModel):
+    """A tile's features are squares of patches."""
 
     def __init__(self, config: SmolVLMConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs)
         self.feature_layer, self.shuffle = config.feature_layer, config.shuffle
-        self.vision_tower = vision.VisionTower(config.vision, rngs)
         self.multi_modal_projector = Connector(
             config.vision.hidden_size * config.shuffle**2, config.decoder.hidden_size, rngs
         )
 
-    def image_features(self, batch, remat):
-        b, i = batch.pixel_values.shape[:2]
-        pixels = batch.pixel_values.reshape(b * i, *batch.pixel_values.shape[2:])
+    def tile_features(self, pixels, remat):
         features = self.vision_tower(pixels, (self.feature_layer,), remat)
-        features = self.multi_modal_projector(pixel_shuffle(features, self.shuffle))
-        return features.reshape(b, -1, features.shape[-1])
+        return pixel_shuffle(features, self.shuffle)
 
 
 def tile_grid(processor: Any, size: Size) -> tuple[int, int]:
