@@ -27,7 +27,7 @@ test-all: $(VENV)/.installed-test
 	$(PYTEST)
 
 test-processes: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m slow tests/parallel/test_processes.py -k 'alignment and 2-2 or adapters or training_and'
+	$(BIN)/python -m pytest -m slow tests/parallel/test_processes.py -k 'alignment and 2-2 or (adapters or training_and) and two'
 
 test-quick: $(VENV)/.installed-quick
 	$(PYTEST) -m 'not slow' $(QUICK)

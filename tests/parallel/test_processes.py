@@ -71,6 +71,11 @@ def evaluate_commands(folder, model):
     return [["evaluate", recipe(folder, "evaluated", **keys)]]
 
 
+COUNTS = pytest.mark.parametrize(
+    "count", [2, pytest.param(4, marks=pytest.mark.slow)], ids=["two", "four"]
+)
+
+
 def run_both(tmp_path, make, count):
     """Runs commands in one process and in several; (folder of one, folder of several)."""
     one, several = tmp_path / "one", tmp_path / "several"
@@ -146,18 +151,20 @@ def close(a, b, name):
         assert a == b or is_fingerprint, name
 
 
-def test_scores_and_samples(tmp_path, tiny_folder):
+@COUNTS
+def test_scores_and_samples(tmp_path, tiny_folder, count):
     data = write_pairs(tmp_path / "data", 21)
 
     def make(folder):
         given = folder, tiny_folder, data
         return [*score_commands(*given), *generate_commands(*given)]
 
-    assert_same(*run_both(tmp_path, make, 2))
+    assert_same(*run_both(tmp_path, make, count))
 
 
 @pytest.mark.slow
-def test_reward_models(tmp_path, tiny_folder, tiny_model):
+@COUNTS
+def test_reward_models(tmp_path, tiny_folder, tiny_model, count):
     """Trained, and asked for rewards behind several critiques of its own."""
     data = write_pairs(tmp_path / "data", 9)
     critic = save_headed(tmp_path / "critic", tiny_folder, *tiny_model, critique_prompt="and ?")
@@ -174,27 +181,29 @@ def test_reward_models(tmp_path, tiny_folder, tiny_model):
         }
         return [["reward", *given], ["train", recipe(folder, "head", **trained)]]
 
-    one, several = run_both(tmp_path, make, 2)
+    one, several = run_both(tmp_path, make, count)
     assert_same(one, several)
     rows = [json.loads(line) for line in (one / "rewards.jsonl").read_text().splitlines()]
     assert len(rows) == 9 and all(len(own) == 2 for row in rows for own in row["critiques"])
 
 
 @pytest.mark.slow
-def test_training_and_evaluation(tmp_path, tiny_folder):
+@COUNTS
+def test_training_and_evaluation(tmp_path, tiny_folder, count):
     data = write_pairs(tmp_path / "data", 21)
 
     def make(folder):
         trained = train_commands(folder, tiny_folder, data)
         return [*trained, *evaluate_commands(folder, folder / "full" / "model")]
 
-    one, several = run_both(tmp_path, make, 2)
+    one, several = run_both(tmp_path, make, count)
     assert_same(one, several)
     assert len((several / "full" / "metrics.jsonl").read_text().splitlines()) == 5
 
 
 @pytest.mark.slow
-def test_adapters_rollouts_selection_and_conversion(tmp_path, tiny_folder):
+@COUNTS
+def test_adapters_rollouts_selection_and_conversion(tmp_path, tiny_folder, count):
     data = write_pairs(tmp_path / "data", 21)
 
     def make(folder):
@@ -225,7 +234,7 @@ def test_adapters_rollouts_selection_and_conversion(tmp_path, tiny_folder):
             ["convert", str(folder / "converted"), str(folder / "back")],
         ]
 
-    assert_same(*run_both(tmp_path, make, 2))
+    assert_same(*run_both(tmp_path, make, count))
 
 
 def align_commands(folder, rounds):
