@@ -11,8 +11,8 @@ from mmpo_jax.core.files import fingerprint_json
 from mmpo_jax.data.contexts import OtherImage, changed_images
 from mmpo_jax.data.hidden_tokens import hide_image
 from mmpo_jax.data.processor import Processor
-from mmpo_jax.data.skipped import SkippedRow
-from mmpo_jax.data.tokenization import RowRejected, TokenizedRecord
+from mmpo_jax.data.skipped import SkippedRow, UnusableRow
+from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.recipes.candidates import EditedImageCandidates, HiddenImageCandidates
 
 Change = Callable[[TokenizedRecord], TokenizedRecord]
@@ -46,7 +46,7 @@ def changed_prompts(
     for record in records:
         try:
             changed += [change(copy) for copy in _copies(record, source.per_sample, num_samples)]
-        except RowRejected as error:
+        except UnusableRow as error:
             skipped.append(SkippedRow(source.name, None, record.id, error.reason, error.detail))
     return changed, skipped
 

@@ -27,9 +27,9 @@ from mmpo_jax.data.notes import Notes, shows_something
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.readers import iter_records
 from mmpo_jax.data.records import ImageRef, Record
-from mmpo_jax.data.skipped import SkippedRow
+from mmpo_jax.data.skipped import SkippedRow, UnusableRow
 from mmpo_jax.data.tally import TextNotes
-from mmpo_jax.data.tokenization import UNLIMITED, RowRejected
+from mmpo_jax.data.tokenization import UNLIMITED
 from mmpo_jax.data.usable import unsupported, without_shown_media
 from mmpo_jax.data.videos import video_facts
 
@@ -118,7 +118,7 @@ def check_data(
         if problem is None:
             try:
                 prompt, responses, same = _measure(item, processor, *limits)
-            except RowRejected as error:
+            except UnusableRow as error:
                 problem = error.reason, error.detail
         if problem is not None:
             findings.dropped.append(SkippedRow(path, item.row, item.id, *problem))
@@ -153,7 +153,7 @@ def _measure(
     responses; whether responses of different ranks are all the same, as far as they are kept).
 
     Raises:
-      RowRejected: training could not use the row.
+      UnusableRow: training could not use the row.
     """
     compared = record.ranked and len({response.rank for response in record.responses}) > 1
     if processor is not None:
@@ -166,7 +166,7 @@ def _measure(
     prompts = [record.prompt, *(r.prompt for r in record.responses if r.prompt is not None)]
     prompt = max(sum(len(turn.text) for turn in turns) for turns in prompts)
     if prompt > max_prompt:
-        raise RowRejected("prompt_too_long", f"{prompt} characters, the limit is {max_prompt}")
+        raise UnusableRow("prompt_too_long", f"{prompt} characters, the limit is {max_prompt}")
     lengths = [sum(len(turn.text) for turn in r.turns) for r in record.responses]
     contents = [(r.rank, (r.turns, r.prompt, r.images)) for r in record.responses]
     return prompt, lengths, compared and not differ(contents)

@@ -17,7 +17,8 @@ import numpy as np
 from mmpo_jax.core.files import fingerprint_json
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import Edit, EditKind, ImageRef, Record, VideoRef
-from mmpo_jax.data.tokenization import RowRejected, TokenizedRecord, TokenizedResponse, tokenize
+from mmpo_jax.data.skipped import UnusableRow
+from mmpo_jax.data.tokenization import TokenizedRecord, TokenizedResponse, tokenize
 
 MAIN = "main"
 OTHER_IMAGE = "other_image"
@@ -71,7 +72,7 @@ def tokenize_contexts(
       a context has no tokens there.
 
     Raises:
-      RowRejected: see `tokenize`; or there is no image to change, and the data give no other.
+      UnusableRow: see `tokenize`; or there is no image to change, and the data give no other.
     """
     shown: tuple[ImageRef, ...] = ()
     if other is not None and other.kind is None:
@@ -202,7 +203,7 @@ def _with_shown(record: Record) -> tuple[Record, tuple[ImageRef, ...]]:
         return record, record.other_images
     shown = [response.images for response in record.responses if response.images is not None]
     if not shown:
-        raise RowRejected("no_other_image", "the data give none, nor a response its own")
+        raise UnusableRow("no_other_image", "the data give none, nor a response its own")
     plain = [response.turns for response in record.responses if response.images is None]
     kept = tuple(
         dataclasses.replace(response, images=None)
@@ -230,7 +231,7 @@ def _check_same_texts(rows: Sequence[TokenizedRecord]) -> None:
     for row, twin in zip(rows[:half], rows[half:], strict=True):
         for ours, theirs in zip(row.responses, twin.responses, strict=True):
             if not np.array_equal(ours.ids, theirs.ids):
-                raise RowRejected("dialogues_differ", "the other image moves the responses' start")
+                raise UnusableRow("dialogues_differ", "the other image moves the responses' start")
 
 
 AnyRecord = TypeVar("AnyRecord", Record, TokenizedRecord)
@@ -245,11 +246,11 @@ def changed_images(record: AnyRecord, other: OtherImage) -> AnyRecord:
       other: how.
 
     Raises:
-      RowRejected: there is none.
+      UnusableRow: there is none.
     """
     assert other.kind is not None
     if not (record.images or record.videos):
-        raise RowRejected("no_other_image", "there is no image to change")
+        raise UnusableRow("no_other_image", "there is no image to change")
     edits = [
         Edit(
             other.kind,

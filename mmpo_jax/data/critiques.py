@@ -22,13 +22,8 @@ from mmpo_jax.core.prompts import fill
 from mmpo_jax.data.contexts import tokenize_contexts
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import IMAGE, VIDEO, Record, Response, Turn
-from mmpo_jax.data.tokenization import (
-    UNLIMITED,
-    RowRejected,
-    TokenizedRecord,
-    TokenizedResponse,
-    tokenize,
-)
+from mmpo_jax.data.skipped import UnusableRow
+from mmpo_jax.data.tokenization import UNLIMITED, TokenizedRecord, TokenizedResponse, tokenize
 from mmpo_jax.objectives.registry import Scored
 
 
@@ -47,7 +42,7 @@ def tokenize_scored(
       scored: how critiques are asked for. An empty critique counts as none.
 
     Raises:
-      RowRejected: see `tokenize_contexts` and `evaluation`; or a response would lose its end.
+      UnusableRow: see `tokenize_contexts` and `evaluation`; or a response would lose its end.
     """
     responses = tuple(_going_on(record, one, scored) for one in record.responses)
     prepared = dataclasses.replace(record, responses=responses)
@@ -65,7 +60,7 @@ def tokenize_asked(record: Record, processor: Processor, scored: Scored) -> Toke
       scored: how critiques are asked for.
 
     Raises:
-      RowRejected: see `tokenize` and `evaluation`.
+      UnusableRow: see `tokenize` and `evaluation`.
     """
     prompt = scored.critique_prompt
     assert prompt is not None
@@ -95,13 +90,13 @@ def evaluation(record: Record, response: Response, prompt: str) -> Record:
       prompt: with {question} and {response} in it.
 
     Raises:
-      RowRejected: question or response have several turns.
+      UnusableRow: question or response have several turns.
     """
     turns = record.prompt if response.prompt is None else response.prompt
     before = tuple(turn for turn in turns if turn.role in ("system", "developer"))
     if [turn.role for turn in turns[len(before) :]] != ["user"] or len(response.turns) > 1:
         detail = "a prompt that holds question and response holds one of each"
-        raise RowRejected("several_turns", detail)
+        raise UnusableRow("several_turns", detail)
     text = fill(prompt, question=turns[-1].text, response=response.text)
     images = record.images if response.images is None else response.images
     shown = (*[IMAGE] * len(images), *[VIDEO] * len(record.videos))
@@ -141,7 +136,7 @@ def _with_mask(
     if not length:  # it stands in another context
         return response
     if length > limit:
-        raise RowRejected(
+        raise UnusableRow(
             "response_too_long",
             f"{length} tokens with its critique, the limit is {limit}, and a reward is read at the "
             "end",

@@ -13,7 +13,8 @@ import dataclasses
 import numpy as np
 
 from mmpo_jax.data.processor import Processor
-from mmpo_jax.data.tokenization import RowRejected, SeenTokens, TokenizedRecord
+from mmpo_jax.data.skipped import UnusableRow
+from mmpo_jax.data.tokenization import SeenTokens, TokenizedRecord
 
 
 def hide_image(
@@ -28,11 +29,11 @@ def hide_image(
       seed: of the draw.
 
     Raises:
-      RowRejected: the prompt has no image token.
+      UnusableRow: the prompt has no image token.
     """
     is_image = np.isin(record.prompt_ids, processor.placeholders)
     if not is_image.any():
-        raise RowRejected("no_other_image", "there is no image to hide")
+        raise UnusableRow("no_other_image", "there is no image to hide")
     drawn = np.random.default_rng(seed).random(len(is_image)) < share
     kept = np.flatnonzero(~(is_image & drawn)).astype(np.int32)
     seen = SeenTokens(record.prompt_ids, kept)

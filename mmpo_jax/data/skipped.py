@@ -77,11 +77,19 @@ Problem = tuple[SkipReason, str]
 
 
 class UnusableRow(Exception):
-    """The row has to be left out; caught by the readers and never seen by their callers."""
+    """A row that has to be left out."""
 
     def __init__(self, reason: SkipReason, detail: str):
+        """
+        Args:
+          reason: word that it is counted under.
+          detail: what exactly is wrong, for a person.
+        """
         super().__init__(reason, detail)
         self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        return self.detail
 
 
 MaybeRow = dict[str, Any] | UnusableRow

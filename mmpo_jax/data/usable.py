@@ -13,23 +13,17 @@ from mmpo_jax.data.notes import shows_something
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.readers import left_out_rows
 from mmpo_jax.data.records import Record
-from mmpo_jax.data.skipped import Problem, SkippedRow, SkipReason
+from mmpo_jax.data.skipped import Problem, SkippedRow, SkipReason, UnusableRow
 from mmpo_jax.data.sources import RecordSet
 from mmpo_jax.data.tally import Tally, settle
-from mmpo_jax.data.tokenization import (
-    UNLIMITED,
-    RowRejected,
-    Tokenize,
-    TokenizedRecord,
-    tokenize,
-)
+from mmpo_jax.data.tokenization import UNLIMITED, Tokenize, TokenizedRecord, tokenize
 
 Unfit = Callable[[TokenizedRecord], Problem | None]
 """Says why a row is of no use for what it is read for (reason, detail); None where it is."""
 
 
 Tokenized = Callable[[Record], TokenizedRecord]
-"""Tokenizes a record; raises `RowRejected`."""
+"""Tokenizes a record; raises `UnusableRow`."""
 
 
 def any_row(record: TokenizedRecord) -> Problem | None:
@@ -121,7 +115,7 @@ def tokenize_usable(
             continue
         try:
             record, row = taken(record, tokenized) if alone else (record, tokenized(record))
-        except RowRejected as error:
+        except UnusableRow as error:
             skipped = SkippedRow(name, record.row, record.id, error.reason, error.detail)
             tally.too_long.append(skipped)
             continue
@@ -178,14 +172,14 @@ def rejections(record: Record, function: Tokenized) -> list[Problem | None]:
     problems: list[Problem | None] = [None] * len(record.responses)
     try:
         function(record)
-    except RowRejected as error:
+    except UnusableRow as error:
         whole: Problem = error.reason, error.detail
     else:
         return problems
     for place, response in enumerate(record.responses):
         try:
             function(dataclasses.replace(record, responses=(response,)))
-        except RowRejected as error:
+        except UnusableRow as error:
             problems[place] = error.reason, error.detail
     if any(problems) and not all(problems):
         others = with_responses(record, [problem is None for problem in problems])
@@ -201,7 +195,7 @@ def read_or_not(
     why it does not)."""
     try:
         return function(record), [None] * len(record.responses)
-    except RowRejected:
+    except UnusableRow:
         problems = rejections(record, function)
     if all(problems):
         return None, problems
@@ -218,11 +212,11 @@ def taken(record: Record, function: Tokenized) -> tuple[Record, TokenizedRecord]
     """(a record without the responses that a function does not take, its tokens).
 
     Raises:
-      RowRejected: it takes none.
+      UnusableRow: it takes none.
     """
     try:
         return record, function(record)
-    except RowRejected:
+    except UnusableRow:
         kept = _without(record, rejections(record, function))
     return kept, function(kept)
 

@@ -26,7 +26,8 @@ from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import Record
 from mmpo_jax.data.same_tokens import check_same_tokenizer
-from mmpo_jax.data.tokenization import RowRejected, Tokenize, TokenizedRecord, tokenize
+from mmpo_jax.data.skipped import UnusableRow
+from mmpo_jax.data.tokenization import Tokenize, TokenizedRecord, tokenize
 from mmpo_jax.data.usable import unsupported
 from mmpo_jax.scoring.log_probs import score_records, score_stage
 
@@ -174,7 +175,7 @@ def tokenizer_for_both(reference: Processor) -> Tokenize:
     """`tokenize` for a policy, whose records get the context `REFERENCE`: the very same tokens of
     their responses, behind the prompt as the reference's template and images make it.
 
-    The function raises `RowRejected` as `tokenize` does, also for what the reference cannot take,
+    The function raises `UnusableRow` as `tokenize` does, also for what the reference cannot take,
     and where responses show images, whose tokens are a family's own.
     """
 
@@ -183,21 +184,21 @@ def tokenizer_for_both(reference: Processor) -> Tokenize:
     ) -> TokenizedRecord:
         ours = tokenize(record, processor, max_prompt, max_response)
         if not record.prompt:
-            raise RowRejected("no_prompt", "the row's responses do not share a prompt")
+            raise UnusableRow("no_prompt", "the row's responses do not share a prompt")
         media = (*processor.placeholders, *reference.placeholders)
         if any(np.isin(response.ids, media).any() for response in ours.responses):
-            raise RowRejected("image_position", "a response shows images")
+            raise UnusableRow("image_position", "a response shows images")
         if not all(response.loss_mask.any() for response in ours.responses):
-            raise RowRejected("empty_response", "a response without a token of the assistant")
+            raise UnusableRow("empty_response", "a response without a token of the assistant")
         problem = unsupported(record, reference)
         if problem is not None:
-            raise RowRejected(problem[0], f"{problem[1]}: {reference.folder}")
+            raise UnusableRow(problem[0], f"{problem[1]}: {reference.folder}")
         asked = dataclasses.replace(record, responses=())
         theirs = tokenize(asked, reference, max_prompt, max_response)
         longest = max((len(response.ids) for response in ours.responses), default=0)
         limit = reference.config.decoder.position_limit
         if limit is not None and len(theirs.prompt_ids) + longest > limit:
-            raise RowRejected(
+            raise UnusableRow(
                 "prompt_too_long",
                 f"{len(theirs.prompt_ids)} and {longest} tokens, the reference's positions end at "
                 f"{limit}",

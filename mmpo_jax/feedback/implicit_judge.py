@@ -12,7 +12,8 @@ import pyarrow as pa
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.core.stages import StageOutput, run_told_stage
 from mmpo_jax.data.records import Record
-from mmpo_jax.data.tokenization import UNLIMITED, RowRejected, TokenizedRecord
+from mmpo_jax.data.skipped import UnusableRow
+from mmpo_jax.data.tokenization import UNLIMITED, TokenizedRecord
 from mmpo_jax.feedback.implicit import (
     ImplicitRewards,
     have_same_tokenizer,
@@ -106,7 +107,7 @@ class ImplicitJudge:
         """Why a response cannot be given to both models."""
         try:
             self._both(record)
-        except RowRejected as error:
+        except UnusableRow as error:
             return Judgement(math.nan, {"problem": str(error)}, error.reason)
         return None
 

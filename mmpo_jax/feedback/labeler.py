@@ -25,7 +25,8 @@ from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.processor_files import ProcessorError
 from mmpo_jax.data.records import ImageRef, MediaRef, Record, Response, Turn, VideoRef
-from mmpo_jax.data.tokenization import UNLIMITED, RowRejected, TokenizedRecord, tokenize
+from mmpo_jax.data.skipped import UnusableRow
+from mmpo_jax.data.tokenization import UNLIMITED, TokenizedRecord, tokenize
 from mmpo_jax.inference.loop import TokenCount, run_batches
 from mmpo_jax.inference.plan import plan_responses
 from mmpo_jax.models.batch import Batch, PackedBatch
@@ -144,7 +145,7 @@ class CheckpointLabeler:
         """
         try:
             return self._tokenize(item, places), {}
-        except RowRejected as error:
+        except UnusableRow as error:
             if self.lengths is not None:
                 raise self._refusal(item[0], error) from error
             failures = self._failures(item, places)
@@ -159,11 +160,11 @@ class CheckpointLabeler:
         for place in places:
             try:
                 self._tokenize(item, [place])
-            except RowRejected as error:
+            except UnusableRow as error:
                 failures[place] = error.reason
         return failures
 
-    def _refusal(self, name: str, error: RowRejected) -> DataError:
+    def _refusal(self, name: str, error: UnusableRow) -> DataError:
         sizes = "lengths.prompt" if error.reason == "prompt_too_long" else "lengths.response"
         is_long = error.reason.endswith("_too_long")
         advice = f"; give {sizes} a larger size" if is_long else ""
@@ -173,7 +174,7 @@ class CheckpointLabeler:
         """Some of an item's questions as responses.
 
         Raises:
-          RowRejected: the model, or a bucket size, cannot take one of them.
+          UnusableRow: the model, or a bucket size, cannot take one of them.
         """
         name, media, questions = item
         images = tuple(one for one in media if isinstance(one, ImageRef))

@@ -14,7 +14,8 @@ from mmpo_jax.checkpoints.checkpoint import open_reward_model
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.stages import StageOutput, run_told_stage
 from mmpo_jax.data.records import Record
-from mmpo_jax.data.tokenization import UNLIMITED, RowRejected
+from mmpo_jax.data.skipped import UnusableRow
+from mmpo_jax.data.tokenization import UNLIMITED
 from mmpo_jax.data.usable import unsupported
 from mmpo_jax.feedback.judge import Judgement, Responses, judged_table
 from mmpo_jax.feedback.models import Models
@@ -93,7 +94,7 @@ class RewardModelJudge:
         """Why a response cannot be scored."""
         try:
             self.reading.tokenize(record, self.checkpoint.processor, UNLIMITED, UNLIMITED)
-        except RowRejected as error:
+        except UnusableRow as error:
             return Judgement(math.nan, {"problem": str(error)}, error.reason)
         return None
 

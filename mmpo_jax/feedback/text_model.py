@@ -15,7 +15,8 @@ from mmpo_jax.core import progress
 from mmpo_jax.data.batching import fitting_lengths
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import ImageRef, Record, Turn, VideoRef, placed
-from mmpo_jax.data.tokenization import UNLIMITED, RowRejected, TokenizedRecord, tokenize
+from mmpo_jax.data.skipped import UnusableRow
+from mmpo_jax.data.tokenization import UNLIMITED, TokenizedRecord, tokenize
 from mmpo_jax.generation.responses import generate_responses
 from mmpo_jax.recipes.feedback import CheckpointAsked, Speaking
 from mmpo_jax.recipes.sampling import Decoding
@@ -279,7 +280,7 @@ def _tokenized(ask: Ask, processor: Processor, room: int) -> TokenizedRecord | R
     record = Record(ask.id, ask.images, turns, (), ask.videos, plain_text=True)
     try:
         return tokenize(record, processor, room, 1)
-    except RowRejected as error:
+    except UnusableRow as error:
         failure = TOO_LONG if error.reason.endswith("_too_long") else error.reason
         return Reply(None, failure, str(error), final=True)
 

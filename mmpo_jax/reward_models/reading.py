@@ -10,8 +10,8 @@ from typing import Any
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.data.critiques import evaluation, tokenize_asked, tokenize_scored
 from mmpo_jax.data.records import Record, Response
-from mmpo_jax.data.skipped import Problem
-from mmpo_jax.data.tokenization import UNLIMITED, RowRejected, TokenizedRecord
+from mmpo_jax.data.skipped import Problem, UnusableRow
+from mmpo_jax.data.tokenization import UNLIMITED, TokenizedRecord
 from mmpo_jax.models.model import Model
 from mmpo_jax.objectives.registry import Scored
 from mmpo_jax.recipes.scoring import Rewarding
@@ -72,7 +72,7 @@ class Reading:
         they are read.
 
         Raises:
-          RowRejected: see `tokenize_scored` and `tokenize_asked`; or a response has an image or a
+          UnusableRow: see `tokenize_scored` and `tokenize_asked`; or a response has an image or a
             prompt of its own.
         """
         if self.alone:
@@ -106,11 +106,11 @@ class Reading:
         """Tokens of a record with the critiques that its responses have.
 
         Raises:
-          RowRejected: see `tokenize`.
+          UnusableRow: see `tokenize`.
         """
         row = tokenize_scored(record, processor, max_prompt, max_response, scored=self.scored)
         if row.others:
-            raise RowRejected("own_prompt", "responses have images or prompts of their own")
+            raise UnusableRow("own_prompt", "responses have images or prompts of their own")
         return row
 
     def unfit(self, record: TokenizedRecord) -> Problem | None:

@@ -17,8 +17,8 @@ from mmpo_jax.data.batching import fitting_lengths
 from mmpo_jax.data.critiques import evaluation
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.records import Record, Response
-from mmpo_jax.data.skipped import Problem
-from mmpo_jax.data.tokenization import RowRejected, TokenizedRecord
+from mmpo_jax.data.skipped import Problem, UnusableRow
+from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.data.usable import limits_of, read_or_not, with_responses
 from mmpo_jax.models.precision import inference_dtype
 from mmpo_jax.objectives.registry import Scored
@@ -139,7 +139,7 @@ def _score_alone(
             try:
                 made = answered(evaluation(record, response, prompt), texts)
                 asked[place] = dataclasses.replace(made, id=f"{record.id}#{place}")
-            except RowRejected as error:
+            except UnusableRow as error:
                 problem = error.reason, error.detail
         if problem is not None:
             problems[place] = problem

@@ -14,7 +14,8 @@ from mmpo_jax.core.errors import DataError
 from mmpo_jax.data.images import ImageTooLarge, image_size
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import IMAGE, ImageRef, Piece, Record, Turn
-from mmpo_jax.data.tokenization import UNLIMITED, RowRejected, TokenizedRecord, tokenize
+from mmpo_jax.data.skipped import UnusableRow
+from mmpo_jax.data.tokenization import UNLIMITED, TokenizedRecord, tokenize
 from mmpo_jax.generation.engine import Asked
 from mmpo_jax.recipes.serving import Serving
 from mmpo_jax.serving.protocol import SEEDS, ChatBody, ImagePart, Message
@@ -80,7 +81,7 @@ class Prompts:
         try:
             with self.lock:
                 return tokenize(record, self.processor, UNLIMITED, UNLIMITED)
-        except RowRejected as error:
+        except UnusableRow as error:
             raise bad_request(error.detail, "messages", error.reason) from error
         except DataError as error:
             raise bad_request(str(error), "messages") from error

@@ -16,7 +16,8 @@ from mmpo_jax.data.pipeline import Example, HostBatch, batch_maker
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import Record, Turn
 from mmpo_jax.data.same_tokens import check_same_tokenizer
-from mmpo_jax.data.tokenization import RowRejected, TokenizedRecord, tokenize
+from mmpo_jax.data.skipped import UnusableRow
+from mmpo_jax.data.tokenization import TokenizedRecord, tokenize
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.parallel.mesh import Share
 from mmpo_jax.recipes.teacher import ModelTeacher, Teacher
@@ -89,7 +90,7 @@ class LoadedTeacher:
                 prompt = tokenize(
                     prompt.asked, self.processor, lengths.prompt[-1], lengths.response[-1]
                 )
-            except RowRejected as error:
+            except UnusableRow as error:
                 raise DataError(
                     f"teacher: prompt {record.id!r}: {error.reason}: {error.detail}; give "
                     "teacher.prompt_lengths, or leave such prompts out"
@@ -140,7 +141,7 @@ def with_teacher(
       max_prompt, max_response: see `tokenize`; where the teacher has limits of its own, these.
 
     Raises:
-      RowRejected: the row has not what the teacher sees, or it is too long.
+      UnusableRow: the row has not what the teacher sees, or it is too long.
     """
     shown = shown_to(teacher, record)
     longest = max_prompt if teacher.prompt_lengths is None else teacher.prompt_lengths[-1]
@@ -153,17 +154,17 @@ def shown_to(teacher: Teacher, record: Record) -> Record:
     """A record without its responses as a teacher sees it.
 
     Raises:
-      RowRejected: it has no answer for the hint, or no other image.
+      UnusableRow: it has no answer for the hint, or no other image.
     """
     shown = dataclasses.replace(record, responses=())
     if teacher.image == "data":
         if record.other_images is None:
-            raise RowRejected("no_other_image", "the data give none, which the teacher sees")
+            raise UnusableRow("no_other_image", "the data give none, which the teacher sees")
         shown = dataclasses.replace(shown, images=record.other_images)
     if teacher.hint is None:
         return shown
     if record.solution is None:
-        raise RowRejected("no_answer", "none that the teacher could be told")
+        raise UnusableRow("no_answer", "none that the teacher could be told")
     answer = record.solution
     told = teacher.hint.replace(
         "{answer}", answer if isinstance(answer, str) else json.dumps(answer)

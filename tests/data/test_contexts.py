@@ -15,7 +15,8 @@ from mmpo_jax.data.contexts import (
     tokenize_contexts,
 )
 from mmpo_jax.data.records import Edit, ImageRef, Record, Response, Turn, VideoRef
-from mmpo_jax.data.tokenization import RowRejected, tokenize
+from mmpo_jax.data.skipped import UnusableRow
+from mmpo_jax.data.tokenization import tokenize
 from mmpo_jax.data.tokenized_rows import fingerprint_records
 
 LIMITS = {"max_prompt": 64, "max_response": 32}
@@ -148,14 +149,14 @@ def test_another_image_of_the_data(tiny_processor):
     row = tokenize_contexts(given_apart, tiny_processor, other=given, **LIMITS)
     assert [other.images for _, other in row.others] == [(IMAGES[2],)]
     assert tokenize_contexts(given_apart, tiny_processor, **LIMITS).others == ()
-    with pytest.raises(RowRejected, match="the data give none, nor a response its own") as error:
+    with pytest.raises(UnusableRow, match="the data give none, nor a response its own") as error:
         tokenize_contexts(record(*PAIR), tiny_processor, other=given, **LIMITS)
     assert error.value.reason == "no_other_image"
 
 
 def test_no_image_to_change(tiny_processor):
     row = record(*PAIR, images=())
-    with pytest.raises(RowRejected, match="no image to change"):
+    with pytest.raises(UnusableRow, match="no image to change"):
         tokenize_contexts(row, tiny_processor, other=OtherImage("crop"), **LIMITS)
 
 

@@ -14,8 +14,9 @@ from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
 from mmpo_jax.data.row_stage import tokenized_rows
+from mmpo_jax.data.skipped import UnusableRow
 from mmpo_jax.data.sources import LearnedFile
-from mmpo_jax.data.tokenization import RowRejected, tokenize
+from mmpo_jax.data.tokenization import tokenize
 from mmpo_jax.objectives.registry import Scored
 from mmpo_jax.objectives.terms import make_term, needs
 from mmpo_jax.picture_world.render import png_bytes
@@ -71,7 +72,7 @@ def test_question_and_response_within_the_prompt(tiny_processor):
     np.testing.assert_array_equal(maker_of("critique")(row)[0][:2], [1, 1])
     np.testing.assert_array_equal(maker_of("critique")(row)[1], 0)
     several = dataclasses.replace(record("yes"), prompt=(*QUESTION, *ASKED))
-    with pytest.raises(RowRejected, match="holds one of each"):
+    with pytest.raises(UnusableRow, match="holds one of each"):
         tokenize_scored(several, tiny_processor, 99, 99, scored=within)
 
 
@@ -136,7 +137,7 @@ def test_one_that_would_lose_its_end_is_refused(tiny_processor):
     )
     tokenize_scored(asked, tiny_processor, 99, length, scored=WITH)
     for limit in (length - 1, 3):
-        with pytest.raises(RowRejected, match=r"tokens with its critique, the limit is") as error:
+        with pytest.raises(UnusableRow, match=r"tokens with its critique, the limit is") as error:
             tokenize_scored(asked, tiny_processor, 99, limit, scored=WITH)
         assert error.value.reason == "response_too_long"
 

@@ -8,7 +8,8 @@ from mmpo_jax.checkpoints.configs import load_config
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import ImageRef, Record, Response, Span, Turn
 from mmpo_jax.data.segments import changed_segments, changed_spans
-from mmpo_jax.data.tokenization import RowRejected, tokenize
+from mmpo_jax.data.skipped import UnusableRow
+from mmpo_jax.data.tokenization import tokenize
 from mmpo_jax.picture_world.processor import CHAT_TEMPLATE
 
 IMAGE = ImageRef("image", b"never decoded here")
@@ -134,7 +135,7 @@ def test_a_template_that_changes_the_text(tiny_folder, tmp_path):
         CHAT_TEMPLATE.replace("part['text'] -", "part['text'] | replace('red', 'blue') -")
     )
     processor = Processor(folder, load_config(folder))
-    with pytest.raises(RowRejected, match="changes the text") as error:
+    with pytest.raises(UnusableRow, match="changes the text") as error:
         marked(processor, TEXT, (0, 3))
     assert error.value.reason == "span_not_found"
     assert np.array_equal(marked(processor, "a ring")[1].span_tokens, ())

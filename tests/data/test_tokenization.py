@@ -11,7 +11,8 @@ from helpers import tiny
 from mmpo_jax.checkpoints.configs import load_config
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
-from mmpo_jax.data.tokenization import RowRejected, tokenize, tokenize_records
+from mmpo_jax.data.skipped import UnusableRow
+from mmpo_jax.data.tokenization import tokenize, tokenize_records
 from mmpo_jax.picture_world.processor import CHAT_TEMPLATE, TOKENS
 
 IMAGE = ImageRef("image", b"never decoded here")
@@ -121,7 +122,7 @@ def test_earlier_answers_belong_to_the_prompt(tiny_processor):
 def test_too_long_a_prompt_is_refused_whole(tiny_processor):
     length = len(tokenize(record("yes"), tiny_processor, **LIMITS).prompt_ids)
     tokenize(record("yes"), tiny_processor, max_prompt=length, max_response=2)
-    with pytest.raises(RowRejected, match=f"{length} tokens, the limit is {length - 1}") as caught:
+    with pytest.raises(UnusableRow, match=f"{length} tokens, the limit is {length - 1}") as caught:
         tokenize(record("yes"), tiny_processor, max_prompt=length - 1, max_response=2)
     assert caught.value.reason == "prompt_too_long"
 
@@ -180,7 +181,7 @@ def test_questions_end_with_the_assistants_header(tiny_processor):
         words("the ring blue ? ASSISTANT:"),
     ]
     assert not any(r.loss_mask.any() for r in row.responses)
-    with pytest.raises(RowRejected) as caught:
+    with pytest.raises(UnusableRow) as caught:
         tokenize(ask, tiny_processor, max_prompt=64, max_response=5)
     assert caught.value.reason == "question_too_long"
 
@@ -189,7 +190,7 @@ def test_nothing_to_learn_is_refused(tiny_processor):
     dialogue = turns("is there a red star ?", "yes", first="user")
     other = turns("what is in the picture ?", "a star", first="user")
     row = record(dialogue, other, prompt=None)
-    with pytest.raises(RowRejected) as caught:
+    with pytest.raises(UnusableRow) as caught:
         tokenize(row, tiny_processor, max_prompt=64, max_response=4)
     assert caught.value.reason == "empty_response"
 
@@ -252,7 +253,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(make_processor):
     )
     processor = make_processor(template)
     tokenize(record("yes"), processor, **LIMITS)
-    with pytest.raises(RowRejected, match="rewrites what stands before") as caught:
+    with pytest.raises(UnusableRow, match="rewrites what stands before") as caught:
         tokenize(record(turns("yes", "a star ?", "no")), processor, **LIMITS)
     assert caught.value.reason == "template_refuses"
 

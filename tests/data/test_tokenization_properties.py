@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from mmpo_jax.checkpoints.configs import load_config
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import IMAGE, ImageRef, Record, Response, Turn
-from mmpo_jax.data.tokenization import RowRejected, tokenize
+from mmpo_jax.data.skipped import UnusableRow
+from mmpo_jax.data.tokenization import tokenize
 from mmpo_jax.picture_world.processor import TOKENS
 
 PICTURE = ImageRef("image", b"never decoded here")
@@ -152,7 +153,7 @@ def test_limits_cut_tails_and_never_an_image(tiny_processor, record, max_prompt,
             assert cut.loss_mask.tolist() == response.loss_mask.tolist()[:max_response]
             assert cut.truncated == len(tail)
     else:
-        with pytest.raises(RowRejected) as error:
+        with pytest.raises(UnusableRow) as error:
             tokenize(record, tiny_processor, max_prompt, max_response)
         reasons = {"prompt_too_long"} if not fits else {"empty_response", "response_too_long"}
         assert error.value.reason in reasons
@@ -180,7 +181,7 @@ def test_whole_dialogues_share_what_they_begin_with(tiny_processor, record, max_
     columns = zip(asked_first, *(ids for ids, _ in expected), strict=False)
     same = [tokens[0] for tokens in itertools.takewhile(lambda ids: len(set(ids)) == 1, columns)]
     if tiny.IMAGE_ID in same[max_prompt:]:
-        with pytest.raises(RowRejected, match="the prompt has"):
+        with pytest.raises(UnusableRow, match="the prompt has"):
             tokenize(record, tiny_processor, max_prompt, LONG)
     else:
         row = tokenize(record, tiny_processor, max_prompt, LONG)

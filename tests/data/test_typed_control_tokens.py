@@ -15,9 +15,10 @@ from mmpo_jax.cli import main
 from mmpo_jax.data.control_tokens import ControlTokens
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import Record, Response, Turn
+from mmpo_jax.data.skipped import UnusableRow
 from mmpo_jax.data.sources import FileData
 from mmpo_jax.data.tally import TextNotes
-from mmpo_jax.data.tokenization import RowRejected, tokenize
+from mmpo_jax.data.tokenization import tokenize
 from mmpo_jax.data.usable import usable_records, without_shown_media
 
 LIMITS = {"max_prompt": 256, "max_response": 64}
@@ -96,7 +97,7 @@ def test_templates_that_write_objects_as_python_does(tiny_folder, tmp_path, writ
     *_, typed = rows("</s>")
     assert count(processor, typed, "</s>") == 2
     for record in (dataclasses.replace(typed, plain_text=True), list(rows("<image>"))[-1]):
-        with pytest.raises(RowRejected) as refused:
+        with pytest.raises(UnusableRow) as refused:
             tokenize(record, processor, **LIMITS)
         assert refused.value.reason == "template_refuses"
     *_, other = rows(r"\U0010f000")

@@ -20,7 +20,8 @@ from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.processor_files import ProcessorError
 from mmpo_jax.data.records import ImageRef
-from mmpo_jax.data.tokenization import RowRejected, tokenize
+from mmpo_jax.data.skipped import UnusableRow
+from mmpo_jax.data.tokenization import tokenize
 from mmpo_jax.feedback import labeler as labeler_module
 from mmpo_jax.feedback.labeler import CheckpointLabeler, answer_probabilities, answer_tokens
 from mmpo_jax.inference.plan import packed_over
@@ -325,7 +326,7 @@ def test_without_bucket_sizes_a_question_that_is_too_long_fails_alone(make_label
 
     def limited(record, *limits):
         if any(len(response.turns[0].text) > 1000 for response in record.responses):
-            raise RowRejected("prompt_too_long", "the model's positions end")
+            raise UnusableRow("prompt_too_long", "the model's positions end")
         return tokenize(record, *limits)
 
     monkeypatch.setattr(labeler_module, "tokenize", limited)

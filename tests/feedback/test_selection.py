@@ -16,7 +16,7 @@ from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import Record, Response, Turn
-from mmpo_jax.data.tokenization import RowRejected
+from mmpo_jax.data.skipped import UnusableRow
 from mmpo_jax.feedback import implicit
 from mmpo_jax.feedback.implicit import (
     ImplicitRewards,
@@ -115,7 +115,7 @@ class TestRewards:
 
 class TestRowsThatAreNoGood:
     def reject(self, processor, record):
-        with pytest.raises(RowRejected) as caught:
+        with pytest.raises(UnusableRow) as caught:
             tokenizer_for_both(processor)(record, processor, 64, 64)
         return caught.value.reason
 
@@ -146,7 +146,7 @@ class TestRowsThatAreNoGood:
             for text in ("yes", "a red star " * 4)
         )
         assert function(fits, tiny_processor, 64, 64).others
-        with pytest.raises(RowRejected, match="the reference's positions end at 12"):
+        with pytest.raises(UnusableRow, match="the reference's positions end at 12"):
             function(long, tiny_processor, 64, 64)
 
 

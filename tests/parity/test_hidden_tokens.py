@@ -10,7 +10,8 @@ from helpers import checks, families  # noqa: E402
 
 from mmpo_jax.data.batching import pad_batch, place_media  # noqa: E402
 from mmpo_jax.data.hidden_tokens import hide_image  # noqa: E402
-from mmpo_jax.data.tokenization import RowRejected, tokenize  # noqa: E402
+from mmpo_jax.data.skipped import UnusableRow  # noqa: E402
+from mmpo_jax.data.tokenization import tokenize  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -56,7 +57,7 @@ def test_what_is_left_out_is_what_a_mask_hides(name, tmp_path):
         np.testing.assert_allclose(logits[: len(theirs)], theirs, rtol=0, atol=checks.TOLERANCE)
         unhidden = their_logits(case, record, ids, [])[shown].numpy()
         assert np.abs(theirs - unhidden).max() > 100 * checks.TOLERANCE
-    with pytest.raises(RowRejected, match="no image to hide"):
+    with pytest.raises(UnusableRow, match="no image to hide"):
         text = tokenize(without_image, case.processor, 2**20, 2**20)
         hide_image(text, case.processor, 0.5, seed=3)
 

@@ -28,7 +28,8 @@ from mmpo_jax.checkpoints.huggingface import load_model, save_model  # noqa: E40
 from mmpo_jax.core.trees import flatten  # noqa: E402
 from mmpo_jax.data.processor import MediaError, Processor  # noqa: E402
 from mmpo_jax.data.records import ImageRef, VideoRef  # noqa: E402
-from mmpo_jax.data.tokenization import RowRejected, tokenize  # noqa: E402
+from mmpo_jax.data.skipped import UnusableRow  # noqa: E402
+from mmpo_jax.data.tokenization import tokenize  # noqa: E402
 from mmpo_jax.models.config import ModelError  # noqa: E402
 from mmpo_jax.models.family import Clip  # noqa: E402
 from mmpo_jax.models.model import read_config  # noqa: E402
@@ -232,7 +233,7 @@ def test_too_narrow_an_image_is_named(published):
     with pytest.raises(MediaError, match=r"narrow\.png: 402 x 2 pixels.*200"):
         published.processor.layouts([narrow])
     record = dataclasses.replace(RECORDS[0], images=(narrow,))
-    with pytest.raises(RowRejected, match=r"narrow\.png") as caught:
+    with pytest.raises(UnusableRow, match=r"narrow\.png") as caught:
         tokenize(record, published.processor, 2**20, 2**20)
     assert caught.value.reason == "image_broken"
 

@@ -27,7 +27,8 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize 
 
 from mmpo_jax.data.processor import MediaError, Processor  # noqa: E402
 from mmpo_jax.data.records import ImageRef, VideoRef  # noqa: E402
-from mmpo_jax.data.tokenization import RowRejected, tokenize  # noqa: E402
+from mmpo_jax.data.skipped import UnusableRow  # noqa: E402
+from mmpo_jax.data.tokenization import tokenize  # noqa: E402
 from mmpo_jax.models.config import ModelError  # noqa: E402
 from mmpo_jax.models.family import Clip  # noqa: E402
 from mmpo_jax.models.model import read_config  # noqa: E402
@@ -240,7 +241,7 @@ def test_too_narrow_an_image_is_named(published):
 def test_videos_that_the_model_cannot_take_are_named(published, clip, message):
     with pytest.raises(MediaError, match=message):
         published.processor.layouts((), [clip])
-    with pytest.raises(RowRejected, match=message.partition(":")[0]) as caught:
+    with pytest.raises(UnusableRow, match=message.partition(":")[0]) as caught:
         tokenize(row("0", "what", (), [clip]), published.processor, 2**20, 2**20)
     assert caught.value.reason == "image_broken"
 

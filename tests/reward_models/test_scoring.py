@@ -11,7 +11,7 @@ from helpers.reward_heads import headed
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.records import Record, Response, Turn
-from mmpo_jax.data.tokenization import RowRejected
+from mmpo_jax.data.skipped import UnusableRow
 from mmpo_jax.data.usable import rejections, taken
 from mmpo_jax.recipes.scoring import Rewarding
 from mmpo_jax.reward_models import critiques, scoring
@@ -132,7 +132,7 @@ def test_critiques_of_the_data_limit_rows_only_where_they_are_read(tiny_model, t
         rewarding = Rewarding(**options, given_critiques=rejected)
         reading = Reading.of(rewarding, model, "critic")
         if rejected:
-            with pytest.raises(RowRejected, match="with its critique"):
+            with pytest.raises(UnusableRow, match="with its critique"):
                 reading.tokenize(given, tiny_processor, 24, 16)
         else:
             row = reading.tokenize(given, tiny_processor, 24, 16)
@@ -153,12 +153,12 @@ def test_responses_that_work_alone_and_not_together(tiny_processor):
 
     def function(asked):
         if len(asked.responses) > 1:
-            raise RowRejected("dialogues_differ", "no")
+            raise UnusableRow("dialogues_differ", "no")
         return asked
 
     pair = record("yes", "no")
     assert rejections(pair, function) == [("dialogues_differ", "no")] * 2
-    with pytest.raises(RowRejected):
+    with pytest.raises(UnusableRow):
         taken(pair, function)
 
 
@@ -167,7 +167,7 @@ def test_what_is_left_out_keeps_its_place():
 
     def function(asked):
         if BAD in [response.text for response in asked.responses]:
-            raise RowRejected("bad_text", "told")
+            raise UnusableRow("bad_text", "told")
         return asked
 
     kept, _ = taken(given, function)

@@ -18,8 +18,8 @@ from mmpo_jax.core.errors import DataError, MmpoError
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.pipeline import MixtureEntry
 from mmpo_jax.data.records import ImageRef, Response
-from mmpo_jax.data.skipped import SKIPPED_FILE
-from mmpo_jax.data.tokenization import RowRejected, tokenize_records
+from mmpo_jax.data.skipped import SKIPPED_FILE, UnusableRow
+from mmpo_jax.data.tokenization import tokenize_records
 from mmpo_jax.models.config import ModelError
 from mmpo_jax.objectives.distillation import token_divergence
 from mmpo_jax.objectives.registry import Divergence
@@ -197,7 +197,7 @@ def test_a_teacher_sees_more(tiny_model, tiny_processor):
 )
 def test_rows_without_what_a_teacher_sees_are_left_out(teacher, change, reason):
     record = dataclasses.replace(next(asked()), **change)
-    with pytest.raises(RowRejected) as raised:
+    with pytest.raises(UnusableRow) as raised:
         shown_to(teacher, record)
     assert raised.value.reason == reason
 
