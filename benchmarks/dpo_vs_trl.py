@@ -150,11 +150,13 @@ def run_ours(folder: str, settings: Settings) -> dict:
     from mmpo_jax.checkpoints.checkpoint import Checkpoint
     from mmpo_jax.checkpoints.configs import load_config
     from mmpo_jax.checkpoints.huggingface import load_params
+    from mmpo_jax.data.examples import Example
     from mmpo_jax.data.lengths import Lengths
-    from mmpo_jax.data.pipeline import USEFUL_SHARE, Example, training_batches
+    from mmpo_jax.data.pipeline import training_batches
     from mmpo_jax.data.processor import Processor
     from mmpo_jax.data.readers import read_records
     from mmpo_jax.data.tokenization import tokenize_records
+    from mmpo_jax.data.train_batch import USEFUL_SHARE
     from mmpo_jax.inference.plan import packed_over
     from mmpo_jax.models.model import Model
     from mmpo_jax.parallel.mesh import make_mesh, put_batch, put_params

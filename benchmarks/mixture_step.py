@@ -23,7 +23,7 @@ import transformers
 from published import decoder
 
 from mmpo_jax.core.trees import flatten
-from mmpo_jax.data.pipeline import TrainBatch
+from mmpo_jax.data.train_batch import TrainBatch
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.flops import model_flops
 from mmpo_jax.models.model import Model, read_config

@@ -24,10 +24,10 @@ from mmpo_jax.checkpoints.train_state import TrainState
 from mmpo_jax.core.errors import DataError, MmpoError
 from mmpo_jax.data import pipeline
 from mmpo_jax.data.batching import fitting_lengths
-from mmpo_jax.data.pipeline import TrainBatch
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
 from mmpo_jax.data.same_tokens import check_same_tokenizer
 from mmpo_jax.data.tokenization import Tokenize, TokenizedRecord, tokenize, tokenize_records
+from mmpo_jax.data.train_batch import TrainBatch
 from mmpo_jax.feedback.implicit import (
     reward_records,
     tokenizer_for_both,

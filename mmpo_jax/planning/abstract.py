@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mmpo_jax.checkpoints.train_state import TrainState
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.contexts import MAIN
-from mmpo_jax.data.pipeline import TrainBatch
+from mmpo_jax.data.train_batch import TrainBatch
 from mmpo_jax.generation.places import row_spec
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.layout import pad_size

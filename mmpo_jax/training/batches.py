@@ -11,8 +11,10 @@ from jax.sharding import Mesh
 
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.checkpoints.train_state import TrainState
+from mmpo_jax.data.examples import Example, rows_of
 from mmpo_jax.data.lengths import Lengths
-from mmpo_jax.data.pipeline import Example, HostBatch, MixtureEntry, rows_of, training_batches
+from mmpo_jax.data.pipeline import MixtureEntry, training_batches
+from mmpo_jax.data.train_batch import HostBatch
 from mmpo_jax.inference.plan import packed_over
 from mmpo_jax.parallel.mesh import batch_share
 from mmpo_jax.recipes.rollout import Rollout

@@ -14,8 +14,8 @@ from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import fingerprint_items
 from mmpo_jax.data.contexts import all_names, arranged, tokenize_contexts
 from mmpo_jax.data.critiques import tokenize_scored
+from mmpo_jax.data.examples import Example, Examples
 from mmpo_jax.data.lengths import Lengths
-from mmpo_jax.data.pipeline import Example, Examples
 from mmpo_jax.data.skipped import Problem
 from mmpo_jax.data.tokenization import Tokenize, TokenizedRecord
 from mmpo_jax.data.tokenized_rows import ContextRows, KnownRows, known

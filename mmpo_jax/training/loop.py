@@ -25,11 +25,8 @@ from mmpo_jax.core import progress
 from mmpo_jax.core.errors import MmpoError, Stopped
 from mmpo_jax.core.processes import is_agreed, several
 from mmpo_jax.data.lengths import Lengths
-from mmpo_jax.data.pipeline import (
-    HostBatch,
-    TrainBatch,
-    held_out_batches,
-)
+from mmpo_jax.data.pipeline import held_out_batches
+from mmpo_jax.data.train_batch import HostBatch, TrainBatch
 from mmpo_jax.inference.plan import packed_over
 from mmpo_jax.models.lora import add_adapters
 from mmpo_jax.models.model import Params

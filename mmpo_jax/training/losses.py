@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from mmpo_jax.data.contexts import MAIN, OTHER_IMAGE
-from mmpo_jax.data.pipeline import TrainBatch
+from mmpo_jax.data.train_batch import TrainBatch
 from mmpo_jax.models.experts import load_balancing_loss
 from mmpo_jax.models.log_probs import (
     LOADS,

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from mmpo_jax.checkpoints.train_state import TrainState
 from mmpo_jax.core.files import null_if_not_finite, write_atomic
 from mmpo_jax.core.processes import on_one
-from mmpo_jax.data.pipeline import HostBatch
+from mmpo_jax.data.train_batch import HostBatch
 from mmpo_jax.parallel.mesh import gathered, put_batch
 
 FOLDER = "not_finite"

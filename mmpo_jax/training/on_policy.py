@@ -16,11 +16,13 @@ from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.checkpoints.train_state import TrainState
 from mmpo_jax.core import progress
 from mmpo_jax.core.trees import unflatten
+from mmpo_jax.data.examples import Examples
 from mmpo_jax.data.lengths import Lengths
-from mmpo_jax.data.pipeline import Examples, HostBatch, MixtureEntry, batch_order, num_batches
+from mmpo_jax.data.pipeline import MixtureEntry, batch_order, num_batches
 from mmpo_jax.data.records import Response, Turn
 from mmpo_jax.data.tokenization import TokenizedRecord, TokenizedResponse
 from mmpo_jax.data.tokenized_rows import known
+from mmpo_jax.data.train_batch import HostBatch
 from mmpo_jax.generation.responses import read_response, sample_tokens
 from mmpo_jax.models.lora import cast_params
 from mmpo_jax.models.model import Params

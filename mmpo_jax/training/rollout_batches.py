@@ -14,9 +14,10 @@ from jaxtyping import Float
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.core.files import fingerprint_json
 from mmpo_jax.data.contexts import OtherImage, changed_images
+from mmpo_jax.data.examples import Example
 from mmpo_jax.data.lengths import Lengths
-from mmpo_jax.data.pipeline import Example, HostBatch, batch_maker
 from mmpo_jax.data.tokenization import TokenizedRecord
+from mmpo_jax.data.train_batch import HostBatch, batch_maker
 from mmpo_jax.models.model import Params
 from mmpo_jax.objectives.terms import rows_read
 from mmpo_jax.parallel.mesh import batch_share, gathered, put_batch

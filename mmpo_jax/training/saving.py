@@ -22,8 +22,9 @@ from mmpo_jax.checkpoints.train_state import TrainState
 from mmpo_jax.checkpoints.weights import load_model_config
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.trees import flatten
+from mmpo_jax.data.examples import Example
 from mmpo_jax.data.lengths import Lengths
-from mmpo_jax.data.pipeline import Example, held_out_batches
+from mmpo_jax.data.pipeline import held_out_batches
 from mmpo_jax.inference.plan import packed_over
 from mmpo_jax.models.lora import Lora
 from mmpo_jax.models.model import Model, Params

@@ -15,8 +15,9 @@ from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.checkpoints.locations import fingerprint_location, locate
 from mmpo_jax.core import progress
 from mmpo_jax.core.processes import on_one
+from mmpo_jax.data.examples import Example
 from mmpo_jax.data.lengths import Lengths
-from mmpo_jax.data.pipeline import Example, MixtureEntry
+from mmpo_jax.data.pipeline import MixtureEntry
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.recipes.rollout import Rollout
 from mmpo_jax.recipes.teacher import ModelTeacher

@@ -11,13 +11,14 @@ from jax.sharding import Mesh
 
 from mmpo_jax.checkpoints.checkpoint import Checkpoint, check_speaker, open_checkpoint
 from mmpo_jax.core.errors import DataError
+from mmpo_jax.data.examples import Example
 from mmpo_jax.data.lengths import Lengths
-from mmpo_jax.data.pipeline import Example, HostBatch, batch_maker
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import Record, Turn
 from mmpo_jax.data.same_tokens import check_same_tokenizer
 from mmpo_jax.data.skipped import UnusableRow
 from mmpo_jax.data.tokenization import TokenizedRecord, tokenize
+from mmpo_jax.data.train_batch import HostBatch, batch_maker
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.parallel.mesh import Share
 from mmpo_jax.recipes.teacher import ModelTeacher, Teacher

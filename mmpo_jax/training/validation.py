@@ -19,9 +19,10 @@ from mmpo_jax.checkpoints.train_state import TrainState
 from mmpo_jax.core import progress
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.trees import unflatten
-from mmpo_jax.data.pipeline import Example, TrainBatch
+from mmpo_jax.data.examples import Example
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.data.tokenized_rows import KnownRows, known
+from mmpo_jax.data.train_batch import TrainBatch
 from mmpo_jax.inference.loop import overlapped
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.lora import cast_params

@@ -5,17 +5,12 @@ import numpy as np
 import pytest
 from helpers import tiny
 
+from mmpo_jax.data.examples import Example
 from mmpo_jax.data.lengths import Lengths
-from mmpo_jax.data.pipeline import (
-    USEFUL_SHARE,
-    Example,
-    MixtureEntry,
-    mixed_order,
-    num_batches,
-    training_batches,
-)
+from mmpo_jax.data.pipeline import MixtureEntry, mixed_order, num_batches, training_batches
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
 from mmpo_jax.data.tokenization import tokenize_records
+from mmpo_jax.data.train_batch import USEFUL_SHARE
 from mmpo_jax.picture_world.render import png_bytes
 from mmpo_jax.picture_world.world import sample_scene
 

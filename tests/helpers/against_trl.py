@@ -7,7 +7,7 @@ import numpy as np
 from helpers import tiny
 
 from mmpo_jax.checkpoints.huggingface import to_huggingface
-from mmpo_jax.data.pipeline import TrainBatch
+from mmpo_jax.data.train_batch import TrainBatch
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.picture_world.language import CAPTION_PROMPTS
 from mmpo_jax.picture_world.render import render

@@ -25,10 +25,11 @@ from mmpo_jax.checkpoints.configs import load_config
 from mmpo_jax.checkpoints.huggingface import save_model
 from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.data.batching import pad_batch
-from mmpo_jax.data.pipeline import Example, TrainBatch
+from mmpo_jax.data.examples import Example
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import IMAGE, ImageRef, Record, Response, Turn
 from mmpo_jax.data.tokenization import tokenize
+from mmpo_jax.data.train_batch import TrainBatch
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.families.llava import LlavaConfig
 from mmpo_jax.models.model import Model, Params

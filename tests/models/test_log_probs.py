@@ -13,7 +13,7 @@ from helpers import tiny
 
 from mmpo_jax.checkpoints.train_state import TrainState
 from mmpo_jax.core.trees import flatten
-from mmpo_jax.data.pipeline import TrainBatch
+from mmpo_jax.data.train_batch import TrainBatch
 from mmpo_jax.models import log_probs
 from mmpo_jax.models.batch import Batch, Shown
 from mmpo_jax.models.log_probs import head_chunk, response_log_probs, token_log_probs

@@ -13,8 +13,8 @@ from helpers.against_trl import as_float64, assert_same_gradients
 from mmpo_jax.checkpoints.huggingface import load_model, save_model
 from mmpo_jax.correction.corrections import Error, corrected
 from mmpo_jax.data.batching import pad_batch
-from mmpo_jax.data.pipeline import TrainBatch
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
+from mmpo_jax.data.train_batch import TrainBatch
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.picture_world.render import png_bytes
 from mmpo_jax.picture_world.world import sample_scene

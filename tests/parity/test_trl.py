@@ -14,7 +14,7 @@ from helpers import tiny
 from helpers.against_trl import assert_same_gradients, make_batch
 
 from mmpo_jax.checkpoints.huggingface import load_model, save_model
-from mmpo_jax.data.pipeline import TrainBatch
+from mmpo_jax.data.train_batch import TrainBatch
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.picture_world.language import CAPTION_PROMPTS

@@ -16,7 +16,7 @@ from helpers.against_trl import (
 )
 
 from mmpo_jax.checkpoints.huggingface import load_model
-from mmpo_jax.data.pipeline import TrainBatch
+from mmpo_jax.data.train_batch import TrainBatch
 from mmpo_jax.objectives.terms import make_term
 
 torch = pytest.importorskip("torch")

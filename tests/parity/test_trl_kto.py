@@ -17,7 +17,7 @@ from helpers.against_trl import (
 )
 
 from mmpo_jax.checkpoints.huggingface import load_model
-from mmpo_jax.data.pipeline import TrainBatch
+from mmpo_jax.data.train_batch import TrainBatch
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.picture_world.language import CAPTION_PROMPTS
 from mmpo_jax.picture_world.render import render

@@ -9,7 +9,7 @@ import pytest
 from helpers import tiny
 from jax.sharding import AxisType
 
-from mmpo_jax.data.pipeline import TrainBatch
+from mmpo_jax.data.train_batch import TrainBatch
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import AXES, put_batch
 from mmpo_jax.recipes.training import MovingReference

@@ -17,8 +17,9 @@ from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.checkpoints.steps import CheckpointError
 from mmpo_jax.commands.train import run_training
 from mmpo_jax.core.errors import Stopped
+from mmpo_jax.data.examples import Example
 from mmpo_jax.data.lengths import Lengths
-from mmpo_jax.data.pipeline import Example, MixtureEntry
+from mmpo_jax.data.pipeline import MixtureEntry
 from mmpo_jax.data.skipped import SKIPPED_FILE
 from mmpo_jax.models.log_probs import response_log_probs
 from mmpo_jax.objectives.advantages import advantages

@@ -12,8 +12,9 @@ from helpers.loop_runs import LENGTHS, make_record
 from jax.sharding import AxisType
 
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
-from mmpo_jax.data.pipeline import USEFUL_SHARE, held_out_batches, training_batches
+from mmpo_jax.data.pipeline import held_out_batches, training_batches
 from mmpo_jax.data.tokenization import tokenize_records
+from mmpo_jax.data.train_batch import USEFUL_SHARE
 from mmpo_jax.models.batch import Batch, PackedBatch
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import AXES, batch_shards, put_batch

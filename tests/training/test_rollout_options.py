@@ -7,8 +7,9 @@ from helpers.loop_runs import Killed, interrupted, make_start
 from helpers.rollouts import State, easy_rewards, make_mesh, tokenized_prompts, trained
 from helpers.run_files import reproducible_rows
 
+from mmpo_jax.data.examples import Examples
 from mmpo_jax.data.lengths import Lengths
-from mmpo_jax.data.pipeline import Examples, MixtureEntry
+from mmpo_jax.data.pipeline import MixtureEntry
 from mmpo_jax.data.tokenized_rows import known
 from mmpo_jax.models.log_probs import response_log_probs
 from mmpo_jax.objectives.advantages import advantages
