@@ -35,7 +35,7 @@ def make_checkpoint(folder: str, name: str, layers: int | None, max_shard_bytes:
 
     from mmpo_jax.checkpoints.configs import load_config
     from mmpo_jax.checkpoints.huggingface import new_tensors
-    from mmpo_jax.checkpoints.safetensors_files import split_into_files, write_files
+    from mmpo_jax.checkpoints.safetensors_writing import split_into_files, write_files
     from mmpo_jax.models.model import Model
 
     config = PUBLISHED[name].config()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import logging
 import os
 from contextlib import AbstractContextManager
@@ -37,10 +36,9 @@ from mmpo_jax.core import progress
 from mmpo_jax.core.buckets import copy_folder, is_file, replace_folder
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.files import (
-    null_if_not_finite,
     read_json,
     read_table,
-    write_atomic,
+    write_json,
 )
 from mmpo_jax.core.processes import on_one
 from mmpo_jax.data.records import Record
@@ -221,7 +219,7 @@ def save_result(recipe: AlignRecipe, work: Round, trained: Checkpoint, card: Mod
 
     def note() -> None:
         done = {"of": of, "model": fingerprint_model(result), "saved": dataclasses.asdict(saved)}
-        write_atomic(manifest, json.dumps(null_if_not_finite(done), indent=1).encode())
+        write_json(manifest, done)
 
     on_one(note)
 

@@ -8,9 +8,9 @@ import os
 
 from mmpo_jax.alignment.report import RoundReport, write_report
 from mmpo_jax.alignment.selection import HeldOut, best_round, judge_held_out, tell_choice
-from mmpo_jax.benchmarks.benchmark import write_json
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.core import progress
+from mmpo_jax.core.files import write_json
 from mmpo_jax.core.processes import on_one
 from mmpo_jax.evaluation.answers import Measuring
 from mmpo_jax.evaluation.measure import (

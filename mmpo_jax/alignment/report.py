@@ -12,8 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from mmpo_jax.alignment.selection import count_verdicts
-from mmpo_jax.benchmarks.benchmark import write_json
-from mmpo_jax.core.files import read_json, read_table, write_atomic
+from mmpo_jax.core.files import read_json, read_table, write_atomic, write_json
 from mmpo_jax.evaluation.measure import Shown
 from mmpo_jax.evaluation.tax import FILE as TAX
 from mmpo_jax.evaluation.tax import render_tax

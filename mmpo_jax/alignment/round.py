@@ -9,7 +9,6 @@ Source of the rules: RLAIF-V (Yu et al. 2024, arXiv 2405.17220) and its reposito
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Collection, Sequence
 
@@ -32,6 +31,7 @@ from mmpo_jax.core.files import (
     read_bytes,
     read_json,
     write_atomic,
+    write_json,
 )
 from mmpo_jax.core.processes import on_one
 from mmpo_jax.core.stages import Stage, StageOutput, run_told_stage
@@ -232,7 +232,7 @@ def train_round(work: Round, generated: StageOutput, pairs: StageOutput) -> str:
             "model": fingerprint_model(target),
             "trained": len(data.examples),
         }
-        write_atomic(manifest, json.dumps(done, indent=1).encode())
+        write_json(manifest, done)
 
     on_one(note)
     return target

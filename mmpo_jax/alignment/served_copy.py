@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 import os
 import subprocess
@@ -30,7 +29,7 @@ from mmpo_jax.core.files import (
     fingerprint_json,
     is_local,
     read_json,
-    write_atomic,
+    write_json,
 )
 from mmpo_jax.core.processes import VARIABLES, on_one
 from mmpo_jax.recipes.candidates import ServedCandidates
@@ -208,7 +207,7 @@ def model_folder(start: Checkpoint, mesh: Mesh, target: str) -> str:
 
     def note() -> None:
         done = {"of": of, "model": fingerprint_model(target)}
-        write_atomic(manifest, json.dumps(done, indent=1).encode())
+        write_json(manifest, done)
 
     on_one(note)
     return os.path.abspath(target)

@@ -23,7 +23,7 @@ import numpy as np
 from etils import epath
 
 from mmpo_jax.core.errors import MmpoError
-from mmpo_jax.core.files import fingerprint_bytes, read_bytes, write_atomic
+from mmpo_jax.core.files import fingerprint_bytes, read_bytes, write_atomic, write_json
 from mmpo_jax.core.progress import counted
 
 SOURCE = "github.com/junyangwang0410/AMBER, data/"
@@ -268,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "words_without_a_vector": without,
     }
     write_atomic(folder / TABLE, table)
-    write_atomic(folder / ORIGIN, json.dumps(origin, indent=1, ensure_ascii=False).encode())
+    write_json(folder / ORIGIN, origin)
     print(f"{folder / TABLE}: {len(pairs)} pairs of {len(words)} words, by {made_by}")
     if without:
         print(f"without a vector, similar to themselves alone: {', '.join(without)}")

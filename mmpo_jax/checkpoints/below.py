@@ -4,11 +4,10 @@ alone."""
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 
 from mmpo_jax.checkpoints.folders import BASE
-from mmpo_jax.core.files import read_json, write_atomic
+from mmpo_jax.core.files import read_json, write_json
 from mmpo_jax.core.processes import on_one
 from mmpo_jax.models.quantized import Quantization
 
@@ -33,8 +32,7 @@ def save_below(folder: str, below: Below) -> None:
       folder: of the run.
       below: what its checkpoints do not have.
     """
-    text = json.dumps(dataclasses.asdict(below), indent=1)
-    on_one(lambda: write_atomic(os.path.join(folder, BASE, FILE), text.encode()))
+    on_one(lambda: write_json(os.path.join(folder, BASE, FILE), dataclasses.asdict(below)))
 
 
 def read_below(base: str) -> Below | None:

@@ -16,7 +16,8 @@ from typing import Literal
 
 import numpy as np
 
-from mmpo_jax.checkpoints.safetensors_files import DTYPES, NewTensor, StoredTensor
+from mmpo_jax.checkpoints.safetensors_files import DTYPES, StoredTensor
+from mmpo_jax.checkpoints.safetensors_writing import NewTensor
 
 EXPERT = re.compile(r"(?P<stem>.*)\.experts\.\d+\.(?P<layer>\w+)_proj\.weight")
 JOINED = re.compile(r"(?P<stem>.*\.experts)\.(?P<kind>gate_up|down)_proj")

@@ -199,7 +199,7 @@ def copy_base(
     for key, name in PARTS_OF_PROCESSORS.items():
         copy = epath.Path(target) / name
         if processor.get(key) and not copy.exists():
-            write_atomic(copy, (json.dumps(processor[key], indent=2) + "\n").encode())
+            _write_settings(copy, processor[key])
     if chat_template is not None:
         _replace_template(epath.Path(target), chat_template)
 
@@ -211,8 +211,12 @@ def _replace_template(folder: epath.Path, chat_template: str) -> None:
     path = folder / "tokenizer_config.json"
     settings = read_json(path)
     if settings.pop("chat_template", None) is not None:
-        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-        write_atomic(path, text.encode())
+        _write_settings(path, settings)
+
+
+def _write_settings(path: epath.Path, settings: dict[str, Any]) -> None:
+    """Writes a JSON file as transformers does."""
+    write_atomic(path, (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def write_untied(folder: str | os.PathLike[str]) -> None:
@@ -224,7 +228,7 @@ def write_untied(folder: str | os.PathLike[str]) -> None:
         return
     for part in parts:
         part["tie_word_embeddings"] = False
-    write_atomic(path, (json.dumps(config, indent=2) + "\n").encode())
+    _write_settings(path, config)
 
 
 def write_left_out(folder: str | os.PathLike[str], model: Model) -> None:
@@ -234,7 +238,7 @@ def write_left_out(folder: str | os.PathLike[str], model: Model) -> None:
     parts = [name for name in model.family.left_out if config.get(name) is not None]
     if parts:
         config |= dict.fromkeys(parts)
-        write_atomic(path, (json.dumps(config, indent=2) + "\n").encode())
+        _write_settings(path, config)
 
 
 def write_dtype(folder: str | os.PathLike[str], name: str) -> None:
@@ -249,7 +253,7 @@ def write_dtype(folder: str | os.PathLike[str], name: str) -> None:
         return
     for part, key in stated:
         part[key] = name
-    write_atomic(path, (json.dumps(config, indent=2) + "\n").encode())
+    _write_settings(path, config)
 
 
 def write_reward_head(folder: str | os.PathLike[str], model: Model) -> None:
@@ -260,4 +264,4 @@ def write_reward_head(folder: str | os.PathLike[str], model: Model) -> None:
     path = epath.Path(folder) / "config.json"
     reward_class = model.family.reward_classes.get(model.config.family)
     config = read_json(path) | reward_head_entries(head, reward_class)
-    write_atomic(path, (json.dumps(config, indent=2) + "\n").encode())
+    _write_settings(path, config)

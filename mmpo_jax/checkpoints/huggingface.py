@@ -34,14 +34,16 @@ from mmpo_jax.checkpoints.loading import Change, StoredParameter, load_arrays
 from mmpo_jax.checkpoints.rounding import Survival, rounded, stored_dtype
 from mmpo_jax.checkpoints.safetensors_files import (
     INDEX_FILE,
-    MAX_SHARD_BYTES,
     SINGLE_FILE,
-    NewTensor,
     StoredTensor,
     check_dtype,
     read_header,
-    split_into_files,
     weight_files,
+)
+from mmpo_jax.checkpoints.safetensors_writing import (
+    MAX_SHARD_BYTES,
+    NewTensor,
+    split_into_files,
     write_files,
 )
 from mmpo_jax.checkpoints.tensor_names import (

@@ -25,7 +25,8 @@ from mmpo_jax.checkpoints.folders import is_on_hub, split_hub_id
 from mmpo_jax.checkpoints.huggingface import new_tensors, write_folder
 from mmpo_jax.checkpoints.peft_experts import expert_adapters, is_of_experts, read_experts
 from mmpo_jax.checkpoints.peft_names import alpha_of, is_target, module_name, rank_of, scale_of
-from mmpo_jax.checkpoints.safetensors_files import NewTensor, read_header, read_tensor
+from mmpo_jax.checkpoints.safetensors_files import read_header, read_tensor
+from mmpo_jax.checkpoints.safetensors_writing import NewTensor
 from mmpo_jax.checkpoints.tensor_names import layer_numbers, path_of
 from mmpo_jax.core.trees import flatten, to_host, unflatten
 from mmpo_jax.models.config import ModelError, RewardHead

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from mmpo_jax.checkpoints.peft_names import alpha_of, module_name, rank_of, scale_of
-from mmpo_jax.checkpoints.safetensors_files import NewTensor
+from mmpo_jax.checkpoints.safetensors_writing import NewTensor
 from mmpo_jax.checkpoints.tensor_names import path_of
 from mmpo_jax.core.trees import flatten, to_host
 from mmpo_jax.models.config import ModelError

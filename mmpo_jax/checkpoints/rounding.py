@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import ml_dtypes
 import numpy as np
 
-from mmpo_jax.checkpoints.safetensors_files import NewTensor
+from mmpo_jax.checkpoints.safetensors_writing import NewTensor
 from mmpo_jax.models.config import ModelError
 
 _STOCHASTIC = "_stochastic"

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 
-from mmpo_jax.benchmarks.benchmark import write_json
 from mmpo_jax.checkpoints.checkpoint import check_speaker, load_checkpoint
 from mmpo_jax.commands.evaluate_answers import lines
-from mmpo_jax.core.files import check_reachable
+from mmpo_jax.core.files import check_reachable, write_json
 from mmpo_jax.core.processes import on_one
 from mmpo_jax.evaluation.answers import Measuring
 from mmpo_jax.evaluation.measure import Measured, check_questions, describe, measure, shown_metrics

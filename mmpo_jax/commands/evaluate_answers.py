@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from mmpo_jax.benchmarks.benchmark import Benchmark, Scores, find_benchmark, score_answers
+from mmpo_jax.benchmarks.benchmark import Benchmark, Scores, find_benchmark
 from mmpo_jax.benchmarks.judging import HOW, Judge
+from mmpo_jax.benchmarks.score_files import score_answers
 from mmpo_jax.core.errors import MmpoError
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-from typing import Any
 
 from mmpo_jax.core.errors import MmpoError
-from mmpo_jax.core.files import write_atomic
+from mmpo_jax.core.files import write_json
 from mmpo_jax.planning.planned import plan_recipe
 from mmpo_jax.planning.report import told, told_choices
 from mmpo_jax.planning.search import search
@@ -100,10 +98,6 @@ def _search(
             f"none of the {len(found)} choices that were compiled fits {topology.name}; more "
             "--compilations go on with slower ones"
         )
-
-
-def write_json(file: str, figures: Any) -> None:
-    write_atomic(file, json.dumps(figures, indent=1).encode())
 
 
 def command_of(keys: set[str]) -> str:

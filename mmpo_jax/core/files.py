@@ -246,6 +246,16 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def write_json(path: epath.PathLike, value: Any) -> None:
+    """Write a JSON value for people to read, with null for what is not finite.
+
+    Raises:
+      OSError: the file could not be written.
+    """
+    text = json.dumps(null_if_not_finite(value), indent=1, ensure_ascii=False)
+    write_atomic(path, text.encode())
+
+
 def encode_table(table: pa.Table) -> bytes:
     """`table` as a Parquet file in memory.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import threading
@@ -13,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from mmpo_jax.core.files import read_json, write_atomic
+from mmpo_jax.core.files import read_json, write_json
 from mmpo_jax.core.processes import is_first
 from mmpo_jax.core.progress import duration
 
@@ -47,7 +46,7 @@ def add_time(folder: epath.PathLike, name: str, key: str, spent: Mapping[str, fl
         sums = {unit: before.get(unit, 0) + amount for unit, amount in spent.items()}
         stages[name] = {**before, "key": key, **sums}
         try:
-            write_atomic(path, json.dumps(stages, indent=1).encode())
+            write_json(path, stages)
         except OSError as error:
             log.warning("%s: cannot be written: %s", path, error.strerror or error)
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from mmpo_jax.data.formats.columns import may_hold_pictures
-from mmpo_jax.data.records import SOLUTIONS, Record, Turn
+from mmpo_jax.data.records import SOLUTIONS, Record
 
 LOG_PROBS = "logps"
 """The column of RLAIF-V's with log-probs, of which we read the sums."""
@@ -49,7 +49,7 @@ class Notes:
         self.repeated_ids += record.own_id is not None
         self.left_out.update(reason for _, reason, _ in record.left_out)
         if not shows_something(record):
-            keys = {name: value for turn in turns_of(record) for name, value in turn.keys.items()}
+            keys = {name: value for turn in record.turns for name, value in turn.keys.items()}
             unread = {**keys, **{name: record.extra[name] for name in columns}}
             self.unread_pictures.update(
                 name for name, value in unread.items() if may_hold_pictures(name, value)
@@ -79,12 +79,6 @@ class Notes:
                 "that show nothing: "
                 f"{by_count(self.unread_pictures)}; give the pictures as files in a column 'images'"
             )
-
-
-def turns_of(record: Record) -> list[Turn]:
-    """All turns of a record: its prompt's, and those of its responses and of prompts of theirs."""
-    own = (turn for r in record.responses for turn in (*(r.prompt or ()), *r.turns))
-    return [*record.prompt, *own]
 
 
 def shows_something(record: Record) -> bool:

@@ -1,6 +1,7 @@
 """The records every method works on: one prompt about some images, and R responses to it."""
 
 import enum
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -326,6 +327,20 @@ class Record:
     def media(self) -> tuple[MediaRef, ...]:
         """The images, then the videos."""
         return *self.images, *self.videos
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """All turns: the prompt's, and those of the responses and of prompts of theirs."""
+        own = (turn for r in self.responses for turn in (*(r.prompt or ()), *r.turns))
+        return *self.prompt, *own
+
+    @property
+    def texts(self) -> list[str]:
+        """What a chat template is given to write: the turns' texts, and as JSON their keys and its
+        arguments."""
+        given = [self.template, *(turn.keys for turn in self.turns)]
+        texts = [json.dumps(value, ensure_ascii=False, default=str) for value in given if value]
+        return [*texts, *(turn.text for turn in self.turns)]
 
     @property
     def solution(self) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from etils import epath
 
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.processes import on_one
-from mmpo_jax.data.notes import Notes, by_count, turns_of
+from mmpo_jax.data.notes import Notes, by_count
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import Record
 from mmpo_jax.data.skipped import SkippedRow, check_skipped, write_skipped
@@ -32,16 +31,11 @@ class TextNotes:
 
     def add(self, record: Record, processor: Processor) -> None:
         """Counts a row."""
-        turns = turns_of(record)
-        keys = {key for turn in turns for key in turn.keys} | record.template.keys()
+        keys = {key for turn in record.turns for key in turn.keys} | record.template.keys()
         self.unread.update(sorted(key for key in keys if not processor.reads_key(key)))
         if processor.tokenizer.is_fast and not record.plain_text:
-            said = [record.template, *(turn.keys for turn in turns)]
-            texts = [json.dumps(value, ensure_ascii=False, default=str) for value in said if value]
-            texts += [turn.text for turn in turns]
-            self.typed.update(
-                sorted({name for t in texts for name in processor.control.found_in(t)})
-            )
+            found = {name for text in record.texts for name in processor.control.found_in(text)}
+            self.typed.update(sorted(found))
 
     def lines(self) -> Iterator[str]:
         """What the notes say, for a person."""

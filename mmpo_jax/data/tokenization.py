@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -238,7 +237,7 @@ def _check_takes(record: Record) -> None:
       UnusableRow: a response has images or a prompt of its own, or a text has characters that
         stand for control tokens.
     """
-    if _has_stand_ins(record):
+    if any(map(has_stand_ins, record.texts)):
         raise UnusableRow(
             "bad_text", "a character from U+10F000 to U+10FFFD, which stand for control tokens"
         )
@@ -246,14 +245,6 @@ def _check_takes(record: Record) -> None:
         raise UnusableRow("own_images", "a response has images of its own")
     if any(response.prompt is not None for response in record.responses):
         raise UnusableRow("own_prompt", "a response has a prompt of its own")
-
-
-def _has_stand_ins(record: Record) -> bool:
-    """Whether anything that is rendered has the characters of `control_tokens`."""
-    turns = [*record.prompt, *(turn for response in record.responses for turn in response.turns)]
-    said = [record.template, *(turn.keys for turn in turns)]
-    others = (json.dumps(value, ensure_ascii=False, default=str) for value in said if value)
-    return any(map(has_stand_ins, (*(turn.text for turn in turns), *others)))
 
 
 def _read(

@@ -9,10 +9,9 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmpo_jax.benchmarks.benchmark import write_json
 from mmpo_jax.checkpoints.checkpoint import load_checkpoint
 from mmpo_jax.checkpoints.train_state import TrainState
-from mmpo_jax.core.files import fingerprint_json, write_atomic
+from mmpo_jax.core.files import fingerprint_json, write_atomic, write_json
 from mmpo_jax.core.processes import on_one
 from mmpo_jax.evaluation.answers import Measuring
 from mmpo_jax.evaluation.measure import (

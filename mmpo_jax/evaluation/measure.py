@@ -18,22 +18,12 @@ from typing import Any
 
 from etils import epath
 
-from mmpo_jax.benchmarks.benchmark import (
-    PICTURE,
-    Asked,
-    Benchmark,
-    Files,
-    Metric,
-    Scores,
-    as_report,
-    read_scores,
-    score_rows,
-    write_json,
-)
+from mmpo_jax.benchmarks.benchmark import PICTURE, Asked, Benchmark, Files, Metric, Scores
 from mmpo_jax.benchmarks.judging import Judge
+from mmpo_jax.benchmarks.score_files import as_report, read_scores, score_rows
 from mmpo_jax.benchmarks.tables import read_table
 from mmpo_jax.core import progress
-from mmpo_jax.core.files import fingerprint_file, fingerprint_json, read_json
+from mmpo_jax.core.files import fingerprint_file, fingerprint_json, read_json, write_json
 from mmpo_jax.core.processes import on_one
 from mmpo_jax.evaluation.answers import Measuring, asked_records, write_answers
 from mmpo_jax.evaluation.judge_models import asked_judge

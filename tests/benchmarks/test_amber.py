@@ -13,7 +13,8 @@ from helpers.nltk_data import make_nltk_data
 from mmpo_jax.benchmarks import similar_words
 from mmpo_jax.benchmarks.amber import BLOCKS, questions
 from mmpo_jax.benchmarks.amber_descriptions import judge
-from mmpo_jax.benchmarks.benchmark import Files, score_answers
+from mmpo_jax.benchmarks.benchmark import Files
+from mmpo_jax.benchmarks.score_files import score_answers
 from mmpo_jax.cli import main
 from mmpo_jax.core.errors import MmpoError
 

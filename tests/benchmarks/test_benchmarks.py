@@ -14,9 +14,10 @@ from etils import epath
 from helpers.benchmarks import assert_rows_add_up, published, scored, write
 from helpers.pictures import encode, noise
 
-from mmpo_jax.benchmarks.benchmark import Files, benchmarks, find_benchmark, score_answers
+from mmpo_jax.benchmarks.benchmark import Files, benchmarks, find_benchmark
 from mmpo_jax.benchmarks.mmstar import choice
 from mmpo_jax.benchmarks.pope import official, whole_word
+from mmpo_jax.benchmarks.score_files import score_answers
 from mmpo_jax.cli import main
 from mmpo_jax.core.errors import MmpoError
 

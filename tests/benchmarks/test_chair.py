@@ -7,8 +7,9 @@ from helpers.benchmarks import assert_rows_add_up
 from helpers.coco import make_coco
 from helpers.nltk_data import make_nltk_data
 
-from mmpo_jax.benchmarks.benchmark import Files, score_answers
+from mmpo_jax.benchmarks.benchmark import Files
 from mmpo_jax.benchmarks.chair import questions
+from mmpo_jax.benchmarks.score_files import score_answers
 from mmpo_jax.core.errors import MmpoError
 
 pytest.importorskip("nltk")

@@ -11,11 +11,11 @@ import pytest
 from helpers.benchmarks import assert_rows_add_up, published, write
 from helpers.chat_server import ChatTestServer, question, reply
 
-from mmpo_jax.benchmarks.benchmark import score_answers
 from mmpo_jax.benchmarks.judging import Judge
 from mmpo_jax.benchmarks.llava_bench import UNREAD, read_scores
 from mmpo_jax.benchmarks.mmhal import TYPES, rating
 from mmpo_jax.benchmarks.refomb import verdict
+from mmpo_jax.benchmarks.score_files import score_answers
 from mmpo_jax.cli import main
 from mmpo_jax.core.errors import MmpoError
 

@@ -10,11 +10,12 @@ from helpers.benchmarks import assert_rows_add_up
 from helpers.coco import make_coco
 from helpers.nltk_data import make_nltk_data
 
-from mmpo_jax.benchmarks.benchmark import Files, score_answers
+from mmpo_jax.benchmarks.benchmark import Files
 from mmpo_jax.benchmarks.extracted_objects import read_objects
 from mmpo_jax.benchmarks.judging import Judge, Said
 from mmpo_jax.benchmarks.noun_runs import noun_runs
 from mmpo_jax.benchmarks.object_halbench import questions
+from mmpo_jax.benchmarks.score_files import score_answers
 from mmpo_jax.core.errors import MmpoError
 
 IMAGES = {

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from helpers.benchmarks import published, scored, write
 
-from mmpo_jax.benchmarks.benchmark import score_answers
 from mmpo_jax.benchmarks.multimodal_rewardbench import verdict
+from mmpo_jax.benchmarks.score_files import score_answers
 from mmpo_jax.benchmarks.vl_rewardbench import group_of, read_judgement
 from mmpo_jax.core.errors import MmpoError
 

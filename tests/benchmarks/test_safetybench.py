@@ -7,7 +7,6 @@ import pytest
 from helpers.benchmarks import assert_rows_add_up, write
 from helpers.chat_server import ChatTestServer, question, reply
 
-from mmpo_jax.benchmarks.benchmark import score_answers
 from mmpo_jax.benchmarks.judging import Judge
 from mmpo_jax.benchmarks.mm_rlhf_safetybench import SETS, TASKS, agrees
 from mmpo_jax.benchmarks.safety_phrases import (
@@ -16,6 +15,7 @@ from mmpo_jax.benchmarks.safety_phrases import (
     is_attacked,
     is_refusal,
 )
+from mmpo_jax.benchmarks.score_files import score_answers
 from mmpo_jax.cli import main
 from mmpo_jax.core.errors import MmpoError
 

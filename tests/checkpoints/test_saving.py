@@ -13,18 +13,12 @@ import safetensors.numpy
 import yaml
 from jax.sharding import AxisType
 
-from mmpo_jax.checkpoints import fetching, safetensors_files
+from mmpo_jax.checkpoints import fetching, safetensors_writing
 from mmpo_jax.checkpoints.cards import make_card, render_card
 from mmpo_jax.checkpoints.huggingface import load_model, new_tensors, save_model
 from mmpo_jax.checkpoints.rounding import stored_dtype
-from mmpo_jax.checkpoints.safetensors_files import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    NewTensor,
-    read_header,
-    split_into_files,
-    write_files,
-)
+from mmpo_jax.checkpoints.safetensors_files import INDEX_FILE, SINGLE_FILE, read_header
+from mmpo_jax.checkpoints.safetensors_writing import NewTensor, split_into_files, write_files
 from mmpo_jax.core import progress
 from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.models.config import ModelError
@@ -210,7 +204,7 @@ def test_a_full_disk(tiny_folder, tiny_model, tmp_path, monkeypatch):
         if len(synced) == 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(safetensors_files.os, "fsync", fail_later)
+    monkeypatch.setattr(safetensors_writing.os, "fsync", fail_later)
     told = r"model-00002-of-\d+\.safetensors: cannot be written: No space left.* need 0\.00 GB"
     with pytest.raises(ModelError, match=told):
         save_model(tmp_path / "out", *tiny_model, tiny_folder, max_shard_bytes=SIZE)

@@ -8,8 +8,9 @@ from helpers.benchmarks import assert_rows_add_up, write
 from helpers.chat_server import ChatTestServer, reply
 from jax.sharding import AxisType
 
-from mmpo_jax.benchmarks.benchmark import PICTURE, score_answers
+from mmpo_jax.benchmarks.benchmark import PICTURE
 from mmpo_jax.benchmarks.judging import FILE, Judge
+from mmpo_jax.benchmarks.score_files import score_answers
 from mmpo_jax.checkpoints.checkpoint import load_checkpoint
 from mmpo_jax.cli import main
 from mmpo_jax.core.errors import MmpoError

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mmpo_jax.benchmarks.benchmark import Benchmark, Metric, Scores, write_json
+from mmpo_jax.benchmarks.benchmark import Benchmark, Metric, Scores
+from mmpo_jax.core.files import write_json
 from mmpo_jax.evaluation.bootstrap import (
     SAMPLES,
     bootstrap_p,

@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-from mmpo_jax.benchmarks.benchmark import find_benchmark, score_answers
+from mmpo_jax.benchmarks.benchmark import find_benchmark
+from mmpo_jax.benchmarks.score_files import score_answers
 
 published = pytest.mark.skipif(
     "MMPO_EVALUATION_DATA" not in os.environ,
