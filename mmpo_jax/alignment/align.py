@@ -19,7 +19,7 @@ from mmpo_jax.alignment.candidates import (
 )
 from mmpo_jax.alignment.findings import Findings, round_folder
 from mmpo_jax.alignment.report import RoundReport, read_report
-from mmpo_jax.alignment.round import Round, pair_data, run_round
+from mmpo_jax.alignment.round import TRAIN, Round, pair_data, run_round, training_start
 from mmpo_jax.alignment.selection import FOLDER as HELD_OUT
 from mmpo_jax.alignment.selection import split_held_out
 from mmpo_jax.checkpoints.cards import ModelCard, SavedWeights, make_card, read_saved, write_card
@@ -142,6 +142,7 @@ def _run_rounds(
             inference_mesh=inference,
             card=card,
             servers=models.servers,
+            run_before=os.path.join(round_folder(recipe, index - 1), TRAIN) if index > 1 else None,
         )
         models.held = start
         with _telling(index, recipe):
@@ -201,7 +202,7 @@ def save_result(recipe: AlignRecipe, work: Round, trained: Checkpoint, card: Mod
         names = responses_name(recipe), "pairs"
         files = [os.path.join(work.folder, f"{name}.parquet") for name in names]
         generated, pairs = on_one(lambda: [read_table(file) for file in files])
-        work = dataclasses.replace(work, start=work.start.moved(work.mesh))
+        work = dataclasses.replace(work, start=training_start(work))
         trained = trained.moved(work.mesh)
         measure = functools.partial(
             measure_weights,
@@ -212,7 +213,7 @@ def save_result(recipe: AlignRecipe, work: Round, trained: Checkpoint, card: Mod
             work.mesh,
         )
         before = load_before(card, trained.model, work.mesh)
-        run = os.path.join(work.folder, "train")
+        run = os.path.join(work.folder, TRAIN)
         saved = save_weights(
             result, trained, before, trained.params, dtype, card, work.mesh, measure, run
         )

@@ -20,7 +20,7 @@ from mmpo_jax.alignment.examples import PROMPTS, write_examples
 from mmpo_jax.alignment.pairs import pair_records, pair_rows
 from mmpo_jax.alignment.sentences import begun_records, judged_sentences
 from mmpo_jax.checkpoints.cards import ModelCard
-from mmpo_jax.checkpoints.checkpoint import Checkpoint
+from mmpo_jax.checkpoints.checkpoint import Checkpoint, load_start
 from mmpo_jax.checkpoints.fingerprints import fingerprint_model, has_fingerprint
 from mmpo_jax.core import progress
 from mmpo_jax.core.buckets import is_file, remove_tree
@@ -55,6 +55,8 @@ from mmpo_jax.training.saving import MODEL
 from mmpo_jax.training.stage import TrainingStage, stage_data, train_stage
 from mmpo_jax.training.validation import hold_out
 
+TRAIN = "train"
+"""Folder of a round's training in that of the round."""
 PAIR_RULES = 3
 """Part of the key of pairs: changes with what makes them."""
 
@@ -80,6 +82,8 @@ class Round:
     """Card of the alignment's result, without metrics."""
     servers: Servers
     """Clients of the run."""
+    run_before: str | None = None
+    """Folder of the training of the round before; None for the first."""
 
 
 def run_round(work: Round, judge: Judge) -> str:
@@ -215,8 +219,7 @@ def train_round(work: Round, generated: StageOutput, pairs: StageOutput) -> str:
             f"{pairs.table.schema.metadata[b'counts'].decode()}"
         )
     # Judges may have taken its place on the devices, or it lies as they have it.
-    start = work.start.moved(work.mesh, work.recipe.training.quantization)
-    work = dataclasses.replace(work, start=start)
+    work = dataclasses.replace(work, start=training_start(work))
     stage = training_stage(work)
     data = pair_data(work, generated.table, pairs.table)
     on_one(lambda: _discard_other_run(stage.run_folder, identity))
@@ -238,6 +241,18 @@ def train_round(work: Round, generated: StageOutput, pairs: StageOutput) -> str:
     return target
 
 
+def training_start(work: Round) -> Checkpoint:
+    """What the round trains: its start, or where that was trained above a quantised base the same
+    base with its adapters, as merged and quantised again most of them would be rounded away."""
+    recipe, quantization = work.recipe, work.recipe.training.quantization
+    if quantization is None or work.run_before is None:
+        return work.start.moved(work.mesh, quantization)
+    work.start.release()
+    return load_start(
+        work.run_before, mesh=work.mesh, attention=recipe.attention, quantization=quantization
+    )
+
+
 def training_stage(work: Round) -> TrainingStage:
     """The round's training, whose result is float32 whatever the alignment's is saved in: the next
     round goes on from what was trained."""
@@ -248,7 +263,7 @@ def training_stage(work: Round) -> TrainingStage:
         recipe.lengths,
         work.mesh,
         folder=work.folder,
-        run_folder=os.path.join(work.folder, "train"),
+        run_folder=os.path.join(work.folder, TRAIN),
         seed=recipe.seed + work.index,
         name=f"{os.path.basename(os.path.normpath(recipe.output))}/round-{work.index}",
         card=work.card,

@@ -11,10 +11,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from mmpo_jax.checkpoints.below import Below
 from mmpo_jax.checkpoints.configs import load_config
 from mmpo_jax.checkpoints.folders import is_on_hub
 from mmpo_jax.checkpoints.locations import Location, fingerprint_location, locate
 from mmpo_jax.checkpoints.safetensors_files import stored_dtypes
+from mmpo_jax.checkpoints.steps import checkpoint_shapes
 from mmpo_jax.checkpoints.weights import load_model_config, load_weights
 from mmpo_jax.core import progress
 from mmpo_jax.core.files import fingerprint_json
@@ -119,6 +121,17 @@ class Checkpoint:
     quantization: Quantization | None = None
     """What the decoder's kernels are quantised to when they are read, if they are."""
 
+    @property
+    def below(self) -> Below | None:
+        """What adapters of a training from here are of, where its kernels are quantised: of a run
+        that was trained above such a base the same one."""
+        if self.quantization is None:
+            return None
+        known = None if self.origin is None else self.origin.location.below
+        if known is not None:
+            return known[0]
+        return Below(self.hub_id or self.folder, self.fingerprint, self.quantization)
+
     def placed(self, mesh: Mesh) -> Checkpoint:
         """The checkpoint with its parameters on a mesh, by the model's rules."""
         params = put_params(self.params, self.model.rules, mesh)
@@ -156,7 +169,7 @@ class Checkpoint:
         Raises:
           ModelError, CheckpointError: they are no more what they were, or cannot be read.
         """
-        if flatten(self.params).keys() >= flatten(self.model.abstract_params()).keys():
+        if flatten(self.params).keys() >= self._paths():
             return self
         if self.origin is None:
             raise ModelError("the parameters were released, and no file has them")
@@ -164,6 +177,13 @@ class Checkpoint:
             raise ModelError(f"{self.folder}: is no more what was loaded from it")
         params = self.origin.load(self.model, mesh, self.dtype, self.quantization)
         return dataclasses.replace(self, params=params)
+
+    def _paths(self) -> set[str]:
+        """Paths of all parameters, those of adapters on a quantised base too."""
+        paths = set(flatten(self.model.abstract_params()))
+        if self.quantization is None or self.origin is None or self.origin.location.below is None:
+            return paths
+        return paths | checkpoint_shapes(self.origin.location.weights).keys()
 
     def moved(self, mesh: Mesh, quantization: Quantization | None = None) -> Checkpoint:
         """The checkpoint with all of its parameters on a mesh, as the files have them or quantised;

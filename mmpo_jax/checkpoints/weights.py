@@ -46,6 +46,9 @@ def load_weights(
     float32 then, as what an adapter adds is mostly below the steps of a narrower kernel. A reward
     head that the files lack is not among them, unless an adapter brings it.
 
+    Of a run above a quantised base, quantised to the same, the adapters stay beside that base: what
+    the run trained, of which nothing is rounded.
+
     Args:
       location: of the files.
       model: the architecture.
@@ -58,11 +61,7 @@ def load_weights(
       ModelError, CheckpointError: naming the file that is missing or wrong, or what is not to be
         quantised again.
     """
-    if quantization is not None and location.below is not None:
-        raise ModelError(
-            f"{location.weights}: was trained above a quantised base; to quantise it again would "
-            "round away most of that: leave training.lora.quantize_base out"
-        )
+    _check_quantization(location, quantization)
     whole = model
     if model.config.reward_head is not None and _config_of_files(location).reward_head is None:
         model = Model.create(without_reward_head(model.config), model.attention)
@@ -71,6 +70,8 @@ def load_weights(
         shapes = _without_added(checkpoint_shapes(location.weights), model)
         if location.below is None:
             check_params(location.weights, without_adapters(shapes), model)
+    if quantization is not None and location.below is not None:
+        return check_finite(location.weights, _read_weights(location, model, shapes, mesh, None))
     if not location.adapters and not adapted_layers(shapes):
         params = _read_weights(location, model, shapes, mesh, dtype, quantization)
         # Of safetensors files that is known since they were read.
@@ -93,6 +94,30 @@ def load_weights(
             flat[path] = flat[path].astype(dtype)
         params = check_finite(location.weights, unflatten(flat), dtype)
     return params if quantization is None else quantize_base(params, whole, quantization)
+
+
+def _check_quantization(location: Location, quantization: Quantization | None) -> None:
+    """Checks that nothing that was trained above a quantised base is quantised again.
+
+    Args:
+      location: of a checkpoint.
+      quantization: what its kernels are to be quantised to, if they are.
+
+    Raises:
+      ModelError: its kernels would be rounded back to the steps that they lie near to.
+    """
+    if quantization is None or location.below is None:
+        return
+    known = location.below[0].quantization
+    if known == quantization and not location.adapters:
+        return
+    told = "leave training.lora.quantize_base out"
+    if not location.adapters:
+        told += f", or make it {known}, to go on with its adapters"
+    raise ModelError(
+        f"{location.weights}: was trained above a base of {known}; to quantise it again would "
+        f"round away most of that: {told}"
+    )
 
 
 def _without_added(saved: Mapping[str, jax.ShapeDtypeStruct], model: Model) -> Params:
@@ -150,8 +175,10 @@ def _read_weights(
     own = load_checkpoint_params(location.weights, wanted)
     if location.below is None:
         return own
-    base = flatten(cast_params(_load_below(location, model, mesh), dtype))
-    return unflatten({**base, **flatten(own)})
+    base = _load_below(location, model, mesh)
+    if dtype is not None:
+        base = cast_params(base, dtype)
+    return unflatten({**flatten(base), **flatten(own)})
 
 
 def _load_below(location: Location, model: Model, mesh: Mesh | None) -> Params:

@@ -22,9 +22,10 @@ lack the axis L.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import jax
@@ -37,6 +38,7 @@ from pydantic import Field
 from mmpo_jax.core.sections import PositiveInt, Section
 from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.models import reward_head
+from mmpo_jax.models.config import ModelError
 from mmpo_jax.models.merging import (
     MAGNITUDE,
     SCALE,
@@ -156,14 +158,19 @@ def add_adapters(
     """The parameters with a fresh adapter beside every kernel of the targeted layers.
 
     B is zero, so the model computes what it did; A is uniform in +-1/sqrt(inputs), as PEFT has it.
+    Parameters that have adapters, those of a run above a quantised base, stay as they are.
 
     Raises:
       ValueError: see `targeted_layers` and `check_experts`.
+      ModelError: the adapters that are there are others than these options make.
     """
     shapes = dense_layers(model)
     flat = flatten(params)
     targeted = targeted_layers(model, lora.target, frozen)
     check_experts(targeted, lora)
+    if adapted_layers(params):
+        _check_adapters(params, targeted, lora)
+        return params
     for layer in targeted:
         *stack, inputs, outputs = shapes[layer]
         rng = np.random.default_rng([seed, zlib.crc32(layer.encode())])
@@ -175,6 +182,31 @@ def add_adapters(
             parts = kernel_and_adapter(flat, f"{layer}/kernel")
             flat[f"{layer}/{MAGNITUDE}"] = column_norms(*parts)
     return unflatten(flat)
+
+
+def _check_adapters(params: Params, targeted: Collection[str], lora: Lora) -> None:
+    """
+    Raises:
+      ModelError: the adapters among the parameters are not those of the options.
+    """
+    flat, found = flatten(params), adapted_layers(params)
+    if others := sorted({*found} ^ {*targeted}):
+        has = "has an adapter" if others[0] in found else "has none"
+        raise ModelError(f"training.lora.target: {others[0]} {has} in the run that is gone on with")
+    for layer in found:
+        rank = flat[f"{layer}/{A}"].shape[-1]
+        alpha = float(np.asarray(flat[f"{layer}/{SCALE}"]).flat[0]) * rank
+        known = {
+            "rank": (rank, lora.rank),
+            "alpha": (alpha, lora.alpha),
+            "dora": (f"{layer}/{MAGNITUDE}" in flat, lora.dora),
+        }
+        for name, (there, asked) in known.items():
+            if not math.isclose(there, asked, rel_tol=1e-6):
+                raise ModelError(
+                    f"training.lora.{name} is {asked}, and the adapters of the run that is gone on "
+                    f"with have {there}"
+                )
 
 
 def adapted_layers(params: Params) -> list[str]:

@@ -135,16 +135,6 @@ class AlignRecipe(Base):
         return self
 
     @pydantic.model_validator(mode="after")
-    def _keeps_what_rounds_learn(self) -> AlignRecipe:
-        if self.rounds > 1 and self.training.quantization is not None:
-            raise ValueError(
-                "training.lora.quantize_base: a round starts from the merged result of the one "
-                "before, and quantising that again rounds away most of what was learned; take "
-                "`rounds: 1`, or leave the option out"
-            )
-        return self
-
-    @pydantic.model_validator(mode="after")
     def _selects_by_one_judge(self) -> AlignRecipe:
         if self.selection is None:
             return self

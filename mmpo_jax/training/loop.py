@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mmpo_jax.checkpoints.below import Below, save_below
+from mmpo_jax.checkpoints.below import save_below
 from mmpo_jax.checkpoints.cards import ModelCard
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.checkpoints.orbax import save_base
@@ -141,9 +141,8 @@ def train(
         # Not before it is known to be this run's folder.
         processor = start.processor
         save_base(run.folder, processor.folder, processor.chat_template, run.card, start.model)
-        if start.quantization is not None:
-            below = Below(start.hub_id or start.folder, start.fingerprint, start.quantization)
-            save_below(run.folder, below)
+        if start.below is not None:
+            save_below(run.folder, start.below)
         first = first_start(run.folder, run.identity, run.begun)
         track = functools.partial(track_run, config.wandb, run.name, first.id, run.identity)
         log_memory(state)

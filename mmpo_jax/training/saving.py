@@ -128,7 +128,7 @@ def save_result(
 
 def save_adapters(output: str, start: Checkpoint, trained: Params, lora: Lora) -> None:
     """Writes `adapter/` in PEFT's format, of the model that training began with."""
-    base = start.hub_id or start.folder
+    base = (start.hub_id or start.folder) if start.below is None else start.below.model
     folder = os.path.join(output, ADAPTER)
     save_adapter(folder, start.model, trained, base=base, dropout=lora.dropout)
 

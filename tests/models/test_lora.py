@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from mmpo_jax.checkpoints import huggingface
 from mmpo_jax.checkpoints.huggingface import new_tensors, to_huggingface
 from mmpo_jax.core.trees import flatten, unflatten
+from mmpo_jax.models.config import ModelError
 from mmpo_jax.models.log_probs import response_log_probs
 from mmpo_jax.models.lora import (
     MAGNITUDE,
@@ -122,6 +123,20 @@ def test_a_fresh_adapter_changes_nothing(tiny_model, log_probs):
     assert not np.any(other == a)
     few = flatten(add_adapters(params, model, Lora(target=Q, rank=3, alpha=5), (), 0))
     np.testing.assert_array_equal(few[f"{Q}/{A}"], a)  # whatever else is adapted
+
+
+def test_adapters_that_are_there_stay(adapted, tiny_model):
+    """Where they are those of the options; no others are put beside them."""
+    model = tiny_model[0]
+    assert add_adapters(adapted, model, EVERYWHERE, (), 0) is adapted
+    for changes, message in (
+        ({"target": Q}, r"lora.target: \S+ has an adapter in the run that is gone on with"),
+        ({"rank": 2}, r"lora.rank is 2, and the adapters of the run \S+ \S+ gone on with have 3"),
+        ({"alpha": 6}, "lora.alpha is 6"),
+        ({"dora": True}, "lora.dora is True, .* have False"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            add_adapters(adapted, model, EVERYWHERE.model_copy(update=changes), (), 0)
 
 
 @pytest.mark.slow

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from helpers.loop_runs import Killed, interrupted, make_start, same
 from helpers.run_files import reproducible_rows
-from pydantic import ValidationError
 
-from mmpo_jax.checkpoints.cards import make_card
+from mmpo_jax.checkpoints.cards import make_card, read_card
 from mmpo_jax.checkpoints.checkpoint import load_start
 from mmpo_jax.checkpoints.huggingface import load_params, save_model
 from mmpo_jax.checkpoints.peft import read_adapter_config
@@ -27,7 +26,6 @@ from mmpo_jax.models.quantized_base import quantized_paths
 from mmpo_jax.picture_world.language import hallucinated_caption, true_caption
 from mmpo_jax.picture_world.preferences import write_preferences
 from mmpo_jax.picture_world.records import prompt_records, scenes
-from mmpo_jax.recipes.align_recipe import AlignRecipe
 from mmpo_jax.recipes.train_recipe import TrainRecipe
 from mmpo_jax.recipes.training import Training
 from mmpo_jax.training.batches import TrainingData
@@ -89,8 +87,9 @@ def test_a_run_ends_with_what_was_trained(recipe, tiny_folder, tiny_model, tmp_p
     assert (below["model"], below["quantization"]) == (str(tiny_folder), kind)
     assert read_adapter_config(run / "adapter")["base_model_name_or_path"] == str(tiny_folder)
 
-    with pytest.raises(ModelError, match="was trained above a quantised base"):
-        load_start(str(run), quantization=kind)
+    other = {"int8": "int4", "int4": "int8"}[kind]
+    with pytest.raises(ModelError, match=rf"trained above a base of {kind}; .* or make it {kind}"):
+        load_start(str(run), quantization=other)
 
     written = flatten(load_params(run / "model", model))
     convert(str(run), str(tmp_path / "converted"))
@@ -176,6 +175,35 @@ def test_resume_is_exact(recipe, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_is_gone_on_with(recipe, tiny_folder, tmp_path):
+    """A run above the same base goes on with the adapters of another: the reference is what these
+    made of it, and the update is counted from there."""
+    run_training(recipe("first", "int8", epochs=2))
+    second = recipe("second", "int8", model=tmp_path / "first", epochs=1)
+    run_training(second)
+    (row,) = reproducible_rows(tmp_path / "second" / "metrics.jsonl")
+    assert row["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    first, ours = (
+        load_start(str(tmp_path / name), quantization="int8") for name in ("first", "second")
+    )
+    below = json.loads((tmp_path / "second" / "base" / "below.json").read_text())
+    assert below["model"] == str(tiny_folder)
+    moved = [
+        path
+        for path, leaf in flatten(ours.params).items()
+        if not np.array_equal(leaf, flatten(first.params)[path])
+    ]
+    assert moved and all(map(is_adapter, moved))
+    card = read_card(tmp_path / "second" / "base", {})
+    before = load_before(card, ours.model, None)
+    same(*(jax.tree.map(np.asarray, flatten(tree)) for tree in (before.params, first.params)))
+
+    lora = LORA | {"quantize_base": "int8", "rank": 3}
+    with pytest.raises(ModelError, match=r"lora.rank is 3, and the adapters of the run .* have 2"):
+        run_training(recipe("third", "int8", model=tmp_path / "first", lora=lora))
+
+
+@pytest.mark.slow
 def test_another_base_is_refused(recipe, tiny_model, tiny_folder, tmp_path):
     model, params = tiny_model
     save_model(tmp_path / "model", model, params, tiny_folder)
@@ -185,22 +213,6 @@ def test_another_base_is_refused(recipe, tiny_model, tiny_folder, tmp_path):
     save_model(tmp_path / "model", model, unflatten(flat), tiny_folder)
     with pytest.raises(ModelError, match=r"has adapters alone, and \S+, which they were"):
         load_start(str(tmp_path / "run"))
-
-
-def test_rounds_that_would_be_rounded_away_are_refused():
-    def align(rounds, **lora):
-        return AlignRecipe(
-            output="run",
-            model="model",
-            data={"source": "picture_world", "size": 8},
-            rounds=rounds,
-            training={"lora": lora},
-        )
-
-    with pytest.raises(ValidationError, match="rounds away most of what was learned"):
-        align(2, quantize_base="int8")
-    assert align(1, quantize_base="int8").training.quantization == "int8"
-    assert align(2).training.quantization is None
 
 
 def test_what_is_refused(recipe, tiny_model, tiny_processor, mesh):
