@@ -11,7 +11,6 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import logging
 import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,19 +18,17 @@ from types import TracebackType
 
 from etils import epath
 
+from mmpo_jax.chat import availability
 from mmpo_jax.chat.asking import Asker
-from mmpo_jax.chat.connection import Answer, Connection, UnreachableError
+from mmpo_jax.chat.connection import Connection
 from mmpo_jax.chat.counts import ChatCounts, Tally
-from mmpo_jax.chat.faults import read_error
 from mmpo_jax.chat.journal import Journal
 from mmpo_jax.chat.pacing import Backoff
 from mmpo_jax.chat.replies import PASSING, PERMANENT, ChatFailure, ChatReply, Outcome
-from mmpo_jax.chat.requests import ChatMessage, ChatRequest
+from mmpo_jax.chat.requests import ChatRequest
 from mmpo_jax.chat.server import ChatServer
 from mmpo_jax.core import progress
 from mmpo_jax.core.errors import DataError, MmpoError
-
-log = logging.getLogger(__name__)
 
 GIVEN_UP = 20
 """Requests in a row without a reply after which the server has to show that it gives any."""
@@ -41,15 +38,6 @@ CLOSING_SECONDS = 5.0
 
 ENCODERS = 4
 """Threads that read and encode images."""
-
-MODELS_SHOWN = 20
-"""Names of models that a message lists, at most."""
-
-LOOK_SECONDS = 10.0
-"""Seconds that a server has to show that it is up."""
-
-PROBE = ChatRequest((ChatMessage.user("Say yes."),), max_tokens=16)
-"""What a server is asked to see whether it replies at all."""
 
 KEPT = "what was answered is kept, and the same command goes on from there"
 
@@ -176,7 +164,8 @@ class ChatClient:
 
     def is_up(self) -> bool:
         """Whether the server answers now, and with more than that it cannot yet."""
-        return asyncio.run_coroutine_threadsafe(self._is_up(), self._loop).result()
+        looking = availability.is_up(self._connection)
+        return asyncio.run_coroutine_threadsafe(looking, self._loop).result()
 
     def stop(self, error: MmpoError) -> None:
         """Ends all that is asked, now and later, with an error: the server is gone for good."""
@@ -374,7 +363,7 @@ class ChatClient:
           MmpoError: that has no reply either.
         """
         self._given_up = 0
-        outcome = await self._asker.answer(PROBE)
+        outcome = await self._asker.answer(availability.PROBE)
         if isinstance(outcome, ChatFailure):
             raise MmpoError(
                 f"{self.server.url}, model {self.server.model}: {GIVEN_UP} requests in a row had "
@@ -393,6 +382,10 @@ class ChatClient:
             if not job.future.done():
                 job.future.set_exception(error)
 
+    async def _check(self) -> None:
+        left_out = frozenset(self._asker.left_out)
+        await availability.check(self.server, self._connection, left_out, self._proven)
+
     async def _shut_down(self) -> None:
         self._write_bad()
         self._stop(RuntimeError("the chat client was closed"))
@@ -401,48 +394,3 @@ class ChatClient:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._connection.close()
-
-    async def _is_up(self) -> bool:
-        try:
-            async with asyncio.timeout(LOOK_SECONDS):
-                answer = await self._connection.get("models")
-        except (UnreachableError, TimeoutError):
-            return False
-        return isinstance(answer, Answer) and answer.status < 500
-
-    async def _try_address(self) -> None:
-        """Asks for one word, unless the server has replied before. How that fails does not matter
-        here, but for what no request can succeed after.
-
-        Raises:
-          MmpoError: see `faults.read_error`.
-        """
-        if self._proven:
-            return
-        body = PROBE.body(self.server, frozenset(self._asker.left_out))
-        with contextlib.suppress(UnreachableError):
-            answer = await self._connection.post("chat/completions", body)
-            if isinstance(answer, Answer) and answer.status != 200:
-                read_error(self.server, answer.status, answer.body)
-
-    async def _check(self) -> None:
-        url, model = self.server.url, self.server.model
-        try:
-            answer = await self._connection.get("models")
-        except UnreachableError as error:
-            raise MmpoError(f"{url}: the chat server cannot be reached: {error}") from error
-        if isinstance(answer, ChatFailure):
-            raise MmpoError(f"{url}: the chat server does not answer: {answer.detail}")
-        if answer.status in (401, 402, 403):
-            read_error(self.server, answer.status, answer.body)  # which raises
-        try:
-            names = [entry["id"] for entry in answer.body["data"]]
-        except (TypeError, KeyError):
-            await self._try_address()
-            told = f"{url}: the server has no list of its models (HTTP %d); going on without"
-            log.warning(told, answer.status)
-            return
-        if model not in names:
-            shown = ", ".join(map(str, names[:MODELS_SHOWN])) or "none"
-            more = f" and {len(names) - MODELS_SHOWN} more" if len(names) > MODELS_SHOWN else ""
-            raise MmpoError(f"{url}: the server has no model {model}; it has {shown}{more}")

@@ -7,7 +7,7 @@ import time
 import pytest
 from helpers.chat_server import Hang, error, reply
 
-from mmpo_jax.chat import client as client_module
+from mmpo_jax.chat import availability
 from mmpo_jax.chat.requests import ChatMessage, ChatRequest
 from mmpo_jax.core.errors import MmpoError
 
@@ -45,7 +45,7 @@ def test_one_that_is_still_loading(serve, connect, monkeypatch):
         await asyncio.sleep(100)
 
     monkeypatch.setattr(type(client._connection), "get", silent)
-    monkeypatch.setattr(client_module, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(availability, "LOOK_SECONDS", 0.05)
     assert not client.is_up()
 
 
