@@ -6,12 +6,11 @@ see the same ids and the same pixels.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,8 @@ from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import fingerprint_json
 from mmpo_jax.data.chat_template import REMEMBERED, ChatTemplate, TemplateRefusal
 from mmpo_jax.data.control_tokens import ControlTokens, has_stand_ins, has_written_out, in_texts
-from mmpo_jax.data.edits import edit_pixels, hide_squares
-from mmpo_jax.data.images import image_size, open_image
+from mmpo_jax.data.images import image_size
+from mmpo_jax.data.media_pixels import clip_of, image_pixels, named, video_pixels
 from mmpo_jax.data.pixel_cache import PixelCache, pixel_key
 from mmpo_jax.data.processor_files import (
     ProcessorError,
@@ -34,18 +33,11 @@ from mmpo_jax.data.processor_files import (
     plain_encoder,
     processor_template,
 )
-from mmpo_jax.data.records import Edit, ImageRef, MediaRef, Medium, Response, Turn, VideoRef
+from mmpo_jax.data.records import ImageRef, Medium, Response, Turn, VideoRef
 from mmpo_jax.data.templates import TEMPLATES
-from mmpo_jax.data.videos import read_frames, video_facts
 from mmpo_jax.models.config import ModelConfig
 from mmpo_jax.models.families import FAMILIES
-from mmpo_jax.models.family import Clip
-from mmpo_jax.models.frame_sampling import FRAME_RATE
 from mmpo_jax.models.layout import Layout
-
-
-class MediaError(DataError):
-    """An image or video that the model cannot take."""
 
 
 class Processor:
@@ -257,14 +249,14 @@ class Processor:
             if self.images is None:
                 raise DataError(f"{self.folder}: this model takes no images")
             known = [image_size(image) if self.images.sized else (1, 1) for image in images]
-            with _named(images):
+            with named(images):
                 plain = self.images.layouts(self.config, self.image_processor, known)
             made += [self.images.frame(self.tokenizer, layout) for layout in plain]
         if videos:
             if self.videos is None:
                 raise DataError(f"{self.folder}: this model takes no videos")
-            with _named(videos):
-                clips = [self._clip(video)[0] for video in videos]
+            with named(videos):
+                clips = [clip_of(self.videos, self.video_settings, video)[0] for video in videos]
                 plain = self.videos.layouts(self.config, self.video_settings, clips)
             made += [self.videos.frame(self.tokenizer, layout) for layout in plain]
         return made
@@ -323,62 +315,12 @@ class Processor:
         made: list[np.ndarray] = []
         if images:
             assert self.images is not None
-            opened = [open_image(image) for image in images]
-            edits = [image.edit for image in images]
-            with _named(images):
-                plain = self.images.pixels(self.config, self.image_processor, opened)
-                in_views = [_masks_views(*one) for one in zip(plain, edits, strict=True)]
-                if any(in_views):
-                    hidden = zip(opened, edits, in_views, strict=True)
-                    opened = [self._hidden(*one) for one in hidden]
-                    plain = self.images.pixels(self.config, self.image_processor, opened)
-            rest = zip(edits, in_views, strict=True)
-            made += self._edited(plain, [None if done else edit for edit, done in rest])
+            made += image_pixels(self.images, self.config, self.image_processor, images)
         if videos:
             assert self.videos is not None
-            clips = [self._shown(video) for video in videos]
-            with _named(videos):
-                plain = self.videos.pixels(self.config, self.video_settings, clips)
-            made += self._edited(plain, [video.parts[0].edit for video in videos])
+            made += video_pixels(self.videos, self.config, self.video_settings, videos)
         self._kept_pixels.put(key, made)
         return made
-
-    def _clip(self, video: VideoRef) -> tuple[Clip, Sequence[int]]:
-        """(what is shown of a video, the numbers of its frames in a file)."""
-        assert self.videos is not None
-        if video.file is None:
-            size = image_size(video.frames[0])
-            return Clip(len(video.frames), size, video.fps), range(len(video.frames))
-        facts, settings = video_facts(video), self.video_settings
-        if video.fps is not None:
-            settings = {**settings, "fps": video.fps, "num_frames": None, "do_sample_frames": True}
-        chosen = self.videos.sample(settings, facts.frames, facts.rate)
-        rate = facts.rate or FRAME_RATE
-        times = tuple((chosen / rate).tolist())
-        shown = Clip(len(chosen), facts.size, len(chosen) / facts.frames * rate, times)
-        return shown, chosen.tolist()
-
-    def _shown(self, video: VideoRef) -> list[Image.Image]:
-        """The frames of a video that are shown, in RGB."""
-        if video.file is None:
-            return [open_image(frame) for frame in video.frames]
-        return read_frames(video.file, self._clip(video)[1])
-
-    def _hidden(self, image: Any, edit: Edit | None, in_views: bool) -> Any:
-        """A picture whose parts are hidden in all of its views, if that is its change."""
-        if not in_views or edit is None:
-            return image
-        config: Any = self.config
-        height, width = (-(-edge // config.vision.patch_size) for edge in self.slot_shape[1:])
-        red, green, blue = (round(255 * part) for part in self.image_processor.image_mean)
-        return hide_squares(image, edit, (height, width), (red, green, blue))
-
-    def _edited(
-        self, plain: Sequence[np.ndarray], edits: Sequence[Edit | None]
-    ) -> list[np.ndarray]:
-        config: Any = self.config
-        size = config.vision.patch_size
-        return [edit_pixels(x, edit, size) for x, edit in zip(plain, edits, strict=True)]
 
     def fingerprints(self) -> dict[str, str]:
         """What cached results depend on: tokenizer, chat template and image preprocessing."""
@@ -432,17 +374,3 @@ class Processor:
                 f"{self.folder}: the image processor makes images of shape {made.shape[1:]}, "
                 f"config.json says {self.slot_shape}"
             )
-
-
-def _masks_views(plain: np.ndarray, edit: Edit | None) -> bool:
-    """Whether what is hidden in one of an image's views could be seen in another."""
-    return edit is not None and edit.kind == "masked" and plain.ndim == 4 and len(plain) > 1
-
-
-@contextlib.contextmanager
-def _named(media: Sequence[MediaRef]) -> Iterator[None]:
-    """Says whose fault it is where a family cannot take an image."""
-    try:
-        yield
-    except DataError as error:
-        raise MediaError(f"{', '.join(one.name for one in media)}: {error}") from error

@@ -24,7 +24,8 @@ from mmpo_jax.data.dialogue_tokens import (
     span_tokens,
 )
 from mmpo_jax.data.lengths import Lengths
-from mmpo_jax.data.processor import MediaError, Processor
+from mmpo_jax.data.media_pixels import MediaError
+from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import ImageRef, MediaRef, Record, Response, VideoRef, last_question
 from mmpo_jax.data.skipped import SkippedRow, UnusableRow
 from mmpo_jax.models.layout import Layout

@@ -14,6 +14,7 @@ from mmpo_jax import cli
 from mmpo_jax.data.formats import FORMATS
 from mmpo_jax.data.formats.media import MediaFolder
 from mmpo_jax.data.formats.writing import Writer
+from mmpo_jax.data.media_pixels import clip_of
 from mmpo_jax.data.readers import read_records
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn, VideoRef
 from mmpo_jax.data.row_tables import decode_row, encode_rows, table_bytes
@@ -148,7 +149,7 @@ def of_frames(video, chosen):
 def test_pixels_and_tokens_are_those_of_the_frames(family_case, name, fps):
     processor = family_case(name).processor
     video = VideoRef("clip", fps=fps, file=ImageRef("clip.mp4", CLIP))
-    _, chosen = processor._clip(video)
+    _, chosen = clip_of(processor.videos, processor.video_settings, video)
     if fps is None and name != "qwen3_vl":
         assert list(chosen) == list(range(24))
     else:

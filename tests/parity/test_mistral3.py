@@ -15,7 +15,7 @@ from helpers import checks
 from transformers.models.pixtral import image_processing_pil_pixtral as theirs_pil
 
 from mmpo_jax.core.errors import DataError
-from mmpo_jax.data.processor import MediaError
+from mmpo_jax.data.media_pixels import MediaError
 from mmpo_jax.data.tokenization import tokenize
 from mmpo_jax.models.config import ModelError
 from mmpo_jax.models.families import mistral3

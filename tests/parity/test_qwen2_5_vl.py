@@ -26,7 +26,8 @@ from helpers.qwen_media import (  # noqa: E402
 
 from mmpo_jax.checkpoints.huggingface import load_model, save_model  # noqa: E402
 from mmpo_jax.core.trees import flatten  # noqa: E402
-from mmpo_jax.data.processor import MediaError, Processor  # noqa: E402
+from mmpo_jax.data.media_pixels import MediaError  # noqa: E402
+from mmpo_jax.data.processor import Processor  # noqa: E402
 from mmpo_jax.data.records import ImageRef, VideoRef  # noqa: E402
 from mmpo_jax.data.skipped import UnusableRow  # noqa: E402
 from mmpo_jax.data.tokenization import tokenize  # noqa: E402

@@ -25,7 +25,8 @@ from helpers.qwen_media import (  # noqa: E402
 )
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize  # noqa: E402
 
-from mmpo_jax.data.processor import MediaError, Processor  # noqa: E402
+from mmpo_jax.data.media_pixels import MediaError  # noqa: E402
+from mmpo_jax.data.processor import Processor  # noqa: E402
 from mmpo_jax.data.records import ImageRef, VideoRef  # noqa: E402
 from mmpo_jax.data.skipped import UnusableRow  # noqa: E402
 from mmpo_jax.data.tokenization import tokenize  # noqa: E402
