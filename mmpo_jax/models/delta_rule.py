@@ -39,7 +39,7 @@ def gated_delta_rule(
     """The outputs of a row of tokens, and the state behind them.
 
     Within a chunk all tokens are computed at once, by products of matrices (the paper's section
-    3.3); the backward pass computes them again, and keeps the states between chunks alone.
+    3.3); the backward pass computes chunks again, and keeps the states between them alone.
 
     Args:
       query, key: [B, S, K, e]; every head of theirs is that of H / K consecutive ones of values.
@@ -57,7 +57,6 @@ def gated_delta_rule(
         return _in_chunks(*arrays)
 
 
-@functools.partial(jax.checkpoint, prevent_cse=False)
 def _in_chunks(
     query: jax.Array,
     key: jax.Array,
@@ -76,8 +75,24 @@ def _in_chunks(
         x = x.reshape(b, -1, size, k, x.shape[2] // k, x.shape[3])
         return x.transpose(1, 0, 3, 4, 2, 5)
 
-    query, key, value = arrange(query * e**-0.5), arrange(key), arrange(value)
-    log_decay, strength = arrange(log_decay[..., None]), arrange(strength[..., None])
+    heads = query * e**-0.5, key, value, log_decay[..., None], strength[..., None]
+    state = state.reshape(b, k, h // k, e, f)
+    state, out = jax.lax.scan(_chunk, state, tuple(map(arrange, heads)))
+    out = out.transpose(1, 0, 4, 2, 3, 5).reshape(b, -1, h, f)
+    return out[:, :s], state.reshape(b, h, e, f)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _chunk(
+    state: Float[Array, "B K r e f"], tokens: tuple[Float[Array, "B K #r C _"], ...]
+) -> tuple[Float[Array, "B K r e f"], Float[Array, "B K r C f"]]:
+    """(the state behind a chunk, what its tokens read).
+
+    All of a chunk is computed in its turn, also what does not depend on the state: what lies
+    between the products stays in a cache (or a TPU's VMEM), where that of all chunks would not.
+    """
+    query, key, value, log_decay, strength = tokens
+    size = key.shape[-2]
     # Summed over what lies between two tokens, and not as a difference of two sums from the start:
     # the decays may add up to thousands, beside which float32 has no digits for the small ones.
     seen, before = np.tri(size, dtype=bool), np.tri(size, k=-1, dtype=bool)
@@ -87,22 +102,11 @@ def _in_chunks(
     from_start, to_end = jnp.exp(jnp.matmul(ones, log_decay)), passed[..., -1, :, None]
 
     corrects = jnp.where(before, strength * passed * jnp.matmul(key, key.mT), 0)
-    corrected = unit_lower_inverse(corrects)
-    written = jnp.matmul(corrected, strength * value)
-    overwritten = jnp.matmul(corrected, strength * from_start * key)
-    attended = passed * jnp.matmul(query, key.mT)
-
-    def step(state: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        reads, attended, written, overwritten, writes, kept = inputs
-        new = written - jnp.matmul(overwritten, state)
-        out = jnp.matmul(reads, state) + jnp.matmul(attended, new)
-        return kept * state + jnp.matmul(writes.mT, new), out
-
-    inputs = from_start * query, attended, written, overwritten, to_end * key
-    state = state.reshape(b, k, h // k, e, f)
-    state, out = jax.lax.scan(step, state, (*inputs, from_start[..., -1:, :]))
-    out = out.transpose(1, 0, 4, 2, 3, 5).reshape(b, -1, h, f)
-    return out[:, :s], state.reshape(b, h, e, f)
+    missing = strength * (value - from_start * jnp.matmul(key, state))
+    new = jnp.matmul(unit_lower_inverse(corrects), missing)
+    out = from_start * jnp.matmul(query, state)
+    out += jnp.matmul(passed * jnp.matmul(query, key.mT), new)
+    return from_start[..., -1:, :] * state + jnp.matmul((to_end * key).mT, new), out
 
 
 @jax.custom_vjp
