@@ -350,6 +350,7 @@ def save(folder: str, start: Checkpoint, state: TrainState) -> None:
         processor.folder,
         dtype="float32",
         chat_template=processor.chat_template,
+        quantized_base=start.quantized_base,
     )
 
 

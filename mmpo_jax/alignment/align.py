@@ -110,6 +110,7 @@ def _run_rounds(
         {},
         from_hub=start.hub_id is not None,
         base_fingerprint=start.fingerprint,
+        quantized_base=recipe.training.quantization or start.quantized_base,
     )
     check_training(recipe.training, start.model, mesh)
     on_one(lambda: save_recipe(recipe.output, card.recipe))

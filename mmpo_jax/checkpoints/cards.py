@@ -15,6 +15,7 @@ from mmpo_jax.checkpoints.folders import split_hub_id
 from mmpo_jax.core.files import null_if_not_finite, read_json, write_atomic
 from mmpo_jax.core.processes import on_one
 from mmpo_jax.models.model import Model
+from mmpo_jax.models.quantized import Quantization
 from mmpo_jax.recipes.align_recipe import AlignRecipe
 from mmpo_jax.recipes.train_recipe import TrainRecipe
 
@@ -93,6 +94,8 @@ class ModelCard:
     metrics: Mapping[str, float]
     saved: SavedWeights | None = None
     """None where that is not known yet."""
+    quantized_base: Quantization | None = None
+    """The integers that the base was trained above as, if it was, see `weights.quantized_base`."""
     base_fingerprint: str = ""
     """Fingerprint of what training began with, see `checkpoint.Checkpoint`; empty in old cards."""
 
@@ -104,6 +107,7 @@ def make_card(
     *,
     from_hub: bool,
     base_fingerprint: str = "",
+    quantized_base: Quantization | None = None,
 ) -> ModelCard:
     """The card of a recipe's result.
 
@@ -115,6 +119,7 @@ def make_card(
       metrics: what was measured last.
       from_hub: whether the recipe's model came from the hub.
       base_fingerprint: of what training began with.
+      quantized_base: the integers that its kernels are, or lie near to.
     """
     return ModelCard(
         base_model=recipe.model,
@@ -124,6 +129,7 @@ def make_card(
         data=recipe.model_dump(mode="json")["data"],
         recipe=recipe.model_dump(mode="json", exclude={"output", "hub"}),
         metrics=metrics,
+        quantized_base=quantized_base,
         base_fingerprint=base_fingerprint,
     )
 
@@ -167,7 +173,13 @@ def render_card(card: ModelCard) -> str:
         front["base_model"], _ = split_hub_id(card.base_model)
     metrics = [f"| {name} | {value:.6g} |" for name, value in card.metrics.items()]
     table = ["| metric | value |", "|---|---|", *metrics] if metrics else ["None were measured."]
-    saved = [] if card.saved is None else ["## Weights\n\n" + "\n".join(card.saved.lines())]
+    weights = [] if card.saved is None else card.saved.lines()
+    if card.quantized_base is not None:
+        weights.append(
+            f"Trained above a base of {card.quantized_base}, which these kernels lie near to: "
+            "quantised again they would lose most of the training."
+        )
+    saved = ["## Weights\n\n" + "\n".join(weights)] if weights else []
     parts = [
         f"---\n{_yaml(front)}---",
         f"`{card.base_model}` after {card.method.upper()} with mmpo_jax.",

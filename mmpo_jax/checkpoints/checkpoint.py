@@ -17,7 +17,7 @@ from mmpo_jax.checkpoints.folders import is_on_hub
 from mmpo_jax.checkpoints.locations import Location, fingerprint_location, locate
 from mmpo_jax.checkpoints.safetensors_files import stored_dtypes
 from mmpo_jax.checkpoints.steps import checkpoint_shapes
-from mmpo_jax.checkpoints.weights import load_model_config, load_weights
+from mmpo_jax.checkpoints.weights import load_model_config, load_weights, quantized_base
 from mmpo_jax.core import progress
 from mmpo_jax.core.files import fingerprint_json
 from mmpo_jax.core.processes import check_same
@@ -131,6 +131,14 @@ class Checkpoint:
         if known is not None:
             return known[0]
         return Below(self.hub_id or self.folder, self.fingerprint, self.quantization)
+
+    @property
+    def quantized_base(self) -> Quantization | None:
+        """The integers that the kernels of a training from here are, or lie near to: see
+        `weights.quantized_base`."""
+        if self.quantization is not None or self.origin is None:
+            return self.quantization
+        return quantized_base(self.origin.location)
 
     def placed(self, mesh: Mesh) -> Checkpoint:
         """The checkpoint with its parameters on a mesh, by the model's rules."""

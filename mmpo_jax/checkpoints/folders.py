@@ -61,6 +61,9 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 BASE = "base"
 """Folder in a run's, beside its checkpoints: config, tokenizer and processor of their model."""
 
+QUANTIZED_BASE = "quantized_base"
+"""Key of a `config.json` whose model was trained above a quantised base: its integers."""
+
 HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?")
 """organisation/name, or organisation/name@revision."""
 
@@ -229,6 +232,16 @@ def write_untied(folder: str | os.PathLike[str]) -> None:
     for part in parts:
         part["tie_word_embeddings"] = False
     _write_settings(path, config)
+
+
+def write_quantized_base(folder: str | os.PathLike[str], kind: str | None) -> None:
+    """Makes `config.json` say above a base of which integers the weights were trained, if they
+    were: merged they look like any others, and lie near to the steps of these."""
+    if kind is None:
+        return
+    path = epath.Path(folder) / "config.json"
+    config = read_json(path) | {QUANTIZED_BASE: kind}
+    write_atomic(path, (json.dumps(config, indent=2) + "\n").encode())
 
 
 def write_left_out(folder: str | os.PathLike[str], model: Model) -> None:

@@ -26,6 +26,7 @@ from mmpo_jax.checkpoints.folders import (
     copy_base,
     write_dtype,
     write_left_out,
+    write_quantized_base,
     write_reward_head,
     write_untied,
 )
@@ -64,7 +65,7 @@ from mmpo_jax.models.config import ModelError
 from mmpo_jax.models.merging import MAGNITUDE, SCALE, A, B, kernel_and_adapter, merge, wide
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.precision import weights_dtype
-from mmpo_jax.models.quantized import SCALES, QuantizedKernel, dequantize
+from mmpo_jax.models.quantized import SCALES, Quantization, QuantizedKernel, dequantize
 from mmpo_jax.models.reward_head import is_reward_head
 from mmpo_jax.models.vocabulary import TABLES, without_added
 
@@ -250,6 +251,7 @@ def save_model(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     card: ModelCard | None = None,
     chat_template: str | None = None,
+    quantized_base: Quantization | None = None,
 ) -> float | None:
     """Writes a checkpoint folder that transformers loads.
 
@@ -266,6 +268,7 @@ def save_model(
       max_shard_bytes: larger weights are split over several files.
       card: written to README.md.
       chat_template: written in place of the source's.
+      quantized_base: written to `config.json`, see `weights.quantized_base`.
 
     Returns:
       The share of the update since `before` that is in the folder, see `rounding.Survival`; None
@@ -289,6 +292,7 @@ def save_model(
             write_untied(staging)
         write_reward_head(staging, model)
         write_left_out(staging, model)
+        write_quantized_base(staging, quantized_base)
         if card is not None:
             write_card(staging, card)
 

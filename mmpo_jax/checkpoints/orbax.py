@@ -15,7 +15,12 @@ from etils import epath
 from mmpo_jax.checkpoints.best_steps import BEST, best_of
 from mmpo_jax.checkpoints.cards import ModelCard, save_card
 from mmpo_jax.checkpoints.digests import digests
-from mmpo_jax.checkpoints.folders import BASE, copy_base, write_reward_head
+from mmpo_jax.checkpoints.folders import (
+    BASE,
+    copy_base,
+    write_quantized_base,
+    write_reward_head,
+)
 from mmpo_jax.checkpoints.steps import (
     CHECKPOINTS,
     PARAMS,
@@ -33,6 +38,7 @@ from mmpo_jax.core.files import check_reachable, is_local
 from mmpo_jax.core.processes import on_one
 from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.models.model import Model, Params
+from mmpo_jax.models.quantized import Quantization
 
 ORBAX_BUCKETS = "gs://"
 """Scheme of the buckets that Orbax writes to."""
@@ -66,6 +72,7 @@ def save_base(
     chat_template: str | None = None,
     card: ModelCard | None = None,
     model: Model | None = None,
+    quantized_base: Quantization | None = None,
 ) -> str:
     """Copies what a checkpoint needs to be run beside it: config, tokenizer, processor.
 
@@ -75,6 +82,7 @@ def save_base(
       chat_template: in place of the source's.
       card: of what will be converted from the run.
       model: whose reward head the config is to say, where the source's does not.
+      quantized_base: what the config is to say of it, see `weights.quantized_base`.
 
     Returns:
       The folder.
@@ -85,6 +93,7 @@ def save_base(
         copy_base(source, base, chat_template)
         if model is not None:
             write_reward_head(base, model)
+        write_quantized_base(base, quantized_base)
         if card is not None:
             save_card(base, card)
 

@@ -4,6 +4,7 @@ quantised."""
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,12 +14,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mmpo_jax.checkpoints.configs import load_config, without_language_head
+from mmpo_jax.checkpoints.folders import QUANTIZED_BASE
 from mmpo_jax.checkpoints.huggingface import check_params, load_params
 from mmpo_jax.checkpoints.locations import Location, fingerprint_location
 from mmpo_jax.checkpoints.orbax import load_checkpoint_params
 from mmpo_jax.checkpoints.peft import adapter_head, with_adapter
 from mmpo_jax.checkpoints.safetensors_files import all_finite
 from mmpo_jax.checkpoints.steps import checkpoint_shapes
+from mmpo_jax.core.files import read_json
 from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.models.config import ModelConfig, ModelError
 from mmpo_jax.models.lora import adapted_layers, cast_params, merge_adapters, without_adapters
@@ -96,6 +99,14 @@ def load_weights(
     return params if quantization is None else quantize_base(params, whole, quantization)
 
 
+def quantized_base(location: Location) -> Quantization | None:
+    """The integers above which a checkpoint's adapters were trained, if they were: as its run or
+    its `config.json` says. Merged, its kernels lie near to the steps of these."""
+    if location.below is not None:
+        return location.below[0].quantization
+    return read_json(os.path.join(location.base, "config.json")).get(QUANTIZED_BASE)
+
+
 def _check_quantization(location: Location, quantization: Quantization | None) -> None:
     """Checks that nothing that was trained above a quantised base is quantised again.
 
@@ -106,13 +117,12 @@ def _check_quantization(location: Location, quantization: Quantization | None) -
     Raises:
       ModelError: its kernels would be rounded back to the steps that they lie near to.
     """
-    if quantization is None or location.below is None:
-        return
-    known = location.below[0].quantization
-    if known == quantization and not location.adapters:
+    known = None if quantization is None else quantized_base(location)
+    goes_on = location.below is not None and not location.adapters
+    if known is None or (goes_on and known == quantization):
         return
     told = "leave training.lora.quantize_base out"
-    if not location.adapters:
+    if goes_on:
         told += f", or make it {known}, to go on with its adapters"
     raise ModelError(
         f"{location.weights}: was trained above a base of {known}; to quantise it again would "

@@ -15,7 +15,7 @@ from mmpo_jax.checkpoints.huggingface import save_model
 from mmpo_jax.checkpoints.locations import Location, check_same_files, locate
 from mmpo_jax.checkpoints.orbax import save_base, save_start
 from mmpo_jax.checkpoints.rounding import stored_dtype
-from mmpo_jax.checkpoints.weights import load_model_config, load_weights
+from mmpo_jax.checkpoints.weights import load_model_config, load_weights, quantized_base
 from mmpo_jax.core import progress
 from mmpo_jax.core.buckets import incomplete, put_in_place
 from mmpo_jax.core.errors import MmpoError
@@ -94,7 +94,11 @@ def _save_run(
         before = load_before(card, model, make_mesh())
     with progress.doing(f"saving {target}"):
         share = save_model(
-            target, model, params, location.base, dtype=dtype, before=before.params, card=card
+            *(target, model, params, location.base),
+            dtype=dtype,
+            before=before.params,
+            card=card,
+            quantized_base=quantized_base(location),
         )
     if dtype is None:
         return

@@ -112,6 +112,7 @@ def run_training(recipe: TrainRecipe) -> str:
             {},
             from_hub=start.hub_id is not None,
             base_fingerprint=start.fingerprint,
+            quantized_base=start.quantized_base,
         ),
         validation=recipe.validation,
         rollout=recipe.rollout,

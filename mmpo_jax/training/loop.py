@@ -140,7 +140,10 @@ def train(
             source.set_state(position)
         # Not before it is known to be this run's folder.
         processor = start.processor
-        save_base(run.folder, processor.folder, processor.chat_template, run.card, start.model)
+        save_base(
+            *(run.folder, processor.folder, processor.chat_template, run.card, start.model),
+            quantized_base=start.quantized_base,
+        )
         if start.below is not None:
             save_below(run.folder, start.below)
         first = first_start(run.folder, run.identity, run.begun)

@@ -171,6 +171,7 @@ def save_weights(
         before=None if dtype == "float32" else before.params,
         card=dataclasses.replace(card, saved=SavedWeights(dtype)),
         chat_template=start.processor.chat_template,
+        quantized_base=start.quantized_base,
     )
     saved = SavedWeights(dtype, share, unknown="" if dtype == "float32" else before.unknown)
     if dtype != "float32":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import math
 
 import jax
@@ -91,6 +92,10 @@ def test_a_run_ends_with_what_was_trained(recipe, tiny_folder, tiny_model, tmp_p
     with pytest.raises(ModelError, match=rf"trained above a base of {kind}; .* or make it {kind}"):
         load_start(str(run), quantization=other)
 
+    with pytest.raises(ModelError, match=rf"trained above a base of {kind}; .*quantize_base out$"):
+        load_start(str(run / "model"), quantization=kind)
+    assert f"Trained above a base of {kind}" in (run / "model" / "README.md").read_text()
+
     written = flatten(load_params(run / "model", model))
     convert(str(run), str(tmp_path / "converted"))
     converted = flatten(load_params(tmp_path / "converted", model))
@@ -106,6 +111,44 @@ def test_a_run_ends_with_what_was_trained(recipe, tiny_folder, tiny_model, tmp_p
             moved.append(path)
         assert (path in quantized_paths(model)) == (not np.array_equal(leaf, base[path])), path
     assert sorted(path.split("/")[-2] for path in moved) == ["q_proj", "v_proj"]
+
+
+@pytest.mark.slow
+def test_what_a_narrow_result_keeps_of_the_update(
+    recipe, tiny_folder, tiny_model, tmp_path, caplog
+):
+    """By NumPy, from the dequantised base: rounding it to int8 is no part of the update."""
+    caplog.set_level(logging.INFO)
+    run_training(recipe("run", "int8", epochs=2, optimizer={"learning_rate": 1e-5}))
+    run, target = tmp_path / "run", tmp_path / "narrow"
+    convert(str(run), str(target), "bfloat16")
+    base = load_start(str(tiny_folder), quantization="int8").params
+    trees = merge_adapters(base), load_start(str(run)).params, load_params(target, tiny_model[0])
+    flat = [flatten(tree) for tree in trees]
+    product = square = 0.0
+    for path in flat[0]:
+        before, trained, kept = (np.float64(tree[path]) for tree in flat)
+        product += np.sum((trained - before) * (kept - before))
+        square += np.sum((trained - before) ** 2)
+    assert abs(product / square - 1) > 0.01  # else any base would do
+    told = f"{product / square:.1%} of the update is in the saved weights."
+    assert told in (target / "README.md").read_text()
+    assert sum(told in message for message in caplog.messages) == 1
+    with pytest.raises(ModelError, match="trained above a base of int8"):
+        load_start(str(target), quantization="int4")
+
+
+def test_folders_say_above_what_they_were_trained(tiny_model, tiny_folder, tmp_path):
+    """And so do those that are made of them, whatever trains there."""
+    model, params = tiny_model
+    save_model(tmp_path / "model", model, params, tiny_folder, quantized_base="int8")
+    start = load_start(str(tmp_path / "model"))
+    assert start.quantized_base == "int8"
+    assert load_start(str(tiny_folder)).quantized_base is None
+    save_model(tmp_path / "copy", model, params, start.processor.folder)
+    for name in ("model", "copy"):
+        with pytest.raises(ModelError, match=rf"{name}: was trained above a base of int8; to quan"):
+            load_start(str(tmp_path / name), quantization="int8")
 
 
 @pytest.mark.parametrize("kind", ["int8", None])
