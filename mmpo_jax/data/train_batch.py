@@ -55,6 +55,8 @@ class HostBatch:
     """What is to be reported of it beside what the loss reports."""
     amounts: Amounts = dataclasses.field(default_factory=Amounts)
     """How much of the data is in it, over all processes."""
+    taught: Amounts = dataclasses.field(default_factory=Amounts)
+    """How much a teacher is shown of it."""
 
 
 def batch_maker(

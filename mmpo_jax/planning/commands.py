@@ -8,7 +8,6 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.data.pipeline import MixtureEntry
 from mmpo_jax.generation.responses import PROMPTS_PER_PART
 from mmpo_jax.planning.abstract import Sizes
@@ -17,6 +16,7 @@ from mmpo_jax.planning.opened import Opened
 from mmpo_jax.planning.programs import Sampled, validation
 from mmpo_jax.planning.rewarding import reward_stages
 from mmpo_jax.planning.stages import Assumed, Plan, Stages
+from mmpo_jax.planning.teaching import Teaching
 from mmpo_jax.recipes.align_recipe import AlignRecipe
 from mmpo_jax.recipes.base import Base
 from mmpo_jax.recipes.candidates import (
@@ -28,6 +28,7 @@ from mmpo_jax.recipes.candidates import (
 from mmpo_jax.recipes.command_recipes import GenerateRecipe, RewardRecipe, ScoreRecipe, SelectRecipe
 from mmpo_jax.recipes.rollout import Rollout
 from mmpo_jax.recipes.sampling import Decoding
+from mmpo_jax.recipes.teacher import SelfTeacher
 from mmpo_jax.recipes.train_recipe import TrainRecipe
 from mmpo_jax.recipes.training import Training
 from mmpo_jax.training.on_policy import with_token_limit
@@ -59,8 +60,6 @@ def plan_stages(recipe: Base, mesh: Mesh, assumed: Assumed) -> Plan:
 
 
 def _train(stages: Stages, recipe: TrainRecipe) -> None:
-    if recipe.training.teacher is not None:
-        raise MmpoError("training.teacher: a plan does not count a teacher; plan without one")
     opened = stages.open(recipe.model, recipe.template)
     opened = opened.with_config(
         trained_config(recipe.training, recipe.reward_head, opened.model.config)
@@ -82,7 +81,8 @@ def _train(stages: Stages, recipe: TrainRecipe) -> None:
     if rollout is not None:
         draws = None if steps is None else steps / rollout.steps
         _rollouts(stages, rollout, opened, config, sizes, draws)
-    stages.training(opened, config, sizes, steps, records, rollout)
+    teaching = _teaching(stages, recipe, opened, responses)
+    stages.training(opened, config, sizes, steps, records, rollout, teaching)
     if recipe.validation is not None:
         held = recipe.validation.share
         batches = None
@@ -91,6 +91,27 @@ def _train(stages: Stages, recipe: TrainRecipe) -> None:
             batches = times * math.ceil(held * records / config.batch_size)
         program = validation(opened, stages.mesh, config, sizes)
         stages.add("validation", [program], [batches])
+
+
+def _teaching(
+    stages: Stages, recipe: TrainRecipe, opened: Opened, responses: int
+) -> Teaching | None:
+    """The recipe's teacher, shown so many responses to a prompt."""
+    asked = recipe.training.teacher
+    if asked is None:
+        return None
+    own = isinstance(asked, SelfTeacher)
+    teacher = opened
+    if not isinstance(asked, SelfTeacher):
+        teacher = stages.open(asked.model, asked.template)
+    lengths, key = recipe.lengths, "lengths.prompt"
+    if asked.prompt_lengths is not None:
+        lengths = lengths.model_copy(update={"prompt": asked.prompt_lengths})
+        key = "training.teacher.prompt_lengths"
+    if asked.image == "data":
+        stages.notes.append("training.teacher: the other image that it sees is as large as the own")
+    sizes = stages.sizes(teacher, lengths, responses, key=key)
+    return Teaching(teacher.with_dtype(recipe.training.compute_dtype), sizes, own)
 
 
 def _rollouts(

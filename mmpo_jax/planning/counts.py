@@ -52,6 +52,7 @@ from mmpo_jax.planning.parts import (
     products,
     shape_tree,
 )
+from mmpo_jax.planning.work import Passes, Work
 from mmpo_jax.recipes.sampling import Decoding
 
 PARAMETER_BYTES = 3 * 4
@@ -71,47 +72,6 @@ BETWEEN = 2.5
 SCORE_BYTES = 12
 """Bytes for every score of a vision tower, which plain JAX stores: float32 written and read, and
 the weights that it becomes in bfloat16."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """What a program computes and moves."""
-
-    flops: float
-    """Over all devices, with what is computed again in the backward pass."""
-    model_flops: float
-    """Over all devices, what the model needs: each product once, as utilisation is told by."""
-    bytes: float
-    """Bytes that a device reads from and writes to its memory."""
-    exchanged: float = 0.0
-    """Bytes that a device sends by the split of parameters and activations alone."""
-
-    def __add__(self, other: Work) -> Work:
-        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
-        return Work(*(a + b for a, b in pairs))
-
-    def times(self, count: float) -> Work:
-        return Work(*(count * value for value in dataclasses.astuple(self)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Passes:
-    """How often the products of a part are computed for every time that they are needed."""
-
-    forward: int = 1
-    """Forward, and again where the backward pass recomputes it."""
-    inputs: int = 0
-    """1 where a gradient by the inputs is taken."""
-    weights: int = 0
-    """1 where a gradient by the kernel is taken."""
-
-    @property
-    def computed(self) -> int:
-        return self.forward + self.inputs + self.weights
-
-    @property
-    def needed(self) -> int:
-        return 1 + self.inputs + self.weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,7 +209,12 @@ class Computation:
 
 
 def forward_work(
-    computation: Computation, sizes: Sizes, *, head: bool = True, last_only: bool = False
+    computation: Computation,
+    sizes: Sizes,
+    *,
+    head: bool = True,
+    last_only: bool = False,
+    head_passes: int = 1,
 ) -> Work:
     """A pass without gradients: the reference, scoring, held-out rows, prompts, questions.
 
@@ -258,11 +223,17 @@ def forward_work(
       sizes: of the batch.
       head: whether logits of the responses are computed.
       last_only: of their last tokens alone.
+      head_passes: how often they are computed.
     """
+    of_head = Passes(head_passes)
     per_response = 1 if last_only else sizes.response
     tokens = sizes.rows * sizes.responses * per_response if head else 0
     flat = computation.params()
-    return _passed(computation, flat, sizes, tokens, lambda _: Passes(), Passes(), Passes())
+
+    def passes(path: str) -> Passes:
+        return of_head if path in (HEAD, EMBEDDING) else Passes()
+
+    return _passed(computation, flat, sizes, tokens, passes, Passes(), Passes())
 
 
 def train_work(

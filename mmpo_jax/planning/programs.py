@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from mmpo_jax.checkpoints.train_state import TrainState
+from mmpo_jax.data.train_batch import TrainBatch
 from mmpo_jax.feedback.labeler import answer_probabilities
 from mmpo_jax.generation.caches import state_tokens
 from mmpo_jax.generation.decoding import decode
@@ -23,19 +25,26 @@ from mmpo_jax.planning import abstract
 from mmpo_jax.planning.abstract import Sizes, local_bytes
 from mmpo_jax.planning.counts import (
     Computation,
-    Work,
     decode_work,
     forward_work,
     kept_bytes,
     train_work,
 )
 from mmpo_jax.planning.opened import Opened
+from mmpo_jax.planning.teaching import Teaching
+from mmpo_jax.planning.work import Work
 from mmpo_jax.recipes.rollout import Rollout
 from mmpo_jax.recipes.sampling import Decoding
 from mmpo_jax.recipes.training import MovingReference, Training
 from mmpo_jax.reward_models.rewards import reward_batch
 from mmpo_jax.scoring.log_probs import score_batch
-from mmpo_jax.training.losses import compared_with, contexts_of, make_loss, recipe_terms
+from mmpo_jax.training.losses import (
+    compared_with,
+    contexts_of,
+    make_loss,
+    needs_reference,
+    recipe_terms,
+)
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
 from mmpo_jax.training.plan import micro_batch_size
 from mmpo_jax.training.step import make_step
@@ -143,6 +152,7 @@ def training(
     config: Training,
     sizes: Sizes,
     rollout: Rollout | None = None,
+    teaching: Teaching | None = None,
 ) -> Program:
     """One update.
 
@@ -152,6 +162,7 @@ def training(
       config: the recipe's section.
       sizes: of a record in its main context; rows are not read.
       rollout: how responses are sampled, if they are.
+      teaching: by whom, if anybody teaches.
     """
     micro = micro_batch_size(config, mesh)
     count = config.batch_size // micro
@@ -159,7 +170,8 @@ def training(
     contexts = contexts_of(config)
     temperature = 1.0 if rollout is None else rollout.temperature
     balance = config.router_aux_loss_coef
-    loss = make_loss(opened.model, terms, contexts, config.remat, temperature, balance)
+    teacher = None if teaching is None else teaching.model
+    loss = make_loss(opened.model, terms, contexts, config.remat, temperature, balance, teacher)
     schedule = make_schedule(config.schedule, config.optimizer.learning_rate, 1000)
     optimizer = make_optimizer(config.optimizer, schedule, opened.model.config.decoder.vocab_size)
     kind = compared_with(config, rollout)
@@ -180,12 +192,18 @@ def training(
         fields=fields,
         micro_batches=count,
     )
+    taught = None if teaching is None else teaching.params(mesh)
+    if teaching is not None:
+        batch = dataclasses.replace(batch, teacher=teaching.batch(mesh, micro, count))
     dropout = config.lora.dropout if config.lora else 0.0
     follows = kind if isinstance(kind, MovingReference) else None
 
+    def update(before: TrainState, given: TrainBatch, taught: Any) -> Any:
+        options = (dtype, dropout, 0, follows, taught)
+        return make_step(loss, optimizer, schedule, state, *options)(before, given)
+
     def lower() -> Any:
-        step = make_step(loss, optimizer, schedule, state, dtype, dropout, 0, follows)
-        return jax.jit(step, donate_argnums=0).lower(state, batch)
+        return jax.jit(update, donate_argnums=0).lower(state, batch, taught)
 
     params = state.params | state.frozen
     in_rows = dataclasses.replace(sizes, rows=micro * len(contexts))
@@ -196,16 +214,22 @@ def training(
         in_rows,
         count,
         config.remat,
-        reference=bool(state.reference),
+        reference=bool(state.reference) and needs_reference(terms),
         moments=local_bytes(state.optimizer),
     )
+    told = _told(in_rows) + (f", {count} micro-batches" if count > 1 else "")
+    if teaching is not None:
+        theirs = computation_of(teaching.opened, mesh, dtype)
+        work += teaching.work(theirs, micro).times(count)
+        shown = dataclasses.replace(teaching.sizes, rows=micro)
+        told += f", taught at {_told(shown)}"
     held = {
         "parameters": local_bytes([state.params, state.frozen]),
         "optimizer": local_bytes(state.optimizer),
         "reference": local_bytes(state.reference),
+        "teacher": local_bytes(taught),
         "batch": local_bytes(batch),
     }
-    told = _told(in_rows) + (f", {count} micro-batches" if count > 1 else "")
     if waiting := local_bytes(state.optimizer, on_host=True):
         told += f", {waiting / 2**30:.2f} GiB a device on its host"
     gives = {"pairs": config.batch_size, "tokens": in_rows.tokens * count}

@@ -21,7 +21,9 @@ from mmpo_jax.picture_world.source import PictureWorldData
 from mmpo_jax.planning.abstract import Sizes
 from mmpo_jax.planning.opened import Opened, open_config
 from mmpo_jax.planning.programs import Program, Sampled, generating, scoring, training
+from mmpo_jax.planning.teaching import Teaching
 from mmpo_jax.recipes.base import Base, Devices
+from mmpo_jax.recipes.rollout import Rollout
 from mmpo_jax.recipes.train_recipe import TrainRecipe
 from mmpo_jax.recipes.training import Training
 from mmpo_jax.training.losses import needs_reference, recipe_terms
@@ -119,7 +121,8 @@ class Stages:
         sizes: Sizes,
         steps: float | None,
         records: float | None,
-        rollout: Any = None,
+        rollout: Rollout | None = None,
+        teaching: Teaching | None = None,
     ) -> None:
         """Adds so many steps on batches of these sizes, and the reference pass that they need."""
         micro_batch_size(config, self.mesh)
@@ -142,7 +145,7 @@ class Stages:
                 per_token,
             )
             self.add("reference", [program], [_batches(records, rows)])
-        step = training(opened, self.mesh, config, sizes, rollout)
+        step = training(opened, self.mesh, config, sizes, rollout, teaching)
         self.add("training", [step], [steps])
 
     def scored(
@@ -189,9 +192,14 @@ class Stages:
         return open_config(name, self.recipe.attention, template, self.assumed.image)
 
     def sizes(
-        self, opened: Opened, lengths: Lengths | None, responses: int, limit: int = 512
+        self,
+        opened: Opened,
+        lengths: Lengths | None,
+        responses: int,
+        limit: int = 512,
+        key: str = "lengths.prompt",
     ) -> Sizes:
-        """The largest bucket sizes of a recipe.
+        """The largest bucket sizes of a recipe, whose prompts are of `key`.
 
         Raises:
           MmpoError: the largest does not hold the picture.
@@ -207,7 +215,7 @@ class Stages:
         prompt, response = lengths.prompt[-1], lengths.response[-1]
         if prompt <= opened.picture_tokens:
             raise MmpoError(
-                f"lengths.prompt: the largest size is {prompt}, and the picture of a prompt alone "
+                f"{key}: the largest size is {prompt}, and the picture of a prompt alone "
                 f"takes {opened.picture_tokens} tokens of {opened.name}; give a larger one, or "
                 "a smaller picture by --image"
             )

@@ -161,7 +161,7 @@ def train(
             activity.start_at(step)
             validator = make_validator(start, data.held, config, lengths, mesh, writer.rows)
             goodput = Goodput(first.time, writer.rows)
-            performance = measure(start.model, state, recipe_terms(config), mesh, goodput)
+            performance = measure(start.model, state, recipe_terms(config), mesh, goodput, teacher)
             reports = Reports(
                 config,
                 steps,
@@ -189,7 +189,7 @@ def train(
                 step += 1
                 profiler.after(step, metrics["loss"])
                 reports.add(StartedStep(step, host.ids, {**metrics, **host.metrics}, position))
-                performance.add(host.amounts)
+                performance.add(host.amounts, host.taught)
                 activity.reach(step - 1)  # the one before is done
                 if reports.is_due(step):
                     activity.reach(step)

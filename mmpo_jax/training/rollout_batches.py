@@ -18,6 +18,7 @@ from mmpo_jax.data.examples import Example
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.data.train_batch import HostBatch, batch_maker
+from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.model import Params
 from mmpo_jax.objectives.terms import rows_read
 from mmpo_jax.parallel.mesh import batch_share, gathered, put_batch
@@ -91,7 +92,10 @@ class RolloutBatches:
         seen = self.teacher.batch(
             records, sizes.lengths, sizes.prompts, sizes.micro_batch, self.share
         )
-        return dataclasses.replace(host, arrays=dataclasses.replace(host.arrays, teacher=seen))
+        shown = seen.arrays.prompts
+        assert isinstance(shown, Batch)  # no rollout is packed
+        arrays = dataclasses.replace(host.arrays, teacher=shown)
+        return dataclasses.replace(host, arrays=arrays, taught=seen.amounts)
 
     def _contexts(self, record: TokenizedRecord, step: int) -> tuple[TokenizedRecord, ...]:
         """The prompt, and that with changed images where objectives read one."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Any
 
 from jax.sharding import Mesh
 
@@ -63,8 +62,8 @@ class LoadedTeacher:
         batch_size: int,
         micro_batch_size: int,
         share: Share,
-    ) -> Any:
-        """What it sees of prompts that are a batch of the policy's: `HostBatch.arrays.prompts`.
+    ) -> HostBatch:
+        """What it sees of prompts that are a batch of the policy's.
 
         Args:
           records: with their responses, as `with_teacher` has prompts.
@@ -79,8 +78,7 @@ class LoadedTeacher:
         make = batch_maker(
             examples, self.processor, lengths, batch_size, micro_batch_size, share=share
         )
-        made: HostBatch = make(list(range(len(examples))))
-        return made.arrays.prompts
+        return make(list(range(len(examples))))
 
     def _seen(self, record: TokenizedRecord, lengths: Lengths) -> TokenizedRecord:
         """The responses of a record after the prompt that the teacher sees."""

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +12,16 @@ from helpers.llava_7b import BODY, LAYERS, PROJECTOR, TOWER, VOCABULARY, WIDE, W
 
 from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.generation.refill import Layout
-from mmpo_jax.models.log_probs import response_log_probs
+from mmpo_jax.models.log_probs import Teacher, response_log_probs, response_statistics
 from mmpo_jax.models.lora import Lora, add_adapters, is_adapter
 from mmpo_jax.models.model import Model, read_config
+from mmpo_jax.objectives.registry import Divergence
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.planning import abstract
 from mmpo_jax.planning.abstract import Sizes
 from mmpo_jax.planning.counts import Computation, decode_work, forward_work, train_work
 from mmpo_jax.planning.parts import computed_pairs, mean_pool
+from mmpo_jax.planning.teaching import Teaching
 from mmpo_jax.recipes.sampling import Decoding
 
 BF16 = 2
@@ -161,6 +164,32 @@ def test_counts_are_those_of_the_traced_step(remat, learns):
     traced = jax.make_jaxpr(jax.grad(loss))(learned, frozen, batch)
     work = train_work(Computation(model, mesh, 4, "xla"), params, trained, sizes, 1, remat)
     assert work.flops == pytest.approx(traced_flops(traced.jaxpr), rel=0.05)
+
+
+def test_a_teachers_pass_is_that_of_the_traced_step():
+    """The whole step's products less those without a teacher; its head is applied twice."""
+    model = Model.create(read_config(tiny.make_config()), "xla")
+    larger = {"hidden_size": 48, "num_hidden_layers": 3}
+    teacher = Model.create(read_config(tiny.make_config(text=larger)), "xla")
+    mesh, sizes, shown = make_mesh(fsdp=8), Sizes(8, 96, 2, 40, 1), Sizes(8, 160, 2, 40, 1)
+    prompts = abstract.batch(model, sizes, mesh)
+    of_teacher = abstract.batch(teacher, shown, mesh)
+
+    def loss(params, theirs, prompts, of_teacher):
+        taught = Teacher(teacher, theirs, of_teacher, Divergence(0.5))
+        names, given = (("divergence",), taught) if theirs else (("entropy",), None)
+        found = response_statistics(model, params, prompts, names, teacher=given)
+        return sum(value.sum() for value in found.values())
+
+    def counted(theirs):
+        given = model.abstract_params(), theirs, prompts, of_teacher
+        return traced_flops(jax.make_jaxpr(jax.grad(loss))(*given).jaxpr)
+
+    opened = types.SimpleNamespace(model=teacher)
+    work = Teaching(opened, shown, False).work(Computation(teacher, mesh, 4, "xla"), 8)
+    added = counted(teacher.abstract_params()) - counted({})
+    assert work.flops == pytest.approx(added, rel=0.03)
+    assert work.flops > forward_work(Computation(teacher, mesh, 4, "xla"), shown).flops
 
 
 def test_a_pass_without_gradients_is_that_of_the_traced_one():

@@ -253,6 +253,59 @@ def test_programs_of_other_recipes(without_weights):
     assert any("no `lengths`" in note for note in notes)
 
 
+def distilling(model, teacher, **training):
+    return {
+        "model": model,
+        "lengths": SIZES,
+        "rollout": {"num_samples": 2, "max_new_tokens": 32},
+        "training": {
+            "objective": {"type": "distillation"},
+            "teacher": teacher,
+            "batch_size": 16,
+            "micro_batch_size": 8,
+            "compute_dtype": "bfloat16",
+            **training,
+        },
+    }
+
+
+@pytest.mark.slow
+def test_a_teacher_is_planned(without_weights, tmp_path):
+    """Its weights are among what the compiled step is given, and its passes are counted."""
+    config = tiny.make_config(text={"hidden_size": 64, "num_hidden_layers": 3})
+    larger = str(tiny.make_folder(tmp_path / "larger", config))
+    teacher = {"type": "model", "model": larger, "prompt_lengths": [40]}
+    options = distilling(without_weights, teacher) | {"devices": {"tensor": 2}}
+    recipe, cpus = recipe_of(TrainRecipe, **options), topology.find_topology("cpu:8")
+    only = ("train step",)
+    made = planned.plan_recipe(recipe, cpus, Assumed(), optimised=False, only=only)
+    (step,) = made.to_json()["programs"]
+    assert step["shape"].endswith("2 micro-batches, taught at 8 x 40 + 2 x 32, 1 slots")
+    mesh = make_mesh(fsdp=4, tensor=2)
+    model = opened.open_config(larger, "auto").model
+    given = step["bytes"]
+    assert given["teacher"] == abstract.local_bytes(abstract.params(model, mesh, jnp.bfloat16))
+    names = ("parameters", "optimizer", "reference", "teacher", "batch")
+    held = sum(given[name] for name in names)
+    assert 0.9 < given["arguments"] / held <= 1
+
+
+def test_a_teacher_that_is_the_reference_has_no_weights_of_its_own(without_weights):
+    alone = {"type": "self", "hint": "{answer}"}
+    own = distilling(without_weights, alone, reference={"type": "online"})
+    runs, _ = stages_of(recipe_of(TrainRecipe, **own))
+    program = runs["training", "train step"].program
+    assert program.held["teacher"] == 0 < program.held["reference"]
+    with jax.set_mesh(program.mesh):
+        assert program.lower().as_text()
+    teacher = {"type": "model", "model": without_weights, "prompt_lengths": [4]}
+    short = distilling(without_weights, teacher)
+    with pytest.raises(
+        MmpoError, match=r"training\.teacher\.prompt_lengths: the largest size is 4"
+    ):
+        stages_of(recipe_of(TrainRecipe, **short))
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -178,6 +178,12 @@ def test_a_teacher_sees_more(tiny_model, tiny_processor):
     policy, seen = arrays.prompts, arrays.teacher
     for name in ("response_ids", "response_mask", "loss_mask", "weights"):
         np.testing.assert_array_equal(getattr(policy, name), getattr(seen, name))
+    assert host.taught.tokens == seen.prompt_mask.sum() + seen.response_mask.sum()
+    assert (
+        host.taught.tokens
+        > host.amounts.tokens
+        == policy.prompt_mask.sum() + policy.response_mask.sum()
+    )
     assert (policy.pixel_values != seen.pixel_values).any(axis=(1, 2, 3, 4)).all()
     for row in range(4):
         texts = [

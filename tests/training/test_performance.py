@@ -8,18 +8,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import tiny
 from helpers.loop_runs import CONFIG
 
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.amounts import Amounts
 from mmpo_jax.models.flops import ModelFlops, model_flops
 from mmpo_jax.models.lora import Lora, add_adapters, is_adapter
+from mmpo_jax.models.model import Model, read_config
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.recipes.training import Training
 from mmpo_jax.training import goodput, performance, times
 from mmpo_jax.training.goodput import Goodput
 from mmpo_jax.training.metrics import MEASURED
-from mmpo_jax.training.performance import Performance, device_memory, training_flops
+from mmpo_jax.training.performance import (
+    Performance,
+    StepFlops,
+    device_memory,
+    training_flops,
+)
 from mmpo_jax.training.times import Times
 
 GIB = 2**30
@@ -64,7 +71,7 @@ def clock(monkeypatch):
 @pytest.fixture
 def measured(clock):
     devices = [Device(10, 20), Device(12, 15)]
-    return Performance(Times(), Goodput(0.0, []), FLOPS, 1e12, devices)
+    return Performance(Times(), Goodput(0.0, []), StepFlops(FLOPS), 1e12, devices)
 
 
 def steps(measured, clock, count, wait=0.0, compute=1.0, rollout=0.0, amounts=AMOUNTS):
@@ -145,7 +152,7 @@ def test_rollouts_count_for_rates_and_not_for_utilisation(measured, clock):
 def test_nothing_is_made_up(clock):
     """No peak, no memory, no pairs: no such names."""
     cpu = types.SimpleNamespace(memory_stats=lambda: None)
-    measured = Performance(Times(), Goodput(0.0, []), FLOPS, None, [cpu])
+    measured = Performance(Times(), Goodput(0.0, []), StepFlops(FLOPS), None, [cpu])
     steps(measured, clock, 1, amounts=dataclasses.replace(AMOUNTS, pairs=0))
     names = {name.removeprefix(MEASURED) for name in measured.close()}
     assert not names & {"mfu", "memory_gib", "peak_memory_gib", "pairs_per_second"}
@@ -181,7 +188,7 @@ def test_flops_of_a_training(tiny_model):
     trained = {path: leaf for path, leaf in flat.items() if path.startswith("language_model/")}
     frozen = {path: leaf for path, leaf in flat.items() if path not in trained}
     expected = model_flops(model, flat, trained)
-    assert training_flops(model, state_of(trained, frozen), DPO) == expected
+    assert training_flops(model, state_of(trained, frozen), DPO) == StepFlops(expected)
     assert expected.token == pytest.approx(3 * model_flops(model, flat).token)
 
 
@@ -193,14 +200,42 @@ def test_a_reference_in_the_step_runs_forward(tiny_model):
     frozen = {path: leaf for path, leaf in flat.items() if path not in trained}
     alone = training_flops(model, state_of(trained, frozen), DPO)
     both = training_flops(model, state_of(trained, frozen, reference=trained), DPO)
-    assert both.token - alone.token == model_flops(model, flatten(params)).token
+    assert both.policy.token - alone.policy.token == model_flops(model, flatten(params)).token
+
+
+TAUGHT = [make_term("distillation")]
+
+
+def test_a_teacher_runs_forward_over_what_it_is_shown(tiny_model, measured, clock):
+    """Another model over its own tokens; the reference over these alone, where nothing else
+    compares with it."""
+    model, params = tiny_model
+    larger = Model.create(read_config(tiny.make_config(text={"hidden_size": 40})))
+    flat = flatten(params)
+    other = types.SimpleNamespace(model=larger, params=larger.abstract_params())
+    flops = training_flops(model, state_of(flat), TAUGHT, other)
+    assert flops.policy == model_flops(model, flat, flat)
+    assert flops.teacher == model_flops(larger, flatten(larger.abstract_params()))
+    own = types.SimpleNamespace(model=None, params=None)
+    itself = training_flops(model, state_of(flat, reference=flat), TAUGHT, own)
+    assert itself == StepFlops(flops.policy, model_flops(model, flat))
+
+    measured.flops = StepFlops(FLOPS, dataclasses.replace(FLOPS, token=5e9))
+    shown = dataclasses.replace(AMOUNTS, tokens=700)
+    measured.times.start(lambda *_: (None, {"loss": Running()}), None, np.zeros(1))
+    clock.now += 1.0
+    measured.add(AMOUNTS, shown)
+    row = measured.close()
+    both = 2 * COUNT + 700 * 5e9 - 1000 * 1e9
+    assert row["perf/mfu"] == pytest.approx(both / 1e12)
+    assert row["perf/tokens_per_second"] == 1000
 
 
 def test_where_only_rewards_are_read_no_token_is_predicted(tiny_model):
     model, params = tiny_model
     rewards = [make_term("bradley_terry")]
-    flops = training_flops(model, state_of(flatten(params)), rewards)
-    speaking = training_flops(model, state_of(flatten(params)), DPO)
+    flops = training_flops(model, state_of(flatten(params)), rewards).policy
+    speaking = training_flops(model, state_of(flatten(params)), DPO).policy
     assert flops.target == 0 < speaking.target
     assert flops == dataclasses.replace(speaking, target=0.0)
 
