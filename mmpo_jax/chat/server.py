@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.files import canonical_json
 from mmpo_jax.core.guard import HIDDEN
-from mmpo_jax.core.sections import SECRET, PositiveInt, Section
+from mmpo_jax.core.sections import SECRET, KeyVariable, PositiveInt, Section
 
 REQUEST_FIELDS = frozenset(
     {
@@ -46,7 +46,7 @@ class ChatServer(Section):
     """Address in front of `/chat/completions`, such as `http://host:8000/v1`."""
     model: str = Field(min_length=1)
     """Name under which the server has the model."""
-    api_key_env: str | None = None
+    api_key_env: KeyVariable | None = None
     """Name of the environment variable with the key, in capitals; None where none is needed. The
     key itself is written nowhere."""
     max_concurrent: PositiveInt = 32
@@ -79,14 +79,6 @@ class ChatServer(Section):
         if url.endswith("/chat/completions"):
             raise ValueError("the address ends before /chat/completions")
         return url
-
-    @pydantic.field_validator("api_key_env")
-    @classmethod
-    def _check_api_key_env(cls, name: str | None) -> str | None:
-        if name is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
-            told = "the name of an environment variable, in capitals, and not the key itself"
-            raise PydanticCustomError(SECRET, told)
-        return name
 
     @pydantic.field_validator("extra_body")
     @classmethod

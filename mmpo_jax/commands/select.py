@@ -43,7 +43,7 @@ from mmpo_jax.feedback.implicit import (
 from mmpo_jax.feedback.selection import Selection, best_of, describe_selection
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipes.command_recipes import SelectRecipe
-from mmpo_jax.recipes.sampling import Candidates
+from mmpo_jax.recipes.sampling import BestOfNSampling
 from mmpo_jax.recipes.scoring import RewardModelAsked
 from mmpo_jax.reward_models.reading import Reading
 from mmpo_jax.reward_models.scoring import Rewarded, score_responses
@@ -160,7 +160,7 @@ def run_selection(recipe: SelectRecipe) -> tuple[str, Selection]:
 
 def _sampled(
     recipe: SelectRecipe,
-    sampling: Candidates,
+    sampling: BestOfNSampling,
     policy: Checkpoint,
     prompts: Sequence[TokenizedRecord],
     mesh: Mesh,

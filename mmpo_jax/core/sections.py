@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
+import re
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 from pydantic import Field
+from pydantic_core import PydanticCustomError
 
 
 class Section(pydantic.BaseModel):
@@ -35,6 +37,28 @@ MeshSize = PositiveInt | Literal[-1]
 SECRET = "secret"
 """The type of a `PydanticCustomError` about a value that no message may repeat, as it could be a
 key that was written in the wrong place."""
+
+
+def _variable_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
+        told = "the name of an environment variable, in capitals, and not the key itself"
+        raise PydanticCustomError(SECRET, told)
+    return name
+
+
+KeyVariable = Annotated[str, pydantic.AfterValidator(_variable_name)]
+"""Name of an environment variable that has a key."""
+
+
+def check_places(option: str, text: str | None, places: Iterable[str]) -> None:
+    """
+    Raises:
+      ValueError: a text that is filled in, if it is given, lacks one of its places, such as
+        `{question}`.
+    """
+    for place in places:
+        if text is not None and place not in text:
+            raise ValueError(f"{option}: it has no {place}")
 
 
 def as_list(value: Any) -> Any:

@@ -93,6 +93,19 @@ class Images:
     """K: how many vectors of the pool a token is mixed from."""
 
 
+def pixels_of_each(processor: Any, images: Sequence[Any], **options: Any) -> list[np.ndarray]:
+    """float32 `pixel_values` of every image by itself, with an axis in front: of one, or of what
+    the image is cut into.
+
+    Args:
+      processor: an image processor of transformers.
+      images: in RGB.
+      options: of the processor.
+    """
+    made = [processor(images=x, return_tensors="np", **options)["pixel_values"] for x in images]
+    return [np.asarray(values, np.float32) for values in made]
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """One architecture; `families/` has a file for each."""

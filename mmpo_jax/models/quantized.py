@@ -29,9 +29,9 @@ class QuantizedKernel(NamedTuple):
     """A kernel as integers and their scales."""
 
     values: Any
-    """int8 or int4 [(L,) inputs, outputs]"""
+    """int8 or int4 [(L,) inputs, outputs]."""
     scales: Any
-    """float32[(L,) groups, outputs]"""
+    """float32[(L,) groups, outputs]."""
 
 
 def itemsize(dtype: Any) -> float:

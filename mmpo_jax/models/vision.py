@@ -78,6 +78,11 @@ class VisionConfig:
         return self.side**2 + int(self.class_token)
 
     @property
+    def patch_kernel_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the patch embedding's kernel in files, a convolution: [D, C, h, w]."""
+        return self.hidden_size, self.num_channels, self.patch_size, self.patch_size
+
+    @property
     def pixel_shape(self) -> tuple[int, int, int]:
         return self.num_channels, self.image_size, self.image_size
 

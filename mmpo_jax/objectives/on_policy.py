@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from mmpo_jax.core.sections import keyword_options
-from mmpo_jax.objectives.policy_gradient import EXPONENT_LIMIT, Weighted, policy_gradient
+from mmpo_jax.objectives.policy_gradient import Weighted, k3, policy_gradient
 from mmpo_jax.objectives.registry import NonNegative, Positive, Share, other_image
 from mmpo_jax.objectives.responses import Responses
 from mmpo_jax.objectives.rollouts import TokenLoss, of_tokens
@@ -127,8 +127,7 @@ def sapo(
 
 def perception_kl(responses: Responses) -> Float[Array, "N S T"]:
     """float32[N, S, T]: an estimate of KL(pi || pi_masked) at every token that was sampled."""
-    gap = responses.views["other_image"].log_probs - responses.log_probs
-    return jnp.exp(jnp.minimum(gap, EXPONENT_LIMIT)) - gap - 1
+    return k3(responses.views["other_image"].log_probs - responses.log_probs)
 
 
 def papo(

@@ -149,8 +149,11 @@ def kl_estimate(responses: Responses, estimator: Estimator = "k3") -> Float[Arra
     (REINFORCE++-baseline, arXiv 2501.03262).
     """
     gap = -responses.token_ratios
-    if estimator == "k2":
-        return gap**2 / 2
+    return gap**2 / 2 if estimator == "k2" else k3(gap)
+
+
+def k3(gap: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    """e^d - d - 1 of differences d of log-probs, see `kl_estimate`."""
     return jnp.exp(jnp.minimum(gap, EXPONENT_LIMIT)) - gap - 1
 
 

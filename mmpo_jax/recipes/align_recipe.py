@@ -151,12 +151,6 @@ class AlignRecipe(Base):
             raise ValueError("selection: sentences are judged on the way, whole responses are not")
         return self
 
-    @property
-    def inference_dtype(self) -> str | None:
-        """What the policy, splitters and labelers of all rounds compute in: bfloat16 where training
-        does; None for the dtype of their weights, which those of trained ones are float32 in."""
-        return None if self.training.compute_dtype == "float32" else self.training.compute_dtype
-
     @pydantic.model_validator(mode="after")
     def _responses_differ(self) -> AlignRecipe:
         check_sources(self.candidates, self.sampling)
@@ -249,3 +243,9 @@ class AlignRecipe(Base):
                     "size of as many"
                 )
         return self
+
+    @property
+    def inference_dtype(self) -> str | None:
+        """What the policy, splitters and labelers of all rounds compute in: bfloat16 where training
+        does; None for the dtype of their weights, which those of trained ones are float32 in."""
+        return None if self.training.compute_dtype == "float32" else self.training.compute_dtype

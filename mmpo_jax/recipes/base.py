@@ -6,6 +6,9 @@ from typing import Literal
 
 from mmpo_jax.core.sections import MeshSize, Section, Seed
 
+Template = Literal["auto", "vicuna_v1"]
+Attention = Literal["auto", "xla", "splash", "cudnn"]
+
 
 class Devices(Section):
     """Mesh sizes; -1 takes the devices the others leave. Where none is given, a training chooses
@@ -31,10 +34,10 @@ class Base(Section):
     model: str
     """Checkpoint folder, or one of an adapter in PEFT's format, which is merged into the model it
     names; `builtin:picture_world` is the checkpoint that ships with the package."""
-    template: Literal["auto", "vicuna_v1"] = "auto"
+    template: Template = "auto"
     """How dialogues become text; `auto` is the checkpoint's own chat template. The one that
     LLaVA-1.5 has on the hub is not what it was trained with: `vicuna_v1` is, and RLAIF-V's choice.
     Results are saved with it."""
     devices: Devices = Devices()
-    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    attention: Attention = "auto"
     """What computes it; `auto` is splash attention on TPU, cuDNN on GPU, XLA elsewhere."""

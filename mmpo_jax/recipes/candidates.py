@@ -14,7 +14,7 @@ from mmpo_jax.chat.server import ChatServer
 from mmpo_jax.core.sections import SECRET, PositiveInt, Section, as_list
 from mmpo_jax.data.edits import DIFFUSION_STEPS
 from mmpo_jax.data.records import EditKind
-from mmpo_jax.recipes.feedback import Template
+from mmpo_jax.recipes.base import Template
 from mmpo_jax.recipes.sampling import Sampling
 
 POLICY = "policy"

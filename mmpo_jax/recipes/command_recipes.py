@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import pydantic
 
 from mmpo_jax.core.sections import PositiveInt, Section, Seed
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.sources import FileData
 from mmpo_jax.picture_world.source import PictureWorldData
-from mmpo_jax.recipes.base import Base, Devices
+from mmpo_jax.recipes.base import Attention, Base, Devices, Template
 from mmpo_jax.recipes.correction import Corrector, Layout, RuleCorrecting
 from mmpo_jax.recipes.data import Data
 from mmpo_jax.recipes.evaluation import Benchmarks
-from mmpo_jax.recipes.sampling import Candidates, LongSampling
+from mmpo_jax.recipes.sampling import BestOfNSampling, LongSampling
 from mmpo_jax.recipes.scoring import ImplicitReward, Rewarding, RewardModelAsked, Scoring
 from mmpo_jax.recipes.serving import Serving
 
@@ -58,7 +56,7 @@ class SelectRecipe(Base):
     """Prompts; rows with their responses where `sampling` is null."""
     lengths: Lengths | None = None
     """Bucket sizes; by default those that the data need, and nothing is cut."""
-    sampling: Candidates | None = Candidates()
+    sampling: BestOfNSampling | None = BestOfNSampling()
     """How the policy samples responses; null takes those of the data."""
     reward: ImplicitReward = ImplicitReward()
     batch_size: PositiveInt = 8
@@ -93,10 +91,10 @@ class ServeRecipe(Section):
 
     model: str
     """Checkpoint, by any name that `model` of other recipes may have."""
-    template: Literal["auto", "vicuna_v1"] = "auto"
+    template: Template = "auto"
     """How dialogues become text."""
     devices: Devices = Devices()
-    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    attention: Attention = "auto"
     serving: Serving = Serving()
 
 
@@ -121,7 +119,7 @@ class CorrectRecipe(Section):
     each as a dialogue of its own about the same images, which sees neither that response nor the
     other questions."""
     devices: Devices = Devices()
-    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    attention: Attention = "auto"
     """Of a corrector that is a checkpoint."""
 
 

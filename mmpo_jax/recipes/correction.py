@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import pydantic
 from pydantic import Field
 
-from mmpo_jax.core.sections import PositiveInt, Section, type_by_default
+from mmpo_jax.core.sections import PositiveInt, Section, check_places, type_by_default
 from mmpo_jax.recipes.feedback import ChatAsked, CheckpointAsked, Judging, Speaking
 
 Layout = Literal["dialogue", "apart"]
@@ -36,9 +36,7 @@ class Correcting(Judging, Speaking):
     @pydantic.model_validator(mode="after")
     def _tells_all(self) -> Correcting:
         places = ("{question}", "{chosen}", "{rejected}", "{codebook}", "{max_errors}")
-        lacking = [place for place in places if self.prompt and place not in self.prompt]
-        if lacking:
-            raise ValueError(f"prompt: it has no {lacking[0]}")
+        check_places("prompt", self.prompt, places)
         return self
 
 

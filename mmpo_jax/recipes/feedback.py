@@ -10,12 +10,11 @@ import pydantic
 from pydantic import Field
 
 from mmpo_jax.chat.server import ChatServer
-from mmpo_jax.core.sections import PositiveInt, Section
+from mmpo_jax.core.sections import PositiveInt, Section, check_places
+from mmpo_jax.recipes.base import Template
 from mmpo_jax.recipes.rewards import SECTIONS, RewardSection
 from mmpo_jax.recipes.scoring import ImplicitReward, RewardModelAsked
 from mmpo_jax.rewards import REWARDS
-
-Template = Literal["auto", "vicuna_v1"]
 
 
 class Judging(Section):
@@ -78,8 +77,7 @@ class WholeSplitting(Section):
 
     @pydantic.model_validator(mode="after")
     def _asks(self) -> WholeSplitting:
-        if self.prompt is not None and "{answer}" not in self.prompt:
-            raise ValueError("prompt: it has no {answer}")
+        check_places("prompt", self.prompt, ("{answer}",))
         return self
 
 
@@ -101,12 +99,8 @@ class Splitting(Speaking):
         for name in ("question_prompt", "question_model"):
             if self.style == "json" and getattr(self, name) is not None:
                 raise ValueError(f"{name}: only style rlaif_v asks for questions by themselves")
-        places = {"prompt": ("{question}", "{answer}"), "question_prompt": ("{facts}",)}
-        for name, needed in places.items():
-            text = getattr(self, name)
-            lacking = [place for place in needed if text is not None and place not in text]
-            if lacking:
-                raise ValueError(f"{name}: it has no {lacking[0]}")
+        check_places("prompt", self.prompt, ("{question}", "{answer}"))
+        check_places("question_prompt", self.question_prompt, ("{facts}",))
         return self
 
 
@@ -177,9 +171,7 @@ class SelfRewardFeedback(Judging, Speaking):
     def _possible(self) -> SelfRewardFeedback:
         if not self.low < self.high:
             raise ValueError("low: must be below high")
-        lacking = [p for p in ("{question}", "{answer}") if self.prompt and p not in self.prompt]
-        if lacking:
-            raise ValueError(f"prompt: it has no {lacking[0]}")
+        check_places("prompt", self.prompt, ("{question}", "{answer}"))
         return self
 
 
@@ -203,10 +195,7 @@ class PairFeedback(Judging, Speaking):
 
     @pydantic.model_validator(mode="after")
     def _asks(self) -> PairFeedback:
-        places = ("{question}", "{first}", "{second}")
-        lacking = [place for place in places if self.prompt and place not in self.prompt]
-        if lacking:
-            raise ValueError(f"prompt: it has no {lacking[0]}")
+        check_places("prompt", self.prompt, ("{question}", "{first}", "{second}"))
         return self
 
 

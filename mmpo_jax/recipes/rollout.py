@@ -51,6 +51,14 @@ class Rollout(Section):
     """Share of the batches whose responses are sampled; the others have those of the data (GKD's
     lambda). For distillation, which needs no rewards."""
 
+    @pydantic.field_validator("rewards")
+    @classmethod
+    def _distinct(cls, rewards: Rewards) -> Rewards:
+        types = [section.type for section in rewards]
+        if len(set(types)) < len(types):
+            raise ValueError("give each type once")
+        return rewards
+
     @pydantic.model_validator(mode="before")
     @classmethod
     def _whole_distribution(cls, options: Any) -> Any:
@@ -99,11 +107,3 @@ class Rollout(Section):
     def needs_old(self) -> bool:
         """Whether the log-probs under what sampled are read."""
         return self.steps > 1 or self.reward_kl > 0
-
-    @pydantic.field_validator("rewards")
-    @classmethod
-    def _distinct(cls, rewards: Rewards) -> Rewards:
-        types = [section.type for section in rewards]
-        if len(set(types)) < len(types):
-            raise ValueError("give each type once")
-        return rewards

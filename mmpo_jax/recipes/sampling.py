@@ -22,7 +22,7 @@ class Decoding(Section):
     max_new_tokens: PositiveInt = 64
 
 
-class Samples(Decoding):
+class SampledDecoding(Decoding):
     """How several responses to a prompt are drawn."""
 
     num_samples: PositiveInt = 10
@@ -37,15 +37,15 @@ class Samples(Decoding):
         return options
 
 
-class Sampling(Samples):
+class Sampling(SampledDecoding):
     """How responses are drawn."""
 
     batch_size: PositiveInt = 16
     """Prompts at a time."""
 
 
-class Candidates(Samples):
-    """How the responses are drawn of which one is taken."""
+class BestOfNSampling(SampledDecoding):
+    """How the responses are drawn of which the best one is taken."""
 
     num_samples: PositiveInt = 16
     max_new_tokens: PositiveInt = 512

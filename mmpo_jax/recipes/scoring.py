@@ -8,6 +8,7 @@ import pydantic
 from pydantic import Field
 
 from mmpo_jax.core.sections import NonNegativeInt, PositiveInt, Section
+from mmpo_jax.recipes.base import Template
 
 ScoringDtype = Literal["auto", "float32", "bfloat16"]
 """`auto` is that of most weights, and float32 where that is float16: activations may pass its
@@ -56,7 +57,7 @@ class RewardModelAsked(Rewarding):
 
     model: str
     """Checkpoint with a reward head."""
-    template: Literal["auto", "vicuna_v1"] = "auto"
+    template: Template = "auto"
     """How dialogues become text."""
 
     @pydantic.model_validator(mode="after")

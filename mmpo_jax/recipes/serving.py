@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import re
-
-import pydantic
 from pydantic import Field
-from pydantic_core import PydanticCustomError
 
-from mmpo_jax.core.sections import SECRET, NonNegativeInt, PositiveInt, Section
+from mmpo_jax.core.sections import KeyVariable, NonNegativeInt, PositiveInt, Section
 
 
 class Serving(Section):
@@ -20,7 +16,7 @@ class Serving(Section):
     """Port; 0 takes a free one, which is told."""
     name: str | None = Field(None, min_length=1)
     """Name of the model in requests; by default that of its folder."""
-    api_key_env: str | None = None
+    api_key_env: KeyVariable | None = None
     """Name of the environment variable with the key that clients have to give; None asks for
     none."""
     max_samples: PositiveInt = 16
@@ -45,11 +41,3 @@ class Serving(Section):
     """Size of an image in millions of pixels."""
     drain_seconds: NonNegativeInt = 60
     """Seconds that requests have to end in once the server is told to end."""
-
-    @pydantic.field_validator("api_key_env")
-    @classmethod
-    def _check_api_key_env(cls, name: str | None) -> str | None:
-        if name is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
-            told = "the name of an environment variable, in capitals, and not the key itself"
-            raise PydanticCustomError(SECRET, told)
-        return name

@@ -8,6 +8,7 @@ import pydantic
 from pydantic import Field
 
 from mmpo_jax.core.sections import PositiveInt, Section
+from mmpo_jax.recipes.base import Template
 
 
 class _Seeing(Section):
@@ -43,7 +44,7 @@ class ModelTeacher(_Seeing):
     model: str
     """As the recipe's `model`. It is on the devices beside the policy, frozen, in the recipe's
     `compute_dtype`."""
-    template: Literal["auto", "vicuna_v1"] = "auto"
+    template: Template = "auto"
     """How dialogues become its text."""
 
 

@@ -28,9 +28,9 @@ class Validation(Section):
     """Rows that are held out of training and measured as it goes on."""
 
     data: Annotated[PictureWorldData | LearnedFile, Field(discriminator="source")] | None = None
-    """Other data, or"""
+    """Other data than those of the training."""
     share: float | None = Field(None, gt=0, lt=1)
-    """this much of the training data, all rows of one prompt on the same side."""
+    """Share of the training data, in place of `data`; all rows of one prompt on the same side."""
     every: PositiveInt = 100
     """Steps between measurements; one before the first step and one at the end besides."""
     metric: str = "eval_loss"

@@ -104,7 +104,7 @@ class Training(Section):
     max_steps: PositiveInt | None = None
     """Stops earlier than the epochs would; the schedule ends there too."""
     batch_size: PositiveInt = 8
-    """Rows (pairs, dialogues groups) per update, over all devices."""
+    """Rows (pairs, dialogues, groups) per update, over all devices."""
     micro_batch_size: PositiveInt | None = None
     """Rows at a time, over all devices; the whole batch by default."""
     freeze: tuple[str, ...] = ()

@@ -42,9 +42,6 @@ def streamed(
       clip: of the whole gradient, before; it keeps nothing.
     """
 
-    def init(params: Mapping[str, Any]) -> Any:
-        return direction.init(params)
-
     def update(
         grads: Mapping[str, jax.Array], state: Any, params: Any = None, *, accept: Any
     ) -> tuple[dict[str, jax.Array], Any]:
@@ -62,10 +59,11 @@ def streamed(
             after = _with_paths(after, params, part)
         return {path: updates[path] for path in grads}, after
 
-    return Streamed(init, update)
+    return Streamed(direction.init, update)
 
 
 Update = Callable[..., tuple[Any, Any]]
+"""(gradients, state, parameters) -> (updates, state after them)."""
 
 
 def _at_once(

@@ -226,22 +226,30 @@ class Rollouts:
     ) -> list[HostBatch]:
         """The batches with what policy gradients weigh tokens by."""
         rewards = np.stack([each.rewards for part in parts for each in part])
+        ends = np.cumsum([len(part) for part in parts])[:-1]
         asked = drawn if self.rollout.needs_old else []
         old = [self.batches.log_probs(params, host) for host in asked]
         penalty = None
         if self.rollout.reward_kl:
-            reference = cast_params(
-                unflatten({**state.reference, **state.frozen}), self.config.compute_dtype
-            )
-            apart = [
-                (ours - self.batches.log_probs(reference, host)).sum(axis=-1)[: len(part)]
-                for ours, host, part in zip(old, drawn, parts, strict=True)
-            ]
-            penalty = self.rollout.reward_kl * np.concatenate(apart)
+            apart = self._log_ratios(old, drawn, state)
+            of_prompts = [each[: len(part)] for each, part in zip(apart, parts, strict=True)]
+            penalty = self.rollout.reward_kl * np.concatenate(of_prompts)
         better = self.rewarding.advantages(rewards, penalty)
-        ends = np.cumsum([len(part) for part in parts])[:-1]
         drawn = self._with_field(drawn, "advantages", np.split(better, ends))
         return self._with_field(drawn, "old_log_probs", old) if self.steps > 1 else drawn
+
+    def _log_ratios(
+        self, old: Sequence[np.ndarray], drawn: Sequence[HostBatch], state: TrainState
+    ) -> list[Float[np.ndarray, "N S"]]:
+        """float32[N, S] of every batch: how much likelier what sampled it has a response than the
+        reference has, in log-probs."""
+        reference = cast_params(
+            unflatten({**state.reference, **state.frozen}), self.config.compute_dtype
+        )
+        return [
+            (ours - self.batches.log_probs(reference, host)).sum(axis=-1)
+            for ours, host in zip(old, drawn, strict=True)
+        ]
 
     def _with_field(
         self, drawn: Sequence[HostBatch], name: str, values: Sequence[np.ndarray]

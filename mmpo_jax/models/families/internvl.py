@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Shaped
 from mmpo_jax.models import decoder, projector, vision
 from mmpo_jax.models.config import ModelConfig, ModelError, expect, read_decoder
 from mmpo_jax.models.families import llava
-from mmpo_jax.models.family import Clip, Family, Images, Size, Videos
+from mmpo_jax.models.family import Clip, Family, Images, Size, Videos, pixels_of_each
 from mmpo_jax.models.frame_sampling import centred
 from mmpo_jax.models.layers import ACTIVATIONS, layer_norm
 from mmpo_jax.models.layout import Layout
@@ -120,8 +120,7 @@ def layouts(config: InternVLConfig, processor: Any, sizes: Sequence[Size]) -> li
 
 def pixels(config: InternVLConfig, processor: Any, images: Sequence[Any]) -> list[np.ndarray]:
     del config
-    made = [processor(images=x, return_tensors="np", **CROPPED)["pixel_values"] for x in images]
-    return [np.asarray(pixels, np.float32) for pixels in made]
+    return pixels_of_each(processor, images, **CROPPED)
 
 
 def frame_image(tokenizer: Any, layout: Layout) -> Layout:
@@ -221,9 +220,8 @@ WRITE_KEYS = (
 
 def tensor_shapes(config: InternVLConfig) -> dict[str, tuple[int, ...]]:
     tower, base = config.vision, "vision_tower.embeddings."
-    patch = tower.hidden_size, tower.num_channels, tower.patch_size, tower.patch_size
     return {
-        base + "patch_embeddings.projection.weight": patch,
+        base + "patch_embeddings.projection.weight": tower.patch_kernel_shape,
         base + "position_embeddings": (1, tower.num_tokens, tower.hidden_size),
         base + "cls_token": (1, 1, tower.hidden_size),
     }

@@ -11,7 +11,7 @@ from flax import nnx
 
 from mmpo_jax.models import decoder, projector, vision
 from mmpo_jax.models.config import ModelConfig, ModelError, expect, read_decoder
-from mmpo_jax.models.family import Family, Images, Size
+from mmpo_jax.models.family import Family, Images, Size, pixels_of_each
 from mmpo_jax.models.layers import ACTIVATIONS
 from mmpo_jax.models.layout import Layout
 from mmpo_jax.models.tiles import TileModel
@@ -99,8 +99,7 @@ def layouts(config: LlavaConfig, processor: Any, sizes: Sequence[Size]) -> list[
 
 def pixels(config: LlavaConfig, processor: Any, images: Sequence[Any]) -> list[np.ndarray]:
     del config
-    made = [processor(images=image, return_tensors="np")["pixel_values"] for image in images]
-    return [np.asarray(pixels, np.float32) for pixels in made]
+    return pixels_of_each(processor, images)
 
 
 READ_KEYS = (
@@ -119,9 +118,8 @@ WRITE_KEYS = (
 
 
 def tensor_shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
-    tower = config.vision
-    patch = tower.hidden_size, tower.num_channels, tower.patch_size, tower.patch_size
-    return {"vision_tower.vision_model.embeddings.patch_embedding.weight": patch}
+    kernel = config.vision.patch_kernel_shape
+    return {"vision_tower.vision_model.embeddings.patch_embedding.weight": kernel}
 
 
 FAMILY = Family(

@@ -14,7 +14,7 @@ from mmpo_jax.models import anyres
 from mmpo_jax.models.config import ModelError
 from mmpo_jax.models.families import llava
 from mmpo_jax.models.families.llava import Llava, LlavaConfig
-from mmpo_jax.models.family import Family, Images, Size
+from mmpo_jax.models.family import Family, Images, Size, pixels_of_each
 from mmpo_jax.models.layout import Layout
 
 
@@ -65,8 +65,7 @@ def layouts(config: LlavaConfig, processor: Any, sizes: Sequence[Size]) -> list[
 
 def pixels(config: LlavaConfig, processor: Any, images: Sequence[Any]) -> list[np.ndarray]:
     del config
-    made = [processor(images=image, return_tensors="np")["pixel_values"] for image in images]
-    return [np.asarray(pixels[0], np.float32) for pixels in made]
+    return [made[0] for made in pixels_of_each(processor, images)]
 
 
 FAMILY = Family(

@@ -25,8 +25,10 @@ from mmpo_jax.models.vlm import VisionLanguageModel
 
 SECTIONS = (11, 11, 10)
 """transformers' rotary sections where a config has none."""
-LAYER_TYPES = ("linear_attention", "full_attention")
+DELTA_NET, ATTENTION = "linear_attention", "full_attention"
+"""Types of layers."""
 MIXTURE = "qwen3_5_moe_text"
+"""The `model_type` of decoders with experts."""
 
 
 def read_config(config: Any) -> QwenVLConfig:
@@ -68,8 +70,8 @@ def read_text(text: Any, tied: bool, key: str, sections: bool = False) -> Decode
     expect(text.model_type, ("qwen3_5_text", MIXTURE), f"{key}.model_type")
     expect(text.hidden_act, tuple(ACTIVATIONS), f"{key}.hidden_act")
     for kind in text.layer_types:
-        expect(kind, LAYER_TYPES, f"{key}.layer_types")
-    if LAYER_TYPES[1] not in text.layer_types:
+        expect(kind, (DELTA_NET, ATTENTION), f"{key}.layer_types")
+    if ATTENTION not in text.layer_types:
         raise ModelError(f"{key}.layer_types has no full_attention")
     keys, values = text.linear_num_key_heads, text.linear_num_value_heads
     if values % keys:
@@ -100,7 +102,7 @@ def read_text(text: Any, tied: bool, key: str, sections: bool = False) -> Decode
     )
     mlp = _experts(text) if text.model_type == MIXTURE else _dense(text)
     layers = (
-        LayerConfig(kind, delta_net if kind == LAYER_TYPES[0] else attention, mlp)
+        LayerConfig(kind, delta_net if kind == DELTA_NET else attention, mlp)
         for kind in text.layer_types
     )
     return DecoderConfig(

@@ -22,7 +22,7 @@ from mmpo_jax.core.errors import DataError
 from mmpo_jax.models import decoder, smolvlm_video, vision
 from mmpo_jax.models.config import ModelConfig, ModelError, expect, read_decoder
 from mmpo_jax.models.families.internvl import pixel_shuffle
-from mmpo_jax.models.family import Clip, Family, Images, Size, Videos
+from mmpo_jax.models.family import Clip, Family, Images, Size, Videos, pixels_of_each
 from mmpo_jax.models.frame_sampling import FRAME_RATE
 from mmpo_jax.models.layers import ACTIVATIONS
 from mmpo_jax.models.layout import Layout
@@ -208,8 +208,7 @@ def layouts(config: SmolVLMConfig, processor: Any, sizes: Sequence[Size]) -> lis
 
 def pixels(config: SmolVLMConfig, processor: Any, images: Sequence[Any]) -> list[np.ndarray]:
     del config
-    made = [processor(images=image, return_tensors="np")["pixel_values"] for image in images]
-    return [np.asarray(pixels[0], np.float32) for pixels in made]
+    return [made[0] for made in pixels_of_each(processor, images)]
 
 
 def check_processor(config: SmolVLMConfig, processor: Any) -> None:
@@ -339,9 +338,8 @@ WRITE_KEYS = (
 
 
 def tensor_shapes(config: SmolVLMConfig) -> dict[str, tuple[int, ...]]:
-    tower = config.vision
-    patch = tower.hidden_size, tower.num_channels, tower.patch_size, tower.patch_size
-    return {"model.vision_model.embeddings.patch_embedding.weight": patch}
+    kernel = config.vision.patch_kernel_shape
+    return {"model.vision_model.embeddings.patch_embedding.weight": kernel}
 
 
 IMAGES = Images(
