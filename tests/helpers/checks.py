@@ -16,6 +16,7 @@ import numpy as np
 import safetensors.torch
 import torch
 import transformers
+from helpers import pictures
 from helpers.sampling import sample
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -149,6 +150,16 @@ def randomise(theirs: Any, seed: int, norm: float = 1.0) -> None:
 def record(name: str, text: str, images: Sequence[ImageRef] = (), *responses: str) -> Record:
     answers = tuple(Response.of(response) for response in responses)
     return Record(name, tuple(images), (Turn("user", text),), answers)
+
+
+RECORDS = (
+    record("0", "what is this ?", pictures.refs("photograph"), "a red star", "two ring"),
+    record("1", "a star", pictures.refs("wide", "cmyk"), "blue", "is this a star ?"),
+    record("2", "?", pictures.refs("tall", "one-pixel", "transparent", "palette"), "a", "?"),
+    record("3", "is", pictures.refs("turned-by-exif", "sixteen-bits", "grey"), "a", "a two"),
+    record("4", "is this a star ?", (), "green", "two blue"),
+)
+"""Prompts with none to four pictures, which are of every kind and shape."""
 
 
 def batch_of(case: Case, records: Sequence[Record], rows: int | None = None) -> Any:

@@ -107,15 +107,7 @@ CASES = {
 VIDEO = dataclasses.replace(
     checks.record("v", "what is", (), "two", "a"), videos=(pictures.clip(3),)
 )
-RECORDS = [
-    checks.record("0", "what is this ?", pictures.refs("photograph"), "a red star", "two ring"),
-    VIDEO,
-    checks.record("1", "a star", pictures.refs("wide", "cmyk"), "blue", "is this a star ?"),
-    dataclasses.replace(VIDEO, images=pictures.refs("odd-size")),
-    checks.record("2", "?", pictures.refs("tall", "one-pixel", "transparent", "palette"), "a", "?"),
-    checks.record("3", "is", pictures.refs("turned-by-exif", "sixteen-bits", "grey"), "a", "a two"),
-    checks.record("4", "is this a star ?", (), "green", "two blue"),
-]
+RECORDS = [*checks.RECORDS, VIDEO, dataclasses.replace(VIDEO, images=pictures.refs("odd-size"))]
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import transformers
-from helpers import pictures, tiny
+from helpers import tiny
 from helpers.sampling import sample
 
 from mmpo_jax.checkpoints.folders import BUILTIN
@@ -67,13 +67,6 @@ CASES = {
         vision_feature_layer=[0, -1],
     ),
 }
-RECORDS = [
-    checks.record("0", "what is this ?", pictures.refs("photograph"), "a red star", "two ring"),
-    checks.record("1", "a star", pictures.refs("wide", "cmyk"), "blue", "is this a star ?"),
-    checks.record("2", "?", pictures.refs("tall", "one-pixel", "transparent", "palette"), "a", "?"),
-    checks.record("3", "is", pictures.refs("turned-by-exif", "sixteen-bits", "grey"), "a", "a two"),
-    checks.record("4", "is this a star ?", (), "green", "two blue"),
-]
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -147,11 +140,11 @@ def our_greedy(model, params, batch, length, eos_ids):
 
 
 def test_logits(case, inputs):
-    checks.check_logits(case, RECORDS, inputs)
+    checks.check_logits(case, checks.RECORDS, inputs)
 
 
 def test_greedy_decoding(case, inputs):
-    checks.check_greedy(case, RECORDS, inputs)
+    checks.check_greedy(case, checks.RECORDS, inputs)
 
 
 def test_greedy_decoding_stops_at_any_eos(plain_case):

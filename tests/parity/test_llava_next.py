@@ -63,13 +63,6 @@ CASES = {
         CLIP, transformers.Qwen2Config(**TEXT), projector_hidden_act="gelu_pytorch_tanh"
     ),
 }
-RECORDS = [
-    checks.record("0", "what is this ?", pictures.refs("photograph"), "a red star", "two ring"),
-    checks.record("1", "a star", pictures.refs("wide", "cmyk"), "blue", "is this a star ?"),
-    checks.record("2", "?", pictures.refs("tall", "one-pixel", "transparent", "palette"), "a", "?"),
-    checks.record("3", "is", pictures.refs("turned-by-exif", "sixteen-bits", "grey"), "a", "a two"),
-    checks.record("4", "is this a star ?", (), "green", "two blue"),
-]
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -129,11 +122,11 @@ def test_layouts_of_many_sizes(case):
 
 
 def test_logits(case, inputs):
-    checks.check_logits(case, RECORDS, inputs)
+    checks.check_logits(case, checks.RECORDS, inputs)
 
 
 def test_greedy_decoding(case, inputs):
-    checks.check_greedy(case, RECORDS, inputs)
+    checks.check_greedy(case, checks.RECORDS, inputs)
 
 
 def test_round_trip(case, tmp_path):

@@ -93,13 +93,6 @@ CASES = {
         tie_word_embeddings=False,
     ),
 }
-RECORDS = [
-    checks.record("0", "what is this ?", pictures.refs("photograph"), "a red star", "two ring"),
-    checks.record("1", "a star", pictures.refs("wide", "cmyk"), "blue", "is this a star ?"),
-    checks.record("2", "?", pictures.refs("tall", "one-pixel", "transparent", "palette"), "a", "?"),
-    checks.record("3", "is", pictures.refs("turned-by-exif", "sixteen-bits", "grey"), "a", "a two"),
-    checks.record("4", "is this a star ?", (), "green", "two blue"),
-]
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -219,12 +212,12 @@ def test_images_that_become_nothing_are_refused(case):
 
 
 def test_logits(case, inputs):
-    checks.check_logits(case, RECORDS, inputs)
+    checks.check_logits(case, checks.RECORDS, inputs)
 
 
 @pytest.mark.parametrize("length", [8, pytest.param(64, marks=pytest.mark.slow)])
 def test_greedy_decoding(case, inputs, length):
-    checks.check_greedy(case, RECORDS, inputs, length)
+    checks.check_greedy(case, checks.RECORDS, inputs, length)
 
 
 def test_round_trip(case, tmp_path):

@@ -38,17 +38,9 @@ from mmpo_jax.models.model import read_config  # noqa: E402
 pytestmark = pytest.mark.parity
 
 IDS = checks.token_ids(*MEDIA)
-TEXT = {
+TEXT = checks.TEXT | {
     "vocab_size": len(IDS) + 2,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "max_position_embeddings": 512,
-    "pad_token_id": checks.PAD_ID,
-    "bos_token_id": checks.BOS_ID,
-    "eos_token_id": checks.EOS_ID,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
 }
 VISION = {

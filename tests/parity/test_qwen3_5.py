@@ -22,16 +22,9 @@ from mmpo_jax.models.model import read_config
 pytestmark = pytest.mark.parity
 
 LINEAR, FULL = "linear_attention", "full_attention"
-SIZES = {
+SIZES = checks.TEXT | {
     "vocab_size": len(checks.token_ids()) + 2,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "max_position_embeddings": 512,
-    "pad_token_id": checks.PAD_ID,
-    "bos_token_id": checks.BOS_ID,
-    "eos_token_id": checks.EOS_ID,
     "head_dim": 16,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -253,7 +246,7 @@ def test_weights_that_transformers_does_not_read(case, tmp_path):
     ],
 )
 def test_switches_that_are_refused(switches, told):
-    config = transformers.Qwen3_5TextConfig(**SIZES, num_hidden_layers=4)
+    config = transformers.Qwen3_5TextConfig(**SIZES | {"num_hidden_layers": 4})
     for name, value in switches.items():
         setattr(config, name, value)
     with pytest.raises(ModelError, match=re.escape(told)):

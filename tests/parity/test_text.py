@@ -9,17 +9,9 @@ from helpers import checks
 pytestmark = pytest.mark.parity
 
 IDS = checks.token_ids()
-SIZES = {
+SIZES = checks.TEXT | {
     "vocab_size": len(IDS) + 2,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "max_position_embeddings": 512,
-    "pad_token_id": checks.PAD_ID,
-    "bos_token_id": checks.BOS_ID,
-    "eos_token_id": checks.EOS_ID,
     "tie_word_embeddings": False,
 }
 LLAMA3 = {
