@@ -35,7 +35,7 @@ from mmpo_jax.recipes.training import Reference, Training
 from mmpo_jax.rewards.registry import REWARDS
 from mmpo_jax.training.fields import lacks, maker_of, score_names
 from mmpo_jax.training.losses import contexts_of, needs_reference
-from mmpo_jax.training.teacher import with_teacher
+from mmpo_jax.training.teacher import TeacherProcessor, with_teacher
 
 FIELDS_COLUMN, SCORE_COLUMN, GIVEN_COLUMN = "fields", "score_name", "given"
 """Columns: SHA-256 of what objectives read of the responses, what their score is called, and the
@@ -173,6 +173,8 @@ class PromptUse:
     """The recipe's section, as JSON."""
     teacher: str | None = None
     """That of its teacher, as JSON; None without one."""
+    their_processor: TeacherProcessor | None = None
+    """That of a teacher that is another checkpoint."""
     changes: bool = False
     """Whether objectives compare with a changed image."""
     modules: tuple[str, ...] = ()
@@ -195,6 +197,7 @@ class PromptUse:
         return cls(
             rollout.model_dump_json(exclude=None if rollout.rewards else {"rewards"}),
             None if teacher is None else teacher.model_dump_json(),
+            TeacherProcessor.of(teacher),
             changes,
             tuple(sorted(modules)),
         )
@@ -202,6 +205,9 @@ class PromptUse:
     def key(self) -> Any:
         """All that the methods depend on, as JSON."""
         key = dataclasses.asdict(self) | {"modules": ()}
+        del key["their_processor"]  # as it was before rows were tokenised by it
+        if self.their_processor is not None:
+            key["their_processor"] = self.their_processor.fingerprint
         return key | {"asked": True} if self._asks_a_model else key
 
     @property
@@ -216,7 +222,8 @@ class PromptUse:
         row = tokenize(record, processor, max_prompt, max_response)
         if self.teacher is not None:
             teacher = _teacher(self.teacher)
-            row = with_teacher(row, record, teacher, processor, max_prompt, max_response)
+            theirs = None if self.their_processor is None else self.their_processor.open()
+            row = with_teacher(row, record, teacher, processor, theirs, max_prompt, max_response)
         if self._asks_a_model:
             row = dataclasses.replace(row, asked=dataclasses.replace(record, responses=()))
         return row

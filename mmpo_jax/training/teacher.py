@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 
 from jax.sharding import Mesh
 
-from mmpo_jax.checkpoints.checkpoint import Checkpoint, check_speaker, open_checkpoint
-from mmpo_jax.core.errors import DataError
+from mmpo_jax.checkpoints.checkpoint import (
+    Checkpoint,
+    check_speaker,
+    load_processor,
+    open_checkpoint,
+)
+from mmpo_jax.checkpoints.configs import load_config
+from mmpo_jax.core.files import fingerprint_json
 from mmpo_jax.data.examples import Example
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import Record, Turn
 from mmpo_jax.data.same_tokens import check_same_tokenizer
 from mmpo_jax.data.skipped import UnusableRow
-from mmpo_jax.data.tokenization import TokenizedRecord, tokenize
+from mmpo_jax.data.tokenization import UNLIMITED, TokenizedRecord, tokenize
 from mmpo_jax.data.train_batch import HostBatch, batch_maker
+from mmpo_jax.data.usable import unsupported
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.parallel.mesh import Share
 from mmpo_jax.recipes.teacher import ModelTeacher, Teacher
@@ -68,9 +76,6 @@ class LoadedTeacher:
         Args:
           records: with their responses, as `with_teacher` has prompts.
           lengths, batch_size, micro_batch_size, share: of the policy's batch.
-
-        Raises:
-          DataError: a prompt is too long for it, or shows what it cannot take.
         """
         if self.asked.prompt_lengths is not None:
             lengths = lengths.model_copy(update={"prompt": self.asked.prompt_lengths})
@@ -81,19 +86,14 @@ class LoadedTeacher:
         return make(list(range(len(examples))))
 
     def _seen(self, record: TokenizedRecord, lengths: Lengths) -> TokenizedRecord:
-        """The responses of a record after the prompt that the teacher sees."""
+        """The responses of a record after the prompt that the teacher sees, which fits, see
+        `with_teacher`."""
         prompt = dict(record.others)[TEACHER]
         if self.model is not None:  # which may have another template, and other image tokens
             assert prompt.asked is not None
-            try:
-                prompt = tokenize(
-                    prompt.asked, self.processor, lengths.prompt[-1], lengths.response[-1]
-                )
-            except UnusableRow as error:
-                raise DataError(
-                    f"teacher: prompt {record.id!r}: {error.reason}: {error.detail}; give "
-                    "teacher.prompt_lengths, or leave such prompts out"
-                ) from error
+            prompt = tokenize(
+                prompt.asked, self.processor, lengths.prompt[-1], lengths.response[-1]
+            )
         return dataclasses.replace(prompt, id=record.id, responses=record.responses)
 
 
@@ -122,11 +122,38 @@ def open_teacher(asked: Teacher, start: Checkpoint) -> Checkpoint | None:
     return opened
 
 
+@dataclasses.dataclass(frozen=True)
+class TeacherProcessor:
+    """The processor of a teacher that is another checkpoint, for processes that make rows."""
+
+    folder: str
+    template: str
+    fingerprint: str
+
+    @classmethod
+    def of(cls, teacher: Teacher | None) -> TeacherProcessor | None:
+        """That of a recipe's section; None of a teacher that is the policy's reference."""
+        if not isinstance(teacher, ModelTeacher):
+            return None
+        processor = load_processor(teacher.model, teacher.template)
+        fingerprint = fingerprint_json(processor.fingerprints())
+        return cls(processor.folder, teacher.template, fingerprint)
+
+    def open(self) -> Processor:
+        return _opened(self.folder, self.template)
+
+
+@functools.lru_cache(2)
+def _opened(folder: str, template: str) -> Processor:
+    return Processor(folder, load_config(folder), template)
+
+
 def with_teacher(
     row: TokenizedRecord,
     record: Record,
     teacher: Teacher,
     processor: Processor,
+    their_processor: Processor | None,
     max_prompt: int,
     max_response: int,
 ) -> TokenizedRecord:
@@ -137,16 +164,35 @@ def with_teacher(
       record: that it was made of.
       teacher: the recipe's section.
       processor: the policy's.
+      their_processor: the teacher's, where it is another checkpoint.
       max_prompt, max_response: see `tokenize`; where the teacher has limits of its own, these.
 
     Raises:
-      UnusableRow: the row has not what the teacher sees, or it is too long.
+      UnusableRow: the row has not what the teacher sees, or it is too long for it, or shows what it
+        does not take.
     """
     shown = shown_to(teacher, record)
     longest = max_prompt if teacher.prompt_lengths is None else teacher.prompt_lengths[-1]
+    if their_processor is not None:
+        _check_fits(shown, their_processor, longest, max_response)
+        longest = UNLIMITED  # of the policy's own tokens, which the teacher never sees
     view = tokenize(shown, processor, longest, max_response)
     view = dataclasses.replace(view, id=record.id, asked=shown)
     return dataclasses.replace(row, others=((TEACHER, view),), asked=shown)
+
+
+def _check_fits(shown: Record, processor: Processor, max_prompt: int, max_response: int) -> None:
+    """
+    Raises:
+      UnusableRow: what a teacher is shown is too long for it, or it does not take it.
+    """
+    problem = unsupported(shown, processor)
+    try:
+        if problem is not None:
+            raise UnusableRow(*problem)
+        tokenize(shown, processor, max_prompt, max_response)
+    except UnusableRow as error:
+        raise UnusableRow(error.reason, f"as the teacher sees it: {error.detail}") from error
 
 
 def shown_to(teacher: Teacher, record: Record) -> Record:

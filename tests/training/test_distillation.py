@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import pickle
+import re
+import shutil
 
 import jax
 import numpy as np
@@ -14,7 +17,7 @@ from pydantic import ValidationError
 
 from mmpo_jax.checkpoints.steps import CheckpointError
 from mmpo_jax.commands.train import run_training
-from mmpo_jax.core.errors import DataError, MmpoError
+from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.pipeline import MixtureEntry
 from mmpo_jax.data.records import ImageRef, Response
@@ -23,7 +26,6 @@ from mmpo_jax.data.tokenization import tokenize_records
 from mmpo_jax.models.config import ModelError
 from mmpo_jax.objectives.distillation import token_divergence
 from mmpo_jax.objectives.registry import Divergence
-from mmpo_jax.parallel.mesh import WHOLE
 from mmpo_jax.picture_world.records import prompt_records
 from mmpo_jax.picture_world.render import png_bytes
 from mmpo_jax.picture_world.world import sample_scene
@@ -280,18 +282,70 @@ def test_a_teacher_that_says_nothing_is_refused_first(tiny_folder, tiny_model, t
     assert not (tmp_path / "run").exists()
 
 
-def test_too_long_a_prompt_for_a_teacher_is_left_out(tiny_processor, tiny_folder):
-    """By its own limit, and named where its own processor makes it longer."""
-    asked_of = {"type": "model", "model": str(tiny_folder)}
-    short = config_of(asked_of | {"prompt_lengths": [8]})
-    use = PromptUse.of(ROLLOUT, short)
+@pytest.fixture(scope="module")
+def closer(tmp_path_factory):
+    """A teacher to whom a picture is 16 tokens, where it is 4 to the policy."""
+    config = tiny.make_config(vision={"image_size": 32})
+    return tiny.make_folder(tmp_path_factory.mktemp("closer") / "llava", config)
+
+
+def test_too_long_a_prompt_for_a_teacher_is_left_out(tiny_processor, tiny_folder, closer):
+    """By its own limit and its own processor, whatever the prompt is to the policy."""
     given = list(prompt_records("align", 0, 4, 24))
-    kept, skipped = tokenize_records(given, tiny_processor, LENGTHS, function=use.tokenize)
-    assert not kept and {row.reason for row in skipped} == {"prompt_too_long"}
-    long = tokenized(tiny_processor, config_of(asked_of))
-    teacher = LoadedTeacher(short.teacher, tiny_processor, object())
-    with pytest.raises(DataError, match=f"prompt '{long[0].id}': prompt_too_long"):
-        teacher.batch(long, LENGTHS, 4, 4, WHOLE)
+
+    def left_out(model, *sizes):
+        teacher = {"type": "model", "model": str(model), "prompt_lengths": sizes or None}
+        use = PromptUse.of(ROLLOUT, config_of(teacher))
+        use = pickle.loads(pickle.dumps(use))  # as other processes are given it
+        kept, skipped = tokenize_records(given, tiny_processor, LENGTHS, function=use.tokenize)
+        assert len(kept) + len(skipped) == len(given)
+        assert {row.reason for row in skipped} <= {"prompt_too_long"}
+        return [row.detail for row in skipped]
+
+    longest = max(
+        len(row.prompt_ids) for row in tokenize_records(given, tiny_processor, LENGTHS)[0]
+    )
+    assert left_out(tiny_folder) == left_out(tiny_folder, longest) == []
+    assert left_out(closer, longest + 12) == []
+    (detail, *_) = left_out(closer, longest + 11)
+    assert re.match(
+        rf"as the teacher sees it: the prompt has {longest + 12} tokens, the li", detail
+    )
+    assert len(left_out(closer, 8)) == len(given)
+
+
+def test_a_key_of_rows_is_of_the_teachers_processor(tiny_folder, closer):
+    """And not of where it lies, which differs from machine to machine."""
+    copy = closer.parent / "copy"
+    shutil.copytree(closer, copy)
+    keys = [
+        PromptUse.of(ROLLOUT, config_of({"type": "model", "model": str(folder)})).key()
+        for folder in (closer, copy, tiny_folder)
+    ]
+    first, same, other = (key["their_processor"] for key in keys)
+    assert first == same != other
+    assert "their_processor" not in PromptUse.of(ROLLOUT).key()
+
+
+@pytest.mark.slow
+def test_rows_too_long_for_a_teacher_stop_no_run(tiny_folder, closer, tmp_path):
+    """They are left out and listed."""
+    (tmp_path / "0.png").write_bytes(png_bytes(sample_scene("test", 0, 0), 24))
+    texts = ["a ring ?", "is there a red star in the picture ?", "a star ?"]
+    rows = [{"id": text, "images": ["0.png"], "prompt": text} for text in texts]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    training = {
+        "objective": {"type": "distillation"},
+        "teacher": {"type": "model", "model": str(closer)},
+        "batch_size": 2,
+    }
+    data = {"source": "file", "path": str(path), "max_skipped": 0.5}
+    run_training(recipe(tiny_folder, tmp_path / "out", data=data, training=training))
+    (skipped,) = (tmp_path / "out" / SKIPPED_FILE).read_text().splitlines()
+    told = json.loads(skipped)
+    assert (told["id"], told["reason"]) == (texts[1], "prompt_too_long")
+    assert told["detail"].startswith("as the teacher sees it: ")
 
 
 def recipe(folder, output, **changes):
