@@ -16,7 +16,10 @@ from mmpo_jax.data.readers import TFDS
 from mmpo_jax.data.sources import FileData, LearnedFile
 
 SectionType = TypeVar("SectionType", bound=Section)
+Kind = type[pydantic.BaseModel]
 
+MOST_TAGS = 6
+"""Types of a choice that are named; there are dozens of objectives."""
 
 MESSAGES = {
     "tuple_type": "a list is wanted",
@@ -188,21 +191,38 @@ def _place(node: dict[str, Any] | list[Any], part: str, override: str) -> Any:
     return int(part)
 
 
-def _explain(kind: type[pydantic.BaseModel], problem: Any, values: Any) -> str:
+def _explain(kind: Kind, problem: Any, values: Any) -> str:
     """One line for one problem: the key's path, what is wrong, what would be right."""
-    sections, path = _follow(kind, _as_written(problem["loc"], values))
+    sections, path, choice = _follow(kind, _as_written(problem["loc"], values))
     where = ".".join(path) or "the recipe"
     if problem["type"] == "extra_forbidden":
-        names = [name for section in sections for name in section.model_fields]
-        nearest = difflib.get_close_matches(path[-1], names, n=1, cutoff=0.5)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"known here: {', '.join(names)}"
-        return f"{where}: unknown key; {hint}"
+        return f"{where}: {_unknown_key(path[-1], sections, choice)}"
     if problem["type"] == "union_tag_invalid":
         return f"{where}: {_unknown_tag(problem['ctx'])}"
     message = MESSAGES.get(problem["type"], problem["msg"].removeprefix("Value error, "))
     told_of = problem["type"] in ("missing", SECRET) or isinstance(problem["input"], dict)
     given = "" if told_of else f" (got {problem['input']!r})"
     return f"{where}: {message}{given}"
+
+
+def _unknown_key(key: str, sections: Sequence[Kind], choice: Mapping[str, Kind]) -> str:
+    """What could be meant: a key of another type of the same choice, or one that is spelled alike.
+
+    Args:
+      key: that is unknown.
+      sections: where it stands.
+      choice: types that could stand there, by tag; empty where there is one alone.
+    """
+    having = [tag for tag, section in choice.items() if key in section.model_fields]
+    if having:
+        own = next(tag for tag, section in choice.items() if section in sections)
+        more = f" and {len(having) - MOST_TAGS} more" if len(having) > MOST_TAGS else ""
+        told = f"{', '.join(having[:MOST_TAGS])}{more} {'has' if len(having) == 1 else 'have'} it"
+        return f"unknown key of {own}; {told}"
+    names = [name for section in sections for name in section.model_fields]
+    nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]}?" if nearest else f"known here: {', '.join(names)}"
+    return f"unknown key; {hint}"
 
 
 def _unknown_tag(context: Mapping[str, Any]) -> str:
@@ -230,34 +250,38 @@ def _as_written(location: tuple[str | int, ...], node: Any) -> tuple[str | int, 
 
 
 def _follow(
-    kind: type[pydantic.BaseModel], location: tuple[str | int, ...]
-) -> tuple[list[type[pydantic.BaseModel]], list[str]]:
-    """The section that holds the last key of a pydantic location, and the path as YAML has it.
+    kind: Kind, location: tuple[str | int, ...]
+) -> tuple[list[Kind], list[str], dict[str, Kind]]:
+    """The section that holds the last key of a pydantic location, the path as YAML has it, and the
+    sections that could stand there by their tags, where it is one of a tagged choice.
 
     pydantic puts the tag of a tagged choice ("file", "dpo") into the location; the file does not.
     """
-    sections: list[type[pydantic.BaseModel]] = [kind]
+    sections: list[Kind] = [kind]
     path: list[str] = []
+    choice: dict[str, Kind] = {}
     for index, part in enumerate(location):
         tagged = [s for s in sections if part in _tags(s)]
         if tagged and index < len(location) - 1:
+            choice = {tag: section for section in sections for tag in _tags(section)}
             sections = tagged
             continue
         path.append(str(part))
         if index < len(location) - 1:
+            choice = {}
             fields = [s.model_fields[part] for s in sections if part in s.model_fields]
             if fields:
                 sections = [s for field in fields for s in _sections(field.annotation)] or sections
-    return sections, path
+    return sections, path, choice
 
 
-def _sections(annotation: Any) -> list[type[pydantic.BaseModel]]:
+def _sections(annotation: Any) -> list[Kind]:
     if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
         return [annotation]
     arguments = getattr(annotation, "__args__", ())
     return [section for argument in arguments for section in _sections(argument)]
 
 
-def _tags(section: type[pydantic.BaseModel]) -> set[str]:
+def _tags(section: Kind) -> set[str]:
     fields = (section.model_fields.get(name) for name in ("source", "type"))
     return {str(field.default) for field in fields if field is not None}

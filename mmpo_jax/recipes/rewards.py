@@ -10,7 +10,7 @@ import pydantic
 from mmpo_jax.core.sections import Section, any_of, section_of
 from mmpo_jax.recipes.scoring import RewardModelAsked
 from mmpo_jax.rewards import REWARDS
-from mmpo_jax.rewards.registry import Question, Value
+from mmpo_jax.rewards.registry import Question, Silent, Value
 from mmpo_jax.rewards.user_function import check_function, fingerprint_function
 
 
@@ -51,6 +51,11 @@ class RewardSection(Section):
         """
         if REWARDS[self.type].reads == "text":
             REWARDS[self.type].score("", solution, **self._options())
+
+    @property
+    def silent(self) -> Silent | None:
+        """See `Reward.silent`."""
+        return REWARDS[self.type].silent(self._options())
 
     @property
     def of_user(self) -> bool:

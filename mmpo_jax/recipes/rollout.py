@@ -84,6 +84,17 @@ class Rollout(Section):
                     raise ValueError(f"{name}: is of rewards, and there are none")
         return self
 
+    @pydantic.model_validator(mode="after")
+    def _rewards_tell_samples_apart(self) -> Rollout:
+        for section in self.rules:
+            silent = section.silent
+            if silent is not None and silent.tokens >= self.max_new_tokens:
+                raise ValueError(
+                    f"rewards: {section.type} is 0 up to {silent.tokens} tokens ({silent.options}),"
+                    f" and max_new_tokens {self.max_new_tokens} lets no sample have more"
+                )
+        return self
+
     def _says(self, name: str) -> bool:
         """Whether an option is another than its default."""
         return bool(getattr(self, name) != type(self).model_fields[name].default)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmpo_jax.objectives.registry import Count, NonNegative
-from mmpo_jax.rewards.registry import reward_of_tokens
+from mmpo_jax.rewards.registry import Silent, reward_of_tokens
 
 
 def _check_buffer(options: Mapping[str, Any]) -> None:
@@ -15,7 +15,15 @@ def _check_buffer(options: Mapping[str, Any]) -> None:
         raise ValueError(f"buffer {buffer} is more than max_tokens, {limit}")
 
 
-@reward_of_tokens(check=_check_buffer)
+def _before_the_buffer(options: Mapping[str, Any]) -> Silent:
+    return Silent(options["max_tokens"] - options["buffer"], "max_tokens less buffer")
+
+
+def _one_ngram(options: Mapping[str, Any]) -> Silent:
+    return Silent(options["ngram_size"], "ngram_size")
+
+
+@reward_of_tokens(check=_check_buffer, silent=_before_the_buffer)
 def soft_overlong(ids: Sequence[int], *, max_tokens: Count, buffer: Count) -> float:
     """0 up to max_tokens - buffer tokens, then down in a straight line to -1 at max_tokens, and -1
     beyond.
@@ -35,7 +43,7 @@ def length(ids: Sequence[int], *, target: Count, alpha: NonNegative = 0.0003) ->
     return -alpha * abs(target - len(ids))
 
 
-@reward_of_tokens()
+@reward_of_tokens(silent=_one_ngram)
 def repetition(ids: Sequence[int], *, ngram_size: Count = 3, penalty: NonNegative = 1.0) -> float:
     """-penalty times the share of the n-grams of tokens that were there before.
 

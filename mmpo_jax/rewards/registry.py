@@ -54,6 +54,20 @@ class Value:
 
 
 @dataclasses.dataclass(frozen=True)
+class Silent:
+    """Samples that a reward of tokens does not tell apart: all are worth 0."""
+
+    tokens: int
+    """Most that they have."""
+    options: str
+    """Options that this follows from, in words."""
+
+
+def _never(options: Mapping[str, Any]) -> Silent | None:
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
 class Reward:
     """A reward by its name."""
 
@@ -66,6 +80,8 @@ class Reward:
     the ids that were sampled."""
     check: Callable[[Mapping[str, Any]], None] = check_nothing
     """Raises ValueError for options that do not fit together."""
+    silent: Callable[[Mapping[str, Any]], Silent | None] = _never
+    """Up to which length it is 0 whatever was said, if there is one, by the options."""
 
     @property
     def options(self) -> dict[str, tuple[Any, Any]]:
@@ -171,15 +187,16 @@ def reward_of_texts(solution: str) -> Callable[[Callable[..., Any]], Callable[..
 
 def reward_of_tokens(
     check: Callable[[Mapping[str, Any]], None] = check_nothing,
+    silent: Callable[[Mapping[str, Any]], Silent | None] = _never,
 ) -> Callable[[Callable[..., float]], Callable[..., float]]:
     """Registers a function (ids, **options) -> float of a response's ids as they were sampled, the
-    end of the response included; for rollouts, as other responses have none. `check` as in
-    `Reward`."""
+    end of the response included; for rollouts, as other responses have none. `check` and `silent`
+    as in `Reward`."""
     solution = "anything, or none: it is not read"
 
     def add(function: Callable[..., float]) -> Callable[..., float]:
         name = function.__name__
-        REWARDS[name] = Reward(name, function, solution, "tokens", check)
+        REWARDS[name] = Reward(name, function, solution, "tokens", check, silent)
         return function
 
     return add

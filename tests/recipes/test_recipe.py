@@ -91,8 +91,15 @@ def problem(load):
         ("data.siez=1", "data.siez: unknown key; did you mean size?"),
         ("training.objective={type: dpo, bta: 1}", "training.objective.bta: unknown key; did you"),
         # The key of another choice is no key of this one.
-        ("training.objective={type: sft, beta: 1}", "training.objective.beta: unknown key"),
-        ("data={source: file, path: a.jsonl, size: 3}", "data.size: unknown key"),
+        ("training.objective={type: sft, beta: 1}", "training.objective.beta: unknown key of sft"),
+        (
+            "data={source: file, path: a.jsonl, size: 3}",
+            "data.size: unknown key of file; picture_world has it",
+        ),
+        (
+            "training.optimizer={type: adafactor, offload: true}",
+            "training.optimizer.offload: unknown key of adafactor; adamw, lion, muon have it",
+        ),
         ("data.zzzzz=1", "data.zzzzz: unknown key; known here: source, split, size"),
     ],
 )

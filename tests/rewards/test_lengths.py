@@ -51,6 +51,29 @@ def test_a_buffer_that_is_longer_than_the_limit_is_refused():
         Rollout(rewards=[reward])
 
 
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (
+            {"type": "soft_overlong", "max_tokens": 40, "buffer": 8},
+            r"soft_overlong is 0 up to 32 tokens \(max_tokens less buffer\), and max_new_tokens 32",
+        ),
+        (
+            {"type": "repetition", "ngram_size": 32},
+            r"repetition is 0 up to 32 tokens \(ngram_size\), and max_new_tokens 32 lets no sample",
+        ),
+    ],
+)
+def test_a_reward_that_tells_no_samples_apart_is_refused(reward, message):
+    with pytest.raises(ValidationError, match=message):
+        Rollout(rewards=[reward], max_new_tokens=32)
+    options = {name: value for name, value in reward.items() if name != "type"}
+    longest = Rollout(rewards=[reward], max_new_tokens=33).max_new_tokens
+    ids = [1] * longest
+    found = [REWARDS[reward["type"]].function(ids[:count], **options) for count in (32, longest)]
+    assert found[0] == 0 > found[1]
+
+
 def test_every_reward_of_tokens_is_tested():
     of_tokens = {name for name, reward in REWARDS.items() if reward.reads == "tokens"}
     assert of_tokens == {"soft_overlong", "length", "repetition"}
