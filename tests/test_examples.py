@@ -6,17 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import optax
 import PIL.Image
 import pytest
-from jax.sharding import AxisType
+from helpers import meshes
 
 import mmpo_jax as mm
 from mmpo_jax import api
 from mmpo_jax.objectives.registry import OBJECTIVES
-from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.picture_world.render import png_bytes
 from mmpo_jax.picture_world.world import sample_scene
 
@@ -30,9 +28,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    mesh = jax.make_mesh(
-        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
-    )
+    mesh = meshes.one_device()
     monkeypatch.setattr(api, "make_mesh", lambda: mesh)
 
 
@@ -147,6 +143,6 @@ def test_what_cannot_be_used_is_named(tiny_model, tiny_processor):
         mm.make_term("dpo", betta=1)
     assert mm.log_probs(start, []) == mm.generate(start, []) == []
     with pytest.raises(mm.MmpoError, match="no multiple"):
-        many = jax.make_mesh((8, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+        many = meshes.mesh_of(8, 1, 1)
         wide = mm.Checkpoint(tiny_model[0], tiny_processor, tiny_model[1]).placed(many)
         mm.training_batches(wide, [], [mm.make_term("dpo")], batch_size=3)

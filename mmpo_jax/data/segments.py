@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 from typing import Any
-
-from mmpo_jax.data.records import Span
 
 MIN_MATCH = 3
 """Equal stretches shorter than this count as changed."""
@@ -35,26 +32,6 @@ def changed_segments(
             others.append((b, block.b))
         a, b = block.a + block.size, block.b + block.size
     return mine, others
-
-
-def changed_spans(
-    chosen: str, rejected: str, weight: float | None = None, min_match: int = MIN_MATCH
-) -> tuple[tuple[Span, ...], tuple[Span, ...]]:
-    """`changed_segments` of two texts by words, as spans of their characters.
-
-    Segments are numbered: what stands in place of what has one phrase number.
-    """
-    words = [list(re.finditer(r"\S+", text)) for text in (chosen, rejected)]
-    first, second = words
-    ranges = changed_segments([m[0] for m in first], [m[0] for m in second], min_match)
-    found = [
-        tuple(
-            Span(own[start].start(), own[end - 1].end(), weight, number)
-            for number, (start, end) in enumerate(places)
-        )
-        for own, places in zip(words, ranges, strict=True)
-    ]
-    return found[0], found[1]
 
 
 def covered_tokens(

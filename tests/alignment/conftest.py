@@ -2,23 +2,19 @@
 
 import shutil
 
-import jax
 import pytest
+from helpers import meshes
 from helpers.small_rounds import CoinLabeler, WordSplitter, make_recipe
-from jax.sharding import AxisType
 
 from mmpo_jax.alignment import align
 from mmpo_jax.alignment.align import run_alignment
 from mmpo_jax.feedback import judges
-from mmpo_jax.parallel.mesh import AXES
 
 
 @pytest.fixture(scope="module")
 def stubs():
     """One device, and feedback that a random model can earn."""
-    mesh = jax.make_mesh(
-        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
-    )
+    mesh = meshes.one_device()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(align, "make_mesh", lambda **sizes: mesh)
         patch.setattr(judges, "make_splitter", lambda *args: (WordSplitter(), []))

@@ -3,11 +3,10 @@
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
+from helpers import meshes
 from helpers.small_rounds import PROMPTS, make_recipe
-from jax.sharding import AxisType
 
 from mmpo_jax.alignment import align
 from mmpo_jax.alignment.align import run_alignment, split_prompts
@@ -23,7 +22,6 @@ from mmpo_jax.feedback.claims import judgement_of
 from mmpo_jax.feedback.labeler import Answer
 from mmpo_jax.generation import responses as responses_module
 from mmpo_jax.models.lora import Lora, add_adapters
-from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.recipes.feedback import ClaimsFeedback
 from mmpo_jax.training.metrics import read_metrics
 
@@ -76,9 +74,7 @@ def test_the_true_feedback_of_the_picture_world(tiny_folder, tmp_path, monkeypat
 
     generate = responses_module.generate_responses
     monkeypatch.setattr(responses_module, "generate_responses", speak)
-    mesh = jax.make_mesh(
-        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
-    )
+    mesh = meshes.one_device()
     monkeypatch.setattr(align, "make_mesh", lambda **sizes: mesh)
     monkeypatch.setattr(judges, "make_splitter", MAKE_SPLITTER)
     monkeypatch.setattr(judges, "make_labeler", MAKE_LABELER)

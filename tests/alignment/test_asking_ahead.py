@@ -5,12 +5,11 @@ import contextlib
 import logging
 import time
 
-import jax
 import pytest
+from helpers import meshes
 from helpers.alive import wait_until
 from helpers.chat_server import ChatTestServer, reply
 from helpers.served_rounds import MODELS, Feedback, journal_keys, right_reply, served_recipe
-from jax.sharding import AxisType
 
 from mmpo_jax.alignment import align, round
 from mmpo_jax.alignment.align import run_alignment
@@ -19,7 +18,6 @@ from mmpo_jax.chat.pacing import Backoff
 from mmpo_jax.feedback import ahead, claims, judge
 from mmpo_jax.feedback.judge import TooManyFailed
 from mmpo_jax.generation import responses
-from mmpo_jax.parallel.mesh import AXES
 
 PARTS = 4
 SAID = "servers are not asked ahead any more"
@@ -28,9 +26,7 @@ SAID = "servers are not asked ahead any more"
 @pytest.fixture(scope="module", autouse=True)
 def small_parts():
     """One device, short waits between tries, and parts of three prompts."""
-    mesh = jax.make_mesh(
-        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
-    )
+    mesh = meshes.one_device()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(align, "make_mesh", lambda **sizes: mesh)
         patch.setattr(client, "Backoff", lambda: Backoff(0.005, 0.02))

@@ -11,8 +11,8 @@ import math
 import os
 from pathlib import Path
 
-import jax
 import pytest
+from helpers import meshes
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("trl")
@@ -21,14 +21,12 @@ from helpers.browser import NoBrowser, look_at  # noqa: E402
 from helpers.chat_server import ChatTestServer  # noqa: E402
 from helpers.kinds import KINDS, make_checkpoint  # noqa: E402
 from helpers.served_rounds import MODELS, Feedback  # noqa: E402
-from jax.sharding import AxisType  # noqa: E402
 
 from mmpo_jax.alignment import align  # noqa: E402
 from mmpo_jax.alignment.align import run_alignment  # noqa: E402
 from mmpo_jax.checkpoints.fingerprints import fingerprint_model  # noqa: E402
 from mmpo_jax.core.files import read_table  # noqa: E402
 from mmpo_jax.data.records import Turn  # noqa: E402
-from mmpo_jax.parallel.mesh import AXES  # noqa: E402
 from mmpo_jax.recipes.align_recipe import AlignRecipe  # noqa: E402
 from mmpo_jax.training.metrics import read_metrics  # noqa: E402
 
@@ -45,9 +43,7 @@ REPLIES = [
 
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
-    mesh = jax.make_mesh(
-        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
-    )
+    mesh = meshes.one_device()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(align, "make_mesh", lambda **sizes: mesh)
         yield

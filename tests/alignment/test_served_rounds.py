@@ -6,8 +6,8 @@ import re
 import threading
 import time
 
-import jax
 import pytest
+from helpers import meshes
 from helpers.chat_server import ChatTestServer, error, question, reply
 from helpers.served_rounds import (
     FAULTS,
@@ -21,7 +21,6 @@ from helpers.served_rounds import (
     served_recipe,
 )
 from helpers.small_rounds import PROMPTS, SAMPLES
-from jax.sharding import AxisType
 
 from mmpo_jax.alignment import align
 from mmpo_jax.alignment.align import run_alignment
@@ -30,7 +29,6 @@ from mmpo_jax.chat.pacing import Backoff
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.files import read_table
 from mmpo_jax.feedback.judge import EMPTY, TooManyFailed
-from mmpo_jax.parallel.mesh import AXES
 
 KEY = "sk-0123456789abcdef+/="
 
@@ -38,9 +36,7 @@ KEY = "sk-0123456789abcdef+/="
 @pytest.fixture(scope="module", autouse=True)
 def quick():
     """One device, and short waits between tries."""
-    mesh = jax.make_mesh(
-        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
-    )
+    mesh = meshes.one_device()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(align, "make_mesh", lambda **sizes: mesh)
         patch.setattr(client, "Backoff", lambda: Backoff(0.005, 0.02))

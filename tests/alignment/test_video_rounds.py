@@ -10,7 +10,7 @@ pytest.importorskip("torch")
 pytest.importorskip("av")
 from helpers import clips, pictures
 from helpers.kinds import KINDS, make_checkpoint
-from helpers.sampling import one_device
+from helpers.meshes import one_device
 from PIL import Image
 
 from mmpo_jax.alignment import align

@@ -5,12 +5,11 @@ import shutil
 import sys
 
 import huggingface_hub
-import jax
 import numpy as np
 import pytest
 import transformers
+from helpers import meshes
 from helpers.buckets import Bucket, empty_bucket
-from jax.sharding import AxisType
 
 from mmpo_jax.checkpoints.checkpoint import load_checkpoint, load_processor
 from mmpo_jax.checkpoints.fingerprints import fingerprint_model
@@ -18,14 +17,13 @@ from mmpo_jax.checkpoints.folders import copy_base, resolve_folder, write_dtype
 from mmpo_jax.checkpoints.huggingface import save_model
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.models.config import ModelError
-from mmpo_jax.parallel.mesh import AXES
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture(scope="module")
 def mesh():
-    return jax.make_mesh((1, 4, 2), AXES, axis_types=(AxisType.Auto,) * 3)
+    return meshes.mesh_of(1, 4, 2)
 
 
 @pytest.fixture

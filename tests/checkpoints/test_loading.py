@@ -13,8 +13,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from helpers import tiny
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from helpers import meshes, tiny
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mmpo_jax.checkpoints import loading
 from mmpo_jax.checkpoints.configs import load_config
@@ -29,7 +29,7 @@ from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.models.config import ModelError
 from mmpo_jax.models.model import Model
 from mmpo_jax.models.vocabulary import TABLES
-from mmpo_jax.parallel.mesh import AXES, placed_shapes
+from mmpo_jax.parallel.mesh import placed_shapes
 
 ROOT = Path(__file__).parents[2]
 MESHES = {"fsdp": (1, 8, 1), "tensor": (1, 1, 8), "all-axes": (2, 2, 2)}
@@ -78,8 +78,7 @@ def by_hand(model, tensors):
 
 
 def places_on(model, shape):
-    mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3)
-    return placed_shapes(model.abstract_params(), model.rules, mesh)
+    return placed_shapes(model.abstract_params(), model.rules, meshes.mesh_of(*shape))
 
 
 def same(actual, expected):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import yaml
-from jax.sharding import AxisType
+from helpers import meshes
 
 from mmpo_jax.checkpoints import fetching, safetensors_writing
 from mmpo_jax.checkpoints.cards import make_card, render_card
@@ -23,7 +23,7 @@ from mmpo_jax.core import progress
 from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.models.config import ModelError
 from mmpo_jax.models.precision import weights_dtype
-from mmpo_jax.parallel.mesh import AXES, put_params
+from mmpo_jax.parallel.mesh import put_params
 from mmpo_jax.recipes.train_recipe import TrainRecipe
 
 SIZE = 20_000
@@ -33,7 +33,7 @@ PAIR = {"source": "file", "path": "pairs.jsonl"}
 @pytest.fixture(scope="module")
 def placed(tiny_model):
     """The tiny model's parameters on eight devices."""
-    mesh = jax.make_mesh((1, 4, 2), AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = meshes.mesh_of(1, 4, 2)
     return put_params(tiny_model[1], tiny_model[0].rules, mesh)
 
 

@@ -1,13 +1,11 @@
 """What tests of the command line share."""
 
-import jax
 import pytest
 import yaml
+from helpers import meshes
 from helpers.cli_recipes import recipe
-from jax.sharding import AxisType
 
 from mmpo_jax import cli
-from mmpo_jax.parallel.mesh import AXES
 
 MESH_USERS = (
     "alignment.align",
@@ -22,9 +20,7 @@ MESH_USERS = (
 def surroundings(monkeypatch):
     """One device, which is faster; and `start_jax` would move the tests' compilation cache."""
     monkeypatch.setattr(cli, "start_jax", lambda: None)
-    mesh = jax.make_mesh(
-        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
-    )
+    mesh = meshes.one_device()
     for module in MESH_USERS:
         monkeypatch.setattr(f"mmpo_jax.{module}.make_mesh", lambda **sizes: mesh)
 

@@ -10,7 +10,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from helpers import meshes
 
 from mmpo_jax import cli
 from mmpo_jax.checkpoints import orbax as checkpoints
@@ -26,13 +26,12 @@ from mmpo_jax.checkpoints.steps import CheckpointError
 from mmpo_jax.core import progress
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.models.model import Model
-from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.recipes.train_recipe import TrainRecipe
 
 
 @pytest.fixture(scope="module")
 def mesh():
-    return jax.make_mesh((1, 4, 2), AXES, axis_types=(AxisType.Auto,) * 3)
+    return meshes.mesh_of(1, 4, 2)
 
 
 @pytest.fixture(scope="module")

@@ -3,19 +3,17 @@
 import json
 import os
 
-import jax
 import pytest
 import yaml
+from helpers import meshes
 from helpers.chat_server import ChatTestServer, question, reply
 from helpers.score_rows import read_rows, write_rows
-from jax.sharding import AxisType
 
 from mmpo_jax import cli
 from mmpo_jax.correction import correctors, stage
 from mmpo_jax.correction.codebook import SHIPPED
 from mmpo_jax.data.readers import read_records
 from mmpo_jax.objectives.terms import make_term
-from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.picture_world.render import png_bytes
 from mmpo_jax.picture_world.world import Scene, Thing, sample_scene
 from mmpo_jax.recipes.training import NoReference
@@ -28,7 +26,7 @@ SHORT = ("Ann", "Bob"), ("3", "4"), ("a cat", "the cat."), ("red", "dark red"), 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch):
     monkeypatch.setattr(cli, "start_jax", lambda: None)
-    mesh = jax.make_mesh((1,) * 3, AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    mesh = meshes.one_device()
     monkeypatch.setattr("mmpo_jax.commands.correct.make_mesh", lambda **sizes: mesh)
 
 

@@ -5,18 +5,16 @@ import os
 import shutil
 from pathlib import Path
 
-import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import meshes
 from helpers.reward_heads import save_headed, write_jsonl
 from helpers.score_rows import read_rows
-from jax.sharding import AxisType
 from safetensors.numpy import load_file, save_file
 
 from mmpo_jax import cli
-from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.picture_world.render import png_bytes
 from mmpo_jax.picture_world.world import sample_scene
 from mmpo_jax.reward_models import critiques
@@ -30,7 +28,7 @@ SHORT = ("--max-new-tokens", "8")
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch):
     monkeypatch.setattr(cli, "start_jax", lambda: None)
-    mesh = jax.make_mesh((1,) * 3, AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    mesh = meshes.one_device()
     for name in ("generate", "reward"):
         monkeypatch.setattr(f"mmpo_jax.commands.{name}.make_mesh", lambda **sizes: mesh)
 

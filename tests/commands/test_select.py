@@ -4,20 +4,17 @@ import json
 import os
 import shutil
 
-import jax
 import numpy as np
 import pytest
 import transformers
-from helpers import tiny
+from helpers import meshes, tiny
 from helpers.reward_heads import save_headed
 from helpers.score_rows import read_rows, write_rows
-from jax.sharding import AxisType
 
 from mmpo_jax import cli
 from mmpo_jax.checkpoints.huggingface import load_model
 from mmpo_jax.commands import select as command
 from mmpo_jax.generation import responses as generation
-from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.picture_world.render import png_bytes
 from mmpo_jax.picture_world.world import sample_scene
 from mmpo_jax.scoring import log_probs
@@ -31,7 +28,7 @@ SHORT = ("--num-samples", "4", "--max-new-tokens", "12", "--temperature", "1")
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch):
     monkeypatch.setattr(cli, "start_jax", lambda: None)
-    mesh = jax.make_mesh((1,) * 3, AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    mesh = meshes.one_device()
     for module in ("generate", "reward", "select"):
         monkeypatch.setattr(f"mmpo_jax.commands.{module}.make_mesh", lambda **sizes: mesh)
 

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
+from helpers.format_rows import png
 from PIL import Image
 
 from mmpo_jax.commands.data_convert import convert_data
@@ -21,13 +22,6 @@ from mmpo_jax.data.readers import read_records
 from mmpo_jax.data.records import Response, Turn
 from mmpo_jax.picture_world.records import supervised_records
 from mmpo_jax.picture_world.tfds_builder import PictureWorld, PictureWorldConfig
-
-
-def png(color="red") -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (2, 2), color).save(buffer, "png")
-    return buffer.getvalue()
-
 
 ROWS = [
     {"id": str(n), "prompt": f"{n}?", "chosen": "a", "rejected": "b", "score": n / 2}

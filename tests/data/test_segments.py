@@ -7,7 +7,7 @@ from helpers import tiny
 from mmpo_jax.checkpoints.configs import load_config
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import ImageRef, Record, Response, Span, Turn
-from mmpo_jax.data.segments import changed_segments, changed_spans
+from mmpo_jax.data.segments import changed_segments
 from mmpo_jax.data.skipped import UnusableRow
 from mmpo_jax.data.tokenization import tokenize
 from mmpo_jax.picture_world.processor import CHAT_TEMPLATE
@@ -34,15 +34,6 @@ TEXT = "a red star and a green ring"
 def test_changed_segments(ours, theirs, expected):
     assert changed_segments(ours, theirs) == expected
     assert changed_segments(list(ours), list(theirs)) == expected
-
-
-def test_changed_words_as_spans():
-    chosen = "there is a  red star in the big picture"
-    rejected = "there is a green ring in the big picture now"
-    first, second = changed_spans(chosen, rejected, weight=5.0)
-    assert [chosen[s.start : s.end] for s in first] == ["red star"]
-    assert [rejected[s.start : s.end] for s in second] == ["green ring"]
-    assert [(s.weight, s.phrase) for s in (*first, *second)] == [(5.0, 0)] * 2
 
 
 @pytest.fixture(scope="module", params=["words", "sentencepiece", "bytes"])

@@ -5,7 +5,7 @@ import difflib
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmpo_jax.data.segments import changed_segments, changed_spans, covered_tokens
+from mmpo_jax.data.segments import changed_segments, covered_tokens
 
 PIECES = st.sampled_from(["a", "ab", " a", "  ba", " ", "\n", "a b", " a "])
 
@@ -75,19 +75,3 @@ def test_short_matches_join_what_is_around_them(ours, theirs, min_match):
     following = [*((code[1], code[3]) for code in long), ends]
     changed = [a < c and b < d for (a, b), (c, d) in zip(between, following, strict=True)]
     assert sum(changed) == len(mine)
-
-
-WORDS = st.lists(st.sampled_from(["a", "red", "star", "is", "there"]), max_size=10)
-
-
-@given(WORDS, WORDS, st.sampled_from([" ", "  ", "\n"]))
-def test_spans_are_whole_words_and_pair_up(ours, theirs, space):
-    chosen, rejected = space.join(ours), " ".join(theirs)
-    first, second = changed_spans(chosen, rejected, weight=2.0)
-    ranges = changed_segments(ours, theirs)
-    for text, words, spans, places in (
-        (chosen, ours, first, ranges[0]),
-        (rejected, theirs, second, ranges[1]),
-    ):
-        assert [text[s.start : s.end].split() for s in spans] == [words[a:b] for a, b in places]
-        assert [(s.weight, s.phrase) for s in spans] == [(2.0, n) for n in range(len(places))]

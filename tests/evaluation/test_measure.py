@@ -2,11 +2,10 @@
 
 import json
 
-import jax
 import pytest
+from helpers import meshes
 from helpers.benchmarks import assert_rows_add_up, write
 from helpers.chat_server import ChatTestServer, reply
-from jax.sharding import AxisType
 
 from mmpo_jax.benchmarks.benchmark import PICTURE
 from mmpo_jax.benchmarks.judging import FILE, Judge
@@ -17,7 +16,6 @@ from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.evaluation.answers import Measuring
 from mmpo_jax.evaluation.measure import all_values, measure, read_measured, shown_metrics
 from mmpo_jax.generation import responses
-from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.picture_world.pope import write_questions
 from mmpo_jax.recipes.command_recipes import EvaluateRecipe
 
@@ -26,8 +24,7 @@ WORLD = {"type": "picture_world", "size": 5, "questions": 2, "image_size": 24, "
 
 @pytest.fixture(scope="module")
 def model(tiny_folder):
-    types = (AxisType.Auto,) * len(AXES)
-    mesh = jax.make_mesh((1, 1, 1), AXES, axis_types=types, devices=jax.devices()[:1])
+    mesh = meshes.one_device()
     return load_checkpoint(str(tiny_folder), mesh), mesh
 
 

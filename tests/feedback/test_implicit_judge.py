@@ -3,12 +3,10 @@
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
-from helpers import tiny
+from helpers import meshes, tiny
 from helpers.judged import responses_of
-from jax.sharding import AxisType
 
 from mmpo_jax.checkpoints.checkpoint import load_checkpoint
 from mmpo_jax.core.errors import MmpoError
@@ -18,7 +16,6 @@ from mmpo_jax.feedback.implicit import reward_records, tokenizer_for_both
 from mmpo_jax.feedback.implicit_judge import ImplicitJudge
 from mmpo_jax.feedback.models import Models
 from mmpo_jax.feedback.served import Servers
-from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.picture_world.processor import TOKENS
 from mmpo_jax.recipes.feedback import ImplicitFeedback
 
@@ -27,7 +24,7 @@ TEXTS = {"p": ["yes", "a red star", "no"], "q": ["a ring", "two blue rings"]}
 
 @pytest.fixture(scope="module")
 def mesh():
-    return jax.make_mesh((1,) * 3, AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    return meshes.one_device()
 
 
 @pytest.fixture(scope="module")

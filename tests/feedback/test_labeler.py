@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import meshes
 from helpers.plain_answers import plain_answer
-from jax.sharding import AxisType
 
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.checkpoints.configs import load_config
@@ -25,7 +25,6 @@ from mmpo_jax.data.tokenization import tokenize
 from mmpo_jax.feedback import labeler as labeler_module
 from mmpo_jax.feedback.labeler import CheckpointLabeler, answer_probabilities, answer_tokens
 from mmpo_jax.inference.plan import packed_over
-from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.picture_world.processor import CHAT_TEMPLATE, TOKENS
 from mmpo_jax.picture_world.render import png_bytes
 from mmpo_jax.picture_world.world import sample_scene
@@ -42,9 +41,7 @@ QUESTIONS = (
 
 @pytest.fixture(scope="module")
 def mesh():
-    return jax.make_mesh(
-        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
-    )
+    return meshes.one_device()
 
 
 @pytest.fixture
@@ -147,7 +144,7 @@ def test_one_question_alone_may_be_longer_than_the_prompt_bucket(make_labeler, t
 
 def test_all_on_eight_devices(make_labeler, tiny_model, tiny_processor):
     model, params = tiny_model
-    mesh = jax.make_mesh((2, 4, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = meshes.mesh_of(2, 4, 1)
     labeler = CheckpointLabeler(
         Checkpoint(model, tiny_processor, params), mesh, LENGTHS, batch_size=3
     )
@@ -177,10 +174,7 @@ MANY = (1, 15, 80, 200)
 def test_any_number_of_questions_padded_and_packed(tiny_model, tiny_processor, devices):
     """Kernels get padded batches; where there is none, as here, plain JAX computes them too."""
     model, params = tiny_model
-    shape = (1, 1, 1) if devices == 1 else (2, 4, 1)
-    mesh = jax.make_mesh(
-        shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:devices]
-    )
+    mesh = meshes.one_device() if devices == 1 else meshes.mesh_of(2, 4, 1)
     items = [(str(count), (image(count),), many(count)) for count in MANY]
 
     def answered(model, **options):

@@ -3,11 +3,10 @@
 import dataclasses
 import json
 
-import jax
 import pytest
+from helpers import meshes
 from helpers.judged import responses_of
 from helpers.reward_heads import save_headed
-from jax.sharding import AxisType
 
 from mmpo_jax.checkpoints.checkpoint import open_reward_model
 from mmpo_jax.core.errors import MmpoError
@@ -15,7 +14,6 @@ from mmpo_jax.data.records import Response, VideoRef
 from mmpo_jax.feedback.judges import make_judge
 from mmpo_jax.feedback.models import Models
 from mmpo_jax.feedback.served import Servers
-from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.recipes.feedback import RewardModelFeedback
 from mmpo_jax.reward_models.reading import Reading
 from mmpo_jax.reward_models.scoring import score_responses
@@ -26,7 +24,7 @@ ASK = "is it there ?"
 
 @pytest.fixture(scope="module")
 def mesh():
-    return jax.make_mesh((1,) * 3, AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    return meshes.one_device()
 
 
 @pytest.fixture(scope="module")

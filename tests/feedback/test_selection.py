@@ -4,11 +4,9 @@ import dataclasses
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
-from helpers import tiny
-from jax.sharding import AxisType
+from helpers import meshes, tiny
 
 from mmpo_jax.checkpoints.checkpoint import load_checkpoint, open_checkpoint
 from mmpo_jax.checkpoints.configs import load_config
@@ -26,7 +24,6 @@ from mmpo_jax.feedback.implicit import (
     tokenizer_for_both,
 )
 from mmpo_jax.feedback.selection import best_of, describe_selection
-from mmpo_jax.parallel.mesh import AXES
 
 ASKED = Record("a", (), (Turn("user", "is there a star ?"),), ())
 
@@ -39,7 +36,7 @@ def rewards(*pairs):
 
 @pytest.fixture(scope="module")
 def mesh():
-    return jax.make_mesh((1,) * 3, AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    return meshes.one_device()
 
 
 class TestChoice:

@@ -12,7 +12,7 @@ from helpers import clips, qwen_media  # noqa: E402
 from helpers.chat_server import ChatTestServer, images, question, reply  # noqa: E402
 from helpers.judged import responses_of  # noqa: E402
 from helpers.kinds import KINDS, make_checkpoint  # noqa: E402
-from helpers.sampling import one_device  # noqa: E402
+from helpers.meshes import one_device  # noqa: E402
 
 from mmpo_jax.chat.client import ChatClient  # noqa: E402
 from mmpo_jax.chat.server import ChatServer  # noqa: E402

@@ -3,11 +3,10 @@
 import dataclasses
 import math
 
-import jax
 import pytest
+from helpers import meshes
 from helpers.judged import responses_of
 from helpers.plain_answers import plain_answer
-from jax.sharding import AxisType
 from pydantic import ValidationError
 
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
@@ -25,7 +24,6 @@ from mmpo_jax.feedback.splitters import (
     SplitItem,
     WholeSplitter,
 )
-from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.picture_world.language import VOCABULARY
 from mmpo_jax.recipes.feedback import ClaimsFeedback, PictureWorldSplitting, WholeSplitting
 
@@ -96,9 +94,7 @@ def test_of_a_recipe():
 def test_the_score_is_that_of_a_plain_forward_pass(tiny_model, tiny_processor, tmp_path):
     """log p(yes) - log p(no) of the one question, whatever siblings share its image."""
     model, params = tiny_model
-    mesh = jax.make_mesh(
-        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
-    )
+    mesh = meshes.one_device()
 
     def labeler():
         return CheckpointLabeler(

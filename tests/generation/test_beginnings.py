@@ -2,14 +2,13 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
+from helpers import meshes
 
 pytest.importorskip("torch")
 from helpers import checks, families
-from helpers.sampling import one_device
-from jax.sharding import AxisType
+from helpers.meshes import one_device
 
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.data.batching import fitting_lengths
@@ -17,7 +16,6 @@ from mmpo_jax.data.records import Response, Turn
 from mmpo_jax.data.tokenization import tokenize
 from mmpo_jax.generation import refill
 from mmpo_jax.generation.responses import sample_tokens
-from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.recipes.sampling import Decoding
 
 TEXTS = (
@@ -121,8 +119,7 @@ def test_places_devices_and_order_change_nothing(family_case, monkeypatch, name)
     monkeypatch.setattr("mmpo_jax.generation.responses.choose_layout", lambda *_: layout)
     np.testing.assert_array_equal(draw(start, records, one_device(), 1.0, names), wanted)
     monkeypatch.undo()
-    kinds = (AxisType.Auto,) * 3
-    mesh = jax.make_mesh((2, 2, 2), AXES, axis_types=kinds, devices=jax.devices())
+    mesh = meshes.mesh_of(2, 2, 2)
     start = start.placed(mesh)
     found = draw(start, records[::-1], mesh, 1.0, names[::-1], batch_size=4)
     turned = np.concatenate(np.split(found, 8)[::-1])

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from helpers.sampling import one_device
+from helpers.meshes import one_device
 
 from mmpo_jax.checkpoints.checkpoint import load_start
 from mmpo_jax.core.trees import flatten, unflatten

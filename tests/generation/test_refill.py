@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from helpers import tiny
 from helpers.loop_runs import make_start
-from helpers.sampling import one_device, sample
+from helpers.meshes import one_device
+from helpers.sampling import sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -3,15 +3,12 @@
 import contextlib
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 from helpers.loop_runs import make_start
-from jax.sharding import AxisType
 
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.tokenization import tokenize_records
-from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.picture_world.records import prompt_records
 from mmpo_jax.recipes.rewards import RewardSection
 from mmpo_jax.rewards.registry import Value
@@ -37,12 +34,6 @@ class State:
     @property
     def reference(self):
         return flatten(self.moved)
-
-
-def make_mesh(*sizes):
-    """A mesh of the first devices."""
-    devices = jax.devices()[: int(np.prod(sizes))]
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def tokenized_prompts(processor, lengths, given=None, **options):

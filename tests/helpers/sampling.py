@@ -6,20 +6,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from helpers import meshes
+from jax.sharding import Mesh
 
 from mmpo_jax.generation.refill import Layout, Work, sample_batches
 from mmpo_jax.inference.plan import PlannedBatch
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.models.model import Model, Params
-from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.recipes.sampling import Decoding
-
-
-def one_device() -> Mesh:
-    return jax.make_mesh(
-        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
-    )
 
 
 def sample(
@@ -60,7 +54,7 @@ def sample(
         params,
         batches,
         layout,
-        mesh or one_device(),
+        mesh or meshes.one_device(),
         decoding=decoding,
         eos_ids=eos_ids,
         pad_id=pad_id,

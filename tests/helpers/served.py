@@ -7,7 +7,7 @@ import threading
 import time
 
 import uvicorn
-from helpers.sampling import one_device
+from helpers.meshes import one_device
 
 from mmpo_jax.checkpoints.checkpoint import load_checkpoint
 from mmpo_jax.generation.engine import Engine

@@ -15,7 +15,8 @@ from helpers import tiny
 
 pytest.importorskip("torch")
 from helpers import checks, families
-from helpers.sampling import one_device, sample
+from helpers.meshes import one_device
+from helpers.sampling import sample
 
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.batching import pad_batch

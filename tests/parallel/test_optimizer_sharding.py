@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType
+from helpers import meshes
 
 from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.models.decoder import SHARDING_RULES
-from mmpo_jax.parallel.mesh import AXES, make_mesh, param_shardings
+from mmpo_jax.parallel.mesh import make_mesh, param_shardings
 from mmpo_jax.recipes.optimizers import Adafactor, AdamW, Lion, Muon
 from mmpo_jax.training.moments import Blocks, restored
 from mmpo_jax.training.optimizer import make_optimizer
@@ -75,9 +75,7 @@ def _places(mesh):
 
 @pytest.fixture(scope="module")
 def on_one():
-    mesh = jax.make_mesh(
-        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
-    )
+    mesh = meshes.one_device()
     found = {}
 
     def of(name):

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import tiny
+from helpers import meshes, tiny
 from helpers.sampling import sample
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.trees import flatten
@@ -19,7 +19,6 @@ from mmpo_jax.models import layers
 from mmpo_jax.models.log_probs import response_log_probs, token_log_probs
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import (
-    AXES,
     batch_spec,
     make_mesh,
     param_shardings,
@@ -93,9 +92,7 @@ def run(mesh, model, params) -> Outcome:
 
 @pytest.fixture(scope="module")
 def one_device():
-    return jax.make_mesh(
-        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
-    )
+    return meshes.one_device()
 
 
 @pytest.fixture(scope="module")
@@ -314,13 +311,6 @@ def test_gradients_of_one_row_a_device(tiny_model, sizes):
             placed = put_params(params, model.rules, mesh)
             return flatten(jax.jit(jax.grad(loss))(placed, put_batch(batch, mesh)))
 
-    devices = jax.devices()
-    expected = gradient(
-        jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:1])
-    )
-    mesh = jax.make_mesh(
-        sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[: math.prod(sizes)]
-    )
-    found = gradient(mesh)
+    expected, found = gradient(meshes.one_device()), gradient(meshes.mesh_of(*sizes))
     for path, leaf in expected.items():
         np.testing.assert_allclose(found[path], leaf, atol=1e-4, err_msg=path)

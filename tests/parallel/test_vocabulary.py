@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 from helpers import tiny
-from helpers.sampling import one_device, sample
+from helpers.meshes import one_device
+from helpers.sampling import sample
 
 from mmpo_jax.checkpoints.checkpoint import load_checkpoint
 from mmpo_jax.checkpoints.digests import digests

@@ -3,10 +3,9 @@
 import copy
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from helpers import meshes
 
 torch = pytest.importorskip("torch")
 from helpers import checks, families  # noqa: E402
@@ -14,7 +13,6 @@ from helpers import checks, families  # noqa: E402
 import mmpo_jax as mm  # noqa: E402
 from mmpo_jax.data.records import Response  # noqa: E402
 from mmpo_jax.data.tokenization import tokenize  # noqa: E402
-from mmpo_jax.parallel.mesh import AXES  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -48,7 +46,7 @@ def token_log_probs(case, record, response):
 @pytest.mark.parametrize("names", [("llava", "llava_next"), ("qwen3", "llama")], ids="-".join)
 def test_rewards_of_two_families_with_one_tokenizer(names, family_case):
     """Their images are other numbers of tokens; the response's tokens are the same."""
-    mesh = jax.make_mesh((1,) * 3, AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    mesh = meshes.one_device()
     cases = [family_case(name) for name in names]
     policy, reference = (
         mm.Checkpoint(case.model, case.processor, case.params).placed(mesh) for case in cases

@@ -7,10 +7,9 @@ In float64, as the comparison with TRL.
 import jax
 import numpy as np
 import pytest
-from helpers import tiny
 from helpers.against_trl import as_float64, assert_same_gradients
 
-from mmpo_jax.checkpoints.huggingface import load_model, save_model
+from mmpo_jax.checkpoints.huggingface import load_model
 from mmpo_jax.correction.corrections import Error, corrected
 from mmpo_jax.data.batching import pad_batch
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
@@ -40,23 +39,12 @@ PAIRS = [
 
 
 @pytest.fixture(scope="module")
-def folders(tiny_folder, tiny_model, tmp_path_factory):
-    """(policy, reference); they are close."""
-    model, params = tiny_model
-    other = tiny.random_params(model, seed=7)
-    mixed = jax.tree.map(lambda a, b: np.float32(0.9 * a + 0.1 * b), params, other)
-    folder = tmp_path_factory.mktemp("reference") / "llava"
-    save_model(folder, model, mixed, tiny_folder)
-    return tiny_folder, folder
-
-
-@pytest.fixture(scope="module")
-def theirs(folders):
+def theirs(close_folders):
     return [
         LlavaForConditionalGeneration.from_pretrained(
             folder, dtype=torch.float64, attn_implementation="eager"
         )
-        for folder in folders
+        for folder in close_folders
     ]
 
 
@@ -108,7 +96,7 @@ def their_loss(policy, reference, records, pixels, kl_weight):
 
 @pytest.mark.parametrize("layout", ["dialogue", "apart"])
 @pytest.mark.parametrize("kl_weight", [0.0, 0.5])
-def test_loss_and_gradient(folders, theirs, tiny_processor, layout, kl_weight, monkeypatch):
+def test_loss_and_gradient(close_folders, theirs, tiny_processor, layout, kl_weight, monkeypatch):
     records = make_records(layout, tiny_processor)
     batch = make_batch(records, tiny_processor)
     policy, reference = theirs
@@ -121,8 +109,8 @@ def test_loss_and_gradient(folders, theirs, tiny_processor, layout, kl_weight, m
         expected = their_loss(policy, reference, records, pixels, kl_weight)
         expected.backward()
     with jax.enable_x64(True):
-        model, params = load_model(folders[0])
-        start = as_float64(load_model(folders[1])[1]) if kl_weight else None
+        model, params = load_model(close_folders[0])
+        start = as_float64(load_model(close_folders[1])[1]) if kl_weight else None
         loss = make_loss(model, [make_term("nsft", kl_weight=kl_weight)])
 
         def value(params):

@@ -3,16 +3,14 @@
 import functools
 import types
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import tiny
-from jax.sharding import AxisType, PartitionSpec
+from helpers import meshes, tiny
+from jax.sharding import PartitionSpec
 
 from mmpo_jax.objectives.sums import Sums
-from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.recipes.optimizers import Adafactor, AdamW, Cosine, Linear, WarmupStableDecay
 from mmpo_jax.training.optimizer import make_optimizer, make_schedule
 from mmpo_jax.training.step import create_state, make_step
@@ -54,9 +52,7 @@ def test_thirty_steps_equal_torch():
 
     schedule = make_schedule(Cosine(warmup_ratio=0.2), CONFIG.learning_rate, STEPS)
     optimizer = make_optimizer(CONFIG, schedule)
-    mesh = jax.make_mesh(
-        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
-    )
+    mesh = meshes.one_device()
     model = types.SimpleNamespace(rules=((r".*", PartitionSpec()),))
     tree = {"dense": {"kernel": kernel, "bias": bias}, "norm": {"scale": scale}}
     state = create_state(tree, model, optimizer, (), mesh)

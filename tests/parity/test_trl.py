@@ -10,10 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from helpers import tiny
 from helpers.against_trl import assert_same_gradients, make_batch
 
-from mmpo_jax.checkpoints.huggingface import load_model, save_model
+from mmpo_jax.checkpoints.huggingface import load_model
 from mmpo_jax.data.train_batch import TrainBatch
 from mmpo_jax.models.batch import Batch
 from mmpo_jax.objectives.terms import make_term
@@ -49,26 +48,15 @@ def rows():
 
 
 @pytest.fixture(scope="module")
-def folders(tiny_folder, tiny_model, tmp_path_factory):
-    """(policy, reference); they are close, so that no loss is in its flat part."""
-    model, params = tiny_model
-    other = tiny.random_params(model, seed=7)
-    mixed = jax.tree.map(lambda a, b: np.float32(0.9 * a + 0.1 * b), params, other)
-    folder = tmp_path_factory.mktemp("reference") / "llava"
-    save_model(folder, model, mixed, tiny_folder)
-    return tiny_folder, folder
-
-
-@pytest.fixture(scope="module")
-def theirs(folders, tmp_path_factory):
+def theirs(close_folders, tmp_path_factory):
     """(policy, reference, options -> trainer), in float64."""
     policy, reference = (
         LlavaForConditionalGeneration.from_pretrained(
             folder, dtype=torch.float64, attn_implementation="eager"
         )
-        for folder in folders
+        for folder in close_folders
     )
-    processor = AutoProcessor.from_pretrained(folders[0])
+    processor = AutoProcessor.from_pretrained(close_folders[0])
     dataset = datasets.Dataset.from_list(list(rows()))
     output_dir = str(tmp_path_factory.mktemp("trl"))
 
@@ -115,12 +103,12 @@ class Ours:
 
 
 @pytest.fixture(scope="module")
-def ours(folders, batch):
+def ours(close_folders, batch):
     with jax.enable_x64(True):
-        model, params = load_model(folders[0])
+        model, params = load_model(close_folders[0])
         params, reference_params = (
             jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
-            for tree in (params, load_model(folders[1])[1])
+            for tree in (params, load_model(close_folders[1])[1])
         )
         prompts = to_ours(batch)
         assert prompts.response_mask.sum(-1).min() == 2  # "yes" and the end
@@ -261,10 +249,10 @@ def test_loss_equals_trl(theirs, batch, ours, case, monkeypatch):
     assert {"rewards/margins", "logps/chosen"} <= metrics.keys() or case == "sft"
 
 
-def test_sft_equals_the_loss_of_transformers(folders, batch, ours):
+def test_sft_equals_the_loss_of_transformers(close_folders, batch, ours):
     """Which TRL's `sft` is not: it has the chosen responses only, and this both."""
     theirs = LlavaForConditionalGeneration.from_pretrained(
-        folders[0], dtype=torch.float64, attn_implementation="eager"
+        close_folders[0], dtype=torch.float64, attn_implementation="eager"
     )
     inputs = {name: value for name, value in batch.items() if name != "completion_mask"}
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)

@@ -2,13 +2,10 @@
 
 import json
 
-import jax
 import pytest
-from helpers import smollm2
-from jax.sharding import AxisType
+from helpers import meshes, smollm2
 
 from mmpo_jax import cli
-from mmpo_jax.parallel.mesh import AXES
 
 SHORT = 6
 """Layers where speed matters."""
@@ -18,9 +15,7 @@ SHORT = 6
 def one_device(monkeypatch):
     """Eight simulated devices would compute every row eight times as slowly."""
     monkeypatch.setattr(cli, "start_jax", lambda: None)
-    mesh = jax.make_mesh(
-        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
-    )
+    mesh = meshes.one_device()
     for module in ("score", "generate", "train"):
         monkeypatch.setattr(f"mmpo_jax.commands.{module}.make_mesh", lambda **sizes: mesh)
 

@@ -8,9 +8,9 @@ import re
 from itertools import pairwise
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
+from helpers import meshes
 
 pytest.importorskip("torch")
 pytest.importorskip("trl")
@@ -20,14 +20,12 @@ from helpers import checks
 from helpers import row_cases as rows
 from helpers.kinds import KINDS, Kind, make_checkpoint, published
 from helpers.their_rows import their_inputs, their_texts
-from jax.sharding import AxisType
 from PIL import Image
 
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.data.batching import fitting_lengths
 from mmpo_jax.data.contexts import tokenize_contexts
 from mmpo_jax.data.readers import read_records
-from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.scoring.log_probs import score_records
 
 pytestmark = pytest.mark.parity
@@ -132,9 +130,7 @@ def without_tags(text: str) -> str:
 @pytest.mark.slow
 def test_log_probs_are_those_of_transformers(checkpoint, records):
     kind, case, _ = checkpoint
-    mesh = jax.make_mesh(
-        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
-    )
+    mesh = meshes.one_device()
     made = [tokenize_contexts(r, case.processor, 2**20, 2**20) for r in records.values()]
     lengths = fitting_lengths(made)
     start = Checkpoint(case.model, case.processor, case.params)

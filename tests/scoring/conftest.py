@@ -1,12 +1,10 @@
 """What tests of `mmpo score` and `mmpo generate` share."""
 
-import jax
 import pytest
+from helpers import meshes
 from helpers.score_rows import read_rows
-from jax.sharding import AxisType
 
 from mmpo_jax import cli
-from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.picture_world.render import png_bytes
 from mmpo_jax.picture_world.world import sample_scene
 
@@ -14,9 +12,7 @@ from mmpo_jax.picture_world.world import sample_scene
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch):
     monkeypatch.setattr(cli, "start_jax", lambda: None)
-    mesh = jax.make_mesh(
-        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
-    )
+    mesh = meshes.one_device()
     for module in ("score", "generate"):
         monkeypatch.setattr(f"mmpo_jax.commands.{module}.make_mesh", lambda **sizes: mesh)
 

@@ -1,8 +1,8 @@
 """A training loop on a few pairs, for the modules that test it."""
 
-import jax
 import numpy as np
 import pytest
+from helpers import meshes
 from helpers.loop_runs import (
     CONFIG,
     IDENTITY,
@@ -13,19 +13,15 @@ from helpers.loop_runs import (
     make_start,
     with_reference,
 )
-from jax.sharding import AxisType
 
 from mmpo_jax.core.trees import flatten
-from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.training.batches import TrainingData
 from mmpo_jax.training.loop import Run, train
 
 
 @pytest.fixture(scope="module")
 def mesh():
-    return jax.make_mesh(
-        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
-    )
+    return meshes.one_device()
 
 
 @pytest.fixture(scope="module")

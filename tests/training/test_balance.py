@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("torch")
 import torch
 from helpers import checks, tiny
-from helpers.sampling import one_device
+from helpers.meshes import one_device
 
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.batching import pad_batch

@@ -3,16 +3,15 @@
 import logging
 import types
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import tiny
-from jax.sharding import AxisType, PartitionSpec
+from helpers import meshes, tiny
+from jax.sharding import PartitionSpec
 
 from mmpo_jax.objectives.sums import Sums
-from mmpo_jax.parallel.mesh import AXES, make_mesh
+from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.recipes.optimizers import AdamW
 from mmpo_jax.recipes.training import Training
 from mmpo_jax.training.memory import bytes_per_device, log_memory
@@ -49,9 +48,7 @@ def trained(mesh, dtype, optimizer=None, seed=0):
 
 @pytest.fixture(scope="module")
 def one():
-    return jax.make_mesh(
-        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
-    )
+    return meshes.one_device()
 
 
 def test_small_updates_survive_in_the_mean(one):

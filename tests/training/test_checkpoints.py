@@ -9,18 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
+from helpers import meshes
 from helpers.loop_runs import CONFIG, IDENTITY, STEPS, files, poison, same
-from jax.sharding import AxisType
 
 from mmpo_jax.checkpoints.checkpoint import load_checkpoint
 from mmpo_jax.checkpoints.huggingface import load_params, save_model
 from mmpo_jax.checkpoints.orbax import find_checkpoint
 from mmpo_jax.checkpoints.steps import CheckpointError
 from mmpo_jax.core.trees import flatten, unflatten
-from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.training import loop
 from mmpo_jax.training.plan import TrainingError
 
@@ -96,7 +94,7 @@ numpy.savez(sys.argv[2], **flatten(load_checkpoint_params(sys.argv[1])))
 @pytest.mark.slow
 def test_a_checkpoint_of_eight_devices_on_one(run, mesh, tmp_path):
     """Also where the other seven do not exist."""
-    eight = jax.make_mesh((1, 8, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+    eight = meshes.mesh_of(1, 8, 1)
     config = CONFIG.model_copy(update={"max_steps": 1, "batch_size": 8, "micro_batch_size": None})
     params = run(tmp_path, config=config, mesh=eight)
     step, _ = find_checkpoint(tmp_path)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType
+from helpers import meshes
 
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.core.trees import flatten
@@ -25,7 +25,7 @@ from mmpo_jax.models.log_probs import (
     token_statistics,
 )
 from mmpo_jax.objectives.terms import make_term, needs
-from mmpo_jax.parallel.mesh import AXES, make_mesh, put_batch
+from mmpo_jax.parallel.mesh import make_mesh, put_batch
 from mmpo_jax.picture_world.render import png_bytes
 from mmpo_jax.picture_world.world import sample_scene
 from mmpo_jax.scoring.log_probs import score_records
@@ -58,12 +58,6 @@ def make_record(number, own=False, dialogue=False):
     return Record(f"row-{number}", (image(number),), prompt, (chosen, rejected))
 
 
-def one_device():
-    return jax.make_mesh(
-        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
-    )
-
-
 class Setup:
     """Terms, and eight records as one batch for them."""
 
@@ -90,7 +84,7 @@ class Setup:
             Checkpoint(self.model, self.processor, moved),
             rows,
             LENGTHS,
-            one_device(),
+            meshes.one_device(),
             16,
             "float32",
             per_token,
@@ -236,10 +230,10 @@ def test_any_mesh_and_any_micro_batches(setup, name):
     terms = [make_term(kind, **options) for kind, options in TERMS[name]]
     cached, dialogue = "reference_model" not in needs(terms), name == "dialogues"
     made = setup(*terms, own=() if dialogue else (1, 4), cached=cached, dialogue=dialogue)
-    first, params = made.step(one_device())
+    first, params = made.step(meshes.one_device())
     assert first["finite"] == 1
     assert first["grad_norm"] > 0.1
-    for mesh, micro in ((make_mesh(2, 2, 2), 8), (one_device(), 2)):
+    for mesh, micro in ((make_mesh(2, 2, 2), 8), (meshes.one_device(), 2)):
         ours, others = made.step(mesh, micro)
         assert ours.keys() == first.keys()
         for key in first:
@@ -256,7 +250,7 @@ def test_a_reference_that_runs_is_the_one_that_was_stored(setup):
     made = setup(term, cached=False)
     rows = [row for record in made.records for _, row in all_contexts(record)]
     scores = score_records(
-        Checkpoint(made.model, made.processor, made.params), rows, LENGTHS, one_device(), 16
+        Checkpoint(made.model, made.processor, made.params), rows, LENGTHS, meshes.one_device(), 16
     )
     stored = {row.id: np.float32(x) for row, x in zip(rows, scores, strict=True)}
     made.examples = make_examples(made.records, needs([term]), stored)

@@ -4,9 +4,9 @@ import json
 
 import jax
 import pytest
+from helpers import meshes
 from helpers.live_arrays import first_steps
 from helpers.loop_runs import Killed, interrupted
-from jax.sharding import AxisType
 
 from mmpo_jax.checkpoints.checkpoint import Checkpoint, load_start
 from mmpo_jax.checkpoints.huggingface import save_model
@@ -14,7 +14,6 @@ from mmpo_jax.commands import train as train_command
 from mmpo_jax.commands.train import run_training
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.models.config import ModelError
-from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.recipes.train_recipe import TrainRecipe
 
 ROWS = [
@@ -31,9 +30,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def mesh():
-    return jax.make_mesh(
-        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
-    )
+    return meshes.one_device()
 
 
 @pytest.fixture(autouse=True)

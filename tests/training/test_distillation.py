@@ -9,10 +9,10 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from helpers import tiny
+from helpers import meshes, tiny
 from helpers.loop_runs import make_start
 from helpers.reward_heads import save_headed
-from helpers.rollouts import State, make_mesh, tokenized_prompts, trained
+from helpers.rollouts import State, tokenized_prompts, trained
 from pydantic import ValidationError
 
 from mmpo_jax.checkpoints.steps import CheckpointError
@@ -76,7 +76,7 @@ def tokenized(processor, config, rollout=ROLLOUT, given=None):
 def run(tiny_model, tiny_processor):
     def run(folder, config, rollout=ROLLOUT, mesh=None, given=None):
         records = tokenized(tiny_processor, config, rollout, given)
-        examples, mesh = prompt_examples(records, config), mesh or make_mesh(1, 1, 1)
+        examples, mesh = prompt_examples(records, config), mesh or meshes.one_device()
         trained(folder, tiny_model, tiny_processor, examples, config, rollout, LENGTHS, mesh)
         return read_metrics(folder / "metrics.jsonl")
 
@@ -111,7 +111,7 @@ def test_devices_change_nothing(top_k, run, larger, tmp_path):
     smooth = AdamW(learning_rate=3e-3, weight_decay=0.0, epsilon=1.0)
     options = {"objective": objective, "max_steps": 2, "optimizer": smooth}
     one = run(tmp_path / "1", config_of(teacher, micro_batch_size=4, **options))
-    eight = run(tmp_path / "8", config_of(teacher, **options), mesh=make_mesh(1, 2, 4))
+    eight = run(tmp_path / "8", config_of(teacher, **options), mesh=meshes.mesh_of(1, 2, 4))
     for ours, theirs in zip(one, eight, strict=True):
         for key in ("loss", "divergence", "grad_norm", "completions/mean_length"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-5), key
@@ -170,10 +170,10 @@ def test_a_teacher_sees_more(tiny_model, tiny_processor):
     given = list(asked())
     records = tokenized(tiny_processor, config, given=given)
     start = make_start(tiny_model, tiny_processor)
-    loaded = LoadedTeacher.load(config, start, make_mesh(1, 1, 1))
+    loaded = LoadedTeacher.load(config, start, meshes.one_device())
     assert loaded is not None and loaded.params is None
     prompts = Prompts(records, [MixtureEntry(4)], seed=3)
-    mesh = make_mesh(1, 1, 1)
+    mesh = meshes.one_device()
     source = Rollouts(start, prompts, config, ROLLOUT, LENGTHS, mesh, 4, loaded)
     host = source.draw(State(tiny_model[1]))
     arrays = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), host.arrays)
@@ -239,7 +239,7 @@ def test_a_share_of_batches_has_the_datas_responses(tiny_model, tiny_processor, 
     use = PromptUse.of(rollout, config)
     assert use.unfit(records[0]) is None
     assert use.unfit(dataclasses.replace(records[0], responses=()))[0] == "empty_response"
-    start, mesh = make_start(tiny_model, tiny_processor), make_mesh(1, 1, 1)
+    start, mesh = make_start(tiny_model, tiny_processor), meshes.one_device()
     loaded = LoadedTeacher.load(config, start, mesh)
     prompts = Prompts(records, [MixtureEntry(4)], seed=3)
     source = Rollouts(start, prompts, config, rollout, LENGTHS, mesh, 4, loaded)
@@ -269,7 +269,7 @@ def test_another_tokenizer_is_refused(tiny_model, tiny_processor, tmp_path):
     config = config_of({"type": "model", "model": str(folder)})
     start = make_start(tiny_model, tiny_processor)
     with pytest.raises(MmpoError, match=r"policy and teacher have other tokenizers: .* ids"):
-        LoadedTeacher.load(config, start, make_mesh(1, 1, 1))
+        LoadedTeacher.load(config, start, meshes.one_device())
 
 
 def test_a_teacher_that_says_nothing_is_refused_first(tiny_folder, tiny_model, tmp_path):

@@ -6,16 +6,14 @@ import jax
 import numpy as np
 import optax
 import pytest
-from helpers import tiny
+from helpers import meshes, tiny
 
 pytest.importorskip("torch")
 from helpers import checks, families
-from jax.sharding import AxisType
 
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.models.buffers import is_buffer
 from mmpo_jax.objectives.terms import make_term
-from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.training.losses import make_loss
 from mmpo_jax.training.step import create_state, make_step, trainable_paths
 
@@ -62,8 +60,7 @@ def test_what_is_frozen_keeps_its_bits(case):
     before = flatten(case.params)
     wanted = (TOWER, "image_newline") if case.model.family.images else (EMBEDDINGS, MLP)
     patterns = [p for p in wanted if any(re.fullmatch(p, path) for path in before)]
-    kinds, device = (AxisType.Auto,) * 3, jax.devices()[:1]
-    mesh = jax.make_mesh((1, 1, 1), AXES, axis_types=kinds, devices=device)
+    mesh = meshes.one_device()
     optimizer, schedule = optax.sgd(0.1), optax.constant_schedule(0.1)
     state = create_state(case.params, case.model, optimizer, tuple(patterns), mesh)
     step = make_step(make_loss(case.model, [make_term("sft")]), optimizer, schedule, state)

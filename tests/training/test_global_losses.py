@@ -6,12 +6,11 @@ import jax
 import numpy as np
 import optax
 import pytest
-from helpers import tiny
-from jax.sharding import AxisType
+from helpers import meshes, tiny
 
 from mmpo_jax.data.train_batch import TrainBatch
 from mmpo_jax.objectives.terms import make_term
-from mmpo_jax.parallel.mesh import AXES, put_batch
+from mmpo_jax.parallel.mesh import put_batch
 from mmpo_jax.recipes.training import MovingReference
 from mmpo_jax.scoring.log_probs import score_batch
 from mmpo_jax.training.losses import make_loss
@@ -57,8 +56,7 @@ def batch(tiny_model):
 
 def two_steps(model, params, name, batch, micro_batches, shape=(1, 1, 1)):
     """(metrics of two steps, the weights after them and the reference's, what objectives keep)."""
-    devices = jax.devices()[: int(np.prod(shape))]
-    mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    mesh = meshes.mesh_of(*shape)
     optimizer, loss = optax.sgd(RATE), make_loss(model, OBJECTIVES[name])
     moving = MOVING.get(name)
     freeze = (r"vision_tower/.*",)

@@ -9,9 +9,9 @@ import shutil
 import struct
 import types
 
-import jax
 import numpy as np
 import pytest
+from helpers import meshes
 from helpers.loop_runs import (
     CONFIG,
     ROWS,
@@ -22,11 +22,9 @@ from helpers.loop_runs import (
     same,
 )
 from helpers.run_files import contents
-from jax.sharding import AxisType
 
 from mmpo_jax.checkpoints.checkpoint import load_checkpoint
 from mmpo_jax.core.trees import flatten
-from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.recipes.objectives import SECTIONS
 from mmpo_jax.training import goodput, loop, reports
 from mmpo_jax.training.metrics import MEASURED, read_metrics, reproducible
@@ -233,7 +231,7 @@ def test_nothing_to_train_on(run, tmp_path):
 
 
 def test_a_batch_that_does_not_fit_the_devices(run, tmp_path):
-    eight = jax.make_mesh((1, 8, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+    eight = meshes.mesh_of(1, 8, 1)
     with pytest.raises(TrainingError, match="2 rows at a time cannot be split over 8 devices"):
         run(tmp_path, mesh=eight)
 

@@ -4,10 +4,9 @@ import dataclasses
 import io
 import shutil
 
-import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from helpers import meshes
 from PIL import Image
 
 from mmpo_jax.checkpoints.huggingface import load_model
@@ -17,7 +16,6 @@ from mmpo_jax.commands.train import run_training
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.records import ImageRef, Record, Response, Span, Turn
 from mmpo_jax.data.sources import FileData, RecordSet
-from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.recipes.train_recipe import TrainRecipe
 from mmpo_jax.training.metrics import read_metrics
 
@@ -69,12 +67,6 @@ MECHANISMS = {
 }
 
 
-def one_device():
-    return jax.make_mesh(
-        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
-    )
-
-
 @pytest.fixture
 def train(tmp_path, tiny_folder, monkeypatch):
     """(objective, reference, how records are) -> (parameters, metrics) of two steps."""
@@ -83,7 +75,7 @@ def train(tmp_path, tiny_folder, monkeypatch):
         made = [change(record, number) for number, record in enumerate(records())]
         monkeypatch.setattr(FileData, "load", lambda *_, **__: RecordSet("rows", made, [], 0.0))
         monkeypatch.setattr(run, "can_be_stored", lambda data: False)  # there is no such file
-        monkeypatch.setattr(run, "make_mesh", lambda **_: one_device())
+        monkeypatch.setattr(run, "make_mesh", lambda **_: meshes.one_device())
         recipe = TrainRecipe.model_validate(
             {
                 "output": str(tmp_path / output),

@@ -7,13 +7,11 @@ import math
 import os
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import yaml
-from helpers import buckets
+from helpers import buckets, meshes
 from helpers.run_files import reproducible_rows
-from jax.sharding import AxisType
 from tensorboardX.record_writer import RecordWriter
 
 from mmpo_jax import cli
@@ -21,7 +19,6 @@ from mmpo_jax.commands import train as training_run
 from mmpo_jax.core import buckets as buckets_module
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.objectives.sums import WeightedSum
-from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.training.metrics import MetricsWriter, means, read_metrics, reproducible
 
 LABELS = [True, False, False, False, False, True, False, False]
@@ -151,7 +148,7 @@ def test_what_a_tracker_keeps_goes_to_the_bucket(monkeypatch, tmp_path):
 def test_reports_of_single_responses(tiny_folder, tmp_path, monkeypatch):
     """`mmpo train` on one row at a time says the same of four steps as of each of them."""
     monkeypatch.setattr(cli, "start_jax", lambda: None)
-    one = jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    one = meshes.one_device()
     monkeypatch.setattr(training_run, "make_mesh", lambda **_: one)
     data = tmp_path / "data.jsonl"
     texts = ["yes", "a red star", "two rings .", "no"]

@@ -4,9 +4,10 @@ import dataclasses
 
 import numpy as np
 import pytest
+from helpers import meshes
 from helpers.loop_runs import make_start
 from helpers.reward_heads import save_headed, write_jsonl
-from helpers.rollouts import State, make_mesh
+from helpers.rollouts import State
 
 from mmpo_jax.checkpoints.checkpoint import open_reward_model
 from mmpo_jax.data.lengths import Lengths
@@ -33,7 +34,7 @@ CONFIG = Training(
 
 @pytest.fixture(scope="module")
 def mesh():
-    return make_mesh(1, 1, 1)
+    return meshes.one_device()
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ import statistics
 import jax
 import numpy as np
 import pytest
+from helpers import meshes
 from helpers.loop_runs import Killed, interrupted
-from helpers.rollouts import State, easy_rewards, make_mesh, tokenized_prompts, trained
+from helpers.rollouts import State, easy_rewards, tokenized_prompts, trained
 from helpers.run_files import reproducible_rows
 from pydantic import ValidationError
 
@@ -56,7 +57,7 @@ STEPS = 10  # 18 prompts in batches of 4, each used twice
 
 @pytest.fixture(scope="module")
 def mesh():
-    return make_mesh(1, 1, 1)
+    return meshes.one_device()
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +250,7 @@ def test_the_loss_has_the_temperature_of_the_samples(run, tmp_path):
 @pytest.mark.slow
 def test_devices_change_nothing(run, undisturbed, tmp_path):
     """The samples of the first rollout, and what two steps make of them."""
-    run(tmp_path, mesh=make_mesh(1, 2, 1), config=CONFIG.model_copy(update={"max_steps": 2}))
+    run(tmp_path, mesh=meshes.mesh_of(1, 2, 1), config=CONFIG.model_copy(update={"max_steps": 2}))
     first = read_metrics(tmp_path / "metrics.jsonl")[0]
     wanted = undisturbed[1][0]
     for name in ("reward", "completions/mean_length", "loss", "grad_norm"):

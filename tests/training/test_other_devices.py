@@ -2,13 +2,11 @@
 
 import contextlib
 
-import jax
 import numpy as np
 import pytest
+from helpers import meshes
 from helpers.loop_runs import CONFIG, Killed, interrupted
-from jax.sharding import AxisType
 
-from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.training.metrics import read_metrics
 from mmpo_jax.training.reports import Reports
 
@@ -21,13 +19,6 @@ WIDE = CONFIG.model_copy(
         "optimizer": CONFIG.optimizer.model_copy(update={"epsilon": 1e-2}),
     }
 )
-
-
-def mesh_of(*sizes):
-    count = int(np.prod(sizes))
-    return jax.make_mesh(
-        sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:count]
-    )
 
 
 @contextlib.contextmanager
@@ -66,7 +57,7 @@ def on_one(run, tmp_path_factory):
 def test_it_goes_on_with_the_very_next_batch(run, on_one, tmp_path, sizes):
     """From one device to several after step 4, and back to one after step 6."""
     whole, params, rows = on_one
-    mesh = mesh_of(*sizes)
+    mesh = meshes.mesh_of(*sizes)
     with rows_seen() as seen:
         for before_step, where in ((5, None), (3, mesh)):
             places = {} if where is None else {"mesh": where}

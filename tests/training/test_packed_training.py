@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import tiny
+from helpers import meshes, tiny
 from helpers.loop_runs import LENGTHS, make_record
-from jax.sharding import AxisType
 
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.data.pipeline import held_out_batches, training_batches
@@ -17,7 +16,7 @@ from mmpo_jax.data.tokenization import tokenize_records
 from mmpo_jax.data.train_batch import USEFUL_SHARE
 from mmpo_jax.models.batch import Batch, PackedBatch
 from mmpo_jax.objectives.terms import make_term
-from mmpo_jax.parallel.mesh import AXES, batch_shards, put_batch
+from mmpo_jax.parallel.mesh import batch_shards, put_batch
 from mmpo_jax.scoring.log_probs import score_records
 from mmpo_jax.training.losses import make_loss, needs_reference
 from mmpo_jax.training.step import create_state, make_step
@@ -39,15 +38,6 @@ def _float64():
         yield
 
 
-def mesh_of(devices):
-    return jax.make_mesh(
-        (devices, 1, 1),
-        AXES,
-        axis_types=(AxisType.Auto,) * 3,
-        devices=jax.devices()[:devices],
-    )
-
-
 @pytest.fixture(scope="module")
 def examples(tiny_model, tiny_processor):
     """Pairs of several lengths, every third without an image, with a reference by token."""
@@ -61,7 +51,9 @@ def examples(tiny_model, tiny_processor):
     assert not skipped
     start = Checkpoint(tiny_model[0], tiny_processor, tiny_model[1])
     sums, tokens = (
-        score_records(start, tokenized, LENGTHS, mesh_of(1), 4, "float32", per_token=per_token)
+        score_records(
+            start, tokenized, LENGTHS, meshes.one_device(), 4, "float32", per_token=per_token
+        )
         for per_token in (False, True)
     )
     longest = max(len(values) for row in tokens for values in row)
@@ -81,7 +73,7 @@ def reference_of(example, per_token):
 
 def update(tiny_model, tiny_processor, examples, terms, micro, devices, packed):
     """(loss, gradient norm, parameters after an update in float64, kinds of the batches)."""
-    mesh, model = mesh_of(devices), tiny_model[0]
+    mesh, model = meshes.mesh_of(devices, 1, 1), tiny_model[0]
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), tiny_model[1])
     batches = training_batches(
         examples,

@@ -5,8 +5,9 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from helpers import meshes
 from helpers.loop_runs import Killed, interrupted, same
-from helpers.rollouts import State, easy_rewards, make_mesh, tokenized_prompts
+from helpers.rollouts import State, easy_rewards, tokenized_prompts
 from helpers.run_files import reproducible_rows
 
 from mmpo_jax.checkpoints.checkpoint import load_start
@@ -99,7 +100,7 @@ def test_a_rollout_is_of_the_merged_model(tiny_folder, tiny_processor):
         prompts = Prompts(records, [MixtureEntry(len(records))], seed=3)
         rollouts = Rollouts(
             *(dataclasses.replace(start, params={}), prompts, recipe.training, recipe.rollout),
-            *(recipe.lengths, make_mesh(1, 1, 1)),
+            *(recipe.lengths, meshes.one_device()),
             micro_batch_size=2,
         )
         return rollouts.draw(State(params))

@@ -3,11 +3,9 @@
 import dataclasses
 import shutil
 
-import jax
 import numpy as np
 import pytest
-from helpers import tiny
-from jax.sharding import AxisType
+from helpers import meshes, tiny
 
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.checkpoints.configs import load_config
@@ -18,7 +16,6 @@ from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
 from mmpo_jax.data.tokenization import tokenize_records
-from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.picture_world.render import png_bytes
 from mmpo_jax.picture_world.world import sample_scene
 from mmpo_jax.scoring import log_probs as reference
@@ -31,9 +28,7 @@ LENGTHS = Lengths(prompt=(12, 24), response=(4, 8))
 
 @pytest.fixture(scope="module")
 def mesh():
-    return jax.make_mesh(
-        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
-    )
+    return meshes.one_device()
 
 
 def make_records(count=3, scene=0, prompt="a ring ?", chosen="a red star"):

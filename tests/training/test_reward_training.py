@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import meshes
 from helpers.reward_heads import headed, write_jsonl
-from jax.sharding import AxisType
 
 import mmpo_jax
 from mmpo_jax import cli
@@ -26,7 +26,7 @@ from mmpo_jax.models.config import RewardHead
 from mmpo_jax.models.lora import Lora, add_adapters
 from mmpo_jax.models.reward_head import is_reward_head
 from mmpo_jax.objectives.terms import make_term, needs
-from mmpo_jax.parallel.mesh import AXES, batch_shards, put_batch
+from mmpo_jax.parallel.mesh import batch_shards, put_batch
 from mmpo_jax.picture_world.critiques import PROMPT
 from mmpo_jax.picture_world.language import hallucinated_caption, true_caption
 from mmpo_jax.picture_world.preferences import preferences, write_preferences
@@ -73,8 +73,7 @@ def overrides(tmp_path, model, *more, scenes=24):
 
 
 def one_device(**sizes):
-    kinds = (AxisType.Auto,) * 3
-    return jax.make_mesh((1, 1, 1), AXES, axis_types=kinds, devices=jax.devices()[:1])
+    return meshes.one_device()
 
 
 @pytest.fixture
@@ -196,12 +195,6 @@ def test_refusals(train, tmp_path):
         train(f"data.path={other}")
 
 
-def mesh_of(*sizes):
-    count = int(np.prod(sizes))
-    kinds = (AxisType.Auto,) * 3
-    return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=jax.devices()[:count])
-
-
 def step_of(model, params, processor, terms, mesh, micro, packed):
     """(metrics, parameters) after a step in float64 on a mesh."""
     tokenize = tokenizer_for(terms, 0)
@@ -252,8 +245,8 @@ def test_a_step_does_not_depend_on_devices_or_cuts(
     """Rows with critiques and without, of two and of three responses, with ties."""
     with jax.enable_x64(True):
         arguments = *headed(*tiny_model, kind, PROMPT), tiny_processor, terms
-        whole, wanted = step_of(*arguments, mesh_of(1, 1, 1), 8, packed=False)
-        found, params = step_of(*arguments, mesh_of(*sizes), micro, packed)
+        whole, wanted = step_of(*arguments, meshes.mesh_of(1, 1, 1), 8, packed=False)
+        found, params = step_of(*arguments, meshes.mesh_of(*sizes), micro, packed)
     assert found["loss"] == pytest.approx(whole["loss"], rel=1e-6)
     assert found["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-6)
     for path, leaf in params.items():

@@ -3,8 +3,9 @@
 import jax
 import numpy as np
 import pytest
+from helpers import meshes
 from helpers.loop_runs import Killed, interrupted, make_start
-from helpers.rollouts import State, easy_rewards, make_mesh, tokenized_prompts, trained
+from helpers.rollouts import State, easy_rewards, tokenized_prompts, trained
 from helpers.run_files import reproducible_rows
 
 from mmpo_jax.data.examples import Examples
@@ -42,7 +43,7 @@ CONFIG = Training(
 
 @pytest.fixture(scope="module")
 def mesh():
-    return make_mesh(1, 1, 1)
+    return meshes.one_device()
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +257,7 @@ def test_devices_and_micro_batches_change_nothing(name, run, tmp_path):
     rollout = Rollout(**OPTIONS, num_iterations=2, mask_truncated=False)
     run(tmp_path / "one", config, rollout)
     cut = config.model_copy(update={"micro_batch_size": 2})
-    run(tmp_path / "eight", cut, rollout, make_mesh(1, 2, 4))
+    run(tmp_path / "eight", cut, rollout, meshes.mesh_of(1, 2, 4))
     one, eight = (read_metrics(tmp_path / part / "metrics.jsonl") for part in ("one", "eight"))
     for ours, theirs in zip(one, eight, strict=True):
         for key in ("reward", "completions/mean_length", "loss", "grad_norm"):

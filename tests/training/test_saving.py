@@ -7,7 +7,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from helpers import meshes
 
 from mmpo_jax import cli
 from mmpo_jax.checkpoints.cards import MARGIN, SavedWeights
@@ -18,7 +18,6 @@ from mmpo_jax.commands import train as training_run
 from mmpo_jax.commands.train import run_training
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.models.lora import merge_adapters
-from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.recipes.train_recipe import TrainRecipe
 from mmpo_jax.training.saving import tell_saved
 
@@ -61,9 +60,7 @@ def trained(request, start, tmp_path_factory):
             },
         }
     )
-    mesh = jax.make_mesh(
-        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
-    )
+    mesh = meshes.one_device()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training_run, "make_mesh", lambda **_: mesh)
         run_training(recipe)

@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import tiny
-from jax.sharding import AxisType, PartitionSpec
+from helpers import meshes, tiny
+from jax.sharding import PartitionSpec
 
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.objectives.sums import Sums
 from mmpo_jax.objectives.terms import make_term
-from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.recipes.optimizers import AdamW, Cosine
 from mmpo_jax.recipes.training import MovingReference
 from mmpo_jax.training.losses import make_loss
@@ -28,9 +27,7 @@ CONSTANT = optax.constant_schedule(0.5)
 
 @pytest.fixture(scope="module")
 def mesh():
-    return jax.make_mesh(
-        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
-    )
+    return meshes.one_device()
 
 
 def line_params():

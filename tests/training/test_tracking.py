@@ -4,16 +4,14 @@ import json
 import sys
 import types
 
-import jax
 import pytest
 import yaml
+from helpers import meshes
 from helpers.loop_runs import CONFIG, STEPS, Killed, interrupted
-from jax.sharding import AxisType
 
 from mmpo_jax import cli
 from mmpo_jax.commands import train as training_run
 from mmpo_jax.core.errors import MmpoError
-from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.recipes.training import WandB
 from mmpo_jax.training.metrics import read_metrics
 from mmpo_jax.training.tracking import WandbRun, check_tracking
@@ -216,7 +214,7 @@ def test_a_resumed_training_goes_on_with_its_run(wandb, run, tmp_path):
 def test_held_out_rows_are_sent_too(wandb, tiny_folder, tmp_path, monkeypatch):
     """By `mmpo train`, which names the run after its output."""
     monkeypatch.setattr(cli, "start_jax", lambda: None)
-    one = jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    one = meshes.one_device()
     monkeypatch.setattr(training_run, "make_mesh", lambda **_: one)
     data = tmp_path / "data.jsonl"
     rows = [

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType
+from helpers import meshes
 
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.data.lengths import Lengths
@@ -14,7 +14,7 @@ from mmpo_jax.data.pipeline import training_batches
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn
 from mmpo_jax.data.tokenization import TokenizedRecord, TokenizedResponse, tokenize_records
 from mmpo_jax.objectives.terms import make_term
-from mmpo_jax.parallel.mesh import AXES, put_batch, put_params
+from mmpo_jax.parallel.mesh import put_batch, put_params
 from mmpo_jax.picture_world.render import png_bytes
 from mmpo_jax.picture_world.world import sample_scene
 from mmpo_jax.recipes.training import CachedReference, GivenReference, Training
@@ -224,12 +224,7 @@ def test_devices_and_micro_batches_change_nothing(name, tiny_model, tiny_process
     loss = make_loss(model, [term])
 
     def run(devices, micro):
-        mesh = jax.make_mesh(
-            (1, devices, 1),
-            AXES,
-            axis_types=(AxisType.Auto,) * 3,
-            devices=jax.devices()[:devices],
-        )
+        mesh = meshes.mesh_of(1, devices, 1)
         optimizer, schedule = optax.sgd(1e-2), optax.constant_schedule(1e-2)
         with jax.set_mesh(mesh):
             placed = put_params(params, model.rules, mesh)

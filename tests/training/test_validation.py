@@ -12,9 +12,8 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from helpers import damage, tiny
+from helpers import damage, meshes, tiny
 from helpers.run_files import reproducible_rows
-from jax.sharding import AxisType
 
 from mmpo_jax import cli
 from mmpo_jax.checkpoints.best_steps import BestSteps
@@ -28,7 +27,6 @@ from mmpo_jax.data.pipeline import held_out_batches
 from mmpo_jax.data.records import Record, Response, Turn
 from mmpo_jax.data.tokenization import TokenizedRecord, tokenize_records
 from mmpo_jax.objectives.terms import make_term
-from mmpo_jax.parallel.mesh import AXES
 from mmpo_jax.recipes.train_recipe import Validation
 from mmpo_jax.recipes.training import Training
 from mmpo_jax.training import loop, times
@@ -268,9 +266,7 @@ def test_batches_of_any_size_measure_the_same(tiny_model, tiny_processor, names)
     terms = [make_term(name, weight) for name, weight in zip(names, (1.0, 0.5), strict=False)]
     loss = make_loss(model, terms)
     state = TrainState(np.int32(0), flatten(params), {}, (), objective_state=loss.state)
-    mesh = jax.make_mesh(
-        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
-    )
+    mesh = meshes.one_device()
     measured = []
     with jax.set_mesh(mesh):
         for size in (1, 3, 7):
