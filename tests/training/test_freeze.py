@@ -34,12 +34,13 @@ PARTS = {
 }
 
 
-@pytest.fixture(params=families.FAMILIES)
-def case(request, family_case):
-    return family_case(request.param)
+UNLIKE = ("llava_next", "qwen3_vl_moe", "qwen3_5", "gemma4_e2b", "llama")
+"""Families that differ most; a step of each of the others is slow."""
 
 
-def test_patterns_name_what_they_say(case):
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_patterns_name_what_they_say(family_case, family):
+    case = family_case(family)
     params, left = flatten(case.params), set(flatten(case.params))
     stored, theirs_all = case.theirs.state_dict(), dict(case.theirs.named_parameters())
     theirs_all |= {name: x for name, x in case.theirs.named_buffers() if name in stored}
@@ -55,7 +56,15 @@ def test_patterns_name_what_they_say(case):
     assert not left
 
 
-def test_what_is_frozen_keeps_its_bits(case):
+@pytest.mark.parametrize(
+    "family",
+    [
+        family if family in UNLIKE else pytest.param(family, marks=pytest.mark.slow)
+        for family in families.FAMILIES
+    ],
+)
+def test_what_is_frozen_keeps_its_bits(family_case, family):
+    case = family_case(family)
     _, batch = checks.batch_of(case, families.records(case.model.config.family))
     before = flatten(case.params)
     wanted = (TOWER, "image_newline") if case.model.family.images else (EMBEDDINGS, MLP)
