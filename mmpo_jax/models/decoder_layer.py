@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from mmpo_jax.models.config import DecoderConfig
 from mmpo_jax.models.delta_net import GatedDeltaNet
-from mmpo_jax.models.experts import Experts, Routing, ScaledRouter, SparseMlp
+from mmpo_jax.models.experts import Experts, SparseMlp
 from mmpo_jax.models.layer_kinds import (
     AttentionConfig,
     DeltaNetConfig,
@@ -32,6 +32,7 @@ from mmpo_jax.models.layers import (
 )
 from mmpo_jax.models.linear import linear
 from mmpo_jax.models.rope import Rope, Tables, rotate
+from mmpo_jax.models.routing import Routing, ScaledRouter
 
 Attention = Callable[[Any, Stack, Any, Any], tuple[jax.Array, Any, Any]]
 """attend(made, stack, carry, layer_inputs) -> (out, carry, outputs).

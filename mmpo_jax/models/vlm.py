@@ -15,12 +15,12 @@ from mmpo_jax.models.config import ModelConfig, ModelError
 from mmpo_jax.models.decoder import Added, Decoder
 from mmpo_jax.models.decoder_layer import Observer
 from mmpo_jax.models.delta_net import DeltaTokens, shared_prompt_delta
-from mmpo_jax.models.experts import loads_of
 from mmpo_jax.models.layers import constrain_batch
 from mmpo_jax.models.linear import linear
 from mmpo_jax.models.mixing import mixed
 from mmpo_jax.models.packed_attention import packed_attention
 from mmpo_jax.models.reward_head import TwoLayerHead, linear_reward
+from mmpo_jax.models.routing import loads_of
 from mmpo_jax.models.sight import Images, image_numbers
 
 States = jax.Array | tuple[jax.Array, jax.Array]
@@ -211,7 +211,7 @@ class VisionLanguageModel(nnx.Module):
     def states_and_loads(
         self, batch: Batch | PackedBatch, remat: str = "none"
     ) -> tuple[States, Float[Array, "B 2 E"]]:
-        """`states`, and how the layers' tokens spread over experts, see `experts.loads_of`; the
+        """`states`, and how the layers' tokens spread over experts, see `routing.loads_of`; the
         sums over layers, of every row.
 
         Raises:

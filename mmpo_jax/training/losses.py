@@ -14,7 +14,6 @@ from jaxtyping import Array, Float, Shaped
 
 from mmpo_jax.data.contexts import MAIN, OTHER_IMAGE
 from mmpo_jax.data.train_batch import TrainBatch
-from mmpo_jax.models.experts import load_balancing_loss
 from mmpo_jax.models.log_probs import (
     LOADS,
     REWARDS,
@@ -23,6 +22,7 @@ from mmpo_jax.models.log_probs import (
     response_statistics,
 )
 from mmpo_jax.models.model import Model, Params
+from mmpo_jax.models.routing import load_balancing_loss
 from mmpo_jax.objectives.registry import REFERENCES, STATISTICS, State
 from mmpo_jax.objectives.responses import Responses
 from mmpo_jax.objectives.sums import Sums, WeightedSum, mean

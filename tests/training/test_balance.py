@@ -14,8 +14,8 @@ from helpers.meshes import one_device
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.batching import pad_batch
 from mmpo_jax.data.tokenization import tokenize
-from mmpo_jax.models.experts import load_balancing_loss
 from mmpo_jax.models.log_probs import LOADS, response_statistics
+from mmpo_jax.models.routing import load_balancing_loss
 from mmpo_jax.models.vocabulary import without_added
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import make_mesh, put_batch
