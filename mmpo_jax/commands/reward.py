@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
-from mmpo_jax.checkpoints.checkpoint import open_reward_model
+from jax.sharding import Mesh
+
+from mmpo_jax.checkpoints.checkpoint import Checkpoint, open_reward_model
 from mmpo_jax.commands.results import Results
 from mmpo_jax.data.records import Record
+from mmpo_jax.data.sources import RecordSet
+from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.data.usable import usable_records
 from mmpo_jax.parallel.mesh import make_mesh
-from mmpo_jax.recipes.command_recipes import RewardRecipe
+from mmpo_jax.recipes.command_recipes import RewardRecipe, SelectRecipe
+from mmpo_jax.recipes.scoring import Rewarding
 from mmpo_jax.reward_models.reading import Reading
 from mmpo_jax.reward_models.scoring import Rewarded, score_responses
 
@@ -32,7 +38,36 @@ def run_rewarding(recipe: RewardRecipe) -> str:
     mesh = make_mesh(**recipe.devices.model_dump())
     checkpoint = open_reward_model(recipe.model, recipe.attention, recipe.template)
     reading = Reading.of(recipe.rewarding, checkpoint.model, recipe.model)
-    record_set, _ = usable_records(
+    records, _, rewarded = score_usable(
+        recipe, record_set, checkpoint, reading, recipe.rewarding, results, mesh
+    )
+    return results.write(map(_line, records, rewarded))
+
+
+def score_usable(
+    recipe: RewardRecipe | SelectRecipe,
+    record_set: RecordSet,
+    checkpoint: Checkpoint,
+    reading: Reading,
+    rewarding: Rewarding,
+    results: Results,
+    mesh: Mesh,
+) -> tuple[Sequence[Record], list[TokenizedRecord], list[Rewarded]]:
+    """(the records that a reward model can be given, each as tokens, its rewards).
+
+    Args:
+      recipe: of the command.
+      record_set: with responses.
+      checkpoint: the reward model, whose parameters are read here.
+      reading: how it reads responses.
+      rewarding: the recipe's section.
+      results: where the stages lie, and the rows that are left out.
+      mesh: the devices.
+
+    Raises:
+      DataError: see `usable_records`.
+    """
+    record_set, tokenized = usable_records(
         record_set,
         checkpoint.processor,
         recipe.lengths,
@@ -45,13 +80,13 @@ def run_rewarding(recipe: RewardRecipe) -> str:
         checkpoint.reloaded(mesh),
         record_set.records,
         reading,
-        recipe.rewarding,
+        rewarding,
         recipe.lengths,
         mesh,
         folder=results.parts,
         seed=recipe.seed,
     )
-    return results.write(map(_line, record_set.records, rewarded))
+    return record_set.records, tokenized, rewarded
 
 
 def _line(record: Record, rewarded: Rewarded) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from mmpo_jax.checkpoints.checkpoint import (
 )
 from mmpo_jax.commands.generate import sampled_responses
 from mmpo_jax.commands.results import Results
+from mmpo_jax.commands.reward import score_usable
 from mmpo_jax.commands.score import without_responses
 from mmpo_jax.core import progress
 from mmpo_jax.core.errors import DataError
@@ -46,7 +47,7 @@ from mmpo_jax.recipes.command_recipes import SelectRecipe
 from mmpo_jax.recipes.sampling import BestOfNSampling
 from mmpo_jax.recipes.scoring import RewardModelAsked
 from mmpo_jax.reward_models.reading import Reading
-from mmpo_jax.reward_models.scoring import Rewarded, score_responses
+from mmpo_jax.reward_models.scoring import Rewarded
 from mmpo_jax.scoring.log_probs import chosen_dtype
 
 log = logging.getLogger(__name__)
@@ -84,28 +85,12 @@ def run_reward_model(recipe: SelectRecipe, asked: RewardModelAsked) -> str:
         samples = _sampled(recipe, recipe.sampling, policy, prompts, mesh, results)
         answered = [_answered(record, samples[record.id]) for record in record_set.records]
         record_set = dataclasses.replace(record_set, records=answered)
-    record_set, records = usable_records(
-        record_set,
-        judge.processor,
-        recipe.lengths,
-        results.skipped,
-        reading.unfit,
-        reading.tokenize,
-        alone=True,
+    records, tokenized, rewarded = score_usable(
+        recipe, record_set, judge, reading, asked, results, mesh
     )
-    rewarded = score_responses(
-        judge.reloaded(mesh),
-        record_set.records,
-        reading,
-        asked,
-        recipe.lengths,
-        mesh,
-        folder=results.parts,
-        seed=recipe.seed,
-    )
-    texts = [[response.text for response in record.responses] for record in record_set.records]
-    lines = map(_line, records, texts, [one.rewards for one in rewarded])
-    critiques = map(_critiques_line, records, rewarded)
+    texts = [[response.text for response in record.responses] for record in records]
+    lines = map(_line, tokenized, texts, [one.rewards for one in rewarded])
+    critiques = map(_critiques_line, tokenized, rewarded)
     pairs = zip(lines, critiques, strict=True)
     return results.write(line | own for line, own in pairs)
 
