@@ -32,6 +32,9 @@ PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
 MeshSize = PositiveInt | Literal[-1]
+CritiqueLayout = Literal["turns", "one_turn"]
+"""Where a response stands that a critique is of: `turns`, before the question for the critique, as
+the assistant's answer; `one_turn`, within that question."""
 
 
 SECRET = "secret"

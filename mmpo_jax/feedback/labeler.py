@@ -30,7 +30,8 @@ from mmpo_jax.data.tokenization import UNLIMITED, TokenizedRecord, tokenize
 from mmpo_jax.inference.loop import TokenCount, run_batches
 from mmpo_jax.inference.plan import plan_responses
 from mmpo_jax.models.batch import Batch, PackedBatch
-from mmpo_jax.models.log_probs import next_token_logits, states_at_ends
+from mmpo_jax.models.head import next_token_logits
+from mmpo_jax.models.log_probs import states_at_ends
 from mmpo_jax.models.lora import cast_params
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.precision import check_finite, inference_dtype

@@ -20,7 +20,7 @@ from mmpo_jax.generation.places import (
     placed,
 )
 from mmpo_jax.generation.sampler import NOT_FINITE, choose_token
-from mmpo_jax.models.log_probs import next_token_logits
+from mmpo_jax.models.head import next_token_logits
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.vlm import VisionLanguageModel
 from mmpo_jax.recipes.sampling import Decoding

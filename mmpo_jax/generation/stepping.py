@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt
 from mmpo_jax.generation.decoding import decode_token
 from mmpo_jax.generation.places import Pool, Prompts, bind, placed
 from mmpo_jax.generation.sampler import NOT_FINITE, choose_each
-from mmpo_jax.models.log_probs import next_token_logits
+from mmpo_jax.models.head import next_token_logits
 from mmpo_jax.models.model import Model, Params
 
 NO_TOKEN = -2

@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any, Literal
 
 from mmpo_jax.core.errors import MmpoError
+from mmpo_jax.core.sections import CritiqueLayout
 from mmpo_jax.models.layer_kinds import (
     AttentionConfig,
     DeltaNetConfig,
@@ -24,7 +25,6 @@ from mmpo_jax.models.layer_kinds import (
 )
 from mmpo_jax.models.layers import ACTIVATIONS
 from mmpo_jax.models.rope import Rope, read_rope
-from mmpo_jax.objectives.registry import CritiqueLayout
 
 
 class ModelError(MmpoError):

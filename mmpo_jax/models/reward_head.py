@@ -20,6 +20,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from mmpo_jax.core.sections import CritiqueLayout
 from mmpo_jax.models.config import (
     HeadKind,
     ModelConfig,
@@ -28,7 +29,6 @@ from mmpo_jax.models.config import (
     expect,
 )
 from mmpo_jax.models.linear import Linear, linear, matmul
-from mmpo_jax.objectives.registry import CritiqueLayout
 
 KEY = "reward_head"
 """Key of config.json: `{"type": ..., "critique_prompt": ...}`, and `critique_layout` where it is

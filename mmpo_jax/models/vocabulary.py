@@ -1,17 +1,21 @@
-"""Vocabularies that devices do not share evenly: zeros behind the last token fill their tables up.
+"""Vocabularies that devices share.
 
-InternVL3's 151,674 tokens are no multiple of four, LLaVA-1.5's 32,064 none of 128. What is added
-exists on the devices alone. No id points to it, logits end before it (`log_probs.project`), so
-that it has no gradient and is never sampled, and files end before it too.
+Where they do not share them evenly, zeros behind the last token fill their tables up: InternVL3's
+151,674 tokens are no multiple of four, LLaVA-1.5's 32,064 none of 128. What is added exists on the
+devices alone. No id points to it, logits end before it (`head.project`), so that it has no gradient
+and is never sampled, and files end before it too.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
 
 TABLES = {"language_model/embed_tokens/embedding": 0, "language_model/lm_head/kernel": 1}
 """Parameters that have a row or a column for every token, and which axis that is."""
@@ -40,3 +44,25 @@ def without_added(path: str, array: np.ndarray, vocab_size: int) -> np.ndarray:
     if path not in TABLES:
         return array
     return array[:vocab_size] if TABLES[path] == 0 else array[:, :vocab_size]
+
+
+def split_vocabulary(x: Float[Array, "*d V"]) -> Float[Array, "*d V"]:
+    """Spreads the last axis of the head [D, V] or of logits [B, R, t, V] over the mesh, if one is
+    in use; rows stay where their axis `data` puts them."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, vocabulary_spec(x))
+
+
+def vocabulary_spec(x: Float[Array, "*d V"]) -> PartitionSpec:
+    """How `split_vocabulary` spreads an array over the mesh in use."""
+    axes = jax.sharding.get_abstract_mesh().axis_names
+    rows = "data" if x.ndim > 2 and "data" in axes else None
+    over = tuple(axis for axis in axes if axis != "data")
+    return PartitionSpec(rows, *[None] * (x.ndim - 2), over)
+
+
+def vocabulary_parts() -> int:
+    """Over how many devices of the mesh in use, if one is, tokens are spread."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in mesh.axis_names if axis != "data")

@@ -17,16 +17,12 @@ from jaxtyping import Array, Float
 from pydantic import Field
 
 from mmpo_jax.core.errors import MmpoError
-from mmpo_jax.core.sections import keyword_options
+from mmpo_jax.core.sections import CritiqueLayout, keyword_options
 from mmpo_jax.objectives.responses import Responses
 from mmpo_jax.objectives.sums import Sums
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
-CritiqueLayout = Literal["turns", "one_turn"]
-"""Where a response stands that a critique is of: `turns`, before the question for the critique, as
-the assistant's answer; `one_turn`, within that question."""
-
 OtherImageKind = Literal["crop", "rotate", "black", "blank", "noise", "masked", "data"]
 DiffusionStep = Annotated[int, Field(ge=0, lt=1000)]
 Share = Annotated[float, Field(ge=0, le=1)]

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+from mmpo_jax.core.sections import CritiqueLayout
 from mmpo_jax.objectives.rankings import worse_ones
 from mmpo_jax.objectives.registry import (
-    CritiqueLayout,
     NonNegative,
     Objective,
     RowOptions,

@@ -38,9 +38,9 @@ from mmpo_jax.models.flops import (
     input_gradients,
     tower_of,
 )
+from mmpo_jax.models.head import head_chunk
 from mmpo_jax.models.layer_kinds import AttentionConfig
 from mmpo_jax.models.layers import named_axes
-from mmpo_jax.models.log_probs import head_chunk
 from mmpo_jax.models.lora import EXPERTS
 from mmpo_jax.models.model import Model
 from mmpo_jax.parallel.mesh import batch_shards, param_shardings, placed_shapes

@@ -14,13 +14,7 @@ from jaxtyping import Array, Float, Shaped
 
 from mmpo_jax.data.contexts import MAIN, OTHER_IMAGE
 from mmpo_jax.data.train_batch import TrainBatch
-from mmpo_jax.models.log_probs import (
-    LOADS,
-    REWARDS,
-    Teacher,
-    response_rewards,
-    response_statistics,
-)
+from mmpo_jax.models.log_probs import LOADS, REWARDS, Teacher, response_rewards, response_statistics
 from mmpo_jax.models.model import Model, Params
 from mmpo_jax.models.routing import load_balancing_loss
 from mmpo_jax.objectives.registry import REFERENCES, STATISTICS, State
@@ -100,11 +94,12 @@ def make_loss(
         if divergence is None:
             return None
         assert batch.teacher is not None
+        how = divergence.beta, divergence.top_k
         if teacher is not None:
             assert params is not None
-            return Teacher(teacher, params, batch.teacher, divergence)
+            return Teacher(teacher, params, batch.teacher, *how)
         assert reference is not None
-        return Teacher(model, reference, batch.teacher, divergence)
+        return Teacher(model, reference, batch.teacher, *how)
 
     def forward(
         params: Params,

@@ -322,7 +322,7 @@ def test_the_model_loads_in_transformers(finished):
     from mmpo_jax.data.processor import Processor
     from mmpo_jax.data.records import IMAGE, Turn
     from mmpo_jax.models.batch import Batch
-    from mmpo_jax.models.log_probs import next_token_logits
+    from mmpo_jax.models.head import next_token_logits
 
     folder = finished[0] / "model"
     model, params = load_model(folder)

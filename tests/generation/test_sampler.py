@@ -21,7 +21,8 @@ from mmpo_jax.generation.sampler import (
     truncate,
 )
 from mmpo_jax.models.batch import Batch
-from mmpo_jax.models.log_probs import next_token_logits, response_log_probs
+from mmpo_jax.models.head import next_token_logits
+from mmpo_jax.models.log_probs import response_log_probs
 from mmpo_jax.recipes.sampling import Decoding
 
 LENGTH = 8

@@ -31,7 +31,8 @@ from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn, placed
 from mmpo_jax.data.tokenization import tokenize
 from mmpo_jax.generation.sampler import sample_keys
-from mmpo_jax.models.log_probs import next_token_logits, shift_right
+from mmpo_jax.models.head import next_token_logits
+from mmpo_jax.models.log_probs import shift_right
 from mmpo_jax.parallel.mesh import make_mesh, param_shardings
 from mmpo_jax.recipes.sampling import Decoding
 

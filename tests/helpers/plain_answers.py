@@ -8,7 +8,7 @@ from helpers import tiny
 
 from mmpo_jax.data.records import IMAGE, Turn
 from mmpo_jax.models.batch import Batch
-from mmpo_jax.models.log_probs import next_token_logits
+from mmpo_jax.models.head import next_token_logits
 from mmpo_jax.picture_world.processor import TOKENS
 
 

@@ -14,9 +14,10 @@ from helpers import tiny
 from mmpo_jax.checkpoints.train_state import TrainState
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.train_batch import TrainBatch
-from mmpo_jax.models import log_probs
+from mmpo_jax.models import head
 from mmpo_jax.models.batch import Batch, Shown
-from mmpo_jax.models.log_probs import head_chunk, response_log_probs, token_log_probs
+from mmpo_jax.models.head import head_chunk, token_log_probs
+from mmpo_jax.models.log_probs import response_log_probs
 from mmpo_jax.models.model import Model, read_config
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import make_mesh
@@ -360,7 +361,7 @@ def test_logits_are_never_stored():
 
 @pytest.mark.slow
 def test_the_check_above_finds_stored_logits(monkeypatch):
-    monkeypatch.setattr(log_probs, "HEAD_BYTES", LOGITS * 4)
+    monkeypatch.setattr(head, "HEAD_BYTES", LOGITS * 4)
     program = compile_large_step()
     assert largest_array(program) >= LOGITS
     assert program.memory_analysis().temp_size_in_bytes >= LOGITS * 4

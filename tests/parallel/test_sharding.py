@@ -16,7 +16,8 @@ from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.generation.sampler import sample_keys
 from mmpo_jax.models import layers
-from mmpo_jax.models.log_probs import response_log_probs, token_log_probs
+from mmpo_jax.models.head import token_log_probs
+from mmpo_jax.models.log_probs import response_log_probs
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import (
     batch_spec,

@@ -15,7 +15,6 @@ from mmpo_jax.generation.refill import Layout
 from mmpo_jax.models.log_probs import Teacher, response_log_probs, response_statistics
 from mmpo_jax.models.lora import Lora, add_adapters, is_adapter
 from mmpo_jax.models.model import Model, read_config
-from mmpo_jax.objectives.registry import Divergence
 from mmpo_jax.parallel.mesh import make_mesh
 from mmpo_jax.planning import abstract
 from mmpo_jax.planning.abstract import Sizes
@@ -176,7 +175,7 @@ def test_a_teachers_pass_is_that_of_the_traced_step():
     of_teacher = abstract.batch(teacher, shown, mesh)
 
     def loss(params, theirs, prompts, of_teacher):
-        taught = Teacher(teacher, theirs, of_teacher, Divergence(0.5))
+        taught = Teacher(teacher, theirs, of_teacher, 0.5, None)
         names, given = (("divergence",), taught) if theirs else (("entropy",), None)
         found = response_statistics(model, params, prompts, names, teacher=given)
         return sum(value.sum() for value in found.values())

@@ -18,12 +18,8 @@ from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.pipeline import training_batches
 from mmpo_jax.data.records import ImageRef, Record, Response, Span, Turn
 from mmpo_jax.data.tokenization import tokenize_records
-from mmpo_jax.models.log_probs import (
-    next_token_logits,
-    response_log_probs,
-    shift_right,
-    token_statistics,
-)
+from mmpo_jax.models.head import next_token_logits, token_statistics
+from mmpo_jax.models.log_probs import response_log_probs, shift_right
 from mmpo_jax.objectives.terms import make_term, needs
 from mmpo_jax.parallel.mesh import make_mesh, put_batch
 from mmpo_jax.picture_world.render import png_bytes

@@ -24,8 +24,7 @@ from mmpo_jax.data.records import ImageRef, Response
 from mmpo_jax.data.skipped import SKIPPED_FILE, UnusableRow
 from mmpo_jax.data.tokenization import tokenize_records
 from mmpo_jax.models.config import ModelError
-from mmpo_jax.objectives.distillation import token_divergence
-from mmpo_jax.objectives.registry import Divergence
+from mmpo_jax.models.divergence import token_divergence
 from mmpo_jax.picture_world.records import prompt_records
 from mmpo_jax.picture_world.render import png_bytes
 from mmpo_jax.picture_world.world import sample_scene
@@ -121,7 +120,7 @@ def test_devices_change_nothing(top_k, run, larger, tmp_path):
 def test_the_statistic_is_that_of_whole_logits(tiny_model, tiny_processor, larger):
     """In any chunks, over the tokens that both have, with the teacher's own cap on logits."""
     from mmpo_jax.checkpoints.huggingface import load_model
-    from mmpo_jax.models.log_probs import Taught, next_token_logits, token_statistics
+    from mmpo_jax.models.head import Taught, next_token_logits, token_statistics
 
     model, params = tiny_model
     teacher, of_teacher = load_model(larger)
@@ -137,7 +136,7 @@ def test_the_statistic_is_that_of_whole_logits(tiny_model, tiny_processor, large
     logits[1] = 2.0 * np.tanh(logits[1] / 2.0)
     logs = [jax.nn.log_softmax(x / 0.7) for x in logits]
     vocab = teacher.config.decoder.vocab_size
-    for how in (Divergence(1.0), Divergence(0.4, 2)):
+    for how in ((1.0, None), (0.4, 2)):
         for chunk in (2, 7):
             found = token_statistics(
                 *heads[0],
@@ -145,9 +144,9 @@ def test_the_statistic_is_that_of_whole_logits(tiny_model, tiny_processor, large
                 ("divergence", "entropy"),
                 chunk=chunk,
                 temperature=0.7,
-                teacher=Taught(*heads[1], vocab, 2.0, how),
+                teacher=Taught(*heads[1], vocab, 2.0, *how),
             )
-            wanted = token_divergence(*logs, how)
+            wanted = token_divergence(*logs, *how)
             np.testing.assert_allclose(found["divergence"], wanted, rtol=1e-4, atol=1e-5)
             entropy = -(np.exp(logs[0]) * logs[0]).sum(-1)
             np.testing.assert_allclose(found["entropy"], entropy, rtol=1e-4, atol=1e-5)
