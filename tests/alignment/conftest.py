@@ -12,11 +12,18 @@ from mmpo_jax.feedback import judges
 
 
 @pytest.fixture(scope="module")
-def stubs():
-    """One device, and feedback that a random model can earn."""
+def one_device():
+    """One device, whatever mesh a recipe says."""
     mesh = meshes.one_device()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(align, "make_mesh", lambda **sizes: mesh)
+        yield
+
+
+@pytest.fixture(scope="module")
+def stubs(one_device):
+    """One device, and feedback that a random model can earn."""
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(judges, "make_splitter", lambda *args: (WordSplitter(), []))
         patch.setattr(judges, "make_labeler", lambda *args: (CoinLabeler, "coin", lambda: None))
         yield

@@ -6,12 +6,11 @@ import logging
 import time
 
 import pytest
-from helpers import meshes
 from helpers.alive import wait_until
 from helpers.chat_server import ChatTestServer, reply
 from helpers.served_rounds import MODELS, Feedback, journal_keys, right_reply, served_recipe
 
-from mmpo_jax.alignment import align, round
+from mmpo_jax.alignment import round
 from mmpo_jax.alignment.align import run_alignment
 from mmpo_jax.chat import client
 from mmpo_jax.chat.pacing import Backoff
@@ -24,11 +23,9 @@ SAID = "servers are not asked ahead any more"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_parts():
+def small_parts(one_device):
     """One device, short waits between tries, and parts of three prompts."""
-    mesh = meshes.one_device()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(align, "make_mesh", lambda **sizes: mesh)
         patch.setattr(client, "Backoff", lambda: Backoff(0.005, 0.02))
         patch.setattr(responses, "PROMPTS_PER_PART", 3)
         patch.setattr(judge, "PROMPTS_PER_PART", 3)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers import tiny
 from helpers.live_arrays import first_steps
-from helpers.small_rounds import make_recipe
+from helpers.small_rounds import make_recipe, prompts_of
 from helpers.world_files import CHOSEN, REJECTED, write_pairs
 
 from mmpo_jax.alignment import align
@@ -30,8 +30,6 @@ from mmpo_jax.core.files import read_table
 from mmpo_jax.core.stages import StageOutput
 from mmpo_jax.data.contexts import OtherImage, changed_images
 from mmpo_jax.data.hidden_tokens import hide_image
-from mmpo_jax.data.tokenization import tokenize_prompt
-from mmpo_jax.data.usable import usable_records
 from mmpo_jax.feedback.given_judges import NO_SCORE, ScoresJudge, SourceJudge
 from mmpo_jax.feedback.judge import Responses
 from mmpo_jax.generation import responses as responses_module
@@ -90,15 +88,9 @@ def make(pairs_file, tiny_folder, tmp_path):
 
 
 def asked_of(recipe, start, index=1) -> Asked:
-    record_set, tokenized = usable_records(
-        load_prompts(recipe),
-        start.processor,
-        recipe.lengths,
-        f"{recipe.output}/skipped.jsonl",
-        function=tokenize_prompt,
-    )
+    records, tokenized = prompts_of(recipe, start)
     mesh, folder = align.make_mesh(), f"{recipe.output}/round-{index}"
-    return Asked(start, record_set.records, tokenized, recipe, mesh, folder, index)
+    return Asked(start, records, tokenized, recipe, mesh, folder, index)
 
 
 def of_source(table, name):

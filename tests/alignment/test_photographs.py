@@ -12,7 +12,6 @@ import os
 from pathlib import Path
 
 import pytest
-from helpers import meshes
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("trl")
@@ -22,7 +21,6 @@ from helpers.chat_server import ChatTestServer  # noqa: E402
 from helpers.kinds import KINDS, make_checkpoint  # noqa: E402
 from helpers.served_rounds import MODELS, Feedback  # noqa: E402
 
-from mmpo_jax.alignment import align  # noqa: E402
 from mmpo_jax.alignment.align import run_alignment  # noqa: E402
 from mmpo_jax.checkpoints.fingerprints import fingerprint_model  # noqa: E402
 from mmpo_jax.core.files import read_table  # noqa: E402
@@ -30,7 +28,7 @@ from mmpo_jax.data.records import Turn  # noqa: E402
 from mmpo_jax.recipes.align_recipe import AlignRecipe  # noqa: E402
 from mmpo_jax.training.metrics import read_metrics  # noqa: E402
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 
 PROMPTS, SAMPLES = 12, 3
 SPLIT_PROMPT = "{question}{answer}"
@@ -39,14 +37,6 @@ REPLIES = [
     json.dumps({"claims": [{"claim": f"A {one}.", "question": f"Is there a {one}?"}]})
     for one in KINDS_OF_THINGS
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    mesh = meshes.one_device()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(align, "make_mesh", lambda **sizes: mesh)
-        yield
 
 
 @pytest.fixture(scope="module")

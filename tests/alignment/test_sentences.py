@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import tiny
 from helpers.judged import prompt, responses_of
-from helpers.small_rounds import PROMPTS, CoinLabeler, WordSplitter, make_recipe
+from helpers.small_rounds import PROMPTS, CoinLabeler, WordSplitter, make_recipe, prompts_of
 from pydantic import ValidationError
 
 from mmpo_jax.alignment import align
@@ -24,7 +24,6 @@ from mmpo_jax.core.files import read_table
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.records import Response, Turn
 from mmpo_jax.data.tokenization import tokenize, tokenize_prompt
-from mmpo_jax.data.usable import usable_records
 from mmpo_jax.feedback.claims import ClaimsJudge
 from mmpo_jax.feedback.scores import accepted
 from mmpo_jax.generation import responses as responses_module
@@ -193,16 +192,9 @@ def test_a_finished_round_samples_and_asks_nothing(done, tiny_folder, monkeypatc
 
 
 def asked_of(recipe, start, folder):
-    record_set, tokenized = usable_records(
-        load_prompts(recipe),
-        start.processor,
-        recipe.lengths,
-        f"{recipe.output}/skipped.jsonl",
-        function=tokenize_prompt,
-    )
+    records, tokenized = prompts_of(recipe, start)
     shown = slice(0, recipe.prompts_per_round)
-    records, tokenized = record_set.records[shown], tokenized[shown]
-    return Asked(start, records, tokenized, recipe, align.make_mesh(), folder, 1)
+    return Asked(start, records[shown], tokenized[shown], recipe, align.make_mesh(), folder, 1)
 
 
 def judge():

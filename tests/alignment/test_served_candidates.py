@@ -22,12 +22,12 @@ from helpers.alive import is_alive, wait_until
 from helpers.chat_server import ChatTestServer, error, images, question, reply
 from helpers.live_arrays import first_steps
 from helpers.served_model import NAME, is_cut, text_of
-from helpers.small_rounds import CoinLabeler, make_recipe
+from helpers.small_rounds import CoinLabeler, make_recipe, prompts_of
 from helpers.world_files import write_pairs
 
 from mmpo_jax.alignment import align, candidates, served_candidates, served_copy
 from mmpo_jax.alignment.align import run_alignment
-from mmpo_jax.alignment.candidates import Asked, check_servers, load_prompts, round_responses
+from mmpo_jax.alignment.candidates import Asked, check_servers, round_responses
 from mmpo_jax.alignment.served_candidates import messages_of, unservable
 from mmpo_jax.alignment.served_copy import model_folder
 from mmpo_jax.chat import client
@@ -39,8 +39,6 @@ from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.files import read_table
 from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.data.records import IMAGE, VIDEO, Record, Turn, VideoRef
-from mmpo_jax.data.tokenization import tokenize_prompt
-from mmpo_jax.data.usable import usable_records
 from mmpo_jax.feedback import judges
 from mmpo_jax.feedback.judge import TooManyFailed
 from mmpo_jax.feedback.served import Servers
@@ -126,20 +124,14 @@ def copy(port, notes):
 
 def responses_of(recipe, start, index=1):
     """The responses of a round, and its prompts."""
-    record_set, tokenized = usable_records(
-        load_prompts(recipe),
-        start.processor,
-        recipe.lengths,
-        f"{recipe.output}/skipped.jsonl",
-        function=tokenize_prompt,
-    )
+    records, tokenized = prompts_of(recipe, start)
     folder = f"{recipe.output}/round-{index}"
     with Servers(recipe.output) as servers:
         asked = Asked(
-            *(start, record_set.records, tokenized, recipe, align.make_mesh(), folder, index),
+            *(start, records, tokenized, recipe, align.make_mesh(), folder, index),
             servers=servers,
         )
-        return round_responses(asked), record_set.records
+        return round_responses(asked), records
 
 
 def noted(notes):

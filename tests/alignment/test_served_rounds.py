@@ -7,7 +7,6 @@ import threading
 import time
 
 import pytest
-from helpers import meshes
 from helpers.chat_server import ChatTestServer, error, question, reply
 from helpers.served_rounds import (
     FAULTS,
@@ -22,7 +21,6 @@ from helpers.served_rounds import (
 )
 from helpers.small_rounds import PROMPTS, SAMPLES
 
-from mmpo_jax.alignment import align
 from mmpo_jax.alignment.align import run_alignment
 from mmpo_jax.chat import client
 from mmpo_jax.chat.pacing import Backoff
@@ -34,11 +32,9 @@ KEY = "sk-0123456789abcdef+/="
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick():
+def quick(one_device):
     """One device, and short waits between tries."""
-    mesh = meshes.one_device()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(align, "make_mesh", lambda **sizes: mesh)
         patch.setattr(client, "Backoff", lambda: Backoff(0.005, 0.02))
         yield
 

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import meshes, tiny
+from helpers import tiny
 from helpers.judged import responses_of
 
 from mmpo_jax.checkpoints.checkpoint import load_checkpoint
@@ -20,11 +20,6 @@ from mmpo_jax.picture_world.processor import TOKENS
 from mmpo_jax.recipes.feedback import ImplicitFeedback
 
 TEXTS = {"p": ["yes", "a red star", "no"], "q": ["a ring", "two blue rings"]}
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    return meshes.one_device()
 
 
 @pytest.fixture(scope="module")

@@ -39,11 +39,6 @@ QUESTIONS = (
 )
 
 
-@pytest.fixture(scope="module")
-def mesh():
-    return meshes.one_device()
-
-
 @pytest.fixture
 def make_labeler(tiny_folder, tiny_model, tiny_processor, mesh):
     def make(processor=tiny_processor, lengths=LENGTHS, **options):

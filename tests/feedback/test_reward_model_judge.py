@@ -4,7 +4,6 @@ import dataclasses
 import json
 
 import pytest
-from helpers import meshes
 from helpers.judged import responses_of
 from helpers.reward_heads import save_headed
 
@@ -20,11 +19,6 @@ from mmpo_jax.reward_models.scoring import score_responses
 
 TEXTS = {"p": ["yes", "a red star", ""], "q": ["a ring", "two blue rings"]}
 ASK = "is it there ?"
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    return meshes.one_device()
 
 
 @pytest.fixture(scope="module")

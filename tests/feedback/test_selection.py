@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import meshes, tiny
+from helpers import tiny
 
 from mmpo_jax.checkpoints.checkpoint import load_checkpoint, open_checkpoint
 from mmpo_jax.checkpoints.configs import load_config
@@ -32,11 +32,6 @@ def rewards(*pairs):
     """Of responses that are given as (sum, tokens)."""
     summed, counts = zip(*pairs, strict=True)
     return ImplicitRewards(np.array(summed, np.float64), np.array(counts, np.int32))
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    return meshes.one_device()
 
 
 class TestChoice:

@@ -1,6 +1,12 @@
 """Two small rounds of alignment, with feedback that a random model can earn."""
 
+from collections.abc import Sequence
+
+from mmpo_jax.alignment.candidates import load_prompts
 from mmpo_jax.core.files import fingerprint_bytes
+from mmpo_jax.data.records import Record
+from mmpo_jax.data.tokenization import TokenizedRecord, tokenize_prompt
+from mmpo_jax.data.usable import usable_records
 from mmpo_jax.feedback.labeler import Answer
 from mmpo_jax.feedback.splitters import Claim, Division
 from mmpo_jax.recipes.align_recipe import AlignRecipe
@@ -44,6 +50,18 @@ class CoinLabeler:
             [Answer(p := coin(q, images), 1 - p) for q in questions]
             for _, images, questions in items
         ]
+
+
+def prompts_of(recipe, start) -> tuple[Sequence[Record], list[TokenizedRecord]]:
+    """(records, their prompts as tokens) of a recipe's data, as a round is given them."""
+    record_set, tokenized = usable_records(
+        load_prompts(recipe),
+        start.processor,
+        recipe.lengths,
+        f"{recipe.output}/skipped.jsonl",
+        function=tokenize_prompt,
+    )
+    return record_set.records, tokenized
 
 
 def make_recipe(output, model, **changes) -> AlignRecipe:

@@ -4,7 +4,6 @@ import json
 
 import jax
 import pytest
-from helpers import meshes
 from helpers.live_arrays import first_steps
 from helpers.loop_runs import Killed, interrupted
 
@@ -26,11 +25,6 @@ KINDS = {
     "lora": {"lora": {"rank": 2, "target": ".*/q_proj"}},
     "online": {"reference": {"type": "online"}},
 }
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    return meshes.one_device()
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,6 @@ import dataclasses
 
 import numpy as np
 import pytest
-from helpers import meshes
 from helpers.loop_runs import make_start
 from helpers.reward_heads import save_headed, write_jsonl
 from helpers.rollouts import State
@@ -30,11 +29,6 @@ LENGTHS = Lengths(prompt=(24,), response=(8,))
 CONFIG = Training(
     objective={"type": "grpo"}, reference={"type": "none"}, batch_size=4, micro_batch_size=4
 )
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    return meshes.one_device()
 
 
 @pytest.fixture

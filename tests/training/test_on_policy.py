@@ -56,11 +56,6 @@ STEPS = 10  # 18 prompts in batches of 4, each used twice
 
 
 @pytest.fixture(scope="module")
-def mesh():
-    return meshes.one_device()
-
-
-@pytest.fixture(scope="module")
 def records(tiny_processor):
     return tokenized_prompts(tiny_processor, LENGTHS)
 

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import meshes, tiny
+from helpers import tiny
 
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.checkpoints.configs import load_config
@@ -24,11 +24,6 @@ from mmpo_jax.scoring.log_probs import score_records
 from mmpo_jax.training.reference import reference_stage
 
 LENGTHS = Lengths(prompt=(12, 24), response=(4, 8))
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    return meshes.one_device()
 
 
 def make_records(count=3, scene=0, prompt="a ring ?", chosen="a red star"):

@@ -42,11 +42,6 @@ CONFIG = Training(
 
 
 @pytest.fixture(scope="module")
-def mesh():
-    return meshes.one_device()
-
-
-@pytest.fixture(scope="module")
 def records(tiny_processor):
     return tokenized_prompts(tiny_processor, LENGTHS)
 

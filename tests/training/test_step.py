@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import meshes, tiny
+from helpers import tiny
 from jax.sharding import PartitionSpec
 
 from mmpo_jax.core.trees import flatten
@@ -23,11 +23,6 @@ from mmpo_jax.training.step import create_state, make_step, trainable_paths, who
 
 LINE = types.SimpleNamespace(rules=((r".*", PartitionSpec()),))  # all of a model a state needs
 CONSTANT = optax.constant_schedule(0.5)
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    return meshes.one_device()
 
 
 def line_params():
