@@ -151,12 +151,15 @@ def _rollouts(
 
 def _align(stages: Stages, recipe: AlignRecipe) -> None:
     start = stages.open(recipe.model, recipe.template)
-    opened = start
+    opened = trained = start
     if recipe.rounds > 1 and start.dtype.name != "float32":
         opened = start.with_dtype("float32")
+        do = "sample"
+        if recipe.training.quantization is None:  # else all are trained on the start's own integers
+            trained, do = opened, "start"
         stages.notes.append(
-            "rounds after the first start from float32 weights, which all are trained from in "
-            f"the plan; the first has {start.dtype.name}"
+            f"rounds after the first {do} from float32 weights, as all do in the plan; the first "
+            f"has {start.dtype.name}"
         )
     speaking, asked = (in_inference(recipe, each) for each in (opened, start))
     rounds = recipe.rounds
@@ -177,7 +180,7 @@ def _align(stages: Stages, recipe: AlignRecipe) -> None:
             f"every prompt has {recipe.pairing.max_pairs_per_prompt} pairs, as many as allowed"
         )
     total = None if steps is None else steps * rounds
-    stages.training(opened, config, sizes, total, None if pairs is None else pairs * rounds)
+    stages.training(trained, config, sizes, total, None if pairs is None else pairs * rounds)
 
 
 def _candidates(stages: Stages, recipe: AlignRecipe, opened: Opened, prompts: int | None) -> float:

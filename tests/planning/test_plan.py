@@ -131,6 +131,13 @@ def test_rounds_start_from_float32_and_labelers_from_what_they_are(without_weigh
     options["training"]["compute_dtype"] = "bfloat16"
     narrow, _ = stages_of(recipe_of(AlignRecipe, without_weights, rounds=2, **options))
     assert narrow["generation", "decode"].program.dtype == "bfloat16"
+    quantized = {"lora": {"rank": 2, "quantize_base": "int8"}, "batch_size": 8}
+    steps = [
+        stages_of(recipe_of(AlignRecipe, without_weights, **options | changes))[0]
+        for changes in ({"rounds": rounds, "training": quantized} for rounds in (1, 2))
+    ]
+    held = [runs["training", "train step"].program.held for runs in steps]
+    assert held[0] == held[1]  # of all rounds the same base
     before = runs["generation", "decode"].program.held["parameters"]
     assert narrow["generation", "decode"].program.held["parameters"] == before / 2
 
