@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 
 from mmpo_jax.data.contexts import MAIN, OTHER_IMAGE
 from mmpo_jax.objectives.terms import make_term
-from mmpo_jax.parallel.mesh import make_mesh, put_batch
+from mmpo_jax.parallel.mesh import make_mesh, put_batch, put_params
 from mmpo_jax.recipes.optimizers import AdamW
 from mmpo_jax.training.losses import make_loss
 from mmpo_jax.training.optimizer import make_optimizer
@@ -106,3 +106,25 @@ def test_a_train_step_with_two_images_a_record(family_case, said):
     mesh = make_mesh(*SHAPE)
     step, arguments = step_of(case, inputs, [make_term("mdpo")], (MAIN, OTHER_IMAGE), mesh)
     assert said(step, *arguments, mesh=mesh) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_a_train_step_with_a_teacher(family_case, said, top_k):
+    """Of the same architecture, beside the policy."""
+    case, mesh = family_case("llava"), make_mesh(*SHAPE)
+    _, batch = checks.batch_of(case, families.records("llava") * 4)
+    inputs = dataclasses.replace(tiny.train_batch(batch), teacher=batch)
+    terms = [make_term("distillation", top_k=top_k)]
+    optimizer = make_optimizer(AdamW(learning_rate=1e-3), lambda step: 1e-3)
+    with jax.set_mesh(mesh):
+        start = create_state(case.params, case.model, optimizer, (), mesh)
+        loss = make_loss(case.model, terms, remat="full", teacher=case.model)
+        teacher = put_params(case.params, case.model.rules, mesh)
+        placed = put_batch(jax.tree.map(lambda x: x[None], inputs), mesh, leading=1)
+
+        def update(state, batch, teacher):
+            step = make_step(loss, optimizer, lambda step: 1e-3, start, teacher=teacher)
+            return step(state, batch)
+
+    assert said(update, start, placed, teacher, mesh=mesh) == []
