@@ -75,7 +75,8 @@ class Processor:
             if self.images.slot_shape_of is not None:
                 self.slot_shape = self.images.slot_shape_of(config, self.image_processor)
         if self.videos is not None:
-            self.video_settings = load_video_settings(self.folder, self.videos.settings)
+            settings = load_video_settings(self.folder, self.videos.settings)
+            self.video_settings = self.videos.read_settings(config, settings, self.image_processor)
             placeholder = self.videos.placeholder(config, self.tokenizer)
             self.placeholders = (*self.placeholders, placeholder)
         self._spelled: tuple[str, str] | None = None

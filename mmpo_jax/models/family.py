@@ -49,6 +49,11 @@ class Videos:
     """(config, settings, RGB frames of a prompt's videos) -> float32[slots, *slot_shape] each."""
     frame: Callable[[Any, Layout], Layout] = lambda tokenizer, layout: layout
     """(tokenizer, a video's layout) -> the layout with the tokens that stand around its frames."""
+    read_settings: Callable[[Any, dict[str, Any], Any], dict[str, Any]] = (
+        lambda config, settings, processor: settings
+    )
+    """(config, settings as the file has them, image processor) -> `settings` of these functions;
+    raises `ModelError` for what is not implemented, or does not fit the config."""
     sample: Callable[[Mapping[str, Any], int, float | None], np.ndarray] = evenly
     """Which frames of a file are shown, see `frame_sampling.evenly`."""
 

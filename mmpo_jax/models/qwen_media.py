@@ -260,18 +260,6 @@ def frame_processor(
     return processor
 
 
-def frame_size(clip: Sequence[Any]) -> Size:
-    """Height and width of a video's frames.
-
-    Raises:
-      DataError: they are not of one size.
-    """
-    sizes = {(frame.height, frame.width) for frame in clip}
-    if len(sizes) > 1:
-        raise DataError(f"the frames of a video have different sizes: {sorted(sizes)}")
-    return sizes.pop()
-
-
 def clip_pixels(
     config: QwenVLConfig, processor: Any, clip: Sequence[Any], size: Size
 ) -> np.ndarray:

@@ -16,7 +16,9 @@ from jaxtyping import UInt8
 from transformers.image_processing_backends import PilBackend
 from transformers.image_transforms import get_resize_output_image_size
 
+from mmpo_jax.core.errors import DataError
 from mmpo_jax.models.config import ModelError
+from mmpo_jax.models.family import Size
 
 DEFAULTS: dict[str, Any] = {
     "do_resize": True,
@@ -58,6 +60,18 @@ def frame_pixels(
             f"tower takes {shape}"
         )
     return pixels
+
+
+def frame_size(clip: Sequence[Any]) -> Size:
+    """Height and width of a video's frames.
+
+    Raises:
+      DataError: they are not of one size.
+    """
+    sizes = {(frame.height, frame.width) for frame in clip}
+    if len(sizes) > 1:
+        raise DataError(f"the frames of a video have different sizes: {sorted(sizes)}")
+    return sizes.pop()
 
 
 class FrameBackend(PilBackend):

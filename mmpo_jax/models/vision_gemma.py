@@ -1,4 +1,4 @@
-"""The vision transformer of Gemma 4: patches of an image of any shape, averaged in squares."""
+"""The vision transformer of Gemma 4: patches of pictures of any shape, averaged in squares."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from mmpo_jax.models.attention import attend
 from mmpo_jax.models.config import expect
@@ -27,6 +27,7 @@ from mmpo_jax.models.layers import (
 )
 from mmpo_jax.models.linear import Linear, linear
 from mmpo_jax.models.rope import Rope, Tables, rope_tables, rotate
+from mmpo_jax.models.vision_squares import places_of
 
 SHARDING_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"vision_tower/patch_embedder/input_proj/kernel", PartitionSpec(None, "fsdp")),
@@ -162,7 +163,7 @@ class PatchEmbedder(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-    """Attention of the patches of an image; queries, keys and values are normalised per head."""
+    """Attention of the patches of a picture; queries, keys and values are normalised per head."""
 
     def __init__(self, config: GemmaVisionConfig, rngs: nnx.Rngs):
         self.head_dim, self.epsilon = config.head_dim, config.rms_norm_eps
@@ -177,12 +178,12 @@ class SelfAttention(nnx.Module):
         self.k_norm = rms_norm(config.head_dim, config.rms_norm_eps, False, rngs)
 
     def __call__(
-        self, x: Float[Array, "M S D"], ropes: Ropes, real: Bool[Array, "M S"]
+        self, x: Float[Array, "M S D"], ropes: Ropes, pictures: Int[Array, "M S"]
     ) -> Float[Array, "M S D"]:
         heads = (*x.shape[:2], -1, self.head_dim)
         query, key, value = (f(x).reshape(heads) for f in (self.q_proj, self.k_proj, self.v_proj))
         query, key = _turned(self.q_norm(query), ropes), _turned(self.k_norm(key), ropes)
-        attended = attend_image(query, key, unit_norm(value, self.epsilon), real)
+        attended = attend_image(query, key, unit_norm(value, self.epsilon), pictures)
         return self.o_proj(attended.reshape(*x.shape[:2], -1))
 
 
@@ -196,21 +197,31 @@ def attend_image(
     query: Float[Array, "M S H d"],
     key: Float[Array, "M S K d"],
     value: Float[Array, "M S K d"],
-    real: Bool[Array, "M S"],
+    pictures: Int[Array, "M S"],
 ) -> Float[Array, "M S H d"]:
-    """Attention over the real patches of every image, a few hundred queries at a time; scores are
-    products as they are."""
+    """Attention within every picture of a slot, a few hundred queries at a time; scores are
+    products as they are.
+
+    Args:
+      query, key, value: of the patches of slots.
+      pictures: int32[M, S], the number of each patch's picture; -1 for padding.
+    """
     s = query.shape[1]
     steps = next(n for n in range(1, s + 1) if s % n == 0 and s // n <= QUERIES)
-    part = key, value, real[:, None, None]
 
-    def block(query: jax.Array) -> jax.Array:
-        return attend(query[:, None], [part], 1.0)[:, 0]
+    def block(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+        query, own = part
+        same = own[:, None, :, None] == pictures[:, None, None]
+        return attend(query[:, None], [(key, value, same)], 1.0)[:, 0]
 
     if steps == 1:
-        return block(query)
-    queries = jnp.moveaxis(query.reshape(len(query), steps, s // steps, *query.shape[2:]), 1, 0)
-    return jnp.moveaxis(jax.lax.map(block, queries), 0, 1).reshape(query.shape)
+        return block((query, pictures))
+
+    def split(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x.reshape(len(x), steps, s // steps, *x.shape[2:]), 1, 0)
+
+    attended = jax.lax.map(block, (split(query), split(pictures)))
+    return jnp.moveaxis(attended, 0, 1).reshape(query.shape)
 
 
 class EncoderLayer(nnx.Module):
@@ -234,15 +245,15 @@ class EncoderLayer(nnx.Module):
         self.post_feedforward_layernorm = rms_norm(size, epsilon, False, rngs)
 
     def __call__(
-        self, x: Float[Array, "M S D"], ropes: Ropes, real: Bool[Array, "M S"]
+        self, x: Float[Array, "M S D"], ropes: Ropes, pictures: Int[Array, "M S"]
     ) -> Float[Array, "M S D"]:
-        attended = self.self_attn(self.input_layernorm(x), ropes, real)
+        attended = self.self_attn(self.input_layernorm(x), ropes, pictures)
         x = x + self.post_attention_layernorm(attended)
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
 class GemmaVisionTower(nnx.Module):
-    """Patches of images to features of squares of them."""
+    """Patches of pictures to features of squares of them."""
 
     def __init__(self, config: GemmaVisionConfig, rngs: nnx.Rngs):
         self.config = config
@@ -253,45 +264,45 @@ class GemmaVisionTower(nnx.Module):
             self.std_scale = nnx.Param(jnp.ones(config.hidden_size))
 
     def __call__(
-        self, pixels: Float[Array, "M S inputs"], grid: Int[Array, "M 2"], remat: str
+        self, pixels: Float[Array, "M S inputs"], grid: Int[Array, "M 3"], remat: str
     ) -> Float[Array, "M N D"]:
-        """Features of every image, those that it has first.
+        """Features of every slot, those of its pictures first.
 
         Args:
-          pixels: [M, S, p*p*C], line by line, from 0 to 1, padded with anything.
-          grid: int32[M, 2], columns and rows of patches; multiples of `pool`.
+          pixels: [M, S, p*p*C], pictures of one shape behind one another, each line by line, from 0
+            to 1, padded with anything.
+          grid: int32[M, 3], columns and rows of squares of `pool` patches, and how many pictures.
           remat: rematerialisation policy, see `layers.rematerialise`.
 
         Returns:
           [M, S / pool^2, D].
         """
-        number, columns = jnp.arange(pixels.shape[1]), jnp.maximum(grid[:, :1], 1)
-        real = number < grid.prod(axis=1)[:, None]
-        places = jnp.stack([number % columns, number // columns], axis=-1)
-        places = jnp.where(real[..., None], places, 0)
-        x = constrain_batch(self.patch_embedder(pixels, places))
-        ropes = tuple(rope_tables(places[:, None, :, at], self.config.rope) for at in (0, 1))
+        k = self.config.pool
+        picture, place = places_of(pixels.shape[1], k * grid[:, :1], k * grid[:, 1:2])
+        real = picture < grid[:, 2:]
+        place = jnp.where(real[..., None], place, 0)
+        x = constrain_batch(self.patch_embedder(pixels, place))
+        ropes = tuple(rope_tables(place[:, None, :, at], self.config.rope) for at in (0, 1))
+        pictures = jnp.where(real, picture, -1)
         graphdef, parameters = nnx.split(self.layers)
 
         def body(x: jax.Array, parameters: Any) -> tuple[jax.Array, None]:
-            return constrain_batch(nnx.merge(graphdef, parameters)(x, ropes, real)), None
+            return constrain_batch(nnx.merge(graphdef, parameters)(x, ropes, pictures)), None
 
         x, _ = jax.lax.scan(rematerialise(body, remat), x, parameters)
-        return self._averaged(jnp.where(real[..., None], x, 0), columns)
+        return self._averaged(jnp.where(real[..., None], x, 0), grid)
 
-    def _averaged(
-        self, x: Float[Array, "M S D"], columns: Int[Array, "M 1"]
-    ) -> Float[Array, "M N D"]:
+    def _averaged(self, x: Float[Array, "M S D"], grid: Int[Array, "M 3"]) -> Float[Array, "M N D"]:
         """Averages of squares, line by line, times the root of the width, standardised."""
         k = self.config.pool
-        per_line = jnp.maximum(columns // k, 1)
-        number = jnp.arange(x.shape[1] // k**2)
-        corner = number // per_line * k * columns + number % per_line * k
+        columns, rows = k * grid[:, :1], k * grid[:, 1:2]
+        picture, place = places_of(x.shape[1] // k**2, grid[:, :1], grid[:, 1:2])
+        corner = picture * rows * columns + k * (place[..., 1] * columns + place[..., 0])
         within = jnp.arange(k)
         at = corner[..., None, None] + within[:, None] * columns[..., None, None] + within
         at = jnp.minimum(at.reshape(len(x), -1), x.shape[1] - 1)
         squares = jnp.take_along_axis(x, at[..., None], axis=1)
-        wide = promote(squares.reshape(len(x), len(number), k**2, -1))
+        wide = promote(squares.reshape(*place.shape[:2], k**2, -1))
         made = wide.mean(axis=2) * math.sqrt(self.config.hidden_size)
         if self.config.standardize:
             made = (made - promote(self.std_bias[...])) * promote(self.std_scale[...])

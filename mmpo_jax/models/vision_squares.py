@@ -51,19 +51,35 @@ class SquareEmbedder(nnx.Module):
         self.pos_norm = layer_norm(size, EPSILON, rngs)
 
     def __call__(
-        self, pixels: Float[Array, "M N inputs"], grid: Int[Array, "M 2"]
+        self, pixels: Float[Array, "M N inputs"], grid: Int[Array, "M 3"]
     ) -> Float[Array, "M N D"]:
-        """Features of every image, those that it has first.
+        """Features of every slot, those of its pictures first.
 
         Args:
-          pixels: [M, N, inputs], squares line by line, from 0 to 1, padded with anything.
-          grid: int32[M, 2], columns and rows of squares.
+          pixels: [M, N, inputs], pictures of one shape behind one another, each line by line, from
+            0 to 1, padded with anything.
+          grid: int32[M, 3], columns and rows of squares, and how many pictures.
         """
         pixels = pixels.astype(self.patch_dense.kernel.dtype)
         x = self.patch_norm2(self.patch_dense(self.patch_norm1(pixels)))
-        number, columns = jnp.arange(pixels.shape[1]), jnp.maximum(grid[:, :1], 1)
         table = self.pos_embedding[...].astype(x.dtype)
-        last = len(table) - 1
-        column, row = number % columns, jnp.minimum(number // columns, last)
-        x = x + table[jnp.minimum(column, last), 0] + table[row, 1]
+        _, place = places_of(pixels.shape[1], grid[:, :1], grid[:, 1:2])
+        place = jnp.minimum(place, len(table) - 1)
+        x = x + table[place[..., 0], 0] + table[place[..., 1], 1]
         return constrain_batch(self.pos_norm(x))
+
+
+def places_of(
+    count: int, columns: Int[Array, "M 1"], rows: Int[Array, "M 1"]
+) -> tuple[Int[Array, "M S"], Int[Array, "M S 2"]]:
+    """(of which picture of its slot each place is, its column and row there).
+
+    Args:
+      count: S, places in a slot.
+      columns, rows: int32[M, 1], of every picture of a slot, which lie behind one another, each
+        line by line.
+    """
+    number, columns = jnp.arange(count), jnp.maximum(columns, 1)
+    picture, within = jnp.divmod(number, columns * jnp.maximum(rows, 1))
+    row, column = jnp.divmod(within, columns)
+    return picture, jnp.stack([column, row], axis=-1)

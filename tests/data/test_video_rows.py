@@ -23,7 +23,12 @@ from mmpo_jax.data.tokenization import tokenize
 from mmpo_jax.data.videos import read_frames, video_facts
 
 CLIP = clips.encode(24, 8, (56, 84))
-FAMILIES = ("llava_onevision", "internvl", "smolvlm", "qwen2_5_vl", "qwen3_vl")
+FAMILIES = (
+    *("llava_onevision", "internvl", "smolvlm", "qwen2_5_vl", "qwen3_vl"),
+    *("gemma4", "gemma4_unified"),
+)
+CHOOSE = ("qwen3_vl", "gemma4", "gemma4_unified")
+"""Families whose files say how many frames are chosen, or that do so by default."""
 
 
 @pytest.fixture
@@ -150,7 +155,7 @@ def test_pixels_and_tokens_are_those_of_the_frames(family_case, name, fps):
     processor = family_case(name).processor
     video = VideoRef("clip", fps=fps, file=ImageRef("clip.mp4", CLIP))
     _, chosen = clip_of(processor.videos, processor.video_settings, video)
-    if fps is None and name != "qwen3_vl":
+    if fps is None and name not in CHOOSE:
         assert list(chosen) == list(range(24))
     else:
         assert len(chosen) == 6

@@ -18,7 +18,7 @@ from mmpo_jax.models.families import gemma4_unified
 TILE = 28
 """Pixels along an edge of a tile."""
 PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
-IMAGE, VIDEO = "<image>", "<video>"
+IMAGE, VIDEO, GEMMA4_VIDEO = "<image>", "<video>", "<|video|>"
 TOWER = {
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -64,6 +64,15 @@ QWEN3_NAMED = {
     "vision_start_token": "<vision>",
     "vision_end_token": "</vision>",
 }
+GEMMA4 = ("gemma4", "gemma4_26b", "gemma4_e2b", "gemma4_unified")
+GEMMA4_NAMED = {
+    "image_token": IMAGE,
+    "video_token": GEMMA4_VIDEO,
+    "boi_token": "<boi>",
+    "eoi_token": "<eoi>",
+    "boa_token": "<boa>",
+    "eoa_token": "<eoa>",
+}
 NAMED = {
     "internvl": {
         "context_image_token": IMAGE,
@@ -77,10 +86,7 @@ NAMED = {
     "qwen3_5": QWEN3_NAMED,
     "qwen3_5_moe": QWEN3_NAMED,
     "gemma3": {"image_token": IMAGE, "boi_token": "<boi>", "eoi_token": "<eoi>"},
-    "gemma4": {"image_token": IMAGE, "boi_token": "<boi>", "eoi_token": "<eoi>"},
-    "gemma4_26b": {"image_token": IMAGE, "boi_token": "<boi>", "eoi_token": "<eoi>"},
-    "gemma4_e2b": {"image_token": IMAGE, "boi_token": "<boi>", "eoi_token": "<eoi>"},
-    "gemma4_unified": {"image_token": IMAGE, "boi_token": "<boi>", "eoi_token": "<eoi>"},
+    **dict.fromkeys(GEMMA4, GEMMA4_NAMED),
 }
 """Tokens that tokenizer_config.json names."""
 
@@ -319,6 +325,7 @@ def gemma4(tied: bool, vision: Any = (), **switches: Any) -> Any:
         text_config=text_sizes(media, tied) | unlike | switches,
         vision_config={**TOWER, **tower, **dict(vision)},
         image_token_id=ids[IMAGE],
+        video_token_id=ids[GEMMA4_VIDEO],
         boi_token_id=ids["<boi>"],
         eoi_token_id=ids["<eoi>"],
         tie_word_embeddings=tied,
@@ -348,12 +355,14 @@ def gemma4_12b(tied: bool) -> Any:
         text_config=text_sizes(media, tied) | unlike,
         vision_config=squares | {"mm_embed_dim": 16, "output_proj_dims": 16},
         image_token_id=ids[IMAGE],
+        video_token_id=ids[GEMMA4_VIDEO],
         boi_token_id=ids["<boi>"],
         eoi_token_id=ids["<eoi>"],
         tie_word_embeddings=tied,
     )
 
 
+GEMMA4_SETTINGS = {"patch_size": 4, "pooling_kernel_size": 2, "max_soft_tokens": 70}
 SQUARE = {"height": TILE, "width": TILE}
 SHORTEST = {"size": {"shortest_edge": TILE}, "crop_size": SQUARE}
 LONGEST = {"size": {"longest_edge": 2 * TILE}, "max_image_size": {"longest_edge": TILE}}
@@ -405,30 +414,22 @@ FAMILIES = {
     "gemma4": Tiny(
         gemma4,
         tuple(NAMED["gemma4"].values()),
-        transformers.Gemma4ImageProcessorPil(
-            patch_size=4, pooling_kernel_size=2, max_soft_tokens=70
-        ),
+        transformers.Gemma4ImageProcessorPil(**GEMMA4_SETTINGS),
     ),
     "gemma4_26b": Tiny(
         gemma4_26b,
         tuple(NAMED["gemma4"].values()),
-        transformers.Gemma4ImageProcessorPil(
-            patch_size=4, pooling_kernel_size=2, max_soft_tokens=70
-        ),
+        transformers.Gemma4ImageProcessorPil(**GEMMA4_SETTINGS),
     ),
     "gemma4_e2b": Tiny(
         gemma4_e2b,
         tuple(NAMED["gemma4"].values()),
-        transformers.Gemma4ImageProcessorPil(
-            patch_size=4, pooling_kernel_size=2, max_soft_tokens=70
-        ),
+        transformers.Gemma4ImageProcessorPil(**GEMMA4_SETTINGS),
     ),
     "gemma4_unified": Tiny(
         gemma4_12b,
         tuple(NAMED["gemma4"].values()),
-        gemma4_unified.Gemma4UnifiedImageProcessorPil(
-            patch_size=4, pooling_kernel_size=2, max_soft_tokens=70
-        ),
+        gemma4_unified.Gemma4UnifiedImageProcessorPil(**GEMMA4_SETTINGS),
         squares,
     ),
     "llama": only_text(transformers.LlamaConfig),
@@ -459,6 +460,7 @@ VIDEO_SETTINGS = {
     "qwen3_vl_moe": DEEP_VIDEOS,
     "qwen3_5": DEEP_VIDEOS,
     "qwen3_5_moe": DEEP_VIDEOS,
+    **dict.fromkeys(GEMMA4, GEMMA4_SETTINGS | {"num_frames": 6}),
 }
 
 
@@ -478,6 +480,8 @@ def make_case(name: str, folder: Path, tied: bool = False) -> checks.Case:
     frame = "<vision> {} </vision>" if name in QWEN else "{}"
     written = {"image": frame.format(IMAGE), "video": frame.format(VIDEO)}
     written["image"] = WRITTEN.get(name, written["image"])
+    if name in GEMMA4:
+        written["video"] = GEMMA4_VIDEO
     checks.save_tokenizer(folder, *tiny.media, **written)
     if name in NAMED:
         named = {"extra_special_tokens": NAMED[name]}
@@ -496,6 +500,13 @@ def records(name: str) -> list[Record]:
     ]
 
 
+def filmed(name: str) -> list[Record]:
+    """A prompt about an image and a video, of a family that takes these."""
+    record = checks.record("2", "a star ?", pictures.refs("grey"), "a blue star", "two")
+    film = (pictures.clip(3),)
+    return [dataclasses.replace(record, videos=film)] if name in VIDEO_SETTINGS else []
+
+
 def inputs(case: checks.Case) -> checks.Inputs:
     """What transformers' model takes beside `input_ids`."""
     tiny = FAMILIES[case.model.config.family]
@@ -506,7 +517,7 @@ def inputs(case: checks.Case) -> checks.Inputs:
             made = dict(tiny.prepare(case.processor.image_processor, checks.load(record.images)))
         for unused in ("num_crops", "num_soft_tokens_per_image"):
             made.pop(unused, None)
-        types = dict.fromkeys((*QWEN, "gemma4", "gemma4_unified"), "mm_token_type_ids")
+        types = dict.fromkeys((*QWEN, *GEMMA4), "mm_token_type_ids")
         types["gemma3"] = "token_type_ids"
         if case.model.config.family in types:
             made[types[case.model.config.family]] = torch.tensor(

@@ -87,9 +87,10 @@ def batch_of(family_case):
     def batch_of(family):
         case = family_case(family)
         first, second = families.records(family)
+        third = families.filmed(family) or [first]
         records = [
             dataclasses.replace(record, id=str(number))
-            for number, record in enumerate([first, second] * (ROWS // 2))
+            for number, record in enumerate([first, second, *third, second] * (ROWS // 4))
         ]
         tokenized, batch = checks.batch_of(case, records)
         if family != UNEVEN:

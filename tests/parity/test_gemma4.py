@@ -10,15 +10,16 @@ import safetensors.torch
 import torch
 import transformers
 from helpers import checks, gemma_media
-from helpers.gemma_media import IDS, RECORDS, SOFT_TOKENS, TEXT
+from helpers.gemma_media import FILMED, IDS, RECORDS, SOFT_TOKENS, TEXT, clip, strip
 from transformers.models.gemma4 import image_processing_pil_gemma4 as theirs_pil
+from transformers.video_utils import VideoMetadata
 
 from mmpo_jax.checkpoints.huggingface import load_model, save_model
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.tokenization import tokenize
 from mmpo_jax.models.config import ModelError
-from mmpo_jax.models.families.gemma4 import grid_of
+from mmpo_jax.models.gemma_media import grid_of
 from mmpo_jax.models.model import read_config
 from mmpo_jax.training.step import trainable_paths
 
@@ -63,6 +64,7 @@ def make_config(text, vision=None, **switches):
         text_config=TEXT | text,
         vision_config=VISION | (vision or {}),
         image_token_id=IDS["<image>"],
+        video_token_id=IDS[gemma_media.VIDEO],
         boi_token_id=IDS["<boi>"],
         eoi_token_id=IDS["<eoi>"],
         **switches,
@@ -191,11 +193,12 @@ def image_processor(config):
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("gemma4") / request.param
-    gemma_media.save_tokenizer(folder)
     config = CASES[request.param]
+    gemma_media.save_files(folder, config)
     config._attn_implementation = "eager"
     theirs = transformers.Gemma4ForConditionalGeneration(config)
-    return checks.make_case(folder, theirs, image_processor(config), seed=1)
+    # Through twelve layers with norms around 1, float32 rounds by more than the tolerance.
+    return checks.make_case(folder, theirs, image_processor(config), seed=1, norm=0.7)
 
 
 @pytest.fixture(scope="module")
@@ -207,22 +210,20 @@ def inputs_of(case):
     processor = image_processor(case.theirs.config)
 
     def inputs(record, ids):
-        if not record.images:
-            return {}
-        made = processor(images=checks.load(record.images), return_tensors="pt")
-        types = torch.tensor((ids == IDS["<image>"])[None]).long()
-        return {
-            "pixel_values": made["pixel_values"],
-            "image_position_ids": made["image_position_ids"],
-            "mm_token_type_ids": types,
-        }
+        made = {}
+        if record.images:
+            made = dict(processor(images=checks.load(record.images), return_tensors="pt"))
+            del made["num_soft_tokens_per_image"]
+        if record.videos:
+            patch = case.theirs.config.vision_config.patch_size
+            made |= gemma_media.their_videos(case.theirs.config, record, patch)
+        return made | {"mm_token_type_ids": gemma_media.kinds(ids)} if made else {}
 
     return inputs
 
 
 @pytest.mark.parametrize("name", pictures.IMAGES)
 def test_pixels_and_tokens(case, name):
-    """The processor's own class needs a video processor; what it does to an image is its count."""
     record = checks.record("0", "what is this ?", pictures.refs(name))
     made = image_processor(case.theirs.config)(images=checks.load(record.images))
     checks.check_pixels(case.processor.pixels(record.images), [made["pixel_values"]])
@@ -230,11 +231,41 @@ def test_pixels_and_tokens(case, name):
     (count,) = made["num_soft_tokens_per_image"]
     text = checks.rendered(case, record)
     checks.check_tokens(
-        case, record, text.replace("<image>", f"<boi> {'<image> ' * int(count)}<eoi>")
+        case, record, gemma_media.expanded(transformers.Gemma4Processor, text, [int(count)], [])
     )
     grid = case.processor.images.describe(case.model.config, tokens.layouts, 2)["grid"]
-    positions = np.asarray(made["image_position_ids"])[0]
-    assert grid.tolist() == [(positions.max(axis=0) + 1).tolist(), [0, 0]]
+    squares = (np.asarray(made["image_position_ids"])[0].max(axis=0) + 1) // 2
+    assert grid.tolist() == [[*squares, 1], [0, 0, 0]]
+
+
+def test_pixels_and_tokens_of_videos(case):
+    """Frames as torch resizes them; of each kind as many in a slot as there is room for."""
+    videos = (clip(3, 0.5), strip(5), clip(2, 1 / 65))
+    record = gemma_media.filmed("v", videos, ("odd-size", "grey"))
+    config = case.theirs.config
+    ours, per_slot = case.processor.pixels((), videos), [1, 2, 1]
+    counts = []
+    for made, video, each in zip(ours, videos, per_slot, strict=True):
+        values, places = gemma_media.their_video(config, video, config.vision_config.patch_size)
+        slots = [values[at : at + each].flatten(0, 1) for at in range(0, len(values), each)]
+        whole = [gemma_media.padded(slot[None], 4 * SOFT_TOKENS, 0)[0] for slot in slots]
+        checks.check_pixels(made, whole)
+        counts.append(places.shape[1] // 4)
+    metadata = [
+        VideoMetadata(3, 0.5, frames_indices=[0, 1, 2]),
+        VideoMetadata(5, frames_indices=[0, 1, 2, 3, 4]),
+        VideoMetadata(2, 1 / 65, frames_indices=[0, 1]),
+    ]
+    images = image_processor(config)(images=checks.load(record.images), return_tensors="np")
+    text = checks.rendered(case, record).replace("00:00 <|video|>", "<|video|>")
+    expected = gemma_media.expanded(
+        transformers.Gemma4Processor,
+        text,
+        [int(count) for count in images["num_soft_tokens_per_image"]],
+        list(zip(counts, metadata, strict=True)),
+    )
+    assert "00:02 <boi>" in expected and "01:05 <boi>" in expected
+    checks.check_tokens(case, record, expected)
 
 
 def test_grids_of_many_sizes():
@@ -260,11 +291,23 @@ def test_logits(case, inputs):
     checks.check_logits(reference(case), RECORDS, inputs)
 
 
+def test_logits_about_videos(case, inputs):
+    """Alone, behind images, and several, in one batch."""
+    checks.check_logits(reference(case), FILMED, inputs)
+
+
 def test_greedy_decoding(case, inputs, monkeypatch):
     """A placeholder that is sampled is text here; transformers would embed padding for it."""
     theirs = reference(case)
     gemma_media.only_in_prompts(theirs, monkeypatch)
     checks.check_greedy(theirs, RECORDS, inputs)
+
+
+@pytest.mark.parametrize("length", [6, pytest.param(64, marks=pytest.mark.slow)])
+def test_greedy_decoding_about_videos(case, inputs, monkeypatch, length):
+    theirs = reference(case)
+    gemma_media.only_in_prompts(theirs, monkeypatch)
+    checks.check_greedy(theirs, FILMED if length > 6 else FILMED[:2], inputs, length)
 
 
 def test_round_trip(case, tmp_path):
@@ -285,7 +328,7 @@ def test_parts_for_audio_are_left_out(tmp_path):
     """They are not read, and a saved folder has none."""
     config = make_config(SMALL, audio_config=AUDIO)
     folder = tmp_path / "audio"
-    gemma_media.save_tokenizer(folder)
+    gemma_media.save_files(folder, config)
     theirs = transformers.Gemma4ForConditionalGeneration(config)
     assert any(".audio_tower." in name for name in theirs.state_dict())
     case = checks.make_case(folder, theirs, image_processor(config), seed=1)
@@ -303,7 +346,7 @@ def test_keys_of_layers_that_read_others_are_not_read(tmp_path):
     """Published files have them, and transformers ignores them."""
     config = CASES["one-shared-layer-untied"]
     folder = tmp_path / "more"
-    gemma_media.save_tokenizer(folder)
+    gemma_media.save_files(folder, config)
     theirs = transformers.Gemma4ForConditionalGeneration(config)
     case = checks.make_case(folder, theirs, image_processor(config))
     tensors = safetensors.torch.load_file(folder / "model.safetensors")

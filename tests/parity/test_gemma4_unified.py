@@ -8,18 +8,19 @@ pytest.importorskip("torch")
 import torch
 import transformers
 from helpers import checks, gemma_media
-from helpers.gemma_media import IDS, RECORDS, SOFT_TOKENS, TEXT
+from helpers.gemma_media import FILMED, IDS, RECORDS, SOFT_TOKENS, TEXT, clip, strip
+from transformers.video_utils import VideoMetadata
 
 from mmpo_jax.checkpoints.huggingface import save_model
 from mmpo_jax.data.tokenization import tokenize
 from mmpo_jax.models.config import ModelError
 from mmpo_jax.models.families import FAMILIES
-from mmpo_jax.models.families.gemma4 import grid_of
 from mmpo_jax.models.families.gemma4_unified import Gemma4UnifiedImageProcessorPil
 from mmpo_jax.models.model import read_config
 
 pytestmark = pytest.mark.parity
 
+PROCESSOR = transformers.Gemma4UnifiedProcessor
 SLIDING, FULL = "sliding_attention", "full_attention"
 VISION = {
     "patch_size": 4,
@@ -36,6 +37,7 @@ def make_config(text=(), vision=(), **switches):
         text_config=own | {"sliding_window": 72} | dict(text),
         vision_config=VISION | dict(vision),
         image_token_id=IDS["<image>"],
+        video_token_id=IDS[gemma_media.VIDEO],
         boi_token_id=IDS["<boi>"],
         eoi_token_id=IDS["<eoi>"],
         **switches,
@@ -83,28 +85,25 @@ def settings(config):
     }
 
 
+def edge_of(config):
+    """Pixels along a square."""
+    return config.vision_config.patch_size * config.vision_config.pooling_kernel_size
+
+
 def squares(config, image):
     """(squares of an image [1, N, numbers], column and row of each int64[1, N, 2]), resized
     and cut by torch: transformers' own class cannot be imported without torchvision."""
-    edge = config.vision_config.patch_size * config.vision_config.pooling_kernel_size
-    columns, rows = grid_of(edge, SOFT_TOKENS, (image.height, image.width))
     pixels = torch.tensor(np.array(image)).permute(2, 0, 1)[None]
-    size = rows * edge, columns * edge
-    if pixels.shape[2:] != size:
-        pixels = torch.nn.functional.interpolate(pixels, size, mode="bicubic", antialias=True)
-    scaled = (pixels * (1 / 255))[0]
-    cut = scaled.unfold(1, edge, edge).unfold(2, edge, edge).permute(1, 2, 3, 4, 0)
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    places = torch.stack([column, row], dim=-1).reshape(1, -1, 2)
-    return cut.reshape(1, rows * columns, -1), places
+    scaled = gemma_media.resized(config, pixels) * (1 / 255)
+    return gemma_media.cut(scaled, edge_of(config))
 
 
 def padded(found, value):
-    return torch.nn.functional.pad(found, (0, 0, 0, SOFT_TOKENS - found.shape[1]), value=value)
+    return gemma_media.padded(found, SOFT_TOKENS, value)
 
 
 def make_case(folder, config):
-    gemma_media.save_tokenizer(folder)
+    gemma_media.save_files(folder, config)
     checks.write_json(folder / "preprocessor_config.json", settings(config))
     config._attn_implementation = "eager"
     return checks.make_case(folder, transformers.Gemma4UnifiedForConditionalGeneration(config))
@@ -117,16 +116,17 @@ def case(request, tmp_path_factory):
 
 
 def inputs_of(case):
+    config = case.theirs.config
+
     def inputs(record, ids):
-        if not record.images:
-            return {}
-        made = [squares(case.theirs.config, image) for image in checks.load(record.images)]
-        types = torch.tensor((ids == IDS["<image>"])[None]).long()
-        return {
-            "pixel_values": torch.cat([padded(values, 0) for values, _ in made]),
-            "image_position_ids": torch.cat([padded(places, -1) for _, places in made]),
-            "mm_token_type_ids": types,
-        }
+        made = {}
+        if record.images:
+            cut = [squares(config, image) for image in checks.load(record.images)]
+            made["pixel_values"] = torch.cat([padded(values, 0) for values, _ in cut])
+            made["image_position_ids"] = torch.cat([padded(places, -1) for _, places in cut])
+        if record.videos:
+            made |= gemma_media.their_videos(config, record, edge_of(config))
+        return made | {"mm_token_type_ids": gemma_media.kinds(ids)} if made else {}
 
     return inputs
 
@@ -138,15 +138,37 @@ def test_pixels_and_tokens(case, name):
     values, places = squares(case.theirs.config, image)
     checks.check_pixels(case.processor.pixels(record.images), [padded(values, 0)])
     tokens = tokenize(record, case.processor, 2**20, 2**20)
-    text = checks.rendered(case, record)
-    shown = f"<boi> {'<image> ' * values.shape[1]}<eoi>"
-    checks.check_tokens(case, record, text.replace("<image>", shown))
+    text, counts = checks.rendered(case, record), [values.shape[1]]
+    checks.check_tokens(case, record, gemma_media.expanded(PROCESSOR, text, counts, []))
     grid = case.processor.images.describe(case.model.config, tokens.layouts, 2)["grid"]
-    assert grid.tolist() == [(places[0].max(dim=0).values + 1).tolist(), [0, 0]]
+    assert grid.tolist() == [[*(places[0].max(dim=0).values + 1).tolist(), 1], [0, 0, 0]]
+
+
+def test_pixels_and_tokens_of_videos(case):
+    """Frames as torch resizes them; of each kind as many in a slot as there is room for."""
+    videos, config = (clip(3, 0.5), strip(5)), case.theirs.config
+    record = gemma_media.filmed("v", videos, ("grey",))
+    (image,) = checks.load(record.images)
+    counts, known = [squares(config, image)[0].shape[1]], []
+    for made, video, each in zip(case.processor.pixels((), videos), videos, (1, 2), strict=True):
+        values, _ = gemma_media.their_video(config, video, edge_of(config))
+        slots = [values[at : at + each].flatten(0, 1) for at in range(0, len(values), each)]
+        checks.check_pixels(made, [padded(slot[None], 0)[0] for slot in slots])
+        metadata = VideoMetadata(len(values), video.fps, frames_indices=list(range(len(values))))
+        known.append((values.shape[1], metadata))
+    text = checks.rendered(case, record).replace("00:00 <|video|>", "<|video|>")
+    expected = gemma_media.expanded(PROCESSOR, text, counts, known)
+    assert "00:04 <boi>" in expected
+    checks.check_tokens(case, record, expected)
 
 
 def test_logits(case):
     checks.check_logits(case, RECORDS, inputs_of(case))
+
+
+def test_logits_about_videos(case):
+    """Alone, behind images, and several, in one batch."""
+    checks.check_logits(case, FILMED, inputs_of(case))
 
 
 @pytest.mark.slow
@@ -158,6 +180,12 @@ def test_greedy_decoding(case, monkeypatch):
 def test_greedy_decoding_of_a_few_tokens(case, monkeypatch):
     gemma_media.only_in_prompts(case, monkeypatch)
     checks.check_greedy(case, RECORDS[:2], inputs_of(case), length=6)
+
+
+@pytest.mark.parametrize("length", [6, pytest.param(64, marks=pytest.mark.slow)])
+def test_greedy_decoding_about_videos(case, monkeypatch, length):
+    gemma_media.only_in_prompts(case, monkeypatch)
+    checks.check_greedy(case, FILMED if length > 6 else FILMED[:2], inputs_of(case), length)
 
 
 def test_round_trip(case, tmp_path):

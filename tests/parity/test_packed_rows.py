@@ -80,7 +80,7 @@ def test_log_probs_and_gradients(name, family_case, tmp_path_factory):
     """Whatever stands beside a record, in however many rows and groups, and in float64."""
     case = case_of(name, family_case, tmp_path_factory)
     sees = case.processor.images is not None
-    tokenized, padded = checks.batch_of(case, records(sees))
+    tokenized, padded = checks.batch_of(case, [*records(sees), *families.filmed(name)])
     assert any(row.shows_later for row in tokenized) == sees
     with jax.enable_x64(True):
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), case.params)
@@ -128,7 +128,7 @@ def test_log_probs_and_gradients(name, family_case, tmp_path_factory):
 def test_responses_to_a_shared_prompt(name, family_case):
     """Their log-probs are those of every response behind a prompt of its own, in float64."""
     case = family_case(name)
-    whole = families.records(name)
+    whole = [*families.records(name), *families.filmed(name)]
     alone = [
         dataclasses.replace(record, responses=(response,))
         for record in whole

@@ -68,6 +68,10 @@ CLIP = {
     "num_additional_image_tokens": 1,
     "vision_feature_select_strategy": "default",
 }
+AUDIO = {"feature_extractor": {"feature_extractor_type": "Gemma4AudioFeatureExtractor"}}
+UNIFIED_AUDIO = {
+    "feature_extractor": {"feature_extractor_type": "Gemma4UnifiedAudioFeatureExtractor"}
+}
 PROCESSORS = {
     "llava": ("LlavaProcessor", CLIP),
     "llava_next": ("LlavaNextProcessor", CLIP),
@@ -83,6 +87,8 @@ PROCESSORS = {
     "qwen3_vl_moe": ("Qwen3VLProcessor", {}),
     "qwen3_5": ("Qwen3VLProcessor", {}),
     "qwen3_5_moe": ("Qwen3VLProcessor", {}),
+    **dict.fromkeys(families.GEMMA4, ("Gemma4Processor", AUDIO)),
+    "gemma4_unified": ("Gemma4UnifiedProcessor", UNIFIED_AUDIO),
 }
 """Of transformers, with what their files say beside the processors of images and videos."""
 VIDEO_PROCESSORS = {
@@ -93,7 +99,10 @@ VIDEO_PROCESSORS = {
     "qwen3_vl_moe": "Qwen3VLVideoProcessor",
     "qwen3_5": "Qwen3VLVideoProcessor",
     "qwen3_5_moe": "Qwen3VLVideoProcessor",
+    **dict.fromkeys(families.GEMMA4, "Gemma4VideoProcessor"),
+    "gemma4_unified": "Gemma4UnifiedVideoProcessor",
 }
+WITH_TORCHVISION = importlib.util.find_spec("torchvision") is not None
 OLD, NEW = "transformers 4", "transformers 5"
 
 
@@ -144,7 +153,7 @@ def test_what_lies_beside_the_weights_is_carried(source, tmp_path, family):
     assert ours.fingerprints() == case.processor.fingerprints()
     assert theirs.get_vocab() == case.processor.tokenizer.get_vocab()
     assert theirs.chat_template == case.processor.tokenizer.chat_template
-    if family in PROCESSORS:
+    if family in PROCESSORS and (WITH_TORCHVISION or family != "gemma4_unified"):
         images = transformers.AutoImageProcessor.from_pretrained(saved, backend="pil")
         assert images.to_dict() == case.processor.image_processor.to_dict()
         assert json.loads((saved / "preprocessor_config.json").read_text())
@@ -156,7 +165,7 @@ def test_what_lies_beside_the_weights_is_carried(source, tmp_path, family):
 def test_the_processor_of_transformers(source, tmp_path, family):
     """It loads from the saved folder, and makes of a prompt what ours does."""
     wants = family in (*VIDEO_PROCESSORS, "mistral3")
-    if wants and importlib.util.find_spec("torchvision") is None:
+    if wants and not WITH_TORCHVISION:
         pytest.skip("its processor needs torchvision")
     case, saved = source(family), tmp_path / "saved"
     save_model(saved, case.model, case.params, case.folder)

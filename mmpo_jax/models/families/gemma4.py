@@ -10,8 +10,7 @@ Tokens of an image see one another in local layers alone.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -19,11 +18,10 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from mmpo_jax.core.errors import DataError
-from mmpo_jax.models import decoder, vision_gemma
-from mmpo_jax.models.config import DecoderConfig, ModelConfig, ModelError, expect
+from mmpo_jax.models import decoder, gemma_media, vision_gemma
+from mmpo_jax.models.config import DecoderConfig, ModelError, expect
 from mmpo_jax.models.families.gemma import FULL, SLIDING
-from mmpo_jax.models.family import Family, Images, Size
+from mmpo_jax.models.family import Family, Images, Videos
 from mmpo_jax.models.layer_kinds import (
     AttentionConfig,
     ExpertsConfig,
@@ -32,7 +30,6 @@ from mmpo_jax.models.layer_kinds import (
     PerLayerConfig,
 )
 from mmpo_jax.models.layers import ACTIVATIONS, unit_norm
-from mmpo_jax.models.layout import Layout
 from mmpo_jax.models.linear import linear
 from mmpo_jax.models.rope import read_rope
 from mmpo_jax.models.vision_gemma import GemmaVisionConfig, GemmaVisionTower, read_vision
@@ -40,11 +37,10 @@ from mmpo_jax.models.vlm import VisionLanguageModel
 
 
 @dataclasses.dataclass(frozen=True)
-class Gemma4Config(ModelConfig):
+class Gemma4Config(gemma_media.GemmaMediaConfig):
     """Gemma 4's own switches."""
 
     vision: GemmaVisionConfig
-    image_token_id: int
 
 
 def read_config(config: Any) -> Gemma4Config:
@@ -59,6 +55,7 @@ def read_config(config: Any) -> Gemma4Config:
         decoder=read_gemma4(config.text_config, config.tie_word_embeddings),
         vision=read_vision(config.vision_config),
         image_token_id=config.image_token_id,
+        video_token_id=config.video_token_id,
     )
 
 
@@ -196,7 +193,7 @@ class Embedder(nnx.Module):
 
 
 class Gemma4(VisionLanguageModel):
-    """Every slot of a prompt is an image, its patches line by line."""
+    """Every slot of a prompt is an image or some frames, their patches line by line."""
 
     def __init__(self, config: Gemma4Config, rngs: nnx.Rngs):
         super().__init__(config, rngs)
@@ -213,54 +210,9 @@ class Gemma4(VisionLanguageModel):
     def image_features(self, batch, remat):
         b, i = batch.pixel_values.shape[:2]
         pixels = batch.pixel_values.reshape(b * i, *batch.pixel_values.shape[2:])
-        features = self.vision_tower(pixels, batch.patches["grid"].reshape(b * i, 2), remat)
+        features = self.vision_tower(pixels, batch.patches["grid"].reshape(b * i, 3), remat)
         features = self.multi_modal_projector(features)
         return features.reshape(b, -1, features.shape[-1])
-
-
-def grid_of(square: int, tokens: int, size: Size) -> tuple[int, int]:
-    """Columns and rows of squares that an image becomes: as many as there are tokens for, in about
-    its own shape.
-
-    Args:
-      square: pixels along the edge of one.
-      tokens: squares at most.
-      size: of the image.
-
-    Raises:
-      DataError: it is too long and narrow.
-    """
-    height, width = size
-    factor = math.sqrt(tokens * square**2 / (height * width))
-    columns, rows = (math.floor(factor * edge / square) for edge in (width, height))
-    if not rows and not columns:
-        raise DataError(f"{height} x {width} pixels are too few for {tokens} tokens")
-    if not rows:
-        rows, columns = 1, min(width // height, tokens)
-    elif not columns:
-        columns, rows = 1, min(height // width, tokens)
-    return columns, rows
-
-
-def layouts(config: Gemma4Config, processor: Any, sizes: Sequence[Size]) -> list[Layout]:
-    tokens, square = processor.max_soft_tokens, config.vision.pool * config.vision.patch_size
-    made = []
-    for size in sizes:
-        columns, rows = grid_of(square, tokens, size)
-        layout = Layout.plain(config.image_token_id, columns * rows)
-        row, column = np.divmod(np.arange(columns * rows, dtype=np.int32), columns)
-        steps = np.stack([np.zeros_like(row), row, column])
-        made.append(dataclasses.replace(layout, features=tokens, steps=steps))
-    return made
-
-
-def describe(config: Gemma4Config, media: Sequence[Layout], slots: int) -> dict[str, np.ndarray]:
-    """Columns and rows of every image's patches."""
-    grid = np.zeros((slots, 2), np.int32)
-    for number, layout in enumerate(media):
-        assert layout.steps is not None
-        grid[number] = config.vision.pool * (1 + layout.steps[:0:-1].max(axis=1))
-    return {"grid": grid}
 
 
 def pixels(config: Gemma4Config, processor: Any, images: Sequence[Any]) -> list[np.ndarray]:
@@ -269,21 +221,10 @@ def pixels(config: Gemma4Config, processor: Any, images: Sequence[Any]) -> list[
     return [np.asarray(pixels, np.float32) for pixels in made]
 
 
-def check_processor(config: Any, processor: Any) -> None:
-    """
-    Raises:
-      ModelError: it makes other patches than the tower takes, or none.
-    """
-    tower, file = config.vision, "preprocessor_config.json"
-    expect(processor.do_resize, (True,), f"{file}: do_resize")
-    expect(processor.patch_size, (tower.patch_size,), f"{file}: patch_size")
-    expect(processor.pooling_kernel_size, (tower.pool,), f"{file}: pooling_kernel_size")
-
-
-def frame_image(tokenizer: Any, layout: Layout) -> Layout:
-    """With the tokens in front of and behind an image."""
-    ids = [tokenizer.boi_token_id, *layout.ids, tokenizer.eoi_token_id]
-    return dataclasses.replace(layout, ids=np.array(ids, np.int32))
+def video_pixels(
+    config: Gemma4Config, settings: Mapping[str, Any], videos: Sequence[Sequence[Any]]
+) -> list[np.ndarray]:
+    return gemma_media.video_pixels(config, settings, videos, config.vision.patch_size)
 
 
 def tensor_shapes(config: Gemma4Config) -> dict[str, tuple[int, ...]]:
@@ -317,6 +258,15 @@ WRITE_KEYS = (
     (r"^(?!lm_head)", "model."),
 )
 
+VIDEOS = Videos(
+    placeholder=gemma_media.video_token,
+    settings=gemma_media.VIDEO_FILE,
+    read_settings=gemma_media.read_video_settings,
+    layouts=gemma_media.video_layouts,
+    pixels=video_pixels,
+    frame=gemma_media.frame_video,
+)
+
 FAMILY = Family(
     model_types=("gemma4",),
     read_config=read_config,
@@ -341,11 +291,13 @@ FAMILY = Family(
             processor.max_soft_tokens * config.vision.pool**2,
             config.vision.patch_inputs,
         ),
-        layouts=layouts,
+        layouts=gemma_media.layouts,
         pixels=pixels,
         sized=True,
-        frame=frame_image,
-        describe=describe,
-        check=check_processor,
+        frame=gemma_media.frame_image,
+        spelled=gemma_media.spelled,
+        describe=gemma_media.describe,
+        check=gemma_media.check_processor,
     ),
+    videos=VIDEOS,
 )

@@ -7,7 +7,7 @@ Tokens of an image see one another in all layers.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,22 +15,20 @@ import transformers
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from mmpo_jax.models import decoder, torch_resize, vision_squares
-from mmpo_jax.models.config import ModelConfig, ModelError
+from mmpo_jax.models import decoder, gemma_media, torch_resize, vision_squares
+from mmpo_jax.models.config import ModelError
 from mmpo_jax.models.families import gemma4
 from mmpo_jax.models.family import Images
-from mmpo_jax.models.layout import Layout
 from mmpo_jax.models.vision_gemma import SOFT_TOKENS
 from mmpo_jax.models.vision_squares import SquareEmbedder, SquaresConfig
 from mmpo_jax.models.vlm import VisionLanguageModel
 
 
 @dataclasses.dataclass(frozen=True)
-class Gemma4UnifiedConfig(ModelConfig):
+class Gemma4UnifiedConfig(gemma_media.GemmaMediaConfig):
     """The 12B's own switches."""
 
     vision: SquaresConfig
-    image_token_id: int
 
 
 def read_config(config: Any) -> Gemma4UnifiedConfig:
@@ -58,11 +56,12 @@ def read_config(config: Any) -> Gemma4UnifiedConfig:
             rms_norm_eps=vision.rms_norm_eps,
         ),
         image_token_id=config.image_token_id,
+        video_token_id=config.video_token_id,
     )
 
 
 class Gemma4Unified(VisionLanguageModel):
-    """Every slot of a prompt is an image, its squares line by line."""
+    """Every slot of a prompt is an image or some frames, their squares line by line."""
 
     def __init__(self, config: Gemma4UnifiedConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs)
@@ -79,7 +78,7 @@ class Gemma4Unified(VisionLanguageModel):
         del remat
         b, i = batch.pixel_values.shape[:2]
         pixels = batch.pixel_values.reshape(b * i, *batch.pixel_values.shape[2:])
-        features = self.vision_tower(pixels, batch.patches["grid"].reshape(b * i, 2))
+        features = self.vision_tower(pixels, batch.patches["grid"].reshape(b * i, 3))
         features = self.multi_modal_projector(features)
         return features.reshape(b, -1, features.shape[-1])
 
@@ -99,7 +98,7 @@ class Gemma4UnifiedImageProcessorPil(transformers.Gemma4ImageProcessorPil):
         """uint8[C, h, w] of uint8[C, H, W]."""
         edge, tokens = pooling_kernel_size * patch_size, max_patches // pooling_kernel_size**2
         _, height, width = image.shape
-        columns, rows = gemma4.grid_of(edge, tokens, (height, width))
+        columns, rows = gemma_media.grid_of(edge, tokens, (height, width))
         return torch_resize.resize(image, (rows * edge, columns * edge), resample)
 
     def rescale(self, image: np.ndarray, scale: float, *_: Any, **__: Any) -> np.ndarray:
@@ -122,16 +121,10 @@ def pixels(config: Gemma4UnifiedConfig, processor: Any, images: Sequence[Any]) -
     return made
 
 
-def describe(
-    config: Gemma4UnifiedConfig, media: Sequence[Layout], slots: int
-) -> dict[str, np.ndarray]:
-    """Columns and rows of every image's squares."""
-    del config
-    grid = np.zeros((slots, 2), np.int32)
-    for number, layout in enumerate(media):
-        assert layout.steps is not None
-        grid[number] = 1 + layout.steps[:0:-1].max(axis=1)
-    return {"grid": grid}
+def video_pixels(
+    config: Gemma4UnifiedConfig, settings: Mapping[str, Any], videos: Sequence[Sequence[Any]]
+) -> list[np.ndarray]:
+    return gemma_media.video_pixels(config, settings, videos, config.edge)
 
 
 def check_processor(config: Gemma4UnifiedConfig, processor: Any) -> None:
@@ -139,7 +132,7 @@ def check_processor(config: Gemma4UnifiedConfig, processor: Any) -> None:
     Raises:
       ModelError: it makes other squares than the model takes, or more than its windows hold.
     """
-    gemma4.check_processor(config, processor)
+    gemma_media.check_processor(config, processor)
     windows = [
         layer.window for layer in config.decoder.attentions if layer.window and layer.sees_images
     ]
@@ -199,11 +192,13 @@ FAMILY = dataclasses.replace(
         placeholders=lambda config: (config.image_token_id,),
         slot_shape=lambda config: (SOFT_TOKENS, config.vision.inputs),
         slot_shape_of=lambda config, processor: (processor.max_soft_tokens, config.vision.inputs),
-        layouts=gemma4.layouts,
+        layouts=gemma_media.layouts,
         pixels=pixels,
         sized=True,
-        frame=gemma4.frame_image,
-        describe=describe,
+        frame=gemma_media.frame_image,
+        spelled=gemma_media.spelled,
+        describe=gemma_media.describe,
         check=check_processor,
     ),
+    videos=dataclasses.replace(gemma4.VIDEOS, pixels=video_pixels),
 )

@@ -19,6 +19,7 @@ from mmpo_jax.models.family import Clip, Family, Size, Videos
 from mmpo_jax.models.frame_sampling import FRAME_RATE, whole_patches
 from mmpo_jax.models.layout import Layout
 from mmpo_jax.models.qwen_media import QwenVLConfig
+from mmpo_jax.models.torch_resize import frame_size
 from mmpo_jax.models.vision_qwen import read_vision
 from mmpo_jax.models.vlm import VisionLanguageModel
 
@@ -95,9 +96,7 @@ def video_pixels(
       DataError: the frames of a video are not of one size.
     """
     processor = qwen_media.frame_processor(config, settings, {})
-    sizes = [
-        _frame_size(config, settings, len(clip), qwen_media.frame_size(clip)) for clip in clips
-    ]
+    sizes = [_frame_size(config, settings, len(clip), frame_size(clip)) for clip in clips]
     return [
         qwen_media.clip_pixels(config, processor, clip, size)
         for clip, size in zip(clips, sizes, strict=True)

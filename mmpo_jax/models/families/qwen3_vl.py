@@ -18,6 +18,7 @@ from mmpo_jax.models.family import Clip, Family, Size, Videos
 from mmpo_jax.models.frame_sampling import FRAME_RATE, from_end_to_end
 from mmpo_jax.models.layout import Layout
 from mmpo_jax.models.qwen_media import QwenVLConfig
+from mmpo_jax.models.torch_resize import frame_size
 from mmpo_jax.models.vision_qwen import read_deep_vision
 from mmpo_jax.models.vlm import VisionLanguageModel
 
@@ -101,7 +102,7 @@ def video_pixels(
     processor = qwen_media.frame_processor(config, settings, VIDEO_DEFAULTS)
     made = []
     for clip in clips:
-        size = _frame_size(config, settings, len(clip), qwen_media.frame_size(clip))
+        size = _frame_size(config, settings, len(clip), frame_size(clip))
         made.append(qwen_media.clip_pixels(config, processor, clip, size))
     return made
 
