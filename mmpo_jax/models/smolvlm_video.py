@@ -33,7 +33,7 @@ SETTINGS = (
 """Settings that a video processor shares with the image processor."""
 
 LARGEST = 4096
-"""Pixels of a frame's longer edge at most, whatever `size` says."""
+"""Pixels of an image's or a frame's longer edge at most, whatever `size` says."""
 
 SMALL = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),

@@ -27,14 +27,12 @@ from mmpo_jax.models.frame_sampling import FRAME_RATE
 from mmpo_jax.models.layers import ACTIVATIONS
 from mmpo_jax.models.layout import Layout
 from mmpo_jax.models.linear import linear
+from mmpo_jax.models.smolvlm_video import LARGEST
 from mmpo_jax.models.tiles import TileModel
 from mmpo_jax.models.vision import VisionConfig
 
 VIDEO = "<video>"
 """What chat templates write for a video."""
-
-LARGEST = 4096
-"""Pixels of an image's longer edge at most, whatever a processor's `size` says."""
 
 
 @dataclasses.dataclass(frozen=True)
