@@ -237,6 +237,29 @@ def test_adapters_rollouts_selection_and_conversion(tmp_path, tiny_folder, count
     assert_same(*run_both(tmp_path, make, count))
 
 
+@pytest.mark.slow
+def test_a_run_above_a_quantised_base_is_gone_on_with(tmp_path, tiny_folder):
+    data = write_pairs(tmp_path / "data", 21)
+    lora = {"target": "language_model/layers/.*/[qv]_proj", "rank": 2, "quantize_base": "int8"}
+
+    def make(folder):
+        keys = {"data": {"source": "file", "path": str(data)}, "lengths": LENGTHS}
+        keys["training"] = TRAINING | {"lora": lora}
+        models = {"first": tiny_folder, "second": folder / "first"}
+        return [
+            ["train", recipe(folder, name, **keys, model=str(model))]
+            for name, model in models.items()
+        ]
+
+    one, several = run_both(tmp_path, make, 2)
+    for name in ("first/metrics.jsonl", "second/metrics.jsonl"):
+        close(*(READERS[".jsonl"](folder / name) for folder in (one, several)), name)
+    for name in ("first", "second"):  # whose card names another folder
+        assert_same(one / name / "adapter", several / name / "adapter")
+    below = json.loads((several / "second" / "base" / "below.json").read_text())
+    assert below["model"] == str(tiny_folder)
+
+
 def align_commands(folder, rounds):
     overrides = {
         "rounds": rounds,
