@@ -137,6 +137,9 @@ def _rollouts(
         read = None if total is None else passes * total
         stages.scored("rollouts", policy, sizes, rows, config.compute_dtype, read)
     for asked in rollout.reward_models:
+        stages.notes.append(
+            f"the weights of the policy and of {asked.model} are not counted beside each other"
+        )
         reward_stages(
             stages,
             "rewards",

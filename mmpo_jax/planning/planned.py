@@ -16,6 +16,7 @@ from mmpo_jax.planning.collectives import summed
 from mmpo_jax.planning.commands import plan_stages
 from mmpo_jax.planning.compiling import Compiled, compile_program
 from mmpo_jax.planning.opened import open_config
+from mmpo_jax.planning.programs import BESIDE
 from mmpo_jax.planning.roofline import Roofline, roofline
 from mmpo_jax.planning.stages import Assumed, Run
 from mmpo_jax.planning.topology import Topology
@@ -37,6 +38,12 @@ class PlannedRun:
     roofline: Roofline | None
     """None where a device's peaks are not known."""
     fits: bool
+
+    @property
+    def peak(self) -> float | None:
+        """Bytes of a device at most, with what no compiler knows of; None where it was only
+        counted."""
+        return None if self.compiled is None else _peak(self.run, self.compiled)
 
     @property
     def seconds(self) -> float | None:
@@ -189,12 +196,16 @@ def decoder_of(recipe: Base) -> DecoderConfig:
     return opened.model.config.decoder
 
 
+def _peak(run: Run, compiled: Compiled) -> float:
+    return compiled.peak + run.program.held.get(BESIDE, 0.0)
+
+
 def judged(run: Run, topology: Topology, compiled: Compiled | None) -> PlannedRun:
     """A run with its roofline, and whether it fits: of one that was only counted, whether what it
     is given does."""
     memory = topology.chip.memory
     if compiled is not None:
-        fits = not compiled.refused and (memory is None or compiled.peak <= memory)
+        fits = not compiled.refused and (memory is None or _peak(run, compiled) <= memory)
     else:
         fits = memory is None or sum(run.program.held.values()) <= memory
     return PlannedRun(run, compiled, roofline(run.program, topology, compiled), fits)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mmpo_jax.checkpoints.train_state import TrainState
+from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.data.train_batch import TrainBatch
 from mmpo_jax.feedback.labeler import answer_probabilities
 from mmpo_jax.generation.caches import state_tokens
@@ -19,6 +20,7 @@ from mmpo_jax.generation.decoding import decode
 from mmpo_jax.generation.places import empty_pool, empty_rows, prefill
 from mmpo_jax.generation.refill import Layout, choose_layout, pool_sizes
 from mmpo_jax.models.attention import PLATFORM_BACKENDS
+from mmpo_jax.models.lora import cast_params
 from mmpo_jax.objectives.terms import needs
 from mmpo_jax.parallel.mesh import batch_shards, batch_spec
 from mmpo_jax.planning import abstract
@@ -50,6 +52,9 @@ from mmpo_jax.training.plan import micro_batch_size
 from mmpo_jax.training.step import make_step
 from mmpo_jax.training.validation import make_forward
 
+BESIDE = "beside"
+"""Name of what a device holds beside the arguments of a program: the training it samples for."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -69,13 +74,17 @@ class Program:
     work: Work
     """Of one run of it; of a decoding one of one token of every place."""
     held: Mapping[str, float]
-    """What a device holds while it runs, by name: "parameters", "optimizer", "batch", ..."""
+    """What a device holds while it runs, by name: "parameters", "optimizer", "batch", ..., and
+    `BESIDE`, which no compiler knows of."""
     gives: Mapping[str, float]
     """What one run brings: "pairs", "tokens", "responses", "questions"."""
     kept: float = 0.0
     """Bytes that a device keeps for the backward pass, roughly."""
     loops: int = 1
     """Trips of a loop that data end, of which `work` and `gives` are one."""
+    stays: float = 0.0
+    """Bytes that lie on a device between two steps of a training, but for weights that what samples
+    in between reads as they are."""
 
 
 def backend_of(opened: Opened, mesh: Mesh, dtype: Any) -> str:
@@ -205,10 +214,10 @@ def training(
     def lower() -> Any:
         return jax.jit(update, donate_argnums=0).lower(state, batch, taught)
 
-    params = state.params | state.frozen
+    params, computation = state.params | state.frozen, computation_of(opened, mesh, dtype)
     in_rows = dataclasses.replace(sizes, rows=micro * len(contexts))
     work = train_work(
-        computation_of(opened, mesh, dtype),
+        computation,
         params,
         state.params.keys(),
         in_rows,
@@ -233,10 +242,13 @@ def training(
     if waiting := local_bytes(state.optimizer, on_host=True):
         told += f", {waiting / 2**30:.2f} GiB a device on its host"
     gives = {"pairs": config.batch_size, "tokens": in_rows.tokens * count}
-    computation = computation_of(opened, mesh, dtype)
     kept = kept_bytes(computation, params, state.params.keys(), in_rows, config.remat)
+    read = flatten(jax.eval_shape(lambda tree: cast_params(tree, dtype), unflatten(params)))
+    as_they_are = [leaf for path, leaf in params.items() if read[path].dtype == leaf.dtype]
+    stays = sum(held.values()) - held["batch"] - local_bytes(as_they_are)
     return Program(
-        "train step", opened.name, mesh, dtype.name, told, lower, work, held, gives, kept
+        *("train step", opened.name, mesh, dtype.name, told, lower, work, held, gives, kept),
+        stays=stays,
     )
 
 

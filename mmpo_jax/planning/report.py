@@ -50,7 +50,7 @@ def told_choices(choices: Sequence[Choice]) -> str:
     """What a search has compiled, the fastest that fits in front."""
     rows = []
     for choice in choices:
-        peaks = [run.compiled.peak for run in choice.planned.runs if run.compiled is not None]
+        peaks = [run.peak for run in choice.planned.runs if run.peak is not None]
         rows.append(
             [
                 choice.overrides,
@@ -77,7 +77,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def _memory(runs: Sequence[PlannedRun]) -> list[str]:
-    peaks = [run.compiled.peak for run in runs if run.compiled is not None]
+    peaks = [run.peak for run in runs if run.peak is not None]
     name, unit = ("GiB", GIB) if max(peaks, default=GIB) >= GIB / 10 else ("MiB", 2**20)
     rows = [_memory_row(run, unit) for run in runs]
     return [f"{name} of a device:", *table(MEMORY, rows)]
@@ -88,7 +88,7 @@ def _memory_row(run: PlannedRun, unit: int) -> list[str]:
     parameters, optimizer = held["parameters"], held.get("optimizer", 0.0)
     other = sum(held.values()) - parameters - optimizer
     temporaries = None if compiled is None else compiled.temporaries
-    peak = None if compiled is None else compiled.peak
+    peak = run.peak
     numbers = (parameters, optimizer, other, temporaries, peak)
     return [
         run.run.program.name,

@@ -20,7 +20,7 @@ from mmpo_jax.parallel.mesh import batch_shards, make_mesh
 from mmpo_jax.picture_world.source import PictureWorldData
 from mmpo_jax.planning.abstract import Sizes
 from mmpo_jax.planning.opened import Opened, open_config
-from mmpo_jax.planning.programs import Program, Sampled, generating, scoring, training
+from mmpo_jax.planning.programs import BESIDE, Program, Sampled, generating, scoring, training
 from mmpo_jax.planning.teaching import Teaching
 from mmpo_jax.recipes.base import Base, Devices
 from mmpo_jax.recipes.rollout import Rollout
@@ -61,6 +61,11 @@ class Run:
     program: Program
     runs: float | None
     """None where the number of rows is not known. Of a decoding one, in whole loops."""
+
+    def beside(self, size: float) -> Run:
+        """The run on devices that hold so many bytes for something else."""
+        held = {**self.program.held, BESIDE: size}
+        return dataclasses.replace(self, program=dataclasses.replace(self.program, held=held))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +151,8 @@ class Stages:
             )
             self.add("reference", [program], [_batches(records, rows)])
         step = training(opened, self.mesh, config, sizes, rollout, teaching)
+        if rollout is not None:  # all that was added so far runs between its steps
+            self.runs = [run.beside(step.stays) for run in self.runs]
         self.add("training", [step], [steps])
 
     def scored(

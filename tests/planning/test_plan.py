@@ -226,6 +226,14 @@ def test_programs_of_other_recipes(without_weights):
     )
     runs, _ = stages_of(grpo)
     assert [name for _, name in runs] == ["rollouts: prefill", "rollouts: decode", "train step"]
+    sampling, step = (runs[key].program for key in list(runs)[1:])
+    # Moments lie there while samples are drawn, and the weights are those that are read.
+    assert sampling.held["beside"] == step.held["optimizer"] > 0
+    narrow = {"objective": {"type": "grpo"}, "batch_size": 8, "compute_dtype": "bfloat16"}
+    runs, _ = stages_of(grpo.model_copy(update={"training": Training.model_validate(narrow)}))
+    sampling, step = (runs[key].program for key in list(runs)[1:])
+    both = step.held["optimizer"] + step.held["parameters"]  # float32, beside what is read
+    assert sampling.held["beside"] == both
     assert runs["training", "train step"].program.gives["pairs"] == 8
     options = {"reward_kl": 0.1, "minibatches": 2, "dynamic_sampling": 3}
     rloo = recipe_of(
@@ -303,6 +311,7 @@ def test_a_teacher_that_is_the_reference_has_no_weights_of_its_own(without_weigh
     runs, _ = stages_of(recipe_of(TrainRecipe, **own))
     program = runs["training", "train step"].program
     assert program.held["teacher"] == 0 < program.held["reference"]
+    assert runs["rollouts", "rollouts: decode"].program.held["beside"] >= program.held["reference"]
     with jax.set_mesh(program.mesh):
         assert program.lower().as_text()
     teacher = {"type": "model", "model": without_weights, "prompt_lengths": [4]}
