@@ -51,7 +51,7 @@ class HostBatch:
     """NumPy, micro-batches stacked on the leading axis."""
     ids: tuple[str, ...]
     """Ids of all rows of the global batch."""
-    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What is to be reported of it beside what the loss reports."""
     amounts: Amounts = dataclasses.field(default_factory=Amounts)
     """How much of the data is in it, over all processes."""

@@ -47,6 +47,9 @@ class Rollout(Section):
     place, for a batch at most so many batches (DAPO); 1 leaves out alone."""
     mask_truncated: bool = False
     """Whether samples that the length limit cut teach nothing; they still are compared with."""
+    max_failed: float = Field(0.5, ge=0, le=1)
+    """Share of a rollout's samples that may have no verdict of any reward before the run stops.
+    Rollouts are small, and such samples count as the mean of the others."""
     on_policy: float = Field(1.0, ge=0, le=1)
     """Share of the batches whose responses are sampled; the others have those of the data (GKD's
     lambda). For distillation, which needs no rewards."""
@@ -79,7 +82,8 @@ class Rollout(Section):
                 "`baseline: none`"
             )
         if not self.rewards:
-            for name in ("baseline", "scale", "aggregation", "reward_kl", "dynamic_sampling"):
+            of_rewards = ("baseline", "scale", "aggregation", "reward_kl", "dynamic_sampling")
+            for name in (*of_rewards, "max_failed"):
                 if self._says(name):
                     raise ValueError(f"{name}: is of rewards, and there are none")
         return self

@@ -31,7 +31,12 @@ from mmpo_jax.recipes.sampling import Decoding
 from mmpo_jax.recipes.training import Training
 from mmpo_jax.training.losses import contexts_of
 from mmpo_jax.training.rollout_batches import BatchSizes, RolloutBatches
-from mmpo_jax.training.rollout_rewards import Rewarding, reward_metrics
+from mmpo_jax.training.rollout_rewards import (
+    Rewarding,
+    check_truncated,
+    check_verdicts,
+    reward_metrics,
+)
 from mmpo_jax.training.row_use import best
 from mmpo_jax.training.step import whole_params
 from mmpo_jax.training.teacher import LoadedTeacher
@@ -44,7 +49,7 @@ class Sampled:
     record: TokenizedRecord
     """The prompt's record, with the samples as its responses."""
     rewards: Float[np.ndarray, "S K"]
-    """float32[S, K], before weights."""
+    """float32[S, K], before weights; NaN for no verdict."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +161,7 @@ class Rollouts:
         given = self._is_given(step)
         if given:
             kept = [Sampled(best(record), np.zeros((0, 0))) for record in self._next()]
-            metrics: dict[str, float] = {}
+            metrics: dict[str, Any] = {}
         else:
             kept, metrics = self._sampled(params, step)
         parts = self._parts(kept)
@@ -177,7 +182,7 @@ class Rollouts:
     def _next(self) -> list[TokenizedRecord]:
         return [self.records[int(index)] for index in next(self.order)]
 
-    def _sampled(self, params: Params, step: int) -> tuple[list[Sampled], dict[str, float]]:
+    def _sampled(self, params: Params, step: int) -> tuple[list[Sampled], dict[str, Any]]:
         """(the prompts to learn from, what is to be reported of all that were sampled)."""
         draws = self.rollout.dynamic_sampling or 1
         sampled: list[Sampled] = []
@@ -194,8 +199,11 @@ class Rollouts:
         if len(kept) < least:
             kept += [each for each in sampled if all(each is not one for one in kept)]
             kept = kept[:least]
-        finished = [r.source.finished for each in sampled for r in each.record.responses]
         rewards = np.stack([each.rewards for each in sampled])
+        if self.rollout.rewards:
+            check_verdicts(rewards, [each.record.id for each in sampled], self.rollout, step)
+        finished = 1 - np.array([_cut(each.record) for each in sampled])
+        check_truncated(finished > 0, self.rollout, step)
         metrics = {
             **reward_metrics(rewards, self.rewarding.weights),
             "completions/clipped_ratio": float(1 - np.mean(finished)),

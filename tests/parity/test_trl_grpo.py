@@ -20,6 +20,7 @@ from mmpo_jax.data.train_batch import TrainBatch
 from mmpo_jax.objectives.advantages import advantages
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.scoring.log_probs import score_batch
+from mmpo_jax.training.metrics import means
 from mmpo_jax.training.rollout_rewards import reward_metrics
 
 torch = pytest.importorskip("torch")
@@ -208,9 +209,9 @@ def test_metrics_of_rewards_equal_trl(make_trainer):
     """Of two rewards with weights, over all samples."""
     trainer, _, rewards = make_trainer()
     logged = trainer._metrics["train"]
-    ours = reward_metrics(
-        rewards.reshape(PROMPTS, SAMPLES, 2), dict(zip(("draw", "count"), WEIGHTS, strict=True))
-    )
+    weights = dict(zip(("draw", "count"), WEIGHTS, strict=True))
+    ours = means([reward_metrics(rewards.reshape(PROMPTS, SAMPLES, 2), weights)])
+    assert {ours.pop(f"rewards/{name}/missing_ratio") for name in weights} == {0.0}
     assert len(ours) == 7
     for name, value in ours.items():
         assert value == pytest.approx(logged[name][-1], rel=1e-5), name

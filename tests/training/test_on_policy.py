@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import signal
 import statistics
 
@@ -17,7 +18,7 @@ from pydantic import ValidationError
 from mmpo_jax.checkpoints.checkpoint import Checkpoint
 from mmpo_jax.checkpoints.steps import CheckpointError
 from mmpo_jax.commands.train import run_training
-from mmpo_jax.core.errors import Stopped
+from mmpo_jax.core.errors import DataError, Stopped
 from mmpo_jax.data.examples import Example
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.pipeline import MixtureEntry
@@ -26,14 +27,15 @@ from mmpo_jax.models.log_probs import response_log_probs
 from mmpo_jax.objectives.advantages import advantages
 from mmpo_jax.picture_world.language import CAPTION_PROMPTS
 from mmpo_jax.recipes.optimizers import AdamW
+from mmpo_jax.recipes.rewards import RewardSection
 from mmpo_jax.recipes.rollout import Rollout
 from mmpo_jax.recipes.train_recipe import TrainRecipe
 from mmpo_jax.recipes.training import Training
-from mmpo_jax.rewards.registry import Question
+from mmpo_jax.rewards.registry import Question, Value
 from mmpo_jax.training import loop
-from mmpo_jax.training.metrics import read_metrics
+from mmpo_jax.training.metrics import means, read_metrics
 from mmpo_jax.training.on_policy import Prompts, Rollouts, with_token_limit
-from mmpo_jax.training.rollout_rewards import without_gaps
+from mmpo_jax.training.rollout_rewards import check_verdicts, reward_metrics, without_gaps
 
 LENGTHS = Lengths(prompt=(24,), response=(4, 8))
 ROLLOUT = Rollout(
@@ -337,6 +339,48 @@ def test_the_limit_of_dr_grpo_is_the_rollouts():
     assert with_token_limit(config, ROLLOUT).objective[0].max_tokens == 6
 
 
+NAN = float("nan")
+
+
 def test_samples_without_a_verdict_count_as_the_mean_of_the_others():
-    rewards = np.array([[1, np.nan], [np.nan, np.nan], [4, np.nan]], np.float32)
+    rewards = np.array([[1, NAN], [NAN, NAN], [4, NAN]], np.float32)
     np.testing.assert_array_equal(without_gaps(rewards), [[1, 0], [2.5, 0], [4, 0]])
+
+
+def test_metrics_count_missing_verdicts():
+    """Means of a reward are over its verdicts, and left out where it gave none."""
+    rewards = np.array([[[1, NAN], [NAN, NAN]], [[4, NAN], [7, NAN]]], np.float32)
+    found = means([reward_metrics(rewards, {"iou": 1.0, "python": 2.0})])
+    assert found["rewards/iou/mean"] == pytest.approx(4)
+    assert found["rewards/iou/std"] == pytest.approx(3)
+    assert found["rewards/iou/missing_ratio"] == 0.25
+    assert found["rewards/python/missing_ratio"] == 1
+    assert not {"rewards/python/mean", "rewards/python/std"} & found.keys()
+    assert found["reward"] == pytest.approx((1 + 1 + 4 + 7) / 4)
+
+
+def test_samples_that_no_reward_judges_are_told_and_counted(caplog):
+    rollout = Rollout(rewards=[{"type": "iou"}, {"type": "think_format"}], max_failed=0.25)
+    rewards = np.ones((2, 2, 2), np.float32)
+    rewards[1, :, 1] = NAN
+    check_verdicts(rewards, ["a", "b"], rollout, 6)
+    assert not caplog.messages
+    rewards[:, :, 1] = NAN
+    check_verdicts(rewards, ["a", "b"], rollout, 6)
+    assert caplog.messages == ["rollout of step 7: think_format gave none of 4 samples a verdict"]
+    rewards[1, 0] = NAN
+    check_verdicts(rewards, ["a", "b"], rollout, 6)
+    told = "rollout of step 7: 1 of 4 samples have no verdict of any reward .* to prompt 'b'"
+    assert re.match(told, caplog.messages[1])
+    rewards[0, 0] = NAN
+    with pytest.raises(DataError, match=r"2 of 4 samples .*, and rollout\.max_failed allows 0\.25"):
+        check_verdicts(rewards, ["a", "b"], rollout, 6)
+
+
+def test_a_reward_that_never_gives_a_verdict_stops_the_run(run, tmp_path, monkeypatch):
+    def values(self, question, texts, tokens=()):
+        return [Value(NAN) for _ in texts]
+
+    monkeypatch.setattr(RewardSection, "values", values)
+    with pytest.raises(DataError, match="rollout of step 1: 16 of 16 samples have no verdict"):
+        run(tmp_path)

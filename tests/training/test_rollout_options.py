@@ -156,6 +156,14 @@ def test_truncated_samples_are_marked(rollouts, tiny_model):
     assert host.metrics["completions/clipped_ratio"] == pytest.approx((~ended).mean())
 
 
+def test_a_rollout_of_which_all_samples_are_cut_is_told(rollouts, tiny_model, caplog):
+    rollouts(max_new_tokens=1).draw(State(tiny_model[1]))
+    assert not caplog.messages
+    rollouts(max_new_tokens=1, mask_truncated=True).draw(State(tiny_model[1]))
+    (message,) = caplog.messages
+    assert "100 % of 8 samples were cut at rollout.max_new_tokens 1" in message
+
+
 def test_leaving_the_reference_costs(rollouts, tiny_model):
     """The sum over a sample's tokens of log pi_old - log ref, times `reward_kl`."""
     model, params = tiny_model
