@@ -65,7 +65,13 @@ def check_places(option: str, text: str | None, places: Iterable[str]) -> None:
 
 
 def as_list(value: Any) -> Any:
-    """A list, of one entry too that stands without brackets."""
+    """A list, of one entry too that stands without brackets.
+
+    Raises:
+      PydanticCustomError: it is null, which would be taken for an entry.
+    """
+    if value is None:
+        raise PydanticCustomError("no_list", "a list or a group of keys is wanted")
     return value if isinstance(value, list | tuple) else [value]
 
 
@@ -94,14 +100,14 @@ def section_of(
     return pydantic.create_model(title, __base__=base, __doc__=doc, **fields)
 
 
-def any_of(sections: Iterable[type[Section]]) -> Any:
-    """The annotation of a list of these sections, told apart by `type`; one entry may stand without
-    the brackets of a list."""
+def any_of(sections: Iterable[type[Section]], least: int = 1) -> Any:
+    """The annotation of a list of `least` or more of these sections, told apart by `type`; one
+    entry may stand without the brackets of a list."""
     one: Any = Annotated[functools.reduce(operator.or_, sections), Field(discriminator="type")]
     return Annotated[
         tuple[one, ...],
         pydantic.BeforeValidator(as_list),
-        Field(min_length=1),
+        Field(min_length=least),
     ]
 
 

@@ -92,5 +92,5 @@ SECTIONS = {
 if TYPE_CHECKING:
     Rewards = tuple[RewardSection | RewardModelReward, ...]
 else:
-    Rewards = any_of([*SECTIONS.values(), RewardModelReward])
-    """A list of rewards, or one of them, by `type`."""
+    Rewards = any_of([*SECTIONS.values(), RewardModelReward], least=0)
+    """A list of rewards, empty for none, or one of them, by `type`."""

@@ -130,6 +130,8 @@ def test_nearest_name_is_one_of_the_same_section(problem):
         ),
         ("training.objective=dpo", "training.objective: a group of keys is wanted (got 'dpo')"),
         ("training.objective=[]", "training.objective: must not be empty"),
+        ("training.objective=null", "training.objective: a list or a group of keys is wanted (got"),
+        ("data=null", "data: a list or a group of keys is wanted (got None)"),
         ("training.freeze=vision_tower", "training.freeze: a list is wanted (got 'vision_tower')"),
         ("training.epochs=true", "training.epochs: Input should be a valid integer (got True)"),
         ("devices.data=0", "devices.data"),
@@ -354,6 +356,16 @@ def test_every_config_loads_as_its_kind(path):
 
 def test_configs_are_there():
     assert {"picture_world_align.yaml", "picture_world_sft.yaml"} <= {path.name for path in CONFIGS}
+
+
+def test_an_override_takes_the_rewards_out_of_a_recipe():
+    """So that one of GRPO becomes one of distillation."""
+    grpo = PACKAGE.parent / "configs" / "picture_world_grpo.yaml"
+    taught = ("training.objective.type=distillation", "training.teacher={type: model, model: DIR}")
+    recipe = load_recipe(TrainRecipe, grpo, [*taught, "rollout.rewards=[]"])
+    assert recipe.rollout is not None and recipe.rollout.rewards == ()
+    with pytest.raises(RecipeError, match=r"rollout\.rewards: a list or a group of keys is wanted"):
+        load_recipe(TrainRecipe, grpo, [*taught, "rollout.rewards=null"])
 
 
 # Every option is read somewhere ------------------------------------------------------------------

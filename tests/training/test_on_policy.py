@@ -322,7 +322,7 @@ def test_rows_without_an_answer_are_left_out(tiny_folder, tmp_path):
             },
             "save_every must be a multiple of the steps of a rollout, .*, 3",
         ),
-        ({"rollout": {"rewards": []}}, "at least 1"),
+        ({"rollout": {"rewards": [], "max_new_tokens": 4}}, "grpo learns from rewards; give one"),
         ({"rollout": {"max_new_tokens": 4}}, "grpo learns from rewards; give one"),
         ({"rollout": {"rewards": [{"type": "iou"}], "top_p": 0.9}}, "top_p: .* whole distribution"),
         ({"rollout": {"rewards": [{"type": "iou"}], "top_k": 5}}, "top_k: .* whole distribution"),
