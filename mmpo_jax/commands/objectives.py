@@ -8,6 +8,7 @@ import difflib
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.objectives.catalog import OBJECTIVES
 from mmpo_jax.objectives.listing import render_objectives
+from mmpo_jax.recipes.methods import spelling
 from mmpo_jax.rewards import REWARDS
 from mmpo_jax.rewards.listing import render_rewards
 
@@ -22,8 +23,9 @@ def main(options: argparse.Namespace) -> None:
     unknown = sorted(set(names) - known.keys())
     if unknown:
         near = difflib.get_close_matches(unknown[0], known, n=3)
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
-        raise MmpoError(f"there is no objective or reward {unknown[0]!r}{hint}")
+        hint = spelling(unknown[0]) or (f"did you mean {', '.join(near)}?" if near else "")
+        told = f"; {hint}" if hint else ""
+        raise MmpoError(f"there is no objective or reward {unknown[0]!r}{told}")
     if not names or set(names) & OBJECTIVES.keys():
         print(render_objectives(names), end="\n\n")
     if not names or set(names) & REWARDS.keys():

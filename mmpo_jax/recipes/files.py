@@ -14,6 +14,8 @@ from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.sections import SECRET, Section
 from mmpo_jax.data.readers import TFDS
 from mmpo_jax.data.sources import FileData, LearnedFile
+from mmpo_jax.objectives.catalog import OBJECTIVES
+from mmpo_jax.recipes.methods import spelling
 
 SectionType = TypeVar("SectionType", bound=Section)
 Kind = type[pydantic.BaseModel]
@@ -229,6 +231,9 @@ def _unknown_tag(context: Mapping[str, Any]) -> str:
     """What `type` may be, the nearest if there is one: there are dozens of objectives."""
     given, key = str(context["tag"]), context["discriminator"].strip("'")
     known = [name.strip(" '") for name in context["expected_tags"].split(",")]
+    of_options = spelling(given)
+    if of_options is not None and known == [*OBJECTIVES]:
+        return f"{key}: there is no {given!r}; {of_options}"
     nearest = difflib.get_close_matches(given, known, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(nearest)}?" if nearest else f"known: {', '.join(known)}"
     return f"{key}: there is no {given!r}; {hint}"

@@ -222,6 +222,8 @@ def test_objectives_by_name(capsys):
     assert "\nmdpo\n  mDPO: " in capsys.readouterr().out
     assert cli.main(["objectives", "dppo"]) == 1
     assert "there is no objective or reward 'dppo'; did you mean dpo" in capsys.readouterr().err
+    assert cli.main(["objectives", "rloo"]) == 1
+    assert "'rloo'; write `training: {objective: {type: grpo, ratio" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ from mmpo_jax.recipes.feedback import (
 )
 from mmpo_jax.recipes.files import RecipeError, load_recipe
 from mmpo_jax.recipes.judging import JudgedAnswers
+from mmpo_jax.recipes.methods import METHODS
 from mmpo_jax.recipes.objectives import ObjectiveSection
 from mmpo_jax.recipes.rewards import RewardModelReward, RewardSection
 from mmpo_jax.recipes.rollout import Rollout
@@ -356,6 +357,26 @@ def test_every_config_loads_as_its_kind(path):
 
 def test_configs_are_there():
     assert {"picture_world_align.yaml", "picture_world_sft.yaml"} <= {path.name for path in CONFIGS}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_that_are_options_are_spelt(name, problem, tmp_path):
+    """The error names the keys, and these make a recipe."""
+    written = name.upper().replace("_", "-")
+    message = problem(f"training.objective.type={written}")
+    assert f"training.objective: type: there is no '{written}'; write `training: {{" in message
+    keys = [yaml.safe_load(part) for part in message.split("`")[1::2]]
+    assert {key: value for part in keys for key, value in part.items()} == METHODS[name]
+    recipe = yaml.safe_load((PACKAGE.parent / "configs" / "picture_world_grpo.yaml").read_text())
+    recipe["training"] |= METHODS[name]["training"]
+    rollout = METHODS[name].get("rollout", {})
+    sampled = OBJECTIVES[recipe["training"]["objective"]["type"]].kind == "rollouts"
+    if "teacher" in recipe["training"]:
+        recipe["rollout"]["rewards"] = []
+    recipe["rollout"] = recipe["rollout"] | rollout if sampled else None
+    if not sampled:
+        recipe["data"] = {"source": "file", "path": "pairs.jsonl"}
+    TrainRecipe.model_validate(recipe)
 
 
 def test_an_override_takes_the_rewards_out_of_a_recipe():
