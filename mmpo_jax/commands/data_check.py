@@ -202,7 +202,8 @@ def _sizes(record: Record) -> Iterator[tuple[int, int]]:
 
 def _note_duplicate(record: Record, rows_of: dict[str, int | None], findings: Findings) -> None:
     """Notes a row that says what an earlier one does."""
-    shown = [image.fingerprint() for image in _images(record)]
+    shown = [one.fingerprint() for one in _images(record)]
+    shown += [video.fingerprint() for video in record.videos]
     said = [(r.turns, r.prompt, r.rank, r.desirable) for r in record.responses]
     key = fingerprint_bytes(repr((shown, record.prompt, said)).encode())
     if key in rows_of:

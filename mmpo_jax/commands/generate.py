@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from mmpo_jax.checkpoints.checkpoint import Checkpoint, check_speaker, load_checkpoint
 from mmpo_jax.commands.results import Results
 from mmpo_jax.data.batching import fitting_lengths
+from mmpo_jax.data.formats.media_keys import said_of
 from mmpo_jax.data.formats.writing import messages, template_columns
 from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.data.records import Record, VideoRef
@@ -97,7 +98,7 @@ def _line(record: Record, responses: list[dict[str, Any]], results: Results) -> 
         line["images"] = [results.name_image(image) for image in record.images]
     if record.videos:
         line["videos"] = [
-            {"frames" if video.file is None else "video": _named(video, results), "fps": video.fps}
+            {"frames" if video.file is None else "video": _named(video, results), **said_of(video)}
             for video in record.videos
         ]
     said = messages(record.prompt, record)

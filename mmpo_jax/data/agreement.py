@@ -76,7 +76,7 @@ def _digest(media: MediaRef) -> str:
 def _state(media: MediaRef) -> Any:
     """What is the same for the same file on one file system, and for equal bytes in rows."""
     if isinstance(media, VideoRef):
-        return [media.fps, [_state(part) for part in media.parts]]
+        return [media.fps, media.seconds, [_state(part) for part in media.parts]]
     if media.path is None:
         return media.fingerprint()
     edit = None if media.edit is None else dataclasses.asdict(media.edit)

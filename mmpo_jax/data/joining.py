@@ -97,7 +97,10 @@ def _prompt_key(record: Record) -> Any:
     return (
         record.prompt,
         tuple(map(_image_key, record.images)),
-        tuple((tuple(map(_image_key, video.parts)), video.fps) for video in record.videos),
+        tuple(
+            (tuple(map(_image_key, video.parts)), video.fps, video.seconds)
+            for video in record.videos
+        ),
         None if others is None else tuple(map(_image_key, others)),
         record.source,
         json.dumps(record.template, sort_keys=True, default=repr),

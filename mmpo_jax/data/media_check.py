@@ -9,7 +9,7 @@ from mmpo_jax.core.processes import check_same, in_shares
 from mmpo_jax.data.images import image_problem, image_size
 from mmpo_jax.data.records import ImageRef, Record, VideoRef
 from mmpo_jax.data.skipped import Problem, SkippedRow
-from mmpo_jax.data.videos import video_facts, video_problem
+from mmpo_jax.data.videos import cut_problem, video_facts, video_problem
 
 
 def check_images(
@@ -47,14 +47,15 @@ def check_images(
 def media_problem(record: Record) -> Problem | None:
     """Why an image or a video of a record cannot be used; None where all can."""
     frames = [frame for video in record.videos for frame in video.frames]
-    files = [video.file for video in record.videos if video.file is not None]
     own = [image for response in record.responses for image in response.images or ()]
     for image in (*record.images, *(record.other_images or ()), *own, *frames):
         problem = image_problem(image)
         if problem is not None:
             return problem
-    for file in files:
-        problem = video_problem(file)
+    for video in record.videos:
+        if video.file is None:
+            continue
+        problem = video_problem(video.file) or cut_problem(video)
         if problem is not None:
             return problem
     uneven = next(filter(None, map(_uneven, record.videos)), None)

@@ -13,7 +13,7 @@ from mmpo_jax.core.errors import DataError
 from mmpo_jax.data.edits import edit_pixels, hide_squares
 from mmpo_jax.data.images import image_size, open_image
 from mmpo_jax.data.records import Edit, ImageRef, MediaRef, VideoRef
-from mmpo_jax.data.videos import read_frames, video_facts
+from mmpo_jax.data.videos import read_frames, shown_range, video_facts
 from mmpo_jax.models.family import Clip, Images, Videos
 from mmpo_jax.models.frame_sampling import FRAME_RATE
 
@@ -86,10 +86,11 @@ def clip_of(
     facts = video_facts(video)
     if video.fps is not None:
         settings = {**settings, "fps": video.fps, "num_frames": None, "do_sample_frames": True}
-    chosen = family.sample(settings, facts.frames, facts.rate)
+    among = shown_range(video)
+    chosen = family.sample(settings, len(among), facts.rate) + among.start
     rate = facts.rate or FRAME_RATE
-    times = tuple((chosen / rate).tolist())
-    shown = Clip(len(chosen), facts.size, len(chosen) / facts.frames * rate, times)
+    times = tuple((chosen / rate).tolist())  # in the file, as those of qwen-vl-utils are
+    shown = Clip(len(chosen), facts.size, len(chosen) / len(among) * rate, times)
     return shown, chosen.tolist()
 
 

@@ -29,6 +29,8 @@ class Notes:
     """Rows by column of another name that was read as the images."""
     unread_pictures: Counter[str] = dataclasses.field(default_factory=Counter)
     """Rows that show nothing, by column or key of messages that looks like one of pictures."""
+    media_keys: Counter[str] = dataclasses.field(default_factory=Counter)
+    """Rows by key of an image's or a video's entry that means nothing here."""
     left_out: Counter[str] = dataclasses.field(default_factory=Counter)
     """Responses that alone could not be used, by reason."""
     unread_ids: int = 0
@@ -70,6 +72,8 @@ class Notes:
             yield f"rows whose {TOKEN_IDS} are not read: {self.unread_ids}; the texts are tokenized"
         if self.ignored:
             yield f"columns that mean nothing here: {by_count(self.ignored)}"
+        if self.media_keys:
+            yield f"keys of images and videos that mean nothing here: {by_count(self.media_keys)}"
 
     def warnings(self) -> Iterator[str]:
         """What is likely to be a mistake."""

@@ -109,6 +109,7 @@ def parse_row(
     """The record of a row, or why it is left out; see `parse_rows`."""
     if named.format is not None:
         notes.formats[named.format] += 1
+    media.unread_keys.clear()
     try:
         if isinstance(named.row, UnusableRow):
             raise named.row
@@ -131,6 +132,7 @@ def parse_row(
         record = dataclasses.replace(record, own_id=named.own_id)
     if column is not None:
         notes.pictures_in[column] += 1
+    notes.media_keys.update(sorted(media.unread_keys))
     notes.add(record)
     return record
 

@@ -44,7 +44,7 @@ def pixel_key(images: Sequence[ImageRef], videos: Sequence[VideoRef]) -> Any:
     return (
         tuple((image.place, image.edit) for image in images),
         tuple(
-            (*((part.place, part.edit) for part in video.parts), (video.fps, None))
+            (*((part.place, part.edit) for part in video.parts), ((video.fps, video.seconds), None))
             for video in videos
         ),
     )

@@ -191,6 +191,8 @@ class VideoRef:
     """The encoded video, MP4 or WebM, which is where an image may be."""
     facts: VideoFacts | None = field(default=None, compare=False, repr=False)
     """What is known of the file."""
+    seconds: tuple[float | None, float | None] | None = None
+    """Beginning and end of what is shown of the file, None for the file's own; None for all."""
 
     def __post_init__(self) -> None:
         if bool(self.frames) == (self.file is not None):
@@ -209,13 +211,15 @@ class VideoRef:
         return replace(self, file=file)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the encoded frames or the file, and their rate.
+        """SHA-256 of the encoded frames or the file, their rate and what is shown of it.
 
         Raises:
           DataError: a file is missing or cannot be read.
         """
         whole = [] if self.file is None else ["file"]
-        return fingerprint_json([self.fps, [part.fingerprint() for part in self.parts], *whole])
+        cut = [] if self.seconds is None else [self.seconds]
+        parts = [part.fingerprint() for part in self.parts]
+        return fingerprint_json([self.fps, parts, *whole, *cut])
 
 
 MediaRef = ImageRef | VideoRef

@@ -52,7 +52,7 @@ from mmpo_jax.data.usable import limits_of
 
 log = logging.getLogger(__name__)
 
-RULES = 2
+RULES = 3
 """Part of the key: changes with what is made of the same rows."""
 PART_ROWS = 512
 PART_BYTES = 1 << 24

@@ -355,17 +355,19 @@ def _encode_image(image: ImageRef, encoded: list[bytes]) -> list[Any]:
 
 
 def _encode_file(video: VideoRef, encoded: list[bytes]) -> list[Any]:
-    """`_encode_image` of a video file, and how many frames it has and how many a second."""
+    """`_encode_image` of a video file, its frames, their rate, and the seconds that are shown."""
     assert video.file is not None
     facts = video_facts(video)
-    return [*_encode_ref(video.file, facts.size, encoded), facts.frames, facts.rate]
+    image = _encode_ref(video.file, facts.size, encoded)
+    return [*image, facts.frames, facts.rate, video.seconds]
 
 
 def _decode_file(name: str, fps: float | None, fields: list[Any], held: EncodedImage) -> VideoRef:
-    *image, frames, rate = fields
+    *image, frames, rate, seconds = fields
     file = _decode_image(image, held)
     assert file.size is not None
-    return VideoRef(name, fps=fps, file=file, facts=VideoFacts(frames, rate, file.size))
+    facts = VideoFacts(frames, rate, file.size)
+    return VideoRef(name, fps=fps, file=file, facts=facts, seconds=seconds and tuple(seconds))
 
 
 def _encode_ref(image: ImageRef, size: tuple[int, int], encoded: list[bytes]) -> list[Any]:

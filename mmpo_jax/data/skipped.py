@@ -46,6 +46,7 @@ SkipReason = Literal[
     "not_corrected",  # a language model did not say what is wrong in a way that could be read
     "no_dialogue",  # nothing after the first answer, where corrections are learned from
     "no_error",  # nothing to correct in a rejected response
+    "media_option",  # a key of an image or a video that would change what is shown of it
     "no_answer",  # nothing that the rewards could compare responses with
     "no_label",  # a response without a verdict, where they are learned from
     "no_other_image",  # none to change, and none given

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -56,6 +57,45 @@ def video_facts(video: VideoRef) -> VideoFacts:
     return VideoFacts(known["frames"], known["rate"], (height, width))
 
 
+def shown_range(video: VideoRef) -> range:
+    """The numbers of the frames of a video file among which those that are shown are chosen: all,
+    or those of its seconds, as qwen-vl-utils' `calculate_video_frame_range` has them.
+
+    Raises:
+      DataError: it cannot be decoded, says no rate, or has less than two frames in these seconds.
+      MmpoError: PyAV is not installed.
+    """
+    facts = video_facts(video)
+    if video.seconds is None:
+        return range(facts.frames)
+    if facts.rate is None:
+        raise DataError(f"video {video.name} does not say how many frames a second it has")
+    length = facts.frames / facts.rate
+    start, end = video.seconds
+    first = math.ceil(min(start or 0.0, length) * facts.rate)
+    last = facts.frames - 1
+    if end is not None:
+        last = min(last, math.floor(min(end, length) * facts.rate))
+    if first >= last:
+        until = f"{length:.2f}" if end is None else end
+        raise DataError(
+            f"video {video.name} has less than two frames between seconds {start or 0} and "
+            f"{until}: it has {facts.frames} in {length:.2f} seconds"
+        )
+    return range(first, last + 1)
+
+
+def cut_problem(video: VideoRef) -> Problem | None:
+    """Why the seconds that are to be shown of a sound video file cannot be; None where they can."""
+    if video.seconds is None:
+        return None
+    try:
+        shown_range(video)
+    except DataError as error:
+        return "bad_video_entry", str(error)
+    return None
+
+
 def read_frames(file: ImageRef, numbers: Sequence[int]) -> list[Image.Image]:
     """Frames of a video file in RGB; what the reference says to change is changed in each.
 
@@ -81,7 +121,8 @@ def read_frames(file: ImageRef, numbers: Sequence[int]) -> list[Image.Image]:
 
 
 def spread_frames(video: VideoRef, count: int) -> list[ImageRef]:
-    """Frames of a video as images, evenly over it: each is the middle of an equal part.
+    """Frames of what is shown of a video as images, evenly over it: each is the middle of an equal
+    part.
 
     Args:
       video: by its frames, which are given as they are; those of a file become PNG.
@@ -91,9 +132,9 @@ def spread_frames(video: VideoRef, count: int) -> list[ImageRef]:
       DataError: it cannot be decoded.
       MmpoError: PyAV is not installed.
     """
-    total = len(video.frames) if video.file is None else video_facts(video).frames
-    count = min(count, total)
-    numbers = [(2 * part + 1) * total // (2 * count) for part in range(count)]
+    shown = range(len(video.frames)) if video.file is None else shown_range(video)
+    count = min(count, len(shown))
+    numbers = [shown[(2 * part + 1) * len(shown) // (2 * count)] for part in range(count)]
     if video.file is None:
         return [video.frames[number] for number in numbers]
     decoded = read_frames(video.file, numbers)

@@ -47,7 +47,7 @@ ENCODED = [
     {"data": TEXT},
     {"url": URL},
     {"image_url": URL},
-    {"type": "image_url", "image_url": {"url": URL, "detail": "low"}},
+    {"type": "image_url", "image_url": {"url": URL, "detail": "auto"}},
     {"type": "input_image", "image_url": URL},
     {"type": "image", "image": TEXT},
     {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": TEXT}},

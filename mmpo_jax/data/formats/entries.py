@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
+from mmpo_jax.data.formats.media_keys import other_keys
 from mmpo_jax.data.rows import Row, brief
 from mmpo_jax.data.skipped import UnusableRow
 
@@ -31,6 +32,11 @@ _NESTED = ("image", "image_url", "url", "source", "input_image")
 """Keys of an entry that hold another."""
 _VIDEO = ("frames", "video", "video_url", "url", "path", "input_video")
 """Keys of a part that hold a video."""
+_HELD: Mapping[Kind, frozenset[str]] = {
+    "image": frozenset({*_DATA, *_NESTED, "path"}),
+    "video": frozenset({*_DATA, *_VIDEO}),
+}
+"""Keys of an entry that say which medium it is."""
 _MAX_DEPTH = 4
 _MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*", b"RIFF", b"BM")
 _ENCODED_MAGIC = ("iVBORw0KGgo", "/9j/", "R0lGOD", "SUkqA", "TU0AK", "UklGR")
@@ -127,6 +133,26 @@ def read_image(entry: Any, depth: int = 0) -> tuple[bytes | None, str | None]:
     raise UnusableRow("bad_image_entry", f"{brief(entry)} is neither a path nor bytes")
 
 
+def read_video(entry: Any) -> tuple[Any, dict[str, Any]]:
+    """(the file of a video, its frames or the folder with them; what else its entry says)."""
+    if not isinstance(entry, Mapping):
+        return entry, {}
+    said = said_beside(entry, "video")
+    shown: Any = entry
+    for _ in range(_MAX_DEPTH):
+        if any(shown.get(key) is not None for key in _DATA):
+            return {key: shown[key] for key in (*_DATA, "path") if key in shown}, said
+        shown = next((shown[key] for key in _VIDEO if shown.get(key) is not None), None)
+        if not isinstance(shown, Mapping):
+            break
+    return shown, said
+
+
+def said_beside(entry: Any, medium: Kind) -> dict[str, Any]:
+    """What an entry for a medium says beside which one it is, see `other_keys`."""
+    return other_keys(entry, _HELD[medium]) if isinstance(entry, Mapping) else {}
+
+
 def read_part(part: Mapping[str, Any]) -> tuple[Kind, Any] | None:
     """The medium that a message's content part names, and the entry for it; None where it names
     nothing, as parts do that stand for the next entry of the columns."""
@@ -135,12 +161,7 @@ def read_part(part: Mapping[str, Any]) -> tuple[Kind, Any] | None:
     given = {key: part[key] for key in keys if part.get(key) is not None}
     if medium is None or not given:
         return None
-    if medium == "image":
-        return medium, given
-    value = given[next(iter(given))]
-    if isinstance(value, Mapping):
-        return medium, value.get("url", value)
-    return medium, value if part.get("fps") is None else {"frames": value, "fps": part["fps"]}
+    return medium, {**given, **said_beside(part, medium)}
 
 
 def same_part(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:

@@ -1,7 +1,6 @@
 """The images and videos that a row names or holds."""
 
 import functools
-import math
 import os
 import posixpath
 from collections.abc import Mapping
@@ -13,12 +12,17 @@ from mmpo_jax.core.errors import DataError
 from mmpo_jax.core.files import walk
 from mmpo_jax.data.formats.entries import (
     IMAGE_ENDINGS,
+    PART_KINDS,
+    Kind,
     entries,
     is_video_file,
     is_video_name,
     read_image,
     read_part,
+    read_video,
+    said_beside,
 )
+from mmpo_jax.data.formats.media_keys import READ, read_rate, read_seconds, unread_keys
 from mmpo_jax.data.images import resolve_image
 from mmpo_jax.data.records import ImageRef, MediaRef, VideoRef
 from mmpo_jax.data.rows import Row, brief
@@ -45,6 +49,8 @@ class MediaFolder:
         """Folders of frames -> the images in them."""
         self.searched = False
         """Whether something was looked for everywhere, and not found."""
+        self.unread_keys: set[str] = set()
+        """Keys of entries that mean nothing here, since it was emptied."""
 
     def images(self, row: Row) -> tuple[ImageRef, ...]:
         """The images of the columns ``images`` or ``image``, in the order of `entries`.
@@ -77,9 +83,32 @@ class MediaFolder:
                     f"file_id {brief(part['file_id'])} is another service's; give a path or data"
                 )
                 raise UnusableRow("bad_image_entry", detail)
+            self._check_bare(part)
             return None
         medium, entry = named
         return self.image(entry) if medium == "image" else self.video(entry)
+
+    def _check_bare(self, part: Mapping[str, Any]) -> None:
+        """
+        Raises:
+          UnusableRow: a part that names nothing says how it is shown.
+        """
+        medium = PART_KINDS.get(str(part.get("type")))
+        if medium is None:
+            return
+        said = said_beside(part, medium)
+        if medium == "video" and any(name in said for name in READ):
+            detail = f"{brief(part)} names no video; say it where the video is named"
+            raise UnusableRow("media_option", detail)
+        self._count_unread(said, medium)
+
+    def _count_unread(self, said: Mapping[str, Any], medium: Kind) -> None:
+        """
+        Raises:
+          UnusableRow: a key would change what is shown, and is not read.
+        """
+        read = READ if medium == "video" else ()
+        self.unread_keys.update(unread_keys(said, medium, read))
 
     def image(self, entry: Any, *, deeper: bool = False) -> ImageRef:
         """An image as `read_image` takes it, such as its path, its encoded bytes or
@@ -89,8 +118,14 @@ class MediaFolder:
           deeper: a path may lie deeper than it says, as archives add folders on top.
 
         Raises:
-          UnusableRow: it is none of these, or there is no such file.
+          UnusableRow: it is none of these, there is no such file, or a key of the entry would
+            change what is shown.
         """
+        self._count_unread(said_beside(entry, "image"), "image")
+        return self._found(entry, deeper)
+
+    def _found(self, entry: Any, deeper: bool = False) -> ImageRef:
+        """The file that an entry names or holds."""
         data, path = read_image(entry)
         if data is None:
             assert path is not None
@@ -115,23 +150,26 @@ class MediaFolder:
     def video(self, entry: Any, number: int = 1) -> VideoRef:
         """A video given by its file, as an image is; or by its frames: their list, each as an image
         is, or the folder they lie in. With a rate as ``{"frames": ..., "fps": ...}``, which is that
-        of the frames, or of a file that of the frames to be chosen.
+        of the frames, or of a file that of the frames to be chosen; of a file also with
+        ``video_start`` and ``video_end``, in seconds.
 
         Raises:
           UnusableRow: it is none of these, or as `image`.
         """
-        frames, fps = entry, None
-        if isinstance(entry, Mapping):
-            frames, fps = entry.get("frames", entry.get("video")), entry.get("fps")
-            frames = entry if frames is None else frames
+        frames, said = read_video(entry)
+        self._count_unread(said, "video")
+        fps, seconds = read_rate(said), read_seconds(said)
         if isinstance(frames, list) and len(frames) == 1 and is_video_name(frames[0]):
             (frames,) = frames  # a list of several that holds one
         if is_video_file(frames) and not (isinstance(frames, str) and self._is_folder(frames)):
-            file = self.image(frames)
-            return VideoRef(file.name, fps=_rate(fps), file=file)
+            file = self._found(frames)
+            return VideoRef(file.name, fps=fps, file=file, seconds=seconds)
+        if seconds is not None:
+            detail = "video_start and video_end are of a video's file; leave frames out of a list"
+            raise UnusableRow("media_option", detail)
         if isinstance(frames, str) and frames and self._is_folder(frames):
             found = self.folder_video(frames).frames
-            return VideoRef(f"video {number} ({frames})", found, _rate(fps))
+            return VideoRef(f"video {number} ({frames})", found, fps)
         if not isinstance(frames, list) or not frames:
             detail = (
                 f"{brief(entry)} is no video: give its file (MP4, WebM), a list of its frames, or "
@@ -139,7 +177,7 @@ class MediaFolder:
             )
             raise UnusableRow("bad_video_entry", detail)
         found = tuple(self.image(frame) for frame in frames)
-        return VideoRef(f"video {number} (from {found[0].name} on)", found, _rate(fps))
+        return VideoRef(f"video {number} (from {found[0].name} on)", found, fps)
 
     def _is_folder(self, path: str) -> bool:
         return "://" not in path and _exists(self._resolve(path), folder=True)
@@ -213,15 +251,6 @@ def _numbers(name: str) -> list[tuple[int, str]]:
     """Sorts frame 10 behind frame 9."""
     parts = "".join(c if c.isdigit() else f"\0{c}\0" for c in name).split("\0")
     return [(int(part), "") if part.isdigit() else (-1, part) for part in parts if part]
-
-
-def _rate(fps: Any) -> float | None:
-    if fps is None:
-        return None
-    known = isinstance(fps, int | float) and not isinstance(fps, bool)
-    if not (known and fps > 0 and math.isfinite(fps)):
-        raise UnusableRow("bad_video_entry", f"fps {brief(fps)} is no positive number")
-    return fps
 
 
 def _exists(path: epath.Path, *, folder: bool) -> bool:

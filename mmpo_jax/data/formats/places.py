@@ -144,7 +144,7 @@ def _of_parts(
     named = [folder.part(part.part) if part.part is not None else None for part in parts]
     kind, waiting = medium.value, named.count(None)
     if len(column) == len(named) and all(map(_agree, named, column)):
-        # Of a video the column may know the rate, too.
+        # Of a video the column may know the rate and the seconds, too.
         pairs = zip(named, column, strict=True)
         return [one if isinstance(one, ImageRef) else other for one, other in pairs]
     if waiting != len(column):
@@ -164,7 +164,8 @@ def _agree(named: MediaRef | None, other: MediaRef) -> bool:
         return True
     if isinstance(named, VideoRef) and isinstance(other, VideoRef):
         same = len(named.frames) == len(other.frames) and named.fps in (None, other.fps)
-        return same and all(map(_agree, named.frames, other.frames))
+        same = same and named.seconds in (None, other.seconds)
+        return same and all(map(_agree, named.parts, other.parts))
     if not isinstance(named, ImageRef) or not isinstance(other, ImageRef):
         return False
     if named.path is not None and named.path == other.path:

@@ -309,5 +309,6 @@ FORMAT = Format(
     read=_read,
     write=_write,
     holds=MESSAGES
-    | {"source", "videos", "fps", "extra", "finished", "rank", "scores", "desirable", "token_ids"},
+    | {"source", "videos", "fps", "seconds", "extra", "finished", "rank", "scores", "desirable"}
+    | {"token_ids"},
 )

@@ -14,6 +14,7 @@ from etils import epath
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.files import fingerprint_bytes, write_atomic
 from mmpo_jax.data.formats.media import IN_THE_ROW
+from mmpo_jax.data.formats.media_keys import said_of
 from mmpo_jax.data.formats.tags import TAGS
 from mmpo_jax.data.images import image_format, name_below
 from mmpo_jax.data.records import (
@@ -50,9 +51,10 @@ def _responses(**fields: Any) -> Callable[[Record], Record]:
     )
 
 
-def _without_fps(record: Record) -> Record:
-    videos = tuple(dataclasses.replace(video, fps=None) for video in record.videos)
-    return dataclasses.replace(record, videos=videos)
+def _videos(**fields: Any) -> Callable[[Record], Record]:
+    return lambda record: dataclasses.replace(
+        record, videos=tuple(dataclasses.replace(video, **fields) for video in record.videos)
+    )
 
 
 def _turns(change: Callable[[Turn], Turn | None]) -> Callable[[Record], Record]:
@@ -74,7 +76,8 @@ STRIP: Mapping[str, Callable[[Record], Record]] = {
     "source": _record(source=None),
     "videos": _record(videos=()),
     "other_images": _record(other_images=None),
-    "fps": _without_fps,
+    "fps": _videos(fps=None),
+    "seconds": _videos(seconds=None),
     "system": _turns(lambda turn: None if turn.role in ("system", "developer") else turn),
     "places": _turns(lambda turn: dataclasses.replace(turn, content=turn.text)),
     "message keys": _turns(lambda turn: dataclasses.replace(turn, keys={})),
@@ -138,10 +141,10 @@ class Writer:
         file."""
         if video.file is not None:
             file = self.image(video.file)
-            rated = rate and video.fps is not None
-            return {"video": file, "fps": video.fps} if rated else file
+            said = {name: value for name, value in said_of(video).items() if value is not None}
+            return {"video": file, **said} if rate and said else file
         frames = [self.image(frame) for frame in video.frames]
-        return {"frames": frames, "fps": video.fps} if rate else frames
+        return {"frames": frames, **said_of(video)} if rate else frames
 
     def video_folder(self, video: VideoRef) -> str:
         """A folder with a video's frames, relative to `root`; a copy where they lie in none.
