@@ -27,8 +27,8 @@ RECIPES = {
 """Commands that run a recipe, of the class in `recipes.commands`: name -> help."""
 
 OTHERS = {
-    "convert": "Turn a run's Orbax checkpoint into a Hugging Face folder, or a folder into a "
-    "checkpoint.",
+    "convert": "Turn a run's Orbax checkpoint, or an adapter and its base merged, into a Hugging "
+    "Face folder; or a Hugging Face folder into a checkpoint.",
     "plan": "Say what a recipe takes of TPUs that are not there: memory, exchange, hours.",
     "objectives": "List the objectives and rewards with formula, source, options and what they "
     "need.",
@@ -167,9 +167,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         for name, help in OTHERS.items()
     }
     command = others["convert"]
-    command.add_argument("source", help="run, one step of it, Hugging Face folder or hub id")
+    command.add_argument("source", help="run, one step of it, adapter, Hugging Face folder, hub id")
     command.add_argument("target", help="new folder")
-    help = "of the weights; theirs by default, of a run the widest, so nothing is lost"
+    help = (
+        "of the weights; theirs by default, of a run or an adapter the widest, so nothing is lost"
+    )
     command.add_argument("--dtype", choices=get_args(SaveDtype), help=help)
     others["objectives"].add_argument("names", nargs="*", help="all by default")
     _add_plan(others["plan"])

@@ -1,4 +1,5 @@
-"""`mmpo convert`: a training run's checkpoint to a Hugging Face folder, and the way back."""
+"""`mmpo convert`: a training run's checkpoint, or an adapter merged into its base, to a Hugging Face
+folder, and the way back."""
 
 from __future__ import annotations
 
@@ -37,10 +38,11 @@ def convert(source: str, target: str, dtype: str | None = None) -> str:
 
     Args:
       source: a run, one step of it, or whatever else a recipe's `model` may name.
-      target: a folder that is not there yet, or a claim of it. Of a run it becomes a Hugging Face
-        folder, of everything else a folder that recipes can start from as from a run's.
+      target: a folder that is not there yet, or a claim of it. Of a run, and of an adapter, which
+        is merged into its base, it becomes a Hugging Face folder; of everything else a folder that
+        recipes can start from as from a run's.
       dtype: a `SaveDtype` that the weights are rounded to; None keeps theirs, of a run the widest,
-        which is float32 wherever matrices were trained.
+        which is float32 wherever matrices were trained, as it is of a merged adapter.
 
     Returns:
       What was written, for people.
@@ -53,15 +55,15 @@ def convert(source: str, target: str, dtype: str | None = None) -> str:
     location = locate(source)
     check_same_files(location)
     model = Model.create(load_model_config(location))
-    if location.is_orbax:
+    if location.is_orbax or location.adapters:
         with progress.doing(f"loading {location.weights}"):
             params = load_weights(location, model, make_mesh())
         if dtype is None and weights_dtype(params) == np.float32:  # else tensors keep theirs
             dtype = "float32"
-        _save_run(target, model, params, location, dtype, source)
+        _save_model(target, model, params, location, dtype, source)
         return f"Hugging Face folder: {target}"
     if dtype is not None and dtype != stored_dtype(dtype).name:
-        raise MmpoError(f"--dtype {dtype}: only a run's weights are rounded at random, on saving")
+        raise MmpoError(f"--dtype {dtype}: weights are rounded at random in Hugging Face folders")
     with progress.doing(f"loading {location.weights}"):
         params = load_weights(location, model, make_mesh(), dtype)
 
@@ -84,14 +86,15 @@ def _write_start(target: str, location: Location, params: Params) -> None:
     on_one(lambda: put_in_place(staging, target))
 
 
-def _save_run(
+def _save_model(
     target: str, model: Model, params: Params, location: Location, dtype: str | None, source: str
 ) -> None:
-    """Writes a run's weights, and says in log and card what its dtype keeps of the update."""
-    card = _card(location)
+    """Writes the weights of a run or of merged adapters, and says in log and card what their dtype
+    keeps of the update."""
+    card = None if location.adapters else _card(location)
     before = Before(None)
-    if dtype not in (None, "float32") and card is not None:
-        before = load_before(card, model, make_mesh())
+    if dtype not in (None, "float32"):
+        before = _before(location, card, model)
     with progress.doing(f"saving {target}"):
         share = save_model(
             *(target, model, params, location.base),
@@ -106,6 +109,15 @@ def _save_run(
     tell_saved(target, saved, source)
     if card is not None:
         write_card(target, dataclasses.replace(card, saved=saved))
+
+
+def _before(location: Location, card: ModelCard | None, model: Model) -> Before:
+    """What an update is counted from: the base of adapters, or what the card of a run names."""
+    if location.adapters:
+        base = dataclasses.replace(location, adapters=())
+        below = Model.create(load_model_config(base))
+        return Before(load_weights(base, below, make_mesh()))
+    return Before(None) if card is None else load_before(card, model, make_mesh())
 
 
 def _card(location: Location) -> ModelCard | None:

@@ -13,6 +13,7 @@ from helpers import checks, families  # noqa: E402
 
 from mmpo_jax.checkpoints.checkpoint import load_start  # noqa: E402
 from mmpo_jax.checkpoints.peft import CONFIG_FILE, load_adapter, save_adapter, with_adapter  # noqa: E402
+from mmpo_jax.commands.convert import convert  # noqa: E402
 from mmpo_jax.core.trees import flatten, unflatten  # noqa: E402
 from mmpo_jax.models.log_probs import response_log_probs  # noqa: E402
 from mmpo_jax.models.lora import (  # noqa: E402
@@ -301,6 +302,23 @@ def test_a_recipe_can_name_an_adapter(trained_elsewhere):
     assert (start.folder, start.model) == (str(folder), case.model)
     compare(case, theirs, start.params, 1e-4)
     assert start.fingerprint != load_start(str(case.folder)).fingerprint
+
+
+@pytest.mark.parametrize("trained_elsewhere", ["llava-everything"], indirect=True)
+def test_converting_an_adapter_merges_it(trained_elsewhere, tmp_path, caplog):
+    """Into a folder that transformers loads, which computes what PEFT does; in another dtype the
+    log says how much of the adapter is left."""
+    case, theirs, folder = trained_elsewhere
+    assert convert(str(folder), str(tmp_path / "out")) == f"Hugging Face folder: {tmp_path / 'out'}"
+    merged = dataclasses.replace(case, folder=tmp_path / "out")
+    compare(case, theirs, load_start(str(merged.folder)).params, 1e-4)
+    compare(case, load_theirs(merged), merge_adapters(load_start(str(folder)).params), 1e-4)
+    assert not (merged.folder / CONFIG_FILE).exists()
+    with caplog.at_level("INFO"):
+        convert(str(folder), str(tmp_path / "half"), "bfloat16")
+    assert "of the update is in the saved weights." in caplog.text
+    run = tmp_path / "run"
+    assert convert(str(merged.folder), str(run)) == f"Orbax checkpoint: {run}"
 
 
 @pytest.mark.parametrize(
