@@ -74,7 +74,15 @@ def case_of(name, family_case, tmp_path_factory):
     return checks.make_case(folder, model)
 
 
+@pytest.fixture
+def programs_let_go():
+    """Of a few families they have more memory mappings than Linux allows a process."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.mark.parametrize("name", [*PACKED, "sliding"])
+@pytest.mark.usefixtures("programs_let_go")
 @pytest.mark.slow
 def test_log_probs_and_gradients(name, family_case, tmp_path_factory):
     """Whatever stands beside a record, in however many rows and groups, and in float64."""
