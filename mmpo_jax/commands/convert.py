@@ -1,5 +1,5 @@
-"""`mmpo convert`: a training run's checkpoint, or an adapter merged into its base, to a Hugging Face
-folder, and the way back."""
+"""`mmpo convert`: a run's checkpoint, or an adapter merged into its base, to a Hugging Face folder,
+and the way back."""
 
 from __future__ import annotations
 

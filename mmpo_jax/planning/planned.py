@@ -61,7 +61,7 @@ class PlannedRun:
 
     @property
     def rates(self) -> dict[str, float]:
-        """What it brings in a second: "pairs", "tokens", ..."""
+        """What it brings in a second: "pairs", "prompts", "tokens", ..."""
         if self.roofline is None:
             return {}
         seconds = self.roofline.seconds

@@ -77,7 +77,7 @@ class Program:
     """What a device holds while it runs, by name: "parameters", "optimizer", "batch", ..., and
     `BESIDE`, which no compiler knows of."""
     gives: Mapping[str, float]
-    """What one run brings: "pairs", "tokens", "responses", "questions"."""
+    """What one run brings: "pairs", "prompts", "tokens", "responses", "questions"."""
     kept: float = 0.0
     """Bytes that a device keeps for the backward pass, roughly."""
     loops: int = 1
@@ -241,7 +241,7 @@ def training(
     }
     if waiting := local_bytes(state.optimizer, on_host=True):
         told += f", {waiting / 2**30:.2f} GiB a device on its host"
-    gives = {"pairs": config.batch_size, "tokens": in_rows.tokens * count}
+    gives = {_unit(config): config.batch_size, "tokens": in_rows.tokens * count}
     kept = kept_bytes(computation, params, state.params.keys(), in_rows, config.remat)
     read = flatten(jax.eval_shape(lambda tree: cast_params(tree, dtype), unflatten(params)))
     as_they_are = [leaf for path, leaf in params.items() if read[path].dtype == leaf.dtype]
@@ -250,6 +250,14 @@ def training(
         *("train step", opened.name, mesh, dtype.name, told, lower, work, held, gives, kept),
         stays=stays,
     )
+
+
+def _unit(config: Training) -> str:
+    """What `batch_size` counts: pairs, prompts that are sampled after, or rows of other kinds."""
+    kinds = {term.objective.kind for term in recipe_terms(config)}
+    if "rollouts" in kinds:
+        return "prompts"
+    return "pairs" if kinds & {"pairs", "rewards"} else "rows"
 
 
 def validation(opened: Opened, mesh: Mesh, config: Training, sizes: Sizes) -> Program:
@@ -342,8 +350,8 @@ def generating(
     }
     places = layout.rows * layout.places
     told = (
-        f"{layout.rows} rows of {layout.width} prompts of {sizes.prompt}, {layout.places} places "
-        f"of {decoding.max_new_tokens}"
+        f"{layout.rows} rows of {_counted(layout.width, 'prompt')} of {sizes.prompt}, "
+        f"{_counted(layout.places, 'place')} of {decoding.max_new_tokens}"
     )
     second = Program(
         f"{name}decode",
@@ -396,4 +404,8 @@ def _told(sizes: Sizes) -> str:
     told = f"{sizes.rows} x {sizes.prompt}"
     if sizes.responses:
         told += f" + {sizes.responses} x {sizes.response}"
-    return told + (f", {sizes.slots} slots" if sizes.slots else "")
+    return told + (f", {_counted(sizes.slots, 'slot')}" if sizes.slots else "")
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def test_a_recipe_without_weights(without_weights, tmp_path, capsys):
     assert "mesh data 1 x fsdp 4 x tensor 2" in capsys.readouterr().out
     plan = json.loads(figures.read_text())
     (program,) = plan["programs"]
-    assert (program["program"], program["shape"]) == ("log-probs", "8 x 24 + 2 x 32, 1 slots")
+    assert (program["program"], program["shape"]) == ("log-probs", "8 x 24 + 2 x 32, 1 slot")
     assert program["runs"] == 64 / 8
     given = program["bytes"]
     # What it holds by our count is what the compiler is given, but for what it does not read.
@@ -234,7 +235,10 @@ def test_programs_of_other_recipes(without_weights):
     sampling, step = (runs[key].program for key in list(runs)[1:])
     both = step.held["optimizer"] + step.held["parameters"]  # float32, beside what is read
     assert sampling.held["beside"] == both
-    assert runs["training", "train step"].program.gives["pairs"] == 8
+    step = runs["training", "train step"].program
+    assert step.gives["prompts"] == 8 and "pairs" not in step.gives
+    sampling = runs["rollouts", "rollouts: decode"].program
+    assert re.fullmatch(r"\d+ rows of 1 prompt of 24, 4 places of 32", sampling.shape)
     options = {"reward_kl": 0.1, "minibatches": 2, "dynamic_sampling": 3}
     rloo = recipe_of(
         TrainRecipe,
@@ -295,7 +299,7 @@ def test_a_teacher_is_planned(without_weights, tmp_path):
     only = ("train step",)
     made = planned.plan_recipe(recipe, cpus, Assumed(), optimised=False, only=only)
     (step,) = made.to_json()["programs"]
-    assert step["shape"].endswith("2 micro-batches, taught at 8 x 40 + 2 x 32, 1 slots")
+    assert step["shape"].endswith("2 micro-batches, taught at 8 x 40 + 2 x 32, 1 slot")
     mesh = make_mesh(fsdp=4, tensor=2)
     model = opened.open_config(larger, "auto").model
     given = step["bytes"]
