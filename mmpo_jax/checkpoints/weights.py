@@ -4,6 +4,7 @@ quantised."""
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -31,6 +32,8 @@ from mmpo_jax.models.quantized_base import as_quantized, quantize_base
 from mmpo_jax.models.reward_head import without_reward_head
 from mmpo_jax.models.vocabulary import TABLES
 from mmpo_jax.parallel.mesh import placed_shapes, put_params
+
+log = logging.getLogger(__name__)
 
 HEAD = "language_model/lm_head/kernel"
 """What the parameters have where the head is not the token embedding."""
@@ -65,6 +68,9 @@ def load_weights(
         quantised again.
     """
     _check_quantization(location, quantization)
+    if mesh is not None and "expert" in mesh.shape and not any(model.config.decoder.experts):
+        told = f"the mesh's expert {mesh.shape['expert']} is a part of fsdp"
+        log.info("%s: no mixture of experts, so %s", location.weights, told)
     whole = model
     if model.config.reward_head is not None and _config_of_files(location).reward_head is None:
         model = Model.create(without_reward_head(model.config), model.attention)

@@ -166,9 +166,38 @@ def _resolved(given: tuple[int | None, ...], count: int, slices: int) -> Sizes:
     if int(np.prod(sizes)) != count or -1 in sizes:
         axes = dict(zip(AXES_OF_EXPERTS, sizes, strict=True))
         named = {axis: size for axis, size in axes.items() if axis != "expert" or size != 1}
-        raise MmpoError(f"mesh {named} does not fit {count} devices")
+        asked = [axis for axis, size in zip(axes, given, strict=True) if size is not None]
+        hint = _fitting(axes, asked, count, slices)
+        raise MmpoError(f"mesh {named} does not fit {count} devices; {hint}")
     data, fsdp, expert, tensor = sizes
     return data, fsdp, expert, tensor
+
+
+def _fitting(axes: Mapping[str, int], asked: Sequence[str], count: int, slices: int) -> str:
+    """Which other size of one axis would fit a number of devices, for people.
+
+    Args:
+      axes: size by axis, -1 for what the others leave.
+      asked: the axes whose sizes were given.
+      count: of the devices.
+      slices: that they are in, of which `data` is a multiple.
+    """
+    if [*axes.values()].count(-1) > 1:
+        return "one size may be -1, for what the others leave"
+    found = []
+    for axis in asked:
+        rest = math.prod(size for name, size in axes.items() if name != axis and size != -1)
+        if axes[axis] == -1 or count % rest:
+            continue
+        left = count // rest
+        sizes = range(1, left + 1) if -1 in axes.values() else (left,)
+        would = [size for size in sizes if left % size == 0]
+        would = [size for size in would if axis != "data" or size % slices == 0]
+        if would:
+            found.append(f"{axis} {' or '.join(map(str, would))}")
+    if found:
+        return f"with the others as they are, {', '.join(found)} would"
+    return f"sizes have to multiply to {count}, and one may be -1 for what the others leave"
 
 
 def batch_spec(mesh: Mesh) -> PartitionSpec:

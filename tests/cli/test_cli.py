@@ -60,7 +60,8 @@ def test_devices_that_are_not_there(generation, mmpo, monkeypatch):
     monkeypatch.setattr("mmpo_jax.commands.generate.make_mesh", make_mesh)
     status, _, err = mmpo("generate", generation, "devices.fsdp=3")
     assert status == 1
-    assert "mesh {'data': 1, 'fsdp': 3, 'tensor': 1} does not fit 8 devices" in err
+    told = "mesh {'data': 1, 'fsdp': 3, 'tensor': 1} does not fit 8 devices; with the others as "
+    assert f"{told}they are, fsdp 8 would" in err
 
 
 @pytest.mark.parametrize("arguments", [[], ["destroy", "a.yaml"], ["train"]])

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from mmpo_jax.checkpoints.checkpoint import load_checkpoint
 from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.models.config import DecoderConfig
 from mmpo_jax.models.layer_kinds import AttentionConfig, ExpertsConfig, LayerConfig
@@ -58,6 +59,30 @@ def test_rows_go_over_slices_and_weights_stay_within(sizes):
     for place in range(sizes[0]):
         assert np.all(of_slice[place] == place // per)
     assert len({chip.id for chip in arranged.flat}) == 8
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"expert": 3}, "with the others as they are, expert 1 or 2 or 4 or 8 would"),
+        ({"expert": 3, "tensor": 2}, "with the others as they are, expert 1 or 2 or 4 would"),
+        ({"fsdp": 3, "tensor": 4}, "with the others as they are, fsdp 2 would"),
+        ({"fsdp": 4, "tensor": 4}, "with the others as they are, fsdp 2, tensor 2 would"),
+        ({"fsdp": 3, "tensor": 5}, "sizes have to multiply to 8, and one may be -1"),
+        ({"fsdp": -1, "tensor": -1}, "one size may be -1, for what the others leave"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_told_with_those_that_would(given, told):
+    with pytest.raises(MmpoError, match=f"does not fit 8 devices; {told}"):
+        make_mesh(**given)
+
+
+def test_the_experts_of_a_dense_model_are_told(tiny_folder, caplog):
+    caplog.set_level("INFO")
+    load_checkpoint(str(tiny_folder), make_mesh(expert=2))
+    assert f"{tiny_folder}: no mixture of experts, so the mesh's expert 2 is a part of fsdp" in (
+        caplog.messages
+    )
 
 
 def test_what_does_not_go_over_slices_is_refused():
