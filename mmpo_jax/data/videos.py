@@ -26,6 +26,11 @@ from mmpo_jax.data.skipped import Problem
 CONTAINERS = {"mp4": "mp4", "webm": "webm"}
 """Ending of a file -> FFmpeg's name of the container, under which it also opens kin such as MOV and
 Matroska."""
+_STRICT_DECODERS = {"vp9": "libvpx-vp9"}
+"""FFmpeg's name of a codec -> of the decoder that tells damage where FFmpeg's own does not; both
+make the same frames."""
+_FOUND_OUT = "video/2"
+"""What is kept of a file under: changes with what is found out about it."""
 
 
 def video_problem(file: ImageRef) -> Problem | None:
@@ -110,7 +115,7 @@ def read_frames(file: ImageRef, numbers: Sequence[int]) -> list[Image.Image]:
     wanted, last = set(numbers), max(numbers)
     found: dict[int, Image.Image] = {}
     with _stream(file) as (container, stream):
-        for number, frame in enumerate(container.decode(stream)):
+        for number, frame in enumerate(_decoded(container, stream, _name(file))):
             if number in wanted:
                 found[number] = Image.fromarray(frame.to_ndarray(format="rgb24"))
             if number >= last:
@@ -161,36 +166,72 @@ def _known(file: ImageRef) -> dict[str, Any]:
     """What decoding a video once tells: `problem`, and where there is none `frames`, `rate` and
     `size`."""
     known = {} if file.path is None else recall(file.path)
-    if "video" not in known:
+    if _FOUND_OUT not in known:
         before = None if file.path is None else state_of(file.path)
         known = _examine(file)
         if file.path is not None and "sha256" in known:
             remember(file.path, before, known)
-    found: dict[str, Any] = known["video"]
+    found: dict[str, Any] = known[_FOUND_OUT]
     return found
 
 
 def _examine(file: ImageRef) -> dict[str, Any]:
-    """`video`, see `_known`, and where it can be read `sha256`."""
+    """What `_known` is of, and where it can be read `sha256`."""
     facts: dict[str, Any] = {}
     try:
         facts["sha256"] = fingerprint_bytes(file.read())
         sizes: dict[tuple[int, int], int] = {}
         with _stream(file) as (container, stream):
             rate = stream.average_rate and float(stream.average_rate)
-            for frame in container.decode(stream):
+            for frame in _decoded(container, stream, _name(file), strict=True):
                 size = frame.height, frame.width
                 sizes[size] = sizes.get(size, 0) + 1
         if len(sizes) != 1:
             what = f"frames of sizes {sorted(sizes)}" if sizes else "no frames"
             raise DataError(f"video {_name(file)} has {what}")
         ((size, count),) = sizes.items()
-        facts["video"] = {"problem": None, "frames": count, "rate": rate or None, "size": size}
+        found = {"problem": None, "frames": count, "rate": rate or None, "size": size}
     except ImageTooLarge as error:
-        facts["video"] = {"problem": ("image_too_large", str(error))}
+        found = {"problem": ("image_too_large", str(error))}
     except DataError as error:
-        facts["video"] = {"problem": ("image_broken", str(error))}
-    return facts
+        found = {"problem": ("image_broken", str(error))}
+    return facts | {_FOUND_OUT: found}
+
+
+def _decoded(container: Any, stream: Any, name: str, *, strict: bool = False) -> Iterator[Any]:
+    """The frames of a stream, none of which is made up for what is damaged.
+
+    FFmpeg hides damage and marks the frames. That it stop there (`err_detect`) is not asked: it
+    then also refuses clips that were cut out of a longer one without being encoded again.
+
+    Args:
+      container, stream: of `_stream`.
+      name: how messages call the video.
+      strict: whether all marks are waited for. Several threads hand frames out before them.
+
+    Raises:
+      DataError: a frame is damaged.
+    """
+    decoder = _decoder(stream)
+    decoder.thread_type = "NONE" if strict else "AUTO"
+    number = 0
+    for packet in container.demux(stream):
+        for frame in decoder.decode(packet if packet.size else None):
+            if frame.is_corrupt:
+                raise DataError(f"video {name} is damaged: frame {number} is not whole")
+            yield frame
+            number += 1
+
+
+def _decoder(stream: Any) -> Any:
+    """The stream's own decoder, or a stricter one where there is one."""
+    av, own = _av(), stream.codec_context
+    name = _STRICT_DECODERS.get(own.name)
+    if name is None or name not in av.codecs_available:
+        return own
+    decoder = av.CodecContext.create(name, "r")
+    decoder.extradata = own.extradata
+    return decoder
 
 
 @contextlib.contextmanager
@@ -204,7 +245,6 @@ def _stream(file: ImageRef) -> Iterator[tuple[Any, Any]]:
                 if not container.streams.video:
                     raise DataError(f"video {name} has no pictures")
                 stream = container.streams.video[0]
-                stream.thread_type = "AUTO"
                 if stream.width * stream.height > MAX_PIXELS:
                     size = f"{stream.width} x {stream.height} pixels, at most {MAX_PIXELS}"
                     raise ImageTooLarge(f"video {name} is too large to decode safely ({size})")

@@ -1,12 +1,15 @@
 """Video files: decoded, checked once, named where they are broken, in rows and tables."""
 
 import dataclasses
+import io
 import sys
+from fractions import Fraction
 
 import numpy as np
 import pytest
 
 pytest.importorskip("av")
+import av
 from helpers import clips
 
 from mmpo_jax.core.errors import DataError, MmpoError
@@ -90,6 +93,91 @@ def test_broken_files_are_named(data, message):
     with pytest.raises(DataError, match=message):
         video_facts(VideoRef("clip", file=ref(data)))
     assert media_problem(record(VideoRef("clip", file=ref(data)))) == (reason, detail)
+
+
+DAMAGED = 64
+"""Bytes."""
+
+
+def moving(codec, kind="mp4", size=(96, 128), pixels="yuv420p", times=None, **options):
+    """An encoded clip of noise before a plane that moves."""
+    random = np.random.default_rng(0)
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=kind) as container:
+        stream = container.add_stream(codec, rate=10, options=options)
+        (stream.height, stream.width), stream.pix_fmt = size, pixels
+        stream.codec_context.time_base = Fraction(1, 10)
+        for number in range(30):
+            picture = np.full((*size, 3), 5 * number, np.uint8)
+            picture[20:60, number : number + 40] = random.integers(0, 255, (40, 40, 3))
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts = number if times is None else times[number]
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("codec", "kind"),
+    [("libx264", "mp4"), ("mpeg4", "mp4"), ("libvpx-vp9", "webm"), ("libvpx-vp9", "mp4")],
+)
+def test_damage_in_the_middle_is_seen(codec, kind):
+    """FFmpeg would hide it: random bytes at many places, one at a time."""
+    whole = moving(codec, kind)
+    assert video_problem(ref(whole)) is None
+    random = np.random.default_rng(1)
+    for share in np.linspace(0.2, 0.9, 12):
+        place = int(share * len(whole))
+        noise = random.bytes(DAMAGED)
+        data = whole[:place] + noise + whole[place + DAMAGED :]
+        reason, detail = video_problem(ref(data)) or ("none", f"at {place} of {len(whole)}")
+        assert (reason, "clip.mp4 is damaged" in detail) == ("image_broken", True), detail
+
+
+TIMES = [2 * number + number % 3 // 2 for number in range(30)]
+
+
+@pytest.mark.parametrize(
+    "clip",
+    [
+        {"codec": "libx264", "crf": "35", "bf": "3"},
+        {"codec": "libx264", "size": (97, 131), "pixels": "yuv444p"},
+        {"codec": "libx264", "times": TIMES},
+        {"codec": "libx264", "kind": "matroska"},
+        {"codec": "libvpx-vp9", "kind": "webm"},
+        {"codec": "libvpx-vp9", "kind": "webm", "size": (97, 131), "lag-in-frames": "16"},
+        {"codec": "libvpx-vp9", "kind": "webm", "times": TIMES},
+        {"codec": "libvpx", "kind": "webm", "auto-alt-ref": "1", "lag-in-frames": "16"},
+        {"codec": "libx265", "x265-params": "log-level=none"},
+        {"codec": "libsvtav1"},
+    ],
+    ids=str,
+)
+def test_sound_clips_of_many_kinds(clip):
+    """As FFmpeg's own decoder has them."""
+    data = moving(**clip)
+    assert video_problem(ref(data)) is None
+    with av.open(io.BytesIO(data)) as container:
+        expected = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(expected) == 30
+    found = [np.asarray(frame) for frame in read_frames(ref(data), range(30))]
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_clip_that_was_cut_out_without_being_encoded_again():
+    """Its first frames look at some that are not there."""
+    whole = moving("libx264", **{"x264-params": "open-gop=1:keyint=12:bframes=3:scenecut=0"})
+    buffer = io.BytesIO()
+    with av.open(io.BytesIO(whole)) as source, av.open(buffer, "w", format="mp4") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        source.seek(1_500_000)
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    file = ref(buffer.getvalue())
+    assert video_problem(file) is None
+    assert video_facts(VideoRef("clip", file=file)).frames == 18
 
 
 def test_missing_and_broken_files_are_skipped_rows(tmp_path):
