@@ -112,6 +112,9 @@ def video_layouts(
         slots = int(slot[-1]) + 1
         index = (slot * room + place * tokens + within)[:, None]
         rate = clip.rate or FRAME_RATE
+        times = clip.times or tuple(number / rate for number in range(clip.frames))
+        if times[0]:  # the seconds that a row cuts out of a file are a video of their own
+            times = tuple(round(seconds - times[0], 6) for seconds in times)
         made.append(
             Layout(
                 ids=np.full(len(index), config.video_token_id, np.int32),
@@ -120,7 +123,7 @@ def video_layouts(
                 slots=slots,
                 features=slots * room,
                 steps=np.stack([frame, *np.divmod(within, columns)]),
-                times=clip.times or tuple(number / rate for number in range(clip.frames)),
+                times=times,
             )
         )
     return made

@@ -17,7 +17,7 @@ from transformers.video_utils import VideoMetadata
 
 from mmpo_jax.core.errors import DataError
 from mmpo_jax.data.processor import Processor
-from mmpo_jax.data.records import VideoRef
+from mmpo_jax.data.records import ImageRef, VideoRef
 from mmpo_jax.models import gemma_media as ours
 from mmpo_jax.models.config import ModelError
 from mmpo_jax.models.families import FAMILIES
@@ -97,6 +97,22 @@ def test_times_are_tokenized_as_in_the_whole_text(split, processor, clip, metada
     ids = tokenizer(text.replace(*ours.spelled(tokenizer)))["input_ids"]
     made = [framed if token == place else [token] for token in ids]
     assert [token for part in made for token in part] == expected
+
+
+def test_seconds_that_are_cut_out_are_a_video_of_their_own(family_case):
+    """Its first frame is at 00:00, which stands in front of every video."""
+    pytest.importorskip("av")
+    from helpers import clips
+
+    file = ImageRef("clip.mp4", clips.encode(24, 8, (56, 84)))
+    video = VideoRef("clip", fps=3.0, file=file, seconds=(1.25, None))
+    processor = family_case("gemma4").processor
+    (layout,) = processor.layouts((), [video])
+    assert layout.times == (0.0, 0.25, 0.625, 1.0, 1.375)
+    config = types.SimpleNamespace(video_token_id=layout.ids[1], edge=8)
+    cut = Clip(3, (30, 40), 1.0, (1526 / 25, 1551 / 25, 3100 / 25))
+    (plain,) = ours.video_layouts(config, processor.video_settings, [cut])
+    assert [ours.clock(seconds) for seconds in plain.times] == ["00:00", "00:01", "01:02"]
 
 
 def test_a_tokenizer_of_another_id_is_refused(family_case):
