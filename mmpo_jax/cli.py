@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 
 from mmpo_jax.core import processes, progress, watch
 from mmpo_jax.core.errors import MmpoError, Stopped
+from mmpo_jax.core.libtpu import quiet_libtpu
 from mmpo_jax.flags import FLAGS, RECIPES, flags_as_overrides, parse
 
 INTERRUPTED = 130
@@ -258,6 +259,7 @@ def start_jax() -> None:
 
     from mmpo_jax.core.files import cache_folder
 
+    quiet_libtpu()
     if jax.default_backend() == "cpu" and jax.device_count() > 1:
         jax.config.update("jax_enable_compilation_cache", False)
     else:

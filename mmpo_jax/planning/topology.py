@@ -15,17 +15,10 @@ import jax
 from jax.experimental import topologies
 
 from mmpo_jax.core.errors import MmpoError
+from mmpo_jax.core.libtpu import NOWHERE
 from mmpo_jax.parallel.chips import CHIPS, Chip
 
 log = logging.getLogger(__name__)
-
-ENVIRONMENT = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
-"""What keeps libtpu from locking a TPU, and from looking for one on the network."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +77,7 @@ def _described(name: str, chip: Chip) -> list[Any]:
             "planning for TPUs takes their compiler, which runs on any machine with Linux: "
             "pip install libtpu"
         )
-    for key, value in ENVIRONMENT.items():
+    for key, value in NOWHERE.items():
         os.environ.setdefault(key, value)
     # libtpu ends the process over a flag that it does not have, as those for CPUs.
     flags = os.environ.pop("XLA_FLAGS", "")
