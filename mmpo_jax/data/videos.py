@@ -178,6 +178,7 @@ def _known(file: ImageRef) -> dict[str, Any]:
 def _examine(file: ImageRef) -> dict[str, Any]:
     """What `_known` is of, and where it can be read `sha256`."""
     facts: dict[str, Any] = {}
+    found: dict[str, Any]
     try:
         facts["sha256"] = fingerprint_bytes(file.read())
         sizes: dict[tuple[int, int], int] = {}

@@ -172,6 +172,42 @@ def test_columns_that_repeat_a_part(folder, row, seconds):
         assert video.seconds == seconds and video.file.read() == CLIP
 
 
+ROWS = [
+    ({"video": "a.mp4", "fps": 2}, [(2, None)]),
+    ({"video": "a.mp4", "fps": 2, **CUT}, [(2, (1.0, 2.0))]),
+    ({"video": ["1.png", "1.png"], "fps": 0.5}, [(0.5, None)]),
+    ({"videos": ["a.mp4", "b.mp4"], "fps": [1, 4], "video_end": 1}, [(1, (0, 1)), (4, (0, 1))]),
+    ({"videos": ["a.mp4", {"video": "b.mp4", "fps": 3}], "fps": 2}, [(2, None), (3, None)]),
+    ({"videos": ["a.mp4", "b.mp4"], "fps": [1, None]}, [(1, None), (None, None)]),
+]
+
+
+@pytest.mark.parametrize(("row", "said"), ROWS, ids=str)
+def test_columns_beside_those_of_videos(folder, row, said):
+    notes = Notes()
+    rows = [
+        PAIR | row,
+        {"question": QUESTION, "chosen": "A cat.", "rejected": "A dog.", **row},
+        {"messages": [user() | row, {"role": "assistant", "content": "A cat."}]},
+    ]
+    records, skipped = read_records(write_jsonl(folder / "rows.jsonl", rows), notes=notes)
+    assert not skipped and not notes.ignored and len(records) == 3
+    for record in records:
+        found = [(v.fps, v.seconds and (v.seconds[0] or 0, v.seconds[1])) for v in record.videos]
+        assert found == said
+        assert not any(turn.keys for turn in record.turns)
+
+
+def test_columns_of_rates_that_are_not_read(folder):
+    notes = Notes()
+    rows = [PAIR | {"images": ["1.png"], "fps": 2}]
+    read_records(write_jsonl(folder / "rows.jsonl", rows), notes=notes)
+    assert dict(notes.ignored) == {"fps": 1}
+    for row in ({"videos": ["a.mp4"], "fps": [1, 2]}, {"video": "a.mp4", "fps": "2"}):
+        with pytest.raises(AssertionError, match="bad_video_entry: fps"):
+            read_one(folder, PAIR | row)
+
+
 REFUSED = [
     *({"video": "a.mp4", name: 4} for name in ("nframes", "sample_fps", "max_pixels")),
     *({"video": "a.mp4", name: 4} for name in ("min_pixels", "total_pixels", "max_frames")),

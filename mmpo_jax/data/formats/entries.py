@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
-from mmpo_jax.data.formats.media_keys import other_keys
+from mmpo_jax.data.formats.media_keys import READ, other_keys
 from mmpo_jax.data.rows import Row, brief
 from mmpo_jax.data.skipped import UnusableRow
 
@@ -51,6 +51,10 @@ def entries(row: Row, medium: Kind) -> list[Any]:
     without the lists they may stand in.
 
     An empty list says nothing: files of columns have one in every row that uses the other column.
+    What columns say beside that of videos (`READ`) holds for those that do not say it themselves.
+
+    Raises:
+      UnusableRow: such a column is a list of another length.
     """
     column = read_column(row, medium)
     found = [] if column is None else row[column]
@@ -59,9 +63,25 @@ def entries(row: Row, medium: Kind) -> list[Any]:
         for entry in found if isinstance(found, list) else [found]:
             flat.extend(entry if isinstance(entry, list) else [entry])
         return flat
-    if column == "video" and not (isinstance(found, list) and found and all(map(_is_video, found))):
-        return [found]
-    return found if isinstance(found, list) else [found]
+    one = column == "video" and not (
+        isinstance(found, list) and found and all(map(_is_video, found))
+    )
+    videos = [found] if one or not isinstance(found, list) else found
+    said = {name: row[name] for name in READ if row.get(name) is not None}
+    return [_with_said(video, said, place, len(videos)) for place, video in enumerate(videos)]
+
+
+def _with_said(video: Any, columns: Mapping[str, Any], place: int, count: int) -> Any:
+    """An entry with what columns say of it, a value each or a list with one for every video."""
+    said = {}
+    for name, value in columns.items():
+        if isinstance(value, list) and len(value) != count:
+            detail = f"{name} has {len(value)} entries, there are {count} videos"
+            raise UnusableRow("bad_video_entry", detail)
+        said[name] = value[place] if isinstance(value, list) else value
+    own = said_beside(video, "video")
+    said = {name: value for name, value in said.items() if name not in own and value is not None}
+    return {"frames": video, **said} if said else video
 
 
 def read_column(row: Row, medium: Kind) -> str | None:

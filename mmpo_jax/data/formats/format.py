@@ -8,6 +8,7 @@ from typing import Any
 
 from mmpo_jax.data.formats.entries import read_column
 from mmpo_jax.data.formats.media import MediaFolder
+from mmpo_jax.data.formats.media_keys import READ
 from mmpo_jax.data.formats.places import Placed, place_media
 from mmpo_jax.data.formats.turns import (
     ARGUMENTS,
@@ -232,6 +233,8 @@ def rest(row: Row, *columns: str, source: str = "source") -> dict[str, Any]:
     """
     read = {*columns, "id", "idx", read_column(row, "image"), read_column(row, "video")}
     read |= {f"{medium}s" for medium in ("image", "video") if row.get(f"{medium}s") == []}
+    if read_column(row, "video") is not None:
+        read.update(READ)
     if source_of(row, source) is not None:
         read.add(source)
     if row.get("id") is not None:

@@ -147,11 +147,15 @@ class MediaFolder:
             raise self._missing("file", path, file, deeper)
         return found
 
-    def video(self, entry: Any, number: int = 1) -> VideoRef:
+    def video(self, entry: Any, number: int = 1, *, deeper: bool = False) -> VideoRef:
         """A video given by its file, as an image is; or by its frames: their list, each as an image
         is, or the folder they lie in. With a rate as ``{"frames": ..., "fps": ...}``, which is that
         of the frames, or of a file that of the frames to be chosen; of a file also with
         ``video_start`` and ``video_end``, in seconds.
+
+        Args:
+          number: of the video in its row, for messages.
+          deeper: any other text names a folder of frames, which may lie deeper than it says.
 
         Raises:
           UnusableRow: it is none of these, or as `image`.
@@ -167,7 +171,7 @@ class MediaFolder:
         if seconds is not None:
             detail = "video_start and video_end are of a video's file; leave frames out of a list"
             raise UnusableRow("media_option", detail)
-        if isinstance(frames, str) and frames and self._is_folder(frames):
+        if isinstance(frames, str) and frames and (deeper or self._is_folder(frames)):
             found = self.folder_video(frames).frames
             return VideoRef(f"video {number} ({frames})", found, fps)
         if not isinstance(frames, list) or not frames:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from mmpo_jax.data.formats.entries import entries, is_video_name
+from mmpo_jax.data.formats.entries import entries
 from mmpo_jax.data.formats.format import (
     Draft,
     DraftResponse,
@@ -36,10 +36,8 @@ FACTOR_RATE = 0.5
 def _media(row: Row, media: MediaFolder) -> tuple[tuple[ImageRef, ...], tuple[VideoRef, ...]]:
     images = tuple(media.image(entry, deeper=True) for entry in entries(row, "image"))
     videos = tuple(
-        media.folder_video(entry)
-        if isinstance(entry, str) and not is_video_name(entry)
-        else media.video(entry)
-        for entry in entries(row, "video")
+        media.video(entry, number, deeper=True)
+        for number, entry in enumerate(entries(row, "video"), start=1)
     )
     return images, videos
 

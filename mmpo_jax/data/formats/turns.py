@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from mmpo_jax.data.formats.entries import PART_KINDS, entries, same_part
+from mmpo_jax.data.formats.media_keys import READ
 from mmpo_jax.data.formats.tags import count_tags, split_tags
 from mmpo_jax.data.records import IMAGE, VIDEO, Medium, Role
 from mmpo_jax.data.skipped import UnusableRow
@@ -159,6 +160,8 @@ def _shown_by_keys(given: dict[str, Any]) -> list[MediaPart]:
     found = []
     for medium, name in (IMAGE, "image"), (VIDEO, "video"):
         said = {key: given[key] for key in (name, f"{name}s") if given.get(key, "") != ""}
+        if medium is VIDEO and said:
+            said |= {key: given.pop(key) for key in READ if key in given}
         named = entries(said, medium.value)
         found += [MediaPart(medium, {"type": name, name: entry}, keyed=True) for entry in named]
         for key in (name, f"{name}s"):
