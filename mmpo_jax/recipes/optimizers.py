@@ -111,7 +111,7 @@ class ScheduleSection(Section):
     """What all schedules have."""
 
     warmup_ratio: float = Field(0.05, ge=0, le=1)
-    """Share of the steps over which the learning rate rises."""
+    """Share of the steps over which the learning rate rises, rounded up to a whole step."""
 
 
 class Cosine(ScheduleSection):
@@ -119,7 +119,7 @@ class Cosine(ScheduleSection):
 
     type: Literal["cosine"] = "cosine"
     min_ratio: float = Field(0.0, ge=0, le=1)
-    """Share of the learning rate that is left at the end."""
+    """Share of the learning rate that is left behind the last step."""
 
 
 class Linear(ScheduleSection):
@@ -127,7 +127,7 @@ class Linear(ScheduleSection):
 
     type: Literal["linear"] = "linear"
     min_ratio: float = Field(0.0, ge=0, le=1)
-    """Share of the learning rate that is left at the end."""
+    """Share of the learning rate that is left behind the last step."""
 
 
 class Constant(ScheduleSection):
@@ -144,7 +144,7 @@ class WarmupStableDecay(ScheduleSection):
     """Share of the steps over which it goes down."""
     decay: Literal["linear", "cosine", "1-sqrt"] = "linear"
     min_ratio: float = Field(0.0, ge=0, le=1)
-    """Share of the learning rate that is left at the end."""
+    """Share of the learning rate that is left behind the last step."""
 
 
 Schedule = Annotated[

@@ -42,9 +42,11 @@ DECAYS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def make_schedule(config: Schedule, learning_rate: float, steps: int) -> optax.Schedule:
-    """The learning rate by step: up in a line, then as the recipe says, as transformers has it.
+    """The learning rate by step: up in a line, then as the recipe says.
 
-    The first step's rate is not zero: warm-up of w steps takes i + 1 of w + 1 equal stairs.
+    From the end of the warm-up on it is transformers' at every step; what is left at the end would
+    be the rate of the step behind the last. Warm-up of w steps takes i + 1 of w + 1 equal stairs,
+    transformers' i of w: there the first step changes nothing, and a run of one step as little.
 
     Args:
       config: the recipe's section.

@@ -97,6 +97,11 @@ def test_decay_equals_transformers(steps, ratio):
     for step in range(warmup, steps + 1):
         expected = theirs.lr_lambdas[0](step)
         assert float(schedule(step)) == pytest.approx(expected, abs=1e-6)
+    # The rise is that of a warm-up with one step more, whose first, at a rate of 0, is left out.
+    rise = transformers.get_constant_schedule_with_warmup(theirs.optimizer, warmup + 1)
+    for step in range(warmup):
+        expected = rise.lr_lambdas[0](step + 1)
+        assert float(schedule(step)) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ schedules."""
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -215,4 +214,11 @@ def test_warmup_stable_decay():
 
 def test_what_is_left_of_a_cosine():
     assert rates(Cosine(warmup_ratio=0, min_ratio=0.1))[-1] == pytest.approx(0.2)
-    assert make_schedule(Cosine(), 2.0, 1)(jnp.int32(0)) > 0
+
+
+def test_rates_of_few_steps():
+    """As docs/training.md tells them."""
+    assert rates(Cosine(), 1)[0] == 1.0
+    assert rates(Cosine(warmup_ratio=0), 1)[0] == 2.0
+    np.testing.assert_allclose(rates(Cosine(), 4), [1.0, 2.0, 1.5, 0.5, 0.0], atol=1e-6)
+    np.testing.assert_allclose(rates(Linear(), 4)[3], 2 / 3, rtol=1e-6)
