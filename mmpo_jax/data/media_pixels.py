@@ -13,13 +13,24 @@ from mmpo_jax.core.errors import DataError
 from mmpo_jax.data.edits import edit_pixels, hide_squares
 from mmpo_jax.data.images import image_size, open_image
 from mmpo_jax.data.records import Edit, ImageRef, MediaRef, VideoRef
+from mmpo_jax.data.skipped import SkipReason
 from mmpo_jax.data.videos import read_frames, shown_range, video_facts
 from mmpo_jax.models.family import Clip, Images, Videos
 from mmpo_jax.models.frame_sampling import FRAME_RATE
+from mmpo_jax.models.media_limits import PictureSizeError, VideoLengthError
 
 
 class MediaError(DataError):
     """An image or video that the model cannot take."""
+
+    reason: SkipReason = "image_broken"
+    """Word that a row with it is counted under."""
+
+
+_REASONS: tuple[tuple[type[DataError], SkipReason], ...] = (
+    (PictureSizeError, "image_size"),
+    (VideoLengthError, "video_length"),
+)
 
 
 def image_pixels(
@@ -104,7 +115,9 @@ def named(media: Sequence[MediaRef]) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        raise MediaError(f"{', '.join(one.name for one in media)}: {error}") from error
+        raised = MediaError(f"{', '.join(one.name for one in media)}: {error}")
+        raised.reason = next((r for kind, r in _REASONS if isinstance(error, kind)), raised.reason)
+        raise raised from error
 
 
 def _shown_frames(family: Videos, settings: dict[str, Any], video: VideoRef) -> list[Image.Image]:

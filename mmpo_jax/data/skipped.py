@@ -31,11 +31,12 @@ SkipReason = Literal[
     "empty_prompt",  # a user turn that says nothing and shows nothing
     "empty_response",
     "dialogues_differ",  # responses that do not go on from one rendered prompt
-    "image_broken",  # empty, truncated, not an image, too narrow
+    "image_broken",  # empty, truncated, not an image
     "image_count",  # the chat template does not show every image
     "image_missing",
     "image_outside_folder",
     "image_position",  # an image in an answer
+    "image_size",  # a sound one that is too narrow or small for the model
     "image_url",  # a picture in the web; nothing is downloaded
     "image_too_large",  # more pixels than it is safe to decode
     "incomplete_pair",  # chosen without rejected, or the other way round
@@ -71,6 +72,7 @@ SkipReason = Literal[
     "undesirable",  # a response that sft would learn
     "unsupported_image",  # the model takes none
     "unsupported_video",  # the model, or an alignment's labeler, takes no videos
+    "video_length",  # a sound one of too few frames for the model, or too many
 ]
 
 Problem = tuple[SkipReason, str]

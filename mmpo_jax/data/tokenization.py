@@ -261,7 +261,7 @@ def _read(
     try:
         layouts = processor.layouts(record.images, record.videos)
     except MediaError as error:
-        raise UnusableRow("image_broken", str(error)) from error
+        raise UnusableRow(error.reason, str(error)) from error
     try:
         responses = record.responses or (None,)
         made = [dialogue_tokens(record, response, layouts, processor) for response in responses]

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from mmpo_jax.core.errors import DataError
 from mmpo_jax.models.config import ModelError
+from mmpo_jax.models.media_limits import VideoLengthError
 
 FRAME_RATE = 24.0
 """What transformers takes a video of unknown rate to have."""
@@ -32,7 +32,7 @@ def evenly(settings: Mapping[str, Any], total: int, rate: float | None) -> Indic
 
     Raises:
       ModelError: the settings contradict each other.
-      DataError: there are too few frames.
+      VideoLengthError: there are too few frames.
     """
     count, fps = _asked(settings)
     if count is None and fps is not None:
@@ -109,7 +109,7 @@ def _asked(settings: Mapping[str, Any]) -> tuple[int | None, float | None]:
 
 def _check(count: int, total: int) -> None:
     if not 0 < count <= total:
-        raise DataError(f"{count} frames are to be shown of a video of {total}")
+        raise VideoLengthError(f"{count} frames are to be shown of a video of {total}")
 
 
 def _steps(start: float, total: int, count: int) -> Indices:

@@ -16,11 +16,11 @@ import numpy as np
 import transformers
 from jaxtyping import Float
 
-from mmpo_jax.core.errors import DataError
 from mmpo_jax.models.config import ModelConfig, ModelError, expect
 from mmpo_jax.models.family import Clip, Size
 from mmpo_jax.models.frame_sampling import FRAME_RATE
 from mmpo_jax.models.layout import Layout
+from mmpo_jax.models.media_limits import PictureSizeError, size_text
 from mmpo_jax.models.torch_resize import frame_size, resize
 from mmpo_jax.models.vision_gemma import GemmaVisionConfig
 from mmpo_jax.models.vision_squares import SquaresConfig
@@ -81,7 +81,7 @@ def grid_of(square: int, tokens: int, size: Size) -> tuple[int, int]:
     factor = math.sqrt(tokens * square**2 / (height * width))
     columns, rows = (math.floor(factor * edge / square) for edge in (width, height))
     if not rows and not columns:
-        raise DataError(f"{height} x {width} pixels are too few for {tokens} tokens")
+        raise PictureSizeError(f"{size_text((height, width))} are too few for {tokens} tokens")
     if not rows:
         rows, columns = 1, min(width // height, tokens)
     elif not columns:

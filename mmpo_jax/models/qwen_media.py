@@ -17,10 +17,10 @@ import transformers
 from jaxtyping import Int
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from mmpo_jax.core.errors import DataError
 from mmpo_jax.models.config import DecoderConfig, ModelConfig, ModelError, with_rope
 from mmpo_jax.models.family import Images, Size
 from mmpo_jax.models.layout import Layout
+from mmpo_jax.models.media_limits import PictureSizeError, size_text
 from mmpo_jax.models.torch_resize import resize
 from mmpo_jax.models.vision_qwen import QwenVisionConfig
 
@@ -136,7 +136,7 @@ def fitted(config: QwenVLConfig, size: Size, least: int, most: int) -> Size:
     try:
         return smart_resize(*size, config.edge, least, most)
     except ValueError as error:
-        raise DataError(f"{size[1]} x {size[0]} pixels: {error}") from error
+        raise PictureSizeError(f"{size_text(size)}: {error}") from error
 
 
 def grid_of(config: QwenVLConfig, frames: int, size: Size) -> Grid:

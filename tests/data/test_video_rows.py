@@ -1,6 +1,8 @@
 """Rows that name video files, through every layer up to pixels."""
 
 import base64
+import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -14,6 +16,7 @@ from mmpo_jax import cli
 from mmpo_jax.data.formats import FORMATS
 from mmpo_jax.data.formats.media import MediaFolder
 from mmpo_jax.data.formats.writing import Writer
+from mmpo_jax.data.media_check import media_problem
 from mmpo_jax.data.media_pixels import clip_of
 from mmpo_jax.data.readers import read_records
 from mmpo_jax.data.records import ImageRef, Record, Response, Turn, VideoRef
@@ -186,6 +189,22 @@ def test_rows_in_tables(family_case, folder, path):
     assert video.file.read() == CLIP and (video.fps, video.facts) == (2.0, video_facts(given))
     assert (video.file.path is None) == (not path)
     np.testing.assert_array_equal(again.layouts[0].ids, row.layouts[0].ids)
+
+
+def test_a_short_clip_is_sound(family_case):
+    """A model that is shown more frames than it has cannot take it, and no byte of it is wrong."""
+    processor = copy.copy(family_case("llava_onevision").processor)
+    processor.video_settings = {**processor.video_settings, "num_frames": 8}
+    video = VideoRef("short.mp4", file=ImageRef("short.mp4", clips.encode(5, 8)))
+    record = Record("0", (), (Turn("user", "what ?"),), (Response.of("a ring"),), (video,))
+    assert media_problem(record) is None
+    with pytest.raises(UnusableRow, match="8 frames are to be shown of a video of 5") as caught:
+        tokenize(record, processor, 2**20, 2**20)
+    assert caught.value.reason == "video_length"
+    cut = VideoRef("cut.mp4", file=ImageRef("cut.mp4", CLIP[:300]))
+    with pytest.raises(UnusableRow, match="damaged") as caught:
+        tokenize(dataclasses.replace(record, videos=(cut,)), processor, 2**20, 2**20)
+    assert caught.value.reason == "image_broken"
 
 
 def test_all_formats_that_hold_videos_are_tried():

@@ -198,7 +198,7 @@ def test_grids_of_many_sizes(size):
             image, limits, (config.edge, config.edge), "channels_first"
         )
         if not all(expected):
-            with pytest.raises(DataError, match=f"{height} x {width} pixels are too narrow"):
+            with pytest.raises(DataError, match=f"{width} x {height} pixels are too narrow"):
                 mistral3.image_grid(config, processor, (height, width))
             continue
         _, rows, columns = mistral3.image_grid(config, processor, (height, width))
@@ -207,8 +207,9 @@ def test_grids_of_many_sizes(size):
 
 def test_images_that_become_nothing_are_refused(case):
     line = pictures.encode(pictures.noise("RGB", 4000, 1))
-    with pytest.raises(MediaError, match="1 x 4000 pixels are too narrow"):
+    with pytest.raises(MediaError, match="4000 x 1 pixels are too narrow") as caught:
         case.processor.layouts([type(pictures.refs("grey")[0])("line", line)])
+    assert caught.value.reason == "image_size"
 
 
 def test_logits(case, inputs):

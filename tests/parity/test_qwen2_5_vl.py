@@ -228,7 +228,7 @@ def test_too_narrow_an_image_is_named(published):
     record = dataclasses.replace(RECORDS[0], images=(narrow,))
     with pytest.raises(UnusableRow, match=r"narrow\.png") as caught:
         tokenize(record, published.processor, 2**20, 2**20)
-    assert caught.value.reason == "image_broken"
+    assert caught.value.reason == "image_size"
 
 
 def test_frames_of_different_sizes_are_refused(published):

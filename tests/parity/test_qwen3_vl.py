@@ -226,18 +226,26 @@ def test_too_narrow_an_image_is_named(published):
 
 
 @pytest.mark.parametrize(
-    ("clip", "message"),
+    ("clip", "reason", "message"),
     [
-        (video("still.mp4", 40, 40, 1, None), r"still\.mp4: a video of 1 frames.* 2 or more"),
-        (video("narrow.mp4", 8200, 32, 2, None), r"narrow\.mp4: 8200 x 32 pixels.*200 times"),
+        (
+            video("still.mp4", 40, 40, 1, None),
+            "video_length",
+            r"still\.mp4: a video of 1 frames.* 2 or more",
+        ),
+        (
+            video("narrow.mp4", 8200, 32, 2, None),
+            "image_size",
+            r"narrow\.mp4: 8200 x 32 pixels.*200 times",
+        ),
     ],
 )
-def test_videos_that_the_model_cannot_take_are_named(published, clip, message):
+def test_videos_that_the_model_cannot_take_are_named(published, clip, reason, message):
     with pytest.raises(MediaError, match=message):
         published.processor.layouts((), [clip])
     with pytest.raises(UnusableRow, match=message.partition(":")[0]) as caught:
         tokenize(row("0", "what", (), [clip]), published.processor, 2**20, 2**20)
-    assert caught.value.reason == "image_broken"
+    assert caught.value.reason == reason
 
 
 def test_frames_of_different_sizes_are_refused(published):

@@ -16,7 +16,6 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from mmpo_jax.core.errors import DataError
 from mmpo_jax.models import decoder, projector, qwen_media, vision_pixtral
 from mmpo_jax.models.config import ModelError, expect, read_decoder
 from mmpo_jax.models.families import llava
@@ -24,6 +23,7 @@ from mmpo_jax.models.family import Family, Size
 from mmpo_jax.models.layers import ACTIVATIONS, rms_norm
 from mmpo_jax.models.layout import Layout
 from mmpo_jax.models.linear import linear
+from mmpo_jax.models.media_limits import PictureSizeError, size_text
 from mmpo_jax.models.vision_pixtral import PixtralTower, read_vision
 from mmpo_jax.models.vlm import VisionLanguageModel
 
@@ -102,7 +102,7 @@ def image_grid(config: Mistral3Config, processor: Any, size: Size) -> qwen_media
     ratio = max(edge / limit for edge, limit in zip(size, limits, strict=True))
     height, width = (math.floor(edge / ratio) if ratio > 1 else edge for edge in size)
     if not height or not width:
-        raise DataError(f"{size[0]} x {size[1]} pixels are too narrow for {limits[0]}")
+        raise PictureSizeError(f"{size_text(size)} are too narrow for {limits[0]}")
     return 1, -(-height // config.edge), -(-width // config.edge)
 
 

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from mmpo_jax.core.errors import DataError
 from mmpo_jax.models import decoder, patch_merger, qwen_media, vision_qwen
 from mmpo_jax.models.config import expect, read_decoder
 from mmpo_jax.models.family import Clip, Family, Size, Videos
 from mmpo_jax.models.frame_sampling import FRAME_RATE, from_end_to_end
 from mmpo_jax.models.layout import Layout
+from mmpo_jax.models.media_limits import PictureSizeError, VideoLengthError, size_text
 from mmpo_jax.models.qwen_media import QwenVLConfig
 from mmpo_jax.models.torch_resize import frame_size
 from mmpo_jax.models.vision_qwen import read_deep_vision
@@ -121,13 +121,13 @@ def _frame_size(config: QwenVLConfig, settings: Mapping[str, Any], frames: int, 
         share = min(known["max_video_tokens"] * edge**2, most // frames)
         most = max(share, int(1.05 * least)) * frames
     if frames < depth:
-        raise DataError(f"a video of {frames} frames; this model takes {depth} or more")
+        raise VideoLengthError(f"a video of {frames} frames; this model takes {depth} or more")
     height, width = size
     if min(size) < edge:
         scale = max(edge / height, edge / width)
         height, width = int(height * scale), int(width * scale)
     if max(height, width) > 200 * min(height, width):
-        raise DataError(f"{width} x {height} pixels: one side is over 200 times the other")
+        raise PictureSizeError(f"{size_text(size)}: one side is over 200 times the other")
     area = frames * height * width
     whole = [round(side / edge) * edge for side in (height, width)]
     rounded = round(frames / depth) * depth * math.prod(whole)

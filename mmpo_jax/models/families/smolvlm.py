@@ -18,7 +18,6 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from mmpo_jax.core.errors import DataError
 from mmpo_jax.models import decoder, smolvlm_video, vision
 from mmpo_jax.models.config import ModelConfig, ModelError, expect, read_decoder
 from mmpo_jax.models.families.internvl import pixel_shuffle
@@ -27,6 +26,7 @@ from mmpo_jax.models.frame_sampling import FRAME_RATE
 from mmpo_jax.models.layers import ACTIVATIONS
 from mmpo_jax.models.layout import Layout
 from mmpo_jax.models.linear import linear
+from mmpo_jax.models.media_limits import VideoLengthError
 from mmpo_jax.models.smolvlm_video import LARGEST
 from mmpo_jax.models.tiles import TileModel
 from mmpo_jax.models.vision import VisionConfig
@@ -272,7 +272,9 @@ def video_layouts(
     made = []
     for clip in clips:
         if clip.frames >= 1000:
-            raise DataError(f"a video of {clip.frames} frames; this model is told of 999 at most")
+            raise VideoLengthError(
+                f"a video of {clip.frames} frames; this model is told of 999 at most"
+            )
         rate = clip.rate or FRAME_RATE
         times = clip.times or tuple(frame / rate for frame in range(clip.frames))
         # A list of frames has no length but the time of its last.
