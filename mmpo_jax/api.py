@@ -24,7 +24,7 @@ from mmpo_jax.checkpoints.train_state import TrainState
 from mmpo_jax.core.errors import DataError, MmpoError
 from mmpo_jax.data import pipeline
 from mmpo_jax.data.batching import fitting_lengths
-from mmpo_jax.data.records import ImageRef, Record, Response, Turn
+from mmpo_jax.data.records import ImageRef, Record, Response, Turn, VideoRef
 from mmpo_jax.data.same_tokens import check_same_tokenizer
 from mmpo_jax.data.tokenization import Tokenize, TokenizedRecord, tokenize, tokenize_records
 from mmpo_jax.data.train_batch import TrainBatch
@@ -72,26 +72,43 @@ def record(
     prompt: str,
     *,
     images: Sequence[str | os.PathLike[str] | bytes | PIL.Image.Image] = (),
+    videos: Sequence[str | os.PathLike[str] | bytes | Sequence[Any]] = (),
     responses: Sequence[str] = (),
     id: str = "",
 ) -> Record:
-    """A question with its images, and responses to it from the best to the worst.
+    """A question with its images and videos, and responses to it from the best to the worst.
 
     Args:
       prompt: what the user says; images stand before it.
       images: files, encoded images (PNG, JPEG, ...), or Pillow's.
+      videos: files or encoded videos (MP4, WebM), which need PyAV; or each a list of its frames, as
+        images are. They stand behind the images.
       responses: of the assistant; of two the first is chosen and the second rejected.
       id: of the record; samples are drawn by it, so records of one call need different ones.
 
     Raises:
-      DataError: one text or image stands where a list should, or an image is none of these.
+      DataError: one text, image or video stands where a list should, or an image is none of these.
     """
-    for name, several in (("images", images), ("responses", responses)):
+    for name, several in (("images", images), ("videos", videos), ("responses", responses)):
         if isinstance(several, str | bytes | os.PathLike):
             raise DataError(f"{name}: give a list, also of one")
     refs = tuple(_image(image, number) for number, image in enumerate(images, start=1))
     ranked = tuple(Response.of(text, rank=rank) for rank, text in enumerate(responses, start=1))
-    return Record(id, refs, (Turn("user", prompt),), ranked)
+    clips = tuple(_video(video, number) for number, video in enumerate(videos, start=1))
+    return Record(id, refs, (Turn("user", prompt),), ranked, clips)
+
+
+def _video(video: Any, number: int) -> VideoRef:
+    name = f"video {number}"
+    if isinstance(video, bytes):
+        return VideoRef(name, file=ImageRef(name, data=video))
+    if isinstance(video, str | os.PathLike):
+        path = os.fspath(video)
+        return VideoRef(path, file=ImageRef(path, path=Path(path)))
+    if not isinstance(video, Sequence) or not video:
+        detail = "give a file, bytes or a list of frames"
+        raise DataError(f"{name} is {type(video).__name__}: {detail}")
+    return VideoRef(name, tuple(_image(frame, place) for place, frame in enumerate(video, start=1)))
 
 
 def _image(image: Any, number: int) -> ImageRef:

@@ -26,15 +26,17 @@ from mmpo_jax.data.media_check import media_problem
 from mmpo_jax.data.notes import Notes, shows_something
 from mmpo_jax.data.processor import Processor
 from mmpo_jax.data.readers import iter_records
-from mmpo_jax.data.records import ImageRef, Record
+from mmpo_jax.data.records import ImageRef, Record, VideoRef
 from mmpo_jax.data.skipped import SkippedRow, UnusableRow
 from mmpo_jax.data.tally import TextNotes
 from mmpo_jax.data.tokenization import UNLIMITED
 from mmpo_jax.data.usable import unsupported, without_shown_media
-from mmpo_jax.data.videos import video_facts
+from mmpo_jax.data.videos import shown_range, video_facts
 
 _SHOWN = 3
 """Examples of each thing that is found."""
+_NAMED = 50
+"""Numbers of rows that are named beside these."""
 _BAR = 40
 """Characters of the longest bar of a histogram."""
 
@@ -52,7 +54,13 @@ class Findings:
     responses: list[int] = dataclasses.field(default_factory=list)
     """Lengths, of the rows that can be used."""
     sizes: Counter[tuple[int, int]] = dataclasses.field(default_factory=Counter)
-    """(width, height) of images and frames."""
+    """(width, height) of images."""
+    frame_sizes: Counter[tuple[int, int]] = dataclasses.field(default_factory=Counter)
+    """The same of videos, once each."""
+    frames: list[int] = dataclasses.field(default_factory=list)
+    """Numbers of frames of videos, of files all that may be shown."""
+    rates: list[float] = dataclasses.field(default_factory=list)
+    """Frames a second of those where it is known."""
     duplicates: list[tuple[int | None, int | None]] = dataclasses.field(default_factory=list)
     """(row, the earlier row that says the same)."""
     without_media: int = 0
@@ -130,7 +138,9 @@ def check_data(
         if processor is not None:
             findings.texts.add(item, processor)
         findings.without_media += not shows_something(item)
-        findings.sizes.update(_sizes(item))
+        findings.sizes.update(image_size(image)[::-1] for image in _pictures(item))
+        for video in item.videos:
+            _note_video(video, findings)
         if same:
             findings.same_responses.append(item.row)
         _note_duplicate(item, rows_of, findings)
@@ -183,26 +193,29 @@ def _kind(record: Record) -> str:
     return "single responses or dialogues" if count == 1 else f"{count} unranked responses"
 
 
-def _images(record: Record) -> Iterator[ImageRef]:
+def _pictures(record: Record) -> Iterator[ImageRef]:
     yield from record.images
     yield from record.other_images or ()
-    for video in record.videos:
-        yield from video.parts
     for response in record.responses:
         yield from response.images or ()
 
 
-def _sizes(record: Record) -> Iterator[tuple[int, int]]:
-    """(width, height) of the images, of frames in lists, and of video files once each."""
-    files = [video for video in record.videos if video.file is not None]
-    read = {id(video.file) for video in files}
-    yield from (image_size(image)[::-1] for image in _images(record) if id(image) not in read)
-    yield from (video_facts(video).size[::-1] for video in files)
+def _note_video(video: VideoRef, findings: Findings) -> None:
+    """Notes how large, long and fast a video is."""
+    if video.file is None:
+        size, count, rate = image_size(video.frames[0]), len(video.frames), video.fps
+    else:
+        facts = video_facts(video)
+        size, count, rate = facts.size, len(shown_range(video)), facts.rate
+    findings.frame_sizes[size[::-1]] += 1
+    findings.frames.append(count)
+    if rate is not None:
+        findings.rates.append(rate)
 
 
 def _note_duplicate(record: Record, rows_of: dict[str, int | None], findings: Findings) -> None:
     """Notes a row that says what an earlier one does."""
-    shown = [one.fingerprint() for one in _images(record)]
+    shown = [image.fingerprint() for image in _pictures(record)]
     shown += [video.fingerprint() for video in record.videos]
     said = [(r.turns, r.prompt, r.rank, r.desirable) for r in record.responses]
     key = fingerprint_bytes(repr((shown, record.prompt, said)).encode())
@@ -228,18 +241,36 @@ def _report(path: str, findings: Findings, lengths: Lengths, unit: str, cut: int
         for skipped in examples:
             named = f" (id {skipped.id!r})" if skipped.id else ""
             yield f"    row {skipped.row}{named}: {skipped.detail}"
+        yield from _more([row.row for row in findings.dropped if row.reason == reason], "    ")
     yield f"duplicate rows: {len(findings.duplicates)}"
     for row, earlier in findings.duplicates[:_SHOWN]:
         yield f"  row {row} says what row {earlier} does"
+    yield from _more([row for row, _ in findings.duplicates], "  ")
     same = findings.same_responses
     yield f"left out where responses are compared, as these are the same: {len(same)}"
     if same:
         yield f"  same_responses: rows {', '.join(map(str, same[:_SHOWN]))}"
+        yield from _more(same, "  ")
     yield from _histogram(f"prompts, {unit}", findings.prompts, lengths.prompt)
     yield from _histogram(f"responses, {unit}", findings.responses, lengths.response)
     if cut:
         yield f"  {cut} responses would lose their tail"
-    yield from _image_sizes(findings.sizes)
+    yield from _image_sizes("images", findings.sizes)
+    if findings.frames:
+        yield from _image_sizes("videos", findings.frame_sizes)
+        yield f"  frames: {min(findings.frames)} to {max(findings.frames)}"
+        unknown = len(findings.frames) - len(findings.rates)
+        known = [f"{min(findings.rates):g} to {max(findings.rates):g}"] if findings.rates else []
+        known += [f"unknown of {unknown}"] if unknown else []
+        yield f"  frames a second: {', '.join(known)}"
+
+
+def _more(rows: Sequence[int | None], indent: str) -> Iterator[str]:
+    """The numbers of rows that are not shown, the first of them."""
+    left = rows[_SHOWN:]
+    if left:
+        named = ", ".join(map(str, left[:_NAMED]))
+        yield f"{indent}and {len(left)} more: rows {named}{', ...' if left[_NAMED:] else ''}"
 
 
 def _histogram(title: str, values: list[int], sizes: Sequence[int]) -> Iterator[str]:
@@ -258,13 +289,13 @@ def _histogram(title: str, values: list[int], sizes: Sequence[int]) -> Iterator[
         yield f"  {label:>8} {count:8d} {bar}".rstrip()
 
 
-def _image_sizes(sizes: Counter[tuple[int, int]]) -> Iterator[str]:
+def _image_sizes(name: str, sizes: Counter[tuple[int, int]]) -> Iterator[str]:
     if not sizes:
-        yield "images: none"
+        yield f"{name}: none"
         return
     smallest, largest = (pick(sizes, key=lambda s: s[0] * s[1]) for pick in (min, max))
     yield (
-        f"images: {sizes.total()} of {len(sizes)} sizes, "
+        f"{name}: {sizes.total()} of {len(sizes)} sizes, "
         f"{smallest[0]} x {smallest[1]} to {largest[0]} x {largest[1]}"
     )
     for (width, height), count in sizes.most_common(_SHOWN):

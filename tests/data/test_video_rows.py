@@ -12,7 +12,9 @@ pytest.importorskip("av")
 from helpers import clips, pictures
 from helpers.format_rows import QUESTION, write_jsonl
 
+import mmpo_jax
 from mmpo_jax import cli
+from mmpo_jax.core.errors import DataError
 from mmpo_jax.data.formats import FORMATS
 from mmpo_jax.data.formats.media import MediaFolder
 from mmpo_jax.data.formats.writing import Writer
@@ -219,4 +221,22 @@ def test_the_check_tells_sizes_of_frames(folder, capsys):
     path = write_jsonl(folder / "rows.jsonl", rows)
     assert cli.main(["data", "check", str(path)]) == 0
     said = capsys.readouterr().out
-    assert "images: 2 of 2 sizes" in said and "84 x 56" in said.replace("×", "x")
+    assert "images: none" in said
+    assert "videos: 2 of 2 sizes, 64 x 48 to 84 x 56" in said
+    assert "  frames: 6 to 24\n  frames a second: 3 to 8" in said
+
+
+def test_the_check_says_where_all_rows_of_a_reason_are(folder, capsys):
+    rows = [{"prompt": QUESTION, "chosen": "a", "rejected": "b", "video": "gone.mp4"}] * 6
+    assert cli.main(["data", "check", str(write_jsonl(folder / "rows.jsonl", rows))]) == 0
+    assert "    and 3 more: rows 4, 5, 6\n" in capsys.readouterr().out
+
+
+def test_records_of_the_library_have_videos(folder):
+    frame = pictures.noise("RGB", 4, 6)
+    made = mmpo_jax.record("?", videos=[folder / NAMED, CLIP, [frame, frame]], responses=["a"])
+    named, held, frames = made.videos
+    assert video_facts(named) == video_facts(held) and len(frames.frames) == 2
+    for given in (CLIP, [3], [[]]):
+        with pytest.raises(DataError, match="video"):
+            mmpo_jax.record("?", videos=given)
