@@ -9,7 +9,9 @@ Source of the rules: RLAIF-V (Yu et al. 2024, arXiv 2405.17220) and its reposito
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
+from collections import Counter
 from collections.abc import Collection, Sequence
 
 import pyarrow as pa
@@ -36,6 +38,7 @@ from mmpo_jax.core.files import (
 from mmpo_jax.core.processes import on_one
 from mmpo_jax.core.stages import Stage, StageOutput, run_told_stage
 from mmpo_jax.core.timings import timed
+from mmpo_jax.data.notes import by_count
 from mmpo_jax.data.records import Record
 from mmpo_jax.data.tokenization import TokenizedRecord
 from mmpo_jax.feedback.ahead import asking_ahead
@@ -54,6 +57,8 @@ from mmpo_jax.training.batches import TrainingData
 from mmpo_jax.training.saving import MODEL
 from mmpo_jax.training.stage import TrainingStage, stage_data, train_stage
 from mmpo_jax.training.validation import hold_out
+
+log = logging.getLogger(__name__)
 
 TRAIN = "train"
 """Folder of a round's training in that of the round."""
@@ -97,12 +102,20 @@ def run_round(work: Round, judge: Judge) -> str:
       The Hugging Face folder of the trained model.
     """
     generated, judged = judged_responses(work, judge)
+    tell_failed(work.index, judged.table)
     pairs = pairs_stage(work, generated, judged)
     prompts = begun_records(work.records, generated.table)
     left_out = pairs_left_out(work, generated, judged, [prompt.id for prompt in prompts[:PROMPTS]])
     write_examples(work.folder, prompts, generated.table, judged.table, pairs.table, left_out)
     write_prompts(work.folder, prompts)
     return train_round(work, generated, pairs)
+
+
+def tell_failed(index: int, judged: pa.Table) -> None:
+    """Says in the log why responses of a round have no score, with counts."""
+    failed = Counter(reason for reason in judged["reason"].to_pylist() if reason is not None)
+    if failed:
+        log.warning("round %d: responses that failed: %s", index, by_count(failed))
 
 
 def judged_responses(work: Round, judge: Judge) -> tuple[StageOutput, StageOutput]:

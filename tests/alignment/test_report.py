@@ -16,6 +16,7 @@ from mmpo_jax.alignment.report import (
     warnings,
     write_report,
 )
+from mmpo_jax.alignment.round import tell_failed
 from mmpo_jax.benchmarks.benchmark import find_benchmark
 from mmpo_jax.core.files import read_table, write_table
 from mmpo_jax.core.timings import add_time
@@ -257,3 +258,11 @@ def test_details_of_a_users_own_are_no_claims(round_files):
 def test_a_round_whose_training_folder_was_removed(round_files):
     """Its checkpoints take most of the space; the model is what counts."""
     assert read_report(1, str(round_files), {}, "generate").dpo_accuracy is None
+
+
+def test_the_log_says_why_responses_failed(caplog):
+    """Such as those about clips that a labeler cannot take."""
+    tell_failed(1, pa.table({"reason": pa.array([None, None], pa.string())}))
+    assert not caplog.records
+    tell_failed(2, pa.table({"reason": ["video_length", None, "too_long", "video_length"]}))
+    assert "round 2: responses that failed: video_length 2, too_long 1" in caplog.text
