@@ -17,15 +17,13 @@ what is shown begins and ends."""
 _SAY_NOTHING = frozenset({"type", "text", "media_type", "mime_type", "cache_control"})
 _REFUSED = frozenset(
     {
-        *("detail", "min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width"),
+        *("min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width"),
         *("nframes", "num_frames", "min_frames", "max_frames", "sample_fps", "raw_fps"),
         *("do_sample_frames", "frames_indices"),
     }
 )
-"""Keys of qwen-vl-utils, OpenAI's API and transformers that change what is shown: here the
-checkpoint's processors say it."""
-_HARMLESS = {"detail": "auto"}
-"""Values of refused keys that leave it to the model."""
+"""Keys of qwen-vl-utils and transformers that change what is shown: here the checkpoint's
+processors say it. OpenAI's `detail` is not among them: it tells a server of theirs what to do."""
 
 
 def other_keys(entry: Mapping[str, Any], held: frozenset[str]) -> dict[str, Any]:
@@ -56,13 +54,13 @@ def unread_keys(said: Mapping[str, Any], medium: str, read: tuple[str, ...] = ()
     """
     unread = []
     for name, value in said.items():
-        if name in _REFUSED and value != _HARMLESS.get(name):
+        if name in _REFUSED:
             detail = (
                 f"{medium}.{name}: {brief(value)} is not read: what is shown is said by the "
                 "checkpoint's processor, and of videos by fps, video_start and video_end"
             )
             raise UnusableRow("media_option", detail)
-        if name not in read and name not in _REFUSED:
+        if name not in read:
             unread.append(f"{medium}.{name}")
     return unread
 
