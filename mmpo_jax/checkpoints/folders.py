@@ -240,8 +240,7 @@ def write_quantized_base(folder: str | os.PathLike[str], kind: str | None) -> No
     if kind is None:
         return
     path = epath.Path(folder) / "config.json"
-    config = read_json(path) | {QUANTIZED_BASE: kind}
-    write_atomic(path, (json.dumps(config, indent=2) + "\n").encode())
+    _write_settings(path, read_json(path) | {QUANTIZED_BASE: kind})
 
 
 def write_left_out(folder: str | os.PathLike[str], model: Model) -> None:

@@ -122,3 +122,7 @@ class Rollout(Section):
     def needs_old(self) -> bool:
         """Whether the log-probs under what sampled are read."""
         return self.steps > 1 or self.reward_kl > 0
+
+    def identity(self) -> dict[str, Any]:
+        """The options the trained weights depend on."""
+        return self.model_dump(mode="json", exclude={"max_failed"})

@@ -194,8 +194,9 @@ class PromptUse:
         changes = training is not None and len(contexts_of(training)) > 1
         names = [section.type for section in rollout.rules]
         modules = {REWARDS[name].function.__module__ for name in names}
+        without = {"max_failed"} if rollout.rewards else {"max_failed", "rewards"}
         return cls(
-            rollout.model_dump_json(exclude=None if rollout.rewards else {"rewards"}),
+            rollout.model_dump_json(exclude=without),
             None if teacher is None else teacher.model_dump_json(),
             TeacherProcessor.of(teacher),
             changes,

@@ -75,7 +75,7 @@ class TrainingStage:
         if self.validation is not None:
             identity["validation"] = self.validation.model_dump(mode="json", exclude={"data"})
         if self.rollout is not None:
-            identity["rollout"] = self.rollout.model_dump(mode="json")
+            identity["rollout"] = self.rollout.identity()
             functions = [section.key() for section in self.rollout.rules if section.of_user]
             if functions:
                 identity["functions"] = functions

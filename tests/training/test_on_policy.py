@@ -36,6 +36,7 @@ from mmpo_jax.training import loop
 from mmpo_jax.training.metrics import means, read_metrics
 from mmpo_jax.training.on_policy import Prompts, Rollouts, with_token_limit
 from mmpo_jax.training.rollout_rewards import check_verdicts, reward_metrics, without_gaps
+from mmpo_jax.training.row_use import PromptUse
 
 LENGTHS = Lengths(prompt=(24,), response=(4, 8))
 ROLLOUT = Rollout(
@@ -54,6 +55,7 @@ CONFIG = Training(
     log_every=1,
     save_every=2,
 )
+NAN = float("nan")
 STEPS = 10  # 18 prompts in batches of 4, each used twice
 
 
@@ -285,6 +287,33 @@ def test_a_recipe_trains(tiny_folder, tmp_path, caplog):
 
 
 @pytest.mark.slow
+def test_a_run_that_missing_verdicts_stopped_goes_on_with_more_of_them_allowed(
+    tiny_folder, tmp_path, monkeypatch
+):
+    """The limit is none of what a run is made of, nor of the keys of its rows."""
+    options = {"objective": {"type": "grpo"}, "batch_size": 2, "max_steps": 3}
+    options |= {"save_every": 1, "log_every": 1}
+    calls = iter(range(100))
+
+    def values(self, question, texts, tokens=()):
+        fails = next(calls) >= 2  # behind the prompts of the first step
+        return [Value(NAN if fails else len(text) % 3) for text in texts]
+
+    def made(max_failed):
+        rollout = {"num_samples": 2, "max_new_tokens": 4, "rewards": [{"type": "think_format"}]}
+        rollout["max_failed"] = max_failed
+        return recipe(tiny_folder, tmp_path, rollout=rollout, training=options)
+
+    monkeypatch.setattr(RewardSection, "values", values)
+    with pytest.raises(DataError, match=r"rollout of step 2: .* rollout\.max_failed allows 0\.5"):
+        run_training(made(0.5))
+    run_training(made(1.0))
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")][-1] == 3
+    keys = [PromptUse.of(made(share).rollout).key() for share in (0.5, 1.0)]
+    assert keys[0] == keys[1]
+
+
+@pytest.mark.slow
 def test_rows_without_an_answer_are_left_out(tiny_folder, tmp_path):
     rows = [{"prompt": "a ring ?", "answer": "yes"}, {"prompt": "a star ?"}]
     path = tmp_path / "rows.jsonl"
@@ -337,9 +366,6 @@ def test_recipes_that_make_no_sense_are_refused(changes, message, tmp_path):
 def test_the_limit_of_dr_grpo_is_the_rollouts():
     config = Training(objective={"type": "grpo", "normalization": "dr_grpo"})
     assert with_token_limit(config, ROLLOUT).objective[0].max_tokens == 6
-
-
-NAN = float("nan")
 
 
 def test_samples_without_a_verdict_count_as_the_mean_of_the_others():
