@@ -17,7 +17,12 @@ from mmpo_jax.checkpoints.folders import is_on_hub
 from mmpo_jax.checkpoints.locations import Location, fingerprint_location, locate
 from mmpo_jax.checkpoints.safetensors_files import stored_dtypes
 from mmpo_jax.checkpoints.steps import checkpoint_shapes
-from mmpo_jax.checkpoints.weights import load_model_config, load_weights, quantized_base
+from mmpo_jax.checkpoints.weights import (
+    check_quantization,
+    load_model_config,
+    load_weights,
+    quantized_base,
+)
 from mmpo_jax.core import progress
 from mmpo_jax.core.files import fingerprint_json
 from mmpo_jax.core.processes import check_same
@@ -74,6 +79,7 @@ class Origin:
             with progress.doing(f"loading {self.location.weights}"):
                 if self.head_seed is None:
                     return load_weights(self.location, model, mesh, dtype, quantization)
+                check_quantization(self.location, quantization, merged=True)
                 params = self._with_new_head(model, mesh)
         else:
             with progress.doing("making random weights"):

@@ -67,7 +67,7 @@ def load_weights(
       ModelError, CheckpointError: naming the file that is missing or wrong, or what is not to be
         quantised again.
     """
-    _check_quantization(location, quantization)
+    check_quantization(location, quantization)
     if mesh is not None and "expert" in mesh.shape and not any(model.config.decoder.experts):
         told = f"the mesh's expert {mesh.shape['expert']} is a part of fsdp"
         log.info("%s: no mixture of experts, so %s", location.weights, told)
@@ -113,18 +113,21 @@ def quantized_base(location: Location) -> Quantization | None:
     return read_json(os.path.join(location.base, "config.json")).get(QUANTIZED_BASE)
 
 
-def _check_quantization(location: Location, quantization: Quantization | None) -> None:
+def check_quantization(
+    location: Location, quantization: Quantization | None, *, merged: bool = False
+) -> None:
     """Checks that nothing that was trained above a quantised base is quantised again.
 
     Args:
       location: of a checkpoint.
       quantization: what its kernels are to be quantised to, if they are.
+      merged: whether adapters of a run are merged before, also where the base is the same.
 
     Raises:
       ModelError: its kernels would be rounded back to the steps that they lie near to.
     """
     known = None if quantization is None else quantized_base(location)
-    goes_on = location.below is not None and not location.adapters
+    goes_on = location.below is not None and not location.adapters and not merged
     if known is None or (goes_on and known == quantization):
         return
     told = "leave training.lora.quantize_base out"

@@ -1,6 +1,7 @@
 """Training adapters on a quantised base: checkpoints, resume, results, what is refused."""
 
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -24,6 +25,7 @@ from mmpo_jax.models.config import ModelError, RewardHead
 from mmpo_jax.models.lora import SCALE, is_adapter, merge_adapters
 from mmpo_jax.models.model import Model
 from mmpo_jax.models.quantized_base import quantized_paths
+from mmpo_jax.models.reward_head import with_reward_head
 from mmpo_jax.picture_world.language import hallucinated_caption, true_caption
 from mmpo_jax.picture_world.preferences import write_preferences
 from mmpo_jax.picture_world.records import prompt_records, scenes
@@ -35,6 +37,8 @@ from mmpo_jax.training.plan import TrainingError, check_training
 from mmpo_jax.training.saving import load_before
 
 PAIRS = 128
+NEW_HEAD = functools.partial(with_reward_head, kind="linear", critique_prompt=None)
+"""A change of a config."""
 LORA = {"target": "language_model/layers/.*/[qv]_proj", "rank": 2, "dora": True}
 
 
@@ -92,8 +96,11 @@ def test_a_run_ends_with_what_was_trained(recipe, tiny_folder, tiny_model, tmp_p
     with pytest.raises(ModelError, match=rf"trained above a base of {kind}; .* or make it {kind}"):
         load_start(str(run), quantization=other)
 
-    with pytest.raises(ModelError, match=rf"trained above a base of {kind}; .*quantize_base out$"):
+    merged = rf"trained above a base of {kind}; .*quantize_base out$"
+    with pytest.raises(ModelError, match=merged):
         load_start(str(run / "model"), quantization=kind)
+    with pytest.raises(ModelError, match=merged):  # whose adapters are merged below it
+        load_start(str(run), quantization=kind, change=NEW_HEAD)
     assert f"Trained above a base of {kind}" in (run / "model" / "README.md").read_text()
 
     written = flatten(load_params(run / "model", model))
@@ -147,8 +154,10 @@ def test_folders_say_above_what_they_were_trained(tiny_model, tiny_folder, tmp_p
     assert load_start(str(tiny_folder)).quantized_base is None
     save_model(tmp_path / "copy", model, params, start.processor.folder)
     for name in ("model", "copy"):
-        with pytest.raises(ModelError, match=rf"{name}: was trained above a base of int8; to quan"):
-            load_start(str(tmp_path / name), quantization="int8")
+        for change in (None, NEW_HEAD):
+            with pytest.raises(ModelError, match=rf"{name}: was trained above a base of int8; to "):
+                load_start(str(tmp_path / name), quantization="int8", change=change)
+    assert load_start(str(tiny_folder), quantization="int8", change=NEW_HEAD).quantized_base
 
 
 @pytest.mark.parametrize("kind", ["int8", None])
