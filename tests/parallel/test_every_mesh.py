@@ -66,6 +66,8 @@ EXACT = 1e-9
 """Of numbers around 10, in float64."""
 CLOSE = 1e-5
 """In float32."""
+CLOSE_BEHIND_DELTA_NETS = 5e-5
+"""Of gradients in float32 that went through decays; their float64 is as exact as others'."""
 # Adam divides by the gradient's size: a small epsilon would blow up the rounding of zeros.
 OPTIMIZER = AdamW(learning_rate=3e-3, epsilon=1e-3)
 
@@ -208,15 +210,16 @@ def expected_steps(batch_of):
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "shape"), CASES)
 def test_steps_and_samples(batch_of, expected_steps, family, shape):
+    close = CLOSE_BEHIND_DELTA_NETS if family.startswith("qwen3_5") else CLOSE
     metrics, params, tokens = steps_and_samples(*batch_of(family), mesh_of(shape))
     expected_metrics, expected_params, expected_tokens = expected_steps(family)
     for actual, expected in zip(metrics, expected_metrics, strict=True):
         assert actual["finite"] == 1
-        assert actual == pytest.approx(expected, rel=CLOSE)
+        assert actual == pytest.approx(expected, rel=close)
     assert expected_metrics[-1]["loss"] < expected_metrics[0]["loss"]
     start = flatten(batch_of(family)[0].params)
     for path, expected in expected_params.items():
-        np.testing.assert_allclose(params[path], expected, rtol=0, atol=CLOSE, err_msg=path)
+        np.testing.assert_allclose(params[path], expected, rtol=0, atol=close, err_msg=path)
     # What nothing trains is no part of the state.
     moved = [
         path for path, leaf in expected_params.items() if np.abs(leaf - start[path]).max() > 1e-3
