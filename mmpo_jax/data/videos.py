@@ -28,7 +28,7 @@ CONTAINERS = {"mp4": "mp4", "webm": "webm"}
 Matroska."""
 _STRICT_DECODERS = {"vp9": "libvpx-vp9"}
 """FFmpeg's name of a codec -> of the decoder that tells damage where FFmpeg's own does not; both
-make the same frames."""
+make the same frames. Of more than eight bits a sample, some builds of it take nothing."""
 _FOUND_OUT = "video/2"
 """What is kept of a file under: changes with what is found out about it."""
 
@@ -227,8 +227,9 @@ def _decoded(container: Any, stream: Any, name: str, *, strict: bool = False) ->
 def _decoder(stream: Any) -> Any:
     """The stream's own decoder, or a stricter one where there is one."""
     av, own = _av(), stream.codec_context
-    name = _STRICT_DECODERS.get(own.name)
-    if name is None or name not in av.codecs_available:
+    name, pixels = _STRICT_DECODERS.get(own.name), own.format
+    is_deep = pixels is not None and any(part.bits > 8 for part in pixels.components)
+    if name is None or name not in av.codecs_available or is_deep:
         return own
     decoder = av.CodecContext.create(name, "r")
     decoder.extradata = own.extradata

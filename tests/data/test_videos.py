@@ -1,5 +1,6 @@
 """Video files: decoded, checked once, named where they are broken, in rows and tables."""
 
+import base64
 import dataclasses
 import io
 import sys
@@ -162,6 +163,29 @@ def test_sound_clips_of_many_kinds(clip):
     assert len(expected) == 30
     found = [np.asarray(frame) for frame in read_frames(ref(data), range(30))]
     np.testing.assert_array_equal(found, expected)
+
+
+TEN_BITS = base64.b64decode(
+    """
+GkXfo59ChoEBQveBAULygQRC84EIQoKEd2VibUKHgQJChYECGFOAZwH/////////EU2bdKtNu4tTq4QVSalmU6yB
+oU27i1OrhBZUrmtTrIG7TbuMU6uEElTDZ1OsggEI7AEAAAAAAABoAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA
+AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA
+AAAAAAAAAAAAAAAVSalmlSrXsYMPQkBNgIRMYXZmV0GETGF2ZhZUrmvIrgEAAAAAAAA/14EBc8WIAAAAAAAAAAGc
+gQAitZyDdW5kiIEAhoVWX1ZQOYOBASPjg4QF9eEA4JCwgRC6gRCagQJVsIRVuYEBElTDZ7Bzc61jwItjxYgAAAAA
+AAAAAWfInEWjh0VOQ09ERVJEh49MYXZjIGxpYnZweC12cDkfQ7Z11+eBAKOogQAAgJJJg0IAAHgAewAcEg4MewAA
+GGAAABC//LE///7tj////LgAAKOTgQBkAJYAQJIcAFkAAAMgAABCQKOTgQDIAJYAQJKcAFgAAAMgAABCQA==
+"""
+)
+"""Three red frames of VP9 with ten bits a sample, which PyAV's encoder does not make."""
+
+
+def test_more_than_eight_bits_a_sample():
+    """Which the stricter decoder of VP9 takes in some builds alone."""
+    file = ref(TEN_BITS)
+    assert video_problem(file) is None
+    assert video_facts(VideoRef("clip", file=file)).frames == 3
+    red, green, blue = np.asarray(read_frames(file, [2])[0])[8, 8]
+    assert red > 200 and max(green, blue) < 50
 
 
 def test_a_clip_that_was_cut_out_without_being_encoded_again():
