@@ -129,7 +129,7 @@ def test_several_turns_and_the_beginning_of_an_answer(client, greedy):
 
 
 def test_our_own_labeler_reads_the_probabilities(service, checkpoint, tmp_path):
-    from helpers.sampling import one_device
+    from helpers.meshes import one_device
 
     from mmpo_jax.chat.client import ChatClient
     from mmpo_jax.chat.server import ChatServer
