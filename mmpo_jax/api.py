@@ -40,6 +40,7 @@ from mmpo_jax.objectives.sums import WeightedSum
 from mmpo_jax.objectives.terms import Term, needs
 from mmpo_jax.objectives.terms import make_term as objective_term
 from mmpo_jax.parallel.mesh import batch_shards, batch_share, make_mesh, put_batch
+from mmpo_jax.recipes.methods import spelling
 from mmpo_jax.recipes.sampling import Decoding
 from mmpo_jax.scoring.log_probs import score_records
 from mmpo_jax.training.examples import make_examples, tokenizer_for
@@ -137,6 +138,8 @@ def make_term(name: str, weight: float = 1.0, **options: Any) -> Term:
     if name not in OBJECTIVES:
         near = difflib.get_close_matches(name, OBJECTIVES, n=3)
         hint = f"; did you mean {', '.join(near)}?" if near else ""
+        method = spelling(name)
+        hint = f"; in a recipe {method}" if method else hint
         raise MmpoError(f"there is no objective {name!r}{hint}")
     try:
         return objective_term(name, weight, **options)

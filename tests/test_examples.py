@@ -139,6 +139,8 @@ def test_what_cannot_be_used_is_named(tiny_model, tiny_processor):
         mm.record("a ring ?", images=[3])
     with pytest.raises(mm.MmpoError, match="no objective 'dop'; did you mean dp"):
         mm.make_term("dop")
+    with pytest.raises(mm.MmpoError, match=r"'rloo'; in a recipe write .*leave_one_out"):
+        mm.make_term("rloo")
     with pytest.raises(mm.MmpoError, match=r"no option 'betta'; its options: .*beta"):
         mm.make_term("dpo", betta=1)
     assert mm.log_probs(start, []) == mm.generate(start, []) == []

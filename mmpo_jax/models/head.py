@@ -42,16 +42,6 @@ class Taught(NamedTuple):
     top_k: int | None
 
 
-def token_log_probs(
-    hidden: Float[Array, "B R T D"],
-    kernel: Float[Array, "D V"],
-    labels: Int[Array, "B R T"],
-    chunk: int | None = None,
-) -> Float[Array, "B R T"]:
-    """log softmax(hidden @ kernel)[labels], float32[B, R, T]; see `token_statistics`."""
-    return token_statistics(hidden, kernel, labels, chunk=chunk)["log_probs"]
-
-
 def token_statistics(
     hidden: Float[Array, "B R T D"],
     kernel: Float[Array, "D V"],

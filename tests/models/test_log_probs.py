@@ -16,7 +16,7 @@ from mmpo_jax.core.trees import flatten
 from mmpo_jax.data.train_batch import TrainBatch
 from mmpo_jax.models import head
 from mmpo_jax.models.batch import Batch, Shown
-from mmpo_jax.models.head import head_chunk, token_log_probs
+from mmpo_jax.models.head import head_chunk, token_statistics
 from mmpo_jax.models.log_probs import response_log_probs
 from mmpo_jax.models.model import Model, read_config
 from mmpo_jax.objectives.terms import make_term
@@ -270,7 +270,10 @@ def test_chunked_head_equals_the_whole(chunk):
 
         return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(hidden, kernel)
 
-    actual, log_probs = gradients(functools.partial(token_log_probs, chunk=chunk))
+    def chunked(hidden, kernel, labels):
+        return token_statistics(hidden, kernel, labels, chunk=chunk)["log_probs"]
+
+    actual, log_probs = gradients(chunked)
     expected, expected_log_probs = gradients(unchunked)
     np.testing.assert_allclose(log_probs, expected_log_probs, rtol=0, atol=1e-12)
     for a, b in zip(actual, expected, strict=True):

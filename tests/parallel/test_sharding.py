@@ -16,7 +16,7 @@ from mmpo_jax.core.errors import MmpoError
 from mmpo_jax.core.trees import flatten
 from mmpo_jax.generation.sampler import sample_keys
 from mmpo_jax.models import layers
-from mmpo_jax.models.head import token_log_probs
+from mmpo_jax.models.head import token_statistics
 from mmpo_jax.models.log_probs import response_log_probs
 from mmpo_jax.objectives.terms import make_term
 from mmpo_jax.parallel.mesh import (
@@ -231,7 +231,7 @@ def test_no_device_holds_the_head_or_its_gradient(sizes, vocab):
     labels = rng.integers(0, vocab, (8, 3, 10))
 
     def loss(hidden, kernel, labels):
-        log_probs = token_log_probs(hidden, kernel, labels, chunk=4)
+        log_probs = token_statistics(hidden, kernel, labels, chunk=4)["log_probs"]
         return (log_probs * np.linspace(-1, 1, 10)).sum(), log_probs
 
     gradient = jax.grad(loss, argnums=(0, 1), has_aux=True)
