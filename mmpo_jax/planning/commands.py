@@ -13,8 +13,9 @@ from mmpo_jax.generation.responses import PROMPTS_PER_PART
 from mmpo_jax.planning.abstract import Sizes
 from mmpo_jax.planning.judging import in_inference, judge_stages
 from mmpo_jax.planning.opened import Opened
-from mmpo_jax.planning.programs import Sampled, validation
+from mmpo_jax.planning.programs import validation
 from mmpo_jax.planning.rewarding import reward_stages
+from mmpo_jax.planning.sampling import Sampled
 from mmpo_jax.planning.stages import Assumed, Plan, Stages
 from mmpo_jax.planning.teaching import Teaching
 from mmpo_jax.recipes.align_recipe import AlignRecipe

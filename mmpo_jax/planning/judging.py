@@ -13,8 +13,9 @@ from mmpo_jax.feedback.labeler import QUESTIONS_AT_ONCE, USUAL_QUESTIONS
 from mmpo_jax.generation.responses import PROMPTS_PER_PART
 from mmpo_jax.planning.abstract import Sizes
 from mmpo_jax.planning.opened import Opened
-from mmpo_jax.planning.programs import Sampled, labelling, scoring
+from mmpo_jax.planning.programs import labelling, scoring
 from mmpo_jax.planning.rewarding import reward_stages
+from mmpo_jax.planning.sampling import Sampled
 from mmpo_jax.planning.stages import TEXT_TOKENS, Stages
 from mmpo_jax.recipes.align_recipe import AlignRecipe
 from mmpo_jax.recipes.feedback import (

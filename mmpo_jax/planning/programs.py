@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,19 +14,13 @@ from mmpo_jax.checkpoints.train_state import TrainState
 from mmpo_jax.core.trees import flatten, unflatten
 from mmpo_jax.data.train_batch import TrainBatch
 from mmpo_jax.feedback.labeler import answer_probabilities
-from mmpo_jax.generation.caches import state_tokens
-from mmpo_jax.generation.decoding import decode
-from mmpo_jax.generation.places import empty_pool, empty_rows, prefill
-from mmpo_jax.generation.refill import Layout, choose_layout, pool_sizes
 from mmpo_jax.models.attention import PLATFORM_BACKENDS
 from mmpo_jax.models.lora import cast_params
 from mmpo_jax.objectives.terms import needs
-from mmpo_jax.parallel.mesh import batch_shards, batch_spec
 from mmpo_jax.planning import abstract
 from mmpo_jax.planning.abstract import Sizes, local_bytes
 from mmpo_jax.planning.counts import (
     Computation,
-    decode_work,
     forward_work,
     kept_bytes,
     train_work,
@@ -36,7 +29,6 @@ from mmpo_jax.planning.opened import Opened
 from mmpo_jax.planning.teaching import Teaching
 from mmpo_jax.planning.work import Work
 from mmpo_jax.recipes.rollout import Rollout
-from mmpo_jax.recipes.sampling import Decoding
 from mmpo_jax.recipes.training import MovingReference, Training
 from mmpo_jax.reward_models.rewards import reward_batch
 from mmpo_jax.scoring.log_probs import score_batch
@@ -112,7 +104,7 @@ def scoring(
         opened.name,
         mesh,
         dtype,
-        _told(sizes),
+        told_of(sizes),
         lambda: score_batch.lower(opened.model, params, batch, dtype, per_token),
         forward_work(computation_of(opened, mesh, dtype), sizes),
         {"parameters": local_bytes(params), "batch": local_bytes(batch)},
@@ -129,7 +121,7 @@ def rewarding(opened: Opened, mesh: Mesh, sizes: Sizes, dtype: str) -> Program:
         opened.name,
         mesh,
         dtype,
-        _told(sizes),
+        told_of(sizes),
         lambda: reward_batch.lower(opened.model, params, batch, dtype),
         forward_work(computation_of(opened, mesh, dtype), sizes, head=False),
         {"parameters": local_bytes(params), "batch": local_bytes(batch)},
@@ -147,7 +139,7 @@ def labelling(opened: Opened, mesh: Mesh, sizes: Sizes) -> Program:
         opened.name,
         mesh,
         dtype.name,
-        _told(sizes),
+        told_of(sizes),
         lambda: answer_probabilities.lower(opened.model, params, batch, (1,), (2,)),
         forward_work(computation_of(opened, mesh, dtype), sizes, last_only=True),
         {"parameters": local_bytes(params), "batch": local_bytes(batch)},
@@ -226,12 +218,12 @@ def training(
         reference=bool(state.reference) and needs_reference(terms),
         moments=local_bytes(state.optimizer),
     )
-    told = _told(in_rows) + (f", {count} micro-batches" if count > 1 else "")
+    told = told_of(in_rows) + (f", {count} micro-batches" if count > 1 else "")
     if teaching is not None:
         theirs = computation_of(teaching.opened, mesh, dtype)
         work += teaching.work(theirs, micro).times(count)
         shown = dataclasses.replace(teaching.sizes, rows=micro)
-        told += f", taught at {_told(shown)}"
+        told += f", taught at {told_of(shown)}"
     held = {
         "parameters": local_bytes([state.params, state.frozen]),
         "optimizer": local_bytes(state.optimizer),
@@ -283,7 +275,7 @@ def validation(opened: Opened, mesh: Mesh, config: Training, sizes: Sizes) -> Pr
         opened.name,
         mesh,
         config.compute_dtype,
-        _told(in_rows),
+        told_of(in_rows),
         lambda: forward.lower(state, batch),
         forward_work(computation, in_rows),
         held,
@@ -291,121 +283,14 @@ def validation(opened: Opened, mesh: Mesh, config: Training, sizes: Sizes) -> Pr
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampled:
-    """What is sampled: so many prompts at a time, and how."""
-
-    prompts: int
-    """That are given to the sampler at once."""
-    batch_size: int
-    decoding: Decoding
-
-
-def generating(
-    opened: Opened, mesh: Mesh, sizes: Sizes, sampled: Sampled, name: str = ""
-) -> tuple[Program, Program]:
-    """(the program that runs prompts, the loop that draws their samples).
-
-    Args:
-      opened: the model.
-      mesh: the devices.
-      sizes: of a prompt; rows are not read.
-      sampled: how many prompts and samples.
-      name: in front of "prefill" and "decode".
-    """
-    dtype = opened.inference_dtype
-    shards = batch_shards(mesh)
-    decoding = Decoding(**sampled.decoding.model_dump(include=set(Decoding.model_fields)))
-    states = state_tokens(opened.model.config.decoder, dtype)
-    layout = choose_layout(
-        sampled.prompts, sizes.prompt, decoding, sampled.batch_size, shards, states
-    )
-    sizes = Sizes(layout.batch, sizes.prompt, slots=sizes.slots)
-    params = abstract.params(opened.model, mesh, opened.dtype, opened.quantization)
-    batch = abstract.batch(opened.model, sizes, mesh)
-    key = jax.eval_shape(lambda: jax.random.key(0)).dtype
-    keys = abstract.array((layout.batch, decoding.num_samples), key, mesh, batch_spec(mesh))
-    computation = computation_of(opened, mesh, dtype)
-    first = Program(
-        f"{name}prefill",
-        opened.name,
-        mesh,
-        dtype.name,
-        _told(sizes),
-        lambda: prefill.lower(opened.model, params, batch, keys),
-        forward_work(computation, sizes, head=False),
-        {"parameters": local_bytes(params), "batch": local_bytes(batch)},
-        {"prompts": sizes.rows, "tokens": sizes.tokens},
-    )
-    given = _caches(opened, mesh, params, batch, keys, layout, decoding)
-    vectors = (
-        abstract.replicated((layout.rows,), jnp.int32, mesh),
-        abstract.replicated((shards,), jnp.int32, mesh),
-    )
-    processor = opened.processor
-    options = {
-        "decoding": decoding,
-        "eos_ids": processor.eos_ids,
-        "pad_id": processor.pad_id,
-    }
-    places = layout.rows * layout.places
-    told = (
-        f"{layout.rows} rows of {_counted(layout.width, 'prompt')} of {sizes.prompt}, "
-        f"{_counted(layout.places, 'place')} of {decoding.max_new_tokens}"
-    )
-    second = Program(
-        f"{name}decode",
-        opened.name,
-        mesh,
-        dtype.name,
-        told,
-        lambda: decode.lower(opened.model, params, *given, *vectors, **options),
-        decode_work(computation, layout, sizes.prompt, decoding),
-        {"parameters": local_bytes(params), "caches": local_bytes(given)},
-        {"responses": places / decoding.max_new_tokens, "tokens": places},
-        loops=decoding.max_new_tokens,
-    )
-    return first, second
-
-
-def _caches(
-    opened: Opened,
-    mesh: Mesh,
-    params: Any,
-    batch: Any,
-    keys: Any,
-    layout: Layout,
-    decoding: Decoding,
-) -> tuple[Any, Any, Any]:
-    """(prompts, samples, pools of the largest size), placed as generation has them."""
-
-    def made(function: Callable, *arguments: Any, **options: Any) -> Any:
-        shapes = jax.eval_shape(functools.partial(function, **options), *arguments)
-        return abstract.on_rows(shapes, mesh)
-
-    with jax.set_mesh(mesh):
-        new = made(functools.partial(prefill, opened.model), params, batch, keys)
-        prompts, samples = made(
-            empty_rows,
-            new,
-            rows=layout.rows,
-            width=layout.width,
-            places=layout.places,
-            length=decoding.max_new_tokens,
-            pad_id=opened.processor.pad_id,
-        )
-        size = layout.members * pool_sizes(decoding.max_new_tokens)[-1]
-        groups = {"groups": layout.groups, "members": layout.members}
-        pool = made(empty_pool, prompts[0], **groups, size=size)
-    return prompts, samples, pool
-
-
-def _told(sizes: Sizes) -> str:
+def told_of(sizes: Sizes) -> str:
+    """The static shape of a program, for people."""
     told = f"{sizes.rows} x {sizes.prompt}"
     if sizes.responses:
         told += f" + {sizes.responses} x {sizes.response}"
-    return told + (f", {_counted(sizes.slots, 'slot')}" if sizes.slots else "")
+    return told + (f", {counted(sizes.slots, 'slot')}" if sizes.slots else "")
 
 
-def _counted(count: int, what: str) -> str:
+def counted(count: int, what: str) -> str:
+    """The number with its noun: "1 slot", "2 slots"."""
     return f"{count} {what}" if count == 1 else f"{count} {what}s"

@@ -10,7 +10,8 @@ from mmpo_jax.data.lengths import Lengths
 from mmpo_jax.generation.responses import PROMPTS_PER_PART
 from mmpo_jax.planning.abstract import Sizes
 from mmpo_jax.planning.opened import Opened
-from mmpo_jax.planning.programs import Sampled, rewarding
+from mmpo_jax.planning.programs import rewarding
+from mmpo_jax.planning.sampling import Sampled
 from mmpo_jax.planning.stages import Stages
 from mmpo_jax.recipes.sampling import Decoding
 from mmpo_jax.recipes.scoring import Rewarding

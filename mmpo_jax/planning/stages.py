@@ -20,7 +20,8 @@ from mmpo_jax.parallel.mesh import batch_shards, make_mesh
 from mmpo_jax.picture_world.source import PictureWorldData
 from mmpo_jax.planning.abstract import Sizes
 from mmpo_jax.planning.opened import Opened, open_config
-from mmpo_jax.planning.programs import BESIDE, Program, Sampled, generating, scoring, training
+from mmpo_jax.planning.programs import BESIDE, Program, scoring, training
+from mmpo_jax.planning.sampling import Sampled, generating
 from mmpo_jax.planning.teaching import Teaching
 from mmpo_jax.recipes.base import Base, Devices
 from mmpo_jax.recipes.rollout import Rollout
